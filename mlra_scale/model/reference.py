@@ -1,0 +1,212 @@
+"""GPT-2 with multi-head low-rank attention in plain PyTorch: the oracle that every other implementation is compared with.
+
+It uses torch and nothing else, spells the mathematics out (no fused kernels, no parallelism, no dropout) and works in float64. Its
+parameters carry the project's canonical names, so full canonical weights load with ``load_state_dict`` once the padded rows of the
+embedding are cut off. It is an oracle only: it is not trained with, not benchmarked and not shipped in exports.
+
+Legend of shape suffixes: B batch, S sequence, T key positions (= S), D hidden, N heads, H head dimension, R rank, F feed-forward,
+V vocabulary, P number of positions.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRankProjection(nn.Module):
+    """``y = (x down^T) up^T + bias`` with nothing between the two factors.
+
+    Weights: down.weight [R, in], up.weight [out, R], up.bias [out].
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=True)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.up(self.down(x_BSD))
+
+
+class ReferenceAttention(nn.Module):
+    """Causal multi-head attention whose projections may each be factorised.
+
+    Weights: q, k, v, o, each either weight [D, D] and bias [D], or down.weight [R, D], up.weight [D, R] and up.bias [D].
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, factorised: tuple[str, ...], rank: int | None):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+
+        def projection(name: str) -> nn.Module:
+            if name not in factorised:
+                return nn.Linear(hidden_size, hidden_size)
+            if rank is None:
+                raise ValueError("factorised projections need a rank")
+            return LowRankProjection(hidden_size, hidden_size, rank)
+
+        self.q = projection("q")
+        self.k = projection("k")
+        self.v = projection("v")
+        self.o = projection("o")
+
+    def split_heads(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, N * H] -> [B, N, S, H]; head n owns features n * H to (n + 1) * H."""
+        batch, sequence, _ = x_BSD.shape
+        return x_BSD.view(batch, sequence, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Scaled, unmasked attention logits [B, N, S, T]."""
+        q_BNSH = self.split_heads(self.q(x_BSD))
+        k_BNTH = self.split_heads(self.k(x_BSD))
+        return q_BNSH @ k_BNTH.transpose(-1, -2) / math.sqrt(self.head_dim)
+
+    def forward(self, x_BSD: Tensor, mask_B1ST: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the attention output [B, S, D] and the logits [B, N, S, T], masked with -inf."""
+        logits_BNST = self.logits(x_BSD).masked_fill(~mask_B1ST, -math.inf)
+        shifted_BNST = logits_BNST - logits_BNST.amax(dim=-1, keepdim=True).detach()
+        weights_BNST = shifted_BNST.exp()
+        weights_BNST = weights_BNST / weights_BNST.sum(dim=-1, keepdim=True)
+        mixed_BNSH = weights_BNST @ self.split_heads(self.v(x_BSD))
+        return self.o(mixed_BNSH.transpose(1, 2).reshape(x_BSD.shape)), logits_BNST
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's GELU: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class ReferenceMLP(nn.Module):
+    """Feed-forward block. Weights: fc_in.weight [F, D], fc_in.bias [F], fc_out.weight [D, F], fc_out.bias [D]."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int):
+        super().__init__()
+        self.fc_in = nn.Linear(hidden_size, ffn_hidden_size)
+        self.fc_out = nn.Linear(ffn_hidden_size, hidden_size)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.fc_out(gelu_tanh(self.fc_in(x_BSD)))
+
+
+class ReferenceBlock(nn.Module):
+    """Pre-LN transformer block. Weights: attention_norm and mlp_norm (weight, bias [D]), attention, mlp."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        ffn_hidden_size: int,
+        factorised: tuple[str, ...],
+        rank: int | None,
+        layer_norm_eps: float,
+    ):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.attention = ReferenceAttention(hidden_size, num_heads, factorised, rank)
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.mlp = ReferenceMLP(hidden_size, ffn_hidden_size)
+
+    def forward(self, x_BSD: Tensor, mask_B1ST: Tensor) -> tuple[Tensor, Tensor]:
+        attended_BSD, logits_BNST = self.attention(self.attention_norm(x_BSD), mask_B1ST)
+        x_BSD = x_BSD + attended_BSD
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), logits_BNST
+
+
+class ReferenceGPT(nn.Module):
+    """GPT-2 with dense or low-rank attention projections, learned positions and a tied head.
+
+    Weights: embedding.weight [V, D] (also the head), positions.weight [P, D], blocks.{i}, final_norm.{weight,bias} [D].
+
+    Args:
+        vocab_size: number of real tokens V; there is no padding here.
+        max_positions: number of learned positions P.
+        num_layers: number of blocks.
+        hidden_size: D.
+        num_heads: N; must divide D.
+        ffn_hidden_size: F.
+        factorised: which of "q", "k", "v", "o" are low-rank; empty for dense attention.
+        rank: R of the factorised projections; not used when none is.
+        layer_norm_eps: epsilon of every LayerNorm.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_positions: int,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        ffn_hidden_size: int,
+        factorised: tuple[str, ...] = (),
+        rank: int | None = None,
+        layer_norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        unknown = set(factorised) - set("qkvo")
+        if unknown:
+            raise ValueError(f"factorised may hold q, k, v and o, not {sorted(unknown)}")
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.positions = nn.Embedding(max_positions, hidden_size)
+        self.blocks = nn.ModuleList(
+            ReferenceBlock(hidden_size, num_heads, ffn_hidden_size, tuple(factorised), rank, layer_norm_eps)
+            for _ in range(num_layers)
+        )
+        self.final_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def _run(
+        self, tokens_BS: Tensor, positions_BS: Tensor | None, documents_BS: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        sequence = tokens_BS.shape[1]
+        order_S = torch.arange(sequence, device=tokens_BS.device)
+        mask_B1ST = (order_S[:, None] >= order_S[None, :])[None, None]
+        if documents_BS is not None:
+            mask_B1ST = mask_B1ST & (documents_BS[:, :, None] == documents_BS[:, None, :])[:, None]
+        if positions_BS is None:
+            positions_BS = order_S.expand_as(tokens_BS)
+        x_BSD = self.embedding(tokens_BS) + self.positions(positions_BS)
+        attention_logits = []
+        for block in self.blocks:
+            x_BSD, logits_BNST = block(x_BSD, mask_B1ST)
+            attention_logits.append(logits_BNST)
+        return self.final_norm(x_BSD), attention_logits
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Computes the logits of the next token.
+
+        Args:
+            tokens: token ids [B, S].
+            positions: position of each token [B, S]; None means 0, 1, ..., S - 1.
+            documents: id of each token's document [B, S]; given, a token attends only within its own document.
+
+        Returns:
+            Logits [B, S, V].
+        """
+        hidden_BSD, _ = self._run(tokens, positions, documents)
+        return hidden_BSD @ self.embedding.weight.T
+
+    def attention_logits(
+        self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> list[Tensor]:
+        """Returns, for each layer, the scaled attention logits [B, N, S, T]; forbidden pairs hold -inf.
+
+        Arguments as in forward.
+        """
+        return self._run(tokens, positions, documents)[1]
+
+    def loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats, plus ``z_loss`` times the mean of log^2 Z (PaLM, Chowdhery et al. 2022, sec. 5).
+
+        Args:
+            logits: [B, S, V].
+            targets: token ids [B, S].
+            z_loss: coefficient of the z-loss term.
+        """
+        log_z_BS = torch.logsumexp(logits, dim=-1)
+        target_logits_BS = logits.gather(-1, targets[..., None]).squeeze(-1)
+        loss = (log_z_BS - target_logits_BS).mean()
+        # The branch keeps a loss without the term bitwise free of it.
+        return loss + z_loss * (log_z_BS**2).mean() if z_loss else loss
