@@ -1,11 +1,12 @@
-"""GPT-2 with multi-head low-rank attention in plain PyTorch: the oracle that every other implementation is compared with.
+"""GPT-2 with multi-head low-rank attention in plain PyTorch: the oracle every other implementation is compared with.
 
-It uses torch and nothing else, spells the mathematics out (no fused kernels, no parallelism, no dropout) and works in float64. Its
-parameters carry the project's canonical names, so full canonical weights load with ``load_state_dict`` once the padded rows of the
-embedding are cut off. It is an oracle only: it is not trained with, not benchmarked and not shipped in exports.
+It uses torch and nothing else, spells the mathematics out (no fused kernels, no parallelism, no dropout) and works in
+float64. Its parameters carry the project's canonical names, so full canonical weights load with ``load_state_dict``
+once the padded rows of the embedding are cut off. It is an oracle only: it is not trained with, not benchmarked and
+not shipped in exports.
 
-Legend of shape suffixes: B batch, S sequence, T key positions (= S), D hidden, N heads, H head dimension, R rank, F feed-forward,
-V vocabulary, P number of positions.
+Legend of shape suffixes: B batch, S sequence, T key positions (= S), D hidden, N heads, H head dimension, R rank,
+F feed-forward, V vocabulary, P number of positions.
 """
 
 import math
@@ -32,7 +33,7 @@ class LowRankProjection(nn.Module):
 class ReferenceAttention(nn.Module):
     """Causal multi-head attention whose projections may each be factorised.
 
-    Weights: q, k, v, o, each either weight [D, D] and bias [D], or down.weight [R, D], up.weight [D, R] and up.bias [D].
+    Weights: q, k, v, o, each either weight [D, D] and bias [D] or down.weight [R, D], up.weight [D, R], up.bias [D].
     """
 
     def __init__(self, hidden_size: int, num_heads: int, factorised: tuple[str, ...], rank: int | None):
