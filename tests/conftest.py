@@ -1,0 +1,21 @@
+"""Fixtures for all tests."""
+
+import os
+
+# Before torch is imported anywhere: tests run on the CPU and one thread per process.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+from tests.support.pool import PoolRegistry, WorkerPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
+    """``worker_pool(world_size)`` gives a pool of that many processes, kept for the whole session."""
+    registry = PoolRegistry()
+    yield registry
+    registry.close()
