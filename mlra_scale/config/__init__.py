@@ -1,0 +1,47 @@
+"""Configuration: schema, presets, loading, validation and the DeepSpeed merge. Imports neither torch nor deepspeed."""
+
+from mlra_scale.config.deepspeed_json import deepspeed_config, offload_optimizer, offload_param, zero_stage
+from mlra_scale.config.loading import load_config
+from mlra_scale.config.presets import preset, preset_names
+from mlra_scale.config.problems import ConfigError, Problem
+from mlra_scale.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ProfileConfig,
+    TevConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from mlra_scale.config.validation import BatchPlan, batch_plan, engine_kind, validate
+
+__all__ = [
+    "BatchPlan",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Problem",
+    "ProfileConfig",
+    "TevConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "batch_plan",
+    "deepspeed_config",
+    "engine_kind",
+    "load_config",
+    "offload_optimizer",
+    "offload_param",
+    "preset",
+    "preset_names",
+    "validate",
+    "zero_stage",
+]

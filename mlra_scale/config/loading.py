@@ -1,0 +1,194 @@
+"""Preset, file, DeepSpeed JSON and dotted overrides become one configuration, with every mistake told at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mlra_scale.config import yaml_text
+from mlra_scale.config.deepspeed_json import check_deepspeed_keys
+from mlra_scale.config.presets import preset_values
+from mlra_scale.config.problems import ConfigError, Problem, model_at, nearest, problems_of
+from mlra_scale.config.schema import Config
+
+
+def load_config(
+    preset: str | None = None,
+    config_file: str | Path | None = None,
+    ds_config_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Builds the configuration of a run; later sources win: preset, config file, DeepSpeed file, overrides.
+
+    Args:
+        preset: Name of a preset, or None. A config file may name one instead.
+        config_file: YAML file with some or all fields; the `config.yaml` of a run directory is one.
+        ds_config_file: JSON file with DeepSpeed's own knobs; replaces the `deepspeed` section as a whole.
+        overrides: "section.field=value" each, the value read as YAML.
+
+    Returns:
+        The configuration, every field checked by itself; `validate` checks them together.
+
+    Raises:
+        ConfigError: With everything that is wrong in all sources.
+    """
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    from_file = _read_config_file(config_file, problems)
+    name = _choose_preset(preset, from_file, problems)
+    if name is not None:
+        try:
+            values = preset_values(name)
+        except ConfigError as error:
+            problems += error.problems
+    _merge(values, from_file)
+    if ds_config_file is not None:
+        values["deepspeed"] = _read_json(Path(ds_config_file), problems)
+    for text in overrides:
+        _apply_override(values, text, problems)
+    if isinstance(values.get("deepspeed"), dict):
+        problems += check_deepspeed_keys(values["deepspeed"])
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        # Without its preset a configuration lacks most fields: the preset is the mistake, not each of them.
+        found = [p for p in problems_of(error, Config) if not (problems and p.remedy.startswith("is required"))]
+        raise ConfigError(problems + found) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        problems.append(Problem(field, str(path), "there is no such file"))
+    except UnicodeDecodeError as error:
+        problems.append(Problem(field, str(path), f"is not UTF-8 text (byte {error.start})"))
+    except OSError as error:
+        problems.append(Problem(field, str(path), f"cannot be read: {error.strerror}"))
+    return None
+
+
+def _read_config_file(path: str | Path | None, problems: list[Problem]) -> dict[str, Any]:
+    if path is None:
+        return {}
+    text = _read_text(Path(path), "--config", problems)
+    if text is None:
+        return {}
+    try:
+        values = yaml_text.load(text)
+    except ValueError as error:
+        problems.append(Problem("--config", str(path), str(error)))
+        return {}
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        problems.append(Problem("--config", str(path), "must hold sections (model:, train:, ...) at its top"))
+        return {}
+    return values
+
+
+def _choose_preset(preset: str | None, from_file: dict[str, Any], problems: list[Problem]) -> str | None:
+    in_file = from_file.get("preset")
+    if in_file is not None and not isinstance(in_file, str):
+        problems.append(Problem("preset", in_file, "must be the name of a preset"))
+        return preset
+    if preset is not None and in_file is not None and preset != in_file:
+        problems.append(Problem("--preset", preset, f"the config file starts from '{in_file}'; name one preset only"))
+    return preset if preset is not None else in_file
+
+
+def _merge(values: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Puts the fields of a file over those of the preset, section by section."""
+    for key, value in extra.items():
+        is_section = model_at(Config, [key]) is not None
+        if is_section and isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **copy.deepcopy(value)}
+        elif is_section and value is None:
+            # A section with all its lines commented out.
+            values.setdefault(key, {})
+        else:
+            values[key] = copy.deepcopy(value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"key '{twice}' is given twice; keep one of them")
+    return values
+
+
+def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    text = _read_text(path, "--ds-config", problems)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        problems.append(Problem("--ds-config", str(path), f"is not valid JSON: {place}: {error.msg}"))
+        return {}
+    except ValueError as error:
+        problems.append(Problem("--ds-config", str(path), str(error)))
+        return {}
+    if not isinstance(values, dict):
+        problems.append(Problem("--ds-config", str(path), "must be a JSON object: { ... }"))
+        return {}
+    return values
+
+
+def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) -> None:
+    """Sets one dotted field from "a.b=value"."""
+    path, separator, value_text = text.partition("=")
+    if not separator or not path:
+        problems.append(Problem("override", text, "must look like section.field=value"))
+        return
+    try:
+        value = yaml_text.load(value_text)
+    except ValueError as error:
+        problems.append(Problem(path, value_text, f"is not YAML: {error}"))
+        return
+    parts = _split_path(path, problems)
+    if parts is None:
+        return
+    target = values
+    for part in parts[:-1]:
+        inner = target.get(part)
+        if not isinstance(inner, dict):
+            inner = target[part] = {}
+        target = inner
+    target[parts[-1]] = value
+
+
+def _split_path(path: str, problems: list[Problem]) -> list[str] | None:
+    """Splits a dotted path into keys, or records why it leads nowhere."""
+    parts = path.split(".")
+    model: type[BaseModel] | None = Config
+    for index, part in enumerate(parts):
+        assert model is not None
+        if part not in model.model_fields:
+            problems.append(Problem(path, None, f"unknown key '{part}'" + nearest(part, model.model_fields)))
+            return None
+        inner = model_at(model, [part])
+        if inner is not None:
+            model = inner
+            continue
+        rest = parts[index + 1 :]
+        if not rest or part == "deepspeed":
+            return parts
+        if part == "blend":
+            # The keys of a blend are paths, which have dots of their own.
+            return [*parts[: index + 1], ".".join(rest)]
+        problems.append(Problem(path, None, f"'{part}' is a value and has no fields"))
+        return None
+    problems.append(Problem(path, None, f"is a section; set one of its fields: {', '.join(model.model_fields)}"))
+    return None

@@ -1,0 +1,138 @@
+"""How a configuration mistake is told: which field, what it holds, what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the dotted field, the value found there and what is wrong with it and how to mend it."""
+
+    field: str
+    value: Any
+    remedy: str
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return f"{self.field} = {shown}: {self.remedy}"
+
+
+class ConfigError(ValueError):
+    """Every problem of a configuration at once; its text has one line per problem."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "a ConfigError needs at least one problem"
+        self.problems = list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" for the known name closest to `name`, or the list of known names if none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.55)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    """Returns the pydantic model inside an annotation, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            found = _submodel(argument)
+            if found is not None:
+                return found
+    return None
+
+
+def model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
+    """Returns the model that the dotted path `path` of `model` leads to, or None if it leads to no model."""
+    current: type[BaseModel] | None = model
+    for part in path:
+        field = current.model_fields.get(str(part)) if current is not None else None
+        current = _submodel(field.annotation) if field is not None else None
+    return current
+
+
+def _value_hint(value: Any) -> str:
+    """Says what kind of thing was given where the type was wrong, in the words of YAML."""
+    names = {str: "text", bool: "true/false", int: "an integer", float: "a fraction", type(None): "null"}
+    names |= {list: "a list", tuple: "a list", dict: "a mapping"}
+    hint = names.get(type(value), type(value).__name__)
+    if value == "auto":
+        return "the text 'auto' (give the value itself: derived values are derived here, not filled in later)"
+    return hint
+
+
+_WANTED_TYPE = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text (quote it if it looks like a number or true/false)",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+def _remedy(error: Any, model: type[BaseModel]) -> str:
+    """Turns one pydantic error into a sentence that says what to write instead."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner = model_at(model, error["loc"][:-1])
+        return "unknown key" + nearest(str(error["loc"][-1]), owner.model_fields if owner else ())
+    if kind == "missing":
+        return "is required and has no default; set it, or start from a preset"
+    if kind in _WANTED_TYPE:
+        return f"must be {_WANTED_TYPE[kind]}, not {_value_hint(value)}"
+    if kind == "literal_error":
+        return f"must be one of {context['expected']}" + (
+            nearest(value, [name.strip("' ") for name in context["expected"].replace(" or ", ",").split(",")])
+            if isinstance(value, str) and "did you mean" in nearest(value, context["expected"].split("'")[1::2])
+            else ""
+        )
+    signs = {"greater_than": (">", "gt"), "greater_than_equal": (">=", "ge"), "less_than": ("<", "lt")}
+    signs |= {"less_than_equal": ("<=", "le")}
+    if kind in signs:
+        sign, key = signs[kind]
+        return f"must be {sign} {context[key]}"
+    if kind == "finite_number":
+        return "must be a finite number"
+    if kind == "value_error":
+        return str(context["error"])
+    text = str(error["msg"])
+    return text[0].lower() + text[1:]
+
+
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Translates pydantic's errors into problems.
+
+    Args:
+        error: What pydantic raised while validating `model`.
+        model: The model whose fields the error speaks of (used to find the nearest known key).
+
+    Returns:
+        One problem per field, in the order of the fields.
+    """
+    found: dict[str, Problem] = {}
+    for entry in error.errors():
+        # A union reports one error per branch under a path that ends in the branch's name; the first one names the
+        # wanted type and is enough for a reader.
+        parts = [str(part) for part in entry["loc"] if not str(part).startswith(("tuple[", "function-", "dict["))]
+        field = ".".join(parts)
+        value = None if entry["type"] == "missing" else entry["input"]
+        found.setdefault(field, Problem(field, value, _remedy(entry, model)))
+    return list(found.values())

@@ -1,0 +1,298 @@
+"""Rules that join several fields or the number of ranks: all of them are checked, all that fail are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlra_scale.config.deepspeed_json import check_deepspeed_keys, offload_optimizer, offload_param, zero_stage
+from mlra_scale.config.problems import ConfigError, Problem
+from mlra_scale.config.schema import Config
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a run: degrees, micro-batches and tokens.
+
+    Attributes:
+        world_size: Number of ranks: tensor * pipeline * data.
+        tensor: Tensor-parallel degree.
+        pipeline: Number of pipeline stages.
+        data: Data-parallel degree.
+        micro_batch_size: Sequences that a data-parallel rank passes at once.
+        accumulation_steps: Micro-batches of a data-parallel rank per optimizer step.
+        global_batch_size: Sequences per optimizer step: micro_batch_size * accumulation_steps * data.
+        sequence_length: Tokens per sequence.
+        tokens_per_step: Tokens per optimizer step.
+    """
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    data: int
+    micro_batch_size: int
+    accumulation_steps: int
+    global_batch_size: int
+    sequence_length: int
+    tokens_per_step: int
+
+
+def engine_kind(config: Config) -> str:
+    """Returns the engine that "auto" stands for: "pipeline" with several stages, otherwise "zero"."""
+    if config.parallel.engine != "auto":
+        return config.parallel.engine
+    return "pipeline" if config.parallel.pipeline > 1 else "zero"
+
+
+def batch_plan(config: Config, world_size: int) -> BatchPlan:
+    """Derives the batch arithmetic.
+
+    Args:
+        config: The configuration.
+        world_size: Number of ranks.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The ranks do not divide into the layout, or the batch not over the ranks.
+    """
+    problems = list(_batch_problems(config, world_size))
+    if problems:
+        raise ConfigError(problems)
+    parallel, train = config.parallel, config.train
+    data = world_size // (parallel.tensor * parallel.pipeline)
+    return BatchPlan(
+        world_size=world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=data,
+        micro_batch_size=train.micro_batch_size,
+        accumulation_steps=train.global_batch_size // (train.micro_batch_size * data),
+        global_batch_size=train.global_batch_size,
+        sequence_length=train.sequence_length,
+        tokens_per_step=train.global_batch_size * train.sequence_length,
+    )
+
+
+def validate(config: Config, world_size: int, device: str | None = None) -> None:
+    """Checks everything that needs more than one field.
+
+    Args:
+        config: The configuration.
+        world_size: Number of ranks that run (or, for a dry run, would run) it.
+        device: "cpu" or "cuda" where train.device "auto" has been resolved; None takes train.device as it stands.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    problems = [
+        *_shape_problems(config),
+        *_attention_problems(config),
+        *_layout_problems(config),
+        *_batch_problems(config, world_size),
+        *_engine_problems(config),
+        *_run_problems(config, device or config.train.device),
+        *_data_problems(config),
+        *check_deepspeed_keys(config.deepspeed),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _divisors(number: int, limit: int = 64) -> str:
+    """Lists the divisors of a number up to a limit, for remedies that say what would fit."""
+    return ", ".join(str(d) for d in range(1, min(number, limit) + 1) if number % d == 0)
+
+
+def _shape_problems(config: Config) -> Iterator[Problem]:
+    model, train = config.model, config.train
+    if model.hidden_size % model.num_heads:
+        yield Problem(
+            "model.num_heads",
+            model.num_heads,
+            f"model.hidden_size {model.hidden_size} is not divisible by it; use one of {_divisors(model.hidden_size)}",
+        )
+    if train.sequence_length > model.max_positions:
+        yield Problem(
+            "train.sequence_length",
+            train.sequence_length,
+            f"is longer than model.max_positions {model.max_positions}; shorten it or raise model.max_positions",
+        )
+
+
+def _attention_problems(config: Config) -> Iterator[Problem]:
+    model = config.model
+    if model.attention_rank is not None and model.attention_rank > model.hidden_size:
+        yield Problem(
+            "model.attention_rank",
+            model.attention_rank,
+            f"is larger than model.hidden_size {model.hidden_size}, where a factorisation only adds parameters; "
+            f"use at most {model.hidden_size}",
+        )
+    if model.attention == "mlra" and model.attention_init == "matched-to-mlra":
+        yield Problem(
+            "model.attention_init",
+            model.attention_init,
+            "is the control for a dense model; with model.attention mlra use gpt2, xavier or matched",
+        )
+    if model.attention == "dense" and model.attention_init == "matched":
+        yield Problem(
+            "model.attention_init",
+            model.attention_init,
+            "is for factors; with model.attention dense use gpt2, xavier or matched-to-mlra",
+        )
+    needs_factors = model.attention == "mlra" or model.attention_init == "matched-to-mlra"
+    if needs_factors and not model.factorised_projections:
+        yield Problem(
+            "model.factorised_projections",
+            list(model.factorised_projections),
+            "names nothing to factorise; name some of q, k, v, o, or use model.attention=dense",
+        )
+
+
+def _layout_problems(config: Config) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor
+    for name, value in (
+        ("model.num_heads", model.num_heads),
+        ("model.ffn_hidden_size", model.ffn_size),
+        ("model.hidden_size", model.hidden_size),
+    ):
+        if value % tensor:
+            yield Problem(
+                "parallel.tensor", tensor, f"{name} {value} is not divisible by it; use one of {_divisors(value)}"
+            )
+    if model.padded_vocab_size % tensor:
+        yield Problem(
+            "parallel.tensor",
+            tensor,
+            f"the padded vocabulary of {model.padded_vocab_size} rows is not divisible by it; choose "
+            "model.vocab_padding_multiple divisible by every tensor-parallel degree you want to use",
+        )
+    if model.num_layers < parallel.pipeline:
+        yield Problem(
+            "parallel.pipeline",
+            parallel.pipeline,
+            f"there are only {model.num_layers} layers (model.num_layers); use at most that many stages",
+        )
+
+
+def _batch_problems(config: Config, world_size: int) -> Iterator[Problem]:
+    parallel, train = config.parallel, config.train
+    if parallel.world_size is not None and parallel.world_size != world_size:
+        yield Problem(
+            "parallel.world_size",
+            parallel.world_size,
+            f"{world_size} ranks are running; start {parallel.world_size} or correct the field",
+        )
+    per_replica = parallel.tensor * parallel.pipeline
+    if world_size % per_replica:
+        yield Problem(
+            "parallel.tensor * parallel.pipeline",
+            per_replica,
+            f"{world_size} ranks are not divisible by {parallel.tensor} * {parallel.pipeline}; "
+            f"start a multiple of {per_replica} ranks or change the degrees",
+        )
+        return
+    data = world_size // per_replica
+    unit = train.micro_batch_size * data
+    if train.global_batch_size % unit:
+        below = train.global_batch_size // unit * unit
+        near = f"{below} or {below + unit}" if below else str(unit)
+        yield Problem(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"is not divisible by train.micro_batch_size {train.micro_batch_size} times {data} data-parallel ranks; "
+            f"use {near}, or another micro-batch",
+        )
+
+
+def _engine_problems(config: Config) -> Iterator[Problem]:
+    parallel, stage = config.parallel, zero_stage(config)
+    if parallel.engine == "zero" and parallel.pipeline > 1:
+        yield Problem(
+            "parallel.engine",
+            "zero",
+            f"cannot run parallel.pipeline {parallel.pipeline} stages; use pipeline or auto, or one stage",
+        )
+    elif engine_kind(config) == "pipeline" and stage >= 2:
+        yield Problem(
+            "deepspeed.zero_optimization.stage",
+            stage,
+            "cannot be used with the pipeline engine: a pipeline adds up the whole gradient over its micro-batches before "
+            "one reduction at the end, while stage 2 and 3 cut the gradient up after each of them, so DeepSpeed refuses the "
+            "pair; use stage 0 or 1, or parallel.pipeline=1 with the zero engine",
+        )
+    if offload_optimizer(config) and stage == 0:
+        yield Problem(
+            "deepspeed.zero_optimization.offload_optimizer",
+            "cpu",
+            "needs ZeRO: without a stage the optimizer would stay where it is; set zero_optimization.stage to 1, 2 or 3",
+        )
+    if offload_optimizer(config) and engine_kind(config) == "pipeline":
+        yield Problem(
+            "deepspeed.zero_optimization.offload_optimizer",
+            "cpu",
+            "is for the zero engine; use parallel.pipeline=1 or take it out",
+        )
+    if offload_param(config) and stage != 3:
+        yield Problem(
+            "deepspeed.zero_optimization.offload_param",
+            "cpu",
+            f"works with ZeRO stage 3 only, not {stage}; set zero_optimization.stage to 3 or take it out",
+        )
+
+
+def _run_problems(config: Config, device: str) -> Iterator[Problem]:
+    train, optim, profile = config.train, config.optim, config.profile
+    if train.precision == "fp16" and device == "cpu":
+        yield Problem("train.precision", "fp16", "runs on cuda only; on the CPU use bf16 or fp32")
+    if optim.warmup_steps > train.steps:
+        yield Problem(
+            "optim.warmup_steps",
+            optim.warmup_steps,
+            f"is longer than the run of {train.steps} steps (train.steps): the rate would never reach optim.lr",
+        )
+    elif optim.schedule == "wsd" and optim.decay_steps is not None:
+        if optim.warmup_steps + optim.decay_steps > train.steps:
+            yield Problem(
+                "optim.decay_steps",
+                optim.decay_steps,
+                f"does not fit behind {optim.warmup_steps} steps of warm-up into train.steps {train.steps}; shorten it",
+            )
+    if optim.schedule == "constant" and optim.decay_steps is not None:
+        yield Problem("optim.decay_steps", optim.decay_steps, "a constant schedule has no decay; leave it null")
+    if (profile.start is None) != (profile.stop is None):
+        yield Problem(
+            "profile.start" if profile.start is None else "profile.stop", None, "give profile.start and profile.stop both"
+        )
+    elif profile.start is not None and profile.stop is not None:
+        if profile.stop <= profile.start:
+            yield Problem("profile.stop", profile.stop, f"must come after profile.start {profile.start}")
+        if profile.stop > train.steps:
+            yield Problem("profile.stop", profile.stop, f"must be within train.steps {train.steps}")
+    if config.tev.extremes > config.model.vocab_size:
+        yield Problem(
+            "tev.extremes", config.tev.extremes, f"there are only {config.model.vocab_size} tokens (model.vocab_size)"
+        )
+
+
+def _data_problems(config: Config) -> Iterator[Problem]:
+    data, model = config.data, config.model
+    if data.path is not None and data.blend is not None:
+        yield Problem("data.blend", data.blend, "data.path is set as well; give one of them and leave the other null")
+    if data.blend is not None and not data.blend:
+        yield Problem("data.blend", data.blend, "is empty; name at least one data set, or use data.path")
+    if data.reset_positions and data.document_attention != "masked":
+        yield Problem(
+            "data.reset_positions",
+            True,
+            "two documents that see each other would share positions; set data.document_attention=masked",
+        )
+    if data.end_of_document_token is not None and data.end_of_document_token >= model.vocab_size:
+        yield Problem(
+            "data.end_of_document_token",
+            data.end_of_document_token,
+            f"is no token of a vocabulary of {model.vocab_size} (model.vocab_size)",
+        )

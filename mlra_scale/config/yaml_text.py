@@ -1,0 +1,105 @@
+"""YAML as this project reads and writes it: the scalars of YAML 1.2's core schema, and no duplicate keys.
+
+YAML 1.1, PyYAML's default, reads `1e-3` as text, `on` as true, `1:30` as 90 and keeps the last of two equal keys without
+a word. Each of these has cost somebody a training run, so the loader here has its own rules and the dumper writes by the
+same ones, so that what is written is read back equal.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_RESOLVERS = (
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+.0123456789"),
+    ),
+)
+
+
+def _install_resolvers(target: Any) -> None:
+    target.yaml_implicit_resolvers = {}
+    for tag, pattern, first in _RESOLVERS:
+        target.add_implicit_resolver(tag, pattern, first)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with core-schema scalars that refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
+        first_seen: dict[Any, Any] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in first_seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"key '{key}' is given twice, first on line {first_seen[key].line + 1}; keep one of them",
+                    key_node.start_mark,
+                )
+            first_seen[key] = key_node.start_mark
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        # PyYAML's own constructor would read 010 as octal; the core schema says decimal.
+        return int(self.construct_scalar(node))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes by the loader's rules."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_install_resolvers(_Loader)
+_install_resolvers(_Dumper)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def load(text: str) -> Any:
+    """Parses one YAML document.
+
+    Args:
+        text: The document.
+
+    Returns:
+        Plain Python values.
+
+    Raises:
+        ValueError: The text is not YAML or a key is given twice; the message has line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(f"{place}{error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def dump(data: Any) -> str:
+    """Writes plain Python values as a YAML document that `load` reads back equal.
+
+    Args:
+        data: Mappings, lists, text, numbers, booleans and None.
+
+    Returns:
+        The document, keys in the order given.
+    """
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=100)
