@@ -1,0 +1,116 @@
+"""Causal multi-head self-attention, dense or with low-rank projections (MLRA).
+
+Shape suffixes: B batch, S sequence (query), D hidden, N heads on this rank, H head dimension, R rank. D / TP is N H.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import nn
+from torch.nn import functional
+
+from mlra_scale.model.context import ModelContext
+from mlra_scale.model.linear import (
+    LowRankInputProjection,
+    LowRankOutputProjection,
+    column_linear,
+    copy_to_tensor_parallel,
+    row_linear,
+)
+from mlra_scale.model.randomness import dropout_attention, key_of
+
+Recorder = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of one block; each of q, k, v, o is dense or factorised, as the configuration says.
+
+    q, k, v dense: weight [D, D], sharded over TP: dim 0; bias [D], sharded over TP: dim 0
+    q, k, v factorised: see LowRankInputProjection
+    o dense: weight [D, D], sharded over TP: dim 1; bias [D], replicated over TP
+    o factorised: see LowRankOutputProjection
+    """
+
+    def __init__(self, context: ModelContext, name: str, block: int) -> None:
+        super().__init__()
+        model = context.model
+        self.context = context
+        self.block = block
+        self.num_heads_local = model.num_heads // context.tensor_parallel
+        self.first_head = self.num_heads_local * context.tensor_rank
+        self.dropout_key = key_of(context.seed, f"{name}/weights")
+        self.recorder: Recorder | None = None
+        for projection in ("q", "k", "v"):
+            build = LowRankInputProjection if model.is_factorised(projection) else column_linear
+            setattr(self, projection, build(context, f"{name}.{projection}"))
+        self.o = (LowRankOutputProjection if model.is_factorised("o") else row_linear)(context, f"{name}.o")
+
+    def forward(
+        self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the attention's contribution to the residual stream, [B, S, D], equal on all TP ranks."""
+        q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
+        mask_B1SS = None if documents_BS is None else _document_mask(documents_BS)
+        if self.recorder is not None:
+            self._record(q_BNSH, k_BNSH, mask_B1SS)
+        probability = self.context.model.attention_dropout if self.training else 0.0
+        if probability > 0.0:
+            assert sample_ids_B is not None
+            weights_BNSS = torch.softmax(_logits(q_BNSH, k_BNSH, mask_B1SS), dim=-1).to(v_BNSH.dtype)
+            weights_BNSS = dropout_attention(
+                weights_BNSS, probability, self.dropout_key, sample_ids_B, self.first_head
+            )
+            heads_BNSH = weights_BNSS @ v_BNSH
+        else:
+            heads_BNSH = functional.scaled_dot_product_attention(
+                q_BNSH, k_BNSH, v_BNSH, attn_mask=mask_B1SS, is_causal=mask_B1SS is None
+            )
+        heads_BSD = heads_BNSH.transpose(1, 2).flatten(2)
+        output = self.o(heads_BSD)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _project(self, hidden_BSD: torch.Tensor) -> list[torch.Tensor]:
+        """q, k, v of this rank's heads, [B, N, S, H] each.
+
+        What enters the sharded matrices - the hidden state, the latents, or both - shares one gradient all-reduce.
+        """
+        projections = (self.q, self.k, self.v)
+        latents = [p.down(hidden_BSD) for p in projections if isinstance(p, LowRankInputProjection)]
+        has_dense = any(isinstance(p, ColumnParallelLinear) for p in projections)
+        replicated = ([hidden_BSD] if has_dense else []) + latents
+        entered = iter(copy_to_tensor_parallel(self.context, *replicated))
+        hidden = next(entered) if has_dense else None
+        outputs = []
+        for projection in projections:
+            factorised = isinstance(projection, LowRankInputProjection)
+            column = projection.up if factorised else projection
+            output, _ = column(next(entered) if factorised else hidden)
+            outputs.append(output.unflatten(-1, (self.num_heads_local, -1)).transpose(1, 2))
+        return outputs
+
+    @torch.no_grad()
+    def _record(self, q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, mask_B1SS: torch.Tensor | None) -> None:
+        """Hands this rank's attention logits (fp32, masked ones -inf) and entropies [B, N, S] to the recorder."""
+        assert self.recorder is not None
+        logits_BNSS = _logits(q_BNSH, k_BNSH, mask_B1SS)
+        log_weights = torch.log_softmax(logits_BNSS, dim=-1)
+        weights = log_weights.exp()
+        entropy_BNS = -(weights * log_weights.masked_fill(weights == 0.0, 0.0)).sum(-1)
+        self.recorder(self.block, logits_BNSS, entropy_BNS)
+
+
+def _document_mask(documents_BS: torch.Tensor) -> torch.Tensor:
+    """Boolean [B, 1, S, S]: True where the key is not later than the query and of the same document."""
+    same = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def _logits(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, mask_B1SS: torch.Tensor | None) -> torch.Tensor:
+    """Scaled attention logits in fp32, [B, N, S, S]; -inf where attention is not allowed."""
+    logits_BNSS = (q_BNSH @ k_BNSH.transpose(-1, -2)).float() / math.sqrt(q_BNSH.size(-1))
+    if mask_B1SS is None:
+        size = logits_BNSS.size(-1)
+        mask_B1SS = torch.ones(size, size, dtype=torch.bool, device=logits_BNSS.device).tril()
+    return logits_BNSS.masked_fill(~mask_B1SS, float("-inf"))

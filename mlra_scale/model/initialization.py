@@ -1,0 +1,120 @@
+"""Initial weights: a pure function of (seed, canonical name), equal in every layout.
+
+| weight                         | `gpt2`            | `xavier`                 | `matched` (MLRA)          | `matched-to-mlra` (dense)     |
+|--------------------------------|-------------------|--------------------------|---------------------------|-------------------------------|
+| embedding, positions           | std               | std                      | std                       | std                           |
+| dense q, k, v                  | std               | sqrt(2 / (in + out))     | -                         | std of the paired U D product |
+| dense o                        | std / sqrt(2 L)   | std / sqrt(2 L)          | std / sqrt(2 L)           | std / sqrt(2 L), or the       |
+|                                |                   |                          |                           | product's if o is paired too  |
+| factors down [R, D], up [D, R] | std, std          | sqrt(2 / (D + R)), each  | sqrt(std) R^(-1/4), each  | -                             |
+| up factor of o                 | that, times 1 / sqrt(2 L): GPT-2's depth scaling of a residual projection, on one factor only               |
+| mlp.fc_in                      | std               | std                      | std                       | std                           |
+| mlp.fc_out                     | std / sqrt(2 L)   | std / sqrt(2 L)          | std / sqrt(2 L)           | std / sqrt(2 L)               |
+| biases / norm weights          | 0 / 1             | 0 / 1                    | 0 / 1                     | 0 / 1                         |
+
+All are normal with mean 0; std is the base std (`model.init_std`, with `model.init_width_rule`), L the number of
+blocks. The product of two factors with stds a and b has element std a b sqrt(R), which `matched` solves for std and
+`matched-to-mlra`, the control of the paper's claim, copies into a dense weight. The paper's own initialization is
+not known to us: these are our choices.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from mlra_scale.config import ModelConfig
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.randomness import keyed_generator
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Standard deviation of Xavier (Glorot) normal initialization."""
+    return math.sqrt(2.0 / (fan_in + fan_out))
+
+
+def factor_std(model: ModelConfig, scheme: str) -> float:
+    """Standard deviation of each of the two factors under `scheme` (`gpt2`, `xavier` or `matched`)."""
+    if scheme == "xavier":
+        return xavier_std(model.hidden_size, model.rank)
+    if scheme == "matched":
+        return math.sqrt(model.base_std) * model.rank**-0.25
+    return model.base_std
+
+
+def product_std(model: ModelConfig, scheme: str) -> float:
+    """Standard deviation of an element of W_U W_D when both factors are drawn under `scheme`."""
+    return factor_std(model, scheme) ** 2 * math.sqrt(model.rank)
+
+
+def initial_std(model: ModelConfig, info: ParameterInfo) -> float:
+    """Standard deviation of a weight's initial values; 0 for biases and norms (see the module's table)."""
+    if info.kind in ("bias", "norm"):
+        return 0.0
+    parts = info.name.split(".")
+    residual_scale = 1.0 / math.sqrt(2.0 * model.num_layers)
+    if info.kind == "factor":
+        scale = residual_scale if parts[-3:-1] == ["o", "up"] else 1.0
+        return factor_std(model, model.attention_init) * scale
+    if parts[-2] == "fc_out":
+        return model.base_std * residual_scale
+    if parts[-2] in ("q", "k", "v", "o"):
+        return _dense_projection_std(model, parts[-2]) * (residual_scale if parts[-2] == "o" else 1.0)
+    return model.base_std
+
+
+def _dense_projection_std(model: ModelConfig, projection: str) -> float:
+    if model.attention == "dense" and projection in model.factorised_projections:
+        if model.attention_init == "matched-to-mlra":
+            return product_std(model, model.paired_mlra_init)
+        if model.attention_init == "xavier" and projection != "o":
+            return xavier_std(model.hidden_size, model.hidden_size)
+    return model.base_std
+
+
+@torch.no_grad()
+def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: ParameterInfo, seed: int) -> None:
+    """Fills a tensor of the parameter's global shape with its initial values.
+
+    The values are drawn in fp32 on the CPU whatever the tensor's device and type, so that they do not depend on either.
+
+    Args:
+        tensor: Destination of shape `info.shape`.
+        model: The model's configuration.
+        info: The table's entry.
+        seed: The run's seed.
+    """
+    assert tuple(tensor.shape) == info.shape, (info.name, tuple(tensor.shape), info.shape)
+    if info.kind == "bias":
+        tensor.zero_()
+    elif info.kind == "norm":
+        tensor.fill_(1.0 if info.name.endswith(".weight") else 0.0)
+    else:
+        # empty_like: DeepSpeed's zero.Init patches torch.empty to make tensors of the training precision.
+        values = torch.empty_like(tensor, dtype=torch.float32, device="cpu")
+        values.normal_(0.0, initial_std(model, info), generator=keyed_generator(seed, info.name))
+        if info.kind == "embedding":
+            values[model.vocab_size :] = 0.0
+        tensor.copy_(values)
+
+
+def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Returns every initial global tensor by canonical name (fp32, CPU); for tests and small models."""
+    state = {}
+    for name, info in ParameterTable(model).items():
+        state[name] = torch.empty(info.shape)
+        fill_initial_values(state[name], model, info, seed)
+    return state
+
+
+class Initializer:
+    """Hands out, per canonical name, a function that fills a global tensor in place (Megatron's `init_method`)."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self.model = model
+        self.seed = seed
+        self.table = ParameterTable(model)
+
+    def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
+        info = self.table[name]
+        return lambda tensor: fill_initial_values(tensor, self.model, info, self.seed)

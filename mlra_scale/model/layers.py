@@ -1,0 +1,182 @@
+"""The model as one list of layers, from which both engines are built.
+
+Between layers travels a tuple (hidden_BSD, *context): the context holds the document ids and sample ids where they
+are used (see ModelContext.context_of). The first layer takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
+
+Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mlra_scale.model.attention import SelfAttention
+from mlra_scale.model.context import ModelContext
+from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear
+from mlra_scale.model.randomness import dropout_hidden, key_of
+
+Stream = tuple[torch.Tensor, ...]
+
+
+class TokenEmbedding(VocabParallelEmbedding):
+    """Token embedding, shared with the output head.
+
+    weight: [V_padded, D], sharded over TP: dim 0; rows from vocab_size on are padding and stay zero
+    """
+
+    def __init__(self, context: ModelContext) -> None:
+        model = context.model
+        super().__init__(
+            model.padded_vocab_size,
+            model.hidden_size,
+            init_method=context.initialize("embedding.weight"),
+            config=context.megatron,
+            tp_group=context.tensor_group,
+        )
+        self.context = context
+        num_rows_local = model.padded_vocab_size // context.tensor_parallel
+        rows_V = torch.arange(num_rows_local) + num_rows_local * context.tensor_rank
+        # A bias of -inf removes padded columns from the softmax at no cost (the matrix product adds it anyway).
+        bias_V = torch.zeros(num_rows_local).masked_fill_(rows_V >= model.vocab_size, float("-inf"))
+        has_padding = model.padded_vocab_size > model.vocab_size
+        self.register_buffer("padding_bias_V", bias_V if has_padding else None, persistent=False)
+
+    def forward(self, inputs: Stream) -> Stream:
+        """(tokens_BS, positions_BS, documents_BS, sample_ids_B) -> (hidden_BSD, positions_BS, documents_BS, ...)."""
+        tokens_BS, *rest = inputs
+        return (super().forward(tokens_BS), *rest)
+
+    def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of the output logits, [B, S, V]; padded columns are -inf."""
+        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        bias_V = None if self.padding_bias_V is None else self.padding_bias_V.to(self.weight.dtype)
+        return functional.linear(entered_BSD, self.weight, bias_V)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions, and the embedding dropout. A layer of its own: only the token embedding is tied.
+
+    weight: [max_positions, D], replicated over TP
+    """
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = nn.Parameter(torch.empty(context.initialize.table["positions.weight"].shape))
+        context.initialize("positions.weight")(self.weight)
+        self.dropout_key = key_of(context.seed, "embedding/dropout")
+
+    def forward(self, inputs: Stream) -> Stream:
+        """(hidden_BSD, positions_BS, documents_BS, sample_ids_B) -> (hidden_BSD, *context)."""
+        hidden_BSD, positions_BS, documents_BS, sample_ids_B = inputs
+        hidden_BSD = hidden_BSD + functional.embedding(positions_BS, self.weight)
+        probability = self.context.model.embedding_dropout if self.training else 0.0
+        if probability > 0.0:
+            hidden_BSD = dropout_hidden(hidden_BSD, probability, self.dropout_key, sample_ids_B)
+        return (hidden_BSD, *self.context.context_of(documents_BS, sample_ids_B))
+
+
+class FeedForward(nn.Module):
+    """GPT-2's two-layer perceptron with the tanh form of GELU.
+
+    fc_in.weight: [F, D], sharded over TP: dim 0; fc_in.bias: [F], sharded over TP: dim 0
+    fc_out.weight: [D, F], sharded over TP: dim 1; fc_out.bias: [D], replicated over TP
+    """
+
+    def __init__(self, context: ModelContext, name: str) -> None:
+        super().__init__()
+        self.context = context
+        self.fc_in = column_linear(context, f"{name}.fc_in")
+        self.fc_out = row_linear(context, f"{name}.fc_out")
+
+    def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        expanded_BSF, _ = self.fc_in(entered_BSD)
+        output_BSD, _ = self.fc_out(functional.gelu(expanded_BSF, approximate="tanh"))
+        return output_BSD
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: h + attention(LN(h)), then h + feed-forward(LN(h)).
+
+    attention_norm, mlp_norm: weight [D], bias [D], replicated over TP
+    """
+
+    def __init__(self, context: ModelContext, index: int) -> None:
+        super().__init__()
+        model, name = context.model, f"blocks.{index}"
+        self.context = context
+        self.attention_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
+        self.attention = SelfAttention(context, f"{name}.attention", index)
+        self.mlp_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
+        self.mlp = FeedForward(context, f"{name}.mlp")
+        self.dropout_keys = tuple(key_of(context.seed, f"{name}/{site}") for site in ("attention", "mlp"))
+
+    def forward(self, stream: Stream) -> Stream:
+        hidden_BSD, *context = stream
+        if self.context.has_activation_checkpointing and torch.is_grad_enabled():
+            # No generator state to preserve: dropout is keyed, so the recomputation draws the same masks.
+            hidden_BSD = checkpoint(
+                self._residual, hidden_BSD, *context, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden_BSD = self._residual(hidden_BSD, *context)
+        return (hidden_BSD, *context)
+
+    def _residual(self, hidden_BSD: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+        documents_BS, sample_ids_B = self.context.split_context(context)
+        attended_BSD = self.attention(self.attention_norm(hidden_BSD), documents_BS, sample_ids_B)
+        hidden_BSD = hidden_BSD + self._dropout(attended_BSD, 0, sample_ids_B)
+        return hidden_BSD + self._dropout(self.mlp(self.mlp_norm(hidden_BSD)), 1, sample_ids_B)
+
+    def _dropout(self, branch_BSD: torch.Tensor, site: int, sample_ids_B: torch.Tensor | None) -> torch.Tensor:
+        probability = self.context.model.residual_dropout if self.training else 0.0
+        if probability == 0.0:
+            return branch_BSD
+        assert sample_ids_B is not None
+        return dropout_hidden(branch_BSD, probability, self.dropout_keys[site], sample_ids_B)
+
+
+class FinalNorm(nn.LayerNorm):
+    """The last LayerNorm: (hidden_BSD, *context) -> hidden_BSD.
+
+    weight, bias: [D], replicated over TP
+    """
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
+
+    def forward(self, stream: Stream) -> torch.Tensor:
+        return super().forward(stream[0])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One entry of the layer list.
+
+    Attributes:
+        name: Canonical prefix of the layer's parameters.
+        build: Makes the module.
+        module_class: Class of the module that `build` makes.
+    """
+
+    name: str
+    module_class: type[nn.Module]
+    build: Callable[[], nn.Module]
+
+
+def model_layers(context: ModelContext) -> list[Layer]:
+    """The layers in order, without the head, which is `TokenEmbedding.logits` of the first one."""
+    layers = [
+        Layer("embedding", TokenEmbedding, lambda: TokenEmbedding(context)),
+        Layer("positions", PositionEmbedding, lambda: PositionEmbedding(context)),
+    ]
+    for index in range(context.model.num_layers):
+        layers.append(Layer(f"blocks.{index}", Block, lambda index=index: Block(context, index)))  # type: ignore[misc]
+    layers.append(Layer("final_norm", FinalNorm, lambda: FinalNorm(context)))
+    return layers

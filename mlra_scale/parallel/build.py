@@ -1,0 +1,33 @@
+"""Chooses and builds the engine that a configuration asks for."""
+
+from mlra_scale.config import BatchPlan, Config
+from mlra_scale.model.context import ModelContext
+from mlra_scale.parallel.engine import Engine
+from mlra_scale.parallel.pipeline_engine import PipelineEngine
+from mlra_scale.parallel.topology import Topology
+from mlra_scale.parallel.zero_engine import ZeroEngine
+
+
+def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
+    """Builds the model on this rank and the engine around it; collective.
+
+    One stage never builds a pipeline unless `parallel.engine` asks for it.
+
+    Args:
+        config: A validated configuration.
+        plan: Its batch plan for this world.
+        topology: The mesh.
+
+    Returns:
+        The engine, weights initialized.
+    """
+    context = ModelContext(
+        model=config.model,
+        seed=config.train.seed,
+        tensor_group=topology.tensor_group,
+        has_document_mask=config.data.document_attention == "masked",
+        has_activation_checkpointing=config.parallel.activation_checkpointing == "block",
+    )
+    is_pipeline = config.parallel.engine == "pipeline" or topology.pipeline > 1
+    engine_class = PipelineEngine if is_pipeline else ZeroEngine
+    return engine_class(config, plan, topology, context)

@@ -1,0 +1,309 @@
+"""The interface that both engines offer, and what they share.
+
+Everything above this interface (loop, stability, checkpoints) does not know which engine it talks to.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mlra_scale.config import BatchPlan, Config, OptimConfig, deepspeed_config, offload_optimizer, zero_stage
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view
+from mlra_scale.parallel.topology import Topology
+
+
+class MicroBatch(Protocol):
+    """The tensors of one micro-batch (int64; B samples of S tokens), as data.Batch has them."""
+
+    tokens_BS: torch.Tensor
+    targets_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    documents_BS: torch.Tensor
+    sample_ids_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class UpdateProposal:
+    """What is known right before an optimizer update; the same numbers on every rank.
+
+    Attributes:
+        loss: Mean loss of the global batch.
+        gradient_norm: Global L2 norm of its gradient, before clipping.
+    """
+
+    loss: float
+    gradient_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither number is infinite or NaN."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step did; the same on every rank.
+
+    Attributes:
+        loss: Mean loss of the global batch before the update.
+        gradient_norm: Global L2 norm of its gradient, before clipping.
+        applied: Whether the weights were updated.
+        overflow: Whether fp16 gradients overflowed, so that DeepSpeed lowered the loss scale instead of updating.
+        loss_scale: fp16 loss scale used in this step, else None.
+    """
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+    overflow: bool
+    loss_scale: float | None
+
+
+BeforeUpdate = Callable[[UpdateProposal], bool]
+
+
+class Engine(Protocol):
+    """A model that trains on a mesh of ranks.
+
+    Attributes:
+        table: The parameter table.
+        topology: The mesh.
+        module: This rank's module (a pipeline stage or the whole model).
+        num_skipped: Updates left out so far, overflows included.
+    """
+
+    table: ParameterTable
+    topology: Topology
+    module: nn.Module
+    num_skipped: int
+
+    def train_batch(
+        self, batches: Sequence[MicroBatch], learning_rate: float, before_update: BeforeUpdate | None = None
+    ) -> StepResult:
+        """Runs one step over this data rank's micro-batches.
+
+        Args:
+            batches: As many micro-batches as gradients are accumulated over.
+            learning_rate: Learning rate of this update.
+            before_update: Called on every rank with the same proposal; False leaves the update out on all ranks.
+        """
+        ...
+
+    def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
+        """Returns the mean loss over all ranks' micro-batches, without dropout; the same on every rank."""
+        ...
+
+    def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
+        """Returns this rank's share of the fp32 weights: each element of each tensor has exactly one owner.
+
+        Replicated over TP: tensor rank 0. Tied: the first stage. ZeRO stage 0: data rank 0. Moments are None before
+        the first update.
+        """
+        ...
+
+    def owned_gradients(self) -> list[Fragment]:
+        """Returns this rank's share of the gradient of the mean loss (unclipped, unscaled); only in before_update."""
+        ...
+
+    def overwrite_weights(self, fill: Callable[[Fragment], None]) -> None:
+        """Replaces the fp32 weights, and with them the model's; collective.
+
+        Args:
+            fill: Writes new values into `fragment.values`; called for every fragment that this rank holds, those
+                that other ranks own included.
+        """
+        ...
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """Writes a checkpoint of weights and optimizer, and `state`, into a new directory; collective."""
+        ...
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Reads what `save` wrote under the same layout and returns its `state`; collective."""
+        ...
+
+
+def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Splits parameters by weight decay: matrices, and by policy factors and embeddings; never biases and norms."""
+    decays = {
+        "matrix": True,
+        "factor": optim.decay_factors,
+        "embedding": optim.decay_embedding,
+        "positions": optim.decay_embedding,
+        "bias": False,
+        "norm": False,
+    }
+    groups = []
+    for decay in (True, False):
+        members = [parameter for name, parameter in named.items() if decays[table[name].kind] is decay]
+        groups.append({"params": members, "weight_decay": optim.weight_decay if decay else 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW: torch's fused one, or DeepSpeed's CPU one (compiled on first use) when the optimizer is offloaded."""
+    arguments = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
+    if offload_optimizer(config):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+class EngineBase:
+    """What the two engines share: the gate before an update, ownership, checkpoints."""
+
+    def __init__(self, config: Config, plan: BatchPlan, topology: Topology) -> None:
+        self.config = config
+        self.plan = plan
+        self.topology = topology
+        self.table = ParameterTable(config.model)
+        self.num_skipped = 0
+        self.settings = deepspeed_config(config, plan)
+        if zero_stage(config) == 0 and config.train.precision == "fp32":
+            # Here DeepSpeed would clip before the gate sees the gradients; `_clip` does it behind the gate.
+            self.settings["gradient_clipping"] = 0.0
+        self.deepspeed_engine: Any = None
+        self.view: MasterView
+        self._before_update: BeforeUpdate | None = None
+        self._proposal: UpdateProposal | None = None
+        self._was_applied = False
+        self._num_micro_batches = plan.accumulation_steps * plan.data
+
+    def _install(self, deepspeed_engine: Any, named: dict[str, nn.Parameter], tied_copies: frozenset[str]) -> None:
+        """Adopts a DeepSpeed engine.
+
+        Args:
+            deepspeed_engine: The initialized engine.
+            named: This rank's parameters by canonical name.
+            tied_copies: Those that another stage owns.
+        """
+        self.deepspeed_engine = deepspeed_engine
+        self.module = deepspeed_engine.module
+        self.view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank)
+        self._tied_copies = tied_copies
+        self._update = deepspeed_engine.optimizer.step
+        deepspeed_engine.optimizer.step = self._gated_update
+        for name, parameter in named.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            assert tuple(shape) == self.table[name].local_shape(self.topology.tensor), (name, tuple(shape))
+
+    def _owns(self, name: str) -> bool:
+        if name in self._tied_copies:
+            return False
+        if self.table[name].shard_dim is None and self.topology.tensor_rank != 0:
+            return False
+        return not self.view.is_replicated_over_data or self.topology.data_rank == 0
+
+    def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
+        """See Engine."""
+        return [fragment for fragment in self.view.weights(with_moments) if self._owns(fragment.name)]
+
+    def owned_gradients(self) -> list[Fragment]:
+        """See Engine."""
+        scale = 1.0 / (self._loss_scale() or 1.0)
+        owned = [fragment for fragment in self.view.gradients() if self._owns(fragment.name)]
+        if scale == 1.0:
+            return owned
+        return [Fragment(fragment.name, fragment.start, fragment.values * scale) for fragment in owned]
+
+    def overwrite_weights(self, fill: Callable[[Fragment], None]) -> None:
+        """See Engine."""
+        with torch.no_grad():
+            for fragment in self.view.weights(with_moments=False):
+                fill(fragment)
+            self.view.publish()
+
+    def _loss_scale(self) -> float | None:
+        if self.config.train.precision != "fp16":
+            return None
+        optimizer = self.deepspeed_engine.optimizer
+        return float(getattr(optimizer, "loss_scale", None) or optimizer.loss_scale_config.cur_scale)
+
+    def _local_loss(self) -> torch.Tensor:
+        """Sum of this rank's micro-batch losses where it counts (one rank per data shard), else zero."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _propose(self) -> UpdateProposal:
+        """The one reduction and host read of a step: global loss and gradient norm."""
+        values = [fragment.values for fragment in self.owned_gradients()]
+        squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        if values:
+            norms = torch.stack(torch._foreach_norm(values)).to(self.topology.device, torch.float64)
+            squares = norms.square().sum()
+        packed = torch.stack([self._local_loss().double() / self._num_micro_batches, squares])
+        dist.all_reduce(packed)
+        loss, square = packed.tolist()
+        return UpdateProposal(loss, square**0.5)
+
+    def _gated_update(self, *args: Any, **kwargs: Any) -> None:
+        """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
+        self._proposal = proposal = self._propose()
+        is_finite = proposal.is_finite
+        if not is_finite and self.config.train.precision == "fp16":
+            self._update(*args, **kwargs)  # DeepSpeed finds the overflow itself and lowers the loss scale
+            self._was_applied = False
+            return
+        is_wanted = self._before_update is None or self._before_update(proposal)
+        self._was_applied = is_finite and is_wanted
+        if not self._was_applied:
+            self.view.skip_update()
+            return
+        if isinstance(self.view, ReplicatedView) and not self.view.masters:
+            self._clip(proposal.gradient_norm)
+        self._update(*args, **kwargs)
+
+    def _clip(self, gradient_norm: float) -> None:
+        """Clips the plain fp32 gradients of stage 0, where DeepSpeed would have done so before the gate."""
+        limit = self.config.optim.grad_clip
+        if limit > 0.0 and gradient_norm > limit:
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, limit / (gradient_norm + 1e-6))
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.deepspeed_engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def train_batch(
+        self, batches: Sequence[MicroBatch], learning_rate: float, before_update: BeforeUpdate | None = None
+    ) -> StepResult:
+        """See Engine."""
+        assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
+        self._before_update = before_update
+        self._set_learning_rate(learning_rate)
+        loss_scale = self._loss_scale()
+        self._run(batches)
+        assert self._proposal is not None
+        is_overflow = loss_scale is not None and not self._proposal.is_finite
+        self.num_skipped += not self._was_applied
+        return StepResult(
+            self._proposal.loss, self._proposal.gradient_norm, self._was_applied, is_overflow, loss_scale
+        )
+
+    def _run(self, batches: Sequence[MicroBatch]) -> None:
+        """Forward and backward over the micro-batches, gradient reduction, gated update."""
+        raise NotImplementedError
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """See Engine."""
+        self.deepspeed_engine.save_checkpoint(
+            str(directory.parent), tag=directory.name, client_state={"mlra_scale": state}, save_latest=False
+        )
+        dist.barrier()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """See Engine."""
+        path, client_state = self.deepspeed_engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        assert path is not None, directory
+        return client_state["mlra_scale"]
+
+

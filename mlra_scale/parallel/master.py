@@ -1,0 +1,238 @@
+"""Where DeepSpeed keeps the fp32 weights, moments and gradients: one view per kind of optimizer wrapper.
+
+DeepSpeed 0.19 wraps torch's optimizer in one of four ways, depending on ZeRO stage and precision. Each class below
+knows one of them and offers the same four things: this rank's fragments of the fp32 weights with their moments, its
+fragments of the gradient before the update, how to leave an update out, and whether the copies are replicated over
+data ranks. Everything here relies on DeepSpeed's inner attributes and is covered by tests/distributed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from mlra_scale.parallel.fragments import Fragment
+
+Named = Mapping[str, nn.Parameter]
+
+
+class MasterView(Protocol):
+    """One rank's view of the fp32 training state, ownership among replicas not yet decided."""
+
+    is_replicated_over_data: bool
+
+    def weights(self, with_moments: bool) -> Iterator[Fragment]:
+        """Yields fragments of the fp32 weights (views, not copies), with Adam's moments if asked for."""
+        ...
+
+    def gradients(self) -> Iterator[Fragment]:
+        """Yields fragments of the reduced gradient, still times the loss scale; only right before an update."""
+        ...
+
+    def skip_update(self) -> None:
+        """Drops the gradients so that no update takes place; weights, moments and loss scale stay as they are."""
+        ...
+
+    def publish(self) -> None:
+        """Makes the weights that the model computes with follow the fp32 ones; collective."""
+        ...
+
+
+def master_view(optimizer: Any, named: Named, data_rank: int) -> MasterView:
+    """Returns the view that fits DeepSpeed's optimizer.
+
+    Args:
+        optimizer: `engine.optimizer` of the DeepSpeed engine.
+        named: This rank's parameters by canonical name.
+        data_rank: Coordinate on the data axis.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return Stage3View(optimizer, named, data_rank)
+    if isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer):
+        return PartitionedView(optimizer, named)
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+        return ReplicatedView(optimizer, named, masters)
+    assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
+    return ReplicatedView(optimizer, named, {})
+
+
+class ReplicatedView:
+    """ZeRO stage 0: every data rank holds everything; the masters are the parameters themselves or copies of them."""
+
+    is_replicated_over_data = True
+
+    def __init__(self, optimizer: Any, named: Named, masters: dict[int, torch.Tensor]) -> None:
+        self.optimizer = optimizer
+        self.named = named
+        self.masters = masters
+
+    def weights(self, with_moments: bool) -> Iterator[Fragment]:
+        """See MasterView."""
+        for name, parameter in self.named.items():
+            master = self.masters.get(id(parameter), parameter)
+            state = self.optimizer.state.get(master, {}) if with_moments else {}
+            moments = _moments(state, lambda tensor: tensor.view(-1)) if with_moments else (None, None)
+            yield Fragment(name, 0, master.detach().view(-1), *moments)
+
+    def gradients(self) -> Iterator[Fragment]:
+        """See MasterView."""
+        for name, parameter in self.named.items():
+            assert parameter.grad is not None, name
+            yield Fragment(name, 0, parameter.grad.float().view(-1))
+
+    def skip_update(self) -> None:
+        """See MasterView. The engine zeroes the gradients after every step."""
+
+    def publish(self) -> None:
+        """See MasterView."""
+        for parameter in self.named.values():
+            if id(parameter) in self.masters:
+                parameter.data.copy_(self.masters[id(parameter)].data)
+
+
+class PartitionedView:
+    """ZeRO 1 and 2, and the bf16 optimizer of stage 1: flat fp32 partitions per parameter group, split over data ranks."""
+
+    is_replicated_over_data = False
+
+    def __init__(self, optimizer: Any, named: Named) -> None:
+        self.optimizer = optimizer
+        self.named = named
+        self.is_bf16 = isinstance(optimizer, BF16_Optimizer)
+
+    def weights(self, with_moments: bool) -> Iterator[Fragment]:
+        """See MasterView."""
+        flats = (
+            self.optimizer.fp32_groups_flat_partition
+            if self.is_bf16
+            else self.optimizer.single_partition_of_fp32_groups
+        )
+        for name, mapping in self._mappings():
+            where = mapping.hp_fragment_address
+            state = self.optimizer.state.get(flats[mapping.param_group_index], {})
+            moments = (
+                _moments(state, lambda tensor, at=where: tensor.narrow(0, at.start, at.numel))
+                if with_moments
+                else (None, None)
+            )
+            yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
+
+    def gradients(self) -> Iterator[Fragment]:
+        """See MasterView."""
+        for name, mapping in self._mappings():
+            where = mapping.hp_fragment_address
+            values = _slice(self._flat_gradients(mapping.param_group_index), where.start, where.numel)
+            yield Fragment(name, mapping.lp_fragment_address.start, values.float())
+
+    def skip_update(self) -> None:
+        """See MasterView."""
+        optimizer = self.optimizer
+        if self.is_bf16:
+            return  # the engine zeroes both kinds of gradients after every step
+        # What the wrapper itself does when it meets an overflow, without touching the loss scale.
+        optimizer.micro_step_id = -1
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+        else:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+
+    def publish(self) -> None:
+        """See MasterView."""
+        self.optimizer.update_lp_params()
+
+    def _mappings(self) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self.named.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                yield name, mapping
+
+    def _flat_gradients(self, group: int) -> list[torch.Tensor]:
+        """The group's gradient partition as consecutive pieces."""
+        if self.is_bf16:
+            return [self.optimizer.fp32_groups_gradient_flat_partition[group]]
+        if self.optimizer.cpu_offload:
+            return [self.optimizer.single_partition_of_fp32_groups[group].grad]
+        return self.optimizer.averaged_gradients[group]
+
+
+class Stage3View:
+    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank."""
+
+    is_replicated_over_data = False
+
+    def __init__(self, optimizer: Any, named: Named, data_rank: int) -> None:
+        self.optimizer = optimizer
+        self.named = named
+        self.data_rank = data_rank
+
+    def weights(self, with_moments: bool) -> Iterator[Fragment]:
+        """See MasterView."""
+        for name, parameter, start, length in self._pieces():
+            group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            flat = self.optimizer.fp32_partitioned_groups_flat[group]
+            state = self.optimizer.optimizer.state.get(flat, {})
+            moments = (
+                _moments(state, lambda tensor, at=offset, n=length: tensor.narrow(0, at, n))
+                if with_moments
+                else (None, None)
+            )
+            yield Fragment(name, start, flat.detach().narrow(0, offset, length), *moments)
+
+    def gradients(self) -> Iterator[Fragment]:
+        """See MasterView."""
+        for name, parameter, start, length in self._pieces():
+            yield Fragment(name, start, self.optimizer.get_local_fp32_grad_for_param(parameter)[:length])
+
+    def skip_update(self) -> None:
+        """See MasterView."""
+        self.optimizer._pre_step()
+        self.optimizer._partition_all_parameters()
+        self.optimizer._overflow_clean_up(self.optimizer.loss_scale)
+
+    def publish(self) -> None:
+        """See MasterView."""
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _pieces(self) -> Iterator[tuple[str, Any, int, int]]:
+        """(name, parameter, first element, number of real elements) of the pieces that are not only padding."""
+        for name, parameter in self.named.items():
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            start = self.data_rank * size
+            length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            if length > 0:
+                yield name, parameter, start, length
+
+
+def _moments(
+    state: Mapping[str, Any], part: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Adam's moments of one fragment; (None, None) before the first update."""
+    if "exp_avg" not in state:
+        return None, None
+    return part(state["exp_avg"]), part(state["exp_avg_sq"])
+
+
+def _slice(pieces: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
+    """Elements start..start+length of the concatenation of `pieces`; they lie in one of them."""
+    for piece in pieces:
+        if start < piece.numel():
+            assert start + length <= piece.numel(), "a gradient fragment crosses DeepSpeed's pieces"
+            return piece.view(-1).narrow(0, start, length)
+        start -= piece.numel()
+    raise AssertionError("a gradient fragment lies outside DeepSpeed's partition")

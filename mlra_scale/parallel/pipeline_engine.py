@@ -1,0 +1,116 @@
+"""The pipeline engine: TP x PP x DP with ZeRO stages 0 and 1, one pipeline stage per rank."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+
+from mlra_scale.config import BatchPlan, Config
+from mlra_scale.model.context import ModelContext
+from mlra_scale.model.layers import Layer, TokenEmbedding, model_layers
+from mlra_scale.model.loss import language_model_loss
+from mlra_scale.parallel.engine import EngineBase, MicroBatch, build_optimizer, parameter_groups
+from mlra_scale.parallel.topology import Topology
+
+
+class _BuildLayer(LayerSpec):
+    """DeepSpeed's layer description of one of our layers."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer.module_class)
+        self.layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.layer.build()
+
+
+class _BuildTiedLayer(TiedLayerSpec):
+    """The token embedding, at both ends of the pipeline; the last stage uses its copy as the head."""
+
+    def __init__(self, layer: Layer, is_head: bool) -> None:
+        super().__init__(
+            "embedding",
+            layer.module_class,
+            forward_fn=TokenEmbedding.logits if is_head else None,
+            tied_weight_attr="weight",
+        )
+        self.layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.layer.build()
+
+
+class PipelineEngine(EngineBase):
+    """DeepSpeed's pipeline engine around the layer list (see parallel.engine.Engine)."""
+
+    def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
+        super().__init__(config, plan, topology)
+        layers = model_layers(context)
+        specs = [_BuildTiedLayer(layers[0], is_head=False), *(_BuildLayer(layer) for layer in layers[1:])]
+        specs.append(_BuildTiedLayer(layers[0], is_head=True))
+        with contextlib.redirect_stdout(io.StringIO()):  # a listing of every layer
+            module = PipelineModule(
+                layers=specs,
+                topology=PipeModelDataParallelTopology(topology.pipeline, topology.tensor, topology.data),
+                loss_fn=lambda logits_BSV, targets_BS: language_model_loss(context, logits_BSV, targets_BS),
+                partition_method="type:^Block$",
+            )
+        self._assert_same_groups(module)
+        named = self._canonical_names(module, [layer.name for layer in layers])
+        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim), topology.device)
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
+        )
+        is_copy = topology.is_last_stage and not topology.is_first_stage
+        self._install(engine, named, tied_copies=frozenset({"embedding.weight"} if is_copy else ()))
+
+    def _assert_same_groups(self, module: PipelineModule) -> None:
+        """DeepSpeed's grid and Megatron's groups must be the same mesh, or gradients mix silently."""
+        grid = module.mpu()
+        topology = self.topology
+        assert grid.get_stage_id() == topology.pipeline_rank
+        pairs = (
+            (grid.get_data_parallel_group(), topology.data_group),
+            (grid.get_slice_parallel_group(), topology.tensor_group),
+            (grid.get_pipe_parallel_group(), topology.pipeline_group),
+        )
+        for theirs, ours in pairs:
+            assert dist.get_process_group_ranks(theirs) == dist.get_process_group_ranks(ours)
+
+    @staticmethod
+    def _canonical_names(module: PipelineModule, layer_names: list[str]) -> dict[str, nn.Parameter]:
+        """This stage's parameters by canonical name: DeepSpeed names a layer by its index, a tied one by its key."""
+        named = {}
+        for name, parameter in module.named_parameters():
+            owner, rest = name.split(".", 1)
+            if owner == "tied_modules":
+                named[rest] = parameter
+            else:
+                named[f"{layer_names[int(owner)]}.{rest}"] = parameter
+        return named
+
+    def _run(self, batches: Sequence[MicroBatch]) -> None:
+        self.deepspeed_engine.train_batch(data_iter=self._feed(batches))
+
+    def _local_loss(self) -> torch.Tensor:
+        engine = self.deepspeed_engine
+        if self.topology.is_last_stage and self.topology.tensor_rank == 0:
+            return engine.total_loss
+        return torch.zeros((), device=self.topology.device)
+
+    def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
+        """See Engine."""
+        loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
+        return float(loss)
+
+    @staticmethod
+    def _feed(batches: Sequence[MicroBatch]):  # noqa: ANN205
+        """What DeepSpeed's pipeline draws: (inputs of the first layer, labels of the loss) per micro-batch."""
+        for batch in batches:
+            yield (batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B), batch.targets_BS

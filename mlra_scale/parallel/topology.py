@@ -1,0 +1,123 @@
+"""The process mesh: which rank holds which tensor shard, pipeline stage and data shard.
+
+Tensor-parallel ranks are innermost, pipeline stages outermost: rank = (stage * data + data_rank) * tensor + tensor_rank.
+This is the only file that touches Megatron-core's global parallel state.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mlra_scale.config import BatchPlan
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Degrees, coordinates and process groups of this rank. The world group is the default group.
+
+    Attributes:
+        world_size: Number of ranks.
+        rank: This process's global rank.
+        tensor: Tensor-parallel degree.
+        pipeline: Number of pipeline stages.
+        data: Data-parallel degree.
+        tensor_rank: Coordinate on the tensor axis.
+        pipeline_rank: Coordinate on the pipeline axis (the stage).
+        data_rank: Coordinate on the data axis.
+        tensor_group: Ranks that share this rank's stage and data shard.
+        pipeline_group: Ranks that share this rank's tensor and data coordinates.
+        data_group: Ranks that hold the same weights.
+        device: Where this rank computes.
+    """
+
+    world_size: int
+    rank: int
+    tensor: int
+    pipeline: int
+    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the token embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline - 1
+
+
+def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
+    """Starts the default process group from the launcher's environment, if it is not running yet.
+
+    Args:
+        device: `cpu` (gloo) or `cuda` (nccl).
+        timeout_minutes: How long a collective may wait for its peers.
+
+    Returns:
+        This rank's device.
+    """
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes)
+        )
+    # Adopts the running process group; DeepSpeed keeps its own handle on it.
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)
+    )
+    return torch.device("cpu") if device == "cpu" else torch.device("cuda", local_rank)
+
+
+def build_topology(plan: BatchPlan, pipeline: int, device: torch.device, timeout_minutes: float) -> Topology:
+    """Creates the process groups of a layout; every rank calls it.
+
+    Args:
+        plan: Degrees of the axes.
+        pipeline: Number of pipeline stages.
+        device: This rank's device.
+        timeout_minutes: Timeout of the collectives of the new groups.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    topology = Topology(
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tensor=plan.tensor,
+        pipeline=pipeline,
+        data=plan.data,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        device=device,
+    )
+    expected = (topology.pipeline_rank * topology.data + topology.data_rank) * topology.tensor + topology.tensor_rank
+    assert topology.rank == expected, (topology.rank, expected)
+    return topology
+
+
+def destroy_topology() -> None:
+    """Forgets the groups of the current layout, so that another one can be built in the same process."""
+    parallel_state.destroy_model_parallel()

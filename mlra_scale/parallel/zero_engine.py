@@ -1,0 +1,72 @@
+"""The ZeRO engine: TP x DP, ZeRO stages 0 to 3, the whole model on every rank."""
+
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from mlra_scale.config import BatchPlan, Config, zero_stage
+from mlra_scale.model.context import ModelContext
+from mlra_scale.model.gpt import GPT
+from mlra_scale.parallel.engine import EngineBase, MicroBatch, build_optimizer, parameter_groups
+from mlra_scale.parallel.mpu import ModelParallelUnit
+from mlra_scale.parallel.topology import Topology
+
+
+class ZeroEngine(EngineBase):
+    """DeepSpeed's plain engine around the whole model (see parallel.engine.Engine)."""
+
+    def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
+        super().__init__(config, plan, topology)
+        unit = ModelParallelUnit(topology)
+        # The data group must be given to zero.Init too: with mpu alone, parameters are partitioned over the world.
+        with deepspeed.zero.Init(
+            enabled=zero_stage(config) == 3,
+            data_parallel_group=topology.data_group,
+            config_dict_or_path=self.settings,
+            mpu=unit,
+        ):
+            model = GPT(context)
+        named = dict(model.named_parameters())
+        assert set(named) == set(self.table), set(named) ^ set(self.table)
+        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim), topology.device)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.settings, mpu=unit, dist_init_required=False
+        )
+        self._losses = torch.zeros((), device=topology.device)
+        self._install(engine, named, tied_copies=frozenset())
+
+    def _run(self, batches: Sequence[MicroBatch]) -> None:
+        engine = self.deepspeed_engine
+        engine.train()
+        self._losses.zero_()
+        for batch in batches:
+            loss = engine(*self._inputs(batch))
+            engine.backward(loss)
+            self._losses += loss.detach()
+            engine.step()
+
+    def _local_loss(self) -> torch.Tensor:
+        return self._losses if self.topology.tensor_rank == 0 else torch.zeros_like(self._losses)
+
+    @torch.no_grad()
+    def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
+        """See Engine."""
+        self.deepspeed_engine.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+        for batch in batches:
+            total[0] += self.deepspeed_engine(*self._inputs(batch))
+            total[1] += 1
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def _inputs(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        tensors = (
+            batch.tokens_BS,
+            batch.positions_BS,
+            batch.documents_BS,
+            batch.sample_ids_B,
+            batch.targets_BS,
+        )
+        return tuple(tensor.to(self.topology.device, non_blocking=True) for tensor in tensors)

@@ -1,0 +1,44 @@
+"""What a worker does in the layout tests: trains a few steps and reports everything that another layout must equal."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mlra_scale.config import Config
+from tests.support.layouts import Piece, micro_batches, pieces, start
+
+
+@dataclass
+class Record:
+    """One rank's account of a run."""
+
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    gradients: list[Piece] = field(default_factory=list)
+    weights: list[Piece] = field(default_factory=list)
+    deepspeed_norms: list[float] = field(default_factory=list)
+
+
+def train(
+    rank: int, world_size: int, config: Config, steps: int, weights: dict[str, torch.Tensor] | None = None
+) -> Record:
+    """Trains `steps` steps; gradients are those of the first, weights those after the last."""
+    engine, plan = start(config, world_size, weights)
+    record = Record()
+
+    def before_update(proposal: Any) -> bool:
+        if not record.gradients:
+            record.gradients = pieces(engine, engine.owned_gradients())
+        return True
+
+    for step in range(steps):
+        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        result = engine.train_batch(batches, config.optim.lr, before_update)
+        assert result.applied
+        record.losses.append(result.loss)
+        record.gradient_norms.append(result.gradient_norm)
+    record.validation.append(engine.eval_batch(micro_batches(config, plan, engine.topology.data_rank, steps)))
+    record.weights = pieces(engine, engine.owned_fragments())
+    return record
