@@ -20,20 +20,24 @@ YOURS = "yours"
 OURS = "ours"
 REFUSED = "refused"
 
+_MEAN_LOSS = "gradients are those of the mean loss; leave it out"
+_PROFILE = "set profile.start and profile.stop"
+_METRICS = "metrics go to metrics.jsonl; leave it out"
+_BATCHES = "batches come from the data section; leave it out"
+_REMOVED = "DeepSpeed has removed it"
+_NO_EXPERTS = "there are no experts in this model"
+_NO_SEQUENCE_PARALLEL = "sequence parallelism is not part of this trainer"
+
 # key -> (owner, kind of value for yours / where to set it for ours / why not for refused)
 TOP_LEVEL_KEYS: dict[str, tuple[str, str]] = {
     "zero_optimization": (YOURS, "mapping"),
     "communication_data_type": (YOURS, "fp32|bf16|fp16"),
-    "prescale_gradients": (YOURS, "bool"),
-    "gradient_predivide_factor": (YOURS, "number"),
     "comms_logger": (YOURS, "mapping"),
     "pipeline": (YOURS, "mapping"),
-    "aio": (YOURS, "mapping"),
-    "timers": (YOURS, "mapping"),
     "memory_breakdown": (YOURS, "bool"),
     "dump_state": (YOURS, "bool"),
     "disable_python_gc": (YOURS, "bool"),
-    "log_level": (YOURS, "text"),
+    "log_level": (YOURS, "debug|info|warning|error|critical"),
     "train_batch_size": (OURS, "set train.global_batch_size"),
     "train_micro_batch_size_per_gpu": (OURS, "set train.micro_batch_size"),
     "gradient_accumulation_steps": (OURS, "follows from train.global_batch_size, train.micro_batch_size and the ranks"),
@@ -48,25 +52,29 @@ TOP_LEVEL_KEYS: dict[str, tuple[str, str]] = {
     "scheduler": (OURS, "set optim.schedule, optim.warmup_steps and optim.decay_steps"),
     "zero_allow_untested_optimizer": (OURS, "the optimizer is built here; leave it out"),
     "zero_force_ds_cpu_optimizer": (OURS, "follows from zero_optimization.offload_optimizer; leave it out"),
-    "gradient_allreduce_op": (OURS, "gradients are those of the mean loss; leave it out"),
+    "gradient_allreduce_op": (OURS, _MEAN_LOSS),
+    "prescale_gradients": (OURS, _MEAN_LOSS),
+    "gradient_predivide_factor": (OURS, _MEAN_LOSS),
     "activation_checkpointing": (OURS, "set parallel.activation_checkpointing"),
     "tensor_parallel": (OURS, "set parallel.tensor"),
     "vocabulary_size": (OURS, "set model.vocab_size"),
     "steps_per_print": (OURS, "set train.log_every"),
-    "wall_clock_breakdown": (OURS, "set profile.start and profile.stop"),
-    "flops_profiler": (OURS, "set profile.start and profile.stop"),
-    "tensorboard": (OURS, "metrics go to metrics.jsonl and, by the wandb section, to Weights & Biases"),
+    "wall_clock_breakdown": (OURS, _PROFILE),
+    "flops_profiler": (OURS, _PROFILE),
+    "tensorboard": (OURS, _METRICS),
     "wandb": (OURS, "set wandb.mode and wandb.project"),
-    "csv_monitor": (OURS, "metrics go to metrics.jsonl"),
-    "comet": (OURS, "metrics go to metrics.jsonl"),
+    "csv_monitor": (OURS, _METRICS),
+    "comet": (OURS, _METRICS),
     "checkpoint": (OURS, "set checkpoint.every and checkpoint.keep_last"),
-    "dataloader_drop_last": (OURS, "batches come from the data section; leave it out"),
-    "data_efficiency": (OURS, "batches come from the data section; leave it out"),
-    "sequence_parallel_size": (REFUSED, "sequence parallelism is not part of this trainer"),
+    "timers": (OURS, "the throughput timer waits for the device at every step; tokens per second are logged anyway"),
+    "dataloader_drop_last": (OURS, _BATCHES),
+    "data_efficiency": (OURS, _BATCHES),
+    "sequence_parallel_size": (REFUSED, _NO_SEQUENCE_PARALLEL),
     "data_parallel_size": (REFUSED, "it follows from the number of ranks, parallel.tensor and parallel.pipeline"),
-    "seq_parallel_communication_data_type": (REFUSED, "sequence parallelism is not part of this trainer"),
-    "expert_parallel": (REFUSED, "there are no experts in this model"),
-    "use_data_before_expert_parallelism": (REFUSED, "there are no experts in this model"),
+    "seq_parallel_communication_data_type": (REFUSED, _NO_SEQUENCE_PARALLEL),
+    "expert_parallel": (REFUSED, _NO_EXPERTS),
+    "use_data_before_expert_parallelism": (REFUSED, _NO_EXPERTS),
+    "aio": (REFUSED, "it is for state on NVMe, which is out of reach of TEV and checkpoints; offload to cpu"),
     "compile": (REFUSED, "DeepCompile changes the graph that parity tests prove equal"),
     "autotuning": (REFUSED, "it starts runs of its own; use --dry-run to choose a layout"),
     "hybrid_engine": (REFUSED, "it is for generation inside training"),
@@ -75,15 +83,15 @@ TOP_LEVEL_KEYS: dict[str, tuple[str, str]] = {
     "disable_allgather": (REFUSED, "without it ranks would keep different weights"),
     "amp": (REFUSED, "DeepSpeed has removed it; set train.precision"),
     "elasticity": (REFUSED, "DeepSpeed has removed it; set train.global_batch_size"),
-    "sparse_gradients": (REFUSED, "DeepSpeed has removed it"),
-    "sparse_attention": (REFUSED, "DeepSpeed has removed it"),
-    "compression_training": (REFUSED, "DeepSpeed has removed it"),
-    "quantize_training": (REFUSED, "DeepSpeed has removed it"),
-    "curriculum_learning": (REFUSED, "DeepSpeed has removed it"),
-    "progressive_layer_drop": (REFUSED, "DeepSpeed has removed it"),
-    "eigenvalue": (REFUSED, "DeepSpeed has removed it"),
-    "graph_harvesting": (REFUSED, "DeepSpeed has removed it"),
-    "nebula": (REFUSED, "DeepSpeed has removed it"),
+    "sparse_gradients": (REFUSED, _REMOVED),
+    "sparse_attention": (REFUSED, _REMOVED),
+    "compression_training": (REFUSED, _REMOVED),
+    "quantize_training": (REFUSED, _REMOVED),
+    "curriculum_learning": (REFUSED, _REMOVED),
+    "progressive_layer_drop": (REFUSED, _REMOVED),
+    "eigenvalue": (REFUSED, _REMOVED),
+    "graph_harvesting": (REFUSED, _REMOVED),
+    "nebula": (REFUSED, _REMOVED),
 }
 
 _GATHER_ON_SAVE = "checkpoints here hold every rank's own elements and are the source of exports; leave it out"
@@ -116,9 +124,6 @@ ZERO_KEYS: dict[str, tuple[str, str]] = {
     "stage3_module_granularity_threshold": (YOURS, "count"),
     "stage3_use_all_reduce_for_fetch_params": (YOURS, "bool"),
     "stage3_allgather_sequential": (YOURS, "bool"),
-    "zero_hpz_partition_size": (YOURS, "count"),
-    "zero_quantized_weights": (YOURS, "bool"),
-    "zero_quantized_gradients": (YOURS, "bool"),
     "memory_efficient_linear": (YOURS, "bool"),
     "override_module_apply": (YOURS, "bool"),
     "log_trace_cache_warnings": (YOURS, "bool"),
@@ -132,30 +137,42 @@ ZERO_KEYS: dict[str, tuple[str, str]] = {
     "cpu_offload_param": (REFUSED, "deprecated by DeepSpeed; write offload_param: {device: cpu}"),
     "cpu_offload_use_pin_memory": (REFUSED, "deprecated by DeepSpeed; write offload_optimizer: {pin_memory: true}"),
     "elastic_checkpoint": (REFUSED, "checkpoints here re-shard by themselves"),
-    "legacy_stage1": (REFUSED, "DeepSpeed has removed it"),
+    "legacy_stage1": (REFUSED, _REMOVED),
     "pipeline_loading_checkpoint": (REFUSED, "checkpoints have their own reader"),
+    "zero_hpz_partition_size": (REFUSED, "its groups cut the whole world and know nothing of tensor parallelism"),
+    "zero_quantized_weights": (REFUSED, "quantized weights break the equality of layouts"),
+    "zero_quantized_gradients": (REFUSED, "quantized gradients break the equality of layouts"),
     "zenflow": (REFUSED, "it brings an optimizer of its own"),
     "zero_quantized_nontrainable_weights": (REFUSED, "every weight is trained"),
     "save_muon_momentum_buffer_in_memory": (REFUSED, "the optimizer is AdamW"),
-    "leaf_module": (REFUSED, "there are no experts in this model"),
-    "mics_shard_size": (REFUSED, "DeepSpeed has removed it"),
-    "mics_hierarchical_params_gather": (REFUSED, "DeepSpeed has removed it"),
-    "zeropp_loco_param": (REFUSED, "DeepSpeed has removed it"),
+    "leaf_module": (REFUSED, _NO_EXPERTS),
+    "mics_shard_size": (REFUSED, _REMOVED),
+    "mics_hierarchical_params_gather": (REFUSED, _REMOVED),
+    "zeropp_loco_param": (REFUSED, _REMOVED),
 }
 
-OFFLOAD_KEYS: dict[str, tuple[str, str]] = {
+_NVME = "state on NVMe is out of reach of TEV and checkpoints; offload to cpu"
+
+OFFLOAD_OPTIMIZER_KEYS: dict[str, tuple[str, str]] = {
     "device": (YOURS, "none|cpu"),
     "pin_memory": (YOURS, "bool"),
-    "buffer_count": (YOURS, "count"),
-    "buffer_size": (YOURS, "count"),
-    "max_in_cpu": (YOURS, "count"),
-    "pipeline_read": (YOURS, "bool"),
-    "pipeline_write": (YOURS, "bool"),
-    "fast_init": (YOURS, "bool"),
-    "nvme_path": (REFUSED, "state on NVMe is out of reach of TEV and checkpoints; offload to cpu"),
-    "ratio": (REFUSED, "a split optimizer state is out of reach of TEV and checkpoints; offload it whole"),
+    "nvme_path": (REFUSED, _NVME),
+    "buffer_count": (REFUSED, _NVME),
+    "pipeline_read": (REFUSED, _NVME),
+    "pipeline_write": (REFUSED, _NVME),
+    "fast_init": (REFUSED, _NVME),
+    "ratio": (REFUSED, "an optimizer state in two places is out of reach of TEV and checkpoints; offload it whole"),
     "super_offload": (REFUSED, "it brings an optimizer of its own"),
     "cpuadam_cores_perc": (REFUSED, "it is read only by super_offload"),
+}
+
+OFFLOAD_PARAM_KEYS: dict[str, tuple[str, str]] = {
+    "device": (YOURS, "none|cpu"),
+    "pin_memory": (YOURS, "bool"),
+    "nvme_path": (REFUSED, _NVME),
+    "buffer_count": (REFUSED, _NVME),
+    "buffer_size": (REFUSED, _NVME),
+    "max_in_cpu": (REFUSED, _NVME),
 }
 
 PIPELINE_KEYS: dict[str, tuple[str, str]] = {
@@ -167,46 +184,56 @@ PIPELINE_KEYS: dict[str, tuple[str, str]] = {
     "activation_checkpoint_interval": (OURS, "set parallel.activation_checkpointing"),
 }
 
-_OFFLOAD_DEVICE_ONLY = {"optimizer": {"buffer_size", "max_in_cpu"}, "param": {"pipeline_read", "pipeline_write"}}
+COMMS_LOGGER_KEYS: dict[str, tuple[str, str]] = {
+    "enabled": (YOURS, "bool"),
+    "prof_all": (YOURS, "bool"),
+    "prof_ops": (YOURS, "list"),
+    "verbose": (YOURS, "bool"),
+    "debug": (YOURS, "bool"),
+}
+
+# Where in the file each table applies.
+TABLES: dict[str, dict[str, tuple[str, str]]] = {
+    "": TOP_LEVEL_KEYS,
+    "zero_optimization": ZERO_KEYS,
+    "zero_optimization.offload_optimizer": OFFLOAD_OPTIMIZER_KEYS,
+    "zero_optimization.offload_param": OFFLOAD_PARAM_KEYS,
+    "pipeline": PIPELINE_KEYS,
+    "comms_logger": COMMS_LOGGER_KEYS,
+}
 
 
 def _wrong_value(kind: str, value: Any) -> str | None:
     """Returns what is wrong with a value of one of the table's kinds, or None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value == "auto":
+        return "'auto' is for Hugging Face's trainer; give the value or leave the key out"
     if kind == "bool":
         return None if isinstance(value, bool) else "must be true or false"
     if kind == "count":
         # DeepSpeed's own examples write 5e8, which JSON reads as a fraction.
-        return None if is_number and value >= 0 and value == int(value) else "must be a whole number >= 0"
-    if kind == "number":
-        return None if is_number and value > 0 else "must be a number > 0"
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
+        return None if whole else "must be a whole number >= 0"
     if kind == "mapping":
-        return None if isinstance(value, dict) else "must be a mapping (in JSON: {...})"
-    if kind == "text":
-        return None if isinstance(value, str) else "must be text"
+        return None if isinstance(value, dict) else "must be a mapping (in JSON: { ... })"
+    if kind == "list":
+        return None if isinstance(value, list) else "must be a list (in JSON: [ ... ])"
     choices = kind.split("|")
-    if isinstance(value, bool) or str(value) not in choices or (choices[0] == "0") != is_number:
+    wanted_type = int if choices[0] == "0" else str
+    if type(value) is not wanted_type or str(value) not in choices:
         return f"must be one of {', '.join(choices)}"
     return None
 
 
-def _check_keys(values: dict[str, Any], table: dict[str, tuple[str, str]], path: str) -> list[Problem]:
-    found = []
-    for key, value in values.items():
-        field = f"{path}.{key}"
-        if key not in table:
-            found.append(Problem(field, value, "unknown to DeepSpeed 0.19" + nearest(key, table)))
-            continue
-        owner, note = table[key]
-        if owner == OURS:
-            found.append(Problem(field, value, f"not a key of this file: {note}"))
-        elif owner == REFUSED:
-            found.append(Problem(field, value, f"cannot be used: {note}"))
-        elif value == "auto":
-            found.append(Problem(field, value, "'auto' is for Hugging Face's trainer; give the value or leave the key out"))
-        elif (wrong := _wrong_value(note, value)) is not None:
-            found.append(Problem(field, value, wrong))
-    return found
+def _check_key(key: str, value: Any, table: dict[str, tuple[str, str]]) -> str | None:
+    """Returns what is wrong with one key of the file, or None."""
+    if key not in table:
+        return "unknown to DeepSpeed" + nearest(key, table)
+    owner, note = table[key]
+    if owner == OURS:
+        return f"does not belong among DeepSpeed's keys: {note}"
+    if owner == REFUSED:
+        return f"cannot be used: {note}"
+    return _wrong_value(note, value)
 
 
 def check_deepspeed_keys(values: dict[str, Any]) -> list[Problem]:
@@ -218,15 +245,17 @@ def check_deepspeed_keys(values: dict[str, Any]) -> list[Problem]:
     Returns:
         The problems, with fields under "deepspeed.".
     """
-    found = _check_keys(values, TOP_LEVEL_KEYS, "deepspeed")
-    zero = values.get("zero_optimization")
-    if isinstance(zero, dict):
-        found += _check_keys(zero, ZERO_KEYS, "deepspeed.zero_optimization")
-        for name in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(name), dict):
-                found += _check_keys(zero[name], OFFLOAD_KEYS, f"deepspeed.zero_optimization.{name}")
-    if isinstance(values.get("pipeline"), dict):
-        found += _check_keys(values["pipeline"], PIPELINE_KEYS, "deepspeed.pipeline")
+    found = []
+    for path, table in TABLES.items():
+        section: Any = values
+        for part in filter(None, path.split(".")):
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            continue
+        for key, value in section.items():
+            wrong = _check_key(key, value, table)
+            if wrong is not None:
+                found.append(Problem(".".join(filter(None, ("deepspeed", path, key))), value, wrong))
     return found
 
 
@@ -276,11 +305,17 @@ def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
             merged["data_types"] = {"grad_accum_dtype": "fp32"}
     elif precision == "fp16":
         merged["fp16"] = {"enabled": True, "loss_scale": 0}
-    if offload_optimizer(config):
-        merged["zero_force_ds_cpu_optimizer"] = True
-    # Our optimizer is torch's AdamW over named groups; DeepSpeed lists only its own as tested.
+    if precision != "fp32":
+        # DeepSpeed would round gradients to the compute type for the reduction, after adding them up in fp32.
+        merged.setdefault("communication_data_type", "fp32")
+    # The engine builds torch's AdamW, or DeepSpeed's CPUAdam for offload; DeepSpeed lists only its own as tested.
     merged["zero_allow_untested_optimizer"] = True
-    # The training loop prints; DeepSpeed's own lines would come from every stage.
+    if offload_optimizer(config):
+        # A slow torch optimizer on offloaded state is a mistake that DeepSpeed then refuses.
+        merged["zero_force_ds_cpu_optimizer"] = True
+    # The training loop prints and measures; DeepSpeed's own lines would come from every stage, and its throughput timer
+    # waits for the device.
     merged["steps_per_print"] = 2**31 - 1
     merged["wall_clock_breakdown"] = False
+    merged["timers"] = {"throughput": {"enabled": False}}
     return merged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from mlra_scale.config import yaml_text
 from mlra_scale.config.deepspeed_json import check_deepspeed_keys
-from mlra_scale.config.presets import preset_values
-from mlra_scale.config.problems import ConfigError, Problem, model_at, nearest, problems_of
+from mlra_scale.config.presets import preset_names, preset_values
+from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of
 from mlra_scale.config.schema import Config
 
 
@@ -24,6 +23,9 @@ def load_config(
     overrides: Sequence[str] = (),
 ) -> Config:
     """Builds the configuration of a run; later sources win: preset, config file, DeepSpeed file, overrides.
+
+    A preset's warm-up belongs to its length: with fewer steps than the preset has, and no warm-up given, it shrinks in
+    proportion (never below one step). It does not grow, so that extending a run leaves its beginning as it was.
 
     Args:
         preset: Name of a preset, or None. A config file may name one instead.
@@ -38,26 +40,30 @@ def load_config(
         ConfigError: With everything that is wrong in all sources.
     """
     problems: list[Problem] = []
+    given = _read_config_file(config_file, problems)
+    name = _choose_preset(preset, given, problems)
+    if name is None and config_file is None:
+        problems.append(Problem("--preset", None, f"give one of {', '.join(preset_names())}, or a --config file"))
+    if ds_config_file is not None:
+        given["deepspeed"] = _read_json(Path(ds_config_file), problems)
+    for text in overrides:
+        _apply_override(given, text, problems)
     values: dict[str, Any] = {}
-    from_file = _read_config_file(config_file, problems)
-    name = _choose_preset(preset, from_file, problems)
     if name is not None:
         try:
             values = preset_values(name)
         except ConfigError as error:
             problems += error.problems
-    _merge(values, from_file)
-    if ds_config_file is not None:
-        values["deepspeed"] = _read_json(Path(ds_config_file), problems)
-    for text in overrides:
-        _apply_override(values, text, problems)
+    _merge(values, given)
     if isinstance(values.get("deepspeed"), dict):
         problems += check_deepspeed_keys(values["deepspeed"])
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        # Without its preset a configuration lacks most fields: the preset is the mistake, not each of them.
-        found = [p for p in problems_of(error, Config) if not (problems and p.remedy.startswith("is required"))]
+        found = problems_of(error, Config)
+        if problems:
+            # Without its preset or file a configuration lacks most fields: that is the mistake, not each of them.
+            found = [problem for problem in found if problem.remedy != REQUIRED]
         raise ConfigError(problems + found) from None
     if problems:
         raise ConfigError(problems)
@@ -105,17 +111,29 @@ def _choose_preset(preset: str | None, from_file: dict[str, Any], problems: list
     return preset if preset is not None else in_file
 
 
-def _merge(values: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Puts the fields of a file over those of the preset, section by section."""
-    for key, value in extra.items():
-        is_section = model_at(Config, [key]) is not None
-        if is_section and isinstance(value, dict) and isinstance(values.get(key), dict):
-            values[key] = {**values[key], **copy.deepcopy(value)}
-        elif is_section and value is None:
+def _merge(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Puts what the user gave over the preset's values, section by section."""
+    preset_train, preset_optim = values.get("train", {}), values.get("optim", {})
+    for key, value in given.items():
+        if model_at(Config, [key]) is None:
+            values[key] = value
+        elif value is None:
             # A section with all its lines commented out.
             values.setdefault(key, {})
+        elif isinstance(value, dict):
+            values[key] = {**values.get(key, {}), **value}
         else:
-            values[key] = copy.deepcopy(value)
+            values[key] = value
+    steps, warmup_steps = _field(given, "train", "steps"), _field(given, "optim", "warmup_steps")
+    is_shorter = isinstance(steps, int) and 0 < steps < preset_train.get("steps", 0)
+    if is_shorter and warmup_steps is None and isinstance(values["optim"], dict):
+        scaled = -(-preset_optim["warmup_steps"] * steps // preset_train["steps"])
+        values["optim"] = {**values["optim"], "warmup_steps": scaled}
+
+
+def _field(values: dict[str, Any], section: str, name: str) -> Any:
+    inner = values.get(section)
+    return inner.get(name) if isinstance(inner, dict) else None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,12 +145,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value; write a number")
+
+
 def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
     text = _read_text(path, "--ds-config", problems)
     if text is None:
         return {}
     try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates)
+        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         problems.append(Problem("--ds-config", str(path), f"is not valid JSON: {place}: {error.msg}"))
@@ -157,38 +179,41 @@ def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) 
     except ValueError as error:
         problems.append(Problem(path, value_text, f"is not YAML: {error}"))
         return
-    parts = _split_path(path, problems)
-    if parts is None:
+    try:
+        parts = _split_path(path)
+    except ValueError as error:
+        problems.append(Problem(path, value, str(error)))
         return
     target = values
-    for part in parts[:-1]:
-        inner = target.get(part)
-        if not isinstance(inner, dict):
-            inner = target[part] = {}
-        target = inner
+    for depth, part in enumerate(parts[:-1], start=1):
+        if target.get(part) is None:
+            target[part] = {}
+        if not isinstance(target[part], dict):
+            where = ".".join(parts[:depth])
+            problems.append(Problem(path, value, f"{where} is already set to {target[part]!r}, which has no fields"))
+            return
+        target = target[part]
     target[parts[-1]] = value
 
 
-def _split_path(path: str, problems: list[Problem]) -> list[str] | None:
-    """Splits a dotted path into keys, or records why it leads nowhere."""
+def _split_path(path: str) -> list[str]:
+    """Splits a dotted path into keys; raises ValueError with the reason if it leads to no field."""
     parts = path.split(".")
-    model: type[BaseModel] | None = Config
+    if parts[0] == "preset":
+        raise ValueError("a preset is where values start from, not an override; use --preset")
+    model: type[BaseModel] = Config
     for index, part in enumerate(parts):
-        assert model is not None
         if part not in model.model_fields:
-            problems.append(Problem(path, None, f"unknown key '{part}'" + nearest(part, model.model_fields)))
-            return None
+            raise ValueError(f"unknown key '{part}'" + nearest(part, model.model_fields))
         inner = model_at(model, [part])
         if inner is not None:
             model = inner
             continue
         rest = parts[index + 1 :]
-        if not rest or part == "deepspeed":
-            return parts
-        if part == "blend":
+        if rest and part == "blend":
             # The keys of a blend are paths, which have dots of their own.
             return [*parts[: index + 1], ".".join(rest)]
-        problems.append(Problem(path, None, f"'{part}' is a value and has no fields"))
-        return None
-    problems.append(Problem(path, None, f"is a section; set one of its fields: {', '.join(model.model_fields)}"))
-    return None
+        if rest and part != "deepspeed":
+            raise ValueError(f"'{part}' is a value and has no fields")
+        return parts
+    raise ValueError(f"is a section; set one of its fields: {', '.join(model.model_fields)}")

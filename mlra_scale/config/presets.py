@@ -1,7 +1,7 @@
 """Named starting points. Depth is the dial of the deep family; everything else there is derived in one function.
 
-Parameter counts (real vocabulary, tied head once; `ModelConfig.num_parameters`), all at rank D/2, where MLRA and its dense
-twin have equally many:
+Parameter counts (real vocabulary, tied head once; `ModelConfig.num_parameters`), all at rank D/2, where MLRA and its
+dense twin have equally many:
 
     debug                        236,928
     laptop                     5,299,456
@@ -80,9 +80,9 @@ def _laptop() -> dict[str, Any]:
 def _deep(num_layers: int, attention: str) -> dict[str, Any]:
     """The deep family: depth is the dial.
 
-    Width 1024 and 16 heads for every depth, and one recipe for all of them (batch of 512 x 1024 tokens, peak rate 2.5e-4,
-    2,000 steps of warm-up, 50,000 steps: 26 G tokens), so that two members differ in depth and in nothing else. Only the
-    micro-batch, which does not change the mathematics, follows the depth: the largest power of two with
+    Width 1024 and 16 heads for every depth, and one recipe for all of them (batch of 512 x 1024 tokens, peak rate
+    2.5e-4, 2,000 steps of warm-up, 50,000 steps: 26 G tokens), so that two members differ in depth and in nothing
+    else. Only the micro-batch, which does not change the mathematics, follows the depth: the largest power of two with
     num_layers * micro_batch_size <= 384, which keeps the memory of activations about constant.
 
     Args:

@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+REQUIRED = "is required and has no default; set it, or start from a preset"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -37,7 +39,7 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" for the known name closest to `name`, or the list of known names if none is close."""
+    """Returns "; did you mean 'x'?" for the known name closest to `name`, or all known names if none is close."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.55)
     if close:
@@ -88,6 +90,14 @@ _WANTED_TYPE = {
 }
 
 
+_BOUNDS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+
+
 def _remedy(error: Any, model: type[BaseModel]) -> str:
     """Turns one pydantic error into a sentence that says what to write instead."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
@@ -95,20 +105,20 @@ def _remedy(error: Any, model: type[BaseModel]) -> str:
         owner = model_at(model, error["loc"][:-1])
         return "unknown key" + nearest(str(error["loc"][-1]), owner.model_fields if owner else ())
     if kind == "missing":
-        return "is required and has no default; set it, or start from a preset"
+        return REQUIRED
     if kind in _WANTED_TYPE:
         return f"must be {_WANTED_TYPE[kind]}, not {_value_hint(value)}"
     if kind == "literal_error":
-        return f"must be one of {context['expected']}" + (
-            nearest(value, [name.strip("' ") for name in context["expected"].replace(" or ", ",").split(",")])
-            if isinstance(value, str) and "did you mean" in nearest(value, context["expected"].split("'")[1::2])
-            else ""
-        )
-    signs = {"greater_than": (">", "gt"), "greater_than_equal": (">=", "ge"), "less_than": ("<", "lt")}
-    signs |= {"less_than_equal": ("<=", "le")}
-    if kind in signs:
-        sign, key = signs[kind]
+        choices = context["expected"].split("'")[1::2]
+        close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+        return f"must be one of {', '.join(choices)}" + (f"; did you mean '{close[0]}'?" if close else "")
+    if kind in _BOUNDS:
+        sign, key = _BOUNDS[kind]
         return f"must be {sign} {context[key]}"
+    if kind == "string_too_short":
+        return "must not be empty; use null to leave it out"
+    if kind == "too_long":
+        return f"has {context['actual_length']} values where {context['max_length']} belong"
     if kind == "finite_number":
         return "must be a finite number"
     if kind == "value_error":
@@ -129,10 +139,13 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     """
     found: dict[str, Problem] = {}
     for entry in error.errors():
-        # A union reports one error per branch under a path that ends in the branch's name; the first one names the
-        # wanted type and is enough for a reader.
-        parts = [str(part) for part in entry["loc"] if not str(part).startswith(("tuple[", "function-", "dict["))]
-        field = ".".join(parts)
-        value = None if entry["type"] == "missing" else entry["input"]
-        found.setdefault(field, Problem(field, value, _remedy(entry, model)))
+        path = [str(part) for part in entry["loc"]]
+        value = entry["input"]
+        if entry["type"] == "missing" and model_at(model, path[:-1]) is None:
+            # An item of a list of fixed length.
+            problem = Problem(".".join(path[:-1]), value, "has too few values")
+        else:
+            shown = None if entry["type"] == "missing" else value
+            problem = Problem(".".join(path), shown, _remedy(entry, model))
+        found.setdefault(problem.field, problem)
     return list(found.values())

@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Shape, attention kind and initialization of the model (GPT-2: pre-LN, tanh GELU, learned positions, tied head)."""
+    """Shape, attention and initialization of the model (GPT-2: pre-LN, tanh GELU, learned positions, tied head)."""
 
     vocab_size: int = Field(50257, ge=2, description="Number of real tokens; rows added by padding never count.")
     vocab_padding_multiple: int = Field(
@@ -72,8 +72,8 @@ class ModelConfig(Section):
     )
     attention_init: Literal["gpt2", "xavier", "matched", "matched-to-mlra"] = Field(
         "gpt2",
-        description="Attention's weights. mlra: gpt2 (both factors N(0, std)), xavier, matched (the product has the dense "
-        "variance); dense: gpt2, xavier, matched-to-mlra (the variance of the paired MLRA product: the control).",
+        description="Attention's weights. mlra: gpt2 (both factors N(0, std)), xavier, matched (the product has the "
+        "dense variance); dense: gpt2, xavier, matched-to-mlra (the variance of the paired MLRA product: the control).",
     )
     paired_mlra_init: Literal["gpt2", "xavier", "matched"] = Field(
         "gpt2", description="The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."
@@ -154,10 +154,10 @@ class ModelConfig(Section):
         """Counts the floating-point operations of one token in training, the numerator of MFU.
 
         6 N + 12 L D S: two operations per multiply-add, forward once and backward twice, for the N weights that
-        multiply activations (blocks and head; embedding and position look-ups, norms and biases are left out), and for the
-        attention products q k^T and a v over a sequence of S (the causal half that could be skipped is counted, as is
-        the custom). The formula is that of Chowdhery et al. 2022 (PaLM), appendix B. Factored projections count as what
-        they are, 2 D R each, once: neither recomputation nor work that tensor parallelism repeats is useful work.
+        multiply activations (blocks and head; embedding and position look-ups, norms and biases are left out), and for
+        the attention products q k^T and a v over a sequence of S (the causal half that could be skipped is counted, as
+        is the custom). The formula is that of Chowdhery et al. 2022 (PaLM), appendix B. Factored projections count as
+        what they are, 2 D R each, once: neither recomputation nor work that tensor parallelism repeats is useful work.
 
         Args:
             sequence_length: S, tokens per sequence.
@@ -183,7 +183,7 @@ class DataConfig(Section):
     validation_fraction: float = Field(
         0.01, gt=0.0, lt=1.0, description="For bare Megatron prefixes: the share of last documents kept for validation."
     )
-    tokenizer: Text | None = Field(None, description="Tokenizer that the data must have been made with; null: unchecked.")
+    tokenizer: Text | None = Field(None, description="Tokenizer that the data must be made with; null: unchecked.")
     document_attention: Literal["across", "masked"] = Field(
         "across", description="across: a sample's documents see each other; masked: attention stops at their borders."
     )
@@ -230,7 +230,9 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="After warm-up: cosine decay, stay-then-decay (wsd), or constant."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0 to lr.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps of linear warm-up to lr. A preset's shrinks with train.steps unless it is given."
+    )
     decay_steps: int | None = Field(
         None,
         ge=1,
@@ -314,7 +316,7 @@ class Config(Section):
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Profiler.")
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="DeepSpeed's own knobs, the content of the --ds-config file; {}: ZeRO stage 0."
+        default_factory=dict, description="DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0."
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -220,15 +220,15 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             "deepspeed.zero_optimization.stage",
             stage,
-            "cannot be used with the pipeline engine: a pipeline adds up the whole gradient over its micro-batches before "
-            "one reduction at the end, while stage 2 and 3 cut the gradient up after each of them, so DeepSpeed refuses the "
+            "cannot be used with the pipeline engine: a pipeline adds up the whole gradient over its micro-batches and "
+            "reduces it once at the end, while stages 2 and 3 cut it up after each of them, so DeepSpeed refuses the "
             "pair; use stage 0 or 1, or parallel.pipeline=1 with the zero engine",
         )
     if offload_optimizer(config) and stage == 0:
         yield Problem(
             "deepspeed.zero_optimization.offload_optimizer",
             "cpu",
-            "needs ZeRO: without a stage the optimizer would stay where it is; set zero_optimization.stage to 1, 2 or 3",
+            "needs ZeRO: without a stage the optimizer stays where it is; set zero_optimization.stage to 1, 2 or 3",
         )
     if offload_optimizer(config) and engine_kind(config) == "pipeline":
         yield Problem(
@@ -254,19 +254,17 @@ def _run_problems(config: Config, device: str) -> Iterator[Problem]:
             optim.warmup_steps,
             f"is longer than the run of {train.steps} steps (train.steps): the rate would never reach optim.lr",
         )
-    elif optim.schedule == "wsd" and optim.decay_steps is not None:
-        if optim.warmup_steps + optim.decay_steps > train.steps:
-            yield Problem(
-                "optim.decay_steps",
-                optim.decay_steps,
-                f"does not fit behind {optim.warmup_steps} steps of warm-up into train.steps {train.steps}; shorten it",
-            )
+    elif optim.schedule == "wsd" and optim.warmup_steps + (optim.decay_steps or 0) > train.steps:
+        yield Problem(
+            "optim.decay_steps",
+            optim.decay_steps,
+            f"does not fit behind {optim.warmup_steps} steps of warm-up into train.steps {train.steps}; shorten it",
+        )
     if optim.schedule == "constant" and optim.decay_steps is not None:
         yield Problem("optim.decay_steps", optim.decay_steps, "a constant schedule has no decay; leave it null")
     if (profile.start is None) != (profile.stop is None):
-        yield Problem(
-            "profile.start" if profile.start is None else "profile.stop", None, "give profile.start and profile.stop both"
-        )
+        missing = "profile.start" if profile.start is None else "profile.stop"
+        yield Problem(missing, None, "give profile.start and profile.stop both, or neither")
     elif profile.start is not None and profile.stop is not None:
         if profile.stop <= profile.start:
             yield Problem("profile.stop", profile.stop, f"must come after profile.start {profile.start}")

@@ -1,8 +1,8 @@
 """YAML as this project reads and writes it: the scalars of YAML 1.2's core schema, and no duplicate keys.
 
-YAML 1.1, PyYAML's default, reads `1e-3` as text, `on` as true, `1:30` as 90 and keeps the last of two equal keys without
-a word. Each of these has cost somebody a training run, so the loader here has its own rules and the dumper writes by the
-same ones, so that what is written is read back equal.
+YAML 1.1, PyYAML's default, reads `1e-3` as text, `on` as true, `1:30` as 90 and keeps the last of two equal keys
+without a word. A learning rate or a run name is easily lost that way, so the loader here has its own rules, and the
+dumper writes by the same ones: what is written is read back equal.
 """
 
 from __future__ import annotations
