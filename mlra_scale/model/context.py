@@ -58,14 +58,21 @@ class ModelContext:
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 
-    def context_of(self, documents_BS: torch.Tensor, sample_ids_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tensors that travel beside the hidden state from block to block: only those that are used."""
-        documents = (documents_BS,) if self.has_document_mask else ()
-        samples = (sample_ids_B,) if self.has_dropout else ()
-        return documents + samples
+    def pack(
+        self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
+    ) -> "Stream":
+        """Packs what travels from block to block: the hidden state, and beside it only the ids that are used."""
+        ids = [ids for ids, is_used in ((documents_BS, self.has_document_mask), (sample_ids_B, self.has_dropout)) if is_used]
+        # A bare tensor, not a tuple of one: DeepSpeed's pipeline unwraps the latter on its way.
+        return (hidden_BSD, *ids) if ids else hidden_BSD
 
-    def split_context(self, context: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Inverse of `context_of`: (documents_BS or None, sample_ids_B or None)."""
-        documents_BS = context[0] if self.has_document_mask else None
-        sample_ids_B = context[-1] if self.has_dropout else None
-        return documents_BS, sample_ids_B
+    def unpack(self, stream: "Stream") -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Inverse of `pack`: (hidden_BSD, documents_BS or None, sample_ids_B or None)."""
+        if isinstance(stream, torch.Tensor):
+            return stream, None, None
+        documents_BS = stream[1] if self.has_document_mask else None
+        sample_ids_B = stream[-1] if self.has_dropout else None
+        return stream[0], documents_BS, sample_ids_B
+
+
+Stream = torch.Tensor | tuple[torch.Tensor, ...]

@@ -1,7 +1,7 @@
 """The model as one list of layers, from which both engines are built.
 
-Between layers travels a tuple (hidden_BSD, *context): the context holds the document ids and sample ids where they
-are used (see ModelContext.context_of). The first layer takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
+Between layers travels a stream: the hidden state, and beside it the document ids and sample ids where they are used
+(see ModelContext.pack). The first layer takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
 
 Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
 """
@@ -16,12 +16,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mlra_scale.model.attention import SelfAttention
-from mlra_scale.model.context import ModelContext
+from mlra_scale.model.context import ModelContext, Stream
 from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear
 from mlra_scale.model.randomness import dropout_hidden, key_of
-
-Stream = tuple[torch.Tensor, ...]
-
 
 class TokenEmbedding(VocabParallelEmbedding):
     """Token embedding, shared with the output head.
@@ -46,8 +43,8 @@ class TokenEmbedding(VocabParallelEmbedding):
         has_padding = model.padded_vocab_size > model.vocab_size
         self.register_buffer("padding_bias_V", bias_V if has_padding else None, persistent=False)
 
-    def forward(self, inputs: Stream) -> Stream:
-        """(tokens_BS, positions_BS, documents_BS, sample_ids_B) -> (hidden_BSD, positions_BS, documents_BS, ...)."""
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Replaces the first of (tokens_BS, positions_BS, documents_BS, sample_ids_B) by hidden_BSD."""
         tokens_BS, *rest = inputs
         return (super().forward(tokens_BS), *rest)
 
@@ -71,14 +68,14 @@ class PositionEmbedding(nn.Module):
         context.initialize("positions.weight")(self.weight)
         self.dropout_key = key_of(context.seed, "embedding/dropout")
 
-    def forward(self, inputs: Stream) -> Stream:
-        """(hidden_BSD, positions_BS, documents_BS, sample_ids_B) -> (hidden_BSD, *context)."""
+    def forward(self, inputs: tuple[torch.Tensor, ...]) -> Stream:
+        """Maps (hidden_BSD, positions_BS, documents_BS, sample_ids_B) to the stream of the blocks."""
         hidden_BSD, positions_BS, documents_BS, sample_ids_B = inputs
         hidden_BSD = hidden_BSD + functional.embedding(positions_BS, self.weight)
         probability = self.context.model.embedding_dropout if self.training else 0.0
         if probability > 0.0:
             hidden_BSD = dropout_hidden(hidden_BSD, probability, self.dropout_key, sample_ids_B)
-        return (hidden_BSD, *self.context.context_of(documents_BS, sample_ids_B))
+        return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
 
 class FeedForward(nn.Module):
@@ -118,18 +115,19 @@ class Block(nn.Module):
         self.dropout_keys = tuple(key_of(context.seed, f"{name}/{site}") for site in ("attention", "mlp"))
 
     def forward(self, stream: Stream) -> Stream:
-        hidden_BSD, *context = stream
+        hidden_BSD, documents_BS, sample_ids_B = self.context.unpack(stream)
         if self.context.has_activation_checkpointing and torch.is_grad_enabled():
             # No generator state to preserve: dropout is keyed, so the recomputation draws the same masks.
             hidden_BSD = checkpoint(
-                self._residual, hidden_BSD, *context, use_reentrant=False, preserve_rng_state=False
+                self._residual, hidden_BSD, documents_BS, sample_ids_B, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            hidden_BSD = self._residual(hidden_BSD, *context)
-        return (hidden_BSD, *context)
+            hidden_BSD = self._residual(hidden_BSD, documents_BS, sample_ids_B)
+        return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
-    def _residual(self, hidden_BSD: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
-        documents_BS, sample_ids_B = self.context.split_context(context)
+    def _residual(
+        self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
+    ) -> torch.Tensor:
         attended_BSD = self.attention(self.attention_norm(hidden_BSD), documents_BS, sample_ids_B)
         hidden_BSD = hidden_BSD + self._dropout(attended_BSD, 0, sample_ids_B)
         return hidden_BSD + self._dropout(self.mlp(self.mlp_norm(hidden_BSD)), 1, sample_ids_B)
@@ -143,16 +141,18 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.LayerNorm):
-    """The last LayerNorm: (hidden_BSD, *context) -> hidden_BSD.
+    """The last LayerNorm: from the stream, the hidden state alone.
 
     weight, bias: [D], replicated over TP
     """
 
     def __init__(self, context: ModelContext) -> None:
         super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
+        self.context = context
 
     def forward(self, stream: Stream) -> torch.Tensor:
-        return super().forward(stream[0])
+        hidden_BSD, _, _ = self.context.unpack(stream)
+        return super().forward(hidden_BSD)
 
 
 @dataclass(frozen=True)

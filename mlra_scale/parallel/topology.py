@@ -78,6 +78,8 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes)
         )
+    # DeepSpeed would compile a shared-memory all-reduce for CPU inference at the first start; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Adopts the running process group; DeepSpeed keeps its own handle on it.
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)
