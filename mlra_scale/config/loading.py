@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mlra_scale.config import yaml_text
-from mlra_scale.config.deepspeed_json import check_deepspeed_keys
+from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
 from mlra_scale.config.presets import preset_names, preset_values
 from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of
 from mlra_scale.config.schema import Config

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlra_scale.config.deepspeed_json import check_deepspeed_keys, offload_optimizer, offload_param, zero_stage
+from mlra_scale.config.deepspeed_json import offload_optimizer, offload_param, zero_stage
+from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
 from mlra_scale.config.problems import ConfigError, Problem
 from mlra_scale.config.schema import Config
 
