@@ -1,0 +1,158 @@
+"""Memory of one rank by component, from stated formulas. Imports no torch; every function is pure.
+
+Letters: n weights that the rank holds (its stage and tensor shard), d data-parallel degree, t tensor-parallel degree,
+e bytes of a number in compute precision (fp32 4, bf16 and fp16 2), S sequence, N heads, D hidden, F MLP width, R rank,
+f number of factorised projections, V padded vocabulary.
+
+Training state (DeepSpeed 0.19 as our engines set it up):
+
+    component      bytes
+    weights        e n; ZeRO 3: e n / d
+    gradients      fp32: 4 n; bf16: 2 n without ZeRO, (2 + 4) n with ZeRO 1 (micro-batches add up in fp32);
+                   fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d (fp16)
+    master         fp32 copy of the weights: 4 n; none in fp32 without ZeRO; ZeRO >= 1: 4 n / d
+    moments        Adam's two, fp32: 8 n; ZeRO >= 1: 8 n / d
+    (offload_optimizer moves master and moments to the host, offload_param the weights)
+
+Activations kept for the backward pass, per token:
+
+    block          e (4 D + 4 D / t + 2 F / t + f R): inputs of both norms, their outputs, q k v and the attention's
+                   output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
+                   reduction). The S x S attention matrix is kept with attention dropout only: (4 + e) S N / t more
+    checkpointed   e D instead, and one whole block again while it is recomputed
+    ends           e D for the embedding's output (first stage), 2 e D for the final norm (last stage)
+    logits         (e + 4 + 4) V / t on the last stage: logits, fp32 softmax and its gradient, of one micro-batch
+
+All but the logits, times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
+
+Left out: communication buckets, the allocator's fragments, temporary results inside an operation, the libraries
+themselves (CUDA context and NCCL: about 1 to 2 GiB per GPU). Take the sum as a lower bound with 10 to 20 % to come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
+from mlra_scale.planning.layout import blocks_of_stage, num_held, weights_of_stage
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: In compute precision.
+        gradients: Kept between micro-batches.
+        master: fp32 copy of the weights.
+        moments: Adam's two.
+        activations: Kept for the backward pass, logits not included.
+        logits: Logits, softmax and its gradient.
+        host: What offloading put on the host instead (not part of `device`).
+    """
+
+    weights: float
+    gradients: float
+    master: float
+    moments: float
+    activations: float
+    logits: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        """Sum of the components on the device."""
+        return self.weights + self.gradients + self.master + self.moments + self.activations + self.logits
+
+
+def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
+    """Estimates the memory of a rank of one pipeline stage (all tensor and data ranks of a stage are alike).
+
+    Args:
+        config: A validated configuration.
+        plan: Its batch plan.
+        stage: The pipeline stage.
+    """
+    num_weights = num_held(weights_of_stage(config.model, plan.pipeline, stage), plan.tensor)
+    state = {
+        "weights": weight_bytes(config, plan, num_weights),
+        "gradients": gradient_bytes(config, plan, num_weights),
+        "master": master_bytes(config, plan, num_weights),
+        "moments": moment_bytes(config, plan, num_weights),
+    }
+    on_host = ["master", "moments"] if offload_optimizer(config) else []
+    on_host += ["weights"] if offload_param(config) else []
+    host = sum(state[name] for name in on_host)
+    state |= dict.fromkeys(on_host, 0.0)
+    return RankMemory(
+        **state,
+        activations=activation_bytes(config, plan, stage),
+        logits=logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0,
+        host=host,
+    )
+
+
+def weight_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of the weights in compute precision."""
+    return BYTES[config.train.precision] * num_weights / (plan.data if zero_stage(config) == 3 else 1)
+
+
+def gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of the gradients."""
+    precision, stage = config.train.precision, zero_stage(config)
+    if stage >= 2:
+        return (2 if precision == "fp16" else 4) * num_weights / plan.data
+    if precision == "bf16" and stage == 1:
+        return 6.0 * num_weights
+    return float(BYTES[precision] * num_weights)
+
+
+def master_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of the fp32 copy of the weights."""
+    if zero_stage(config) == 0:
+        return 0.0 if config.train.precision == "fp32" else 4.0 * num_weights
+    return 4.0 * num_weights / plan.data
+
+
+def moment_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of Adam's two moments."""
+    return 8.0 * num_weights / (plan.data if zero_stage(config) >= 1 else 1)
+
+
+def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
+    """Bytes that one block keeps of one token for its backward pass."""
+    model, tensor = config.model, plan.tensor
+    num_factorised = sum(model.is_factorised(name) for name in "qkvo")
+    width = 4 * model.hidden_size + 4 * model.hidden_size / tensor + 2 * model.ffn_size / tensor
+    kept = BYTES[config.train.precision] * (width + num_factorised * model.rank)
+    if model.attention_dropout > 0.0:
+        kept += (4 + BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
+    return kept
+
+
+def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+    """Bytes of the activations that a stage keeps for its backward passes, logits not included."""
+    element, width = BYTES[config.train.precision], config.model.hidden_size
+    tokens = plan.micro_batch_size * plan.sequence_length
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    num_in_flight = in_flight(config, plan, stage)
+    ends = element * width * ((stage == 0) + 2 * (stage == plan.pipeline - 1))
+    block = block_bytes_per_token(config, plan)
+    if config.parallel.activation_checkpointing == "block":
+        return tokens * (num_in_flight * (num_blocks * element * width + ends) + block)
+    return tokens * num_in_flight * (num_blocks * block + ends)
+
+
+def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at once (one forward, one backward in turns)."""
+    if engine_kind(config) != "pipeline":
+        return 1
+    return min(plan.accumulation_steps, plan.pipeline - stage)
+
+
+def logit_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of logits, fp32 softmax and its gradient of one micro-batch."""
+    tokens = plan.micro_batch_size * plan.sequence_length
+    return tokens * (BYTES[config.train.precision] + 8) * config.model.padded_vocab_size / plan.tensor

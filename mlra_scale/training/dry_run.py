@@ -1,0 +1,144 @@
+"""Every derived number of a run, as text: for --dry-run, and in short before the first step. Imports no torch."""
+
+from __future__ import annotations
+
+from mlra_scale.config import BatchPlan, Config, engine_kind, zero_stage
+from mlra_scale.planning.layout import (
+    blocks_of_stage,
+    data_groups,
+    num_held,
+    pipeline_groups,
+    rank_of,
+    tensor_groups,
+    weights_of_stage,
+)
+from mlra_scale.planning.memory import RankMemory, rank_memory
+
+_GROUPS_SHOWN = 8
+_GIB = 2.0**30
+
+
+def plan_report(config: Config, plan: BatchPlan) -> str:
+    """Returns the whole plan of a run.
+
+    Args:
+        config: A validated configuration.
+        plan: Its batch plan; the ranks need not exist.
+    """
+    sections = (
+        ("Model", _model_lines(config)),
+        ("Batch", _batch_lines(config, plan)),
+        ("Mesh", _mesh_lines(config, plan)),
+        ("Parameters per rank", _parameter_lines(config, plan)),
+        ("Memory per rank, GiB", _memory_lines(config, plan)),
+    )
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+
+
+def short_report(config: Config, plan: BatchPlan) -> str:
+    """Returns the lines that a run prints before its first step."""
+    lines = [*_model_lines(config), *_batch_lines(config, plan), _layout_line(config, plan)]
+    return "\n".join(lines)
+
+
+def _model_lines(config: Config) -> list[str]:
+    model = config.model
+    attention: str = model.attention
+    if attention == "mlra":
+        attention += f" rank {model.rank} of {model.hidden_size} in {', '.join(model.factorised_projections)}"
+    counts = model.parameter_counts()
+    ends = counts["embedding"] + counts["positions"]
+    flops = model.flops_per_token(config.train.sequence_length)
+    tokens_per_step = config.train.global_batch_size * config.train.sequence_length
+    return [
+        f"{config.preset or 'model'}: {model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
+        f"attention {attention}",
+        f"parameters {model.num_parameters():,} (embedding {counts['embedding']:,}, positions {counts['positions']:,}, "
+        f"rest {model.num_parameters() - ends:,}), tied head counted once",
+        f"FLOPs per token {flops:.4g}, per step {flops * tokens_per_step:.4g}",
+    ]
+
+
+def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
+    total = plan.tokens_per_step * config.train.steps
+    return [
+        f"global batch {plan.global_batch_size} = {plan.micro_batch_size} (micro-batch) x {plan.accumulation_steps} "
+        f"(accumulation) x {plan.data} (data ranks), sequences of {plan.sequence_length}",
+        f"tokens per step {plan.tokens_per_step:,}, steps {config.train.steps:,}, total tokens {total:,}",
+    ]
+
+
+def _layout_line(config: Config, plan: BatchPlan) -> str:
+    return (
+        f"{plan.world_size} rank(s): tensor {plan.tensor} x pipeline {plan.pipeline} x data {plan.data}, "
+        f"{engine_kind(config)} engine, ZeRO {zero_stage(config)}, {config.train.precision}"
+    )
+
+
+def _mesh_lines(config: Config, plan: BatchPlan) -> list[str]:
+    lines = [_layout_line(config, plan)]
+    for name, groups in (
+        ("tensor", tensor_groups(plan)),
+        ("pipeline", pipeline_groups(plan)),
+        ("data", data_groups(plan)),
+    ):
+        shown = " ".join(_ranks(group) for group in groups[:_GROUPS_SHOWN])
+        more = f" ... ({len(groups)} groups)" if len(groups) > _GROUPS_SHOWN else ""
+        lines.append(f"{name + ' groups':<16} {shown}{more}")
+    for stage in range(plan.pipeline):
+        blocks = blocks_of_stage(config.model.num_layers, plan.pipeline, stage)
+        first = rank_of(plan, stage, 0, 0)
+        last = rank_of(plan, stage, plan.data - 1, plan.tensor - 1)
+        lines.append(f"{f'stage {stage}':<16} ranks {first}-{last}, blocks {blocks.start}-{blocks.stop - 1}")
+    return lines
+
+
+def _ranks(group: list[int]) -> str:
+    """Writes a group of ranks in brackets; evenly spaced long ones as first, second, ..., last."""
+    if len(group) > 8:
+        return f"[{group[0]} {group[1]} .. {group[-1]}]"
+    return "[" + " ".join(str(rank) for rank in group) + "]"
+
+
+def _parameter_lines(config: Config, plan: BatchPlan) -> list[str]:
+    rows: list[tuple[str, ...]] = [("stage", "tp shard", "total", "embedding", "rest")]
+    for stage in range(plan.pipeline):
+        held = weights_of_stage(config.model, plan.pipeline, stage)
+        total = num_held(held, plan.tensor)
+        embedding = num_held([info for info in held if info.kind == "embedding"], plan.tensor)
+        shard = "whole" if plan.tensor == 1 else f"1/{plan.tensor}"
+        rows.append((str(stage), shard, f"{total:,}", f"{embedding:,}", f"{total - embedding:,}"))
+    lines = _table(rows)
+    padding = config.model.padded_vocab_size - config.model.vocab_size
+    lines.append(f"(every tensor rank of a stage alike; with {padding} padded rows of the vocabulary)")
+    if plan.pipeline > 1:
+        lines.append("(the last stage holds its own copy of the tied embedding)")
+    return lines
+
+
+def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
+    names = ("weights", "gradients", "master", "moments", "activations", "logits", "device", "host")
+    rows: list[tuple[str, ...]] = [("stage", *names[:-2], "sum", "host")]
+    estimates = [rank_memory(config, plan, stage) for stage in range(plan.pipeline)]
+    for stage, memory in enumerate(estimates):
+        rows.append((str(stage), *(_gib(memory, name) for name in names)))
+    checkpointing = config.parallel.activation_checkpointing
+    other = "none" if checkpointing == "block" else "block"
+    section = config.parallel.model_copy(update={"activation_checkpointing": other})
+    changed = config.model_copy(update={"parallel": section})
+    peak = max(rank_memory(changed, plan, stage).device for stage in range(plan.pipeline))
+    return [
+        *_table(rows),
+        f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / _GIB:.2f})",
+        "(estimate without communication buckets, temporary results and the libraries themselves: add 10 to 20 %)",
+        "(formulas: mlra_scale/planning/memory.py)",
+    ]
+
+
+def _gib(memory: RankMemory, name: str) -> str:
+    return f"{getattr(memory, name) / _GIB:.2f}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,0 +1,24 @@
+"""Exit codes of `python -m mlra_scale.train`: what a launcher may conclude from the process's end."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a training process ended.
+
+    torchrun reports 1 for any failed worker; the code of the worker itself is in torchrun's report and in the run
+    directory's events.jsonl. Codes 4 to 9 are kept for endings that a launcher should act upon (such as "preempted,
+    queue me again").
+    """
+
+    DONE = 0
+    FAILED = 1
+    """An error of ours or of a library; Python prints the traceback."""
+    BAD_INPUT = 2
+    """Nothing was started and nothing was left behind; the message says what to change."""
+    NON_FINITE = 3
+    """The loss or the gradient norm stopped being a number; running again gives the same end."""
+    INTERRUPTED = 130
+    """Ctrl-C, as shells report it (128 + SIGINT)."""

@@ -1,0 +1,57 @@
+"""Which samples a data rank reads in a step, and reading them one step ahead."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from mlra_scale.config import BatchPlan
+from mlra_scale.data import Batch, SampleStream
+
+
+def first_samples(plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[int]:
+    """Returns the global index of the first sample of each micro-batch of one data rank in one step.
+
+    Micro-batch m of data rank r of R starts at consumed + (m R + r) * micro_batch_size: over all ranks and
+    micro-batches a step reads consumed ... consumed + global_batch_size - 1, whatever R and the micro-batch size are.
+
+    Args:
+        plan: The batch arithmetic of the run.
+        data_rank: r.
+        consumed_samples: Samples that earlier steps have read, over all ranks.
+    """
+    return [
+        consumed_samples + (micro_batch * plan.data + data_rank) * plan.micro_batch_size
+        for micro_batch in range(plan.accumulation_steps)
+    ]
+
+
+def read_batches(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[Batch]:
+    """Reads the micro-batches of one data rank in one step."""
+    return [stream.batch(first, plan.micro_batch_size) for first in first_samples(plan, data_rank, consumed_samples)]
+
+
+class Feed:
+    """Reads the next step's micro-batches in a background thread while the current step computes."""
+
+    def __init__(self, stream: SampleStream, plan: BatchPlan, data_rank: int) -> None:
+        self._stream, self._plan, self._data_rank = stream, plan, data_rank
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def take(self, consumed_samples: int) -> list[Batch]:
+        """Returns the micro-batches of the step that starts at `consumed_samples`; begins to read the next one's."""
+        batches = self._request(consumed_samples).result()
+        following = consumed_samples + self._plan.global_batch_size
+        self._ahead = (following, self._request(following))
+        return batches
+
+    def _request(self, consumed_samples: int) -> Future[list[Batch]]:
+        if self._ahead is not None and self._ahead[0] == consumed_samples:
+            return self._ahead[1]
+        return self._thread.submit(read_batches, self._stream, self._plan, self._data_rank, consumed_samples)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,86 @@
+"""Stopping on a loss or a gradient norm that is no number.
+
+DeepSpeed skips such an update and goes on, for ever; here the run ends, on all ranks on the same step, because every
+rank decides from the same all-reduced values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mlra_scale.config import TrainConfig
+
+if TYPE_CHECKING:
+    # Importing an engine imports DeepSpeed, and the check itself needs only numbers.
+    from mlra_scale.parallel.engine import StepResult, UpdateProposal
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; its text says why and what to look at.
+
+    Attributes:
+        values: The step and its numbers, for the event log.
+    """
+
+    def __init__(self, message: str, values: dict[str, float | int | None]) -> None:
+        super().__init__(message)
+        self.values = values
+
+
+class FiniteCheck:
+    """Keeps updates that are no numbers from being applied, and says when to stop.
+
+    In fp16 an overflow is normal: the dynamic loss scale shrinks and the update is skipped. Only a long row of them is
+    an error.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._is_fp16 = train.precision == "fp16"
+        self._max_overflows = train.max_consecutive_overflows
+        self._overflows = 0
+
+    def approve(self, proposal: UpdateProposal) -> bool:
+        """Returns whether the update may be applied; the same on every rank, as the proposal is."""
+        return self._is_fp16 or (math.isfinite(proposal.loss) and math.isfinite(proposal.gradient_norm))
+
+    def check(self, step: int, result: StepResult, consumed_samples: int) -> None:
+        """Raises when the run has to stop.
+
+        Args:
+            step: The step that `result` is of.
+            result: What the engine reported, identical on all ranks.
+            consumed_samples: Samples read before this step, to find its data again.
+
+        Raises:
+            TrainingStopped: Not finite in bf16 or fp32, or too many overflows in a row in fp16.
+        """
+        shown = (
+            f"step {step} (samples from {consumed_samples}): loss {result.loss}, gradient norm {result.gradient_norm}"
+        )
+        values = {
+            "step": step,
+            "loss": result.loss,
+            "gradient_norm": result.gradient_norm,
+            "loss_scale": result.loss_scale,
+            "consumed_samples": consumed_samples,
+        }
+        if self._is_fp16:
+            self._overflows = self._overflows + 1 if result.overflow else 0
+            if self._overflows >= self._max_overflows:
+                raise TrainingStopped(
+                    f"{shown}; {self._overflows} loss-scale overflows in a row (loss scale {result.loss_scale}). "
+                    "The activations or gradients do not fit fp16: lower optim.lr or use train.precision=bf16. "
+                    "train.max_consecutive_overflows sets the limit.",
+                    values,
+                )
+            return
+        if math.isfinite(result.loss) and math.isfinite(result.gradient_norm):
+            return
+        raise TrainingStopped(
+            f"{shown}; this is not finite. The update was not applied and the run stops on all ranks. Look at the "
+            "loss, gradient norm and TEV of the steps before in metrics.jsonl: if they grow, lower optim.lr, lengthen "
+            "optim.warmup_steps or lower optim.grad_clip; if they do not, look at the data of this step. Continue "
+            "from the last checkpoint with --resume auto.",
+            values,
+        )

@@ -1,0 +1,84 @@
+"""From a checked configuration to a running job: devices, process groups, the loop, and the code it ends with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mlra_scale.config import BatchPlan, Config, Problem
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.run_directory import RunDirectory
+
+
+def resolve_device(config: Config) -> str:
+    """Returns `cpu` or `cuda`: what `train.device` says, or what this machine has."""
+    if config.train.device != "auto":
+        return config.train.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(config: Config) -> list[Problem]:
+    """Finds out whether this process has the device it needs."""
+    device, local_rank = resolve_device(config), int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cpu":
+        return []
+    num_devices = torch.cuda.device_count()
+    if num_devices == 0:
+        return [Problem("train.device", config.train.device, "torch sees no GPU here; use train.device=cpu or auto")]
+    if local_rank >= num_devices:
+        remedy = f"torch sees {num_devices} GPU(s) here and this is local rank {local_rank}; start fewer ranks per node"
+        return [Problem("train.device", config.train.device, remedy)]
+    if config.train.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name()
+        return [Problem("train.precision", "bf16", f"{name} has no bf16; use train.precision=fp16 or fp32")]
+    return []
+
+
+def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint: Path | None) -> ExitCode:
+    """Starts the process groups, trains, and ends them.
+
+    Args:
+        config: A validated configuration.
+        plan: Its batch plan for this world.
+        run_directory: Where the run's files go.
+        checkpoint: What to resume from; None for a fresh start.
+
+    Returns:
+        How the run ended; the same on every rank.
+    """
+    device = resolve_device(config)
+    _quiet_libraries(device)
+    # DeepSpeed chooses its accelerator when it is imported, hence not at the top of this file.
+    from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
+    from mlra_scale.training.finite import TrainingStopped
+    from mlra_scale.training.trainer import fit
+
+    minutes = config.parallel.timeout_minutes
+    place = initialize_distributed(device, minutes)
+    topology = build_topology(plan, config.parallel.pipeline, place, minutes)
+    code = ExitCode.DONE
+    try:
+        fit(config, plan, topology, run_directory, checkpoint)
+    except TrainingStopped:
+        # Told by rank 0's report.
+        code = ExitCode.NON_FINITE
+    # A launcher ends all ranks when one ends: none may go before rank 0 has written everything.
+    dist.barrier()
+    destroy_topology()
+    dist.destroy_process_group()
+    return code
+
+
+def _quiet_libraries(device: str) -> None:
+    """Keeps banners and warnings that a user of ours can do nothing about off the console."""
+    os.environ["DS_ACCELERATOR"] = device
+    warnings.filterwarnings("ignore", module=r"(deepspeed|megatron|torch)\b")
+    import deepspeed  # noqa: F401  (creates the logger that is quietened here)
+
+    for name in ("DeepSpeed", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

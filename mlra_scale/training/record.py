@@ -1,0 +1,130 @@
+"""The record of a run: append-only JSON lines that survive a crash and never tell a step twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def finite_or_none(value: Any) -> Any:
+    """Replaces numbers that JSON has no word for by None, in mappings and lists too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return value
+
+
+class JsonLines:
+    """A file of one JSON object per line, flushed line by line.
+
+    A file that was never opened (any rank but rank 0) takes lines and forgets them, so that callers need not ask.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """Opens the file for appending.
+
+        Args:
+            path: The file; None for a file that forgets.
+        """
+        self._file = None if path is None else path.open("a", encoding="ascii")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends one object and hands it to the operating system at once."""
+        if self._file is not None:
+            self._file.write(json.dumps(finite_or_none(values), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class EventLog:
+    """events.jsonl: what happened beside the numbers (start, resume, checkpoint, stop), each with its time."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._lines = JsonLines(path)
+
+    def write(self, event: str, **values: Any) -> None:
+        """Appends one event."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        # A stop for a value that is no number must show that value, for which JSON has no word: it goes in as text.
+        shown = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._lines.write({"time": now, "event": event, **shown})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines.
+
+    Args:
+        path: The file; a missing one reads as empty.
+
+    Returns:
+        The objects in order. A last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: A line before the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON") from None
+    return objects
+
+
+def cut_record(path: Path, last_step: int) -> int:
+    """Removes what a run recorded after the step that it is resumed from, in one atomic replacement.
+
+    The resumed run records those steps again; without the cut each would be there twice.
+
+    Args:
+        path: metrics.jsonl; a missing file is left missing.
+        last_step: The step of the checkpoint; later lines go, and so does a line that a crash cut short.
+
+    Returns:
+        Number of lines removed that held a whole object.
+    """
+    if not path.exists():
+        return 0
+    objects = read_record(path)
+    kept = [item for item in objects if item["step"] <= last_step]
+    write_atomically(path, "".join(json.dumps(item) + "\n" for item in kept))
+    return len(objects) - len(kept)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

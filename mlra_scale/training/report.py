@@ -1,0 +1,183 @@
+"""Where a run's numbers go: the record, the console, the progress bar and wandb. Rank 0 writes, the others forget."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from mlra_scale.config import BatchPlan, Config
+from mlra_scale.training.dry_run import short_report
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.metrics import tev_text, train_line, validation_line
+from mlra_scale.training.progress import Progress
+from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.wandb_log import WandbLog, open_wandb
+
+_CURVES = ("loss", "validation_loss", "tev_mean", "tev_std")
+"""What the summary tells the first and the last value of."""
+
+
+class Report:
+    """The reporting of one run; a context manager that also tells how the run ended."""
+
+    def __init__(self, config: Config, plan: BatchPlan, run: RunDirectory, is_main: bool) -> None:
+        self._config, self._plan, self._run = config, plan, run
+        self._is_main = is_main
+        self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
+        self._bar: Any = None
+        self._last_tev: dict[str, Any] = {}
+        self._records: list[dict[str, Any]] = []
+        self._started = time.perf_counter()
+
+    def start(self, progress: Progress, checkpoint: Path | None) -> None:
+        """Makes the run directory, cuts the record back to the resumed step and opens everything.
+
+        Args:
+            progress: Where the run starts.
+            checkpoint: What it was resumed from, if it was.
+        """
+        if not self._is_main:
+            return
+        self._run.create(self._config)
+        num_cut = cut_record(self._run.metrics, progress.step if checkpoint is not None else -1)
+        self._records = read_record(self._run.metrics)
+        self._metrics, self._events = JsonLines(self._run.metrics), EventLog(self._run.events)
+        self._events.write("start", step=progress.step, world_size=self._plan.world_size)
+        self.say(short_report(self._config, self._plan))
+        if checkpoint is not None:
+            self._events.write("resume", step=progress.step, checkpoint=str(checkpoint), records_cut=num_cut)
+            self.say(f"resumed from {checkpoint}: step {progress.step}, {progress.consumed_samples:,} samples read")
+        self._wandb = open_wandb(self._config, self._run)
+        self.say(f"run directory {self._run.path}, wandb {self._wandb.mode}")
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._config.train.steps, initial=progress.step, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """Prints to the console, above the progress bar."""
+        if self._is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def event(self, event: str, **values: Any) -> None:
+        """Appends to events.jsonl."""
+        self._events.write(event, **values)
+
+    def step_done(self) -> None:
+        """Moves the progress bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def measured(self, progress: Progress, values: Mapping[str, Any]) -> None:
+        """Records what was measured after a step; nothing measured, nothing recorded.
+
+        Args:
+            progress: The counters after the step.
+            values: Any of the parts that the trainer makes: of the training step, of TEV, of the evaluation.
+        """
+        if not self._is_main or not values:
+            return
+        record = {
+            "step": progress.step,
+            "consumed_samples": progress.consumed_samples,
+            "consumed_tokens": progress.consumed_tokens,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            **values,
+        }
+        self._metrics.write(record)
+        self._records.append(record)
+        # Lists (the extreme tokens) are no curves.
+        self._wandb.log(progress.step, {key: value for key, value in record.items() if not isinstance(value, list)})
+        self._last_tev |= {key: value for key, value in values.items() if key in ("tev_mean", "tev_std")}
+        total = self._config.train.steps
+        if "loss" in values:
+            self.say(train_line({**self._last_tev, **record}, total))
+        elif "tev_mean" in values and progress.step == 0:
+            self.say(f"step {0:>{len(str(total))}}/{total} | {tev_text(values)}")
+        if "validation_loss" in values:
+            self.say(validation_line(record, total))
+
+    def finished(self, progress: Progress, tokens_per_second: float, peak_memory_gib: float) -> None:
+        """Prints the summary of a run that reached its last step."""
+        if not self._is_main:
+            return
+        seconds = time.perf_counter() - self._started
+        summary = {
+            "steps": progress.step,
+            "wall_seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "peak_memory_gib": round(peak_memory_gib, 3),
+            **{f"{name}_first": self._value(name, 0) for name in _CURVES},
+            **{f"{name}_last": self._value(name, -1) for name in _CURVES},
+        }
+        self._events.write("finished", **summary)
+        self._wandb.finish(ExitCode.DONE, {key: value for key, value in summary.items() if value is not None})
+        self._close_bar()
+        self.say("\n".join(self._summary_lines(summary)))
+
+    def _value(self, name: str, index: int) -> float | None:
+        """Returns the first (0) or last (-1) recorded value of a curve."""
+        values = [record[name] for record in self._records if record.get(name) is not None]
+        return values[index] if values else None
+
+    def _summary_lines(self, summary: Mapping[str, Any]) -> list[str]:
+        def curve(name: str, digits: int) -> str:
+            first, last = summary[f"{name}_first"], summary[f"{name}_last"]
+            return "not measured" if last is None else f"{first:.{digits}f} -> {last:.{digits}f}"
+
+        def perplexity(name: str) -> str:
+            last = summary[f"{name}_last"]
+            return "" if last is None or last > 100 else f" (perplexity {math.exp(last):,.1f})"
+
+        lines = [
+            "",
+            f"done: step {summary['steps']}/{self._config.train.steps} in {summary['wall_seconds']:.1f} s, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s on average, "
+            f"peak memory {summary['peak_memory_gib']:.2f} GiB per rank",
+            f"  train loss       {curve('loss', 4)}{perplexity('loss')}",
+            f"  validation loss  {curve('validation_loss', 4)}{perplexity('validation_loss')}",
+            f"  TEV mean         {curve('tev_mean', 5)}",
+            f"  TEV std          {curve('tev_std', 5)}",
+            f"record: {self._run.metrics} (one JSON object per line), events: {self._run.events}",
+            f"next: continue with --resume auto and a larger train.steps; checkpoints are in {self._run.checkpoints}",
+        ]
+        if self._config.wandb.mode != "disabled" and any(self._run.wandb.glob("offline-run-*")):
+            lines.append(f"      upload to Weights & Biases: wandb sync {self._run.wandb}/offline-run-*")
+        return lines
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tells how the run ended, and closes everything."""
+        self._close_bar()
+        code = ExitCode.DONE
+        if isinstance(error, TrainingStopped):
+            code = ExitCode.NON_FINITE
+            self._events.write("stopped", exit_code=int(code), reason=str(error), **error.values)
+            if self._is_main:
+                print(f"stopped: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, KeyboardInterrupt):
+            code = ExitCode.INTERRUPTED
+            self._events.write("interrupted", exit_code=int(code))
+        elif error is not None:
+            code = ExitCode.FAILED
+            self._events.write("failed", exit_code=int(code), reason=f"{type(error).__name__}: {error}"[:2000])
+        self._wandb.finish(code)
+        self._metrics.close()
+        self._events.close()

@@ -1,0 +1,212 @@
+"""The run directory: everything a run leaves behind, and the checks before anything is written.
+
+config.yaml      the resolved configuration
+metrics.jsonl    the record: one object per step at which something was measured
+events.jsonl     start, resume, checkpoints, stops, end
+wandb/           wandb's files and the run's stable id
+profile/         traces of torch.profiler
+checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.training.record import write_atomically
+
+_TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
+
+_MAY_CHANGE = (
+    "preset",
+    "data.path",
+    "data.validation_path",
+    "train.steps",
+    "train.device",
+    "train.log_every",
+    "train.peak_tflops",
+    "train.max_consecutive_overflows",
+    "optim.",
+    "parallel.timeout_minutes",
+    "parallel.world_size",
+    "tev.",
+    "evaluation.",
+    "checkpoint.",
+    "wandb.",
+    "profile.",
+)
+"""Fields (or sections) that a resumed run may set differently: none of them changes what is stored or which samples
+come next (a data set may move; its fingerprint is compared). Everything else must be as it was."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run.
+
+    Attributes:
+        path: The directory; it need not exist yet.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration of the newest start."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The record."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """The event log."""
+        return self.path / "events.jsonl"
+
+    @property
+    def wandb(self) -> Path:
+        """wandb's files."""
+        return self.path / "wandb"
+
+    @property
+    def profile(self) -> Path:
+        """Traces."""
+        return self.path / "profile"
+
+    @property
+    def checkpoints(self) -> Path:
+        """All checkpoints and the `latest` pointer."""
+        return self.path / "checkpoints"
+
+    def holds_a_run(self) -> bool:
+        """Returns whether a run has been started here."""
+        return any((self.path / name).exists() for name in _TRACES_OF_A_RUN)
+
+    def create(self, config: Config) -> None:
+        """Makes the directory and writes the resolved configuration into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config.to_yaml())
+
+
+def checkpoint_name(step: int) -> str:
+    """Returns the name of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """Returns the checkpoint that `latest` names, or None where none was completed.
+
+    Args:
+        checkpoints: A run's checkpoints folder.
+    """
+    pointer = checkpoints / "latest"
+    if not pointer.is_file():
+        return None
+    return checkpoints / pointer.read_text(encoding="utf-8").strip()
+
+
+def find_checkpoint(run: RunDirectory, resume: str) -> Path | None:
+    """Returns the checkpoint to resume from.
+
+    Args:
+        run: The run directory.
+        resume: `none`, `auto` (the newest of this run, or a fresh start where there is none), or the path of a
+            checkpoint, of a checkpoints folder or of a run directory.
+
+    Returns:
+        A checkpoint's folder, or None for a fresh start.
+
+    Raises:
+        ConfigError: The path leads to no complete checkpoint.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        found = latest_checkpoint(run.checkpoints)
+        if found is not None and not _is_checkpoint(found):
+            raise ConfigError(
+                [Problem("--resume", "auto", f"{run.checkpoints / 'latest'} names {found.name}, which is not complete")]
+            )
+        return found
+    given = Path(resume)
+    for candidate in (given, latest_checkpoint(given), latest_checkpoint(given / "checkpoints")):
+        if candidate is not None and _is_checkpoint(candidate):
+            return candidate
+    raise ConfigError(
+        [Problem("--resume", resume, "is no checkpoint, and no run directory with one; give auto, none or a path")]
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    # A checkpoint is renamed to its final name when it is complete, with its configuration inside.
+    return (path / "config.yaml").is_file() and path.parent.name == "checkpoints"
+
+
+def check_run_directory(config: Config, run: RunDirectory, resume: str) -> tuple[list[Problem], Path | None]:
+    """Finds everything that is wrong with the run directory and with what is to be resumed, without writing.
+
+    Args:
+        config: The configuration of this start.
+        run: The run directory.
+        resume: The value of --resume.
+
+    Returns:
+        The problems, and the checkpoint to resume from (None: a fresh start).
+    """
+    shown = str(run.path)
+    if run.path.exists() and not run.path.is_dir():
+        return [Problem("--run-dir", shown, "is a file; name a directory")], None
+    if not os.access(_nearest_existing(run.path), os.W_OK | os.X_OK):
+        return [Problem("--run-dir", shown, "cannot be written; name another directory")], None
+    if resume == "none":
+        if run.holds_a_run():
+            remedy = "holds another run; continue it with --resume auto, or name another directory"
+            return [Problem("--run-dir", shown, remedy)], None
+        return [], None
+    try:
+        checkpoint = find_checkpoint(run, resume)
+    except ConfigError as error:
+        return error.problems, None
+    if checkpoint is None:
+        return [], None
+    if run.holds_a_run() and checkpoint.parent.resolve() != run.checkpoints.resolve():
+        remedy = f"holds another run than the one {checkpoint} belongs to; name a new directory for the branch"
+        return [Problem("--run-dir", shown, remedy)], None
+    return list(_changes(config, checkpoint)), checkpoint
+
+
+def _nearest_existing(path: Path) -> Path:
+    """Returns the path itself or the closest of its parents that exists."""
+    for candidate in (path, *path.resolve().parents):
+        if candidate.exists():
+            return candidate
+    return Path("/")
+
+
+def _changes(config: Config, checkpoint: Path) -> Iterator[Problem]:
+    """Yields a problem for every field that differs from the checkpoint's and must not."""
+    try:
+        stored = Config.from_yaml((checkpoint / "config.yaml").read_text(encoding="utf-8"))
+    except (ConfigError, OSError) as error:
+        yield Problem("--resume", str(checkpoint), f"its config.yaml cannot be read: {error}")
+        return
+    was, now = dict(_flat(stored.to_dict())), dict(_flat(config.to_dict()))
+    for field in sorted(was.keys() | now.keys()):
+        if was.get(field) == now.get(field) or field.startswith(_MAY_CHANGE):
+            continue
+        remedy = f"the run to be resumed has {was.get(field)!r}; leave it so, or start a new run"
+        yield Problem(field, now.get(field), remedy)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of every field; the DeepSpeed section counts as one field."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in ("deepspeed", "blend"):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,158 @@
+"""The training loop. One path for both engines, and no mathematics: it says what happens when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mlra_scale.config import BatchPlan, Config
+from mlra_scale.data import SampleStream, open_datasets
+from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
+from mlra_scale.stability.tev import TevHook, TevStatistics
+from mlra_scale.training.checkpoints import Checkpoints
+from mlra_scale.training.feed import Feed, read_batches
+from mlra_scale.training.finite import FiniteCheck
+from mlra_scale.training.metrics import Throughput, peak_memory_bytes
+from mlra_scale.training.profiling import StepProfiler
+from mlra_scale.training.progress import Progress
+from mlra_scale.training.report import Report
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.schedule import learning_rate
+
+_GIB = 2.0**30
+
+
+def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, checkpoint: Path | None) -> Progress:
+    """Trains to `train.steps`; collective.
+
+    Args:
+        config: A validated configuration.
+        plan: Its batch plan for this world.
+        topology: The mesh.
+        run: Where the record and the checkpoints go; made here.
+        checkpoint: What to resume from; None for a fresh start.
+
+    Returns:
+        The counters at the end.
+
+    Raises:
+        TrainingStopped: A loss or gradient norm was not finite, on all ranks on the same step.
+        ConfigError: The checkpoint belongs to other data.
+    """
+    datasets = open_datasets(config)
+    engine = build_engine(config, plan, topology)
+    checkpoints = Checkpoints(run, config, datasets.fingerprint)
+    progress = checkpoints.load(engine, checkpoint) if checkpoint is not None else Progress()
+    tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
+    finite = FiniteCheck(config.train)
+    throughput = Throughput(config, plan.world_size, topology.device)
+    profiler = StepProfiler(config.profile, run.profile, topology.device, is_active=topology.rank == 0)
+    last = config.train.steps
+
+    with (
+        Report(config, plan, run, is_main=topology.rank == 0) as report,
+        Feed(datasets.train, plan, topology.data_rank) as feed,
+    ):
+        report.start(progress, checkpoint)
+        if progress.step == 0:
+            values = tev_values(tev.measure(engine.owned_fragments())) if config.tev.every > 0 else {}
+            if config.evaluation.every > 0:
+                values |= evaluate(engine, datasets.validation, config, plan)
+            report.measured(progress, values)
+
+        while progress.step < last:
+            step = progress.step + 1
+            profiler.before(step)
+            throughput.start()
+            batches = feed.take(progress.consumed_samples)
+            rate = learning_rate(step, config.optim, last)
+            result = engine.train_batch(batches, rate, finite.approve)
+            finite.check(step, result, progress.consumed_samples)
+            progress = progress.after(plan)
+
+            values = {}
+            if config.tev.every > 0 and is_due(step, config.tev.every, last):
+                values |= tev_values(tev.measure(engine.owned_fragments()))
+            throughput.stop(plan.tokens_per_step)
+            if step == 1 or is_due(step, config.train.log_every, last):
+                values |= step_values(result, rate, throughput.since_last(), topology.device)
+            if is_due(step, config.evaluation.every, last):
+                values |= evaluate(engine, datasets.validation, config, plan)
+            report.measured(progress, values)
+            report.step_done()
+            if (profile := profiler.after(step, last)) is not None:
+                report.say(profile)
+            if is_due(step, config.checkpoint.every, last):
+                saved = checkpoints.save(engine, progress)
+                report.event("checkpoint", step=step, path=str(saved))
+
+        memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
+        report.finished(progress, throughput.mean, memory_gib)
+    return progress
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Returns whether something that happens every so many steps (0: at the end only), and at the end, happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def evaluate(engine: Engine, stream: SampleStream, config: Config, plan: BatchPlan) -> dict[str, float]:
+    """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
+
+    Args:
+        engine: The model.
+        stream: Validation samples.
+        config: `evaluation.batches` global batches are read, but no sample twice where the data set is smaller.
+        plan: The batch plan.
+    """
+    whole_batches = max(1, stream.samples_per_epoch // plan.global_batch_size)
+    num_batches = min(config.evaluation.batches, whole_batches)
+    total = 0.0
+    for index in range(num_batches):
+        total += engine.eval_batch(
+            read_batches(stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
+        )
+    loss = total / num_batches
+    return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
+
+
+def step_values(
+    result: StepResult, rate: float, throughput: Mapping[str, float], device: torch.device
+) -> dict[str, Any]:
+    """Returns what is recorded of a training step."""
+    values: dict[str, Any] = {
+        "loss": result.loss,
+        "gradient_norm": result.gradient_norm,
+        "learning_rate": rate,
+        **throughput,
+        "memory_gib": peak_memory_bytes(device) / _GIB,
+    }
+    if result.loss_scale is not None:
+        values |= {"loss_scale": result.loss_scale, "overflow": result.overflow}
+    return values
+
+
+def tev_values(statistics: TevStatistics) -> dict[str, Any]:
+    """Returns what is recorded of a TEV measurement."""
+    values: dict[str, Any] = {
+        "tev_mean": statistics.mean,
+        "tev_std": statistics.std,
+        "tev_quantiles": {f"{quantile:g}": value for quantile, value in statistics.quantiles.items()},
+        "mean_embedding_norm": statistics.mean_embedding_norm,
+        "mean_row_rms": statistics.mean_row_rms,
+    }
+    if statistics.highest:
+        values |= {"tev_highest": statistics.highest, "tev_lowest": statistics.lowest}
+    return values
+
+
+def largest_over_ranks(value: float, topology: Topology) -> float:
+    """Returns the largest of every rank's value; collective."""
+    packed = torch.tensor(value, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    return packed.item()

@@ -1,0 +1,143 @@
+"""Weights & Biases through its own API, so set that it neither asks questions nor waits for an absent network."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mlra_scale.config import Config
+from mlra_scale.training.record import finite_or_none, write_atomically
+from mlra_scale.training.run_directory import RunDirectory
+
+_INIT_TIMEOUT_SECONDS = 30.0
+_FINISH_TIMEOUT_SECONDS = 120.0
+
+
+class WandbLog:
+    """One wandb run on rank 0; elsewhere, and where wandb is disabled, an object that takes values and forgets them."""
+
+    def __init__(self, run: Any = None) -> None:
+        self._run = run
+
+    @property
+    def mode(self) -> str:
+        """`online`, `offline` or `disabled`."""
+        if self._run is None:
+            return "disabled"
+        return "offline" if self._run.offline else "online"
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Sends the values of one step."""
+        if self._run is not None:
+            numbers = {key: value for key, value in values.items() if value is not None and key != "step"}
+            self._run.log(finite_or_none(numbers), step=step)
+
+    def finish(self, exit_code: int, summary: Mapping[str, Any] | None = None) -> None:
+        """Closes the run.
+
+        Args:
+            exit_code: How the process ends; wandb shows a run with another code than 0 as failed.
+            summary: Final values for wandb's summary.
+        """
+        if self._run is not None:
+            for key, value in (summary or {}).items():
+                self._run.summary[f"final/{key}"] = value
+            self._run.finish(exit_code=exit_code)
+            self._run = None
+
+
+def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
+    """Starts, or continues, the wandb run of a run directory.
+
+    Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
+    not answer within half a minute turns the run into an offline one: `wandb sync` sends it later.
+
+    Args:
+        config: The run's configuration; it becomes wandb's config.
+        run_directory: Holds wandb's files and, in wandb/run_id, the id under which a resumed run continues.
+
+    Returns:
+        The log; one that forgets if wandb is disabled.
+    """
+    mode = _mode(config)
+    if mode == "disabled":
+        return WandbLog()
+    import wandb
+
+    run_id = _stable_run_id(run_directory)
+    try:
+        return WandbLog(_start(wandb, config, run_directory, run_id, mode))
+    except (wandb.errors.Error, OSError) as error:
+        if mode == "offline":
+            raise
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print(f"wandb: cannot reach the server ({first_line}); logging offline", flush=True)
+        return WandbLog(_start(wandb, config, run_directory, run_id, "offline"))
+
+
+def _start(wandb: Any, config: Config, run_directory: RunDirectory, run_id: str, mode: str) -> Any:
+    wanted = {
+        "init_timeout": _INIT_TIMEOUT_SECONDS,
+        "login_timeout": _INIT_TIMEOUT_SECONDS,
+        "finish_timeout": _FINISH_TIMEOUT_SECONDS,
+        # wandb would otherwise wrap our standard output and print its own banner and summary into it.
+        "console": "off",
+        "silent": True,
+    }
+    # Not every release that we accept knows every timeout.
+    known = wandb.Settings.model_fields
+    settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+    return wandb.init(
+        project=config.wandb.project,
+        name=config.wandb.name or run_directory.path.resolve().name,
+        tags=list(config.wandb.tags),
+        id=run_id,
+        resume="allow",
+        dir=str(run_directory.path.resolve()),
+        config=config.to_dict(),
+        mode=mode,
+        settings=settings,
+    )
+
+
+def _mode(config: Config) -> str:
+    """Returns the mode to start in, `auto` resolved."""
+    if config.wandb.mode != "auto":
+        return config.wandb.mode
+    wanted = os.environ.get("WANDB_MODE", "").lower()
+    if wanted == "disabled":
+        return wanted
+    # "dryrun" is wandb's old word for offline.
+    return "offline" if wanted in ("offline", "dryrun") or not _has_key() else "online"
+
+
+def _has_key() -> bool:
+    """Returns whether wandb would find credentials by itself; wandb.login() is no way to ask, it may prompt."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.api_key:
+        return True
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for candidate in (Path(name).expanduser() for name in candidates if name):
+        if candidate.is_file():
+            try:
+                return netrc.netrc(candidate).authenticators(urlsplit(settings.base_url).netloc) is not None
+            except (netrc.NetrcParseError, OSError):
+                return False
+    return False
+
+
+def _stable_run_id(run_directory: RunDirectory) -> str:
+    path = run_directory.wandb / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
