@@ -1,0 +1,25 @@
+"""Fails if a test was skipped without naming what it needs, or if nothing ran: `check_skips.py REPORT.xml`."""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+
+def problems_of(report: Path) -> list[str]:
+    """What is wrong with a JUnit report of pytest: skips whose reason does not begin with `needs `, or no test."""
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    skipped = [(case, mark) for case in cases for mark in case.iter("skipped")]
+    problems = [
+        f"skipped without a need: {case.get('classname')}.{case.get('name')}: {mark.get('message')}"
+        for case, mark in skipped
+        if not (mark.get("message") or "").startswith("needs ")
+    ]
+    if len(cases) == len(skipped):
+        problems.append(f"no test ran ({len(skipped)} skipped)")
+    return problems
+
+
+if __name__ == "__main__":
+    found = problems_of(Path(sys.argv[1]))
+    print("\n".join(found) or "no test was skipped without a reason")
+    sys.exit(1 if found else 0)

@@ -1,0 +1,70 @@
+# make quickstart   install, prepare a corpus from Python's own documentation, train a small MLRA model on 2 processes
+# make test         install with the dev extra, run all tests
+# make lint         ruff and mypy
+# make bench        ratios against plain PyTorch and transformers on this machine
+# make clean        remove the environment and caches; data/ and runs/ stay
+#
+# Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
+#   PYTHON=python3.12            the interpreter that makes the environment (3.11 or newer, with venv)
+#   VENV=.venv                   where the environment is
+#   TORCH=cpu|cuda               default: the CUDA build of torch if nvidia-smi finds a GPU, else the CPU build
+#   TORCH="torch==2.12.1 ..."    or any arguments of pip install
+#   PYTEST_ARGS="-k tev -x"      more arguments for pytest
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done), \
+	$(error no Python 3.11 or newer was found: install one or name it with PYTHON=...))
+VENV ?= .venv
+TORCH ?= auto
+PYTEST_ARGS ?=
+INSTALL = $(PYTHON) tools/install.py --venv '$(VENV)' --torch '$(TORCH)'
+BIN := $(VENV)/bin
+
+# Where there is no GPU, DeepSpeed need not look for one. Threads: one per process, as torchrun has it.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+ifeq ($(GPUS),0)
+export DS_ACCELERATOR ?= cpu
+endif
+PROCESSES := $(if $(filter 1,$(GPUS)),1,2)
+export OMP_NUM_THREADS ?= 1
+# The environment's modules are compiled at their first import, once.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help quickstart test lint bench clean
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+quickstart:
+	@$(INSTALL)
+	installed=$$SECONDS
+	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
+	run=runs/quickstart
+	for ((n = 2; ; n++)); do test -e $$run || break; run=runs/quickstart-$$n; done
+	$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
+	    data.path=data/python-docs parallel.tensor=$(PROCESSES)
+	echo
+	echo "installation $$installed s, data and training $$((SECONDS - installed)) s"
+	echo "next:  source $(BIN)/activate"
+	echo "       less $$run/metrics.jsonl        # the record of this run: loss, gradient norm, TEV"
+	echo "       python -m mlra_scale.train --preset gpt2-mlra-72l --dry-run data.path=data/python-docs parallel.world_size=32"
+
+test:
+	@$(INSTALL) --extra dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint:
+	@$(INSTALL) --extra dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench:
+	@$(INSTALL)
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf '$(VENV)' build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,240 @@
+"""The import directions between the rooms, and what no source file may contain.
+
+The tables below are the design: a new room, or a new direction, is a line here and a reason in its commit.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "mlra_scale"
+SCRIPT_FOLDERS = ("tools", "benchmarks")
+
+# room -> rooms of ours that it may import. A room that is not there yet has its line already.
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "model": {"config"},
+    "parallel": {"config", "model"},
+    "data": {"config"},
+    "stability": {"config", "model", "parallel"},
+    "checkpoint": {"config", "model", "parallel"},
+    "planning": {"config", "model"},
+    "evaluation": {"config", "model", "parallel", "data", "checkpoint"},
+    "training": {"config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation"},
+    "study": {"config", "data", "stability", "checkpoint", "training"},
+    "train": {"config", "data", "training"},
+}
+# Rooms that see only a part of another one: its parameter table, its interface.
+PARTS: dict[tuple[str, str], set[str]] = {
+    ("stability", "model"): {"parameters"},
+    ("stability", "parallel"): {"", "engine", "fragments", "topology"},
+    ("checkpoint", "parallel"): {"", "engine", "fragments", "topology"},
+    ("planning", "model"): {"parameters"},
+    ("training", "parallel"): {"", "engine", "fragments", "topology"},
+}
+# Libraries that only these rooms may import.
+LIBRARIES: dict[str, set[str]] = {
+    "torch": set(ROOMS) - {"config", "planning"},
+    "deepspeed": {"parallel", "training"},
+    "megatron": {"model", "parallel", "data"},
+    "datasets": {"data"},
+    "wandb": {"training"},
+}
+CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "yaml", PACKAGE}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ".yml", ".sbatch", ".sh", ".cfg", ""}
+
+
+def package_files() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def python_files() -> list[Path]:
+    folders = (PACKAGE, *SCRIPT_FOLDERS, "tests")
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def project_files() -> Iterator[Path]:
+    """Every text file of the project, without caches and what tools write."""
+    folders = (PACKAGE, "tools", "benchmarks", "tests", "docs", "ds_configs", "slurm", ".ci")
+    files = [file for file in ROOT.iterdir() if file.is_file()]
+    files += [file for folder in folders for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
+    for file in files:
+        if file.suffix in TEXT_SUFFIXES and not file.name.startswith(".coverage"):
+            yield file
+
+
+@cache
+def imports_of(file: Path) -> tuple[tuple[int, str], ...]:
+    """(line, dotted name) of every import in a file, wherever it stands.
+
+    `from a import b` gives a.b, or a where that is ours and b is a name in it and not a module.
+    """
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = file.relative_to(ROOT).with_suffix("").parts[: -node.level]
+                base = ".".join([*package, *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, base if is_ours(base) and not is_module(name) else name) for name in names]
+    return tuple(found)
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+
+
+def is_ours(dotted: str) -> bool:
+    return dotted.split(".")[0] == PACKAGE
+
+
+def is_module(dotted: str) -> bool:
+    path = ROOT.joinpath(*dotted.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def describe(file: Path, line: int, text: str) -> str:
+    return f"{file.relative_to(ROOT)}:{line}: {text}"
+
+
+def test_every_room_has_its_line() -> None:
+    rooms = {room_of(file) for file in package_files()} - {"__init__"}
+    assert rooms <= set(ROOMS), f"not in the table: {rooms - set(ROOMS)}"
+    assert {"config", "model", "parallel", "data", "stability", "training", "train"} <= rooms
+
+
+def test_the_directions_have_no_circle() -> None:
+    order: list[str] = []
+    while len(order) < len(ROOMS):
+        free = [room for room in ROOMS if room not in order and ROOMS[room] <= set(order)]
+        assert free, f"a circle among {set(ROOMS) - set(order)}"
+        order += free
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    problems = []
+    for file in package_files():
+        room = room_of(file)
+        for line, name in imports_of(file):
+            if not is_ours(name) or name == PACKAGE:
+                continue
+            target, part = (*name.split(".")[1:3], "")[:2]
+            if target != room and target not in ROOMS.get(room, set()):
+                problems.append(describe(file, line, f"{room} imports {name}"))
+            elif (room, target) in PARTS and part not in PARTS[room, target]:
+                problems.append(describe(file, line, f"{room} imports {name}, and may see {PARTS[room, target]} only"))
+    assert not problems, "\n".join(problems)
+
+
+def test_libraries_stay_in_their_rooms() -> None:
+    problems = []
+    for file in package_files():
+        room = room_of(file)
+        for line, name in imports_of(file):
+            library = name.split(".")[0]
+            if room not in LIBRARIES.get(library, {room}):
+                problems.append(describe(file, line, f"{room} imports {name}"))
+            if room == "config" and library not in CONFIG_LIBRARIES | set(sys.stdlib_module_names):
+                problems.append(describe(file, line, f"{room} imports {name}"))
+    assert not problems, "\n".join(problems)
+
+
+def test_megatron_process_groups_are_touched_in_one_file() -> None:
+    places = [file for file in package_files() if any("parallel_state" in name for _, name in imports_of(file))]
+    assert set(places) <= {ROOT / PACKAGE / "parallel" / "topology.py"}
+
+
+def test_the_reference_model_is_an_oracle_and_nothing_else() -> None:
+    reference = ROOT / PACKAGE / "model" / "reference.py"
+    foreign = {name.split(".")[0] for _, name in imports_of(reference)} - {"torch"} - set(sys.stdlib_module_names)
+    assert not foreign, f"reference.py imports {foreign}"
+    users = [
+        describe(file, line, name)
+        for file in python_files()
+        if "tests" not in file.relative_to(ROOT).parts and file != reference
+        for line, name in imports_of(file)
+        if name.startswith(f"{PACKAGE}.model.reference")
+    ]
+    assert not users, "\n".join(users)
+
+
+def test_importing_the_configuration_loads_no_heavy_library() -> None:
+    code = f"import {PACKAGE}.config, sys; print(*({{'torch', 'deepspeed', 'megatron', 'numpy'}} & set(sys.modules)))"
+    # -I keeps what site packages preload through the environment out; the root is named instead.
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("folder", SCRIPT_FOLDERS)
+def test_scripts_do_not_import_scripts_of_other_folders(folder: str) -> None:
+    tools = {file.stem for file in (ROOT / "tools").glob("*.py")}
+    problems = [
+        describe(file, line, name)
+        for file in sorted((ROOT / folder).glob("*.py"))
+        for line, name in imports_of(file)
+        if name.split(".")[0] in tools | {"tools", "tests"}
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_the_package_imports_no_script_and_no_test() -> None:
+    problems = [
+        describe(file, line, name)
+        for file in package_files()
+        for line, name in imports_of(file)
+        if name.split(".")[0] in {*SCRIPT_FOLDERS, "tests"}
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_python_sources_are_ascii() -> None:
+    problems = [
+        describe(file, number, ascii(line))
+        for file in python_files()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if not line.isascii()
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    # The folder the project lies in, the home folder, and the places where it was written.
+    here = [re.escape(f"{folder}/") for folder in (ROOT, Path.home()) if len(folder.parts) > 1]
+    pattern = re.compile("|".join([*here, r"(?<![\w.])/(?:work|root|opt/(?:pypi|wheels)|tmp/[a-z])/"]))
+    problems = [
+        describe(file, number, line.strip())
+        for file in project_files()
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_the_checks_see_what_they_look_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above pass on a clean tree; this one shows that they would fail on another."""
+    package = tmp_path / PACKAGE
+    (package / "config").mkdir(parents=True)
+    (package / "model").mkdir()
+    (package / "data").mkdir()
+    (package / "config" / "late.py").write_text("def f():\n    import torch\n    from mlra_scale.model import gpt\n")
+    (package / "model" / "layer.py").write_text("from megatron.core import parallel_state\nfrom .. import data\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    with pytest.raises(AssertionError, match=r"late\.py:3: config imports mlra_scale\.model"):
+        test_rooms_import_only_what_they_may()
+    with pytest.raises(AssertionError, match=r"layer\.py:2: model imports mlra_scale\.data"):
+        test_rooms_import_only_what_they_may()
+    with pytest.raises(AssertionError, match=r"late\.py:2: config imports torch"):
+        test_libraries_stay_in_their_rooms()
+    with pytest.raises(AssertionError, match="layer"):
+        test_megatron_process_groups_are_touched_in_one_file()
