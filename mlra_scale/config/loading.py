@@ -104,7 +104,7 @@ def _read_config_file(path: str | Path | None, problems: list[Problem]) -> dict[
 def _choose_preset(preset: str | None, from_file: dict[str, Any], problems: list[Problem]) -> str | None:
     in_file = from_file.get("preset")
     if in_file is not None and not isinstance(in_file, str):
-        problems.append(Problem("preset", in_file, "must be the name of a preset"))
+        problems.append(Problem("preset", from_file.pop("preset"), "must be the name of a preset"))
         return preset
     if preset is not None and in_file is not None and preset != in_file:
         problems.append(Problem("--preset", preset, f"the config file starts from '{in_file}'; name one preset only"))

@@ -24,8 +24,8 @@ class Problem:
 
     def __str__(self) -> str:
         shown = repr(self.value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
+        if len(shown) > 160:
+            shown = f"{shown[:80]} ... {shown[-75:]}"
         return f"{self.field} = {shown}: {self.remedy}"
 
 

@@ -1,0 +1,198 @@
+"""Whose keys are whose, against DeepSpeed's own classes; and what comes out is what DeepSpeed's own parser takes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlra_scale.config import (
+    Config,
+    ConfigError,
+    batch_plan,
+    deepspeed_config,
+    load_config,
+    offload_optimizer,
+    offload_param,
+    preset,
+    validate,
+    zero_stage,
+)
+from mlra_scale.config.deepspeed_keys import OURS, REFUSED, TABLES, YOURS, check_deepspeed_keys
+
+FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+
+
+def remedies(values: dict[str, Any]) -> dict[str, str]:
+    return {problem.field: problem.remedy for problem in check_deepspeed_keys(values)}
+
+
+def nested(path: str, key: str, value: object) -> dict[str, Any]:
+    """{"a": {"b": {key: value}}} for the path "a.b"."""
+    result: dict[str, Any] = {key: value}
+    for part in reversed(list(filter(None, path.split(".")))):
+        result = {part: result}
+    return result
+
+
+def example(kind: str) -> object:
+    return {"bool": True, "count": 5e8, "mapping": {}, "list": [], "0|1|2|3": 1}.get(kind, kind.split("|")[-1])
+
+
+ROWS = [(path, key, owner, note) for path, table in TABLES.items() for key, (owner, note) in table.items()]
+
+
+@pytest.mark.parametrize(("path", "key", "owner", "note"), ROWS)
+def test_every_row_of_the_table(path: str, key: str, owner: str, note: str) -> None:
+    field = ".".join(filter(None, ("deepspeed", path, key)))
+    if owner == YOURS:
+        assert remedies(nested(path, key, example(note))) == {}
+        assert "Hugging Face" in remedies(nested(path, key, "auto"))[field]
+        assert remedies(nested(path, key, None))[field].startswith("must be ")
+    else:
+        told = remedies(nested(path, key, True))
+        assert told == {
+            field: {OURS: "does not belong among DeepSpeed's keys: ", REFUSED: "cannot be used: "}[owner] + note
+        }
+
+
+def test_a_remedy_that_names_a_field_names_a_real_one() -> None:
+    sections = "|".join(name for name in Config.model_fields if name not in ("preset", "deepspeed"))
+    named = {name for *_, note in ROWS for name in re.findall(rf"\b(?:{sections})\.[a-z_]+", note)}
+    values = preset("debug").to_dict()
+    assert len(named) > 10
+    for name in named - {"metrics.jsonl"}:
+        section, field = name.split(".")
+        assert field in values[section], name
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "remedy"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation", "unknown to DeepSpeed; did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stge": 1}}, "zero_optimization.stge", "unknown to DeepSpeed; did you mean 'stage'?"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "must be one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage", "must be one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage", "must be one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": 1.0}}, "zero_optimization.stage", "must be one of 0, 1, 2, 3"),
+        ({"zero_optimization": True}, "zero_optimization", "must be a mapping (in JSON: { ... })"),
+        ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm", "must be true or false"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0.5}},
+            "zero_optimization.reduce_bucket_size",
+            "must be a whole number >= 0",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device",
+            "must be one of none, cpu",
+        ),
+        ({"communication_data_type": "float"}, "communication_data_type", "must be one of fp32, bf16, fp16"),
+        ({"comms_logger": {"prof_ops": "all"}}, "comms_logger.prof_ops", "must be a list (in JSON: [ ... ])"),
+    ],
+)
+def test_wrong_keys_and_values(values: dict[str, Any], field: str, remedy: str) -> None:
+    assert remedies(values) == {f"deepspeed.{field}": remedy}
+
+
+def test_the_tables_know_every_key_of_deepspeed() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime import config as deepspeed_runtime
+    from deepspeed.runtime.zero import config as zero_config
+    from deepspeed.runtime.zero import offload_config
+
+    classes = {
+        "zero_optimization": zero_config.DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
+        "comms_logger": CommsLoggerConfig,
+    }
+    for path, model in classes.items():
+        names = {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+        assert names <= set(TABLES[path]), names - set(TABLES[path])
+        yours = {key for key, (owner, _) in TABLES[path].items() if owner == YOURS}
+        assert yours <= names, yours - names
+    removed = set(deepspeed_runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert removed <= set(TABLES[""])
+    assert set(deepspeed_runtime._REMOVED_ZERO_CONFIG_KEYS) <= set(TABLES["zero_optimization"])
+    # Every name that DeepSpeed's own top-level getters look up.
+    source = Path(deepspeed_runtime.__file__).read_text(encoding="utf-8")
+    constants = vars(deepspeed_runtime)
+    looked_up = {constants[name] for name in re.findall(r"get_scalar_param\(param_dict, ([A-Z_]+),", source)}
+    looked_up |= set(re.findall(r"param_dict\.get\(['\"](\w+)['\"]", source))
+    assert len(looked_up) > 15
+    assert looked_up <= set(TABLES[""]), looked_up - set(TABLES[""])
+
+
+def parse(config: Config) -> Any:
+    """What DeepSpeed makes of the mapping on one rank."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    validate(config, 1)
+    return DeepSpeedConfig(deepspeed_config(config, batch_plan(config, 1)))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_deepspeeds_own_parser_takes_what_we_make(file: Path, precision: str) -> None:
+    config = load_config(
+        "debug", ds_config_file=file, overrides=[f"train.precision={precision}", "optim.grad_clip=0.5"]
+    )
+    parsed = parse(config)
+    plan = batch_plan(config, 1)
+    assert parsed.train_batch_size == 8
+    assert parsed.train_micro_batch_size_per_gpu == 2
+    assert parsed.gradient_accumulation_steps == plan.accumulation_steps == 4
+    assert parsed.gradient_clipping == 0.5
+    assert parsed.bfloat16_config.enabled == (precision == "bf16")
+    assert parsed.float16_config.enabled == (precision == "fp16")
+    assert parsed.float16_config.loss_scale == 0
+    assert parsed.grad_accum_dtype == ("fp32" if precision == "bf16" else None)
+    assert str(parsed.communication_data_type) == ("None" if precision == "fp32" else "torch.float32")
+    assert parsed.zero_optimization_stage == zero_stage(config) == int(re.findall(r"\d", file.stem)[0])
+    assert parsed.zero_allow_untested_optimizer
+    assert not parsed.wall_clock_breakdown and not parsed.timers_config.enabled
+    assert parsed.optimizer_name is None and parsed.scheduler_name is None
+    assert (parsed.zero_config.offload_optimizer is not None) == offload_optimizer(config) == ("offload" in file.stem)
+    assert not offload_param(config)
+
+
+def test_the_shipped_files() -> None:
+    names = {"zero1_pipeline", "zero1", "zero2", "zero3", "zero3_offload"}
+    assert {file.stem for file in FILES} == names
+    for file in FILES:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        assert check_deepspeed_keys(values) == []
+        config = load_config("gpt2-mlra-72l", ds_config_file=file)
+        pipeline = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline": 4})})
+        validate(config, 8)
+        if zero_stage(config) == 1:
+            validate(pipeline, 32)
+        else:
+            with pytest.raises(ConfigError, match="cannot be used with the pipeline engine"):
+                validate(pipeline, 32)
+
+
+def test_without_a_file_it_is_stage_0_in_one_type() -> None:
+    config = load_config("debug", overrides=["train.precision=bf16"])
+    assert zero_stage(config) == 0
+    parsed = parse(config)
+    # Stage 0 raises on a mix of types (DeepSpeedEngine._do_optimizer_sanity_check).
+    assert parsed.grad_accum_dtype is None
+    assert parsed.zero_enabled is False
+
+
+def test_the_users_communication_type_stays() -> None:
+    overrides = ["train.precision=bf16", "deepspeed.communication_data_type=bf16"]
+    config = load_config("debug", overrides=overrides)
+    assert deepspeed_config(config, batch_plan(config, 1))["communication_data_type"] == "bf16"
+
+
+def test_the_configuration_is_not_changed() -> None:
+    config = load_config("debug", overrides=["deepspeed.zero_optimization.stage=1"])
+    before = config.to_yaml()
+    made = deepspeed_config(config, batch_plan(config, 2))
+    made["zero_optimization"]["stage"] = 3
+    assert config.to_yaml() == before
+    assert (made["train_batch_size"], made["gradient_accumulation_steps"]) == (8, 2)

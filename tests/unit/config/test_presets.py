@@ -1,0 +1,148 @@
+"""The presets, and the parameter and operation counts against an enumeration of every tensor."""
+
+import math
+
+import pytest
+
+from mlra_scale.config import ConfigError, ModelConfig, preset, preset_names, validate
+from mlra_scale.config import presets as presets_module
+from mlra_scale.config.presets import DEEP_LAYERS
+
+PARAMETERS = {
+    "debug": 236_928,
+    "laptop": 5_299_456,
+    "gpt2-mlra-48l": 657_132_544,
+    "gpt2-mlra-72l": 959_441_920,
+    "gpt2-mlra-96l": 1_261_751_296,
+    "gpt2-mlra-192l": 2_470_988_800,
+    "gpt2-48l": 657_132_544,
+    "gpt2-72l": 959_441_920,
+    "gpt2-96l": 1_261_751_296,
+    "gpt2-192l": 2_470_988_800,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, written out by hand, with the real vocabulary."""
+    width, ffn, rank = model.hidden_size, model.ffn_size, model.rank
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.weight": (model.vocab_size, width),
+        "positions.weight": (model.max_positions, width),
+        "final_norm.weight": (width,),
+        "final_norm.bias": (width,),
+    }
+    for layer in range(model.num_layers):
+        block = f"blocks.{layer}"
+        for norm in ("attention_norm", "mlp_norm"):
+            shapes |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
+        for name in "qkvo":
+            projection = f"{block}.attention.{name}"
+            if model.attention == "mlra" and name in model.factorised_projections:
+                shapes |= {f"{projection}.down.weight": (rank, width), f"{projection}.up.weight": (width, rank)}
+                shapes |= {f"{projection}.up.bias": (width,)}
+            else:
+                shapes |= {f"{projection}.weight": (width, width), f"{projection}.bias": (width,)}
+        shapes |= {f"{block}.mlp.fc_in.weight": (ffn, width), f"{block}.mlp.fc_in.bias": (ffn,)}
+        shapes |= {f"{block}.mlp.fc_out.weight": (width, ffn), f"{block}.mlp.fc_out.bias": (width,)}
+    return shapes
+
+
+ODD = ModelConfig(
+    vocab_size=101,
+    max_positions=9,
+    num_layers=3,
+    hidden_size=12,
+    num_heads=2,
+    ffn_hidden_size=17,
+    attention_rank=5,
+    factorised_projections=("k", "o"),
+)
+
+
+def test_the_names() -> None:
+    assert preset_names() == tuple(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_parameter_counts(name: str) -> None:
+    model = preset(name).model
+    total = sum(math.prod(shape) for shape in shapes_of(model).values())
+    assert model.num_parameters() == total == PARAMETERS[name]
+    assert presets_module.__doc__ and f"{total:,}" in presets_module.__doc__
+
+
+def test_counts_by_kind() -> None:
+    counts = dict.fromkeys(ODD.parameter_counts(), 0)
+    for name, shape in shapes_of(ODD).items():
+        if name.startswith(("embedding", "positions")):
+            kind = name.split(".")[0]
+        elif "norm" in name:
+            kind = "norm"
+        elif name.endswith("bias"):
+            kind = "bias"
+        else:
+            kind = "factor" if ".down." in name or ".up." in name else "matrix"
+        counts[kind] += math.prod(shape)
+    assert ODD.parameter_counts() == counts
+    assert ODD.num_parameters() == sum(counts.values())
+
+
+def test_padding_and_pairing_do_not_count() -> None:
+    padded = ODD.model_copy(update={"vocab_padding_multiple": 64})
+    assert padded.padded_vocab_size == 128
+    assert padded.num_parameters() == ODD.num_parameters()
+    dense = ODD.model_copy(update={"attention": "dense"})
+    assert dense.model_copy(update={"attention_rank": 1}).num_parameters() == dense.num_parameters()
+
+
+@pytest.mark.parametrize("model", [ODD, ODD.model_copy(update={"attention": "dense"})], ids=["mlra", "dense"])
+def test_operations_per_token(model: ModelConfig) -> None:
+    """Multiply-adds of one forward pass over S tokens, product by product; backward costs twice as much again."""
+    sequence, width = 8, model.hidden_size
+    weights = [shape for name, shape in shapes_of(model).items() if len(shape) == 2 and "positions" not in name]
+    products = [sequence * math.prod(shape) for shape in weights]  # the embedding multiplies once, as the head
+    scores_and_mix = [sequence * sequence * model.head_dim * model.num_heads] * 2 * model.num_layers
+    forward = 2 * (sum(products) + sum(scores_and_mix))
+    assert model.flops_per_token(sequence) == pytest.approx(3 * forward / sequence, rel=1e-12)
+    assert width == model.head_dim * model.num_heads
+
+
+@pytest.mark.parametrize("depth", DEEP_LAYERS)
+def test_a_twin_differs_in_its_attention_only(depth: int) -> None:
+    mlra, dense = preset(f"gpt2-mlra-{depth}l"), preset(f"gpt2-{depth}l")
+    assert mlra.model.attention == "mlra"
+    assert dense.model.num_parameters() == mlra.model.num_parameters()
+    assert mlra.model.model_copy(update={"attention": "dense"}) == dense.model
+    assert dense.model_copy(update={"preset": mlra.preset, "model": mlra.model}) == mlra
+
+
+def test_depth_is_the_only_dial_of_the_deep_family() -> None:
+    first = preset(f"gpt2-mlra-{DEEP_LAYERS[0]}l")
+    assert (first.model.hidden_size, first.model.num_heads) == (1024, 16)
+    for depth in DEEP_LAYERS:
+        config = preset(f"gpt2-mlra-{depth}l")
+        assert config.model == first.model.model_copy(update={"num_layers": depth})
+        assert depth * config.train.micro_batch_size <= 384 < 2 * depth * config.train.micro_batch_size
+        same_but_micro_batch = {"micro_batch_size": first.train.micro_batch_size}
+        assert config.train.model_copy(update=same_but_micro_batch) == first.train
+        assert config.optim == first.optim
+
+
+@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("world_size", [1, 8, 32])
+def test_presets_are_valid_where_their_batch_fits(name: str, world_size: int) -> None:
+    config = preset(name)
+    if world_size * config.train.micro_batch_size > config.train.global_batch_size:
+        with pytest.raises(ConfigError, match=r"train\.global_batch_size"):
+            validate(config, world_size)
+    else:
+        validate(config, world_size)
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown preset; did you mean 'gpt2-mlra-72l'"):
+        preset("gpt2-mrla-72l")

@@ -1,0 +1,148 @@
+"""The schema: what is in it, what it refuses, and that it survives being written down."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from mlra_scale.config import Config, ConfigError, ModelConfig, preset, preset_names
+from mlra_scale.config.problems import model_at
+
+# Freezing the keys makes a new, renamed or lost field a decision that shows in a diff.
+FIELDS = {
+    "model": "vocab_size vocab_padding_multiple max_positions num_layers hidden_size num_heads ffn_hidden_size "
+    "attention attention_rank attention_rank_ratio factorised_projections init_std init_width_rule attention_init "
+    "paired_mlra_init embedding_dropout attention_dropout residual_dropout layer_norm_eps z_loss",
+    "data": "path blend validation_path validation_fraction tokenizer document_attention reset_positions "
+    "end_of_document_token seed",
+    "train": "steps global_batch_size micro_batch_size sequence_length seed precision device log_every peak_tflops "
+    "max_consecutive_overflows",
+    "optim": "lr betas eps weight_decay decay_factors decay_embedding grad_clip schedule warmup_steps decay_steps "
+    "min_lr_ratio",
+    "parallel": "tensor pipeline engine activation_checkpointing timeout_minutes world_size",
+    "tev": "every quantiles extremes",
+    "evaluation": "every batches",
+    "checkpoint": "every keep_last",
+    "wandb": "mode project name tags",
+    "profile": "start stop",
+}
+
+
+def section_model(name: str) -> type[BaseModel]:
+    model = model_at(Config, [name])
+    assert model is not None
+    return model
+
+
+def debug_with(section: str, **fields: object) -> Config:
+    values = preset("debug").to_dict()
+    values[section] |= fields
+    return Config.from_dict(values)
+
+
+def test_the_keys_are_frozen() -> None:
+    assert [*Config.model_fields] == ["preset", *FIELDS, "deepspeed"]
+    for section, names in FIELDS.items():
+        assert [*section_model(section).model_fields] == names.split(), section
+
+
+def test_every_field_has_a_description() -> None:
+    models: list[type[BaseModel]] = [Config, *(section_model(name) for name in FIELDS)]
+    for model in models:
+        assert model.__doc__
+        for name, field in model.model_fields.items():
+            assert field.description and field.description.endswith((".", ")")), f"{model.__name__}.{name}"
+
+
+def test_the_room_imports_neither_torch_nor_deepspeed() -> None:
+    code = (
+        "import sys, mlra_scale.config\n"
+        "heavy = {'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        preset("debug").train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_resolved_configuration_loads_back_equal(name: str) -> None:
+    config = preset(name)
+    assert Config.from_yaml(config.to_yaml()) == config
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "remedy"),
+    [
+        ("train", "steps", "8", "must be an integer, not text"),
+        ("train", "steps", 8.0, "must be an integer, not a fraction"),
+        ("train", "steps", True, "must be an integer, not true/false"),
+        ("train", "steps", None, "must be an integer, not null"),
+        ("train", "steps", 0, "must be >= 1"),
+        ("train", "seed", -1, "must be >= 0"),
+        ("optim", "lr", "1e-3", "must be a number, not text"),
+        ("optim", "lr", True, "must be a number, not true/false"),
+        ("optim", "lr", "auto", "must be a number, not the text 'auto'"),
+        ("optim", "lr", 0, "must be > 0"),
+        ("optim", "lr", float("inf"), "must be a finite number"),
+        ("optim", "betas", [0.9], "has too few values"),
+        ("optim", "betas", [0.9, 0.95, 0.99], "has 3 values where 2 belong"),
+        ("optim", "betas", 0.9, "must be a list, not a fraction"),
+        ("optim", "decay_factors", "yes", "must be true or false, not text"),
+        ("model", "attention", "mrla", "must be one of mlra, dense; did you mean 'mlra'?"),
+        ("model", "factorised_projections", ["q", "q"], "names a projection twice"),
+        ("model", "attention_rank_ratio", 1.5, "must be <= 1"),
+        ("model", "attention_dropout", 1.0, "must be < 1"),
+        ("wandb", "name", 3, "must be text (quote it"),
+        ("wandb", "project", "", "must not be empty"),
+        ("data", "blend", ["a"], "must be a mapping, not a list"),
+        ("parallel", "tensor", 0, "must be >= 1"),
+        ("checkpoint", "keep_last", 0, "must be >= 1"),
+    ],
+)
+def test_wrong_values_are_told_in_one_line(section: str, field: str, value: object, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        debug_with(section, **{field: value})
+    (problem,) = caught.value.problems
+    assert problem.field == f"{section}.{field}"
+    assert remedy in problem.remedy
+    assert str(problem) == str(caught.value) and "\n" not in str(problem)
+    assert "pydantic" not in str(problem)
+
+
+def test_wrong_items_are_named_by_their_place() -> None:
+    with pytest.raises(ConfigError) as caught:
+        debug_with("tev", quantiles=[0.5, 2.0])
+    assert str(caught.value) == "tev.quantiles.1 = 2.0: must be <= 1.0"
+    with pytest.raises(ConfigError) as caught:
+        debug_with("data", blend={"a": 1, "b": -1})
+    assert str(caught.value) == "data.blend.b = -1: must be > 0.0"
+
+
+def test_integers_are_numbers_and_lists_are_tuples() -> None:
+    config = debug_with("optim", weight_decay=0, betas=[0, 0.5])
+    assert config.optim.weight_decay == 0.0
+    assert config.optim.betas == (0.0, 0.5)
+
+
+def test_factorised_projections_have_one_order() -> None:
+    assert debug_with("model", factorised_projections=["o", "q"]).model.factorised_projections == ("q", "o")
+
+
+def test_derived_sizes() -> None:
+    model = ModelConfig(vocab_size=50257, num_layers=2, hidden_size=1024, num_heads=16)
+    assert (model.head_dim, model.rank, model.ffn_size, model.padded_vocab_size) == (64, 512, 4096, 50304)
+    assert model.base_std == 0.02
+    assert [model.is_factorised(name) for name in "qkvo"] == [True, True, True, False]
+    dense = model.model_copy(update={"attention": "dense"})
+    assert not any(dense.is_factorised(name) for name in "qkvo")
+    thin = model.model_copy(update={"hidden_size": 192, "num_heads": 3, "init_width_rule": "inverse_sqrt_width"})
+    assert thin.base_std == pytest.approx(0.04)
+    assert model.model_copy(update={"attention_rank": 7}).rank == 7
+    assert model.model_copy(update={"attention_rank_ratio": 1e-9}).rank == 1
+    assert model.model_copy(update={"vocab_size": 256}).padded_vocab_size == 256
