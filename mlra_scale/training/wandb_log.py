@@ -14,7 +14,7 @@ from mlra_scale.config import Config
 from mlra_scale.training.record import finite_or_none, write_atomically
 from mlra_scale.training.run_directory import RunDirectory
 
-_INIT_TIMEOUT_SECONDS = 30.0
+_INIT_TIMEOUT_SECONDS = 15.0
 _FINISH_TIMEOUT_SECONDS = 120.0
 
 
@@ -55,7 +55,7 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
     """Starts, or continues, the wandb run of a run directory.
 
     Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
-    not answer within half a minute turns the run into an offline one: `wandb sync` sends it later.
+    not answer within 15 s turns the run into an offline one: `wandb sync` sends it later.
 
     Args:
         config: The run's configuration; it becomes wandb's config.
@@ -64,7 +64,7 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
     Returns:
         The log; one that forgets if wandb is disabled.
     """
-    mode = _mode(config)
+    mode = wandb_mode(config)
     if mode == "disabled":
         return WandbLog()
     import wandb
@@ -76,6 +76,8 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
         if mode == "offline":
             raise
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Its service process would hold on to the id of the run that failed to start.
+        wandb.teardown()
         print(f"wandb: cannot reach the server ({first_line}); logging offline", flush=True)
         return WandbLog(_start(wandb, config, run_directory, run_id, "offline"))
 
@@ -105,8 +107,8 @@ def _start(wandb: Any, config: Config, run_directory: RunDirectory, run_id: str,
     )
 
 
-def _mode(config: Config) -> str:
-    """Returns the mode to start in, `auto` resolved."""
+def wandb_mode(config: Config) -> str:
+    """Returns the mode to start in: `online`, `offline` or `disabled`, with `auto` resolved."""
     if config.wandb.mode != "auto":
         return config.wandb.mode
     wanted = os.environ.get("WANDB_MODE", "").lower()

@@ -1,0 +1,95 @@
+import pytest
+
+from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
+from mlra_scale.planning.layout import num_held, weights_of_stage
+from mlra_scale.planning.memory import (
+    block_bytes_per_token,
+    gradient_bytes,
+    in_flight,
+    logit_bytes,
+    master_bytes,
+    moment_bytes,
+    rank_memory,
+    weight_bytes,
+)
+
+
+def case(
+    world_size: int, *overrides: str, stage: int = 0, preset: str = "debug", offload: bool = False
+) -> tuple[Config, BatchPlan]:
+    zero: dict[str, object] = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    extra = ["deepspeed.zero_optimization=" + str(zero).replace("'", '"')] if stage else []
+    config = load_config(preset, overrides=[*overrides, *extra])
+    return config, batch_plan(config, world_size)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "expected"),
+    [
+        # weights, gradients, master, moments: bytes per weight on 4 data ranks
+        ("fp32", 0, (4, 4, 0, 8)),
+        ("fp32", 1, (4, 4, 1, 2)),
+        ("fp32", 2, (4, 1, 1, 2)),
+        ("fp32", 3, (1, 1, 1, 2)),
+        ("bf16", 0, (2, 2, 4, 8)),
+        ("bf16", 1, (2, 6, 1, 2)),
+        ("bf16", 2, (2, 1, 1, 2)),
+        ("bf16", 3, (0.5, 1, 1, 2)),
+        ("fp16", 0, (2, 2, 4, 8)),
+        ("fp16", 1, (2, 2, 1, 2)),
+        ("fp16", 2, (2, 0.5, 1, 2)),
+        ("fp16", 3, (0.5, 0.5, 1, 2)),
+    ],
+)
+def test_training_state_per_weight(precision: str, stage: int, expected: tuple[float, ...]) -> None:
+    config, plan = case(4, f"train.precision={precision}", stage=stage)
+    parts = (weight_bytes, gradient_bytes, master_bytes, moment_bytes)
+    assert tuple(part(config, plan, 1) for part in parts) == expected
+
+
+def test_state_of_a_rank_counts_its_own_weights() -> None:
+    config, plan = case(4, "parallel.tensor=2", "parallel.pipeline=2")
+    for stage in range(2):
+        held = num_held(weights_of_stage(config.model, 2, stage), 2)
+        memory = rank_memory(config, plan, stage)
+        assert (memory.weights, memory.gradients, memory.moments) == (4 * held, 4 * held, 8 * held)
+
+
+def test_offloading_moves_master_and_moments_to_the_host() -> None:
+    config, plan = case(2, stage=2)
+    offloaded, _ = case(2, stage=2, offload=True)
+    before, after = rank_memory(config, plan, 0), rank_memory(offloaded, plan, 0)
+    assert after.master == after.moments == 0.0
+    assert after.host == before.master + before.moments
+    assert after.device == before.device - after.host
+
+
+def test_a_factorised_block_keeps_one_latent_per_projection_more() -> None:
+    """1.5 D numbers per token at rank D/2 in q, k and v."""
+    mlra, plan = case(1)
+    dense, _ = case(1, "model.attention=dense")
+    difference = block_bytes_per_token(mlra, plan) - block_bytes_per_token(dense, plan)
+    assert difference == 4 * 1.5 * mlra.model.hidden_size
+    assert block_bytes_per_token(dense, plan) == 4 * 16 * dense.model.hidden_size
+
+
+def test_checkpointing_keeps_less_but_for_the_logits() -> None:
+    config, plan = case(1)
+    checkpointed, _ = case(1, "parallel.activation_checkpointing=block")
+    before, after = rank_memory(config, plan, 0), rank_memory(checkpointed, plan, 0)
+    assert after.activations < 0.5 * before.activations
+    assert after.logits == before.logits == logit_bytes(config, plan)
+
+
+def test_only_the_last_stage_has_logits_and_the_first_most_activations() -> None:
+    config, plan = case(4, "parallel.pipeline=4")
+    memory = [rank_memory(config, plan, stage) for stage in range(4)]
+    assert [part.logits > 0 for part in memory] == [False, False, False, True]
+    assert [in_flight(config, plan, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert memory[0].activations > 3 * memory[3].activations
+
+
+def test_fewer_micro_batches_than_stages_limit_what_is_in_flight() -> None:
+    config, plan = case(4, "parallel.pipeline=4", "train.global_batch_size=2")
+    assert plan.accumulation_steps == 1
+    assert in_flight(config, plan, 0) == 1

@@ -1,0 +1,88 @@
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record, write_atomically
+
+
+def write(path: Path, steps: Iterable[int]) -> None:
+    lines = JsonLines(path)
+    for step in steps:
+        lines.write({"step": step, "loss": 1.0 / (step + 1)})
+    lines.close()
+
+
+def test_lines_are_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 3, "loss": 2.5})
+    assert read_record(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 2.5}]
+    lines.close()
+
+
+def test_what_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 1, "loss": math.nan, "quantiles": {"0.5": math.inf}, "tokens": [(3, -math.inf)]})
+    lines.close()
+    expected = {"step": 1, "loss": None, "quantiles": {"0.5": None}, "tokens": [[3, None]]}
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == expected
+
+
+def test_events_show_what_is_no_number_as_text(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("stopped", step=7, loss=math.nan, gradient_norm=math.inf)
+    log.close()
+    (event,) = read_record(tmp_path / "events.jsonl")
+    assert event.pop("time")
+    assert event == {"event": "stopped", "step": 7, "loss": "nan", "gradient_norm": "inf"}
+
+
+def test_a_file_that_forgets_writes_nothing(tmp_path: Path) -> None:
+    JsonLines(None).write({"step": 1})
+    EventLog(None).write("start")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cut_removes_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [0, 5, 10, 15])
+    assert cut_record(path, 5) == 2
+    write(path, [10, 15])
+    assert [item["step"] for item in read_record(path)] == [0, 5, 10, 15]
+    assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_cut_removes_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [0, 5])
+    path.write_text(path.read_text() + '{"step": 10, "lo')
+    assert cut_record(path, 10) == 0
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 5]
+
+
+def test_cut_of_a_missing_record_leaves_it_missing(tmp_path: Path) -> None:
+    assert cut_record(tmp_path / "metrics.jsonl", 5) == 0
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\nxx\n{"step": 5}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_record(path)
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latest"
+    write_atomically(path, "step-1\n")
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "step-2\n")
+    assert path.read_text() == "step-1\n"

@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mlra_scale.config import load_config
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.wandb_log import WandbLog, open_wandb, wandb_mode
+from tests.unit.training.wandb_reader import history, run_ids
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+SCRIPT = """
+import sys
+from pathlib import Path
+from mlra_scale.config import load_config
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.wandb_log import open_wandb
+mode, directory, first = sys.argv[1:]
+config = load_config("debug", overrides=[f"wandb.mode={mode}"])
+log = open_wandb(config, RunDirectory(Path(directory)))
+print("mode", log.mode)
+for step in range(int(first), int(first) + 3):
+    log.log(step, {"step": step, "loss": 1.0 / (step + 1), "tev_quantiles": {"0.5": 0.02}})
+log.finish(0, {"loss_last": 0.25})
+"""
+
+
+def run_script(
+    mode: str, directory: Path, environment: dict[str, str], first: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Logs three steps in a process of its own, with no terminal, no key and no home but those given."""
+    directory.mkdir(exist_ok=True)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
+    home = {"HOME": str(directory.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, mode, str(directory), str(first)],
+        env={**clean, **home, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+
+
+def test_without_a_key_it_logs_offline_and_continues_under_the_same_id(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run = tmp_path / "run"
+    for first in (0, 3):
+        result = run_script("auto", run, {}, first)
+        assert result.stdout == "mode offline\n" and result.stderr == "", "no banner, no question"
+    rows = history(run)
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert rows[2]["loss"] == pytest.approx(1 / 3)
+    ids = run_ids(run)
+    assert len(ids) == 2 and len(set(ids)) == 1
+    assert (run / "wandb" / "run_id").read_text().strip() == ids[0]
+    assert time.monotonic() - started < 60
+
+
+def test_with_a_key_and_no_server_it_falls_back_to_offline(tmp_path: Path) -> None:
+    # Port 9 of this machine refuses; a network that swallows packets ends at the same timeout.
+    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+    result = run_script("auto", tmp_path / "run", environment)
+    assert "cannot reach the server" in result.stdout and result.stdout.endswith("mode offline\n")
+    assert [row["_step"] for row in history(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "elsewhere.example"])
+def test_a_key_in_netrc_counts_for_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    settings = SimpleNamespace(api_key=None, base_url="http://127.0.0.1:9")
+    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
+    assert wandb_mode(load_config("debug", overrides=["wandb.mode=auto"])) == (
+        "online" if host == "127.0.0.1:9" else "offline"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [("disabled", {"WANDB_API_KEY": KEY}, "disabled"), ("auto", {"WANDB_MODE": "disabled"}, "disabled")],
+)
+def test_off_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, environment: dict[str, str], expected: str
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    log = open_wandb(load_config("debug", overrides=[f"wandb.mode={mode}"]), RunDirectory(tmp_path))
+    assert log.mode == expected
+    log.log(1, {"loss": 2.0})
+    log.finish(ExitCode.DONE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("wanted", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("", "online")])
+def test_the_environment_may_ask_for_less(monkeypatch: pytest.MonkeyPatch, wanted: str, mode: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", wanted)
+    assert wandb_mode(load_config("debug", overrides=["wandb.mode=auto"])) == mode
+
+
+def test_other_ranks_have_a_log_that_forgets() -> None:
+    log = WandbLog()
+    log.log(1, {"loss": 1.0})
+    log.finish(ExitCode.NON_FINITE)
+    assert log.mode == "disabled"
