@@ -1,0 +1,130 @@
+"""The embedded corpus: English documentation, docstrings and source code that come with Python itself.
+
+It needs no network and is a few seconds of work: about 10 MB of real text on Python 3.11. Three kinds of documents:
+
+- every topic of pydoc (the language reference behind `help("if")`),
+- for every module of the standard library, its docstrings (read with `ast`, nothing is imported),
+- for every module, its source code with the docstrings cut out, so that no text appears twice.
+
+Left out: packages that are not Python's own (site-packages), tests, build-machine settings, and generated tables
+(character sets in encodings, pydoc's topics as source). Documents are ordered by a hash of their name, so that any
+first part of the corpus (--max-bytes) is a fair sample of the whole. Content and order depend on the Python version
+and on which optional parts of the library the system ships; the manifest records the version.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlra_scale.data.errors import DataError
+
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class PythonCorpus:
+    """The embedded corpus; documents are made when they are first read, and kept (10 MB) for the next pass."""
+
+    def __init__(self) -> None:
+        self._modules = dict(_modules())
+        self.total_bytes = sum(path.stat().st_size for path in self._modules.values())
+        self.total_bytes += sum(map(len, _topics().values()))
+        self._texts = {f"topic {name}": text for name, text in _topics().items()}
+        names = [*self._texts, *(f"{kind} {name}" for name in self._modules for kind in ("docstrings", "source"))]
+        self._names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+    def documents(self) -> Iterator[tuple[str, int]]:
+        """Yields the documents in their fixed order, each with the bytes of its file that it stands for."""
+        for name in self._names:
+            kind, item = name.split(" ", 1)
+            if name not in self._texts:
+                # Both at once: parsing is what costs.
+                english, code = module_texts(item, self._modules[item])
+                self._texts |= {f"docstrings {item}": english, f"source {item}": code}
+            size = len(self._texts[name])
+            if kind == "source":
+                size = self._modules[item].stat().st_size - len(self._texts[f"docstrings {item}"])
+            if self._texts[name].strip():
+                yield self._texts[name], size
+
+
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some systems ship it in a package of its own
+        return {}
+    return topics
+
+
+def _modules() -> list[tuple[str, Path]]:
+    """Returns (dotted name, file) of every module of the standard library that belongs to the corpus."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _LEFT_OUT.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        if parts[0] == "encodings" and re.search("decoding_(table|map)", path.read_text(encoding="utf-8")):
+            continue
+        found.append((".".join(parts), path))
+    if not found:
+        raise DataError(f"this Python has no standard library sources in {root}; name another --source")
+    return found
+
+
+def module_texts(name: str, path: Path) -> tuple[str, str]:
+    """Splits a module into English and code.
+
+    Args:
+        name: Dotted name of the module.
+        path: Its file.
+
+    Returns:
+        (docstrings under their dotted names, source without docstrings); both empty for a file that does not parse.
+    """
+    with tokenize.open(path) as stream:  # honours the file's encoding declaration
+        source = stream.read()
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return "", ""
+    documented = [(qualified, node) for qualified, node in _definitions(tree, name) if _has_docstring(node)]
+    english = "\n".join(f"{qualified}\n\n{ast.get_docstring(node)}\n" for qualified, node in documented)
+    return english, _without_docstrings(source, [node for _, node in documented])
+
+
+def _definitions(node: ast.AST, qualified: str) -> Iterator[tuple[str, Definition]]:
+    """Yields the node and every class and function below it with their dotted names, in the order of the source."""
+    if isinstance(node, Definition):
+        yield qualified, node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _definitions(child, f"{qualified}.{child.name}")
+        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):  # expressions define nothing
+            yield from _definitions(child, qualified)
+
+
+def _has_docstring(node: Definition) -> bool:
+    return ast.get_docstring(node, clean=False) is not None
+
+
+def _without_docstrings(source: str, documented: list[Definition]) -> str:
+    lines = [line + "\n" for line in source.split("\n")]  # not splitlines: form feeds are no line ends to ast
+    for node in documented:
+        text = node.body[0]
+        first, last = text.lineno - 1, (text.end_lineno or text.lineno) - 1
+        before = lines[first].encode()[: text.col_offset]
+        after = lines[last].encode()[text.end_col_offset :]
+        if before.strip() or after.strip():
+            continue  # it shares its line with code: rare, and left as it is
+        # A body of nothing but a docstring keeps a placeholder, so that the result is still Python.
+        lines[first] = before.decode() + "...\n" if len(node.body) == 1 and not isinstance(node, ast.Module) else ""
+        for line in range(first + 1, last + 1):
+            lines[line] = ""
+    return "".join(lines).strip("\n") + "\n"

@@ -1,0 +1,302 @@
+"""From the configuration to streams of batches: finds the data sets, checks them, opens them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.indexed import IndexedFiles, open_indexed, sha256_of_file
+from mlra_scale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from mlra_scale.data.one_epoch import SequenceRange
+    from mlra_scale.data.stream import SampleStream
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The opened data of a run.
+
+    Attributes:
+        train: Training samples, shuffled by (seed, epoch).
+        validation: Validation samples in a fixed order.
+        fingerprint: Changes when the data do (not when they move, nor with seed, weights or sequence length).
+        manifests: The manifests of the data sets that have one, in the order of the blend.
+        num_train_tokens: Tokens of all training splits together.
+    """
+
+    train: SampleStream
+    validation: SampleStream
+    fingerprint: str
+    manifests: tuple[Manifest, ...]
+    num_train_tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A data set that was found whole: its split into training and validation, not opened yet.
+
+    `training` and `validation` are (files, first sequence, one past the last sequence).
+    """
+
+    field: str
+    path: str
+    manifest: Manifest | None
+    training: tuple[IndexedFiles, int, int]
+    validation: tuple[IndexedFiles, int, int]
+    cache: Path
+
+    def num_samples(self, split: str, sequence_length: int) -> int:
+        files, first, stop = self.training if split == "train" else self.validation
+        return max(0, files.num_tokens(first, stop) - 1) // sequence_length
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what tells whether the data changed, cheap enough to compute at every start."""
+        lines = [self.manifest.fingerprint] if self.manifest else []
+        for files in {files.prefix: files for files, _, _ in (self.training, self.validation)}.values():
+            lines += [files.index_sha256(), str(files.bin_bytes)]
+            if self.manifest is None:
+                # Nothing recorded the content when it was written: a sample of it stands for the rest.
+                lines.append(hashlib.sha256(np.ascontiguousarray(files.token_sample()).tobytes()).hexdigest())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_data(config: Config) -> list[Problem]:
+    """Finds everything that is wrong with data, tokenizer and manifest, without building anything heavy.
+
+    Needs no process group, and no rank but its own.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        All problems; none if the data can be opened.
+    """
+    parts, validation, problems = _find_parts(config)
+    if parts:
+        problems += _check_tokens(config, parts + ([validation] if validation else []))
+        problems += _check_lengths(config, parts, validation)
+    if config.data.tokenizer is not None:
+        problems += _check_tokenizer(config, parts)
+    return problems
+
+
+def open_datasets(config: Config) -> Datasets:
+    """Opens the data; every rank can do so by itself, at any time, and gets the same samples.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The streams.
+
+    Raises:
+        ConfigError: The data cannot be opened; the same problems as check_data finds, but for the tokenizer's.
+    """
+    parts, validation, problems = _find_parts(config)
+    if parts:
+        problems += _check_tokens(config, parts + ([validation] if validation else []))
+        problems += _check_lengths(config, parts, validation)
+    if problems:
+        raise ConfigError(problems)
+    from mlra_scale.data.one_epoch import OneEpoch
+    from mlra_scale.data.stream import SampleStream
+
+    weights = list(config.data.blend.values()) if config.data.blend else [1.0]
+    validation_parts, validation_weights = ([validation], [1.0]) if validation else (parts, weights)
+    length, vocabulary = config.train.sequence_length, config.model.vocab_size
+    training_ranges = [_sequence_range(part, "train") for part in parts]
+    validation_ranges = [_sequence_range(part, "validation") for part in validation_parts]
+    seed = config.train.seed if config.data.seed is None else config.data.seed
+    end, reset = _end_of_document(config, parts), config.data.reset_positions
+    distinct = dict.fromkeys([*parts, *([validation] if validation else [])])
+    return Datasets(
+        train=SampleStream([OneEpoch(r, length) for r in training_ranges], weights, seed, vocabulary, end, reset),
+        validation=SampleStream(
+            [OneEpoch(r, length) for r in validation_ranges], validation_weights, None, vocabulary, end, reset
+        ),
+        fingerprint=hashlib.sha256("\n".join(part.fingerprint() for part in distinct).encode()).hexdigest(),
+        manifests=tuple(part.manifest for part in parts if part.manifest is not None),
+        num_train_tokens=sum(r.num_tokens for r in training_ranges),
+    )
+
+
+def _sequence_range(part: _Part, split: str) -> SequenceRange:
+    from mlra_scale.data.one_epoch import SequenceRange
+
+    files, first, stop = part.training if split == "train" else part.validation
+    return SequenceRange(
+        prefix=files.prefix,
+        first=first,
+        stop=stop,
+        num_tokens=files.num_tokens(first, stop),
+        index_sha256=files.index_sha256(),
+        cache=part.cache,
+    )
+
+
+def _find_parts(config: Config) -> tuple[list[_Part], _Part | None, list[Problem]]:
+    """Finds the data sets that the configuration names and the separate validation data, if any."""
+    data = config.data
+    problems: list[Problem] = []
+    parts: list[_Part] = []
+    if data.blend:
+        named = [(f"data.blend.{path}", path) for path in data.blend]
+    elif data.path is not None:
+        named = [("data.path", data.path)]
+    else:
+        return [], None, [Problem("data.path", None, "no data: name a folder made by tools/prepare_data.py")]
+    for field, path in named:
+        try:
+            parts.append(_find_part(field, path, data.validation_fraction, data.validation_path is None))
+        except DataError as error:
+            problems.append(Problem(field, path, str(error)))
+    validation = None
+    if data.validation_path is not None:
+        try:
+            validation = _find_part("data.validation_path", data.validation_path, None, True)
+        except DataError as error:
+            problems.append(Problem("data.validation_path", data.validation_path, str(error)))
+    return parts, validation, problems
+
+
+def _find_part(field: str, path: str, fraction: float | None, has_own_validation: bool) -> _Part:
+    """Opens a prepared folder or a bare prefix.
+
+    Args:
+        field: The configuration's field.
+        path: Folder or prefix.
+        fraction: Share of a bare prefix's last documents for validation; None: all of them are for validation.
+        has_own_validation: False if validation data are named elsewhere; all documents of a prefix are then trained on.
+
+    Returns:
+        The part.
+
+    Raises:
+        DataError: It is not whole.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (Path(f"{path}.idx").is_file() and not (folder / MANIFEST_NAME).is_file()):
+        manifest = read_manifest(folder)
+        files = {split: _open_recorded(manifest, split) for split in ("train", "validation")}
+        whole = {split: (opened, 0, len(opened.sequence_lengths)) for split, opened in files.items()}
+        return _Part(field, path, manifest, whole["train"], whole["validation"], folder / "cache")
+    if not folder.parent.is_dir() or not (Path(f"{path}.idx").exists() or Path(f"{path}.bin").exists()):
+        raise DataError(f"{path} is neither a folder made by tools/prepare_data.py nor a Megatron prefix (PREFIX.bin)")
+    opened = open_indexed(path)
+    border, end = len(opened.sequence_lengths), len(opened.sequence_lengths)
+    if has_own_validation and fraction is not None:
+        kept = min(max(1, round(fraction * opened.num_documents)), opened.num_documents)
+        border = int(opened.document_borders[opened.num_documents - kept])
+    elif fraction is None:
+        border = 0
+    return _Part(field, path, None, (opened, 0, border), (opened, border, end), Path(f"{path}.cache"))
+
+
+def _open_recorded(manifest: Manifest, split: str) -> IndexedFiles:
+    """Opens one split of a prepared folder and compares it with what the manifest recorded."""
+    files = open_indexed(manifest.prefix(split))
+    recorded = manifest.file(f"{split}.bin")["bytes"]
+    if files.bin_bytes != recorded:
+        raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {recorded}; copy it again")
+    index = Path(f"{files.prefix}.idx")
+    if sha256_of_file(index) != manifest.file(index.name)["sha256"]:
+        raise DataError(f"{index} is not the file that its manifest describes; prepare or copy the data again")
+    return files
+
+
+def _end_of_document(config: Config, parts: list[_Part]) -> int | None:
+    """Returns the end-of-document token: the manifests' (they agree) or, for bare prefixes, the configuration's."""
+    for part in parts:
+        if part.manifest is not None:
+            return part.manifest.end_of_document_token
+    return config.data.end_of_document_token
+
+
+def _check_tokens(config: Config, parts: list[_Part]) -> list[Problem]:
+    """Checks that vocabulary and end-of-document token of all data sets suit the model and each other."""
+    problems: list[Problem] = []
+    vocabulary, data = config.model.vocab_size, config.data
+    end = _end_of_document(config, parts)
+    first_with_manifest = next((part for part in parts if part.manifest), None)
+    for part in parts:
+        if part.manifest is not None:
+            assert first_with_manifest is not None and first_with_manifest.manifest is not None
+            if part.manifest.vocabulary_size > vocabulary:
+                remedy = (
+                    f"smaller than the {part.manifest.vocabulary_size} tokens of {part.path}; set it to that or more"
+                )
+                problems.append(Problem("model.vocab_size", vocabulary, remedy))
+            if part.manifest.tokenizer_sha256 != first_with_manifest.manifest.tokenizer_sha256:
+                remedy = f"made with another tokenizer than {first_with_manifest.path}; one model needs one tokenizer"
+                problems.append(Problem(part.field, part.path, remedy))
+            continue
+        sample = part.training[0].token_sample()
+        largest = int(sample.max(initial=0))
+        if largest >= vocabulary:
+            remedy = f"too small for {part.path}, which holds the token {largest}; set it to the tokenizer's size"
+            problems.append(Problem("model.vocab_size", vocabulary, remedy))
+        if int(sample.min(initial=0)) < 0:
+            problems.append(Problem(part.field, part.path, "holds negative tokens; it is not a text data set"))
+        if (
+            data.document_attention == "masked"
+            and end is not None
+            and not (part.training[0].document_ends() == end).any()
+        ):
+            remedy = f"no document of {part.path} ends with it; was the data set made without --append-eod?"
+            problems.append(Problem("data.end_of_document_token", end, remedy))
+    if end is None and data.document_attention == "masked":
+        remedy = "document_attention=masked has to know which token ends documents; name it"
+        problems.append(Problem("data.end_of_document_token", None, remedy))
+    if first_with_manifest is not None and data.end_of_document_token not in (None, end):
+        remedy = f"the manifest of {first_with_manifest.path} says {end}; leave this null"
+        problems.append(Problem("data.end_of_document_token", data.end_of_document_token, remedy))
+    return problems
+
+
+def _check_lengths(config: Config, parts: list[_Part], validation: _Part | None) -> list[Problem]:
+    """Refuses splits without a whole sample: GPTDataset would count epochs over nothing for ever."""
+    length = config.train.sequence_length
+    wanted = [(part, "train") for part in parts]
+    wanted += [(part, "validation") for part in ([validation] if validation else parts)]
+    problems = []
+    for part, split in wanted:
+        if part.num_samples(split, length) == 0:
+            files, first, stop = part.training if split == "train" else part.validation
+            tokens = files.num_tokens(first, stop)
+            what = "no documents" if stop == first else f"only {tokens} tokens"
+            remedy = f"its {split} split has {what}, a sample needs {length + 1}; "
+            remedy += "give more data, a shorter train.sequence_length"
+            remedy += ", or other validation data (data.validation_path)" if split == "validation" else ""
+            problems.append(Problem(part.field, part.path, remedy))
+    return problems
+
+
+def _check_tokenizer(config: Config, parts: list[_Part]) -> list[Problem]:
+    """Compares the tokenizer that the configuration names with those of the manifests."""
+    from mlra_scale.data.tokenizer import load_tokenizer, tokenizer_sha256
+
+    name = config.data.tokenizer
+    assert name is not None
+    try:
+        loaded = load_tokenizer([name])
+    except DataError as error:
+        return [Problem("data.tokenizer", name, str(error))]
+    problems = []
+    checksum, with_manifest = tokenizer_sha256(loaded.tokenizer), [part for part in parts if part.manifest]
+    for part in with_manifest:
+        assert part.manifest is not None
+        if part.manifest.tokenizer_sha256 != checksum:
+            made_with = part.manifest.content["tokenizer"]["name"]
+            remedy = f"{part.path} was made with another tokenizer ({made_with}): {part.manifest.tokenizer_folder}"
+            problems.append(Problem("data.tokenizer", name, remedy))
+    if parts and not with_manifest and loaded.vocabulary_size > config.model.vocab_size:
+        remedy = f"smaller than the {loaded.vocabulary_size} tokens of data.tokenizer {name}"
+        problems.append(Problem("model.vocab_size", config.model.vocab_size, remedy))
+    return problems

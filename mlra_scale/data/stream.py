@@ -1,0 +1,160 @@
+"""Batches in a stateless order: which tokens sample i holds is a pure function of (data, blend, seed, i).
+
+Shape letters: B samples of the batch, S tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mlra_scale.data.blend import BlendPattern
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.one_epoch import OneEpoch
+from mlra_scale.data.permutation import permute
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples as the model takes them: CPU tensors of int64.
+
+    Attributes:
+        tokens_BS: Input tokens.
+        targets_BS: The token after each input token.
+        positions_BS: Position of each token: in the sample, or in its document where the configuration resets them.
+        documents_BS: Number of the document inside the sample, from 0; the end-of-document token belongs to the
+            document that it ends. All zero where the data's end-of-document token is not known.
+        sample_ids_B: Global index of each sample.
+    """
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    positions_BS: Tensor
+    documents_BS: Tensor
+    sample_ids_B: Tensor
+
+
+class SampleStream:
+    """An endless sequence of samples over one data set or a blend of several.
+
+    A training stream (seed given) runs each data set through its epochs, every epoch in an order of its own
+    (permutation.py). A validation stream (seed None) has one fixed order and starts over after samples_per_epoch.
+
+    Args:
+        parts: One epoch of every data set.
+        weights: Relative weight of every data set; ignored for a single one.
+        seed: Seed of the order; None: unshuffled.
+        vocabulary_size: Ids from here on are an error in the data.
+        end_of_document_token: The token that ends documents; None: unknown.
+        reset_positions: Whether positions start at 0 with every document.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[OneEpoch],
+        weights: Sequence[float],
+        seed: int | None,
+        vocabulary_size: int,
+        end_of_document_token: int | None = None,
+        reset_positions: bool = False,
+    ) -> None:
+        assert parts and len(parts) == len(weights)
+        self._parts = list(parts)
+        self._sizes = np.array([len(part) for part in parts], dtype=np.int64)
+        self._pattern = BlendPattern(weights) if len(parts) > 1 else None
+        self._seed = seed
+        self._vocabulary_size = vocabulary_size
+        self._end_of_document_token = end_of_document_token
+        self._reset_positions = reset_positions
+        self.sequence_length: int = parts[0].config.sequence_length
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of different samples: the sum over the data sets.
+
+        In a blend the data sets finish their own epochs at different times; this number is then a size, not a period
+        (except for validation, which starts over here).
+        """
+        return int(self._sizes.sum())
+
+    @property
+    def proportions(self) -> list[float]:
+        """The share of samples that each data set gives, in the order of the blend."""
+        return self._pattern.proportions if self._pattern else [1.0]
+
+    def locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Finds where samples come from.
+
+        Args:
+            sample_ids: Global sample indices, shape [n].
+
+        Returns:
+            (data set, sample of that data set's epoch), both int64 of shape [n].
+        """
+        if self._seed is None:
+            sample_ids = sample_ids % self.samples_per_epoch
+        if self._pattern is None:
+            parts, local = np.zeros_like(sample_ids), sample_ids
+        else:
+            parts, local = self._pattern.locate(sample_ids)
+        epochs, rows = np.divmod(local, self._sizes[parts])
+        if self._seed is not None:
+            for part in np.unique(parts):
+                mine = parts == part
+                size = int(self._sizes[part])
+                rows[mine] = permute(rows[mine], size, self._seed, epochs[mine], stream=int(part))
+        return parts, rows
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Reads samples first_sample ... first_sample + count - 1 of the endless order.
+
+        Args:
+            first_sample: Global index of the first sample.
+            count: Number of samples, at least one.
+
+        Returns:
+            The batch.
+
+        Raises:
+            DataError: The data hold a token that the model does not have.
+        """
+        assert first_sample >= 0 and count >= 1
+        sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
+        parts, rows = self.locate(sample_ids)
+        text = np.empty((count, self.sequence_length + 1), dtype=np.int64)
+        for part in np.unique(parts):
+            mine = parts == part
+            text[mine] = self._parts[part].token_rows(rows[mine])
+        if text.max() >= self._vocabulary_size or text.min() < 0:
+            bad = int(np.argmax(((text >= self._vocabulary_size) | (text < 0)).any(axis=1)))
+            raise DataError(
+                f"{self._parts[parts[bad]].dataset_path}.bin holds a token outside the model's vocabulary "
+                f"(ids {text[bad].min()} to {text[bad].max()} in sample {sample_ids[bad]}, "
+                f"model.vocab_size {self._vocabulary_size})"
+            )
+        documents, positions = self._documents_and_positions(text[:, :-1])
+        return Batch(
+            tokens_BS=torch.from_numpy(np.ascontiguousarray(text[:, :-1])),
+            targets_BS=torch.from_numpy(np.ascontiguousarray(text[:, 1:])),
+            positions_BS=torch.from_numpy(positions),
+            documents_BS=torch.from_numpy(documents),
+            sample_ids_B=torch.from_numpy(sample_ids),
+        )
+
+    def _documents_and_positions(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tokens.shape)
+        documents = np.zeros(tokens.shape, dtype=np.int64)
+        if self._end_of_document_token is None:
+            return documents, places.copy()
+        # A document starts after every end-of-document token, and at the first token of the sample.
+        is_start = np.zeros(tokens.shape, dtype=bool)
+        is_start[:, 1:] = tokens[:, :-1] == self._end_of_document_token
+        np.cumsum(is_start, axis=1, out=documents)
+        if not self._reset_positions:
+            return documents, places.copy()
+        return documents, places - np.maximum.accumulate(np.where(is_start, places, 0), axis=1)

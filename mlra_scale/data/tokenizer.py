@@ -1,0 +1,228 @@
+"""Loads, trains, checks and saves tokenizers.
+
+Everything ends as a `tokenizers.Tokenizer`: that is what the workers encode with and what lies beside the data. The
+transformers library is only imported where a Hugging Face name or folder has to be understood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mlra_scale.data.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+# vocab.json, merges.txt is what Hugging Face calls GPT-2's files; encoder.json, vocab.bpe is what OpenAI called them.
+_BPE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer and what the data need to know of it.
+
+    Attributes:
+        tokenizer: The tokenizer itself, without truncation and padding.
+        kind: "hugging-face", "tokenizer.json", "gpt2-files" or "trained-bpe".
+        name: What the user named, for the manifest.
+        end_of_document: Text of the token that ends a document.
+        hugging_face: The transformers object where it was loaded through that library, to be saved as it is.
+    """
+
+    tokenizer: Tokenizer
+    kind: str
+    name: str
+    end_of_document: str
+    hugging_face: Any = None
+
+    @property
+    def end_of_document_token(self) -> int:
+        """Id of the token that ends a document."""
+        token = self.tokenizer.token_to_id(self.end_of_document)
+        assert token is not None
+        return int(token)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Largest id + 1 (ids may have gaps, and an embedding needs a row for each)."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def load_tokenizer(names: Sequence[str], end_of_document: str | None = None) -> LoadedTokenizer:
+    """Loads a tokenizer from whatever names one.
+
+    Args:
+        names: One of: a Hugging Face name; a folder (Hugging Face format, a tokenizer.json, or GPT-2's vocab.json and
+            merges.txt, also as encoder.json and vocab.bpe); a tokenizer.json; or the two GPT-2 files.
+        end_of_document: Text of the token that ends documents; None: the tokenizer's eos token or <|endoftext|>.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: It cannot be loaded or has no usable end-of-document token.
+    """
+    label = " ".join(names)
+    hugging_face, eos = None, None
+    if len(names) > 2 or not names:
+        raise DataError(f"a tokenizer is one name or folder, or the two files vocab.json merges.txt, not: {label}")
+    files = [Path(name) for name in names]
+    if len(files) == 2:
+        kind, tokenizer = "gpt2-files", _from_bpe_files(*_sorted_bpe_files(files))
+    elif files[0].is_file():
+        kind, tokenizer = "tokenizer.json", _from_json(files[0])
+    elif files[0].is_dir() and (pair := _bpe_files_in(files[0])) and not (files[0] / "tokenizer.json").is_file():
+        kind, tokenizer = "gpt2-files", _from_bpe_files(*pair)
+    elif files[0].is_dir() and not (files[0] / "tokenizer_config.json").is_file():
+        if not (files[0] / "tokenizer.json").is_file():
+            raise DataError(f"{label} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+        kind, tokenizer = "tokenizer.json", _from_json(files[0] / "tokenizer.json")
+    else:
+        kind = "hugging-face"
+        hugging_face = _from_hugging_face(label)
+        tokenizer, eos = hugging_face.backend_tokenizer, hugging_face.eos_token
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # What stands in a text is text: a document that spells "<|endoftext|>" must not end there.
+    tokenizer.encode_special_tokens = True
+    end = end_of_document or eos or END_OF_TEXT
+    if tokenizer.token_to_id(end) is None:
+        hint = "choose one of its tokens with --end-of-document" if end_of_document is None else "it must be one token"
+        raise DataError(f"tokenizer {label} has no token {end!r} to end documents with; {hint}")
+    return LoadedTokenizer(tokenizer, kind, label, end, hugging_face)
+
+
+def train_bpe(texts: Iterable[str], vocabulary_size: int) -> LoadedTokenizer:
+    """Trains a byte-level BPE as GPT-2 has it: every text can be encoded, and decoding gives it back exactly.
+
+    Args:
+        texts: The texts to train on.
+        vocabulary_size: Number of tokens: 256 bytes, <|endoftext|> (id 0) and merges.
+
+    Returns:
+        The tokenizer; a corpus with too little variety gives fewer tokens than asked for.
+
+    Raises:
+        DataError: The vocabulary is too small for bytes and <|endoftext|>.
+    """
+    if vocabulary_size < 257:
+        raise DataError(f"--train-bpe {vocabulary_size} is too small: 256 bytes and {END_OF_TEXT} need 257 tokens")
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
+    return LoadedTokenizer(tokenizer, "trained-bpe", f"byte-level BPE, {vocabulary_size}", END_OF_TEXT)
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Returns a checksum of what decides the tokens of a text.
+
+    It covers model, vocabulary, merges, normalizer, pre-tokenizer and added tokens, in one form whichever files they
+    came from; it leaves out what does not change tokens (decoder, post-processor, truncation, offsets).
+    """
+    content = json.loads(tokenizer.to_str())
+    model = content["model"]
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.pop("merges", [])]
+    vocabulary = model.pop("vocab")
+    if isinstance(vocabulary, dict):
+        vocabulary = sorted(vocabulary.items(), key=lambda item: item[1])
+    pre_tokenizer = content["pre_tokenizer"]
+    for part in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
+        part.pop("trim_offsets", None)
+    added = sorted((token["id"], token["content"]) for token in content["added_tokens"])
+    parts = [model, vocabulary, merges, content["normalizer"], pre_tokenizer, added]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
+    """Writes a folder that AutoTokenizer reads, and that this module reads back to the same checksum.
+
+    Args:
+        loaded: The tokenizer.
+        folder: The folder to make.
+    """
+    folder.mkdir()
+    if loaded.hugging_face is not None:
+        loaded.hugging_face.save_pretrained(folder)
+        return
+    loaded.tokenizer.save(str(folder / "tokenizer.json"))
+    # Also as vocab.json and merges.txt, which Megatron-LM, GPT-NeoX and OpenAI's own code read.
+    if isinstance(loaded.tokenizer.model, models.BPE):
+        loaded.tokenizer.model.save(str(folder))
+    end = loaded.end_of_document
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4 and 5
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "clean_up_tokenization_spaces": False,  # it would break the exact round trip
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _byte_level(model: Any) -> Tokenizer:
+    """Returns a tokenizer with GPT-2's splitting into words and bytes around the model."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _bpe_files_in(folder: Path) -> tuple[Path, Path] | None:
+    for vocabulary, merges in _BPE_FILES:
+        if (folder / vocabulary).is_file() and (folder / merges).is_file():
+            return folder / vocabulary, folder / merges
+    return None
+
+
+def _sorted_bpe_files(files: Sequence[Path]) -> tuple[Path, Path]:
+    """Tells vocabulary and merges apart: the first is JSON."""
+    vocabulary, merges = sorted(files, key=lambda file: file.suffix != ".json")
+    for file in (vocabulary, merges):
+        if not file.is_file():
+            raise DataError(f"tokenizer file {file} does not exist")
+    if vocabulary.suffix != ".json" or merges.suffix == ".json":
+        raise DataError(f"the two tokenizer files are vocab.json and merges.txt, not {files[0]} and {files[1]}")
+    return vocabulary, merges
+
+
+def _from_bpe_files(vocabulary: Path, merges: Path) -> Tokenizer:
+    try:
+        tokenizer = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise DataError(f"{vocabulary} and {merges} are not the files of a BPE tokenizer: {error}") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _from_json(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def _from_hugging_face(name: str) -> Any:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # many kinds: unknown name, no network, foreign folder, missing dependency
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"tokenizer {name!r} is neither a file or folder here nor loadable by name: {reason}"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); convert it first")
+    return tokenizer

@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Turns text into a data set for training: python tools/prepare_data.py --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Worker processes import this file too: everything heavier is imported when it is needed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+EXAMPLES = """examples:
+  # no network needed: the documentation and sources that come with Python, and a BPE trained on them
+  python tools/prepare_data.py --output data/python-docs --train-bpe 4096
+
+  # local files of mixed kinds with GPT-2's tokenizer files
+  python tools/prepare_data.py --output data/mine --source 'corpus/**/*.jsonl.gz' --source notes/ \\
+      --field text --tokenizer gpt2/vocab.json gpt2/merges.txt --workers 8
+
+  # a Hugging Face data set, streamed, with a tokenizer by name
+  python tools/prepare_data.py --output data/wikitext --source hf:Salesforce/wikitext \\
+      --config-name wikitext-103-raw-v1 --split train --tokenizer gpt2
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    result = argparse.ArgumentParser(
+        prog="prepare_data.py",
+        description="Turns text into Megatron indexed data sets (train, validation) with tokenizer and manifest.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder to make; it appears when it is finished")
+    add(
+        "--source",
+        action="append",
+        metavar="SOURCE",
+        help="may be repeated: a .txt (one document per file), .jsonl, .jsonl.gz or .parquet file, a folder (searched "
+        "recursively), a glob, hf:NAME for a Hugging Face data set, or python-docs, the embedded corpus (default)",
+    )
+    add("--field", default="text", help="field or column that holds the text (default: text)")
+    add("--split", default="train", help="split of Hugging Face data sets (default: train)")
+    add("--config-name", metavar="NAME", help="configuration of Hugging Face data sets")
+    add("--max-bytes", type=_count, metavar="N", help="stop after this much text (10e6 is fine), for a quick look")
+    tokenizer = result.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--tokenizer",
+        nargs="+",
+        metavar="NAME",
+        help="a Hugging Face name or folder, a tokenizer.json, or GPT-2's vocab.json merges.txt (two files, or their "
+        "folder; encoder.json vocab.bpe as well)",
+    )
+    tokenizer.add_argument(
+        "--train-bpe", type=_count, metavar="N", help="train a byte-level BPE with N tokens on the corpus"
+    )
+    add("--train-bpe-bytes", type=_count, default=10**8, metavar="N", help="on at most this much text (default: 100e6)")
+    add("--end-of-document", metavar="TOKEN", help="token that ends documents (default: the tokenizer's eos token)")
+    add("--validation-fraction", type=float, default=0.01, metavar="F", help="share of documents (default: 0.01)")
+    add("--seed", type=int, default=0, help="seed of the train/validation split (default: 0)")
+    add("--workers", type=_count, metavar="N", help="tokenizing processes (default: one per usable core)")
+    add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
+    add("--quiet", action="store_true", help="no progress bar")
+    return result
+
+
+def _count(text: str) -> int:
+    """Reads a positive whole number, also written as 10e6."""
+    value = float(text)
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    options = parser().parse_args(arguments)
+    workers = options.workers or len(os.sched_getaffinity(0))
+    # Training a BPE uses threads: as many as there are workers later.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: clean up, then stop
+    from mlra_scale.data.errors import DataError
+    from mlra_scale.data.prepare import PrepareOptions, prepare, summary
+
+    started = time.monotonic()
+    try:
+        manifest = prepare(
+            PrepareOptions(
+                output=options.output,
+                sources=options.source or ["python-docs"],
+                tokenizer=options.tokenizer or (),
+                train_bpe=options.train_bpe,
+                train_bpe_bytes=options.train_bpe_bytes,
+                end_of_document=options.end_of_document,
+                field=options.field,
+                hf_split=options.split,
+                hf_config=options.config_name,
+                max_bytes=options.max_bytes,
+                validation_fraction=options.validation_fraction,
+                seed=options.seed,
+                workers=workers,
+                overwrite=options.overwrite,
+                progress=not options.quiet,
+            )
+        )
+    except DataError as error:
+        print(f"prepare_data: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    print("\n".join(summary(manifest)))
+    print(f"  made in     {time.monotonic() - started:.1f} s with {workers} worker{'s' if workers > 1 else ''}")
+    print("Next: train on it with")
+    print(
+        f"  python -m mlra_scale.train --preset laptop --run-dir runs/first data.path={options.output} "
+        f"model.vocab_size={manifest.vocabulary_size}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
