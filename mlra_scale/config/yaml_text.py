@@ -58,6 +58,14 @@ class _Loader(yaml.SafeLoader):
         # PyYAML's own constructor would read 010 as octal; the core schema says decimal.
         return int(self.construct_scalar(node))
 
+    def construct_yaml_str(self, node: Any) -> str:
+        # JSON, which is YAML, writes a character beyond the basic plane as two escapes; PyYAML leaves them apart.
+        try:
+            return self.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            message = "text holds half of a surrogate pair"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+
 
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes by the loader's rules."""
@@ -69,6 +77,7 @@ class _Dumper(yaml.SafeDumper):
 _install_resolvers(_Loader)
 _install_resolvers(_Dumper)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def load(text: str) -> Any:

@@ -33,6 +33,7 @@ from mlra_scale.config import yaml_text
         ("[q, k]", ["q", "k"]),
         ("{a: 0.5}", {"a": 0.5}),
         ("=", "="),
+        ('"\\ud834\\udf00"', "\U0001d300"),
     ],
 )
 def test_scalars(text: str, value: object) -> None:
@@ -67,3 +68,8 @@ def test_what_is_not_plain_yaml_is_refused_with_its_place(text: str) -> None:
 def test_control_characters_are_refused() -> None:
     with pytest.raises(ValueError, match="special characters are not allowed"):
         yaml_text.load("a: \x00")
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(ValueError, match="line 1, column 4: text holds half of a surrogate pair"):
+        yaml_text.load('a: "\\ud834"')
