@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlra_scale import train
+from mlra_scale.config import preset_names
+from mlra_scale.training.exit_codes import ExitCode
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_these_flags_and_no_more() -> None:
+    flags = {flag for action in train.build_parser()._actions for flag in action.option_strings}
+    assert flags == {"-h", "--help", "--preset", "--config", "--ds-config", "--run-dir", "--resume", "--dry-run"}
+
+
+def test_exit_codes_are_what_launchers_know() -> None:
+    assert {code.name: code.value for code in ExitCode} == {
+        "DONE": 0,
+        "FAILED": 1,
+        "BAD_INPUT": 2,
+        "NON_FINITE": 3,
+        "INTERRUPTED": 130,
+    }
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_dry_run_of_every_preset(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--preset", name, "--dry-run"]) == ExitCode.DONE
+    assert name in capsys.readouterr().out
+
+
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["model.num_layers=6", "--preset", "debug", "train.steps=7", "--dry-run"]) == ExitCode.DONE
+    assert "6 layers" in capsys.readouterr().out
+
+
+def test_dry_run_for_many_ranks_needs_neither_ranks_nor_torch(tmp_path: Path) -> None:
+    """Run as on a login node: where importing torch fails."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    arguments = ["--preset", "gpt2-mlra-72l", "--dry-run", "parallel.world_size=32", "parallel.tensor=4"]
+    result = subprocess.run(
+        [sys.executable, "-m", "mlra_scale.train", *arguments, "parallel.pipeline=2"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "32 rank(s): tensor 4 x pipeline 2 x data 4" in result.stdout
+    assert "959,441,920" in result.stdout and "Memory per rank" in result.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["torch.py"]
+
+
+def test_dry_run_takes_the_launchers_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train.main(["--preset", "debug", "--dry-run"]) == ExitCode.DONE
+    assert "4 rank(s)" in capsys.readouterr().out
+
+
+def test_only_rank_0_prints_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert train.main(["--preset", "debug", "--dry-run"]) == ExitCode.DONE
+    assert capsys.readouterr().out == ""
+
+
+def test_another_rank_tells_only_what_rank_0_did_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends this rank while it waits; where it does not, the mistake is this node's alone."""
+    waited: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["--preset", "debog", "--dry-run"]) == ExitCode.BAD_INPUT
+    assert "(rank 1)" in capsys.readouterr().err and waited == [train._RANK_0_SECONDS]
