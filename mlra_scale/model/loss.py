@@ -25,9 +25,9 @@ def language_model_loss(context: ModelContext, logits_BSV: torch.Tensor, targets
     """
     if context.model.z_loss == 0.0:
         return vocab_parallel_cross_entropy(logits_BSV, targets_BS).mean()
-    # Before the cross-entropy, which overwrites fp32 logits.
     target_logits_BS = _target_logits(context, logits_BSV, targets_BS)
-    losses_BS = vocab_parallel_cross_entropy(logits_BSV, targets_BS)
+    # Of a copy: Megatron's cross-entropy overwrites fp32 logits, which the line above still needs.
+    losses_BS = vocab_parallel_cross_entropy(logits_BSV.to(torch.float32, copy=True), targets_BS)
     log_z_BS = losses_BS + target_logits_BS
     return losses_BS.mean() + context.model.z_loss * log_z_BS.square().mean()
 

@@ -168,9 +168,8 @@ class EngineBase:
         self.table = ParameterTable(config.model)
         self.num_skipped = 0
         self.settings = deepspeed_config(config, plan)
-        if zero_stage(config) == 0 and config.train.precision == "fp32":
-            # Here DeepSpeed would clip before the gate sees the gradients; `_clip` does it behind the gate.
-            self.settings["gradient_clipping"] = 0.0
+        if zero_stage(config) == 0:
+            self.settings["gradient_clipping"] = 0.0  # ReplicatedView.clip does it behind the gate
         self.deepspeed_engine: Any = None
         self.view: MasterView
         self._before_update: BeforeUpdate | None = None
@@ -258,16 +257,9 @@ class EngineBase:
         if not self._was_applied:
             self.view.skip_update()
             return
-        if isinstance(self.view, ReplicatedView) and not self.view.masters:
-            self._clip(proposal.gradient_norm)
+        if isinstance(self.view, ReplicatedView):
+            self.view.clip(proposal.gradient_norm, self.config.optim.grad_clip)
         self._update(*args, **kwargs)
-
-    def _clip(self, gradient_norm: float) -> None:
-        """Clips the plain fp32 gradients of stage 0, where DeepSpeed would have done so before the gate."""
-        limit = self.config.optim.grad_clip
-        if limit > 0.0 and gradient_norm > limit:
-            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, limit / (gradient_norm + 1e-6))
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.deepspeed_engine.optimizer.param_groups:

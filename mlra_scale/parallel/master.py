@@ -56,11 +56,24 @@ def master_view(optimizer: Any, named: Named, data_rank: int) -> MasterView:
     if isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer):
         return PartitionedView(optimizer, named)
     if isinstance(optimizer, FP16_UnfusedOptimizer):
+        _undo_rehearsal(optimizer)
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
         return ReplicatedView(optimizer, named, masters)
     assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
     return ReplicatedView(optimizer, named, {})
+
+
+@torch.no_grad()
+def _undo_rehearsal(optimizer: FP16_UnfusedOptimizer) -> None:
+    """Takes back the update with zero gradients by which this wrapper allocates Adam's state.
+
+    It decays the masters once and counts as a step, so that the first real update would be 0.73 of its size.
+    """
+    optimizer.optimizer.state.clear()
+    for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for low, high in zip(lows, highs, strict=True):
+            high.copy_(low)
 
 
 class ReplicatedView:
@@ -72,6 +85,8 @@ class ReplicatedView:
         self.optimizer = optimizer
         self.named = named
         self.masters = masters
+        if masters:
+            self._unscale_and_clip = optimizer.unscale_and_clip_grads
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """See MasterView."""
@@ -89,6 +104,22 @@ class ReplicatedView:
 
     def skip_update(self) -> None:
         """See MasterView. The engine zeroes the gradients after every step."""
+
+    def clip(self, gradient_norm: float, limit: float) -> None:
+        """Clips this update's gradients by the true global norm, which DeepSpeed does not know at stage 0.
+
+        With fp32 parameters it clips before the gate; with 16-bit ones it takes, under tensor parallelism, the norm of
+        the first rank's shards for that of the whole.
+        """
+        if self.masters:
+            scaled_norm = gradient_norm * self.optimizer.loss_scale_config.cur_scale
+            self.optimizer.clip_grad = limit
+            self.optimizer.unscale_and_clip_grads = lambda _norm, apply_scale=True: self._unscale_and_clip(
+                scaled_norm, apply_scale
+            )
+        elif limit > 0.0 and gradient_norm > limit:
+            gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, limit / (gradient_norm + 1e-6))
 
     def publish(self) -> None:
         """See MasterView."""

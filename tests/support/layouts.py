@@ -69,6 +69,7 @@ def layout_config(layout: Layout, **overrides: Any) -> Config:
             "engine": layout.engine,
             "timeout_minutes": 1.0,
         },
+        "data": {},
         "deepspeed": {"zero_optimization": {"stage": layout.stage}} if layout.stage else {},
     }
     for name, value in overrides.items():

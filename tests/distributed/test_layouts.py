@@ -1,0 +1,204 @@
+"""Every layout trains the same model: losses, gradient norms, every gradient and the weights equal the oracle's.
+
+`pytest tests/distributed/test_layouts.py -s` prints the tables.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlra_scale.config import Config
+from mlra_scale.model.parameters import ParameterTable
+from tests.distributed.steps import Record, train
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config
+from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
+from tests.support.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+
+LAYOUTS = [
+    Layout(),
+    Layout(engine="pipeline"),
+    Layout(tensor=2),
+    Layout(pipeline=2),
+    Layout(data=2, stage=0),
+    Layout(data=2, stage=1),
+    Layout(data=2, stage=2),
+    Layout(data=2, stage=3),
+    Layout(tensor=4),
+    Layout(tensor=2, pipeline=2),
+    Layout(tensor=2, pipeline=2, stage=1),
+    Layout(tensor=2, data=2, stage=1),
+    Layout(tensor=2, data=2, stage=2),
+    Layout(tensor=2, data=2, stage=3),
+    Layout(pipeline=2, data=2, stage=1),
+]
+STEPS = 5
+# A large Adam epsilon: the key bias has a true gradient of zero, and Adam would turn its rounding noise into steps.
+COMMON = {"optim__eps": 1e-4}
+
+
+def identify(layout: Layout) -> str:
+    return str(layout).replace(" ", "-")
+
+
+@cache
+def oracle(attention: str) -> tuple[dict[str, torch.Tensor], ReferenceRun]:
+    config = layout_config(Layout(), model__attention=attention, **COMMON)
+    weights = canonical_weights(config.model)
+    return weights, reference_run(config, weights, STEPS)
+
+
+def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor], steps: int = STEPS) -> list[Record]:
+    assert config.parallel.world_size is not None
+    return worker_pool(config.parallel.world_size).run(train, config, steps, weights)
+
+
+def in_layout(layout: Layout, **overrides: Any) -> Config:
+    return layout_config(layout, parallel__world_size=layout.world_size, **{**COMMON, **overrides})
+
+
+def show(layout: Layout, what: str, losses: list[float], norms: list[float], note: str = "") -> None:
+    print(f"{layout!s:<26}{what:<12}" + "".join(f"{x:11.7f}" for x in losses + norms) + note)
+
+
+@pytest.mark.parametrize("attention", ["mlra", "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=identify)
+def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
+    weights, expected = oracle(attention)
+    records = run(worker_pool, in_layout(layout, model__attention=attention), weights)
+    first = records[0]
+    for record in records:
+        assert (record.losses, record.gradient_norms) == (first.losses, first.gradient_norms), "ranks disagree"
+    np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=2e-6)
+    table = ParameterTable(in_layout(layout, model__attention=attention).model)
+    gradients = assemble(table, layout.tensor, [record.gradients for record in records])
+    worst = assert_gradients_close(gradients, expected.gradients)
+    final = assemble(table, layout.tensor, [record.weights for record in records])
+    for name, value in expected.weights.items():
+        np.testing.assert_allclose(final[name][: len(value)], value, rtol=1e-4, atol=2e-6, err_msg=name)
+    show(layout, attention, first.losses, first.gradient_norms, f"   worst gradient {worst:.2f} of what is allowed")
+
+
+BF16_LAYOUTS = [layout for layout in LAYOUTS if layout.world_size > 1]
+
+
+@cache
+def bf16_error(worker_pool: Pools, attention: str, stage: int, engine: str) -> tuple[float, float]:
+    """Error of one bf16 process against fp32: root mean square over the steps of loss and relative gradient norm.
+
+    One process of the same engine and stage: at stage 0 DeepSpeed adds micro-batches up in bf16, above in fp32.
+    """
+    weights, expected = oracle(attention)
+    layout = Layout(stage=stage, engine=engine)
+    (record,) = run(worker_pool, in_layout(layout, model__attention=attention, train__precision="bf16"), weights)
+    return errors(record, expected)
+
+
+def errors(record: Record, expected: ReferenceRun) -> tuple[float, float]:
+    loss = np.sqrt(np.mean(np.square(np.array(record.losses) / expected.losses - 1)))
+    norm = np.sqrt(np.mean(np.square(np.array(record.gradient_norms) / expected.gradient_norms - 1)))
+    return float(loss), float(norm)
+
+
+@pytest.mark.parametrize("attention", ["mlra", "dense"])
+@pytest.mark.parametrize("layout", BF16_LAYOUTS, ids=identify)
+def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, attention: str) -> None:
+    weights, expected = oracle(attention)
+    allowed_loss, allowed_norm = bf16_error(
+        worker_pool, attention, min(layout.stage, 1), "pipeline" if layout.pipeline > 1 else "zero"
+    )
+    records = run(worker_pool, in_layout(layout, model__attention=attention, train__precision="bf16"), weights)
+    loss, norm = errors(records[0], expected)
+    note = f"   error / one process: loss {loss / allowed_loss:.2f}, norm {norm / allowed_norm:.2f}"
+    show(layout, f"{attention} bf16", records[0].losses, records[0].gradient_norms, note)
+    assert loss <= 2 * allowed_loss
+    assert norm <= 2 * allowed_norm
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "o-factorised": {"model__factorised_projections": ("q", "k", "v", "o"), "model__attention_rank": 10},
+    "k-dense": {"model__factorised_projections": ("q", "v")},
+    "z-loss": {"model__z_loss": 1e-2},
+    "masked-documents": {"data__document_attention": "masked", "data__reset_positions": True},
+    "checkpointing": {"parallel__activation_checkpointing": "block"},
+    "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tensor=2), Layout(tensor=2, pipeline=2, stage=1), Layout(tensor=2, data=2, stage=3)],
+    ids=identify,
+)
+def test_model_options_equal_the_oracle(worker_pool: Pools, layout: Layout, option: str) -> None:
+    config = in_layout(layout, **OPTIONS[option])
+    weights = canonical_weights(config.model)
+    expected = reference_run(config, weights, 2)
+    records = run(worker_pool, config, weights, steps=2)
+    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
+    table = ParameterTable(config.model)
+    assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
+
+
+DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batch_size", "checkpointing"),
+    [
+        (Layout(), 8, "none"),
+        (Layout(), 1, "block"),
+        (Layout(tensor=2), 4, "none"),
+        (Layout(tensor=2, pipeline=2, stage=1), 2, "block"),
+        (Layout(tensor=2, data=2, stage=3), 4, "block"),
+        (Layout(data=2, stage=2), 1, "none"),
+        (Layout(pipeline=2, data=2), 2, "none"),
+    ],
+)
+def test_dropout_masks_do_not_depend_on_the_layout(
+    worker_pool: Pools, layout: Layout, micro_batch_size: int, checkpointing: str
+) -> None:
+    weights, without = oracle("mlra")
+    (expected,) = run(worker_pool, in_layout(Layout(), **DROPOUT), weights)
+    config = in_layout(
+        layout,
+        train__micro_batch_size=micro_batch_size,
+        parallel__activation_checkpointing=checkpointing,
+        **DROPOUT,
+    )
+    records = run(worker_pool, config, weights)
+    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(records[0].gradient_norms, expected.gradient_norms, rtol=2e-6)
+    np.testing.assert_allclose(records[0].validation, expected.validation, rtol=1e-6)
+    assert abs(expected.losses[0] - without.losses[0]) > 1e-3, "dropout did nothing"
+
+
+def train_without_latent_reduction(
+    rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]
+) -> Record:
+    """The defect that the gradient test exists for: latents enter the sharded factors without their all-reduce."""
+    from mlra_scale.model import attention
+
+    correct = attention.copy_to_tensor_parallel
+    attention.copy_to_tensor_parallel = lambda context, *tensors: list(tensors)
+    try:
+        return train(rank, world_size, config, 1, weights)
+    finally:
+        attention.copy_to_tensor_parallel = correct
+
+
+def test_a_missing_reduction_of_the_replicated_factor_is_caught(worker_pool: Pools) -> None:
+    weights, expected = oracle("mlra")
+    config = in_layout(Layout(tensor=2))
+    records = worker_pool(2).run(train_without_latent_reduction, config, weights)
+    np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)  # the loss does not show it
+    gradients = assemble(ParameterTable(config.model), 2, [record.gradients for record in records])
+    with pytest.raises(AssertionError, match=r"attention\.q\.down\.weight"):
+        assert_gradients_close(gradients, expected.gradients)

@@ -1,0 +1,105 @@
+"""The single-process reference run in fp64: ReferenceGPT under torch's AdamW, with clipping and decay groups."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mlra_scale.config import Config
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.reference import ReferenceGPT
+from tests.support.layouts import global_batch
+
+
+@dataclass
+class ReferenceRun:
+    """What the oracle computed; embedding tensors have no padded rows."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+def build_reference(config: Config, weights: dict[str, torch.Tensor]) -> ReferenceGPT:
+    """The oracle with these canonical weights, in fp64."""
+    model = config.model
+    reference = ReferenceGPT(
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        ffn_hidden_size=model.ffn_size,
+        factorised=tuple(name for name in "qkvo" if model.is_factorised(name)),
+        rank=model.rank,
+        layer_norm_eps=model.layer_norm_eps,
+    ).double()
+    state = {name: tensor.double() for name, tensor in weights.items()}
+    state["embedding.weight"] = state["embedding.weight"][: model.vocab_size]
+    reference.load_state_dict(state)
+    return reference
+
+
+def reference_loss(config: Config, reference: ReferenceGPT, step: int) -> torch.Tensor:
+    """Loss of a step's global batch."""
+    batch = global_batch(config, step)
+    is_masked = config.data.document_attention == "masked"
+    logits = reference(batch.tokens_BS, batch.positions_BS, batch.documents_BS if is_masked else None)
+    return reference.loss(logits, batch.targets_BS, config.model.z_loss)
+
+
+def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) -> ReferenceRun:
+    """Trains the oracle; gradients are those of the first step, before clipping."""
+    reference = build_reference(config, weights)
+    table, optim = ParameterTable(config.model), config.optim
+    kinds = {True: ("matrix", "factor", "embedding", "positions"), False: ("bias", "norm")}
+    groups = [
+        {
+            "params": [p for name, p in reference.named_parameters() if table[name].kind in kinds[decays]],
+            "weight_decay": optim.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    run = ReferenceRun([], [], {}, {})
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = reference_loss(config, reference, step)
+        loss.backward()
+        if step == 0:
+            run.gradients = {name: p.grad.numpy().copy() for name, p in reference.named_parameters()}
+        run.losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.grad_clip)
+        run.gradient_norms.append(norm.item())
+        optimizer.step()
+    run.weights = {name: p.detach().numpy() for name, p in reference.named_parameters()}
+    return run
+
+
+def assert_gradients_close(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    """Compares every parameter's gradient: ||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-6 times the norm of its layer's gradient.
+
+    The second term is for the key bias, whose true gradient is zero (softmax is shift-invariant).
+
+    Returns:
+        The largest difference as a share of what is allowed.
+    """
+    layer_square: dict[str, float] = {}
+    for name, expected in reference.items():
+        layer = name.rsplit(".attention", 1)[0].rsplit(".mlp", 1)[0]
+        layer_square[layer] = layer_square.get(layer, 0.0) + float(np.square(expected).sum())
+    worst, problems = 0.0, []
+    for name, expected in reference.items():
+        layer = name.rsplit(".attention", 1)[0].rsplit(".mlp", 1)[0]
+        found = gradients[name]
+        if name == "embedding.weight":
+            assert not found[len(expected) :].any(), "padded rows have a gradient"
+            found = found[: len(expected)]
+        difference = float(np.linalg.norm(found - expected))
+        allowed = 1e-5 * float(np.linalg.norm(expected)) + 1e-6 * layer_square[layer] ** 0.5
+        worst = max(worst, difference / allowed)
+        if difference > allowed:
+            problems.append(f"{name}: off by {difference:.3e}, allowed {allowed:.3e}")
+    assert not problems, "\n".join(problems)
+    return worst

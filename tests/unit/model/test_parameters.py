@@ -1,0 +1,75 @@
+"""The parameter table and the initialization table."""
+
+import math
+
+import pytest
+import torch
+
+from mlra_scale.config import ModelConfig, preset, preset_names
+from mlra_scale.model.initialization import initial_state, initial_std, product_std
+from mlra_scale.model.parameters import ParameterTable
+
+SHAPE = {"num_layers": 3, "hidden_size": 256, "num_heads": 4, "vocab_size": 300, "max_positions": 32}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_table_counts_what_the_configuration_counts(name: str) -> None:
+    model = preset(name).model
+    table = ParameterTable(model)
+    padding = (model.padded_vocab_size - model.vocab_size) * model.hidden_size
+    assert sum(info.numel() for info in table.values()) - padding == model.num_parameters()
+
+
+def test_local_shapes_split_the_sharded_dimension_only() -> None:
+    table = ParameterTable(ModelConfig(**SHAPE))
+    assert table["blocks.1.attention.q.up.weight"].local_shape(4) == (64, 128)
+    assert table["blocks.1.attention.q.down.weight"].local_shape(4) == (128, 256)
+    assert table["blocks.1.attention.o.weight"].local_shape(4) == (256, 64)
+    assert table["blocks.1.mlp.fc_out.weight"].local_shape(2) == (256, 512)
+    assert table["embedding.weight"].local_shape(2) == (192, 256)
+
+
+def measured(model: ModelConfig) -> dict[str, float]:
+    return {name: tensor.std().item() for name, tensor in initial_state(model, 11).items() if tensor.dim() == 2}
+
+
+@pytest.mark.parametrize("scheme", ["gpt2", "xavier", "matched"])
+def test_measured_stds_are_those_of_the_table(scheme: str) -> None:
+    model = ModelConfig(**SHAPE, attention_init=scheme, factorised_projections=("q", "k", "v", "o"))
+    table, stds = ParameterTable(model), measured(model)
+    for name, std in stds.items():
+        if name != "embedding.weight":
+            assert std == pytest.approx(initial_std(model, table[name]), rel=0.03), name
+    # GPT-2's depth scaling sits on the up factor of o alone, and on fc_out.
+    up, down = initial_std(model, table["blocks.0.attention.o.up.weight"]), initial_std(
+        model, table["blocks.0.attention.o.down.weight"]
+    )
+    assert up == pytest.approx(down / math.sqrt(2 * model.num_layers))
+
+
+@pytest.mark.parametrize("paired", ["gpt2", "xavier", "matched"])
+def test_the_control_has_the_variance_of_the_paired_product(paired: str) -> None:
+    mlra = ModelConfig(**SHAPE, attention_init=paired)
+    dense = ModelConfig(**SHAPE, attention="dense", attention_init="matched-to-mlra", paired_mlra_init=paired)
+    state = initial_state(mlra, 5)
+    product = state["blocks.0.attention.q.up.weight"] @ state["blocks.0.attention.q.down.weight"]
+    control = initial_state(dense, 5)["blocks.0.attention.q.weight"]
+    assert product.std().item() == pytest.approx(product_std(mlra, paired), rel=0.03)
+    assert control.std().item() == pytest.approx(product.std().item(), rel=0.03)
+    # What is not factorised in the pair keeps the dense initialization.
+    assert measured(dense)["blocks.0.attention.o.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.03)
+
+
+def test_gpt2_factors_at_rank_384_have_the_product_std_of_the_paper_notes() -> None:
+    model = ModelConfig(num_layers=2, hidden_size=768, num_heads=12)
+    assert product_std(model, "gpt2") == pytest.approx(0.0078, abs=5e-5)
+    assert product_std(model, "matched") == pytest.approx(0.02)
+
+
+def test_padded_rows_biases_and_norms() -> None:
+    state = initial_state(ModelConfig(**SHAPE), 1)
+    assert state["embedding.weight"].shape == (384, 256)
+    assert not state["embedding.weight"][300:].any()
+    assert state["embedding.weight"][:300].all(dim=1).any()
+    assert not state["blocks.0.attention.q.up.bias"].any()
+    assert torch.equal(state["final_norm.weight"], torch.ones(256))
