@@ -1,0 +1,149 @@
+"""One epoch of Megatron's GPTDataset: the samples are Megatron's own, whoever opens them and wherever indices live."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from mlra_scale.data.one_epoch import OneEpoch, SequenceRange, _NoTokenizer
+from tests.support.pool import WorkerPool
+from tests.unit.data.builders import random_documents, whole_range, write_documents
+
+SHAPES = {
+    "many short documents": (random_documents(400, 3), 32),
+    "long documents": (random_documents(6, 700), 16),
+    "mixed, some empty": ([d if i % 5 else [] for i, d in enumerate(random_documents(60, 40))], 25),
+    "one document": (random_documents(1, 900, seed=3), 7),
+    "documents as long as a sample": ([[*range(1, 10), 0]] * 20, 10),
+    "barely one sample": ([[1, 2, 3], [4, 5, 6, 7, 8, 0]], 8),
+    "length one": (random_documents(10, 4), 1),
+}
+
+
+def rows(epoch: OneEpoch) -> np.ndarray:
+    return epoch.token_rows(np.arange(len(epoch)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_are_what_megatron_reads(tmp_path: Path, name: str) -> None:
+    documents, length = SHAPES[name]
+    prefix = write_documents(tmp_path / "set", documents)
+    epoch = OneEpoch(whole_range(prefix), length)
+    assert len(epoch) == (sum(map(len, documents)) - 1) // length
+    read = rows(epoch)
+    for index in range(len(epoch)):
+        # GPTDataset's own reader on our object, whose sample order is the identity.
+        assert (read[index] == epoch._query_document_sample_shuffle_indices(index)[0]).all()
+        item = epoch[index]
+        assert (
+            item["tokens"].tolist() == read[index, :-1].tolist() and item["labels"].tolist() == read[index, 1:].tolist()
+        )
+    # In any order and with repetition.
+    some = np.random.default_rng(0).integers(0, len(epoch), size=30)
+    assert (epoch.token_rows(some) == read[some]).all()
+    # The epoch is the documents in some order, end to end; neighbours overlap by the one token that is a target first.
+    stretch = np.concatenate([read[:1, 0], read[:, 1:].ravel()]).tolist()
+    joined = [token for place in epoch.document_index for token in documents[place]]
+    assert stretch == joined[: len(stretch)] and len(joined) - len(stretch) < length
+    assert sorted(epoch.document_index.tolist()) == list(range(len(documents)))
+
+
+def test_the_sample_list_is_that_of_a_plain_gpt_dataset(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "set", random_documents(200, 30))
+    config = GPTDatasetConfig(
+        random_seed=0,
+        sequence_length=16,
+        tokenizer=_NoTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    plain = GPTDataset(
+        IndexedDataset(str(prefix)), str(prefix), np.arange(200, dtype=np.int32), None, Split.train, config
+    )
+    ours = OneEpoch(whole_range(prefix), 16)
+    assert len(plain) == len(ours)
+    theirs = np.stack([plain[i]["tokens"].numpy() for i in range(len(plain))])
+    assert (theirs == rows(ours)[plain.shuffle_index, :-1]).all()
+
+
+def test_only_the_range_is_read(tmp_path: Path) -> None:
+    documents = random_documents(30, 20, seed=1)
+    whole = whole_range(write_documents(tmp_path / "set", documents))
+    tokens = sum(map(len, documents[10:25]))
+    part = SequenceRange(whole.prefix, 10, 25, tokens, whole.index_sha256, whole.cache)
+    epoch = OneEpoch(part, 8)
+    assert sorted(epoch.document_index.tolist()) == list(range(10, 25))
+    assert len(epoch) == (tokens - 1) // 8
+
+
+def test_indices_of_large_data_are_cached_and_the_same(tmp_path: Path) -> None:
+    data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
+    in_memory = rows(OneEpoch(data_range, 16))
+    assert not data_range.cache.exists()
+    built = rows(OneEpoch(data_range, 16, cache_from=1))
+    assert len(list(data_range.cache.glob("*/samples.npy"))) == 1
+    loaded = OneEpoch(data_range, 16, cache_from=1)
+    assert isinstance(loaded.sample_index, np.memmap)
+    assert (in_memory == built).all() and (in_memory == rows(loaded)).all()
+    OneEpoch(data_range, 8, cache_from=1)
+    assert len(list(data_range.cache.glob("*/samples.npy"))) == 2
+    assert not list(data_range.cache.glob("building-*"))
+
+
+def test_many_openers_at_once_build_one_cache(tmp_path: Path) -> None:
+    data_range = whole_range(write_documents(tmp_path / "set", random_documents(2000, 20)))
+    found: list[np.ndarray] = []
+    start = threading.Barrier(6)
+
+    def opener() -> None:
+        start.wait()
+        found.append(rows(OneEpoch(data_range, 16, cache_from=1)))
+
+    threads = [threading.Thread(target=opener) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and all((one == found[0]).all() for one in found)
+    assert len(list(data_range.cache.iterdir())) == 2  # the indices and the lock
+
+
+@pytest.mark.parametrize("obstacle", ["a file in the way", "damaged indices", "no indices"])
+def test_without_a_usable_cache_the_indices_stay_in_memory(tmp_path: Path, obstacle: str) -> None:
+    data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
+    expected = rows(OneEpoch(data_range, 16))
+    if obstacle == "a file in the way":
+        data_range.cache.write_text("not a folder")
+    else:
+        OneEpoch(data_range, 16, cache_from=1)
+        (samples,) = data_range.cache.glob("*/samples.npy")
+        if obstacle == "no indices":
+            samples.unlink()
+        else:
+            samples.write_bytes(samples.read_bytes()[:50])
+    assert (rows(OneEpoch(data_range, 16, cache_from=1)) == expected).all()
+
+
+def digest_on_rank(rank: int, world_size: int, data_range: SequenceRange, cache_from: int) -> str:
+    return hashlib.sha256(rows(OneEpoch(data_range, 16, cache_from)).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("cache_from", [1, 10**9])
+def test_ranks_of_a_process_group_read_the_same(
+    tmp_path: Path, worker_pool: Callable[[int], WorkerPool], cache_from: int
+) -> None:
+    # Where torch.distributed runs, Megatron's own caching would have only rank 0 build and the others wait for it.
+    data_range = whole_range(write_documents(tmp_path / "set", random_documents(500, 20)))
+    expected = digest_on_rank(0, 1, data_range, 10**9)
+    found = worker_pool(2).run(digest_on_rank, data_range, cache_from, timeout=120)
+    assert found == [expected, expected]
+    assert data_range.cache.exists() == (cache_from == 1)
