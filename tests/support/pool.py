@@ -174,9 +174,10 @@ class WorkerPool:
             return None
 
     def _died(self, what: str, rank: int, problems: dict[int, str]) -> WorkerFailure:
-        # The pipe may close a moment before the process is gone.
+        # A dying process closes its pipes first and has an exit code a moment later.
         wait([self._processes[rank].sentinel], timeout=1.0)
         self._kill_group(rank)
+        self._processes[rank].join(2.0)
         code = self._processes[rank].exitcode
         how = f"killed by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         others = {other: text for other, text in problems.items() if other != rank}

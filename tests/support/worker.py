@@ -14,6 +14,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import _lru_cache_wrapper
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def _tear_down() -> None:
     # Engines sit in reference cycles and may have switched the collector off.
     gc.enable()
     gc.collect()
+    _destroy_engines()
     _reset_deepspeed()
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
@@ -133,6 +135,30 @@ def _tear_down() -> None:
     torch.set_grad_enabled(True)
     torch.set_num_threads(1)
     gc.collect()
+
+
+def _destroy_engines() -> None:
+    """Destroys the engines that a case has left behind.
+
+    Their hooks hang on autograd nodes, where the collector does not see the cycles that they close, and methods with
+    a cache keep their objects: without this, engines, parameters and process groups live as long as the process.
+    """
+    engine_module = sys.modules.get("deepspeed.runtime.engine")
+    if engine_module is None:
+        return
+    from deepspeed.runtime.utils import OutputBackwardHookManager
+
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if issubclass(kind, engine_module.DeepSpeedEngine):
+            # One that outlives its own case (somebody still holds it) must not be destroyed twice.
+            if not vars(thing).get("_destroyed_by_pool"):
+                vars(thing)["_destroyed_by_pool"] = True
+                thing.destroy()
+        elif kind is OutputBackwardHookManager:
+            thing.remove_hooks()
+        elif kind is _lru_cache_wrapper and str(thing.__module__).startswith("deepspeed."):
+            thing.cache_clear()
 
 
 def _reset_deepspeed() -> None:
