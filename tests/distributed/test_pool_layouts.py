@@ -93,7 +93,7 @@ def train(rank: int, world_size: int, tensor: int, pipeline: int, stage: int) ->
     else:
         mpu = MegatronAsMpu()
         module = torch.nn.Sequential(*make_layers())
-    parameters = [parameter for parameter in module.parameters()]
+    parameters = list(module.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     losses = []
