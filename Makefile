@@ -63,7 +63,7 @@ lint:
 
 bench:
 	@$(INSTALL)
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python -m benchmarks.step_time
 
 clean:
 	rm -rf '$(VENV)' build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,58 @@
+"""The benchmarks run, and compare models that compute the same; times are never asserted."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.contenders import Shape, build_plain, build_transformers, config_of, step_of_module
+from mlra_scale.model.parameters import ParameterTable
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = Shape("test", num_layers=3, hidden_size=48, num_heads=4, batch_size=3, sequence_length=16, vocab_size=384)
+
+
+def random_weights(shape: Shape) -> dict[str, torch.Tensor]:
+    """Weights of the dense model with nothing at zero or one, so that a swapped pair shows."""
+    generator = torch.Generator().manual_seed(1)
+    table = ParameterTable(config_of(shape, "dense", "fp32").model)
+    return {
+        name: torch.randn(info.shape, generator=generator) * 0.1 + (1.0 if name.endswith("norm.weight") else 0.0)
+        for name, info in table.items()
+    }
+
+
+def test_plain_pytorch_and_transformers_take_the_same_steps() -> None:
+    weights = random_weights(SHAPE)
+    modules = [build(SHAPE, weights).double() for build in (build_plain, build_transformers)]
+    steps = [step_of_module(module, torch.device("cpu"), "fp32") for module in modules]
+    for index in range(4):
+        plain, transformers = (step(SHAPE.batch(index)) for step in steps)
+        # The loss is taken in fp32; gradients, clipping, weight decay and Adam show in the later steps.
+        assert transformers == pytest.approx(plain, rel=1e-6)
+    assert sum(parameter.numel() for parameter in modules[0].parameters()) == sum(
+        parameter.numel() for parameter in modules[1].parameters()
+    )
+
+
+def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.step_time", "--quick", "--device", "cpu", "--json", str(report_file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    for text in ("device: cpu", "threads: 1 of", "torch ", "plain PyTorch again", "MLRA / dense", "TEV once"):
+        assert text in result.stdout
+    report = json.loads(report_file.read_text())
+    (shape,) = report["shapes"]
+    names = list(shape["seconds_per_step"])
+    assert names == ["plain PyTorch", "transformers", "plain PyTorch again", "mlra_scale dense", "mlra_scale MLRA"]
+    assert len(shape["ratios"]) == 7
+    for ratio in [*shape["ratios"].values(), shape["tev_share_of_a_step"]]:
+        assert 0.0 < ratio["min"] <= ratio["lower"] <= ratio["median"] <= ratio["upper"] <= ratio["max"] < math.inf
+    # Dense contenders started from the same weights and saw the same tokens: they are still together at the end.
+    for name in names[:4]:
+        assert shape["last_loss"][name] == pytest.approx(shape["last_loss"]["plain PyTorch"], rel=1e-4)
