@@ -103,7 +103,8 @@ def environment_of(device: str) -> dict[str, str]:
     """What the numbers were measured on."""
     libraries = ("torch", "deepspeed", "megatron-core", "transformers")
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    versions = [f"mlra-scale {__version__}, Python {platform.python_version()}", *(f"{library} {version(library)}" for library in libraries)]
+    versions = [f"mlra-scale {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{library} {version(library)}" for library in libraries]
     return {
         "device": f"{device} ({name})",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
