@@ -42,10 +42,11 @@ class SelfAttention(nn.Module):
         self.first_head = self.num_heads_local * context.tensor_rank
         self.dropout_key = key_of(context.seed, f"{name}/weights")
         self.recorder: Recorder | None = None
-        for projection in ("q", "k", "v"):
-            build = LowRankInputProjection if model.is_factorised(projection) else column_linear
-            setattr(self, projection, build(context, f"{name}.{projection}"))
-        self.o = (LowRankOutputProjection if model.is_factorised("o") else row_linear)(context, f"{name}.o")
+        self.q = _input_projection(context, name, "q")
+        self.k = _input_projection(context, name, "k")
+        self.v = _input_projection(context, name, "v")
+        build_output = LowRankOutputProjection if model.is_factorised("o") else row_linear
+        self.o = build_output(context, f"{name}.o")
 
     def forward(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
@@ -59,9 +60,7 @@ class SelfAttention(nn.Module):
         if probability > 0.0:
             assert sample_ids_B is not None
             weights_BNSS = torch.softmax(_logits(q_BNSH, k_BNSH, mask_B1SS), dim=-1).to(v_BNSH.dtype)
-            weights_BNSS = dropout_attention(
-                weights_BNSS, probability, self.dropout_key, sample_ids_B, self.first_head
-            )
+            weights_BNSS = dropout_attention(weights_BNSS, probability, self.dropout_key, sample_ids_B, self.first_head)
             heads_BNSH = weights_BNSS @ v_BNSH
         else:
             heads_BNSH = functional.scaled_dot_product_attention(
@@ -76,7 +75,7 @@ class SelfAttention(nn.Module):
 
         What enters the sharded matrices - the hidden state, the latents, or both - shares one gradient all-reduce.
         """
-        projections = (self.q, self.k, self.v)
+        projections: tuple[nn.Module, ...] = (self.q, self.k, self.v)
         latents = [p.down(hidden_BSD) for p in projections if isinstance(p, LowRankInputProjection)]
         has_dense = any(isinstance(p, ColumnParallelLinear) for p in projections)
         replicated = ([hidden_BSD] if has_dense else []) + latents
@@ -84,9 +83,10 @@ class SelfAttention(nn.Module):
         hidden = next(entered) if has_dense else None
         outputs = []
         for projection in projections:
-            factorised = isinstance(projection, LowRankInputProjection)
-            column = projection.up if factorised else projection
-            output, _ = column(next(entered) if factorised else hidden)
+            if isinstance(projection, LowRankInputProjection):
+                output, _ = projection.up(next(entered))
+            else:
+                output, _ = projection(hidden)
             outputs.append(output.unflatten(-1, (self.num_heads_local, -1)).transpose(1, 2))
         return outputs
 
@@ -99,6 +99,12 @@ class SelfAttention(nn.Module):
         weights = log_weights.exp()
         entropy_BNS = -(weights * log_weights.masked_fill(weights == 0.0, 0.0)).sum(-1)
         self.recorder(self.block, logits_BNSS, entropy_BNS)
+
+
+def _input_projection(context: ModelContext, name: str, projection: str) -> nn.Module:
+    if context.model.is_factorised(projection):
+        return LowRankInputProjection(context, f"{name}.{projection}")
+    return column_linear(context, f"{name}.{projection}")
 
 
 def _document_mask(documents_BS: torch.Tensor) -> torch.Tensor:

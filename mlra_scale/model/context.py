@@ -62,7 +62,13 @@ class ModelContext:
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
     ) -> "Stream":
         """Packs what travels from block to block: the hidden state, and beside it only the ids that are used."""
-        ids = [ids for ids, is_used in ((documents_BS, self.has_document_mask), (sample_ids_B, self.has_dropout)) if is_used]
+        ids: list[torch.Tensor] = []
+        if self.has_document_mask:
+            assert documents_BS is not None
+            ids.append(documents_BS)
+        if self.has_dropout:
+            assert sample_ids_B is not None
+            ids.append(sample_ids_B)
         # A bare tensor, not a tuple of one: DeepSpeed's pipeline unwraps the latter on its way.
         return (hidden_BSD, *ids) if ids else hidden_BSD
 

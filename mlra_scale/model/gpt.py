@@ -28,14 +28,13 @@ class GPT(nn.Module):
     def __init__(self, context: ModelContext) -> None:
         super().__init__()
         self.context = context
-        self.blocks = nn.ModuleList()
-        for layer in model_layers(context):
-            if layer.name.startswith("blocks."):
-                self.blocks.append(layer.build())
-            else:
-                self.add_module(layer.name, layer.build())
-        assert isinstance(self.embedding, TokenEmbedding)
-        self.head = OutputHead(self.embedding)
+        embedding, positions, *blocks, final_norm = [layer.build() for layer in model_layers(context)]
+        assert isinstance(embedding, TokenEmbedding)
+        self.embedding: nn.Module = embedding
+        self.positions: nn.Module = positions
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm: nn.Module = final_norm
+        self.head = OutputHead(embedding)
 
     def logits(
         self,

@@ -1,16 +1,18 @@
 """Initial weights: a pure function of (seed, canonical name), equal in every layout.
 
-| weight                         | `gpt2`            | `xavier`                 | `matched` (MLRA)          | `matched-to-mlra` (dense)     |
-|--------------------------------|-------------------|--------------------------|---------------------------|-------------------------------|
-| embedding, positions           | std               | std                      | std                       | std                           |
-| dense q, k, v                  | std               | sqrt(2 / (in + out))     | -                         | std of the paired U D product |
-| dense o                        | std / sqrt(2 L)   | std / sqrt(2 L)          | std / sqrt(2 L)           | std / sqrt(2 L), or the       |
-|                                |                   |                          |                           | product's if o is paired too  |
-| factors down [R, D], up [D, R] | std, std          | sqrt(2 / (D + R)), each  | sqrt(std) R^(-1/4), each  | -                             |
-| up factor of o                 | that, times 1 / sqrt(2 L): GPT-2's depth scaling of a residual projection, on one factor only               |
-| mlp.fc_in                      | std               | std                      | std                       | std                           |
-| mlp.fc_out                     | std / sqrt(2 L)   | std / sqrt(2 L)          | std / sqrt(2 L)           | std / sqrt(2 L)               |
-| biases / norm weights          | 0 / 1             | 0 / 1                    | 0 / 1                     | 0 / 1                         |
+| weight                         | `gpt2`          | `xavier`             | `matched` (MLRA)   | `matched-to-mlra`   |
+|--------------------------------|-----------------|----------------------|--------------------|---------------------|
+| embedding, positions           | std             | std                  | std                | std                 |
+| dense q, k, v                  | std             | sqrt(2 / (in + out)) | -                  | product [1]         |
+| dense o                        | std / sqrt(2 L) | std / sqrt(2 L)      | std / sqrt(2 L)    | std / sqrt(2 L) [2] |
+| factors down [R, D], up [D, R] | std, each       | sqrt(2 / (D + R))    | sqrt(std) R^(-1/4) | -                   |
+| factor up of o [3]             | / sqrt(2 L)     | / sqrt(2 L)          | / sqrt(2 L)        | -                   |
+| mlp.fc_in                      | std             | std                  | std                | std                 |
+| mlp.fc_out                     | std / sqrt(2 L) | std / sqrt(2 L)      | std / sqrt(2 L)    | std / sqrt(2 L)     |
+| biases / norm weights          | 0 / 1           | 0 / 1                | 0 / 1              | 0 / 1               |
+
+[1] the std of the product W_U W_D of the paired MLRA model; [2] the product's, over sqrt(2 L), if o is paired too;
+[3] GPT-2's depth scaling of a residual projection sits on the up factor alone.
 
 All are normal with mean 0; std is the base std (`model.init_std`, with `model.init_width_rule`), L the number of
 blocks. The product of two factors with stds a and b has element std a b sqrt(R), which `matched` solves for std and

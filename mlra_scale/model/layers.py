@@ -20,6 +20,7 @@ from mlra_scale.model.context import ModelContext, Stream
 from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear
 from mlra_scale.model.randomness import dropout_hidden, key_of
 
+
 class TokenEmbedding(VocabParallelEmbedding):
     """Token embedding, shared with the output head.
 

@@ -34,9 +34,7 @@ class ParameterInfo:
         if self.shard_dim is None:
             return self.shape
         assert self.shape[self.shard_dim] % tensor_parallel == 0, (self.name, self.shape, tensor_parallel)
-        return tuple(
-            size // tensor_parallel if dim == self.shard_dim else size for dim, size in enumerate(self.shape)
-        )
+        return tuple(size // tensor_parallel if dim == self.shard_dim else size for dim, size in enumerate(self.shape))
 
     def numel(self) -> int:
         """Number of elements of the global tensor."""

@@ -47,9 +47,7 @@ def _keep_mask(key: torch.Tensor, num_elements: int, probability: float) -> torc
     return bits >= int(probability * (1 << 53))
 
 
-def dropout_hidden(
-    hidden_BSD: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor
-) -> torch.Tensor:
+def dropout_hidden(hidden_BSD: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor) -> torch.Tensor:
     """Inverted dropout of a hidden state that is replicated over tensor-parallel ranks.
 
     Args:

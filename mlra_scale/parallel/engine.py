@@ -150,12 +150,12 @@ def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, opti
 
 def build_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     """AdamW: torch's fused one, or DeepSpeed's CPU one (compiled on first use) when the optimizer is offloaded."""
-    arguments = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
+    optim = config.optim
     if offload_optimizer(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=True, **arguments)
+        return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 class EngineBase:
@@ -277,9 +277,7 @@ class EngineBase:
         assert self._proposal is not None
         is_overflow = loss_scale is not None and not self._proposal.is_finite
         self.num_skipped += not self._was_applied
-        return StepResult(
-            self._proposal.loss, self._proposal.gradient_norm, self._was_applied, is_overflow, loss_scale
-        )
+        return StepResult(self._proposal.loss, self._proposal.gradient_norm, self._was_applied, is_overflow, loss_scale)
 
     def _run(self, batches: Sequence[MicroBatch]) -> None:
         """Forward and backward over the micro-batches, gradient reduction, gated update."""
@@ -297,5 +295,3 @@ class EngineBase:
         path, client_state = self.deepspeed_engine.load_checkpoint(str(directory.parent), tag=directory.name)
         assert path is not None, directory
         return client_state["mlra_scale"]
-
-

@@ -6,7 +6,7 @@ fragments of the gradient before the update, how to leave an update out, and whe
 data ranks. Everything here relies on DeepSpeed's inner attributes and is covered by tests/distributed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -93,8 +93,7 @@ class ReplicatedView:
         for name, parameter in self.named.items():
             master = self.masters.get(id(parameter), parameter)
             state = self.optimizer.state.get(master, {}) if with_moments else {}
-            moments = _moments(state, lambda tensor: tensor.view(-1)) if with_moments else (None, None)
-            yield Fragment(name, 0, master.detach().view(-1), *moments)
+            yield Fragment(name, 0, master.detach().view(-1), *_moments(state, 0, master.numel()))
 
     def gradients(self) -> Iterator[Fragment]:
         """See MasterView."""
@@ -129,7 +128,7 @@ class ReplicatedView:
 
 
 class PartitionedView:
-    """ZeRO 1 and 2, and the bf16 optimizer of stage 1: flat fp32 partitions per parameter group, split over data ranks."""
+    """ZeRO 1 and 2, the bf16 optimizer of stage 1 included: flat fp32 partitions, split over data ranks."""
 
     is_replicated_over_data = False
 
@@ -147,12 +146,8 @@ class PartitionedView:
         )
         for name, mapping in self._mappings():
             where = mapping.hp_fragment_address
-            state = self.optimizer.state.get(flats[mapping.param_group_index], {})
-            moments = (
-                _moments(state, lambda tensor, at=where: tensor.narrow(0, at.start, at.numel))
-                if with_moments
-                else (None, None)
-            )
+            state = self.optimizer.state.get(flats[mapping.param_group_index], {}) if with_moments else {}
+            moments = _moments(state, where.start, where.numel)
             yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
 
     def gradients(self) -> Iterator[Fragment]:
@@ -212,12 +207,8 @@ class Stage3View:
         for name, parameter, start, length in self._pieces():
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
-            state = self.optimizer.optimizer.state.get(flat, {})
-            moments = (
-                _moments(state, lambda tensor, at=offset, n=length: tensor.narrow(0, at, n))
-                if with_moments
-                else (None, None)
-            )
+            state = self.optimizer.optimizer.state.get(flat, {}) if with_moments else {}
+            moments = _moments(state, offset, length)
             yield Fragment(name, start, flat.detach().narrow(0, offset, length), *moments)
 
     def gradients(self) -> Iterator[Fragment]:
@@ -250,13 +241,12 @@ class Stage3View:
                 yield name, parameter, start, length
 
 
-def _moments(
-    state: Mapping[str, Any], part: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Adam's moments of one fragment; (None, None) before the first update."""
+def _moments(state: Mapping[str, Any], start: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Adam's moments of elements start..start+length; (None, None) before the first update."""
     if "exp_avg" not in state:
         return None, None
-    return part(state["exp_avg"]), part(state["exp_avg_sq"])
+    exp_avg, exp_avg_sq = (state[key].view(-1).narrow(0, start, length) for key in ("exp_avg", "exp_avg_sq"))
+    return exp_avg, exp_avg_sq
 
 
 def _slice(pieces: list[torch.Tensor], start: int, length: int) -> torch.Tensor:

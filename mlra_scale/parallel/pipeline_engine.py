@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import deepspeed
 import torch
@@ -110,7 +110,7 @@ class PipelineEngine(EngineBase):
         return float(loss)
 
     @staticmethod
-    def _feed(batches: Sequence[MicroBatch]):  # noqa: ANN205
+    def _feed(batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
         """What DeepSpeed's pipeline draws: (inputs of the first layer, labels of the loss) per micro-batch."""
         for batch in batches:
             yield (batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B), batch.targets_BS

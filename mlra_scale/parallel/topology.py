@@ -1,6 +1,7 @@
 """The process mesh: which rank holds which tensor shard, pipeline stage and data shard.
 
-Tensor-parallel ranks are innermost, pipeline stages outermost: rank = (stage * data + data_rank) * tensor + tensor_rank.
+Tensor-parallel ranks are innermost, pipeline stages outermost:
+rank = (stage * data + data_rank) * tensor + tensor_rank.
 This is the only file that touches Megatron-core's global parallel state.
 """
 
@@ -75,9 +76,7 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
             os.environ.setdefault(name, value)
-        dist.init_process_group(
-            "gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes)
-        )
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes))
     # DeepSpeed would compile a shared-memory all-reduce for CPU inference at the first start; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Adopts the running process group; DeepSpeed keeps its own handle on it.

@@ -26,9 +26,7 @@ def probe(rank: int, world_size: int, config: Any, weights: dict[str, torch.Tens
     return [(r.block, first_head, r.logits_BNSS.numpy(), r.entropy_BNS.numpy()) for r in records]
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(data=2, stage=3)], ids=str
-)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(data=2, stage=3)], ids=str)
 @pytest.mark.parametrize("documents", ["across", "masked"])
 def test_logits_and_entropies_equal_the_oracles(worker_pool: Pools, layout: Layout, documents: str) -> None:
     config = layout_config(layout, data__document_attention=documents)
@@ -38,7 +36,7 @@ def test_logits_and_entropies_equal_the_oracles(worker_pool: Pools, layout: Layo
     ids = batch.documents_BS if documents == "masked" else None
     with torch.no_grad():
         expected = build_reference(config, weights).attention_logits(batch.tokens_BS, batch.positions_BS, ids)
-    seen = set()
+    seen: set[tuple[int, int]] = set()
     for rank, records in enumerate(ranks):
         data_rank = rank // layout.tensor % layout.data
         rows = slice(data_rank * 2, data_rank * 2 + 2)

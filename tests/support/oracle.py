@@ -68,7 +68,7 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
         loss = reference_loss(config, reference, step)
         loss.backward()
         if step == 0:
-            run.gradients = {name: p.grad.numpy().copy() for name, p in reference.named_parameters()}
+            run.gradients = {name: np.array(p.grad) for name, p in reference.named_parameters()}
         run.losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.grad_clip)
         run.gradient_norms.append(norm.item())
@@ -78,7 +78,7 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
 
 
 def assert_gradients_close(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
-    """Compares every parameter's gradient: ||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-6 times the norm of its layer's gradient.
+    """Compares every gradient: ||g - g_ref|| <= 1e-5 ||g_ref|| + 1e-6 times the norm of its layer's gradient.
 
     The second term is for the key bias, whose true gradient is zero (softmax is shift-invariant).
 

@@ -1,6 +1,7 @@
 """The parameter table and the initialization table."""
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from mlra_scale.config import ModelConfig, preset, preset_names
 from mlra_scale.model.initialization import initial_state, initial_std, product_std
 from mlra_scale.model.parameters import ParameterTable
 
-SHAPE = {"num_layers": 3, "hidden_size": 256, "num_heads": 4, "vocab_size": 300, "max_positions": 32}
+SHAPE: dict[str, Any] = {"num_layers": 3, "hidden_size": 256, "num_heads": 4, "vocab_size": 300, "max_positions": 32}
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -34,21 +35,22 @@ def measured(model: ModelConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("scheme", ["gpt2", "xavier", "matched"])
-def test_measured_stds_are_those_of_the_table(scheme: str) -> None:
+def test_measured_stds_are_those_of_the_table(scheme: Literal["gpt2", "xavier", "matched"]) -> None:
     model = ModelConfig(**SHAPE, attention_init=scheme, factorised_projections=("q", "k", "v", "o"))
     table, stds = ParameterTable(model), measured(model)
     for name, std in stds.items():
         if name != "embedding.weight":
             assert std == pytest.approx(initial_std(model, table[name]), rel=0.03), name
     # GPT-2's depth scaling sits on the up factor of o alone, and on fc_out.
-    up, down = initial_std(model, table["blocks.0.attention.o.up.weight"]), initial_std(
-        model, table["blocks.0.attention.o.down.weight"]
+    up, down = (
+        initial_std(model, table["blocks.0.attention.o.up.weight"]),
+        initial_std(model, table["blocks.0.attention.o.down.weight"]),
     )
     assert up == pytest.approx(down / math.sqrt(2 * model.num_layers))
 
 
 @pytest.mark.parametrize("paired", ["gpt2", "xavier", "matched"])
-def test_the_control_has_the_variance_of_the_paired_product(paired: str) -> None:
+def test_the_control_has_the_variance_of_the_paired_product(paired: Literal["gpt2", "xavier", "matched"]) -> None:
     mlra = ModelConfig(**SHAPE, attention_init=paired)
     dense = ModelConfig(**SHAPE, attention="dense", attention_init="matched-to-mlra", paired_mlra_init=paired)
     state = initial_state(mlra, 5)
