@@ -6,11 +6,11 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.support.pool import PoolRegistry, WorkerPool  # noqa: E402
+from tests.support.pool import PoolRegistry, WorkerPool
 
 
 @pytest.fixture(scope="session")

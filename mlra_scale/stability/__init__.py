@@ -1,0 +1,1 @@
+"""Signals of training stability."""

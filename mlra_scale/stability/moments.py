@@ -1,0 +1,166 @@
+"""Means and spreads that merge exactly, from any cut of a matrix into pieces.
+
+Everything is float64 inside. A set of numbers is held as (count, mean, M2), M2 being the sum of squared deviations
+from the mean; two sets merge by the formulas of Chan, Golub and LeVeque 1979 ('Updating formulae and a pairwise
+algorithm for computing sample variances'). Sums of squares would lose a constant row's exact zero and the small spread
+of a row with a large mean.
+
+Legend of shape suffixes: K rows, D columns, P pieces.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows are converted to float64 this many elements at a time; on a CPU such a chunk stays in the cache.
+CPU_CHUNK = 1 << 18
+ACCELERATOR_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A set of numbers: how many, their mean, and the sum of squared deviations from it."""
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+
+    @classmethod
+    def of(cls, count: float, mean: float, std: float) -> "Moments":
+        """From the standard deviation, and from numbers of any type."""
+        return cls(int(count), float(mean), float(count) * float(std) ** 2)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation (ddof 0)."""
+        return math.sqrt(self.m2 / self.count) if self.count else math.nan
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both sets together (Chan et al. 1979, eq. 1.5)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        return Moments(count, mean, self.m2 + other.m2 + delta * delta * (self.count * other.count / count))
+
+
+def merge_all(sets: Iterable[Moments]) -> Moments:
+    """Merges any number of sets in the given order."""
+    total = Moments()
+    for each in sets:
+        total = total.merge(each)
+    return total
+
+
+def row_moments(rows_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of each row, float64 [K] each.
+
+    A row is shifted by its first element before its mean is taken: the deviations of a constant row are then exactly
+    zero, and a large mean costs no digits.
+    """
+    return _consume_rows(rows_KD.to(torch.float64, copy=True))
+
+
+def _consume_rows(rows_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """row_moments of a float64 copy that may be overwritten."""
+    first_K1 = rows_KD[:, :1].clone()
+    mean_K1 = rows_KD.sub_(first_K1).mean(dim=1, keepdim=True)
+    norm_K = torch.linalg.vector_norm(rows_KD.sub_(mean_K1), dim=1)
+    return (first_K1 + mean_K1).squeeze(1), norm_K / math.sqrt(rows_KD.shape[1])
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Statistics of consecutive complete rows.
+
+    Attributes:
+        first: id of the first row.
+        mean_K: mean of each row.
+        std_K: population standard deviation of each row.
+    """
+
+    first: int
+    mean_K: Tensor
+    std_K: Tensor
+
+
+@dataclass(frozen=True)
+class CutMoments:
+    """Statistics of the pieces of a matrix that one rank owns.
+
+    Attributes:
+        whole: runs of complete rows.
+        piece_rows: row id of each piece of a row that is not complete here.
+        piece_counts: number of elements of each piece.
+        piece_moments_P2: mean and standard deviation of each piece, float64.
+        column_sum_D: sum over the owned elements of each column, float64.
+    """
+
+    whole: tuple[WholeRows, ...]
+    piece_rows: tuple[int, ...]
+    piece_counts: tuple[int, ...]
+    piece_moments_P2: Tensor
+    column_sum_D: Tensor
+
+
+def cut_moments(
+    parts: Iterable[tuple[int, Tensor]], num_rows: int, num_columns: int, device: torch.device
+) -> CutMoments:
+    """Statistics of parts of a row-major matrix.
+
+    Args:
+        parts: (flat offset in the matrix, 1-D values) of each part; anywhere, of any length, on any device.
+        num_rows: rows from here on are ignored.
+        num_columns: length of a row, D.
+        device: where the result is wanted.
+
+    Returns:
+        The statistics, computed chunk by chunk where the values are.
+    """
+    whole: list[WholeRows] = []
+    rows: list[int] = []
+    counts: list[int] = []
+    pieces: list[Tensor] = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
+    column_sum_D = torch.zeros(num_columns, dtype=torch.float64, device=device)
+    for offset, values in parts:
+        values = values.detach()[: max(0, num_rows * num_columns - offset)]
+        for start, stop in _split_at_rows(offset, offset + values.numel(), num_columns):
+            span = values[start - offset : stop - offset]
+            row, column = divmod(start, num_columns)
+            if span.numel() % num_columns:
+                column_sum_D[column : column + span.numel()] += span.to(device)
+                rows.append(row)
+                counts.append(span.numel())
+                pieces.append(torch.stack(row_moments(span[None]), dim=1).to(device))
+            else:
+                means, stds, sums = _whole_rows(span.view(-1, num_columns))
+                column_sum_D += sums.to(device)
+                whole.append(WholeRows(row, means.to(device), stds.to(device)))
+    return CutMoments(tuple(whole), tuple(rows), tuple(counts), torch.cat(pieces), column_sum_D)
+
+
+def _whole_rows(rows_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of each row, and the sum of each column, converted chunk by chunk."""
+    elements = CPU_CHUNK if rows_KD.device.type == "cpu" else ACCELERATOR_CHUNK
+    means, stds = [], []
+    column_sum_D = torch.zeros(rows_KD.shape[1], dtype=torch.float64, device=rows_KD.device)
+    for chunk_KD in rows_KD.split(max(1, elements // rows_KD.shape[1])):
+        chunk_KD = chunk_KD.to(torch.float64, copy=True)
+        column_sum_D += chunk_KD.sum(dim=0)
+        mean_K, std_K = _consume_rows(chunk_KD)
+        means.append(mean_K)
+        stds.append(std_K)
+    return torch.cat(means), torch.cat(stds), column_sum_D
+
+
+def _split_at_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Cuts [start, stop) into a head that ends its row, whole rows, and a tail that begins one; skips empty ones."""
+    body_start = min(stop, -(-start // width) * width)
+    body_stop = max(body_start, stop // width * width)
+    for low, high in ((start, body_start), (body_start, body_stop), (body_stop, stop)):
+        if low < high:
+            yield low, high

@@ -1,0 +1,226 @@
+"""Token embedding variability: the spread of each token's embedding over its coordinates, from any sharding.
+
+TEV_i is the population standard deviation (ddof 0) of row i of the embedding over its D coordinates; its mean and its
+standard deviation over the real tokens are the two numbers to watch (Chung et al. 2024, arXiv 2409.07787). Padded rows
+never count.
+
+One algorithm serves every layout: a rank measures the runs of elements that it owns, wherever they are cut, and the
+matrix itself never moves. What moves is a few numbers per rank, the pieces of rows that lie on a boundary, one value
+per column, and, for quantiles and extremes, one value per token.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlra_scale.stability.moments import CutMoments, Moments, cut_moments, merge_all, row_moments
+
+if TYPE_CHECKING:  # the plain function and tools/tev.py do without the libraries behind these
+    from mlra_scale.config import TevConfig
+    from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel.fragments import Fragment
+    from mlra_scale.parallel.topology import Topology
+
+DEFAULT_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class TevStatistics:
+    """The distribution of TEV over the tokens, and two numbers beside it.
+
+    Attributes:
+        mean: mean TEV over the tokens.
+        std: population standard deviation of TEV over the tokens.
+        quantiles: probability -> TEV, interpolated linearly.
+        mean_embedding_norm: Euclidean norm of the mean of all embeddings.
+        mean_row_rms: mean over the tokens of the root mean square of the embedding.
+        num_tokens: number of tokens counted.
+        highest: (token, TEV) of the most variable tokens, highest first.
+        lowest: (token, TEV) of the least variable tokens, lowest first.
+    """
+
+    mean: float
+    std: float
+    quantiles: dict[float, float]
+    mean_embedding_norm: float
+    mean_row_rms: float
+    num_tokens: int
+    highest: list[tuple[int, float]]
+    lowest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class TevRequest:
+    """What to measure: the size of the matrix (without padding) and what of the distribution is wanted."""
+
+    num_tokens: int
+    hidden_size: int
+    quantiles: Sequence[float] = DEFAULT_QUANTILES
+    extremes: int = 0
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether TEV of each token has to be known, not only mean and spread."""
+        return bool(self.quantiles) or self.extremes > 0
+
+
+# What a rank sends to all, as float64: number, mean and standard deviation of TEV over its whole rows, and their mean
+# RMS; then for each piece of a row (row, count, mean, standard deviation).
+HEADER = 4
+PIECE = 4
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank contributes.
+
+    Attributes:
+        gathered: header and pieces, to be collected from all ranks.
+        summed: column sums [D], then TEV of each token that is whole on this rank and zero elsewhere [V] if the request
+            needs the values; to be added over all ranks (exactly, for the second part).
+    """
+
+    gathered: Tensor
+    summed: Tensor
+
+
+def report(request: TevRequest, cut: CutMoments) -> RankReport:
+    """Turns a rank's statistics into what it sends."""
+    header = cut.column_sum_D.new_zeros(HEADER)
+    if cut.whole:
+        tev = torch.cat([rows.std_K for rows in cut.whole])
+        mean = torch.cat([rows.mean_K for rows in cut.whole])
+        header[0] = tev.numel()
+        header[1], header[2] = row_moments(tev[None])
+        header[3] = torch.hypot(mean, tev).mean()
+    places = cut.column_sum_D.new_tensor([cut.piece_rows, cut.piece_counts]).view(2, -1).T
+    gathered = torch.cat([header, torch.cat([places, cut.piece_moments_P2], dim=1).flatten()])
+    if not request.needs_values:
+        return RankReport(gathered, cut.column_sum_D)
+    values = cut.column_sum_D.new_zeros(request.num_tokens)
+    for rows in cut.whole:
+        values[rows.first : rows.first + rows.std_K.numel()] = rows.std_K
+    return RankReport(gathered, torch.cat([cut.column_sum_D, values]))
+
+
+def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndarray) -> TevStatistics:
+    """Makes the statistics of the matrix from what all ranks have sent.
+
+    Args:
+        request: what was measured.
+        gathered: RankReport.gathered of every rank in order; zeros may follow.
+        summed: the sum of RankReport.summed over the ranks.
+    """
+    tev = merge_all(Moments.of(part[0], part[1], part[2]) for part in gathered)
+    rms = merge_all(Moments.of(part[0], part[3], 0.0) for part in gathered)
+    boundary: dict[int, Moments] = {}
+    for part in gathered:
+        for row, count, mean, std in part[HEADER:].reshape(-1, PIECE):
+            if count:
+                boundary[int(row)] = boundary.get(int(row), Moments()).merge(Moments.of(count, mean, std))
+    for row, moments in sorted(boundary.items()):
+        assert moments.count == request.hidden_size, f"row {row} has {moments.count} of {request.hidden_size} elements"
+        tev = tev.merge(Moments.of(1, moments.std, 0.0))
+        rms = rms.merge(Moments.of(1, math.hypot(moments.mean, moments.std), 0.0))
+    assert tev.count == request.num_tokens, f"{tev.count} of {request.num_tokens} rows are owned by somebody"
+    mean_embedding_norm = float(np.linalg.norm(summed[: request.hidden_size] / request.num_tokens))
+    values = summed[request.hidden_size :].copy()
+    if request.needs_values:
+        values[list(boundary)] = [moments.std for moments in boundary.values()]
+    return TevStatistics(
+        mean=tev.mean,
+        std=tev.std,
+        quantiles={q: float(value) for q, value in zip(request.quantiles, _quantiles(values, request), strict=True)},
+        mean_embedding_norm=mean_embedding_norm,
+        mean_row_rms=rms.mean,
+        num_tokens=request.num_tokens,
+        highest=_first(-values, values, request.extremes),
+        lowest=_first(values, values, request.extremes),
+    )
+
+
+def _quantiles(values: np.ndarray, request: TevRequest) -> np.ndarray:
+    return np.quantile(values, request.quantiles) if request.quantiles else np.zeros(0)
+
+
+def _first(keys: np.ndarray, values: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """(token, value) of the smallest keys; the lower token first where they are equal."""
+    order: Iterable[Any] = np.argsort(keys, kind="stable")[:count] if count else ()
+    return [(int(token), float(values[token])) for token in order]
+
+
+def tev_of_matrix(
+    matrix: Any, num_rows: int | None = None, quantiles: Sequence[float] = DEFAULT_QUANTILES, extremes: int = 0
+) -> TevStatistics:
+    """TEV of a matrix that is all here.
+
+    Args:
+        matrix: [rows, D], numpy or torch, of any floating type.
+        num_rows: number of real tokens; the rows after them are padding. None: all rows.
+        quantiles: probabilities in [0, 1].
+        extremes: how many of the highest and of the lowest tokens to list.
+    """
+    matrix = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.asarray(matrix))
+    if matrix.dim() != 2 or not matrix.is_floating_point():
+        raise ValueError(f"an embedding is a matrix of real numbers, not {matrix.dtype} {list(matrix.shape)}")
+    num_rows = matrix.shape[0] if num_rows is None else num_rows
+    if not 0 < num_rows <= matrix.shape[0] or not matrix.shape[1]:
+        raise ValueError(f"{num_rows} real rows of a matrix with shape {list(matrix.shape)}")
+    request = TevRequest(num_rows, matrix.shape[1], quantiles, extremes)
+    cut = cut_moments([(0, matrix.reshape(-1))], num_rows, matrix.shape[1], matrix.device)
+    mine = report(request, cut)
+    return combine(request, [mine.gathered.cpu().numpy()], mine.summed.cpu().numpy())
+
+
+class TevHook:
+    """Measures TEV of the token embedding during training, whatever the layout.
+
+    Args:
+        table: the model's parameter table.
+        topology: this rank's place in the process mesh.
+        config: what of the distribution to record.
+        vocab_size: number of real tokens; rows from there on are padding.
+    """
+
+    def __init__(self, table: "ParameterTable", topology: "Topology", config: "TevConfig", vocab_size: int):
+        (embedding,) = (info for info in table.values() if info.kind == "embedding")
+        assert embedding.shard_dim == 0, "fragments of a matrix sharded by columns are not runs of the whole matrix"
+        rows_local, hidden_size = embedding.local_shape(topology.tensor)
+        self.name = embedding.name
+        self.first = topology.tensor_rank * rows_local * hidden_size
+        self.device = topology.device
+        self.request = TevRequest(vocab_size, hidden_size, config.quantiles, config.extremes)
+
+    def measure(self, fragments: Iterable["Fragment"]) -> TevStatistics:
+        """Measures TEV; every rank of the world calls it and gets the same result.
+
+        Args:
+            fragments: what this rank owns, fp32 master weights; other parameters are skipped. Every element of the
+                embedding has exactly one owner in the world.
+        """
+        request = self.request
+        mine = [(self.first + fragment.start, fragment.values) for fragment in fragments if fragment.name == self.name]
+        parts = report(request, cut_moments(mine, request.num_tokens, request.hidden_size, self.device))
+        gathered = _all_gather(parts.gathered)
+        if dist.is_initialized():
+            dist.all_reduce(parts.summed)
+        return combine(request, gathered, parts.summed.cpu().numpy())
+
+
+def _all_gather(mine: Tensor) -> list[np.ndarray]:
+    """Collects vectors whose lengths differ between ranks; shorter ones are followed by zeros."""
+    if not dist.is_initialized():
+        return [mine.cpu().numpy()]
+    longest = torch.tensor([mine.numel()], device=mine.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    padded = torch.zeros(int(longest), dtype=mine.dtype, device=mine.device)
+    padded[: mine.numel()] = mine
+    collected = padded.new_zeros(dist.get_world_size(), padded.numel())
+    dist.all_gather_into_tensor(collected, padded)
+    return list(collected.cpu().numpy())
