@@ -59,6 +59,9 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
         Feed(datasets.train, plan, topology.data_rank) as feed,
     ):
         report.start(progress, checkpoint)
+        if progress.step >= last:
+            report.say(f"already at step {progress.step}: nothing to do up to train.steps={last}, raise it to go on")
+            return progress
         if progress.step == 0:
             values = tev_values(tev.measure(engine.owned_fragments())) if config.tev.every > 0 else {}
             if config.evaluation.every > 0:

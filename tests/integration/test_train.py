@@ -1,0 +1,216 @@
+"""Training through the real command line, in processes of its own: what a run leaves behind, and how it can end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlra_scale.config import Config
+from mlra_scale.training.exit_codes import ExitCode
+from tests.support.training_runs import ROOT, Finished, curve, environment, events, metrics, train
+from tests.unit.training.wandb_reader import history
+
+Start = Callable[..., Finished]
+
+
+@pytest.fixture
+def start(tmp_path: Path, training_data: Path) -> Start:
+    """start(name, *arguments, num_processes=1): trains the debug preset into tmp_path/name; must end well."""
+
+    def run(name: str, *arguments: str, num_processes: int = 1, code: int = 0) -> Finished:
+        data = [] if any(part.startswith("data.") for part in arguments) else [f"data.path={training_data}"]
+        base = ["--preset", "debug", "--run-dir", str(tmp_path / name), *data, "train.log_every=1"]
+        result = train(*base, *arguments, num_processes=num_processes)
+        assert result.code == code, result.stderr[-4000:]
+        return result
+
+    return run
+
+
+def test_what_a_run_leaves_behind(start: Start, tmp_path: Path) -> None:
+    arguments = ["train.steps=12", "train.log_every=4", "tev.every=3", "evaluation.every=6", "checkpoint.every=4"]
+    result = start("run", *arguments, "wandb.mode=offline", "profile.start=5", "profile.stop=7")
+    run = tmp_path / "run"
+    # The profiler's tracing library announces itself and cannot be told not to.
+    noise = [line for line in result.stderr.splitlines() if not line.startswith("USDT:")]
+    assert noise == [], "no banners, no warnings"
+
+    assert list(curve(run, "loss")) == [1, 4, 8, 12]
+    assert list(curve(run, "validation_loss")) == [0, 6, 12]
+    assert list(curve(run, "tev_mean")) == [0, 3, 6, 9, 12]
+    losses, validation = curve(run, "loss"), curve(run, "validation_loss")
+    assert losses[1] == pytest.approx(math.log(512), abs=0.5)
+    assert losses[12] < losses[1] and validation[12] < validation[0]
+    last = metrics(run)[-1]
+    assert (last["consumed_samples"], last["consumed_tokens"]) == (12 * 8, 12 * 8 * 64)
+
+    stored = Config.from_yaml((run / "config.yaml").read_text())
+    assert stored.train.steps == 12 and stored.preset == "debug"
+    assert [event["event"] for event in events(run)] == ["start", "checkpoint", "checkpoint", "checkpoint", "finished"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert (run / "checkpoints" / "step-00000012" / "config.yaml").read_text() == stored.to_yaml()
+
+    logged = {row["_step"]: row for row in history(run)}
+    assert {step: row["loss"] for step, row in logged.items() if "loss" in row} == losses
+    assert {step: row["validation_loss"] for step, row in logged.items() if "validation_loss" in row} == validation
+    assert logged[3]["tev_mean"] == curve(run, "tev_mean")[3]
+
+    (trace,) = (run / "profile").iterdir()
+    assert trace.name == "steps-5-6.json" and json.loads(trace.read_text())["traceEvents"]
+
+    for part in ("236,928", "step  8/12 | loss", "tok/s", "TEV", "validation loss", "done: step 12/12", "wandb sync"):
+        assert part in result.stdout, part
+    summary = result.stdout[result.stdout.index("done:") :]
+    assert f"{losses[1]:.4f} -> {losses[12]:.4f} (perplexity {math.exp(losses[12]):,.1f})" in summary
+    assert "metrics.jsonl" in summary and "--resume auto" in summary
+
+
+@pytest.mark.parametrize(
+    "layout", [["parallel.tensor=2"], ["parallel.pipeline=2"], []], ids=["tensor", "pipeline", "data"]
+)
+def test_two_processes_train_like_one(start: Start, tmp_path: Path, layout: list[str]) -> None:
+    arguments = ["train.steps=4", "evaluation.every=4", "checkpoint.every=0"]
+    start("one", *arguments)
+    result = start("two", *arguments, *layout, num_processes=2)
+    for name, tolerance in (("loss", 1e-6), ("gradient_norm", 1e-5), ("validation_loss", 1e-6), ("tev_mean", 1e-6)):
+        one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
+        assert two == pytest.approx(one, rel=tolerance), name
+    assert result.stdout.count("step 3/4 |") == 1, "one rank prints"
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "layout"),
+    [(1, ()), (2, ("parallel.pipeline=2",)), (2, ('deepspeed.zero_optimization={"stage": 3}',))],
+    ids=["zero0", "pipeline2", "zero3dp2"],
+)
+def test_stopped_and_continued_longer_equals_uninterrupted(
+    start: Start, tmp_path: Path, num_processes: int, layout: tuple[str, ...]
+) -> None:
+    """Bitwise: weights, moments, learning rate, and which samples come next."""
+    fixed = ["optim.schedule=constant", "evaluation.every=0", *layout]
+    start("whole", "train.steps=8", *fixed, num_processes=num_processes)
+    start("parts", "train.steps=4", *fixed, num_processes=num_processes)
+    result = start("parts", "train.steps=8", *fixed, "--resume", "auto", num_processes=num_processes)
+    assert "resumed from" in result.stdout
+    for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
+        assert curve(tmp_path / "parts", name) == curve(tmp_path / "whole", name), name
+    assert list(curve(tmp_path / "parts", "loss")) == list(range(1, 9)), "every step once"
+    assert curve(tmp_path / "parts", "validation_loss")[8] == curve(tmp_path / "whole", "validation_loss")[8]
+
+
+def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:
+    fixed = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep_last=3", "optim.schedule=constant"]
+    start("run", *fixed)
+    run = tmp_path / "run"
+    before = curve(run, "loss")
+    start("run", *fixed, "--resume", str(run / "checkpoints" / "step-00000003"))
+    assert curve(run, "loss") == before, "the same steps once more, each told once"
+    resumed = [event for event in events(run) if event["event"] == "resume"]
+    assert resumed[0]["step"] == 3 and resumed[0]["records_cut"] == 5
+
+
+def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> None:
+    start("run", "train.steps=2")
+    before = metrics(tmp_path / "run")
+    result = start("run", "train.steps=2", "--resume", "auto")
+    assert metrics(tmp_path / "run") == before
+    assert "already" in result.stdout
+
+
+def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> None:
+    start("trunk", "train.steps=3")
+    before = sorted(path for path in (tmp_path / "trunk").rglob("*"))
+    start("branch", "train.steps=5", "optim.lr=1e-4", "--resume", str(tmp_path / "trunk"))
+    assert list(curve(tmp_path / "branch", "loss")) == [4, 5]
+    assert sorted(path for path in (tmp_path / "trunk").rglob("*")) == before
+
+
+def test_other_data_are_refused_on_resume(start: Start, tmp_path: Path) -> None:
+    start("run", "train.steps=2")
+    other = write_megatron_data(tmp_path / "other")
+    result = start("run", "train.steps=4", "--resume", "auto", f"data.path={other}", code=ExitCode.BAD_INPUT)
+    assert "fingerprint" in result.stderr and "Traceback" not in result.stderr
+
+
+def write_megatron_data(prefix: Path, num_documents: int = 40) -> Path:
+    """Writes a data set with Megatron's own builder: documents that count, from a random token on."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(num_documents):
+        length = int(generator.integers(50, 300))
+        builder.add_document((generator.integers(512) + np.arange(length)) % 512, [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_path: Path, training_data: Path) -> None:
+    other = write_megatron_data(tmp_path / "counting")
+    blend = json.dumps({str(training_data): 0.7, str(other): 0.3})
+    fixed = [f"data.blend={blend}", "optim.schedule=constant", "evaluation.every=0"]
+    start("whole", *fixed, "train.steps=6")
+    start("parts", *fixed, "train.steps=3")
+    start("parts", *fixed, "train.steps=6", "--resume", "auto")
+    assert curve(tmp_path / "parts", "loss") == curve(tmp_path / "whole", "loss")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(start: Start, tmp_path: Path, num_processes: int) -> None:
+    # Decoupled weight decay multiplies the weights by 1 - lr * decay = -98 every step: fp32 overflows soon.
+    wild = ["optim.lr=10", "optim.weight_decay=9.9", "optim.warmup_steps=0", "optim.schedule=constant"]
+    code = ExitCode.NON_FINITE if num_processes == 1 else 1
+    result = start("run", *wild, "train.steps=40", num_processes=num_processes, code=code)
+    stopped = events(tmp_path / "run")[-1]
+    assert stopped["event"] == "stopped" and stopped["exit_code"] == ExitCode.NON_FINITE
+    step = stopped["step"]
+    assert list(curve(tmp_path / "run", "loss")) == list(range(1, step)), "flushed up to the step before"
+    assert stopped["consumed_samples"] == 8 * (step - 1)
+    assert result.stderr.count("is not finite") == 1
+    for part in (f"step {step}", "loss", "gradient norm", "optim.lr", "--resume auto"):
+        assert part in result.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    if num_processes == 2:
+        codes = [line.split(":")[1].split()[0] for line in result.stderr.splitlines() if "exitcode  :" in line]
+        assert codes == ["3", "3"], result.stderr
+    else:
+        assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_ends_cleanly(tmp_path: Path, training_data: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["--preset", "debug", "--run-dir", str(run), f"data.path={training_data}", "train.steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlra_scale.train", *arguments, "train.log_every=1"],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and len(curve(run, "loss")) > 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert errors == "interrupted; continue from the last checkpoint with --resume auto\n"
+    assert events(run)[-1]["event"] == "interrupted"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] > 2
