@@ -14,6 +14,7 @@ import hashlib
 import os
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,17 @@ class IndexedFiles:
     def tokens(self) -> NDArray:
         """Returns the .bin file as one memory-mapped array of tokens."""
         count = self.bin_bytes // self.dtype.itemsize
+        if not count:  # the system cannot map an empty file
+            return np.empty(0, dtype=self.dtype)
         return np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(count,))
 
     def num_tokens(self, first: int, stop: int) -> int:
         """Returns the number of tokens in the sequences [first, stop)."""
         return int(self.sequence_lengths[first:stop].sum(dtype=np.int64))
 
+    @cached_property
     def index_sha256(self) -> str:
-        """Returns the SHA-256 of the .idx file."""
+        """SHA-256 of the .idx file."""
         return sha256_of_file(Path(self.prefix + ".idx"))
 
     def token_sample(self, chunks: int = 64, length: int = 4096) -> NDArray:

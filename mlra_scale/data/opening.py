@@ -11,7 +11,7 @@ import numpy as np
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.data.errors import DataError
-from mlra_scale.data.indexed import IndexedFiles, open_indexed, sha256_of_file
+from mlra_scale.data.indexed import IndexedFiles, open_indexed
 from mlra_scale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _Part:
         """SHA-256 over what tells whether the data changed, cheap enough to compute at every start."""
         lines = [self.manifest.fingerprint] if self.manifest else []
         for files in {files.prefix: files for files, _, _ in (self.training, self.validation)}.values():
-            lines += [files.index_sha256(), str(files.bin_bytes)]
+            lines += [files.index_sha256, str(files.bin_bytes)]
             if self.manifest is None:
                 # Nothing recorded the content when it was written: a sample of it stands for the rest.
                 lines.append(hashlib.sha256(np.ascontiguousarray(files.token_sample()).tobytes()).hexdigest())
@@ -115,13 +115,13 @@ def open_datasets(config: Config) -> Datasets:
     validation_ranges = [_sequence_range(part, "validation") for part in validation_parts]
     seed = config.train.seed if config.data.seed is None else config.data.seed
     end, reset = _end_of_document(config, parts), config.data.reset_positions
-    distinct = dict.fromkeys([*parts, *([validation] if validation else [])])
+    everything = parts + ([validation] if validation else [])
     return Datasets(
         train=SampleStream([OneEpoch(r, length) for r in training_ranges], weights, seed, vocabulary, end, reset),
         validation=SampleStream(
             [OneEpoch(r, length) for r in validation_ranges], validation_weights, None, vocabulary, end, reset
         ),
-        fingerprint=hashlib.sha256("\n".join(part.fingerprint() for part in distinct).encode()).hexdigest(),
+        fingerprint=hashlib.sha256("\n".join(part.fingerprint() for part in everything).encode()).hexdigest(),
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
     )
@@ -136,7 +136,7 @@ def _sequence_range(part: _Part, split: str) -> SequenceRange:
         first=first,
         stop=stop,
         num_tokens=files.num_tokens(first, stop),
-        index_sha256=files.index_sha256(),
+        index_sha256=files.index_sha256,
         cache=part.cache,
     )
 
@@ -206,7 +206,7 @@ def _open_recorded(manifest: Manifest, split: str) -> IndexedFiles:
     if files.bin_bytes != recorded:
         raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {recorded}; copy it again")
     index = Path(f"{files.prefix}.idx")
-    if sha256_of_file(index) != manifest.file(index.name)["sha256"]:
+    if files.index_sha256 != manifest.file(index.name)["sha256"]:
         raise DataError(f"{index} is not the file that its manifest describes; prepare or copy the data again")
     return files
 

@@ -69,6 +69,8 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
     Raises:
         DataError: A name stands for nothing, or one file is named twice.
     """
+    if len(set(names)) < len(names):
+        raise DataError("a source is named twice")
     sources: list[Source] = []
     owner: dict[Path, str] = {}
     for name in names:
@@ -83,8 +85,6 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
                 if other != name:
                     raise DataError(f"{file} belongs to two sources, {other} and {name}; name it once")
             sources.append(LocalFiles(name, files, field))
-    if len(set(names)) < len(names):
-        raise DataError("a source is named twice")
     return sources
 
 

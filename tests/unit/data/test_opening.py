@@ -1,0 +1,265 @@
+"""From the configuration to streams: what is refused, and that the order depends on nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlra_scale.config import Config, ConfigError
+from mlra_scale.data import Datasets, check_data, open_datasets
+from mlra_scale.data.prepare import PrepareOptions, prepare
+from tests.unit.data.builders import config_for, random_documents, write_documents
+
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]
+
+
+def prepared(folder: Path, seed: int = 0, documents: int = 60, vocabulary: int = 290) -> Path:
+    """A prepared folder of random words."""
+    rng = np.random.default_rng(seed)
+    source = folder / f"source-{seed}.jsonl"
+    lines = [json.dumps({"text": " ".join(rng.choice(WORDS, size=rng.integers(5, 60)))}) for _ in range(documents)]
+    source.write_text("\n".join(lines))
+    options = PrepareOptions(
+        output=folder / f"data-{seed}",
+        sources=[str(source)],
+        train_bpe=vocabulary,
+        validation_fraction=0.2,
+        progress=False,
+    )
+    return prepare(options).folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def data(original: Path, tmp_path: Path) -> Path:
+    """A prepared folder that the test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "data"))
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    return write_documents(tmp_path / "bare", random_documents(200, 30))
+
+
+def told(config: Config) -> str:
+    """The problems of a configuration; opening it must find the same ones, the tokenizer's apart."""
+    problems = check_data(config)
+    if any(problem.field != "data.tokenizer" for problem in problems):
+        with pytest.raises(ConfigError) as caught:
+            open_datasets(config)
+        assert caught.value.problems == [problem for problem in problems if problem.field != "data.tokenizer"]
+    return "\n".join(map(str, problems))
+
+
+def tokens(datasets: Datasets, first: int = 0, count: int = 64) -> torch.Tensor:
+    return datasets.train.batch(first, count).tokens_BS
+
+
+def test_a_prepared_folder_opens(data: Path) -> None:
+    config = config_for(data)
+    assert check_data(config) == []
+    opened = open_datasets(config)
+    (manifest,) = opened.manifests
+    assert opened.num_train_tokens == manifest.content["splits"]["train"]["tokens"]
+    batch = opened.train.batch(0, opened.train.samples_per_epoch)
+    assert int(batch.documents_BS.max()) > 0 and int(batch.tokens_BS.max()) < manifest.vocabulary_size
+    assert opened.validation.samples_per_epoch >= 1
+    assert not (data / "cache").exists()  # small data leave no trace
+
+
+def test_a_bare_prefix_opens_and_its_last_documents_validate(bare: Path) -> None:
+    config = config_for(bare, validation_fraction=0.1, end_of_document_token=0)
+    assert check_data(config) == []
+    opened = open_datasets(config)
+    assert opened.manifests == ()
+    lengths = [len(document) for document in random_documents(200, 30)]
+    assert opened.num_train_tokens == sum(lengths[:180])
+    assert opened.validation.samples_per_epoch == (sum(lengths[180:]) - 1) // 16
+    assert not Path(f"{bare}.cache").exists()
+
+
+def test_sequences_of_one_document_stay_on_one_side(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "set.bin"), dtype=np.uint16)
+    for _ in range(10):
+        builder.add_document(np.arange(60), [10, 20, 30])
+    builder.finalize(str(tmp_path / "set.idx"))
+    opened = open_datasets(config_for(tmp_path / "set", validation_fraction=0.2))
+    assert opened.num_train_tokens == 8 * 60
+
+
+def test_separate_validation_data(data: Path, bare: Path) -> None:
+    opened = open_datasets(config_for(bare, validation_path=data))
+    assert opened.num_train_tokens == sum(len(document) for document in random_documents(200, 30))
+    own = open_datasets(config_for(data)).validation
+    assert torch.equal(opened.validation.batch(0, 3).tokens_BS, own.batch(0, 3).tokens_BS)
+    # A bare prefix as validation data is used whole.
+    whole = open_datasets(config_for(data, validation_path=bare)).validation
+    assert whole.samples_per_epoch == (sum(len(document) for document in random_documents(200, 30)) - 1) // 16
+
+
+@pytest.mark.parametrize("kind", ["single", "blend"])
+def test_more_steps_do_not_change_the_order(data: Path, bare: Path, kind: str) -> None:
+    # must-show 6b: stopped and continued with a larger train.steps = uninterrupted longer run, sample for sample
+    blend = () if kind == "single" else (f"data.blend={{{data}: 0.7, {bare}: 0.3}}", "data.path=null")
+    short, long = (config_for(data, f"train.steps={steps}", *blend) for steps in (20, 5000))
+    size = short.train.global_batch_size
+    stopped, continued, uninterrupted = (open_datasets(config) for config in (short, long, long))
+    for step in range(60):
+        source = stopped if step < 20 else continued
+        wanted = uninterrupted.train.batch(step * size, size)
+        read = source.train.batch(step * size, size)
+        assert torch.equal(read.tokens_BS, wanted.tokens_BS) and torch.equal(read.sample_ids_B, wanted.sample_ids_B)
+
+
+def test_the_order_belongs_to_the_seed(data: Path) -> None:
+    first = tokens(open_datasets(config_for(data)))
+    assert torch.equal(first, tokens(open_datasets(config_for(data))))
+    assert not torch.equal(first, tokens(open_datasets(config_for(data, seed=77))))
+    assert not torch.equal(first, tokens(open_datasets(config_for(data, "train.seed=77"))))
+    by_data_seed = [tokens(open_datasets(config_for(data, f"train.seed={seed}", seed=5))) for seed in (1, 2)]
+    assert torch.equal(*by_data_seed)
+    validation = [open_datasets(config_for(data, seed=seed)).validation.batch(0, 4).tokens_BS for seed in (1, 2)]
+    assert torch.equal(*validation)
+
+
+def test_a_blend_has_its_weights(data: Path, bare: Path) -> None:
+    config = config_for(None, f"data.blend={{{data}: 3, {bare}: 1}}")
+    assert check_data(config) == []
+    opened = open_datasets(config)
+    assert opened.train.proportions == [0.75, 0.25]
+    parts, _ = opened.train.locate(np.arange(4000))
+    assert np.bincount(parts).tolist() == [3000, 1000]
+    assert len(opened.manifests) == 1
+    assert opened.train.samples_per_epoch == sum(
+        open_datasets(config_for(path)).train.samples_per_epoch for path in (data, bare)
+    )
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path, *overrides: str) -> str:
+        return open_datasets(config_for(path, *overrides)).fingerprint
+
+    first, first_bare = fingerprint(data), fingerprint(bare)
+    moved = data.rename(tmp_path / "elsewhere")
+    assert fingerprint(moved, "train.seed=9", "train.sequence_length=8") == first
+    assert fingerprint(prepared(tmp_path, seed=4)) != first
+    assert first_bare != first
+    content = bytearray(Path(f"{bare}.bin").read_bytes())
+    content[100] ^= 1
+    Path(f"{bare}.bin").write_bytes(content)
+    assert fingerprint(bare) != first_bare
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "was not made, or not finished, by"),
+    "manifest is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    "foreign manifest": (lambda d: (d / "manifest.json").write_text("{}"), "is not a manifest of tools/prepare_data"),
+    "no train.bin": (lambda d: (d / "train.bin").unlink(), "train.bin does not exist"),
+    "no validation.idx": (lambda d: (d / "validation.idx").unlink(), "validation.idx does not exist"),
+    "short train.bin": (lambda d: (d / "train.bin").write_bytes(b"12345678"), "train.bin is truncated"),
+    "long train.bin": (lambda d: (d / "train.bin").open("ab").write(b"12"), "its manifest says"),
+    "foreign idx": (lambda d: (d / "train.idx").write_bytes(b"x" * 100), "is not a Megatron index"),
+    "changed idx": (lambda d: (d / "train.idx").open("ab").write(b"12"), "is not the file that its manifest describes"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_folders_are_refused(data: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    damage(data)
+    text = told(config_for(data))
+    assert message in text and text.startswith("data.path = ") and "\n" not in text
+
+
+def test_a_manifest_changed_by_hand_is_refused(data: Path) -> None:
+    path = data / "manifest.json"
+    content = json.loads(path.read_text())
+    for change, message in (
+        ({"fingerprint": "0" * 64}, "was changed by hand"),
+        ({"version": 2}, "has version 2"),
+        ({"files": {}}, "lacks or garbles an entry"),
+    ):
+        path.write_text(json.dumps(content | change))
+        assert message in told(config_for(data))
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_half_a_prefix_is_refused(bare: Path, suffix: str) -> None:
+    Path(f"{bare}.{suffix}").unlink()
+    assert f"bare.{suffix} does not exist" in told(config_for(bare))
+
+
+def test_missing_data_are_refused(tmp_path: Path) -> None:
+    assert "neither a folder made by tools/prepare_data.py nor" in told(config_for(tmp_path / "none"))
+    assert "no data: name a folder" in told(config_for(None))
+    assert "was not made, or not finished" in told(config_for(tmp_path))
+
+
+def test_all_problems_are_told_at_once(data: Path, tmp_path: Path) -> None:
+    (data / "train.bin").unlink()
+    blend = f"data.blend={{{data}: 1, {tmp_path / 'none'}: 1}}"
+    text = told(config_for(None, blend, validation_path=tmp_path / "neither", tokenizer=tmp_path / "nothing"))
+    assert len(text.splitlines()) == 4
+    for field in (f"data.blend.{data}", f"data.blend.{tmp_path / 'none'}", "data.validation_path", "data.tokenizer"):
+        assert f"{field} = " in text
+
+
+def test_splits_without_a_whole_sample_are_refused(tmp_path: Path, data: Path) -> None:
+    # Megatron's GPTDataset would count epochs for ever.
+    empty = write_documents(tmp_path / "empty", [])
+    assert "its train split has no documents" in told(config_for(empty))
+    one = write_documents(tmp_path / "one", random_documents(1, 500))
+    assert "its train split has no documents" in told(config_for(one))
+    hollow = write_documents(tmp_path / "hollow", [[], [], []])
+    assert "its train split has only 0 tokens" in told(config_for(hollow))
+    small = write_documents(tmp_path / "small", [[1] * 100, [2] * 16])
+    assert "its validation split has only 16 tokens, a sample needs 17" in told(config_for(small))
+    assert "its validation split has no documents" in told(config_for(data, validation_path=empty))
+    assert "validation split has only" in told(
+        config_for(data, "train.sequence_length=60000", "model.max_positions=60000")
+    )
+
+
+def test_vocabularies_must_fit(data: Path, bare: Path, tmp_path: Path) -> None:
+    assert "model.vocab_size = 200: smaller than the 290 tokens of" in told(config_for(data, "model.vocab_size=200"))
+    assert "which holds the token 499" in told(config_for(bare, "model.vocab_size=499"))
+    assert told(config_for(bare, "model.vocab_size=500")) == ""
+    negative = write_documents(tmp_path / "negative", [[1, -5, 3] * 20] * 9, np.int32)
+    assert "holds negative tokens" in told(config_for(negative))
+
+
+def test_tokenizers_must_match(data: Path, bare: Path, tmp_path: Path) -> None:
+    assert told(config_for(data, tokenizer=data / "tokenizer")) == ""
+    assert told(config_for(data, tokenizer=data / "tokenizer" / "tokenizer.json")) == ""
+    other = prepared(tmp_path, seed=8, vocabulary=275)
+    assert "was made with another tokenizer" in told(config_for(data, tokenizer=other / "tokenizer"))
+    assert "holds no tokenizer" in told(config_for(data, tokenizer=tmp_path))
+    assert "one model needs one tokenizer" in told(config_for(None, f"data.blend={{{data}: 1, {other}: 1}}"))
+    # A bare prefix has no manifest: the named tokenizer at least has to fit the model.
+    assert told(config_for(bare, "model.vocab_size=500", tokenizer=data / "tokenizer")) == ""
+    low = write_documents(tmp_path / "low", [[1] * 40] * 9)
+    (problem,) = check_data(config_for(low, "model.vocab_size=100", tokenizer=data / "tokenizer"))
+    assert str(problem).startswith("model.vocab_size = 100: smaller than the 290 tokens of data.tokenizer")
+
+
+def test_masked_documents_need_a_known_end(data: Path, bare: Path) -> None:
+    masked = {"document_attention": "masked"}
+    assert told(config_for(data, **masked)) == ""
+    assert "has to know which token ends documents" in told(config_for(bare, **masked))
+    assert told(config_for(bare, **masked, end_of_document_token=0)) == ""
+    assert "made without --append-eod" in told(config_for(bare, **masked, end_of_document_token=499))
+    assert "leave this null" in told(config_for(data, end_of_document_token=5))
+    both = f"data.blend={{{data}: 1, {bare}: 1}}"
+    assert told(config_for(None, both, **masked)) == ""  # the manifest says it for both

