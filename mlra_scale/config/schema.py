@@ -297,8 +297,8 @@ class WandbConfig(Section):
 class ProfileConfig(Section):
     """torch.profiler over a span of steps."""
 
-    start: int | None = Field(None, ge=0, description="First profiled step; null: no profile.")
-    stop: int | None = Field(None, ge=1, description="First step that is no longer profiled.")
+    start: int | None = Field(None, ge=1, description="First profiled step, counted from 1; null: no profile.")
+    stop: int | None = Field(None, ge=2, description="First step after start that is no longer profiled.")
 
 
 class Config(Section):

@@ -269,8 +269,8 @@ def _run_problems(config: Config, device: str) -> Iterator[Problem]:
     elif profile.start is not None and profile.stop is not None:
         if profile.stop <= profile.start:
             yield Problem("profile.stop", profile.stop, f"must come after profile.start {profile.start}")
-        if profile.stop > train.steps:
-            yield Problem("profile.stop", profile.stop, f"must be within train.steps {train.steps}")
+        if profile.start > train.steps:
+            yield Problem("profile.start", profile.start, f"is after the last step (train.steps {train.steps})")
     if config.tev.extremes > config.model.vocab_size:
         yield Problem(
             "tev.extremes", config.tev.extremes, f"there are only {config.model.vocab_size} tokens (model.vocab_size)"
