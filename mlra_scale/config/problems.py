@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,24 +45,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def _submodel(annotation: Any) -> type[BaseModel] | None:
-    """Returns the pydantic model inside an annotation, or None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for argument in typing.get_args(annotation):
-            found = _submodel(argument)
-            if found is not None:
-                return found
-    return None
-
-
 def model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
     """Returns the model that the dotted path `path` of `model` leads to, or None if it leads to no model."""
     current: type[BaseModel] | None = model
     for part in path:
         field = current.model_fields.get(str(part)) if current is not None else None
-        current = _submodel(field.annotation) if field is not None else None
+        kind = field.annotation if field is not None else None
+        current = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
     return current
 
 

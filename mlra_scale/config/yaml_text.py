@@ -1,4 +1,4 @@
-"""YAML as this project reads and writes it: the scalars of YAML 1.2's core schema, and no duplicate keys.
+"""YAML as this project reads and writes it: the scalars of YAML 1.2's core schema, no duplicate keys, no aliases.
 
 YAML 1.1, PyYAML's default, reads `1e-3` as text, `on` as true, `1:30` as 90 and keeps the last of two equal keys
 without a word. A learning rate or a run name is easily lost that way, so the loader here has its own rules, and the
@@ -34,7 +34,14 @@ def _install_resolvers(target: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with core-schema scalars that refuses a key given twice."""
+    """SafeLoader with core-schema scalars that refuses a key given twice, and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # A value that refers to itself would go on for ever, and a configuration is read better without references.
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used here; write the value", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
@@ -98,6 +105,8 @@ def load(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise ValueError(f"{place}{error.problem or error.context}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 

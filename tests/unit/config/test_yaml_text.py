@@ -57,7 +57,7 @@ def test_a_duplicate_key_is_refused_with_both_places() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1", "a: b: c", "\t- x", "a: &x\nb: *y", "? [1]\n: 2", "1: 2", "!!python/object:x {}"]
+    "text", ["a: [1", "a: b: c", "\t- x", "a: &x 1\nb: *x", "? [1]\n: 2", "1: 2", "!!python/object:x {}"]
 )
 def test_what_is_not_plain_yaml_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(ValueError, match=r"^line \d+, column \d+: ") as caught:
@@ -73,3 +73,10 @@ def test_control_characters_are_refused() -> None:
 def test_half_a_character_is_refused() -> None:
     with pytest.raises(ValueError, match="line 1, column 4: text holds half of a surrogate pair"):
         yaml_text.load('a: "\\ud834"')
+
+
+def test_values_without_end_are_refused() -> None:
+    with pytest.raises(ValueError, match="line 1, column 8: aliases"):
+        yaml_text.load("a: &x [*x]")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        yaml_text.load("[" * 5000)
