@@ -221,6 +221,6 @@ def _all_gather(mine: Tensor) -> list[np.ndarray]:
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     padded = torch.zeros(int(longest), dtype=mine.dtype, device=mine.device)
     padded[: mine.numel()] = mine
-    collected = padded.new_zeros(dist.get_world_size(), padded.numel())
+    collected = padded.new_zeros(dist.get_world_size() * padded.numel())
     dist.all_gather_into_tensor(collected, padded)
-    return list(collected.cpu().numpy())
+    return list(collected.cpu().numpy().reshape(-1, padded.numel()))
