@@ -1,0 +1,233 @@
+"""TEV of Hugging Face checkpoint folders: the embedding alone is read, mapped from its file; no model is built."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
+
+INDEX = "model.safetensors.index.json"
+# How input embeddings are called, most specific first: the first of these that occurs decides.
+INPUT_NAMES = (
+    "wte.weight",  # GPT-2, GPT-J, Falcon
+    "embed_tokens.weight",  # Llama, Qwen, Mistral, Gemma, OPT, Phi
+    "word_embeddings.weight",  # BLOOM, BERT, Megatron
+    "tok_embeddings.weight",  # ModernBERT, Llama's own files
+    "embed_in.weight",  # GPT-NeoX
+    "token_embedding.weight",
+    "word_embedding.weight",
+    "embeddings.weight",  # Mamba, RWKV
+    "embedding.weight",  # this project's own name
+    "shared.weight",  # T5
+)
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+
+
+class FolderError(ValueError):
+    """What is wrong with a checkpoint folder, in words for its user."""
+
+
+@dataclass(frozen=True)
+class EmbeddingReport:
+    """TEV of one tensor of a checkpoint.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        role: input embedding, or the untied head.
+        rows: rows that are stored.
+        hidden_size: length of a row.
+        dtype: how it is stored.
+        statistics: over the real tokens.
+    """
+
+    name: str
+    role: Literal["input", "head"]
+    rows: int
+    hidden_size: int
+    dtype: str
+    statistics: TevStatistics
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """TEV of a checkpoint.
+
+    Attributes:
+        embeddings: the input embedding, and the head if it is a tensor of its own.
+        head_is_tied: whether the head shares the input embedding, as far as the checkpoint tells.
+    """
+
+    embeddings: list[EmbeddingReport]
+    head_is_tied: bool
+
+
+def tev_of_folder(
+    path: Path, tensor: str | None = None, num_tokens: int | None = None, extremes: int = 0
+) -> FolderReport:
+    """Measures TEV of a checkpoint's embedding.
+
+    Args:
+        path: a checkpoint folder with model.safetensors, one or in shards, or a single .safetensors file.
+        tensor: name of the tensor to measure, for checkpoints with names of their own; nothing else is then reported.
+        num_tokens: number of real tokens, for checkpoints with padded rows. None: vocab_size of config.json if that is
+            smaller than the number of rows, else all rows.
+        extremes: how many of the highest and of the lowest tokens to list.
+
+    Raises:
+        FolderError: the path holds no readable embedding.
+    """
+    files = _tensor_files(path)
+    config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if tensor is not None and tensor not in files:
+        raise FolderError(f"{path} has no tensor {tensor!r}; it has {_some(sorted(files))}")
+    name = tensor or _input_name(path, files)
+    text_config = config.get("text_config")
+    vocab_size = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
+    with _mapped(files[name], name) as matrix:
+        rows = len(matrix)
+        if num_tokens is None and isinstance(vocab_size, int) and 0 < vocab_size < rows:
+            num_tokens = vocab_size
+        if num_tokens is not None and not 0 < num_tokens <= rows:
+            raise FolderError(f"{name} has {rows} rows, not {num_tokens} tokens")
+        embeddings = [_measure(name, "input", matrix, num_tokens, extremes)]
+        head = None if tensor else _head_name(files, name)
+        if head is None:
+            return FolderReport(embeddings, tensor is None and _says_tied(config))
+        with _mapped(files[head], head) as head_matrix:
+            if head_matrix.shape == matrix.shape and torch.equal(head_matrix, matrix):
+                return FolderReport(embeddings, True)
+            embeddings.append(_measure(head, "head", head_matrix, min(num_tokens or rows, len(head_matrix)), extremes))
+    return FolderReport(embeddings, False)
+
+
+def token_texts(path: Path) -> Callable[[int], str | None]:
+    """How to write tokens: from the folder's tokenizer.json or vocab.json; every token is None without them."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more precise
+            raise FolderError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+
+        def decode(token: int) -> str | None:
+            raw = tokenizer.id_to_token(token)
+            text = tokenizer.decode([token], skip_special_tokens=False) if raw is not None else ""
+            # A part of a character decodes to nothing sensible; the raw token tells more.
+            return text if text and "\ufffd" not in text else raw
+
+        return decode
+    if (folder / "vocab.json").is_file():
+        return {number: token for token, number in _read_json(folder / "vocab.json").items()}.get
+    return lambda token: None
+
+
+def _measure(
+    name: str, role: Literal["input", "head"], matrix: torch.Tensor, num_tokens: int | None, extremes: int
+) -> EmbeddingReport:
+    statistics = tev_of_matrix(matrix, num_tokens, extremes=extremes)
+    if not math.isfinite(statistics.mean):
+        raise FolderError(f"{name} holds values that are not finite")
+    rows, hidden_size = matrix.shape
+    return EmbeddingReport(name, role, rows, hidden_size, str(matrix.dtype).removeprefix("torch."), statistics)
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    if path.is_file():
+        files = [path]
+    elif not path.is_dir():
+        raise FolderError(f"{path} is not there")
+    elif (path / INDEX).is_file():
+        weights = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+            raise FolderError(f"{path / INDEX} has no weight_map")
+        return {name: path / file for name, file in weights.items()}
+    elif (path / "model.safetensors").is_file():
+        files = [path / "model.safetensors"]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        old = any(path.glob("pytorch_model*.bin"))
+        hint = " (pytorch_model.bin is a pickle, which can run code: save it again with safetensors)" if old else ""
+        raise FolderError(f"{path} has no .safetensors file{hint}")
+    found: dict[str, Path] = {}
+    for file in files:
+        with _opened(file) as handle:
+            found.update(dict.fromkeys(handle.keys(), file))
+    return found
+
+
+def _input_name(path: Path, files: dict[str, Path]) -> str:
+    for ending in INPUT_NAMES:
+        names = sorted(name for name in files if name == ending or name.endswith("." + ending))
+        if len(names) == 1:
+            return names[0]
+        if names:
+            raise FolderError(f"{path} has several embeddings: choose one with --tensor: {_some(names)}")
+    raise FolderError(
+        f"no tensor of {path} is named like an embedding: choose one with --tensor: {_some(sorted(files))}"
+    )
+
+
+def _head_name(files: dict[str, Path], input_name: str) -> str | None:
+    """The head that belongs to the input embedding: under the same prefix, or at the top."""
+    for ending in HEAD_NAMES:
+        names = [name for name in files if name == ending or name.endswith("." + ending)]
+        outermost = sorted(names, key=lambda name: (name.count("."), name))
+        if outermost and outermost[0].count(".") <= input_name.count("."):
+            return outermost[0]
+    return None
+
+
+def _says_tied(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint without a head is a language model whose head is the embedding."""
+    is_language_model = any(kind in str(config.get("architectures")) for kind in ("LMHead", "CausalLM"))
+    return is_language_model and bool(config.get("tie_word_embeddings", True))
+
+
+@contextmanager
+def _mapped(file: Path, name: str) -> Iterator[torch.Tensor]:
+    """One matrix of a file, paged in as it is read."""
+    with _opened(file) as handle:
+        if name not in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+            raise FolderError(f"{file} has no tensor {name!r}, although the index says so")
+        matrix = handle.get_tensor(name)
+        if matrix.dim() != 2 or not matrix.is_floating_point() or not matrix.numel():
+            kind = str(matrix.dtype).removeprefix("torch.")
+            raise FolderError(f"{name} is no embedding: {kind} {list(matrix.shape)}")
+        yield matrix
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        handle = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise FolderError(f"{file} cannot be read as safetensors: {error}") from error
+    with handle as opened:
+        yield opened
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise FolderError(f"{file} is not a JSON object")
+    return content
+
+
+def _some(names: list[str], count: int = 8) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
