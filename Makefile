@@ -44,13 +44,15 @@ quickstart:
 	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
 	run=runs/quickstart
 	for ((n = 2; ; n++)); do test -e $$run || break; run=runs/quickstart-$$n; done
-	$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
+	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
 	    data.path=data/python-docs parallel.tensor=$(PROCESSES)
 	echo
-	echo "installation $$installed s, data and training $$((SECONDS - installed)) s"
-	echo "next:  source $(BIN)/activate"
-	echo "       less $$run/metrics.jsonl        # the record of this run: loss, gradient norm, TEV"
-	echo "       python -m mlra_scale.train --preset gpt2-mlra-72l --dry-run data.path=data/python-docs parallel.world_size=32"
+	echo "quickstart: installation $$installed s, data and training $$((SECONDS - installed)) s. Next:"
+	echo "  source $(BIN)/activate"
+	echo "  less $$run/metrics.jsonl                 # the record: loss, gradient norm, TEV; one JSON object per line"
+	echo "  python tools/prepare_data.py --help      # your own text"
+	echo "  python -m mlra_scale.train --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.pipeline=4 \\"
+	echo "      parallel.world_size=32               # what a deep model would take on 32 devices"
 
 test:
 	@$(INSTALL) --extra dev

@@ -1,0 +1,61 @@
+"""The README's commands run as they stand, at a tiny size, one after another as a reader would."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.training_runs import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_MODEL = ["model.num_layers=2", "model.hidden_size=32", "train.sequence_length=32", "evaluation.batches=1"]
+TINY_BATCH = ["train.global_batch_size=4", "train.micro_batch_size=1", "checkpoint.every=1"]
+
+
+def readme_commands() -> list[str]:
+    """The lines of all bash blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def tiny(command: str) -> list[str]:
+    """The command's arguments, with more of them that only make it smaller."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = ["python", "-m", "torch.distributed.run"]
+    assert words[0] == "python", f"a command that this test cannot run: {command}"
+    words[0] = sys.executable
+    if "tools/prepare_data.py" in words:
+        return [*words, "--max-bytes", "300e3", "--workers", "1", "--quiet"]
+    if "--dry-run" in words:
+        return words
+    steps = 4 if "--resume" in words else 2
+    return [*words, *TINY_MODEL, *TINY_BATCH, f"train.steps={steps}"]
+
+
+def test_the_readme_commands_run(tmp_path: Path) -> None:
+    for folder in ("tools", "ds_configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for command in commands:
+        result = subprocess.run(
+            tiny(command), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        if "--dry-run" in command:
+            assert "Memory per rank" in result.stdout
+        elif "--resume" in command:
+            assert "step 3/4" in result.stdout or "step 4/4" in result.stdout, result.stdout
+            assert "step 1/4" not in result.stdout, result.stdout
+
+
+def test_the_readme_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.isascii()
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"make ([a-z]+)", text):
+        assert target in targets, target
