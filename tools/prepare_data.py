@@ -84,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workers = options.workers or len(os.sched_getaffinity(0))
     # Training a BPE uses threads: as many as there are workers later.
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: clean up, then stop
     from mlra_scale.data.errors import DataError
     from mlra_scale.data.prepare import PrepareOptions, prepare, summary
 
@@ -126,4 +125,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: clean up, then stop
     sys.exit(main())

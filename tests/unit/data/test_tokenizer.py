@@ -18,7 +18,7 @@ from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_toke
 TEXTS = [
     "Hello world",
     " leading\r\n\ttabs  and   spaces \n\n",
-    "naïve 日本語 🙂 \x00\x7f \u2028",
+    "na\u00efve \u65e5\u672c\u8a9e \U0001f642 \x00\x7f \u2028",
     "x = {'a': [1, 2]}  # note",
 ]
 
