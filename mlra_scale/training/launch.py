@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def check_device(config: Config) -> list[Problem]:
 
 
 def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint: Path | None) -> ExitCode:
-    """Starts the process groups, trains, and ends them.
+    """Starts the process groups, trains, and ends them; a default group that is running already is used and left.
 
     Args:
         config: A validated configuration.
@@ -58,6 +59,7 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
     from mlra_scale.training.finite import TrainingStopped
     from mlra_scale.training.trainer import fit
 
+    is_ours = not dist.is_initialized()
     minutes = config.parallel.timeout_minutes
     place = initialize_distributed(device, minutes)
     topology = build_topology(plan, config.parallel.pipeline, place, minutes)
@@ -67,10 +69,13 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
     except TrainingStopped:
         # Told by rank 0's report.
         code = ExitCode.NON_FINITE
-    # A launcher ends all ranks when one ends: none may go before rank 0 has written everything.
+    # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on each
+    # ends by itself, with the code that says why, rather than by the launcher's signal.
     dist.barrier()
-    destroy_topology()
-    dist.destroy_process_group()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if is_ours:
+        destroy_topology()
+        dist.destroy_process_group()
     return code
 
 

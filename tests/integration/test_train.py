@@ -1,4 +1,4 @@
-"""Training through the real command line, in processes of its own: what a run leaves behind, and how it can end."""
+"""Training through the real command line and the real engines: what a run leaves behind, and how it can end."""
 
 import json
 import math
@@ -15,30 +15,41 @@ import pytest
 
 from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
-from tests.support.training_runs import ROOT, Finished, curve, environment, events, metrics, train
+from tests.support.pool import WorkerPool
+from tests.support.training_runs import ROOT, Finished, curve, environment, events, main_on_rank, metrics, train
 from tests.unit.training.wandb_reader import history
 
 Start = Callable[..., Finished]
 
 
 @pytest.fixture
-def start(tmp_path: Path, training_data: Path) -> Start:
-    """start(name, *arguments, num_processes=1): trains the debug preset into tmp_path/name; must end well."""
+def start(tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool]) -> Start:
+    """start(name, *arguments, num_processes=1, code=0): trains the debug preset into tmp_path/name, on a pool."""
 
     def run(name: str, *arguments: str, num_processes: int = 1, code: int = 0) -> Finished:
-        data = [] if any(part.startswith("data.") for part in arguments) else [f"data.path={training_data}"]
-        base = ["--preset", "debug", "--run-dir", str(tmp_path / name), *data, "train.log_every=1"]
-        result = train(*base, *arguments, num_processes=num_processes)
-        assert result.code == code, result.stderr[-4000:]
-        return result
+        command = base_command(tmp_path / name, training_data, *arguments)
+        finished = worker_pool(num_processes).run(main_on_rank, tuple(command))
+        for rank, result in enumerate(finished):
+            assert result.code == code, (rank, result.stderr[-4000:])
+            assert rank == 0 or result.stdout == "", "one rank prints"
+        first: Finished = finished[0]
+        return first
 
     return run
 
 
-def test_what_a_run_leaves_behind(start: Start, tmp_path: Path) -> None:
-    arguments = ["train.steps=12", "train.log_every=4", "tev.every=3", "evaluation.every=6", "checkpoint.every=4"]
-    result = start("run", *arguments, "wandb.mode=offline", "profile.start=5", "profile.stop=7")
+def base_command(run: Path, data: Path, *arguments: str) -> list[str]:
+    """The command line for a short run of the debug preset that logs every step."""
+    source = [] if any(part.startswith("data.") for part in arguments) else [f"data.path={data}"]
+    return ["--preset", "debug", "--run-dir", str(run), *source, "train.log_every=1", *arguments]
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path, training_data: Path) -> None:
     run = tmp_path / "run"
+    arguments = ["train.steps=12", "train.log_every=4", "tev.every=3", "evaluation.every=6", "checkpoint.every=4"]
+    arguments += ["wandb.mode=offline", "profile.start=5", "profile.stop=7"]
+    result = train(*base_command(run, training_data, *arguments))
+    assert result.code == ExitCode.DONE, result.stderr
     # The profiler's tracing library announces itself and cannot be told not to.
     noise = [line for line in result.stderr.splitlines() if not line.startswith("USDT:")]
     assert noise == [], "no banners, no warnings"
@@ -74,18 +85,28 @@ def test_what_a_run_leaves_behind(start: Start, tmp_path: Path) -> None:
     assert "metrics.jsonl" in summary and "--resume auto" in summary
 
 
-@pytest.mark.parametrize(
-    "layout", [["parallel.tensor=2"], ["parallel.pipeline=2"], []], ids=["tensor", "pipeline", "data"]
-)
-def test_two_processes_train_like_one(start: Start, tmp_path: Path, layout: list[str]) -> None:
-    arguments = ["train.steps=4", "evaluation.every=4", "checkpoint.every=0"]
+def test_a_launched_run_of_two_processes_equals_one_process(start: Start, tmp_path: Path, training_data: Path) -> None:
+    arguments = ["train.steps=4", "evaluation.every=4"]
     start("one", *arguments)
-    result = start("two", *arguments, *layout, num_processes=2)
-    for name, tolerance in (("loss", 1e-6), ("gradient_norm", 1e-5), ("validation_loss", 1e-6), ("tev_mean", 1e-6)):
-        one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
-        assert two == pytest.approx(one, rel=tolerance), name
+    command = base_command(tmp_path / "two", training_data, *arguments, "parallel.tensor=2")
+    result = train(*command, num_processes=2)
+    assert result.code == 0, result.stderr[-4000:]
     assert result.stdout.count("step 3/4 |") == 1, "one rank prints"
     assert "Warning" not in result.stderr
+    assert_same_curves(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("layout", ["parallel.pipeline=2", 'deepspeed.zero_optimization={"stage": 2}'])
+def test_two_ranks_train_like_one(start: Start, tmp_path: Path, layout: str) -> None:
+    arguments = ["train.steps=4", "evaluation.every=4"]
+    start("one", *arguments)
+    start("two", *arguments, layout, num_processes=2)
+    assert_same_curves(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_curves(one: Path, two: Path) -> None:
+    for name, tolerance in (("loss", 1e-6), ("gradient_norm", 1e-5), ("validation_loss", 1e-6), ("tev_mean", 1e-6)):
+        assert curve(two, name) == pytest.approx(curve(one, name), rel=tolerance), name
 
 
 @pytest.mark.parametrize(
@@ -165,33 +186,39 @@ def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_pa
     assert curve(tmp_path / "parts", "loss") == curve(tmp_path / "whole", "loss")
 
 
+# Decoupled weight decay multiplies the weights by 1 - lr * decay = -98 every step: fp32 overflows soon.
+WILD = ["optim.lr=10", "optim.weight_decay=9.9", "optim.warmup_steps=0", "optim.schedule=constant", "train.steps=40"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(start: Start, tmp_path: Path, num_processes: int) -> None:
-    # Decoupled weight decay multiplies the weights by 1 - lr * decay = -98 every step: fp32 overflows soon.
-    wild = ["optim.lr=10", "optim.weight_decay=9.9", "optim.warmup_steps=0", "optim.schedule=constant"]
-    code = ExitCode.NON_FINITE if num_processes == 1 else 1
-    result = start("run", *wild, "train.steps=40", num_processes=num_processes, code=code)
-    stopped = events(tmp_path / "run")[-1]
+def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(
+    start: Start, tmp_path: Path, num_processes: int, precision: str
+) -> None:
+    run = tmp_path / "run"
+    result = start("run", *WILD, f"train.precision={precision}", num_processes=num_processes, code=ExitCode.NON_FINITE)
+    stopped = events(run)[-1]
     assert stopped["event"] == "stopped" and stopped["exit_code"] == ExitCode.NON_FINITE
     step = stopped["step"]
-    assert list(curve(tmp_path / "run", "loss")) == list(range(1, step)), "flushed up to the step before"
+    assert list(curve(run, "loss")) == list(range(1, step)), "flushed up to the step before"
     assert stopped["consumed_samples"] == 8 * (step - 1)
     assert result.stderr.count("is not finite") == 1
     for part in (f"step {step}", "loss", "gradient norm", "optim.lr", "--resume auto"):
         assert part in result.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    if num_processes == 2:
-        codes = [line.split(":")[1].split()[0] for line in result.stderr.splitlines() if "exitcode  :" in line]
-        assert codes == ["3", "3"], result.stderr
-    else:
-        assert "Traceback" not in result.stderr
+    assert not (run / "checkpoints").exists()
+
+
+def test_under_a_launcher_each_rank_ends_with_the_code_that_says_why(tmp_path: Path, training_data: Path) -> None:
+    result = train(*base_command(tmp_path / "run", training_data, *WILD), num_processes=2)
+    assert result.stderr.count("is not finite") == 1
+    codes = [line.split(":")[1].split()[0] for line in result.stderr.splitlines() if "exitcode  :" in line]
+    assert codes == ["3", "3"], result.stderr
 
 
 def test_ctrl_c_ends_cleanly(tmp_path: Path, training_data: Path) -> None:
     run = tmp_path / "run"
-    arguments = ["--preset", "debug", "--run-dir", str(run), f"data.path={training_data}", "train.steps=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlra_scale.train", *arguments, "train.log_every=1"],
+        [sys.executable, "-m", "mlra_scale.train", *base_command(run, training_data, "train.steps=100000")],
         env=environment(),
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -1,5 +1,7 @@
-"""Runs the training command line in processes of its own, on a tiny data set."""
+"""Runs the training command line on a tiny data set: in a pool's workers, or in processes of its own."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -37,6 +39,15 @@ class Finished:
     code: int
     stdout: str
     stderr: str
+
+
+def main_on_rank(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:
+    """Runs the command line on one rank of a worker pool: the real thing, without the seconds that starting takes."""
+    from mlra_scale.train import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    return Finished(code, out.getvalue(), err.getvalue())
 
 
 def environment(**extra: str) -> dict[str, str]:
