@@ -169,7 +169,8 @@ class EngineBase:
         self.num_skipped = 0
         self.settings = deepspeed_config(config, plan)
         if zero_stage(config) == 0:
-            self.settings["gradient_clipping"] = 0.0  # ReplicatedView.clip does it behind the gate
+            # Left to DeepSpeed, stage 0 clips before the gate, and each pipeline stage by a norm of its own.
+            self.settings["gradient_clipping"] = 0.0
         self.deepspeed_engine: Any = None
         self.view: MasterView
         self._before_update: BeforeUpdate | None = None
@@ -188,6 +189,8 @@ class EngineBase:
         self.deepspeed_engine = deepspeed_engine
         self.module = deepspeed_engine.module
         self.view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank)
+        if not isinstance(self.view, ReplicatedView):  # which clips by itself
+            deepspeed_engine.optimizer.clip_grad = self.config.optim.grad_clip
         self._tied_copies = tied_copies
         self._update = deepspeed_engine.optimizer.step
         deepspeed_engine.optimizer.step = self._gated_update

@@ -99,6 +99,7 @@ def build_topology(plan: BatchPlan, pipeline: int, device: torch.device, timeout
         tensor_model_parallel_size=plan.tensor,
         pipeline_model_parallel_size=pipeline,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,  # the second set of groups that Megatron keeps for CPU tensors
     )
     topology = Topology(
         world_size=dist.get_world_size(),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mlra_scale.config import Config
+from mlra_scale.stability.tev import TevHook, TevStatistics
 from tests.support.layouts import Piece, micro_batches, pieces, start
 
 
@@ -18,7 +19,7 @@ class Record:
     validation: list[float] = field(default_factory=list)
     gradients: list[Piece] = field(default_factory=list)
     weights: list[Piece] = field(default_factory=list)
-    deepspeed_norms: list[float] = field(default_factory=list)
+    tev: TevStatistics | None = None
 
 
 def train(
@@ -41,4 +42,6 @@ def train(
         record.gradient_norms.append(result.gradient_norm)
     record.validation.append(engine.eval_batch(micro_batches(config, plan, engine.topology.data_rank, steps)))
     record.weights = pieces(engine, engine.owned_fragments())
+    hook = TevHook(engine.table, engine.topology, config.tev, config.model.vocab_size)
+    record.tev = hook.measure(engine.owned_fragments())
     return record

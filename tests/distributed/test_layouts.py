@@ -47,9 +47,9 @@ def identify(layout: Layout) -> str:
 
 
 @cache
-def oracle(attention: str) -> tuple[dict[str, torch.Tensor], ReferenceRun]:
+def oracle(attention: str, seed: int = 3) -> tuple[dict[str, torch.Tensor], ReferenceRun]:
     config = layout_config(Layout(), model__attention=attention, **COMMON)
-    weights = canonical_weights(config.model)
+    weights = canonical_weights(config.model, seed)
     return weights, reference_run(config, weights, STEPS)
 
 
@@ -60,6 +60,25 @@ def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor], st
 
 def in_layout(layout: Layout, **overrides: Any) -> Config:
     return layout_config(layout, parallel__world_size=layout.world_size, **{**COMMON, **overrides})
+
+
+def assert_tev_is_numpys(records: list[Record], config: Config, embedding: np.ndarray) -> None:
+    """Every rank measured TEV of the gathered fp32 master, in fp64 and without its padded rows."""
+    rows = embedding[: config.model.vocab_size].astype(np.float64)
+    tev = rows.std(axis=1)
+    expected = {
+        "mean": tev.mean(),
+        "std": tev.std(),
+        "mean_row_rms": np.sqrt(np.square(rows).mean(axis=1)).mean(),
+        "mean_embedding_norm": np.linalg.norm(rows.mean(axis=0)),
+    }
+    tolerance = {"rtol": 1e-12, "atol": 1e-12 * np.abs(rows).max()}
+    for record in records:
+        assert record.tev is not None and record.tev == records[0].tev
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(record.tev, name), value, err_msg=name, **tolerance)
+        found = [record.tev.quantiles[q] for q in config.tev.quantiles]
+        np.testing.assert_allclose(found, np.quantile(tev, config.tev.quantiles), **tolerance)
 
 
 def show(layout: Layout, what: str, losses: list[float], norms: list[float], note: str = "") -> None:
@@ -82,6 +101,7 @@ def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, attention: s
     final = assemble(table, layout.tensor, [record.weights for record in records])
     for name, value in expected.weights.items():
         np.testing.assert_allclose(final[name][: len(value)], value, rtol=1e-4, atol=2e-6, err_msg=name)
+    assert_tev_is_numpys(records, in_layout(layout), final["embedding.weight"])
     show(layout, attention, first.losses, first.gradient_norms, f"   worst gradient {worst:.2f} of what is allowed")
 
 
@@ -90,19 +110,25 @@ BF16_LAYOUTS = [layout for layout in LAYOUTS if layout.world_size > 1]
 
 @cache
 def bf16_error(worker_pool: Pools, attention: str, stage: int, engine: str) -> tuple[float, float]:
-    """Error of one bf16 process against fp32: root mean square over the steps of loss and relative gradient norm.
+    """Largest error that one bf16 process shows against fp32 in loss and gradient norm, over the steps of four models.
 
-    One process of the same engine and stage: at stage 0 DeepSpeed adds micro-batches up in bf16, above in fp32.
+    One process of the same engine and stage: at stage 0 DeepSpeed adds micro-batches up in bf16, above in fp32. Four
+    models, because in one of them the rounding errors may cancel by luck.
     """
-    weights, expected = oracle(attention)
-    layout = Layout(stage=stage, engine=engine)
-    (record,) = run(worker_pool, in_layout(layout, model__attention=attention, train__precision="bf16"), weights)
-    return errors(record, expected)
+    found = []
+    for seed in range(3, 7):
+        weights, expected = oracle(attention, seed)
+        config = in_layout(Layout(stage=stage, engine=engine), model__attention=attention, train__precision="bf16")
+        (record,) = run(worker_pool, config, weights)
+        found.append(errors(record, expected))
+    losses, norms = zip(*found, strict=True)
+    return max(losses), max(norms)
 
 
 def errors(record: Record, expected: ReferenceRun) -> tuple[float, float]:
-    loss = np.sqrt(np.mean(np.square(np.array(record.losses) / expected.losses - 1)))
-    norm = np.sqrt(np.mean(np.square(np.array(record.gradient_norms) / expected.gradient_norms - 1)))
+    """Largest relative error over the steps, of loss and of gradient norm."""
+    loss = np.abs(np.array(record.losses) / expected.losses - 1).max()
+    norm = np.abs(np.array(record.gradient_norms) / expected.gradient_norms - 1).max()
     return float(loss), float(norm)
 
 
@@ -113,12 +139,17 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layo
     allowed_loss, allowed_norm = bf16_error(
         worker_pool, attention, min(layout.stage, 1), "pipeline" if layout.pipeline > 1 else "zero"
     )
-    records = run(worker_pool, in_layout(layout, model__attention=attention, train__precision="bf16"), weights)
+    config = in_layout(layout, model__attention=attention, train__precision="bf16")
+    records = run(worker_pool, config, weights)
+    final = assemble(ParameterTable(config.model), layout.tensor, [record.weights for record in records])
+    assert_tev_is_numpys(records, config, final["embedding.weight"])
     loss, norm = errors(records[0], expected)
     note = f"   error / one process: loss {loss / allowed_loss:.2f}, norm {norm / allowed_norm:.2f}"
     show(layout, f"{attention} bf16", records[0].losses, records[0].gradient_norms, note)
     assert loss <= 2 * allowed_loss
     assert norm <= 2 * allowed_norm
+    # And one process itself errs by rounding only: bf16 has a relative precision of 2**-8.
+    assert allowed_loss < 2**-11 and allowed_norm < 2**-8
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -202,3 +233,20 @@ def test_a_missing_reduction_of_the_replicated_factor_is_caught(worker_pool: Poo
     gradients = assemble(ParameterTable(config.model), 2, [record.gradients for record in records])
     with pytest.raises(AssertionError, match=r"attention\.q\.down\.weight"):
         assert_gradients_close(gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, stage=3), Layout(data=2, stage=1)], ids=identify)
+def test_tev_of_gpt2s_vocabulary(worker_pool: Pools, layout: Layout) -> None:
+    shape = {
+        "model__vocab_size": 50257,
+        "model__vocab_padding_multiple": 128,
+        "model__hidden_size": 24,
+        "model__num_layers": 1,
+        "train__sequence_length": 8,
+        "train__global_batch_size": 2 * layout.data,
+    }
+    config = in_layout(layout, **shape)
+    records = worker_pool(layout.world_size).run(train, config, 1)
+    final = assemble(ParameterTable(config.model), layout.tensor, [record.weights for record in records])
+    assert final["embedding.weight"].shape == (50304, 24)
+    assert_tev_is_numpys(records, config, final["embedding.weight"])

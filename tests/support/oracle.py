@@ -68,7 +68,9 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
         loss = reference_loss(config, reference, step)
         loss.backward()
         if step == 0:
-            run.gradients = {name: np.array(p.grad) for name, p in reference.named_parameters()}
+            run.gradients = {
+                name: np.array(p.grad.numpy()) for name, p in reference.named_parameters() if p.grad is not None
+            }
         run.losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.grad_clip)
         run.gradient_norms.append(norm.item())
