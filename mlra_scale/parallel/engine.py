@@ -23,11 +23,16 @@ from mlra_scale.parallel.topology import Topology
 class MicroBatch(Protocol):
     """The tensors of one micro-batch (int64; B samples of S tokens), as data.Batch has them."""
 
-    tokens_BS: torch.Tensor
-    targets_BS: torch.Tensor
-    positions_BS: torch.Tensor
-    documents_BS: torch.Tensor
-    sample_ids_B: torch.Tensor
+    @property
+    def tokens_BS(self) -> torch.Tensor: ...
+    @property
+    def targets_BS(self) -> torch.Tensor: ...
+    @property
+    def positions_BS(self) -> torch.Tensor: ...
+    @property
+    def documents_BS(self) -> torch.Tensor: ...
+    @property
+    def sample_ids_B(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,10 @@ class EngineBase:
         self.view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank)
         if not isinstance(self.view, ReplicatedView):  # which clips by itself
             deepspeed_engine.optimizer.clip_grad = self.config.optim.grad_clip
+        if zero_stage(self.config) == 0 and self.topology.data == 1:
+            # DeepSpeed would copy all gradients into one buffer, to reduce them over a single rank.
+            deepspeed_engine.enable_backward_allreduce = False
+            deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
         self._update = deepspeed_engine.optimizer.step
         deepspeed_engine.optimizer.step = self._gated_update

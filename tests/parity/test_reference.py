@@ -1,6 +1,7 @@
 """The oracle against an implementation that is not ours: transformers' GPT-2, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -158,12 +159,11 @@ def test_documents_with_reset_positions_equal_separate_sequences(tokens: torch.T
 
 def test_attention_logits_are_masked_and_scaled(tokens: torch.Tensor) -> None:
     reference = make_reference(("q", "k", "v"))
+    block: Any = reference.blocks[0]
     with torch.no_grad():
         logits = reference.attention_logits(tokens)
-        normed = reference.blocks[0].attention_norm(
-            reference.embedding(tokens) + reference.positions(torch.arange(tokens.shape[1]))
-        )
-        q, k = reference.blocks[0].attention.q(normed), reference.blocks[0].attention.k(normed)
+        normed = block.attention_norm(reference.embedding(tokens) + reference.positions(torch.arange(tokens.shape[1])))
+        q, k = block.attention.q(normed), block.attention.k(normed)
     assert len(logits) == LAYERS and logits[0].shape == (3, HEADS, 17, 17)
     size = HIDDEN // HEADS
     expected = (q[1, 9, size : 2 * size] * k[1, 4, size : 2 * size]).sum() / math.sqrt(size)
