@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.parallel.engine import Engine
 from mlra_scale.training.progress import Progress
+from mlra_scale.training.quiet import muted
 from mlra_scale.training.record import write_atomically
 from mlra_scale.training.run_directory import RunDirectory, checkpoint_name
 
@@ -48,7 +49,8 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             unfinished.mkdir(parents=True)
         dist.barrier()
-        engine.save(unfinished, {**asdict(progress), "data_fingerprint": self._data_fingerprint})
+        with muted():
+            engine.save(unfinished, {**asdict(progress), "data_fingerprint": self._data_fingerprint})
         dist.barrier()
         if is_main:
             write_atomically(unfinished / "config.yaml", self._config.to_yaml())
@@ -74,7 +76,8 @@ class Checkpoints:
         Raises:
             ConfigError: The checkpoint was made on other data.
         """
-        state = engine.load(checkpoint)
+        with muted():
+            state = engine.load(checkpoint)
         fingerprint = state.pop("data_fingerprint")
         if fingerprint != self._data_fingerprint:
             remedy = f"the run to be resumed was trained on data of fingerprint {fingerprint}; give it the same data"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan, Config, Problem
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.quiet import quiet_libraries
 from mlra_scale.training.run_directory import RunDirectory
 
 
@@ -53,7 +52,7 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
         How the run ended; the same on every rank.
     """
     device = resolve_device(config)
-    _quiet_libraries(device)
+    quiet_libraries(device)
     # DeepSpeed chooses its accelerator when it is imported, hence not at the top of this file.
     from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
     from mlra_scale.training.finite import TrainingStopped
@@ -77,13 +76,3 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
         destroy_topology()
         dist.destroy_process_group()
     return code
-
-
-def _quiet_libraries(device: str) -> None:
-    """Keeps banners and warnings that a user of ours can do nothing about off the console."""
-    os.environ["DS_ACCELERATOR"] = device
-    warnings.filterwarnings("ignore", module=r"(deepspeed|megatron|torch)\b")
-    import deepspeed  # noqa: F401  (creates the logger that is quietened here)
-
-    for name in ("DeepSpeed", "megatron", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -20,6 +20,7 @@ from mlra_scale.training.finite import FiniteCheck
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
 from mlra_scale.training.profiling import StepProfiler
 from mlra_scale.training.progress import Progress
+from mlra_scale.training.quiet import muted
 from mlra_scale.training.report import Report
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import learning_rate
@@ -45,7 +46,8 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
         ConfigError: The checkpoint belongs to other data.
     """
     datasets = open_datasets(config)
-    engine = build_engine(config, plan, topology)
+    with muted():
+        engine = build_engine(config, plan, topology)
     checkpoints = Checkpoints(run, config, datasets.fingerprint)
     progress = checkpoints.load(engine, checkpoint) if checkpoint is not None else Progress()
     tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)

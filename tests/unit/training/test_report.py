@@ -1,0 +1,94 @@
+import io
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.config import batch_plan, load_config
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.progress import Progress
+from mlra_scale.training.quiet import muted
+from mlra_scale.training.record import read_record
+from mlra_scale.training.report import Report
+from mlra_scale.training.run_directory import RunDirectory
+
+VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def report_of(folder: Path, is_main: bool = True) -> Report:
+    config = load_config("debug", overrides=["train.steps=4"])
+    return Report(config, batch_plan(config, 1), RunDirectory(folder / "run"), is_main)
+
+
+def test_ranks_other_than_the_first_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with report_of(tmp_path, is_main=False) as report:
+        report.start(Progress(), None)
+        report.measured(Progress(1, 8, 512), VALUES)
+        report.event("checkpoint")
+        report.finished(Progress(4, 32, 2048), 10.0, 0.5)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stream in (("file", io.StringIO()), ("terminal", Terminal())):
+        monkeypatch.setattr("sys.stderr", stream)
+        with report_of(tmp_path / name) as report:
+            report.start(Progress(), None)
+            report.step_done()
+        assert ("| 1/4 [" in stream.getvalue() or "| 0/4 [" in stream.getvalue()) is (name == "terminal")
+
+
+def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with report_of(tmp_path) as report:
+        report.start(Progress(), None)
+        report.measured(Progress(1, 8, 512), {"tev_mean": 0.02, "tev_std": 0.001})
+        report.measured(Progress(2, 16, 1024), VALUES)
+    assert "step 2/4 | loss 2.0000" in (out := capsys.readouterr().out) and "TEV 0.02000 +- 0.00100" in out
+    assert ["loss" in record for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "event", "code"),
+    [
+        (TrainingStopped("step 3: no number", {"step": 3, "loss": float("nan")}), "stopped", ExitCode.NON_FINITE),
+        (KeyboardInterrupt(), "interrupted", ExitCode.INTERRUPTED),
+        (OSError("disk full"), "failed", ExitCode.FAILED),
+    ],
+)
+def test_how_a_run_ended_is_an_event(tmp_path: Path, error: BaseException, event: str, code: ExitCode) -> None:
+    with pytest.raises(type(error)), report_of(tmp_path) as report:
+        report.start(Progress(), None)
+        raise error
+    last = read_record(tmp_path / "run" / "events.jsonl")[-1]
+    assert (last["event"], last["exit_code"]) == (event, code)
+    if event == "stopped":
+        assert (last["step"], last["loss"]) == (3, "nan")
+
+
+def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with report_of(tmp_path) as report:
+        report.start(Progress(), None)
+        report.measured(Progress(2, 16, 1024), {**VALUES, "loss": 6.0})
+        report.measured(Progress(3, 24, 1536), {**VALUES, "loss": 5.5})
+    with report_of(tmp_path) as report:
+        report.start(Progress(2, 16, 1024), Path("checkpoint"))
+        report.measured(Progress(4, 32, 2048), {**VALUES, "loss": 5.0})
+        report.finished(Progress(4, 32, 2048), 10.0, 0.5)
+    assert "6.0000 -> 5.0000 (perplexity 148.4)" in capsys.readouterr().out
+    assert [record["step"] for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
+
+
+def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with muted():
+        print("chatter")
+    with pytest.raises(ValueError, match="broken"), muted():
+        print("the last words")
+        raise ValueError("broken")
+    assert capsys.readouterr() == ("", "the last words\n")
