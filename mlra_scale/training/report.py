@@ -37,6 +37,7 @@ class Report:
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
         self._started = time.perf_counter()
+        self._step = 0
 
     def start(self, progress: Progress, checkpoint: Path | None) -> None:
         """Makes the run directory, cuts the record back to the resumed step and opens everything.
@@ -45,6 +46,7 @@ class Report:
             progress: Where the run starts.
             checkpoint: What it was resumed from, if it was.
         """
+        self._step = progress.step
         if not self._is_main:
             return
         self._run.create(self._config)
@@ -71,8 +73,9 @@ class Report:
         """Appends to events.jsonl."""
         self._events.write(event, **values)
 
-    def step_done(self) -> None:
-        """Moves the progress bar."""
+    def step_done(self, progress: Progress) -> None:
+        """Notes how far the run has come, and moves the progress bar."""
+        self._step = progress.step
         if self._bar is not None:
             self._bar.update()
 
@@ -174,10 +177,11 @@ class Report:
                 print(f"stopped: {error}", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
             code = ExitCode.INTERRUPTED
-            self._events.write("interrupted", exit_code=int(code))
+            self._events.write("interrupted", step=self._step, exit_code=int(code))
         elif error is not None:
             code = ExitCode.FAILED
-            self._events.write("failed", exit_code=int(code), reason=f"{type(error).__name__}: {error}"[:2000])
+            reason = f"{type(error).__name__}: {error}"[:2000]
+            self._events.write("failed", step=self._step, exit_code=int(code), reason=reason)
         self._wandb.finish(code)
         self._metrics.close()
         self._events.close()

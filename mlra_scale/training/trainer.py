@@ -89,7 +89,7 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
             if is_due(step, config.evaluation.every, last):
                 values |= evaluate(engine, datasets.validation, config, plan)
             report.measured(progress, values)
-            report.step_done()
+            report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             if is_due(step, config.checkpoint.every, last):

@@ -35,7 +35,11 @@ class WandbLog:
         """Sends the values of one step."""
         if self._run is not None:
             numbers = {key: value for key, value in values.items() if value is not None and key != "step"}
-            self._run.log(finite_or_none(numbers), step=step)
+            try:
+                self._run.log(finite_or_none(numbers), step=step)
+            except Exception as error:  # whatever happens to wandb, a training run must not end for it
+                print(f"wandb: stopped logging ({_first_line(error)})", flush=True)
+                self._run = None
 
     def finish(self, exit_code: int, summary: Mapping[str, Any] | None = None) -> None:
         """Closes the run.
@@ -55,7 +59,8 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
     """Starts, or continues, the wandb run of a run directory.
 
     Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
-    not answer within 15 s turns the run into an offline one: `wandb sync` sends it later.
+    not answer within 15 s turns the run into an offline one: `wandb sync` sends it later. Where not even that starts,
+    the run goes on without wandb: metrics.jsonl is the record.
 
     Args:
         config: The run's configuration; it becomes wandb's config.
@@ -70,16 +75,18 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
     import wandb
 
     run_id = _stable_run_id(run_directory)
-    try:
-        return WandbLog(_start(wandb, config, run_directory, run_id, mode))
-    except (wandb.errors.Error, OSError) as error:
-        if mode == "offline":
-            raise
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Its service process would hold on to the id of the run that failed to start.
-        wandb.teardown()
-        print(f"wandb: cannot reach the server ({first_line}); logging offline", flush=True)
-        return WandbLog(_start(wandb, config, run_directory, run_id, "offline"))
+    for attempt in (mode, "offline") if mode == "online" else (mode,):
+        try:
+            return WandbLog(_start(wandb, config, run_directory, run_id, attempt))
+        except (wandb.errors.Error, OSError) as error:
+            # Its service process would hold on to the id of the run that failed to start.
+            wandb.teardown()
+            print(f"wandb: cannot start {attempt} ({_first_line(error)})", flush=True)
+    return WandbLog()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _start(wandb: Any, config: Config, run_directory: RunDirectory, run_id: str, mode: str) -> Any:

@@ -17,7 +17,7 @@ from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import ROOT, Finished, curve, environment, events, main_on_rank, metrics, train
-from tests.unit.training.wandb_reader import history
+from tests.support.wandb_reader import history
 
 Start = Callable[..., Finished]
 

@@ -39,7 +39,7 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("sys.stderr", stream)
         with report_of(tmp_path / name) as report:
             report.start(Progress(), None)
-            report.step_done()
+            report.step_done(Progress(1, 8, 512))
         assert ("| 1/4 [" in stream.getvalue() or "| 0/4 [" in stream.getvalue()) is (name == "terminal")
 
 

@@ -11,7 +11,7 @@ from mlra_scale.config import load_config
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.wandb_log import WandbLog, open_wandb, wandb_mode
-from tests.unit.training.wandb_reader import history, run_ids
+from tests.support.wandb_reader import history, run_ids
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
@@ -67,7 +67,7 @@ def test_with_a_key_and_no_server_it_falls_back_to_offline(tmp_path: Path) -> No
     # Port 9 of this machine refuses; a network that swallows packets ends at the same timeout.
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
     result = run_script("auto", tmp_path / "run", environment)
-    assert "cannot reach the server" in result.stdout and result.stdout.endswith("mode offline\n")
+    assert result.stdout.startswith("wandb: cannot start online (") and result.stdout.endswith("mode offline\n")
     assert [row["_step"] for row in history(tmp_path / "run")] == [0, 1, 2]
 
 
@@ -112,3 +112,15 @@ def test_other_ranks_have_a_log_that_forgets() -> None:
     log.log(1, {"loss": 1.0})
     log.finish(ExitCode.NON_FINITE)
     assert log.mode == "disabled"
+
+
+def test_a_log_that_breaks_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def log(self, values: object, step: int) -> None:
+            raise BrokenPipeError("the service is gone")
+
+    log = WandbLog(Broken())
+    log.log(1, {"loss": 1.0})
+    log.log(2, {"loss": 1.0})
+    assert log.mode == "disabled"
+    assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\n"
