@@ -1,5 +1,6 @@
 """Configuration: schema, presets, loading, validation and the DeepSpeed merge. Imports neither torch nor deepspeed."""
 
+from mlra_scale.config.batch import BatchPlan, batch_plan
 from mlra_scale.config.deepspeed_json import deepspeed_config, offload_optimizer, offload_param, zero_stage
 from mlra_scale.config.loading import load_config
 from mlra_scale.config.presets import preset, preset_names
@@ -17,7 +18,7 @@ from mlra_scale.config.schema import (
     TrainConfig,
     WandbConfig,
 )
-from mlra_scale.config.validation import BatchPlan, batch_plan, engine_kind, validate
+from mlra_scale.config.validation import engine_kind, validate
 
 __all__ = [
     "BatchPlan",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
 
 if TYPE_CHECKING:
+    from mlra_scale.config.batch import BatchPlan
     from mlra_scale.config.schema import Config
-    from mlra_scale.config.validation import BatchPlan
 
 
 def zero_stage(config: Config) -> int:

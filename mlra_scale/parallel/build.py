@@ -1,6 +1,6 @@
 """Chooses and builds the engine that a configuration asks for."""
 
-from mlra_scale.config import BatchPlan, Config
+from mlra_scale.config import BatchPlan, Config, engine_kind
 from mlra_scale.model.context import ModelContext
 from mlra_scale.parallel.engine import Engine
 from mlra_scale.parallel.pipeline_engine import PipelineEngine
@@ -28,6 +28,5 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         has_document_mask=config.data.document_attention == "masked",
         has_activation_checkpointing=config.parallel.activation_checkpointing == "block",
     )
-    is_pipeline = config.parallel.engine == "pipeline" or topology.pipeline > 1
-    engine_class = PipelineEngine if is_pipeline else ZeroEngine
+    engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
     return engine_class(config, plan, topology, context)

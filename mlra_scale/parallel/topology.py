@@ -86,18 +86,17 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
     return torch.device("cpu") if device == "cpu" else torch.device("cuda", local_rank)
 
 
-def build_topology(plan: BatchPlan, pipeline: int, device: torch.device, timeout_minutes: float) -> Topology:
+def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float) -> Topology:
     """Creates the process groups of a layout; every rank calls it.
 
     Args:
         plan: Degrees of the axes.
-        pipeline: Number of pipeline stages.
         device: This rank's device.
         timeout_minutes: Timeout of the collectives of the new groups.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
-        pipeline_model_parallel_size=pipeline,
+        pipeline_model_parallel_size=plan.pipeline,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,  # the second set of groups that Megatron keeps for CPU tensors
     )
@@ -105,7 +104,7 @@ def build_topology(plan: BatchPlan, pipeline: int, device: torch.device, timeout
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
         tensor=plan.tensor,
-        pipeline=pipeline,
+        pipeline=plan.pipeline,
         data=plan.data,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),

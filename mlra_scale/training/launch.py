@@ -61,7 +61,7 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
     is_ours = not dist.is_initialized()
     minutes = config.parallel.timeout_minutes
     place = initialize_distributed(device, minutes)
-    topology = build_topology(plan, config.parallel.pipeline, place, minutes)
+    topology = build_topology(plan, place, minutes)
     code = ExitCode.DONE
     try:
         fit(config, plan, topology, run_directory, checkpoint)

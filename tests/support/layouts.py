@@ -133,7 +133,7 @@ def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | No
 
     plan = batch_plan(config, world_size)
     device = initialize_distributed("cpu", config.parallel.timeout_minutes)
-    topology = build_topology(plan, config.parallel.pipeline, device, config.parallel.timeout_minutes)
+    topology = build_topology(plan, device, config.parallel.timeout_minutes)
     engine = build_engine(config, plan, topology)
     if weights is not None:
         overwrite(engine, weights)
