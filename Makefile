@@ -45,7 +45,7 @@ quickstart:
 	run=runs/quickstart
 	for ((n = 2; ; n++)); do test -e $$run || break; run=runs/quickstart-$$n; done
 	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
-	    data.path=data/python-docs parallel.tensor=$(PROCESSES)
+	    data.path=data/python-docs parallel.pipeline=$(PROCESSES)
 	echo
 	echo "quickstart: installation $$installed s, data and training $$((SECONDS - installed)) s. Next:"
 	echo "  source $(BIN)/activate"
