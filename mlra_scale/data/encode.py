@@ -1,22 +1,25 @@
 """Turns documents into tokens in several processes, in order and with bounded memory.
 
-The main process reads documents and cuts them into chunks; a pool of workers tokenizes chunks; at most four chunks per
-worker are on their way, and results are taken in the order of the chunks. So memory does not grow with the input, and
-the result does not depend on the number of workers.
+The main process reads documents and cuts them into chunks; workers tokenize chunks, dealt out in turns; at most four
+chunks per worker are on their way, and results are taken in the order of the chunks. So memory does not grow with the
+input, and the result does not depend on the number of workers.
+
+Each worker has a pipe of its own to the main process, and nothing is shared between workers: whenever one dies, even in
+the middle of a message, its pipe ends and the main process notices. (The pools of the standard library share one pipe
+for all results; a worker killed while it writes there can leave the reader waiting for ever.)
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,25 +106,21 @@ def encode_in_order(
         for chunk in _chunks(documents):
             yield encoder(chunk)
         return
-    # spawn: the calling process has threads (tokenizers, torch), which do not survive a fork.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer_json, end_of_document, dtype),
-    )
-    waiting: deque[Future[EncodedChunk]] = deque()
+    crew: list[_Worker] = []
     try:
-        for chunk in _chunks(documents):
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+        crew += (_Worker(tokenizer_json, end_of_document, dtype) for _ in range(workers))
+        waiting: deque[_Worker] = deque()
+        for number, chunk in enumerate(_chunks(documents)):
+            worker = crew[number % workers]
+            worker.send(chunk)
+            waiting.append(worker)
             if len(waiting) >= _CHUNKS_PER_WORKER * workers:
-                yield waiting.popleft().result()
+                yield waiting.popleft().receive()
         while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker process died (out of memory? try fewer --workers); nothing was written") from error
+            yield waiting.popleft().receive()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in crew:
+            worker.kill()
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -137,27 +136,79 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-# A pool's initializer can hand its result to the tasks in no other way than through a variable of the module.
-_worker_encoder: Encoder | None = None
+class _Worker:
+    """A worker process, seen from the main process."""
+
+    def __init__(self, tokenizer_json: str, end_of_document: int, dtype: str) -> None:
+        # spawn: the calling process has threads (tokenizers, torch), which do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, tokenizer_json, end_of_document, dtype)
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+        # The worker holds the only other end: when it is gone, reading and writing here fail instead of waiting.
+        theirs.close()
+
+    def send(self, chunk: list[Document]) -> None:
+        try:
+            self._connection.send(chunk)
+        except OSError as error:
+            raise self._death() from error
+
+    def receive(self) -> EncodedChunk:
+        try:
+            result: EncodedChunk | Exception = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing; it holds nothing that is worth keeping."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _death(self) -> DataError:
+        self._process.join(timeout=5)
+        how = f"exit code {self._process.exitcode}"
+        return DataError(f"a worker process died ({how}; out of memory? try fewer --workers); nothing was written")
 
 
-def _start_worker(tokenizer_json: str, end_of_document: int, dtype: str) -> None:
-    global _worker_encoder
+def _work(connection: Connection, tokenizer_json: str, end_of_document: int, dtype: str) -> None:
+    """What a worker process does: chunks in, results out, in order.
+
+    Reading and writing have threads of their own. Otherwise main process and worker could both wait until the other
+    reads, and a worker would stand still until the main process has time for its result.
+    """
     # The workers are the parallelism; and Ctrl-C is the main process's to handle.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = Encoder(tokenizer_json, end_of_document, dtype)
+    chunks: queue.SimpleQueue[list[Document]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[EncodedChunk | Exception] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, chunks), daemon=True).start()
+    threading.Thread(target=_write, args=(connection, results), daemon=True).start()
+    encoder = Encoder(tokenizer_json, end_of_document, dtype)
+    while True:
+        try:
+            results.put(encoder(chunks.get()))
+        except Exception as error:
+            results.put(error)
 
 
-def _end_with_parent() -> None:
-    """Ends this worker when the main process is gone: the pool's pipes would keep it waiting for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+def _read(connection: Connection, chunks: queue.SimpleQueue[list[Document]]) -> None:
+    try:
+        while True:
+            chunks.put(connection.recv())
+    finally:
+        # The main process is gone, or a chunk cannot be read: it will notice that this process ends.
+        os._exit(1)
 
 
-def _encode_in_worker(chunk: list[Document]) -> EncodedChunk:
-    assert _worker_encoder is not None
-    return _worker_encoder(chunk)
+def _write(connection: Connection, results: queue.SimpleQueue[EncodedChunk | Exception]) -> None:
+    try:
+        while True:
+            connection.send(results.get())
+    finally:
+        os._exit(1)
