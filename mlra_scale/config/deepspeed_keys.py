@@ -111,7 +111,10 @@ ZERO_KEYS: dict[str, tuple[str, str]] = {
     "allgather_partitions": (YOURS, "bool"),
     "allgather_bucket_size": (YOURS, "count"),
     "overlap_comm": (YOURS, "bool"),
-    "round_robin_gradients": (YOURS, "bool"),
+    "round_robin_gradients": (
+        REFUSED,
+        "it reorders the flat partitions, so that TEV and checkpoints would misplace weights",
+    ),
     "parameter_alignment": (YOURS, "bool"),
     "ignore_unused_parameters": (YOURS, "bool"),
     "offload_optimizer": (YOURS, "mapping"),

@@ -161,6 +161,12 @@ def _run_problems(config: Config, device: str) -> Iterator[Problem]:
     train, optim, profile = config.train, config.optim, config.profile
     if train.precision == "fp16" and device == "cpu":
         yield Problem("train.precision", "fp16", "runs on cuda only; on the CPU use bf16 or fp32")
+    if train.precision == "fp16" and zero_stage(config) == 0:
+        yield Problem(
+            "train.precision",
+            "fp16",
+            "at ZeRO stage 0 DeepSpeed does not scale the loss; use --ds-config ds_configs/zero1.json, or bf16",
+        )
     if optim.warmup_steps > train.steps:
         yield Problem(
             "optim.warmup_steps",

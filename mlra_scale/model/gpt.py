@@ -59,4 +59,4 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Mean loss of a micro-batch (see `language_model_loss`)."""
         logits_BSV = self.logits(tokens_BS, positions_BS, documents_BS, sample_ids_B)
-        return language_model_loss(self.context, logits_BSV, targets_BS)
+        return language_model_loss(self.context, logits_BSV, targets_BS, self.training)

@@ -9,21 +9,24 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from mlra_scale.model.context import ModelContext
 
 
-def language_model_loss(context: ModelContext, logits_BSV: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
+def language_model_loss(
+    context: ModelContext, logits_BSV: torch.Tensor, targets_BS: torch.Tensor, is_training: bool
+) -> torch.Tensor:
     """Mean next-token cross-entropy in nats, computed in fp32.
 
-    With `model.z_loss` = c > 0 adds c times the mean of log^2 Z, Z being the softmax normalizer (PaLM, Chowdhery et
-    al. 2022, sec. 5).
+    In training, `model.z_loss` = c > 0 adds c times the mean of log^2 Z, Z being the softmax normalizer (PaLM,
+    Chowdhery et al. 2022, sec. 5); a validation loss is the cross-entropy alone.
 
     Args:
         context: The model's context.
         logits_BSV: This rank's columns of the logits; padded columns are -inf.
         targets_BS: Global token ids.
+        is_training: Whether to add the z-loss.
 
     Returns:
         Scalar fp32, equal on all tensor-parallel ranks.
     """
-    if context.model.z_loss == 0.0:
+    if context.model.z_loss == 0.0 or not is_training:
         return vocab_parallel_cross_entropy(logits_BSV, targets_BS).mean()
     target_logits_BS = _target_logits(context, logits_BSV, targets_BS)
     # Of a copy: Megatron's cross-entropy overwrites fp32 logits, which the line above still needs.

@@ -16,7 +16,7 @@ from torch import nn
 from mlra_scale.config import BatchPlan, Config, OptimConfig, deepspeed_config, offload_optimizer, zero_stage
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
-from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view
+from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view, mend_loss_scaling
 from mlra_scale.parallel.topology import Topology
 
 
@@ -98,7 +98,8 @@ class Engine(Protocol):
         Args:
             batches: As many micro-batches as gradients are accumulated over.
             learning_rate: Learning rate of this update.
-            before_update: Called on every rank with the same proposal; False leaves the update out on all ranks.
+            before_update: Called on every rank with the same proposal; False leaves the update out on all ranks. Not
+                called when fp16 gradients overflow: DeepSpeed then leaves the update out by itself.
         """
         ...
 
@@ -149,7 +150,8 @@ def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, opti
     groups = []
     for decay in (True, False):
         members = [parameter for name, parameter in named.items() if decays[table[name].kind] is decay]
-        groups.append({"params": members, "weight_decay": optim.weight_decay if decay else 0.0})
+        weight_decay = optim.weight_decay if decay else 0.0
+        groups.append({"params": members, "weight_decay": weight_decay, "has_decay": decay})
     return [group for group in groups if group["params"]]
 
 
@@ -201,6 +203,8 @@ class EngineBase:
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
+        if self.config.train.precision == "fp16":
+            mend_loss_scaling(deepspeed_engine.optimizer)
         self._update = deepspeed_engine.optimizer.step
         deepspeed_engine.optimizer.step = self._gated_update
         for name, parameter in named.items():
@@ -220,11 +224,9 @@ class EngineBase:
 
     def owned_gradients(self) -> list[Fragment]:
         """See Engine."""
-        scale = 1.0 / (self._loss_scale() or 1.0)
-        owned = [fragment for fragment in self.view.gradients() if self._owns(fragment.name)]
-        if scale == 1.0:
-            return owned
-        return [Fragment(fragment.name, fragment.start, fragment.values * scale) for fragment in owned]
+        scale = self._loss_scale() or 1.0
+        owned = (fragment for fragment in self.view.gradients() if self._owns(fragment.name))
+        return [Fragment(fragment.name, fragment.start, fragment.values.float() / scale) for fragment in owned]
 
     def overwrite_weights(self, fill: Callable[[Fragment], None]) -> None:
         """See Engine."""
@@ -246,11 +248,11 @@ class EngineBase:
     @torch.no_grad()
     def _propose(self) -> UpdateProposal:
         """The one reduction and host read of a step: global loss and gradient norm."""
-        values = [fragment.values for fragment in self.owned_gradients()]
+        values = [fragment.values for fragment in self.view.gradients() if self._owns(fragment.name)]
         squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         if values:
-            norms = torch.stack(torch._foreach_norm(values)).to(self.topology.device, torch.float64)
-            squares = norms.square().sum()
+            norms = torch.stack(torch._foreach_norm(values, dtype=torch.float32))
+            squares = (norms.to(squares) / (self._loss_scale() or 1.0)).square().sum()
         packed = torch.stack([self._local_loss().double() / self._num_micro_batches, squares])
         dist.all_reduce(packed)
         loss, square = packed.tolist()
@@ -306,4 +308,8 @@ class EngineBase:
         """See Engine."""
         path, client_state = self.deepspeed_engine.load_checkpoint(str(directory.parent), tag=directory.name)
         assert path is not None, directory
+        # The optimizer's groups came back with the numbers of the saved run; the configuration is the owner of these.
+        for group in self.deepspeed_engine.optimizer.param_groups:
+            group["betas"], group["eps"] = self.config.optim.betas, self.config.optim.eps
+            group["weight_decay"] = self.config.optim.weight_decay if group["has_decay"] else 0.0
         return client_state["mlra_scale"]

@@ -6,7 +6,9 @@ fragments of the gradient before the update, how to leave an update out, and whe
 data ranks. Everything here relies on DeepSpeed's inner attributes and is covered by tests/distributed.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +33,7 @@ class MasterView(Protocol):
         ...
 
     def gradients(self) -> Iterator[Fragment]:
-        """Yields fragments of the reduced gradient, still times the loss scale; only right before an update."""
+        """Yields fragments of the reduced gradient, in DeepSpeed's type and times the loss scale; only in the gate."""
         ...
 
     def skip_update(self) -> None:
@@ -76,6 +78,29 @@ def _undo_rehearsal(optimizer: FP16_UnfusedOptimizer) -> None:
             high.copy_(low)
 
 
+def mend_loss_scaling(optimizer: Any) -> None:
+    """Mends two habits of DeepSpeed's fp16 loss scaling (ZeRO 1 to 3).
+
+    When the scale grows it does so before the gradients are divided by it, so that one update in a thousand would take
+    half its gradient: growth waits until the update is done. And a row of overflows is ours to judge
+    (`train.max_consecutive_overflows`), not an exception inside DeepSpeed.
+    """
+    optimizer.loss_scaler.raise_error_at_min_scale = False
+    update_scale, step = optimizer._update_scale, optimizer.step
+
+    def update_scale_on_overflow(has_overflow: bool) -> None:
+        if has_overflow:
+            update_scale(True)
+
+    def step_then_grow(*args: Any, **kwargs: Any) -> None:
+        step(*args, **kwargs)
+        if not optimizer.overflow:
+            update_scale(False)
+
+    optimizer._update_scale = update_scale_on_overflow
+    optimizer.step = step_then_grow
+
+
 class ReplicatedView:
     """ZeRO stage 0: every data rank holds everything; the masters are the parameters themselves or copies of them."""
 
@@ -99,7 +124,7 @@ class ReplicatedView:
         """See MasterView."""
         for name, parameter in self.named.items():
             assert parameter.grad is not None, name
-            yield Fragment(name, 0, parameter.grad.float().view(-1))
+            yield Fragment(name, 0, parameter.grad.view(-1))
 
     def skip_update(self) -> None:
         """See MasterView. The engine zeroes the gradients after every step."""
@@ -152,10 +177,14 @@ class PartitionedView:
 
     def gradients(self) -> Iterator[Fragment]:
         """See MasterView."""
+        if not self.is_bf16:
+            self.optimizer._wait_for_offload_copies()  # which DeepSpeed does only inside its step
+        groups: dict[int, _Pieces] = {}
         for name, mapping in self._mappings():
-            where = mapping.hp_fragment_address
-            values = _slice(self._flat_gradients(mapping.param_group_index), where.start, where.numel)
-            yield Fragment(name, mapping.lp_fragment_address.start, values.float())
+            group, where = mapping.param_group_index, mapping.hp_fragment_address
+            if group not in groups:
+                groups[group] = _Pieces(self._flat_gradients(group))
+            yield Fragment(name, mapping.lp_fragment_address.start, groups[group].narrow(where.start, where.numel))
 
     def skip_update(self) -> None:
         """See MasterView."""
@@ -249,11 +278,16 @@ def _moments(state: Mapping[str, Any], start: int, length: int) -> tuple[torch.T
     return exp_avg, exp_avg_sq
 
 
-def _slice(pieces: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
-    """Elements start..start+length of the concatenation of `pieces`; they lie in one of them."""
-    for piece in pieces:
-        if start < piece.numel():
-            assert start + length <= piece.numel(), "a gradient fragment crosses DeepSpeed's pieces"
-            return piece.view(-1).narrow(0, start, length)
-        start -= piece.numel()
-    raise AssertionError("a gradient fragment lies outside DeepSpeed's partition")
+class _Pieces:
+    """Consecutive tensors that together are one flat tensor."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.starts = [0, *accumulate(tensor.numel() for tensor in tensors)]
+
+    def narrow(self, start: int, length: int) -> torch.Tensor:
+        """Elements start..start+length of the whole; they lie in one of the tensors."""
+        index = bisect_right(self.starts, start) - 1
+        offset = start - self.starts[index]
+        assert offset + length <= self.tensors[index].numel(), "a gradient fragment crosses DeepSpeed's pieces"
+        return self.tensors[index].view(-1).narrow(0, offset, length)

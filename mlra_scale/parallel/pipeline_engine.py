@@ -55,10 +55,12 @@ class PipelineEngine(EngineBase):
         specs = [_BuildTiedLayer(layers[0], is_head=False), *(_BuildLayer(layer) for layer in layers[1:])]
         specs.append(_BuildTiedLayer(layers[0], is_head=True))
         with contextlib.redirect_stdout(io.StringIO()):  # a listing of every layer
-            module = PipelineModule(
+            module: PipelineModule = PipelineModule(
                 layers=specs,
                 topology=PipeModelDataParallelTopology(topology.pipeline, topology.tensor, topology.data),
-                loss_fn=lambda logits_BSV, targets_BS: language_model_loss(context, logits_BSV, targets_BS),
+                loss_fn=lambda logits_BSV, targets_BS: language_model_loss(
+                    context, logits_BSV, targets_BS, is_training=module.training
+                ),
                 partition_method="type:^Block$",
             )
         self._assert_same_groups(module)

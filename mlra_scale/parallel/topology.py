@@ -83,6 +83,8 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)
     )
+    # DeepSpeed's own groups (pipeline grid, tied weights) would wait for torch's default, up to half an hour.
+    deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
     return torch.device("cpu") if device == "cpu" else torch.device("cuda", local_rank)
 
 
@@ -93,6 +95,9 @@ def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float
         plan: Degrees of the axes.
         device: This rank's device.
         timeout_minutes: Timeout of the collectives of the new groups.
+
+    Returns:
+        This rank's place in the mesh.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,

@@ -1,6 +1,7 @@
 """The ZeRO engine: TP x DP, ZeRO stages 0 to 3, the whole model on every rank."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -34,8 +35,15 @@ class ZeroEngine(EngineBase):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, mpu=unit, dist_init_required=False
         )
+        self._assert_same_groups(engine)
         self._losses = torch.zeros((), device=topology.device)
         self._install(engine, named, tied_copies=frozenset())
+
+    def _assert_same_groups(self, engine: Any) -> None:
+        """DeepSpeed must reduce gradients over our data group, or they mix silently."""
+        theirs = dist.get_process_group_ranks(engine.seq_data_parallel_group)
+        assert theirs == dist.get_process_group_ranks(self.topology.data_group), theirs
+        assert engine.mp_world_size == self.topology.tensor, engine.mp_world_size
 
     def _run(self, batches: Sequence[MicroBatch]) -> None:
         engine = self.deepspeed_engine

@@ -22,10 +22,21 @@ class Record:
     tev: TevStatistics | None = None
 
 
+def allow_fp16_on_cpu() -> None:
+    """DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes it all the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float, torch.half, torch.bfloat16]
+
+
 def train(
     rank: int, world_size: int, config: Config, steps: int, weights: dict[str, torch.Tensor] | None = None
 ) -> Record:
-    """Trains `steps` steps; gradients are those of the first, weights those after the last."""
+    """Trains `steps` steps; gradients are those of the first, weights those after the last; then evaluates step 0."""
+    if config.train.precision == "fp16":
+        allow_fp16_on_cpu()
     engine, plan = start(config, world_size, weights)
     record = Record()
 
@@ -40,7 +51,8 @@ def train(
         assert result.applied
         record.losses.append(result.loss)
         record.gradient_norms.append(result.gradient_norm)
-    record.validation.append(engine.eval_batch(micro_batches(config, plan, engine.topology.data_rank, steps)))
+    # With a batch that was trained on, so that the oracle need not know another one.
+    record.validation.append(engine.eval_batch(micro_batches(config, plan, engine.topology.data_rank, 0)))
     record.weights = pieces(engine, engine.owned_fragments())
     hook = TevHook(engine.table, engine.topology, config.tev, config.model.vocab_size)
     record.tev = hook.measure(engine.owned_fragments())

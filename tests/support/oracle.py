@@ -19,6 +19,7 @@ class ReferenceRun:
     gradient_norms: list[float]
     gradients: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
+    validation: float
 
 
 def build_reference(config: Config, weights: dict[str, torch.Tensor]) -> ReferenceGPT:
@@ -41,12 +42,12 @@ def build_reference(config: Config, weights: dict[str, torch.Tensor]) -> Referen
     return reference
 
 
-def reference_loss(config: Config, reference: ReferenceGPT, step: int) -> torch.Tensor:
+def reference_loss(config: Config, reference: ReferenceGPT, step: int, with_z_loss: bool = True) -> torch.Tensor:
     """Loss of a step's global batch."""
     batch = global_batch(config, step)
     is_masked = config.data.document_attention == "masked"
     logits = reference(batch.tokens_BS, batch.positions_BS, batch.documents_BS if is_masked else None)
-    return reference.loss(logits, batch.targets_BS, config.model.z_loss)
+    return reference.loss(logits, batch.targets_BS, config.model.z_loss if with_z_loss else 0.0)
 
 
 def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) -> ReferenceRun:
@@ -62,7 +63,7 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
         for decays in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    run = ReferenceRun([], [], {}, {})
+    run = ReferenceRun([], [], {}, {}, 0.0)
     for step in range(steps):
         optimizer.zero_grad()
         loss = reference_loss(config, reference, step)
@@ -75,6 +76,8 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.grad_clip)
         run.gradient_norms.append(norm.item())
         optimizer.step()
+    with torch.no_grad():
+        run.validation = reference_loss(config, reference, 0, with_z_loss=False).item()
     run.weights = {name: p.detach().numpy() for name, p in reference.named_parameters()}
     return run
 

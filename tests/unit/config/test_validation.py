@@ -22,6 +22,9 @@ def problems(config: Config, world_size: int = 1, device: str | None = None) -> 
     return [(problem.field, problem.remedy) for problem in caught.value.problems]
 
 
+ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "field", "remedy"),
     [
@@ -81,7 +84,8 @@ def problems(config: Config, world_size: int = 1, device: str | None = None) -> 
             "parallel.world_size",
             "2 ranks are running; start 4 or correct the field",
         ),
-        ({"train": {"precision": "fp16", "device": "cpu"}}, 1, "train.precision", "on the CPU use bf16 or fp32"),
+        ({"train": {"precision": "fp16", "device": "cpu"}, **ZERO_1}, 1, "train.precision", "on the CPU use bf16 or fp32"),
+        ({"train": {"precision": "fp16"}}, 1, "train.precision", "ds_configs/zero1.json"),
         ({"optim": {"warmup_steps": 21}}, 1, "optim.warmup_steps", "longer than the run of 20 steps"),
         (
             {"optim": {"schedule": "wsd", "warmup_steps": 15, "decay_steps": 6}},
@@ -158,7 +162,7 @@ def test_each_rule(sections: dict[str, dict[str, Any]], world_size: int, field: 
         ({"optim": {"schedule": "wsd", "warmup_steps": 14, "decay_steps": 6}}, 1),
         ({"profile": {"start": 20, "stop": 22}}, 1),
         ({"data": {"reset_positions": True, "document_attention": "masked"}}, 1),
-        ({"train": {"precision": "fp16"}}, 1),
+        ({"train": {"precision": "fp16"}, **ZERO_1}, 1),
         ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}}, 1),
         ({"deepspeed": {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}}}, 1),
     ],
@@ -168,7 +172,7 @@ def test_what_is_allowed(sections: dict[str, dict[str, Any]], world_size: int) -
 
 
 def test_fp16_is_judged_by_the_device_it_will_run_on() -> None:
-    config = debug(train={"precision": "fp16"})
+    config = debug(train={"precision": "fp16"}, **ZERO_1)
     validate(config, 1, device="cuda")
     assert [field for field, _ in problems(config, device="cpu")] == ["train.precision"]
 
