@@ -33,7 +33,8 @@ def check_device(config: Config) -> list[Problem]:
     if local_rank >= num_devices:
         remedy = f"torch sees {num_devices} GPU(s) here and this is local rank {local_rank}; start fewer ranks per node"
         return [Problem("train.device", config.train.device, remedy)]
-    if config.train.precision == "bf16" and not torch.cuda.is_bf16_supported():
+    # With emulation, the default, torch says yes for every GPU, and DeepSpeed's kernels then fail or crawl.
+    if config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
         return [Problem("train.precision", "bf16", f"{name} has no bf16; use train.precision=fp16 or fp32")]
     return []

@@ -1,0 +1,20 @@
+from types import SimpleNamespace
+
+import pytest
+
+from mlra_scale.config import load_config
+from mlra_scale.training.launch import check_device
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_that_the_gpu_only_emulates_is_refused(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return has_bf16 or including_emulation
+
+    cuda = SimpleNamespace(
+        device_count=lambda: 1, get_device_name=lambda: "Tesla V100", is_bf16_supported=is_bf16_supported
+    )
+    monkeypatch.setattr("torch.cuda", cuda)
+    problems = check_device(load_config("debug", overrides=["train.device=cuda", "train.precision=bf16"]))
+    assert [problem.field for problem in problems] == ([] if has_bf16 else ["train.precision"])
+    assert has_bf16 or "V100 has no bf16; use train.precision=fp16 or fp32" in problems[0].remedy
