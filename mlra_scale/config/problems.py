@@ -77,6 +77,10 @@ _WANTED_TYPE = {
 }
 
 
+_OFF_WORDS = ("off", "no", "false", "none", "never", False)
+_OFF = ("disabled", "none")
+"""Words for leaving something out: what people write, and what our fields call it."""
+
 _BOUNDS = {
     "greater_than": (">", "gt"),
     "greater_than_equal": (">=", "ge"),
@@ -97,13 +101,16 @@ def _remedy(error: Any, model: type[BaseModel]) -> str:
         return f"must be {_WANTED_TYPE[kind]}, not {_value_hint(value)}"
     if kind == "literal_error":
         choices = context["expected"].split("'")[1::2]
-        close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+        meant = [choice for choice in _OFF if choice in choices] if value in _OFF_WORDS else []
+        close = meant or (difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else [])
         return f"must be one of {', '.join(choices)}" + (f"; did you mean '{close[0]}'?" if close else "")
     if kind in _BOUNDS:
         sign, key = _BOUNDS[kind]
         return f"must be {sign} {context[key]}"
     if kind == "string_too_short":
         return "must not be empty; use null to leave it out"
+    if kind == "string_too_long":
+        return f"has {len(value)} characters where {context['max_length']} are allowed"
     if kind == "too_long":
         return f"has {context['actual_length']} values where {context['max_length']} belong"
     if kind == "finite_number":

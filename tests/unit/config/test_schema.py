@@ -95,6 +95,8 @@ def test_a_resolved_configuration_loads_back_equal(name: str) -> None:
         ("optim", "betas", 0.9, "must be a list, not a fraction"),
         ("optim", "decay_factors", "yes", "must be true or false, not text"),
         ("model", "attention", "mrla", "must be one of mlra, dense; did you mean 'mlra'?"),
+        ("wandb", "mode", "off", "must be one of auto, online, offline, disabled; did you mean 'disabled'?"),
+        ("parallel", "activation_checkpointing", False, "must be one of none, block; did you mean 'none'?"),
         ("model", "factorised_projections", ["q", "q"], "names a projection twice"),
         ("model", "attention_rank_ratio", 1.5, "must be <= 1"),
         ("model", "attention_dropout", 1.0, "must be < 1"),
