@@ -18,7 +18,7 @@ from mlra_scale.parallel import Engine, Topology, build_engine, build_topology, 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 Step = Callable[[Batch], float]
-"""One optimizer step on a batch; returns the loss before the update, so it ends when the device has finished."""
+"""One optimizer step on a batch; returns the loss before the update, which may still be under way on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,7 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
 
 def build_plain(shape: Shape, weights: Mapping[str, Tensor]) -> nn.Module:
     """The hand-tuned baseline; called with tokens and targets, returns the loss."""
-    model = BaselineGPT2(
-        shape.vocab_size, shape.sequence_length, shape.num_layers, shape.hidden_size, shape.num_heads
-    )
+    model = BaselineGPT2(shape.vocab_size, shape.sequence_length, shape.num_layers, shape.hidden_size, shape.num_heads)
     model.load_weights(weights)
     return model
 

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the command line's parser."""
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description="Ratios of step times on this machine.")
     parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds per shape (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per shape, 2 or more (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -74,7 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
     precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
@@ -87,7 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "baselines_compiled": arguments.compile,
     }
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    seconds = time.process_time if arguments.clock == "cpu" else time.perf_counter
+
+    def clock() -> float:
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
+        return seconds()
+
     report["shapes"] = []
     with one_process_mesh(arguments.device) as topology:
         for shape in TINY if arguments.quick else SHAPES:
@@ -129,7 +138,7 @@ class Race:
         topology: The mesh of this one process.
         precision: "fp32" or "bf16".
         is_compiled: Whether plain PyTorch and transformers run through torch.compile.
-        clock: Gives seconds.
+        clock: Gives seconds, once the device has finished what it was given.
     """
 
     def __init__(self, shape: Shape, topology: Topology, precision: str, is_compiled: bool, clock: Clock) -> None:

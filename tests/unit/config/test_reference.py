@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from annotated_types import Ge, Lt
+
 from mlra_scale.config.deepspeed_keys import TABLES
-from mlra_scale.config.reference import reference
+from mlra_scale.config.reference import _bounds, reference
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"
 
@@ -19,3 +21,8 @@ def test_the_key_table_is_in_it() -> None:
     for path, table in TABLES.items():
         for key in table:
             assert ".".join(filter(None, (path, key))) in rows
+
+
+def test_equal_bounds_read_alike() -> None:
+    assert _bounds([Ge(0), Lt(1)]) == _bounds([Ge(0.0), Lt(1.0)]) == " >= 0, < 1"
+    assert _bounds([Ge(2**63 - 1), Lt(0.01)]) == " >= 9223372036854775807, < 0.01"

@@ -84,7 +84,7 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "parallel.world_size",
             "2 ranks are running; start 4 or correct the field",
         ),
-        ({"train": {"precision": "fp16", "device": "cpu"}, **ZERO_1}, 1, "train.precision", "on the CPU use bf16 or fp32"),
+        ({"train": {"precision": "fp16", "device": "cpu"}, **ZERO_1}, 1, "train.precision", "on the CPU use bf16"),
         ({"train": {"precision": "fp16"}}, 1, "train.precision", "ds_configs/zero1.json"),
         ({"optim": {"warmup_steps": 21}}, 1, "optim.warmup_steps", "longer than the run of 20 steps"),
         (
