@@ -59,7 +59,9 @@ def _bounds(constraints: tuple[Any, ...] | list[Any]) -> str:
             continue
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
             if hasattr(constraint, name):
-                shown.append(f" {sign} {getattr(constraint, name)}")
+                bound = getattr(constraint, name)
+                # typing takes Ge(0) and Ge(0.0) for one and the same and keeps whichever came first: one form for both.
+                shown.append(f" {sign} {int(bound) if bound == int(bound) else bound}")
     return ",".join(filter(None, shown))
 
 
