@@ -2,8 +2,10 @@
 
 import os
 
-# Before torch is imported anywhere: tests run on the CPU and one thread per process.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Before torch is imported anywhere: tests run on the CPU and one thread per process. Also where there is a GPU: many of
+# them run in this very process, and train.device=auto or a bad device would have another outcome there.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator

@@ -46,6 +46,12 @@ def installer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+def test_the_suite_sees_no_gpu() -> None:
+    import torch
+
+    assert torch.cuda.device_count() == 0
+
+
 def test_every_requirement_is_pinned_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
