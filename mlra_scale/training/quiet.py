@@ -10,6 +10,16 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+_EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    # DeepSpeed calls collectives by their names of before torch 2.13.
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+    # DeepSpeed broadcasts parameters, which need a gradient, when it starts an engine; nothing is differentiated there.
+    (r"c10d::broadcast_: an autograd kernel was not registered", UserWarning),
+    # Megatron-core looks for optional kernels that this package does not use.
+    (r"Transformer Engine and Apex are not installed", UserWarning),
+)
+"""What these libraries warn of in every run. Any other warning is shown: it may be the first sign of a fault."""
+
 
 def quiet_libraries(device: str) -> None:
     """Silences loggers and warnings; before DeepSpeed is imported, since it chooses its accelerator then.
@@ -18,7 +28,8 @@ def quiet_libraries(device: str) -> None:
         device: `cpu` or `cuda`: the accelerator that DeepSpeed is to choose.
     """
     os.environ["DS_ACCELERATOR"] = device
-    warnings.filterwarnings("ignore", module=r"(deepspeed|megatron|torch)\b")
+    for message, category in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
     import deepspeed  # noqa: F401  (creates the logger that is quietened here)
 
     for name in ("DeepSpeed", "megatron", "torch.distributed"):
