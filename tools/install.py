@@ -18,10 +18,16 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+SHOW_TORCH = """
+import importlib.util, json, pathlib, runpy
+version = runpy.run_path(str(pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py")))
+print(json.dumps({"version": str(version["__version__"]), "cuda": version["cuda"]}))
+"""
 
 
 def main() -> None:
@@ -72,7 +78,13 @@ def install(venv: Path, torch: str, extras: set[str]) -> None:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     if (torch, wanted["digest"]) != (done["torch"], done["digest"]):
         # Torch goes first: its build is chosen here, and no other package pulls in another one.
+        if torch != done["torch"] and not fits(there := torch_build(python), torch):
+            # For pip one build is as good as the other. From here on nothing is promised of what the record tells.
+            if stamp.exists():
+                stamp.write_text(json.dumps(done | {"torch": None}))
+            run_step(f"{there}", [*pip[:3], "uninstall", "--quiet", "--yes", "torch"], "removing")
         run_step(f"torch ({torch})", [*pip, *torch_arguments(torch)])
+        check_build(torch_build(python), torch)
     package = f"{ROOT}[{','.join(sorted(extras))}]" if extras else str(ROOT)
     constraints = write_constraints(venv, torch)
     run_step("packages", [*pip, "--use-pep517", "--constraint", str(constraints), "--editable", package])
@@ -109,6 +121,43 @@ def torch_arguments(torch: str) -> list[str]:
     return [*arguments, "--extra-index-url", CPU_INDEX]
 
 
+class TorchBuild(NamedTuple):
+    """An installed torch; cuda is the version of CUDA that it was built for, None without."""
+
+    version: str
+    cuda: str | None
+
+    def __str__(self) -> str:
+        return f"torch {self.version} " + (f"for CUDA {self.cuda}" if self.cuda else "without CUDA")
+
+
+def torch_build(python: Path) -> TorchBuild | None:
+    """The torch of an environment, or None. It is not imported, which would take seconds."""
+    result = subprocess.run([str(python), "-c", SHOW_TORCH], capture_output=True, text=True, timeout=60)
+    if result.returncode != 0:
+        # A folder without its version file is what an interrupted pip leaves.
+        return None
+    return TorchBuild(**json.loads(result.stdout))
+
+
+def fits(build: TorchBuild | None, torch: str) -> bool:
+    """True where pip may be left to itself: nothing is there, or the build that was chosen."""
+    return build is None or (torch in ("cpu", "cuda") and (build.cuda is not None) == (torch == "cuda"))
+
+
+def check_build(build: TorchBuild | None, torch: str) -> None:
+    """Says which torch was got; ends where a GPU was to be used and this torch cannot."""
+    if build is None:
+        sys.exit(f"pip ended well, but there is no torch; TORCH={torch!r} must name it")
+    if torch == "cuda" and build.cuda is None:
+        sys.exit(
+            f"a build for CUDA was wanted, but pip's sources gave {build}: name one, as in make "
+            'TORCH="torch --index-url https://download.pytorch.org/whl/cu130", or take TORCH=cpu'
+        )
+    larger = "; it runs on CPUs too, and is only larger than the CPU build" if torch == "cpu" and build.cuda else ""
+    print(f"  {build}{larger}", flush=True)
+
+
 def write_constraints(venv: Path, torch: str) -> Path:
     """The constraints file for the other packages: without torch where the user chose its version."""
     if torch in ("cpu", "cuda"):
@@ -127,13 +176,13 @@ def digest_of(*paths: Path) -> str:
     return checksum.hexdigest()
 
 
-def run_step(what: str, command: list[str]) -> None:
+def run_step(what: str, command: list[str], verb: str = "installing") -> None:
     """Runs one command and prints what it took; ends with its exit code if it fails."""
-    print(f"installing {what} ...", flush=True)
+    print(f"{verb} {what} ...", flush=True)
     start = time.monotonic()
     result = subprocess.run(command, cwd=ROOT)
     if result.returncode != 0:
-        print(f"installing {what} failed: {shlex.join(command)}", file=sys.stderr)
+        print(f"{verb} {what} failed: {shlex.join(command)}", file=sys.stderr)
         sys.exit(result.returncode)
     print(f"  {time.monotonic() - start:.1f} s", flush=True)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import urllib.error
+import venv
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,14 +34,24 @@ def installer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module: Any = load_script("tools/install.py")
     module.commands = []
 
-    def record(what: str, command: list[str]) -> None:
+    module.build = None
+    module.only_cpu = False
+
+    def record(what: str, command: list[str], verb: str = "installing") -> None:
         module.commands.append(command)
         (tmp_path / "venv").mkdir(exist_ok=True)
+        if verb == "removing":
+            module.build = None
+        elif what.startswith("torch (") and module.build is None:
+            # As pip has it: what is there is good enough, whatever its build.
+            cuda = None if what == "torch (cpu)" or module.only_cpu else "13.0"
+            module.build = module.TorchBuild("2.13.0", cuda)
 
     def refuse(url: str, timeout: float) -> None:
         raise urllib.error.URLError("refused")
 
     monkeypatch.setattr(module, "run_step", record)
+    monkeypatch.setattr(module, "torch_build", lambda python: module.build)
     monkeypatch.setattr(module.urllib.request, "urlopen", refuse)
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
     return module
@@ -63,27 +74,71 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
 
 
 def test_a_second_installation_does_nothing(installer: Any, tmp_path: Path) -> None:
-    venv = tmp_path / "venv"
-    installer.install(venv, "auto", set())
+    folder = tmp_path / "venv"
+    installer.install(folder, "auto", set())
     assert [command[2] for command in installer.commands] == ["venv", "pip", "pip"]
-    assert json.loads((venv / "installed.json").read_text())["torch"] == "cpu"
+    assert json.loads((folder / "installed.json").read_text())["torch"] == "cpu"
     installer.commands.clear()
-    installer.install(venv, "auto", set())
+    installer.install(folder, "auto", set())
     assert installer.commands == []
 
 
 def test_an_extra_is_added_to_what_is_there(installer: Any, tmp_path: Path) -> None:
-    venv = tmp_path / "venv"
-    installer.install(venv, "torch==2.12.1", set())
+    folder = tmp_path / "venv"
+    installer.install(folder, "torch==2.12.1", set())
     installer.commands.clear()
-    installer.install(venv, "auto", {"dev"})
+    installer.install(folder, "auto", {"dev"})
     # The torch that was chosen stays, and only the package is installed again, with its extra.
     assert len(installer.commands) == 1
     assert installer.commands[0][-1].endswith("[dev]")
-    assert "torch==" not in (venv / "constraints.txt").read_text()
+    assert "torch==" not in (folder / "constraints.txt").read_text()
     installer.commands.clear()
-    installer.install(venv, "auto", set())
+    installer.install(folder, "auto", set())
     assert installer.commands == []
+
+
+def test_another_build_of_torch_takes_the_place_of_the_first(
+    installer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "venv"
+    for choice, cuda in (("cpu", None), ("cuda", "13.0"), ("cpu", None), ("torch==2.12.1", "13.0")):
+        installer.commands.clear()
+        installer.install(folder, choice, set())
+        assert installer.build.cuda == cuda
+        assert [c for c in installer.commands if "uninstall" in c] == (
+            [] if (choice, installer.commands[0][2]) == ("cpu", "venv") else [installer.commands[0]]
+        )
+        assert json.loads((folder / "installed.json").read_text())["torch"] == choice
+        assert str(installer.build) in capsys.readouterr().out
+
+
+def test_a_build_that_is_there_is_kept(installer: Any, tmp_path: Path) -> None:
+    """After an interruption there is no record, but what pip had installed."""
+    installer.build = installer.TorchBuild("2.13.0", None)
+    installer.install(tmp_path / "venv", "cpu", set())
+    assert not [command for command in installer.commands if "uninstall" in command]
+
+
+def test_a_change_of_torch_that_fails_is_not_recorded(installer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    installer.install(folder, "cpu", {"dev"})
+    installer.only_cpu = True
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"sources gave torch 2\.13\.0 without CUDA"):
+            installer.install(folder, "cuda", set())
+    installer.install(folder, "auto", set())
+    done = json.loads((folder / "installed.json").read_text())
+    assert (done["torch"], done["extras"]) == ("cpu", ["dev"])
+
+
+def test_the_build_of_torch_is_read_without_importing_it(tmp_path: Path) -> None:
+    import torch
+
+    module: Any = load_script("tools/install.py")
+    build = module.torch_build(Path(sys.executable))
+    assert (build.version, build.cuda) == (str(torch.__version__), torch.version.cuda)
+    venv.create(tmp_path / "empty", with_pip=False)
+    assert module.torch_build(tmp_path / "empty" / "bin" / "python") is None
 
 
 @pytest.mark.parametrize(("choice", "is_reachable"), [("cpu", True), ("cpu", False), ("cuda", True)])
