@@ -16,6 +16,7 @@ from typing import NoReturn
 from mlra_scale.config import BatchPlan, Config, ConfigError, Problem, batch_plan, load_config, preset_names, validate
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.resume import changed_data, changed_layout, read_origin
 from mlra_scale.training.run_directory import RunDirectory, check_run_directory
 
 _RANK_0_SECONDS = 10.0
@@ -96,7 +97,7 @@ def check(
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from mlra_scale.data import check_data
+    from mlra_scale.data import check_data, data_fingerprints
     from mlra_scale.training.launch import check_device, resolve_device
 
     problems: list[Problem] = []
@@ -115,6 +116,12 @@ def check(
     if problems:
         raise ConfigError(problems)
     assert run_dir is not None
+    if checkpoint is not None:
+        origin = read_origin(checkpoint)
+        problems += changed_layout(config, origin, world_size)
+        problems += changed_data(data_fingerprints(config), origin)
+    if problems:
+        raise ConfigError(problems)
     return RunDirectory(Path(run_dir)), batch_plan(config, world_size), checkpoint
 
 

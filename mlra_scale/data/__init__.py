@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlra_scale.data.manifest import Manifest as Manifest
     from mlra_scale.data.opening import Datasets as Datasets
     from mlra_scale.data.opening import check_data as check_data
+    from mlra_scale.data.opening import data_fingerprints as data_fingerprints
     from mlra_scale.data.opening import open_datasets as open_datasets
     from mlra_scale.data.stream import Batch as Batch
     from mlra_scale.data.stream import SampleStream as SampleStream
@@ -25,10 +26,20 @@ _HOME = {
     "Manifest": "manifest",
     "SampleStream": "stream",
     "check_data": "opening",
+    "data_fingerprints": "opening",
     "open_datasets": "opening",
 }
 
-__all__ = ["Batch", "DataError", "Datasets", "Manifest", "SampleStream", "check_data", "open_datasets"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "Datasets",
+    "Manifest",
+    "SampleStream",
+    "check_data",
+    "data_fingerprints",
+    "open_datasets",
+]
 
 
 def __getattr__(name: str) -> Any:

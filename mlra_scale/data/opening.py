@@ -26,14 +26,14 @@ class Datasets:
     Attributes:
         train: Training samples, shuffled by (seed, epoch).
         validation: Validation samples in a fixed order.
-        fingerprint: Changes when the data do (not when they move, nor with seed, weights or sequence length).
+        fingerprints: One for every data set, see `data_fingerprints`.
         manifests: The manifests of the data sets that have one, in the order of the blend.
         num_train_tokens: Tokens of all training splits together.
     """
 
     train: SampleStream
     validation: SampleStream
-    fingerprint: str
+    fingerprints: dict[str, str]
     manifests: tuple[Manifest, ...]
     num_train_tokens: int
 
@@ -115,16 +115,39 @@ def open_datasets(config: Config) -> Datasets:
     validation_ranges = [_sequence_range(part, "validation") for part in validation_parts]
     seed = config.train.seed if config.data.seed is None else config.data.seed
     end, reset = _end_of_document(config, parts), config.data.reset_positions
-    everything = parts + ([validation] if validation else [])
     return Datasets(
         train=SampleStream([OneEpoch(r, length) for r in training_ranges], weights, seed, vocabulary, end, reset),
         validation=SampleStream(
             [OneEpoch(r, length) for r in validation_ranges], validation_weights, None, vocabulary, end, reset
         ),
-        fingerprint=hashlib.sha256("\n".join(part.fingerprint() for part in everything).encode()).hexdigest(),
+        fingerprints=_fingerprints(parts, validation),
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
     )
+
+
+def data_fingerprints(config: Config) -> dict[str, str]:
+    """Returns what tells whether the data changed, cheaply; the data must pass check_data.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        A fingerprint for every data set by the field that names it, in a blend with its place instead of its path.
+        It changes when the data do, not when they move, nor with seed, weights or sequence length.
+    """
+    parts, validation, problems = _find_parts(config)
+    if problems:
+        raise ConfigError(problems)
+    return _fingerprints(parts, validation)
+
+
+def _fingerprints(parts: list[_Part], validation: _Part | None) -> dict[str, str]:
+    if parts[0].field == "data.path":
+        found = {"data.path": parts[0].fingerprint()}
+    else:
+        found = {f"data.blend (data set {i + 1} of {len(parts)})": part.fingerprint() for i, part in enumerate(parts)}
+    return found | ({"data.validation_path": validation.fingerprint()} if validation else {})
 
 
 def _sequence_range(part: _Part, split: str) -> SequenceRange:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.config import Config
 from mlra_scale.parallel.engine import Engine
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
 from mlra_scale.training.record import write_atomically
+from mlra_scale.training.resume import Origin
 from mlra_scale.training.run_directory import RunDirectory, checkpoint_name
 
 _UNFINISHED = ".unfinished-"
@@ -26,10 +27,10 @@ class Checkpoints:
     only then `latest` moves. A crash at any moment leaves the previous checkpoint as the latest.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, data_fingerprint: str) -> None:
+    def __init__(self, run: RunDirectory, config: Config, data_fingerprints: dict[str, str]) -> None:
         self._folder = run.checkpoints
         self._config = config
-        self._data_fingerprint = data_fingerprint
+        self._data_fingerprints = data_fingerprints
 
     def save(self, engine: Engine, progress: Progress) -> Path:
         """Writes a checkpoint and removes those beyond `checkpoint.keep_last`; collective.
@@ -50,10 +51,13 @@ class Checkpoints:
             unfinished.mkdir(parents=True)
         dist.barrier()
         with muted():
-            engine.save(unfinished, {**asdict(progress), "data_fingerprint": self._data_fingerprint})
+            engine.save(unfinished, asdict(progress))
         dist.barrier()
         if is_main:
             write_atomically(unfinished / "config.yaml", self._config.to_yaml())
+            topology = engine.topology
+            origin = Origin(progress.step, topology.world_size, topology.data, self._data_fingerprints)
+            origin.write(unfinished)
             if final.exists():
                 # Left by a run that went on from an earlier checkpoint; the newer one is this.
                 shutil.rmtree(final)
@@ -68,20 +72,13 @@ class Checkpoints:
 
         Args:
             engine: Built under the same layout.
-            checkpoint: A folder that `save` returned.
+            checkpoint: A folder that `save` returned, and that the checks of resume.py have let pass.
 
         Returns:
             The counters of that moment.
-
-        Raises:
-            ConfigError: The checkpoint was made on other data.
         """
         with muted():
             state = engine.load(checkpoint)
-        fingerprint = state.pop("data_fingerprint")
-        if fingerprint != self._data_fingerprint:
-            remedy = f"the run to be resumed was trained on data of fingerprint {fingerprint}; give it the same data"
-            raise ConfigError([Problem("data", self._data_fingerprint, remedy)])
         if engine.topology.rank == 0 and checkpoint.parent.resolve() == self._folder.resolve():
             # The run goes on from here, whatever later checkpoints it once had.
             write_atomically(self._folder / "latest", checkpoint.name + "\n")

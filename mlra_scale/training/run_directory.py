@@ -11,36 +11,14 @@ checkpoints/     step-00000100/ ..., and `latest`, which names the newest comple
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.record import write_atomically
+from mlra_scale.training.resume import changed_fields, is_checkpoint
 
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
-
-_MAY_CHANGE = (
-    "preset",
-    "data.path",
-    "data.validation_path",
-    "train.steps",
-    "train.device",
-    "train.log_every",
-    "train.peak_tflops",
-    "train.max_consecutive_overflows",
-    "optim.",
-    "parallel.timeout_minutes",
-    "parallel.world_size",
-    "tev.",
-    "evaluation.",
-    "checkpoint.",
-    "wandb.",
-    "profile.",
-)
-"""Fields (or sections) that a resumed run may set differently: none of them changes what is stored or which samples
-come next (a data set may move; its fingerprint is compared). Everything else must be as it was."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +106,18 @@ def find_checkpoint(run: RunDirectory, resume: str) -> Path | None:
         return None
     if resume == "auto":
         found = latest_checkpoint(run.checkpoints)
-        if found is not None and not _is_checkpoint(found):
+        if found is not None and not is_checkpoint(found):
             raise ConfigError(
                 [Problem("--resume", "auto", f"{run.checkpoints / 'latest'} names {found.name}, which is not complete")]
             )
         return found
-    given = Path(resume)
+    given = Path(resume).resolve()
     for candidate in (given, latest_checkpoint(given), latest_checkpoint(given / "checkpoints")):
-        if candidate is not None and _is_checkpoint(candidate):
+        if candidate is not None and is_checkpoint(candidate):
             return candidate
     raise ConfigError(
         [Problem("--resume", resume, "is no checkpoint, and no run directory with one; give auto, none or a path")]
     )
-
-
-def _is_checkpoint(path: Path) -> bool:
-    # A checkpoint is renamed to its final name when it is complete, with its configuration inside.
-    return (path / "config.yaml").is_file() and path.parent.name == "checkpoints"
 
 
 def check_run_directory(config: Config, run: RunDirectory, resume: str) -> tuple[list[Problem], Path | None]:
@@ -177,7 +150,7 @@ def check_run_directory(config: Config, run: RunDirectory, resume: str) -> tuple
     if run.holds_a_run() and checkpoint.parent.resolve() != run.checkpoints.resolve():
         remedy = f"holds another run than the one {checkpoint} belongs to; name a new directory for the branch"
         return [Problem("--run-dir", shown, remedy)], None
-    return list(_changes(config, checkpoint)), checkpoint
+    return changed_fields(config, checkpoint / "config.yaml"), checkpoint
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -186,27 +159,3 @@ def _nearest_existing(path: Path) -> Path:
         if candidate.exists():
             return candidate
     return Path("/")
-
-
-def _changes(config: Config, checkpoint: Path) -> Iterator[Problem]:
-    """Yields a problem for every field that differs from the checkpoint's and must not."""
-    try:
-        stored = Config.from_yaml((checkpoint / "config.yaml").read_text(encoding="utf-8"))
-    except (ConfigError, OSError) as error:
-        yield Problem("--resume", str(checkpoint), f"its config.yaml cannot be read: {error}")
-        return
-    was, now = dict(_flat(stored.to_dict())), dict(_flat(config.to_dict()))
-    for field in sorted(was.keys() | now.keys()):
-        if was.get(field) == now.get(field) or field.startswith(_MAY_CHANGE):
-            continue
-        remedy = f"the run to be resumed has {was.get(field)!r}; leave it so, or start a new run"
-        yield Problem(field, now.get(field), remedy)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted name and the value of every field; the DeepSpeed section counts as one field."""
-    for key, value in values.items():
-        if isinstance(value, dict) and key not in ("deepspeed", "blend"):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

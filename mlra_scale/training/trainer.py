@@ -43,12 +43,11 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
 
     Raises:
         TrainingStopped: A loss or gradient norm was not finite, on all ranks on the same step.
-        ConfigError: The checkpoint belongs to other data.
     """
     datasets = open_datasets(config)
     with muted():
         engine = build_engine(config, plan, topology)
-    checkpoints = Checkpoints(run, config, datasets.fingerprint)
+    checkpoints = Checkpoints(run, config, datasets.fingerprints)
     progress = checkpoints.load(engine, checkpoint) if checkpoint is not None else Progress()
     tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
     finite = FiniteCheck(config.train)

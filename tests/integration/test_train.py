@@ -160,7 +160,22 @@ def test_other_data_are_refused_on_resume(start: Start, tmp_path: Path) -> None:
     start("run", "train.steps=2")
     other = write_megatron_data(tmp_path / "other")
     result = start("run", "train.steps=4", "--resume", "auto", f"data.path={other}", code=ExitCode.BAD_INPUT)
-    assert "fingerprint" in result.stderr and "Traceback" not in result.stderr
+    assert "data.path = 'fingerprint" in result.stderr and "Traceback" not in result.stderr
+    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "checkpoint", "finished"]
+
+
+@pytest.mark.parametrize(("stage", "code"), [(0, ExitCode.DONE), (1, ExitCode.BAD_INPUT)])
+def test_resuming_on_fewer_data_ranks(start: Start, tmp_path: Path, stage: int, code: ExitCode) -> None:
+    """Without ZeRO every rank holds everything: the run goes on as if nothing had changed. With it, it is refused."""
+    fixed = ["optim.schedule=constant", f'deepspeed.zero_optimization={{"stage": {stage}}}']
+    start("run", "train.steps=3", *fixed, num_processes=2)
+    result = start("run", "train.steps=6", *fixed, "--resume", "auto", code=code)
+    if code == ExitCode.BAD_INPUT:
+        assert "number of ranks = 1" in result.stderr and "start 2 ranks" in result.stderr
+        return
+    start("whole", "train.steps=6", *fixed, num_processes=2)
+    for name in ("loss", "gradient_norm"):
+        assert curve(tmp_path / "run", name) == pytest.approx(curve(tmp_path / "whole", name), rel=1e-5), name
 
 
 def write_megatron_data(prefix: Path, num_documents: int = 40) -> Path:

@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, load_config, preset
+from mlra_scale.config import Config, ConfigError, preset
+from mlra_scale.training.resume import Origin
 from mlra_scale.training.run_directory import RunDirectory, check_run_directory, checkpoint_name, find_checkpoint
 
 
@@ -20,6 +22,7 @@ def run(tmp_path: Path, config: Config) -> RunDirectory:
         folder = run.checkpoints / checkpoint_name(step)
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(config.to_yaml())
+        Origin(step, 1, 1, {"data.path": "a"}).write(folder)
     (run.checkpoints / "latest").write_text(checkpoint_name(20) + "\n")
     return run
 
@@ -86,17 +89,14 @@ def test_a_branch_needs_a_directory_of_its_own(run: RunDirectory, config: Config
     assert "another run" in problem.remedy
 
 
-def test_only_some_fields_may_change(run: RunDirectory) -> None:
-    allowed = ["train.steps=40", "optim.lr=1e-4", "tev.every=1", "evaluation.every=3", "checkpoint.every=2"]
-    config = load_config("debug", overrides=[*allowed, "train.log_every=1", "data.path=moved"])
-    assert check_run_directory(config, run, "auto")[0] == []
-    config = load_config("debug", overrides=["model.num_layers=5", "train.seed=7", "data.seed=8"])
-    problems, _ = check_run_directory(config, run, "auto")
-    assert [problem.field for problem in problems] == ["data.seed", "model.num_layers", "train.seed"]
-    assert "has 4" in problems[1].remedy
+def test_a_checkpoint_may_lie_anywhere_under_any_name(run: RunDirectory, config: Config, tmp_path: Path) -> None:
+    archived = tmp_path / "archive" / "best"
+    shutil.copytree(run.checkpoints / checkpoint_name(10), archived)
+    assert check_run_directory(config, RunDirectory(tmp_path / "branch"), str(archived)) == ([], archived)
 
 
-def test_an_unreadable_stored_configuration_is_told(run: RunDirectory, config: Config) -> None:
-    (run.checkpoints / checkpoint_name(20) / "config.yaml").write_text("model: [")
-    (problem,), _ = check_run_directory(config, run, "auto")
-    assert "cannot be read" in problem.remedy
+def test_a_folder_is_no_checkpoint_before_its_last_file(run: RunDirectory) -> None:
+    latest = run.checkpoints / checkpoint_name(20)
+    (latest / "origin.json").unlink()
+    with pytest.raises(ConfigError, match="is no checkpoint"):
+        find_checkpoint(run, str(latest))
