@@ -58,6 +58,11 @@ class Report:
         if checkpoint is not None:
             self._events.write("resume", step=progress.step, checkpoint=str(checkpoint), records_cut=num_cut)
             self.say(f"resumed from {checkpoint}: step {progress.step}, {progress.consumed_samples:,} samples read")
+        elif num_cut > 0:
+            self._events.write("begun_anew", records_cut=num_cut)
+            self.say(f"the run here was stopped before its first checkpoint: it begins anew, from step {progress.step}")
+        if num_cut > 0:
+            self.say(f"removed from {self._run.metrics.name}: {num_cut} line(s) of steps that are done again")
         self._wandb = open_wandb(self._config, self._run)
         self.say(f"run directory {self._run.path}, wandb {self._wandb.mode}")
         if sys.stderr.isatty():

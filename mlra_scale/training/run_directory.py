@@ -146,7 +146,8 @@ def check_run_directory(config: Config, run: RunDirectory, resume: str) -> tuple
     except ConfigError as error:
         return error.problems, None
     if checkpoint is None:
-        return [], None
+        # Killed before its first checkpoint: the same run may begin anew here, another one may not.
+        return (changed_fields(config, run.config) if run.holds_a_run() else []), None
     if run.holds_a_run() and checkpoint.parent.resolve() != run.checkpoints.resolve():
         remedy = f"holds another run than the one {checkpoint} belongs to; name a new directory for the branch"
         return [Problem("--run-dir", shown, remedy)], None

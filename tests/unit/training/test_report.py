@@ -85,6 +85,17 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
     assert [record["step"] for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
 
 
+def test_lines_that_go_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        with report_of(tmp_path) as report:
+            report.start(Progress(), None)
+            report.measured(Progress(1, 8, 512), VALUES)
+            report.measured(Progress(2, 16, 1024), VALUES)
+    assert "metrics.jsonl: 2 line(s)" in capsys.readouterr().out
+    (event,) = [item for item in read_record(tmp_path / "run" / "events.jsonl") if item["event"] == "begun_anew"]
+    assert event["records_cut"] == 2
+
+
 def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with muted():
         print("chatter")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, preset
+from mlra_scale.config import Config, ConfigError, load_config, preset
 from mlra_scale.training.resume import Origin
 from mlra_scale.training.run_directory import RunDirectory, check_run_directory, checkpoint_name, find_checkpoint
 
@@ -54,9 +54,15 @@ def test_a_file_is_refused(tmp_path: Path, config: Config) -> None:
     assert "is a file" in problem.remedy
 
 
-def test_resume_auto_without_a_checkpoint_starts_afresh(run: RunDirectory, config: Config) -> None:
+def test_resume_auto_without_a_checkpoint_begins_the_same_run_anew(run: RunDirectory, config: Config) -> None:
     (run.checkpoints / "latest").unlink()
     assert check_run_directory(config, run, "auto") == ([], None)
+    other = load_config("debug", overrides=["model.num_layers=5"])
+    (problem,), _ = check_run_directory(other, run, "auto")
+    assert problem.field == "model.num_layers" and "has 4" in problem.remedy
+    run.config.unlink()
+    (problem,), _ = check_run_directory(config, run, "auto")
+    assert "config.yaml cannot be read" in problem.remedy
 
 
 def test_resume_auto_with_a_pointer_to_nothing_is_refused(run: RunDirectory, config: Config) -> None:
