@@ -6,6 +6,7 @@ Everything that can be wrong is found on every rank before a process group exist
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from mlra_scale.config import BatchPlan, Config, ConfigError, Problem, batch_pla
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.resume import changed_data, changed_layout, read_origin
-from mlra_scale.training.run_directory import RunDirectory, check_run_directory
+from mlra_scale.training.run_directory import RunDirectory, check_run_directory, held
 
 _RANK_0_SECONDS = 10.0
 """How long the other ranks let rank 0 tell about bad input before they tell it themselves: a launcher ends every rank
@@ -71,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_directory, plan, checkpoint = check(config, arguments.run_dir, arguments.resume, world_size)
         from mlra_scale.training.launch import run
 
-        return run(config, plan, run_directory, checkpoint)
+        with held(run_directory) if rank == 0 else contextlib.nullcontext():
+            if rank == 0 and check_run_directory(config, run_directory, arguments.resume) != ([], checkpoint):
+                # Between the check and the lock.
+                raise ConfigError([Problem("--run-dir", arguments.run_dir, "another run has just used it; look again")])
+            return run(config, plan, run_directory, checkpoint)
     except ConfigError as error:
         return _report_bad_input(error, rank)
     except KeyboardInterrupt:
@@ -98,9 +103,9 @@ def check(
         ConfigError: With everything that is wrong.
     """
     from mlra_scale.data import check_data, data_fingerprints
-    from mlra_scale.training.launch import check_device, resolve_device
+    from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 
-    problems: list[Problem] = []
+    problems = check_launcher(os.environ)
     try:
         validate(config, world_size, device=resolve_device(config))
     except ConfigError as error:

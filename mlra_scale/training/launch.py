@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,6 +38,29 @@ def check_device(config: Config) -> list[Problem]:
     if config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
         return [Problem("train.precision", "bf16", f"{name} has no bf16; use train.precision=fp16 or fp32")]
+    return []
+
+
+def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
+    """Refuses to be one of many processes of which each would take itself for the only one.
+
+    srun and mpirun start many processes but do not tell them their place in torch's words. An srun that starts one
+    torchrun per node is right: torchrun sets RANK.
+
+    Args:
+        environment: Of the process.
+    """
+    if "RANK" in environment:
+        return []
+    for name, launcher in (("SLURM_NTASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
+        value = environment.get(name, "1")
+        if value.isdecimal() and int(value) > 1:
+            remedy = (
+                f"{launcher} starts {value} processes, each of which would train by itself, for RANK is not set; start "
+                "the processes by torchrun (under srun: one torchrun per node, with --ntasks-per-node=1), and a "
+                "single process inside such an allocation by torchrun --nproc_per_node 1"
+            )
+            return [Problem(name, value, remedy)]
     return []
 
 

@@ -3,6 +3,7 @@
 config.yaml      the resolved configuration
 metrics.jsonl    the record: one object per step at which something was measured
 events.jsonl     start, resume, checkpoints, stops, end
+.lock            held by the run that is at work here
 wandb/           wandb's files and the run's stable id
 profile/         traces of torch.profiler
 checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
@@ -10,7 +11,11 @@ checkpoints/     step-00000100/ ..., and `latest`, which names the newest comple
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +74,31 @@ class RunDirectory:
         """Makes the directory and writes the resolved configuration into it."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.to_yaml())
+
+
+@contextlib.contextmanager
+def held(run: RunDirectory) -> Iterator[None]:
+    """Makes the directory and keeps every other run out of it until the end of the block or of the process.
+
+    Raises:
+        ConfigError: Another run holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / ".lock").open("a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            remedy = f"another run is at work here ({file.read().strip()}); wait for it, or name another directory"
+            raise ConfigError([Problem("--run-dir", str(run.path), remedy)]) from None
+        except OSError as error:
+            # Some cluster file systems are mounted without locks; that is no reason not to train.
+            print(f"{run.path} cannot be locked ({error.strerror}): see that no other run uses it", flush=True)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def checkpoint_name(step: int) -> str:

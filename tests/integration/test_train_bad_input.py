@@ -11,7 +11,7 @@ import pytest
 from mlra_scale import train as entry
 from mlra_scale.config import preset
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.run_directory import RunDirectory, held
 from tests.support.training_runs import train
 
 Refused = Callable[..., str]
@@ -71,7 +71,7 @@ CONFIGURATIONS = {
         ["train.sequence_length", "model.max_positions"],
     ),
     "gpu": (["--preset", "debug", "train.device=cuda"], 1, ["train.device", "no GPU"]),
-    "fp16 on a cpu": (["--preset", "debug", "train.precision=fp16"], 1, ["train.precision", "bf16"]),
+    "fp16 on a cpu": (["--preset", "debug", "train.precision=fp16"], 1, ["train.precision", "runs on cuda only"]),
 }
 
 
@@ -177,6 +177,22 @@ def test_validation_shorter_than_a_sample(refused: Refused, training_data: Path)
 def test_run_directory_of_another_run(refused: Refused, tmp_path: Path, training_data: Path) -> None:
     RunDirectory(tmp_path / "run").create(preset("debug"))
     has(refused("--preset", "debug", f"data.path={training_data}"), "--run-dir", "--resume auto")
+
+
+def test_a_run_directory_in_use(refused: Refused, tmp_path: Path, training_data: Path) -> None:
+    with held(RunDirectory(tmp_path / "run")):
+        has(refused("--preset", "debug", f"data.path={training_data}"), "--run-dir", "another run is at work here")
+
+
+def test_a_launcher_that_is_not_torchs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, training_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    arguments = ["--preset", "debug", "--run-dir", str(tmp_path / "run"), f"data.path={training_data}"]
+    assert entry.main(arguments) == ExitCode.BAD_INPUT
+    has(capsys.readouterr().err, "SLURM_NTASKS", "torchrun")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_from_nothing(refused: Refused, tmp_path: Path, training_data: Path) -> None:

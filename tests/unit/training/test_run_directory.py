@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -5,7 +7,7 @@ import pytest
 
 from mlra_scale.config import Config, ConfigError, load_config, preset
 from mlra_scale.training.resume import Origin
-from mlra_scale.training.run_directory import RunDirectory, check_run_directory, checkpoint_name, find_checkpoint
+from mlra_scale.training.run_directory import RunDirectory, check_run_directory, checkpoint_name, find_checkpoint, held
 
 
 @pytest.fixture
@@ -46,6 +48,27 @@ def test_another_run_is_refused_unless_resumed(run: RunDirectory, config: Config
     (problem,), _ = check_run_directory(config, run, "none")
     assert problem.field == "--run-dir" and "--resume auto" in problem.remedy
     assert check_run_directory(config, run, "auto") == ([], run.checkpoints / checkpoint_name(20))
+
+
+def test_a_held_directory_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "new" / "run")
+    with held(run):
+        assert not run.holds_a_run()
+        with pytest.raises(ConfigError, match=f"another run is at work here .process {os.getpid()} on"), held(run):
+            pass
+    with held(run):
+        pass
+
+
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with held(RunDirectory(tmp_path)):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
 
 def test_a_file_is_refused(tmp_path: Path, config: Config) -> None:
