@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 # Worker processes import this file too: everything heavier is imported when it is needed.
@@ -58,24 +59,48 @@ def parser() -> argparse.ArgumentParser:
         "folder; encoder.json vocab.bpe as well)",
     )
     tokenizer.add_argument(
-        "--train-bpe", type=_count, metavar="N", help="train a byte-level BPE with N tokens on the corpus"
+        "--train-bpe",
+        type=partial(_count, largest=10**7),
+        metavar="N",
+        help="train a byte-level BPE with N tokens on the corpus",
     )
     add("--train-bpe-bytes", type=_count, default=10**8, metavar="N", help="on at most this much text (default: 100e6)")
     add("--end-of-document", metavar="TOKEN", help="token that ends documents (default: the tokenizer's eos token)")
-    add("--validation-fraction", type=float, default=0.01, metavar="F", help="share of documents (default: 0.01)")
-    add("--seed", type=int, default=0, help="seed of the train/validation split (default: 0)")
-    add("--workers", type=_count, metavar="N", help="tokenizing processes (default: one per usable core)")
+    add("--validation-fraction", type=_fraction, default=0.01, metavar="F", help="share of documents (default: 0.01)")
+    add("--seed", type=_seed, default=0, help="seed of the train/validation split (default: 0)")
+    add(
+        "--workers",
+        type=partial(_count, largest=1024),
+        metavar="N",
+        help="tokenizing processes (default: one per usable core)",
+    )
     add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
     add("--quiet", action="store_true", help="no progress bar")
     return result
 
 
-def _count(text: str) -> int:
+def _count(text: str, largest: int = 2**63 - 1) -> int:
     """Reads a positive whole number, also written as 10e6."""
-    value = float(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(value)
+    try:
+        value = float(text)
+        if 1 <= value <= largest and value == int(value):
+            return int(value)
+    except ValueError:
+        pass  # told in the same words as a number that does not fit
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {largest} (10e6 is fine)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from mlra_scale.data.corpus_python import PythonCorpus
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.hub import unreachable_hub
 
 PYTHON_DOCS = "python-docs"
 HUGGING_FACE = "hf:"
@@ -210,6 +211,11 @@ class HuggingFace:
     def _examples(self) -> Iterator[dict[str, Any]]:
         import datasets
 
+        if not Path(self._path).exists() and (silent := unreachable_hub()):
+            raise DataError(
+                f"Hugging Face data set {self.name} cannot be read: {silent} does not answer; download it elsewhere "
+                "and name its folder or files as the source"
+            )
         # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
         # this data set cannot be read. Errors of our consumer do not pass through here.
         try:

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.hub import unreachable_hub
 
 END_OF_TEXT = "<|endoftext|>"
 # vocab.json, merges.txt is what Hugging Face calls GPT-2's files; encoder.json, vocab.bpe is what OpenAI called them.
@@ -220,9 +221,17 @@ def _from_json(path: Path) -> Tokenizer:
 def _from_hugging_face(name: str) -> Any:
     import transformers
 
+    # A folder needs no hub; neither does what was downloaded before.
+    silent = None if Path(name).is_dir() else unreachable_hub()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=silent is not None)
     except Exception as error:  # many kinds: unknown name, no network, foreign folder, missing dependency
+        if silent:
+            raise DataError(
+                f"tokenizer {name!r} is neither a file or folder here nor loadable by name: {silent} does not answer, "
+                "and the Hugging Face cache does not hold it; name a local folder with its files (tokenizer.json, or "
+                "vocab.json and merges.txt), or fill the cache elsewhere, bring it here and set HF_HUB_OFFLINE=1"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"tokenizer {name!r} is neither a file or folder here nor loadable by name: {reason}"

@@ -225,13 +225,55 @@ def test_bad_input_is_one_message_code_2_and_nothing_left(
     assert digests(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["in"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["--train-bpe", "300"], ["--output", "x"], ["--output", "x", "--train-bpe", "few"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["--train-bpe", "300"], ["--output", "x"]])
 def test_bad_flags_end_with_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "values", "message"),
+    [
+        (
+            "--train-bpe",
+            ["few", "4k", "inf", "nan", "-inf", "1e300", "2.5", "0", "-300", ""],
+            "from 1 to 10000000 (10e6",
+        ),
+        ("--train-bpe-bytes", ["inf", "1e19", "x"], "is not a whole number from 1 to"),
+        ("--max-bytes", ["inf", "0.5"], "is not a whole number from 1 to"),
+        ("--workers", ["0", "inf", "1e9"], "is not a whole number from 1 to 1024"),
+        ("--seed", ["-1", "1.5", "x"], "is not a whole number from 0 on"),
+        ("--validation-fraction", ["1 %", "x"], "is not a number between 0 and 1"),
+    ],
+)
+def test_bad_numbers_name_flag_and_range(
+    capsys: pytest.CaptureFixture[str], flag: str, values: list[str], message: str
+) -> None:
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            main(["--output", "x", "--train-bpe", "300", f"{flag}={value}"])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and error.startswith(f"prepare_data.py: error: argument {flag}: {value!r} is not")
+        assert message in error
+
+
+def test_the_hub_out_of_reach_is_told_soon_once_and_with_a_remedy(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, str(TOOL), "--output", str(tmp_path / "set"), "--quiet", "--workers", "1"]
+    for choice, remedy in (
+        (["--tokenizer", "gpt2"], "name a local folder with its files"),
+        (["--source", "hf:wikitext", *TRAIN_BPE], "name its folder or files as the source"),
+    ):
+        start = time.monotonic()
+        result = subprocess.run([*command, *choice], env=environment, capture_output=True, text=True, timeout=100)
+        assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+        assert "http://127.0.0.1:9 does not answer" in result.stderr and remedy in result.stderr
+        # The libraries' own retries alone take longer than this.
+        assert time.monotonic() - start < 20
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_finished_data_set_is_kept_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

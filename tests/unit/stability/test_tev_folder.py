@@ -239,3 +239,15 @@ def test_bad_tokenizer_and_bad_numbers(tmp_path: Path, refuse: Callable[..., str
         with pytest.raises(SystemExit) as exit_info:
             tool.main([str(tmp_path), "--extremes", value])
         assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize("flag", ["--tokens", "--extremes"])
+@pytest.mark.parametrize("value", ["4k", "inf", "0", "-1", "1.5", ""])
+def test_bad_counts_name_flag_and_range(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["folder", f"{flag}={value}"])
+    assert ended.value.code == 2
+    told = f"tev.py: error: argument {flag}: {value!r} is not a whole number from 1 on\n"
+    assert capsys.readouterr().err.endswith(told)
