@@ -28,6 +28,7 @@ Quantile = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Text = Annotated[str, Field(min_length=1)]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Section(BaseModel):
@@ -291,7 +292,9 @@ class WandbConfig(Section):
     )
     project: Text = Field("mlra-scale", description="Project name.")
     name: Text | None = Field(None, description="Run name; null: the run directory's name.")
-    tags: Annotated[tuple[Text, ...], BeforeValidator(_tuple_of_list)] = Field((), description="Tags of the run.")
+    tags: Annotated[tuple[Tag, ...], BeforeValidator(_tuple_of_list)] = Field(
+        (), description="Tags of the run, of 64 characters at most."
+    )
 
 
 class ProfileConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
 import secrets
@@ -38,7 +39,7 @@ class WandbLog:
             try:
                 self._run.log(finite_or_none(numbers), step=step)
             except Exception as error:  # whatever happens to wandb, a training run must not end for it
-                print(f"wandb: stopped logging ({_first_line(error)})", flush=True)
+                print(f"wandb: stopped logging ({_in_short(error)})", flush=True)
                 self._run = None
 
     def finish(self, exit_code: int, summary: Mapping[str, Any] | None = None) -> None:
@@ -49,10 +50,14 @@ class WandbLog:
             summary: Final values for wandb's summary.
         """
         if self._run is not None:
-            for key, value in (summary or {}).items():
-                self._run.summary[f"final/{key}"] = value
-            self._run.finish(exit_code=exit_code)
-            self._run = None
+            run, self._run = self._run, None
+            try:
+                for key, value in (summary or {}).items():
+                    run.summary[f"final/{key}"] = value
+                run.finish(exit_code=exit_code)
+            except Exception as error:  # its service may be dead, and the training is done all the same
+                print(f"wandb: could not finish ({_in_short(error)})", flush=True)
+                _let_go_of_service()
 
 
 def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
@@ -69,24 +74,40 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
     Returns:
         The log; one that forgets if wandb is disabled.
     """
-    mode = wandb_mode(config)
-    if mode == "disabled":
+    try:
+        mode = wandb_mode(config)
+        if mode == "disabled":
+            return WandbLog()
+        import wandb
+
+        run_id = _stable_run_id(run_directory)
+        if mode == "online":
+            try:
+                return WandbLog(_start(wandb, config, run_directory, run_id, "online"))
+            except Exception as error:
+                print(f"wandb: cannot start online ({_in_short(error)})", flush=True)
+                # Its service process would hold on to the id of the run that failed to start.
+                _let_go_of_service()
+        return WandbLog(_start(wandb, config, run_directory, run_id, "offline"))
+    except Exception as error:
+        # As broad as can be, here and above: wandb reads an environment, files and a network of which nothing is known
+        # here, tells of trouble by errors of several libraries, and is never worth a run.
+        print(f"wandb: not used in this run ({_in_short(error)})", flush=True)
         return WandbLog()
+
+
+def _let_go_of_service() -> None:
+    """Ends what wandb would otherwise try at the end of the process, with a traceback where its service is dead."""
     import wandb
 
-    run_id = _stable_run_id(run_directory)
-    for attempt in (mode, "offline") if mode == "online" else (mode,):
-        try:
-            return WandbLog(_start(wandb, config, run_directory, run_id, attempt))
-        except (wandb.errors.Error, OSError) as error:
-            # Its service process would hold on to the id of the run that failed to start.
-            wandb.teardown()
-            print(f"wandb: cannot start {attempt} ({_first_line(error)})", flush=True)
-    return WandbLog()
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _in_short(error: Exception) -> str:
+    """Returns an error's text on one line; validation errors say only on their third line what is wrong."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _start(wandb: Any, config: Config, run_directory: RunDirectory, run_id: str, mode: str) -> Any:

@@ -117,6 +117,11 @@ def test_wrong_values_are_told_in_one_line(section: str, field: str, value: obje
     assert "pydantic" not in str(problem)
 
 
+def test_a_tag_is_no_longer_than_wandb_takes() -> None:
+    with pytest.raises(ConfigError, match=r"wandb\.tags\.1 = .*: has 65 characters where 64 are allowed"):
+        debug_with("wandb", tags=["a" * 64, "b" * 65])
+
+
 def test_wrong_items_are_named_by_their_place() -> None:
     with pytest.raises(ConfigError) as caught:
         debug_with("tev", quantiles=[0.5, 2.0])

@@ -31,14 +31,14 @@ log.finish(0, {"loss_last": 0.25})
 
 
 def run_script(
-    mode: str, directory: Path, environment: dict[str, str], first: int = 0
+    mode: str, directory: Path, environment: dict[str, str], first: int = 0, script: str = SCRIPT
 ) -> subprocess.CompletedProcess[str]:
     """Logs three steps in a process of its own, with no terminal, no key and no home but those given."""
     directory.mkdir(exist_ok=True)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
     home = {"HOME": str(directory.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, mode, str(directory), str(first)],
+        [sys.executable, "-c", script, mode, str(directory), str(first)],
         env={**clean, **home, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -124,3 +124,55 @@ def test_a_log_that_breaks_does_not_end_the_run(capsys: pytest.CaptureFixture[st
     log.log(2, {"loss": 1.0})
     assert log.mode == "disabled"
     assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\n"
+
+
+def test_a_log_that_cannot_finish_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.summary: dict[str, object] = {}
+
+        def finish(self, exit_code: int) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    log = WandbLog(Broken())
+    log.finish(ExitCode.DONE, {"steps": 4})
+    log.finish(ExitCode.DONE)
+    assert capsys.readouterr().out == "wandb: could not finish (Connection lost)\n"
+
+
+KILL_SERVICE = """
+import os, signal
+for entry in os.listdir("/proc"):
+    if entry.isdecimal():
+        try:
+            parent = int(open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if parent == os.getpid():
+            os.kill(int(entry), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds wandb's service process by /proc")
+def test_a_killed_service_changes_neither_the_end_nor_the_exit_code(tmp_path: Path) -> None:
+    script = SCRIPT.replace("log.finish", KILL_SERVICE + "log.finish")
+    result = run_script("offline", tmp_path / "run", {}, script=script)
+    assert result.stdout.startswith("mode offline\nwandb: could not finish (")
+    assert "Traceback" not in result.stderr and result.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment"),
+    [
+        ("auto", {"WANDB_MODE": "bogus"}),
+        ("offline", {"WANDB_BASE_URL": "notaurl"}),
+        ("auto", {"WANDB_BASE_URL": "notaurl"}),
+        ("online", {"WANDB_BASE_URL": "notaurl", "WANDB_API_KEY": KEY}),
+    ],
+)
+def test_an_environment_that_wandb_refuses_does_not_end_the_run(
+    tmp_path: Path, mode: str, environment: dict[str, str]
+) -> None:
+    result = run_script(mode, tmp_path / "run", environment)
+    assert "wandb: not used in this run (" in result.stdout and result.stdout.endswith("mode disabled\n")
+    assert "Traceback" not in result.stderr
