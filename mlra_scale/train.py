@@ -71,11 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dry_run(config, rank, config.parallel.world_size or world_size)
         run_directory, plan, checkpoint = check(config, arguments.run_dir, arguments.resume, world_size)
         from mlra_scale.training.launch import run
+        from mlra_scale.training.report import report_nothing_to_do
 
         with held(run_directory) if rank == 0 else contextlib.nullcontext():
             if rank == 0 and check_run_directory(config, run_directory, arguments.resume) != ([], checkpoint):
                 # Between the check and the lock.
                 raise ConfigError([Problem("--run-dir", arguments.run_dir, "another run has just used it; look again")])
+            if checkpoint is not None and (step := read_origin(checkpoint).step) >= config.train.steps:
+                if rank == 0:
+                    report_nothing_to_do(run_directory, checkpoint, step, config.train.steps)
+                return ExitCode.DONE
             return run(config, plan, run_directory, checkpoint)
     except ConfigError as error:
         return _report_bad_input(error, rank)

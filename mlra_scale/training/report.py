@@ -26,6 +26,22 @@ _CURVES = ("loss", "validation_loss", "tev_mean", "tev_std")
 """What the summary tells the first and the last value of."""
 
 
+def report_nothing_to_do(run: RunDirectory, checkpoint: Path, step: int, total_steps: int) -> None:
+    """Tells that a run is to be resumed which has done its steps; its configuration and record stay as they are.
+
+    Args:
+        run: Its directory.
+        checkpoint: What it is to be resumed from.
+        step: The checkpoint's step.
+        total_steps: `train.steps`.
+    """
+    events = EventLog(run.events)
+    events.write("finished", steps=step, checkpoint=str(checkpoint), reason=f"already at train.steps={total_steps}")
+    events.close()
+    print(f"already at step {step} ({checkpoint}): nothing to do up to train.steps={total_steps}, raise it to go on")
+    sys.stdout.flush()
+
+
 class Report:
     """The reporting of one run; a context manager that also tells how the run ended."""
 

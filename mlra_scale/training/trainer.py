@@ -49,6 +49,7 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
         engine = build_engine(config, plan, topology)
     checkpoints = Checkpoints(run, config, datasets.fingerprints)
     progress = checkpoints.load(engine, checkpoint) if checkpoint is not None else Progress()
+    assert progress.step < config.train.steps, "that there is something to do is checked before anything is built"
     tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
     finite = FiniteCheck(config.train)
     throughput = Throughput(config, plan.world_size, topology.device)
@@ -60,9 +61,12 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
         Feed(datasets.train, plan, topology.data_rank) as feed,
     ):
         report.start(progress, checkpoint)
-        if progress.step >= last:
-            report.say(f"already at step {progress.step}: nothing to do up to train.steps={last}, raise it to go on")
-            return progress
+        num_validation = datasets.validation.samples_per_epoch
+        if num_validation < plan.global_batch_size:
+            report.say(
+                f"the validation data are {num_validation} sample(s), less than a global batch of "
+                f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
+            )
         if progress.step == 0:
             values = tev_values(tev.measure(engine.owned_fragments())) if config.tev.every > 0 else {}
             if config.evaluation.every > 0:
@@ -111,7 +115,8 @@ def evaluate(engine: Engine, stream: SampleStream, config: Config, plan: BatchPl
     Args:
         engine: The model.
         stream: Validation samples.
-        config: `evaluation.batches` global batches are read, but no sample twice where the data set is smaller.
+        config: `evaluation.batches` global batches are read, or as many as the data set has: no sample twice, unless
+            the data set is smaller than a single global batch.
         plan: The batch plan.
     """
     whole_batches = max(1, stream.samples_per_epoch // plan.global_batch_size)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,10 +143,19 @@ def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:
 
 def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> None:
     start("run", "train.steps=2")
-    before = metrics(tmp_path / "run")
-    result = start("run", "train.steps=2", "--resume", "auto")
-    assert metrics(tmp_path / "run") == before
-    assert "already" in result.stdout
+    run = tmp_path / "run"
+    before, configuration = metrics(run), (run / "config.yaml").read_text()
+    for steps in (2, 1):
+        result = start("run", f"train.steps={steps}", "--resume", "auto")
+        assert f"already at step 2 ({run / 'checkpoints' / 'step-00000002'})" in result.stdout
+        assert metrics(run) == before and (run / "config.yaml").read_text() == configuration
+        assert events(run)[-1]["event"] == "finished" and events(run)[-1]["steps"] == 2
+
+
+def test_validation_data_below_a_global_batch_are_told(start: Start, tmp_path: Path) -> None:
+    data = write_megatron_data(tmp_path / "counting")
+    result = start("run", f"data.path={data}", "train.steps=1")
+    assert re.search(r"validation data are [1-7] sample\(s\), less than a global batch of 8", result.stdout)
 
 
 def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> None:
