@@ -29,6 +29,8 @@ class Datasets:
         fingerprints: One for every data set, see `data_fingerprints`.
         manifests: The manifests of the data sets that have one, in the order of the blend.
         num_train_tokens: Tokens of all training splits together.
+        have_checked_tokens: Whether all of it was written by tools/prepare_data.py, with no token beyond a manifest's
+            vocabulary.
     """
 
     train: SampleStream
@@ -36,6 +38,7 @@ class Datasets:
     fingerprints: dict[str, str]
     manifests: tuple[Manifest, ...]
     num_train_tokens: int
+    have_checked_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def open_datasets(config: Config) -> Datasets:
         fingerprints=_fingerprints(parts, validation),
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
+        have_checked_tokens=all(part.manifest is not None for part in parts + validation_parts),
     )
 
 

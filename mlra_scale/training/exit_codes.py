@@ -17,7 +17,8 @@ class ExitCode(IntEnum):
     FAILED = 1
     """An error of ours or of a library; Python prints the traceback."""
     BAD_INPUT = 2
-    """Nothing was started and nothing was left behind; the message says what to change."""
+    """The message says what to change. Nothing was started and nothing was left behind, unless the fault lies so deep
+    in the data that only training found it."""
     NON_FINITE = 3
     """The loss or the gradient norm stopped being a number; running again gives the same end."""
     INTERRUPTED = 130

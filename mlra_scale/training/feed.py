@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan
-from mlra_scale.data import Batch, SampleStream
+from mlra_scale.data import Batch, DataError, SampleStream
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.progress import Progress
+
+if TYPE_CHECKING:
+    # Importing the topology imports DeepSpeed, and reading needs only its numbers.
+    from mlra_scale.parallel import Topology
+
+
+Read = Callable[[], list[Batch]]
 
 
 def first_samples(plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[int]:
@@ -28,6 +43,45 @@ def first_samples(plan: BatchPlan, data_rank: int, consumed_samples: int) -> lis
 def read_batches(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[Batch]:
     """Reads the micro-batches of one data rank in one step."""
     return [stream.batch(first, plan.micro_batch_size) for first in first_samples(plan, data_rank, consumed_samples)]
+
+
+def on_all_ranks(read: Read, progress: Progress, topology: Topology, have_checked_tokens: bool) -> list[Batch]:
+    """Reads batches, and stops all ranks if one of them meets a token that the model does not have; collective.
+
+    Without this a rank that stops would leave the others waiting for it. Data that tools/prepare_data.py wrote hold no
+    such tokens; only for others is a word exchanged among the ranks, one number per call.
+
+    Args:
+        read: Reads this rank's batches.
+        progress: The counters before the step, for the message.
+        topology: The mesh.
+        have_checked_tokens: Whether every data set was written by tools/prepare_data.py.
+
+    Raises:
+        TrainingStopped: Some rank's data are bad.
+        DataError: This rank's are, though they were written by tools/prepare_data.py: the files are damaged.
+    """
+    batches, fault = [], ""
+    try:
+        batches = read()
+    except DataError as error:
+        if have_checked_tokens and topology.world_size > 1:
+            raise
+        fault = str(error)
+    if topology.world_size > 1 and not have_checked_tokens:
+        has_fault = torch.tensor(int(fault != ""), device=topology.device)
+        dist.all_reduce(has_fault, op=dist.ReduceOp.MAX)
+        if has_fault.item():
+            faults: list[str] = [""] * topology.world_size
+            dist.all_gather_object(faults, fault)
+            fault = next(text for text in faults if text)
+    if fault:
+        values = {"step": progress.step + 1, "consumed_samples": progress.consumed_samples}
+        message = (
+            f"step {progress.step + 1}: {fault}; mend the data set or set model.vocab_size to its tokenizer's size"
+        )
+        raise TrainingStopped(message, values, ExitCode.BAD_INPUT)
+    return batches
 
 
 class Feed:

@@ -7,9 +7,11 @@ rank decides from the same all-reduced values.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mlra_scale.config import TrainConfig
+from mlra_scale.training.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     # Importing an engine imports DeepSpeed, and the check itself needs only numbers.
@@ -21,11 +23,15 @@ class TrainingStopped(RuntimeError):
 
     Attributes:
         values: The step and its numbers, for the event log.
+        exit_code: How the process ends.
     """
 
-    def __init__(self, message: str, values: dict[str, float | int | None]) -> None:
+    def __init__(
+        self, message: str, values: Mapping[str, float | int | None], exit_code: ExitCode = ExitCode.NON_FINITE
+    ) -> None:
         super().__init__(message)
         self.values = values
+        self.exit_code = exit_code
 
 
 class FiniteCheck:

@@ -90,9 +90,9 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
     code = ExitCode.DONE
     try:
         fit(config, plan, topology, run_directory, checkpoint)
-    except TrainingStopped:
+    except TrainingStopped as stop:
         # Told by rank 0's report.
-        code = ExitCode.NON_FINITE
+        code = stop.exit_code
     # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on each
     # ends by itself, with the code that says why, rather than by the launcher's signal.
     dist.barrier()

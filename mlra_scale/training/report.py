@@ -192,7 +192,7 @@ class Report:
         self._close_bar()
         code = ExitCode.DONE
         if isinstance(error, TrainingStopped):
-            code = ExitCode.NON_FINITE
+            code = error.exit_code
             self._events.write("stopped", exit_code=int(code), reason=str(error), **error.values)
             if self._is_main:
                 print(f"stopped: {error}", file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan, Config
-from mlra_scale.data import SampleStream, open_datasets
+from mlra_scale.data import Batch, SampleStream, open_datasets
 from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
 from mlra_scale.stability.tev import TevHook, TevStatistics
 from mlra_scale.training.checkpoints import Checkpoints
-from mlra_scale.training.feed import Feed, read_batches
+from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
 from mlra_scale.training.profiling import StepProfiler
@@ -42,7 +43,7 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
         The counters at the end.
 
     Raises:
-        TrainingStopped: A loss or gradient norm was not finite, on all ranks on the same step.
+        TrainingStopped: A loss or gradient norm was not finite, or the data are bad; on all ranks on the same step.
     """
     datasets = open_datasets(config)
     with muted():
@@ -55,6 +56,7 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
     throughput = Throughput(config, plan.world_size, topology.device)
     profiler = StepProfiler(config.profile, run.profile, topology.device, is_active=topology.rank == 0)
     last = config.train.steps
+    together = partial(on_all_ranks, topology=topology, have_checked_tokens=datasets.have_checked_tokens)
 
     with (
         Report(config, plan, run, is_main=topology.rank == 0) as report,
@@ -70,14 +72,14 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
         if progress.step == 0:
             values = tev_values(tev.measure(engine.owned_fragments())) if config.tev.every > 0 else {}
             if config.evaluation.every > 0:
-                values |= evaluate(engine, datasets.validation, config, plan)
+                values |= evaluate(engine, datasets.validation, config, plan, partial(together, progress=progress))
             report.measured(progress, values)
 
         while progress.step < last:
             step = progress.step + 1
             profiler.before(step)
             throughput.start()
-            batches = feed.take(progress.consumed_samples)
+            batches = together(partial(feed.take, progress.consumed_samples), progress)
             rate = learning_rate(step, config.optim, last)
             result = engine.train_batch(batches, rate, finite.approve)
             finite.check(step, result, progress.consumed_samples)
@@ -90,7 +92,7 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
             if is_due(step, config.evaluation.every, last):
-                values |= evaluate(engine, datasets.validation, config, plan)
+                values |= evaluate(engine, datasets.validation, config, plan, partial(together, progress=progress))
             report.measured(progress, values)
             report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:
@@ -109,7 +111,9 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def evaluate(engine: Engine, stream: SampleStream, config: Config, plan: BatchPlan) -> dict[str, float]:
+def evaluate(
+    engine: Engine, stream: SampleStream, config: Config, plan: BatchPlan, together: Callable[[Read], list[Batch]]
+) -> dict[str, float]:
     """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
 
     Args:
@@ -118,14 +122,14 @@ def evaluate(engine: Engine, stream: SampleStream, config: Config, plan: BatchPl
         config: `evaluation.batches` global batches are read, or as many as the data set has: no sample twice, unless
             the data set is smaller than a single global batch.
         plan: The batch plan.
+        together: Reads on all ranks (feed.on_all_ranks).
     """
     whole_batches = max(1, stream.samples_per_epoch // plan.global_batch_size)
     num_batches = min(config.evaluation.batches, whole_batches)
     total = 0.0
     for index in range(num_batches):
-        total += engine.eval_batch(
-            read_batches(stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
-        )
+        read = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
+        total += engine.eval_batch(together(read))
     loss = total / num_batches
     return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
 

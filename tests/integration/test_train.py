@@ -1,5 +1,6 @@
 """Training through the real command line and the real engines: what a run leaves behind, and how it can end."""
 
+import itertools
 import json
 import math
 import os
@@ -209,6 +210,24 @@ def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_pa
     start("parts", *fixed, "train.steps=3")
     start("parts", *fixed, "train.steps=6", "--resume", "auto")
     assert curve(tmp_path / "parts", "loss") == curve(tmp_path / "whole", "loss")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_foreign_token_found_while_training_stops_all_ranks(start: Start, tmp_path: Path, num_processes: int) -> None:
+    prefix = write_megatron_data(tmp_path / "foreign", num_documents=2000)
+    tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+    # The check before the start reads 64 stretches of 4096 tokens; what lies between them escapes it.
+    starts = np.linspace(0, len(tokens) - 4096, 64).astype(int)
+    for this, following in itertools.pairwise(starts[:4]):
+        assert this + 4096 < following, "the check reads the whole file: more documents are needed"
+        tokens[this + 4096 : following] = 600
+    tokens.tofile(f"{prefix}.bin")
+    arguments = [f"data.path={prefix}", "train.steps=2000", "tev.every=0"]
+    result = start("run", *arguments, num_processes=num_processes, code=ExitCode.BAD_INPUT)
+    assert result.stderr.count("outside the model's vocabulary") == 1 and "Traceback" not in result.stderr
+    stopped = events(tmp_path / "run")[-1]
+    assert stopped["event"] == "stopped" and stopped["exit_code"] == ExitCode.BAD_INPUT
+    assert stopped["consumed_samples"] == 8 * (stopped["step"] - 1)
 
 
 # Decoupled weight decay multiplies the weights by 1 - lr * decay = -98 every step: fp32 overflows soon.
