@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.run_directory import checkpoint_name
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import ROOT, Finished, curve, environment, events, main_on_rank, metrics, train
 from tests.support.wandb_reader import history
@@ -173,6 +175,32 @@ def test_other_data_are_refused_on_resume(start: Start, tmp_path: Path) -> None:
     result = start("run", "train.steps=4", "--resume", "auto", f"data.path={other}", code=ExitCode.BAD_INPUT)
     assert "data.path = 'fingerprint" in result.stderr and "Traceback" not in result.stderr
     assert [event["event"] for event in events(tmp_path / "run")] == ["start", "checkpoint", "finished"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_resumed_run_takes_its_own_weight_decay(start: Start, tmp_path: Path, stage: int) -> None:
+    """One step from the same checkpoint with another decay: the weights differ by -lr (new - old) w, and biases not."""
+    fixed = ["optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01"]
+    fixed += [f'deepspeed.zero_optimization={{"stage": {stage}}}']
+    start("trunk", "train.steps=2", "optim.weight_decay=0.1", *fixed)
+    for name, decay in (("same", 0.1), ("more", 0.6)):
+        arguments = [f"optim.weight_decay={decay}", "--resume", str(tmp_path / "trunk")]
+        start(name, "train.steps=3", *fixed, *arguments)
+    before, same, more = (
+        stored_weights(tmp_path / name / "checkpoints" / checkpoint_name(step))
+        for name, step in (("trunk", 2), ("same", 3), ("more", 3))
+    )
+    assert len(before) > 20
+    for name, weight in before.items():
+        expected = -0.01 * (0.6 - 0.1) * weight if weight.ndim == 2 else torch.zeros_like(weight)
+        torch.testing.assert_close(more[name] - same[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights in DeepSpeed's file of a run of one rank."""
+    stored = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)
+    # Megatron's layers also store an empty "extra state".
+    return {name: weight for name, weight in stored["module"].items() if isinstance(weight, torch.Tensor)}
 
 
 @pytest.mark.parametrize(("stage", "code"), [(0, ExitCode.DONE), (1, ExitCode.BAD_INPUT)])
