@@ -7,9 +7,14 @@ f number of factorised projections, V padded vocabulary.
 Training state (DeepSpeed 0.19 as our engines set it up):
 
     component      bytes
-    weights        e n; ZeRO 3: e n / d
-    gradients      fp32: 4 n; bf16: 2 n without ZeRO, (2 + 4) n with ZeRO 1 (micro-batches add up in fp32);
-                   fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d (fp16)
+    weights        e n; ZeRO 3: e n / d, and gathered e min(n, stage3_max_reuse_distance): DeepSpeed keeps whole what it
+                   will use again within so many elements (1e9 unless the --ds-config file says otherwise)
+    gradients      fp32: 4 n; bf16: 2 n without ZeRO (twice that in a pipeline: a flat copy), (2 + 4) n with ZeRO 1
+                   (micro-batches add up in fp32); fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d (fp16)
+    reduction      shown with the gradients: ZeRO's buffers of reduce_bucket_size elements (5e8 unless the --ds-config
+                   file says otherwise), whatever the size of the model. ZeRO 3: one in the type of communication.
+                   ZeRO 1 and 2: one in compute precision while the backward pass runs (in a pipeline: while gradients
+                   are reduced, in the type of communication), two with overlap_comm; none in bf16 with ZeRO 1
     master         fp32 copy of the weights: 4 n; none in fp32 without ZeRO; ZeRO >= 1: 4 n / d
     moments        Adam's two, fp32: 8 n; ZeRO >= 1: 8 n / d
     (offload_optimizer moves master and moments to the host, offload_param the weights)
@@ -25,8 +30,9 @@ Activations kept for the backward pass, per token:
 
 All but the logits, times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
 
-Left out: communication buckets, the allocator's fragments, temporary results inside an operation, the libraries
-themselves (CUDA context and NCCL: about 1 to 2 GiB per GPU). Take the sum as a lower bound with 10 to 20 % to come.
+tests/distributed/test_memory_plan.py compares the training state with the tensors that ranks on CPUs really hold.
+Activations and logits are estimates that nothing has measured yet. Left out: temporary results inside an operation and
+inside the optimizer's step, further communication buffers, the allocator's fragments, and the libraries themselves.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ class RankMemory:
 
     Attributes:
         weights: In compute precision.
-        gradients: Kept between micro-batches.
+        gradients: Kept between micro-batches, with the buffers of their reduction.
         master: fp32 copy of the weights.
         moments: Adam's two.
         activations: Kept for the backward pass, logits not included.
@@ -78,7 +84,7 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     num_weights = num_held(weights_of_stage(config.model, plan.pipeline, stage), plan.tensor)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
-        "gradients": gradient_bytes(config, plan, num_weights),
+        "gradients": gradient_bytes(config, plan, num_weights) + reduction_bytes(config, plan),
         "master": master_bytes(config, plan, num_weights),
         "moments": moment_bytes(config, plan, num_weights),
     }
@@ -96,7 +102,11 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
 
 def weight_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     """Bytes of the weights in compute precision."""
-    return BYTES[config.train.precision] * num_weights / (plan.data if zero_stage(config) == 3 else 1)
+    element = BYTES[config.train.precision]
+    if zero_stage(config) < 3:
+        return float(element * num_weights)
+    reuse_distance = config.deepspeed["zero_optimization"].get("stage3_max_reuse_distance", 1_000_000_000)
+    return element * (num_weights / plan.data + min(num_weights, reuse_distance))
 
 
 def gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
@@ -106,7 +116,24 @@ def gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
         return (2 if precision == "fp16" else 4) * num_weights / plan.data
     if precision == "bf16" and stage == 1:
         return 6.0 * num_weights
+    if precision == "bf16" and engine_kind(config) == "pipeline":
+        return 4.0 * num_weights
     return float(BYTES[precision] * num_weights)
+
+
+def reduction_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the buffers through which ZeRO reduces gradients."""
+    stage, precision = zero_stage(config), config.train.precision
+    if stage == 0 or (stage == 1 and precision == "bf16"):
+        return 0.0
+    zero = config.deepspeed["zero_optimization"]
+    if not zero.get("contiguous_gradients", True):
+        return 0.0
+    communication = BYTES[config.deepspeed.get("communication_data_type", "fp32")]
+    size = float(zero.get("reduce_bucket_size", 500_000_000))
+    if stage == 3 or engine_kind(config) == "pipeline":
+        return size * communication
+    return size * BYTES[precision] * (2 if zero.get("overlap_comm") else 1)
 
 
 def master_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:

@@ -10,6 +10,7 @@ from mlra_scale.planning.memory import (
     master_bytes,
     moment_bytes,
     rank_memory,
+    reduction_bytes,
     weight_bytes,
 )
 
@@ -30,15 +31,14 @@ def case(
         ("fp32", 0, (4, 4, 0, 8)),
         ("fp32", 1, (4, 4, 1, 2)),
         ("fp32", 2, (4, 1, 1, 2)),
-        ("fp32", 3, (1, 1, 1, 2)),
+        ("fp32", 3, (1 + 4, 1, 1, 2)),
         ("bf16", 0, (2, 2, 4, 8)),
         ("bf16", 1, (2, 6, 1, 2)),
         ("bf16", 2, (2, 1, 1, 2)),
-        ("bf16", 3, (0.5, 1, 1, 2)),
-        ("fp16", 0, (2, 2, 4, 8)),
+        ("bf16", 3, (0.5 + 2, 1, 1, 2)),
         ("fp16", 1, (2, 2, 1, 2)),
         ("fp16", 2, (2, 0.5, 1, 2)),
-        ("fp16", 3, (0.5, 0.5, 1, 2)),
+        ("fp16", 3, (0.5 + 2, 0.5, 1, 2)),
     ],
 )
 def test_training_state_per_weight(precision: str, stage: int, expected: tuple[float, ...]) -> None:
@@ -93,3 +93,25 @@ def test_fewer_micro_batches_than_stages_limit_what_is_in_flight() -> None:
     config, plan = case(4, "parallel.pipeline=4", "train.global_batch_size=2")
     assert plan.accumulation_steps == 1
     assert in_flight(config, plan, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "settings", "expected"),
+    [
+        ("fp32", 1, {}, 4 * 500_000_000),
+        ("bf16", 1, {"overlap_comm": True}, 0),
+        ("bf16", 2, {"reduce_bucket_size": 1000, "overlap_comm": True}, 2 * 2 * 1000),
+        ("fp16", 2, {"reduce_bucket_size": 1000}, 2 * 1000),
+        ("bf16", 3, {"reduce_bucket_size": 1000, "overlap_comm": True}, 4 * 1000),
+        ("bf16", 3, {"reduce_bucket_size": 1000, "contiguous_gradients": False}, 0),
+    ],
+)
+def test_buffers_of_the_reduction_have_the_size_of_the_file(
+    precision: str, stage: int, settings: dict[str, object], expected: int
+) -> None:
+    config, plan = case(2, f"train.precision={precision}", stage=stage)
+    config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": stage, **settings}}})
+    assert reduction_bytes(config, plan) == expected
+    # They are shown with the gradients.
+    held = num_held(weights_of_stage(config.model, 1, 0), 1)
+    assert rank_memory(config, plan, 0).gradients == gradient_bytes(config, plan, held) + expected

@@ -1,0 +1,103 @@
+"""The planned training state against the tensors that the ranks really hold."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from mlra_scale.config import Config, batch_plan
+from mlra_scale.planning.memory import rank_memory, reduction_bytes
+from tests.support.layouts import Layout, layout_config, micro_batches, start
+from tests.support.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+BUCKET = 50_021  # elements: a size that no other tensor has
+
+
+@dataclass
+class Held:
+    """Largest numbers of bytes that a rank held."""
+
+    state: int = 0
+    buckets: int = 0
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that a Python object refers to, by address; activations are held by autograd alone."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None, getattr(thing, "ds_tensor", None)):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def measure(rank: int, world_size: int, config: Config) -> Held:
+    """Trains two steps and looks between micro-batches, inside the backward pass and before the update."""
+    before = storages()
+    engine, plan = start(config, world_size)
+    held = Held()
+
+    def look(*_: Any, is_backward: bool = False) -> bool:
+        sizes = [size for address, size in storages().items() if address not in before]
+        buckets = sum(size for size in sizes if size in (2 * BUCKET, 4 * BUCKET))
+        held.buckets = max(held.buckets, buckets)
+        if not is_backward:
+            held.state = max(held.state, sum(sizes) - buckets)
+        return True
+
+    def look_inside(*_: Any) -> None:
+        look(is_backward=True)
+
+    if plan.pipeline == 1:
+        engine.module.register_forward_pre_hook(lambda *_: look() and None)
+        engine.module.blocks[0].register_full_backward_pre_hook(look_inside)
+    for step in range(2):
+        assert plan.accumulation_steps > 1
+        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3, look)
+    return held
+
+
+def planned_config(layout: Layout, precision: str, **more: int) -> Config:
+    zero = {"stage": layout.stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0, **more}
+    sections: dict[str, Any] = {"deepspeed": {"zero_optimization": zero}} if layout.stage else {}
+    config = layout_config(layout, train__precision=precision, model__hidden_size=64, model__vocab_size=241)
+    return config.model_validate(config.model_dump() | sections)
+
+
+LAYOUTS = [
+    Layout(data=2),
+    Layout(data=2, stage=1),
+    Layout(data=2, stage=2),
+    Layout(data=2, stage=3),
+    Layout(pipeline=2),
+    Layout(tensor=2),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_plan_is_what_ranks_hold(worker_pool: Pools, layout: Layout, precision: str) -> None:
+    compare(worker_pool, planned_config(layout, precision), layout)
+
+
+def test_weights_that_zero_3_need_not_keep_are_not_planned(worker_pool: Pools) -> None:
+    layout = Layout(data=2, stage=3)
+    less = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    compare(worker_pool, planned_config(layout, "fp32", **less), layout)
+
+
+def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
+    plan = batch_plan(config, layout.world_size)
+    for rank, held in enumerate(worker_pool(layout.world_size).run(measure, config)):
+        memory = rank_memory(config, plan, rank // (layout.tensor * layout.data))
+        buckets = reduction_bytes(config, plan)
+        assert held.buckets == buckets
+        state = memory.weights + memory.gradients + memory.master + memory.moments - buckets
+        # Padding of partitions, the batch and what a pipeline passes on weigh more here than in a model of any use.
+        assert held.state == pytest.approx(state, rel=0.1)
