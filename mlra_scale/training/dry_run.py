@@ -130,7 +130,8 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
     return [
         *_table(rows),
         f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / _GIB:.2f})",
-        "(estimate without communication buckets, temporary results and the libraries themselves: add 10 to 20 %)",
+        "(weights to moments checked against real tensors on CPUs; activations and logits are estimates; temporary",
+        " results and the libraries themselves come on top)",
         "(formulas: mlra_scale/planning/memory.py)",
     ]
 
