@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.config import Config, ConfigError, Problem, zero_stage
+from mlra_scale.config import Config, ConfigError, Problem, engine_kind, zero_stage
 from mlra_scale.training.record import write_atomically
 
 _ORIGIN = "origin.json"
@@ -133,7 +133,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def changed_layout(config: Config, origin: Origin, world_size: int) -> list[Problem]:
     """Refuses another number of data-parallel ranks where the optimizer is sharded over them.
 
-    DeepSpeed stores what each rank holds, and from ZeRO stage 1 on that is a share of the optimizer.
+    DeepSpeed stores what each rank holds, and from ZeRO stage 1 on that is a share of the optimizer; its bf16 optimizer
+    of the pipeline engine is divided so at stage 0 too.
 
     Args:
         config: Of this start; tensor and pipeline degree are known to be those of the checkpoint.
@@ -141,11 +142,13 @@ def changed_layout(config: Config, origin: Origin, world_size: int) -> list[Prob
         world_size: Number of ranks of this start.
     """
     data_parallel, stage = world_size // (config.parallel.tensor * config.parallel.pipeline), zero_stage(config)
-    if data_parallel == origin.data_parallel or stage == 0:
+    is_divided = stage > 0 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
+    if data_parallel == origin.data_parallel or not is_divided:
         return []
+    owner = f"ZeRO stage {stage}" if stage > 0 else "the bf16 pipeline engine"
     remedy = (
         f"the run to be resumed has {origin.world_size} ranks, {origin.data_parallel} of them data-parallel, over "
-        f"which ZeRO stage {stage} divides the optimizer, and not {data_parallel}; start {origin.world_size} ranks"
+        f"which {owner} divides the optimizer, and not {data_parallel}; start {origin.world_size} ranks"
     )
     return [Problem("number of ranks", world_size, remedy)]
 

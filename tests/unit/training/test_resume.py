@@ -49,6 +49,13 @@ def test_zero_divides_the_optimizer_over_as_many_ranks_as_before(stage: int) -> 
         assert problem.value == 2 and "start 4 ranks" in problem.remedy and f"stage {stage}" in problem.remedy
 
 
+def test_the_bf16_pipeline_engine_divides_the_optimizer_without_zero() -> None:
+    overrides = ["parallel.tensor=2", "train.precision=bf16"]
+    assert changed_layout(load_config("debug", overrides=overrides), ORIGIN, 2) == []
+    (problem,) = changed_layout(load_config("debug", overrides=[*overrides, "parallel.engine=pipeline"]), ORIGIN, 2)
+    assert "bf16 pipeline engine" in problem.remedy
+
+
 def test_other_data_are_named() -> None:
     assert changed_data({"data.path": "a" * 64}, ORIGIN) == []
     (problem,) = changed_data({"data.path": "b" * 64}, ORIGIN)
