@@ -4,6 +4,7 @@ Everything above this interface (loop, stability, checkpoints) does not know whi
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ def build_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-class EngineBase:
+class EngineBase(ABC):
     """What the two engines share: the gate before an update, ownership, checkpoints."""
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology) -> None:
@@ -241,9 +242,9 @@ class EngineBase:
         optimizer = self.deepspeed_engine.optimizer
         return float(getattr(optimizer, "loss_scale", None) or optimizer.loss_scale_config.cur_scale)
 
+    @abstractmethod
     def _local_loss(self) -> torch.Tensor:
         """Sum of this rank's micro-batch losses where it counts (one rank per data shard), else zero."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def _propose(self) -> UpdateProposal:
@@ -293,9 +294,9 @@ class EngineBase:
         self.num_skipped += not self._was_applied
         return StepResult(self._proposal.loss, self._proposal.gradient_norm, self._was_applied, is_overflow, loss_scale)
 
+    @abstractmethod
     def _run(self, batches: Sequence[MicroBatch]) -> None:
         """Forward and backward over the micro-batches, gradient reduction, gated update."""
-        raise NotImplementedError
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """See Engine."""

@@ -153,7 +153,7 @@ for entry in os.listdir("/proc"):
 """
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds wandb's service process by /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find wandb's service process")
 def test_a_killed_service_changes_neither_the_end_nor_the_exit_code(tmp_path: Path) -> None:
     script = SCRIPT.replace("log.finish", KILL_SERVICE + "log.finish")
     result = run_script("offline", tmp_path / "run", {}, script=script)
