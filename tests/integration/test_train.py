@@ -230,6 +230,16 @@ def write_megatron_data(prefix: Path, num_documents: int = 40) -> Path:
     return prefix
 
 
+def test_megatrons_own_data_train_as_they_are(start: Start, tmp_path: Path) -> None:
+    prefix = write_megatron_data(tmp_path / "counting", num_documents=200)
+    files = [Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")]
+    before = [path.read_bytes() for path in files]
+    start("run", f"data.path={prefix}", "data.validation_fraction=0.1", "train.steps=12", "optim.warmup_steps=0")
+    losses = curve(tmp_path / "run", "loss")
+    assert losses[12] < losses[1] - 0.3
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_path: Path, training_data: Path) -> None:
     other = write_megatron_data(tmp_path / "counting")
     blend = json.dumps({str(training_data): 0.7, str(other): 0.3})
