@@ -66,6 +66,7 @@ def train(rank: int, world_size: int, tensor: int, pipeline: int, stage: int) ->
     from megatron.core import parallel_state
 
     descriptors = len(os.listdir("/proc/self/fd"))
+    gc.unfreeze()  # what earlier cases have left would not be listed
     tensors = sum(torch.is_tensor(thing) for thing in gc.get_objects())
     parallel_state.initialize_model_parallel(tensor, pipeline)
     data = world_size // tensor // pipeline

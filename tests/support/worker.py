@@ -95,6 +95,8 @@ def _run_case(case: Case, plan: WorkerPlan, store: Any, timeout: timedelta) -> t
         for part in case.function.split("."):
             function = getattr(function, part)
         arguments = pickle.loads(case.payload)
+        # The libraries are most of what a collection walks through, twice per case; they stay, so it need not.
+        gc.freeze()
         torch.manual_seed(0)
         dist.init_process_group(
             "gloo",
