@@ -156,7 +156,7 @@ def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, opti
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(config: Config, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW: torch's fused one, or DeepSpeed's CPU one (compiled on first use) when the optimizer is offloaded."""
     optim = config.optim
     if offload_optimizer(config):
@@ -239,8 +239,7 @@ class EngineBase(ABC):
     def _loss_scale(self) -> float | None:
         if self.config.train.precision != "fp16":
             return None
-        optimizer = self.deepspeed_engine.optimizer
-        return float(getattr(optimizer, "loss_scale", None) or optimizer.loss_scale_config.cur_scale)
+        return float(self.deepspeed_engine.optimizer.loss_scale)
 
     @abstractmethod
     def _local_loss(self) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Where DeepSpeed keeps the fp32 weights, moments and gradients: one view per kind of optimizer wrapper.
 
 DeepSpeed 0.19 wraps torch's optimizer in one of four ways, depending on ZeRO stage and precision. Each class below
-knows one of them and offers the same four things: this rank's fragments of the fp32 weights with their moments, its
-fragments of the gradient before the update, how to leave an update out, and whether the copies are replicated over
-data ranks. Everything here relies on DeepSpeed's inner attributes and is covered by tests/distributed.
+knows some of them and offers the same: this rank's fragments of the fp32 weights with their moments, its fragments of
+the gradient before the update, how to leave an update out, how to make the model follow changed weights, and whether
+the copies are replicated over data ranks. All of it relies on DeepSpeed's inner attributes and is covered by
+tests/distributed.
 """
 
 from bisect import bisect_right
@@ -132,8 +133,8 @@ class ReplicatedView:
     def clip(self, gradient_norm: float, limit: float) -> None:
         """Clips this update's gradients by the true global norm, which DeepSpeed does not know at stage 0.
 
-        With fp32 parameters it clips before the gate; with 16-bit ones it takes, under tensor parallelism, the norm of
-        the first rank's shards for that of the whole.
+        DeepSpeed would clip fp32 gradients before the gate; for bf16 parameters under tensor parallelism it takes the
+        norm of the first rank's shards for that of the whole.
         """
         if self.masters:
             scaled_norm = gradient_norm * self.optimizer.loss_scale_config.cur_scale

@@ -65,7 +65,7 @@ class PipelineEngine(EngineBase):
             )
         self._assert_same_groups(module)
         named = self._canonical_names(module, [layer.name for layer in layers])
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim), topology.device)
+        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
         )

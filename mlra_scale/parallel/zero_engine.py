@@ -31,7 +31,7 @@ class ZeroEngine(EngineBase):
             model = GPT(context)
         named = dict(model.named_parameters())
         assert set(named) == set(self.table), set(named) ^ set(self.table)
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim), topology.device)
+        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, mpu=unit, dist_init_required=False
         )
