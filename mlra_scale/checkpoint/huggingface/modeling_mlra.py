@@ -1,0 +1,414 @@
+"""GPT-2 with low-rank attention projections (MLRA) for Hugging Face transformers: configuration and model.
+
+The file stands alone (torch and transformers only) and travels with exported checkpoints as remote code:
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+Each of the attention's projections q, k, v, o is dense or the product of two factors, y = (x W_D^T) W_U^T + b (Chung et
+al. 2024, arXiv 2409.07787). All else is GPT-2: pre-LN blocks, learned positions, the tanh form of GELU, a tied head.
+Written for transformers 5.23.
+
+Legend of shape suffixes: B batch, S sequence (queries), T keys, D hidden, N heads, H head dimension, R rank,
+F feed-forward, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+class MlraConfig(PreTrainedConfig):
+    """Shape of the model.
+
+    Attributes:
+        vocab_size: Number of tokens V.
+        max_position_embeddings: Number of learned positions: the longest possible sequence.
+        num_hidden_layers: Number of blocks.
+        hidden_size: Width D.
+        num_attention_heads: Number of heads N; must divide D.
+        intermediate_size: Inner width F of the feed-forward layers; None means 4 D.
+        attention_rank: Rank R of the factorised projections; not needed when none is.
+        factorised_projections: Which of "q", "k", "v", "o" are products of two factors.
+        embedding_dropout: Dropout after the sum of token and position embedding, in training.
+        attention_dropout: Dropout of the attention's weights, in training.
+        residual_dropout: Dropout of each sublayer's output, in training.
+        layer_norm_eps: Epsilon of every layer norm.
+        initializer_range: Standard deviation of weights that no checkpoint gives.
+        use_cache: Whether the forward pass returns its keys and values by default.
+    """
+
+    model_type = "mlra_gpt2"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 1024
+    num_hidden_layers: int = 12
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    attention_rank: int | None = 384
+    factorised_projections: list[str] | tuple[str, ...] = ("q", "k", "v")
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if unknown := sorted(set(self.factorised_projections) - set(PROJECTIONS)):
+            raise ValueError(f"factorised_projections may name q, k, v and o, not {', '.join(unknown)}")
+        if self.factorised_projections and not self.attention_rank:
+            raise ValueError("attention_rank is missing: factorised_projections is not empty")
+        # A list, as JSON gives it back, so that a configuration equals itself after saving and loading.
+        self.factorised_projections = [name for name in PROJECTIONS if name in self.factorised_projections]
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+
+class LowRankLinear(nn.Module):
+    """A linear map as the product of two factors, nothing between them.
+
+    down.weight: [R, in]; up.weight: [out, R]; up.bias: [out]
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+def eager_attention(
+    module: nn.Module,
+    query_BNSH: Tensor,
+    key_BNTH: Tensor,
+    value_BNTH: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention spelled out, with its weights.
+
+    Args:
+        module: The attention layer.
+        query_BNSH: Queries.
+        key_BNTH: Keys, cached ones included.
+        value_BNTH: Values, cached ones included.
+        attention_mask: Added to the logits, broadcast to [B, N, S, T].
+        scaling: Factor of the logits.
+        dropout: Probability with which a weight is dropped in training.
+        **kwargs: What other implementations of attention take.
+
+    Returns:
+        The mixed values [B, S, N, H] and the weights [B, N, S, T].
+    """
+    logits_BNST = query_BNSH @ key_BNTH.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        logits_BNST = logits_BNST + attention_mask
+    accurate = torch.promote_types(logits_BNST.dtype, torch.float32)
+    weights_BNST = torch.softmax(logits_BNST, dim=-1, dtype=accurate).to(value_BNTH.dtype)
+    dropped_BNST = functional.dropout(weights_BNST, p=dropout, training=module.training)
+    return (dropped_BNST @ value_BNTH).transpose(1, 2).contiguous(), weights_BNST
+
+
+class MlraAttention(nn.Module):
+    """Causal self-attention whose projections may each be factorised.
+
+    q, k, v, o: weight [D, D], bias [D], or where factorised down.weight [R, D], up.weight [D, R], up.bias [D]
+    """
+
+    def __init__(self, config: MlraConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q = _projection(config, "q")
+        self.k = _projection(config, "k")
+        self.v = _projection(config, "v")
+        self.o = _projection(config, "o")
+
+    def forward(
+        self, hidden_BSD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the attention's contribution to the residual stream and, where they are computed, its weights."""
+        query_BNSH, key_BNTH, value_BNTH = (
+            projection(hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q, self.k, self.v)
+        )
+        if past_key_values is not None:
+            key_BNTH, value_BNTH = past_key_values.update(key_BNTH, value_BNTH, self.layer_idx)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        mixed_BSNH, weights_BNST = attend(
+            self,
+            query_BNSH,
+            key_BNTH,
+            value_BNTH,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o(mixed_BSNH.flatten(2)), weights_BNST
+
+
+def _projection(config: MlraConfig, name: str) -> nn.Module:
+    if name in config.factorised_projections:
+        assert config.attention_rank is not None
+        return LowRankLinear(config.hidden_size, config.hidden_size, config.attention_rank)
+    return nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class MlraFeedForward(nn.Module):
+    """GPT-2's two-layer perceptron.
+
+    fc_in.weight: [F, D]; fc_in.bias: [F]; fc_out.weight: [D, F]; fc_out.bias: [D]
+    """
+
+    def __init__(self, config: MlraConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.fc_in = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        return self.fc_out(functional.gelu(self.fc_in(hidden_BSD), approximate="tanh"))
+
+
+class MlraBlock(GradientCheckpointingLayer):
+    """Pre-LN transformer block: h + attention(LN(h)), then h + feed-forward(LN(h)).
+
+    attention_norm, mlp_norm: weight [D], bias [D]
+    """
+
+    def __init__(self, config: MlraConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = MlraAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MlraFeedForward(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        attended_BSD, weights_BNST = self.attention(
+            self.attention_norm(hidden_BSD), attention_mask, past_key_values, **kwargs
+        )
+        hidden_BSD = hidden_BSD + self.dropout(attended_BSD)
+        return hidden_BSD + self.dropout(self.mlp(self.mlp_norm(hidden_BSD))), weights_BNST
+
+
+class MlraPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know about the models below."""
+
+    config_class = MlraConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MlraBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+
+class MlraModel(MlraPreTrainedModel):
+    """The blocks with embeddings and final norm, without a head.
+
+    embedding.weight: [V, D]; positions.weight: [max_position_embeddings, D]; final_norm: weight [D], bias [D]
+    """
+
+    def __init__(self, config: MlraConfig) -> None:
+        super().__init__(config)
+        self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(MlraBlock(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the token embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Computes the hidden states.
+
+        Args:
+            input_ids: Token ids [B, S].
+            attention_mask: 1 for tokens and 0 for padding, [B, T] with the cached ones; or a mask [B, 1, S, T].
+            position_ids: Position of each token [B, S]; by default counted from the first token that is not padding.
+            past_key_values: Keys and values of earlier tokens, appended to.
+            inputs_embeds: Token embeddings [B, S, D] instead of input_ids.
+            use_cache: Whether to return keys and values.
+            output_attentions: Whether to return the attention's weights (with attn_implementation="eager" only).
+            output_hidden_states: Whether to return the hidden state before each block, and the last one.
+            **kwargs: Passed on to the implementation of attention.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        has_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        has_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if has_weights and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs attn_implementation="eager": load the model with it')
+        is_recomputing = self.gradient_checkpointing and self.training
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not is_recomputing
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        embedded_BSD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embedded_BSD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            position_ids = self._default_positions(embedded_BSD, attention_mask, past_key_values)
+        hidden_BSD = self.dropout(embedded_BSD + self.positions(position_ids))
+        states: list[Tensor] = []
+        weights: list[Tensor] = []
+        for block in self.blocks:
+            states.append(hidden_BSD)
+            hidden_BSD, weights_BNST = block(hidden_BSD, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+            weights.append(weights_BNST)
+        hidden_BSD = self.final_norm(hidden_BSD)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_BSD,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states, hidden_BSD) if has_states else None,
+            attentions=tuple(weights) if has_weights else None,
+        )
+
+    def _default_positions(
+        self, embedded_BSD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        """Positions [B or 1, S] of the new tokens, counted from the first token that is not padding."""
+        length = embedded_BSD.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            counted_BT = attention_mask.long().cumsum(-1) - 1
+            return counted_BT[:, -length:].clamp(min=0)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past, int) and past + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{past + length} tokens do not fit: the model has {self.config.max_position_embeddings} positions "
+                "(max_position_embeddings)"
+            )
+        return (torch.arange(length, device=embedded_BSD.device) + past).unsqueeze(0)
+
+
+class MlraForCausalLM(MlraPreTrainedModel, GenerationMixin):
+    """The model with its language-model head, which shares the token embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012 - transformers' own form
+
+    def __init__(self, config: MlraConfig) -> None:
+        super().__init__(config)
+        self.model = MlraModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Computes the logits of the next token and, given labels, the mean loss.
+
+        Args:
+            input_ids: See MlraModel.forward; as the next four.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            labels: Token ids [B, S], shifted in here (labels = input_ids is a language model); -100 is left out.
+            use_cache: Whether to return keys and values.
+            logits_to_keep: Number of last tokens to compute logits for (0: all), or their indices.
+            **kwargs: Passed on to MlraModel.forward and to the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BSV, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BSV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# save_pretrained then writes this file beside the weights, and the map that the auto classes need into config.json.
+MlraConfig.register_for_auto_class()
+MlraForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["MlraConfig", "MlraForCausalLM", "MlraModel"]
