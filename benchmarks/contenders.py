@@ -57,7 +57,7 @@ def one_process_mesh(device: str) -> Iterator[Topology]:
     try:
         yield topology
     finally:
-        destroy_topology()
+        destroy_topology(topology)
         dist.destroy_process_group()
 
 

@@ -75,6 +75,9 @@ class StepResult:
 
 BeforeUpdate = Callable[[UpdateProposal], bool]
 
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes in DeepSpeed's dynamic loss scaler; the rest of it is configuration."""
+
 
 class Engine(Protocol):
     """A model that trains on a mesh of ranks.
@@ -116,6 +119,14 @@ class Engine(Protocol):
         """
         ...
 
+    def held_fragments(self, with_moments: bool = False) -> list[Fragment]:
+        """Returns all fragments that this rank holds, those that other ranks own included: views, not copies."""
+        ...
+
+    def owns(self, name: str) -> bool:
+        """Returns whether this rank is the owner of the elements of a parameter that it holds."""
+        ...
+
     def owned_gradients(self) -> list[Fragment]:
         """Returns this rank's share of the gradient of the mean loss (unclipped, unscaled); only in before_update."""
         ...
@@ -126,6 +137,28 @@ class Engine(Protocol):
         Args:
             fill: Writes new values into `fragment.values`; called for every fragment that this rank holds, those
                 that other ranks own included.
+        """
+        ...
+
+    def training_state(self) -> dict[str, Any]:
+        """Returns what continues a run besides weights and moments; the same on every rank, and fit for JSON.
+
+        Returns:
+            optimizer_step: Updates that the moments have seen. num_skipped: Updates left out. loss_scaler: State of the
+            fp16 loss scale, else None.
+        """
+        ...
+
+    def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
+        """Replaces weights and optimizer state, so that training goes on as if it had never stopped; collective.
+
+        The engine may be new or have trained.
+
+        Args:
+            fill: Writes new values into a fragment, moments included where it has them; called for every fragment that
+                this rank holds.
+            state: What `training_state` returned; None for a start at step 0 with these weights.
+            with_moments: Whether the moments come back too; without them the optimizer starts anew.
         """
         ...
 
@@ -206,27 +239,33 @@ class EngineBase(ABC):
         self._tied_copies = tied_copies
         if self.config.train.precision == "fp16":
             mend_loss_scaling(deepspeed_engine.optimizer)
+        self._initial_loss_scaler = self._loss_scaler_state()
         self._update = deepspeed_engine.optimizer.step
         deepspeed_engine.optimizer.step = self._gated_update
         for name, parameter in named.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             assert tuple(shape) == self.table[name].local_shape(self.topology.tensor), (name, tuple(shape))
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
+        """See Engine."""
         if name in self._tied_copies:
             return False
         if self.table[name].shard_dim is None and self.topology.tensor_rank != 0:
             return False
         return not self.view.is_replicated_over_data or self.topology.data_rank == 0
 
+    def held_fragments(self, with_moments: bool = False) -> list[Fragment]:
+        """See Engine."""
+        return list(self.view.weights(with_moments))
+
     def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
         """See Engine."""
-        return [fragment for fragment in self.view.weights(with_moments) if self._owns(fragment.name)]
+        return [fragment for fragment in self.view.weights(with_moments) if self.owns(fragment.name)]
 
     def owned_gradients(self) -> list[Fragment]:
         """See Engine."""
         scale = self._loss_scale() or 1.0
-        owned = (fragment for fragment in self.view.gradients() if self._owns(fragment.name))
+        owned = (fragment for fragment in self.view.gradients() if self.owns(fragment.name))
         return [Fragment(fragment.name, fragment.start, fragment.values.float() / scale) for fragment in owned]
 
     def overwrite_weights(self, fill: Callable[[Fragment], None]) -> None:
@@ -235,6 +274,38 @@ class EngineBase(ABC):
             for fragment in self.view.weights(with_moments=False):
                 fill(fragment)
             self.view.publish()
+
+    def training_state(self) -> dict[str, Any]:
+        """See Engine."""
+        return {
+            "optimizer_step": self.view.adam.step(),
+            "num_skipped": self.num_skipped,
+            "loss_scaler": self._loss_scaler_state(),
+        }
+
+    @torch.no_grad()
+    def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
+        """See Engine. None of DeepSpeed's own counters needs to come back: nothing here depends on them."""
+        assert state is not None or not with_moments
+        if with_moments:
+            self.view.adam.create()
+        else:
+            self.view.forget_moments()
+        for fragment in self.view.weights(with_moments):
+            fill(fragment)
+        if state is not None and with_moments:
+            self.view.adam.set_step(state["optimizer_step"])
+        self.num_skipped = state["num_skipped"] if state is not None else 0
+        if self._initial_loss_scaler is not None:
+            stored = state["loss_scaler"] if state is not None else None
+            vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
+        self.view.publish()
+
+    def _loss_scaler_state(self) -> dict[str, Any] | None:
+        if self.config.train.precision != "fp16":
+            return None
+        scaler = self.deepspeed_engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in _LOSS_SCALER_STATE}
 
     def _loss_scale(self) -> float | None:
         if self.config.train.precision != "fp16":
@@ -248,7 +319,7 @@ class EngineBase(ABC):
     @torch.no_grad()
     def _propose(self) -> UpdateProposal:
         """The one reduction and host read of a step: global loss and gradient norm."""
-        values = [fragment.values for fragment in self.view.gradients() if self._owns(fragment.name)]
+        values = [fragment.values for fragment in self.view.gradients() if self.owns(fragment.name)]
         squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         if values:
             norms = torch.stack(torch._foreach_norm(values, dtype=torch.float32))

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from mlra_scale.parallel.adam import AdamState
 from mlra_scale.parallel.fragments import Fragment
 
 Named = Mapping[str, nn.Parameter]
@@ -28,6 +29,7 @@ class MasterView(Protocol):
     """One rank's view of the fp32 training state, ownership among replicas not yet decided."""
 
     is_replicated_over_data: bool
+    adam: AdamState
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """Yields fragments of the fp32 weights (views, not copies), with Adam's moments if asked for."""
@@ -35,6 +37,10 @@ class MasterView(Protocol):
 
     def gradients(self) -> Iterator[Fragment]:
         """Yields fragments of the reduced gradient, in DeepSpeed's type and times the loss scale; only in the gate."""
+        ...
+
+    def forget_moments(self) -> None:
+        """Puts the optimizer back to before its first update."""
         ...
 
     def skip_update(self) -> None:
@@ -111,6 +117,8 @@ class ReplicatedView:
         self.optimizer = optimizer
         self.named = named
         self.masters = masters
+        updated = [masters.get(id(parameter), parameter) for parameter in named.values()]
+        self.adam = AdamState(optimizer.optimizer if masters else optimizer, updated)
         if masters:
             self._unscale_and_clip = optimizer.unscale_and_clip_grads
 
@@ -118,7 +126,7 @@ class ReplicatedView:
         """See MasterView."""
         for name, parameter in self.named.items():
             master = self.masters.get(id(parameter), parameter)
-            state = self.optimizer.state.get(master, {}) if with_moments else {}
+            state = self.adam.of(master) if with_moments else {}
             yield Fragment(name, 0, master.detach().view(-1), *_moments(state, 0, master.numel()))
 
     def gradients(self) -> Iterator[Fragment]:
@@ -129,6 +137,10 @@ class ReplicatedView:
 
     def skip_update(self) -> None:
         """See MasterView. The engine zeroes the gradients after every step."""
+
+    def forget_moments(self) -> None:
+        """See MasterView."""
+        self.adam.forget()
 
     def clip(self, gradient_norm: float, limit: float) -> None:
         """Clips this update's gradients by the true global norm, which DeepSpeed does not know at stage 0.
@@ -162,17 +174,14 @@ class PartitionedView:
         self.optimizer = optimizer
         self.named = named
         self.is_bf16 = isinstance(optimizer, BF16_Optimizer)
+        flats = optimizer.fp32_groups_flat_partition if self.is_bf16 else optimizer.single_partition_of_fp32_groups
+        self.adam = AdamState(optimizer.optimizer, flats)
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """See MasterView."""
-        flats = (
-            self.optimizer.fp32_groups_flat_partition
-            if self.is_bf16
-            else self.optimizer.single_partition_of_fp32_groups
-        )
         for name, mapping in self._mappings():
             where = mapping.hp_fragment_address
-            state = self.optimizer.state.get(flats[mapping.param_group_index], {}) if with_moments else {}
+            state = self.adam.of(self.adam.masters[mapping.param_group_index]) if with_moments else {}
             moments = _moments(state, where.start, where.numel)
             yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
 
@@ -203,6 +212,14 @@ class PartitionedView:
                 optimizer.averaged_gradients[group] = None
                 optimizer.all_grad_tensors[group] = None
 
+    def forget_moments(self) -> None:
+        """See MasterView."""
+        self.adam.forget()
+        # DeepSpeed's own views of the moments, made after the first update, would keep them alive.
+        for _, mapping in self._mappings():
+            mapping.optim_fragment = None
+        self.optimizer._hp_optimizer_states_linked = False
+
     def publish(self) -> None:
         """See MasterView."""
         self.optimizer.update_lp_params()
@@ -231,13 +248,14 @@ class Stage3View:
         self.optimizer = optimizer
         self.named = named
         self.data_rank = data_rank
+        self.adam = AdamState(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """See MasterView."""
         for name, parameter, start, length in self._pieces():
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
-            state = self.optimizer.optimizer.state.get(flat, {}) if with_moments else {}
+            state = self.adam.of(flat) if with_moments else {}
             moments = _moments(state, offset, length)
             yield Fragment(name, start, flat.detach().narrow(0, offset, length), *moments)
 
@@ -251,6 +269,10 @@ class Stage3View:
         self.optimizer._pre_step()
         self.optimizer._partition_all_parameters()
         self.optimizer._overflow_clean_up(self.optimizer.loss_scale)
+
+    def forget_moments(self) -> None:
+        """See MasterView."""
+        self.adam.forget()
 
     def publish(self) -> None:
         """See MasterView."""

@@ -33,6 +33,8 @@ class Topology:
         tensor_group: Ranks that share this rank's stage and data shard.
         pipeline_group: Ranks that share this rank's tensor and data coordinates.
         data_group: Ranks that hold the same weights.
+        control_group: All ranks, over gloo whatever the device: for small objects about checkpoints, from the main
+            thread only, so that no collective of training can meet one of theirs.
         device: Where this rank computes.
     """
 
@@ -47,6 +49,7 @@ class Topology:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
     device: torch.device
 
     @property
@@ -117,6 +120,7 @@ def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        control_group=dist.new_group(timeout=timedelta(minutes=timeout_minutes), backend="gloo"),
         device=device,
     )
     expected = (topology.pipeline_rank * topology.data + topology.data_rank) * topology.tensor + topology.tensor_rank
@@ -124,6 +128,7 @@ def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float
     return topology
 
 
-def destroy_topology() -> None:
-    """Forgets the groups of the current layout, so that another one can be built in the same process."""
+def destroy_topology(topology: Topology) -> None:
+    """Forgets the groups of a layout, so that another one can be built in the same process; collective."""
+    dist.destroy_process_group(topology.control_group)
     parallel_state.destroy_model_parallel()

@@ -98,6 +98,6 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
     dist.barrier()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if is_ours:
-        destroy_topology()
+        destroy_topology(topology)
         dist.destroy_process_group()
     return code

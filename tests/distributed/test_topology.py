@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mlra_scale.config import batch_plan
+from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
 from tests.support.layouts import Layout, layout_config, start
 from tests.support.pool import WorkerPool
 
@@ -25,3 +27,28 @@ def test_all_groups_have_the_configured_timeout(worker_pool: Callable[[int], Wor
     for found in worker_pool(2).run(timeouts, config):
         assert len(found) >= 5
         assert set(found) == {timedelta(minutes=7)}
+
+
+def control_groups(rank: int, world_size: int, config: Any) -> list[tuple[bool, str, int, list[Any]]]:
+    """Builds and destroys the topology twice; what the control group is, and what is gathered over it."""
+    plan = batch_plan(config, world_size)
+    device = initialize_distributed("cpu", 1.0)
+    found: list[tuple[bool, str, int, list[Any]]] = []
+    for _ in range(2):
+        topology = build_topology(plan, device, 1.0)
+        group = topology.control_group
+        others = (dist.group.WORLD, topology.tensor_group, topology.data_group, topology.pipeline_group)
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, {"rank": rank}, group=group)
+        is_own = all(group is not other for other in others)
+        found.append((is_own, dist.get_backend(group), dist.get_world_size(group), gathered))
+        destroy_topology(topology)
+        assert group not in dist.distributed_c10d._world.pg_map
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_control_group_is_one_of_its_own(worker_pool: Callable[[int], WorkerPool], world_size: int) -> None:
+    everybody = [{"rank": rank} for rank in range(world_size)]
+    for found in worker_pool(world_size).run(control_groups, layout_config(Layout(data=world_size))):
+        assert found == [(True, "gloo", world_size, everybody)] * 2

@@ -1,0 +1,75 @@
+"""Adam's own state, whichever of the two Adams keeps it: torch's fused AdamW or DeepSpeed's CPUAdam (offload).
+
+Both make it at the first update, from when on it lies in `optimizer.state` by the tensor that is updated: two moments
+of that tensor's shape and the number of updates.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class AdamState:
+    """The state of one rank's Adam.
+
+    Attributes:
+        optimizer: torch's AdamW or DeepSpeedCPUAdam, without DeepSpeed's wrapper.
+        masters: The fp32 tensors that it updates.
+    """
+
+    def __init__(self, optimizer: Any, masters: Sequence[torch.Tensor]) -> None:
+        self.optimizer = optimizer
+        self.masters = masters
+
+    def of(self, master: torch.Tensor) -> Mapping[str, Any]:
+        """What is kept for one tensor; empty before the first update."""
+        return self.optimizer.state.get(master, {})
+
+    def step(self) -> int:
+        """Number of updates that the moments have seen."""
+        return max(int(self.of(master).get("step", 0)) for master in self.masters)
+
+    def create(self) -> None:
+        """Makes what is missing, as it is right before the first update."""
+        has_tensor_step = isinstance(self.optimizer, torch.optim.AdamW)
+        for master in self.masters:
+            state = self.optimizer.state[master]
+            if "exp_avg" not in state:
+                zero = torch.zeros((), dtype=torch.float32, device=master.device)
+                state["step"] = zero if has_tensor_step else 0
+                state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+
+    def set_step(self, step: int) -> None:
+        """Sets the number of updates that the moments have seen.
+
+        Args:
+            step: The number; moments must exist, unless it is zero.
+        """
+        for master in self.masters:
+            state = self.optimizer.state.get(master)
+            if state:
+                is_tensor = torch.is_tensor(state["step"])
+                state["step"] = torch.full_like(state["step"], step) if is_tensor else step
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            self._replay_powers(step)
+
+    def forget(self) -> None:
+        """Puts the optimizer back to before its first update."""
+        self.optimizer.state.clear()
+        self.set_step(0)
+
+    def _replay_powers(self, step: int) -> None:
+        """Brings the powers of beta that CPUAdam keeps to where `step` updates would have.
+
+        It multiplies them up in fp32, update by update, and where a step does not follow the one before takes `pow`,
+        which differs in the last digit: a resumed run would not continue bitwise.
+        """
+        group = self.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        dummies = [torch.zeros(1) for _ in range(4)]
+        for count in range(step + 1):  # step 0 puts both powers back to one
+            self.optimizer.ds_opt_adam.adam_update(
+                self.optimizer.opt_id, count, 0.0, beta1, beta2, 1.0, 0.0, group["bias_correction"], *dummies
+            )

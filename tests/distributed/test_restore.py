@@ -1,0 +1,163 @@
+"""A run that is put back to a captured moment goes on bitwise as if nothing had happened, in every optimizer wrapper.
+
+Captured in memory, fragment by fragment, so that nothing but the engine is under test; dropout is on.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlra_scale.config import Config
+from mlra_scale.parallel import Engine, Fragment, StepResult, build_engine
+from tests.distributed.steps import allow_fp16_on_cpu
+from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, overwrite, start
+from tests.support.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+Captured = dict[tuple[str, int], list[torch.Tensor]]
+
+DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
+STOP, STEPS = 3, 6
+
+CASES = [
+    (Layout(), "fp32"),
+    (Layout(), "bf16"),
+    (Layout(data=2), "bf16"),
+    (Layout(data=2, stage=1), "fp32"),
+    (Layout(data=2, stage=1), "bf16"),
+    (Layout(data=2, stage=1), "fp16"),
+    (Layout(tensor=2, stage=2), "fp32"),
+    (Layout(tensor=2, stage=2), "bf16"),
+    (Layout(tensor=2, pipeline=2), "fp32"),
+    (Layout(tensor=2, pipeline=2), "bf16"),
+    (Layout(pipeline=2, data=2, stage=1), "fp32"),
+    (Layout(pipeline=2, data=2, stage=1), "bf16"),
+    (Layout(tensor=2, data=2, stage=3), "fp32"),
+    (Layout(tensor=2, data=2, stage=3), "bf16"),
+    (Layout(tensor=2, data=2, stage=3), "fp16"),
+]
+
+
+def capture(engine: Engine) -> Captured:
+    """Copies of all values that this rank holds, moments included where there are any."""
+    fragments = engine.held_fragments(with_moments=True)
+    found = {
+        (f.name, f.start): [t.clone() for t in (f.values, f.exp_avg, f.exp_avg_sq) if t is not None] for f in fragments
+    }
+    assert len(found) == len(fragments)
+    return found
+
+
+def filler(captured: Captured) -> Callable[[Fragment], None]:
+    def fill(fragment: Fragment) -> None:
+        targets = [t for t in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq) if t is not None]
+        for target, values in zip(targets, captured[fragment.name, fragment.start], strict=False):
+            target.copy_(values)
+
+    return fill
+
+
+def assert_same(first: Captured, second: Captured) -> None:
+    assert first.keys() == second.keys()
+    for key, tensors in first.items():
+        assert len(tensors) == len(second[key]), key
+        for which, one, other in zip(("weights", "exp_avg", "exp_avg_sq"), tensors, second[key], strict=False):
+            assert torch.equal(one, other), (key, which)
+
+
+def model_weights(engine: Any) -> list[torch.Tensor]:
+    """The weights that the model computes with, as this rank keeps them between steps."""
+    return [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
+
+
+def steps(engine: Engine, plan: Any, config: Config, first: int, stop: int) -> list[StepResult]:
+    if config.train.precision == "fp16":
+        # So that the scale grows within the few steps here; this is configuration, nothing that is restored.
+        engine.deepspeed_engine.optimizer.loss_scaler.scale_window = 2  # type: ignore[attr-defined]
+    found = []
+    for step in range(first, stop):
+        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        found.append(engine.train_batch(batches, 1e-3 / (step + 1)))
+    return found
+
+
+def interrupt(rank: int, world_size: int, config: Config) -> list[StepResult]:
+    """Six steps; then again from step 3 in the same engine and in a new one, with and without moments."""
+    if config.train.precision == "fp16":
+        allow_fp16_on_cpu()
+    engine, plan = start(config, world_size)
+    if config.train.precision == "fp16":
+        scaler = engine.deepspeed_engine.optimizer.loss_scaler
+        scaler.cur_scale = 1e30  # overflows once
+        results = steps(engine, plan, config, 0, 1)
+        scaler.cur_scale = 256.0
+        results += steps(engine, plan, config, 1, STOP)
+    else:
+        results = steps(engine, plan, config, 0, STOP)
+    num_applied = sum(result.applied for result in results)
+    captured, state = capture(engine), json.loads(json.dumps(engine.training_state()))
+    assert (state["optimizer_step"], state["num_skipped"]) == (num_applied, STOP - num_applied)
+    expected = steps(engine, plan, config, STOP, STEPS)
+    final, final_state, computed = capture(engine), engine.training_state(), model_weights(engine)
+
+    new = build_engine(config, plan, engine.topology)
+    overwrite(new, canonical_weights(config.model, seed=5))
+    for candidate in (engine, new):
+        candidate.restore(filler(captured), state, with_moments=True)
+        assert candidate.training_state() == state
+        assert_same(capture(candidate), captured)
+        assert steps(candidate, plan, config, STOP, STEPS) == expected
+        assert_same(capture(candidate), final)
+        assert candidate.training_state() == final_state
+        assert all(map(torch.equal, model_weights(candidate), computed))
+
+    # Without moments: as a new optimizer on these weights, whatever the engine has done before.
+    fresh = build_engine(config, plan, engine.topology)
+    fresh.overwrite_weights(filler(captured))
+    beginning = fresh.training_state()
+    without = steps(fresh, plan, config, 0, STOP)
+    new.restore(filler(captured), None, with_moments=False)
+    assert new.training_state() == beginning
+    assert all(f.exp_avg is f.exp_avg_sq is None for f in new.owned_fragments(with_moments=True))
+    assert steps(new, plan, config, 0, STOP) == without
+    assert_same(capture(new), capture(fresh))
+    return results + expected
+
+
+@pytest.mark.parametrize(("layout", "precision"), CASES, ids=lambda value: str(value).replace(" ", "-"))
+def test_a_restored_engine_continues_bitwise(worker_pool: Pools, layout: Layout, precision: str) -> None:
+    config = layout_config(layout, train__precision=precision, model__num_layers=2, **DROPOUT)
+    reports = worker_pool(layout.world_size).run(interrupt, config)
+    assert len(set(map(str, reports))) == 1, "ranks disagree"  # as text: the norm of an overflow is not equal to itself
+    if precision == "fp16":
+        assert [r.loss_scale for r in reports[0]] == [1e30, 256.0, 256.0, 256.0, 512.0, 512.0]
+
+
+def test_offloaded_optimizer_continues_bitwise(worker_pool: Pools) -> None:
+    # DeepSpeed compiles its CPUAdam at first use: a minute or two, once per machine.
+    file = Path(__file__).parents[2] / "ds_configs" / "zero3_offload.json"
+    # With this beta, the fourth power by multiplication in fp32 (as CPUAdam has it) is not that of `pow`.
+    config = layout_config(Layout(data=2), model__num_layers=2, optim__betas=(0.9, 0.952), **DROPOUT)
+    config = config.model_copy(update={"deepspeed": json.loads(file.read_text())})
+    worker_pool(2).run(interrupt, config, timeout=420.0)
+
+
+def ownership(rank: int, world_size: int, config: Config) -> tuple[set[str], set[str]]:
+    engine, _ = start(config, world_size)
+    held = engine.held_fragments()
+    owned = {(f.name, f.start) for f in engine.owned_fragments()}
+    assert owned == {(f.name, f.start) for f in held if engine.owns(f.name)}
+    return {f.name for f in held}, {name for name, _ in owned}
+
+
+def test_copies_are_held_and_not_owned(worker_pool: Pools) -> None:
+    ranks = worker_pool(4).run(ownership, layout_config(Layout(tensor=2, pipeline=2)))
+    for rank, (held, owned) in enumerate(ranks):
+        tensor_rank, stage = rank % 2, rank // 2
+        assert "embedding.weight" in held and ("embedding.weight" in owned) == (stage == 0)
+        norm = f"blocks.{2 * stage}.mlp_norm.weight"
+        assert norm in held and (norm in owned) == (tensor_rank == 0)
