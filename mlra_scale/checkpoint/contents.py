@@ -1,0 +1,96 @@
+"""The files of a checkpoint beside its weights: names, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+import mlra_scale
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import FileEntry, copy_file, sync_folder, write_file
+from mlra_scale.config import ConfigError, ModelConfig
+from mlra_scale.config.problems import problems_of
+
+STATE = "state.json"
+BUFFERS = "state.safetensors"
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+
+Part = Literal["weight", "exp_avg", "exp_avg_sq"]
+PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
+"""What is stored of a parameter: itself, and Adam's two moments in a checkpoint that has them."""
+
+
+def tensor_key(part: Part, name: str, start: int) -> str:
+    """Returns the name of a fragment's tensor in its safetensors file."""
+    return f"{part}/{name}/{start}"
+
+
+def write_small_files(
+    folder: Path, state: Mapping[str, Any], config_text: str, tokenizer: Path | None
+) -> dict[str, FileEntry]:
+    """Writes state, configuration and a copy of the tokenizer.
+
+    Args:
+        folder: The checkpoint in the making.
+        state: JSON values.
+        config_text: The YAML document.
+        tokenizer: A folder of files, or None.
+
+    Returns:
+        The files' entries by their names in the folder.
+    """
+    files = {STATE: write_file(folder / STATE, json_bytes(state))}
+    files[CONFIG] = write_file(folder / CONFIG, config_text.encode())
+    if tokenizer is not None:
+        target = folder / TOKENIZER
+        target.mkdir()
+        for source in sorted(path for path in tokenizer.iterdir() if path.is_file()):
+            files[f"{TOKENIZER}/{source.name}"] = copy_file(source, target / source.name)
+        sync_folder(target)
+    return files
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """Returns JSON for people: indented, ASCII. Numbers that are not finite are written as Python reads them back."""
+    return (json.dumps(values, indent=1) + "\n").encode("ascii")
+
+
+def model_of(values: Any, path: Path) -> ModelConfig:
+    """Returns the model section of a checkpoint's configuration.
+
+    Args:
+        values: The section.
+        path: The file it is from, for the error.
+
+    Raises:
+        CheckpointError: A field is wrong or missing.
+    """
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        told = ConfigError(problems_of(error, ModelConfig))
+        raise CheckpointError(f"{path} has a model section that is not sound: {told}") from None
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of what writes a checkpoint."""
+    versions = {"mlra_scale": mlra_scale.__version__, "python": platform.python_version()}
+    for library in ("torch", "deepspeed", "megatron-core", "safetensors"):
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def now() -> str:
+    """Returns the time as a manifest has it: UTC, to the microsecond, in an order that is that of the text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

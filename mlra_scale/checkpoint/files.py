@@ -1,0 +1,100 @@
+"""Files that are on disk when they are said to be, and that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlra_scale.checkpoint.errors import CheckpointError
+
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What is known of a file.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Its checksum, in hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+
+@contextlib.contextmanager
+def faults_told(action: str, path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a CheckpointError.
+
+    Args:
+        action: What is being done to the path: "written", "read", "removed".
+        path: A file or folder.
+
+    Raises:
+        CheckpointError: With the path, the fault and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else path
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise CheckpointError(f"{place} cannot be {action}: {reason}; {_remedy(error, place)}") from error
+
+
+def _remedy(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free space on the disk of {path.parent}, or keep fewer checkpoints (checkpoint.keep_last)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"see that this user may write to {path.parent}, or name another run directory"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "see that nothing else removes or moves checkpoints during a run"
+    return f"see to the disk of {path.parent}"
+
+
+def write_file(path: Path, content: bytes) -> FileEntry:
+    """Writes a new file and waits until it is on disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(len(content), hashlib.sha256(content).hexdigest())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old or the new content, and waits until it is on disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_file(partial, content)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Returns size and checksum of a file; reads all of it, a piece at a time."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileEntry(size, digest.hexdigest())
+
+
+def copy_file(source: Path, target: Path) -> FileEntry:
+    """Copies a file, waits until the copy is on disk, and returns what was written."""
+    return write_file(target, source.read_bytes())
