@@ -5,7 +5,6 @@ Captured in memory, fragment by fragment, so that nothing but the engine is unde
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,12 +136,27 @@ def test_a_restored_engine_continues_bitwise(worker_pool: Pools, layout: Layout,
         assert [r.loss_scale for r in reports[0]] == [1e30, 256.0, 256.0, 256.0, 512.0, 512.0]
 
 
-def test_offloaded_optimizer_continues_bitwise(worker_pool: Pools) -> None:
-    # DeepSpeed compiles its CPUAdam at first use: a minute or two, once per machine.
-    file = Path(__file__).parents[2] / "ds_configs" / "zero3_offload.json"
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_continues_bitwise_where_nothing_is_kept_whole(worker_pool: Pools, precision: str) -> None:
+    # By default weights as small as these stay gathered, and all of them are updated as one group.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
+    config = layout_config(Layout(data=2, stage=3), train__precision=precision, model__num_layers=2, **DROPOUT)
+    config = config.model_copy(update={"deepspeed": {"zero_optimization": zero}})
+    worker_pool(2).run(interrupt, config)
+
+
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero-3": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloaded_optimizer_continues_bitwise(worker_pool: Pools, name: str) -> None:
     # With this beta, the fourth power by multiplication in fp32 (as CPUAdam has it) is not that of `pow`.
     config = layout_config(Layout(data=2), model__num_layers=2, optim__betas=(0.9, 0.952), **DROPOUT)
-    config = config.model_copy(update={"deepspeed": json.loads(file.read_text())})
+    config = config.model_copy(update={"deepspeed": {"zero_optimization": OFFLOADED[name]}})
+    # DeepSpeed compiles its CPUAdam at first use: a minute or two, once per machine.
     worker_pool(2).run(interrupt, config, timeout=420.0)
 
 
