@@ -107,7 +107,7 @@ def check(
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from mlra_scale.data import check_data, data_fingerprints
+    from mlra_scale.data import check_data, identify_data
     from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 
     problems = check_launcher(os.environ)
@@ -129,7 +129,7 @@ def check(
     if checkpoint is not None:
         origin = read_origin(checkpoint)
         problems += changed_layout(config, origin, world_size)
-        problems += changed_data(data_fingerprints(config), origin)
+        problems += changed_data(identify_data(config).fingerprints, origin)
     if problems:
         raise ConfigError(problems)
     return RunDirectory(Path(run_dir)), batch_plan(config, world_size), checkpoint

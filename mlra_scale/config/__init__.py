@@ -2,7 +2,7 @@
 
 from mlra_scale.config.batch import BatchPlan, batch_plan
 from mlra_scale.config.deepspeed_json import deepspeed_config, offload_optimizer, offload_param, zero_stage
-from mlra_scale.config.loading import load_config
+from mlra_scale.config.loading import Named, load_config, load_named_config
 from mlra_scale.config.presets import preset, preset_names
 from mlra_scale.config.problems import ConfigError, Problem
 from mlra_scale.config.schema import (
@@ -28,6 +28,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ModelConfig",
+    "Named",
     "OptimConfig",
     "ParallelConfig",
     "Problem",
@@ -39,6 +40,7 @@ __all__ = [
     "deepspeed_config",
     "engine_kind",
     "load_config",
+    "load_named_config",
     "offload_optimizer",
     "offload_param",
     "preset",

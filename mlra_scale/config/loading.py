@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,35 @@ from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at,
 from mlra_scale.config.schema import Config
 
 
+@dataclass(frozen=True)
+class Named:
+    """Fields that a person named, as dotted names; what is inside `deepspeed` or `data.blend` counts as that field.
+
+    Attributes:
+        on_command_line: By overrides (and `deepspeed` by a DeepSpeed file).
+        in_file: In the config file, whether or not an override replaced them.
+    """
+
+    on_command_line: frozenset[str] = frozenset()
+    in_file: frozenset[str] = frozenset()
+
+
 def load_config(
     preset: str | None = None,
     config_file: str | Path | None = None,
     ds_config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
+    """Builds the configuration of a run: what `load_named_config` returns first."""
+    return load_named_config(preset, config_file, ds_config_file, overrides)[0]
+
+
+def load_named_config(
+    preset: str | None = None,
+    config_file: str | Path | None = None,
+    ds_config_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Config, Named]:
     """Builds the configuration of a run; later sources win: preset, config file, DeepSpeed file, overrides.
 
     A preset's warm-up belongs to its length: with fewer steps than the preset has, and no warm-up given, it shrinks in
@@ -34,20 +58,23 @@ def load_config(
         overrides: "section.field=value" each, the value read as YAML.
 
     Returns:
-        The configuration, every field checked by itself; `validate` checks them together.
+        The configuration, every field checked by itself (`validate` checks them together), and which of its fields
+        were named where.
 
     Raises:
         ConfigError: With everything that is wrong in all sources.
     """
     problems: list[Problem] = []
     given = _read_config_file(config_file, problems)
+    in_file = frozenset(_field_names(given))
     name = _choose_preset(preset, given, problems)
     if name is None and config_file is None:
         problems.append(Problem("--preset", None, f"give one of {', '.join(preset_names())}, or a --config file"))
     if ds_config_file is not None:
         given["deepspeed"] = _read_json(Path(ds_config_file), problems)
+    on_command_line = {"deepspeed"} if ds_config_file is not None else set()
     for text in overrides:
-        _apply_override(given, text, problems)
+        on_command_line |= _apply_override(given, text, problems)
     values: dict[str, Any] = {}
     if name is not None:
         try:
@@ -67,7 +94,16 @@ def load_config(
         raise ConfigError(problems + found) from None
     if problems:
         raise ConfigError(problems)
-    return config
+    return config, Named(frozenset(on_command_line), in_file)
+
+
+def _field_names(values: dict[str, Any]) -> Iterator[str]:
+    """Yields the dotted names of the fields in plain values of whatever shape a file has."""
+    for key, value in values.items():
+        if model_at(Config, [key]) is None:
+            yield key
+        elif isinstance(value, dict):
+            yield from (f"{key}.{name}" for name in value)
 
 
 def _read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
@@ -168,22 +204,22 @@ def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) -> None:
-    """Sets one dotted field from "a.b=value"."""
+def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) -> set[str]:
+    """Sets one dotted field from "a.b=value" and returns its name, alone in a set; an empty set for a bad override."""
     path, separator, value_text = text.partition("=")
     if not separator or not path:
         problems.append(Problem("override", text, "must look like section.field=value"))
-        return
+        return set()
     try:
         value = yaml_text.load(value_text)
     except ValueError as error:
         problems.append(Problem(path, value_text, f"is not YAML: {error}"))
-        return
+        return set()
     try:
         parts = _split_path(path)
     except ValueError as error:
         problems.append(Problem(path, value, str(error)))
-        return
+        return set()
     target = values
     for depth, part in enumerate(parts[:-1], start=1):
         if target.get(part) is None:
@@ -191,9 +227,11 @@ def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) 
         if not isinstance(target[part], dict):
             where = ".".join(parts[:depth])
             problems.append(Problem(path, value, f"{where} is already set to {target[part]!r}, which has no fields"))
-            return
+            return set()
         target = target[part]
     target[parts[-1]] = value
+    is_in_section = model_at(Config, parts[:1]) is not None
+    return {".".join(parts[: 2 if is_in_section else 1])}
 
 
 def _split_path(path: str) -> list[str]:

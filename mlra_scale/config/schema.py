@@ -281,7 +281,15 @@ class CheckpointConfig(Section):
     """Checkpoints during training."""
 
     every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep_last: int = Field(2, ge=1, description="How many checkpoints are kept.")
+    keep_last: int = Field(2, ge=1, description="How many of the newest checkpoints are kept.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints of steps that are multiples of this are kept as well; 0: none of them."
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Copy the state to host memory and write the files while training goes on (the last checkpoint "
+        "of a run is always waited for); false: training waits for the files.",
+    )
 
 
 class WandbConfig(Section):

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlra_scale.data.errors import DataError as DataError
     from mlra_scale.data.manifest import Manifest as Manifest
+    from mlra_scale.data.mix import DataIdentity as DataIdentity
+    from mlra_scale.data.mix import Mix as Mix
     from mlra_scale.data.opening import Datasets as Datasets
     from mlra_scale.data.opening import check_data as check_data
-    from mlra_scale.data.opening import data_fingerprints as data_fingerprints
+    from mlra_scale.data.opening import identify_data as identify_data
     from mlra_scale.data.opening import open_datasets as open_datasets
     from mlra_scale.data.stream import Batch as Batch
     from mlra_scale.data.stream import SampleStream as SampleStream
@@ -22,22 +24,26 @@ if TYPE_CHECKING:
 _HOME = {
     "Batch": "stream",
     "DataError": "errors",
+    "DataIdentity": "mix",
     "Datasets": "opening",
     "Manifest": "manifest",
+    "Mix": "mix",
     "SampleStream": "stream",
     "check_data": "opening",
-    "data_fingerprints": "opening",
+    "identify_data": "opening",
     "open_datasets": "opening",
 }
 
 __all__ = [
     "Batch",
     "DataError",
+    "DataIdentity",
     "Datasets",
     "Manifest",
+    "Mix",
     "SampleStream",
     "check_data",
-    "data_fingerprints",
+    "identify_data",
     "open_datasets",
 ]
 

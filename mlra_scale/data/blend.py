@@ -86,6 +86,13 @@ class BlendPattern:
         Returns:
             (part, local index), both int64 of shape [n].
         """
+        if self.num_parts == 1:
+            return np.zeros_like(samples), samples
         block, slot = np.divmod(samples, BLOCK)
         parts = self._part_of_slot[slot]
         return parts, block * self._quotas[parts] + self._rank_of_slot[slot]
+
+    def count(self, num_samples: int) -> NDArray[np.int64]:
+        """Returns how many of the first `num_samples` samples each data set gives, int64 of shape [data sets]."""
+        blocks, rest = divmod(num_samples, BLOCK)
+        return blocks * self._quotas + np.bincount(self._part_of_slot[:rest], minlength=self.num_parts)

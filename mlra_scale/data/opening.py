@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.data.errors import DataError
 from mlra_scale.data.indexed import IndexedFiles, open_indexed
 from mlra_scale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mlra_scale.data.mix import DataIdentity, Mix, SampleOrder
 
 if TYPE_CHECKING:
     from mlra_scale.data.one_epoch import SequenceRange
@@ -26,7 +28,8 @@ class Datasets:
     Attributes:
         train: Training samples, shuffled by (seed, epoch).
         validation: Validation samples in a fixed order.
-        fingerprints: One for every data set, see `data_fingerprints`.
+        identity: What tells whether they are the same data, see `identify_data`.
+        mixes: The training data from the first sample on; the last mix is the one that is read.
         manifests: The manifests of the data sets that have one, in the order of the blend.
         num_train_tokens: Tokens of all training splits together.
         have_checked_tokens: Whether all of it was written by tools/prepare_data.py, with no token beyond a manifest's
@@ -35,7 +38,8 @@ class Datasets:
 
     train: SampleStream
     validation: SampleStream
-    fingerprints: dict[str, str]
+    identity: DataIdentity
+    mixes: tuple[Mix, ...]
     manifests: tuple[Manifest, ...]
     num_train_tokens: int
     have_checked_tokens: bool
@@ -90,11 +94,12 @@ def check_data(config: Config) -> list[Problem]:
     return problems
 
 
-def open_datasets(config: Config) -> Datasets:
+def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
     """Opens the data; every rank can do so by itself, at any time, and gets the same samples.
 
     Args:
         config: The configuration.
+        mixes: The history of mixes of a resumed run, the configuration's as the last; empty: there is none.
 
     Returns:
         The streams.
@@ -111,47 +116,63 @@ def open_datasets(config: Config) -> Datasets:
     from mlra_scale.data.one_epoch import OneEpoch
     from mlra_scale.data.stream import SampleStream
 
-    weights = list(config.data.blend.values()) if config.data.blend else [1.0]
-    validation_parts, validation_weights = ([validation], [1.0]) if validation else (parts, weights)
+    identity = _identity(config, parts, validation)
+    if mixes and mixes[-1].fingerprints != identity.mix.fingerprints:
+        remedy = "holds other data here than on rank 0; copy the same data to all nodes"
+        raise ConfigError([Problem("data", list(identity.mix.names), remedy)])
+    mixes = tuple(mixes) or (identity.mix,)
+    validation_parts = [validation] if validation else parts
+    validation_mix = Mix(("validation",), (identity.validation,), (1.0,)) if identity.validation else identity.mix
     length, vocabulary = config.train.sequence_length, config.model.vocab_size
     training_ranges = [_sequence_range(part, "train") for part in parts]
     validation_ranges = [_sequence_range(part, "validation") for part in validation_parts]
     seed = config.train.seed if config.data.seed is None else config.data.seed
     end, reset = _end_of_document(config, parts), config.data.reset_positions
     return Datasets(
-        train=SampleStream([OneEpoch(r, length) for r in training_ranges], weights, seed, vocabulary, end, reset),
-        validation=SampleStream(
-            [OneEpoch(r, length) for r in validation_ranges], validation_weights, None, vocabulary, end, reset
+        train=SampleStream(
+            [OneEpoch(r, length) for r in training_ranges], SampleOrder(mixes), seed, vocabulary, end, reset
         ),
-        fingerprints=_fingerprints(parts, validation),
+        validation=SampleStream(
+            [OneEpoch(r, length) for r in validation_ranges],
+            SampleOrder([validation_mix]),
+            None,
+            vocabulary,
+            end,
+            reset,
+        ),
+        identity=identity,
+        mixes=mixes,
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
         have_checked_tokens=all(part.manifest is not None for part in parts + validation_parts),
     )
 
 
-def data_fingerprints(config: Config) -> dict[str, str]:
+def identify_data(config: Config) -> DataIdentity:
     """Returns what tells whether the data changed, cheaply; the data must pass check_data.
 
     Args:
         config: The configuration.
 
     Returns:
-        A fingerprint for every data set by the field that names it, in a blend with its place instead of its path.
-        It changes when the data do, not when they move, nor with seed, weights or sequence length.
+        The identity. Its fingerprints change when the data do, not when they move, nor with seed or sequence length.
     """
     parts, validation, problems = _find_parts(config)
     if problems:
         raise ConfigError(problems)
-    return _fingerprints(parts, validation)
+    return _identity(config, parts, validation)
 
 
-def _fingerprints(parts: list[_Part], validation: _Part | None) -> dict[str, str]:
-    if parts[0].field == "data.path":
-        found = {"data.path": parts[0].fingerprint()}
-    else:
-        found = {f"data.blend (data set {i + 1} of {len(parts)})": part.fingerprint() for i, part in enumerate(parts)}
-    return found | ({"data.validation_path": validation.fingerprint()} if validation else {})
+def _identity(config: Config, parts: list[_Part], validation: _Part | None) -> DataIdentity:
+    weights = tuple(config.data.blend.values()) if config.data.blend else (1.0,)
+    mix = Mix(tuple(part.path for part in parts), tuple(part.fingerprint() for part in parts), weights)
+    tokenizers = [part.manifest.tokenizer_sha256 for part in parts if part.manifest is not None]
+    return DataIdentity(
+        mix=mix,
+        validation=validation.fingerprint() if validation else None,
+        tokenizer=tokenizers[0] if tokenizers else None,
+        is_blend=bool(config.data.blend),
+    )
 
 
 def _sequence_range(part: _Part, split: str) -> SequenceRange:

@@ -1,4 +1,4 @@
-"""Batches in a stateless order: which tokens sample i holds is a pure function of (data, blend, seed, i).
+"""Batches in a stateless order: which tokens sample i holds is a pure function of (data, mixes, seed, i).
 
 Shape letters: B samples of the batch, S tokens of a sample.
 """
@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlra_scale.data.blend import BlendPattern
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.mix import SampleOrder
 from mlra_scale.data.one_epoch import OneEpoch
 from mlra_scale.data.permutation import permute
 
@@ -46,8 +46,8 @@ class SampleStream:
     (permutation.py). A validation stream (seed None) has one fixed order and starts over after samples_per_epoch.
 
     Args:
-        parts: One epoch of every data set.
-        weights: Relative weight of every data set; ignored for a single one.
+        parts: One epoch of every data set of the order's last mix; those that have left the mix are not read any more.
+        order: Which data set every sample comes from.
         seed: Seed of the order; None: unshuffled.
         vocabulary_size: Ids from here on are an error in the data.
         end_of_document_token: The token that ends documents; None: unknown.
@@ -57,16 +57,17 @@ class SampleStream:
     def __init__(
         self,
         parts: Sequence[OneEpoch],
-        weights: Sequence[float],
+        order: SampleOrder,
         seed: int | None,
         vocabulary_size: int,
         end_of_document_token: int | None = None,
         reset_positions: bool = False,
     ) -> None:
-        assert parts and len(parts) == len(weights)
-        self._parts = list(parts)
-        self._sizes = np.array([len(part) for part in parts], dtype=np.int64)
-        self._pattern = BlendPattern(weights) if len(parts) > 1 else None
+        assert parts and len(parts) == len(order.current)
+        self._order = order
+        self._parts = dict(zip(order.current, parts, strict=True))
+        self._sizes = np.zeros(order.num_data_sets, dtype=np.int64)
+        self._sizes[order.current] = [len(part) for part in parts]
         self._seed = seed
         self._vocabulary_size = vocabulary_size
         self._end_of_document_token = end_of_document_token
@@ -85,23 +86,21 @@ class SampleStream:
     @property
     def proportions(self) -> list[float]:
         """The share of samples that each data set gives, in the order of the blend."""
-        return self._pattern.proportions if self._pattern else [1.0]
+        return self._order.history[-1].pattern.proportions
 
     def locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Finds where samples come from.
 
         Args:
-            sample_ids: Global sample indices, shape [n].
+            sample_ids: Global sample indices, shape [n], of data sets that are open.
 
         Returns:
             (data set, sample of that data set's epoch), both int64 of shape [n].
         """
         if self._seed is None:
             sample_ids = sample_ids % self.samples_per_epoch
-        if self._pattern is None:
-            parts, local = np.zeros_like(sample_ids), sample_ids
-        else:
-            parts, local = self._pattern.locate(sample_ids)
+        parts, local = self._order.locate(sample_ids)
+        assert self._sizes[parts].all(), "samples of a data set that has left the mix"
         epochs, rows = np.divmod(local, self._sizes[parts])
         if self._seed is not None:
             for part in np.unique(parts):
@@ -129,11 +128,11 @@ class SampleStream:
         text = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         for part in np.unique(parts):
             mine = parts == part
-            text[mine] = self._parts[part].token_rows(rows[mine])
+            text[mine] = self._parts[int(part)].token_rows(rows[mine])
         if text.max() >= self._vocabulary_size or text.min() < 0:
             bad = int(np.argmax(((text >= self._vocabulary_size) | (text < 0)).any(axis=1)))
             raise DataError(
-                f"{self._parts[parts[bad]].dataset_path}.bin holds a token outside the model's vocabulary "
+                f"{self._parts[int(parts[bad])].dataset_path}.bin holds a token outside the model's vocabulary "
                 f"(ids {text[bad].min()} to {text[bad].max()} in sample {sample_ids[bad]}, "
                 f"model.vocab_size {self._vocabulary_size})"
             )

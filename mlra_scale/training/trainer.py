@@ -48,7 +48,7 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
     datasets = open_datasets(config)
     with muted():
         engine = build_engine(config, plan, topology)
-    checkpoints = Checkpoints(run, config, datasets.fingerprints)
+    checkpoints = Checkpoints(run, config, datasets.identity.fingerprints)
     progress = checkpoints.load(engine, checkpoint) if checkpoint is not None else Progress()
     assert progress.step < config.train.steps, "that there is something to do is checked before anything is built"
     tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)

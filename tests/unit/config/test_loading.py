@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, load_config, preset
+from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, preset
+
+ZERO1 = Path(__file__).resolve().parents[3] / "ds_configs" / "zero1.json"
 
 
 def lines(**sources: object) -> list[str]:
@@ -190,3 +192,17 @@ def test_from_yaml_says_what_is_wrong() -> None:
     for text in ("a: [", "[]", "a: 1\na: 2"):
         with pytest.raises(ConfigError):
             Config.from_yaml(text)
+
+
+def test_what_was_named_and_where_is_known(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", "preset: debug\ntrain: {steps: 7}\nevaluation:\ndata:\n  blend: {a: 1}\n")
+    config, named = load_named_config(
+        config_file=file, overrides=["train.steps=9", "data.blend.b.c/d=2", "tev.every=1"]
+    )
+    assert config == load_config(config_file=file, overrides=["train.steps=9", "data.blend.b.c/d=2", "tev.every=1"])
+    assert named.in_file == {"preset", "train.steps", "data.blend"}
+    assert named.on_command_line == {"train.steps", "data.blend", "tev.every"}
+    assert load_named_config("debug")[1] == Named()
+    for source in ({"overrides": ["deepspeed.zero_optimization.stage=1"]}, {"ds_config_file": ZERO1}):
+        _, named = load_named_config("debug", **source)
+        assert named == Named(frozenset({"deepspeed"}))

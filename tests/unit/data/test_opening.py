@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mlra_scale.config import Config, ConfigError
-from mlra_scale.data import Datasets, check_data, data_fingerprints, open_datasets
+from mlra_scale.data import Datasets, check_data, identify_data, open_datasets
 from mlra_scale.data.prepare import PrepareOptions, prepare
 from tests.unit.data.builders import config_for, random_documents, write_documents
 
@@ -150,8 +150,8 @@ def test_a_blend_has_its_weights(data: Path, bare: Path) -> None:
 def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare: Path, tmp_path: Path) -> None:
     def fingerprint(path: Path, *overrides: str) -> str:
         config = config_for(path, *overrides)
-        assert data_fingerprints(config) == open_datasets(config).fingerprints
-        return data_fingerprints(config)["data.path"]
+        assert identify_data(config) == open_datasets(config).identity
+        return identify_data(config).fingerprints["data.path"]
 
     first, first_bare = fingerprint(data), fingerprint(bare)
     moved = data.rename(tmp_path / "elsewhere")
@@ -163,7 +163,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare:
     Path(f"{bare}.bin").write_bytes(content)
     assert fingerprint(bare) != first_bare
     assert fingerprint(bare, f"data.validation_path={moved}") == fingerprint(bare)
-    separate = data_fingerprints(config_for(bare, f"data.validation_path={moved}"))
+    separate = identify_data(config_for(bare, f"data.validation_path={moved}")).fingerprints
     assert separate["data.validation_path"] == first
 
 
