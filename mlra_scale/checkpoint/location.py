@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.manifest import MANIFEST
 
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-\d{8,}")
 
 

@@ -1,0 +1,291 @@
+"""A GPT-2 folder in Hugging Face's format becomes a store checkpoint: dense as it is, or factorised.
+
+    c_attn.weight [D, 3 D]   its columns are q, k, v; stored [in, out], here [out, in]
+    factorised at rank R     W = U S V^T;  up = U sqrt(S) [D, R],  down = sqrt(S) V^T [R, D], the first R of each
+
+That product is the nearest of its rank to W in the Frobenius norm (Eckart and Young 1936); that both factors have the
+same singular values is ours to choose, and gives them gradients of one size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlra_scale.checkpoint.contents import model_of
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.huggingface.gpt2_weights import GPT2Weights
+from mlra_scale.checkpoint.writer import write_weights
+from mlra_scale.config import ModelConfig
+from mlra_scale.model.parameters import ParameterTable
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "encoder.json",
+    "vocab.bpe",
+)
+_GELU = ("gelu_new", "gelu_pytorch_tanh")
+# What a configuration may say beyond shapes, and what only one value of each means here.
+_WANTED: dict[str, tuple[Any, str]] = {
+    "scale_attn_weights": (True, "attention here divides by the square root of the head's width"),
+    "scale_attn_by_inverse_layer_idx": (False, "attention here does not divide by the layer's number"),
+    "add_cross_attention": (False, "there is no encoder here to attend to"),
+    "quantization_config": (None, "save the model unquantized"),
+}
+
+
+@dataclass(frozen=True)
+class KeptEnergy:
+    """What a factorisation kept of one projection.
+
+    Attributes:
+        block: Number of the block.
+        projection: "q", "k", "v" or "o".
+        energy: Share of the sum of squared singular values, 0 to 1.
+    """
+
+    block: int
+    projection: str
+    energy: float
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made.
+
+    Attributes:
+        checkpoint: The checkpoint's folder.
+        model: Its model section.
+        stored_dtypes: The types that the weights had; they are fp32 now.
+        has_tokenizer: Whether the folder had a tokenizer, which was copied.
+        kept: One entry for each factorised projection.
+        notes: What the user should know.
+    """
+
+    checkpoint: Path
+    model: ModelConfig
+    stored_dtypes: list[str]
+    has_tokenizer: bool
+    kept: list[KeptEnergy] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def import_gpt2(
+    folder: Path,
+    checkpoint: Path,
+    rank: int | None = None,
+    projections: tuple[str, ...] = ("q", "k", "v"),
+    vocab_padding_multiple: int = 128,
+    told: Callable[[KeptEnergy], None] = lambda kept: None,
+) -> Imported:
+    """Writes a GPT-2 as a checkpoint of kind "weights", tensor by tensor from mapped files.
+
+    Args:
+        folder: With config.json and the weights of a GPT2LMHeadModel.
+        checkpoint: The checkpoint to make; it appears when it is complete.
+        rank: R of the factorised projections; None: all stay dense and no weight changes.
+        projections: Which to factorise.
+        vocab_padding_multiple: The embedding's rows are padded with zeros to a multiple of this.
+        told: Called after each factorisation.
+
+    Returns:
+        What was made.
+
+    Raises:
+        CheckpointError: The folder is no GPT-2 that this project can express exactly, or nothing can be written.
+    """
+    config, model, notes = _read_config(folder, rank, projections, vocab_padding_multiple)
+    weights = GPT2Weights(folder)
+    weights.check(_shapes(model), config.tie_word_embeddings)
+    kept: list[KeptEnergy] = []
+
+    def record(entry: KeptEnergy) -> None:
+        kept.append(entry)
+        told(entry)
+
+    origin = {"format": "gpt2", "folder": str(folder), "attention_rank": rank, "dtypes": weights.dtypes}
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = _tokenizer_files(folder, Path(temporary))
+        values = model.model_dump(mode="json")
+        write_weights(checkpoint, values, _parameters(model, weights, record), tokenizer, origin)
+    return Imported(checkpoint, model, weights.dtypes, tokenizer is not None, kept, notes)
+
+
+def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Cuts a matrix into balanced factors by its singular value decomposition, computed in fp64.
+
+    Args:
+        weight: [out, in].
+        rank: R, at most the smaller side.
+
+    Returns:
+        up [out, R] and down [R, in] in fp32, and the share of the squared singular values that they keep.
+    """
+    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    roots = singular[:rank].sqrt()
+    energy, total = float(singular[:rank].square().sum()), float(singular.square().sum())
+    return (left[:, :rank] * roots).float(), (roots[:, None] * right[:rank]).float(), energy / total if total else 1.0
+
+
+def _read_config(
+    folder: Path, rank: int | None, projections: tuple[str, ...], vocab_padding_multiple: int
+) -> tuple[Any, ModelConfig, list[str]]:
+    """Returns config.json as transformers reads it, our model section, and notes; refuses what we do not have."""
+    path = folder / "config.json"
+    config = _gpt2_config(path)
+    faults = [
+        f"{name} is {json.dumps(getattr(config, name, None))}: {reason}"
+        for name, (wanted, reason) in _WANTED.items()
+        if getattr(config, name, wanted) != wanted
+    ]
+    if config.activation_function not in _GELU:
+        faults.append(f"activation_function is {config.activation_function!r}: here it is {' or '.join(_GELU)}")
+    if config.n_embd % config.n_head:
+        faults.append(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+    if rank is not None and not 1 <= rank <= config.n_embd:
+        faults.append(f"a rank of {rank} does not fit its width; use 1 to {config.n_embd}")
+    if faults:
+        raise CheckpointError(f"{path}: " + "; ".join(faults))
+    dropouts = {
+        "embedding_dropout": config.embd_pdrop,
+        "attention_dropout": config.attn_pdrop,
+        "residual_dropout": config.resid_pdrop,
+    }
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "vocab_padding_multiple": vocab_padding_multiple,
+        "max_positions": config.n_positions,
+        "num_layers": config.n_layer,
+        "hidden_size": config.n_embd,
+        "num_heads": config.n_head,
+        "ffn_hidden_size": config.n_inner,
+        "attention": "dense" if rank is None else "mlra",
+        "init_std": config.initializer_range,
+        "layer_norm_eps": config.layer_norm_epsilon,
+        **{name: float(value) for name, value in dropouts.items()},
+    }
+    if rank is not None:
+        values |= {"attention_rank": rank, "factorised_projections": list(projections)}
+    notes = []
+    if any(dropouts.values()):
+        notes.append("dropout is that of config.json; change it with model.attention_dropout=0 and so on when training")
+    if config.reorder_and_upcast_attn:
+        notes.append("reorder_and_upcast_attn is dropped: it is the same in fp32 and rounds otherwise in 16 bits")
+    return config, model_of(values, path), notes
+
+
+def _gpt2_config(path: Path) -> Any:
+    from transformers import GPT2Config
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; name a folder in Hugging Face's format") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.get("model_type") != GPT2Config.model_type:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise CheckpointError(f"{path}: model_type is {kind!r}; only gpt2 can be imported")
+    try:
+        return GPT2Config.from_dict(values)
+    except Exception as error:  # the library's checks have errors of their own kinds
+        raise CheckpointError(f"{path} is not sound: {str(error).splitlines()[0]}") from error
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of the GPT-2 that the model section describes."""
+    D, F = model.hidden_size, model.ffn_size
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (model.vocab_size, D), "wpe.weight": (model.max_positions, D)}
+    for block in range(model.num_layers):
+        for name, width_in, width_out in (
+            ("attn.c_attn", D, 3 * D),
+            ("attn.c_proj", D, D),
+            ("mlp.c_fc", D, F),
+            ("mlp.c_proj", F, D),
+        ):
+            shapes |= {f"h.{block}.{name}.weight": (width_in, width_out), f"h.{block}.{name}.bias": (width_out,)}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{block}.{name}.weight": (D,), f"h.{block}.{name}.bias": (D,)}
+    return shapes | {"ln_f.weight": (D,), "ln_f.bias": (D,)}
+
+
+def _parameters(
+    model: ModelConfig, weights: Mapping[str, torch.Tensor] | GPT2Weights, told: Callable[[KeptEnergy], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every parameter in the order of the table."""
+    table = ParameterTable(model)
+    factors: dict[str, torch.Tensor] = {}
+    for name in table:
+        if name in factors:
+            yield name, factors.pop(name)
+        elif name.endswith(".down.weight"):
+            projection = name.removesuffix(".down.weight")
+            up, down, energy = factorise(_finite(name, _dense(f"{projection}.weight", model, weights)), model.rank)
+            _, block, _, letter = projection.split(".")
+            told(KeptEnergy(int(block), letter, energy))
+            factors[f"{projection}.up.weight"] = up
+            yield name, down
+        else:
+            tensor = _finite(name, _dense(name.replace(".up.bias", ".bias"), model, weights))
+            if name == "embedding.weight":
+                padding = table[name].shape[0] - len(tensor)
+                tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding)) if padding else tensor
+            yield name, tensor
+
+
+def _dense(name: str, model: ModelConfig, weights: Mapping[str, torch.Tensor] | GPT2Weights) -> torch.Tensor:
+    """Returns a parameter of the dense model by its canonical name, as it is stored."""
+    if name in _OUTSIDE_BLOCKS:
+        return weights[_OUTSIDE_BLOCKS[name]]
+    _, block, part, *rest = name.split(".")
+    kind = rest[-1]
+    if part in ("attention_norm", "mlp_norm"):
+        return weights[f"h.{block}.{'ln_1' if part == 'attention_norm' else 'ln_2'}.{kind}"]
+    theirs = _LINEAR[rest[0]]
+    tensor = weights[f"h.{block}.{theirs}.{kind}"]
+    if theirs == "attn.c_attn":
+        first = "qkv".index(rest[0]) * model.hidden_size
+        tensor = tensor[..., first : first + model.hidden_size]
+    return tensor.T if kind == "weight" else tensor
+
+
+_OUTSIDE_BLOCKS = {
+    "embedding.weight": "wte.weight",
+    "positions.weight": "wpe.weight",
+    "final_norm.weight": "ln_f.weight",
+    "final_norm.bias": "ln_f.bias",
+}
+_LINEAR = {
+    "q": "attn.c_attn",
+    "k": "attn.c_attn",
+    "v": "attn.c_attn",
+    "o": "attn.c_proj",
+    "fc_in": "mlp.c_fc",
+    "fc_out": "mlp.c_proj",
+}
+
+
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # which needs no copy
+        raise CheckpointError(f"{name} has values that are not finite numbers; the model is damaged")
+    return tensor
+
+
+def _tokenizer_files(folder: Path, target: Path) -> Path | None:
+    """Gathers the tokenizer's files, which lie among others; None where there are none."""
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    return target if any(target.iterdir()) else None

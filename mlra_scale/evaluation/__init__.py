@@ -1,0 +1,5 @@
+"""Evaluation: a trained model's perplexity on text, and text from it.
+
+models.py opens a store checkpoint or a Hugging Face folder, texts.py turns files and prepared data into tokens,
+perplexity.py scores them, generation.py writes.
+"""

@@ -1,0 +1,149 @@
+"""Opens what can be evaluated and written with: a store checkpoint, or a Hugging Face folder.
+
+Both become a model of transformers, a checkpoint that of modeling_mlra.py, so there is one way through a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.location import checkpoint_at
+from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer
+from mlra_scale.evaluation.errors import EvaluationError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "encoder.json")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A language model in evaluation mode.
+
+    Attributes:
+        module: The model, one of transformers' (or a remote one in its style).
+        path: The checkpoint or folder that it came from.
+        kind: "checkpoint" or the folder's model_type.
+        vocab_size: Number of tokens.
+        max_positions: Longest input.
+        tokenizer_folder: Folder with the model's tokenizer, if there is one.
+    """
+
+    module: Any
+    path: Path
+    kind: str
+    vocab_size: int
+    max_positions: int
+    tokenizer_folder: Path | None
+
+    def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
+        """Logits of the next token at the last `keep` positions, [B, keep, V]."""
+        tokens_BS = tokens_BS.to(self.module.device)
+        logits_BKV: torch.Tensor = self.module(input_ids=tokens_BS, use_cache=False, logits_to_keep=keep).logits
+        return logits_BKV
+
+    def tokenizer(self, name: str | None = None) -> LoadedTokenizer:
+        """Loads the tokenizer.
+
+        Args:
+            name: Folder or file of another tokenizer than the model's own.
+
+        Returns:
+            The tokenizer, for which text is text: no part of it is read as a special token.
+
+        Raises:
+            EvaluationError: There is none, or it does not belong to the model.
+            DataError: It cannot be read.
+        """
+        if name is None and self.tokenizer_folder is None:
+            raise EvaluationError(f"{self.path} holds no tokenizer; name one with --tokenizer")
+        loaded = load_tokenizer([str(self.tokenizer_folder) if name is None else name])
+        if loaded.vocabulary_size > self.vocab_size:
+            raise EvaluationError(
+                f"tokenizer {loaded.name} has {loaded.vocabulary_size} tokens, the model of {self.path} "
+                f"{self.vocab_size}: they do not belong together"
+            )
+        return loaded
+
+
+def open_model(
+    path: Path, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+) -> OpenedModel:
+    """Opens a model.
+
+    Args:
+        path: A store checkpoint, a folder of them, a run directory (its newest complete checkpoint), or a folder in
+            Hugging Face's format.
+        dtype: A name of DTYPES: the type of weights and computation.
+        device: "cpu", "cuda", or "auto": cuda where there is one.
+        trust_remote_code: Whether a foreign Hugging Face folder may run the code that lies in it. Exports of this
+            project are run with the project's own.
+
+    Returns:
+        The model.
+
+    Raises:
+        EvaluationError: A Hugging Face folder cannot be loaded.
+        CheckpointError: A checkpoint cannot be loaded, or there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EvaluationError("there is no GPU here (device cuda); use cpu")
+    if (path / "config.json").is_file():
+        return _from_folder(path, DTYPES[dtype], device, trust_remote_code)
+    try:
+        checkpoint = checkpoint_at(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nor is it a folder in Hugging Face's format (config.json)") from None
+    return _from_checkpoint(checkpoint, DTYPES[dtype], device)
+
+
+def _from_checkpoint(path: Path, dtype: torch.dtype, device: str) -> OpenedModel:
+    from mlra_scale.checkpoint.huggingface.loading import model_from_store
+    from mlra_scale.checkpoint.reader import Store
+
+    store = Store.open(path)
+    module = model_from_store(store, dtype).to(device)
+    return OpenedModel(
+        module, path, "checkpoint", store.model.vocab_size, store.model.max_positions, store.tokenizer_folder
+    )
+
+
+def _from_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> OpenedModel:
+    import transformers
+
+    from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
+
+    # The library raises errors of many kinds; to the user each means that this folder cannot be loaded.
+    try:
+        values, _ = transformers.PreTrainedConfig.get_config_dict(path, local_files_only=True)
+        is_ours = values.get("model_type") == MlraConfig.model_type
+        if "auto_map" in values and not is_ours and not trust_remote_code:
+            raise EvaluationError(f"{path} brings its own code; read it, then allow it with --trust-remote-code")
+        factory = MlraForCausalLM if is_ours else transformers.AutoModelForCausalLM
+        arguments = {} if is_ours else {"trust_remote_code": trust_remote_code}
+        module, report = factory.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
+        )
+    except EvaluationError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvaluationError(f"{path} cannot be loaded: {reason}") from error
+    if missing := sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"]):
+        raise EvaluationError(
+            f"{path} lacks weights of its model, which would be random numbers: {', '.join(missing[:4])}"
+            + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        )
+    module = module.to(device).requires_grad_(False).eval()
+    config = module.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise EvaluationError(f"{path}: its config.json does not say how many positions the model has")
+    has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+    return OpenedModel(module, path, config.model_type, config.vocab_size, positions, path if has_tokenizer else None)

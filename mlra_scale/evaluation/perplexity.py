@@ -1,0 +1,271 @@
+"""Perplexity with a sliding window: per token, per word, and bits per byte.
+
+A document is cut into overlapping windows. Each token but the document's first is scored exactly once, by the first
+window that holds it, with all tokens before it in that window as context. docs/evaluation.md has the formulas.
+
+Shape suffixes: B batch, S sequence, K scored positions (the last ones of S), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from mlra_scale.evaluation.errors import EvaluationError
+
+_IGNORED = -100
+
+
+class LanguageModel(Protocol):
+    """What perplexity needs of a model.
+
+    Attributes:
+        vocab_size: Number of tokens.
+        max_positions: Longest input.
+    """
+
+    vocab_size: int
+    max_positions: int
+
+    def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
+        """Logits of the next token at the last `keep` positions, [B, keep, V]; positions count from 0 in each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a document.
+
+    Attributes:
+        tokens: Its tokens.
+        num_words: Words (runs of characters that are not white space) that begin in it.
+        num_bytes: Bytes of its text in UTF-8.
+    """
+
+    tokens: Sequence[int]
+    num_words: int
+    num_bytes: int
+
+
+Document = Iterable[Piece]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that pass the model together.
+
+    Attributes:
+        tokens: The tokens, at least two; the last one is predicted only.
+        num_new: How many of them, at the end, are scored here.
+    """
+
+    tokens: list[int]
+    num_new: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What was counted and summed up.
+
+    Attributes:
+        num_documents: Documents with at least one token.
+        num_tokens: Tokens that were scored.
+        num_words: Words of the documents.
+        num_bytes: Bytes of the documents in UTF-8.
+        negative_log_likelihood: Sum over the scored tokens of -ln p(token | context), in nats.
+    """
+
+    num_documents: int
+    num_tokens: int
+    num_words: int
+    num_bytes: int
+    negative_log_likelihood: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.negative_log_likelihood / self.num_tokens
+
+    @property
+    def token_perplexity(self) -> float:
+        """exp(nats per token)."""
+        return _exp(self.loss)
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(nats per word): comparable between tokenizers."""
+        return _exp(self.negative_log_likelihood / self.num_words) if self.num_words else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte: comparable between tokenizers, and between languages that write words differently."""
+        return self.negative_log_likelihood / math.log(2.0) / self.num_bytes if self.num_bytes else math.nan
+
+
+def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator[Window]:
+    """Cuts a stream of tokens into overlapping windows; holds no more than one window and one piece of it.
+
+    The windows are those of Hugging Face's guide to the perplexity of fixed-length models: they begin at 0, stride,
+    2 stride, ..., each is `size` long (the last one ends with the stream), and each scores what none before it held.
+
+    Args:
+        pieces: The tokens, in pieces of any length.
+        size: Tokens of a window, at least 2.
+        stride: Distance of the windows, 1 to size - 1.
+
+    Yields:
+        The windows; none for a stream of fewer than two tokens.
+    """
+    assert 1 <= stride < size, (size, stride)
+    held: list[int] = []
+    num_context = 1  # the first token has nothing before it
+    for piece in pieces:
+        held.extend(piece)
+        first = 0
+        while len(held) - first >= size:
+            yield Window(held[first : first + size], size - num_context)
+            num_context = size - stride
+            first += stride
+        del held[:first]
+    if len(held) > num_context:
+        yield Window(held, len(held) - num_context)
+
+
+def perplexity(
+    model: LanguageModel,
+    documents: Iterable[Document],
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    start_token: int | None = None,
+) -> Perplexity:
+    """Scores documents; no context crosses from one to the next.
+
+    Args:
+        model: The model.
+        documents: The documents, each a stream of pieces.
+        window: Tokens of a window; None: the model's longest input.
+        stride: Distance of the windows; None: half a window.
+        batch_size: Windows that pass the model at once.
+        start_token: Put before every document as context, so that its first token is scored too; None: it is not.
+
+    Returns:
+        The sums.
+
+    Raises:
+        EvaluationError: Window or stride do not fit the model, a token is not the model's, or nothing can be scored.
+    """
+    window, stride = checked_window(model, window, stride)
+    count = _Counter(model.vocab_size, start_token)
+    found = itertools.chain.from_iterable(windows(count.tokens(document), window, stride) for document in documents)
+    total, num_tokens = 0.0, 0
+    while batch := list(itertools.islice(found, batch_size)):
+        total += negative_log_likelihood(model, batch)
+        num_tokens += sum(item.num_new for item in batch)
+    if not num_tokens:
+        raise EvaluationError(
+            f"there is nothing to score: {count.num_documents} documents with {count.num_read} tokens in all, and the "
+            "first token of a document has no context; give more text, or a start token"
+        )
+    if not math.isfinite(total):
+        raise EvaluationError("the model gives logits that are not finite")
+    return Perplexity(count.num_documents, num_tokens, count.num_words, count.num_bytes, total)
+
+
+def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Fills in and checks window and stride.
+
+    Args:
+        model: The model.
+        window: Tokens of a window or None.
+        stride: Distance of the windows or None.
+
+    Returns:
+        Window and stride.
+
+    Raises:
+        EvaluationError: They do not fit the model or each other.
+    """
+    if window is None:
+        window = max(2, model.max_positions)
+    # The last token of a window is only predicted and needs no position.
+    if not 2 <= window <= model.max_positions + 1:
+        raise EvaluationError(f"a window of {window} tokens does not fit the model; use 2 to {model.max_positions + 1}")
+    if stride is None:
+        stride = max(1, window // 2)
+    if not 1 <= stride < window:
+        raise EvaluationError(
+            f"a stride of {stride} does not fit windows of {window} tokens, of which the first is context; "
+            f"use 1 to {window - 1}"
+        )
+    return window, stride
+
+
+def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> float:
+    """Scores windows together.
+
+    Args:
+        model: The model.
+        batch: The windows; shorter ones are padded at the end, which a causal model does not see.
+
+    Returns:
+        Sum over their new tokens of -ln p(token | tokens before it in the window).
+    """
+    longest = max(len(window.tokens) for window in batch) - 1
+    keep = longest - min(len(window.tokens) - 1 - window.num_new for window in batch)
+    tokens_BS = torch.zeros(len(batch), longest, dtype=torch.int64)
+    targets_BS = torch.full((len(batch), longest), _IGNORED, dtype=torch.int64)
+    for row, window in enumerate(batch):
+        values = torch.tensor(window.tokens)
+        stop = len(window.tokens) - 1
+        tokens_BS[row, :stop] = values[:-1]
+        targets_BS[row, stop - window.num_new : stop] = values[-window.num_new :]
+    with torch.inference_mode():
+        logits_BKV = model.logits(tokens_BS, keep)
+        targets_BK = targets_BS[:, longest - keep :].to(logits_BKV.device)
+        losses = functional.cross_entropy(
+            logits_BKV.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=_IGNORED, reduction="none"
+        )
+        return float(losses.sum(dtype=torch.float64))
+
+
+class _Counter:
+    """Counts documents, words and bytes as they stream by, and checks the tokens."""
+
+    def __init__(self, vocab_size: int, start_token: int | None) -> None:
+        self.num_documents = self.num_read = self.num_words = self.num_bytes = 0
+        self._vocab_size = vocab_size
+        self._start = [] if start_token is None else [start_token]
+
+    def tokens(self, document: Document) -> Iterator[Sequence[int]]:
+        """Yields the tokens of a document, those of the start token first."""
+        is_empty = True
+        for piece in document:
+            if not len(piece.tokens):
+                continue
+            if is_empty:
+                self.num_documents += 1
+                is_empty = False
+                yield self._start
+            if max(piece.tokens) >= self._vocab_size:
+                raise EvaluationError(
+                    f"the text has the token {max(piece.tokens)}, but the model knows {self._vocab_size} tokens: text "
+                    "and model belong to different tokenizers"
+                )
+            self.num_read += len(piece.tokens)
+            self.num_words += piece.num_words
+            self.num_bytes += piece.num_bytes
+            yield piece.tokens
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

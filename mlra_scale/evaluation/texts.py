@@ -1,0 +1,184 @@
+"""From files and prepared data to the documents that perplexity scores, as streams.
+
+A long text file is read and tokenized in pieces, which gives the tokens of the whole text: a byte-level tokenizer
+(GPT-2's kind) splits every text before white space that follows a word, so that a cut there changes nothing.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from numpy.typing import NDArray
+
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.indexed import IndexedFiles, open_indexed
+from mlra_scale.data.manifest import SPLITS, read_manifest
+from mlra_scale.data.sources import LocalFiles, open_sources
+from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
+from mlra_scale.evaluation.perplexity import Document, Piece
+
+_PIECE_BYTES = 1 << 18
+# The longest beginning of a text that ends with a word and has a blank or a line's end behind it.
+_BEFORE_SPACE = re.compile(r"(?s).*\S(?=[ \n])")
+
+
+class Encoder:
+    """Turns text into pieces, up to a number of tokens.
+
+    Args:
+        loaded: The tokenizer.
+        max_tokens: No more than this many tokens over all texts; None: no limit.
+    """
+
+    def __init__(self, loaded: LoadedTokenizer, max_tokens: int | None = None) -> None:
+        self.end_of_document = loaded.end_of_document_token
+        self._tokenizer = loaded.tokenizer
+        self._left = max_tokens
+        content = json.loads(loaded.tokenizer.to_str())
+        # Anything else is given whole texts.
+        self.can_cut = content["normalizer"] is None and (content["pre_tokenizer"] or {}).get("type") == "ByteLevel"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit is reached."""
+        return self._left == 0
+
+    def piece(self, text: str) -> Piece:
+        """Tokenizes a text that begins a document, or that was cut before white space."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens = encoding.ids
+        if self._left is not None and len(tokens) > self._left:
+            tokens = tokens[: self._left]
+            text = text[: encoding.offsets[self._left - 1][1]] if tokens else ""
+        return self._counted(tokens, text)
+
+    def piece_of_tokens(self, tokens: Sequence[int]) -> Piece:
+        """Counts the words and bytes of a document that is tokens already."""
+        tokens = tokens[: self._left]
+        return self._counted(tokens, self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def _counted(self, tokens: Sequence[int], text: str) -> Piece:
+        if self._left is not None:
+            self._left -= len(tokens)
+        return Piece(tokens, len(text.split()), len(text.encode("utf-8")))
+
+
+def documents_of_sources(
+    names: Sequence[str], encoder: Encoder, field: str = "text", split: str = "test", config_name: str | None = None
+) -> Iterator[Document]:
+    """Opens text: every .txt file is one document, every line or row of other files too.
+
+    Args:
+        names: What tools/prepare_data.py knows as sources: files, folders, globs, python-docs, hf:NAME.
+        encoder: Makes the pieces, and says when it is enough.
+        field: Field or column of the text, for files that have fields.
+        split: Split of Hugging Face data sets.
+        config_name: Configuration of Hugging Face data sets.
+
+    Yields:
+        The documents; each has to be read before the next one is asked for.
+
+    Raises:
+        DataError: A source cannot be read.
+    """
+    for source in open_sources(names, field, split, config_name):
+        if not isinstance(source, LocalFiles):
+            yield from _whole((document.text for document in source.documents()), encoder)
+            continue
+        for file in source.files:
+            if file.name.endswith(".txt"):
+                if not encoder.is_full:
+                    yield _pieces(_characters(file), encoder)
+            else:
+                rows = LocalFiles(source.name, [file], field).documents()
+                yield from _whole((row.text for row in rows), encoder)
+
+
+def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: LoadedTokenizer) -> Iterator[Document]:
+    """Opens a prepared folder: its documents without the token that ends each.
+
+    Args:
+        folder: Made by tools/prepare_data.py.
+        split: "train" or "validation".
+        encoder: Counts, and says when it is enough.
+        loaded: The model's tokenizer, which the data must have been made with.
+
+    Yields:
+        The documents.
+
+    Raises:
+        DataError: The folder is not whole, or was made with another tokenizer.
+    """
+    if split not in SPLITS:
+        raise DataError(f"{folder} has no split {split!r}; it has {' and '.join(SPLITS)}")
+    manifest = read_manifest(folder)
+    if manifest.tokenizer_sha256 != tokenizer_sha256(loaded.tokenizer):
+        raise DataError(f"{folder} was made with another tokenizer than the model's; evaluate the text itself (--text)")
+    files = open_indexed(manifest.prefix(split))
+    stored = files.tokens()
+    for number in range(files.num_documents):
+        if encoder.is_full:
+            return
+        tokens = _document(files, stored, number)
+        if tokens and tokens[-1] == manifest.end_of_document_token:
+            tokens = tokens[:-1]
+        yield [encoder.piece_of_tokens(tokens)]
+
+
+def joined(documents: Iterable[Document], end_of_document: int) -> Iterator[Piece]:
+    """Joins documents to one, each followed by the token that ends documents, as training sees them."""
+    end = Piece([end_of_document], 0, 0)
+    for document in documents:
+        yield from document
+        yield end
+
+
+def _document(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
+    first, stop = (int(border) for border in files.document_borders[number : number + 2])
+    tokens: list[int] = []
+    for sequence in range(first, stop):
+        start = int(files.sequence_pointers[sequence]) // files.dtype.itemsize
+        tokens += stored[start : start + int(files.sequence_lengths[sequence])].tolist()
+    return tokens
+
+
+def _whole(texts: Iterable[str], encoder: Encoder) -> Iterator[Document]:
+    for text in texts:
+        if encoder.is_full:
+            return
+        yield _pieces([text], encoder)
+
+
+def _pieces(texts: Iterable[str], encoder: Encoder) -> Iterator[Piece]:
+    """Encodes a document that arrives in stretches cut anywhere."""
+    held = ""
+    for text in texts:
+        held += text
+        if encoder.can_cut and len(held) >= _PIECE_BYTES and (match := _BEFORE_SPACE.match(held)):
+            yield encoder.piece(held[: match.end()])
+            held = held[match.end() :]
+            if encoder.is_full:
+                return
+    if held:
+        yield encoder.piece(held)
+
+
+def _characters(path: Path) -> Iterator[str]:
+    """Reads a text file in stretches."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    try:
+        with open(path, "rb") as stream:
+            while raw := stream.read(_PIECE_BYTES):
+                text = decoder.decode(raw)
+                line += text.count("\n")
+                yield text
+            decoder.decode(b"", final=True)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error

@@ -1,0 +1,146 @@
+"""Texts and prepared data become documents: tokens, words and bytes of what is there, in pieces or not."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
+
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, train_bpe
+from mlra_scale.evaluation import texts
+from mlra_scale.evaluation.perplexity import Document, Piece
+from mlra_scale.evaluation.texts import Encoder, documents_of_data, documents_of_sources, joined
+from tests.support.gpt2_folders import TEXT, tokenizer
+
+
+def gathered(documents: Iterable[Document]) -> list[Piece]:
+    """One piece for each document."""
+    found = []
+    for document in documents:
+        pieces = list(document)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        found.append(Piece(tokens, sum(p.num_words for p in pieces), sum(p.num_bytes for p in pieces)))
+    return found
+
+
+def expected(text: str) -> Piece:
+    return Piece(tokenizer().tokenizer.encode(text).ids, len(text.split()), len(text.encode()))
+
+
+@given(text=st.text(alphabet="ab \n\t\u00e9\u2003'1.\x85\x1c", max_size=60), stretches=st.integers(1, 7))
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(text: str, stretches: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_PIECE_BYTES", 8)
+        cut = [text[place : place + stretches] for place in range(0, len(text), stretches)]
+        assert gathered([texts._pieces(cut, Encoder(tokenizer()))]) == [expected(text)]
+
+
+def test_files_lines_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_PIECE_BYTES", 64)
+    story = TEXT.replace("tokens", "t\u00f6k\u00ebns \U0001f600") * 3
+    (tmp_path / "a.txt").write_bytes(("\r\n" + story).encode())
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
+    (tmp_path / "c.txt").write_text("")
+    encoder = Encoder(tokenizer())
+    assert len(list(next(documents_of_sources([str(tmp_path / "a.txt")], encoder)))) > 5
+    assert gathered(documents_of_sources([str(tmp_path)], encoder)) == [
+        expected("\r\n" + story),
+        *map(expected, TEXT.splitlines()),
+        Piece([], 0, 0),
+    ]
+    assert len(gathered(documents_of_sources(["python-docs"], Encoder(tokenizer(), 500)))) >= 1
+
+
+@pytest.mark.parametrize("limit", [1, 10, 57, 100, 10_000])
+def test_a_limit_ends_the_texts_and_counts_what_was_taken(tmp_path: Path, limit: int) -> None:
+    lines = [line + "\n" for line in TEXT.splitlines()]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    found = gathered(documents_of_sources([str(tmp_path / "a.jsonl")], Encoder(tokenizer(), limit)))
+    whole = [expected(line) for line in lines]
+    tokens = [token for piece in whole for token in piece.tokens]
+    assert [token for piece in found for token in piece.tokens] == tokens[:limit]
+    assert found[:-1] == whole[: len(found) - 1]
+    last = tokenizer().tokenizer.decode(list(found[-1].tokens))
+    assert found[-1] == Piece(found[-1].tokens, len(last.split()), len(last.encode()))
+
+
+def test_text_is_text(tmp_path: Path) -> None:
+    """What looks like a special token is none."""
+    (tmp_path / "a.txt").write_text("a<|endoftext|>b")
+    (found,) = gathered(documents_of_sources([str(tmp_path / "a.txt")], Encoder(tokenizer())))
+    assert tokenizer().end_of_document_token not in found.tokens and found.num_bytes == 15
+
+
+def test_other_tokenizers_are_given_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_PIECE_BYTES", 8)
+    own = Tokenizer.from_str(train_bpe([TEXT], 280).tokenizer.to_str())
+    own.normalizer = normalizers.Lowercase()
+    encoder = Encoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>"))
+    assert not encoder.can_cut and Encoder(tokenizer()).can_cut
+    (piece,) = texts._pieces([TEXT[:50], TEXT[50:]], encoder)
+    assert piece.tokens == own.encode(TEXT).ids
+
+
+def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_PIECE_BYTES", 7)
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthree \xff\n")
+    (tmp_path / "b.txt").write_bytes(b"one\ntwo \xc3")
+    for name, line in (("a.txt", 3), ("b.txt", 2)):
+        with pytest.raises(DataError, match=f"{name}, line {line}: not UTF-8 text"):
+            gathered(documents_of_sources([str(tmp_path / name)], Encoder(tokenizer())))
+    with pytest.raises(DataError, match="does not exist"):
+        gathered(documents_of_sources([str(tmp_path / "c.txt")], Encoder(tokenizer())))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    lines = [f"{line} \u00e9{number}" for number in range(8) for line in TEXT.splitlines()]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    prepare(
+        PrepareOptions(
+            output=folder / "data",
+            sources=[str(folder / "a.jsonl")],
+            train_bpe=300,
+            validation_fraction=0.25,
+            workers=1,
+            progress=False,
+        )
+    )
+    return folder
+
+
+def test_prepared_data_are_the_texts_that_they_were_made_of(prepared: Path) -> None:
+    loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
+    source = [json.loads(line)["text"] for line in (prepared / "a.jsonl").read_text().splitlines()]
+    found = {}
+    for split in ("train", "validation"):
+        for piece in gathered(documents_of_data(prepared / "data", split, Encoder(loaded), loaded)):
+            text = loaded.tokenizer.decode(list(piece.tokens))
+            assert piece == Piece(loaded.tokenizer.encode(text).ids, len(text.split()), len(text.encode()))
+            found[text] = split
+    assert sorted(found) == sorted(source) and set(found.values()) == {"train", "validation"}
+
+
+def test_joined_documents_keep_their_ends(prepared: Path) -> None:
+    loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
+    apart = gathered(documents_of_data(prepared / "data", "validation", Encoder(loaded), loaded))
+    end = loaded.end_of_document_token
+    (whole,) = gathered([joined(documents_of_data(prepared / "data", "validation", Encoder(loaded), loaded), end)])
+    assert whole.tokens == [token for piece in apart for token in (*piece.tokens, end)]
+    assert whole.num_bytes == sum(piece.num_bytes for piece in apart)
+
+
+def test_prepared_data_of_other_tokenizers_and_splits_are_refused(prepared: Path) -> None:
+    loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
+    for split, own, message in (
+        ("test", loaded, "no split 'test'; it has train and validation"),
+        ("train", tokenizer(), "was made with another tokenizer"),
+    ):
+        with pytest.raises(DataError, match=message):
+            gathered(documents_of_data(prepared / "data", split, Encoder(own), own))
