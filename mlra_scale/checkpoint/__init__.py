@@ -1,7 +1,23 @@
 """Checkpoints: one format for every layout, safe to write at any moment. The format is in docs/checkpoints.md."""
 
 from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.loading import load_checkpoint
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.checkpoint.retention import checkpoint_name, complete_checkpoints, latest, newest_complete, prune
+from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.checkpoint.writer import write_safetensors, write_weights
 
-__all__ = ["CheckpointError", "Store", "write_safetensors", "write_weights"]
+__all__ = [
+    "CheckpointError",
+    "FinishedSave",
+    "Saver",
+    "Store",
+    "checkpoint_name",
+    "complete_checkpoints",
+    "latest",
+    "load_checkpoint",
+    "newest_complete",
+    "prune",
+    "write_safetensors",
+    "write_weights",
+]

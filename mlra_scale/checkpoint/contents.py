@@ -33,21 +33,19 @@ def tensor_key(part: Part, name: str, start: int) -> str:
     return f"{part}/{name}/{start}"
 
 
-def write_small_files(
-    folder: Path, state: Mapping[str, Any], config_text: str, tokenizer: Path | None
-) -> dict[str, FileEntry]:
+def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: Path | None) -> dict[str, FileEntry]:
     """Writes state, configuration and a copy of the tokenizer.
 
     Args:
         folder: The checkpoint in the making.
-        state: JSON values.
+        state: What `json_bytes` made of it.
         config_text: The YAML document.
         tokenizer: A folder of files, or None.
 
     Returns:
         The files' entries by their names in the folder.
     """
-    files = {STATE: write_file(folder / STATE, json_bytes(state))}
+    files = {STATE: write_file(folder / STATE, state)}
     files[CONFIG] = write_file(folder / CONFIG, config_text.encode())
     if tokenizer is not None:
         target = folder / TOKENIZER

@@ -53,7 +53,7 @@ def _remedy(error: OSError, path: Path) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"see that this user may write to {path.parent}, or name another run directory"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "see that nothing else removes or moves checkpoints during a run"
+        return "checkpoints must lie on a disk that all ranks share, and nothing else may move them during a run"
     return f"see to the disk of {path.parent}"
 
 
@@ -93,6 +93,26 @@ def entry_of(path: Path) -> FileEntry:
             digest.update(buffer[:count])
             size += count
     return FileEntry(size, digest.hexdigest())
+
+
+def size_fault(path: Path, entry: FileEntry) -> str | None:
+    """Returns what is wrong with a file as far as its size tells, or None."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != entry.bytes:
+        return f"{path} has {size} bytes and not {entry.bytes}"
+    return None
+
+
+def checksum_fault(path: Path, entry: FileEntry) -> str | None:
+    """Returns what is wrong with a file, or None; reads all of it."""
+    if fault := size_fault(path, entry):
+        return fault
+    try:
+        actual = entry_of(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None if actual == entry else f"{path} is damaged or of another save: its sha256 is not the manifest's"
 
 
 def copy_file(source: Path, target: Path) -> FileEntry:

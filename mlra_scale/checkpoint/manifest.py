@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, faults_told
+from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault
 from mlra_scale.checkpoint.placement import shard_of
 
 MANIFEST = "manifest.json"
@@ -187,6 +187,23 @@ def read_manifest(folder: Path) -> Manifest:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointError(f"{path} does not cover the model: {faults[0]}{more}; use another checkpoint")
+    return manifest
+
+
+def read_complete_manifest(folder: Path) -> Manifest:
+    """Reads the manifest and checks that every file is there and as large as it should be.
+
+    Args:
+        folder: A checkpoint.
+
+    Raises:
+        CheckpointError: As read_manifest, or a file is missing or of another size.
+    """
+    manifest = read_manifest(folder)
+    faults = [fault for name, entry in manifest.files.items() if (fault := size_fault(folder / name, entry))]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckpointError(f"{faults[0]}{more}; use another checkpoint")
     return manifest
 
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from mlra_scale.checkpoint.contents import BUFFERS, CONFIG, PARTS, STATE, TOKENIZER, Part, model_of, tensor_key
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, entry_of, faults_told
-from mlra_scale.checkpoint.manifest import Manifest, StoredFragment, read_manifest
+from mlra_scale.checkpoint.files import checksum_fault, faults_told
+from mlra_scale.checkpoint.manifest import Manifest, StoredFragment, read_complete_manifest
 from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
 from mlra_scale.config import Config, ConfigError, ModelConfig, yaml_text
 from mlra_scale.model.parameters import ParameterTable
@@ -66,12 +66,7 @@ class Store:
         Raises:
             CheckpointError: It is incomplete, damaged or of another format.
         """
-        manifest = read_manifest(folder)
-        faults = [fault for name, entry in manifest.files.items() if (fault := _size_fault(folder / name, entry))]
-        if faults:
-            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            raise CheckpointError(f"{faults[0]}{more}; use another checkpoint")
-        return cls(folder, manifest)
+        return cls(folder, read_complete_manifest(folder))
 
     @property
     def step(self) -> int:
@@ -106,7 +101,7 @@ class Store:
             loads[lightest] += entry.bytes
             if lightest == part:
                 share.append((name, entry))
-        return [fault for name, entry in share if (fault := self._checksum_fault(name, entry))]
+        return [fault for name, entry in share if (fault := checksum_fault(self.folder / name, entry))]
 
     def tensor(self, name: str, moment: Part = "weight") -> torch.Tensor:
         """Returns a whole global tensor in fp32, padded vocabulary rows included.
@@ -260,7 +255,7 @@ class Store:
         path = self.folder / name
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.folder} has no {name}; use another checkpoint")
-        if fault := self._checksum_fault(name, self.manifest.files[name]):
+        if fault := checksum_fault(path, self.manifest.files[name]):
             raise CheckpointError(f"{fault}; use another checkpoint")
         with faults_told("read", path):
             return path.read_bytes()
@@ -275,22 +270,3 @@ class Store:
                     f"{self.folder / CONFIG} makes {name} {expected.get(name)}, stored is {stored.get(name)}; "
                     "use the program that wrote the checkpoint"
                 )
-
-    def _checksum_fault(self, name: str, entry: FileEntry) -> str | None:
-        path = self.folder / name
-        if fault := _size_fault(path, entry):
-            return fault
-        try:
-            actual = entry_of(path)
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror}"
-        return None if actual == entry else f"{path} is damaged or of another save: its sha256 is not the manifest's"
-
-
-def _size_fault(path: Path, entry: FileEntry) -> str | None:
-    """Says what is wrong with a file as far as its size tells."""
-    if not path.is_file():
-        return f"{path} is missing"
-    if (size := path.stat().st_size) != entry.bytes:
-        return f"{path} has {size} bytes and not {entry.bytes}"
-    return None

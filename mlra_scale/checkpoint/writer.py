@@ -22,7 +22,7 @@ from uuid import uuid4
 import torch
 
 from mlra_scale.checkpoint import points
-from mlra_scale.checkpoint.contents import library_versions, model_of, now, tensor_key, write_small_files
+from mlra_scale.checkpoint.contents import json_bytes, library_versions, model_of, now, tensor_key, write_small_files
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, faults_told, sync_folder, write_file
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredFragment, StoredParameter
@@ -164,7 +164,7 @@ def write_weights(
             save_id = uuid4().hex
             files, fragments = _write_parameters(unfinished, save_id, table, _checked(tensors, table))
             config_text = yaml_text.dump({"model": dict(model_values)})
-            files |= write_small_files(unfinished, {"origin": dict(origin)}, config_text, tokenizer)
+            files |= write_small_files(unfinished, json_bytes({"origin": dict(origin)}), config_text, tokenizer)
             manifest = Manifest(
                 save_id=save_id,
                 kind="weights",

@@ -1,0 +1,184 @@
+"""Whether copies that should be equal are equal: what tensor, pipeline and data ranks hold in common.
+
+Only the owner's copy is stored. Each rank condenses its copies to one number per parameter and part,
+
+    sum over elements of  bits(element) * weight(position)   mod 2^64,   every weight odd,
+
+in integer arithmetic, so that neither order nor cuts matter: partitions of a tensor over data ranks add up to the
+number of the whole. One differing element always changes it, because its odd weight has an inverse.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from mlra_scale.checkpoint.contents import PARTS, Part
+from mlra_scale.checkpoint.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel.engine import Engine
+    from mlra_scale.parallel.fragments import Fragment
+
+_BLOCK = 2**16
+_ODD_INSIDE, _ODD_ACROSS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_MODULUS = 2**64
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The checksum of what a rank holds of a parameter.
+
+    Attributes:
+        numel: Number of elements it covers.
+        value: The checksum.
+    """
+
+    numel: int
+    value: int
+
+
+Digests = dict[tuple[str, Part], Digest]
+"""Checksums by parameter and part."""
+
+
+@dataclass(frozen=True)
+class RankCopies:
+    """What a rank tells of its copies.
+
+    Attributes:
+        rank: Global rank.
+        tensor_rank: Coordinate on the tensor axis.
+        pipeline_rank: Coordinate on the pipeline axis.
+        digests: Of what it holds.
+    """
+
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    digests: Digests
+
+
+def copied_parameters(engine: Engine) -> frozenset[str]:
+    """Returns the parameters that some rank holds without being their owner; collective, the same on every rank."""
+    names = {fragment.name for fragment in engine.held_fragments()}
+    mine = sorted(name for name in names if not engine.owns(name))
+    gathered: list[list[str]] = [[] for _ in range(engine.topology.world_size)]
+    dist.all_gather_object(gathered, mine, group=engine.topology.control_group)
+    return frozenset().union(*gathered)
+
+
+def digests_on_device(
+    fragments: Iterable[Fragment], names: frozenset[str]
+) -> tuple[list[tuple[str, Part, int]], torch.Tensor | None]:
+    """Condenses the fragments of some parameters, on the device and without waiting for it.
+
+    Args:
+        fragments: What this rank holds, with moments if there are any.
+        names: The parameters that matter.
+
+    Returns:
+        Parameter, part and number of elements of each checksum, and the checksums (int64), or None for no checksum.
+    """
+    keys, values = [], []
+    for fragment in fragments:
+        if fragment.name not in names:
+            continue
+        for part, tensor in zip(PARTS, (fragment.values, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
+            if tensor is not None:
+                keys.append((fragment.name, part, tensor.numel()))
+                values.append(_checksum(tensor.detach(), fragment.start))
+    return keys, torch.stack(values) if values else None
+
+
+def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests:
+    """Adds up the checksums of the fragments of each parameter."""
+    found: Digests = {}
+    for (name, part, numel), value in zip(keys, values, strict=True):
+        before = found.get((name, part), Digest(0, 0))
+        found[name, part] = Digest(before.numel + numel, (before.value + value) % _MODULUS)
+    return found
+
+
+def check_copies(reports: Iterable[RankCopies], table: ParameterTable, tensor: int) -> None:
+    """Compares all copies.
+
+    Args:
+        reports: Of every rank.
+        table: The parameter table.
+        tensor: Tensor-parallel degree.
+
+    Raises:
+        CheckpointError: Two copies differ; names the parameter and the ranks.
+    """
+    # By what should be equal, then by who holds it together: pieces over data ranks make up one copy.
+    copies: dict[tuple[str, Part, int], dict[tuple[int, int], list[tuple[int, Digest]]]] = defaultdict(dict)
+    for report in reports:
+        for (name, part), digest in report.digests.items():
+            shard = 0 if table[name].shard_dim is None else report.tensor_rank
+            holders = copies[name, part, shard].setdefault((report.pipeline_rank, report.tensor_rank), [])
+            holders.append((report.rank, digest))
+    for (name, part, _), by_place in copies.items():
+        numel = table[name].numel() // (1 if table[name].shard_dim is None else tensor)
+        versions: dict[int, list[str]] = defaultdict(list)
+        for holders in by_place.values():
+            for value, ranks in _versions(name, holders, numel):
+                versions[value].append(ranks)
+        if len(versions) > 1:
+            told = " and ".join(f"rank(s) {', '.join(ranks)}" for ranks in versions.values())
+            what = name if part == "weight" else f"{part} of {name}"
+            raise CheckpointError(
+                f"copies of {what} that should be equal differ between {told}; nothing was saved. The ranks have "
+                "drifted apart (a gradient that was not reduced, or a fault of a device): resume from a checkpoint "
+                "before that"
+            )
+
+
+def _versions(name: str, holders: list[tuple[int, Digest]], numel: int) -> Iterable[tuple[int, str]]:
+    """The copies that data ranks of one place hold: each a whole one, or all of them together one."""
+    pieces = []
+    for rank, digest in holders:
+        if digest.numel == numel:
+            yield digest.value, str(rank)
+        else:
+            pieces.append((rank, digest))
+    if pieces:
+        assert sum(digest.numel for _, digest in pieces) == numel, (name, pieces)
+        yield sum(digest.value for _, digest in pieces) % _MODULUS, "+".join(str(rank) for rank, _ in pieces)
+
+
+def _checksum(values: torch.Tensor, start: int) -> torch.Tensor:
+    """The checksum of elements start, start + 1, ... as an int64 scalar on their device."""
+    bits = values.contiguous().view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    weights = _weights(values.device)
+    position, stop = start, start + values.numel()
+    while position < stop:
+        block, offset = divmod(position, _BLOCK)
+        count = min(_BLOCK - offset, stop - position)
+        part = (bits[position - start : position - start + count] * weights[offset : offset + count]).sum()
+        total += part * _signed(_odd(block, _ODD_ACROSS))
+        position += count
+    return total
+
+
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> torch.Tensor:
+    """An odd number for every position of a block."""
+    return torch.tensor([_signed(_odd(position, _ODD_INSIDE)) for position in range(_BLOCK)], device=device)
+
+
+def _odd(number: int, factor: int) -> int:
+    return (number * factor) % _MODULUS | 1
+
+
+def _signed(number: int) -> int:
+    """The int64 with the same bits."""
+    return number - _MODULUS if number >= _MODULUS // 2 else number

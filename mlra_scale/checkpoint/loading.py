@@ -1,0 +1,67 @@
+"""Putting a checkpoint into an engine of any layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from mlra_scale.checkpoint.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.parallel.engine import Engine
+    from mlra_scale.parallel.fragments import Fragment
+
+
+def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
+    """Puts weights, moments, optimizer step and loss scale of a checkpoint into an engine; collective.
+
+    Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify.
+
+    Args:
+        engine: Of the same model, under whatever layout.
+        store: The checkpoint; may be opened by every rank for itself.
+
+    Returns:
+        The checkpoint's state section.
+
+    Raises:
+        CheckpointError: On every rank. Before anything is touched where the model is another one; where a file cannot
+            be read the engine is left half filled, and of no use.
+    """
+    _check_model(engine, store)
+    topology = engine.topology
+    faults: list[str] = []
+
+    def fill(fragment: Fragment) -> None:
+        try:
+            store.fill(fragment, topology.tensor, topology.tensor_rank, engine.table[fragment.name].shape)
+        except (CheckpointError, OSError) as error:
+            # Restoring is collective: this rank goes on with the others, and tells them at the end.
+            faults.append(str(error))
+
+    engine.restore(fill, store.state.get("engine"), store.manifest.has_moments)
+    gathered: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(gathered, faults[:1], group=topology.control_group)
+    told = [f"rank {rank}: {found[0]}" for rank, found in enumerate(gathered) if found]
+    if told:
+        raise CheckpointError(f"{store.folder} cannot be loaded: {'; '.join(told[:3])}")
+    return store.state
+
+
+def _check_model(engine: Engine, store: Store) -> None:
+    """Compares names and shapes; the embedding may have another number of padded rows."""
+    ours = {name: info.shape for name, info in engine.table.items()}
+    theirs = {name: info.shape for name, info in store.table.items()}
+    if engine.table.vocab_size != store.table.vocab_size:
+        raise CheckpointError(
+            f"{store.folder} has a vocabulary of {store.table.vocab_size} tokens, this run {engine.table.vocab_size}"
+        )
+    for name in sorted(ours.keys() | theirs.keys()):
+        mine, stored = ours.get(name), theirs.get(name)
+        is_same = mine == stored
+        if mine is not None and stored is not None and engine.table[name].kind == "embedding":
+            is_same = mine[1:] == stored[1:]
+        if not is_same:
+            raise CheckpointError(f"{store.folder} has {name} of shape {stored}, the model of this run {mine}")

@@ -1,0 +1,155 @@
+"""Which checkpoints of a run there are, which one is the newest, and which ones go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from mlra_scale.checkpoint import points
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import faults_told, replace_file, sync_folder
+from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
+
+LATEST = "latest"
+UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
+"""How the names begin of folders that are being written, deleted, and replaced by a later save of the same step."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Returns the name of the checkpoint after `step` updates."""
+    return f"step-{step:08d}"
+
+
+def latest(folder: Path) -> Path | None:
+    """Returns the checkpoint that `latest` names, whether it is there or not; None where there is no such file.
+
+    Args:
+        folder: A run's checkpoints.
+    """
+    try:
+        name = (folder / LATEST).read_text(encoding="ascii").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError:
+        return folder / LATEST  # damaged: no checkpoint
+    return folder / Path(name).name
+
+
+def set_latest(folder: Path, checkpoint: Path) -> None:
+    """Makes `latest` name a checkpoint of the folder, at once and for good."""
+    replace_file(folder / LATEST, f"{checkpoint.name}\n".encode("ascii"))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Returns all folders that are or should be checkpoints, by step.
+
+    Where a save was cut off while it replaced an earlier one of the same step, the earlier one is among them.
+    """
+    replaced = [path for path in folder.glob(f"{REPLACED}step-*") if not _original(path).exists()]
+    found = [path for path in [*folder.glob("step-*"), *replaced] if path.is_dir()]
+    return sorted(found, key=lambda path: path.name.removeprefix(REPLACED))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, in the order in which they were saved.
+
+    That is not always the order of their steps: a run may have gone on from an earlier one.
+
+    Args:
+        folder: A run's checkpoints.
+    """
+    return [path for path, _ in _complete(folder)]
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """Returns the complete checkpoint that was saved last, or None."""
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
+def last_created(folder: Path) -> str:
+    """Returns when the newest complete checkpoint was saved; empty where there is none."""
+    found = _complete(folder)
+    return found[-1][1].created if found else ""
+
+
+def superfluous(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Returns the checkpoints that `prune` would remove.
+
+    Args:
+        folder: A run's checkpoints.
+        keep_last: How many of the newest are kept, at least one. Incomplete ones do not count, and stay.
+        keep_every: Those whose step is a multiple of this are kept too; 0: none.
+    """
+    assert keep_last >= 1, keep_last
+    found = _complete(folder)
+    kept = {path for path, _ in found[-keep_last:]} | {latest(folder)}
+    if keep_every > 0:
+        kept |= {path for path, manifest in found if manifest.step % keep_every == 0}
+    return [path for path, _ in found if path not in kept]
+
+
+def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Removes checkpoints that need not be kept: see `superfluous`.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        CheckpointError: One cannot be removed.
+    """
+    removed = superfluous(folder, keep_last, keep_every)
+    for path in removed:
+        with faults_told("removed", path):
+            # Hidden first: what is half removed is no longer called a checkpoint.
+            hidden = folder / f"{REMOVED}{path.name}"
+            _delete(hidden)
+            os.rename(path, hidden)
+            sync_folder(folder)
+            points.reached("retention")
+            _delete(hidden)
+    return removed
+
+
+def put_in_place(unfinished: Path, final: Path) -> None:
+    """Gives a complete folder its name; a checkpoint of the same step makes way and is removed afterwards."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        os.rename(final, replaced)
+    try:
+        os.rename(unfinished, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    sync_folder(final.parent)
+    _delete(replaced)
+
+
+def tidy(folder: Path) -> None:
+    """Clears away what a run that died in the middle of a save has left; no save may be in progress."""
+    for path in folder.glob(f"{REPLACED}*"):
+        if not _original(path).exists():
+            os.rename(path, _original(path))
+    for beginning in (UNFINISHED, REMOVED, REPLACED):
+        for path in folder.glob(f"{beginning}*"):
+            _delete(path)
+
+
+def _original(replaced: Path) -> Path:
+    return replaced.with_name(replaced.name.removeprefix(REPLACED))
+
+
+def _delete(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _complete(folder: Path) -> list[tuple[Path, Manifest]]:
+    found = []
+    for path in checkpoint_folders(folder):
+        try:
+            found.append((path, read_complete_manifest(path)))
+        except CheckpointError:
+            continue
+    return sorted(found, key=lambda item: (item[1].created, item[1].step))
