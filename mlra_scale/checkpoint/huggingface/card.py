@@ -1,0 +1,168 @@
+"""The model card of an export: what the checkpoint says of itself, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlra_scale
+from mlra_scale.checkpoint.huggingface.tensors import Format
+from mlra_scale.checkpoint.huggingface.verification import Verification
+from mlra_scale.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from mlra_scale.checkpoint.reader import Store
+
+Rows = list[tuple[str, str]]
+
+
+def model_card(
+    store: Store, export_format: Format, dtype: str, verification: Verification | None, text: str | None
+) -> str:
+    """Returns the content of README.md.
+
+    Args:
+        store: The exported checkpoint.
+        export_format: "gpt2" or "mlra".
+        dtype: Name of the weights' type.
+        verification: The figures, or None where the export was not verified.
+        text: What the export was verified on.
+    """
+    sections = [
+        _front_matter(export_format),
+        f"# {_title(store.model)}\n\n{_introduction(store.model, export_format)}",
+        _use(export_format),
+        "## Model\n\n" + _table(_model_rows(store.model, dtype)),
+        "## Training\n\n" + _table(_training_rows(store)),
+        "## Verification\n\n" + _verification(verification, text),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(export_format: Format) -> str:
+    tags = ["mlra-scale"] + (["gpt2"] if export_format == "gpt2" else ["mlra"])
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def _factorised(model: ModelConfig) -> str:
+    return ", ".join(name for name in ("q", "k", "v", "o") if model.is_factorised(name))
+
+
+def _title(model: ModelConfig) -> str:
+    kind = f"MLRA (rank {model.rank})" if _factorised(model) else "dense attention"
+    return f"GPT-2, {model.num_layers} layers of width {model.hidden_size}, {kind}"
+
+
+def _introduction(model: ModelConfig, export_format: Format) -> str:
+    text = f"A language model trained and exported with mlra-scale {mlra_scale.__version__}."
+    if not _factorised(model):
+        return text + " Its architecture is GPT-2's."
+    text += (
+        f" It was trained with the attention projections {_factorised(model)} as products of two factors of rank "
+        f"{model.rank} (multi-head low-rank attention, Chung et al. 2024, arXiv 2409.07787)."
+    )
+    if export_format == "gpt2":
+        return text + " Here the factors are merged, which changes nothing: the architecture is that of GPT-2."
+    return text + " Here the factors are kept; `modeling_mlra.py` is the model's code."
+
+
+def _use(export_format: Format) -> str:
+    # The tokenizer needs no code, but the library looks at the model's configuration before it loads one.
+    arguments = "folder" if export_format == "gpt2" else "folder, trust_remote_code=True"
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained({arguments})
+tokenizer = AutoTokenizer.from_pretrained({arguments})
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```"""
+
+
+def _model_rows(model: ModelConfig, dtype: str) -> Rows:
+    return [
+        ("parameters", f"{model.num_parameters():,} as trained, tied head counted once"),
+        ("layers", str(model.num_layers)),
+        ("width", f"{model.hidden_size}, {model.ffn_size} in feed-forward layers"),
+        ("heads", f"{model.num_heads} of width {model.head_dim}"),
+        ("attention", f"{_factorised(model)} of rank {model.rank}" if _factorised(model) else "dense"),
+        ("positions", f"{model.max_positions:,}, learned"),
+        ("vocabulary", f"{model.vocab_size:,} tokens"),
+        ("weights", dtype),
+    ]
+
+
+def _training_rows(store: Store) -> Rows:
+    rows: Rows = []
+    progress = store.state.get("progress") or {}
+    if store.config is not None:
+        rows.append(("optimizer steps", f"{store.step:,} of {store.config.train.steps:,}"))
+    for field, name in (("consumed_tokens", "tokens"), ("consumed_samples", "sequences")):
+        if field in progress:
+            rows.append((name, f"{progress[field]:,}"))
+    rows += _validation_rows(store.state)
+    if store.config is not None:
+        rows += _run_rows(store.config)
+        layout = {key: value for key, value in store.manifest.layout.items() if key != "precision"}
+        rows.append(("layout", ", ".join(f"{key} {value}" for key, value in layout.items())))
+    rows += _data_rows(store)
+    rows += [(f"origin: {key}", str(value)) for key, value in (store.state.get("origin") or {}).items()]
+    versions = [f"{library} {version}" for library, version in store.manifest.versions.items()]
+    return [*rows, ("checkpoint", f"{store.manifest.created}, {store.manifest.save_id}"), ("with", ", ".join(versions))]
+
+
+def _validation_rows(state: dict[str, Any]) -> Rows:
+    validation = state.get("validation")
+    if not isinstance(validation, dict) or "validation_loss" not in validation:
+        return []
+    text = f"{validation['validation_loss']:.4f} nats per token"
+    return [("validation loss", f"{text}, at step {validation['step']:,}" if "step" in validation else text)]
+
+
+def _run_rows(config: Config) -> Rows:
+    train, optim = config.train, config.optim
+    return [
+        ("batch", f"{train.global_batch_size} sequences of {train.sequence_length} tokens"),
+        ("precision", train.precision),
+        ("learning rate", f"{optim.lr:g}, {optim.schedule}, {optim.warmup_steps} steps of warm-up"),
+        ("Adam", f"betas {optim.betas[0]:g}, {optim.betas[1]:g}; weight decay {optim.weight_decay:g}"),
+        ("dropout", _dropout(config.model)),
+        ("seed", str(train.seed)),
+    ]
+
+
+def _dropout(model: ModelConfig) -> str:
+    rates = (model.embedding_dropout, model.attention_dropout, model.residual_dropout)
+    return "none" if not any(rates) else "embedding {:g}, attention {:g}, residual {:g}".format(*rates)
+
+
+def _data_rows(store: Store) -> Rows:
+    """Names of the data sets (not where they lay) and what identifies their content."""
+    rows: Rows = []
+    data = None if store.config is None else store.config.data
+    if data is not None and data.blend:
+        total = sum(data.blend.values())
+        shares = (f"{Path(path).name} ({100 * weight / total:.4g} %)" for path, weight in data.blend.items())
+        rows.append(("data", ", ".join(shares)))
+    elif data is not None and data.path is not None:
+        rows.append(("data", Path(data.path).name))
+    for field, fingerprint in (store.state.get("data_fingerprints") or {}).items():
+        label = field if "/" not in field else Path(field).name
+        rows.append((f"fingerprint of {label}", str(fingerprint)))
+    return rows
+
+
+def _verification(verification: Verification | None, text: str | None) -> str:
+    if verification is None:
+        return "This export was not compared with the checkpoint."
+    compared = "This folder, loaded by transformers, against the training's own layers with the checkpoint's weights"
+    return f"{compared}, on {text}:\n\n{_table(verification.lines())}"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

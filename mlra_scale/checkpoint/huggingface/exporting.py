@@ -1,0 +1,231 @@
+"""Exports a checkpoint to a Hugging Face folder that is verified before it gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import faults_told, sync_folder
+from mlra_scale.checkpoint.huggingface.card import model_card
+from mlra_scale.checkpoint.huggingface.folder import SpecialTokens, copy_tokenizer, write_configuration
+from mlra_scale.checkpoint.huggingface.shards import write_shards
+from mlra_scale.checkpoint.huggingface.tensors import Format, export_tensors
+from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
+from mlra_scale.checkpoint.reader import Store
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class VerificationText:
+    """Real text for the verification.
+
+    Attributes:
+        tokens_NS: Token ids, one more per sequence than are passed to the models.
+        description: Where they are from, for the model card: "the validation data", "FILE".
+    """
+
+    tokens_NS: torch.Tensor
+    description: str
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        export_format: "gpt2" (stock GPT-2) or "mlra" (factors kept, code shipped).
+        dtype: Type of the written weights.
+        max_shard_bytes: Largest size of one file.
+        tokenizer: Folder of a tokenizer, instead of the checkpoint's own.
+        is_replacing: Whether an export that lies at the target is replaced.
+    """
+
+    export_format: Format = "gpt2"
+    dtype: torch.dtype = torch.float32
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    tokenizer: Path | None = None
+    is_replacing: bool = False
+
+
+def export_checkpoint(
+    store: Store,
+    target: Path,
+    options: ExportOptions,
+    text: VerificationText | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Verification | None:
+    """Writes a checkpoint as a Hugging Face folder; what fails leaves nothing behind.
+
+    Never more than one tensor is held in memory, and verification maps the written files and goes layer by layer.
+
+    Args:
+        store: The checkpoint.
+        target: The folder to make.
+        options: How.
+        text: What to verify on; None: the export is not verified.
+        say: Told the progress, line by line.
+
+    Returns:
+        The figures of the verification, which it has passed; None without one.
+
+    Raises:
+        CheckpointError: The target exists or cannot be written, or the tokenizer does not suit.
+        VerificationError: The folder is not the trained model.
+    """
+    target = target.absolute()
+    check_target(target, options.is_replacing)
+    if text is not None:
+        _check_text(text, store)
+    with faults_told("written", target), _unfinished(target) as folder:
+        began = time.monotonic()
+        tokenizer = options.tokenizer or store.tokenizer_folder
+        special = _special_tokens(store) if tokenizer is None else copy_tokenizer(tokenizer, folder, store.model)
+        write_configuration(folder, options.export_format, store.model, options.dtype, special)
+        tensors = export_tensors(store, options.export_format)
+        files = write_shards(folder, tensors, options.dtype, options.max_shard_bytes)
+        size = sum(entry.bytes for entry in files.values())
+        say(f"wrote {len(tensors)} tensors, {size / 1e9:.3g} GB, in {time.monotonic() - began:.1f} s")
+        verification = None
+        if text is not None:
+            began = time.monotonic()
+            verification = verify_folder(folder, options.export_format, options.dtype, store, text.tokens_NS, files)
+            for name, value in verification.lines():
+                say(f"  {name}: {value}")
+            if not verification.has_passed:
+                raise VerificationError(f"its logits are not the trained model's: {verification.lines()[0][1]}")
+            say(f"verified on {text.description} in {time.monotonic() - began:.1f} s")
+        card = model_card(
+            store,
+            options.export_format,
+            dtype_name(options.dtype),
+            verification,
+            None if text is None else text.description,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _to_disk(folder)
+        _give_name(folder, target)
+    return verification
+
+
+def _special_tokens(store: Store) -> SpecialTokens:
+    """What is known without a tokenizer: the token that ends documents, where the configuration names it."""
+    end = None if store.config is None else store.config.data.end_of_document_token
+    return SpecialTokens(end=end)
+
+
+def check_target(target: Path, is_replacing: bool) -> None:
+    """Raises CheckpointError if an export may not be made there; a cheap check before any work.
+
+    Args:
+        target: The folder to make.
+        is_replacing: Whether an export that lies there is replaced.
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise CheckpointError(f"{target} exists and is not a folder; name another output")
+    if not any(target.iterdir()):
+        return
+    if not (target / "config.json").is_file():
+        raise CheckpointError(f"{target} holds something that is not an exported model; name another output")
+    if not is_replacing:
+        raise CheckpointError(f"{target} exists; name another output, or give --force to replace it")
+
+
+def _check_text(text: VerificationText, store: Store) -> None:
+    tokens_NS, model = text.tokens_NS, store.model
+    assert tokens_NS.ndim == 2 and tokens_NS.shape[0] >= 1
+    if not 2 <= tokens_NS.shape[1] <= model.max_positions + 1:
+        raise CheckpointError(
+            f"{text.description} gives sequences of {tokens_NS.shape[1]} tokens, the verification needs 2 to "
+            f"{model.max_positions + 1}; name a longer text"
+        )
+    largest = int(tokens_NS.max())
+    if largest >= model.vocab_size:
+        raise CheckpointError(
+            f"{text.description} has a token {largest}, the model has {model.vocab_size} tokens; name the tokenizer "
+            "and the data that it was trained with"
+        )
+
+
+@contextlib.contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside the target, which is gone at the end unless it got its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.unfinished")
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            _lock(lock, target)
+        for entry in folder.iterdir():  # of an export that was killed
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"another export to {target} is at work; wait for it or name another output") from None
+
+
+def _to_disk(folder: Path) -> None:
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
+
+
+def _give_name(folder: Path, target: Path) -> None:
+    """Renames the finished folder; an export that is there already and it change places at one stroke.
+
+    What is replaced is then where the unfinished one was, and is removed with it.
+    """
+    if not target.exists():
+        folder.rename(target)
+    elif not _exchanged(folder, target):
+        # The file system cannot exchange: for a moment there is neither.
+        old = target.with_name(f".{target.name}.replaced")
+        target.rename(old)
+        try:
+            folder.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(target.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Lets two paths change places (Linux); returns False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(other))

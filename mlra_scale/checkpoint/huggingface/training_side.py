@@ -1,0 +1,107 @@
+"""The logits of the trained model, computed by the training's own layers from a store, one layer in memory at a time.
+
+This is what an export is compared with. It shares nothing with the export: names and merging, the model that reads the
+folder, and the way attention is computed there are all on the other side.
+
+Shape suffixes: N sequences, S positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mlra_scale.model.context import ModelContext
+from mlra_scale.model.initialization import Initializer
+from mlra_scale.model.layers import TokenEmbedding, model_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlra_scale.checkpoint.reader import Store
+
+
+class _NoInitializer(Initializer):
+    """Leaves new weights as they are: those of a store take their place."""
+
+    def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
+        return lambda tensor: None
+
+
+@dataclass(frozen=True)
+class _Context(ModelContext):
+    """A context whose layers are built without drawing random numbers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "initialize", _NoInitializer(self.model, self.seed))
+
+
+@contextlib.contextmanager
+def distributed_of_one() -> Iterator[None]:
+    """Gives Megatron's layers the initialized torch.distributed that they insist on, where there is none."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class TrainingSide:
+    """The forward pass of a stored model over a few sequences.
+
+    Args:
+        store: An open checkpoint.
+        dtype: Type of weights and computation.
+    """
+
+    def __init__(self, store: Store, dtype: torch.dtype) -> None:
+        self._store = store
+        self._dtype = dtype
+        # A group of one that has no means to communicate: whatever tried to would fail.
+        self._context = _Context(store.model, seed=0, tensor_group=dist.ProcessGroup(dist.HashStore(), 0, 1))
+
+    @torch.no_grad()
+    def logits(self, tokens_NS: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Computes the logits of every position; to be called within `distributed_of_one`.
+
+        All sequences pass a layer together, so that each layer is read once; then come the logits, sequence by
+        sequence.
+
+        Args:
+            tokens_NS: Token ids. A token sees all earlier ones of its sequence, whatever the documents are.
+
+        Yields:
+            Logits [S, V] in fp32 for each sequence, without the columns that pad the vocabulary.
+        """
+        positions_NS = torch.arange(tokens_NS.shape[1]).expand_as(tokens_NS)
+        nothing = torch.zeros_like(tokens_NS)
+        stream = (tokens_NS, positions_NS, nothing, nothing[:, 0])
+        layers = model_layers(self._context)
+        for layer in layers:
+            module = layer.build()
+            self._fill(module, layer.name)
+            stream = module.eval()(stream)
+            del module
+        assert isinstance(stream, torch.Tensor)
+        head = layers[0].build()
+        assert isinstance(head, TokenEmbedding)
+        self._fill(head, layers[0].name)
+        for hidden_SD in stream:
+            yield head.logits(hidden_SD)[:, : self._store.model.vocab_size].float()
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Gives a layer its weights; in fp32 those that lie in one piece stay in the mapped file."""
+        for name, parameter in module.named_parameters():
+            weight = self._store.tensor(f"{prefix}.{name}")
+            assert weight.shape == parameter.shape, (prefix, name)
+            parameter.data = weight.to(self._dtype)

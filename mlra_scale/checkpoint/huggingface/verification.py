@@ -1,0 +1,279 @@
+"""Whether an exported folder is the trained model: it is loaded as its users would, and its logits are compared.
+
+In float32 the largest difference of any logit may be 1e-4 (or 1e-5 of the largest logit, where logits are above 10:
+float32 itself is no finer). In a 16-bit type the export is compared with the float32 logits too, and may differ from
+them by at most twice what the training's own layers do in that type.
+
+Shape suffixes: N sequences, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from mlra_scale.checkpoint.files import FileEntry, entry_of
+from mlra_scale.checkpoint.huggingface.tensors import Format
+from mlra_scale.checkpoint.huggingface.training_side import TrainingSide, distributed_of_one
+
+if TYPE_CHECKING:
+    from mlra_scale.checkpoint.reader import Store
+
+ABSOLUTE_BOUND = 1e-4
+RELATIVE_BOUND = 1e-5
+OWN_ERROR_FACTOR = 2.0
+_POSITIONS_AT_ONCE = 64
+
+
+class VerificationError(Exception):
+    """An exported folder is not the trained model; the message says in what."""
+
+
+class Comparison:
+    """Accumulates how far logits are from those that are expected."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.max_difference = 0.0
+        self.largest_logit = 0.0
+        self._squares = 0.0
+        self._num_logits = 0
+        self._divergence = 0.0
+        self._num_agreeing = 0
+        self._losses = [0.0, 0.0]
+
+    def add(self, expected_SV: torch.Tensor, actual_SV: torch.Tensor, targets_S: torch.Tensor) -> None:
+        """Adds the logits of one sequence.
+
+        Args:
+            expected_SV: Logits of the trained model.
+            actual_SV: Logits that are compared with them.
+            targets_S: The tokens that follow.
+        """
+        for first in range(0, len(targets_S), _POSITIONS_AT_ONCE):  # float64 copies of a few positions at a time
+            part = slice(first, first + _POSITIONS_AT_ONCE)
+            self._add(expected_SV[part].double(), actual_SV[part].double(), targets_S[part])
+
+    def _add(self, expected_SV: torch.Tensor, actual_SV: torch.Tensor, targets_S: torch.Tensor) -> None:
+        difference_SV = (expected_SV - actual_SV).abs()
+        # A NaN must not be lost: max() of Python would pass over it.
+        self.max_difference = _max(self.max_difference, float(difference_SV.max()))
+        self.largest_logit = _max(self.largest_logit, float(expected_SV.abs().max()))
+        self._squares += float(difference_SV.square().sum())
+        self._num_logits += difference_SV.numel()
+        log_p_SV, log_q_SV = expected_SV.log_softmax(-1), actual_SV.log_softmax(-1)
+        self._divergence += float((log_p_SV.exp() * (log_p_SV - log_q_SV)).sum())
+        self._num_agreeing += int((expected_SV.argmax(-1) == actual_SV.argmax(-1)).sum())
+        for which, log_SV in enumerate((log_p_SV, log_q_SV)):
+            self._losses[which] -= float(log_SV.gather(-1, targets_S[:, None]).sum())
+        self.num_tokens += len(targets_S)
+
+    @property
+    def rms_difference(self) -> float:
+        """Root mean square of the differences."""
+        return math.sqrt(self._squares / self._num_logits)
+
+    @property
+    def divergence(self) -> float:
+        """Mean Kullback-Leibler divergence of the next-token distributions from the expected ones, in nats."""
+        return self._divergence / self.num_tokens
+
+    @property
+    def agreement(self) -> float:
+        """Share of positions where the likeliest token is the same."""
+        return self._num_agreeing / self.num_tokens
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Perplexity of the text under the expected and the actual logits."""
+        expected, actual = (loss / self.num_tokens for loss in self._losses)
+        return (_exp(expected), _exp(actual))
+
+
+def _max(one: float, other: float) -> float:
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if not loss >= 700.0 else math.inf
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The figures of a verification.
+
+    Attributes:
+        dtype: Type of the export.
+        exported: The exported folder against the trained model in float32.
+        own: For 16-bit types, the training's own layers in that type against the trained model in float32.
+    """
+
+    dtype: torch.dtype
+    exported: Comparison
+    own: Comparison | None
+
+    @property
+    def max_bound(self) -> float:
+        """Largest difference of a logit that is allowed."""
+        if self.own is not None:
+            return OWN_ERROR_FACTOR * self.own.max_difference
+        return max(ABSOLUTE_BOUND, RELATIVE_BOUND * self.exported.largest_logit)
+
+    @property
+    def rms_bound(self) -> float:
+        """Largest root mean square difference that is allowed."""
+        return self.max_bound if self.own is None else OWN_ERROR_FACTOR * self.own.rms_difference
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the differences are within their bounds; those that are not numbers are not."""
+        exported = self.exported
+        return exported.max_difference <= self.max_bound and exported.rms_difference <= self.rms_bound
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Returns the figures as (name, value) for people."""
+        exported = self.exported
+        expected, actual = exported.perplexities
+        against = "" if self.own is None else f", twice that of the trainer's own layers in {dtype_name(self.dtype)}"
+        found = [
+            ("largest difference of a logit", f"{exported.max_difference:.3g} (bound {self.max_bound:.3g}{against})"),
+            ("root mean square difference", f"{exported.rms_difference:.3g} (bound {self.rms_bound:.3g})"),
+            ("mean KL divergence", f"{exported.divergence:.3g} nats"),
+            ("same likeliest token", f"{100 * exported.agreement:.2f} % of {exported.num_tokens:,} positions"),
+            ("perplexity", f"{actual:.6g} (trained model {expected:.6g})"),
+        ]
+        return found if self.own is not None else found[:1] + found[2:]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def verify_folder(
+    folder: Path,
+    export_format: Format,
+    dtype: torch.dtype,
+    store: Store,
+    tokens_NS: torch.Tensor,
+    files: Mapping[str, FileEntry],
+) -> Verification:
+    """Compares an exported folder with the checkpoint that it was made from.
+
+    Args:
+        folder: The export.
+        export_format: "gpt2" or "mlra".
+        dtype: Type of its weights.
+        store: The checkpoint.
+        tokens_NS: Real text: token ids, one more per sequence than are passed to the models.
+        files: Size and checksum of the files that were written.
+
+    Returns:
+        The figures, passed or not.
+
+    Raises:
+        VerificationError: The folder cannot even be loaded as it should, or holds other files than were written.
+    """
+    for name, entry in files.items():
+        # Of what the text does not touch (other tokens, later positions) no logit would tell.
+        if entry_of(folder / name) != entry:
+            raise VerificationError(f"{name} reads back other than it was written: see to the disk of {folder.parent}")
+    exported, own = Comparison(), None if dtype == torch.float32 else Comparison()
+    inputs_NS, targets_NS = tokens_NS[:, :-1], tokens_NS[:, 1:]
+    with loaded_model(folder, export_format, dtype) as model, distributed_of_one(), torch.no_grad():
+        _check_loaded(model, store, dtype)
+        expected = TrainingSide(store, torch.float32).logits(inputs_NS)
+        own_logits = None if own is None else TrainingSide(store, dtype).logits(inputs_NS)
+        for inputs_S, targets_S, expected_SV in zip(inputs_NS, targets_NS, expected, strict=True):
+            exported.add(expected_SV, model(inputs_S[None], use_cache=False).logits[0], targets_S)
+            if own is not None and own_logits is not None:
+                own.add(expected_SV, next(own_logits), targets_S)
+    return Verification(dtype, exported, own)
+
+
+@contextlib.contextmanager
+def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Iterator[Any]:
+    """Loads an export: by stock GPT-2, or by the code that lies in the folder.
+
+    The code is run from where it lies: loading it as remote code would leave a copy in the user's cache. The weights
+    stay in the mapped files.
+
+    Args:
+        folder: The export.
+        export_format: "gpt2" or "mlra".
+        dtype: Type of its weights.
+
+    Yields:
+        The model, in evaluation mode.
+
+    Raises:
+        VerificationError: It cannot be loaded, or not all weights fit.
+    """
+    with _code_of(folder, export_format) as factory:
+        try:
+            with _no_progress_bars():
+                model, report = factory.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
+        except Exception as error:  # the library raises many kinds; each means that the folder does not load
+            raise VerificationError(f"{folder.name} does not load: {type(error).__name__}: {error}") from error
+        faults = {kind: names for kind, names in report.items() if names}
+        if faults:
+            raise VerificationError(f"{folder.name} does not load as it should: {faults}")
+        yield model.eval()
+
+
+@contextlib.contextmanager
+def _code_of(folder: Path, export_format: Format) -> Iterator[Any]:
+    """The class that loads a folder."""
+    if export_format == "gpt2":
+        yield transformers.GPT2LMHeadModel
+        return
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]["AutoModelForCausalLM"]
+    module_name, class_name = named.split(".")
+    name = f"_exported_{module_name}_{id(folder)}"
+    spec = importlib.util.spec_from_file_location(name, folder / f"{module_name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # or the export would hold a __pycache__
+    try:
+        spec.loader.exec_module(module)
+        yield getattr(module, class_name)
+    finally:
+        sys.dont_write_bytecode = bytecode
+        del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    logging = transformers.utils.logging
+    is_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            logging.enable_progress_bar()
+
+
+def _check_loaded(model: Any, store: Store, dtype: torch.dtype) -> None:
+    """What no logit would tell."""
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if head is not inputs:
+        raise VerificationError("the output head is not the token embedding")
+    if inputs.shape[0] != store.model.vocab_size:
+        raise VerificationError(f"the model has {inputs.shape[0]} tokens and not {store.model.vocab_size}")
+    others = sorted({dtype_name(parameter.dtype) for parameter in model.parameters()} - {dtype_name(dtype)})
+    if others:
+        raise VerificationError(f"the model has weights in {', '.join(others)} and not in {dtype_name(dtype)} alone")

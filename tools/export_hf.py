@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Exports a checkpoint to a Hugging Face folder and verifies it: python tools/export_hf.py --help."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
+    from mlra_scale.checkpoint.reader import Store
+
+EXAMPLES = """examples:
+  python tools/export_hf.py runs/first exported/first
+  python tools/export_hf.py runs/first/checkpoints/step-00000200 exported/first-bf16 --dtype bfloat16
+  python tools/export_hf.py runs/first exported/first-mlra --format mlra --text book.txt
+
+exit code: 0 exported (and verified, unless --no-verify), 1 the verification failed, 2 wrong input or a damaged
+checkpoint. With 1 and 2 there is no output folder.
+"""
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    result = argparse.ArgumentParser(
+        prog="export_hf.py",
+        description="Writes a checkpoint as a folder that Hugging Face transformers loads, as stock GPT-2 (factorised "
+        "projections merged) or with its factors and code of its own. The folder is then loaded and its logits are "
+        "compared with the trained model's; it gets its name only if they are equal to rounding.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory (its newest one)")
+    add("output", type=Path, metavar="OUTPUT", help="the folder to make")
+    add("--format", choices=("gpt2", "mlra"), default="gpt2", help="stock GPT-2 (default), or factors kept and code")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="written type (float32)")
+    add("--tokenizer", metavar="NAME", help="tokenizer folder or name (default: the checkpoint's copy)")
+    add("--text", metavar="FILE", help="verify on this text (default: the run's own validation data)")
+    add("--tokens", type=_count, default=1024, metavar="N", help="about how many tokens to verify on (1024)")
+    add("--no-verify", action="store_true", help="do not compare the folder with the checkpoint")
+    add("--no-checksums", action="store_true", help="do not compare the checkpoint's files with their checksums first")
+    add("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest file, as in 500MB (5GB)")
+    add("--force", action="store_true", help="replace the export at OUTPUT, once the new one is verified")
+    return result
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    return math.ceil(float(found[1]) * UNITS[found[2].upper()])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit code: 0, 1 for a failed verification, 2 for bad input."""
+    options = parser().parse_args(arguments)
+    # Megatron's import says what it does without; nothing here would use it.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.huggingface.verification import VerificationError
+    from mlra_scale.data.errors import DataError
+    from mlra_scale.evaluation.errors import EvaluationError
+
+    try:
+        with ExitStack() as stack:
+            export(options, stack)
+    except (CheckpointError, DataError, EvaluationError) as error:
+        print(f"export_hf: error: {error}", file=sys.stderr)
+        return 2
+    except VerificationError as error:
+        print(f"export_hf: the export failed its verification and was removed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(options: argparse.Namespace, stack: ExitStack) -> None:
+    """Checks the checkpoint, gets the text, and exports."""
+    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.huggingface.exporting import DTYPES, ExportOptions, check_target, export_checkpoint
+    from mlra_scale.checkpoint.location import checkpoint_at
+    from mlra_scale.checkpoint.reader import Store
+
+    check_target(options.output, options.force)
+    store = Store.open(checkpoint_at(options.checkpoint))
+    print(f"checkpoint {store.folder}: {store.manifest.total_bytes / 1e9:.3g} GB in {len(store.manifest.files)} files")
+    if not options.no_checksums and (faults := store.verify()):
+        raise CheckpointError(f"{'; '.join(faults)}; use another checkpoint")
+    tokenizer = _tokenizer(options.tokenizer, stack)
+    text = None if options.no_verify else _text(options, store, tokenizer)
+    if store.tokenizer_folder is None and tokenizer is None:
+        print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
+    settings = ExportOptions(options.format, DTYPES[options.dtype], options.max_shard_size, tokenizer, options.force)
+    export_checkpoint(store, options.output, settings, text, print)
+    print(f"exported to {options.output}" + ("" if text else ", not verified"))
+
+
+def _tokenizer(name: str | None, stack: ExitStack) -> Path | None:
+    """Brings a tokenizer that was named, in whatever form, into the form of a Hugging Face folder."""
+    if name is None:
+        return None
+    from mlra_scale.data.tokenizer import load_tokenizer, save_tokenizer
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
+    save_tokenizer(load_tokenizer([name]), folder)
+    return folder
+
+
+def _text(options: argparse.Namespace, store: Store, tokenizer: Path | None) -> VerificationText:
+    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
+    from mlra_scale.data.tokenizer import load_tokenizer
+    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation.verification_text import text_tokens, validation_tokens
+
+    if options.text is None:
+        if store.config is None:
+            raise EvaluationError(
+                f"{store.folder} was not trained by this project, so it names no validation data; name a text to "
+                "verify on with --text, or leave the verification out with --no-verify"
+            )
+        return VerificationText(validation_tokens(store.config, options.tokens), "the run's validation data")
+    folder = tokenizer or store.tokenizer_folder
+    if folder is None:
+        raise EvaluationError("--text needs a tokenizer, and the checkpoint has no copy of one; name it (--tokenizer)")
+    length = store.model.max_positions if store.config is None else store.config.train.sequence_length
+    tokens_NS = text_tokens([options.text], load_tokenizer([str(folder)]), length, options.tokens)
+    return VerificationText(tokens_NS, Path(options.text).name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
