@@ -1,15 +1,35 @@
-"""Checkpoints for tests, of a tiny model and of any layout, without an engine."""
+"""Checkpoints for tests: a tiny model, engines without DeepSpeed, and ranks without processes."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
 
 import numpy as np
 import torch
 
-from mlra_scale.config import ModelConfig
+from mlra_scale.checkpoint.contents import PARTS, json_bytes
+from mlra_scale.checkpoint.copies import RankCopies, collect, digests_on_device
+from mlra_scale.checkpoint.manifest import StoredFragment
+from mlra_scale.checkpoint.saving import MainShare, RankReport, RankShare, commit, manifest_of, write_share
+from mlra_scale.checkpoint.snapshot import named_parts
+from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.topology import Topology
 
-MODEL = ModelConfig(vocab_size=21, vocab_padding_multiple=4, max_positions=6, num_layers=1, hidden_size=8, num_heads=2)
+MODEL = ModelConfig(vocab_size=21, vocab_padding_multiple=4, max_positions=6, num_layers=2, hidden_size=8, num_heads=2)
+ATTRIBUTES = ("values", "exp_avg", "exp_avg_sq")
+Globals = dict[str, dict[str, torch.Tensor]]
+
+
+def config_of(model: ModelConfig = MODEL) -> Config:
+    """A run of the model."""
+    train = {"steps": 10, "global_batch_size": 2, "micro_batch_size": 1, "sequence_length": 4}
+    return Config.from_dict({"model": model.model_dump(mode="json"), "train": train, "optim": {"lr": 0.1}})
 
 
 def global_values(model: ModelConfig = MODEL, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -23,6 +43,11 @@ def global_values(model: ModelConfig = MODEL, seed: int = 0) -> dict[str, torch.
     return values
 
 
+def all_parts(model: ModelConfig = MODEL) -> Globals:
+    """Weights and moments of the model."""
+    return {part: global_values(model, seed) for seed, part in enumerate(PARTS)}
+
+
 def write_tokenizer(folder: Path) -> Path:
     """Something that looks like a tokenizer's folder."""
     folder.mkdir(parents=True)
@@ -34,3 +59,141 @@ def write_tokenizer(folder: Path) -> Path:
 def in_order(values: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The values one by one."""
     yield from values.items()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees; over data ranks everything is cut at random places, or replicated (ZeRO stage 0)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    is_replicated: bool = False
+    seed: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def topology(self, rank: int, control_group: Any = None) -> Topology:
+        """The place of a rank in the mesh, without process groups."""
+        place = SimpleNamespace(
+            world_size=self.world_size,
+            rank=rank,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            data=self.data,
+            tensor_rank=rank % self.tensor,
+            data_rank=rank // self.tensor % self.data,
+            pipeline_rank=rank // (self.tensor * self.data),
+            control_group=control_group,
+            device=torch.device("cpu"),
+        )
+        return cast(Topology, place)
+
+
+@dataclass
+class FakeEngine:
+    """One rank's fragments of given global values."""
+
+    topology: Topology
+    layout: Layout
+    values: Globals
+    model: ModelConfig = MODEL
+    table: ParameterTable = field(init=False)
+    restored: dict[str, Any] | None = None
+    fragments: list[Fragment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.table = ParameterTable(self.model)
+        for name in self.table:
+            if self._holds(name):
+                local = {part: self._local(part, name) for part in self.values}
+                for start, stop in self._cuts(name, local["weight"].numel()):
+                    self.fragments.append(Fragment(name, start, *(local[part][start:stop] for part in self.values)))
+
+    def _holds(self, name: str) -> bool:
+        """The first stage has the embeddings, the last the tied head and the final norm, blocks are dealt out."""
+        last = self.layout.pipeline - 1
+        if name == "embedding.weight":
+            return self.topology.pipeline_rank in (0, last)
+        if name == "positions.weight":
+            return self.topology.pipeline_rank == 0
+        if name.startswith("final_norm"):
+            return self.topology.pipeline_rank == last
+        return int(name.split(".")[1]) % self.layout.pipeline == self.topology.pipeline_rank
+
+    def _local(self, part: str, name: str) -> torch.Tensor:
+        whole, dim = self.values[part][name], self.table[name].shard_dim
+        shard = whole if dim is None else whole.chunk(self.layout.tensor, dim)[self.topology.tensor_rank]
+        return shard.reshape(-1).clone()
+
+    def _cuts(self, name: str, size: int) -> list[tuple[int, int]]:
+        if self.layout.is_replicated:
+            return [(0, size)]
+        # Equal on the ranks of a data group, different for every tensor and stage: some data ranks get nothing.
+        seed = [self.layout.seed, self.topology.pipeline_rank, len(name), size]
+        inner = np.random.default_rng(seed).integers(0, size + 1, self.layout.data - 1)
+        edges = [0, *sorted(inner.tolist()), size]
+        start, stop = edges[self.topology.data_rank], edges[self.topology.data_rank + 1]
+        return [(start, stop)] if stop > start else []
+
+    def owns(self, name: str) -> bool:
+        if name == "embedding.weight" and self.topology.pipeline_rank > 0:
+            return False
+        if self.table[name].shard_dim is None and self.topology.tensor_rank > 0:
+            return False
+        return not self.layout.is_replicated or self.topology.data_rank == 0
+
+    def held_fragments(self, with_moments: bool = False) -> list[Fragment]:
+        if with_moments:
+            return self.fragments
+        return [Fragment(fragment.name, fragment.start, fragment.values) for fragment in self.fragments]
+
+    def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
+        return [fragment for fragment in self.held_fragments(with_moments) if self.owns(fragment.name)]
+
+    def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
+        for fragment in self.held_fragments(with_moments):
+            fill(fragment)
+        self.restored = {"state": state, "with_moments": with_moments}
+
+
+def write_checkpoint(
+    checkpoints: Path, step: int, layout: Layout | None = None, values: Globals | None = None, **options: Any
+) -> Path:
+    """Writes a checkpoint of any layout, rank after rank in this process.
+
+    Args:
+        checkpoints: The run's checkpoints.
+        step: Of the checkpoint.
+        layout: Of the ranks.
+        values: Weights, and moments if there are any.
+        options: model, state, buffers, tokenizer, keep_last, keep_every.
+    """
+    layout, values = layout or Layout(), all_parts() if values is None else values
+    model, save_id = options.get("model", MODEL), uuid4().hex
+    unfinished = checkpoints / f".unfinished-{step}"
+    unfinished.mkdir(parents=True)
+    state = {"engine": {"optimizer_step": step}} | options.get("state", {})
+    buffers = list(options.get("buffers", {}).items())
+    main = MainShare(json_bytes(state), buffers, config_of(model).to_yaml(), options.get("tokenizer"))
+    reports = []
+    for rank in range(layout.world_size):
+        engine = FakeEngine(layout.topology(rank), layout, values, model)
+        share = RankShare(f"rank-{rank:05d}.safetensors")
+        owned = engine.owned_fragments(with_moments=True)
+        for fragment in owned:
+            shard = 0 if engine.table[fragment.name].shard_dim is None else engine.topology.tensor_rank
+            piece = StoredFragment(share.file, fragment.name, fragment.start, fragment.values.numel(), shard)
+            share.fragments.append(piece)
+        share.tensors, share.has_moments = named_parts(owned), len(values) > 1 if owned else None
+        keys, sums = digests_on_device(engine.held_fragments(with_moments=True), frozenset(engine.table))
+        share.digests = collect(keys, [] if sums is None else sums.tolist())
+        write_share(unfinished, save_id, share, main if rank == 0 else None, threading.Event())
+        assert share.entry is not None
+        copies = RankCopies(rank, engine.topology.tensor_rank, engine.topology.pipeline_rank, share.digests)
+        report = RankReport(share.file, share.entry, share.fragments, share.has_moments, copies, 0.0, 0.0)
+        reports.append(report)
+    manifest = manifest_of(save_id, step, reports, main, ParameterTable(model), layout.topology(0))
+    return commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0))

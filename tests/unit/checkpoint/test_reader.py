@@ -1,0 +1,274 @@
+"""Reading: any layout from any other, only what is asked for, and nothing that is damaged."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlra_scale.checkpoint import CheckpointError, Store, load_checkpoint
+from mlra_scale.checkpoint.contents import PARTS
+from mlra_scale.checkpoint.files import FileEntry
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from mlra_scale.parallel.fragments import Fragment
+from tests.unit.checkpoint.builders import (
+    MODEL,
+    FakeEngine,
+    Globals,
+    Layout,
+    all_parts,
+    config_of,
+    global_values,
+    write_checkpoint,
+    write_tokenizer,
+)
+
+layouts = st.builds(
+    Layout,
+    tensor=st.sampled_from([1, 2, 4]),
+    pipeline=st.sampled_from([1, 2]),
+    data=st.sampled_from([1, 2, 3]),
+    is_replicated=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wrote=layouts, reads=layouts, multiple=st.sampled_from([4, 8, 16, 64]))
+def test_any_layout_from_any_other(
+    tmp_path_factory: pytest.TempPathFactory, wrote: Layout, reads: Layout, multiple: int
+) -> None:
+    """Bitwise, with another vocabulary padding: what is stored comes back, rows that are not stored are zero."""
+    values = all_parts()
+    store = Store.open(write_checkpoint(tmp_path_factory.mktemp("run"), 3, wrote, values))
+    assert store.manifest.has_moments and store.verify() == []
+    model = MODEL.model_copy(update={"vocab_padding_multiple": multiple})
+    expected = all_parts(model)
+    for part, tensors in expected.items():
+        for name, tensor in tensors.items():
+            tensor.zero_()[: len(values[part][name])] = values[part][name][: len(tensor)]
+    for rank in range(reads.world_size):
+        wanted = FakeEngine(reads.topology(rank), reads, expected, model)
+        engine = FakeEngine(reads.topology(rank), reads, all_parts(model), model)
+        for fragment, full in zip(engine.fragments, wanted.fragments, strict=True):
+            for part in ("values", "exp_avg", "exp_avg_sq"):
+                getattr(fragment, part).fill_(float("nan"))
+            store.fill(fragment, reads.tensor, rank % reads.tensor, engine.table[fragment.name].shape)
+            for part in ("values", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(getattr(fragment, part), getattr(full, part)), (fragment.name, part)
+
+
+def test_whole_tensors_and_rows(tmp_path: Path) -> None:
+    values = all_parts()
+    tokenizer, buffers = write_tokenizer(tmp_path / "tokenizer"), {"v": torch.arange(3.0), "n": torch.tensor(7)}
+    folder = write_checkpoint(
+        tmp_path / "run", 12, Layout(2, 2, 2), values, state={"progress": {"step": 12}}, buffers=buffers,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    store = Store.open(folder)
+    assert (store.kind, store.step, store.config, store.model) == ("training", 12, config_of(), MODEL)
+    assert store.state == {"engine": {"optimizer_step": 12}, "progress": {"step": 12}}
+    assert store.tokenizer_folder == folder / "tokenizer"
+    assert store.manifest.layout["world_size"] == 8 and store.manifest.tensor == 2
+    for part in PARTS:
+        for name, tensor in values[part].items():
+            assert torch.equal(store.tensor(name, part), tensor)
+            if tensor.ndim == 2:
+                assert torch.equal(store.rows(name, 1, 4, part), tensor[1:4])
+    assert torch.equal(store.rows("embedding.weight", 4, 4), torch.zeros(0, 8))
+    restored = store.buffers()
+    assert restored.keys() == buffers.keys() and all(torch.equal(restored[name], buffers[name]) for name in buffers)
+    with pytest.raises(ValueError, match="has rows 0 to 23"):
+        store.rows("embedding.weight", 20, 25)
+    assert Store.open(write_checkpoint(tmp_path / "bare", 1)).buffers() == {}
+
+
+def test_a_tensor_in_one_piece_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    store = Store.open(write_checkpoint(tmp_path, 1))
+    whole, rows = store.tensor("embedding.weight"), store.rows("embedding.weight", 2, 4)
+    assert rows.data_ptr() == whole.data_ptr() + 2 * 8 * 4
+    mappings = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    spans = [[int(end, 16) for end in mapping[0].split("-")] for mapping in mappings]
+    assert any(low <= whole.data_ptr() < high for low, high in spans)
+
+
+def test_only_the_bytes_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    """A checkpoint with a 12 GB embedding, which takes no room on disk because nothing was ever written into it."""
+    rows, columns = 1_500_000, 2048
+    model = MODEL.model_copy(update={"vocab_size": rows, "hidden_size": columns})
+    folder = tmp_path / "step-00000001"
+    store = Store.open(write_checkpoint(tmp_path, 1, values={"weight": global_values()}))
+    manifest = store.manifest
+    shape, file = (model.padded_vocab_size, columns), "rank-00000.safetensors"
+    numel = shape[0] * shape[1]
+    key = "weight/embedding.weight/0"
+    header = json.dumps(
+        {
+            "__metadata__": {"save_id": manifest.save_id},
+            key: {"dtype": "F32", "shape": [numel], "data_offsets": [0, 4 * numel]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with (folder / file).open("wb") as output:
+        output.write(struct.pack("<Q", len(header)) + header)
+        output.truncate(8 + len(header) + 4 * numel)
+    store.manifest.parameters["embedding.weight"] = replace(  # type: ignore[index]
+        manifest.parameters["embedding.weight"], shape=shape
+    )
+    store._by_name["embedding.weight"] = [replace(store._by_name["embedding.weight"][0], numel=numel)]
+    before = file_pages()
+    middle = store.rows("embedding.weight", rows // 2, rows // 2 + 16)
+    fragment = Fragment("embedding.weight", numel // 4 - 5000, torch.ones(10_000))
+    store.fill(fragment, 2, 1)
+    assert not middle.any() and not fragment.values.any()
+    assert file_pages() - before < 8 * 2**20
+
+
+def file_pages() -> int:
+    """Bytes of mapped files that are in this process's memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssFile")
+
+
+def test_the_share_of_every_rank_is_verified_once(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1, Layout(2, 1, 2), tokenizer=write_tokenizer(tmp_path / "tokenizer"))
+    store = Store.open(folder)
+    for name in store.manifest.files:
+        flip_a_byte(folder / name)
+    for of in (1, 3, 20):
+        faults = [fault for part in range(of) for fault in store.verify(part, of)]
+        assert sorted(faults) == sorted(
+            f"{folder / name} is damaged or of another save: its sha256 is not the manifest's"
+            for name in store.manifest.files
+        )
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_incomplete_cannot_be_opened(tmp_path: Path) -> None:
+    shard, state = "rank-00001.safetensors", "state.json"
+    damages: dict[str, tuple[Callable[[Path], Any], str]] = {
+        "shard gone": (lambda folder: (folder / shard).unlink(), r"rank-00001\.safetensors is missing"),
+        "shard cut": (lambda folder: os.truncate(folder / shard, 99), r"has 99 bytes and not \d+"),
+        "shard grown": (lambda folder: (folder / shard).open("ab").write(b"x"), r"has \d+ bytes and not \d+"),
+        "state damaged": (lambda folder: flip_a_byte(folder / state), r"state\.json is damaged"),
+        "configuration damaged": (lambda folder: flip_a_byte(folder / "config.yaml"), r"config\.yaml is damaged"),
+        "manifest gone": (lambda folder: (folder / MANIFEST).unlink(), r"is no complete checkpoint: it has no"),
+        "manifest cut": (lambda folder: os.truncate(folder / MANIFEST, 500), r"manifest\.json is damaged"),
+        "manifest empty": (lambda folder: os.truncate(folder / MANIFEST, 0), r"manifest\.json is damaged"),
+        "manifest damaged": (lambda folder: swap_in_manifest(folder, '"step": 1', '"step": 2'), "checksum is another"),
+        "no folder": (lambda folder: folder.rename(folder.with_name("away")), "there is no such folder"),
+    }
+    for number, (name, (damage, message)) in enumerate(damages.items()):
+        folder = write_checkpoint(tmp_path / str(number), 1, Layout(2))
+        damage(folder)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            Store.open(folder)
+        assert "another" in str(caught.value), name  # the remedy
+
+
+def swap_in_manifest(folder: Path, old: str, new: str) -> None:
+    text = (folder / MANIFEST).read_text()
+    assert old in text
+    (folder / MANIFEST).write_text(text.replace(old, new, 1))
+
+
+def signed(manifest: Manifest, folder: Path) -> None:
+    """Writes a manifest with a checksum that is right."""
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+
+
+def test_a_manifest_that_does_not_cover_the_model_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1, Layout(2))
+    manifest = read_manifest(folder)
+    first, *others = manifest.fragments
+    half = replace(first, numel=first.numel - 3)
+    faults: dict[str, tuple[Any, ...]] = {
+        r"embedding\.weight, tensor rank 0: 93 elements are stored, the parameter has 96": (half, *others),
+        r"embedding\.weight, tensor rank 0: elements 0 to 95 are stored twice": (first, *manifest.fragments),
+        r"tensor rank 0: elements 0 to 2 are missing": (replace(first, start=3, numel=first.numel - 3), *others),
+        r"tensor rank 0: 0 elements are stored": tuple(others),
+        r"embedding\.weight, tensor rank 5: is no part of the model": (
+            *manifest.fragments,
+            replace(first, tensor_rank=5),
+        ),
+        r"files that are not listed: \['other'\]": (replace(first, file="other"), *others),
+    }
+    for message, fragments in faults.items():
+        signed(replace(manifest, fragments=fragments), folder)
+        with pytest.raises(CheckpointError, match=message):
+            Store.open(folder)
+    signed(replace(manifest, files={**manifest.files, "../x": FileEntry(1, "")}), folder)
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        Store.open(folder)
+
+
+def test_files_of_other_saves_are_told_apart(tmp_path: Path) -> None:
+    """Two saves of the same run and layout: same names, same sizes."""
+    one, two = (write_checkpoint(tmp_path, step, Layout(2)) for step in (1, 2))
+    shard = "rank-00001.safetensors"
+    (one / shard).write_bytes((two / shard).read_bytes())
+    store = Store.open(one)
+    assert [fault.split(" is ")[0] for fault in store.verify()] == [str(one / shard)]
+    with pytest.raises(CheckpointError, match="belongs to another save than the manifest"):
+        store.tensor("embedding.weight")
+    (two / MANIFEST).write_bytes((one / MANIFEST).read_bytes())
+    with pytest.raises(CheckpointError, match=r"state\.json (has|is damaged)"):
+        Store.open(two)
+
+
+def test_another_format_or_version_says_so(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    whole = (folder / MANIFEST).read_bytes()
+    swap_in_manifest(folder, "mlra-scale-checkpoint", "something-else")
+    with pytest.raises(CheckpointError, match="is not this project's"):
+        Store.open(folder)
+    (folder / MANIFEST).write_bytes(whole)
+    manifest = read_manifest(folder)
+    signed(replace(manifest, parameters={}), folder)
+    with pytest.raises(CheckpointError, match="is no part of the model"):
+        Store.open(folder)
+
+
+def test_loading_into_an_engine(tmp_path: Path, one_process: Any) -> None:
+    values, layout = all_parts(), Layout()
+    store = Store.open(write_checkpoint(tmp_path, 5, Layout(4, 1, 2), values))
+    empty: Globals = {
+        part: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()} for part, tensors in values.items()
+    }
+    engine: Any = FakeEngine(layout.topology(0, one_process), layout, empty)
+    assert load_checkpoint(engine, store) == {"engine": {"optimizer_step": 5}}
+    assert engine.restored == {"state": {"optimizer_step": 5}, "with_moments": True}
+    full = FakeEngine(layout.topology(0), layout, values)
+    for mine, stored in zip(engine.fragments, full.fragments, strict=True):
+        assert torch.equal(mine.values, stored.values)
+        assert mine.exp_avg_sq is not None and stored.exp_avg_sq is not None
+        assert torch.equal(mine.exp_avg_sq, stored.exp_avg_sq)
+
+    other = MODEL.model_copy(update={"num_layers": 3})
+    engine = FakeEngine(layout.topology(0, one_process), layout, all_parts(other), other)
+    with pytest.raises(CheckpointError, match=r"has blocks\.2\.\S+ of shape None, the model of this run \(4, 8\)"):
+        load_checkpoint(engine, store)
+    smaller = MODEL.model_copy(update={"vocab_size": 20})
+    engine = FakeEngine(layout.topology(0, one_process), layout, all_parts(smaller), smaller)
+    with pytest.raises(CheckpointError, match="has a vocabulary of 21 tokens, this run 20"):
+        load_checkpoint(engine, store)
+    assert engine.restored is None
+
+    engine = FakeEngine(layout.topology(0, one_process), layout, empty)
+    os.truncate(store.folder / "rank-00003.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: rank 0: .*rank-00003\.safetensors is damaged"):
+        load_checkpoint(engine, Store(store.folder, store.manifest))
