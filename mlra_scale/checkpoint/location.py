@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.manifest import MANIFEST
+from mlra_scale.checkpoint.retention import newest_complete
 
-_NAME = re.compile(r"step-\d{8,}")
+CHECKPOINTS = "checkpoints"
 
 
 def checkpoint_at(path: Path) -> Path:
@@ -18,7 +18,7 @@ def checkpoint_at(path: Path) -> Path:
         path: A checkpoint, a folder of checkpoints, or a run directory.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; of a run, the complete checkpoint that was saved last.
 
     Raises:
         CheckpointError: There is none.
@@ -27,14 +27,10 @@ def checkpoint_at(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist; name a checkpoint, or the run directory that it is in")
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path / "checkpoints", path):
-        # A checkpoint gets its name when it is complete.
-        complete = [
-            entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name) and (entry / MANIFEST).is_file()
-        ]
-        if complete:
-            return max(complete, key=lambda entry: int(entry.name.removeprefix("step-")))
+    for folder in (path / CHECKPOINTS, path):
+        if (found := newest_complete(folder)) is not None:
+            return found
     raise CheckpointError(
         f"{path} holds no complete checkpoint: neither {MANIFEST}, nor folders step-... with one, nor a folder "
-        "checkpoints with these"
+        f"{CHECKPOINTS} with these"
     )
