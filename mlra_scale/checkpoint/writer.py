@@ -71,28 +71,50 @@ def write_safetensors(
         ValueError: The tensors are not those that were announced.
     """
     header = _header(specs, metadata)
-    size, middle, is_past_middle = len(header), sum(map(num_bytes, specs.values())) / 2 + len(header), False
-    digest = hashlib.sha256(header)
     announced = iter(specs.items())
     with path.open("xb", buffering=0) as file:
         points.reached("file-open")
-        _write(file, memoryview(header))
+        output = _Output(file, len(header) + sum(map(num_bytes, specs.values())) // 2)
+        output.write(memoryview(header))
         for name, tensor in tensors:
             expected = next(announced, None)
             if expected != (name, (tensor.dtype, tuple(tensor.shape))):
                 raise ValueError(f"{path}: {expected} was announced, {name} {tensor.dtype} {tensor.shape} came")
-            for piece in _pieces(tensor):
-                before_chunk()
-                _write(file, piece)
-                digest.update(piece)
-                size += len(piece)
-                if size >= middle and not is_past_middle:
-                    is_past_middle = True
-                    points.reached("mid-file")
+            _write_tensor(output, tensor, before_chunk)
+            del tensor  # before the next one comes
         if (missing := next(announced, None)) is not None:
             raise ValueError(f"{path}: {missing} was announced and did not come")
         os.fsync(file.fileno())
-    return FileEntry(size, digest.hexdigest())
+    return FileEntry(output.size, output.digest.hexdigest())
+
+
+class _Output:
+    """A file with the size and checksum of what has been written into it."""
+
+    def __init__(self, file: FileIO, middle: int) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self.middle = middle
+
+    def write(self, piece: memoryview) -> None:
+        """Writes all of it; the system may take less at a time."""
+        self.digest.update(piece)
+        was_before_middle = self.size < self.middle
+        self.size += len(piece)
+        while piece:
+            piece = piece[self.file.write(piece) :]
+        if was_before_middle and self.size >= self.middle:
+            points.reached("mid-file")
+
+
+def _write_tensor(output: _Output, tensor: torch.Tensor, before_chunk: Callable[[], None]) -> None:
+    """Writes the tensor's bytes, a chunk at a time: what lies on a GPU comes over in chunks too."""
+    flat = tensor.detach().reshape(-1)
+    step = CHUNK_BYTES // flat.element_size()
+    for start in range(0, flat.numel(), step):
+        before_chunk()
+        output.write(flat[start : start + step].cpu().view(torch.uint8).numpy().data)
 
 
 def num_bytes(spec: TensorSpec) -> int:
@@ -112,20 +134,6 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes, a chunk at a time: what lies on a GPU comes over in chunks too."""
-    flat = tensor.detach().reshape(-1)
-    step = CHUNK_BYTES // flat.element_size()
-    for start in range(0, flat.numel(), step):
-        yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
-
-
-def _write(file: FileIO, piece: memoryview) -> None:
-    """Writes all of it; the system may take less at a time."""
-    while piece:
-        piece = piece[file.write(piece) :]
 
 
 def write_weights(

@@ -1,0 +1,417 @@
+"""The saver on one rank: what is visible when, what a failure leaves, and what it costs."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, latest, points, write_safetensors
+from mlra_scale.checkpoint.points import POINTS
+from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+ONE = Layout()
+
+
+def engine_of(group: Any, seed_of_change: float = 0.0) -> Any:
+    engine = FakeEngine(ONE.topology(0, group), ONE, all_parts())
+    change(engine, seed_of_change)
+    return engine
+
+
+def change(engine: Any, amount: float) -> None:
+    """What training does to the values."""
+    for fragment in engine.fragments:
+        for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq):
+            values.add_(amount)
+
+
+def saver_of(folder: Path, group: Any, keep_last: int = 10, asynchronous: bool = True) -> Saver:
+    return Saver(folder, ONE.topology(0, group), keep_last, 0, asynchronous)
+
+
+def save(saver: Saver, engine: Any, step: int, **options: Any) -> None:
+    state = {"progress": {"step": step}, "engine": None}
+    saver.save(engine, step, state, options.pop("buffers", {}), config_of().to_yaml(), None, **options)
+
+
+@contextmanager
+def held_at(monkeypatch: pytest.MonkeyPatch, where: str) -> Iterator[threading.Event]:
+    """Lets whoever reaches a point wait there until the event is set."""
+    go_on, is_there = threading.Event(), threading.Event()
+
+    def reached(point: str) -> None:
+        if point == where:
+            is_there.set()
+            assert go_on.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(points, "reached", reached)
+        try:
+            yield go_on
+        finally:
+            go_on.set()
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, saver = engine_of(one_process), saver_of(tmp_path, one_process)
+    expected = all_parts()
+    buffers = {"v": torch.ones(3)}
+    with held_at(monkeypatch, "mid-file") as go_on:
+        save(saver, engine, 1, buffers=buffers)
+        change(engine, 1.0)
+        buffers["v"].zero_()
+        for _ in range(3):
+            assert saver.poll() == []
+        assert visible(tmp_path) == [] and latest(tmp_path) is None
+        go_on.set()
+        (finished,) = saver.finish()
+    assert finished.path == tmp_path / "step-00000001" == latest(tmp_path)
+    store = Store.open(finished.path)
+    assert store.verify() == []
+    assert finished.step == store.step == 1
+    assert finished.bytes == store.manifest.total_bytes
+    assert min(finished.stall_seconds, finished.write_seconds) > 0.0
+    assert store.state == {"progress": {"step": 1}, "engine": None}
+    assert torch.equal(store.buffers()["v"], torch.ones(3))
+    for part, tensors in expected.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(store.tensor(name, part), tensor)  # type: ignore[arg-type]
+    assert (saver.poll(), saver.finish(), hidden(tmp_path)) == ([], [], [])
+
+
+def test_polling_is_enough(tmp_path: Path, one_process: Any) -> None:
+    saver = saver_of(tmp_path, one_process)
+    save(saver, engine_of(one_process), 1)
+    deadline = time.monotonic() + 30
+    while not (finished := saver.poll()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [record.step for record in finished] == [1]
+
+
+def test_one_save_is_in_flight_and_host_memory_is_used_again(tmp_path: Path, one_process: Any) -> None:
+    engine, saver = engine_of(one_process), saver_of(tmp_path, one_process)
+    addresses = set()
+    for step in (1, 2, 3):
+        save(saver, engine, step)
+        addresses.add(saver._memory._buffer.data_ptr())
+        assert len(visible(tmp_path)) >= step - 1 + (step > 1)
+    assert len(addresses) == 1
+    assert [record.step for record in saver.finish()] == [1, 2, 3]
+    assert saver._memory._buffer.numel() == sum(3 * fragment.values.numel() for fragment in engine.fragments)
+
+
+def test_a_synchronous_save_takes_no_host_memory(tmp_path: Path, one_process: Any) -> None:
+    engine = engine_of(one_process)
+    for number, asynchronous in enumerate((False, True)):
+        saver = saver_of(tmp_path, one_process, asynchronous=asynchronous)
+        save(saver, engine, number, synchronous=asynchronous)
+        assert (tmp_path / f"step-0000000{number}").is_dir()
+        assert [record.step for record in saver.poll()] == [number]
+        assert saver._memory._buffer.numel() == 0
+
+
+def test_before_the_first_update_there_are_no_moments(tmp_path: Path, one_process: Any) -> None:
+    engine: Any = FakeEngine(ONE.topology(0, one_process), ONE, {"weight": all_parts()["weight"]})
+    saver = saver_of(tmp_path, one_process, asynchronous=False)
+    save(saver, engine, 0)
+    store = Store.open(tmp_path / "step-00000000")
+    assert not store.manifest.has_moments and store.verify() == []
+
+
+def test_a_save_of_the_same_step_takes_the_place_of_the_first(tmp_path: Path, one_process: Any) -> None:
+    saver = saver_of(tmp_path, one_process)
+    for amount in (0.0, 1.0):
+        save(saver, engine_of(one_process, amount), 5)
+    saver.finish()
+    assert visible(tmp_path) == ["latest", "step-00000005"] and hidden(tmp_path) == []
+    bias = Store.open(tmp_path / "step-00000005").tensor("final_norm.bias")
+    assert torch.equal(bias, all_parts()["weight"]["final_norm.bias"] + 1.0)
+
+
+def test_a_run_that_goes_on_from_earlier_keeps_its_own(tmp_path: Path, one_process: Any) -> None:
+    """Of the abandoned branch the checkpoints are older, whatever their steps."""
+    saver = saver_of(tmp_path, one_process, keep_last=2)
+    for step in (10, 20, 30, 15, 25):
+        save(saver, engine_of(one_process), step)
+    saver.finish()
+    assert visible(tmp_path) == ["latest", "step-00000015", "step-00000025"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000015", "step-00000025"]
+
+
+def failing(where: str, error: Exception) -> Any:
+    def reached(point: str) -> None:
+        assert point in POINTS
+        if point == where:
+            raise error
+
+    return reached
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("point", [point for point in POINTS if point != "agreed"])
+def test_a_failure_leaves_what_was_there(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch, point: str, asynchronous: bool
+) -> None:
+    """The disk is full at any point: one error, the disk is free again, earlier checkpoints are as they were."""
+    saver = saver_of(tmp_path, one_process, keep_last=1, asynchronous=asynchronous)
+    engine = engine_of(one_process)
+    save(saver, engine, 1)
+    saver.finish()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device") as caught:
+        patch.setattr(points, "reached", failing(point, full))
+        save(saver, engine, 2)
+        saver.finish()
+    assert "the save of step 2 failed: rank 0: " in str(caught.value)
+    if point != "snapshot":
+        assert "free space on the disk" in str(caught.value)
+    assert saver.poll() == []
+    has_name = point in ("before-latest", "retention")
+    assert [path for path in hidden(tmp_path) if "unfinished" in path] == []
+    complete = complete_checkpoints(tmp_path)
+    assert [path.name for path in complete][-1] == f"step-0000000{1 + has_name}"
+    assert latest(tmp_path) in complete
+    assert all(Store.open(path).verify() == [] for path in complete)
+    save(saver, engine, 3)
+    assert [record.step for record in saver.finish()] == [3]
+    assert visible(tmp_path) == ["latest", "step-00000003"] and hidden(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, one_process: Any) -> None:
+    (tmp_path / "file").write_text("")
+    saver = saver_of(tmp_path / "file" / "checkpoints", one_process)
+    with pytest.raises(CheckpointError, match=r"step 1 failed: .*file\S* cannot be written: Not a directory"):
+        save(saver, engine_of(one_process), 1)
+
+
+def test_what_is_not_json_is_told(tmp_path: Path, one_process: Any) -> None:
+    saver = saver_of(tmp_path, one_process)
+    saver.save(engine_of(one_process), 1, {"x": object()}, {}, config_of().to_yaml(), None)
+    with pytest.raises(CheckpointError, match="not JSON serializable"):
+        saver.finish()
+    assert visible(tmp_path) == hidden(tmp_path) == []
+
+
+def test_a_tokenizer_that_has_gone_is_told(tmp_path: Path, one_process: Any) -> None:
+    saver = saver_of(tmp_path / "run", one_process)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    saver.save(engine_of(one_process), 1, {}, {}, config_of().to_yaml(), tokenizer)
+    saver.finish()
+    stored = Store.open(tmp_path / "run" / "step-00000001").tokenizer_folder
+    assert stored is not None and (stored / "tokenizer.json").is_file()
+    saver.save(engine_of(one_process), 2, {}, {}, config_of().to_yaml(), tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="gone cannot be"):
+        saver.finish()
+
+
+def test_abandoning_needs_nobody_and_does_not_wait(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, saver = engine_of(one_process), saver_of(tmp_path, one_process)
+    monkeypatch.setattr("mlra_scale.checkpoint.saver._ABANDON_SECONDS", 0.2)
+    with held_at(monkeypatch, "mid-file"), monkeypatch.context() as patch:
+        save(saver, engine, 1)
+        for name in ("all_reduce", "all_gather_object", "gather_object", "broadcast_object_list"):
+            patch.setattr(dist, name, None)
+        started = time.monotonic()
+        saver.abandon()
+        assert time.monotonic() - started < 5
+        assert saver.poll() == []
+        saver.abandon()
+    wait_for_threads()
+    assert visible(tmp_path) == []
+    save(saver, engine, 2)
+    saver.finish()
+    assert visible(tmp_path) == ["latest", "step-00000002"] and hidden(tmp_path) == []
+
+
+def test_an_abandoned_save_that_can_stop_clears_away(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saver_of(tmp_path, one_process)
+    with held_at(monkeypatch, "file-open") as go_on:
+        save(saver, engine_of(one_process), 1)
+        threading.Timer(0.2, go_on.set).start()
+        saver.abandon()
+    assert visible(tmp_path) == hidden(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_being_completed_is_completed(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saver_of(tmp_path, one_process)
+    with held_at(monkeypatch, "before-rename") as go_on:
+        save(saver, engine_of(one_process), 1)
+        assert saver._job is not None
+        while not saver._job.is_committing:
+            saver.poll()
+        threading.Timer(0.2, go_on.set).start()
+        saver.abandon()
+    assert visible(tmp_path) == ["latest", "step-00000001"] and hidden(tmp_path) == []
+
+
+def wait_for_threads() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(30)
+
+
+def test_collectives_are_called_in_the_main_thread_and_only_during_a_save(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callers: list[Any] = []
+    for name in ("all_reduce", "all_gather_object", "gather_object", "broadcast_object_list"):
+        original = getattr(dist, name)
+
+        def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            callers.append(threading.current_thread())
+            assert kwargs["group"] is one_process
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dist, name, counted)
+    saver = saver_of(tmp_path, one_process)
+    assert saver.poll() == [] and callers == []
+    save(saver, engine_of(one_process), 1)
+    saver.finish()
+    assert set(callers) == {threading.main_thread()}
+    callers.clear()
+    assert saver.poll() == [] and callers == []
+
+
+FAILING_PROCESS = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from mlra_scale.checkpoint import points
+from tests.unit.checkpoint.test_saver import engine_of, save, saver_of
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+points.reached = lambda point: time.sleep(600) if point == "mid-file" else None
+save(saver_of(Path(sys.argv[1]), dist.group.WORLD), engine_of(dist.group.WORLD), 1)
+raise RuntimeError("training failed")
+"""
+
+
+def test_a_failed_process_ends_although_a_save_is_in_flight(tmp_path: Path) -> None:
+    result = run_python(FAILING_PROCESS, str(tmp_path), timeout=60)
+    assert result.returncode == 1 and "training failed" in result.stderr
+    assert visible(tmp_path) == []
+
+
+KILLED_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+import torch.distributed as dist
+from mlra_scale.checkpoint import points
+from tests.unit.checkpoint.test_saver import engine_of, save, saver_of
+
+def train(folder, where, step):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    saver = saver_of(folder, dist.group.WORLD, keep_last=2)
+    for earlier in (1, 2):
+        save(saver, engine_of(dist.group.WORLD, float(earlier)), earlier)
+    saver.finish()
+    points.reached = lambda point: os._exit(9) if point == where else None
+    save(saver, engine_of(dist.group.WORLD, 100.0 + step), step)
+    saver.finish()
+
+codes = {}
+for point in points.POINTS:
+    for step in (2, 3):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(Path(sys.argv[1], f"{point}-{step}"), point, step)
+            finally:
+                os._exit(0)
+        codes[f"{point}-{step}"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(codes))
+"""
+
+
+def test_killed_at_every_point(tmp_path: Path, one_process: Any) -> None:
+    """Whenever it dies, saving a new step or an earlier one anew: there is a complete checkpoint, and a next save."""
+    result = run_python(KILLED_PROCESSES, str(tmp_path), timeout=120)
+    codes = json.loads(result.stdout)
+    # Replacing step 2 removes nothing by retention: two checkpoints stay.
+    assert [name for name, code in codes.items() if code != 9] == ["retention-2"]
+    for name in codes:
+        point, step = name.rsplit("-", 1)
+        folder = tmp_path / name
+        complete = complete_checkpoints(folder)
+        assert len(complete) >= 2, name
+        assert all(Store.open(path).verify() == [] for path in complete)
+        is_new = point in ("before-latest", "retention")
+        assert complete[-1].name == f"step-0000000{step if is_new else 2}", name
+        newest = float(
+            Store.open(complete[-1]).tensor("final_norm.bias")[0] - all_parts()["weight"]["final_norm.bias"][0]
+        )
+        assert newest == pytest.approx(100.0 + int(step) if is_new else 2.0, abs=1e-4)
+        assert latest(folder) in complete
+        saver = saver_of(folder, one_process, keep_last=1)
+        save(saver, engine_of(one_process), 4)
+        saver.finish()
+        assert visible(folder) == ["latest", "step-00000004"] and hidden(folder) == []
+
+
+def run_python(code: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def memory(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(key)
+
+
+@contextmanager
+def growth_below(limit: int) -> Iterator[None]:
+    """Fails if the process's memory was at some time this much above what it is now."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = memory("VmRSS:")
+    yield
+    assert memory("VmHWM:") - before < limit
+
+
+def test_a_file_is_written_with_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    """400 MB from tensors that are made when they are asked for, and from one that lives."""
+    numel = 10**7
+    names = [f"t{number}" for number in range(10)]
+    with growth_below(56 * 2**20):
+        made = ((name, torch.zeros(numel)) for name in names)
+        entry = write_safetensors(tmp_path / "a", dict.fromkeys(names, (torch.float32, (numel,))), made, {})
+    assert entry.bytes > 40 * numel
+    whole = torch.ones(10 * numel)
+    with growth_below(16 * 2**20):
+        write_safetensors(tmp_path / "b", {"t": (torch.float32, (10 * numel,))}, [("t", whole)], {})
