@@ -224,7 +224,10 @@ def _from_hugging_face(name: str) -> Any:
     # A folder needs no hub; neither does what was downloaded before.
     silent = None if Path(name).is_dir() else unreachable_hub()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=silent is not None)
+        # False: code that lies beside a tokenizer is not run, and the library does not stop to ask whether to.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, local_files_only=silent is not None, trust_remote_code=False
+        )
     except Exception as error:  # many kinds: unknown name, no network, foreign folder, missing dependency
         if silent:
             raise DataError(

@@ -5,6 +5,9 @@ Both become a model of transformers, a checkpoint that of modeling_mlra.py, so t
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,8 @@ class OpenedModel:
         """
         if name is None and self.tokenizer_folder is None:
             raise EvaluationError(f"{self.path} holds no tokenizer; name one with --tokenizer")
-        loaded = load_tokenizer([str(self.tokenizer_folder) if name is None else name])
+        with _quiet_transformers():
+            loaded = load_tokenizer([str(self.tokenizer_folder) if name is None else name])
         if loaded.vocabulary_size > self.vocab_size:
             raise EvaluationError(
                 f"tokenizer {loaded.name} has {loaded.vocabulary_size} tokens, the model of {self.path} "
@@ -121,15 +125,16 @@ def _from_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
 
     # The library raises errors of many kinds; to the user each means that this folder cannot be loaded.
     try:
-        values, _ = transformers.PreTrainedConfig.get_config_dict(path, local_files_only=True)
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         is_ours = values.get("model_type") == MlraConfig.model_type
         if "auto_map" in values and not is_ours and not trust_remote_code:
             raise EvaluationError(f"{path} brings its own code; read it, then allow it with --trust-remote-code")
         factory = MlraForCausalLM if is_ours else transformers.AutoModelForCausalLM
         arguments = {} if is_ours else {"trust_remote_code": trust_remote_code}
-        module, report = factory.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
-        )
+        with _quiet_transformers():
+            module, report = factory.from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
+            )
     except EvaluationError:
         raise
     except Exception as error:
@@ -147,3 +152,19 @@ def _from_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
         raise EvaluationError(f"{path}: its config.json does not say how many positions the model has")
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
     return OpenedModel(module, path, config.model_type, config.vocab_size, positions, path if has_tokenizer else None)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps the library's progress bars and hints out of the results; what is wrong is an error here."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
