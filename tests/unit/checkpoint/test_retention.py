@@ -1,0 +1,116 @@
+"""Which checkpoints stay."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.checkpoint import (
+    CheckpointError,
+    Store,
+    checkpoint_name,
+    complete_checkpoints,
+    latest,
+    newest_complete,
+    points,
+    prune,
+)
+from mlra_scale.checkpoint.retention import checkpoint_folders, put_in_place, set_latest, superfluous, tidy
+from tests.unit.checkpoint.builders import write_checkpoint
+
+
+def steps(paths: list[Path]) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in paths]
+
+
+def write(folder: Path, *numbers: int) -> None:
+    for step in numbers:
+        write_checkpoint(folder, step)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        assert complete_checkpoints(folder) == [] and newest_complete(folder) is None and latest(folder) is None
+        assert prune(folder, 1, 0) == []
+
+
+def test_the_last_ones_and_every_so_many_are_kept(tmp_path: Path) -> None:
+    write(tmp_path, *range(10, 80, 10))
+    assert steps(complete_checkpoints(tmp_path)) == list(range(10, 80, 10))
+    assert steps(superfluous(tmp_path, 2, 30)) == [10, 20, 40, 50]
+    assert steps(superfluous(tmp_path, 2, 0)) == [10, 20, 30, 40, 50]
+    assert steps(prune(tmp_path, 2, 30)) == [10, 20, 40, 50]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *map(checkpoint_name, (30, 60, 70))]
+
+
+def test_incomplete_ones_do_not_count_and_stay(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3, 4)
+    for step in (3, 4):
+        (tmp_path / checkpoint_name(step) / "rank-00000.safetensors").unlink()
+    assert steps(complete_checkpoints(tmp_path)) == [1, 2]
+    assert newest_complete(tmp_path) == tmp_path / checkpoint_name(2)
+    assert steps(prune(tmp_path, 1, 0)) == [1]
+    assert steps(checkpoint_folders(tmp_path)) == [2, 3, 4]
+
+
+def test_what_latest_names_is_kept(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3)
+    set_latest(tmp_path, tmp_path / checkpoint_name(1))
+    assert latest(tmp_path) == tmp_path / checkpoint_name(1)
+    assert steps(prune(tmp_path, 1, 0)) == [2]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"step-00000007\n", "step-00000007"), (b"../../etc/x", "x"), (b"\xff\xfe", "latest"), (b"", "")],
+)
+def test_a_damaged_pointer_leads_to_no_checkpoint(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "latest").write_bytes(content)
+    found = latest(tmp_path)
+    assert found is not None and found == tmp_path / expected
+    with pytest.raises(CheckpointError, match="is no complete checkpoint"):
+        Store.open(found)
+
+
+def test_what_is_half_removed_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 2)
+
+    def reached(point: str) -> None:
+        assert point == "retention"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(points, "reached", reached)
+        prune(tmp_path, 1, 0)
+    assert steps(checkpoint_folders(tmp_path)) == [2]
+    assert (tmp_path / ".removed-step-00000001").is_dir()
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_one_that_was_being_replaced_is_found_and_put_back(tmp_path: Path) -> None:
+    """Killed between the two renames."""
+    write(tmp_path, 1, 2)
+    before = Store.open(tmp_path / checkpoint_name(2)).manifest
+    replaced = tmp_path / ".replaced-step-00000002"
+    (tmp_path / checkpoint_name(2)).rename(replaced)
+    (tmp_path / ".unfinished-step-00000002").mkdir()
+    assert newest_complete(tmp_path) == replaced
+    assert Store.open(replaced).verify() == []
+    tidy(tmp_path)
+    assert Store.open(tmp_path / checkpoint_name(2)).manifest == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *map(checkpoint_name, (1, 2))]
+
+
+def test_a_replacement_that_fails_is_undone(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "nothing", tmp_path / checkpoint_name(1))
+    assert steps(complete_checkpoints(tmp_path)) == [1]
+
+
+def test_a_checkpoint_can_be_moved_and_renamed(tmp_path: Path) -> None:
+    write(tmp_path / "run", 1)
+    shutil.move(tmp_path / "run" / checkpoint_name(1), tmp_path / "elsewhere")
+    store = Store.open(tmp_path / "elsewhere")
+    assert store.step == 1 and store.verify() == []
