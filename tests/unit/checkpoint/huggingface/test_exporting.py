@@ -1,0 +1,373 @@
+"""Exports: what is in the folder, that it is the trained model, and that a bad one fails and leaves nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import entry_of
+from mlra_scale.checkpoint.huggingface import exporting
+from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
+from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
+from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
+from mlra_scale.checkpoint.huggingface.verification import Comparison, Verification, VerificationError
+from mlra_scale.checkpoint.reader import Store
+from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
+from tests.support.gpt2_folders import tokenizer
+from tests.support.oracle import build_reference
+from tests.unit.checkpoint.huggingface.builders import VARIANTS, checkpoint, model_config, random_text, weights
+
+MODELS: dict[Format, Any] = {"gpt2": GPT2LMHeadModel, "mlra": MlraForCausalLM}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return checkpoint(tmp_path_factory.mktemp("store") / "step-00000000")
+
+
+def load(folder: Path, export_format: Format, dtype: torch.dtype = torch.float32) -> Any:
+    model, report = MODELS[export_format].from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exports_equal_the_oracle(tmp_path: Path, variant: str, export_format: Format) -> None:
+    source = checkpoint(tmp_path / "checkpoint", variant)
+    text = random_text()
+    verification = export_checkpoint(source, tmp_path / "out", ExportOptions(export_format), text)
+    assert verification is not None and verification.exported.max_difference < 1e-5
+    assert verification.exported.agreement == 1.0 and verification.exported.num_tokens == 96
+    expected = build_reference(SimpleNamespace(model=model_config(variant)), weights(variant))  # type: ignore[arg-type]
+    model = load(tmp_path / "out", export_format)
+    with torch.no_grad():
+        logits = model(text.tokens_NS[:, :-1]).logits
+        torch.testing.assert_close(logits.double(), expected(text.tokens_NS[:, :-1]), rtol=0, atol=1e-5)
+    assert logits.shape[-1] == tokenizer().vocabulary_size, "no padded row leaks"
+    names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
+    assert files_of(tmp_path / "out") == names | ({"modeling_mlra.py"} if export_format == "mlra" else set())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_dense_weights_are_exported_bit_by_bit(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "checkpoint", "dense")
+    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    ours = weights("dense")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt" and "lm_head.weight" not in file.keys()  # noqa: SIM118
+        fused = file.get_tensor("transformer.h.1.attn.c_attn.weight")
+        expected = torch.cat([ours[f"blocks.1.attention.{name}.weight"] for name in "qkv"]).T
+        assert torch.equal(fused, expected)
+        embedding = file.get_tensor("transformer.wte.weight")
+        assert torch.equal(embedding, ours["embedding.weight"][: tokenizer().vocabulary_size])
+
+
+def test_factors_are_merged_in_float64(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "checkpoint", "mlra")
+    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    ours = weights("mlra")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for place, name in enumerate("qkv"):
+            up, down = (ours[f"blocks.2.attention.{name}.{part}.weight"].double() for part in ("up", "down"))
+            merged = file.get_tensor("transformer.h.2.attn.c_attn.weight").T.chunk(3)[place]
+            assert torch.equal(merged, (up @ down).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_16_bit_types_are_held_to_the_training_sides_own_error(
+    tmp_path: Path, store: Store, export_format: Format, dtype: torch.dtype
+) -> None:
+    verification = export_checkpoint(store, tmp_path / "out", ExportOptions(export_format, dtype), random_text())
+    assert verification is not None and verification.own is not None
+    assert 0 < verification.exported.max_difference <= 2 * verification.own.max_difference
+    assert load(tmp_path / "out", export_format, dtype).dtype == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_shards_hold_at_most_what_was_asked_for(tmp_path: Path, store: Store) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    export_checkpoint(store, whole, ExportOptions("gpt2"), random_text())
+    export_checkpoint(store, parts, ExportOptions("gpt2", max_shard_bytes=40_000), random_text())
+    shards = sorted(parts.glob("model-*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    sizes = [shard.stat().st_size for shard in shards]
+    assert max(sizes[1:]) <= 40_000 + 4000, "but for the header, and the embedding, which is larger"
+    one, other = (load(folder, "gpt2").state_dict() for folder in (whole, parts))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_the_tokenizer_comes_along(
+    tmp_path: Path, store: Store, export_format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where remote code is copied to, otherwise in the user's home.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=export_format == "mlra")
+    text = "Words, bytes and t\u00f6kens:  1, 2,\n\n3 ... don't"
+    assert loaded(text)["input_ids"] == tokenizer().tokenizer.encode(text).ids
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert loaded.model_max_length == 32
+    end = tokenizer().end_of_document_token
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "out" / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (end, end), name
+    assert values["pad_token_id"] == end
+
+
+def test_without_a_tokenizer_no_token_is_special(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "checkpoint", has_tokenizer=False)
+    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert files_of(tmp_path / "out") == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    config = load(tmp_path / "out", "gpt2").config
+    assert config.bos_token_id is None and config.eos_token_id is None, "not those of OpenAI's GPT-2"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, store: Store) -> None:
+    texts = [" ".join(f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnop")] * 3
+    save_tokenizer(train_bpe(texts, 600), tmp_path / "large")
+    with pytest.raises(CheckpointError, match="they do not belong together"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions(tokenizer=tmp_path / "large"), random_text())
+    assert files_of(tmp_path) == {"large"}
+
+
+def test_the_card_says_what_the_checkpoint_says(tmp_path: Path, store: Store) -> None:
+    export_checkpoint(store, tmp_path / "out", ExportOptions("mlra"), random_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    parameters = sum(parameter.numel() for parameter in load(tmp_path / "out", "mlra").parameters())
+    for fact in (f"{parameters:,} as trained", "q, k, v of rank 16", "origin: source | a test", store.manifest.save_id):
+        assert fact in card, fact
+    assert "on random tokens" in card and "bound 0.0001" in card and "trust_remote_code=True" in card
+    export_checkpoint(store, tmp_path / "unverified", ExportOptions("mlra"), None)
+    assert "not compared" in (tmp_path / "unverified" / "README.md").read_text()
+
+
+def swap_q_and_k(tensors: list[ExportTensor]) -> list[ExportTensor]:
+    def swapped(tensor: ExportTensor) -> ExportTensor:
+        def make() -> torch.Tensor:
+            q, k, v = tensor.make().chunk(3, dim=-1)
+            return torch.cat([k, q, v], dim=-1)
+
+        return ExportTensor(tensor.name, tensor.shape, make) if "c_attn" in tensor.name else tensor
+
+    return [swapped(tensor) for tensor in tensors]
+
+
+def changed(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., list[ExportTensor]]:
+    def apply(tensors: list[ExportTensor]) -> list[ExportTensor]:
+        assert any(part in tensor.name for tensor in tensors), part
+        return [
+            ExportTensor(tensor.name, tensor.shape, lambda make=tensor.make: change(make()))  # type: ignore[misc]
+            if part in tensor.name
+            else tensor
+            for tensor in tensors
+        ]
+
+    return apply
+
+
+FAULTS = {
+    "q and k swapped": swap_q_and_k,
+    "a bias forgotten": changed("h.1.attn.c_attn.bias", torch.zeros_like),
+    "the output's bias forgotten": changed("h.2.mlp.c_proj.bias", torch.zeros_like),
+    "a square matrix not transposed": changed("h.0.attn.c_proj.weight", torch.Tensor.t),
+    "a norm forgotten": changed("ln_f.weight", torch.ones_like),
+    "positions shifted": changed("wpe.weight", lambda tensor: tensor.roll(1, 0)),
+    "tokens shifted": changed("wte.weight", lambda tensor: tensor.roll(1, 0)),
+    "merged in bfloat16": changed("h.0.attn.c_attn.weight", lambda tensor: tensor.bfloat16().double()),
+    "not numbers": changed("h.0.mlp.c_fc.bias", lambda tensor: tensor * torch.nan),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_the_trained_model_fails_and_leaves_nothing(
+    tmp_path: Path, store: Store, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = exporting.export_tensors
+    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: FAULTS[fault](original(*arguments)))
+    with pytest.raises(VerificationError, match=r"its logits are not the trained model's: .* \(bound 0\.0001\)"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert not files_of(tmp_path)
+    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), None)  # the user's own risk
+    assert "model.safetensors" in files_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["q and k swapped", "tokens shifted", "a bias forgotten", "not numbers"])
+def test_they_fail_in_16_bits_too(tmp_path: Path, store: Store, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = exporting.export_tensors
+    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: FAULTS[fault](original(*arguments)))
+    with pytest.raises(VerificationError, match="its logits"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.bfloat16), random_text())
+    assert not files_of(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["activation", "epsilon"])
+def test_a_wrong_configuration_fails(tmp_path: Path, store: Store, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = exporting.write_configuration
+
+    def write(folder: Path, *arguments: Any) -> None:
+        original(folder, *arguments)
+        values = json.loads((folder / "config.json").read_text())
+        values |= {"activation_function": "gelu"} if fault == "activation" else {"layer_norm_epsilon": 1e-3}
+        (folder / "config.json").write_text(json.dumps(values))
+
+    monkeypatch.setattr(exporting, "write_configuration", write)
+    with pytest.raises(VerificationError, match="its logits"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+
+
+def corrupt(folder: Path, name: str, row: int) -> Path:
+    """Flips a high bit of one weight in a written file."""
+    path = folder / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    begin, _ = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
+    raw[8 + length + begin + row * 32 * 4 + 3] ^= 0x40  # the exponent of a float32
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("is_told", [False, True], ids=["by checksum", "by logits"])
+def test_a_weight_that_changes_on_disk_fails(
+    tmp_path: Path, store: Store, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = exporting.write_shards
+
+    def write(folder: Path, *arguments: Any) -> Any:
+        files = original(folder, *arguments)
+        path = corrupt(folder, "transformer.h.1.mlp.c_fc.weight", row=0)
+        # To show that the logits tell it, too, the checksum is brought in line.
+        return files | {path.name: entry_of(path)} if is_told else files
+
+    monkeypatch.setattr(exporting, "write_shards", write)
+    with pytest.raises(VerificationError, match="its logits" if is_told else "reads back other than it was written"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert not files_of(tmp_path)
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_a_missing_or_unknown_tensor_fails(
+    tmp_path: Path, store: Store, export_format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = exporting.export_tensors
+    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: original(*arguments)[:-1])
+    with pytest.raises(VerificationError, match="missing_keys"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
+    extra = ExportTensor("extra.weight", (1,), lambda: torch.ones(1))
+    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: [*original(*arguments), extra])
+    with pytest.raises(VerificationError, match="unexpected_keys"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
+
+
+def test_an_export_is_replaced_only_on_request_and_by_a_good_one(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()  # an empty folder may be filled
+    export_checkpoint(store, target, ExportOptions("gpt2"), random_text())
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(CheckpointError, match="give --force to replace it"):
+        export_checkpoint(store, target, ExportOptions("mlra"), random_text())
+    original = exporting.export_tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "export_tensors", lambda *arguments: swap_q_and_k(original(*arguments)))
+        with pytest.raises(VerificationError):
+            export_checkpoint(store, target, ExportOptions("gpt2", is_replacing=True), random_text())
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    export_checkpoint(store, target, ExportOptions("mlra", is_replacing=True), random_text())
+    assert "modeling_mlra.py" in files_of(target) and files_of(tmp_path) == {"out"}
+
+
+def test_an_export_is_replaced_where_folders_cannot_change_places(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_exchanged", lambda one, other: False)
+    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    export_checkpoint(store, tmp_path / "out", ExportOptions("mlra", is_replacing=True), random_text())
+    assert "modeling_mlra.py" in files_of(tmp_path / "out") and files_of(tmp_path) == {"out"}
+
+
+def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "thesis")
+    for name, told in (("thesis", "not an exported model"), ("file", "not a folder"), ("link", "not a folder")):
+        with pytest.raises(CheckpointError, match=told):
+            export_checkpoint(store, tmp_path / name, ExportOptions(is_replacing=True), random_text())
+    assert files_of(tmp_path) == {"thesis", "file", "link"}
+
+
+def test_the_rest_of_a_killed_export_is_cleared_away(tmp_path: Path, store: Store) -> None:
+    rest = tmp_path / ".out.unfinished"
+    (rest / "folder").mkdir(parents=True)
+    (rest / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert "model-00001-of-00009.safetensors" not in files_of(tmp_path / "out") and files_of(tmp_path) == {"out"}
+
+
+def test_two_exports_to_one_place_do_not_meet(tmp_path: Path, store: Store) -> None:
+    def second(line: str) -> None:
+        with pytest.raises(CheckpointError, match=r"another export to .*out is at work"):
+            export_checkpoint(store, tmp_path / "out", ExportOptions("mlra"), random_text())
+
+    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text(), say=second)
+    assert load(tmp_path / "out", "gpt2") is not None
+
+
+def test_a_file_in_the_way_is_told(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be written: (Not a directory|File exists)"):
+        export_checkpoint(store, tmp_path / "file" / "out", ExportOptions(), random_text())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (torch.zeros(1, 1, dtype=torch.long), "sequences of 1 tokens"),
+        (torch.zeros(1, 34, dtype=torch.long), "needs 2 to 33"),
+        (torch.full((1, 5), 9999), "has a token 9999"),
+    ],
+)
+def test_text_that_the_model_cannot_read_is_refused(
+    tmp_path: Path, store: Store, tokens: torch.Tensor, told: str
+) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        export_checkpoint(store, tmp_path / "out", ExportOptions(), VerificationText(tokens, "a text"))
+    assert not files_of(tmp_path)
+
+
+def test_the_figures_of_a_comparison() -> None:
+    expected = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, -12.0]])
+    actual = expected + torch.tensor([[0.0, 0.0, 0.03], [0.0, -0.04, 0.0]])
+    comparison = Comparison()
+    comparison.add(expected, actual, torch.tensor([2, 0]))
+    p, q = expected.double().softmax(-1), actual.double().softmax(-1)
+    assert comparison.max_difference == pytest.approx(0.04) and comparison.largest_logit == 12.0
+    assert comparison.rms_difference == pytest.approx((0.0025 / 6) ** 0.5, rel=1e-4)
+    assert comparison.divergence == pytest.approx(float((p * (p / q).log()).sum()) / 2, rel=1e-6)
+    likelihoods = [float(x[0, 2] * x[1, 0]) for x in (p, q)]
+    assert comparison.perplexities == pytest.approx([likelihood**-0.5 for likelihood in likelihoods])
+    assert comparison.agreement == 1.0
+    assert Verification(torch.float32, comparison, None).max_bound == pytest.approx(1.2e-4)
+    assert not Verification(torch.float32, comparison, None).has_passed
+    assert Verification(torch.bfloat16, comparison, comparison).has_passed
+    comparison.add(expected, actual * torch.nan, torch.tensor([2, 0]))
+    assert not Verification(torch.bfloat16, comparison, comparison).has_passed, "what is no number is never good"
