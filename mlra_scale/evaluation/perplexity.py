@@ -23,15 +23,17 @@ _IGNORED = -100
 
 
 class LanguageModel(Protocol):
-    """What perplexity needs of a model.
+    """What perplexity needs of a model."""
 
-    Attributes:
-        vocab_size: Number of tokens.
-        max_positions: Longest input.
-    """
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        ...
 
-    vocab_size: int
-    max_positions: int
+    @property
+    def max_positions(self) -> int:
+        """Longest input."""
+        ...
 
     def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
         """Logits of the next token at the last `keep` positions, [B, keep, V]; positions count from 0 in each row."""
