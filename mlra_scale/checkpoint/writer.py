@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,8 @@ DTYPES = {
 WEIGHTS_FILE_BYTES = 2**30
 """How large the files of a weights-only checkpoint become, unless a single tensor is larger."""
 
+_LARGE_BYTES = 2**19
+
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -72,9 +75,10 @@ def write_safetensors(
     """
     header = _header(specs, metadata)
     announced = iter(specs.items())
-    with path.open("xb", buffering=0) as file:
+    middle = len(header) + sum(map(num_bytes, specs.values())) // 2
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         points.reached("file-open")
-        output = _Output(file, len(header) + sum(map(num_bytes, specs.values())) // 2)
+        output = _Output(file, hashing, middle)
         output.write(memoryview(header))
         for name, tensor in tensors:
             expected = next(announced, None)
@@ -91,21 +95,30 @@ def write_safetensors(
 class _Output:
     """A file with the size and checksum of what has been written into it."""
 
-    def __init__(self, file: FileIO, middle: int) -> None:
+    def __init__(self, file: FileIO, hashing: Executor, middle: int) -> None:
         self.file = file
+        self.hashing = hashing
+        self.middle = middle
         self.size = 0
         self.digest = hashlib.sha256()
-        self.middle = middle
 
     def write(self, piece: memoryview) -> None:
-        """Writes all of it; the system may take less at a time."""
-        self.digest.update(piece)
+        """Writes all of it. The checksum of a large piece is computed meanwhile: both take about as long."""
         was_before_middle = self.size < self.middle
         self.size += len(piece)
-        while piece:
-            piece = piece[self.file.write(piece) :]
+        if len(piece) < _LARGE_BYTES:
+            self.digest.update(piece)
+            self._put(piece)
+        else:
+            hashed = self.hashing.submit(self.digest.update, piece)
+            self._put(piece)
+            hashed.result()
         if was_before_middle and self.size >= self.middle:
             points.reached("mid-file")
+
+    def _put(self, piece: memoryview) -> None:
+        while piece:  # the system may take less at a time
+            piece = piece[self.file.write(piece) :]
 
 
 def _write_tensor(output: _Output, tensor: torch.Tensor, before_chunk: Callable[[], None]) -> None:
