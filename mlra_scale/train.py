@@ -14,11 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mlra_scale.config import BatchPlan, Config, ConfigError, Problem, batch_plan, load_config, preset_names, validate
+from mlra_scale.config import (
+    Config,
+    ConfigError,
+    Named,
+    Problem,
+    batch_plan,
+    load_named_config,
+    preset_names,
+    validate,
+)
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.resume import changed_data, changed_layout, read_origin
-from mlra_scale.training.run_directory import RunDirectory, check_run_directory, held
+from mlra_scale.training.run_directory import RunDirectory, held
 
 _RANK_0_SECONDS = 10.0
 """How long the other ranks let rank 0 tell about bad input before they tell it themselves: a launcher ends every rank
@@ -66,22 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments = build_parser().parse_intermixed_args(argv)
-        config = load_config(arguments.preset, arguments.config, arguments.ds_config, arguments.overrides)
+        config, named = load_named_config(arguments.preset, arguments.config, arguments.ds_config, arguments.overrides)
         if arguments.dry_run:
             return _dry_run(config, rank, config.parallel.world_size or world_size)
-        run_directory, plan, checkpoint = check(config, arguments.run_dir, arguments.resume, world_size)
-        from mlra_scale.training.launch import run
-        from mlra_scale.training.report import report_nothing_to_do
-
-        with held(run_directory) if rank == 0 else contextlib.nullcontext():
-            if rank == 0 and check_run_directory(config, run_directory, arguments.resume) != ([], checkpoint):
-                # Between the check and the lock.
-                raise ConfigError([Problem("--run-dir", arguments.run_dir, "another run has just used it; look again")])
-            if checkpoint is not None and (step := read_origin(checkpoint).step) >= config.train.steps:
-                if rank == 0:
-                    report_nothing_to_do(run_directory, checkpoint, step, config.train.steps)
-                return ExitCode.DONE
-            return run(config, plan, run_directory, checkpoint)
+        return _train(config, named, arguments.run_dir, arguments.resume, rank, world_size)
     except ConfigError as error:
         return _report_bad_input(error, rank)
     except KeyboardInterrupt:
@@ -90,49 +86,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
 
 
-def check(
-    config: Config, run_dir: str | None, resume: str, world_size: int
-) -> tuple[RunDirectory, BatchPlan, Path | None]:
-    """Checks configuration, device, data and run directory, without writing anything.
+def _train(config: Config, named: Named, run_dir: str | None, resume: str, rank: int, world_size: int) -> int:
+    """Checks everything, keeps other runs out of the directory, and trains."""
+    from mlra_scale.training.candidates import choose
+    from mlra_scale.training.launch import run
+    from mlra_scale.training.report import report_nothing_to_do
+    from mlra_scale.training.start import Asked, prepare
 
-    Args:
-        config: As loaded.
-        run_dir: The value of --run-dir.
-        resume: The value of --resume.
-        world_size: Number of ranks.
-
-    Returns:
-        The run directory, the batch plan, and the checkpoint to resume from (None: a fresh start).
-
-    Raises:
-        ConfigError: With everything that is wrong.
-    """
-    from mlra_scale.data import check_data, identify_data
-    from mlra_scale.training.launch import check_device, check_launcher, resolve_device
-
-    problems = check_launcher(os.environ)
-    try:
-        validate(config, world_size, device=resolve_device(config))
-    except ConfigError as error:
-        problems += error.problems
-    problems += check_device(config)
-    problems += check_data(config)
-    checkpoint = None
-    if run_dir is None:
-        problems.append(Problem("--run-dir", None, "is required: name a directory for what the run leaves behind"))
-    else:
-        found, checkpoint = check_run_directory(config, RunDirectory(Path(run_dir)), resume)
-        problems += found
-    if problems:
-        raise ConfigError(problems)
-    assert run_dir is not None
-    if checkpoint is not None:
-        origin = read_origin(checkpoint)
-        problems += changed_layout(config, origin, world_size)
-        problems += changed_data(identify_data(config).fingerprints, origin)
-    if problems:
-        raise ConfigError(problems)
-    return RunDirectory(Path(run_dir)), batch_plan(config, world_size), checkpoint
+    run_directory = None if run_dir is None else RunDirectory(Path(run_dir))
+    asked = Asked(config, named, run_directory, resume, world_size)
+    start = prepare(asked)
+    with held(start.run) if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and choose(start.run, resume) != start.choice:
+            # Between the check and the lock.
+            raise ConfigError([Problem("--run-dir", run_dir, "another run has just used it; look again")])
+        if start.is_done:
+            if rank == 0:
+                report_nothing_to_do(start)
+            return ExitCode.DONE
+        return run(asked, start)
 
 
 def _dry_run(config: Config, rank: int, world_size: int) -> int:

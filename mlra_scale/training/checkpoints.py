@@ -1,93 +1,150 @@
-"""Saving, keeping and loading checkpoints, so that nothing half-written is ever visible."""
+"""The checkpoints of a run: what goes in beside weights and moments, when one is done, and how a run ends without."""
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 
-import torch.distributed as dist
-
+from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.checkpoint.loading import load_checkpoint
+from mlra_scale.checkpoint.retention import set_latest
+from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
+from mlra_scale.data import Datasets
 from mlra_scale.parallel.engine import Engine
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.finite import FiniteCheck, TrainingStopped
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
-from mlra_scale.training.record import write_atomically
-from mlra_scale.training.resume import Origin
-from mlra_scale.training.run_directory import RunDirectory, checkpoint_name
-
-_UNFINISHED = ".unfinished-"
+from mlra_scale.training.resumed_data import DataHistory
+from mlra_scale.training.start import Start
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """Saves and loads the checkpoints of a run; a context manager, since a save may be in flight at the end.
 
-    The engine writes into a folder with a name that no reader looks for; when every rank is done it is renamed, and
-    only then `latest` moves. A crash at any moment leaves the previous checkpoint as the latest.
+    Args:
+        start: The run.
+        engine: What is saved.
+        datasets: The data that it reads.
+        finite: Its window is saved too.
+        told: Called with every completed save, on every rank.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, data_fingerprints: dict[str, str]) -> None:
-        self._folder = run.checkpoints
-        self._config = config
-        self._data_fingerprints = data_fingerprints
+    def __init__(
+        self,
+        start: Start,
+        engine: Engine,
+        datasets: Datasets,
+        finite: FiniteCheck,
+        told: Callable[[FinishedSave], None],
+    ) -> None:
+        self._start, self._engine, self._datasets, self._finite, self._told = start, engine, datasets, finite, told
+        settings = start.config.checkpoint
+        self._folder = start.run.checkpoints
+        self._saver = Saver(
+            self._folder, engine.topology, settings.keep_last, settings.keep_every, settings.asynchronous
+        )
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
-        """Writes a checkpoint and removes those beyond `checkpoint.keep_last`; collective.
+    def load(self) -> None:
+        """Puts the checkpoint of the start, if there is one, into the engine; collective.
 
-        Args:
-            engine: Its weights and optimizer go in.
-            progress: The counters; they go in.
+        Its checksums have been compared (agreement.settle).
 
-        Returns:
-            The checkpoint's folder.
+        Raises:
+            TrainingStopped: It cannot be read any more; on all ranks.
         """
-        is_main = engine.topology.rank == 0
-        final = self._folder / checkpoint_name(progress.step)
-        unfinished = self._folder / (_UNFINISHED + final.name)
-        if is_main:
-            for leftover in self._folder.glob(_UNFINISHED + "*"):
-                shutil.rmtree(leftover)
-            unfinished.mkdir(parents=True)
-        dist.barrier()
-        with muted():
-            engine.save(unfinished, asdict(progress))
-        dist.barrier()
-        if is_main:
-            write_atomically(unfinished / "config.yaml", self._config.to_yaml())
-            topology = engine.topology
-            origin = Origin(progress.step, topology.world_size, topology.data, self._data_fingerprints)
-            origin.write(unfinished)
-            if final.exists():
-                # Left by a run that went on from an earlier checkpoint; the newer one is this.
-                shutil.rmtree(final)
-            os.replace(unfinished, final)
-            write_atomically(self._folder / "latest", final.name + "\n")
-            self._retire(final)
-        dist.barrier()
-        return final
-
-    def load(self, engine: Engine, checkpoint: Path) -> Progress:
-        """Puts a checkpoint into the engine; collective.
-
-        Args:
-            engine: Built under the same layout.
-            checkpoint: A folder that `save` returned, and that the checks of resume.py have let pass.
-
-        Returns:
-            The counters of that moment.
-        """
-        with muted():
-            state = engine.load(checkpoint)
-        if engine.topology.rank == 0 and checkpoint.parent.resolve() == self._folder.resolve():
+        checkpoint = self._start.checkpoint
+        if checkpoint is None:
+            return
+        try:
+            with muted():
+                state = load_checkpoint(self._engine, Store.open(checkpoint))
+        except CheckpointError as error:
+            values = {"step": self._start.progress.step}
+            raise TrainingStopped(str(error), values, ExitCode.CHECKPOINT_FAILED) from error
+        if self._start.kind == "weights":
+            return
+        self._finite.load(state["windows"]["finite"])
+        if self._engine.topology.rank == 0 and checkpoint.parent.resolve() == self._folder.resolve():
             # The run goes on from here, whatever later checkpoints it once had.
-            write_atomically(self._folder / "latest", checkpoint.name + "\n")
-        return Progress(**state)
+            set_latest(self._folder, checkpoint)
 
-    def _retire(self, newest: Path) -> None:
-        """Removes all but the last few checkpoints, and later ones than `newest`: they are of an abandoned branch."""
-        found = sorted(path for path in self._folder.glob("step-*") if path.is_dir())
-        kept = [path for path in found if path.name <= newest.name][-self._config.checkpoint.keep_last :]
-        for path in found:
-            if path not in kept:
-                shutil.rmtree(path)
+    def save(self, progress: Progress, learning_rate: float, is_last: bool) -> None:
+        """Begins to save a checkpoint, or saves it at once where it is the last; collective.
+
+        Args:
+            progress: The counters.
+            learning_rate: Of the step that was just done.
+            is_last: Whether the run ends here.
+
+        Raises:
+            TrainingStopped: It failed, or the one before did; on all ranks.
+        """
+        config = self._start.config
+        state = {
+            "progress": asdict(progress),
+            "learning_rate": learning_rate,
+            "engine": self._engine.training_state(),
+            "windows": {"finite": self._finite.state()},
+            "data_fingerprints": self._datasets.identity.fingerprints,
+            "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
+        }
+        try:
+            self._saver.save(
+                self._engine, progress.step, state, {}, config.to_yaml(), self._tokenizer(config), synchronous=is_last
+            )
+            self._tell(self._saver.finish() if is_last else [])
+        except CheckpointError as error:
+            raise self._failed(error, progress.step) from error
+
+    def poll(self, step: int) -> None:
+        """Brings a save in flight forward and tells of those that are complete; collective, after every step.
+
+        Raises:
+            TrainingStopped: The save failed; on all ranks on the same step.
+        """
+        try:
+            self._tell(self._saver.poll())
+        except CheckpointError as error:
+            raise self._failed(error, step) from error
+
+    def _tell(self, finished: list[FinishedSave]) -> None:
+        for save in finished:
+            self._told(save)
+
+    def _failed(self, error: CheckpointError, step: int) -> TrainingStopped:
+        message = (
+            f"step {step}: {error}. The run stops on all ranks, since it would go on without a way back; the "
+            "checkpoints before this one are as they were. Mend the cause and continue with --resume auto."
+        )
+        return TrainingStopped(message, {"step": step}, ExitCode.CHECKPOINT_FAILED)
+
+    def _tokenizer(self, config: Config) -> Path | None:
+        """The folder of the data's tokenizer, which an export needs when the data are out of reach."""
+        folders = [manifest.tokenizer_folder for manifest in self._datasets.manifests[:1]]
+        folders += [] if config.data.tokenizer is None else [Path(config.data.tokenizer)]
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends with no save in flight.
+
+        A stop that all ranks make together lets it complete: it may be the best way back. After any other error the
+        other ranks cannot be counted on.
+        """
+        is_common = isinstance(error, TrainingStopped) and error.exit_code != ExitCode.CHECKPOINT_FAILED
+        if not is_common:
+            self._saver.abandon()
+            return
+        try:
+            self._tell(self._saver.finish())
+        except CheckpointError as fault:
+            assert error is not None
+            error.add_note(f"a save in flight failed as well: {fault}")

@@ -9,7 +9,7 @@ class ExitCode(IntEnum):
     """How a training process ended.
 
     torchrun reports 1 for any failed worker; the code of the worker itself is in torchrun's report and in the run
-    directory's events.jsonl. Codes 4 to 9 are kept for endings that a launcher should act upon (such as "preempted,
+    directory's events.jsonl. Codes 5 to 9 are kept for endings that a launcher should act upon (such as "preempted,
     queue me again").
     """
 
@@ -21,5 +21,7 @@ class ExitCode(IntEnum):
     in the data that only training found it."""
     NON_FINITE = 3
     """The loss or the gradient norm stopped being a number; running again gives the same end."""
+    CHECKPOINT_FAILED = 4
+    """A checkpoint could not be written; the earlier ones are as they were. Running again goes on from the newest."""
     INTERRUPTED = 130
     """Ctrl-C, as shells report it (128 + SIGINT)."""

@@ -46,6 +46,14 @@ class FiniteCheck:
         self._max_overflows = train.max_consecutive_overflows
         self._overflows = 0
 
+    def state(self) -> dict[str, int]:
+        """Returns what a checkpoint keeps of it."""
+        return {"overflows": self._overflows}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Goes on from what `state` returned."""
+        self._overflows = state["overflows"]
+
     def approve(self, proposal: UpdateProposal) -> bool:
         """Returns whether the update may be applied; the same on every rank, as the proposal is."""
         return self._is_fp16 or (math.isfinite(proposal.loss) and math.isfinite(proposal.gradient_norm))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from mlra_scale.config import BatchPlan, Config, Problem
+from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.quiet import quiet_libraries
-from mlra_scale.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from mlra_scale.training.start import Asked, Start
 
 
 def resolve_device(config: Config) -> str:
@@ -64,32 +66,41 @@ def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
     return []
 
 
-def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint: Path | None) -> ExitCode:
+def run(asked: Asked, start: Start) -> ExitCode:
     """Starts the process groups, trains, and ends them; a default group that is running already is used and left.
 
     Args:
-        config: A validated configuration.
-        plan: Its batch plan for this world.
-        run_directory: Where the run's files go.
-        checkpoint: What to resume from; None for a fresh start.
+        asked: What the command line asks for.
+        start: What this rank has made of it.
 
     Returns:
         How the run ended; the same on every rank.
+
+    Raises:
+        ConfigError: On rank 0, if the checkpoints turned out to be bad; the other ranks return BAD_INPUT.
     """
-    device = resolve_device(config)
+    device = resolve_device(start.config)
     quiet_libraries(device)
     # DeepSpeed chooses its accelerator when it is imported, hence not at the top of this file.
     from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
+    from mlra_scale.training.agreement import StartRefused, settle
     from mlra_scale.training.finite import TrainingStopped
+    from mlra_scale.training.report import report_nothing_to_do
     from mlra_scale.training.trainer import fit
 
     is_ours = not dist.is_initialized()
-    minutes = config.parallel.timeout_minutes
+    minutes = start.config.parallel.timeout_minutes
     place = initialize_distributed(device, minutes)
-    topology = build_topology(plan, place, minutes)
-    code = ExitCode.DONE
+    topology = build_topology(start.plan, place, minutes)
+    code, problems = ExitCode.DONE, []
     try:
-        fit(config, plan, topology, run_directory, checkpoint)
+        start = settle(asked, start, topology)
+        if not start.is_done:
+            fit(start, topology)
+        elif topology.rank == 0:
+            report_nothing_to_do(start)
+    except StartRefused as refusal:
+        code, problems = ExitCode.BAD_INPUT, refusal.problems
     except TrainingStopped as stop:
         # Told by rank 0's report.
         code = stop.exit_code
@@ -100,4 +111,6 @@ def run(config: Config, plan: BatchPlan, run_directory: RunDirectory, checkpoint
     if is_ours:
         destroy_topology(topology)
         dist.destroy_process_group()
+    if problems and topology.rank == 0:
+        raise ConfigError(problems)
     return code

@@ -42,6 +42,11 @@ class JsonLines:
             self._file.write(json.dumps(finite_or_none(values), allow_nan=False) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """Returns when what was written is on disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:

@@ -6,48 +6,45 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from mlra_scale.config import BatchPlan, Config
+from mlra_scale.checkpoint.saver import FinishedSave
 from mlra_scale.training.dry_run import short_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.metrics import tev_text, train_line, validation_line
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record
-from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start import Start
 from mlra_scale.training.wandb_log import WandbLog, open_wandb
 
 _CURVES = ("loss", "validation_loss", "tev_mean", "tev_std")
 """What the summary tells the first and the last value of."""
 
 
-def report_nothing_to_do(run: RunDirectory, checkpoint: Path, step: int, total_steps: int) -> None:
+def report_nothing_to_do(start: Start) -> None:
     """Tells that a run is to be resumed which has done its steps; its configuration and record stay as they are.
 
     Args:
-        run: Its directory.
-        checkpoint: What it is to be resumed from.
-        step: The checkpoint's step.
-        total_steps: `train.steps`.
+        start: What is to be resumed.
     """
-    events = EventLog(run.events)
-    events.write("finished", steps=step, checkpoint=str(checkpoint), reason=f"already at train.steps={total_steps}")
+    step, total, checkpoint = start.progress.step, start.config.train.steps, str(start.checkpoint)
+    events = EventLog(start.run.events)
+    events.write("finished", steps=step, checkpoint=checkpoint, reason=f"already at train.steps={total}")
     events.close()
-    print(f"already at step {step} ({checkpoint}): nothing to do up to train.steps={total_steps}, raise it to go on")
+    print(f"already at step {step} ({checkpoint}): nothing to do up to train.steps={total}, raise it to go on")
     sys.stdout.flush()
 
 
 class Report:
     """The reporting of one run; a context manager that also tells how the run ended."""
 
-    def __init__(self, config: Config, plan: BatchPlan, run: RunDirectory, is_main: bool) -> None:
-        self._config, self._plan, self._run = config, plan, run
-        self._is_main = is_main
+    def __init__(self, start: Start, is_main: bool) -> None:
+        self._start, self._is_main = start, is_main
+        self._config, self._plan, self._run = start.config, start.plan, start.run
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
@@ -55,34 +52,48 @@ class Report:
         self._started = time.perf_counter()
         self._step = 0
 
-    def start(self, progress: Progress, checkpoint: Path | None) -> None:
-        """Makes the run directory, cuts the record back to the resumed step and opens everything.
-
-        Args:
-            progress: Where the run starts.
-            checkpoint: What it was resumed from, if it was.
-        """
+    def start(self) -> None:
+        """Makes the run directory, cuts the record back to the resumed step and opens everything."""
+        start, progress = self._start, self._start.progress
         self._step = progress.step
         if not self._is_main:
             return
-        self._run.create(self._config)
-        num_cut = cut_record(self._run.metrics, progress.step if checkpoint is not None else -1)
+        self._run.create(self._config, start.checkpoint)
+        num_cut = cut_record(self._run.metrics, progress.step if start.kind == "training" else -1)
         self._records = read_record(self._run.metrics)
         self._metrics, self._events = JsonLines(self._run.metrics), EventLog(self._run.events)
         self._events.write("start", step=progress.step, world_size=self._plan.world_size)
         self.say(short_report(self._config, self._plan))
-        if checkpoint is not None:
-            self._events.write("resume", step=progress.step, checkpoint=str(checkpoint), records_cut=num_cut)
-            self.say(f"resumed from {checkpoint}: step {progress.step}, {progress.consumed_samples:,} samples read")
-        elif num_cut > 0:
-            self._events.write("begun_anew", records_cut=num_cut)
-            self.say(f"the run here was stopped before its first checkpoint: it begins anew, from step {progress.step}")
+        self._tell_origin(num_cut)
         if num_cut > 0:
             self.say(f"removed from {self._run.metrics.name}: {num_cut} line(s) of steps that are done again")
         self._wandb = open_wandb(self._config, self._run)
         self.say(f"run directory {self._run.path}, wandb {self._wandb.mode}")
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._config.train.steps, initial=progress.step, unit="step", dynamic_ncols=True)
+
+    def _tell_origin(self, num_cut: int) -> None:
+        """Says where the run goes on, what was passed over on the way there, and what differs from now on.
+
+        Args:
+            num_cut: Lines removed from the record.
+        """
+        start, progress, checkpoint = self._start, self._start.progress, str(self._start.checkpoint)
+        for rejected in start.rejected:
+            self._events.write("fallback", passed_over=str(rejected.path), reason=rejected.reason, used=checkpoint)
+            self.say(f"fallback: {rejected.path} is passed over: {rejected.reason}")
+        if start.kind == "training":
+            self._events.write("resume", step=progress.step, checkpoint=checkpoint, records_cut=num_cut)
+            self.say(f"resumed from {checkpoint}: step {progress.step}, {progress.consumed_samples:,} samples read")
+        elif start.kind == "weights":
+            self._events.write("initialized_from", checkpoint=checkpoint, records_cut=num_cut)
+            self.say(f"begins with the weights of {checkpoint}")
+        elif num_cut > 0:
+            self._events.write("begun_anew", records_cut=num_cut)
+            self.say(f"the run here was stopped before its first checkpoint: it begins anew, from step {progress.step}")
+        for change in start.changes:
+            self._events.write("changed", field=change.field, was=change.was, now=change.now)
+            self.say(f"changed from here on: {change}")
 
     def say(self, text: str) -> None:
         """Prints to the console, above the progress bar."""
@@ -93,6 +104,21 @@ class Report:
     def event(self, event: str, **values: Any) -> None:
         """Appends to events.jsonl."""
         self._events.write(event, **values)
+
+    def sync(self) -> None:
+        """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it."""
+        self._metrics.sync()
+
+    def saved(self, save: FinishedSave) -> None:
+        """Records a checkpoint that is complete."""
+        self.event(
+            "checkpoint",
+            step=save.step,
+            path=str(save.path),
+            bytes=save.bytes,
+            stall_seconds=round(save.stall_seconds, 4),
+            write_seconds=round(save.write_seconds, 4),
+        )
 
     def step_done(self, progress: Progress) -> None:
         """Notes how far the run has come, and moves the progress bar."""
@@ -193,9 +219,10 @@ class Report:
         code = ExitCode.DONE
         if isinstance(error, TrainingStopped):
             code = error.exit_code
-            self._events.write("stopped", exit_code=int(code), reason=str(error), **error.values)
+            reason = "; ".join([str(error), *getattr(error, "__notes__", [])])
+            self._events.write("stopped", exit_code=int(code), reason=reason, **error.values)
             if self._is_main:
-                print(f"stopped: {error}", file=sys.stderr, flush=True)
+                print(f"stopped: {reason}", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
             code = ExitCode.INTERRUPTED
             self._events.write("interrupted", step=self._step, exit_code=int(code))

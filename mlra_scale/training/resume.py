@@ -1,176 +1,219 @@
-"""What a resumed run may change: the comparison of this start with the one that is continued, before anything starts.
+"""What a resumed run may change: this start compared with the run that it continues. Imports no torch.
 
-A checkpoint holds, beside the engine's files, config.yaml and origin.json: what has to be known of it without reading
-weights. origin.json is written last; a folder without it is no checkpoint.
+Every field of the configuration is in one of three classes.
+
+FREE fields say where and how a run computes and change at every start as they are given: layout, machine, places of
+files. NAMED fields change the run itself, and a person may want that: a difference counts only if the field stands on
+the command line. A difference that comes merely from a preset's default is none: the run keeps its own value. One that
+comes from the config file is refused, because a file that was edited, or is another one, may be a mistake. All other
+fields are the run's identity (architecture, seeds, sequence length, what a document is) and never change.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from mlra_scale.config import Config, ConfigError, Problem, engine_kind, zero_stage
-from mlra_scale.training.record import write_atomically
+from mlra_scale.config import Config, ConfigError, ModelConfig, Named, Problem
 
-_ORIGIN = "origin.json"
-
-_MAY_CHANGE = (
+FREE = (
     "preset",
-    # Data may move: whether they are the same data is for their fingerprints to say.
+    "model.vocab_padding_multiple",
+    # Where data lie; whether they are the same data is for their fingerprints to say.
     "data.path",
     "data.validation_path",
     "data.tokenizer",
-    "train.steps",
     "train.device",
+    "train.micro_batch_size",
+    "parallel.",
+    "deepspeed",
+    "wandb.",
+    "profile.",
+)
+NAMED = (
+    "model.embedding_dropout",
+    "model.attention_dropout",
+    "model.residual_dropout",
+    "model.z_loss",
+    "data.blend",
+    "train.steps",
+    "train.global_batch_size",
+    "train.precision",
     "train.log_every",
     "train.peak_tflops",
     "train.max_consecutive_overflows",
-    # Not decay_factors and decay_embedding: they decide how parameters are grouped in the stored optimizer.
-    "optim.lr",
-    "optim.betas",
-    "optim.eps",
-    "optim.weight_decay",
-    "optim.grad_clip",
-    "optim.schedule",
-    "optim.warmup_steps",
-    "optim.decay_steps",
-    "optim.min_lr_ratio",
-    "parallel.timeout_minutes",
-    "parallel.world_size",
+    "optim.",
+    "tev.",
+    "evaluation.",
+    "checkpoint.",
 )
-_SECTIONS_THAT_MAY_CHANGE = ("tev.", "evaluation.", "checkpoint.", "wandb.", "profile.")
-"""Fields and sections that a resumed run may set differently: none of them changes what is stored or which samples
-come next. Everything else must be as it was."""
+"""Fields, and with a dot at the end whole sections."""
+
+_NOT_ARCHITECTURE = (
+    "vocab_padding_multiple",
+    "attention_rank_ratio",
+    "init_std",
+    "init_width_rule",
+    "attention_init",
+    "paired_mlra_init",
+    "embedding_dropout",
+    "attention_dropout",
+    "residual_dropout",
+    "z_loss",
+)
+"""Fields of the model that may differ where a new run begins with given weights."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a checkpoint comes from.
+class Change:
+    """A field that goes on with another value than the run had.
 
     Attributes:
-        step: Steps done.
-        world_size: Number of ranks that wrote it.
-        data_parallel: Data-parallel degree; the other degrees are in the configuration.
-        data_fingerprints: Of every data set by the field that named it (data.fingerprints).
+        field: Its dotted name, or what else changed.
+        was: Its value in the checkpoint.
+        now: Its value from here on.
     """
 
-    step: int
-    world_size: int
-    data_parallel: int
-    data_fingerprints: dict[str, str]
+    field: str
+    was: Any
+    now: Any
 
-    def write(self, checkpoint: Path) -> None:
-        """Writes it into the folder of a checkpoint."""
-        write_atomically(checkpoint / _ORIGIN, json.dumps(asdict(self), indent=1) + "\n")
+    def __str__(self) -> str:
+        return f"{self.field}: {_shown(self.was)} -> {_shown(self.now)}"
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Returns whether a folder is a checkpoint, wherever it lies and whatever its name is."""
-    return (path / "config.yaml").is_file() and (path / _ORIGIN).is_file()
+@dataclass(frozen=True)
+class Comparison:
+    """A start, compared with the run that it continues.
 
-
-def read_origin(checkpoint: Path) -> Origin:
-    """Reads origin.json.
-
-    Raises:
-        ConfigError: It is damaged.
+    Attributes:
+        config: The configuration to go on with: of this start, with the stored values that are kept.
+        changes: What differs from the run so far.
+        problems: What differs and must not.
     """
-    try:
-        origin = Origin(**json.loads((checkpoint / _ORIGIN).read_text(encoding="utf-8")))
-        # A damaged file may still be JSON.
-        assert min(origin.step, origin.world_size, origin.data_parallel) >= 1 and dict(origin.data_fingerprints)
-    except (OSError, ValueError, TypeError, AssertionError) as error:
-        remedy = f"its {_ORIGIN} cannot be read ({type(error).__name__}: {error}); resume from another checkpoint"
-        raise ConfigError([Problem("--resume", str(checkpoint), remedy)]) from error
-    return origin
+
+    config: Config
+    changes: list[Change] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
-def changed_fields(config: Config, stored_file: Path) -> list[Problem]:
-    """Compares the configuration with a stored one, field by field.
+def compare(config: Config, named: Named, stored: Config) -> Comparison:
+    """Compares the configuration of this start with a stored one, field by field.
 
     Args:
         config: Of this start.
-        stored_file: A config.yaml.
+        named: Which of its fields a person named, and where.
+        stored: Of the run to be continued.
+    """
+    now, was = flat(config.to_dict()), flat(stored.to_dict())
+    keep_stored_data(now, was, named)
+    changes, problems = [], []
+    for name in was:
+        if was[name] == now[name]:
+            continue
+        if is_in(FREE, name) or (name in named.on_command_line and is_in(NAMED, name)):
+            # The mix of data sets is compared by what they hold, by compare_data.
+            if name != "data.blend":
+                changes.append(Change(name, was[name], now[name]))
+        elif name == "data.blend" and was[name] is not None and now[name] is not None:
+            # From the config file: maybe only the places are others.
+            continue
+        elif not is_in(NAMED, name):
+            remedy = f"the run to be resumed has {_shown(was[name])}; leave it so, or start a new run"
+            problems.append(Problem(name, now[name], remedy))
+        elif name in named.in_file or (name == "data.blend" and now["data.path"] is not None):
+            remedy = f"the run to be resumed has {_shown(was[name])}; if the change is meant, name it on the command "
+            problems.append(Problem(name, now[name], remedy + f"line: {name}={_shown(now[name])}"))
+        else:
+            now[name] = was[name]
+    return Comparison(Config.from_dict(nested(now)), changes, problems)
+
+
+def keep_stored_data(now: dict[str, Any], was: Mapping[str, Any], named: Named) -> None:
+    """Lets a start that does not say where its data are read those of the run.
+
+    Args:
+        now: Flat fields of this start; changed in place.
+        was: Flat fields of the run.
+        named: What this start names.
+    """
+    told = named.on_command_line | named.in_file
+    if not told & {"data.path", "data.blend"}:
+        now["data.path"], now["data.blend"] = was["data.path"], was["data.blend"]
+    for name in ("data.validation_path", "data.tokenizer"):
+        if name not in told:
+            now[name] = was[name]
+
+
+def compare_model(config: Config, stored: ModelConfig) -> list[Problem]:
+    """Compares the architecture of a new run with that of the weights it is to begin with.
+
+    Args:
+        config: Of this start.
+        stored: The model that the weights belong to.
 
     Returns:
-        A problem for every field that differs and must not.
+        A problem for every field that differs.
     """
-    try:
-        stored = Config.from_yaml(stored_file.read_text(encoding="utf-8"))
-    except (ConfigError, OSError) as error:
-        return [Problem("--resume", str(stored_file.parent), f"its config.yaml cannot be read: {error}")]
-    was, now = dict(_flat(stored.to_dict())), dict(_flat(config.to_dict()))
-    problems = []
-    for field in sorted(was.keys() | now.keys()):
-        if was.get(field) == now.get(field) or field in _MAY_CHANGE or field.startswith(_SECTIONS_THAT_MAY_CHANGE):
-            continue
-        if field == "data.blend":
-            remedy = f"the run to be resumed has the weights {was.get(field)}, in this order, which decides on the "
-            remedy += "order of samples; leave them so (the paths may be others), or start a new run"
-        else:
-            remedy = f"the run to be resumed has {was.get(field)!r}; leave it so, or start a new run"
-        problems.append(Problem(field, now.get(field), remedy))
-    return problems
+    now, was = _architecture(config.model), _architecture(stored)
+    return [
+        Problem(f"model.{name}", now[name], f"the weights to begin with have {_shown(was[name])}; set it to that")
+        for name in was
+        if now[name] != was[name]
+    ]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted name and the value of every field; the DeepSpeed section counts as one field.
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """The fields that decide on parameters and what is computed with them, derived values written out."""
+    values = model.model_dump(mode="json", exclude=set(_NOT_ARCHITECTURE))
+    values["ffn_hidden_size"] = model.ffn_size
+    is_factorised = model.attention == "mlra"
+    values["attention_rank"] = model.rank if is_factorised else None
+    values["factorised_projections"] = list(model.factorised_projections) if is_factorised else None
+    return values
 
-    Of a blend the weights in their order: its paths are compared by what they hold.
-    """
+
+def is_in(names: tuple[str, ...], name: str) -> bool:
+    """Returns whether a field is in one of the lists above."""
+    return any(name == item or (item.endswith(".") and name.startswith(item)) for item in names)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns every field by its dotted name; the DeepSpeed section and a blend count as one field each."""
+    return dict(_flat(values, ""))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if key == "blend" and value is not None:
-            yield prefix + key, list(value.values())
-        elif isinstance(value, dict) and key != "deepspeed":
+        if isinstance(value, dict) and key not in ("deepspeed", "blend"):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def changed_layout(config: Config, origin: Origin, world_size: int) -> list[Problem]:
-    """Refuses another number of data-parallel ranks where the optimizer is sharded over them.
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `flat`."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        (result.setdefault(section, {}) if section else result)[key] = value
+    return result
 
-    DeepSpeed stores what each rank holds, and from ZeRO stage 1 on that is a share of the optimizer; its bf16 optimizer
-    of the pipeline engine is divided so at stage 0 too.
 
-    Args:
-        config: Of this start; tensor and pipeline degree are known to be those of the checkpoint.
-        origin: Of the checkpoint.
-        world_size: Number of ranks of this start.
+def read_stored(text: str, where: str) -> Config:
+    """Reads a stored configuration.
+
+    Raises:
+        ConfigError: It cannot be read.
     """
-    data_parallel, stage = world_size // (config.parallel.tensor * config.parallel.pipeline), zero_stage(config)
-    is_divided = stage > 0 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
-    if data_parallel == origin.data_parallel or not is_divided:
-        return []
-    owner = f"ZeRO stage {stage}" if stage > 0 else "the bf16 pipeline engine"
-    remedy = (
-        f"the run to be resumed has {origin.world_size} ranks, {origin.data_parallel} of them data-parallel, over "
-        f"which {owner} divides the optimizer, and not {data_parallel}; start {origin.world_size} ranks"
-    )
-    return [Problem("number of ranks", world_size, remedy)]
+    try:
+        return Config.from_yaml(text)
+    except ConfigError as error:
+        raise ConfigError([Problem("--resume", where, f"its config.yaml cannot be read: {error}")]) from error
 
 
-def changed_data(fingerprints: dict[str, str], origin: Origin) -> list[Problem]:
-    """Refuses other data than those of the run, wherever they lie.
-
-    Args:
-        fingerprints: Of the data of this start.
-        origin: Of the checkpoint.
-    """
-    problems = []
-    for field in sorted(fingerprints.keys() | origin.data_fingerprints.keys()):
-        was, now = origin.data_fingerprints.get(field), fingerprints.get(field)
-        if was == now:
-            continue
-        if was is None:
-            remedy = "the run to be resumed has no data of this kind; leave it out, or start a new run"
-        elif now is None:
-            remedy = f"the run to be resumed has data here, of fingerprint {was[:16]}; name them, or start a new run"
-        else:
-            remedy = f"not the data of the run to be resumed, whose fingerprint is {was[:16]}; they may have moved, "
-            remedy += "but must be the same, or start a new run"
-        problems.append(Problem(field, None if now is None else f"fingerprint {now[:16]}", remedy))
-    return problems
+def _shown(value: Any) -> str:
+    """A value as it would stand on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,46 +22,44 @@ from mlra_scale.training.profiling import StepProfiler
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
 from mlra_scale.training.report import Report
-from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import learning_rate
+from mlra_scale.training.start import Start
 
 _GIB = 2.0**30
 
 
-def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, checkpoint: Path | None) -> Progress:
+def fit(start: Start, topology: Topology) -> Progress:
     """Trains to `train.steps`; collective.
 
     Args:
-        config: A validated configuration.
-        plan: Its batch plan for this world.
+        start: What the run is, and where it begins or goes on; there are steps to do.
         topology: The mesh.
-        run: Where the record and the checkpoints go; made here.
-        checkpoint: What to resume from; None for a fresh start.
 
     Returns:
         The counters at the end.
 
     Raises:
-        TrainingStopped: A loss or gradient norm was not finite, or the data are bad; on all ranks on the same step.
+        TrainingStopped: A loss or gradient norm was not finite, the data are bad, or a checkpoint could not be written;
+            on all ranks on the same step.
     """
-    datasets = open_datasets(config)
+    config, plan, progress = start.config, start.plan, start.progress
+    datasets = open_datasets(config, start.mixes)
     with muted():
         engine = build_engine(config, plan, topology)
-    checkpoints = Checkpoints(run, config, datasets.identity.fingerprints)
-    progress = checkpoints.load(engine, checkpoint) if checkpoint is not None else Progress()
-    assert progress.step < config.train.steps, "that there is something to do is checked before anything is built"
     tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
     finite = FiniteCheck(config.train)
     throughput = Throughput(config, plan.world_size, topology.device)
-    profiler = StepProfiler(config.profile, run.profile, topology.device, is_active=topology.rank == 0)
+    profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
     last = config.train.steps
     together = partial(on_all_ranks, topology=topology, have_checked_tokens=datasets.have_checked_tokens)
 
     with (
-        Report(config, plan, run, is_main=topology.rank == 0) as report,
+        Report(start, is_main=topology.rank == 0) as report,
         Feed(datasets.train, plan, topology.data_rank) as feed,
+        Checkpoints(start, engine, datasets, finite, report.saved) as checkpoints,
     ):
-        report.start(progress, checkpoint)
+        checkpoints.load()
+        report.start()
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
             report.say(
@@ -97,9 +94,10 @@ def fit(config: Config, plan: BatchPlan, topology: Topology, run: RunDirectory, 
             report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
+            checkpoints.poll(step)
             if is_due(step, config.checkpoint.every, last):
-                saved = checkpoints.save(engine, progress)
-                report.event("checkpoint", step=step, path=str(saved))
+                report.sync()
+                checkpoints.save(progress, rate, is_last=step == last)
 
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
         report.finished(progress, throughput.mean, memory_gib)

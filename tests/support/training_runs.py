@@ -7,9 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +35,19 @@ def make_data(folder: Path, num_bytes: int = 200_000) -> Path:
     return folder
 
 
+def write_megatron_data(prefix: Path, num_documents: int = 40) -> Path:
+    """Writes a data set with Megatron's own builder: documents that count, from a random token on."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(num_documents):
+        length = int(generator.integers(50, 300))
+        builder.add_document((generator.integers(512) + np.arange(length)) % 512, [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a training command did."""
@@ -39,6 +55,15 @@ class Finished:
     code: int
     stdout: str
     stderr: str
+
+
+Start = Callable[..., Finished]
+
+
+def base_command(run: Path, data: Path, *arguments: str) -> list[str]:
+    """The command line for a short run of the debug preset that logs every step."""
+    source = [] if any(part.startswith("data.") for part in arguments) else [f"data.path={data}"]
+    return ["--preset", "debug", "--run-dir", str(run), *source, "train.log_every=1", *arguments]
 
 
 def main_on_rank(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:

@@ -23,6 +23,7 @@ def test_exit_codes_are_what_launchers_know() -> None:
         "FAILED": 1,
         "BAD_INPUT": 2,
         "NON_FINITE": 3,
+        "CHECKPOINT_FAILED": 4,
         "INTERRUPTED": 130,
     }
 

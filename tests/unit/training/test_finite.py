@@ -51,3 +51,13 @@ def test_fp16_ends_only_after_a_row_of_overflows() -> None:
     with pytest.raises(TrainingStopped, match="3 loss-scale overflows in a row") as stop:
         check.check(6, overflow, 0)
     assert "train.max_consecutive_overflows" in str(stop.value)
+
+
+def test_a_row_of_overflows_goes_on_after_a_resume() -> None:
+    check, resumed = (check_of("fp16", max_consecutive_overflows=3) for _ in range(2))
+    overflow = result(math.inf, math.nan, overflow=True)
+    for step in (1, 2):
+        check.check(step, overflow, 0)
+    resumed.load(check.state())
+    with pytest.raises(TrainingStopped, match="3 loss-scale overflows in a row"):
+        resumed.check(3, overflow, 0)

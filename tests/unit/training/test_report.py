@@ -1,16 +1,20 @@
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlra_scale.config import batch_plan, load_config
+from mlra_scale.training.candidates import Choice, Rejected
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
 from mlra_scale.training.record import read_record
 from mlra_scale.training.report import Report
+from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start import Start
 
 VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}
 
@@ -20,14 +24,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def report_of(folder: Path, is_main: bool = True) -> Report:
+def report_of(folder: Path, is_main: bool = True, **fields: Any) -> Report:
     config = load_config("debug", overrides=["train.steps=4"])
-    return Report(config, batch_plan(config, 1), RunDirectory(folder / "run"), is_main)
+    choice = fields.pop("choice", Choice(None))
+    return Report(Start(config, batch_plan(config, 1), RunDirectory(folder / "run"), choice, **fields), is_main)
 
 
 def test_ranks_other_than_the_first_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path, is_main=False) as report:
-        report.start(Progress(), None)
+        report.start()
         report.measured(Progress(1, 8, 512), VALUES)
         report.event("checkpoint")
         report.finished(Progress(4, 32, 2048), 10.0, 0.5)
@@ -38,14 +43,14 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.Monke
     for name, stream in (("file", io.StringIO()), ("terminal", Terminal())):
         monkeypatch.setattr("sys.stderr", stream)
         with report_of(tmp_path / name) as report:
-            report.start(Progress(), None)
+            report.start()
             report.step_done(Progress(1, 8, 512))
         assert ("| 1/4 [" in stream.getvalue() or "| 0/4 [" in stream.getvalue()) is (name == "terminal")
 
 
 def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path) as report:
-        report.start(Progress(), None)
+        report.start()
         report.measured(Progress(1, 8, 512), {"tev_mean": 0.02, "tev_std": 0.001})
         report.measured(Progress(2, 16, 1024), VALUES)
     assert "step 2/4 | loss 2.0000" in (out := capsys.readouterr().out) and "TEV 0.02000 +- 0.00100" in out
@@ -62,7 +67,7 @@ def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest
 )
 def test_how_a_run_ended_is_an_event(tmp_path: Path, error: BaseException, event: str, code: ExitCode) -> None:
     with pytest.raises(type(error)), report_of(tmp_path) as report:
-        report.start(Progress(), None)
+        report.start()
         raise error
     last = read_record(tmp_path / "run" / "events.jsonl")[-1]
     assert (last["event"], last["exit_code"]) == (event, code)
@@ -74,11 +79,12 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with report_of(tmp_path) as report:
-        report.start(Progress(), None)
+        report.start()
         report.measured(Progress(2, 16, 1024), {**VALUES, "loss": 6.0})
         report.measured(Progress(3, 24, 1536), {**VALUES, "loss": 5.5})
-    with report_of(tmp_path) as report:
-        report.start(Progress(2, 16, 1024), Path("checkpoint"))
+    place: dict[str, Any] = {"kind": "training", "progress": Progress(2, 16, 1024), "choice": Choice(Path("checkpoint"))}
+    with report_of(tmp_path, **place) as report:
+        report.start()
         report.measured(Progress(4, 32, 2048), {**VALUES, "loss": 5.0})
         report.finished(Progress(4, 32, 2048), 10.0, 0.5)
     assert "6.0000 -> 5.0000 (perplexity 148.4)" in capsys.readouterr().out
@@ -88,12 +94,44 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
 def test_lines_that_go_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         with report_of(tmp_path) as report:
-            report.start(Progress(), None)
+            report.start()
             report.measured(Progress(1, 8, 512), VALUES)
             report.measured(Progress(2, 16, 1024), VALUES)
     assert "metrics.jsonl: 2 line(s)" in capsys.readouterr().out
     (event,) = [item for item in read_record(tmp_path / "run" / "events.jsonl") if item["event"] == "begun_anew"]
     assert event["records_cut"] == 2
+
+
+def test_where_a_run_goes_on_and_what_differs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choice = Choice(Path("step-1"), (Rejected(Path("step-2"), "is missing"),))
+    changes = (Change("optim.lr", 0.1, 0.2), Change("number of ranks", 4, 2))
+    with report_of(tmp_path, kind="training", progress=Progress(1, 8, 512), choice=choice, changes=changes) as report:
+        report.start()
+    out = capsys.readouterr().out
+    for part in (
+        "step-2 is passed over: is missing",
+        "resumed from step-1",
+        "changed from here on: optim.lr: 0.1 -> 0.2",
+    ):
+        assert part in out
+    events = [{**event, "time": ""} for event in read_record(tmp_path / "run" / "events.jsonl")]
+    assert [event["event"] for event in events] == ["start", "fallback", "resume", "changed", "changed"]
+    assert events[1] == {
+        "time": "",
+        "event": "fallback",
+        "passed_over": "step-2",
+        "reason": "is missing",
+        "used": "step-1",
+    }
+    assert events[4] == {"time": "", "event": "changed", "field": "number of ranks", "was": 4, "now": 2}
+
+
+def test_a_run_that_begins_with_given_weights_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with report_of(tmp_path, kind="weights", choice=Choice(tmp_path / "imported")) as report:
+        report.start()
+    assert f"begins with the weights of {tmp_path / 'imported'}" in capsys.readouterr().out
+    assert [event["event"] for event in read_record(tmp_path / "run" / "events.jsonl")] == ["start", "initialized_from"]
+    assert RunDirectory(tmp_path / "run").source() == tmp_path / "imported"
 
 
 def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:

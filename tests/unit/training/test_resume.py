@@ -1,82 +1,129 @@
-from pathlib import Path
+"""The three classes of fields: what a resumed run takes, keeps and refuses."""
 
 import pytest
 
-from mlra_scale.config import ConfigError, load_config, preset
-from mlra_scale.training.resume import Origin, changed_data, changed_fields, changed_layout, read_origin
+from mlra_scale.config import Config, Named, load_config, load_named_config
+from mlra_scale.training.resume import FREE, NAMED, Comparison, compare, compare_model, flat, is_in, nested
 
-ORIGIN = Origin(step=10, world_size=4, data_parallel=2, data_fingerprints={"data.path": "a" * 64})
-
-
-def changes(tmp_path: Path, was: list[str], now: list[str]) -> dict[str, str]:
-    """field -> remedy of everything that a run of `was` refuses when it is resumed as `now`."""
-    stored = tmp_path / "config.yaml"
-    stored.write_text(load_config("debug", overrides=was).to_yaml())
-    return {item.field: item.remedy for item in changed_fields(load_config("debug", overrides=now), stored)}
+WITH_DATA = ["data.path=d"]
 
 
-def test_only_some_fields_may_change(tmp_path: Path) -> None:
-    allowed = ["train.steps=40", "optim.lr=1e-4", "tev.every=1", "evaluation.every=3", "checkpoint.every=2"]
-    allowed += ["optim.weight_decay=0.2", "optim.betas=[0.8, 0.9]", "optim.eps=1e-6", "optim.schedule=constant"]
-    assert changes(tmp_path, [], [*allowed, "train.log_every=1", "data.path=moved"]) == {}
-    refused = changes(tmp_path, [], ["model.num_layers=5", "train.seed=7", "data.seed=8", "parallel.tensor=2"])
-    assert list(refused) == ["data.seed", "model.num_layers", "parallel.tensor", "train.seed"]
-    assert "has 4" in refused["model.num_layers"]
+def compared(was: list[str], now: list[str], file: frozenset[str] = frozenset()) -> Comparison:
+    """A run of `was`, resumed as `now`; fields of `file` come from the config file instead of the command line."""
+    config, named = load_named_config("debug", overrides=[*WITH_DATA, *now])
+    named = Named(named.on_command_line - file, file)
+    return compare(config, named, load_config("debug", overrides=[*WITH_DATA, *was]))
 
 
-@pytest.mark.parametrize("field", ["optim.decay_embedding", "optim.decay_factors"])
-def test_what_groups_the_parameters_may_not_change(tmp_path: Path, field: str) -> None:
-    assert list(changes(tmp_path, [], [f"{field}=false"])) == [field]
+def changes(comparison: Comparison) -> dict[str, tuple[object, object]]:
+    return {change.field: (change.was, change.now) for change in comparison.changes}
 
 
-def test_a_blend_may_move_but_not_change_its_order_or_weights(tmp_path: Path) -> None:
-    was = ["data.blend={a: 0.7, b: 0.3}"]
-    assert changes(tmp_path, was, ["data.blend={c: 0.7, d: 0.3}"]) == {}
-    for now in ("{b: 0.3, a: 0.7}", "{a: 0.6, b: 0.4}", "{a: 1.0}"):
-        refused = changes(tmp_path, was, [f"data.blend={now}"])
-        assert list(refused) == ["data.blend"] and "[0.7, 0.3], in this order" in refused["data.blend"]
-    assert list(changes(tmp_path, was, ["data.path=a"])) == ["data.blend"]
+def test_every_field_is_in_one_class_at_most() -> None:
+    fields = flat(load_config("debug").to_dict())
+    assert not [name for name in fields if is_in(FREE, name) and is_in(NAMED, name)]
+    for item in FREE + NAMED:
+        assert [name for name in fields if is_in((item,), name)], f"{item} is no field"
+    never = {name for name in fields if not is_in(FREE + NAMED, name)}
+    for name in ("model.num_layers", "model.init_std", "train.seed", "data.seed", "train.sequence_length"):
+        assert name in never
+    assert "data.document_attention" in never and "model.layer_norm_eps" in never
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_divides_the_optimizer_over_as_many_ranks_as_before(stage: int) -> None:
-    overrides = ["parallel.tensor=2", f'deepspeed.zero_optimization={{"stage": {stage}}}']
-    config = load_config("debug", overrides=overrides)
-    assert changed_layout(config, ORIGIN, 4) == []
-    problems = changed_layout(config, ORIGIN, 2)
-    assert len(problems) == (stage > 0)
-    for problem in problems:
-        assert problem.value == 2 and "start 4 ranks" in problem.remedy and f"stage {stage}" in problem.remedy
+def test_flat_and_nested_are_inverse() -> None:
+    config = load_config("debug", overrides=["data.blend={a.b: 1, c: 2}", "deepspeed.zero_optimization.stage=1"])
+    assert Config.from_dict(nested(flat(config.to_dict()))) == config
 
 
-def test_the_bf16_pipeline_engine_divides_the_optimizer_without_zero() -> None:
-    overrides = ["parallel.tensor=2", "train.precision=bf16"]
-    assert changed_layout(load_config("debug", overrides=overrides), ORIGIN, 2) == []
-    (problem,) = changed_layout(load_config("debug", overrides=[*overrides, "parallel.engine=pipeline"]), ORIGIN, 2)
-    assert "bf16 pipeline engine" in problem.remedy
+def test_free_fields_change_without_being_named() -> None:
+    layout = ["parallel.tensor=2", 'deepspeed={"zero_optimization": {"stage": 3}}', "train.micro_batch_size=1"]
+    result = compared([], layout)
+    assert result.problems == [] and set(changes(result)) == {
+        "parallel.tensor",
+        "deepspeed",
+        "train.micro_batch_size",
+    }
+    assert result.config.parallel.tensor == 2
+    back = compared(layout, [])
+    assert back.problems == [] and back.config.parallel.tensor == 1 and changes(back)["parallel.tensor"] == (2, 1)
 
 
-def test_other_data_are_named() -> None:
-    assert changed_data({"data.path": "a" * 64}, ORIGIN) == []
-    (problem,) = changed_data({"data.path": "b" * 64}, ORIGIN)
-    assert problem.field == "data.path" and "a" * 16 in problem.remedy and "b" * 16 in problem.value
-    (problem,) = changed_data({"data.path": "a" * 64, "data.validation_path": "c"}, ORIGIN)
-    assert problem.field == "data.validation_path" and "leave it out" in problem.remedy
-    with_validation = Origin(1, 1, 1, {**ORIGIN.data_fingerprints, "data.validation_path": "c"})
-    (problem,) = changed_data(ORIGIN.data_fingerprints, with_validation)
-    assert problem.field == "data.validation_path" and "name them" in problem.remedy
+def test_named_fields_are_taken_from_the_command_line() -> None:
+    now = ["train.steps=40", "optim.lr=1e-4", "optim.decay_factors=false", "train.precision=bf16", "tev.every=1"]
+    now += ["train.global_batch_size=16", "checkpoint.keep_last=5", "model.residual_dropout=0.1", "model.z_loss=1e-4"]
+    result = compared([], now)
+    assert result.problems == [] and len(result.changes) == len(now)
+    assert changes(result)["train.steps"] == (20, 40) and str(result.changes[0]) == "model.residual_dropout: 0.0 -> 0.1"
+    assert (result.config.train.steps, result.config.optim.decay_factors) == (40, False)
 
 
-def test_the_origin_is_read_back_and_damage_is_told(tmp_path: Path) -> None:
-    ORIGIN.write(tmp_path)
-    assert read_origin(tmp_path) == ORIGIN
-    for damage in ("", "[]", "{}", '{"step": 1}'):
-        (tmp_path / "origin.json").write_text(damage)
-        with pytest.raises(ConfigError, match="cannot be read"):
-            read_origin(tmp_path)
+def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
+    was = ["train.steps=40", "optim.lr=1e-4", "optim.warmup_steps=5", "train.precision=bf16", "checkpoint.every=3"]
+    result = compared(was, [])
+    assert result.problems == [] and result.changes == []
+    assert result.config == load_config("debug", overrides=[*WITH_DATA, *was])
+    longer = compared(was, ["train.steps=60"])
+    assert changes(longer) == {"train.steps": (40, 60)} and longer.config.optim.warmup_steps == 5
 
 
-def test_an_unreadable_stored_configuration_is_told(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model: [")
-    (problem,) = changed_fields(preset("debug"), tmp_path / "config.yaml")
-    assert "cannot be read" in problem.remedy
+def test_a_file_cannot_change_the_run_by_itself() -> None:
+    file = frozenset({"optim.lr", "train.steps"})
+    result = compared([], ["optim.lr=1e-4", "train.steps=40", "tev.every=1"], file)
+    told = {problem.field: problem.remedy for problem in result.problems}
+    assert set(told) == file
+    assert "has 0.003" in told["optim.lr"] and "on the command line: optim.lr=0.0001" in told["optim.lr"]
+    assert changes(result) == {"tev.every": (5, 1)}
+    assert compared(["optim.lr=1e-4", "train.steps=40"], ["optim.lr=1e-4", "train.steps=40"], file).problems == []
+
+
+def test_what_the_run_is_never_changes() -> None:
+    now = ["model.num_layers=5", "train.seed=7", "data.seed=8", "model.attention_rank=8", "train.sequence_length=32"]
+    for file in (frozenset(), frozenset({"model.num_layers", "train.seed"})):
+        result = compared([], now, file)
+        told = {problem.field: problem.remedy for problem in result.problems}
+        names = ["data.seed", "model.attention_rank", "model.num_layers", "train.seed", "train.sequence_length"]
+        assert sorted(told) == names, "all at once"
+        assert told["model.num_layers"] == "the run to be resumed has 4; leave it so, or start a new run"
+
+
+def test_data_that_are_not_named_are_those_of_the_run() -> None:
+    stored = load_config("debug", overrides=["data.blend={a: 1, b: 2}", "data.validation_path=v", "data.tokenizer=t"])
+    result = compare(load_config("debug"), Named(), stored)
+    assert result.problems == [] and result.changes == [] and result.config.data == stored.data
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "file", "refused"),
+    [
+        ("data.path=a", ["data.path=b"], (), False),
+        ("data.path=a", ["data.blend={a: 1, b: 1}"], (), False),
+        ("data.path=a", ["data.blend={a: 1, b: 1}"], ("data.blend",), True),
+        ("data.blend={a: 1, b: 1}", ["data.path=a"], (), True),
+        ("data.blend={a: 1, b: 1}", ["data.path=a", "data.blend=null"], (), False),
+        ("data.blend={a: 1, b: 1}", ["data.blend={c: 1, d: 1}"], ("data.blend",), False),
+    ],
+)
+def test_another_mix_has_to_be_named(was: str, now: list[str], file: tuple[str, ...], refused: bool) -> None:
+    """Whether the data are the same is for their fingerprints to say; here only whether somebody asked for others."""
+    config, named = load_named_config("debug", overrides=now)
+    named = Named(named.on_command_line - set(file), frozenset(file))
+    result = compare(config, named, load_config("debug", overrides=[was]))
+    assert [problem.field for problem in result.problems] == (["data.blend"] if refused else [])
+    for problem in result.problems:
+        assert "data.blend=" in problem.remedy
+    if not refused:
+        assert result.config.data == config.data
+
+
+def test_weights_to_begin_with_need_the_same_architecture_only() -> None:
+    stored = load_config("debug", overrides=["model.attention_rank=32", "model.ffn_hidden_size=256"]).model
+    now = ["model.init_std=0.5", "model.residual_dropout=0.1", "model.z_loss=1", "model.vocab_padding_multiple=64"]
+    assert compare_model(load_config("debug", overrides=now), stored) == [], "the same rank, written in another way"
+    problems = compare_model(load_config("debug", overrides=["model.num_heads=2", "model.attention_rank=8"]), stored)
+    assert [problem.field for problem in problems] == ["model.num_heads", "model.attention_rank"]
+    dense = load_config("debug", overrides=["model.attention=dense"])
+    assert (
+        compare_model(dense, load_config("debug", overrides=["model.attention=dense", "model.attention_rank=3"]).model)
+        == []
+    )
+    assert "model.attention" in [problem.field for problem in compare_model(dense, stored)]

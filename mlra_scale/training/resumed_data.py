@@ -1,0 +1,156 @@
+"""Whether the data of a resumed run are those it has read so far, and the mix of data sets that it goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlra_scale.config import Named, Problem
+from mlra_scale.data.mix import DataIdentity, Mix, continued
+from mlra_scale.training.resume import Change
+
+_STARTS_OF_FINGERPRINTS = 16
+
+
+@dataclass(frozen=True)
+class DataHistory:
+    """What a checkpoint knows of the data.
+
+    Attributes:
+        mixes: The mixes of data sets, each with its first sample.
+        validation: Fingerprint of separate validation data.
+        tokenizer: SHA-256 of the tokenizer, where it is known.
+    """
+
+    mixes: tuple[Mix, ...]
+    validation: str | None
+    tokenizer: str | None
+
+    @classmethod
+    def of(cls, identity: DataIdentity, mixes: Sequence[Mix]) -> DataHistory:
+        """Returns the history of a run that has come to read these data."""
+        return cls(tuple(mixes), identity.validation, identity.tokenizer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        mixes = [mix.to_dict() for mix in self.mixes]
+        return {"mixes": mixes, "validation": self.validation, "tokenizer": self.tokenizer}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataHistory:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: Something is missing or garbled.
+        """
+        try:
+            return cls(tuple(map(Mix.from_dict, values["mixes"])), values["validation"], values["tokenizer"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a history of data: {error}") from error
+
+
+@dataclass(frozen=True)
+class DataComparison:
+    """The data of this start, compared with those of the run that it continues.
+
+    Attributes:
+        mixes: The history to go on with.
+        changes: What differs from the run so far.
+        problems: What differs and must not.
+    """
+
+    mixes: tuple[Mix, ...]
+    changes: list[Change] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: int, named: Named) -> DataComparison:
+    """Compares data by their fingerprints, wherever they lie.
+
+    Another mix of data sets is taken, from the next sample on, if `data.blend` is named on the command line.
+
+    Args:
+        identity: Of the data of this start.
+        stored: Of the checkpoint.
+        consumed_samples: Samples that the run has read.
+        named: Which fields a person named.
+    """
+    problems = []
+    if None not in (identity.tokenizer, stored.tokenizer) and identity.tokenizer != stored.tokenizer:
+        remedy = f"the run to be resumed was trained with tokenizer {_short(stored.tokenizer)}; the same token would "
+        remedy += "mean another text: use data made with that one, or start a new run"
+        problems.append(Problem("data (tokenizer)", _short(identity.tokenizer), remedy))
+    problems += _validation_problems(identity.validation, stored.validation)
+    current, last = replace(identity.mix, from_sample=consumed_samples), stored.mixes[-1]
+    if last.reads_like(current):
+        return DataComparison(stored.mixes, [], problems)
+    if "data.blend" not in named.on_command_line:
+        return DataComparison(stored.mixes, [], problems + _mix_problems(identity, last))
+    problems += _replaced_problems(identity.mix, last)
+    change = Change("data.blend", _told(last), _told(current))
+    return DataComparison(continued(stored.mixes, current), [change], problems)
+
+
+def _validation_problems(now: str | None, was: str | None) -> list[Problem]:
+    if now == was:
+        return []
+    if was is None:
+        remedy = "the run to be resumed has no separate validation data; leave them out, or start a new run"
+    elif now is None:
+        remedy = f"the run to be resumed has validation data of fingerprint {_short(was)}; name them"
+    else:
+        remedy = f"not the data of the run to be resumed, whose fingerprint is {_short(was)}; they may have moved, but "
+        remedy += "must be the same, or start a new run"
+    return [Problem("data.validation_path", f"fingerprint {_short(now)}", remedy)]
+
+
+def _mix_problems(identity: DataIdentity, last: Mix) -> list[Problem]:
+    """Other data sets or weights that nobody asked for, field by field."""
+    blend = ", ".join(f"{name}: {weight:g}" for name, weight in _told(identity.mix).items())
+    way_out = f"to go on with other data from here on, name them on the command line: 'data.blend={{{blend}}}'"
+    way_out += "" if identity.is_blend else " data.path=null"
+    now, was = identity.mix.fingerprints, last.fingerprints
+    fields = list(identity.fingerprints)[: len(now)]
+    problems = []
+    for place in range(max(len(now), len(was))):
+        if place >= len(was):
+            remedy = f"the run to be resumed has {len(was)} data set(s); {way_out}"
+            problems.append(Problem(fields[place], f"fingerprint {_short(now[place])}", remedy))
+        elif place >= len(now):
+            remedy = (
+                f"the run to be resumed reads {last.names[place]} (fingerprint {_short(was[place])}) too; {way_out}"
+            )
+            problems.append(Problem(f"data set {place + 1}", None, remedy))
+        elif now[place] != was[place]:
+            remedy = f"not the data of the run to be resumed, whose fingerprint is {_short(was[place])} "
+            remedy += f"({last.names[place]}); they may have moved, but must be the same; {way_out}"
+            problems.append(Problem(fields[place], f"fingerprint {_short(now[place])}", remedy))
+    if not problems:
+        remedy = f"the run to be resumed has the weights {list(last.weights)}, in this order; {way_out}"
+        problems.append(Problem("data.blend", list(identity.mix.weights), remedy))
+    return problems
+
+
+def _replaced_problems(now: Mix, was: Mix) -> list[Problem]:
+    """Data sets that are named as before but hold other data: nobody can have meant that by naming the blend."""
+    before = dict(zip(was.names, was.fingerprints, strict=True))
+    return [
+        Problem(
+            f"data.blend.{name}",
+            f"fingerprint {_short(fingerprint)}",
+            f"the data here were replaced: the run to be resumed read data of fingerprint {_short(before[name])} from "
+            "this path; put them back, or give the new ones a path of their own",
+        )
+        for name, fingerprint in zip(now.names, now.fingerprints, strict=True)
+        if before.get(name, fingerprint) != fingerprint
+    ]
+
+
+def _told(mix: Mix) -> dict[str, float]:
+    """A mix as the configuration has it."""
+    return dict(zip(mix.names, mix.weights, strict=True))
+
+
+def _short(fingerprint: str | None) -> str | None:
+    return None if fingerprint is None else fingerprint[:_STARTS_OF_FINGERPRINTS]

@@ -1,0 +1,162 @@
+"""What a start is about, found out before a process group exists: configuration, data, and where the run goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
+from mlra_scale.data import Mix, check_data, identify_data
+from mlra_scale.training.candidates import Choice, Rejected, choose
+from mlra_scale.training.launch import check_device, check_launcher, resolve_device
+from mlra_scale.training.progress import Progress
+from mlra_scale.training.resume import Change, Comparison, compare, compare_model, read_stored
+from mlra_scale.training.resumed_data import DataHistory, compare_data
+from mlra_scale.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for.
+
+    Attributes:
+        config: The configuration as it was given.
+        named: Which of its fields were named, and where.
+        run: The run directory; None where it was not named.
+        resume: The value of --resume.
+        world_size: Number of ranks.
+    """
+
+    config: Config
+    named: Named
+    run: RunDirectory | None
+    resume: str
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start does.
+
+    Attributes:
+        config: The configuration to go on with.
+        plan: Its batch plan.
+        run: The run directory.
+        choice: What it goes on from.
+        kind: `fresh`; `training` (the run of the checkpoint goes on); or `weights` (a new run begins with them).
+        progress: The counters to go on with.
+        mixes: The history of mixes of data sets, the present one included; empty: there is none yet.
+        changes: What differs from the run so far.
+    """
+
+    config: Config
+    plan: BatchPlan
+    run: RunDirectory
+    choice: Choice
+    kind: Literal["fresh", "training", "weights"] = "fresh"
+    progress: Progress = field(default_factory=Progress)
+    mixes: tuple[Mix, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the checkpoint; None for a fresh start."""
+        return self.choice.checkpoint
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has done its steps already."""
+        return self.progress.step >= self.config.train.steps
+
+    @property
+    def rejected(self) -> tuple[Rejected, ...]:
+        """Checkpoints that would have come first."""
+        return self.choice.rejected
+
+
+def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
+    """Checks configuration, device, data, run directory and checkpoint, without writing anything.
+
+    Args:
+        asked: What the command line asks for.
+        excluded: Checkpoints that were found to be bad, with the reason.
+
+    Returns:
+        What the start does.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    problems = check_launcher(os.environ)
+    choice, store = Choice(None), None
+    try:
+        if asked.run is None:
+            remedy = "is required: name a directory for what the run leaves behind"
+            raise ConfigError([Problem("--run-dir", None, remedy)])
+        choice = choose(asked.run, asked.resume, excluded)
+        store = None if choice.checkpoint is None else Store.open(choice.checkpoint)
+    except ConfigError as error:
+        problems += error.problems
+    except CheckpointError as error:
+        problems.append(Problem("--resume", asked.resume, str(error)))
+    compared = _compared(asked, store)
+    config = compared.config
+    problems += compared.problems
+    try:
+        validate(config, asked.world_size, device=resolve_device(config))
+    except ConfigError as error:
+        problems += error.problems
+    problems += check_device(config)
+    found = check_data(config)
+    problems += found
+    changes, progress = list(compared.changes), Progress()
+    mixes: tuple[Mix, ...] = ()
+    if store is not None and store.kind == "training":
+        progress, data = _stored_place(store)
+        if not found:
+            about_data = compare_data(identify_data(config), data, progress.consumed_samples, asked.named)
+            problems += about_data.problems
+            changes += about_data.changes
+            mixes = about_data.mixes
+        if (was := store.manifest.layout["world_size"]) != asked.world_size:
+            changes.append(Change("number of ranks", was, asked.world_size))
+    if problems:
+        raise ConfigError(problems)
+    assert asked.run is not None
+    kind: Literal["fresh", "training", "weights"] = "fresh"
+    if store is not None:
+        kind = "training" if store.kind == "training" else "weights"
+    plan = batch_plan(config, asked.world_size)
+    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes))
+
+
+def _compared(asked: Asked, store: Store | None) -> Comparison:
+    """Compares the configuration with that of the checkpoint or, where there is none yet, of the run that was begun."""
+    if store is None:
+        if asked.run is None or asked.resume == "none" or not asked.run.holds_a_run():
+            return Comparison(asked.config)
+        # Killed before its first checkpoint: the same run may begin anew here, another one may not.
+        try:
+            text = asked.run.config.read_text(encoding="utf-8")
+            return compare(asked.config, asked.named, read_stored(text, str(asked.run.path)))
+        except OSError as error:
+            remedy = f"its config.yaml cannot be read: {error.strerror}"
+            return Comparison(asked.config, [], [Problem("--resume", str(asked.run.path), remedy)])
+        except ConfigError as error:
+            return Comparison(asked.config, [], error.problems)
+    if store.config is None:
+        return Comparison(asked.config, [], compare_model(asked.config, store.model))
+    return compare(asked.config, asked.named, store.config)
+
+
+def _stored_place(store: Store) -> tuple[Progress, DataHistory]:
+    """Returns how far the run of a checkpoint has come, in steps and in its data."""
+    try:
+        return Progress(**store.state["progress"]), DataHistory.from_dict(store.state["data"])
+    except (KeyError, TypeError, ValueError) as error:
+        remedy = f"its state.json is not one of this program ({type(error).__name__}: {error}); use another checkpoint"
+        raise ConfigError([Problem("--resume", str(store.folder), remedy)]) from error

@@ -1,0 +1,208 @@
+"""Stopped and continued: as if nothing had happened on the same layout, to rounding on another, and what may change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlra_scale.checkpoint import Store, write_weights
+from mlra_scale.training.exit_codes import ExitCode
+from tests.support.stored import assert_bitwise_equal, store_of
+from tests.support.training_runs import Start, curve, events, metrics, write_megatron_data
+
+DROPOUT = [f"model.{site}_dropout=0.1" for site in ("embedding", "attention", "residual")]
+SMALL = ["model.num_layers=2", "model.hidden_size=32", "train.sequence_length=32", "evaluation.every=0"]
+LAYOUTS = {
+    "pipeline-tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "zero1-dp2": (2, ['deepspeed={"zero_optimization": {"stage": 1}}']),
+    "zero3-tp2dp2": (4, ["parallel.tensor=2", 'deepspeed={"zero_optimization": {"stage": 3}}']),
+}
+ZERO3 = ['deepspeed={"zero_optimization": {"stage": 3}}']
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_equal_five_and_five_bitwise(start: Start, tmp_path: Path, layout: str, precision: str) -> None:
+    """Losses, gradient norms, weights, both moments, counters: with dropout, whose masks nothing stores."""
+    num_processes, degrees = LAYOUTS[layout]
+    fixed = ["optim.schedule=constant", f"train.precision={precision}", *DROPOUT, *SMALL, *degrees]
+    start("whole", "train.steps=10", "checkpoint.every=3", *fixed, num_processes=num_processes)
+    start("parts", "train.steps=5", *fixed, num_processes=num_processes)
+    result = start("parts", "train.steps=10", *fixed, "--resume", "auto", num_processes=num_processes)
+    assert "resumed from" in result.stdout and "train.steps: 5 -> 10" in result.stdout
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
+        assert curve(parts, name) == curve(whole, name), name
+    assert list(curve(parts, "loss")) == list(range(1, 11)), "every step once"
+    assert curve(parts, "validation_loss")[10] == curve(whole, "validation_loss")[10]
+    assert_bitwise_equal(store_of(whole, 10), store_of(parts, 10))
+
+
+def test_a_run_goes_on_under_any_other_layout(start: Start, tmp_path: Path) -> None:
+    """From a pipeline to ZeRO 3, to one rank, to another batch per rank; in between, nothing has to be converted."""
+    fixed = ["optim.schedule=constant", *DROPOUT, *SMALL]
+    start("whole", "train.steps=8", *fixed)
+    steps = iter((2, 4, 6, 8))
+    start("run", f"train.steps={next(steps)}", *fixed, *LAYOUTS["pipeline-tp2pp2"][1], num_processes=4)
+    start("run", f"train.steps={next(steps)}", *fixed, *ZERO3, "--resume", "auto", num_processes=2)
+    start("run", f"train.steps={next(steps)}", *fixed, "train.micro_batch_size=8", "--resume", "auto")
+    start("run", f"train.steps={next(steps)}", *fixed, "parallel.pipeline=2", "--resume", "auto", num_processes=2)
+    for name, tolerance in (("loss", 1e-6), ("gradient_norm", 1e-5)):
+        assert curve(tmp_path / "run", name) == pytest.approx(curve(tmp_path / "whole", name), rel=tolerance), name
+    changed = [event for event in events(tmp_path / "run") if event["event"] == "changed"]
+    assert [(event["was"], event["now"]) for event in changed if event["field"] == "number of ranks"] == [
+        (4, 2),
+        (2, 1),
+        (1, 2),
+    ]
+    assert {"parallel.tensor", "deepspeed", "train.micro_batch_size"} <= {event["field"] for event in changed}
+
+
+def test_from_fp32_to_bf16(start: Start, tmp_path: Path) -> None:
+    fixed = ["optim.schedule=constant", *SMALL]
+    start("whole", "train.steps=6", *fixed)
+    start("run", "train.steps=3", *fixed)
+    start("run", "train.steps=6", "train.precision=bf16", *fixed, "--resume", "auto")
+    losses, expected = curve(tmp_path / "run", "loss"), curve(tmp_path / "whole", "loss")
+    assert losses == pytest.approx(expected, rel=2e-3) and losses[6] != expected[6]
+
+
+def test_another_global_batch_reads_on_where_the_data_were_left(start: Start, tmp_path: Path) -> None:
+    start("run", "train.steps=3", *SMALL)
+    start("run", "train.steps=5", "train.global_batch_size=16", *SMALL, "--resume", "auto")
+    samples = [record["consumed_samples"] for record in metrics(tmp_path / "run") if record["step"] > 0]
+    assert samples == [8, 16, 24, 40, 56]
+
+
+def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:
+    fixed = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep_last=3", "optim.schedule=constant"]
+    start("run", *fixed)
+    run = tmp_path / "run"
+    before = curve(run, "loss")
+    start("run", *fixed, "--resume", str(run / "checkpoints" / "step-00000003"))
+    assert curve(run, "loss") == before, "the same steps once more, each told once"
+    resumed = [event for event in events(run) if event["event"] == "resume"]
+    assert resumed[0]["step"] == 3 and resumed[0]["records_cut"] == 5
+
+
+def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> None:
+    start("run", "train.steps=2")
+    run = tmp_path / "run"
+    before, configuration = metrics(run), (run / "config.yaml").read_text()
+    for arguments in (["train.steps=2"], ["train.steps=1"], []):
+        result = start("run", *arguments, "--resume", "auto")
+        assert f"already at step 2 ({run / 'checkpoints' / 'step-00000002'})" in result.stdout
+        assert metrics(run) == before and (run / "config.yaml").read_text() == configuration
+        assert events(run)[-1]["event"] == "finished" and events(run)[-1]["steps"] == 2
+
+
+def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> None:
+    start("trunk", "train.steps=3")
+    before = sorted(path for path in (tmp_path / "trunk").rglob("*"))
+    start("branch", "train.steps=5", "optim.lr=1e-4", "--resume", str(tmp_path / "trunk"))
+    assert list(curve(tmp_path / "branch", "loss")) == [4, 5]
+    assert sorted(path for path in (tmp_path / "trunk").rglob("*")) == before
+    changed = [event for event in events(tmp_path / "branch") if event["event"] == "changed"]
+    assert [(event["field"], event["was"], event["now"]) for event in changed] == [
+        ("train.steps", 3, 5),
+        ("optim.lr", 0.003, 0.0001),
+    ]
+
+
+def test_everything_that_must_not_change_is_told_at_once(start: Start, tmp_path: Path) -> None:
+    start("run", "train.steps=2")
+    other = write_megatron_data(tmp_path / "other")
+    (tmp_path / "edited.yaml").write_text("optim: {lr: 1e-4}\n")
+    arguments = ["train.steps=4", f"data.path={other}", "train.seed=9", "model.num_layers=5"]
+    arguments += ["--config", str(tmp_path / "edited.yaml"), "--resume", "auto"]
+    result = start("run", *arguments, code=ExitCode.BAD_INPUT)
+    lines = [line.split(" = ")[0].strip() for line in result.stderr.splitlines()[1:]]
+    assert sorted(lines) == ["data.path", "model.num_layers", "optim.lr", "train.seed"]
+    assert "data.path = 'fingerprint" in result.stderr and "Traceback" not in result.stderr
+    assert [event["event"] for event in events(tmp_path / "run")] == ["start", "checkpoint", "finished"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_resumed_run_takes_its_own_weight_decay(start: Start, tmp_path: Path, stage: int) -> None:
+    """One step from the same checkpoint with another decay: the weights differ by -lr (new - old) w, and biases not."""
+    fixed = ["optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=0.01"]
+    fixed += [f'deepspeed.zero_optimization={{"stage": {stage}}}']
+    start("trunk", "train.steps=2", "optim.weight_decay=0.1", *fixed)
+    for name, decay in (("same", 0.1), ("more", 0.6)):
+        arguments = [f"optim.weight_decay={decay}", "--resume", str(tmp_path / "trunk")]
+        start(name, "train.steps=3", *fixed, *arguments)
+    before, same, more = (store_of(tmp_path / name, step) for name, step in (("trunk", 2), ("same", 3), ("more", 3)))
+    for name, info in before.table.items():
+        weight = before.tensor(name)
+        expected = torch.zeros_like(weight) if info.kind in ("bias", "norm") else -0.01 * (0.6 - 0.1) * weight
+        torch.testing.assert_close(more.tensor(name) - same.tensor(name), expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_path: Path, training_data: Path) -> None:
+    other = write_megatron_data(tmp_path / "counting")
+    blend = json.dumps({str(training_data): 0.7, str(other): 0.3})
+    fixed = [f"data.blend={blend}", "optim.schedule=constant", "evaluation.every=0"]
+    start("whole", *fixed, "train.steps=6")
+    start("parts", *fixed, "train.steps=3")
+    start("parts", *fixed, "train.steps=6", "--resume", "auto")
+    assert curve(tmp_path / "parts", "loss") == curve(tmp_path / "whole", "loss")
+
+
+def test_another_mix_of_data_from_here_on(start: Start, tmp_path: Path, training_data: Path) -> None:
+    """Named, it is taken from the next sample on and kept from then on; a run stopped within it goes on bitwise."""
+    other = write_megatron_data(tmp_path / "counting")
+    blend = "data.blend=" + json.dumps({str(training_data): 0.5, str(other): 0.5})
+    fixed = ["optim.schedule=constant", *SMALL]
+    start("trunk", f"data.path={training_data}", "train.steps=2", *fixed)
+    start("whole", blend, "train.steps=6", *fixed, "--resume", str(tmp_path / "trunk"))
+    start("parts", blend, "train.steps=4", *fixed, "--resume", str(tmp_path / "trunk"))
+    start("parts", blend, "train.steps=6", *fixed, "--resume", "auto")
+    assert curve(tmp_path / "parts", "loss") == curve(tmp_path / "whole", "loss")
+    mixes = store_of(tmp_path / "parts", 6).state["data"]["mixes"]
+    assert [mix["from_sample"] for mix in mixes] == [0, 16]
+    changed = [event["field"] for event in events(tmp_path / "parts") if event["event"] == "changed"]
+    assert changed == ["data.path", "train.steps", "data.blend", "train.steps"]
+
+
+def test_a_new_run_begins_with_given_weights(start: Start, tmp_path: Path, training_data: Path) -> None:
+    start("trunk", "train.steps=3", *SMALL)
+    trunk = store_of(tmp_path / "trunk", 3)
+    values = trunk.model.model_dump(mode="json")
+    weights = ((name, trunk.tensor(name)) for name in trunk.table)
+    folder = write_weights(tmp_path / "weights", values, weights, training_data / "tokenizer", {"from": "trunk"})
+    arguments = ["evaluation.every=2", "train.seed=99", "train.steps=2", *SMALL[:3]]
+    result = start("run", *arguments, "--resume", str(folder), num_processes=2)
+    assert f"begins with the weights of {folder}" in result.stdout
+    assert curve(tmp_path / "run", "validation_loss")[0] == pytest.approx(
+        curve(tmp_path / "trunk", "validation_loss")[3], rel=1e-6
+    )
+    assert [event["event"] for event in events(tmp_path / "run")][:2] == ["start", "initialized_from"]
+    assert store_of(tmp_path / "run", 2).state["engine"]["optimizer_step"] == 2, "its optimizer began anew"
+    refused = start("other", "model.num_heads=2", *SMALL, "--resume", str(folder), code=ExitCode.BAD_INPUT)
+    assert "model.num_heads = 2: the weights to begin with have 4" in refused.stderr
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_flipped_bit_in_the_weights_is_found_before_they_are_used(
+    start: Start, tmp_path: Path, num_processes: int
+) -> None:
+    """Sizes tell nothing here: the ranks compare checksums together, fall back together, and say so."""
+    fixed = ["train.steps=6", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.schedule=constant", *SMALL]
+    fixed += ["parallel.tensor=2"] if num_processes == 2 else []
+    start("run", *fixed, num_processes=num_processes)
+    run = tmp_path / "run"
+    before, bad = curve(run, "loss"), store_of(run, 6).folder / f"rank-{num_processes - 1:05d}.safetensors"
+    content = bytearray(bad.read_bytes())
+    content[-100] ^= 4
+    bad.write_bytes(content)
+    command = [*fixed, "train.steps=8"]
+    refused = start("run", *command, "--resume", str(bad.parent), num_processes=num_processes, code=ExitCode.BAD_INPUT)
+    assert refused.stderr.count("its sha256 is not the manifest's") == 1 and "Traceback" not in refused.stderr
+    result = start("run", *command, "--resume", "auto", num_processes=num_processes)
+    assert "fallback: " in result.stdout and f"resumed from {run / 'checkpoints' / 'step-00000004'}" in result.stdout
+    (fallback,) = [event for event in events(run) if event["event"] == "fallback"]
+    assert fallback["passed_over"] == str(bad.parent) and bad.name in fallback["reason"]
+    assert {step: loss for step, loss in curve(run, "loss").items() if step <= 6} == before
+    assert list(curve(run, "loss")) == list(range(1, 9))
+    assert Store.open(bad.parent).verify() == [], "saved anew on the way"
