@@ -1,0 +1,200 @@
+"""Saving in one layout and going on in another: what the ranks do, and what must be equal afterwards.
+
+The tests run a covering subset; `python -m tests.distributed.all_layouts` runs every pair and prints the table of
+docs/checkpoints.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlra_scale.config import Config
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.parallel import Engine, Fragment
+from tests.support.layouts import (
+    Layout,
+    Piece,
+    assemble,
+    canonical_weights,
+    layout_config,
+    micro_batches,
+    pieces,
+    start,
+)
+from tests.support.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+Tensors = dict[str, dict[str, np.ndarray]]
+
+LAYOUTS = {
+    "tp1": Layout(),
+    "tp2pp2": Layout(tensor=2, pipeline=2),
+    "pp2dp2": Layout(pipeline=2, data=2, stage=1),
+    "zero3-dp2": Layout(data=2, stage=3),
+    "zero3-tp2dp2": Layout(tensor=2, data=2, stage=3),
+    "zero2-tp2": Layout(tensor=2, stage=2),
+}
+OTHERS = {"zero1-dp2": Layout(data=2, stage=1)}
+"""Layouts outside the matrix that are resumed as they were."""
+
+PARTS = {"weight": "values", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+SAVED_AT, MORE = 5, 5
+BF16_TOLERANCE = 2**-11  # what one bf16 process may err in a loss against fp32 (test_layouts.py)
+
+
+@dataclass
+class Moment:
+    """One rank's account of the moment of a save or a load, and of the steps after it.
+
+    Attributes:
+        owned: Its pieces of weights and moments.
+        losses: Of the steps that followed.
+        gradient_norms: Likewise.
+        final: Its pieces after them.
+    """
+
+    owned: dict[str, list[Piece]]
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    final: dict[str, list[Piece]] = field(default_factory=dict)
+
+
+def layout_of(name: str) -> Layout:
+    return {**LAYOUTS, **OTHERS}[name]
+
+
+def matrix_config(name: str, **overrides: Any) -> Config:
+    """The model of the matrix in a layout; dropout is on: its masks do not depend on the layout."""
+    rates = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
+    return layout_config(layout_of(name), **{**rates, **overrides})
+
+
+def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:
+    owned = engine.owned_fragments(with_moments=True)
+    return {
+        part: pieces(engine, [Fragment(f.name, f.start, getattr(f, field)) for f in owned])
+        for part, field in PARTS.items()
+    }
+
+
+def go_on(engine: Engine, plan: Any, config: Config) -> Moment:
+    moment = Moment(owned_pieces(engine))
+    for step in range(SAVED_AT, SAVED_AT + MORE):
+        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        result = engine.train_batch(batches, config.optim.lr)
+        moment.losses.append(result.loss)
+        moment.gradient_norms.append(result.gradient_norm)
+    moment.final = owned_pieces(engine)
+    return moment
+
+
+def save(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
+    """Trains, saves, and goes on without interruption."""
+    from mlra_scale.checkpoint import Saver
+
+    engine, plan = start(config, world_size, canonical_weights(config.model))
+    for step in range(SAVED_AT):
+        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+    saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=True)
+    saver.save(engine, SAVED_AT, {"engine": engine.training_state()}, {}, config.to_yaml(), None)
+    saver.finish()
+    return go_on(engine, plan, config)
+
+
+def load(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
+    """Goes on from the checkpoint, in an engine that was begun with other weights."""
+    from mlra_scale.checkpoint import Store, checkpoint_name, load_checkpoint
+
+    engine, plan = start(config, world_size, canonical_weights(config.model, seed=11))
+    load_checkpoint(engine, Store.open(folder / checkpoint_name(SAVED_AT)))
+    return go_on(engine, plan, config)
+
+
+@dataclass
+class Run:
+    """A case on all ranks: where it was run, with what configuration, and the ranks' accounts."""
+
+    layout: Layout
+    config: Config
+    ranks: list[Moment]
+
+    def tensors(self, is_final: bool = False) -> Tensors:
+        """The global tensors by part and name, at the checkpoint or after the last step; each element has one owner."""
+        table = ParameterTable(self.config.model)
+        accounts = [rank.final if is_final else rank.owned for rank in self.ranks]
+        return {part: assemble(table, self.layout.tensor, [account[part] for account in accounts]) for part in PARTS}
+
+
+class Matrix:
+    """Checkpoints that are made once and gone on from in many layouts.
+
+    Args:
+        pools: Gives the pool of a world size.
+        folder: Where the checkpoints go.
+    """
+
+    def __init__(self, pools: Pools, folder: Path) -> None:
+        self._pools = pools
+        self._folder = folder
+        self._saved: dict[tuple[str, str], Run] = {}
+
+    def saved(self, name: str, precision: str = "fp32") -> Run:
+        """The run in a layout that saves; made at the first call."""
+        key = (name, precision)
+        if key not in self._saved:
+            config = matrix_config(name, train__precision=precision)
+            layout = layout_of(name)
+            ranks = self._pools(layout.world_size).run(save, config, self._folder_of(*key))
+            self._saved[key] = Run(layout, config, ranks)
+        return self._saved[key]
+
+    def loaded(self, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> Run:
+        """The run in a layout that goes on from the checkpoint of another one.
+
+        Args:
+            saved_in: The layout that saved.
+            name: The layout that goes on.
+            was: Precision of the saving run.
+            overrides: Of the configuration that goes on.
+        """
+        self.saved(saved_in, was)
+        config, layout = matrix_config(name, **overrides), layout_of(name)
+        ranks = self._pools(layout.world_size).run(load, config, self._folder_of(saved_in, was))
+        return Run(layout, config, ranks)
+
+    def _folder_of(self, name: str, precision: str) -> Path:
+        return self._folder / f"{name}-{precision}"
+
+
+def assert_same_tensors(before: Run, after: Run) -> None:
+    """Weights and moments are bitwise those that were saved; rows of the vocabulary's padding are zero."""
+    vocabulary = before.config.model.vocab_size
+    old, new = before.tensors(), after.tensors()
+    for part in PARTS:
+        for name, expected in old[part].items():
+            found = new[part][name]
+            if name == "embedding.weight":
+                assert not expected[vocabulary:].any() and not found[vocabulary:].any(), part
+                expected, found = expected[:vocabulary], found[:vocabulary]
+            np.testing.assert_array_equal(found, expected, err_msg=f"{part} of {name}")
+            assert part == "weight" or found.any() or name.endswith((".k.up.bias", ".k.bias")), (part, name)
+
+
+def assert_same_run(before: Run, after: Run) -> None:
+    """The steps after the checkpoint are bitwise those of the run that was not interrupted."""
+    for expected, found in zip(before.ranks, after.ranks, strict=True):
+        assert (found.losses, found.gradient_norms) == (expected.losses, expected.gradient_norms)
+    old, new = before.tensors(is_final=True), after.tensors(is_final=True)
+    for part in PARTS:
+        for name, expected_tensor in old[part].items():
+            np.testing.assert_array_equal(new[part][name], expected_tensor, err_msg=f"{part} of {name}")
+
+
+def largest_difference(before: Run, after: Run) -> float:
+    """Largest relative difference between the losses of the steps after the checkpoint; ranks agree on them."""
+    assert all(rank.losses == after.ranks[0].losses for rank in after.ranks)
+    expected, found = np.array(before.ranks[0].losses), np.array(after.ranks[0].losses)
+    return float(np.abs(found / expected - 1).max())
