@@ -111,9 +111,16 @@ def _training_rows(store: Store) -> Rows:
         layout = {key: value for key, value in store.manifest.layout.items() if key != "precision"}
         rows.append(("layout", ", ".join(f"{key} {value}" for key, value in layout.items())))
     rows += _data_rows(store)
-    rows += [(f"origin: {key}", str(value)) for key, value in (store.state.get("origin") or {}).items()]
+    rows += [(f"origin: {key}", _plain(value)) for key, value in (store.state.get("origin") or {}).items()]
     versions = [f"{library} {version}" for library, version in store.manifest.versions.items()]
     return [*rows, ("checkpoint", f"{store.manifest.created}, {store.manifest.save_id}"), ("with", ", ".join(versions))]
+
+
+def _plain(value: Any) -> str:
+    """A JSON value as text; of a path only the name, since where things lay is nobody's business."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return Path(value).name if isinstance(value, str) else str(value)
 
 
 def _validation_rows(state: dict[str, Any]) -> Rows:
