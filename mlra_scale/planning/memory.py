@@ -18,6 +18,10 @@ Training state (DeepSpeed 0.19 as our engines set it up):
     master         fp32 copy of the weights: 4 n; none in fp32 without ZeRO; ZeRO >= 1: 4 n / d
     moments        Adam's two, fp32: 8 n; ZeRO >= 1: 8 n / d
     (offload_optimizer moves master and moments to the host, offload_param the weights)
+    snapshot       host memory for asynchronous checkpoints: 12 bytes (fp32 weight, two moments) per weight that the
+                   rank owns. Weights divided over d (ZeRO >= 1; bf16 in a pipeline): n / d; else data rank 0 owns all
+                   n. The last stage's copy of the tied embedding is the first stage's. Tensor rank 0 owns what is
+                   replicated over t, the others a little less than is shown
 
 Activations kept for the backward pass, per token:
 
@@ -57,6 +61,7 @@ class RankMemory:
         activations: Kept for the backward pass, logits not included.
         logits: Logits, softmax and its gradient.
         host: What offloading put on the host instead (not part of `device`).
+        snapshot: The copy of the state that asynchronous checkpoints are written from, on the host as well.
     """
 
     weights: float
@@ -66,6 +71,7 @@ class RankMemory:
     activations: float
     logits: float
     host: float
+    snapshot: float
 
     @property
     def device(self) -> float:
@@ -97,6 +103,7 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
         activations=activation_bytes(config, plan, stage),
         logits=logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0,
         host=host,
+        snapshot=snapshot_bytes(config, plan, stage),
     )
 
 
@@ -146,6 +153,16 @@ def master_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
 def moment_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     """Bytes of Adam's two moments."""
     return 8.0 * num_weights / (plan.data if zero_stage(config) >= 1 else 1)
+
+
+def snapshot_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+    """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint."""
+    if not config.checkpoint.asynchronous:
+        return 0.0
+    held = weights_of_stage(config.model, plan.pipeline, stage)
+    owned = [info for info in held if stage == 0 or info.kind != "embedding"]
+    is_divided = zero_stage(config) >= 1 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
+    return 12.0 * num_held(owned, plan.tensor) / (plan.data if is_divided else 1)
 
 
 def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:

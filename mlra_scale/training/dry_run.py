@@ -117,8 +117,8 @@ def _parameter_lines(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
-    names = ("weights", "gradients", "master", "moments", "activations", "logits", "device", "host")
-    rows: list[tuple[str, ...]] = [("stage", *names[:-2], "sum", "host")]
+    names = ("weights", "gradients", "master", "moments", "activations", "logits", "device", "host", "snapshot")
+    rows: list[tuple[str, ...]] = [("stage", *names[:-3], "sum", "host", "snapshot")]
     estimates = [rank_memory(config, plan, stage) for stage in range(plan.pipeline)]
     for stage, memory in enumerate(estimates):
         rows.append((str(stage), *(_gib(memory, name) for name in names)))
@@ -130,6 +130,8 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
     return [
         *_table(rows),
         f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / _GIB:.2f})",
+        "(host: what is offloaded; snapshot: host memory from which a checkpoint is written while training goes on, 0",
+        " with checkpoint.asynchronous=false)",
         "(weights to moments checked against real tensors on CPUs; activations and logits are estimates; temporary",
         " results and the libraries themselves come on top)",
         "(formulas: mlra_scale/planning/memory.py)",

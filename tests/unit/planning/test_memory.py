@@ -115,3 +115,16 @@ def test_buffers_of_the_reduction_have_the_size_of_the_file(
     # They are shown with the gradients.
     held = num_held(weights_of_stage(config.model, 1, 0), 1)
     assert rank_memory(config, plan, 0).gradients == gradient_bytes(config, plan, held) + expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "pipeline", "divided_by"),
+    [("fp32", 0, 1, 1), ("fp32", 0, 2, 1), ("bf16", 0, 2, 2), ("fp32", 1, 2, 2), ("bf16", 3, 1, 4)],
+)
+def test_a_snapshot_holds_what_a_rank_owns(precision: str, stage: int, pipeline: int, divided_by: int) -> None:
+    config, plan = case(4, f"train.precision={precision}", f"parallel.pipeline={pipeline}", stage=stage)
+    total = sum(rank_memory(config, plan, each).snapshot for each in range(pipeline))
+    padding = config.model.padded_vocab_size - config.model.vocab_size
+    assert padding == 0 and total == 12 * config.model.num_parameters() / divided_by
+    off, _ = case(4, f"parallel.pipeline={pipeline}", "checkpoint.asynchronous=false", stage=stage)
+    assert rank_memory(off, plan, 0).snapshot == 0.0
