@@ -7,7 +7,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -131,15 +130,6 @@ class Engine(Protocol):
         """Returns this rank's share of the gradient of the mean loss (unclipped, unscaled); only in before_update."""
         ...
 
-    def overwrite_weights(self, fill: Callable[[Fragment], None]) -> None:
-        """Replaces the fp32 weights, and with them the model's; collective.
-
-        Args:
-            fill: Writes new values into `fragment.values`; called for every fragment that this rank holds, those
-                that other ranks own included.
-        """
-        ...
-
     def training_state(self) -> dict[str, Any]:
         """Returns what continues a run besides weights and moments; the same on every rank, and fit for JSON.
 
@@ -162,14 +152,6 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, directory: Path, state: dict[str, Any]) -> None:
-        """Writes a checkpoint of weights and optimizer, and `state`, into a new directory; collective."""
-        ...
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Reads what `save` wrote under the same layout and returns its `state`; collective."""
-        ...
-
 
 def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig) -> list[dict[str, Any]]:
     """Splits parameters by weight decay: matrices, and by policy factors and embeddings; never biases and norms."""
@@ -185,7 +167,7 @@ def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, opti
     for decay in (True, False):
         members = [parameter for name, parameter in named.items() if decays[table[name].kind] is decay]
         weight_decay = optim.weight_decay if decay else 0.0
-        groups.append({"params": members, "weight_decay": weight_decay, "has_decay": decay})
+        groups.append({"params": members, "weight_decay": weight_decay})
     return [group for group in groups if group["params"]]
 
 
@@ -267,13 +249,6 @@ class EngineBase(ABC):
         scale = self._loss_scale() or 1.0
         owned = (fragment for fragment in self.view.gradients() if self.owns(fragment.name))
         return [Fragment(fragment.name, fragment.start, fragment.values.float() / scale) for fragment in owned]
-
-    def overwrite_weights(self, fill: Callable[[Fragment], None]) -> None:
-        """See Engine."""
-        with torch.no_grad():
-            for fragment in self.view.weights(with_moments=False):
-                fill(fragment)
-            self.view.publish()
 
     def training_state(self) -> dict[str, Any]:
         """See Engine."""
@@ -367,20 +342,3 @@ class EngineBase(ABC):
     @abstractmethod
     def _run(self, batches: Sequence[MicroBatch]) -> None:
         """Forward and backward over the micro-batches, gradient reduction, gated update."""
-
-    def save(self, directory: Path, state: dict[str, Any]) -> None:
-        """See Engine."""
-        self.deepspeed_engine.save_checkpoint(
-            str(directory.parent), tag=directory.name, client_state={"mlra_scale": state}, save_latest=False
-        )
-        dist.barrier()
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        """See Engine."""
-        path, client_state = self.deepspeed_engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        assert path is not None, directory
-        # The optimizer's groups came back with the numbers of the saved run; the configuration is the owner of these.
-        for group in self.deepspeed_engine.optimizer.param_groups:
-            group["betas"], group["eps"] = self.config.optim.betas, self.config.optim.eps
-            group["weight_decay"] = self.config.optim.weight_decay if group["has_decay"] else 0.0
-        return client_state["mlra_scale"]

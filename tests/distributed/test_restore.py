@@ -116,7 +116,7 @@ def interrupt(rank: int, world_size: int, config: Config) -> list[StepResult]:
 
     # Without moments: as a new optimizer on these weights, whatever the engine has done before.
     fresh = build_engine(config, plan, engine.topology)
-    fresh.overwrite_weights(filler(captured))
+    fresh.restore(filler(captured), None, with_moments=False)
     beginning = fresh.training_state()
     without = steps(fresh, plan, config, 0, STOP)
     new.restore(filler(captured), None, with_moments=False)

@@ -141,7 +141,7 @@ def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | No
 
 
 def overwrite(engine: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Gives an engine these global weights."""
+    """Gives an engine these global weights, as if it had not trained yet."""
     degree, rank = engine.topology.tensor, engine.topology.tensor_rank
 
     def fill(fragment: Any) -> None:
@@ -151,7 +151,7 @@ def overwrite(engine: Any, weights: dict[str, torch.Tensor]) -> None:
         flat = shard.reshape(-1)
         fragment.values.copy_(flat[fragment.start : fragment.start + fragment.values.numel()])
 
-    engine.overwrite_weights(fill)
+    engine.restore(fill, None, with_moments=False)
 
 
 Piece = tuple[str, int, int, np.ndarray]
