@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
 
 
+POSITIONS_AT_ONCE = 64
+"""Of how many positions the logits are computed at a time; those of a whole sequence can be larger than the model."""
+
+
 class _NoInitializer(Initializer):
     """Leaves new weights as they are: those of a store take their place."""
 
@@ -36,11 +40,12 @@ class _NoInitializer(Initializer):
 
 @dataclass(frozen=True)
 class _Context(ModelContext):
-    """A context whose layers are built without drawing random numbers."""
+    """A context whose layers are built without values: their memory is never touched."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "initialize", _NoInitializer(self.model, self.seed))
+        object.__setattr__(self, "megatron", replace(self.megatron, perform_initialization=False))
 
 
 @contextlib.contextmanager
@@ -74,14 +79,14 @@ class TrainingSide:
     def logits(self, tokens_NS: torch.Tensor) -> Iterator[torch.Tensor]:
         """Computes the logits of every position; to be called within `distributed_of_one`.
 
-        All sequences pass a layer together, so that each layer is read once; then come the logits, sequence by
-        sequence.
+        All sequences pass a layer together, so that each layer is read once; then come the logits.
 
         Args:
             tokens_NS: Token ids. A token sees all earlier ones of its sequence, whatever the documents are.
 
         Yields:
-            Logits [S, V] in fp32 for each sequence, without the columns that pad the vocabulary.
+            Logits [S, V] in fp32 of the next POSITIONS_AT_ONCE positions (at the end of a sequence, of those that are
+            left), sequence by sequence, without the columns that pad the vocabulary.
         """
         positions_NS = torch.arange(tokens_NS.shape[1]).expand_as(tokens_NS)
         nothing = torch.zeros_like(tokens_NS)
@@ -97,7 +102,8 @@ class TrainingSide:
         assert isinstance(head, TokenEmbedding)
         self._fill(head, layers[0].name)
         for hidden_SD in stream:
-            yield head.logits(hidden_SD)[:, : self._store.model.vocab_size].float()
+            for part_SD in hidden_SD.split(POSITIONS_AT_ONCE):
+                yield head.logits(part_SD)[:, : self._store.model.vocab_size].float()
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Gives a layer its weights; in fp32 those that lie in one piece stay in the mapped file."""

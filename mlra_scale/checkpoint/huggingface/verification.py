@@ -24,7 +24,7 @@ import transformers
 
 from mlra_scale.checkpoint.files import FileEntry, entry_of
 from mlra_scale.checkpoint.huggingface.tensors import Format
-from mlra_scale.checkpoint.huggingface.training_side import TrainingSide, distributed_of_one
+from mlra_scale.checkpoint.huggingface.training_side import POSITIONS_AT_ONCE, TrainingSide, distributed_of_one
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 ABSOLUTE_BOUND = 1e-4
 RELATIVE_BOUND = 1e-5
 OWN_ERROR_FACTOR = 2.0
-_POSITIONS_AT_ONCE = 64
 
 
 class VerificationError(Exception):
@@ -53,18 +52,14 @@ class Comparison:
         self._losses = [0.0, 0.0]
 
     def add(self, expected_SV: torch.Tensor, actual_SV: torch.Tensor, targets_S: torch.Tensor) -> None:
-        """Adds the logits of one sequence.
+        """Adds the logits of some positions.
 
         Args:
             expected_SV: Logits of the trained model.
             actual_SV: Logits that are compared with them.
             targets_S: The tokens that follow.
         """
-        for first in range(0, len(targets_S), _POSITIONS_AT_ONCE):  # float64 copies of a few positions at a time
-            part = slice(first, first + _POSITIONS_AT_ONCE)
-            self._add(expected_SV[part].double(), actual_SV[part].double(), targets_S[part])
-
-    def _add(self, expected_SV: torch.Tensor, actual_SV: torch.Tensor, targets_S: torch.Tensor) -> None:
+        expected_SV, actual_SV = expected_SV.double(), actual_SV.double()
         difference_SV = (expected_SV - actual_SV).abs()
         # A NaN must not be lost: max() of Python would pass over it.
         self.max_difference = _max(self.max_difference, float(difference_SV.max()))
@@ -194,10 +189,14 @@ def verify_folder(
         _check_loaded(model, store, dtype)
         expected = TrainingSide(store, torch.float32).logits(inputs_NS)
         own_logits = None if own is None else TrainingSide(store, dtype).logits(inputs_NS)
-        for inputs_S, targets_S, expected_SV in zip(inputs_NS, targets_NS, expected, strict=True):
-            exported.add(expected_SV, model(inputs_S[None], use_cache=False).logits[0], targets_S)
-            if own is not None and own_logits is not None:
-                own.add(expected_SV, next(own_logits), targets_S)
+        for inputs_S, targets_S in zip(inputs_NS, targets_NS, strict=True):
+            logits_SV = model(inputs_S[None], use_cache=False).logits[0]
+            parts = (whole.split(POSITIONS_AT_ONCE) for whole in (logits_SV, targets_S))
+            for actual_SV, following_S in zip(*parts, strict=True):
+                expected_SV = next(expected)
+                exported.add(expected_SV, actual_SV, following_S)
+                if own is not None and own_logits is not None:
+                    own.add(expected_SV, next(own_logits), following_S)
     return Verification(dtype, exported, own)
 
 
