@@ -1,22 +1,20 @@
 """manifest.json: what a checkpoint consists of, and how to tell that it is whole.
 
-The manifest is written last. It names every other file with size and checksum, says which elements of which parameter
-each file holds, and carries a checksum of itself. docs/checkpoints.md has the format.
+The manifest is written last. It names every other file with size and checksum, has the shape of every parameter, and
+carries a checksum of itself. docs/checkpoints.md has the format.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault
-from mlra_scale.checkpoint.placement import shard_of
 
 MANIFEST = "manifest.json"
 FORMAT = "mlra-scale-checkpoint"
@@ -38,25 +36,6 @@ class StoredParameter:
 
 
 @dataclass(frozen=True)
-class StoredFragment:
-    """A run of elements of one parameter in one file.
-
-    Attributes:
-        file: Name of the file in the checkpoint's folder.
-        name: Canonical parameter name.
-        start: First element, counted in the tensor-parallel shard flattened row by row.
-        numel: Number of elements.
-        tensor_rank: Whose tensor-parallel shard it is; 0 where every rank holds the whole tensor.
-    """
-
-    file: str
-    name: str
-    start: int
-    numel: int
-    tensor_rank: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json.
 
@@ -70,7 +49,6 @@ class Manifest:
         versions: Of the libraries that wrote it.
         files: Every other file by its path in the folder.
         parameters: Every parameter by canonical name.
-        fragments: Which elements lie where; together every element of every parameter exactly once.
     """
 
     save_id: str
@@ -82,7 +60,6 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
     parameters: Mapping[str, StoredParameter]
-    fragments: tuple[StoredFragment, ...]
 
     @property
     def tensor(self) -> int:
@@ -96,11 +73,6 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Returns the file's content; one line per section."""
-        runs: dict[str, dict[str, Any]] = {}
-        for piece in self.fragments:
-            # All fragments of a file are of one rank, except that what is replicated counts as tensor rank 0's.
-            by_rank = runs.setdefault(piece.file, {}).setdefault(str(piece.tensor_rank), [])
-            by_rank.append([piece.name, piece.start, piece.numel])
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -113,41 +85,10 @@ class Manifest:
             "versions": dict(self.versions),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
             "parameters": {name: asdict(parameter) for name, parameter in self.parameters.items()},
-            "fragments": runs,
         }
         content["checksum"] = _checksum(content)
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         return f"{{\n{lines}\n}}\n".encode("ascii")
-
-    def faults(self) -> list[str]:
-        """Returns what elements are missing or stored twice."""
-        runs: dict[tuple[str, int], list[StoredFragment]] = defaultdict(list)
-        for piece in self.fragments:
-            runs[piece.name, piece.tensor_rank].append(piece)
-        found = []
-        for name, parameter in self.parameters.items():
-            ranks = 1 if parameter.shard_dim is None else self.tensor
-            for rank in range(ranks):
-                expected = shard_of(parameter.shape, parameter.shard_dim, self.tensor, rank).numel()
-                fault = _coverage_fault(runs.pop((name, rank), []), expected)
-                if fault:
-                    found.append(f"{name}, tensor rank {rank}: {fault}")
-        found += [f"{name}, tensor rank {rank}: is no part of the model" for name, rank in runs]
-        return found
-
-
-def _coverage_fault(pieces: Iterable[StoredFragment], expected: int) -> str | None:
-    """Says where runs of elements leave a gap, overlap or end too early or too late."""
-    position = 0
-    for piece in sorted(pieces, key=lambda piece: piece.start):
-        if piece.start != position:
-            kind = "are missing" if piece.start > position else "are stored twice"
-            low, high = sorted((piece.start, position))
-            return f"elements {low} to {high - 1} {kind} ({piece.file})"
-        position += piece.numel
-    if position != expected:
-        return f"{position} elements are stored, the parameter has {expected}"
-    return None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -157,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
         folder: A checkpoint.
 
     Raises:
-        CheckpointError: There is none, it is damaged, of a newer format, or does not cover the model.
+        CheckpointError: There is none, it is damaged, of a newer format, or not sound.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -180,14 +121,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has version {version} of the format, this program reads {VERSION}; use the program that wrote it"
         )
     try:
-        manifest = _parsed(content)
-        faults = manifest.faults()
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        return _parsed(content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not sound ({type(error).__name__}: {error}); use another one") from error
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise CheckpointError(f"{path} does not cover the model: {faults[0]}{more}; use another checkpoint")
-    return manifest
 
 
 def read_complete_manifest(folder: Path) -> Manifest:
@@ -213,15 +149,8 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"file name {name!r} leads out of the folder")
-    fragments = tuple(
-        StoredFragment(file, name, start, numel, int(tensor_rank))
-        for file, by_rank in content["fragments"].items()
-        for tensor_rank, runs in by_rank.items()
-        for name, start, numel in runs
-    )
-    unknown = {piece.file for piece in fragments} - files.keys()
-    if unknown:
-        raise ValueError(f"fragments lie in files that are not listed: {sorted(unknown)}")
+    if not isinstance(content["layout"]["tensor"], int):
+        raise ValueError("layout has no tensor-parallel degree")
     return Manifest(
         save_id=content["save_id"],
         kind=content["kind"],
@@ -235,7 +164,6 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
             name: StoredParameter(tuple(entry["shape"]), entry["shard_dim"])
             for name, entry in content["parameters"].items()
         },
-        fragments=fragments,
     )
 
 

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mlra_scale.checkpoint import fragments
 from mlra_scale.checkpoint.contents import BUFFERS, CONFIG, PARTS, STATE, TOKENIZER, Part, model_of, tensor_key
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import checksum_fault, faults_told
-from mlra_scale.checkpoint.manifest import Manifest, StoredFragment, read_complete_manifest
+from mlra_scale.checkpoint.fragments import FRAGMENTS, StoredFragment
+from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
 from mlra_scale.config import Config, ConfigError, ModelConfig, yaml_text
 from mlra_scale.model.parameters import ParameterTable
@@ -49,7 +51,7 @@ class Store:
         self.state: dict[str, Any] = self._read_state()
         self._pieces: dict[str, list[tuple[StoredFragment, list[Box]]]] = {}
         self._by_name: dict[str, list[StoredFragment]] = defaultdict(list)
-        for piece in manifest.fragments:
+        for piece in fragments.parse(self._small_file(FRAGMENTS), manifest, folder / FRAGMENTS):
             self._by_name[piece.name].append(piece)
         self._maps: dict[str, Any] = {}
         self._check_parameters()

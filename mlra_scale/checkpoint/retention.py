@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from mlra_scale.checkpoint import points
+from mlra_scale.checkpoint.contents import now
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import faults_told, replace_file, sync_folder
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
@@ -67,10 +69,13 @@ def newest_complete(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
-def last_created(folder: Path) -> str:
-    """Returns when the newest complete checkpoint was saved; empty where there is none."""
-    found = _complete(folder)
-    return found[-1][1].created if found else ""
+def next_created(folder: Path) -> str:
+    """Returns the time for a checkpoint that is completed now: later than that of every other, whatever the clock."""
+    newest = max((manifest.created for _, manifest in _complete(folder)), default="")
+    current = now()
+    if current > newest:
+        return current
+    return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
 
 
 def superfluous(folder: Path, keep_last: int, keep_every: int) -> list[Path]:

@@ -26,7 +26,6 @@ from mlra_scale.checkpoint.contents import json_bytes
 from mlra_scale.checkpoint.copies import RankCopies, collect, copied_parameters, digests_on_device
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import faults_told
-from mlra_scale.checkpoint.manifest import StoredFragment
 from mlra_scale.checkpoint.saving import (
     GIVEN_UP,
     MainShare,
@@ -34,8 +33,8 @@ from mlra_scale.checkpoint.saving import (
     RankShare,
     Work,
     commit,
+    describe,
     host_copies,
-    manifest_of,
     told,
     write_share,
 )
@@ -145,7 +144,8 @@ class Saver:
         if self._copied is None:
             self._copied = copied_parameters(engine)
         cancel = threading.Event()
-        share, main = RankShare(f"rank-{self._topology.rank:05d}.safetensors"), None
+        file = f"rank-{self._topology.rank:05d}.safetensors"
+        share, main = RankShare(file, self._topology.tensor_rank), None
         try:
             wait_for_copies = self._snapshot(engine, share, is_background)
             if self._topology.rank == 0:
@@ -232,10 +232,7 @@ class Saver:
         points.reached("snapshot")
         topology = self._topology
         owned = engine.owned_fragments(with_moments=True)
-        for fragment in owned:
-            tensor_rank = 0 if engine.table[fragment.name].shard_dim is None else topology.tensor_rank
-            numel = fragment.values.numel()
-            share.fragments.append(StoredFragment(share.file, fragment.name, fragment.start, numel, tensor_rank))
+        share.runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
         if owned:
             share.has_moments = owned[0].exp_avg is not None
         assert self._copied is not None
@@ -292,7 +289,7 @@ class Saver:
         share.tensors = []
         copies = RankCopies(topology.rank, topology.tensor_rank, topology.pipeline_rank, share.digests)
         report = RankReport(
-            share.file, share.entry, share.fragments, share.has_moments, copies, stall_seconds, job.work.seconds
+            share.file, share.entry, share.line, share.has_moments, copies, stall_seconds, job.work.seconds
         )
         is_main = topology.rank == 0
         gathered: list[Any] | None = [None] * topology.world_size if is_main else None
@@ -306,7 +303,7 @@ class Saver:
         if job.reports is None:
             return
         assert job.main is not None
-        manifest = manifest_of(job.save_id, job.step, job.reports, job.main, job.table, self._topology)
+        manifest = describe(job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology)
         job.total_bytes = manifest.total_bytes
         commit(job.unfinished, manifest, self._keep_last, self._keep_every)
 

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlra_scale.checkpoint import points, retention
-from mlra_scale.checkpoint.contents import BUFFERS, library_versions, now, write_small_files
+from mlra_scale.checkpoint.contents import BUFFERS, library_versions, write_small_files
 from mlra_scale.checkpoint.copies import Digests, RankCopies, check_copies
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, faults_told, sync_folder, write_file
-from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredFragment, StoredParameter
+from mlra_scale.checkpoint.fragments import FRAGMENTS, Run, joined, line_of, parse
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
+from mlra_scale.checkpoint.retention import next_created
 from mlra_scale.checkpoint.snapshot import Named
 from mlra_scale.checkpoint.writer import write_safetensors
 from mlra_scale.config import Config, engine_kind, zero_stage
@@ -86,18 +88,22 @@ class RankShare:
     Attributes:
         file: Name of its file.
         tensors: What goes into it.
-        fragments: The fragments that these are, for the manifest.
+        tensor_rank: This rank's.
+        runs: The fragments that these are.
         has_moments: Whether moments are among them; None where there is nothing at all.
         digests: Of the copies that it holds.
         entry: The file, once it is written.
+        line: What fragments.json says of it, once it is written.
     """
 
     file: str
+    tensor_rank: int
     tensors: Named = field(default_factory=list)
-    fragments: list[StoredFragment] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     has_moments: bool | None = None
     digests: Digests = field(default_factory=dict)
     entry: FileEntry | None = None
+    line: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class RankReport:
 
     file: str
     entry: FileEntry
-    fragments: list[StoredFragment]
+    line: bytes
     has_moments: bool | None
     copies: RankCopies
     stall_seconds: float
@@ -153,6 +159,7 @@ def write_share(folder: Path, save_id: str, share: RankShare, main: MainShare | 
 
     with faults_told("written", folder):
         share.entry = _write_tensors(folder / share.file, share.tensors, save_id, check)
+        share.line = line_of(share.file, share.tensor_rank, share.runs)
         points.reached("between-files")
         if main is None:
             return
@@ -167,14 +174,27 @@ def _write_tensors(path: Path, tensors: Named, save_id: str, check: Callable[[],
     return write_safetensors(path, specs, tensors, {"save_id": save_id}, check)
 
 
-def manifest_of(
-    save_id: str, step: int, reports: Sequence[RankReport], main: MainShare, table: ParameterTable, topology: Topology
+def describe(
+    unfinished: Path,
+    save_id: str,
+    step: int,
+    reports: Sequence[RankReport],
+    main: MainShare,
+    table: ParameterTable,
+    topology: Topology,
 ) -> Manifest:
-    """Puts the manifest together from what the ranks report.
+    """Checks what the ranks report, writes fragments.json and puts the manifest together; rank 0.
 
     Raises:
-        CheckpointError: Copies differ, or the ranks' fragments do not add up to the model.
+        CheckpointError: Copies differ, the ranks' fragments do not add up to the model, or the system refuses.
     """
+    check_copies([report.copies for report in reports], table, topology.tensor)
+    has_moments = {report.has_moments for report in reports} - {None}
+    if len(has_moments) > 1:
+        raise CheckpointError("some ranks have Adam's moments and others have none; nothing was saved")
+    content = joined(report.line for report in reports)
+    with faults_told("written", unfinished):
+        entry = write_file(unfinished / FRAGMENTS, content)
     config = Config.from_yaml(main.config_text)
     layout: dict[str, Any] = {
         "world_size": topology.world_size,
@@ -185,25 +205,18 @@ def manifest_of(
         "zero_stage": zero_stage(config),
         "precision": config.train.precision,
     }
-    has_moments = {report.has_moments for report in reports} - {None}
     manifest = Manifest(
         save_id=save_id,
         kind="training",
         step=step,
-        created=now(),
+        created=next_created(unfinished.parent),
         layout=layout,
         has_moments=has_moments == {True},
         versions=library_versions(),
-        files={report.file: report.entry for report in reports} | main.files,
+        files={report.file: report.entry for report in reports} | {FRAGMENTS: entry} | main.files,
         parameters={name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()},
-        fragments=tuple(piece for report in reports for piece in report.fragments),
     )
-    check_copies([report.copies for report in reports], table, topology.tensor)
-    faults = manifest.faults()
-    if len(has_moments) > 1:
-        faults.append("some ranks have moments and others have none")
-    if faults:
-        raise CheckpointError(f"the ranks' fragments are not the model: {'; '.join(faults[:3])}; nothing was saved")
+    parse(content, manifest, unfinished / FRAGMENTS)
     return manifest
 
 

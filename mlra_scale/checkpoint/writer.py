@@ -26,7 +26,8 @@ from mlra_scale.checkpoint import points
 from mlra_scale.checkpoint.contents import json_bytes, library_versions, model_of, now, tensor_key, write_small_files
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, faults_told, sync_folder, write_file
-from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredFragment, StoredParameter
+from mlra_scale.checkpoint.fragments import FRAGMENTS, joined, line_of
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
 from mlra_scale.config import yaml_text
 from mlra_scale.model.parameters import ParameterTable
 
@@ -183,7 +184,7 @@ def write_weights(
         unfinished.mkdir()
         try:
             save_id = uuid4().hex
-            files, fragments = _write_parameters(unfinished, save_id, table, _checked(tensors, table))
+            files = _write_parameters(unfinished, save_id, table, _checked(tensors, table))
             config_text = yaml_text.dump({"model": dict(model_values)})
             files |= write_small_files(unfinished, json_bytes({"origin": dict(origin)}), config_text, tokenizer)
             manifest = Manifest(
@@ -196,7 +197,6 @@ def write_weights(
                 versions=library_versions(),
                 files=files,
                 parameters={name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()},
-                fragments=tuple(fragments),
             )
             write_file(unfinished / MANIFEST, manifest.to_json())
             sync_folder(unfinished)
@@ -210,19 +210,20 @@ def write_weights(
 
 def _write_parameters(
     folder: Path, save_id: str, table: ParameterTable, tensors: Iterator[tuple[str, torch.Tensor]]
-) -> tuple[dict[str, FileEntry], list[StoredFragment]]:
-    """Writes the files with the weights, one whole parameter after the other."""
+) -> dict[str, FileEntry]:
+    """Writes the files with the weights, one whole parameter after the other, and fragments.json."""
     files: dict[str, FileEntry] = {}
-    fragments: list[StoredFragment] = []
+    lines = []
     for number, names in enumerate(_shares(table)):
         file = f"weights-{number:05d}.safetensors"
         specs = {tensor_key("weight", name, 0): (torch.float32, (table[name].numel(),)) for name in names}
         taken = islice(tensors, len(names))
         share = ((tensor_key("weight", name, 0), tensor.reshape(-1)) for name, tensor in taken)
         files[file] = write_safetensors(folder / file, specs, share, {"save_id": save_id})
-        fragments += [StoredFragment(file, name, 0, table[name].numel(), 0) for name in names]
+        lines.append(line_of(file, 0, [(name, 0, table[name].numel()) for name in names]))
     next(tensors, None)  # lets _checked see whether there is more than the model has
-    return files, fragments
+    files[FRAGMENTS] = write_file(folder / FRAGMENTS, joined(lines))
+    return files
 
 
 def _shares(table: ParameterTable) -> Iterator[list[str]]:

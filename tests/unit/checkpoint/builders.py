@@ -13,8 +13,7 @@ import torch
 
 from mlra_scale.checkpoint.contents import PARTS, json_bytes
 from mlra_scale.checkpoint.copies import RankCopies, collect, digests_on_device
-from mlra_scale.checkpoint.manifest import StoredFragment
-from mlra_scale.checkpoint.saving import MainShare, RankReport, RankShare, commit, manifest_of, write_share
+from mlra_scale.checkpoint.saving import MainShare, RankReport, RankShare, commit, describe, write_share
 from mlra_scale.checkpoint.snapshot import named_parts
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable
@@ -181,19 +180,17 @@ def write_checkpoint(
     reports = []
     for rank in range(layout.world_size):
         engine = FakeEngine(layout.topology(rank), layout, values, model)
-        share = RankShare(f"rank-{rank:05d}.safetensors")
+        share = RankShare(f"rank-{rank:05d}.safetensors", engine.topology.tensor_rank)
         owned = engine.owned_fragments(with_moments=True)
-        for fragment in owned:
-            shard = 0 if engine.table[fragment.name].shard_dim is None else engine.topology.tensor_rank
-            piece = StoredFragment(share.file, fragment.name, fragment.start, fragment.values.numel(), shard)
-            share.fragments.append(piece)
+        share.runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
         share.tensors, share.has_moments = named_parts(owned), len(values) > 1 if owned else None
         keys, sums = digests_on_device(engine.held_fragments(with_moments=True), frozenset(engine.table))
         share.digests = collect(keys, [] if sums is None else sums.tolist())
         write_share(unfinished, save_id, share, main if rank == 0 else None, threading.Event())
         assert share.entry is not None
         copies = RankCopies(rank, engine.topology.tensor_rank, engine.topology.pipeline_rank, share.digests)
-        report = RankReport(share.file, share.entry, share.fragments, share.has_moments, copies, 0.0, 0.0)
+        report = RankReport(share.file, share.entry, share.line, share.has_moments, copies, 0.0, 0.0)
         reports.append(report)
-    manifest = manifest_of(save_id, step, reports, main, ParameterTable(model), layout.topology(0))
+    table = ParameterTable(model)
+    manifest = describe(unfinished, save_id, step, reports, main, table, layout.topology(0))
     return commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0))

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from mlra_scale.checkpoint import CheckpointError, Store, load_checkpoint
 from mlra_scale.checkpoint.contents import PARTS
-from mlra_scale.checkpoint.files import FileEntry
-from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from mlra_scale.checkpoint.files import FileEntry, entry_of
+from mlra_scale.checkpoint.fragments import FRAGMENTS
+from mlra_scale.checkpoint.manifest import MANIFEST, StoredParameter, _checksum, read_manifest
 from mlra_scale.parallel.fragments import Fragment
 from tests.unit.checkpoint.builders import (
     MODEL,
@@ -186,34 +187,56 @@ def swap_in_manifest(folder: Path, old: str, new: str) -> None:
     (folder / MANIFEST).write_text(text.replace(old, new, 1))
 
 
-def signed(manifest: Manifest, folder: Path) -> None:
-    """Writes a manifest with a checksum that is right."""
-    (folder / MANIFEST).write_bytes(manifest.to_json())
-
-
-def test_a_manifest_that_does_not_cover_the_model_is_refused(tmp_path: Path) -> None:
+def test_fragments_that_do_not_cover_the_model_are_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1, Layout(2))
-    manifest = read_manifest(folder)
-    first, *others = manifest.fragments
-    half = replace(first, numel=first.numel - 3)
-    faults: dict[str, tuple[Any, ...]] = {
-        r"embedding\.weight, tensor rank 0: 93 elements are stored, the parameter has 96": (half, *others),
-        r"embedding\.weight, tensor rank 0: elements 0 to 95 are stored twice": (first, *manifest.fragments),
-        r"tensor rank 0: elements 0 to 2 are missing": (replace(first, start=3, numel=first.numel - 3), *others),
-        r"tensor rank 0: 0 elements are stored": tuple(others),
-        r"embedding\.weight, tensor rank 5: is no part of the model": (
-            *manifest.fragments,
-            replace(first, tensor_rank=5),
-        ),
-        r"files that are not listed: \['other'\]": (replace(first, file="other"), *others),
+    whole = json.loads((folder / FRAGMENTS).read_bytes())
+    shard = "rank-00000.safetensors"
+    (name, start, numel), *others = whole[shard]["runs"]
+    assert (name, start, numel) == ("embedding.weight", 0, 96)
+    faults: dict[str, Any] = {
+        r"embedding\.weight, tensor rank 0: 93 elements are stored, the shard has 96": [(name, 0, 93), *others],
+        r"embedding\.weight, tensor rank 0: elements 0 to 95 are stored twice": [*whole[shard]["runs"], (name, 0, 96)],
+        r"tensor rank 0: elements 0 to 2 are missing": [(name, 3, 93), *others],
+        r"tensor rank 0: 0 elements are stored": others,
+        r"KeyError: 'head'": [("head", 0, 96), *others],
+        r"ValueError": [(name, 0), *others],
     }
-    for message, fragments in faults.items():
-        signed(replace(manifest, fragments=fragments), folder)
+    for message, runs in faults.items():
+        sign(folder, whole | {shard: {"tensor_rank": 0, "runs": runs}})
         with pytest.raises(CheckpointError, match=message):
             Store.open(folder)
-    signed(replace(manifest, files={**manifest.files, "../x": FileEntry(1, "")}), folder)
-    with pytest.raises(CheckpointError, match="leads out of the folder"):
+    sign(folder, whole | {"rank-00001.safetensors": whole["rank-00001.safetensors"] | {"tensor_rank": 2}})
+    with pytest.raises(CheckpointError, match="tensor rank 1: 0 elements are stored"):
         Store.open(folder)
+    sign(folder, whole | {"other": {"tensor_rank": 0, "runs": []}})
+    with pytest.raises(CheckpointError, match="the manifest does not list other"):
+        Store.open(folder)
+
+
+def sign(folder: Path, fragments: Any) -> None:
+    """Writes fragments.json, and a manifest that fits it."""
+    (folder / FRAGMENTS).write_text(json.dumps(fragments))
+    manifest = read_manifest(folder)
+    files = {**manifest.files, FRAGMENTS: entry_of(folder / FRAGMENTS)}
+    (folder / MANIFEST).write_bytes(replace(manifest, files=files).to_json())
+
+
+def test_a_manifest_that_is_not_sound_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1)
+    manifest = read_manifest(folder)
+    faults: dict[str, dict[str, Any]] = {
+        "leads out of the folder": {"files": {**manifest.files, "../x": FileEntry(1, "")}},
+        "no tensor-parallel degree": {"layout": {"tensor": "two"}},
+        r"KeyError: 'tensor'": {"layout": {}},
+        r"KeyError: 'embedding\.weight'": {"parameters": {}},
+        r"config\.yaml makes embedding\.weight \(\(24, 8\), 0\), stored is \(\(24, 8\), 1\)": {
+            "parameters": {**manifest.parameters, "embedding.weight": StoredParameter((24, 8), 1)}
+        },
+    }
+    for message, changes in faults.items():
+        (folder / MANIFEST).write_bytes(replace(manifest, **changes).to_json())
+        with pytest.raises(CheckpointError, match=message):
+            Store.open(folder)
 
 
 def test_files_of_other_saves_are_told_apart(tmp_path: Path) -> None:
@@ -237,9 +260,12 @@ def test_another_format_or_version_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not this project's"):
         Store.open(folder)
     (folder / MANIFEST).write_bytes(whole)
-    manifest = read_manifest(folder)
-    signed(replace(manifest, parameters={}), folder)
-    with pytest.raises(CheckpointError, match="is no part of the model"):
+    text = json.loads(whole)
+    del text["checksum"]
+    text["version"] = 2
+    text["checksum"] = _checksum(text)
+    (folder / MANIFEST).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="has version 2 of the format, this program reads 1"):
         Store.open(folder)
 
 

@@ -14,6 +14,7 @@ from mlra_scale.checkpoint import (
     newest_complete,
     points,
     prune,
+    retention,
 )
 from mlra_scale.checkpoint.retention import checkpoint_folders, put_in_place, set_latest, superfluous, tidy
 from tests.unit.checkpoint.builders import write_checkpoint
@@ -114,3 +115,11 @@ def test_a_checkpoint_can_be_moved_and_renamed(tmp_path: Path) -> None:
     shutil.move(tmp_path / "run" / checkpoint_name(1), tmp_path / "elsewhere")
     store = Store.open(tmp_path / "elsewhere")
     assert store.step == 1 and store.verify() == []
+
+
+def test_a_clock_that_goes_backwards_does_not_change_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(["2026-05-01T12:00:00.999999+00:00", "2026-05-01T11:00:00.000000+00:00"])
+    monkeypatch.setattr(retention, "now", lambda: next(times))
+    write(tmp_path, 20, 10)
+    assert steps(complete_checkpoints(tmp_path)) == [20, 10]
+    assert Store.open(tmp_path / checkpoint_name(10)).manifest.created == "2026-05-01T12:00:01.000000+00:00"
