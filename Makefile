@@ -1,4 +1,5 @@
-# make quickstart   install, prepare a corpus from Python's own documentation, train a small MLRA model on 2 processes
+# make quickstart   install, prepare a corpus from Python's own documentation, train a small MLRA model on 2 processes,
+#                   export it to Hugging Face's format (verified) and write a sample with stock transformers
 # make test         install with the dev extra, run all tests
 # make lint         ruff and mypy
 # make bench        ratios against plain PyTorch and transformers on this machine
@@ -34,6 +35,21 @@ export OMP_NUM_THREADS ?= 1
 # The environment's modules are compiled at their first import, once.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Nothing of this project: what anybody does with an exported folder.
+define SAMPLE
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+torch.manual_seed(0)
+prompt = tokenizer("Return a list of", return_tensors="pt")
+text = model.generate(**prompt, max_new_tokens=40, do_sample=True, top_k=40, pad_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(text[0], skip_special_tokens=True))
+endef
+export SAMPLE
+
 .PHONY: help quickstart test lint bench clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,9 +63,17 @@ quickstart:
 	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
 	    data.path=data/python-docs parallel.pipeline=$(PROCESSES)
 	echo
-	echo "quickstart: installation $$installed s, data and training $$((SECONDS - installed)) s. Next:"
+	$(BIN)/python tools/export_hf.py $$run $$run/exported --format gpt2
+	echo
+	echo "a sample, by stock transformers alone:"
+	$(BIN)/python -c "$$SAMPLE" $$run/exported
+	echo
+	echo "quickstart: installation $$installed s; data, training, export and sample $$((SECONDS - installed)) s. Next:"
 	echo "  source $(BIN)/activate"
 	echo "  less $$run/metrics.jsonl                 # the record: loss, gradient norm, TEV; one JSON object per line"
+	echo "  python tools/generate.py $$run --prompt 'Return a list of'"
+	echo "  python tools/evaluate.py $$run --data data/python-docs --max-tokens 20000"
+	echo "  python tools/export_hf.py $$run exported/quickstart-mlra --format mlra    # with its factors, and code of its own"
 	echo "  python tools/prepare_data.py --help      # your own text"
 	echo "  python -m mlra_scale.train --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.pipeline=4 \\"
 	echo "      parallel.world_size=32               # what a deep model would take on 32 devices"

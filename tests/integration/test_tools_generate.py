@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_the_command_line_alone(place: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Low") and result.stderr == ""
+
+
+def test_the_quickstart_sample_is_plain_transformers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Makefile's snippet runs as it stands, and uses nothing of this project."""
+    found = re.search(r"^define SAMPLE\n(.*?)^endef", (ROOT / "Makefile").read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None and "mlra" not in found[1]
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.setattr(sys, "argv", ["-c", str(place / "gpt2")])
+        exec(compile(found[1], "SAMPLE", "exec"), {})
+    assert capsys.readouterr().out.startswith("Return a list of")
 
 
 def test_wrong_input_is_one_message(place: Path, tmp_path: Path) -> None:
