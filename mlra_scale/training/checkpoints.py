@@ -72,12 +72,13 @@ class Checkpoints:
             # The run goes on from here, whatever later checkpoints it once had.
             set_latest(self._folder, checkpoint)
 
-    def save(self, progress: Progress, learning_rate: float, is_last: bool) -> None:
+    def save(self, progress: Progress, learning_rate: float, validation_loss: float | None, is_last: bool) -> None:
         """Begins to save a checkpoint, or saves it at once where it is the last; collective.
 
         Args:
             progress: The counters.
             learning_rate: Of the step that was just done.
+            validation_loss: After that step, if it was measured; a note for the model card of an export.
             is_last: Whether the run ends here.
 
         Raises:
@@ -87,6 +88,7 @@ class Checkpoints:
         state = {
             "progress": asdict(progress),
             "learning_rate": learning_rate,
+            "validation_loss": validation_loss,
             "engine": self._engine.training_state(),
             "windows": {"finite": self._finite.state()},
             "data_fingerprints": self._datasets.identity.fingerprints,

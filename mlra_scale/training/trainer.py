@@ -97,7 +97,7 @@ def fit(start: Start, topology: Topology) -> Progress:
             checkpoints.poll(step)
             if is_due(step, config.checkpoint.every, last):
                 report.sync()
-                checkpoints.save(progress, rate, is_last=step == last)
+                checkpoints.save(progress, rate, values.get("validation_loss"), is_last=step == last)
 
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
         report.finished(progress, throughput.mean, memory_gib)

@@ -105,7 +105,7 @@ def _training_rows(store: Store) -> Rows:
     for field, name in (("consumed_tokens", "tokens"), ("consumed_samples", "sequences")):
         if field in progress:
             rows.append((name, f"{progress[field]:,}"))
-    rows += _validation_rows(store.state)
+    rows += _validation_rows(store)
     if store.config is not None:
         rows += _run_rows(store.config)
         layout = {key: value for key, value in store.manifest.layout.items() if key != "precision"}
@@ -123,12 +123,9 @@ def _plain(value: Any) -> str:
     return Path(value).name if isinstance(value, str) else str(value)
 
 
-def _validation_rows(state: dict[str, Any]) -> Rows:
-    validation = state.get("validation")
-    if not isinstance(validation, dict) or "validation_loss" not in validation:
-        return []
-    text = f"{validation['validation_loss']:.4f} nats per token"
-    return [("validation loss", f"{text}, at step {validation['step']:,}" if "step" in validation else text)]
+def _validation_rows(store: Store) -> Rows:
+    loss = store.state.get("validation_loss")
+    return [] if loss is None else [("validation loss", f"{loss:.4f} nats per token after step {store.step:,}")]
 
 
 def _run_rows(config: Config) -> Rows:
