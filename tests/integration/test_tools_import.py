@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlra_scale.checkpoint import Store
+from mlra_scale.config import Config
+from mlra_scale.evaluation.verification_text import validation_tokens
 from tests.support.gpt2_folders import TEXT, gpt2_folder
 from tests.support.tools import Ran, run_tool
+from tests.support.training_runs import Start, curve
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,27 @@ def test_the_energy_kept_is_reported(folder: Path, tmp_path: Path) -> None:
     means = next(words for words in table if words[0] == "mean")
     assert float(means[1]) == pytest.approx((kept[0]["energy"] + kept[3]["energy"]) / 2, abs=1e-5)
     assert f"--config {tmp_path / 'b'}/config.yaml --resume {tmp_path / 'b'} " in result.stdout
+
+
+def test_training_goes_on_from_it(start: Start, tmp_path: Path) -> None:
+    """A dense GPT-2 becomes MLRA: at full rank the first validation loss is that of the GPT-2 itself."""
+    folder = gpt2_folder(tmp_path / "gpt2", has_tokenizer=False, vocab_size=512, n_positions=64)
+    ran(folder, tmp_path / "made", "--rank", 32)
+    source = ["--config", tmp_path / "made" / "config.yaml", "--resume", tmp_path / "made"]
+    result = start("run", *map(str, source), "train.steps=2", "parallel.pipeline=2", num_processes=2)
+    assert "begins with the weights of" in result.stdout
+    losses = curve(tmp_path / "run", "validation_loss")
+    config = Config.from_yaml((tmp_path / "run" / "config.yaml").read_text())
+    count = config.evaluation.batches * config.train.global_batch_size
+    tokens = validation_tokens(config, count * config.train.sequence_length)
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[2] < losses[0]
+    made = run_tool("export_hf", tmp_path / "run", tmp_path / "out", "--tokens", 128)
+    assert made.code == 0, made.stderr
 
 
 def test_padding_is_a_choice(folder: Path, tmp_path: Path) -> None:
