@@ -1,0 +1,186 @@
+"""What there is to know about checkpoints without an engine: list, describe, compare. Values are fit for JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlra_scale.checkpoint.contents import PARTS, STATE, Part
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.location import CHECKPOINTS
+from mlra_scale.checkpoint.manifest import MANIFEST, read_complete_manifest
+from mlra_scale.checkpoint.placement import matrix_shape
+from mlra_scale.checkpoint.reader import Store
+from mlra_scale.checkpoint.retention import UNFINISHED, checkpoint_folders, latest
+
+_BLOCK_ELEMENTS = 2**22
+
+
+def checkpoints_folder(path: Path) -> Path:
+    """Returns the folder of checkpoints that a path means.
+
+    Args:
+        path: That folder, or a run directory.
+
+    Raises:
+        CheckpointError: There are no checkpoints, complete or not.
+    """
+    for folder in (path / CHECKPOINTS, path):
+        if checkpoint_folders(folder) or any(folder.glob(f"{UNFINISHED}*")):
+            return folder
+    what = "holds no checkpoints" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path} {what}; name a run directory or its folder {CHECKPOINTS}")
+
+
+def meant_checkpoints(path: Path) -> list[Path]:
+    """Returns the checkpoint that a path is, or all those of the run that it is, complete or not.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    return [path] if (path / MANIFEST).is_file() else checkpoint_folders(checkpoints_folder(path))
+
+
+def listed(folder: Path) -> list[dict[str, Any]]:
+    """Returns a line for every checkpoint of a run, and for saves that did not come to their end.
+
+    Args:
+        folder: The run's checkpoints.
+    """
+    pointed = latest(folder)
+    lines = [_line(path) | {"latest": path == pointed} for path in checkpoint_folders(folder)]
+    for path in sorted(folder.glob(f"{UNFINISHED}*")):
+        fault = "being written, or left by a run that died; the next save clears it away"
+        lines.append({"name": path.name, "fault": fault, "latest": False})
+    return lines
+
+
+def _line(path: Path) -> dict[str, Any]:
+    try:
+        manifest = read_complete_manifest(path)
+        state = json.loads((path / STATE).read_bytes())
+    except (CheckpointError, OSError, ValueError) as error:
+        return {"name": path.name, "fault": str(error)}
+    return {
+        "name": path.name,
+        "fault": None,
+        "step": manifest.step,
+        "tokens": state.get("progress", {}).get("consumed_tokens"),
+        "created": manifest.created,
+        "bytes": manifest.total_bytes,
+        "files": len(manifest.files),
+        "layout": dict(manifest.layout),
+    }
+
+
+def described(store: Store) -> dict[str, Any]:
+    """Returns what a checkpoint is."""
+    manifest, model = store.manifest, store.model
+    progress = store.state.get("progress", {})
+    return {
+        "folder": str(store.folder),
+        "kind": store.kind,
+        "step": store.step,
+        "samples": progress.get("consumed_samples"),
+        "tokens": progress.get("consumed_tokens"),
+        "created": manifest.created,
+        "save_id": manifest.save_id,
+        "layout": dict(manifest.layout),
+        "model": {
+            "attention": model.attention,
+            "layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "heads": model.num_heads,
+            "rank": model.rank if model.attention == "mlra" else None,
+            "vocabulary": model.vocab_size,
+            "positions": model.max_positions,
+            "parameters": model.num_parameters(),
+        },
+        "has_moments": manifest.has_moments,
+        "has_tokenizer": store.tokenizer_folder is not None,
+        "state": sorted(store.state),
+        "buffers": sorted(store.buffers()),
+        "versions": dict(manifest.versions),
+        "bytes": manifest.total_bytes,
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+    }
+
+
+def differing_fields(one: Store, other: Store) -> list[dict[str, Any]]:
+    """Returns the fields of the configuration in which two checkpoints differ; of the model where one has no more."""
+    if one.config is None or other.config is None:
+        values = [{"model": store.model.model_dump(mode="json")} for store in (one, other)]
+    else:
+        values = [config.to_dict() for config in (one.config, other.config)]
+    first, second = (dict(_flat(value)) for value in values)
+    return [
+        {"field": field, "first": first.get(field), "second": second.get(field)}
+        for field in sorted(first.keys() | second.keys())
+        if first.get(field) != second.get(field)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def differing_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
+    """Compares two checkpoints tensor by tensor, whatever their layouts; a few rows are in memory at a time.
+
+    Padded vocabulary rows do not count.
+
+    Args:
+        one: The first checkpoint.
+        other: The second one.
+        with_moments: Whether Adam's moments are compared beside the weights; both must have them.
+
+    Yields:
+        For every tensor in which they differ: name, part, and either `fault` (it is in one of them only, or of another
+        shape), or `max_abs`, the largest absolute difference, and `relative`, the norm of the difference over the norm
+        of the first (None where that is zero, or nothing finite).
+    """
+    for name in dict.fromkeys([*one.table, *other.table]):
+        shapes = [_compared_shape(store, name) for store in (one, other)]
+        if shapes[0] is None or shapes[1] is None or shapes[0] != shapes[1]:
+            yield {"name": name, "part": None, "fault": f"shape {shapes[0]} in the first, {shapes[1]} in the second"}
+            continue
+        for part in PARTS if with_moments else PARTS[:1]:
+            difference = _difference(one, other, name, part, shapes[0])
+            if difference is not None:
+                yield {"name": name, "part": part, "fault": None, **difference}
+
+
+def _compared_shape(store: Store, name: str) -> tuple[int, ...] | None:
+    if name not in store.table:
+        return None
+    info = store.table[name]
+    return (store.model.vocab_size, *info.shape[1:]) if info.kind == "embedding" else info.shape
+
+
+def _difference(one: Store, other: Store, name: str, part: Part, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """The difference of one tensor, or None where all bits are equal."""
+    rows, columns = matrix_shape(shape)
+    step = max(1, _BLOCK_ELEMENTS // columns)
+    is_equal, largest, squares, norm = True, 0.0, 0.0, 0.0
+    for first in range(0, rows, step):
+        stop = min(rows, first + step)
+        mine, theirs = (store.rows(name, first, stop, part) for store in (one, other))
+        is_equal = is_equal and torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+        difference = mine.double() - theirs.double()
+        # max() of Python would lose a NaN.
+        largest = torch.tensor([largest, float(difference.abs().max())], dtype=torch.float64).max().item()
+        squares += float(difference.square().sum())
+        norm += float(mine.double().square().sum())
+    if is_equal:
+        return None
+    relative = math.sqrt(squares / norm) if norm > 0.0 and math.isfinite(squares / norm) else None
+    return {"max_abs": largest if math.isfinite(largest) else None, "relative": relative}
