@@ -19,6 +19,7 @@ from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault
 MANIFEST = "manifest.json"
 FORMAT = "mlra-scale-checkpoint"
 VERSION = 1
+_LONG = ("files", "parameters")
 Kind = Literal["training", "weights"]
 
 
@@ -72,7 +73,7 @@ class Manifest:
         return sum(entry.bytes for entry in self.files.values())
 
     def to_json(self) -> bytes:
-        """Returns the file's content; one line per section."""
+        """Returns the file's content; a line for every short section, file and parameter."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -87,8 +88,8 @@ class Manifest:
             "parameters": {name: asdict(parameter) for name, parameter in self.parameters.items()},
         }
         content["checksum"] = _checksum(content)
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        return f"{{\n{lines}\n}}\n".encode("ascii")
+        lines = (f"{json.dumps(key)}: {_text(value, key in _LONG)}" for key, value in content.items())
+        return "{{\n{}\n}}\n".format(",\n".join(lines)).encode("ascii")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -164,6 +165,14 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
             name: StoredParameter(tuple(entry["shape"]), entry["shard_dim"])
             for name, entry in content["parameters"].items()
         },
+    )
+
+
+def _text(value: Any, is_long: bool) -> str:
+    if not is_long:
+        return json.dumps(value)
+    return "{{\n  {}\n}}".format(
+        ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
     )
 
 
