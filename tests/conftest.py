@@ -9,10 +9,12 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.pool import PoolRegistry, WorkerPool
+from tests.support.training_runs import make_data
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +23,9 @@ def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
     registry = PoolRegistry()
     yield registry
     registry.close()
+
+
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared data set whose vocabulary is that of the debug preset."""
+    return make_data(tmp_path_factory.mktemp("data") / "python-docs")

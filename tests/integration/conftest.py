@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.pool import WorkerPool
-from tests.support.training_runs import Finished, Start, base_command, main_on_rank, make_data
-
-
-@pytest.fixture(scope="session")
-def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small prepared data set whose vocabulary is that of the debug preset."""
-    return make_data(tmp_path_factory.mktemp("data") / "python-docs")
+from tests.support.training_runs import Finished, Start, base_command, main_on_rank
 
 
 @pytest.fixture

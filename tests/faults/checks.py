@@ -1,0 +1,96 @@
+"""Training that is killed again and again, compared with the same training that nobody disturbed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlra_scale.checkpoint import Store
+from mlra_scale.checkpoint.retention import newest_complete
+from tests.support.stored import assert_bitwise_equal, store_of
+from tests.support.training_runs import curve, events, metrics
+
+SMALL = ["model.num_layers=2", "model.hidden_size=32", "train.sequence_length=32", "evaluation.every=0", "tev.every=0"]
+SMALL += ["train.log_every=1", "model.residual_dropout=0.1", "parallel.timeout_minutes=1"]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "single": (1, []),
+    "pipeline2": (2, ["parallel.pipeline=2"]),
+    "zero1-dp2": (2, ['deepspeed={"zero_optimization": {"stage": 1}}']),
+    "zero3-dp2": (2, ['deepspeed={"zero_optimization": {"stage": 3}}']),
+    "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "zero3-tp2dp2": (4, ["parallel.tensor=2", 'deepspeed={"zero_optimization": {"stage": 3}}']),
+}
+CURVES = ("loss", "gradient_norm", "learning_rate", "consumed_samples")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, to be run in several directories.
+
+    Attributes:
+        data: A prepared data set for the debug preset.
+        layout: One of LAYOUTS.
+        steps: train.steps.
+        every: checkpoint.every.
+        keep_last: checkpoint.keep_last.
+        more: Further overrides.
+    """
+
+    data: Path
+    layout: str
+    steps: int
+    every: int
+    keep_last: int = 2
+    more: tuple[str, ...] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        return LAYOUTS[self.layout][0]
+
+    def arguments(self, run: Path, resume: bool = False) -> list[str]:
+        """The command line of a start."""
+        fixed = ["--preset", "debug", "--run-dir", str(run), f"data.path={self.data}", f"train.steps={self.steps}"]
+        fixed += [f"checkpoint.every={self.every}", f"checkpoint.keep_last={self.keep_last}"]
+        return [*fixed, *SMALL, *LAYOUTS[self.layout][1], *self.more, *(["--resume", "auto"] if resume else [])]
+
+
+def told_checkpoints(run: Path) -> list[int]:
+    """Steps of the checkpoints that the run said were complete."""
+    if not (run / "events.jsonl").exists():
+        return []
+    return [event["step"] for event in events(run) if event["event"] == "checkpoint"]
+
+
+def assert_way_back(run: Path) -> int:
+    """Fails unless what was told to be complete is there and sound.
+
+    Returns:
+        The step of the newest complete checkpoint; 0 where none was told and none is there.
+    """
+    newest = newest_complete(run / "checkpoints")
+    told = told_checkpoints(run)
+    if newest is None:
+        assert not told, f"checkpoints {told} were told, and none is complete"
+        return 0
+    store = Store.open(newest)
+    assert store.verify() == []
+    assert not told or store.step >= told[-1], f"checkpoint {told[-1]} was told, the newest is {store.step}"
+    return store.step
+
+
+def assert_restarts_went_on(run: Path, steps_before: Sequence[int]) -> None:
+    """Fails unless every restart went on from a checkpoint at least as new as the one that was complete before it."""
+    starts = [event["step"] for event in events(run) if event["event"] == "start"]
+    assert len(starts) <= len(steps_before) + 1
+    for event in events(run):
+        assert event["event"] not in ("fallback", "failed"), event
+
+
+def assert_as_undisturbed(run: Path, undisturbed: Path, steps: int) -> None:
+    """Fails unless record and last checkpoint are those of the undisturbed run, bit by bit, each step once."""
+    recorded = [record["step"] for record in metrics(run) if "loss" in record]
+    assert recorded == list(range(1, steps + 1)), recorded
+    for name in CURVES:
+        assert curve(run, name) == curve(undisturbed, name), name
+    assert_bitwise_equal(store_of(run, steps), store_of(undisturbed, steps))
+    hidden = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert hidden == [], f"left over: {hidden}"

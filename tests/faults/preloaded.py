@@ -1,0 +1,17 @@
+"""What the fork server imports once for all ranks that are forked from it."""
+
+import importlib
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+from mlra_scale.training.quiet import quiet_libraries
+
+# Before the modules below, which import DeepSpeed.
+quiet_libraries("cpu")
+for name in ("agreement", "launch", "trainer"):
+    importlib.import_module(f"mlra_scale.training.{name}")
+importlib.import_module("tests.faults.dying")
