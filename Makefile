@@ -39,8 +39,9 @@ unexport PYTHONDONTWRITEBYTECODE
 define SAMPLE
 import sys
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+logging.disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 torch.manual_seed(0)
