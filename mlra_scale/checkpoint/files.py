@@ -57,9 +57,20 @@ def _remedy(error: OSError, path: Path) -> str:
     return f"see to the disk of {path.parent}"
 
 
+@contextlib.contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Gives the file's name to errors of the operating system that have none: those of writing and of waiting."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_file(path: Path, content: bytes) -> FileEntry:
     """Writes a new file and waits until it is on disk."""
-    with path.open("xb") as file:
+    with errors_named(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

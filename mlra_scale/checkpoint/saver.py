@@ -231,7 +231,7 @@ class Saver:
         """Fills the share; returns what has to be called before it is read."""
         points.reached("snapshot")
         topology = self._topology
-        owned = engine.owned_fragments(with_moments=True)
+        owned = [fragment for fragment in engine.owned_fragments(with_moments=True) if fragment.values.numel() > 0]
         share.runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
         if owned:
             share.has_moments = owned[0].exp_avg is not None

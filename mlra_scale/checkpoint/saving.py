@@ -18,7 +18,7 @@ from mlra_scale.checkpoint import points, retention
 from mlra_scale.checkpoint.contents import BUFFERS, library_versions, write_small_files
 from mlra_scale.checkpoint.copies import Digests, RankCopies, check_copies
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, faults_told, sync_folder, write_file
+from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault, sync_folder, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, Run, joined, line_of, parse
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
 from mlra_scale.checkpoint.retention import next_created
@@ -233,12 +233,19 @@ def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int
         The checkpoint.
 
     Raises:
-        CheckpointError: The system refuses something. The checkpoint is complete or invisible all the same.
+        CheckpointError: The system refuses something, or a file is not there. The checkpoint is complete or invisible
+            all the same.
     """
     folder = unfinished.parent
     final = folder / retention.checkpoint_name(manifest.step)
     with faults_told("written", unfinished):
         points.reached("before-manifest")
+        for name, entry in manifest.files.items():
+            # Other ranks' files are not here where every machine has a disk of its own.
+            if fault := size_fault(unfinished / name, entry):
+                raise CheckpointError(
+                    f"{fault}, as rank 0 sees it; checkpoints must lie on a disk that all ranks share"
+                )
         write_file(unfinished / MANIFEST, manifest.to_json())
         sync_folder(unfinished)
         points.reached("before-rename")

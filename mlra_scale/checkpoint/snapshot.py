@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlra_scale.checkpoint.contents import PARTS, tensor_key
+from mlra_scale.checkpoint.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mlra_scale.parallel.fragments import Fragment
@@ -32,12 +33,22 @@ class HostMemory:
         self._buffer = torch.empty(0)
 
     def copy(self, tensors: Named) -> Named:
-        """Copies fp32 tensors. From a GPU the copies are on their way when this returns (see `Arrival`)."""
+        """Copies fp32 tensors. From a GPU the copies are on their way when this returns (see `Arrival`).
+
+        Raises:
+            CheckpointError: There is not enough memory.
+        """
         numel = sum(tensor.numel() for _, tensor in tensors)
         if self._buffer.numel() < numel:
             self._buffer = torch.empty(0)  # the old one goes before the new one comes
             is_pinned = any(tensor.is_cuda for _, tensor in tensors)
-            self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
+            try:
+                self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{4e-9 * numel:.3g} GB of host memory for a copy of weights and moments are not to be had "
+                    f"({str(error).splitlines()[0]}); set checkpoint.asynchronous=false, which needs no copy"
+                ) from error
         copies: Named = []
         position = 0
         for name, tensor in tensors:

@@ -25,7 +25,7 @@ import torch
 from mlra_scale.checkpoint import points
 from mlra_scale.checkpoint.contents import json_bytes, library_versions, model_of, now, tensor_key, write_small_files
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, faults_told, sync_folder, write_file
+from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, errors_named, faults_told, sync_folder, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, joined, line_of
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
 from mlra_scale.config import yaml_text
@@ -77,7 +77,7 @@ def write_safetensors(
     header = _header(specs, metadata)
     announced = iter(specs.items())
     middle = len(header) + sum(map(num_bytes, specs.values())) // 2
-    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+    with errors_named(path), path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         points.reached("file-open")
         output = _Output(file, hashing, middle)
         output.write(memoryview(header))

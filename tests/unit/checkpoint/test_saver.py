@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import torch.distributed as dist
 
 from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, latest, points, write_safetensors
 from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.parallel.fragments import Fragment
 from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -205,6 +208,50 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, one_process: Any) -> None:
     saver = saver_of(tmp_path / "file" / "checkpoints", one_process)
     with pytest.raises(CheckpointError, match=r"step 1 failed: .*file\S* cannot be written: Not a directory"):
         save(saver, engine_of(one_process), 1)
+
+
+def test_a_file_that_rank_0_does_not_see(tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where every machine writes to a disk of its own."""
+    saver = saver_of(tmp_path, one_process)
+
+    def reached(point: str) -> None:
+        if point == "before-manifest":
+            (tmp_path / ".unfinished-step-00000001" / "rank-00000.safetensors").unlink()
+
+    monkeypatch.setattr(points, "reached", reached)
+    save(saver, engine_of(one_process), 1)
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000\.safetensors is missing, as rank 0 sees it; .* all ranks share"
+    ):
+        saver.finish()
+    assert visible(tmp_path) == hidden(tmp_path) == []
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own error, of a file that may not grow: it names no file by itself."""
+    saver = saver_of(tmp_path, one_process)
+    save(saver, engine_of(one_process), 1)
+    saver.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        save(saver, engine_of(one_process), 2)
+        with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors cannot be written: File too large"):
+            saver.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert visible(tmp_path) == ["latest", "step-00000001"] and hidden(tmp_path) == []
+
+
+def test_too_little_host_memory_is_told(tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, engine = saver_of(tmp_path, one_process), engine_of(one_process)
+    huge = Fragment("positions.weight", 0, torch.empty(1).expand(2**46))
+    monkeypatch.setattr(engine, "owned_fragments", lambda with_moments: [huge])
+    save(saver, engine, 1)
+    with pytest.raises(CheckpointError, match=r"2\.81e\+05 GB of host memory .*set checkpoint\.asynchronous=false"):
+        saver.finish()
 
 
 def test_what_is_not_json_is_told(tmp_path: Path, one_process: Any) -> None:
