@@ -56,3 +56,19 @@ def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
     # Dense contenders started from the same weights and saw the same tokens: they are still together at the end.
     for name in names[:4]:
         assert shape["last_loss"][name] == pytest.approx(shape["last_loss"]["plain PyTorch"], rel=1e-4)
+
+
+def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
+    report_file, disk = tmp_path / "report.json", tmp_path / "disk"
+    disk.mkdir()
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--quick", "--device", "cpu", "--folder", str(disk)]
+    result = subprocess.run(
+        [*command, "--json", str(report_file)], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    for text in ("MB per checkpoint", "write rate, synchronous / dd", "stall, asynchronous / synchronous"):
+        assert text in result.stdout
+    report = json.loads(report_file.read_text())
+    assert len(report["ratios"]) == 4 and all(len(values) == 2 for values in report["seconds"].values())
+    assert report["bytes"] > 12 * 30_000 and min(report["seconds"]["async stall"]) > 0.0
+    assert list(disk.iterdir()) == []

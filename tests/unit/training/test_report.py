@@ -82,7 +82,11 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
         report.start()
         report.measured(Progress(2, 16, 1024), {**VALUES, "loss": 6.0})
         report.measured(Progress(3, 24, 1536), {**VALUES, "loss": 5.5})
-    place: dict[str, Any] = {"kind": "training", "progress": Progress(2, 16, 1024), "choice": Choice(Path("checkpoint"))}
+    place: dict[str, Any] = {
+        "kind": "training",
+        "progress": Progress(2, 16, 1024),
+        "choice": Choice(Path("checkpoint")),
+    }
     with report_of(tmp_path, **place) as report:
         report.start()
         report.measured(Progress(4, 32, 2048), {**VALUES, "loss": 5.0})
