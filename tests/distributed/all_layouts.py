@@ -42,21 +42,21 @@ def table(title: str, matrix: Matrix, rows: dict[str, tuple[str, str, dict[str, 
 
 
 def main() -> None:
-    """Runs all of it, in about five minutes on two cores."""
+    """Runs all of it, in a few minutes on two cores."""
     pools = PoolRegistry()
     try:
         with tempfile.TemporaryDirectory(prefix="layouts") as folder:
             matrix = Matrix(pools, Path(folder))
-            table("saved in, fp32 to fp32", matrix, {name: (name, "fp32", {}) for name in LAYOUTS})
+            table("fp32 to fp32", matrix, {name: (name, "fp32", {}) for name in LAYOUTS})
             bf16 = {"train__precision": "bf16"}
-            table("saved in, bf16 to bf16", matrix, {name: (name, "bf16", bf16) for name in LAYOUTS})
+            table("bf16 to bf16", matrix, {name: (name, "bf16", bf16) for name in LAYOUTS})
             changes: dict[str, tuple[str, str, dict[str, Any]]] = {
                 "tp2pp2 fp32 to bf16": ("tp2pp2", "fp32", bf16),
                 "zero3-tp2dp2 bf16 to fp32": ("zero3-tp2dp2", "bf16", {}),
                 "tp2pp2, 128 rows of vocabulary to 150": ("tp2pp2", "fp32", {"model__vocab_padding_multiple": 50}),
                 "zero3-tp2dp2, 128 rows to 122": ("zero3-tp2dp2", "fp32", {"model__vocab_padding_multiple": 2}),
             }
-            table("saved in, change", matrix, changes)
+            table("change", matrix, changes)
             for name in OTHERS:
                 found = [cell(matrix, name, name, was, train__precision=was) for was in ("fp32", "bf16")]
                 print(f"\n{name} to itself, fp32 and bf16: {', '.join(found)}")
