@@ -1,6 +1,6 @@
 """Kills each rank at each point of a save, and looks whether the run goes on as if nothing had happened.
 
-    python -m tests.faults.every_point [--layout pipeline2 ...] [--saves 1 2]
+    python -m tests.faults.every_point [--layout pipeline2 ...] [--saves 1 2] [--precision bf16]
 
 For every point of mlra_scale/checkpoint/points.py, every rank that passes it and the first and the second save of a
 run: torchrun starts the real command line, the rank dies by SIGKILL at the point, `--resume auto` starts again and ends
@@ -26,9 +26,9 @@ TIMEOUT = 300.0
 Launcher = Callable[..., Launch]
 
 
-def training_of(data: Path, layout: str) -> Training:
+def training_of(data: Path, layout: str, precision: str = "fp32") -> Training:
     """A run of three saves, each of which removes the one before."""
-    return Training(data, layout, STEPS, EVERY, keep_last=1)
+    return Training(data, layout, STEPS, EVERY, keep_last=1, precision=precision)
 
 
 def faults_of(num_ranks: int, saves: Sequence[int] = (1, 2)) -> Iterator[Fault]:
@@ -75,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.faults.every_point", description="SIGKILL at every point of a save.")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["pipeline2", "zero3-dp2"])
     parser.add_argument("--saves", nargs="+", type=int, default=[1, 2], help="at which saves (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(argv)
     failures, count, started = 0, 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = make_data(folder / "data")
         for layout in options.layout:
-            training = training_of(data, layout)
+            training = training_of(data, layout, options.precision)
             reference = undisturbed(training, folder / f"{layout}-undisturbed", Torchrun)
             for fault in faults_of(training.num_ranks, options.saves):
                 run = folder / "run"

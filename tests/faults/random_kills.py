@@ -1,6 +1,6 @@
 """Kills ranks at random moments of training, and looks whether the run goes on as if nothing had happened.
 
-    python -m tests.faults.random_kills [--kills 50] [--layout pipeline2 ...] [--seed 0]
+    python -m tests.faults.random_kills [--kills 50] [--layout pipeline2 ...] [--precision bf16] [--seed 0]
 
 Torchrun starts the real command line; at a random moment, anywhere between the start of the processes and the end of
 the run, one rank or all of them die by SIGKILL; `--resume auto` starts again, and is killed again, until the run has
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50, help="how many, over all layouts (default: %(default)s)")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["pipeline2", "zero3-dp2"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(argv)
     draw, started = random.Random(options.seed), time.perf_counter()
     num_runs, failures = 0, list[str]()
@@ -159,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = make_data(Path(name) / "data")
         for place, layout in enumerate(options.layout):
             share = len(range(place, options.kills, len(options.layout)))
-            runs, failed = kill(Training(data, layout, STEPS, EVERY), share, Path(name), Torchrun, draw)
+            training = Training(data, layout, STEPS, EVERY, precision=options.precision)
+            runs, failed = kill(training, share, Path(name), Torchrun, draw)
             num_runs, failures = num_runs + runs, failures + failed
     seconds = time.perf_counter() - started
     print(f"{options.kills} kills in {num_runs} runs, {len(failures)} failures, {seconds:.0f} s")

@@ -76,8 +76,8 @@ def test_a_disk_that_fills_up(training: Training, reference: Path, small_disk: P
 def test_a_limit_on_the_size_of_files(training: Training, reference: Path, tmp_path: Path) -> None:
     """As a quota does: the second half of the run may write no file as large as a rank's."""
     run = tmp_path / "run"
-    half = Training(training.data, training.layout, 2, training.every, 1, ("optim.schedule=constant",))
-    whole = Training(training.data, training.layout, 6, training.every, 1, half.more)
+    half = Training(training.data, training.layout, 2, training.every, 1, more=("optim.schedule=constant",))
+    whole = Training(training.data, training.layout, 6, training.every, 1, more=half.more)
     undisturbed(half, run, Forked)
     told = fails(whole, run, resume=True, file_limit=100_000)
     assert "File too large" in told

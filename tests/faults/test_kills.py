@@ -44,6 +44,6 @@ def test_a_kill_in_the_very_first_save_begins_anew(training: Training, reference
 
 
 def test_kills_at_random_moments_lose_nothing(training_data: Path, tmp_path: Path) -> None:
-    training = Training(training_data, "zero3-dp2", steps=24, every=3)
+    training = Training(training_data, "zero3-dp2", steps=24, every=3, precision="bf16")
     num_runs, failures = kill(training, 3, tmp_path, Forked, random.Random(4), starting=1.0)
     assert num_runs >= 1 and failures == []
