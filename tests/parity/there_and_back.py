@@ -1,8 +1,8 @@
-"""GPT-2 at its real size through import and export: python -m tests.parity.gpt2_small [--layers N].
+"""GPT-2 at its real sizes through import and export: python -m tests.parity.there_and_back [SIZE] [--layers N].
 
-A randomly initialised gpt2-small (124 M parameters, biases random too) goes to a checkpoint and back, bit by bit; then
-factorised at full rank, and at half of it, to logits that are compared with those of the original. The same at a tiny
-size is in tests/integration/test_tools_import.py; this takes about half a minute and 2 GB of disk.
+A randomly initialised model (124 M parameters by default, biases random too) goes to a checkpoint and back, bit by bit;
+then factorised at full rank, and at half of it, to logits that are compared with those of the original. The same at a
+tiny size is in tests/integration/test_tools_import.py; this takes about half a minute and 2 GB of disk.
 """
 
 import argparse
@@ -22,6 +22,9 @@ from mlra_scale.checkpoint import Store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, export_checkpoint
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 from mlra_scale.checkpoint.huggingface.loading import model_from_store
+
+# Layers, width, heads.
+SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 
 
 def anonymous_bytes() -> int:
@@ -50,10 +53,10 @@ def observed(name: str, action: Callable[[], Any]) -> Any:
     return result
 
 
-def make_folder(folder: Path, num_layers: int) -> None:
+def make_folder(folder: Path, config: GPT2Config) -> None:
     """Saves a model with random weights and biases."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=num_layers))
+    model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -77,12 +80,16 @@ def differing_tensors(first: Path, second: Path) -> list[str]:
 def main() -> int:
     """Runs it all; returns 1 if a bit or the logits differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    num_layers = parser.parse_args().layers
-    tokens = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(1))
+    parser.add_argument("size", nargs="?", choices=SIZES, default="gpt2")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the size has")
+    parser.add_argument("--ranks", type=int, nargs="*", metavar="R", help="default: the width, and half of it")
+    options = parser.parse_args()
+    num_layers, width, num_heads = SIZES[options.size]
+    config = GPT2Config(n_layer=options.layers or num_layers, n_embd=width, n_head=num_heads)
+    tokens = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         place = Path(temporary)
-        make_folder(place / "gpt2", num_layers)
+        make_folder(place / "gpt2", config)
         observed("import, dense", lambda: import_gpt2(place / "gpt2", place / "dense"))
         store = Store.open(place / "dense")
         observed("export", lambda: export_checkpoint(store, place / "back", ExportOptions("gpt2"), None))
@@ -90,14 +97,16 @@ def main() -> int:
         print(f"{store.model.num_parameters():,} parameters there and back: {len(differing)} tensors differ")
         expected = GPT2LMHeadModel.from_pretrained(place / "gpt2").eval()(tokens).logits
         is_close = True
-        for rank in (768, 384):
-            name = f"import, q k v at rank {rank}"
-            made = observed(name, lambda rank=rank: import_gpt2(place / "gpt2", place / f"r{rank}", rank=rank))
-            logits = model_from_store(Store.open(place / f"r{rank}"))(tokens).logits
-            difference = float((logits - expected).abs().max())
+        for rank in (width, width // 2) if options.ranks is None else options.ranks:
+            target = place / f"rank-{rank}"
+            made = observed(
+                f"import, q k v at rank {rank}",
+                lambda rank=rank, target=target: import_gpt2(place / "gpt2", target, rank=rank),
+            )
+            difference = float((model_from_store(Store.open(target))(tokens).logits - expected).abs().max())
             energy = sum(entry.energy for entry in made.kept) / len(made.kept)
             print(f"  energy kept {energy:.6f}, largest difference of a logit {difference:.3g}")
-            is_close = is_close and (rank < 768 or difference < 1e-4)
+            is_close = is_close and (rank < width or difference < 1e-4)
     return 0 if not differing and is_close else 1
 
 
