@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +24,11 @@ def finite_or_none(value: Any) -> Any:
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line.
+    """A file of one JSON object per line, handed to the operating system line by line.
 
-    A file that was never opened (any rank but rank 0) takes lines and forgets them, so that callers need not ask.
+    A file that was never opened (any rank but rank 0) takes lines and forgets them, so that callers need not ask. A
+    disk that refuses a line, such as a full one, does not end the run: the line is kept and written as soon as that is
+    possible. Whether the run can go on is for its checkpoints to say, on all ranks alike.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -34,23 +37,41 @@ class JsonLines:
         Args:
             path: The file; None for a file that forgets.
         """
-        self._file = None if path is None else path.open("a", encoding="ascii")
+        self._path = path
+        self._file = None if path is None else path.open("ab", buffering=0)
+        self._pending = b""
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Appends one object and hands it to the operating system at once."""
         if self._file is not None:
-            self._file.write(json.dumps(finite_or_none(values), allow_nan=False) + "\n")
-            self._file.flush()
+            was_refused = self._pending != b""
+            self._pending += (json.dumps(finite_or_none(values), allow_nan=False) + "\n").encode("ascii")
+            refusal = self._flush()
+            if refusal and not was_refused:
+                print(f"{self._path} cannot be written ({refusal}); its lines are kept until it can", file=sys.stderr)
 
     def sync(self) -> None:
         """Returns when what was written is on disk."""
-        if self._file is not None:
+        if self._file is not None and self._flush() is None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
+            if refusal := self._flush():
+                print(f"{self._path} could not be written to its end ({refusal}); lost:", file=sys.stderr)
+                print(self._pending.decode("ascii"), end="", file=sys.stderr, flush=True)
             self._file.close()
+
+    def _flush(self) -> str | None:
+        """Writes what is pending; returns why that is not possible."""
+        assert self._file is not None
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            return error.strerror
+        return None
 
 
 class EventLog:

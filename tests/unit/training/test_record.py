@@ -86,3 +86,29 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, "step-2\n")
     assert path.read_text() == "step-1\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_does_not_end_the_run_and_loses_nothing_silently(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = JsonLines(Path("/dev/full"))
+    for step in (1, 2):
+        lines.write({"step": step})
+    told = capsys.readouterr().err
+    assert told.count("No space left on device") == 1 and "kept until it can" in told
+    lines.sync()
+    lines.close()
+    assert capsys.readouterr().err.endswith('lost:\n{"step": 1}\n{"step": 2}\n')
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_lines_that_a_disk_refused_are_written_when_there_is_room_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 1})
+    roomy = lines._file
+    with Path("/dev/full").open("ab", buffering=0) as lines._file:
+        lines.write({"step": 2})
+    lines._file = roomy
+    lines.write({"step": 3})
+    lines.close()
+    assert [item["step"] for item in read_record(path)] == [1, 2, 3]
