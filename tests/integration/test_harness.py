@@ -39,8 +39,8 @@ def test_the_harness_finds_the_same(tmp_path: Path) -> None:
     assert exported.code == 0, exported.stderr
     for file in HARNESS.iterdir():
         shutil.copy(file, tmp_path)
-    with (tmp_path / "local_text.jsonl").open("a") as file:
-        file.write(json.dumps({"text": two_windows()}) + "\n")
+    with (tmp_path / "local_text.jsonl").open("a") as lines:
+        lines.write(json.dumps({"text": two_windows()}) + "\n")
     command = [
         sys.executable,
         "-m",

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,7 @@ def main() -> int:
         is_close = True
         for rank in (width, width // 2) if options.ranks is None else options.ranks:
             target = place / f"rank-{rank}"
-            made = observed(
-                f"import, q k v at rank {rank}",
-                lambda rank=rank, target=target: import_gpt2(place / "gpt2", target, rank=rank),
-            )
+            made = observed(f"import, q k v at rank {rank}", partial(import_gpt2, place / "gpt2", target, rank))
             difference = float((model_from_store(Store.open(target))(tokens).logits - expected).abs().max())
             energy = sum(entry.energy for entry in made.kept) / len(made.kept)
             print(f"  energy kept {energy:.6f}, largest difference of a logit {difference:.3g}")
