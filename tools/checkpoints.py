@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,12 +193,13 @@ def _nobody_else(folder: Path) -> Any:
     from mlra_scale.config import ConfigError
     from mlra_scale.training.run_directory import RunDirectory, held
 
-    if not (folder.parent / ".lock").exists():
-        yield
-        return
+    # The folder may be given as ".", and it or the run directory's entry for it may be a symbolic link.
+    parents = {Path(os.path.abspath(folder)).parent.resolve(), folder.resolve().parent}
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(RunDirectory(folder.parent)))
+            for parent in parents:
+                if (parent / ".lock").exists():
+                    stack.enter_context(held(RunDirectory(parent)))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         yield

@@ -44,12 +44,14 @@ def faults_told(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         place = Path(error.filename) if isinstance(error.filename, str) else path
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise CheckpointError(f"{place} cannot be {action}: {reason}; {_remedy(error, place)}") from error
+        raise CheckpointError(f"{place} cannot be {action}: {reason}; {_remedy(error, place, action)}") from error
 
 
-def _remedy(error: OSError, path: Path) -> str:
+def _remedy(error: OSError, path: Path, action: str) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"free space on the disk of {path.parent}, or keep fewer checkpoints (checkpoint.keep_last)"
+    if error.errno in (errno.EACCES, errno.EPERM) and action == "read":
+        return "see that this user may read it"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"see that this user may write to {path.parent}, or name another run directory"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -117,9 +119,9 @@ def size_fault(path: Path, entry: FileEntry) -> str | None:
 
 def checksum_fault(path: Path, entry: FileEntry) -> str | None:
     """Returns what is wrong with a file, or None; reads all of it."""
-    if fault := size_fault(path, entry):
-        return fault
     try:
+        if fault := size_fault(path, entry):
+            return fault
         actual = entry_of(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"

@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault
@@ -102,10 +103,10 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: There is none, it is damaged, of a newer format, or not sound.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        what = "there is no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
-        raise CheckpointError(f"{folder} is no complete checkpoint: {what}; name another checkpoint")
     with faults_told("read", path):
+        if not path.is_file():
+            what = "there is no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
+            raise CheckpointError(f"{folder} is no complete checkpoint: {what}; name another checkpoint")
         raw = path.read_bytes()
     try:
         content = json.loads(raw)
@@ -137,7 +138,8 @@ def read_complete_manifest(folder: Path) -> Manifest:
         CheckpointError: As read_manifest, or a file is missing or of another size.
     """
     manifest = read_manifest(folder)
-    faults = [fault for name, entry in manifest.files.items() if (fault := size_fault(folder / name, entry))]
+    with faults_told("read", folder):
+        faults = [fault for name, entry in manifest.files.items() if (fault := size_fault(folder / name, entry))]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointError(f"{faults[0]}{more}; use another checkpoint")
@@ -150,8 +152,14 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             raise ValueError(f"file name {name!r} leads out of the folder")
-    if not isinstance(content["layout"]["tensor"], int):
-        raise ValueError("layout has no tensor-parallel degree")
+    tensor = content["layout"]["tensor"]
+    if not _is_count(tensor) or tensor < 1:
+        raise ValueError(f"layout has a tensor-parallel degree of {tensor!r}")
+    if content["kind"] not in get_args(Kind):
+        raise ValueError(f"kind {content['kind']!r} is not known")
+    if not _is_count(content["step"]):
+        raise ValueError(f"step {content['step']!r} is no number of steps")
+    datetime.fromisoformat(content["created"])
     return Manifest(
         save_id=content["save_id"],
         kind=content["kind"],
@@ -162,10 +170,23 @@ def _parsed(content: Mapping[str, Any]) -> Manifest:
         versions=content["versions"],
         files=files,
         parameters={
-            name: StoredParameter(tuple(entry["shape"]), entry["shard_dim"])
+            name: _parameter(name, tuple(entry["shape"]), entry["shard_dim"], tensor)
             for name, entry in content["parameters"].items()
         },
     )
+
+
+def _parameter(name: str, shape: tuple[int, ...], shard_dim: int | None, tensor: int) -> StoredParameter:
+    is_sound = 1 <= len(shape) <= 2 and all(_is_count(size) and size > 0 for size in shape)
+    if is_sound and shard_dim is not None:
+        is_sound = shard_dim in range(len(shape)) and shape[shard_dim] % tensor == 0
+    if not is_sound:
+        raise ValueError(f"{name} of shape {shape}, split over {tensor} tensor rank(s) along {shard_dim}")
+    return StoredParameter(shape, shard_dim)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _text(value: Any, is_long: bool) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 
 from mlra_scale.checkpoint import points
@@ -33,8 +35,8 @@ def latest(folder: Path) -> Path | None:
         name = (folder / LATEST).read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except UnicodeDecodeError:
-        return folder / LATEST  # damaged: no checkpoint
+    except (UnicodeDecodeError, OSError):
+        return folder / LATEST  # damaged, a folder, or not for this user: no checkpoint
     return folder / Path(name).name
 
 
@@ -81,13 +83,15 @@ def next_created(folder: Path) -> str:
 def superfluous(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
     """Returns the checkpoints that `prune` would remove.
 
+    One that somebody has renamed (step-00000100-best) is neither counted nor removed.
+
     Args:
         folder: A run's checkpoints.
         keep_last: How many of the newest are kept, at least one. Incomplete ones do not count, and stay.
         keep_every: Those whose step is a multiple of this are kept too; 0: none.
     """
     assert keep_last >= 1, keep_last
-    found = _complete(folder)
+    found = [(path, manifest) for path, manifest in _complete(folder) if path.name == checkpoint_name(manifest.step)]
     kept = {path for path, _ in found[-keep_last:]} | {latest(folder)}
     if keep_every > 0:
         kept |= {path for path, manifest in found if manifest.step % keep_every == 0}
@@ -107,28 +111,28 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
     for path in removed:
         with faults_told("removed", path):
             # Hidden first: what is half removed is no longer called a checkpoint.
-            hidden = folder / f"{REMOVED}{path.name}"
-            _delete(hidden)
-            os.rename(path, hidden)
+            hidden = _hide(path)
             sync_folder(folder)
             points.reached("retention")
-            _delete(hidden)
+            _clear_away(hidden)
     return removed
 
 
 def put_in_place(unfinished: Path, final: Path) -> None:
     """Gives a complete folder its name; a checkpoint of the same step makes way and is removed afterwards."""
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():
+    is_replacing = os.path.lexists(final)  # a symbolic link that leads nowhere is in the way too
+    if is_replacing:
         os.rename(final, replaced)
     try:
         os.rename(unfinished, final)
     except OSError:
-        if replaced.exists():
+        if is_replacing:
             os.rename(replaced, final)
         raise
     sync_folder(final.parent)
-    _delete(replaced)
+    if is_replacing:
+        _clear_away(_hide(replaced))
 
 
 def tidy(folder: Path) -> None:
@@ -138,16 +142,37 @@ def tidy(folder: Path) -> None:
             os.rename(path, _original(path))
     for beginning in (UNFINISHED, REMOVED, REPLACED):
         for path in folder.glob(f"{beginning}*"):
-            _delete(path)
+            _clear_away(path)
 
 
 def _original(replaced: Path) -> Path:
     return replaced.with_name(replaced.name.removeprefix(REPLACED))
 
 
-def _delete(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
+def _hide(path: Path) -> Path:
+    """Gives something the name of what is being deleted; what has that name already may be still in use (NFS)."""
+    for number in count():
+        hidden = path.with_name(f"{REMOVED}{path.name.removeprefix(REPLACED)}{f'-{number}' if number else ''}")
+        if not os.path.lexists(hidden):
+            break
+    os.rename(path, hidden)
+    return hidden
+
+
+def _clear_away(path: Path) -> None:
+    """Deletes a hidden file or folder; of a symbolic link, the link alone.
+
+    A file that another process on this machine reads (an export, say) cannot be deleted on NFS: its folder stays, and
+    is for the next save to clear away. That is no reason to end a run whose checkpoint is complete.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
 
 
 def _complete(folder: Path) -> list[tuple[Path, Manifest]]:

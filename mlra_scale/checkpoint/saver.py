@@ -210,22 +210,29 @@ class Saver:
 
     def _prepare(self, step: int) -> tuple[str, Path]:
         """Rank 0 makes the unfinished folder; all ranks learn the save's id, or the error."""
-        unfinished = self._folder / f"{retention.UNFINISHED}{retention.checkpoint_name(step)}"
         answer: list[str | None] = [None, None]
         if self._topology.rank == 0:
+            save_id = uuid4().hex
             try:
                 with faults_told("written", self._folder):
                     self._folder.mkdir(parents=True, exist_ok=True)
                     retention.tidy(self._folder)
-                    unfinished.mkdir()
-                answer[0] = uuid4().hex
+                    self._unfinished(step, save_id).mkdir()
+                answer[0] = save_id
             except Exception as error:
                 answer[1] = told(error)  # raised on every rank, below
         dist.broadcast_object_list(answer, src=0, group=self._topology.control_group)
-        save_id, error_text = answer
-        if save_id is None:
+        agreed_id, error_text = answer
+        if agreed_id is None:
             raise CheckpointError(f"the save of step {step} failed: {error_text}")
-        return save_id, unfinished
+        return agreed_id, self._unfinished(step, agreed_id)
+
+    def _unfinished(self, step: int, save_id: str) -> Path:
+        """Where the save is written: no two saves share a folder, not even with processes of a run that should be dead.
+
+        Two that wrote into one folder, each removing what it took for leftovers, could complete a mixture.
+        """
+        return self._folder / f"{retention.UNFINISHED}{retention.checkpoint_name(step)}-{save_id[:8]}"
 
     def _snapshot(self, engine: Engine, share: RankShare, is_background: bool) -> Callable[[], None]:
         """Fills the share; returns what has to be called before it is read."""

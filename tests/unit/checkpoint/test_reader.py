@@ -226,7 +226,19 @@ def test_a_manifest_that_is_not_sound_is_refused(tmp_path: Path) -> None:
     manifest = read_manifest(folder)
     faults: dict[str, dict[str, Any]] = {
         "leads out of the folder": {"files": {**manifest.files, "../x": FileEntry(1, "")}},
-        "no tensor-parallel degree": {"layout": {"tensor": "two"}},
+        "File name too long": {"files": {**manifest.files, 300 * "x": FileEntry(1, "")}},
+        "a tensor-parallel degree of 'two'": {"layout": {"tensor": "two"}},
+        "a tensor-parallel degree of 0": {"layout": {"tensor": 0}},
+        r"blocks\.0\.attention\.q\.up\.weight of shape \(8, 4\), split over 3": {"layout": {"tensor": 3}},
+        "kind 'other' is not known": {"kind": "other"},
+        "step '1' is no number": {"step": "1"},
+        "Invalid isoformat string: 'yesterday'": {"created": "yesterday"},
+        r"final_norm\.bias of shape \(2, 2, 2\)": {
+            "parameters": {**manifest.parameters, "final_norm.bias": StoredParameter((2, 2, 2), None)}
+        },
+        r"final_norm\.bias of shape \(8,\), split .* along 1": {
+            "parameters": {**manifest.parameters, "final_norm.bias": StoredParameter((8,), 1)}
+        },
         r"KeyError: 'tensor'": {"layout": {}},
         r"KeyError: 'embedding\.weight'": {"parameters": {}},
         r"config\.yaml makes embedding\.weight \(\(24, 8\), 0\), stored is \(\(24, 8\), 1\)": {

@@ -1,5 +1,6 @@
 """Which checkpoints stay."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,80 @@ def test_a_damaged_pointer_leads_to_no_checkpoint(tmp_path: Path, content: bytes
     assert found is not None and found == tmp_path / expected
     with pytest.raises(CheckpointError, match="is no complete checkpoint"):
         Store.open(found)
+
+
+def test_a_pointer_that_is_a_folder_leads_to_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    assert latest(tmp_path) == tmp_path / "latest"
+    assert newest_complete(tmp_path) == tmp_path / checkpoint_name(1)
+
+
+def test_what_was_renamed_is_neither_counted_nor_removed(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / checkpoint_name(2), tmp_path / "step-00000002-best")
+    write(tmp_path, 3, 4)
+    assert steps(prune(tmp_path, 2, 0)) == [1, 2]
+    assert Store.open(tmp_path / "step-00000002-best").verify() == []
+
+
+def move_away(checkpoint: Path, to: Path) -> None:
+    """What people do when a disk is nearly full."""
+    shutil.move(checkpoint, to)
+    checkpoint.symlink_to(to)
+
+
+def test_of_a_checkpoint_that_was_moved_away_the_link_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write(folder, 1, 2)
+    for step in (1, 2):
+        move_away(folder / checkpoint_name(step), tmp_path / f"kept-{step}")
+    assert steps(complete_checkpoints(folder)) == [1, 2]
+    assert steps(prune(folder, 1, 0)) == [1]
+    write(folder, 2)  # takes the place of the link
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", checkpoint_name(2)]
+    assert not (folder / checkpoint_name(2)).is_symlink()
+    assert all(Store.open(tmp_path / f"kept-{step}").verify() == [] for step in (1, 2))
+
+
+def test_a_link_that_leads_nowhere_makes_way(tmp_path: Path) -> None:
+    (tmp_path / checkpoint_name(1)).symlink_to(tmp_path / "nowhere")
+    write(tmp_path, 1)
+    assert newest_complete(tmp_path) == tmp_path / checkpoint_name(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", checkpoint_name(1)]
+
+
+def test_what_is_still_in_use_is_cleared_away_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS the folder of a file that another process reads cannot be removed."""
+    write(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", in_use)
+        for _ in range(2):
+            assert steps(prune(tmp_path, 1, 0)) == [1]
+            tidy(tmp_path)
+            assert steps(checkpoint_folders(tmp_path)) == [2]
+            write(tmp_path, 1)
+            set_latest(tmp_path, tmp_path / checkpoint_name(2))
+            write(tmp_path, 2)
+    assert len(list(tmp_path.glob(f"{retention.REMOVED}*"))) == 4
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *map(checkpoint_name, (1, 2))]
+
+
+def in_use(path: Path, *_: object) -> None:
+    raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+
+def test_what_may_not_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 2)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(CheckpointError, match="cannot be removed: Permission denied"):
+        prune(tmp_path, 1, 0)
 
 
 def test_what_is_half_removed_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

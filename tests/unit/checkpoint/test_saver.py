@@ -205,13 +205,28 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, one_process: Any) -> None:
         save(saver, engine_of(one_process), 1)
 
 
+def test_two_runs_in_one_folder_do_not_mix_their_files(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of a run directory is missing on some file systems, and a rank of a dead run may live on."""
+    first, second = saver_of(tmp_path, one_process), saver_of(tmp_path, one_process)
+    with held_at(monkeypatch, "file-open"):
+        save(first, engine_of(one_process), 1)
+        save(second, engine_of(one_process, 1.0), 1)  # takes what the first one writes for leftovers
+    with pytest.raises(CheckpointError, match="cannot be written: No such file or directory"):
+        first.finish()
+    assert [record.step for record in second.finish()] == [1]
+    assert Store.open(tmp_path / "step-00000001").verify() == []
+    assert visible(tmp_path) == ["latest", "step-00000001"] and hidden(tmp_path) == []
+
+
 def test_a_file_that_rank_0_does_not_see(tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where every machine writes to a disk of its own."""
     saver = saver_of(tmp_path, one_process)
 
     def reached(point: str) -> None:
         if point == "before-manifest":
-            (tmp_path / ".unfinished-step-00000001" / "rank-00000.safetensors").unlink()
+            next(tmp_path.glob(".unfinished-step-00000001-*/rank-00000.safetensors")).unlink()
 
     monkeypatch.setattr(points, "reached", reached)
     save(saver, engine_of(one_process), 1)

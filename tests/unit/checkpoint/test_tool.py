@@ -149,11 +149,16 @@ def test_pruning(tmp_path: Path, tool: Tool) -> None:
     assert tool(*arguments)[:2] == (0, "nothing to remove\n")
 
 
-def test_a_run_at_work_is_not_pruned(tmp_path: Path, tool: Tool) -> None:
+def test_a_run_at_work_is_not_pruned(tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever way its folder is named."""
     folder = write_run(tmp_path, 10, 20)
-    with held(RunDirectory(tmp_path)):
-        code, out, err = tool("prune", tmp_path, "--keep-last", 1)
-        assert (code, out) == (2, "") and f"another run is at work here (process {os.getpid()}" in err
+    link = tmp_path.with_name(f"{tmp_path.name}-link")
+    link.symlink_to(folder)
+    with held(RunDirectory(tmp_path)), monkeypatch.context() as patch:
+        patch.chdir(folder)
+        for path in (tmp_path, folder, Path(), Path(".."), link):
+            code, out, err = tool("prune", path, "--keep-last", 1)
+            assert (code, out) == (2, "") and f"another run is at work here (process {os.getpid()}" in err, path
     assert len(retention.complete_checkpoints(folder)) == 2
     assert tool("prune", tmp_path, "--keep-last", 1)[0] == 0
     assert [path.name for path in retention.complete_checkpoints(folder)] == ["step-00000020"]
