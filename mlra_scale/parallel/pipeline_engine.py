@@ -3,11 +3,13 @@
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
@@ -46,6 +48,25 @@ class _BuildTiedLayer(TiedLayerSpec):
         return self.layer.build()
 
 
+def _with_a_group_of_its_own(tied: nn.Parameter | None, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups with the tied embedding, where a stage has it, in one of its own.
+
+    ZeRO then cuts both copies at the same places. Otherwise it cuts the rest of the stage along with them, and Adam
+    rounds the last few elements of a piece otherwise than those before (they fill no vector register): the copies would
+    drift apart there.
+    """
+    if tied is None:
+        return groups
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        is_tied = [parameter is tied for parameter in group["params"]]
+        if any(is_tied):
+            found.append({**group, "params": [tied]})
+            group = {**group, "params": [other for other in group["params"] if other is not tied]}
+        found.append(group)
+    return [group for group in found if group["params"]]
+
+
 class PipelineEngine(EngineBase):
     """DeepSpeed's pipeline engine around the layer list (see parallel.engine.Engine)."""
 
@@ -65,10 +86,15 @@ class PipelineEngine(EngineBase):
             )
         self._assert_same_groups(module)
         named = self._canonical_names(module, [layer.name for layer in layers])
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
+        groups = parameter_groups(named, self.table, config.optim)
+        if topology.pipeline > 1:
+            groups = _with_a_group_of_its_own(named.get("embedding.weight"), groups)
+        optimizer = build_optimizer(config, groups)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
+        if topology.pipeline > 1 and topology.data > 2:
+            engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: self._reduce_tied_gradients}
         is_copy = topology.is_last_stage and not topology.is_first_stage
         self._install(engine, named, tied_copies=frozenset({"embedding.weight"} if is_copy else ()))
 
@@ -96,6 +122,24 @@ class PipelineEngine(EngineBase):
             else:
                 named[f"{layer_names[int(owner)]}.{rest}"] = parameter
         return named
+
+    @staticmethod
+    def _reduce_tied_gradients(engine: Any) -> None:
+        """Stands in for DeepSpeed's ReduceTiedGrads, so that both copies of the tied embedding stay equal bit by bit.
+
+        DeepSpeed adds the two stages' gradients, and then each stage those of its data ranks, within one buffer with
+        the rest of the stage. How a sum of three or more numbers is rounded depends on their order, and that on the
+        place in the buffer, which is not the same on both stages: the copies would drift apart. Here the data ranks
+        come first and the two stages last, where there are two numbers, and no order. Only data rank 0 then brings the
+        sum into DeepSpeed's reduction over data ranks: zeros change nothing in any order.
+        """
+        data_group = engine.grid.get_data_parallel_group()
+        for weight, group in engine.module.get_tied_weights_and_groups():
+            gradient = weight._hp_grad if engine.using_bf16_optimizer else weight.grad
+            total = gradient.float()
+            dist.all_reduce(total, group=data_group)
+            dist.all_reduce(total, group=group)
+            gradient.copy_(total if engine.grid.get_data_parallel_rank() == 0 else torch.zeros_like(total))
 
     def _run(self, batches: Sequence[MicroBatch]) -> None:
         self.deepspeed_engine.train_batch(data_iter=self._feed(batches))
