@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,9 @@ def _count(text: str) -> int:
 
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+    if not found or found[2].upper() not in UNITS or Fraction(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
-    return math.ceil(float(found[1]) * UNITS[found[2].upper()])
+    return math.ceil(Fraction(found[1]) * UNITS[found[2].upper()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,7 +104,7 @@ def export(options: argparse.Namespace, stack: ExitStack) -> None:
     print(f"checkpoint {store.folder}: {store.manifest.total_bytes / 1e9:.3g} GB in {len(store.manifest.files)} files")
     if not options.no_checksums and (faults := store.verify()):
         raise CheckpointError(f"{'; '.join(faults)}; use another checkpoint")
-    tokenizer = _tokenizer(options.tokenizer, stack)
+    tokenizer = _tokenizer(options.tokenizer, store, stack)
     text = None if options.no_verify else _text(options, store, tokenizer)
     if store.tokenizer_folder is None and tokenizer is None:
         print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
@@ -112,12 +113,15 @@ def export(options: argparse.Namespace, stack: ExitStack) -> None:
     print(f"exported to {options.output}" + ("" if text else ", not verified"))
 
 
-def _tokenizer(name: str | None, stack: ExitStack) -> Path | None:
-    """Brings a tokenizer that was named, in whatever form, into the form of a Hugging Face folder."""
-    if name is None:
-        return None
-    from mlra_scale.data.tokenizer import load_tokenizer, save_tokenizer
+def _tokenizer(name: str | None, store: Store, stack: ExitStack) -> Path | None:
+    """Brings a tokenizer, in whatever form it was named or imported, into that of a Hugging Face folder; or None."""
+    from mlra_scale.data.tokenizer import load_tokenizer, names_its_end, save_tokenizer
 
+    if name is None:
+        # What was imported may be vocab.json and merges.txt alone, or leave its eos token to GPT-2's class.
+        if store.tokenizer_folder is None or names_its_end(store.tokenizer_folder):
+            return None
+        name = str(store.tokenizer_folder)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
     save_tokenizer(load_tokenizer([name]), folder)
     return folder

@@ -152,12 +152,17 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
     """Writes a folder that AutoTokenizer reads, and that this module reads back to the same checksum.
 
+    Its eos token is the one that ends documents, whatever the tokenizer itself has: generation has to end with what
+    the model was trained to end with.
+
     Args:
         loaded: The tokenizer.
         folder: The folder to make.
     """
     folder.mkdir()
     if loaded.hugging_face is not None:
+        if loaded.hugging_face.eos_token != loaded.end_of_document:
+            loaded.hugging_face.eos_token = loaded.end_of_document
         loaded.hugging_face.save_pretrained(folder)
         return
     loaded.tokenizer.save(str(folder / "tokenizer.json"))
@@ -173,6 +178,15 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # it would break the exact round trip
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def names_its_end(folder: Path) -> bool:
+    """Whether a tokenizer's folder says in the way of save_tokenizer which token ends a text; foreign ones may not."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("eos_token"))
 
 
 def _byte_level(model: Any) -> Tokenizer:

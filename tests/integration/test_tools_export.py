@@ -208,11 +208,13 @@ def test_bad_input_is_refused_before_any_work(run: Path, tmp_path: Path, exports
     assert "does not exist" in refused(2, tmp_path / "nowhere", tmp_path / "out")
     assert "no complete checkpoint" in refused(2, tmp_path, tmp_path / "out")
     assert "give --force to replace it" in refused(2, run, exports["gpt2"])
-    assert "not an exported model" in refused(2, run, run, "--force")
+    assert "not an export of this tool" in refused(2, run, run, "--force")
+    assert "lies in the checkpoint" in refused(2, run, checkpoint_at(run) / "exported")
     for arguments in (["--dtype", "int8"], ["--format", "onnx"], ["--max-shard-size", "big"], ["--tokens", "0"]):
         assert arguments[1] in refused(2, run, tmp_path / "out", *arguments)
     (tmp_path / "empty.txt").touch()
     assert "tokens" in refused(2, run, tmp_path / "out", "--text", tmp_path / "empty.txt")
+    assert "File name too long; name another output" in refused(2, run, tmp_path / ("x" * 250), "--no-verify")
     assert "nowhere" in refused(2, run, tmp_path / "out", "--tokenizer", "./nowhere")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
 

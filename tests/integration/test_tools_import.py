@@ -1,6 +1,7 @@
 """tools/import_hf.py, and the way back through tools/export_hf.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_dense_goes_there_and_back_bit_by_bit(folder: Path, tmp_path: Path) -> N
         assert after[key] == before[key], key
     tokens = [AutoTokenizer.from_pretrained(path)(TEXT).input_ids for path in (folder, tmp_path / "back")]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("has_settings", [True, False], ids=["as the hub has it", "vocab.json and merges.txt alone"])
+def test_what_ends_a_text_comes_along(folder: Path, tmp_path: Path, has_settings: bool) -> None:
+    """GPT-2's own folder leaves its eos token to the class that its config.json names."""
+    shutil.copytree(folder, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    if not has_settings:
+        (tmp_path / "gpt2" / "tokenizer_config.json").unlink()
+        (tmp_path / "gpt2" / "tokenizer.json").unlink()
+    ran(tmp_path / "gpt2", tmp_path / "made")
+    exported = run_tool("export_hf", tmp_path / "made", tmp_path / "back", "--no-verify")
+    assert exported.code == 0, exported.stderr
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    model, back = GPT2LMHeadModel.from_pretrained(tmp_path / "back"), AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert (model.generation_config.eos_token_id, model.config.eos_token_id, back.eos_token_id) == (end, end, end)
+    assert back(TEXT).input_ids == AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
 
 
 def test_full_rank_factors_merge_to_the_same_logits(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
 
 Rows = list[tuple[str, str]]
+CARD_MARK = b"exported with mlra-scale"
+"""What every card says, and no other one: by it an export is known."""
 
 
 def model_card(

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import faults_told, sync_folder
-from mlra_scale.checkpoint.huggingface.card import model_card
+from mlra_scale.checkpoint.files import sync_folder
+from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
 from mlra_scale.checkpoint.huggingface.folder import SpecialTokens, copy_tokenizer, write_configuration
 from mlra_scale.checkpoint.huggingface.shards import write_shards
 from mlra_scale.checkpoint.huggingface.tensors import Format, export_tensors
@@ -26,6 +26,9 @@ from mlra_scale.checkpoint.reader import Store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
+MIN_VERIFIED_TOKENS = 16
+"""In one sequence: of a single token neither attention nor positions would tell anything."""
+_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,16 @@ def export_checkpoint(
         The figures of the verification, which it has passed; None without one.
 
     Raises:
-        CheckpointError: The target exists or cannot be written, or the tokenizer does not suit.
+        CheckpointError: The target exists or cannot be written, or the tokenizer, text or type does not suit.
         VerificationError: The folder is not the trained model.
     """
     target = target.absolute()
     check_target(target, options.is_replacing)
+    if store.folder.resolve() in target.resolve().parents:
+        raise CheckpointError(f"{target} lies in the checkpoint, and would be removed with it; name another output")
     if text is not None:
         _check_text(text, store)
-    with faults_told("written", target), _unfinished(target) as folder:
+    with _faults_told(target), _unfinished(target) as folder:
         began = time.monotonic()
         tokenizer = options.tokenizer or store.tokenizer_folder
         special = _special_tokens(store) if tokenizer is None else copy_tokenizer(tokenizer, folder, store.model)
@@ -114,7 +119,7 @@ def export_checkpoint(
             verification,
             None if text is None else text.description,
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / _CARD).write_text(card, encoding="utf-8")
         _to_disk(folder)
         _give_name(folder, target)
     return verification
@@ -139,8 +144,9 @@ def check_target(target: Path, is_replacing: bool) -> None:
         raise CheckpointError(f"{target} exists and is not a folder; name another output")
     if not any(target.iterdir()):
         return
-    if not (target / "config.json").is_file():
-        raise CheckpointError(f"{target} holds something that is not an exported model; name another output")
+    card = target / _CARD
+    if not (target / "config.json").is_file() or not card.is_file() or CARD_MARK not in card.read_bytes():
+        raise CheckpointError(f"{target} holds something that is not an export of this tool; name another output")
     if not is_replacing:
         raise CheckpointError(f"{target} exists; name another output, or give --force to replace it")
 
@@ -148,10 +154,11 @@ def check_target(target: Path, is_replacing: bool) -> None:
 def _check_text(text: VerificationText, store: Store) -> None:
     tokens_NS, model = text.tokens_NS, store.model
     assert tokens_NS.ndim == 2 and tokens_NS.shape[0] >= 1
-    if not 2 <= tokens_NS.shape[1] <= model.max_positions + 1:
+    fewest = min(MIN_VERIFIED_TOKENS, model.max_positions) + 1  # the last one is predicted only
+    if not fewest <= tokens_NS.shape[1] <= model.max_positions + 1:
         raise CheckpointError(
-            f"{text.description} gives sequences of {tokens_NS.shape[1]} tokens, the verification needs 2 to "
-            f"{model.max_positions + 1}; name a longer text"
+            f"{text.description} gives sequences of {tokens_NS.shape[1]} tokens, the verification needs {fewest} to "
+            f"{model.max_positions + 1}; name a text that is as long"
         )
     largest = int(tokens_NS.max())
     if largest >= model.vocab_size:
@@ -159,6 +166,21 @@ def _check_text(text: VerificationText, store: Store) -> None:
             f"{text.description} has a token {largest}, the model has {model.vocab_size} tokens; name the tokenizer "
             "and the data that it was trained with"
         )
+
+
+@contextlib.contextmanager
+def _faults_told(target: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename if isinstance(error.filename, str) else target
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        remedy = f"free space on the disk of {target.parent}" if error.errno in _FULL else "name another output"
+        raise CheckpointError(f"{place} cannot be written: {reason}; {remedy}") from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, write_file
 from mlra_scale.checkpoint.huggingface.tensors import ExportTensor
 from mlra_scale.checkpoint.writer import num_bytes, write_safetensors
@@ -33,6 +34,7 @@ def write_shards(
 
     Raises:
         OSError: A file cannot be written.
+        CheckpointError: A weight is larger than the type can tell.
     """
     shards = list(_divided(tensors, dtype, max_bytes))
     files: dict[str, FileEntry] = {}
@@ -40,7 +42,7 @@ def write_shards(
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         specs = {tensor.name: (dtype, tensor.shape) for tensor in shard}
-        made = ((tensor.name, tensor.make().to(dtype)) for tensor in shard)
+        made = ((tensor.name, _in_type(tensor, dtype)) for tensor in shard)
         files[name] = write_safetensors(folder / name, specs, made, _METADATA)
         places |= dict.fromkeys(specs, name)
     if len(shards) > 1:
@@ -48,6 +50,17 @@ def write_shards(
         index = {"metadata": {"total_size": size}, "weight_map": places}
         files[INDEX] = write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     return files
+
+
+def _in_type(tensor: ExportTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Makes a tensor in the written type. No text touches every weight, so that an infinite one might go unseen."""
+    values = tensor.make()
+    written = values.to(dtype)
+    if dtype.itemsize < 4:
+        limits, largest = torch.stack(written.aminmax()), torch.finfo(dtype).max
+        if limits.isinf().any() and not torch.stack(values.aminmax()).isinf().any():
+            raise CheckpointError(f"{tensor.name} has values beyond {largest:g}, where {dtype} ends; use another type")
+    return written
 
 
 def _divided(tensors: Sequence[ExportTensor], dtype: torch.dtype, max_bytes: int) -> Iterator[list[ExportTensor]]:

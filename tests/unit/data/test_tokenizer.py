@@ -11,9 +11,17 @@ import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from mlra_scale.data.errors import DataError
-from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe
+from mlra_scale.data.tokenizer import (
+    LoadedTokenizer,
+    load_tokenizer,
+    names_its_end,
+    save_tokenizer,
+    tokenizer_sha256,
+    train_bpe,
+)
 
 TEXTS = [
     "Hello world",
@@ -136,6 +144,28 @@ def test_another_end_of_document(trained: LoadedTokenizer, tmp_path: Path) -> No
     assert load_tokenizer([str(tmp_path / "t")], "e").end_of_document_token == trained.tokenizer.token_to_id("e")
     with pytest.raises(DataError, match="has no token '<eod>'"):
         load_tokenizer([str(tmp_path / "t")], "<eod>")
+
+
+def test_what_ends_documents_ends_texts(trained: LoadedTokenizer, tmp_path: Path) -> None:
+    """A foreign folder may have no eos token, or another one than --end-of-document names."""
+    from transformers import AutoTokenizer
+
+    foreign = tmp_path / "foreign"
+    save_tokenizer(trained, foreign)
+    added = Tokenizer.from_file(str(foreign / "tokenizer.json"))
+    added.add_special_tokens(["<end>"])
+    added.save(str(foreign / "tokenizer.json"))
+    (foreign / "tokenizer_config.json").write_text('{"model_max_length": 1024}')  # all that GPT-2's own says
+    for end, expected in ((None, "<|endoftext|>"), ("<end>", "<end>")):
+        loaded = load_tokenizer([str(foreign)], end)
+        assert not names_its_end(foreign) and loaded.kind == "hugging-face" and loaded.end_of_document == expected
+        folder = tmp_path / expected.strip("<|>")
+        save_tokenizer(loaded, folder)
+        assert names_its_end(folder) and AutoTokenizer.from_pretrained(folder).eos_token == expected
+        again = load_tokenizer([str(folder)])
+        assert again.end_of_document == expected
+        assert tokenizer_sha256(again.tokenizer) == tokenizer_sha256(added)
+    assert not names_its_end(tmp_path)
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

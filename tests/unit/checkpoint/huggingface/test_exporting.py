@@ -20,7 +20,7 @@ from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, For
 from mlra_scale.checkpoint.huggingface.verification import Comparison, Verification, VerificationError
 from mlra_scale.checkpoint.reader import Store
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
-from tests.support.gpt2_folders import tokenizer
+from tests.support.gpt2_folders import gpt2_folder, tokenizer
 from tests.support.oracle import build_reference
 from tests.unit.checkpoint.huggingface.builders import VARIANTS, checkpoint, model_config, random_text, weights
 
@@ -309,10 +309,34 @@ def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> No
     (tmp_path / "thesis" / "chapter.tex").touch()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "thesis")
-    for name, told in (("thesis", "not an exported model"), ("file", "not a folder"), ("link", "not a folder")):
+    # Somebody else's model, or any folder with a config.json.
+    gpt2_folder(tmp_path / "gpt2", has_tokenizer=False)
+    (tmp_path / "gpt2" / "README.md").write_text("The only copy of a fine-tuned GPT-2.")
+    no_export = "not an export of this tool"
+    for name, told in (("thesis", no_export), ("gpt2", no_export), ("file", "not a folder"), ("link", "not a folder")):
         with pytest.raises(CheckpointError, match=told):
             export_checkpoint(store, tmp_path / name, ExportOptions(is_replacing=True), random_text())
-    assert files_of(tmp_path) == {"thesis", "file", "link"}
+    assert files_of(tmp_path) == {"thesis", "gpt2", "file", "link"} and files_of(tmp_path / "thesis") == {"chapter.tex"}
+    assert {"config.json", "model.safetensors", "README.md"} <= files_of(tmp_path / "gpt2")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_that_a_type_cannot_hold_is_told(
+    tmp_path: Path, store: Store, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last position: no text of the verification comes there."""
+
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[-1, 0] = sign * 7e4
+        return tensor
+
+    original = exporting.export_tensors
+    monkeypatch.setattr(exporting, "export_tensors", lambda *of: changed("wpe.weight", spoil)(original(*of)))
+    with pytest.raises(CheckpointError, match=r"wpe\.weight has values beyond 65504, where torch\.float16 ends"):
+        export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.float16), None)
+    assert not files_of(tmp_path)
+    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.bfloat16), None)
 
 
 def test_the_rest_of_a_killed_export_is_cleared_away(tmp_path: Path, store: Store) -> None:
@@ -342,8 +366,10 @@ def test_a_file_in_the_way_is_told(tmp_path: Path, store: Store) -> None:
     ("tokens", "told"),
     [
         (torch.zeros(1, 1, dtype=torch.long), "sequences of 1 tokens"),
-        (torch.zeros(1, 34, dtype=torch.long), "needs 2 to 33"),
-        (torch.full((1, 5), 9999), "has a token 9999"),
+        # Queries and keys do not matter to the first token of a text, positions but the first to none of them.
+        (torch.zeros(1, 2, dtype=torch.long), "needs 17 to 33"),
+        (torch.zeros(1, 34, dtype=torch.long), "needs 17 to 33"),
+        (torch.full((1, 17), 9999), "has a token 9999"),
     ],
 )
 def test_text_that_the_model_cannot_read_is_refused(
