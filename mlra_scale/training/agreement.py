@@ -6,7 +6,7 @@ all files are compared by all ranks together, each with a share of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.parallel import Topology
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.start import Asked, Start, prepare
 
 
@@ -64,6 +66,30 @@ def settle(asked: Asked, start: Start, topology: Topology) -> Start:
         problems = _of_rank_0(problems, topology)
         if problems:
             raise StartRefused(problems)
+
+
+def on_rank_0(work: Callable[[], None], topology: Topology, step: int) -> None:
+    """Lets rank 0 do what only rank 0 does before the first step, such as writing files; collective.
+
+    Without this the others would train on, and wait for a rank that has ended.
+
+    Args:
+        work: What is to be done.
+        topology: The mesh.
+        step: Where the run begins or goes on, for the event log.
+
+    Raises:
+        TrainingStopped: It cannot be done, because of a full disk or a damaged file; on all ranks.
+    """
+    fault: str | None = None
+    if topology.rank == 0:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
+            fault = f"the run directory cannot be made ready: {reason}; mend that and start again"
+    if (fault := _of_rank_0(fault, topology)) is not None:
+        raise TrainingStopped(fault, {"step": step}, ExitCode.BAD_INPUT)
 
 
 def _faults(checkpoint: Path, topology: Topology) -> list[str]:

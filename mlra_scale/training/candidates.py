@@ -45,7 +45,8 @@ def choose(run: RunDirectory, resume: str, excluded: Mapping[Path, str] | None =
     Args:
         run: The run directory.
         resume: `none`; `auto` (the checkpoint that `latest` names, or the newest good one where that is bad, or a fresh
-            start where there is none); or the path of a checkpoint, of a checkpoints folder or of a run directory.
+            start where there is none); or the path of a checkpoint, of a checkpoints folder or of a run directory. The
+            path from which the run in the directory began is like `auto`: a queue starts the same command again.
         excluded: Checkpoints that were found to be bad, with the reason.
 
     Raises:
@@ -108,6 +109,8 @@ def _in_order(checkpoints: Path, pointer: Path | None) -> list[Path]:
 
 def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> Choice:
     given = Path(resume).resolve()
+    if _began_from(run, given):
+        return _newest_good(run, excluded)
     candidates = [given, latest(given), latest(given / "checkpoints")]
     path = next((path for path in candidates if path is not None and (path / "manifest.json").is_file()), None)
     if path is None:
@@ -119,12 +122,20 @@ def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> Choi
             raise ConfigError([Problem("--resume", resume, remedy)])
     if (reason := _fault(path, excluded)) is not None:
         raise ConfigError([Problem("--resume", resume, reason)])
-    if run.holds_a_run() and path.parent.resolve() != run.checkpoints.resolve():
+    if run.holds_a_run() and not run.is_own(path):
         remedy = (
             f"holds a run, and {path} is none of its checkpoints; name a new directory for the branch, or continue "
         )
         raise ConfigError([Problem("--run-dir", str(run.path), remedy + "the run that is here with --resume auto")])
     return Choice(path)
+
+
+def _began_from(run: RunDirectory, given: Path) -> bool:
+    """Returns whether the run in the directory is a branch that was begun by naming this path."""
+    source = run.source()
+    if source is None or not run.holds_a_run():
+        return False
+    return given in (source, source.parent) or (given / "checkpoints").resolve() == source.parent
 
 
 def _fault(path: Path, excluded: Mapping[Path, str]) -> str | None:

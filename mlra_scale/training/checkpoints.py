@@ -65,11 +65,13 @@ class Checkpoints:
         except CheckpointError as error:
             values = {"step": self._start.progress.step}
             raise TrainingStopped(str(error), values, ExitCode.CHECKPOINT_FAILED) from error
-        if self._start.kind == "weights":
-            return
-        self._finite.load(state["windows"]["finite"])
-        if self._engine.topology.rank == 0 and checkpoint.parent.resolve() == self._folder.resolve():
-            # The run goes on from here, whatever later checkpoints it once had.
+        if self._start.kind == "training":
+            self._finite.load(state["windows"]["finite"])
+
+    def point_to_start(self) -> None:
+        """Makes `latest` name the checkpoint that the run goes on from, whatever later ones it once had; for rank 0."""
+        checkpoint = self._start.checkpoint
+        if checkpoint is not None and self._start.kind == "training" and self._start.run.is_own(checkpoint):
             set_latest(self._folder, checkpoint)
 
     def save(self, progress: Progress, learning_rate: float, validation_loss: float | None, is_last: bool) -> None:

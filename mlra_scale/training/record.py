@@ -38,6 +38,8 @@ class JsonLines:
             path: The file; None for a file that forgets.
         """
         self._path = path
+        if path is not None and path.is_file():
+            _cut_torn_line(path)
         self._file = None if path is None else path.open("ab", buffering=0)
         self._pending = b""
 
@@ -93,6 +95,14 @@ class EventLog:
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes a last line that a crash or a full disk cut short: appended to, it would spoil the next line as well."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:

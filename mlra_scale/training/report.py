@@ -33,6 +33,9 @@ def report_nothing_to_do(start: Start) -> None:
     """
     step, total, checkpoint = start.progress.step, start.config.train.steps, str(start.checkpoint)
     events = EventLog(start.run.events)
+    for rejected in start.rejected:
+        events.write("fallback", passed_over=str(rejected.path), reason=rejected.reason, used=checkpoint)
+        print(f"fallback: {rejected.path} is passed over: {rejected.reason}")
     events.write("finished", steps=step, checkpoint=checkpoint, reason=f"already at train.steps={total}")
     events.close()
     print(f"already at step {step} ({checkpoint}): nothing to do up to train.steps={total}, raise it to go on")
@@ -46,6 +49,7 @@ class Report:
         self._start, self._is_main = start, is_main
         self._config, self._plan, self._run = start.config, start.plan, start.run
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
+        self._is_open = False
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -62,6 +66,7 @@ class Report:
         num_cut = cut_record(self._run.metrics, progress.step if start.kind == "training" else -1)
         self._records = read_record(self._run.metrics)
         self._metrics, self._events = JsonLines(self._run.metrics), EventLog(self._run.events)
+        self._is_open = True
         self._events.write("start", step=progress.step, world_size=self._plan.world_size)
         self.say(short_report(self._config, self._plan))
         self._tell_origin(num_cut)
@@ -216,6 +221,9 @@ class Report:
     ) -> None:
         """Tells how the run ended, and closes everything."""
         self._close_bar()
+        if self._is_main and error is not None and not self._is_open and self._run.events.exists():
+            # A run that was to go on here ends before its first step; a new one leaves nothing behind.
+            self._events = EventLog(self._run.events)
         code = ExitCode.DONE
         if isinstance(error, TrainingStopped):
             code = error.exit_code

@@ -70,6 +70,10 @@ class RunDirectory:
         """Returns whether a run has been started here."""
         return any((self.path / name).exists() for name in _TRACES_OF_A_RUN)
 
+    def is_own(self, checkpoint: Path) -> bool:
+        """Returns whether a checkpoint is one of this run, and not of another one that it began from."""
+        return checkpoint.parent.resolve() == self.checkpoints.resolve()
+
     def source(self) -> Path | None:
         """Returns the checkpoint of another run that this one began from, or None."""
         file = self.path / "started_from"
@@ -83,7 +87,10 @@ class RunDirectory:
             checkpoint: What it goes on from; that of another run is noted.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if checkpoint is not None and checkpoint.parent.resolve() != self.checkpoints.resolve():
+        if checkpoint is None:
+            # Of a run that was here before and has been removed all but for this.
+            (self.path / "started_from").unlink(missing_ok=True)
+        elif not self.is_own(checkpoint):
             write_atomically(self.path / "started_from", f"{checkpoint.resolve()}\n")
         write_atomically(self.config, config.to_yaml())
 
@@ -93,10 +100,14 @@ def held(run: RunDirectory) -> Iterator[None]:
     """Makes the directory and keeps every other run out of it until the end of the block or of the process.
 
     Raises:
-        ConfigError: Another run holds it.
+        ConfigError: Another run holds it, or nothing can be written there.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("a+", encoding="ascii") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run.path / ".lock").open("a+", encoding="ascii"))
+        except OSError as error:
+            raise ConfigError([_unwritable(run, error)]) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,8 +117,16 @@ def held(run: RunDirectory) -> Iterator[None]:
         except OSError as error:
             # Some cluster file systems are mounted without locks; that is no reason not to train.
             print(f"{run.path} cannot be locked ({error.strerror}): see that no other run uses it", flush=True)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
+        note = f"process {os.getpid()} on {socket.gethostname()}\n"
+        try:
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), note.encode("ascii"))
+        except OSError as error:
+            raise ConfigError([_unwritable(run, error)]) from error
         yield
+
+
+def _unwritable(run: RunDirectory, error: OSError) -> Problem:
+    remedy = f"cannot be written ({error.strerror}); make room there, or name another directory"
+    return Problem("--run-dir", str(run.path), remedy)

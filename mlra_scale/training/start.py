@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
-from mlra_scale.training.resume import Change, Comparison, compare, compare_model, read_stored
+from mlra_scale.training.resume import Change, Comparison, compare, compare_model, flat, read_stored
 from mlra_scale.training.resumed_data import DataHistory, compare_data
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -103,7 +103,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
         problems += error.problems
     except CheckpointError as error:
         problems.append(Problem("--resume", asked.resume, str(error)))
-    compared = _compared(asked, store)
+    compared, named = _compared(asked, store)
     config = compared.config
     problems += compared.problems
     try:
@@ -118,7 +118,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     if store is not None and store.kind == "training":
         progress, data = _stored_place(store)
         if not found:
-            about_data = compare_data(identify_data(config), data, progress.consumed_samples, asked.named)
+            about_data = compare_data(identify_data(config), data, progress.consumed_samples, named)
             problems += about_data.problems
             changes += about_data.changes
             mixes = about_data.mixes
@@ -134,23 +134,39 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes))
 
 
-def _compared(asked: Asked, store: Store | None) -> Comparison:
-    """Compares the configuration with that of the checkpoint or, where there is none yet, of the run that was begun."""
-    if store is None:
-        if asked.run is None or asked.resume == "none" or not asked.run.holds_a_run():
-            return Comparison(asked.config)
+def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
+    """Compares the configuration with that of the checkpoint and, where the run has none of its own, with the run's.
+
+    Returns:
+        The comparison, and the fields that count as named.
+    """
+    config, named, run = asked.config, asked.named, asked.run
+    begun = Comparison(config)
+    if (
+        run is not None
+        and asked.resume != "none"
+        and run.holds_a_run()
+        and (store is None or not run.is_own(store.folder))
+    ):
         # Killed before its first checkpoint: the same run may begin anew here, another one may not.
         try:
-            text = asked.run.config.read_text(encoding="utf-8")
-            return compare(asked.config, asked.named, read_stored(text, str(asked.run.path)))
+            own = read_stored(run.config.read_text(encoding="utf-8"), str(run.path))
         except OSError as error:
             remedy = f"its config.yaml cannot be read: {error.strerror}"
-            return Comparison(asked.config, [], [Problem("--resume", str(asked.run.path), remedy)])
+            return Comparison(config, [], [Problem("--resume", str(run.path), remedy)]), named
         except ConfigError as error:
-            return Comparison(asked.config, [], error.problems)
+            return Comparison(config, [], error.problems), named
+        begun = compare(config, named, own)
+        if store is not None and store.config is not None:
+            # What the branch was begun with stays named, though this start may not name it again.
+            was, now = flat(store.config.to_dict()), flat(own.to_dict())
+            branched = {name for name in now if now[name] != was[name]}
+            named = Named(named.on_command_line | branched, named.in_file)
+    if store is None or begun.problems:
+        return begun, named
     if store.config is None:
-        return Comparison(asked.config, [], compare_model(asked.config, store.model))
-    return compare(asked.config, asked.named, store.config)
+        return replace(begun, problems=compare_model(begun.config, store.model)), named
+    return compare(begun.config, named, store.config), named
 
 
 def _stored_place(store: Store) -> tuple[Progress, DataHistory]:

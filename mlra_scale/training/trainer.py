@@ -14,6 +14,7 @@ from mlra_scale.config import BatchPlan, Config
 from mlra_scale.data import Batch, SampleStream, open_datasets
 from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
 from mlra_scale.stability.tev import TevHook, TevStatistics
+from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck
@@ -59,7 +60,7 @@ def fit(start: Start, topology: Topology) -> Progress:
         Checkpoints(start, engine, datasets, finite, report.saved) as checkpoints,
     ):
         checkpoints.load()
-        report.start()
+        on_rank_0(partial(begin, checkpoints, report), topology, progress.step)
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
             report.say(
@@ -102,6 +103,15 @@ def fit(start: Start, topology: Topology) -> Progress:
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
         report.finished(progress, throughput.mean, memory_gib)
     return progress
+
+
+def begin(checkpoints: Checkpoints, report: Report) -> None:
+    """Leaves the run directory as a run has it that goes on from this start's checkpoint; for rank 0.
+
+    In this order: killed in between, the next start cuts the record to where the pointer says.
+    """
+    checkpoints.point_to_start()
+    report.start()
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -1,5 +1,6 @@
 """The disk refuses: the run ends on all ranks on one step, says what to do, and nothing that was good is lost."""
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -105,6 +106,23 @@ def test_a_folder_that_cannot_be_written(training: Training, reference: Path, tm
     assert str(run / "checkpoints") in told and events(run)[-1]["step"] == 2
     (run / "checkpoints").unlink()
     goes_on(training, run, reference)
+
+
+def test_a_disk_that_is_still_full_at_the_next_start(training_data: Path, small_disk: Path) -> None:
+    """Rank 0 alone writes before the first step; the other rank learns what stands in the way."""
+    run, log = small_disk / "run", small_disk.with_suffix(".log")
+    undisturbed(Training(training_data, "zero1-dp2", 2, 2, 1), run, Forked)
+    before = (run / "metrics.jsonl").read_bytes()
+    with contextlib.suppress(OSError), (small_disk / "other people's files").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    training = Training(training_data, "zero1-dp2", 4, 2, 1)
+    launch = Forked(training.arguments(run, resume=True), training.num_ranks, log)
+    assert not launch.wait(120.0)
+    assert launch.codes == [ExitCode.BAD_INPUT] * 2, launch.output()[-3000:]
+    output = launch.output()
+    assert output.count("No space left on device; mend that") == 1 and "Traceback" not in output
+    assert (run / "metrics.jsonl").read_bytes() == before and assert_way_back(run) == 2
 
 
 def test_a_disk_that_became_read_only(training_data: Path, small_disk: Path) -> None:

@@ -1,6 +1,8 @@
 """Stopped and continued: as if nothing had happened on the same layout, to rounding on another, and what may change."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 
 from mlra_scale.checkpoint import Store, write_weights
 from mlra_scale.training.exit_codes import ExitCode
+from tests.support.pool import WorkerPool
 from tests.support.stored import assert_bitwise_equal, store_of
-from tests.support.training_runs import Start, curve, events, metrics, write_megatron_data
+from tests.support.training_runs import Start, curve, events, main_on_rank, metrics, write_megatron_data
 
 DROPOUT = [f"model.{site}_dropout=0.1" for site in ("embedding", "attention", "residual")]
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "train.sequence_length=32", "evaluation.every=0"]
@@ -108,6 +111,29 @@ def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> Non
         ("train.steps", 3, 5),
         ("optim.lr", 0.003, 0.0001),
     ]
+
+
+def test_a_branch_keeps_what_it_was_begun_with_before_its_first_checkpoint(
+    start: Start, tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool]
+) -> None:
+    """Killed that early, it begins again where it began; the next start need not name everything again."""
+    other = write_megatron_data(tmp_path / "counting")
+    begun = ["optim.lr=1e-4", f"data.blend={json.dumps({str(other): 1.0})}"]
+    branch, fixed = tmp_path / "branch", ["train.steps=4", *SMALL]
+    start("trunk", f"data.path={training_data}", "train.steps=2", *SMALL)
+    start("branch", *begun, *fixed, "--resume", str(tmp_path / "trunk"))
+    losses, state = curve(branch, "loss"), store_of(branch, 4).state["data"]
+    shutil.rmtree(branch / "checkpoints")
+    bare = ["--preset", "debug", "--run-dir", str(branch), "train.log_every=1", *fixed, "--resume"]
+    for resume in ("auto", str(tmp_path / "trunk")):
+        (result,) = worker_pool(1).run(main_on_rank, (*bare, resume))
+        assert result.code == ExitCode.DONE, result.stderr
+        assert curve(branch, "loss") == losses and store_of(branch, 4).state["data"] == state
+        shutil.rmtree(branch / "checkpoints")
+    told = [(event["field"], event["now"]) for event in events(branch) if event["event"] == "changed"]
+    assert told == 3 * told[: len(told) // 3] and ("optim.lr", 1e-4) in told
+    (refused,) = worker_pool(1).run(main_on_rank, (*bare, "auto", f"data.path={training_data}"))
+    assert refused.code == ExitCode.BAD_INPUT and "data.blend" in refused.stderr
 
 
 def test_everything_that_must_not_change_is_told_at_once(start: Start, tmp_path: Path) -> None:

@@ -166,6 +166,26 @@ def test_a_branch_that_has_no_checkpoint_yet_begins_again_where_it_began(run: Ru
     assert "the run began from" in refused(branch, "auto").remedy
 
 
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/step-00000020"])
+def test_the_command_that_began_a_branch_goes_on_with_it(run: RunDirectory, tmp_path: Path, part: str) -> None:
+    """A queue starts the same command line again, wherever the run that it branched from has come to in between."""
+    branch, command = RunDirectory(tmp_path / "branch"), str(run.path / part)
+    branch.create(config_of(), at(run, 20))
+    assert choose(branch, command) == Choice(at(run, 20)), "no checkpoint of its own yet"
+    write_checkpoint(branch.checkpoints, 40)
+    shutil.rmtree(run.path)
+    assert choose(branch, command) == Choice(at(branch, 40))
+    shutil.rmtree(branch.checkpoints)
+    assert "the run began from" in refused(branch, command).remedy
+
+
+def test_another_path_than_the_branch_began_from_is_refused(run: RunDirectory, tmp_path: Path) -> None:
+    branch = RunDirectory(tmp_path / "branch")
+    branch.create(config_of(), at(run, 20))
+    assert "none of its checkpoints" in refused(branch, str(at(run, 10))).remedy
+    assert "is no checkpoint" in refused(branch, str(tmp_path)).remedy
+
+
 def test_a_checkpoint_may_lie_anywhere_under_any_name(run: RunDirectory, tmp_path: Path) -> None:
     archived = tmp_path / "archive" / "best"
     shutil.copytree(at(run, 10), archived)

@@ -63,6 +63,18 @@ def test_cut_removes_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 5]
 
 
+def test_a_line_that_was_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
+    """Events are never cut back to a step: whoever opens the file removes what a full disk left of a line."""
+    path = tmp_path / "events.jsonl"
+    for whole in ("", '{"event": "start"}\n'):
+        path.write_text(whole + '{"event": "stop')
+        log = EventLog(path)
+        log.write("resume")
+        log.close()
+        found = [event["event"] for event in read_record(path)]
+        assert found == [*(["start"] if whole else []), "resume"]
+
+
 def test_cut_of_a_missing_record_leaves_it_missing(tmp_path: Path) -> None:
     assert cut_record(tmp_path / "metrics.jsonl", 5) == 0
     assert not (tmp_path / "metrics.jsonl").exists()

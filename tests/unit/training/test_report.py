@@ -11,7 +11,7 @@ from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
 from mlra_scale.training.record import read_record
-from mlra_scale.training.report import Report
+from mlra_scale.training.report import Report, report_nothing_to_do
 from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start import Start
@@ -73,6 +73,30 @@ def test_how_a_run_ended_is_an_event(tmp_path: Path, error: BaseException, event
     assert (last["event"], last["exit_code"]) == (event, code)
     if event == "stopped":
         assert (last["step"], last["loss"]) == (3, "nan")
+
+
+def test_an_end_before_the_first_step_is_an_event_of_a_run_that_is_there(tmp_path: Path) -> None:
+    """Its checkpoint could not be read, say. A directory without a run stays one: the next start is the first."""
+    stop = TrainingStopped("cannot be read", {"step": 1}, ExitCode.CHECKPOINT_FAILED)
+    with pytest.raises(TrainingStopped), report_of(tmp_path):
+        raise stop
+    assert list(tmp_path.iterdir()) == []
+    with report_of(tmp_path) as report:
+        report.start()
+    with pytest.raises(TrainingStopped), report_of(tmp_path):
+        raise stop
+    (*_, last) = read_record(tmp_path / "run" / "events.jsonl")
+    assert (last["event"], last["reason"], last["exit_code"]) == ("stopped", "cannot be read", 4)
+
+
+def test_nothing_to_do_tells_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with report_of(tmp_path) as report:
+        report.start()
+    config, run = load_config("debug", overrides=["train.steps=4"]), RunDirectory(tmp_path / "run")
+    choice = Choice(Path("step-4"), (Rejected(Path("latest"), "is missing"),))
+    report_nothing_to_do(Start(config, batch_plan(config, 1), run, choice, "training", Progress(4, 32, 2048)))
+    assert "fallback: latest is passed over: is missing\nalready at step 4" in capsys.readouterr().out
+    assert [event["event"] for event in read_record(run.events)] == ["start", "fallback", "finished"]
 
 
 def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
