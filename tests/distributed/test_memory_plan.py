@@ -23,6 +23,7 @@ class Held:
 
     state: int = 0
     buckets: int = 0
+    owned: int = 0
 
 
 def storages() -> dict[int, int]:
@@ -60,6 +61,9 @@ def measure(rank: int, world_size: int, config: Config) -> Held:
     for step in range(2):
         assert plan.accumulation_steps > 1
         engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3, look)
+    for fragment in engine.owned_fragments(with_moments=True):
+        parts = (fragment.values, fragment.exp_avg, fragment.exp_avg_sq)
+        held.owned += sum(part.nbytes for part in parts if part is not None)
     return held
 
 
@@ -94,7 +98,12 @@ def test_weights_that_zero_3_need_not_keep_are_not_planned(worker_pool: Pools) -
 
 def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
     plan = batch_plan(config, layout.world_size)
-    for rank, held in enumerate(worker_pool(layout.world_size).run(measure, config)):
+    ranks = worker_pool(layout.world_size).run(measure, config)
+    of_stage = layout.tensor * layout.data
+    for stage in range(layout.pipeline):
+        owned = max(held.owned for held in ranks[stage * of_stage : (stage + 1) * of_stage])
+        assert owned == pytest.approx(rank_memory(config, plan, stage).snapshot, rel=0.1)
+    for rank, held in enumerate(ranks):
         memory = rank_memory(config, plan, rank // (layout.tensor * layout.data))
         buckets = reduction_bytes(config, plan)
         assert held.buckets == buckets
