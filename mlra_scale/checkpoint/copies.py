@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.contents import PARTS, Part
-from mlra_scale.checkpoint.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
@@ -107,7 +106,7 @@ def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests
     return found
 
 
-def check_copies(reports: Iterable[RankCopies], table: ParameterTable, tensor: int) -> None:
+def differing_copies(reports: Iterable[RankCopies], table: ParameterTable, tensor: int) -> str | None:
     """Compares all copies.
 
     Args:
@@ -115,8 +114,8 @@ def check_copies(reports: Iterable[RankCopies], table: ParameterTable, tensor: i
         table: The parameter table.
         tensor: Tensor-parallel degree.
 
-    Raises:
-        CheckpointError: Two copies differ; names the parameter and the ranks.
+    Returns:
+        None where all are equal, else the first parameter that differs, and between which ranks.
     """
     # By what should be equal, then by who holds it together: pieces over data ranks make up one copy.
     copies: dict[tuple[str, Part, int], dict[tuple[int, int], list[tuple[int, Digest]]]] = defaultdict(dict)
@@ -134,11 +133,8 @@ def check_copies(reports: Iterable[RankCopies], table: ParameterTable, tensor: i
         if len(versions) > 1:
             told = " and ".join(f"rank(s) {', '.join(ranks)}" for ranks in versions.values())
             what = name if part == "weight" else f"{part} of {name}"
-            raise CheckpointError(
-                f"copies of {what} that should be equal differ between {told}; nothing was saved. The ranks have "
-                "drifted apart (a gradient that was not reduced, or a fault of a device): resume from a checkpoint "
-                "before that"
-            )
+            return f"copies of {what} that should be equal differ between {told}"
+    return None
 
 
 def _versions(name: str, holders: list[tuple[int, Digest]], numel: int) -> Iterable[tuple[int, str]]:

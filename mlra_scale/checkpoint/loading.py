@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.reader import Store
 
 if TYPE_CHECKING:
-    from mlra_scale.checkpoint.reader import Store
     from mlra_scale.parallel.engine import Engine
     from mlra_scale.parallel.fragments import Fragment
+    from mlra_scale.parallel.topology import Topology
+
+
+def open_on_all_ranks(folder: Path, topology: Topology) -> Store:
+    """Opens a checkpoint on every rank, or on none; collective.
+
+    Args:
+        folder: The checkpoint.
+        topology: The mesh.
+
+    Raises:
+        CheckpointError: Some rank cannot open it; on every rank.
+    """
+    store, faults = None, []
+    try:
+        store = Store.open(folder)
+    except CheckpointError as error:
+        faults.append(str(error))
+    _raise_together(f"{folder} cannot be opened", faults, topology)
+    assert store is not None
+    return store
 
 
 def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
@@ -42,12 +64,17 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
             faults.append(str(error))
 
     engine.restore(fill, store.state.get("engine"), store.manifest.has_moments)
+    _raise_together(f"{store.folder} cannot be loaded", faults, topology)
+    return store.state
+
+
+def _raise_together(what: str, faults: list[str], topology: Topology) -> None:
+    """Raises on every rank where one has met a fault; collective."""
     gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, faults[:1], group=topology.control_group)
     told = [f"rank {rank}: {found[0]}" for rank, found in enumerate(gathered) if found]
     if told:
-        raise CheckpointError(f"{store.folder} cannot be loaded: {'; '.join(told[:3])}")
-    return store.state
+        raise CheckpointError(f"{what}: {'; '.join(told[:3])}")
 
 
 def _check_model(engine: Engine, store: Store) -> None:

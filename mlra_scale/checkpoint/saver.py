@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from mlra_scale.checkpoint import points, retention
 from mlra_scale.checkpoint.contents import json_bytes
-from mlra_scale.checkpoint.copies import RankCopies, collect, copied_parameters, digests_on_device
+from mlra_scale.checkpoint.copies import RankCopies, collect, copied_parameters, differing_copies, digests_on_device
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import faults_told
 from mlra_scale.checkpoint.saving import (
@@ -62,6 +62,7 @@ class FinishedSave:
         bytes: Size of its files.
         stall_seconds: How long it kept training waiting: the longest of all ranks.
         write_seconds: How long writing took, in the background or not: the slowest rank's file, then the completion.
+        drift: Copies that should be equal and are not, where the saver was told to save all the same; else None.
     """
 
     step: int
@@ -69,6 +70,7 @@ class FinishedSave:
     bytes: int
     stall_seconds: float
     write_seconds: float
+    drift: str | None = None
 
 
 @dataclass
@@ -87,13 +89,20 @@ class _Job:
     reports: list[RankReport] | None = None
     total_bytes: int = 0
     stall_seconds: float = 0.0
+    drift: str | None = None
 
 
 class Saver:
     """Writes checkpoints of a run; one at a time. Every method but `abandon` is collective and for the main thread."""
 
     def __init__(
-        self, checkpoints_folder: Path, topology: Topology, keep_last: int, keep_every: int, asynchronous: bool
+        self,
+        checkpoints_folder: Path,
+        topology: Topology,
+        keep_last: int,
+        keep_every: int,
+        asynchronous: bool,
+        may_copies_differ: bool = False,
     ) -> None:
         """Makes a saver; nothing is written yet.
 
@@ -103,11 +112,14 @@ class Saver:
             keep_last: How many of the newest checkpoints are kept.
             keep_every: Checkpoints at a multiple of so many steps are kept too; 0: none.
             asynchronous: Whether training goes on while a checkpoint is written, from a copy in host memory.
+            may_copies_differ: Whether copies that should be equal and are not are told (FinishedSave.drift) while the
+                owner's are saved; otherwise such a save fails.
         """
         self._folder = checkpoints_folder
         self._topology = topology
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
+        self._may_copies_differ = may_copies_differ
         self._memory = HostMemory()
         self._copied: frozenset[str] | None = None
         self._job: _Job | None = None
@@ -310,6 +322,14 @@ class Saver:
         if job.reports is None:
             return
         assert job.main is not None
+        copies = [report.copies for report in job.reports]
+        job.drift = differing_copies(copies, job.table, self._topology.tensor)
+        if job.drift is not None and not self._may_copies_differ:
+            raise CheckpointError(
+                f"{job.drift}; nothing was saved. The ranks have drifted apart (a gradient that was not reduced, or a "
+                "fault of a device): resume from a checkpoint before that. If the library that adds up gradients is "
+                "known to round them otherwise on each rank, checkpoint.differing_copies=report saves the owner's copy"
+            )
         manifest = describe(job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology)
         job.total_bytes = manifest.total_bytes
         commit(job.unfinished, manifest, self._keep_last, self._keep_every)
@@ -320,7 +340,7 @@ class Saver:
         if job.reports is not None:
             stall_seconds = max(stall_seconds, *(report.stall_seconds for report in job.reports))
             write_seconds = max(report.write_seconds for report in job.reports) + job.work.seconds
-            figures = [(job.total_bytes, stall_seconds, write_seconds)]
+            figures = [(job.total_bytes, stall_seconds, write_seconds, job.drift)]
         dist.broadcast_object_list(figures, src=0, group=self._topology.control_group)
         path = self._folder / retention.checkpoint_name(job.step)
         self._finished.append(FinishedSave(job.step, path, *figures[0]))

@@ -16,7 +16,7 @@ import torch
 
 from mlra_scale.checkpoint import points, retention
 from mlra_scale.checkpoint.contents import BUFFERS, library_versions, write_small_files
-from mlra_scale.checkpoint.copies import Digests, RankCopies, check_copies
+from mlra_scale.checkpoint.copies import Digests, RankCopies
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault, sync_folder, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, Run, joined, line_of, parse
@@ -186,9 +186,8 @@ def describe(
     """Checks what the ranks report, writes fragments.json and puts the manifest together; rank 0.
 
     Raises:
-        CheckpointError: Copies differ, the ranks' fragments do not add up to the model, or the system refuses.
+        CheckpointError: The ranks' fragments do not add up to the model, or the system refuses.
     """
-    check_copies([report.copies for report in reports], table, topology.tensor)
     has_moments = {report.has_moments for report in reports} - {None}
     if len(has_moments) > 1:
         raise CheckpointError("some ranks have Adam's moments and others have none; nothing was saved")

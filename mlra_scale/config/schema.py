@@ -290,6 +290,11 @@ class CheckpointConfig(Section):
         description="Copy the state to host memory and write the files while training goes on (the last checkpoint "
         "of a run is always waited for); false: training waits for the files.",
     )
+    differing_copies: Literal["refuse", "report"] = Field(
+        "refuse",
+        description="If copies of a weight that several ranks hold are not equal bit by bit. refuse: the save fails "
+        "and the run stops; report: the owner's copy is saved, and an event names the weight and the ranks.",
+    )
 
 
 class WandbConfig(Section):

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from mlra_scale.checkpoint import CheckpointError, Store
-from mlra_scale.checkpoint.loading import load_checkpoint
+from mlra_scale.checkpoint import CheckpointError
+from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
 from mlra_scale.checkpoint.retention import set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
@@ -45,7 +45,12 @@ class Checkpoints:
         settings = start.config.checkpoint
         self._folder = start.run.checkpoints
         self._saver = Saver(
-            self._folder, engine.topology, settings.keep_last, settings.keep_every, settings.asynchronous
+            self._folder,
+            engine.topology,
+            settings.keep_last,
+            settings.keep_every,
+            settings.asynchronous,
+            may_copies_differ=settings.differing_copies == "report",
         )
 
     def load(self) -> None:
@@ -61,7 +66,7 @@ class Checkpoints:
             return
         try:
             with muted():
-                state = load_checkpoint(self._engine, Store.open(checkpoint))
+                state = load_checkpoint(self._engine, open_on_all_ranks(checkpoint, self._engine.topology))
         except CheckpointError as error:
             values = {"step": self._start.progress.step}
             raise TrainingStopped(str(error), values, ExitCode.CHECKPOINT_FAILED) from error
@@ -97,6 +102,8 @@ class Checkpoints:
             "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
         }
         try:
+            # The one before may be complete: that is told even if this one fails.
+            self._tell(self._saver.finish())
             self._saver.save(
                 self._engine, progress.step, state, {}, config.to_yaml(), self._tokenizer(config), synchronous=is_last
             )

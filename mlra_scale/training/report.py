@@ -124,6 +124,9 @@ class Report:
             stall_seconds=round(save.stall_seconds, 4),
             write_seconds=round(save.write_seconds, 4),
         )
+        if save.drift is not None:
+            self.event("copies_differ", step=save.step, reason=save.drift)
+            self.say(f"step {save.step}: {save.drift}; the owner's copy was saved")
 
     def step_done(self, progress: Progress) -> None:
         """Notes how far the run has come, and moves the progress bar."""

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, latest, points
+from mlra_scale.checkpoint.loading import open_on_all_ranks
 from mlra_scale.checkpoint.points import POINTS
 from tests.support.pool import WorkerPool
-from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of
+from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of, write_checkpoint
 
 Pools = Callable[[int], WorkerPool]
 LAYOUTS = [Layout(tensor=2), Layout(pipeline=2), Layout(data=2), Layout(data=2, is_replicated=True)]
@@ -121,6 +122,27 @@ def test_ranks_that_drifted_apart_are_not_saved(tmp_path: Path, worker_pool: Poo
         assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == ["latest", "step-00000001"]
 
 
+def save_copies_that_may_differ(rank: int, world_size: int, folder: str) -> list[str | None]:
+    layout = LAYOUTS[0]
+    _, engine = saver_and_engine(rank, layout, folder)
+    saver = Saver(Path(folder), engine.topology, 10, 0, True, may_copies_differ=True)
+    told = []
+    for step in (1, 2):
+        save(saver, engine, step)
+        told += [finished.drift for finished in saver.finish()]
+        if rank == 1:
+            next(fragment for fragment in engine.fragments if fragment.name == "positions.weight").values[0] += 1.0
+    return told
+
+
+def test_drift_is_told_where_it_may_be_saved(tmp_path: Path, worker_pool: Pools) -> None:
+    results = worker_pool(2).run(save_copies_that_may_differ, str(tmp_path))
+    assert results[0] == results[1]
+    assert results[0][0] is None
+    assert results[0][1] == "copies of positions.weight that should be equal differ between rank(s) 0 and rank(s) 1"
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
 def wait_for_a_slow_rank(rank: int, world_size: int, folder: str) -> float:
     """One rank writes for longer than a collective may wait: the others must not run into that limit."""
     from datetime import timedelta
@@ -156,3 +178,21 @@ def fail_to_start(rank: int, world_size: int, folder: str) -> str:
     with pytest.raises(CheckpointError) as caught:
         save(saver, engine, 1)
     return str(caught.value)
+
+
+def open_what_one_rank_does_not_see(rank: int, world_size: int, folder: str) -> str:
+    _, engine = saver_and_engine(rank, LAYOUTS[0], folder)
+    try:
+        open_on_all_ranks(Path(folder) / f"seen-by-{rank}", engine.topology)
+    except CheckpointError as error:
+        return str(error)
+    return "opened"
+
+
+def test_a_checkpoint_is_opened_on_all_ranks_or_on_none(tmp_path: Path, worker_pool: Pools) -> None:
+    for rank in range(2):
+        write_checkpoint(tmp_path / f"rank-{rank}", 1, Layout(), all_parts()).rename(tmp_path / f"seen-by-{rank}")
+    assert worker_pool(2).run(open_what_one_rank_does_not_see, str(tmp_path)) == ["opened", "opened"]
+    (tmp_path / "seen-by-1" / "manifest.json").unlink()
+    told = worker_pool(2).run(open_what_one_rank_does_not_see, str(tmp_path))
+    assert all("cannot be opened: rank 1: " in text and "manifest.json" in text for text in told)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from mlra_scale.checkpoint import FinishedSave
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.training.candidates import Choice, Rejected
 from mlra_scale.training.exit_codes import ExitCode
@@ -169,3 +170,13 @@ def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]
         print("the last words")
         raise ValueError("broken")
     assert capsys.readouterr() == ("", "the last words\n")
+
+
+def test_copies_that_differ_are_an_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with report_of(tmp_path) as report:
+        report.start()
+        report.saved(FinishedSave(1, tmp_path / "step-00000001", 9, 0.1, 0.2))
+        report.saved(FinishedSave(2, tmp_path / "step-00000002", 9, 0.1, 0.2, drift="copies of x differ"))
+    events = [event for event in read_record(tmp_path / "run" / "events.jsonl") if "cop" in event["event"]]
+    assert [(event["step"], event["reason"]) for event in events] == [(2, "copies of x differ")]
+    assert "copies of x differ" in capsys.readouterr().out
