@@ -39,6 +39,10 @@ class Launch(ABC):
         """Waits for the end of all ranks; kills what is left at the end. Returns whether all ended well."""
 
     @abstractmethod
+    def end(self) -> None:
+        """Kills what is left, the launcher included."""
+
+    @abstractmethod
     def is_running(self) -> bool:
         """Returns whether no rank has ended yet."""
 
@@ -89,10 +93,13 @@ class Torchrun(Launch):
         try:
             return self._process.wait(timeout) == 0
         finally:
-            if self._process.poll() is None:
-                # Its whole session: the launcher and its ranks.
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+            self.end()
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            # Its whole session: the launcher and its ranks.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def is_running(self) -> bool:
         return self._process.poll() is None
@@ -138,10 +145,13 @@ class Forked(Launch):
             wait_for([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic()))
             if any(process.exitcode not in (None, 0) for process in self._processes):
                 deadline = min(deadline, time.monotonic() + PATIENCE)
+        self.end()
+        return all(process.exitcode == 0 for process in self._processes)
+
+    def end(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
-        return all(process.exitcode == 0 for process in self._processes)
 
     def is_running(self) -> bool:
         return all(process.is_alive() for process in self._processes)

@@ -80,16 +80,18 @@ def kill_once(
     victims = draw.choice(
         [*([rank] for rank in range(chain.training.num_ranks)), list(range(chain.training.num_ranks))]
     )
-    while not is_early and chain.num_starts() == before and launch.is_running():
-        time.sleep(POLL_SECONDS)
-    moment = draw.uniform(0.0, starting) if is_early else draw.uniform(0.0, seconds)
-    end = time.perf_counter() + moment
-    while time.perf_counter() < end and launch.is_running():
-        time.sleep(POLL_SECONDS)
-    launch.kill(victims)
-    is_done = launch.wait(TIMEOUT)
-    if is_done:
-        return None
+    try:
+        while not is_early and chain.num_starts() == before and launch.is_running():
+            time.sleep(POLL_SECONDS)
+        moment = draw.uniform(0.0, starting) if is_early else draw.uniform(0.0, seconds)
+        end = time.perf_counter() + moment
+        while time.perf_counter() < end and launch.is_running():
+            time.sleep(POLL_SECONDS)
+        launch.kill(victims)
+        if launch.wait(TIMEOUT):
+            return None
+    finally:
+        launch.end()
     when = "while starting" if chain.num_starts() == before else f"{moment:.1f} s into training"
     who = "all ranks" if len(victims) > 1 else f"rank {victims[0]}"
     return f"{who} killed {when} ({time.perf_counter() - started:.0f} s after the start)"
