@@ -116,14 +116,17 @@ def export(options: argparse.Namespace, stack: ExitStack) -> None:
 def _tokenizer(name: str | None, store: Store, stack: ExitStack) -> Path | None:
     """Brings a tokenizer, in whatever form it was named or imported, into that of a Hugging Face folder; or None."""
     from mlra_scale.data.tokenizer import load_tokenizer, names_its_end, save_tokenizer
+    from mlra_scale.evaluation.models import check_same_tokens
 
-    if name is None:
-        # What was imported may be vocab.json and merges.txt alone, or leave its eos token to GPT-2's class.
-        if store.tokenizer_folder is None or names_its_end(store.tokenizer_folder):
-            return None
-        name = str(store.tokenizer_folder)
+    own = store.tokenizer_folder
+    # What was imported may be vocab.json and merges.txt alone, or leave its eos token to GPT-2's class.
+    if name is None and (own is None or names_its_end(own)):
+        return None
+    loaded = load_tokenizer([name or str(own)])
+    if name is not None and own is not None:
+        check_same_tokens(loaded, own)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
-    save_tokenizer(load_tokenizer([name]), folder)
+    save_tokenizer(loaded, folder)
     return folder
 
 

@@ -105,14 +105,20 @@ def write(options: argparse.Namespace) -> Iterator[Text]:
 def _prompts(options: argparse.Namespace) -> list[str]:
     from mlra_scale.evaluation.errors import EvaluationError
 
-    if options.prompt is not None:
-        return list(options.prompt)
     try:
-        if options.prompts is None:
-            return [sys.stdin.read().removesuffix("\n")]
-        prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if options.prompt is not None:
+            prompts = list(options.prompt)
+        elif options.prompts is None:
+            prompts = [sys.stdin.read().removesuffix("\n")]
+        else:
+            text = options.prompts.read_text(encoding="utf-8")
+            prompts = [line for line in text.split("\n") if line.strip()]
+        for prompt in prompts:
+            prompt.encode("utf-8")  # bytes that are no text come from the command line as halves of characters
     except OSError as error:
         raise EvaluationError(f"{options.prompts} cannot be read: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise EvaluationError(f"prompt {error.object!a} is not UTF-8 text") from error
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{options.prompts or 'standard input'} is not UTF-8 text ({error.reason})") from error
     if not prompts:

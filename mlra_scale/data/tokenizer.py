@@ -180,6 +180,15 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def contradict(one: LoadedTokenizer, other: LoadedTokenizer) -> bool:
+    """Whether the same number means different tokens in two tokenizers; one may have more tokens than the other."""
+    tokens = [
+        {number: token for token, number in loaded.tokenizer.get_vocab(with_added_tokens=True).items()}
+        for loaded in (one, other)
+    ]
+    return any(tokens[1].get(number, token) != token for number, token in tokens[0].items())
+
+
 def names_its_end(folder: Path) -> bool:
     """Whether a tokenizer's folder says in the way of save_tokenizer which token ends a text; foreign ones may not."""
     try:

@@ -16,7 +16,8 @@ import torch
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.location import checkpoint_at
-from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
 from mlra_scale.evaluation.errors import EvaluationError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +72,31 @@ class OpenedModel:
                 f"tokenizer {loaded.name} has {loaded.vocabulary_size} tokens, the model of {self.path} "
                 f"{self.vocab_size}: they do not belong together"
             )
+        if name is not None and self.tokenizer_folder is not None:
+            check_same_tokens(loaded, self.tokenizer_folder)
         return loaded
+
+
+def check_same_tokens(loaded: LoadedTokenizer, own: Path) -> None:
+    """Refuses a tokenizer that was named for a model and means other tokens than the model's own.
+
+    Args:
+        loaded: The one that was named; it may have more tokens.
+        own: Folder of the model's own.
+
+    Raises:
+        EvaluationError: They contradict each other: to the model its text would be gibberish.
+    """
+    try:
+        with _quiet_transformers():
+            is_other = contradict(loaded, load_tokenizer([str(own)]))
+    except DataError:  # what cannot be loaded may be why another one was named
+        return
+    if is_other:
+        raise EvaluationError(
+            f"tokenizer {loaded.name} gives other tokens than {own}, which the model was trained with: its text would "
+            "be gibberish; leave --tokenizer out"
+        )
 
 
 def open_model(

@@ -39,8 +39,16 @@ class Encoder:
         self._tokenizer = loaded.tokenizer
         self._left = max_tokens
         content = json.loads(loaded.tokenizer.to_str())
-        # Anything else is given whole texts.
-        self.can_cut = content["normalizer"] is None and (content["pre_tokenizer"] or {}).get("type") == "ByteLevel"
+        splitter = content["pre_tokenizer"] or {}
+        # Anything else is given whole texts: what splits nothing, puts a space before each piece, or has words of its
+        # own (which may hold white space) that are looked for first.
+        self.can_cut = (
+            content["normalizer"] is None
+            and splitter.get("type") == "ByteLevel"
+            and splitter.get("use_regex", True)
+            and not splitter["add_prefix_space"]
+            and all(token["special"] for token in content["added_tokens"])
+        )
 
     @property
     def is_full(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.gpt2_folders import TEXT, gpt2_folder, random_gpt2, tokenizer
 from tests.support.tools import run_tool
 
@@ -123,9 +124,11 @@ def test_the_report_for_people(place: Path) -> None:
         assert part in result.stdout
 
 
-def test_wrong_input_is_one_message(place: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_one_message(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     text = ("--text", place / "whole.txt")
     (tmp_path / "empty.txt").write_text("")
+    save_tokenizer(train_bpe(["quite another text " * 9], 270), tmp_path / "other")
     for arguments, message in (
         ((tmp_path / "nothing", *text), "does not exist"),
         ((tmp_path, *text), "holds no complete checkpoint"),
@@ -138,6 +141,7 @@ def test_wrong_input_is_one_message(place: Path, tmp_path: Path) -> None:
         ((place / "run", *text, "--device", "cuda"), "there is no GPU here"),
         ((place / "run", *text, "--batch-size", 0), "--batch-size: '0' is not a whole number from 1 on"),
         ((place / "run", *text, "--tokenizer", tmp_path), "holds no tokenizer"),
+        ((place / "run", *text, "--tokenizer", tmp_path / "other"), "its text would be gibberish"),
     ):
         result = run_tool("evaluate", *arguments)
         assert result.code == 2 and message in result.stderr, (message, result)

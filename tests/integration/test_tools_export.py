@@ -18,6 +18,7 @@ from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor
 from mlra_scale.checkpoint.huggingface.verification import VerificationError, loaded_model
 from mlra_scale.checkpoint.location import checkpoint_at
 from mlra_scale.data.manifest import read_manifest
+from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.pool import WorkerPool
 from tests.support.tools import Ran, run_tool
 from tests.support.training_runs import main_on_rank
@@ -216,7 +217,9 @@ def test_bad_input_is_refused_before_any_work(run: Path, tmp_path: Path, exports
     assert "tokens" in refused(2, run, tmp_path / "out", "--text", tmp_path / "empty.txt")
     assert "File name too long; name another output" in refused(2, run, tmp_path / ("x" * 250), "--no-verify")
     assert "nowhere" in refused(2, run, tmp_path / "out", "--tokenizer", "./nowhere")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt"]
+    save_tokenizer(train_bpe(["quite another text " * 9], 270), tmp_path / "other")
+    assert "gives other tokens than" in refused(2, run, tmp_path / "out", "--tokenizer", tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
 
 
 def test_an_export_is_replaced_on_request(run: Path, tmp_path: Path) -> None:

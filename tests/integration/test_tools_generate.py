@@ -96,6 +96,7 @@ def test_wrong_input_is_one_message(place: Path, tmp_path: Path) -> None:
         ((place / "run", "--prompts", tmp_path / "no.txt"), "cannot be read"),
         ((place / "run", "--prompts", tmp_path / "empty.txt"), "holds no prompt"),
         ((place / "run", "--prompts", tmp_path / "bytes.txt"), "is not UTF-8 text"),
+        ((place / "run", "--prompt", "caf\udce9"), r"prompt 'caf\udce9' is not UTF-8 text"),
         ((place / "run", *prompt, "--max-new-tokens", 64), "longer than the 64 positions"),
         ((place / "run", *prompt, "--temperature", 0), "temperature cannot be 0"),
         ((place / "run", *prompt, "--seed", -1), "--seed: '-1' is not a whole number"),

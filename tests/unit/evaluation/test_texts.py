@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from mlra_scale.data.errors import DataError
 from mlra_scale.data.prepare import PrepareOptions, prepare
@@ -84,6 +84,22 @@ def test_other_tokenizers_are_given_whole_texts(monkeypatch: pytest.MonkeyPatch)
     assert not encoder.can_cut and Encoder(tokenizer()).can_cut
     (piece,) = texts._pieces([TEXT[:50], TEXT[50:]], encoder)
     assert piece.tokens == own.encode(TEXT).ids
+
+
+@pytest.mark.parametrize("kind", ["not split", "a space before", "words of its own"])
+def test_tokenizers_that_see_beyond_white_space_are_given_whole_texts(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_PIECE_BYTES", 8)
+    own = Tokenizer.from_str(train_bpe([TEXT], 280).tokenizer.to_str())
+    if kind == "words of its own":
+        own.add_tokens(["window slides", "two thin matrices"])
+    else:
+        is_split = kind == "a space before"
+        own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=is_split, use_regex=is_split)
+    cut = [TEXT[place : place + 7].replace(" in", "\nin") for place in range(0, len(TEXT), 7)]
+    pieces = texts._pieces(cut, Encoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>")))
+    assert [token for piece in pieces for token in piece.tokens] == own.encode("".join(cut)).ids
 
 
 def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
