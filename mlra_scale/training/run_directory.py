@@ -23,7 +23,7 @@ from pathlib import Path
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.record import write_atomically
 
-_TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints")
+_TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def holds_a_run(self) -> bool:
-        """Returns whether a run has been started here."""
-        return any((self.path / name).exists() for name in _TRACES_OF_A_RUN)
+        """Returns whether a run has been started here; an empty checkpoints folder, or a link to one, is no run."""
+        has_checkpoints = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        return has_checkpoints or any((self.path / name).exists() for name in _TRACES_OF_A_RUN)
 
     def is_own(self, checkpoint: Path) -> bool:
         """Returns whether a checkpoint is one of this run, and not of another one that it began from."""

@@ -46,6 +46,18 @@ def test_a_new_or_empty_directory_is_fine_and_stays_untouched(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_prepared_for_the_checkpoints_is_no_run(run: RunDirectory, tmp_path: Path) -> None:
+    """Often they are to go to another disk than the record."""
+    new, scratch = RunDirectory(tmp_path / "new"), tmp_path / "scratch"
+    new.path.mkdir()
+    scratch.mkdir()
+    new.checkpoints.symlink_to(scratch)
+    assert choose(new, "none") == choose(new, "auto") == Choice(None)
+    write_checkpoint(scratch, 10)
+    assert "holds another run" in refused(new, "none").remedy
+    assert choose(new, "auto").checkpoint == at(new, 10)
+
+
 def test_files_of_others_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "slurm-12.out").write_text("")
     assert choose(RunDirectory(tmp_path), "none") == Choice(None)
