@@ -22,6 +22,8 @@ STATE = "state.json"
 BUFFERS = "state.safetensors"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
+# data.tokenizer may name the folder of a whole model, whose weights no checkpoint should carry along.
+_TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
 
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -40,7 +42,7 @@ def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: P
         folder: The checkpoint in the making.
         state: What `json_bytes` made of it.
         config_text: The YAML document.
-        tokenizer: A folder of files, or None.
+        tokenizer: A folder with a tokenizer's files, or None.
 
     Returns:
         The files' entries by their names in the folder.
@@ -50,7 +52,9 @@ def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: P
     if tokenizer is not None:
         target = folder / TOKENIZER
         target.mkdir()
-        for source in sorted(path for path in tokenizer.iterdir() if path.is_file()):
+        for source in sorted(tokenizer.iterdir()):
+            if not source.is_file() or source.suffix not in _TOKENIZER_SUFFIXES:
+                continue
             files[f"{TOKENIZER}/{source.name}"] = copy_file(source, target / source.name)
         sync_folder(target)
     return files

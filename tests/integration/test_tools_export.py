@@ -83,6 +83,7 @@ def test_the_card_has_the_runs_facts(run: Path, exports: dict[str, Path], traini
         f"fingerprint of data.path | {state['data_fingerprints']['data.path']} |",
         "layout | world_size 1, tensor 1, pipeline 1",
         "learning rate | 0.005, cosine, 2 steps of warm-up",
+        "documents | see each other within a sequence |",
         "same likeliest token | 100.00 %",
     ]
     assert [fact for fact in facts if fact not in card] == []

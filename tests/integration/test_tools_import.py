@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlra_scale.checkpoint import Store
+from mlra_scale.checkpoint.contents import write_small_files
 from mlra_scale.config import Config
 from mlra_scale.evaluation.verification_text import validation_tokens
 from tests.support.gpt2_folders import TEXT, gpt2_folder
@@ -61,6 +62,13 @@ def test_what_ends_a_text_comes_along(folder: Path, tmp_path: Path, has_settings
     model, back = GPT2LMHeadModel.from_pretrained(tmp_path / "back"), AutoTokenizer.from_pretrained(tmp_path / "back")
     assert (model.generation_config.eos_token_id, model.config.eos_token_id, back.eos_token_id) == (end, end, end)
     assert back(TEXT).input_ids == AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+
+
+def test_a_whole_models_folder_as_tokenizer_leaves_its_weights_there(folder: Path, tmp_path: Path) -> None:
+    files = write_small_files(tmp_path, b"{}", "", folder)
+    copied = {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"}
+    assert copied <= files.keys() and not [name for name in files if name.endswith("model.safetensors")]
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_full_rank_factors_merge_to_the_same_logits(folder: Path, tmp_path: Path) -> None:

@@ -139,7 +139,16 @@ def _run_rows(config: Config) -> Rows:
         ("Adam", f"betas {optim.betas[0]:g}, {optim.betas[1]:g}; weight decay {optim.weight_decay:g}"),
         ("dropout", _dropout(config.model)),
         ("seed", str(train.seed)),
+        ("documents", _documents(config)),
     ]
+
+
+def _documents(config: Config) -> str:
+    """How the documents of a sequence were kept apart, which decides what the model may be given."""
+    if config.data.document_attention == "across":
+        return "see each other within a sequence"
+    positions = "begin again with each" if config.data.reset_positions else "count through"
+    return f"do not see each other (attention stops at their borders); positions {positions}"
 
 
 def _dropout(model: ModelConfig) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 
 from mlra_scale.data.errors import DataError
 from mlra_scale.data.prepare import PrepareOptions, prepare
@@ -94,9 +94,11 @@ def test_tokenizers_that_see_beyond_white_space_are_given_whole_texts(
     own = Tokenizer.from_str(train_bpe([TEXT], 280).tokenizer.to_str())
     if kind == "words of its own":
         own.add_tokens(["window slides", "two thin matrices"])
+    elif kind == "a space before":
+        own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     else:
-        is_split = kind == "a space before"
-        own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=is_split, use_regex=is_split)
+        own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        own.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, show_progress=False))
     cut = [TEXT[place : place + 7].replace(" in", "\nin") for place in range(0, len(TEXT), 7)]
     pieces = texts._pieces(cut, Encoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>")))
     assert [token for piece in pieces for token in piece.tokens] == own.encode("".join(cut)).ids
