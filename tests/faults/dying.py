@@ -47,6 +47,11 @@ class Fault:
         return cls(point, int(rank), int(occurrence), action)
 
 
+def dies_at(fault: Fault) -> str:
+    """What a rank says before it is killed: a run that ends for another reason proves nothing."""
+    return f"rank {fault.rank} dies at {fault.point}, time {fault.occurrence}"
+
+
 def install(fault: Fault) -> None:
     """Puts the fault where it belongs, if it is this rank's."""
     assert fault.point in points.POINTS, fault
@@ -60,6 +65,7 @@ def install(fault: Fault) -> None:
             count += point == fault.point
             is_now = point == fault.point and count == fault.occurrence
         if is_now and fault.action == "kill":
+            os.write(2, f"{dies_at(fault)}\n".encode("ascii"))
             os.kill(os.getpid(), signal.SIGKILL)
         if is_now:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

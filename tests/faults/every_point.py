@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlra_scale.checkpoint.points import POINTS
 from tests.faults.checks import LAYOUTS, Training, assert_as_undisturbed, assert_way_back
-from tests.faults.dying import Fault
+from tests.faults.dying import Fault, dies_at
 from tests.faults.launching import Launch, Torchrun
 from tests.support.training_runs import events, make_data
 
@@ -56,6 +56,7 @@ def check(training: Training, fault: Fault, run: Path, reference: Path, launcher
     log = run.with_suffix(".log")
     launch = launcher(training.arguments(run), training.num_ranks, log, fault)
     assert not launch.wait(TIMEOUT), f"{fault}: the point was not reached\n{launch.output()[-3000:]}"
+    assert dies_at(fault) in launch.output(), f"{fault}: it ended before\n{launch.output()[-3000:]}"
     step = assert_way_back(run)
     is_second = fault.occurrence > 1 or fault.point == "retention"
     assert step > 0 or not is_second, f"{fault}: nothing to go on from"
