@@ -2,7 +2,7 @@
 #                   export it to Hugging Face's format (verified) and write a sample with stock transformers
 # make test         install with the dev extra, run all tests
 # make lint         ruff and mypy
-# make bench        ratios against plain PyTorch and transformers on this machine
+# make bench        ratios against plain PyTorch and transformers, and of saving, on this machine
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
 # Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
@@ -91,6 +91,7 @@ lint:
 bench:
 	@$(INSTALL)
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.checkpoint
 
 clean:
 	rm -rf '$(VENV)' build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
