@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def run(asked: Asked, start: Start) -> ExitCode:
     try:
         start = settle(asked, start, topology)
         if not start.is_done:
-            fit(start, topology)
+            with Interruption() as interruption:
+                fit(start, topology, interruption)
         elif topology.rank == 0:
             report_nothing_to_do(start)
     except StartRefused as refusal:

@@ -18,6 +18,7 @@ from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck
+from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
 from mlra_scale.training.profiling import StepProfiler
 from mlra_scale.training.progress import Progress
@@ -29,12 +30,13 @@ from mlra_scale.training.start import Start
 _GIB = 2.0**30
 
 
-def fit(start: Start, topology: Topology) -> Progress:
+def fit(start: Start, topology: Topology, interruption: Interruption) -> Progress:
     """Trains to `train.steps`; collective.
 
     Args:
         start: What the run is, and where it begins or goes on; there are steps to do.
         topology: The mesh.
+        interruption: Of this process.
 
     Returns:
         The counters at the end.
@@ -74,6 +76,7 @@ def fit(start: Start, topology: Topology) -> Progress:
             report.measured(progress, values)
 
         while progress.step < last:
+            interruption.check()
             step = progress.step + 1
             profiler.before(step)
             throughput.start()

@@ -23,7 +23,7 @@ FIELDS = {
     "parallel": "tensor pipeline engine activation_checkpointing timeout_minutes world_size",
     "tev": "every quantiles extremes",
     "evaluation": "every batches",
-    "checkpoint": "every keep_last keep_every asynchronous",
+    "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",
     "profile": "start stop",
 }
