@@ -12,12 +12,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mlra_scale.config import (
     Config,
     ConfigError,
-    Named,
     Problem,
     batch_plan,
     load_named_config,
@@ -27,6 +26,11 @@ from mlra_scale.config import (
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory, held
+
+if TYPE_CHECKING:
+    # Both import torch, which --dry-run does without.
+    from mlra_scale.training.overseer import Overseer
+    from mlra_scale.training.start import Asked
 
 _RANK_0_SECONDS = 10.0
 """How long the other ranks let rank 0 tell about bad input before they tell it themselves: a launcher ends every rank
@@ -62,11 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, overseer: Overseer | None = None) -> int:
     """Runs the command line.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
+        overseer: Looks after this rank; None: nobody does.
 
     Returns:
         The exit code, see ExitCode.
@@ -77,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, named = load_named_config(arguments.preset, arguments.config, arguments.ds_config, arguments.overrides)
         if arguments.dry_run:
             return _dry_run(config, rank, config.parallel.world_size or world_size)
-        return _train(config, named, arguments.run_dir, arguments.resume, rank, world_size)
+        from mlra_scale.training.start import Asked
+
+        run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
+        return _train(Asked(config, named, run_directory, arguments.resume, world_size), rank, overseer)
     except ConfigError as error:
         return _report_bad_input(error, rank)
     except KeyboardInterrupt:
@@ -86,25 +94,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
 
 
-def _train(config: Config, named: Named, run_dir: str | None, resume: str, rank: int, world_size: int) -> int:
+def _train(asked: Asked, rank: int, overseer: Overseer | None) -> int:
     """Checks everything, keeps other runs out of the directory, and trains."""
     from mlra_scale.training.candidates import choose
     from mlra_scale.training.launch import run
+    from mlra_scale.training.overseer import Overseer
     from mlra_scale.training.report import report_nothing_to_do
-    from mlra_scale.training.start import Asked, prepare
+    from mlra_scale.training.start import prepare
 
-    run_directory = None if run_dir is None else RunDirectory(Path(run_dir))
-    asked = Asked(config, named, run_directory, resume, world_size)
     start = prepare(asked)
     with held(start.run) if rank == 0 else contextlib.nullcontext():
-        if rank == 0 and choose(start.run, resume) != start.choice:
+        if rank == 0 and choose(start.run, asked.resume) != start.choice:
             # Between the check and the lock.
-            raise ConfigError([Problem("--run-dir", run_dir, "another run has just used it; look again")])
+            raise ConfigError([Problem("--run-dir", str(start.run.path), "another run has just used it; look again")])
         if start.is_done:
             if rank == 0:
                 report_nothing_to_do(start)
             return ExitCode.DONE
-        return run(asked, start)
+        return run(asked, start, overseer or Overseer())
 
 
 def _dry_run(config: Config, rank: int, world_size: int) -> int:

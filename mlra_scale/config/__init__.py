@@ -7,6 +7,7 @@ from mlra_scale.config.presets import preset, preset_names
 from mlra_scale.config.problems import ConfigError, Problem
 from mlra_scale.config.schema import (
     CheckpointConfig,
+    ClusterConfig,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -23,6 +24,7 @@ from mlra_scale.config.validation import engine_kind, validate
 __all__ = [
     "BatchPlan",
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "ConfigError",
     "DataConfig",

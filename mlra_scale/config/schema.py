@@ -317,6 +317,34 @@ class ProfileConfig(Section):
     stop: int | None = Field(None, ge=2, description="First step after start that is no longer profiled.")
 
 
+class ClusterConfig(Section):
+    """What a job on a cluster does when something goes wrong; read by the launcher of slurm/, not by the training."""
+
+    elastic: bool = Field(
+        False,
+        description="Go on with fewer nodes where one is lost: the data-parallel degree shrinks, the global batch and "
+        "the samples stay. false: the job is queued again for its full size.",
+    )
+    hang_minutes: float | None = Field(
+        None,
+        gt=0.0,
+        description="No step, no batch of an evaluation and no save for this long is a hang; null: half of "
+        "parallel.timeout_minutes.",
+    )
+    start_minutes: float = Field(
+        30.0, gt=0.0, description="How long ranks may take from their start to the first step."
+    )
+    stop_minutes: float = Field(
+        4.0, gt=0.0, description="How long ranks may take, once a signal asked for it, to finish the step and save."
+    )
+    max_failures: int = Field(
+        3, ge=1, description="After so many failures in a row without a newer checkpoint the job stops."
+    )
+    lost_node_seconds: float = Field(
+        30.0, gt=0.0, description="A node that the job has heard nothing from for this long is lost."
+    )
+
+
 class Config(Section):
     """Everything that defines a run."""
 
@@ -331,6 +359,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Profiler.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Failures on a cluster.")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0."
     )

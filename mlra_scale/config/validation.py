@@ -37,6 +37,7 @@ def validate(config: Config, world_size: int, device: str | None = None) -> None
         *_engine_problems(config),
         *_run_problems(config, device or config.train.device),
         *_data_problems(config),
+        *_cluster_problems(config),
         *check_deepspeed_keys(config.deepspeed),
     ]
     if problems:
@@ -192,6 +193,17 @@ def _run_problems(config: Config, device: str) -> Iterator[Problem]:
     if config.tev.extremes > config.model.vocab_size:
         yield Problem(
             "tev.extremes", config.tev.extremes, f"there are only {config.model.vocab_size} tokens (model.vocab_size)"
+        )
+
+
+def _cluster_problems(config: Config) -> Iterator[Problem]:
+    minutes, timeout = config.cluster.hang_minutes, config.parallel.timeout_minutes
+    if minutes is not None and minutes >= timeout:
+        yield Problem(
+            "cluster.hang_minutes",
+            minutes,
+            f"must be less than parallel.timeout_minutes {timeout}, after which stuck ranks end by themselves and "
+            "nobody can say any more which of them was the first",
         )
 
 

@@ -63,6 +63,7 @@ class StepResult:
         applied: Whether the weights were updated.
         overflow: Whether fp16 gradients overflowed, so that DeepSpeed lowered the loss scale instead of updating.
         loss_scale: fp16 loss scale used in this step, else None.
+        is_stop_wanted: Whether some rank wanted to stop after this step.
     """
 
     loss: float
@@ -70,6 +71,7 @@ class StepResult:
     applied: bool
     overflow: bool
     loss_scale: float | None
+    is_stop_wanted: bool = False
 
 
 BeforeUpdate = Callable[[UpdateProposal], bool]
@@ -94,7 +96,11 @@ class Engine(Protocol):
     num_skipped: int
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], learning_rate: float, before_update: BeforeUpdate | None = None
+        self,
+        batches: Sequence[MicroBatch],
+        learning_rate: float,
+        before_update: BeforeUpdate | None = None,
+        wants_stop: Callable[[], bool] | None = None,
     ) -> StepResult:
         """Runs one step over this data rank's micro-batches.
 
@@ -103,6 +109,8 @@ class Engine(Protocol):
             learning_rate: Learning rate of this update.
             before_update: Called on every rank with the same proposal; False leaves the update out on all ranks. Not
                 called when fp16 gradients overflow: DeepSpeed then leaves the update out by itself.
+            wants_stop: Asked on every rank before the update; one that says yes is enough for all to learn of it. It
+                changes nothing in the step.
         """
         ...
 
@@ -197,6 +205,8 @@ class EngineBase(ABC):
         self.deepspeed_engine: Any = None
         self.view: MasterView
         self._before_update: BeforeUpdate | None = None
+        self._wants_stop: Callable[[], bool] | None = None
+        self._is_stop_wanted = False
         self._proposal: UpdateProposal | None = None
         self._was_applied = False
         self._num_micro_batches = plan.accumulation_steps * plan.data
@@ -293,15 +303,18 @@ class EngineBase(ABC):
 
     @torch.no_grad()
     def _propose(self) -> UpdateProposal:
-        """The one reduction and host read of a step: global loss and gradient norm."""
+        """The one reduction and host read of a step: global loss, gradient norm, and whether a rank wants to stop."""
         values = [fragment.values for fragment in self.view.gradients() if self.owns(fragment.name)]
         squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         if values:
             norms = torch.stack(torch._foreach_norm(values, dtype=torch.float32))
             squares = (norms.to(squares) / (self._loss_scale() or 1.0)).square().sum()
-        packed = torch.stack([self._local_loss().double() / self._num_micro_batches, squares])
+        wants_stop = self._wants_stop is not None and self._wants_stop()
+        stop = torch.tensor(float(wants_stop), dtype=torch.float64, device=squares.device)
+        packed = torch.stack([self._local_loss().double() / self._num_micro_batches, squares, stop])
         dist.all_reduce(packed)
-        loss, square = packed.tolist()
+        loss, square, num_stops = packed.tolist()
+        self._is_stop_wanted = num_stops > 0
         return UpdateProposal(loss, square**0.5)
 
     def _gated_update(self, *args: Any, **kwargs: Any) -> None:
@@ -326,18 +339,29 @@ class EngineBase(ABC):
             group["lr"] = learning_rate
 
     def train_batch(
-        self, batches: Sequence[MicroBatch], learning_rate: float, before_update: BeforeUpdate | None = None
+        self,
+        batches: Sequence[MicroBatch],
+        learning_rate: float,
+        before_update: BeforeUpdate | None = None,
+        wants_stop: Callable[[], bool] | None = None,
     ) -> StepResult:
         """See Engine."""
         assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
-        self._before_update = before_update
+        self._before_update, self._wants_stop = before_update, wants_stop
         self._set_learning_rate(learning_rate)
         loss_scale = self._loss_scale()
         self._run(batches)
         assert self._proposal is not None
         is_overflow = loss_scale is not None and not self._proposal.is_finite
         self.num_skipped += not self._was_applied
-        return StepResult(self._proposal.loss, self._proposal.gradient_norm, self._was_applied, is_overflow, loss_scale)
+        return StepResult(
+            self._proposal.loss,
+            self._proposal.gradient_norm,
+            self._was_applied,
+            is_overflow,
+            loss_scale,
+            self._is_stop_wanted,
+        )
 
     @abstractmethod
     def _run(self, batches: Sequence[MicroBatch]) -> None:

@@ -9,8 +9,7 @@ class ExitCode(IntEnum):
     """How a training process ended.
 
     torchrun reports 1 for any failed worker; the code of the worker itself is in torchrun's report and in the run
-    directory's events.jsonl. Codes 5 to 9 are kept for endings that a launcher should act upon (such as "preempted,
-    queue me again").
+    directory's events.jsonl. `mlra_scale.cluster` acts on them: see cluster/policy.py.
     """
 
     DONE = 0
@@ -23,5 +22,10 @@ class ExitCode(IntEnum):
     """The loss or the gradient norm stopped being a number; running again gives the same end."""
     CHECKPOINT_FAILED = 4
     """A checkpoint could not be written; the earlier ones are as they were. Running again goes on from the newest."""
+    PREEMPTED = 5
+    """A signal asked the run to stop: all ranks did after the same step, and its checkpoint is complete. Running again
+    goes on from there."""
+    BAD_NODE = 6
+    """The checks before the first step found a node that cannot be used; nothing was trained."""
     INTERRUPTED = 130
     """Ctrl-C, as shells report it (128 + SIGINT)."""

@@ -45,7 +45,13 @@ def read_batches(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed
     return [stream.batch(first, plan.micro_batch_size) for first in first_samples(plan, data_rank, consumed_samples)]
 
 
-def on_all_ranks(read: Read, progress: Progress, topology: Topology, have_checked_tokens: bool) -> list[Batch]:
+def on_all_ranks(
+    read: Read,
+    progress: Progress,
+    topology: Topology,
+    have_checked_tokens: bool,
+    before: Callable[[], None] = lambda: None,
+) -> list[Batch]:
     """Reads batches, and stops all ranks if one of them meets a token that the model does not have; collective.
 
     Without this a rank that stops would leave the others waiting for it. Data that tools/prepare_data.py wrote hold no
@@ -56,11 +62,13 @@ def on_all_ranks(read: Read, progress: Progress, topology: Topology, have_checke
         progress: The counters before the step, for the message.
         topology: The mesh.
         have_checked_tokens: Whether every data set was written by tools/prepare_data.py.
+        before: Called first.
 
     Raises:
         TrainingStopped: Some rank's data are bad.
         DataError: This rank's are, though they were written by tools/prepare_data.py: the files are damaged.
     """
+    before()
     batches, fault = [], ""
     try:
         batches = read()

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.interruption import STOP_SIGNALS, Interruption
 from mlra_scale.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from mlra_scale.training.overseer import Overseer
     from mlra_scale.training.start import Asked, Start
 
 
@@ -67,12 +68,13 @@ def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
     return []
 
 
-def run(asked: Asked, start: Start) -> ExitCode:
+def run(asked: Asked, start: Start, overseer: Overseer) -> ExitCode:
     """Starts the process groups, trains, and ends them; a default group that is running already is used and left.
 
     Args:
         asked: What the command line asks for.
         start: What this rank has made of it.
+        overseer: Checks the ranks before they train, and is told of progress.
 
     Returns:
         How the run ended; the same on every rank.
@@ -91,25 +93,29 @@ def run(asked: Asked, start: Start) -> ExitCode:
 
     is_ours = not dist.is_initialized()
     minutes = start.config.parallel.timeout_minutes
+    overseer.beat("connecting", start.progress.step)
     place = initialize_distributed(device, minutes)
+    overseer.check(place)
+    overseer.beat("preparing", start.progress.step)
     topology = build_topology(start.plan, place, minutes)
     code, problems = ExitCode.DONE, []
-    try:
-        start = settle(asked, start, topology)
-        if not start.is_done:
-            with Interruption() as interruption:
-                fit(start, topology, interruption)
-        elif topology.rank == 0:
-            report_nothing_to_do(start)
-    except StartRefused as refusal:
-        code, problems = ExitCode.BAD_INPUT, refusal.problems
-    except TrainingStopped as stop:
-        # Told by rank 0's report.
-        code = stop.exit_code
-    # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on each
-    # ends by itself, with the code that says why, rather than by the launcher's signal.
-    dist.barrier()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with Interruption() as interruption:
+        try:
+            start = settle(asked, start, topology)
+            if not start.is_done:
+                fit(start, topology, interruption, overseer)
+            elif topology.rank == 0:
+                report_nothing_to_do(start)
+        except StartRefused as refusal:
+            code, problems = ExitCode.BAD_INPUT, refusal.problems
+        except TrainingStopped as stop:
+            # Told by rank 0's report.
+            code = stop.exit_code
+        # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on
+        # each ends by itself, with the code that says why, rather than by a signal.
+        dist.barrier()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if is_ours:
         destroy_topology(topology)
         dist.destroy_process_group()

@@ -231,7 +231,8 @@ class Report:
         if isinstance(error, TrainingStopped):
             code = error.exit_code
             reason = "; ".join([str(error), *getattr(error, "__notes__", [])])
-            self._events.write("stopped", exit_code=int(code), reason=reason, **error.values)
+            event = "preempted" if code == ExitCode.PREEMPTED else "stopped"
+            self._events.write(event, exit_code=int(code), reason=reason, **error.values)
             if self._is_main:
                 print(f"stopped: {reason}", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):

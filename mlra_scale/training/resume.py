@@ -28,6 +28,7 @@ FREE = (
     "train.device",
     "train.micro_batch_size",
     "parallel.",
+    "cluster.",
     "deepspeed",
     "wandb.",
     "profile.",

@@ -5,6 +5,8 @@ started_from     where a run that began with weights of another one found them
 metrics.jsonl    the record: one object per step at which something was measured
 events.jsonl     start, resume, checkpoints, stops, end
 .lock            held by the run that is at work here
+job.json         of a cluster job: its state, its attempts and their ends
+logs/            of a cluster job: console.log, and per attempt a log and stacks of every rank
 wandb/           wandb's files and the run's stable id
 profile/         traces of torch.profiler
 checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
@@ -50,6 +52,16 @@ class RunDirectory:
     def events(self) -> Path:
         """The event log."""
         return self.path / "events.jsonl"
+
+    @property
+    def job(self) -> Path:
+        """The state of a cluster job."""
+        return self.path / "job.json"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of a cluster job."""
+        return self.path / "logs"
 
     @property
     def wandb(self) -> Path:

@@ -16,10 +16,12 @@ from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
 from mlra_scale.stability.tev import TevHook, TevStatistics
 from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints
+from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
-from mlra_scale.training.finite import FiniteCheck
+from mlra_scale.training.finite import FiniteCheck, TrainingStopped
 from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
+from mlra_scale.training.overseer import Overseer
 from mlra_scale.training.profiling import StepProfiler
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
@@ -30,20 +32,21 @@ from mlra_scale.training.start import Start
 _GIB = 2.0**30
 
 
-def fit(start: Start, topology: Topology, interruption: Interruption) -> Progress:
+def fit(start: Start, topology: Topology, interruption: Interruption, overseer: Overseer) -> Progress:
     """Trains to `train.steps`; collective.
 
     Args:
         start: What the run is, and where it begins or goes on; there are steps to do.
         topology: The mesh.
         interruption: Of this process.
+        overseer: Told of progress.
 
     Returns:
         The counters at the end.
 
     Raises:
-        TrainingStopped: A loss or gradient norm was not finite, the data are bad, or a checkpoint could not be written;
-            on all ranks on the same step.
+        TrainingStopped: A loss or gradient norm was not finite, the data are bad, a checkpoint could not be written, or
+            a signal asked for a stop (after its checkpoint); on all ranks on the same step.
     """
     config, plan, progress = start.config, start.plan, start.progress
     datasets = open_datasets(config, start.mixes)
@@ -55,6 +58,11 @@ def fit(start: Start, topology: Topology, interruption: Interruption) -> Progres
     profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
     last = config.train.steps
     together = partial(on_all_ranks, topology=topology, have_checked_tokens=datasets.have_checked_tokens)
+
+    def measure_validation() -> dict[str, float]:
+        # A batch of the evaluation is progress too.
+        read = partial(together, progress=progress, before=partial(overseer.beat, "evaluating", progress.step))
+        return evaluate(engine, datasets.validation, config, plan, read)
 
     with (
         Report(start, is_main=topology.rank == 0) as report,
@@ -72,17 +80,18 @@ def fit(start: Start, topology: Topology, interruption: Interruption) -> Progres
         if progress.step == 0:
             values = tev_values(tev.measure(engine.owned_fragments())) if config.tev.every > 0 else {}
             if config.evaluation.every > 0:
-                values |= evaluate(engine, datasets.validation, config, plan, partial(together, progress=progress))
+                values |= measure_validation()
             report.measured(progress, values)
 
         while progress.step < last:
             interruption.check()
             step = progress.step + 1
+            overseer.beat("training", step)
             profiler.before(step)
             throughput.start()
             batches = together(partial(feed.take, progress.consumed_samples), progress)
             rate = learning_rate(step, config.optim, last)
-            result = engine.train_batch(batches, rate, finite.approve)
+            result = engine.train_batch(batches, rate, finite.approve, interruption.is_stop_asked)
             finite.check(step, result, progress.consumed_samples)
             progress = progress.after(plan)
 
@@ -93,15 +102,19 @@ def fit(start: Start, topology: Topology, interruption: Interruption) -> Progres
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
             if is_due(step, config.evaluation.every, last):
-                values |= evaluate(engine, datasets.validation, config, plan, partial(together, progress=progress))
+                values |= measure_validation()
             report.measured(progress, values)
             report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
-            if is_due(step, config.checkpoint.every, last):
+            is_end = step == last or result.is_stop_wanted
+            if is_end or is_due(step, config.checkpoint.every, last):
+                overseer.beat("saving", step)
                 report.sync()
-                checkpoints.save(progress, rate, values.get("validation_loss"), is_last=step == last)
+                checkpoints.save(progress, rate, values.get("validation_loss"), is_last=is_end)
+            if is_end and step < last:
+                raise stopped_by_signal(step)
 
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
         report.finished(progress, throughput.mean, memory_gib)
@@ -115,6 +128,12 @@ def begin(checkpoints: Checkpoints, report: Report) -> None:
     """
     checkpoints.point_to_start()
     report.start()
+
+
+def stopped_by_signal(step: int) -> TrainingStopped:
+    """Returns what ends a run on all ranks after a step in which one of them was asked to stop."""
+    message = f"after step {step}, as a signal asked: its checkpoint is complete; continue with --resume auto"
+    return TrainingStopped(message, {"step": step}, ExitCode.PREEMPTED)
 
 
 def is_due(step: int, every: int, last: int) -> bool:

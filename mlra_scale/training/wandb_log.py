@@ -6,7 +6,10 @@ import contextlib
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,13 +20,22 @@ from mlra_scale.training.run_directory import RunDirectory
 
 _INIT_TIMEOUT_SECONDS = 15.0
 _FINISH_TIMEOUT_SECONDS = 120.0
+_UNWRITTEN_SECONDS = 60.0
 
 
 class WandbLog:
-    """One wandb run on rank 0; elsewhere, and where wandb is disabled, an object that takes values and forgets them."""
+    """One wandb run on rank 0; elsewhere, and where wandb is disabled, an object that takes values and forgets them.
 
-    def __init__(self, run: Any = None) -> None:
-        self._run = run
+    Args:
+        run: Of wandb; None: values are forgotten.
+        reopen: Makes another run object of the same id. Used once, when wandb's service process has ended: a cluster
+            that asks a job to stop sends SIGTERM to that process too, which then drops what it has not yet written.
+            The last minute is therefore logged again; a step that is there twice has the same values.
+    """
+
+    def __init__(self, run: Any = None, reopen: Callable[[], Any] | None = None) -> None:
+        self._run, self._reopen = run, reopen
+        self._recent: deque[tuple[float, int, Mapping[str, Any]]] = deque()
 
     @property
     def mode(self) -> str:
@@ -35,12 +47,40 @@ class WandbLog:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Sends the values of one step."""
         if self._run is not None:
-            numbers = {key: value for key, value in values.items() if value is not None and key != "step"}
+            numbers = finite_or_none(
+                {key: value for key, value in values.items() if value is not None and key != "step"}
+            )
+            self._remember(step, numbers)
             try:
-                self._run.log(finite_or_none(numbers), step=step)
+                self._run.log(numbers, step=step)
             except Exception as error:  # whatever happens to wandb, a training run must not end for it
                 print(f"wandb: stopped logging ({_in_short(error)})", flush=True)
                 self._run = None
+                self._log_anew()
+
+    def _remember(self, step: int, numbers: Mapping[str, Any]) -> None:
+        if self._reopen is not None:
+            now = time.monotonic()
+            self._recent.append((now, step, numbers))
+            while now - self._recent[0][0] > _UNWRITTEN_SECONDS:
+                self._recent.popleft()
+
+    def _log_anew(self) -> None:
+        reopen, self._reopen = self._reopen, None
+        if reopen is None:
+            return
+        try:
+            _let_go_of_service()
+            run = reopen()
+            for _, step, numbers in self._recent:
+                run.log(numbers, step=step)
+        except Exception as error:  # as above
+            print(f"wandb: cannot be started again ({_in_short(error)})", flush=True)
+            return
+        finally:
+            self._recent.clear()
+        print("wandb: started again", flush=True)
+        self._run = run
 
     def finish(self, exit_code: int, summary: Mapping[str, Any] | None = None) -> None:
         """Closes the run.
@@ -49,7 +89,7 @@ class WandbLog:
             exit_code: How the process ends; wandb shows a run with another code than 0 as failed.
             summary: Final values for wandb's summary.
         """
-        if self._run is not None:
+        while self._run is not None:
             run, self._run = self._run, None
             try:
                 for key, value in (summary or {}).items():
@@ -58,6 +98,7 @@ class WandbLog:
             except Exception as error:  # its service may be dead, and the training is done all the same
                 print(f"wandb: could not finish ({_in_short(error)})", flush=True)
                 _let_go_of_service()
+                self._log_anew()
 
 
 def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
@@ -81,14 +122,19 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
         import wandb
 
         run_id = _stable_run_id(run_directory)
+
+        def started(how: str) -> WandbLog:
+            start = partial(_start, wandb, config, run_directory, run_id, how)
+            return WandbLog(start(), start)
+
         if mode == "online":
             try:
-                return WandbLog(_start(wandb, config, run_directory, run_id, "online"))
+                return started("online")
             except Exception as error:
                 print(f"wandb: cannot start online ({_in_short(error)})", flush=True)
                 # Its service process would hold on to the id of the run that failed to start.
                 _let_go_of_service()
-        return WandbLog(_start(wandb, config, run_directory, run_id, "offline"))
+        return started("offline")
     except Exception as error:
         # As broad as can be, here and above: wandb reads an environment, files and a network of which nothing is known
         # here, tells of trouble by errors of several libraries, and is never worth a run.

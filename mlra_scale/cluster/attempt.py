@@ -1,0 +1,338 @@
+"""One start of all ranks: srun, what is heard of it until its end, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
+from mlra_scale.cluster.hang import Seen, describe, hang_seconds, suspects
+from mlra_scale.cluster.pulse import Beat
+from mlra_scale.cluster.versions import odd_ones
+from mlra_scale.training.exit_codes import ExitCode
+
+_EVIDENCE_SECONDS = 5.0
+"""After the first rank has failed, how long the others may take to say what they met, before they are killed."""
+_END_SECONDS = 60.0
+"""After ranks of one node have ended well, how long those of others may take."""
+_STACKS_SECONDS = 2.0
+_KILL_SECONDS = 30.0
+"""How long killed ranks, their nodes' agents and srun may take to be gone."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an attempt starts.
+
+    Attributes:
+        nodes: Names, in order of their ranks.
+        processes: Ranks on each node.
+        device: `cuda` or `cpu`.
+        master: Address of the first node.
+        job_address: Address of this process's node.
+        training: Arguments of the training.
+        logs: Folder of this attempt's logs; it exists.
+        srun: Further arguments of srun.
+        python: What the agent of a node is started by: an interpreter, with a container's command before it perhaps.
+        start_seconds: How long ranks may take to their first step.
+        hang_seconds: No progress for so long is a hang.
+        stop_seconds: How long ranks may take to stop once they are asked.
+        lost_seconds: A node that was silent for so long is lost.
+    """
+
+    nodes: tuple[str, ...]
+    processes: int
+    device: str
+    master: str
+    job_address: str
+    training: tuple[str, ...]
+    logs: Path
+    srun: tuple[str, ...]
+    python: tuple[str, ...]
+    start_seconds: float
+    hang_seconds: float
+    stop_seconds: float
+    lost_seconds: float
+
+
+@dataclass
+class _Failure:
+    """How a rank ended, other than well."""
+
+    node: str
+    rank: int | None
+    code: int
+    time: float
+    message: str
+
+    def __str__(self) -> str:
+        if self.rank is None:
+            return f"{self.node}: {self.message}"
+        if self.code < 0:
+            return f"rank {self.rank} on {self.node} was killed by {signal.Signals(-self.code).name}"
+        name = ExitCode(self.code).name if self.code in tuple(ExitCode) else "unknown"
+        detail = f": {self.message}" if self.message and self.code == ExitCode.FAILED else ""
+        return f"rank {self.rank} on {self.node} ended with exit code {self.code} ({name}){detail}"
+
+
+@dataclass
+class _Node:
+    """What is known of a node."""
+
+    heard: float
+    has_connected: bool = False
+    has_ended: bool = False
+    is_lost: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+    ranks: list[Seen] = field(default_factory=list)
+
+
+class Attempt:
+    """One start of all ranks, from srun to its end; for one thread.
+
+    Args:
+        plan: What to start.
+        console: Takes the output of all ranks.
+        say: Tells the user something.
+        is_stop_asked: Whether a signal has asked the job to stop.
+        told: Called with the step when the first step begins, and about every second from then on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        console: Callable[[bytes], None],
+        say: Callable[[str], None],
+        is_stop_asked: Callable[[], bool],
+        told: Callable[[int], None],
+    ) -> None:
+        self._plan, self._console, self._say = plan, console, say
+        self._is_stop_asked, self._told = is_stop_asked, told
+        self._started = time.monotonic()
+        self._nodes = {name: _Node(self._started) for name in plan.nodes}
+        self._failures: list[_Failure] = []
+        self._bad_nodes: dict[str, str] = {}
+        self._stopping_since: float | None = None
+        self._verdict: tuple[str, str] | None = None
+        self._kill_at: float | None = None
+        self._killed_at: float | None = None
+        self._has_trained = False
+
+    @property
+    def failures(self) -> list[str]:
+        """How ranks failed, in words, the cause first."""
+        return [str(failure) for failure in self._ordered_failures()]
+
+    def run(self) -> tuple[str, str, dict[str, str]]:
+        """Starts the ranks and waits for their end.
+
+        Returns:
+            Kind of the end (policy.EndKind), reason, and bad nodes with reasons.
+        """
+        token = secrets.token_hex(16)
+        hub = Hub(token)
+        try:
+            process = self._srun(hub.port, token)
+            output = threading.Thread(target=_pump, args=(process.stdout, self._console), daemon=True)
+            output.start()
+            while True:
+                is_over = process.poll() is not None
+                self._hear(hub, 0.0 if is_over else 0.25)
+                if is_over:
+                    # What was on its way when srun ended.
+                    self._hear(hub, 0.25)
+                    break
+                self._watch(hub)
+                self._end_if_due(hub, process)
+            output.join(10.0)
+        finally:
+            hub.close()
+        return self._result(process.returncode)
+
+    def _srun(self, port: int, token: str) -> subprocess.Popen[bytes]:
+        plan = self._plan
+        number = str(len(plan.nodes))
+        node_list = ",".join(plan.nodes)
+        step = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={node_list}"]
+        # A task's end is judged here, with what is known of all of them.
+        step += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--input=none", "--export=ALL"]
+        step += [*plan.srun, *plan.python, "-u", "-m", "mlra_scale.cluster.node"]
+        step += [f"--job={plan.job_address}:{port}", f"--master={plan.master}:{free_port()}"]
+        step += [f"--run-id={plan.logs.name}", f"--nodes={number}", f"--processes={plan.processes}"]
+        step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--start-seconds={plan.start_seconds}"]
+        step += [f"--lost-seconds={plan.lost_seconds}", "--", *plan.training]
+        # The script's own numbers of tasks and nodes are for the whole allocation.
+        dropped = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE", "SLURM_DISTRIBUTION")
+        environment = {name: value for name, value in os.environ.items() if name not in dropped}
+        return subprocess.Popen(
+            step,
+            env={**environment, TOKEN_VARIABLE: token},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # A signal to the job's process group is for the job; the ranks are told in order.
+            start_new_session=True,
+        )
+
+    def _hear(self, hub: Hub, seconds: float) -> None:
+        for heard in hub.poll(seconds):
+            node = self._nodes.get(heard.node)
+            if node is None:
+                continue
+            now = node.heard = time.monotonic()
+            if heard.message is None:
+                if not node.has_ended:
+                    self._lose(heard.node, "its connection broke")
+            elif "versions" in heard.message:
+                node.has_connected, node.versions = True, heard.message["versions"]
+                if all(other.has_connected for other in self._nodes.values()):
+                    self._blame(odd_ones({name: other.versions for name, other in self._nodes.items()}))
+            elif "ranks" in heard.message:
+                node.ranks = [
+                    Seen(heard.node, Beat(**rank["beat"]), rank["silence"], rank["state"])
+                    for rank in heard.message["ranks"]
+                ]
+            elif "signalled" in heard.message:
+                self._stop(hub, f"{heard.node} was signalled")
+            elif "bad_nodes" in heard.message:
+                self._blame(heard.message["bad_nodes"])
+            elif "ended" in heard.message:
+                node.has_ended = True
+                self._take_end(heard.node, heard.message["ended"]["failures"], now)
+
+    def _take_end(self, name: str, failures: Sequence[dict[str, Any]], now: float) -> None:
+        found = [_Failure(name, item["rank"], item["code"], item["time"], item["message"]) for item in failures]
+        self._failures += found
+        if not found:
+            self._kill_after(_END_SECONDS)
+            return
+        is_agreed = all(failure.code in (ExitCode.PREEMPTED, ExitCode.NON_FINITE) for failure in found)
+        if not is_agreed and self._verdict is None and self._stopping_since is None:
+            self._say(f"{found[0]}; the attempt ends")
+        self._kill_after(_END_SECONDS if is_agreed else _EVIDENCE_SECONDS)
+
+    def _watch(self, hub: Hub) -> None:
+        """Looks for what nobody tells: a stop that was asked for, a node that is silent, ranks that stand still."""
+        now, plan = time.monotonic(), self._plan
+        hub.send({"order": "none"})  # what tells a node that the job is there
+        if self._is_stop_asked():
+            self._stop(hub, "the job was signalled")
+        for name, node in self._nodes.items():
+            patience = plan.lost_seconds if node.has_connected else max(plan.lost_seconds, 120.0)
+            if not node.has_ended and not node.is_lost and now - node.heard > patience:
+                self._lose(name, f"nothing was heard of it for {patience:.0f} s")
+        seen = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
+        if any(rank.beat.doing in ("training", "evaluating", "saving") for rank in seen):
+            self._has_trained = True
+            self._told(max(rank.beat.step for rank in seen))
+        if self._verdict is not None or self._kill_at is not None:
+            return
+        seconds, is_starting = hang_seconds(seen)
+        limit = plan.hang_seconds
+        if is_starting:
+            seconds, limit = now - self._started, plan.start_seconds
+        if self._stopping_since is not None and now - self._stopping_since > plan.stop_seconds:
+            self._say(f"ranks did not stop within {plan.stop_seconds:.0f} s of the signal; they are ended")
+            self._kill_after(0.0)
+        elif seconds > limit:
+            what = "no first step" if is_starting else "no progress"
+            reason = f"{what} for {seconds:.0f} s: {describe(suspects(seen))}"
+            self._verdict = ("hung", reason)
+            self._say(f"hang: {reason}")
+            self._say(f"stacks are written to {plan.logs}/rank-*.stacks; the ranks are ended")
+            hub.send({"order": "stacks"})
+            self._kill_after(_STACKS_SECONDS)
+
+    def _stop(self, hub: Hub, why: str) -> None:
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            self._say(f"{why}: the ranks save after their step and stop")
+            hub.send({"order": "stop"})
+
+    def _lose(self, name: str, why: str) -> None:
+        self._nodes[name].is_lost = True
+        if self._verdict is None and self._kill_at is None:
+            self._verdict = ("lost_node", f"node {name} is lost: {why}")
+            self._say(self._verdict[1])
+        self._kill_after(0.0)
+
+    def _blame(self, nodes: dict[str, str]) -> None:
+        if not nodes:
+            return
+        for name, reason in nodes.items():
+            if name not in self._bad_nodes:
+                self._bad_nodes[name] = reason
+                self._say(f"bad node {name}: {reason}")
+        self._verdict = self._verdict or ("bad_node", "; ".join(f"{name}: {why}" for name, why in nodes.items()))
+        self._kill_after(_EVIDENCE_SECONDS)
+
+    def _kill_after(self, seconds: float) -> None:
+        at = time.monotonic() + seconds
+        self._kill_at = at if self._kill_at is None else min(self._kill_at, at)
+
+    def _end_if_due(self, hub: Hub, process: subprocess.Popen[bytes]) -> None:
+        now = time.monotonic()
+        if self._kill_at is not None and now > self._kill_at and self._killed_at is None:
+            self._killed_at = now
+            hub.send({"order": "kill"})
+        if self._killed_at is None:
+            return
+        are_reachable_ended = all(node.has_ended or node.is_lost for node in self._nodes.values())
+        if are_reachable_ended or now - self._killed_at > _KILL_SECONDS:
+            # srun would wait for a node that is lost until Slurm has noticed, which may take minutes.
+            process.terminate()
+            try:
+                process.wait(10.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _ordered_failures(self) -> list[_Failure]:
+        """The cause first: what was killed, then the earliest; ranks that died of another's death come later."""
+        return sorted(self._failures, key=lambda failure: (failure.code >= 0, failure.time))
+
+    def _result(self, srun_code: int) -> tuple[str, str, dict[str, str]]:
+        codes = {failure.code for failure in self._failures}
+        failures = self._ordered_failures()
+        cause = str(failures[0]) if failures else ""
+        if all(node.has_ended for node in self._nodes.values()) and not failures:
+            return "done", "all steps are done", {}
+        for code, kind in ((ExitCode.BAD_INPUT, "bad_input"), (ExitCode.NON_FINITE, "non_finite")):
+            if code in codes:
+                return kind, next(str(failure) for failure in failures if failure.code == code), {}
+        if self._verdict is not None and self._verdict[0] == "bad_node":
+            return *self._verdict, self._bad_nodes
+        if ExitCode.PREEMPTED in codes:
+            return "preempted", "stopped by a signal, with a checkpoint", {}
+        lost = {name: "was lost" for name, node in self._nodes.items() if node.is_lost}
+        if self._stopping_since is not None:
+            return "preempted", f"stopped by a signal, without a checkpoint of its last step ({cause or 'killed'})", {}
+        if self._verdict is not None:
+            return *self._verdict, lost
+        if not failures:
+            unheard = [name for name, node in self._nodes.items() if not node.has_connected]
+            cause = f"srun ended with exit code {srun_code} and " + (
+                f"nothing was heard of {', '.join(unheard)}" if unheard else "the nodes did not say why"
+            )
+        return "failed", cause, lost
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nobody uses; another one each time."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _pump(source: IO[bytes] | None, sink: Callable[[bytes], None]) -> None:
+    assert source is not None
+    for line in source:
+        sink(line)

@@ -1,0 +1,336 @@
+"""The job itself, on the first node of its allocation: starts attempts, and decides what follows when one has ended.
+
+`python -m mlra_scale.cluster.job ARGUMENTS OF THE TRAINING`, inside a Slurm allocation; slurm/launch.sh calls it.
+
+SIGUSR1 (from sbatch's --signal, before the time limit) and SIGTERM (preemption, scontrol requeue) make all ranks save
+after the same step; the job then goes back to the queue. After a failure it goes on at once in its allocation where
+the nodes for that are left, else through the queue, without the nodes that were found to be bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+from mlra_scale.cluster import slurm
+from mlra_scale.cluster.attempt import Attempt as Running
+from mlra_scale.cluster.attempt import Plan
+from mlra_scale.cluster.job_file import Attempt, JobFile, now
+from mlra_scale.cluster.policy import Decision, End, decide
+from mlra_scale.config import Config, ConfigError, Problem, load_config, validate
+from mlra_scale.train import build_parser
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.record import read_record
+from mlra_scale.training.run_directory import RunDirectory
+
+_CHECK_SECONDS = 300.0
+_REQUEUED_SECONDS = 120.0
+"""How long Slurm may take to end a batch script that it has queued again."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What slurm/launch.sh hands down in the environment.
+
+    Attributes:
+        processes: Ranks on each node.
+        device: `cuda` where Slurm has given GPUs to the job, else `cpu`.
+        srun: Further arguments of srun.
+        python: The interpreter on the nodes, with the command of a container before it perhaps.
+    """
+
+    processes: int
+    device: str
+    srun: tuple[str, ...]
+    python: tuple[str, ...]
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings:
+        """Reads them.
+
+        Raises:
+            ConfigError: A number is none.
+        """
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
+        given = environment.get("PROCESSES_PER_NODE") or (gpus if gpus != "0" else "1")
+        if not given.isdecimal() or int(given) < 1:
+            raise ConfigError(
+                [Problem("PROCESSES_PER_NODE", given, "must be the number of ranks on each node, such as 8")]
+            )
+        return cls(
+            processes=int(given),
+            device="cuda" if gpus not in ("0", "") else "cpu",
+            srun=tuple(shlex.split(environment.get("MLRA_SRUN_ARGUMENTS", ""))),
+            python=tuple(shlex.split(environment.get("MLRA_PYTHON", ""))) or (sys.executable,),
+        )
+
+
+class Job:
+    """A job in its allocation.
+
+    Args:
+        arguments: Of the training.
+        allocation: From Slurm.
+        settings: From the launcher.
+
+    Raises:
+        ConfigError: The arguments are wrong, or the run directory cannot be used.
+    """
+
+    def __init__(self, arguments: Sequence[str], allocation: slurm.Allocation, settings: Settings) -> None:
+        self._allocation, self._settings = allocation, settings
+        parsed = build_parser().parse_intermixed_args(arguments)
+        if parsed.run_dir is None:
+            raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
+        self._run = RunDirectory(Path(parsed.run_dir))
+        self._arguments = list(arguments)
+        self._config: Config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
+        self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
+        self._is_stop_asked = False
+        self._console = None
+        with _told_as_problems(self._run.path):
+            self._run.logs.mkdir(parents=True, exist_ok=True)
+            self._file = JobFile.read(self._run.job)
+            self._console = (self._run.logs / "console.log").open("ab", buffering=0)
+        self._settle_unfinished()
+        file = self._file
+        file.job_id, file.name, file.command = allocation.job_id, allocation.name, self._arguments
+        file.steps, file.num_requeues = self._config.train.steps, allocation.num_requeues
+        file.console = str(self._run.logs / "console.log")
+        with _told_as_problems(self._run.path):
+            file.become("pending")
+
+    def run(self) -> int:
+        """Runs attempts until the job ends here; returns the batch script's exit code."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note_signal)
+        allocation = self._allocation
+        usable = [node for node in allocation.nodes if node not in self._file.excluded]
+        self._say(f"job {allocation.job_id} on {len(allocation.nodes)} node(s): {' '.join(allocation.nodes)}")
+        if len(usable) < len(allocation.nodes):
+            self._say("not used, as found to be bad before: " + " ".join(set(allocation.nodes) - set(usable)))
+        nodes = tuple(usable)
+        if not self._divides_over(len(nodes)) and self._config.cluster.elastic and nodes:
+            nodes = nodes[: next((number for number in range(len(nodes), 0, -1) if self._divides_over(number)), 0)]
+        if not nodes:
+            return self._carry_out(Decision("requeue", "no usable node in the allocation"))
+        self._check(len(nodes))
+        while True:
+            end = self._attempt(nodes)
+            usable = [node for node in usable if node not in end.bad_nodes]
+            decision = decide(
+                end,
+                self._file.ends[:-1],
+                usable,
+                len(nodes),
+                self._divides_over,
+                self._config.cluster.elastic,
+                self._config.cluster.max_failures,
+                self._is_stop_asked,
+            )
+            if decision.action != "restart":
+                return self._carry_out(decision, end)
+            self._say(f"goes on at once, on {len(decision.nodes)} node(s)")
+            nodes = decision.nodes
+
+    def _check(self, num_nodes: int) -> None:
+        """Prints the plan of the run, and finds what is wrong with it, on one node, before the ranks start.
+
+        Raises:
+            Refused: Something is wrong.
+        """
+        world_size, expected = num_nodes * self._settings.processes, self._config.parallel.world_size
+        if expected not in (None, world_size) and not self._config.cluster.elastic:
+            remedy = f"Slurm has given {num_nodes} node(s) for {self._settings.processes} rank(s) each; correct one"
+            raise Refused(str(Problem("parallel.world_size", expected, remedy)))
+        command = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--input=none", *self._settings.srun]
+        command += [*self._settings.python, "-m", "mlra_scale.train", *self._arguments, "--dry-run"]
+        result = subprocess.run(
+            [*command, f"parallel.world_size={world_size}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_SECONDS,
+            check=False,
+        )
+        self._print(result.stdout.encode())
+        if result.returncode != 0:
+            raise Refused(result.stderr.strip() or f"the dry run ended with exit code {result.returncode}")
+
+    def _attempt(self, nodes: tuple[str, ...]) -> End:
+        """Starts all ranks, waits for their end and records it."""
+        number = len(self._file.attempts) + 1
+        attempt = Attempt(number, self._allocation.job_id, list(nodes), len(nodes) * self._settings.processes)
+        self._file.attempts.append(attempt)
+        self._file.become("pending")
+        checkpoints_before, started = self._num_checkpoints(), time.monotonic()
+
+        def told(step: int) -> None:
+            if attempt.first_step_seconds is None:
+                attempt.first_step_seconds = round(time.monotonic() - started, 1)
+                self._file.become("running")
+                self._say(f"attempt {number}: training since {attempt.first_step_seconds:.1f} s after its start")
+
+        self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
+        running = Running(self._plan(nodes, number), self._print, self._say, lambda: self._is_stop_asked, told)
+        kind, reason, bad_nodes = running.run()
+        reason = self._reason_of_run(kind, attempt) or reason
+        attempt.end, attempt.reason, attempt.ended, attempt.failures = kind, reason, now(), running.failures
+        attempt.has_progressed = self._num_checkpoints() > checkpoints_before
+        self._file.excluded |= bad_nodes if kind == "bad_node" else {}
+        self._file.write()
+        self._say(f"attempt {number} ended: {kind}: {reason}")
+        return End(kind, reason, attempt.has_progressed, bad_nodes)  # type: ignore[arg-type]
+
+    def _plan(self, nodes: tuple[str, ...], number: int) -> Plan:
+        cluster, settings = self._config.cluster, self._settings
+        logs = self._run.logs / f"attempt-{number:03d}"
+        logs.mkdir(parents=True, exist_ok=True)
+        world_size = len(nodes) * settings.processes
+        training = [*self._arguments, f"train.device={self._device}", f"parallel.world_size={world_size}"]
+        hang_minutes = cluster.hang_minutes or self._config.parallel.timeout_minutes / 2
+        return Plan(
+            nodes=nodes,
+            processes=settings.processes,
+            device=self._device,
+            master=slurm.address(nodes[0]),
+            job_address=slurm.address(self._allocation.here),
+            training=tuple(training),
+            logs=logs.resolve(),
+            srun=settings.srun,
+            python=settings.python,
+            start_seconds=60 * cluster.start_minutes,
+            hang_seconds=60 * hang_minutes,
+            stop_seconds=60 * cluster.stop_minutes,
+            lost_seconds=cluster.lost_node_seconds,
+        )
+
+    def _carry_out(self, decision: Decision, end: End | None = None) -> int:
+        """Ends the job here as decided; returns the exit code."""
+        if decision.action == "finish":
+            self._file.become("done", decision.reason)
+            return 0
+        if decision.action == "fail":
+            return self.fail(
+                decision.reason, ExitCode.BAD_INPUT if end and end.kind == "bad_input" else ExitCode.FAILED
+            )
+        is_preempted = end is not None and end.kind == "preempted"
+        self._file.become("preempted" if is_preempted else "requeued", decision.reason)
+        # From here on Slurm's signal is the expected end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        job_id = self._allocation.job_id
+        try:
+            fields = slurm.job_fields(job_id)
+            if fields.get("JobState") != "RUNNING":
+                self._say(f"Slurm has the job in state {fields.get('JobState')} already: {decision.reason}")
+                return 0
+            self._say(f"back to the queue: {decision.reason}")
+            slurm.requeue(job_id)
+            if self._file.excluded:
+                slurm.exclude(job_id, list(self._file.excluded))
+        except slurm.SlurmError as error:
+            return self.fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
+        time.sleep(_REQUEUED_SECONDS)
+        return 0
+
+    def fail(self, reason: str, code: int) -> int:
+        """Ends the job for good; returns the exit code."""
+        self._file.become("failed", reason)
+        self._say(f"the job ends and is not queued again: {reason}")
+        return code
+
+    def _divides_over(self, num_nodes: int) -> bool:
+        try:
+            validate(self._config, num_nodes * self._settings.processes, device=self._device)
+        except ConfigError:
+            return False
+        return True
+
+    def _num_checkpoints(self) -> int:
+        """How many checkpoints the run has recorded so far."""
+        return sum(event["event"] == "checkpoint" for event in self._events())
+
+    def _reason_of_run(self, kind: str, attempt: Attempt) -> str | None:
+        """What the run itself recorded of its end."""
+        if kind not in ("non_finite", "failed"):
+            return None
+        events = [event for event in self._events() if event["time"] >= attempt.started]
+        return next((event["reason"] for event in reversed(events) if event["event"] == "stopped"), None)
+
+    def _events(self) -> list[dict[str, str]]:
+        with contextlib.suppress(ValueError):
+            return read_record(self._run.events)
+        return []
+
+    def _settle_unfinished(self) -> None:
+        """Finds out about an attempt that was killed together with its job whether it had completed a checkpoint."""
+        for attempt in self._file.attempts:
+            if attempt.ended is None:
+                events = [event for event in self._events() if event["time"] >= attempt.started]
+                attempt.has_progressed = any(event["event"] == "checkpoint" for event in events)
+                attempt.end, attempt.ended = "failed", now()
+                attempt.reason = "killed together with its job"
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._is_stop_asked = True
+
+    def _say(self, text: str) -> None:
+        self._print(f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n".encode())
+
+    def _print(self, text: bytes) -> None:
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
+        if self._console is not None:
+            # A full disk is for the checkpoints to tell.
+            with contextlib.suppress(OSError):
+                self._console.write(text)
+
+
+class Refused(Exception):
+    """The dry run has refused the arguments; the text is its message."""
+
+
+@contextlib.contextmanager
+def _told_as_problems(path: Path):  # type: ignore[no-untyped-def]
+    try:
+        yield
+    except OSError as error:
+        remedy = f"cannot be written ({error.strerror}); name another directory"
+        raise ConfigError([Problem("--run-dir", str(path), remedy)]) from error
+    except ValueError as error:
+        raise ConfigError([Problem("--run-dir", str(path), str(error))]) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit code of the batch script."""
+    try:
+        allocation = slurm.Allocation.of(os.environ)
+        job = Job(sys.argv[1:] if argv is None else argv, allocation, Settings.of(os.environ))
+    except ConfigError as error:
+        lines = "\n".join(f"  {problem}" for problem in error.problems)
+        print(f"mlra_scale.cluster.job: bad input\n{lines}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
+    except slurm.SlurmError as error:
+        print(f"mlra_scale.cluster.job: {error}", file=sys.stderr, flush=True)
+        return ExitCode.FAILED
+    try:
+        return job.run()
+    except Refused as error:
+        print(error, file=sys.stderr, flush=True)
+        return job.fail(" ".join(str(error).split()), ExitCode.BAD_INPUT)
+    except (slurm.SlurmError, OSError) as error:
+        return job.fail(str(error), ExitCode.FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What a job does when an attempt has ended: a pure function, so that every case is a line in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+EndKind = Literal[
+    "done",  # all steps are done
+    "bad_input",  # the message says what to change
+    "non_finite",  # running again gives the same end
+    "preempted",  # a signal asked for it; a checkpoint was saved if `reason` does not deny it
+    "bad_node",  # the checks before the first step named a node
+    "lost_node",  # a node was heard no more
+    "hung",  # no progress
+    "failed",  # a rank ended with an error or was killed
+]
+Action = Literal["finish", "fail", "requeue", "restart", "leave"]
+
+RETRIED: tuple[EndKind, ...] = ("bad_node", "lost_node", "hung", "failed")
+"""Ends that count as failures."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended.
+
+    Attributes:
+        kind: Of what kind.
+        reason: In words, naming rank and node where they are known.
+        has_progressed: Whether a checkpoint was completed in it.
+        bad_nodes: Nodes that must not be used again, by name, with the reason.
+    """
+
+    kind: EndKind
+    reason: str
+    has_progressed: bool
+    bad_nodes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done next.
+
+    Attributes:
+        action: finish: the run is done. fail: the job ends and is not queued again. requeue: it goes back to the queue.
+            restart: it goes on at once, in this allocation. leave: the scheduler has decided already.
+        reason: Why.
+        nodes: For a restart, its nodes.
+    """
+
+    action: Action
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+
+def failures_in_a_row(ends: Sequence[tuple[str, bool]]) -> int:
+    """Counts the failures since the last attempt that completed a checkpoint.
+
+    Preemptions do not count: they are the cluster's doing, and do not interrupt the row.
+
+    Args:
+        ends: (kind, has_progressed) of all attempts, the newest last.
+    """
+    number = 0
+    for kind, has_progressed in reversed(ends):
+        if has_progressed:
+            break
+        number += kind in RETRIED
+    return number
+
+
+def decide(
+    end: End,
+    earlier: Sequence[tuple[str, bool]],
+    nodes: Sequence[str],
+    used: int,
+    can_run_on: Callable[[int], bool],
+    is_elastic: bool,
+    max_failures: int,
+    is_stopping: bool,
+) -> Decision:
+    """Decides what follows an attempt.
+
+    Args:
+        end: How it ended.
+        earlier: (kind, has_progressed) of the attempts before it.
+        nodes: Nodes of the allocation that can still be used.
+        used: Number of nodes that the attempt had.
+        can_run_on: Whether the configuration divides over so many nodes.
+        is_elastic: Whether fewer nodes will do.
+        max_failures: So many failures in a row without a newer checkpoint end the job.
+        is_stopping: Whether the job itself was asked to stop: it must not begin anything in this allocation.
+    """
+    if end.kind == "done":
+        return Decision("finish", end.reason)
+    if end.kind in ("bad_input", "non_finite"):
+        return Decision("fail", end.reason)
+    failures = failures_in_a_row([*earlier, (end.kind, end.has_progressed)])
+    if failures >= max_failures:
+        return Decision(
+            "fail",
+            f"{failures} failures in a row without a newer checkpoint (cluster.max_failures); last: {end.reason}",
+        )
+    if end.kind == "preempted" or is_stopping:
+        return Decision("requeue", end.reason)
+    if len(nodes) >= used:
+        return Decision("restart", end.reason, tuple(nodes[:used]))
+    if is_elastic:
+        fitting = next((number for number in range(len(nodes), 0, -1) if can_run_on(number)), 0)
+        if fitting:
+            return Decision("restart", f"{end.reason}; {fitting} of {used} nodes go on", tuple(nodes[:fitting]))
+    return Decision("requeue", end.reason)

@@ -1,0 +1,193 @@
+"""Checks of the nodes by the ranks themselves, before the first step: a bad node is named instead of being suffered.
+
+Alone, each rank asks its device for a product that it knows. Together they compare what they see of a shared folder,
+check that a sum over all of them is right, and measure how fast it is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SIZE = 256
+_BYTES_SUMMED = {"cuda": 256 << 20, "cpu": 4 << 20}
+_SECONDS_TO_SEE = 30.0
+"""How long a shared file system may take to show one node what another wrote (NFS caches names for up to 30 s)."""
+
+
+class BadNodes(Exception):
+    """Some nodes cannot be used.
+
+    Attributes:
+        nodes: Their names, with the reason.
+        is_common: Whether all ranks raise it together.
+    """
+
+    def __init__(self, nodes: Mapping[str, str], is_common: bool) -> None:
+        super().__init__("; ".join(f"{node}: {reason}" for node, reason in sorted(nodes.items())))
+        self.nodes = dict(nodes)
+        self.is_common = is_common
+
+
+def check_alone(node: str, local_rank: int, device: str) -> None:
+    """Checks this rank's own device.
+
+    Args:
+        node: Its name.
+        local_rank: Number of the device on the node.
+        device: `cuda` or `cpu`.
+
+    Raises:
+        BadNodes: The device is not there, or computes wrong.
+    """
+    if device == "cuda":
+        number = torch.cuda.device_count()
+        if local_rank >= number:
+            raise BadNodes({node: f"torch sees {number} GPU(s), and there is none for local rank {local_rank}"}, False)
+        torch.cuda.set_device(local_rank)
+    try:
+        is_right = _computes_right(torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu"))
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadNodes({node: f"{device} of local rank {local_rank} fails: {first_line}"}, False) from error
+    if not is_right:
+        raise BadNodes({node: f"{device} of local rank {local_rank} computes wrong"}, False)
+
+
+def _computes_right(device: torch.device) -> bool:
+    """Compares a product of small integers, which is exact in fp32 whatever the order of its sums, with integers'."""
+    rows = torch.arange(_SIZE * _SIZE).reshape(_SIZE, _SIZE) % 7
+    expected = rows @ rows.T
+    product = rows.to(device, torch.float32) @ rows.T.to(device, torch.float32)
+    return bool((product.cpu().long() == expected).all())
+
+
+def check_together(device: torch.device, node: str, shared: Path) -> None:
+    """Checks what only all ranks together can; collective over the default group.
+
+    Args:
+        device: Of this rank.
+        node: Its name.
+        shared: A folder that all nodes must see alike.
+
+    Raises:
+        BadNodes: On all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    facts: list[Any] = [None] * world_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    fault = _write_token(shared, node, rank) or _wrong_sum(device)
+    dist.all_gather_object(facts, (node, fault, name))
+    fault = _unseen_token(shared, [of_rank[0] for of_rank in facts])
+    seconds = _seconds_of_sum(device)
+    results: list[Any] = [None] * world_size
+    dist.all_gather_object(results, fault)
+    _remove_token(shared, rank)
+    bad = blamed([of_rank[0] for of_rank in facts], [of_rank[1] for of_rank in facts], results)
+    if bad:
+        raise BadNodes(bad, True)
+    if rank == 0:
+        devices = sorted({of_rank[2] for of_rank in facts})
+        rate = 2 * (world_size - 1) / world_size * _BYTES_SUMMED[device.type] / seconds / 1e9 if seconds else 0.0
+        print(
+            f"checks passed: {world_size} rank(s) on {len({of_rank[0] for of_rank in facts})} node(s), "
+            f"{', '.join(devices)}; a sum of {_BYTES_SUMMED[device.type] >> 20} MiB over all ranks takes "
+            f"{1000 * seconds:.1f} ms, {rate:.2f} GB/s over each rank's link",
+            flush=True,
+        )
+
+
+def blamed(nodes: Sequence[str], own_faults: Sequence[str], seen_faults: Sequence[str]) -> dict[str, str]:
+    """Says which nodes are bad, from what all ranks found; the same on every rank.
+
+    A rank's own fault is its node's. Where a rank does not see what others wrote, the odd ones out are to blame: one
+    node that sees nothing of the others while these see each other; or a node of which nobody else sees anything.
+
+    Args:
+        nodes: Of each rank.
+        own_faults: What each rank found wrong with itself; empty: nothing.
+        seen_faults: Nodes whose file a rank did not see, joined by commas; empty: it saw all.
+    """
+    bad = {node: fault for node, fault in zip(nodes, own_faults, strict=True) if fault}
+    unseen = {node: set(text.split(",")) for node, text in zip(nodes, seen_faults, strict=True) if text}
+    if bad or not unseen:
+        return bad
+    everyone = list(dict.fromkeys(nodes))
+    for node in everyone:
+        others = set(everyone) - {node}
+        is_blind = unseen.get(node, set()) >= others
+        is_hidden = all(node in unseen.get(other, set()) for other in others)
+        # Two nodes that do not see each other: the one without the job's first rank is left.
+        if (is_blind or is_hidden) and not (len(everyone) == 2 and node == everyone[0]):
+            bad[node] = "the run directory is not the one that the other nodes have: it must be on a shared file system"
+    return bad or {
+        node: f"does not see in the run directory what {', '.join(sorted(names))} wrote"
+        for node, names in unseen.items()
+    }
+
+
+def _token(shared: Path, rank: int) -> Path:
+    return shared / f".seen-{rank:05d}"
+
+
+def _write_token(shared: Path, node: str, rank: int) -> str:
+    try:
+        _token(shared, rank).write_text(f"{node}\n", encoding="utf-8")
+    except OSError as error:
+        return f"cannot write to {shared}: {error.strerror}"
+    return ""
+
+
+def _unseen_token(shared: Path, nodes: Sequence[str]) -> str:
+    """Names the nodes whose files this rank does not see."""
+    first_ranks = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
+    deadline = time.monotonic() + _SECONDS_TO_SEE
+    while True:
+        unseen = [node for node, rank in first_ranks.items() if not _is_there(_token(shared, rank), node)]
+        if not unseen or time.monotonic() > deadline:
+            return ",".join(unseen)
+        os.listdir(shared)  # makes NFS look again
+        time.sleep(0.5)
+
+
+def _is_there(path: Path, node: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8").strip() == node
+    except OSError:
+        return False
+
+
+def _remove_token(shared: Path, rank: int) -> None:
+    try:
+        _token(shared, rank).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"{_token(shared, rank)} stays: {error.strerror}", flush=True)
+
+
+def _wrong_sum(device: torch.device) -> str:
+    """Lets every rank add at a place of its own, so that a wrong sum says whose part is missing."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    values = torch.zeros(world_size, dtype=torch.int64, device=device)
+    values[rank] = rank + 1
+    dist.all_reduce(values)
+    expected = torch.arange(1, world_size + 1)
+    wrong = (values.cpu() != expected).nonzero().flatten().tolist()
+    return f"a sum over all ranks misses the parts of ranks {wrong[:8]}" if wrong else ""
+
+
+def _seconds_of_sum(device: torch.device) -> float:
+    """Times an all-reduce, the second of two."""
+    values = torch.ones(_BYTES_SUMMED[device.type] // 4, device=device)
+    for _ in range(2):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        float(values[0])  # waits for the device
+        seconds = time.perf_counter() - started
+    return seconds

@@ -1,0 +1,72 @@
+"""One rank of a cluster job: tells its node that it lives, checks the node, and trains."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from mlra_scale import train
+from mlra_scale.cluster.node import DEVICE_VARIABLE, NODE_VARIABLE, STACKS_VARIABLE
+from mlra_scale.cluster.preflight import BadNodes, check_alone, check_together
+from mlra_scale.cluster.pulse import PULSE_VARIABLE, Pulse
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.overseer import Overseer
+
+
+class NodeOverseer(Overseer):
+    """Tells the node what its rank does, and examines the ranks before they train.
+
+    Args:
+        pulse: The connection to the node.
+        node: The node's name.
+        shared: A folder that all nodes must see alike.
+    """
+
+    def __init__(self, pulse: Pulse, node: str, shared: Path) -> None:
+        self._pulse, self._node, self._shared = pulse, node, shared
+
+    def beat(self, doing: str, step: int) -> None:
+        """See Overseer."""
+        self._pulse.beat(doing, step)
+
+    def check(self, device: torch.device) -> None:
+        """See Overseer.
+
+        Raises:
+            BadNodes: Some node cannot be used; on all ranks.
+        """
+        self._pulse.beat("checking")
+        check_together(device, self._node, self._shared)
+
+
+@record
+def main() -> None:
+    """Trains; ends the process with the training's exit code."""
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log for both, in order
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    node, shared = os.environ[NODE_VARIABLE], Path(os.environ[STACKS_VARIABLE])
+    pulse = Pulse(os.environ.get(PULSE_VARIABLE), rank, local_rank)
+    with (shared / f"rank-{rank:05d}.stacks").open("w") as stacks:
+        # Written by the signal's handler in C: it works while the interpreter waits in a collective.
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+        try:
+            check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
+            code = train.main(sys.argv[1:], NodeOverseer(pulse, node, shared))
+        except BadNodes as error:
+            if rank == 0 or not error.is_common:
+                print(f"bad node: {error}", file=sys.stderr, flush=True)
+            pulse.tell(bad_nodes=error.nodes)
+            code = ExitCode.BAD_NODE
+        pulse.beat("ending")
+        faulthandler.unregister(signal.SIGUSR2)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a job asks of Slurm and tells it, through its own commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlra_scale.config import ConfigError, Problem
+
+
+class SlurmError(RuntimeError):
+    """A command of Slurm failed; the text is what it said."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The job as Slurm describes it to its batch script.
+
+    Attributes:
+        job_id: Its number.
+        name: Its name.
+        nodes: Names of its nodes, in Slurm's order; the batch script runs on the first.
+        here: The node that this process runs on.
+        num_requeues: How often it was started before.
+    """
+
+    job_id: str
+    name: str
+    nodes: tuple[str, ...]
+    here: str
+    num_requeues: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Allocation:
+        """Reads the environment of a batch script.
+
+        Raises:
+            ConfigError: This is no Slurm job.
+        """
+        missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name not in environment]
+        if missing:
+            remedy = "this is no Slurm job; submit slurm/*.sh with sbatch, or start python -m mlra_scale.train yourself"
+            raise ConfigError([Problem(name, None, remedy) for name in missing])
+        nodes = hostnames(environment["SLURM_JOB_NODELIST"])
+        return cls(
+            job_id=environment["SLURM_JOB_ID"],
+            name=environment.get("SLURM_JOB_NAME", "mlra-scale"),
+            nodes=tuple(nodes),
+            here=environment.get("SLURMD_NODENAME", nodes[0]),
+            num_requeues=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        )
+
+
+def hostnames(node_list: str) -> list[str]:
+    """Expands a node list such as n[1-3,7]."""
+    return _ask("scontrol", "show", "hostnames", node_list).split()
+
+
+def address(node: str) -> str:
+    """Returns the address at which other nodes reach a node, as Slurm knows it."""
+    fields = _fields(_ask("scontrol", "--oneliner", "show", "node", node))
+    return fields.get("NodeAddr", node)
+
+
+def job_fields(job_id: str) -> dict[str, str]:
+    """Returns what Slurm knows of a job: JobState, Reason, Restarts, ..."""
+    return _fields(_ask("scontrol", "--oneliner", "show", "job", job_id))
+
+
+def requeue(job_id: str) -> None:
+    """Sends a job back to the queue; Slurm then ends this batch script.
+
+    Raises:
+        SlurmError: It refuses; the job was submitted with --no-requeue, for example.
+    """
+    _ask("scontrol", "requeue", job_id)
+
+
+def exclude(job_id: str, nodes: Sequence[str]) -> None:
+    """Adds nodes to those that a job in the queue must not get."""
+    before = job_fields(job_id).get("ExcNodeList", "(null)")
+    all_nodes = set(nodes) | set([] if before == "(null)" else hostnames(before))
+    _ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(all_nodes))}")
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def _ask(*command: str) -> str:
+    # Formats that a user has set would change what is parsed here.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SCONTROL_")}
+    try:
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"{' '.join(command)}: {error}") from error
+    if result.returncode != 0:
+        raise SlurmError(f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout

@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# Starts a training as a Slurm job; sourced by the sbatch files of this folder, which set
+#   preset, ds_config, layout=(overrides)     what is trained unless the command line says otherwise
+#   nodes_shown, gpus_shown                   for --dry-run outside of a job: read from the file's own #SBATCH lines
+#
+# Everything after the file's name goes to `python -m mlra_scale.train`: flags (--preset, --config, --ds-config,
+# --run-dir, --resume) and dotted overrides. Choices by environment (docs/slurm.md):
+#   VENV=DIR                  virtual environment (default: .venv in the project's root, if there is one)
+#   CONDA_ENV=NAME            conda environment instead
+#   MLRA_PYTHON="..."         interpreter on the nodes, a container's command in front of it:
+#                               MLRA_PYTHON="apptainer exec --nv --bind /scratch image.sif python3"
+#   MLRA_SRUN_ARGUMENTS="..." further arguments of srun; for enroot with pyxis:
+#                               MLRA_SRUN_ARGUMENTS="--container-image=/images/mlra.sqsh --container-mounts=/scratch"
+#                               MLRA_PYTHON=python3
+#   PROCESSES_PER_NODE=N      ranks on each node (default: its GPUs, or 1)
+set -euo pipefail
+
+root=${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+cd "$root"
+arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto "${layout[@]}" "$@")
+
+if [[ -n ${CONDA_ENV:-} ]]; then
+    # conda's own scripts read variables that may be unset
+    set +u
+    # shellcheck disable=SC1091
+    source "$(conda info --base)/etc/profile.d/conda.sh"
+    conda activate "$CONDA_ENV"
+    set -u
+elif [[ -f ${VENV:-.venv}/bin/activate ]]; then
+    # shellcheck disable=SC1091
+    source "${VENV:-.venv}/bin/activate"
+fi
+
+# No node needs the internet: wandb writes to the run directory (`wandb sync` sends it later), and nothing is looked up.
+export WANDB_MODE=${WANDB_MODE:-offline} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+# srun does not take this from the script's own line (Slurm 22.05 and newer).
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    # Not in a job: only the plan can be had, for the number of nodes that the file asks for.
+    sbatch_value() { sed -n "s/^#SBATCH --$1=\([0-9]*\).*/\1/p" "$0" | head -n 1; }
+    ranks=$(($(sbatch_value nodes) * ${PROCESSES_PER_NODE:-$(sbatch_value gpus-per-node)}))
+    for argument in "$@"; do
+        if [[ $argument == --dry-run ]]; then
+            exec python -m mlra_scale.train "${arguments[@]}" "parallel.world_size=$ranks" train.device=cuda
+        fi
+    done
+    echo "$0: this is no Slurm job. Submit it: sbatch $0 data.path=... ; or see its plan: bash $0 --dry-run" >&2
+    exit 2
+fi
+
+run_dir=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+# What NCCL was doing when ranks stopped hearing of each other: one file per rank, next to the logs.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+
+# The batch script becomes the job's process: Slurm's signals reach it and nothing else.
+exec python -u -m mlra_scale.cluster.job --run-dir "$run_dir" "${arguments[@]}"

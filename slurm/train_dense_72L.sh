@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains the dense model of 72 layers (twin: train_mlra_72L.sh) with tensor and pipeline parallelism in a node.
+#
+#   sbatch slurm/train_dense_72L.sh data.path=/shared/data/mine
+#   sbatch --nodes 2 slurm/train_dense_72L.sh data.path=/shared/data/mine train.steps=100000 --run-dir /shared/runs/mine
+#   bash slurm/train_dense_72L.sh --dry-run                      the plan: mesh, batch, parameters, memory per rank
+#
+# What is below is for nodes of 8 GPUs; options of sbatch on the command line come before it. docs/slurm.md has the rest.
+#SBATCH --job-name=dense-72l
+#SBATCH --nodes=4                    # any number over which the batch divides
+#SBATCH --ntasks-per-node=1         # one agent per node, which starts a rank for each GPU
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32          # cores of a node, for loading data and writing checkpoints
+#SBATCH --mem=0                     # all memory of a node
+#SBATCH --time=24:00:00             # what your partition allows: the job goes back to the queue before it ends
+#SBATCH --signal=B:USR1@600         # seconds before that in which the last step ends and is saved
+#SBATCH --requeue
+#SBATCH --open-mode=append          # one output file over all its starts
+#SBATCH --output=slurm-%x-%j.out
+# Take out one # where your cluster wants these:
+##SBATCH --account=...
+##SBATCH --partition=...
+# shellcheck disable=SC2034  # read by launch.sh
+preset=gpt2-72l
+ds_config=ds_configs/zero1_pipeline.json
+layout=(parallel.tensor=2 parallel.pipeline=4)
+# shellcheck source=slurm/launch.sh
+source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/launch.sh"
