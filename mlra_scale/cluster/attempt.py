@@ -26,7 +26,9 @@ _END_SECONDS = 60.0
 """After ranks of one node have ended well, how long those of others may take."""
 _STACKS_SECONDS = 2.0
 _KILL_SECONDS = 30.0
-"""How long killed ranks, their nodes' agents and srun may take to be gone."""
+"""How long killed ranks and their nodes' agents may take to be gone."""
+_SRUN_SECONDS = 3.0
+"""How long srun may take to end when only nodes that are lost have not: it would wait until Slurm has given them up."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,15 @@ class Attempt:
         node_list = ",".join(plan.nodes)
         step = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={node_list}"]
         # A task's end is judged here, with what is known of all of them.
-        step += ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", "--input=none", "--export=ALL"]
+        step += [
+            "--overlap",
+            "--no-kill",
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            "--unbuffered",
+            "--input=none",
+            "--export=ALL",
+        ]
         step += [*plan.srun, *plan.python, "-u", "-m", "mlra_scale.cluster.node"]
         step += [f"--job={plan.job_address}:{port}", f"--master={plan.master}:{free_port()}"]
         step += [f"--run-id={plan.logs.name}", f"--nodes={number}", f"--processes={plan.processes}"]
@@ -288,10 +298,9 @@ class Attempt:
             return
         are_reachable_ended = all(node.has_ended or node.is_lost for node in self._nodes.values())
         if are_reachable_ended or now - self._killed_at > _KILL_SECONDS:
-            # srun would wait for a node that is lost until Slurm has noticed, which may take minutes.
             process.terminate()
             try:
-                process.wait(10.0)
+                process.wait(_SRUN_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -85,13 +85,27 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
     _ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(all_nodes))}")
 
 
+def jobs_of_user() -> dict[str, tuple[str, str]]:
+    """Returns Slurm's state and reason of each job of this user that it still knows.
+
+    Raises:
+        SlurmError: It does not answer.
+    """
+    # Not --jobs: one job that Slurm does not know any more makes squeue fail. %A is what a job of an array finds in
+    # SLURM_JOB_ID, and --all shows the partitions that are hidden otherwise.
+    answer = _ask("squeue", "--noheader", "--me", "--all", "--states=all", "--format=%A %T %r")
+    words = [line.split(maxsplit=2) for line in answer.splitlines()]
+    return {line[0]: (line[1], line[2] if len(line) > 2 else "") for line in words if len(line) > 1}
+
+
 def _fields(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 def _ask(*command: str) -> str:
-    # Formats that a user has set would change what is parsed here.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SCONTROL_")}
+    # Filters and formats that a user has set would change what is parsed here.
+    set_by_user = ("SCONTROL_", "SQUEUE_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(set_by_user)}
     try:
         result = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
@@ -99,5 +113,6 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{' '.join(command)}: {error}") from error
     if result.returncode != 0:
-        raise SlurmError(f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
+        said = " ".join((result.stderr.strip() or result.stdout.strip()).split())
+        raise SlurmError(f"{' '.join(command)}: {said or f'exit code {result.returncode}'}")
     return result.stdout

@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
+
+from mlra_scale.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 
 _PACKING_SEED = 0
 _FORMAT = 1

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from mlra_scale.data.indexed import sha256_of_file
+from mlra_scale.megatron import DType, IndexedDatasetBuilder
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import nn
 from torch.nn import functional
 
+from mlra_scale.megatron import ColumnParallelLinear
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.linear import (
     LowRankInputProjection,

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
 
 from mlra_scale.config import ModelConfig
+from mlra_scale.megatron import ModelParallelConfig
 from mlra_scale.model.initialization import Initializer
 
 

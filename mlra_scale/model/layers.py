@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
 from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear

@@ -12,14 +12,14 @@ Shape suffixes: B batch, S sequence, D hidden, R rank.
 """
 
 import torch
-from megatron.core.tensor_parallel import (
+from torch import nn
+from torch.nn import functional
+
+from mlra_scale.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
 )
-from torch import nn
-from torch.nn import functional
-
 from mlra_scale.model.context import ModelContext
 
 

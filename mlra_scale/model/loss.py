@@ -4,8 +4,8 @@ Shape suffixes: B batch, S sequence, V vocabulary on this rank.
 """
 
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 
+from mlra_scale.megatron import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from mlra_scale.model.context import ModelContext
 
 

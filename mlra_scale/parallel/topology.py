@@ -12,9 +12,9 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mlra_scale.config import BatchPlan
+from mlra_scale.megatron import parallel_state
 
 
 @dataclass(frozen=True)

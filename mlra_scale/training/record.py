@@ -6,10 +6,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_BLOCK_BYTES = 256 * 1024
+_TAIL_BYTES = 4 * 1024 * 1024
+"""So much of a record's end is looked at: values that are older than some ten thousand lines are not found."""
 
 
 def finite_or_none(value: Any) -> Any:
@@ -129,6 +133,28 @@ def read_record(path: Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}, line {number}: not JSON") from None
     return objects
+
+
+def lines_from_end(file: BinaryIO, limit: int = _TAIL_BYTES) -> Iterator[bytes]:
+    """Yields the lines of a file from the last one backwards, and reads no more of it than it must.
+
+    Args:
+        file: The file. A last line without its end was cut short by a crash, or is being written: it is left out.
+        limit: So many bytes are read at most; a line that begins before them is left out.
+    """
+    position = file.seek(0, os.SEEK_END)
+    start, rest, is_torn = max(0, position - limit), b"", True
+    while position > start:
+        size = min(_BLOCK_BYTES, position - start)
+        position -= size
+        file.seek(position)
+        rest, *lines = (file.read(size) + rest).split(b"\n")
+        if is_torn and lines:
+            lines.pop()
+            is_torn = False
+        yield from reversed(lines)
+    if position == 0 and not is_torn:
+        yield rest
 
 
 def cut_record(path: Path, last_step: int) -> int:

@@ -24,6 +24,8 @@ def test_exit_codes_are_what_launchers_know() -> None:
         "BAD_INPUT": 2,
         "NON_FINITE": 3,
         "CHECKPOINT_FAILED": 4,
+        "PREEMPTED": 5,
+        "BAD_NODE": 6,
         "INTERRUPTED": 130,
     }
 

@@ -1,0 +1,54 @@
+"""What this package uses of Megatron-core, and the only place that imports it.
+
+Megatron marks fused kernels, none of them used here, with torch.compile, which loads the whole compiler at import: 40 %
+of the time in which a rank starts. While it is imported the mark does nothing.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def _unmarked(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    return function if function is not None else _unmarked
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    with mock.patch.object(torch, "compile", _unmarked):
+        yield
+
+
+with _without_compiler():
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        copy_to_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+        vocab_parallel_cross_entropy,
+    )
+
+__all__ = [
+    "ColumnParallelLinear",
+    "DType",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "ModelParallelConfig",
+    "RowParallelLinear",
+    "Split",
+    "VocabParallelEmbedding",
+    "copy_to_tensor_model_parallel_region",
+    "parallel_state",
+    "reduce_from_tensor_model_parallel_region",
+    "vocab_parallel_cross_entropy",
+]
