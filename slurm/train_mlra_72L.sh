@@ -8,8 +8,7 @@
 # What is below is for nodes of 8 GPUs; options of sbatch on the command line come before it. docs/slurm.md has the rest.
 #SBATCH --job-name=mlra-72l
 #SBATCH --nodes=4                    # any number over which the batch divides
-#SBATCH --ntasks-per-node=1         # one agent per node, which starts a rank for each GPU
-#SBATCH --gpus-per-node=8
+#SBATCH --gpus-per-node=8           # a rank for each
 #SBATCH --cpus-per-task=32          # cores of a node, for loading data and writing checkpoints
 #SBATCH --mem=0                     # all memory of a node
 #SBATCH --time=24:00:00             # what your partition allows: the job goes back to the queue before it ends

@@ -17,6 +17,7 @@ from typing import IO, Any
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
 from mlra_scale.cluster.hang import Seen, describe, hang_seconds, suspects
 from mlra_scale.cluster.pulse import Beat
+from mlra_scale.cluster.slurm import step_environment
 from mlra_scale.cluster.versions import odd_ones
 from mlra_scale.training.exit_codes import ExitCode
 
@@ -127,6 +128,7 @@ class Attempt:
         self._verdict: tuple[str, str] | None = None
         self._kill_at: float | None = None
         self._killed_at: float | None = None
+        self._pinged_at = 0.0
         self._has_trained = False
 
     @property
@@ -180,12 +182,9 @@ class Attempt:
         step += [f"--run-id={plan.logs.name}", f"--nodes={number}", f"--processes={plan.processes}"]
         step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--start-seconds={plan.start_seconds}"]
         step += [f"--lost-seconds={plan.lost_seconds}", "--", *plan.training]
-        # The script's own numbers of tasks and nodes are for the whole allocation.
-        dropped = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE", "SLURM_DISTRIBUTION")
-        environment = {name: value for name, value in os.environ.items() if name not in dropped}
         return subprocess.Popen(
             step,
-            env={**environment, TOKEN_VARIABLE: token},
+            env={**step_environment(os.environ), TOKEN_VARIABLE: token},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -200,7 +199,9 @@ class Attempt:
                 continue
             now = node.heard = time.monotonic()
             if heard.message is None:
-                if not node.has_ended:
+                if self._killed_at is not None:
+                    node.has_ended = True
+                elif not node.has_ended:
                     self._lose(heard.node, "its connection broke")
             elif "versions" in heard.message:
                 node.has_connected, node.versions = True, heard.message["versions"]
@@ -233,7 +234,9 @@ class Attempt:
     def _watch(self, hub: Hub) -> None:
         """Looks for what nobody tells: a stop that was asked for, a node that is silent, ranks that stand still."""
         now, plan = time.monotonic(), self._plan
-        hub.send({"order": "none"})  # what tells a node that the job is there
+        if now - self._pinged_at > 1.0:
+            self._pinged_at = now
+            hub.send({"order": "none"})  # what tells a node that the job is there
         if self._is_stop_asked():
             self._stop(hub, "the job was signalled")
         for name, node in self._nodes.items():

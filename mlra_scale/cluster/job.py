@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from mlra_scale.cluster import slurm
 from mlra_scale.cluster.attempt import Attempt as Running
 from mlra_scale.cluster.attempt import Plan
 from mlra_scale.cluster.job_file import Attempt, JobFile, now
-from mlra_scale.cluster.policy import Decision, End, decide
+from mlra_scale.cluster.policy import Decision, End, EndKind, decide
 from mlra_scale.config import Config, ConfigError, Problem, load_config, validate
 from mlra_scale.train import build_parser
 from mlra_scale.training.exit_codes import ExitCode
@@ -61,18 +62,28 @@ class Settings:
         Raises:
             ConfigError: A number is none.
         """
-        gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
-        given = environment.get("PROCESSES_PER_NODE") or (gpus if gpus != "0" else "1")
+        gpus = _number_of_gpus(environment)
+        given = environment.get("PROCESSES_PER_NODE") or str(gpus or 1)
         if not given.isdecimal() or int(given) < 1:
             raise ConfigError(
                 [Problem("PROCESSES_PER_NODE", given, "must be the number of ranks on each node, such as 8")]
             )
         return cls(
             processes=int(given),
-            device="cuda" if gpus not in ("0", "") else "cpu",
+            device="cuda" if gpus else "cpu",
             srun=tuple(shlex.split(environment.get("MLRA_SRUN_ARGUMENTS", ""))),
             python=tuple(shlex.split(environment.get("MLRA_PYTHON", ""))) or (sys.executable,),
         )
+
+
+def _number_of_gpus(environment: Mapping[str, str]) -> int:
+    """Returns how many GPUs Slurm has given to the job on this node; if it does not count them, how many there are."""
+    if (counted := environment.get("SLURM_GPUS_ON_NODE", "")).isdecimal():
+        return int(counted)
+    if "SLURM_JOB_GPUS" in environment or shutil.which("nvidia-smi") is None:
+        return len([gpu for gpu in environment.get("SLURM_JOB_GPUS", "").split(",") if gpu])
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 class Job:
@@ -124,13 +135,13 @@ class Job:
             nodes = nodes[: next((number for number in range(len(nodes), 0, -1) if self._divides_over(number)), 0)]
         if not nodes:
             return self._carry_out(Decision("requeue", "no usable node in the allocation"))
-        self._check(len(nodes))
+        earlier = self._file.ends
+        end = self._check(len(nodes)) or self._attempt(nodes)
         while True:
-            end = self._attempt(nodes)
             usable = [node for node in usable if node not in end.bad_nodes]
             decision = decide(
                 end,
-                self._file.ends[:-1],
+                earlier,
                 usable,
                 len(nodes),
                 self._divides_over,
@@ -141,31 +152,54 @@ class Job:
             if decision.action != "restart":
                 return self._carry_out(decision, end)
             self._say(f"goes on at once, on {len(decision.nodes)} node(s)")
-            nodes = decision.nodes
+            nodes, earlier = decision.nodes, self._file.ends
+            end = self._attempt(nodes)
 
-    def _check(self, num_nodes: int) -> None:
+    def _check(self, num_nodes: int) -> End | None:
         """Prints the plan of the run, and finds what is wrong with it, on one node, before the ranks start.
 
-        Raises:
-            Refused: Something is wrong.
+        Returns:
+            What is wrong; None: nothing.
         """
         world_size, expected = num_nodes * self._settings.processes, self._config.parallel.world_size
         if expected not in (None, world_size) and not self._config.cluster.elastic:
             remedy = f"Slurm has given {num_nodes} node(s) for {self._settings.processes} rank(s) each; correct one"
-            raise Refused(str(Problem("parallel.world_size", expected, remedy)))
-        command = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--input=none", *self._settings.srun]
+            return self._refused("bad_input", str(Problem("parallel.world_size", expected, remedy)))
+        command = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={self._allocation.here}"]
+        command += ["--overlap", "--input=none", *self._settings.srun]
         command += [*self._settings.python, "-m", "mlra_scale.train", *self._arguments, "--dry-run"]
-        result = subprocess.run(
-            [*command, f"parallel.world_size={world_size}"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_CHECK_SECONDS,
-            check=False,
-        )
+        try:
+            result = subprocess.run(
+                [*command, f"parallel.world_size={world_size}"],
+                env=slurm.step_environment(os.environ),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_CHECK_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            return self._refused("failed", str(error))
         self._print(result.stdout.encode())
-        if result.returncode != 0:
-            raise Refused(result.stderr.strip() or f"the dry run ended with exit code {result.returncode}")
+        if result.returncode == 0:
+            return None
+        if self._is_stop_asked:
+            return self._refused("preempted", "stopped by a signal before it began")
+        # srun ends with its task's exit code, and says so itself.
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("srun: error: ")]
+        said = "\n".join(lines).strip() or f"the dry run ended with exit code {result.returncode}: {result.stderr}"
+        return self._refused("bad_input" if result.returncode == ExitCode.BAD_INPUT else "failed", said)
+
+    def _refused(self, kind: EndKind, said: str) -> End:
+        self._print(f"{said}\n".encode())
+        reason = " ".join(said.split())
+        if kind == "failed":
+            # Of the cluster's making, perhaps: it counts like the end of an attempt, so that it cannot go on for ever.
+            number = len(self._file.attempts) + 1
+            ended = Attempt(number, self._allocation.job_id, [self._allocation.here], 1, ended=now(), end=kind)
+            ended.reason = reason
+            self._file.attempts.append(ended)
+        return End(kind, reason, False, {})
 
     def _attempt(self, nodes: tuple[str, ...]) -> End:
         """Starts all ranks, waits for their end and records it."""
@@ -232,9 +266,13 @@ class Job:
         try:
             fields = slurm.job_fields(job_id)
             if fields.get("JobState") != "RUNNING":
-                self._say(f"Slurm has the job in state {fields.get('JobState')} already: {decision.reason}")
+                # Slurm ends it already: requeued by Slurm itself or by hand, or else for good.
+                if int(fields.get("Restarts", "0")) <= self._allocation.num_requeues:
+                    self._file.become("cancelled", f"ended by Slurm (scancel, or the time limit); {decision.reason}")
+                self._say(f"Slurm has the job in state {fields.get('JobState')} already: {self._file.state}")
                 return 0
             self._say(f"back to the queue: {decision.reason}")
+            self._give_back_lost_nodes(end)
             slurm.requeue(job_id)
             if self._file.excluded:
                 slurm.exclude(job_id, list(self._file.excluded))
@@ -243,6 +281,14 @@ class Job:
         time.sleep(_REQUEUED_SECONDS)
         return 0
 
+    def _give_back_lost_nodes(self, end: End | None) -> None:
+        if end is not None and end.kind == "lost_node":
+            left = [node for node in self._allocation.nodes if node not in end.bad_nodes]
+            try:
+                slurm.shrink(self._allocation.job_id, left)
+            except slurm.SlurmError as error:
+                self._say(f"the lost node stays in the job until Slurm has given it up ({error})")
+
     def fail(self, reason: str, code: int) -> int:
         """Ends the job for good; returns the exit code."""
         self._file.become("failed", reason)
@@ -250,8 +296,10 @@ class Job:
         return code
 
     def _divides_over(self, num_nodes: int) -> bool:
+        parallel = self._config.parallel.model_copy(update={"world_size": None})
+        config = self._config.model_copy(update={"parallel": parallel})
         try:
-            validate(self._config, num_nodes * self._settings.processes, device=self._device)
+            validate(config, num_nodes * self._settings.processes, device=self._device)
         except ConfigError:
             return False
         return True
@@ -261,7 +309,12 @@ class Job:
         return sum(event["event"] == "checkpoint" for event in self._events())
 
     def _reason_of_run(self, kind: str, attempt: Attempt) -> str | None:
-        """What the run itself recorded of its end."""
+        """What the run itself recorded of its end, or said in the log of rank 0 if it did not get as far as that."""
+        if kind == "bad_input":
+            with contextlib.suppress(OSError):
+                log = self._run.logs / f"attempt-{attempt.number:03d}" / "rank-00000.log"
+                said = log.read_text(errors="replace").partition("bad input")[2]
+                return " ".join(said.split())[:2000] or None
         if kind not in ("non_finite", "failed"):
             return None
         events = [event for event in self._events() if event["time"] >= attempt.started]
@@ -296,10 +349,6 @@ class Job:
                 self._console.write(text)
 
 
-class Refused(Exception):
-    """The dry run has refused the arguments; the text is its message."""
-
-
 @contextlib.contextmanager
 def _told_as_problems(path: Path):  # type: ignore[no-untyped-def]
     try:
@@ -325,9 +374,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.FAILED
     try:
         return job.run()
-    except Refused as error:
-        print(error, file=sys.stderr, flush=True)
-        return job.fail(" ".join(str(error).split()), ExitCode.BAD_INPUT)
     except (slurm.SlurmError, OSError) as error:
         return job.fail(str(error), ExitCode.FAILED)
 

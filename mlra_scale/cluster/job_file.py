@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mlra_scale.training.record import write_atomically
 
-JobState = Literal["pending", "running", "preempted", "requeued", "failed", "done"]
+JobState = Literal["pending", "running", "preempted", "requeued", "cancelled", "failed", "done"]
 
 
 def now() -> str:
@@ -59,7 +59,8 @@ class JobFile:
         name: Its name.
         command: Arguments of the training.
         state: pending: it has nodes, and checks them and starts the ranks; running: they train; preempted or requeued:
-            it has gone back to the queue, after a signal or a failure; failed, done: it has ended.
+            it has gone back to the queue, after a signal or a failure; cancelled: Slurm has ended it, by scancel or at
+            its time limit; failed, done: it has ended.
         reason: Why it is in this state.
         updated: When the file was written.
         steps: train.steps.

@@ -23,12 +23,14 @@ from typing import Any
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Beat, PulseSocket
+from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
 
 STACKS_VARIABLE = "MLRA_SCALE_STACKS_FOLDER"
 NODE_VARIABLE = "MLRA_SCALE_NODE"
 DEVICE_VARIABLE = "MLRA_SCALE_DEVICE"
 _REPORT_SECONDS = 1.0
+_JOB_SECONDS = 30.0
 _KILL_SECONDS = 15.0
 """How long torchrun may take to notice that its killed ranks are gone."""
 
@@ -72,12 +74,18 @@ class Watch:
         self._kill_at: float | None = None
         self._end: dict[str, Any] | None = None
         self._has_ended = threading.Event()
+        self.has_lost_job = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         """The handler of SIGTERM and SIGUSR1."""
         self._stop.set()
+
+    @property
+    def is_stop_asked(self) -> bool:
+        """Whether a signal, or the job, has asked for a stop."""
+        return self._stop.is_set()
 
     def ended(self, **result: Any) -> None:
         """Tells the job how the ranks ended, and waits until that is on its way."""
@@ -96,7 +104,9 @@ class Watch:
                 self._has_ended.set()
                 return
             if not self._link.is_open or time.monotonic() - last_heard > self._lost_seconds:
-                print(f"{self._node}: the job is heard no more; its ranks here are ended", file=sys.stderr, flush=True)
+                if not self.has_lost_job:
+                    print(f"{self._node}: the job is heard no more; its ranks here end", file=sys.stderr, flush=True)
+                self.has_lost_job = True
                 self._kill()
             if self._stop.is_set():
                 self._pass_stop_on()
@@ -150,6 +160,18 @@ class Watch:
             os._exit(1)  # there is nothing to wait for
 
 
+def _requeue_without_job(watch: Watch) -> None:
+    """Sends the job back to the queue if its first node is lost, and its batch script with it.
+
+    With --no-kill Slurm would leave such a job as it is, on the nodes that are left, until its time limit. Where only
+    the batch script has ended, Slurm ends the job, and signals this process at once.
+    """
+    time.sleep(_JOB_SECONDS)
+    if "SLURM_JOB_ID" in os.environ and not watch.is_stop_asked:
+        with contextlib.suppress(SlurmError):
+            requeue(os.environ["SLURM_JOB_ID"])
+
+
 def process_state(pid: int) -> str:
     """Returns a process's state as the kernel names it, such as `T (stopped)`; empty where there is none."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
@@ -184,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         failures = _launch(arguments, node_rank)
         watch.ended(failures=failures)
+        if watch.has_lost_job:
+            _requeue_without_job(watch)
     return 1 if failures else 0
 
 

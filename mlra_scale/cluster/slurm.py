@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlra_scale.config import ConfigError, Problem
+
+_TRIES, _SECONDS_BETWEEN = 3, 1.0
 
 
 class SlurmError(RuntimeError):
@@ -98,17 +103,54 @@ def jobs_of_user() -> dict[str, tuple[str, str]]:
     return {line[0]: (line[1], line[2] if len(line) > 2 else "") for line in words if len(line) > 1}
 
 
+def shrink(job_id: str, nodes: Sequence[str]) -> None:
+    """Gives back all nodes of a running job but these.
+
+    Slurm would not queue a job again before it has given up on every node of it that is dead, which takes minutes; and
+    22.05 then lets it start without its GPUs.
+    """
+    # It leaves a script for the job's shell in the current directory.
+    with tempfile.TemporaryDirectory() as folder:
+        _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
+
+
+def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns an environment for srun without what Slurm said of the allocation when the job began.
+
+    srun takes these for options, and refuses them once a node is lost.
+    """
+    dropped = {"NTASKS", "NPROCS", "NNODES", "NODELIST", "NTASKS_PER_NODE", "TASKS_PER_NODE", "DISTRIBUTION"}
+    dropped |= {"JOB_NUM_NODES", "JOB_NODELIST", "JOB_CPUS_PER_NODE"}
+    return {name: value for name, value in environment.items() if name.removeprefix("SLURM_") not in dropped}
+
+
 def _fields(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, folder: str | None = None) -> str:
+    """Runs a command of Slurm, again where the controller is too busy to answer."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(SlurmError):
+            return _ask_once(command, folder)
+        time.sleep(_SECONDS_BETWEEN)
+    return _ask_once(command, folder)
+
+
+def _ask_once(command: Sequence[str], folder: str | None) -> str:
     # Filters and formats that a user has set would change what is parsed here.
     set_by_user = ("SCONTROL_", "SQUEUE_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(set_by_user)}
     try:
         result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+            command,
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{' '.join(command)}: {error}") from error

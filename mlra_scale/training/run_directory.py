@@ -18,13 +18,16 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.record import write_atomically
 
+_LOCK_SECONDS = 2.0
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
 
 
@@ -122,7 +125,7 @@ def held(run: RunDirectory) -> Iterator[None]:
         except OSError as error:
             raise ConfigError([_unwritable(run, error)]) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             remedy = f"another run is at work here ({file.read().strip()}); wait for it, or name another directory"
@@ -138,6 +141,18 @@ def held(run: RunDirectory) -> Iterator[None]:
         except OSError as error:
             raise ConfigError([_unwritable(run, error)]) from error
         yield
+
+
+def _lock(file: IO[str]) -> None:
+    """Takes the lock; tries again for a moment, in which a process that has just been killed may still be there."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _unwritable(run: RunDirectory, error: OSError) -> Problem:
