@@ -1,4 +1,7 @@
-"""Fails if a test was skipped without naming what it needs, or if nothing ran: `check_skips.py REPORT.xml`."""
+"""Fails if a test was skipped without naming what it needs, or if nothing ran: `check_skips.py REPORT.xml`.
+
+Tests on a Slurm cluster may be skipped on a developer's machine, but not here: .ci/run installs Slurm.
+"""
 
 import sys
 from pathlib import Path
@@ -6,13 +9,18 @@ from xml.etree import ElementTree
 
 
 def problems_of(report: Path) -> list[str]:
-    """What is wrong with a JUnit report of pytest: skips whose reason does not begin with `needs `, or no test."""
+    """What is wrong with a JUnit report of pytest: skips without a need or of Slurm's tests, or no test."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     skipped = [(case, mark) for case in cases for mark in case.iter("skipped")]
     problems = [
         f"skipped without a need: {case.get('classname')}.{case.get('name')}: {mark.get('message')}"
         for case, mark in skipped
         if not (mark.get("message") or "").startswith("needs ")
+    ]
+    problems += [
+        f"must run where .ci/run does: {case.get('classname')}.{case.get('name')}: {mark.get('message')}"
+        for case, mark in skipped
+        if (case.get("classname") or "").startswith("tests.slurm.")
     ]
     if len(cases) == len(skipped):
         problems.append(f"no test ran ({len(skipped)} skipped)")

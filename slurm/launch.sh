@@ -53,7 +53,7 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 
 run_dir=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
-# What NCCL was doing when ranks stopped hearing of each other: one file per rank, next to the logs.
+# NCCL fails rather than hangs, and then writes what it was doing to the logs of the attempt.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}

@@ -202,7 +202,12 @@ class Attempt:
                 if self._killed_at is not None:
                     node.has_ended = True
                 elif not node.has_ended:
-                    self._lose(heard.node, "its connection broke")
+                    # srun ends all tasks where it cannot start one of them.
+                    unheard = [name for name, other in self._nodes.items() if not other.has_connected]
+                    for name in unheard:
+                        self._lose(name, "its agent could not be started")
+                    if not unheard:
+                        self._lose(heard.node, "its connection broke")
             elif "versions" in heard.message:
                 node.has_connected, node.versions = True, heard.message["versions"]
                 if all(other.has_connected for other in self._nodes.values()):

@@ -35,8 +35,8 @@ from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
 
 _CHECK_SECONDS = 300.0
-_REQUEUED_SECONDS = 120.0
-"""How long Slurm may take to end a batch script that it has queued again."""
+_GIVEN_UP_SECONDS = 30.0
+"""How long Slurm is given to notice that a node is dead; until then it would give it to the job again."""
 
 
 @dataclass(frozen=True)
@@ -278,16 +278,21 @@ class Job:
                 slurm.exclude(job_id, list(self._file.excluded))
         except slurm.SlurmError as error:
             return self.fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
-        time.sleep(_REQUEUED_SECONDS)
         return 0
 
     def _give_back_lost_nodes(self, end: End | None) -> None:
-        if end is not None and end.kind == "lost_node":
-            left = [node for node in self._allocation.nodes if node not in end.bad_nodes]
-            try:
-                slurm.shrink(self._allocation.job_id, left)
-            except slurm.SlurmError as error:
-                self._say(f"the lost node stays in the job until Slurm has given it up ({error})")
+        """Frees the job of nodes that are dead, for which it would have to wait, and sees that it gets them no more."""
+        if end is None or end.kind != "lost_node":
+            return
+        left = [node for node in self._allocation.nodes if node not in end.bad_nodes]
+        try:
+            slurm.shrink(self._allocation.job_id, left)
+        except slurm.SlurmError as error:
+            self._say(f"the lost node stays in the job until Slurm has given it up ({error})")
+            return
+        deadline = time.monotonic() + _GIVEN_UP_SECONDS
+        while time.monotonic() < deadline and not all(map(slurm.is_given_up, end.bad_nodes)):
+            time.sleep(1.0)
 
     def fail(self, reason: str, code: int) -> int:
         """Ends the job for good; returns the exit code."""

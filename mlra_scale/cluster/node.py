@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the ranks of this node; returns 0 if all of them ended with 0."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    node_rank = int(os.environ.get("SLURM_NODEID", "0"))
+    node_rank = int(os.environ.get("SLURM_PROCID", "0"))  # one task per node; SLURM_NODEID counts lost nodes too
     with (
         tempfile.TemporaryDirectory(prefix="mlra-scale-") as folder,
         contextlib.closing(PulseSocket(Path(folder))) as pulse,
@@ -203,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             STACKS_VARIABLE: str(arguments.logs),
             NODE_VARIABLE: node,
             DEVICE_VARIABLE: arguments.device,
+            # What NCCL was doing when ranks stopped hearing of each other: one file per rank, beside the logs.
+            "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
         }
         failures = _launch(arguments, node_rank)
         watch.ended(failures=failures)

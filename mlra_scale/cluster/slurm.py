@@ -114,6 +114,12 @@ def shrink(job_id: str, nodes: Sequence[str]) -> None:
         _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
 
 
+def is_given_up(node: str) -> bool:
+    """Returns whether Slurm has noticed that a node does not answer, and gives it to no job any more."""
+    state = _fields(_ask("scontrol", "--oneliner", "show", "node", node)).get("State", "")
+    return "*" in state or "DOWN" in state or "NOT_RESPONDING" in state
+
+
 def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns an environment for srun without what Slurm said of the allocation when the job began.
 

@@ -1,5 +1,6 @@
 """The README's commands run as they stand, at a tiny size, one after another as a reader would."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,12 @@ def tiny(command: str, steps: int) -> list[str]:
     words = shlex.split(command)
     if words[0] == "torchrun":
         words[:1] = ["python", "-m", "torch.distributed.run"]
+    if words[0] == "sbatch":
+        # tests/slurm submits the files; here their arguments are read, and the plan of that job is made.
+        script = next(index for index, word in enumerate(words) if word.startswith("slurm/"))
+        words = ["bash", words[script], "--dry-run", *words[script + 1 :]]
+    if words[0] == "bash":
+        return [word for word in words if not word.startswith("data.path=")]
     assert words[0] == "python", f"a command that this test cannot run: {command}"
     words[0] = sys.executable
     if "tools/prepare_data.py" in words:
@@ -34,18 +41,19 @@ def tiny(command: str, steps: int) -> list[str]:
 
 
 def test_the_readme_commands_run(tmp_path: Path) -> None:
-    for folder in ("tools", "ds_configs"):
+    for folder in ("tools", "ds_configs", "slurm"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     commands = readme_commands()
     assert len(commands) >= 12
     steps = 2
     for command in commands:
         steps += 2 if "--resume" in command else 0
         result = subprocess.run(
-            tiny(command, steps), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+            tiny(command, steps), cwd=tmp_path, env=environment(PATH=path), capture_output=True, text=True, timeout=200
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        if "--dry-run" in command:
+        if "--dry-run" in command or "sbatch" in command:
             assert "Memory per rank" in result.stdout
         elif "--resume" in command:
             assert f"step {steps - 2}" in result.stdout and f"step {steps}/{steps}" in result.stdout, result.stdout

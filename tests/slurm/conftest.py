@@ -12,6 +12,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """Three running nodes of the cluster, shared: a test cancels its jobs and restarts the nodes that it killed."""
     reason = slurm_missing()
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(f"needs Slurm: {reason}")
     with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=3) as started:
         yield started

@@ -184,6 +184,11 @@ def test_make_without_a_target_explains_itself() -> None:
         ('<testcase name="a"/><testcase name="b"><skipped message="needs an NVIDIA GPU"/></testcase>', 0),
         ('<testcase name="a"/><testcase name="b"><skipped message="flaky"/></testcase>', 1),
         ('<testcase name="b"><skipped message="needs an NVIDIA GPU"/></testcase>', 1),
+        (
+            '<testcase name="a"/><testcase classname="tests.slurm.test_jobs" name="b"><skipped message="needs Slurm"/>'
+            "</testcase>",
+            1,
+        ),
         ("", 1),
     ],
 )
@@ -197,6 +202,7 @@ def test_skips_without_a_need_fail(tmp_path: Path, cases: str, expected: int) ->
 @pytest.mark.parametrize("packages", ["root with apt-get", "no root", "no apt-get"])
 def test_ci_installs_only_what_is_missing(tmp_path: Path, has_compiler: bool, packages: str) -> None:
     programs = {"make": "echo make $1", "id": f"echo {1000 if packages == 'no root' else 0}"}
+    programs |= dict.fromkeys(("munged", "slurmctld", "slurmd", "sbatch", "shellcheck"), "")
     if has_compiler:
         programs["c++"] = ""
     if packages != "no apt-get":

@@ -26,6 +26,7 @@ FIELDS = {
     "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",
     "profile": "start stop",
+    "cluster": "elastic hang_minutes start_minutes stop_minutes max_failures lost_node_seconds",
 }
 
 
@@ -105,6 +106,8 @@ def test_a_resolved_configuration_loads_back_equal(name: str) -> None:
         ("data", "blend", ["a"], "must be a mapping, not a list"),
         ("parallel", "tensor", 0, "must be >= 1"),
         ("checkpoint", "keep_last", 0, "must be >= 1"),
+        ("cluster", "max_failures", 0, "must be >= 1"),
+        ("cluster", "hang_minutes", 0, "must be > 0"),
     ],
 )
 def test_wrong_values_are_told_in_one_line(section: str, field: str, value: object, remedy: str) -> None:

@@ -139,6 +139,12 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "ZeRO stage 3 only, not 2",
         ),
         ({"deepspeed": {"train_batch_size": 8}}, 1, "deepspeed.train_batch_size", "set train.global_batch_size"),
+        (
+            {"cluster": {"hang_minutes": 5.0}, "parallel": {"timeout_minutes": 5.0}},
+            1,
+            "cluster.hang_minutes",
+            "must be less than parallel.timeout_minutes 5.0, after which stuck ranks end by themselves",
+        ),
     ],
 )
 def test_each_rule(sections: dict[str, dict[str, Any]], world_size: int, field: str, remedy: str) -> None:
@@ -165,6 +171,7 @@ def test_each_rule(sections: dict[str, dict[str, Any]], world_size: int, field: 
         ({"train": {"precision": "fp16"}, **ZERO_1}, 1),
         ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}}, 1),
         ({"deepspeed": {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}}}, 1),
+        ({"cluster": {"hang_minutes": 4.9}, "parallel": {"timeout_minutes": 5.0}}, 1),
     ],
 )
 def test_what_is_allowed(sections: dict[str, dict[str, Any]], world_size: int) -> None:

@@ -62,6 +62,7 @@ def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest
     ("error", "event", "code"),
     [
         (TrainingStopped("step 3: no number", {"step": 3, "loss": float("nan")}), "stopped", ExitCode.NON_FINITE),
+        (TrainingStopped("as asked", {"step": 3}, ExitCode.PREEMPTED), "preempted", ExitCode.PREEMPTED),
         (KeyboardInterrupt(), "interrupted", ExitCode.INTERRUPTED),
         (OSError("disk full"), "failed", ExitCode.FAILED),
     ],
@@ -72,8 +73,9 @@ def test_how_a_run_ended_is_an_event(tmp_path: Path, error: BaseException, event
         raise error
     last = read_record(tmp_path / "run" / "events.jsonl")[-1]
     assert (last["event"], last["exit_code"]) == (event, code)
-    if event == "stopped":
-        assert (last["step"], last["loss"]) == (3, "nan")
+    if isinstance(error, TrainingStopped):
+        assert (last["step"], last["reason"]) == (3, str(error))
+        assert last.get("loss") == ("nan" if event == "stopped" else None)
 
 
 def test_an_end_before_the_first_step_is_an_event_of_a_run_that_is_there(tmp_path: Path) -> None:

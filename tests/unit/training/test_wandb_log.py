@@ -140,6 +140,52 @@ def test_a_log_that_cannot_finish_does_not_end_the_run(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "wandb: could not finish (Connection lost)\n"
 
 
+class Recorder:
+    """A wandb run that takes a number of values and then breaks."""
+
+    def __init__(self, takes: int) -> None:
+        self.takes, self.steps = takes, list[int]()
+
+    def log(self, values: object, step: int) -> None:
+        if len(self.steps) == self.takes:
+            raise BrokenPipeError("the service is gone")
+        self.steps.append(step)
+
+
+def test_a_log_begins_anew_once_with_the_last_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mlra_scale.training.wandb_log.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("mlra_scale.training.wandb_log._let_go_of_service", lambda: None)
+    runs = [Recorder(3), Recorder(6), Recorder(9)]
+    log = WandbLog(runs[0], lambda: runs[1])
+    for step in range(7):
+        clock[0] += 25.0
+        log.log(step, {"loss": 1.0})
+    # Step 3 broke; 2 and 1 were less than a minute before it.
+    assert [run.steps for run in runs] == [[0, 1, 2], [1, 2, 3, 4, 5, 6], []]
+    assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\nwandb: started again\n"
+    log.log(7, {"loss": 1.0})
+    log.log(8, {"loss": 1.0})
+    assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\n", "no third run"
+
+
+def test_a_log_that_cannot_begin_anew_forgets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("mlra_scale.training.wandb_log._let_go_of_service", lambda: None)
+    log = WandbLog(Recorder(0), refuse)
+    log.log(0, {"loss": 1.0})
+    assert capsys.readouterr().out.endswith("wandb: cannot be started again (no space left)\n")
+    log.log(1, {"loss": 1.0})
+    log.finish(0)
+    assert capsys.readouterr().out == ""
+
+
 KILL_SERVICE = """
 import os, signal
 for entry in os.listdir("/proc"):
@@ -159,6 +205,32 @@ def test_a_killed_service_changes_neither_the_end_nor_the_exit_code(tmp_path: Pa
     result = run_script("offline", tmp_path / "run", {}, script=script)
     assert result.stdout.startswith("mode offline\nwandb: could not finish (")
     assert "Traceback" not in result.stderr and result.returncode == 0
+
+
+TERMINATED_SERVICE = (
+    SCRIPT.split("log.finish")[0]
+    + KILL_SERVICE.replace("SIGKILL", "SIGTERM")
+    + """
+import time
+for step in range(int(first) + 3, int(first) + 8):
+    time.sleep(0.3)
+    log.log(step, {"step": step, "loss": 1.0 / (step + 1)})
+print("mode", log.mode)
+log.finish(0, {"loss_last": 0.125})
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find wandb's service process")
+def test_a_run_whose_service_is_asked_to_end_goes_on(tmp_path: Path) -> None:
+    """A cluster that asks a job to stop asks all of its processes; the last steps come after that, and none is lost."""
+    result = run_script("offline", tmp_path / "run", {}, script=TERMINATED_SERVICE)
+    lines = result.stdout.splitlines()
+    assert lines[0] == lines[-1] == "mode offline" and "wandb: started again" in lines, result.stdout
+    assert "Traceback" not in result.stderr
+    rows = {row["_step"]: row["loss"] for row in history(tmp_path / "run")}
+    assert rows == {step: pytest.approx(1 / (step + 1)) for step in range(8)}
+    assert len(set(run_ids(tmp_path / "run"))) == 1
 
 
 @pytest.mark.parametrize(

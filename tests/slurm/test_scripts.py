@@ -1,0 +1,93 @@
+"""The shell files of slurm/: sound, accepted by Slurm as they stand, and with a plan that can be seen before."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.config.presets import DEEP_LAYERS
+from tests.slurm.cluster import SlurmCluster
+from tests.support.training_runs import ROOT, environment
+
+FOLDER = ROOT / "slurm"
+FILES = sorted(path for path in FOLDER.glob("*.sh") if path.name != "launch.sh")
+NAMES = [path.name for path in FILES]
+
+
+def directive(path: Path, name: str) -> str:
+    """The value of an #SBATCH line."""
+    found = re.search(rf"^#SBATCH --{name}=(\S+)", path.read_text(), re.MULTILINE)
+    assert found is not None, (path, name)
+    return found[1]
+
+
+def dry_run(path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The plan, as a user sees it before submitting."""
+    return subprocess.run(
+        ["bash", str(path), *arguments],
+        cwd=ROOT,
+        env={**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_depth_has_its_pair() -> None:
+    depths = {f"train_{kind}_{depth}L.sh" for kind in ("mlra", "dense") for depth in DEEP_LAYERS}
+    assert set(NAMES) == depths | {"pretrain_zero3.sh"}
+
+
+def test_twins_differ_in_the_model_only() -> None:
+    for depth in DEEP_LAYERS:
+        mlra, dense = ((FOLDER / f"train_{kind}_{depth}L.sh").read_text() for kind in ("mlra", "dense"))
+        swapped = mlra.replace("gpt2-mlra-", "gpt2-").replace("train_mlra", "train_X").replace("mlra-", "dense-")
+        assert [line for line in swapped.splitlines()[2:] if "train_X" not in line] == [
+            line for line in dense.splitlines()[2:] if "train_dense" not in line
+        ]
+
+
+@pytest.mark.parametrize("path", [*FILES, FOLDER / "launch.sh"], ids=lambda path: path.name)
+def test_bash_and_shellcheck_find_nothing(path: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(path)], timeout=30, check=False).returncode == 0
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck (Debian: shellcheck)")
+    command = ["shellcheck", "--external-sources", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_plan_fits_the_documented_nodes(path: Path) -> None:
+    ranks = int(directive(path, "nodes")) * int(directive(path, "gpus-per-node"))
+    plan = dry_run(path, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert f"{ranks} rank(s)" in plan.stdout and "Memory per rank" in plan.stdout
+    table = (ROOT / "docs" / "slurm.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("|") and f"`{path.name}`" in line)
+    assert row.endswith(f"| {directive(path, 'nodes')} |")
+    # One of its GPUs of 80 GB must hold it.
+    sums = [line.split()[-3] for line in plan.stdout.splitlines() if re.match(r"^ +\d+( +\d+\.\d+){9}$", line)]
+    assert sums and all(float(value) < 70 for value in sums)
+    # Whoever changes the number of nodes on the command line of sbatch sees that plan too.
+    more = dry_run(path, "--dry-run", PROCESSES_PER_NODE="16")
+    assert f"{2 * ranks} rank(s)" in more.stdout, more.stderr
+
+
+def test_outside_of_a_job_only_the_plan_is_shown() -> None:
+    result = dry_run(FILES[0], "train.steps=5")
+    assert result.returncode == 2 and "Submit it: sbatch" in result.stderr
+
+
+def test_slurm_accepts_every_file_as_it_stands(cluster: SlurmCluster) -> None:
+    cluster.start_nodes(max(int(directive(path, "nodes")) for path in FILES))
+    for path in FILES:
+        result = cluster.run("sbatch", "--test-only", f"slurm/{path.name}", "data.path=x", cwd=ROOT)
+        assert "to start at" in result.stderr and " processors on nodes " in result.stderr, result.stderr
+    more = cluster.run("sbatch", "--test-only", "--nodes=2", "--time=1:00:00", f"slurm/{FILES[0].name}", cwd=ROOT)
+    assert "to start at" in more.stderr

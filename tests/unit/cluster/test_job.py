@@ -1,0 +1,347 @@
+"""From one attempt to the next, with stand-ins for Slurm's commands; tests/slurm has the real ones."""
+
+import json
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.cluster import attempt, job, slurm
+from mlra_scale.cluster.job import Job, Settings, main
+from mlra_scale.cluster.job_file import Attempt, JobFile
+from mlra_scale.cluster.slurm import Allocation
+from mlra_scale.config import ConfigError
+from tests.unit.cluster.player import DRY_RUN_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
+
+SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.unit.cluster.player import main\nsys.exit(main())\n"
+SCONTROL = """#!/bin/sh
+case "$*" in
+*"show hostnames"*) printf 'a\\nb\\n' ;;
+*"show node"*) echo "NodeAddr=127.0.0.1" ;;
+*"show job"*) echo "JobId=41 JobState=$TEST_JOB_STATE Restarts=$TEST_RESTARTS ExcNodeList=(null)" ;;
+*) echo "$@" >> "$TEST_RECORD/scontrol"
+   case "$*" in "$TEST_REFUSED"*) echo "refused" >&2; exit 1 ;; esac ;;
+esac
+"""
+pytestmark = pytest.mark.timeout(60)
+
+
+class Desk:
+    """Starts jobs on plays.
+
+    Attributes:
+        run: Their run directory.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder, self._monkeypatch = folder, monkeypatch
+        self.run = folder / "run"
+
+    def job(self, *overrides: str, **plays: str) -> int:
+        """Runs a job; returns its exit code."""
+        texts = {node: textwrap.dedent(play) for node, play in plays.items()}
+        self._monkeypatch.setenv(PLAYS_VARIABLE, json.dumps(texts))
+        return main(["--preset", "debug", "--run-dir", str(self.run), "train.device=cpu", *overrides])
+
+    @property
+    def file(self) -> JobFile:
+        return JobFile.read(self.run / "job.json")
+
+    @property
+    def ends(self) -> list[tuple[str | None, list[str]]]:
+        return [(attempt.end, attempt.nodes) for attempt in self.file.attempts]
+
+    @property
+    def orders(self) -> list[str]:
+        path = self._folder / "scontrol"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        RECORD_VARIABLE: str(tmp_path),
+        "TEST_JOB_STATE": "RUNNING",
+        "TEST_RESTARTS": "2",
+        "TEST_REFUSED": "nothing",
+        "TEST_JOB": str(os.getpid()),
+        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_NAME": "deep",
+        "SLURM_JOB_NODELIST": "n",
+        "SLURM_RESTART_COUNT": "2",
+        "SLURMD_NODENAME": "a",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(attempt, "Hub", QuickHub)
+    for name, seconds in (("EVIDENCE", 0.2), ("END", 1.0), ("KILL", 1.5), ("SRUN", 0.5)):
+        monkeypatch.setattr(attempt, f"_{name}_SECONDS", seconds)
+    monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield Desk(tmp_path, monkeypatch)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -> None:
+    play = """
+        number = int(me.name == "b")
+        me.join()
+        print("hello from", me.name, flush=True)
+        me.report(rank(number))
+        me.meet(me.run_id)
+        if me.run_id == "attempt-001":
+            me.end(failure(number, 1, number, "ValueError: odd"))
+        me.end()
+    """
+    assert desk.job(a=play, b=play) == 0
+    file = desk.file
+    assert (file.state, file.reason, file.job_id, file.name, file.num_requeues) == (
+        "done",
+        "all steps are done",
+        "41",
+        "deep",
+        2,
+    )
+    assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])] and desk.orders == []
+    first, second = file.attempts
+    assert first.reason == "rank 0 on a ended with exit code 1 (FAILED): ValueError: odd" and len(first.failures) == 2
+    assert (second.number, second.num_ranks, second.failures) == (2, 2, [])
+    assert second.first_step_seconds is not None and second.ended is not None
+    console = (desk.run / "logs" / "console.log").read_text()
+    assert console.count("hello from a\n") == 2 and "attempt 1 ended: failed: rank 0 on a" in console
+    assert file.console == str(desk.run / "logs" / "console.log")
+
+
+CHECKPOINT = """
+import datetime
+with open(me.logs.parent.parent / "events.jsonl", "a") as file:
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    file.write('{"time": "%s", "event": "checkpoint"}\\n' % time)
+"""
+FAIL = "me.connect(); me.end(failure(0, 1, 0, 'odd'))"
+
+
+def test_a_checkpoint_begins_the_count_of_failures_anew(desk: Desk) -> None:
+    indented = textwrap.indent(CHECKPOINT, "    ")
+    assert desk.job("cluster.max_failures=2", a=f"if me.run_id == 'attempt-002':\n{indented}\n{FAIL}") == 1
+    assert [attempt.has_progressed for attempt in desk.file.attempts] == [False, True, False, False]
+    assert desk.file.state == "failed" and desk.file.reason.startswith("2 failures in a row") and desk.orders == []
+
+
+def test_a_signal_to_the_job_sends_it_back_to_the_queue(desk: Desk) -> None:
+    play = """
+        number = int(me.name == "b")
+        me.join()
+        me.report(rank(number))
+        if number:
+            time.sleep(0.5)
+            os.kill(int(os.environ["TEST_JOB"]), signal.SIGUSR1)
+        me.wait_for("stop")
+        me.end(failure(number, 5))
+    """
+    assert desk.job(a=play, b=play) == 0
+    assert desk.file.state == "preempted" and desk.ends == [("preempted", ["a", "b"])]
+    assert desk.orders == ["requeue 41"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "it is Slurm's way of ending the script now"
+
+
+BAD = "me.connect(); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(0, 6))"
+
+
+def test_a_bad_node_is_excluded(desk: Desk) -> None:
+    assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
+    assert desk.file.excluded == {"b": "wrong sum"} and desk.file.state == "requeued"
+    assert desk.orders == ["requeue 41", "update JobId=41 ExcNodeList=b"]
+
+
+def test_an_elastic_job_goes_on_without_it(desk: Desk) -> None:
+    a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
+    assert desk.job("cluster.elastic=true", a=a, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
+    assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
+    assert "parallel.world_size=1" in json.loads((desk.run.parent / "srun.json").read_text())["command"]
+
+
+def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) -> None:
+    play = "me.join(); me.report(rank(0)); time.sleep(0.3); os._exit(1)"
+    assert desk.job(a="me.join(); me.report(rank(1)); me.obey_kill(1)", b=play) == 0
+    assert desk.ends == [("lost_node", ["a", "b"])] and desk.file.state == "requeued"
+    assert desk.orders == ["update JobId=41 NodeList=a", "requeue 41"] and desk.file.excluded == {}
+
+
+def test_what_the_dry_run_refuses_is_not_tried(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DRY_RUN_VARIABLE, "2")
+    assert desk.job() == 2
+    assert desk.file.state == "failed" and desk.file.attempts == [] and desk.orders == []
+
+
+DONE = "me.connect(); me.end()"
+
+
+def test_a_dry_run_that_does_not_come_back_says_nothing_against_the_input(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_CHECK_SECONDS", 0.001)
+    assert desk.job(a=DONE, b=DONE) == 0
+    assert desk.ends == [("failed", ["a"]), ("done", ["a", "b"])]
+
+
+def test_a_dry_run_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DRY_RUN_VARIABLE, "1")
+    assert desk.job("cluster.max_failures=1", a=DONE, b=DONE) == 1
+    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])]
+
+
+class Full:
+    """A standard output on a disk that is full."""
+
+    buffer = property(lambda self: self)
+
+    def write(self, text: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.xfail(raises=OSError, reason="what Slurm writes the script's output to may be on the disk that is full")
+def test_a_full_disk_under_the_output_does_not_end_the_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Full())
+    play = "me.connect(); print('hello', flush=True); me.end()"
+    assert desk.job(a=play, b=play) == 0
+    assert desk.file.state == "done"
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "refused", "code", "job_state", "orders"),
+    [
+        ("COMPLETING", "3", "nothing", 0, "requeued", []),
+        ("COMPLETING", "2", "nothing", 0, "cancelled", []),
+        ("RUNNING", "2", "requeue", 1, "failed", ["requeue 41"] * 3),
+        pytest.param(
+            "RUNNING",
+            "2",
+            "update",
+            0,
+            "requeued",
+            ["requeue 41", *["update JobId=41 ExcNodeList=b"] * 3],
+            marks=pytest.mark.xfail(reason="the job is in the queue again, and yet said to have failed"),
+        ),
+    ],
+)
+def test_what_slurm_makes_of_it(
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    restarts: str,
+    refused: str,
+    code: int,
+    job_state: str,
+    orders: list[str],
+) -> None:
+    monkeypatch.setenv("TEST_JOB_STATE", state)
+    monkeypatch.setenv("TEST_RESTARTS", restarts)
+    monkeypatch.setenv("TEST_REFUSED", refused)
+    assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == code
+    assert desk.file.state == job_state and desk.orders == orders
+
+
+def test_attempts_that_were_killed_with_their_job_are_settled(desk: Desk) -> None:
+    """Two have completed a checkpoint, as the run's record says."""
+    desk.run.mkdir()
+    times = [f"2026-01-0{day}T00:00:00+00:00" for day in (1, 3, 5)]
+    attempts = [Attempt(number, "41", ["a"], 1, started=time) for number, time in enumerate(times, 1)]
+    JobFile(desk.run / "job.json", "41", attempts=attempts).write()
+    event = '{"time": "2026-01-04T00:00:00.5+00:00", "event": "checkpoint"}\n'
+    (desk.run / "events.jsonl").write_text(event)
+    allocation = Allocation("41", "deep", ("a",), "a", 1)
+    Job(["--run-dir", str(desk.run), "--preset", "debug"], allocation, Settings(1, "cpu", (), ("python",)))
+    settled = desk.file.attempts
+    assert [attempt.end for attempt in settled] == ["failed"] * 3 and settled[
+        0
+    ].reason == "killed together with its job"
+    assert [attempt.has_progressed for attempt in settled[1:]] == [True, False]
+
+
+@pytest.mark.xfail(reason="failures of another job in the same run directory, whose cause was mended, count on")
+def test_a_new_job_counts_its_own_failures(desk: Desk) -> None:
+    desk.run.mkdir()
+    time = "2026-01-01T00:00:00+00:00"
+    attempts = [Attempt(number, "40", ["a"], 1, started=time, ended=time, end="failed") for number in (1, 2, 3)]
+    JobFile(desk.run / "job.json", "40", attempts=attempts).write()
+    a = f"if me.run_id == 'attempt-005':\n    me.connect(); me.end()\n{FAIL}"
+    assert desk.job(a=a, b="me.connect(); me.end()") == 0
+    assert [end for end, _ in desk.ends] == ["failed"] * 4 + ["done"]
+
+
+@pytest.mark.xfail(raises=ZeroDivisionError, reason="the batch is divided over no node")
+def test_an_allocation_without_a_usable_node_goes_back(desk: Desk) -> None:
+    desk.run.mkdir()
+    JobFile(desk.run / "job.json", "41", excluded={"a": "ECC", "b": "ECC"}).write()
+    assert desk.job() == 0
+    assert desk.file.state == "requeued" and desk.orders[:1] == ["requeue 41"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Settings(1, "cpu", (), (sys.executable,))),
+        ({"SLURM_GPUS_ON_NODE": "0"}, Settings(1, "cpu", (), (sys.executable,))),
+        ({"SLURM_GPUS_ON_NODE": "8"}, Settings(8, "cuda", (), (sys.executable,))),
+        ({"SLURM_JOB_GPUS": "0,1,5"}, Settings(3, "cuda", (), (sys.executable,))),
+        ({"SLURM_GPUS_ON_NODE": "8", "PROCESSES_PER_NODE": "4"}, Settings(4, "cuda", (), (sys.executable,))),
+        ({"PROCESSES_PER_NODE": "4"}, Settings(4, "cpu", (), (sys.executable,))),
+        (
+            {"MLRA_PYTHON": "apptainer exec --nv 'my image.sif' python3", "MLRA_SRUN_ARGUMENTS": "--mem=0 -v"},
+            Settings(1, "cpu", ("--mem=0", "-v"), ("apptainer", "exec", "--nv", "my image.sif", "python3")),
+        ),
+    ],
+)
+def test_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Settings
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # also where this machine has GPUs
+    assert Settings.of(environment) == expected
+
+
+def test_gpus_that_slurm_does_not_count_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: x (UUID: 1)'\necho '  MIG'\necho 'GPU 1: x'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Settings.of({}).processes == 2 and Settings.of({}).device == "cuda"
+    assert Settings.of({"SLURM_GPUS_ON_NODE": "0"}).device == "cpu"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "all", "1.5"])
+def test_a_number_of_processes_that_is_none_is_told(value: str) -> None:
+    with pytest.raises(ConfigError, match="PROCESSES_PER_NODE"):
+        Settings.of({"PROCESSES_PER_NODE": value})
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--preset", "debug"], ["--preset", "nothing", "--run-dir", "x"], ["--run-dir", "x", "train.stops=1"]]
+)
+def test_bad_input_is_told_before_anything_is_there(
+    desk: Desk, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk.run.parent)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("mlra_scale.cluster.job: bad input\n  ")
+    assert not (desk.run.parent / "x").exists()
+
+
+def test_outside_of_a_job_nothing_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert main(["--preset", "debug", "--run-dir", "x"]) == 2
+    assert "this is no Slurm job" in capsys.readouterr().err

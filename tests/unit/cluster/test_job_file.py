@@ -1,0 +1,133 @@
+"""job.json: what is written is read again, and nothing half-written or foreign is taken for it."""
+
+import json
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.cluster.job_file import Attempt, JobFile, now
+
+
+def filled(path: Path) -> JobFile:
+    attempts = [
+        Attempt(
+            1,
+            "7",
+            ["a", "b"],
+            4,
+            ended=now(),
+            end="hung",
+            reason="rank 1",
+            has_progressed=True,
+            failures=["rank 1 \u00e9"],
+            first_step_seconds=2.5,
+        ),
+        Attempt(2, "7", ["a"], 2),
+    ]
+    return JobFile(
+        path, "7", "name", ["--preset", "debug"], "running", "why", steps=9, excluded={"b": "ECC"}, attempts=attempts
+    )
+
+
+def test_it_survives_being_written_down(tmp_path: Path) -> None:
+    file = filled(tmp_path / "job.json")
+    file.write()
+    assert asdict(JobFile.read(file.path)) == asdict(file)
+    assert datetime.now(UTC) - datetime.fromisoformat(file.updated) < timedelta(seconds=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+
+
+def test_its_keys_are_frozen(tmp_path: Path) -> None:
+    """Other programs read it."""
+    file = filled(tmp_path / "job.json")
+    file.write()
+    values = json.loads(file.path.read_text())
+    assert [*values] == (
+        [
+            "job_id",
+            "name",
+            "command",
+            "state",
+            "reason",
+            "updated",
+            "steps",
+            "num_requeues",
+            "console",
+            "excluded",
+            "attempts",
+        ]
+    )
+    assert [*values["attempts"][0]] == (
+        [
+            "number",
+            "job_id",
+            "nodes",
+            "num_ranks",
+            "started",
+            "ended",
+            "end",
+            "reason",
+            "has_progressed",
+            "failures",
+            "first_step_seconds",
+        ]
+    )
+
+
+def test_a_missing_file_is_a_job_without_attempts(tmp_path: Path) -> None:
+    file = JobFile.read(tmp_path / "job.json")
+    assert (file.state, file.attempts, file.ends) == ("pending", [], [])
+
+
+def test_becoming_is_written(tmp_path: Path) -> None:
+    file = filled(tmp_path / "job.json")
+    file.become("requeued", "node b is lost")
+    read = JobFile.read(file.path)
+    assert (read.state, read.reason) == ("requeued", "node b is lost")
+    file.become("done")
+    assert JobFile.read(file.path).reason == "", "no reason of an earlier state stays"
+
+
+def test_an_attempt_without_an_end_has_failed(tmp_path: Path) -> None:
+    assert filled(tmp_path / "job.json").ends == [("hung", True), ("failed", False)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '"text"',
+        "{}",
+        '{"attempts": 3}',
+        '{"attempts": [3]}',
+        '{"attempts": [{}]}',
+        '{"attempts": [], "unknown": 1}',
+        '{"attempts": [], "path": "x"}',
+    ],
+)
+def test_what_is_none_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"job\.json is no job file of this program .*; move it away"):
+        JobFile.read(path)
+    assert path.read_text() == text
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = filled(tmp_path / "job.json")
+    file.become("running")
+
+    def refuse(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        file.become("done")
+    assert JobFile.read(file.path).state == "running"

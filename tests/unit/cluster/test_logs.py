@@ -1,0 +1,58 @@
+"""Where torchrun puts the output of the ranks."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import start_processes
+
+from mlra_scale.cluster.logs import RankLogs
+
+
+def test_logs_are_named_by_the_global_rank(tmp_path: Path) -> None:
+    environments: dict[int, dict[str, str]] = {local_rank: {} for local_rank in range(2)}
+    places = RankLogs(tmp_path, 6).reify(environments)
+    for local_rank in range(2):
+        name = f"{tmp_path}/rank-{6 + local_rank:05d}"
+        assert places.stdouts[local_rank] == places.tee_stdouts[local_rank] == f"{name}.log"
+        assert places.error_files[local_rank] == f"{name}.error.json"
+        assert environments[local_rank]["TORCHELASTIC_ERROR_FILE"] == f"{name}.error.json"
+    assert places.tee_stderrs == {}
+    assert list(tmp_path.iterdir()) == [], "no folders of torchrun's own"
+
+
+RANK = """
+import os, sys
+os.dup2(1, 2)
+print("out", os.environ["LOCAL_RANK"], flush=True)
+print("error", os.environ["LOCAL_RANK"], file=sys.stderr, flush=True)
+open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").write(sys.argv[1])
+sys.exit(int(os.environ["LOCAL_RANK"]))
+"""
+
+
+def test_processes_of_torchrun_write_there(tmp_path: Path) -> None:
+    """In order, and merged on the console with the rank in front."""
+    left = {"message": {"message": "broken", "extraInfo": {"timestamp": 5}}}
+    context = start_processes(
+        name="rank",
+        entrypoint=sys.executable,
+        args={number: ("-c", RANK, json.dumps(left)) for number in range(2)},
+        envs={number: {"LOCAL_RANK": str(number), "PATH": os.environ["PATH"]} for number in range(2)},
+        logs_specs=RankLogs(tmp_path, 4),
+        log_line_prefixes={0: "[4] ", 1: "[5] "},
+        start_method="spawn",
+    )
+    try:
+        result = context.wait(timeout=30)
+        while result is None:
+            result = context.wait(timeout=30)
+    finally:
+        context.close()
+    assert {name.name for name in tmp_path.iterdir()} >= {"rank-00004.log", "rank-00005.log"}
+    for number in range(2):
+        text = (tmp_path / f"rank-{4 + number:05d}.log").read_text()
+        assert text == f"out {number}\nerror {number}\n"
+    assert [*result.failures] == [1] and result.failures[1].exitcode == 1
+    assert result.failures[1].message == left["message"] and result.failures[1].timestamp == 5

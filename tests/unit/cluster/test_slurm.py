@@ -1,0 +1,178 @@
+"""What is read from Slurm's commands, with small stand-ins for them on PATH."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.cluster import slurm
+from mlra_scale.cluster.slurm import Allocation, SlurmError
+from mlra_scale.config import ConfigError
+
+JOB = (
+    "JobId=41 JobName=mlra UserId=me(1) Restarts=2 JobState=RUNNING Reason=None Requeue=1 ExcNodeList={excluded} "
+    "NodeList=n[1-2] Command=/x/train.sh --preset debug train.steps=8 TRES=cpu=2,node=2 Power="
+)
+Scontrol = Callable[[str], Path]
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scontrol:
+    """Puts a shell script on PATH as scontrol; returns the file in which it notes its arguments."""
+
+    def make(body: str) -> Path:
+        calls = tmp_path / "calls"
+        script = tmp_path / "bin" / "scontrol"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+        return calls
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
+
+
+def cases(**answers: str) -> str:
+    """A body that answers by the second word: `show hostnames ...`, `--oneliner show job`, ..."""
+    lines = [f"*'{key.replace('_', ' ')}'*) cat <<'END'\n{text}\nEND\n;;" for key, text in answers.items()]
+    return 'case "$*" in\n' + "\n".join(lines) + "\nesac"
+
+
+def test_node_lists_are_expanded_by_slurm(scontrol: Scontrol) -> None:
+    calls = scontrol(cases(show_hostnames="n1\nn2\nn7"))
+    assert slurm.hostnames("n[1-2,7]") == ["n1", "n2", "n7"]
+    assert calls.read_text() == "show hostnames n[1-2,7]\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "address"),
+    [
+        ("NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=h1 OS=Linux 5.15.0 #1 SMP a=b", "10.0.0.1"),
+        ("NodeName=n1 Arch=x86_64", "n1"),
+        ("", "n1"),
+    ],
+)
+def test_the_address_of_a_node(scontrol: Scontrol, line: str, address: str) -> None:
+    scontrol(cases(show_node=line))
+    assert slurm.address("n1") == address
+
+
+def test_the_fields_of_a_job(scontrol: Scontrol) -> None:
+    scontrol(cases(show_job=JOB.format(excluded="(null)")))
+    fields = slurm.job_fields("41")
+    assert (fields["JobState"], fields["Restarts"], fields["Power"]) == ("RUNNING", "2", "")
+    assert fields["TRES"] == "cpu=2,node=2", "only the first = counts"
+
+
+def test_requeue(scontrol: Scontrol) -> None:
+    calls = scontrol("")
+    slurm.requeue("41")
+    assert calls.read_text() == "requeue 41\n"
+
+
+@pytest.mark.parametrize(
+    ("excluded", "expected"),
+    [("(null)", "n2,n3"), ("n[1-2]", "n1,n2,n3")],
+)
+def test_excluded_nodes_are_added_to_those_of_the_user(scontrol: Scontrol, excluded: str, expected: str) -> None:
+    calls = scontrol(cases(show_hostnames="n1\nn2", show_job=JOB.format(excluded=excluded)))
+    slurm.exclude("41", ["n3", "n2"])
+    assert calls.read_text().splitlines()[-1] == f"update JobId=41 ExcNodeList={expected}"
+
+
+def test_a_job_is_shrunk_to_the_nodes_that_are_left(
+    scontrol: Scontrol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's command leaves a script where it is called."""
+    calls = scontrol("touch slurm_job_41_resize.sh")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    slurm.shrink("41", ["n1", "n3"])
+    assert calls.read_text() == "update JobId=41 NodeList=n1,n3\n"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_busy_controller_is_asked_again(scontrol: Scontrol, tmp_path: Path) -> None:
+    calls = scontrol(f'[ "$(wc -l < {tmp_path}/calls)" -ge 3 ] || exit 1\necho n1')
+    assert slurm.hostnames("n1") == ["n1"]
+    assert calls.read_text() == "show hostnames n1\n" * 3
+
+
+def test_a_step_does_not_take_the_allocation_for_options() -> None:
+    kept = {"PATH": "/bin", "SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "2", "SLURM_CONF": "/x"}
+    dropped = [
+        "NTASKS",
+        "NPROCS",
+        "NNODES",
+        "NODELIST",
+        "NTASKS_PER_NODE",
+        "DISTRIBUTION",
+        "JOB_NUM_NODES",
+        "JOB_NODELIST",
+    ]
+    assert slurm.step_environment(kept | {f"SLURM_{name}": "64" for name in dropped}) == kept
+
+
+@pytest.mark.xfail(reason="names without SLURM_ in front are dropped too")
+def test_a_step_gets_the_variables_of_the_user() -> None:
+    assert slurm.step_environment({"NPROCS": "4"}) == {"NPROCS": "4"}
+
+
+def test_formats_of_the_user_do_not_reach_the_commands(scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCONTROL_ALL", "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/x")
+    scontrol('echo "a=${SCONTROL_ALL:-unset} b=$SLURM_CONF"')
+    assert slurm.job_fields("41") == {"a": "unset", "b": "/etc/x"}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("echo 'slurm_requeue error: Requested operation is presently disabled' >&2; exit 1", "presently disabled"),
+        ("echo 'said elsewhere'; exit 1", "said elsewhere"),
+    ],
+)
+def test_what_slurm_refuses_is_told(scontrol: Scontrol, body: str, text: str) -> None:
+    scontrol(body)
+    with pytest.raises(SlurmError, match=f"^scontrol requeue 41: .*{text}$"):
+        slurm.requeue("41")
+
+
+def test_a_missing_command_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match=r"scontrol requeue 41: .*No such file"):
+        slurm.requeue("41")
+
+
+def test_a_controller_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(command: list[str], **options: object) -> None:
+        raise subprocess.TimeoutExpired(command, float(str(options["timeout"])))
+
+    monkeypatch.setattr(subprocess, "run", wait)
+    with pytest.raises(SlurmError, match="timed out after 60"):
+        slurm.requeue("41")
+
+
+ENVIRONMENT = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+def test_the_allocation_is_read(scontrol: Scontrol) -> None:
+    scontrol(cases(show_hostnames="n1\nn2"))
+    assert Allocation.of(ENVIRONMENT) == Allocation("41", "mlra-scale", ("n1", "n2"), "n1", 0)
+    more = {**ENVIRONMENT, "SLURM_JOB_NAME": "deep", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "3"}
+    assert Allocation.of(more) == Allocation("41", "deep", ("n1", "n2"), "n2", 3)
+
+
+@pytest.mark.parametrize("present", [set(), {"SLURM_JOB_ID"}, {"SLURM_JOB_NODELIST"}])
+def test_outside_of_a_job_all_that_is_missing_is_told(present: set[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Allocation.of({name: ENVIRONMENT[name] for name in present})
+    assert {problem.field for problem in caught.value.problems} == set(ENVIRONMENT) - present
+    assert "sbatch" in str(caught.value)
