@@ -102,8 +102,8 @@ def _train(asked: Asked, rank: int, overseer: Overseer | None) -> int:
     from mlra_scale.training.report import report_nothing_to_do
     from mlra_scale.training.start import prepare
 
-    start = prepare(asked)
-    with held(start.run) if rank == 0 else contextlib.nullcontext():
+    start, overseer = prepare(asked), overseer or Overseer()
+    with held(start.run, overseer.lock_seconds) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and choose(start.run, asked.resume) != start.choice:
             # Between the check and the lock.
             raise ConfigError([Problem("--run-dir", str(start.run.path), "another run has just used it; look again")])
@@ -111,7 +111,7 @@ def _train(asked: Asked, rank: int, overseer: Overseer | None) -> int:
             if rank == 0:
                 report_nothing_to_do(start)
             return ExitCode.DONE
-        return run(asked, start, overseer or Overseer())
+        return run(asked, start, overseer)
 
 
 def _dry_run(config: Config, rank: int, world_size: int) -> int:

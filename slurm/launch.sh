@@ -1,7 +1,6 @@
 # shellcheck shell=bash
 # Starts a training as a Slurm job; sourced by the sbatch files of this folder, which set
 #   preset, ds_config, layout=(overrides)     what is trained unless the command line says otherwise
-#   nodes_shown, gpus_shown                   for --dry-run outside of a job: read from the file's own #SBATCH lines
 #
 # Everything after the file's name goes to `python -m mlra_scale.train`: flags (--preset, --config, --ds-config,
 # --run-dir, --resume) and dotted overrides. Choices by environment (docs/slurm.md):
@@ -17,7 +16,7 @@ set -euo pipefail
 
 root=${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 cd "$root"
-arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto "${layout[@]}" "$@")
+arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto ${layout[@]+"${layout[@]}"} "$@")
 
 if [[ -n ${CONDA_ENV:-} ]]; then
     # conda's own scripts read variables that may be unset
@@ -58,5 +57,7 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 
-# The batch script becomes the job's process: Slurm's signals reach it and nothing else.
+# The batch script becomes the job's process: Slurm's signals reach it and nothing else. Until it listens they must not
+# end it.
+trap '' USR1
 exec python -u -m mlra_scale.cluster.job --run-dir "$run_dir" "${arguments[@]}"

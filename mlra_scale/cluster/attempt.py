@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub
 from mlra_scale.cluster.hang import Seen, describe, hang_seconds, suspects
 from mlra_scale.cluster.pulse import Beat
 from mlra_scale.cluster.slurm import step_environment
-from mlra_scale.cluster.versions import odd_ones
+from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.training.exit_codes import ExitCode
 
 _EVIDENCE_SECONDS = 5.0
@@ -26,6 +26,8 @@ _EVIDENCE_SECONDS = 5.0
 _END_SECONDS = 60.0
 """After ranks of one node have ended well, how long those of others may take."""
 _STACKS_SECONDS = 2.0
+_CONNECT_SECONDS = 300.0
+"""How long a node may take from srun to its first word: a container must be fetched, a cold file system read."""
 _KILL_SECONDS = 30.0
 """How long killed ranks and their nodes' agents may take to be gone."""
 _SRUN_SECONDS = 3.0
@@ -41,9 +43,11 @@ class Plan:
         processes: Ranks on each node.
         device: `cuda` or `cpu`.
         master: Address of the first node.
-        job_address: Address of this process's node.
+        here: Name of this process's node.
+        job_address: Its address.
         training: Arguments of the training.
         logs: Folder of this attempt's logs; it exists.
+        nonce: What the file `nonce` in it holds: a node that does not find it there does not share the run directory.
         srun: Further arguments of srun.
         python: What the agent of a node is started by: an interpreter, with a container's command before it perhaps.
         start_seconds: How long ranks may take to their first step.
@@ -56,9 +60,11 @@ class Plan:
     processes: int
     device: str
     master: str
+    here: str
     job_address: str
     training: tuple[str, ...]
     logs: Path
+    nonce: str
     srun: tuple[str, ...]
     python: tuple[str, ...]
     start_seconds: float
@@ -76,12 +82,15 @@ class _Failure:
     code: int
     time: float
     message: str
+    is_ours: bool = False
+    """Killed on our order, after the cause."""
 
     def __str__(self) -> str:
         if self.rank is None:
             return f"{self.node}: {self.message}"
         if self.code < 0:
-            return f"rank {self.rank} on {self.node} was killed by {signal.Signals(-self.code).name}"
+            names = {number.value: number.name for number in signal.Signals}
+            return f"rank {self.rank} on {self.node} was killed by {names.get(-self.code, f'signal {-self.code}')}"
         name = ExitCode(self.code).name if self.code in tuple(ExitCode) else "unknown"
         detail = f": {self.message}" if self.message and self.code == ExitCode.FAILED else ""
         return f"rank {self.rank} on {self.node} ended with exit code {self.code} ({name}){detail}"
@@ -94,6 +103,7 @@ class _Node:
     heard: float
     has_connected: bool = False
     has_ended: bool = False
+    has_reported: bool = False
     is_lost: bool = False
     versions: dict[str, str] = field(default_factory=dict)
     ranks: list[Seen] = field(default_factory=list)
@@ -180,7 +190,8 @@ class Attempt:
         step += [*plan.srun, *plan.python, "-u", "-m", "mlra_scale.cluster.node"]
         step += [f"--job={plan.job_address}:{port}", f"--master={plan.master}:{free_port()}"]
         step += [f"--run-id={plan.logs.name}", f"--nodes={number}", f"--processes={plan.processes}"]
-        step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--start-seconds={plan.start_seconds}"]
+        step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--nonce={plan.nonce}"]
+        step += [f"--start-seconds={plan.start_seconds}"]
         step += [f"--lost-seconds={plan.lost_seconds}", "--", *plan.training]
         return subprocess.Popen(
             step,
@@ -194,39 +205,49 @@ class Attempt:
 
     def _hear(self, hub: Hub, seconds: float) -> None:
         for heard in hub.poll(seconds):
-            node = self._nodes.get(heard.node)
-            if node is None:
-                continue
-            now = node.heard = time.monotonic()
-            if heard.message is None:
-                if self._killed_at is not None:
-                    node.has_ended = True
-                elif not node.has_ended:
-                    # srun ends all tasks where it cannot start one of them.
-                    unheard = [name for name, other in self._nodes.items() if not other.has_connected]
-                    for name in unheard:
-                        self._lose(name, "its agent could not be started")
-                    if not unheard:
-                        self._lose(heard.node, "its connection broke")
-            elif "versions" in heard.message:
-                node.has_connected, node.versions = True, heard.message["versions"]
-                if all(other.has_connected for other in self._nodes.values()):
-                    self._blame(odd_ones({name: other.versions for name, other in self._nodes.items()}))
-            elif "ranks" in heard.message:
-                node.ranks = [
-                    Seen(heard.node, Beat(**rank["beat"]), rank["silence"], rank["state"])
-                    for rank in heard.message["ranks"]
-                ]
-            elif "signalled" in heard.message:
-                self._stop(hub, f"{heard.node} was signalled")
-            elif "bad_nodes" in heard.message:
-                self._blame(heard.message["bad_nodes"])
-            elif "ended" in heard.message:
+            if heard.node in self._nodes:
+                try:
+                    self._take(hub, heard, self._nodes[heard.node])
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    # From another version of this package, perhaps: its node is then named as one.
+                    self._say(f"{heard.node} said something that is not understood: {error}")
+
+    def _take(self, hub: Hub, heard: Heard, node: _Node) -> None:
+        now = node.heard = time.monotonic()
+        if heard.message is None:
+            if self._killed_at is not None:
                 node.has_ended = True
-                self._take_end(heard.node, heard.message["ended"]["failures"], now)
+            elif not node.has_ended:
+                # srun ends all tasks where it cannot start one of them.
+                unheard = [name for name, other in self._nodes.items() if not other.has_connected]
+                for name in unheard:
+                    self._lose(name, "its agent could not be started")
+                if not unheard:
+                    self._lose(heard.node, "its connection broke")
+        elif "versions" in heard.message:
+            node.has_connected, node.versions = True, heard.message["versions"]
+            if all(other.has_connected for other in self._nodes.values()):
+                self._blame(odd_ones({name: other.versions for name, other in self._nodes.items()}, versions()))
+        elif "ranks" in heard.message:
+            node.ranks = [
+                Seen(heard.node, Beat(**rank["beat"]), rank["silence"], rank["state"])
+                for rank in heard.message["ranks"]
+            ]
+        elif "signalled" in heard.message:
+            self._stop(hub, f"{heard.node} was signalled")
+        elif "bad_nodes" in heard.message:
+            self._blame(heard.message["bad_nodes"])
+        elif "ended" in heard.message:
+            node.has_ended = node.has_reported = True
+            self._take_end(heard.node, heard.message["ended"]["failures"], now)
+            self._blame(heard.message["ended"].get("bad_nodes", {}))
 
     def _take_end(self, name: str, failures: Sequence[dict[str, Any]], now: float) -> None:
-        found = [_Failure(name, item["rank"], item["code"], item["time"], item["message"]) for item in failures]
+        are_ours = self._killed_at is not None
+        found = [
+            _Failure(name, item["rank"], item["code"], item["time"], item["message"], are_ours and item["code"] == -9)
+            for item in failures
+        ]
         self._failures += found
         if not found:
             self._kill_after(_END_SECONDS)
@@ -241,11 +262,12 @@ class Attempt:
         now, plan = time.monotonic(), self._plan
         if now - self._pinged_at > 1.0:
             self._pinged_at = now
-            hub.send({"order": "none"})  # what tells a node that the job is there
+            # Tells a node that the job is there; a stop also reaches nodes that were not there when it was asked for.
+            hub.send({"order": "none" if self._stopping_since is None else "stop"})
         if self._is_stop_asked():
             self._stop(hub, "the job was signalled")
         for name, node in self._nodes.items():
-            patience = plan.lost_seconds if node.has_connected else max(plan.lost_seconds, 120.0)
+            patience = plan.lost_seconds if node.has_connected else _CONNECT_SECONDS
             if not node.has_ended and not node.is_lost and now - node.heard > patience:
                 self._lose(name, f"nothing was heard of it for {patience:.0f} s")
         seen = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
@@ -277,6 +299,14 @@ class Attempt:
             hub.send({"order": "stop"})
 
     def _lose(self, name: str, why: str) -> None:
+        if name == self._plan.here:
+            # This process lives there: the node does too.
+            self._nodes[name].has_ended = True
+            if self._verdict is None and self._kill_at is None:
+                self._verdict = ("failed", f"the agent of {name} ended without a word ({why})")
+                self._say(self._verdict[1])
+            self._kill_after(0.0)
+            return
         self._nodes[name].is_lost = True
         if self._verdict is None and self._kill_at is None:
             self._verdict = ("lost_node", f"node {name} is lost: {why}")
@@ -315,19 +345,24 @@ class Attempt:
 
     def _ordered_failures(self) -> list[_Failure]:
         """The cause first: what was killed, then the earliest; ranks that died of another's death come later."""
-        return sorted(self._failures, key=lambda failure: (failure.code >= 0, failure.time))
+        return sorted(self._failures, key=lambda failure: (failure.is_ours, failure.code >= 0, failure.time))
 
     def _result(self, srun_code: int) -> tuple[str, str, dict[str, str]]:
         codes = {failure.code for failure in self._failures}
         failures = self._ordered_failures()
         cause = str(failures[0]) if failures else ""
-        if all(node.has_ended for node in self._nodes.values()) and not failures:
+        if all(node.has_reported for node in self._nodes.values()) and not failures and not self._bad_nodes:
             return "done", "all steps are done", {}
+        if self._verdict is not None and self._verdict[0] == "bad_node":
+            return *self._verdict, self._bad_nodes
+        refused = [failure for failure in failures if failure.code == ExitCode.BAD_INPUT]
+        if refused and all(failure.rank != 0 for failure in refused):
+            # The first node has found nothing wrong: a file or a device is missing on these only.
+            bad = {failure.node: f"{failure}; see its log in {self._plan.logs}" for failure in refused}
+            return "bad_node", "; ".join(bad.values()), bad
         for code, kind in ((ExitCode.BAD_INPUT, "bad_input"), (ExitCode.NON_FINITE, "non_finite")):
             if code in codes:
                 return kind, next(str(failure) for failure in failures if failure.code == code), {}
-        if self._verdict is not None and self._verdict[0] == "bad_node":
-            return *self._verdict, self._bad_nodes
         if ExitCode.PREEMPTED in codes:
             return "preempted", "stopped by a signal, with a checkpoint", {}
         lost = {name: "was lost" for name, node in self._nodes.items() if node.is_lost}

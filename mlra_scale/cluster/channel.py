@@ -17,6 +17,7 @@ from typing import Any
 
 TOKEN_VARIABLE = "MLRA_SCALE_JOB_TOKEN"
 _LONGEST_LINE = 1 << 24
+_LAST_WORDS_SECONDS = 5.0
 
 Message = dict[str, Any]
 
@@ -56,7 +57,7 @@ class _Lines:
             return None
         try:
             messages = [json.loads(line) for line in lines if line]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None  # none of ours
         return messages if all(isinstance(message, dict) for message in messages) else None
 
@@ -128,7 +129,8 @@ class Hub:
         if messages and name is None:
             greeting = messages[0]
             name = str(greeting.get("node"))
-            if not hmac.compare_digest(str(greeting.get("token")), self._token) or name in self._nodes:
+            token = str(greeting.get("token")).encode()
+            if not hmac.compare_digest(token, self._token.encode()) or name in self._nodes:
                 name, messages = None, None
             else:
                 del greeting["token"]
@@ -168,6 +170,8 @@ class Link:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
+        # Small messages must not wait for the answer to the one before.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines = _Lines(connection)
         self._lines.write(greeting)
         self.is_open = True
@@ -187,9 +191,18 @@ class Link:
         return messages or []
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection, after all that was said has been heard.
+
+        A socket that is closed with unread orders in it would throw away what is still on its way.
+        """
         self.is_open = False
-        self._lines.connection.close()
+        connection = self._lines.connection
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(_LAST_WORDS_SECONDS)
+            while connection.recv(1 << 16):
+                continue
+        connection.close()
 
     def fileno(self) -> int:
         """For selectors."""

@@ -11,6 +11,7 @@ from mlra_scale.cluster.pulse import Beat
 SILENT_SECONDS = 10.0
 """A process that works, waits or computes sends a beat every second; after so many without one it stands still."""
 
+_NAMED = 8
 _BEFORE_TRAINING = ("starting", "connecting", "checking", "preparing")
 
 
@@ -47,8 +48,8 @@ def suspects(seen: Sequence[Seen]) -> dict[int, str]:
     """Finds the ranks that the others wait for.
 
     Returns:
-        By rank, what marks it: it gives no sign of life; or it is at an earlier step; or it is the odd one out in what
-        it does or where it is in the program. Empty where nothing tells one rank from another.
+        By rank, what marks it: it gives no sign of life; or it is at another step than most; or it is the odd one out
+        in what it does or where it is in the program. Empty where nothing tells one rank from another.
     """
     silent = {
         rank.beat.rank: f"no sign of life for {rank.silence:.0f} s (process {rank.beat.pid} on {rank.node}: "
@@ -58,26 +59,20 @@ def suspects(seen: Sequence[Seen]) -> dict[int, str]:
     }
     if silent:
         return silent
-    ahead = max((rank.beat.step for rank in seen), default=0)
-    behind = {
-        rank.beat.rank: f"is at {_where(rank.beat)} on {rank.node}, while others are at step {ahead}"
-        for rank in seen
-        if rank.beat.step < ahead
-    }
-    return behind or _odd(seen)
+    by_step = _odd(seen, [f"step {rank.beat.step}" for rank in seen])
+    return by_step or _odd(seen, [f"{rank.beat.doing}, {rank.beat.place}" for rank in seen])
 
 
-def _odd(seen: Sequence[Seen]) -> dict[int, str]:
-    places = Counter((rank.beat.doing, rank.beat.place) for rank in seen)
-    if len(places) < 2:
+def _odd(seen: Sequence[Seen], places: Sequence[str]) -> dict[int, str]:
+    """Returns the ranks that are elsewhere than most of them."""
+    counted = Counter(places).most_common(1)
+    if not counted or counted[0][1] == len(seen) or 2 * counted[0][1] <= len(seen):
         return {}
-    (common, number), *_ = places.most_common(1)
-    if 2 * number <= len(seen):
-        return {}
+    common, number = counted[0]
     return {
-        rank.beat.rank: f"is at {_where(rank.beat)} on {rank.node}, while {number} others are at {common[1]}"
-        for rank in seen
-        if (rank.beat.doing, rank.beat.place) != common
+        rank.beat.rank: f"is at {_where(rank.beat)} on {rank.node}, while {number} others are at {common}"
+        for rank, place in zip(seen, places, strict=True)
+        if place != common
     }
 
 
@@ -89,4 +84,6 @@ def describe(suspected: Mapping[int, str]) -> str:
     """Returns one line about all suspects."""
     if not suspected:
         return "all ranks stand at the same place; look at the stacks of any of them"
-    return "; ".join(f"rank {rank} {text}" for rank, text in sorted(suspected.items()))
+    named = sorted(suspected.items())
+    more = [f"and {len(named) - _NAMED} more"] if len(named) > _NAMED else []
+    return "; ".join([*(f"rank {rank} {text}" for rank, text in named[:_NAMED]), *more])

@@ -11,30 +11,33 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from mlra_scale.cluster import slurm
 from mlra_scale.cluster.attempt import Attempt as Running
 from mlra_scale.cluster.attempt import Plan
 from mlra_scale.cluster.job_file import Attempt, JobFile, now
-from mlra_scale.cluster.policy import Decision, End, EndKind, decide
+from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.config import Config, ConfigError, Problem, load_config, validate
 from mlra_scale.train import build_parser
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
-from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.run_directory import RunDirectory, held
 
 _CHECK_SECONDS = 300.0
+_LOCK_SECONDS = 150.0
+"""How long to wait for another job in the run directory: that of a lost node stays on a network file system a while."""
 _GIVEN_UP_SECONDS = 30.0
 """How long Slurm is given to notice that a node is dead; until then it would give it to the job again."""
 
@@ -94,73 +97,105 @@ class Job:
         allocation: From Slurm.
         settings: From the launcher.
 
+        signals: Those that have come, which ask for a stop; handlers add to it.
+
     Raises:
         ConfigError: The arguments are wrong, or the run directory cannot be used.
     """
 
-    def __init__(self, arguments: Sequence[str], allocation: slurm.Allocation, settings: Settings) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        allocation: slurm.Allocation,
+        settings: Settings,
+        signals: Sequence[int] = (),
+    ) -> None:
         self._allocation, self._settings = allocation, settings
         parsed = build_parser().parse_intermixed_args(arguments)
-        if parsed.run_dir is None:
-            raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
-        self._run = RunDirectory(Path(parsed.run_dir))
-        self._arguments = list(arguments)
+        self._run = RunDirectory(Path(parsed.run_dir).absolute())
+        # A container may start elsewhere.
+        paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
+        absolute = [word for flag, path in paths if path is not None for word in (flag, str(Path(path).absolute()))]
+        self._arguments = [*arguments, *absolute]
         self._config: Config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
         self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
-        self._is_stop_asked = False
-        self._console = None
+        self._signals = signals
         with _told_as_problems(self._run.path):
             self._run.logs.mkdir(parents=True, exist_ok=True)
             self._file = JobFile.read(self._run.job)
             self._console = (self._run.logs / "console.log").open("ab", buffering=0)
+        self._usable = list(allocation.nodes)
         self._settle_unfinished()
         file = self._file
+        if file.job_id != allocation.job_id or file.state == "failed":
+            # Submitted anew, or queued again by hand: somebody has looked into it.
+            file.first_counted, file.excluded = len(file.attempts), {}
         file.job_id, file.name, file.command = allocation.job_id, allocation.name, self._arguments
         file.steps, file.num_requeues = self._config.train.steps, allocation.num_requeues
         file.console = str(self._run.logs / "console.log")
-        with _told_as_problems(self._run.path):
-            file.become("pending")
+        file.become("pending")
+
+    @property
+    def is_stop_asked(self) -> bool:
+        """Whether a signal has asked the job to stop."""
+        return bool(self._signals)
 
     def run(self) -> int:
         """Runs attempts until the job ends here; returns the batch script's exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note_signal)
-        allocation = self._allocation
-        usable = [node for node in allocation.nodes if node not in self._file.excluded]
+        allocation, cluster = self._allocation, self._config.cluster
         self._say(f"job {allocation.job_id} on {len(allocation.nodes)} node(s): {' '.join(allocation.nodes)}")
-        if len(usable) < len(allocation.nodes):
-            self._say("not used, as found to be bad before: " + " ".join(set(allocation.nodes) - set(usable)))
-        nodes = tuple(usable)
-        if not self._divides_over(len(nodes)) and self._config.cluster.elastic and nodes:
-            nodes = nodes[: next((number for number in range(len(nodes), 0, -1) if self._divides_over(number)), 0)]
-        if not nodes:
-            return self._carry_out(Decision("requeue", "no usable node in the allocation"))
-        earlier = self._file.ends
-        end = self._check(len(nodes)) or self._attempt(nodes)
+        earlier, nodes = self._file.ends, self._first_nodes()
+        end = self._check(nodes) or self._attempt(nodes)
         while True:
-            usable = [node for node in usable if node not in end.bad_nodes]
+            self._usable = [node for node in self._usable if node not in end.bad_nodes]
             decision = decide(
                 end,
                 earlier,
-                usable,
-                len(nodes),
+                self._usable,
+                len(nodes) or len(allocation.nodes),
                 self._divides_over,
-                self._config.cluster.elastic,
-                self._config.cluster.max_failures,
-                self._is_stop_asked,
+                cluster.elastic,
+                cluster.max_failures,
+                cluster.max_preemptions,
+                self.is_stop_asked,
             )
             if decision.action != "restart":
                 return self._carry_out(decision, end)
-            self._say(f"goes on at once, on {len(decision.nodes)} node(s)")
+            self._wait(seconds_before_restart(self._file.ends))
+            self._say(f"goes on, on {len(decision.nodes)} node(s)")
             nodes, earlier = decision.nodes, self._file.ends
-            end = self._attempt(nodes)
+            end = self._stopped_before() or self._attempt(nodes)
 
-    def _check(self, num_nodes: int) -> End | None:
+    def _first_nodes(self) -> tuple[str, ...]:
+        """Returns the nodes for the first attempt: all, or if fewer will do those that were not found to be bad."""
+        self._usable = [node for node in self._usable if node not in self._file.excluded]
+        if not self._config.cluster.elastic:
+            return tuple(self._usable) if len(self._usable) == len(self._allocation.nodes) else ()
+        fitting = next((number for number in range(len(self._usable), 0, -1) if self._divides_over(number)), None)
+        return tuple(self._usable[: fitting or len(self._usable)])
+
+    def _stopped_before(self) -> End | None:
+        return self._refused("preempted", "stopped by a signal before it began") if self.is_stop_asked else None
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0:
+            self._say(f"waits {seconds:.0f} s before it starts again")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.is_stop_asked:
+            time.sleep(1.0)
+
+    def _check(self, nodes: Sequence[str]) -> End | None:
         """Prints the plan of the run, and finds what is wrong with it, on one node, before the ranks start.
 
         Returns:
             What is wrong; None: nothing.
         """
+        if not nodes:
+            bad = set(self._allocation.nodes) & set(self._file.excluded)
+            return self._refused(
+                "bad_node", f"Slurm has given nodes that were found to be bad: {' '.join(sorted(bad))}"
+            )
+        num_nodes = len(nodes)
         world_size, expected = num_nodes * self._settings.processes, self._config.parallel.world_size
         if expected not in (None, world_size) and not self._config.cluster.elastic:
             remedy = f"Slurm has given {num_nodes} node(s) for {self._settings.processes} rank(s) each; correct one"
@@ -182,9 +217,9 @@ class Job:
             return self._refused("failed", str(error))
         self._print(result.stdout.encode())
         if result.returncode == 0:
-            return None
-        if self._is_stop_asked:
-            return self._refused("preempted", "stopped by a signal before it began")
+            return self._stopped_before()
+        if (stopped := self._stopped_before()) is not None:
+            return stopped
         # srun ends with its task's exit code, and says so itself.
         lines = [line for line in result.stderr.splitlines() if not line.startswith("srun: error: ")]
         said = "\n".join(lines).strip() or f"the dry run ended with exit code {result.returncode}: {result.stderr}"
@@ -193,7 +228,7 @@ class Job:
     def _refused(self, kind: EndKind, said: str) -> End:
         self._print(f"{said}\n".encode())
         reason = " ".join(said.split())
-        if kind == "failed":
+        if kind != "bad_input":
             # Of the cluster's making, perhaps: it counts like the end of an attempt, so that it cannot go on for ever.
             number = len(self._file.attempts) + 1
             ended = Attempt(number, self._allocation.job_id, [self._allocation.here], 1, ended=now(), end=kind)
@@ -216,7 +251,7 @@ class Job:
                 self._say(f"attempt {number}: training since {attempt.first_step_seconds:.1f} s after its start")
 
         self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
-        running = Running(self._plan(nodes, number), self._print, self._say, lambda: self._is_stop_asked, told)
+        running = Running(self._plan(nodes, number), self._print, self._say, lambda: self.is_stop_asked, told)
         kind, reason, bad_nodes = running.run()
         reason = self._reason_of_run(kind, attempt) or reason
         attempt.end, attempt.reason, attempt.ended, attempt.failures = kind, reason, now(), running.failures
@@ -230,6 +265,8 @@ class Job:
         cluster, settings = self._config.cluster, self._settings
         logs = self._run.logs / f"attempt-{number:03d}"
         logs.mkdir(parents=True, exist_ok=True)
+        nonce = secrets.token_hex(8)
+        (logs / "nonce").write_text(nonce, encoding="ascii")
         world_size = len(nodes) * settings.processes
         training = [*self._arguments, f"train.device={self._device}", f"parallel.world_size={world_size}"]
         hang_minutes = cluster.hang_minutes or self._config.parallel.timeout_minutes / 2
@@ -238,9 +275,11 @@ class Job:
             processes=settings.processes,
             device=self._device,
             master=slurm.address(nodes[0]),
+            here=self._allocation.here,
             job_address=slurm.address(self._allocation.here),
             training=tuple(training),
-            logs=logs.resolve(),
+            logs=logs,
+            nonce=nonce,
             srun=settings.srun,
             python=settings.python,
             start_seconds=60 * cluster.start_minutes,
@@ -265,7 +304,7 @@ class Job:
         job_id = self._allocation.job_id
         try:
             fields = slurm.job_fields(job_id)
-            if fields.get("JobState") != "RUNNING":
+            if fields.get("JobState") not in ("RUNNING", "TIMEOUT"):
                 # Slurm ends it already: requeued by Slurm itself or by hand, or else for good.
                 if int(fields.get("Restarts", "0")) <= self._allocation.num_requeues:
                     self._file.become("cancelled", f"ended by Slurm (scancel, or the time limit); {decision.reason}")
@@ -274,19 +313,21 @@ class Job:
             self._say(f"back to the queue: {decision.reason}")
             self._give_back_lost_nodes(end)
             slurm.requeue(job_id)
-            if self._file.excluded:
-                slurm.exclude(job_id, list(self._file.excluded))
         except slurm.SlurmError as error:
             return self.fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
+        if self._file.excluded:
+            try:
+                slurm.exclude(job_id, list(self._file.excluded))
+            except slurm.SlurmError as error:
+                self._say(f"Slurm may give the bad nodes to the job again ({error})")
         return 0
 
     def _give_back_lost_nodes(self, end: End | None) -> None:
         """Frees the job of nodes that are dead, for which it would have to wait, and sees that it gets them no more."""
         if end is None or end.kind != "lost_node":
             return
-        left = [node for node in self._allocation.nodes if node not in end.bad_nodes]
         try:
-            slurm.shrink(self._allocation.job_id, left)
+            slurm.shrink(self._allocation.job_id, self._usable)
         except slurm.SlurmError as error:
             self._say(f"the lost node stays in the job until Slurm has given it up ({error})")
             return
@@ -339,19 +380,16 @@ class Job:
                 attempt.end, attempt.ended = "failed", now()
                 attempt.reason = "killed together with its job"
 
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._is_stop_asked = True
-
     def _say(self, text: str) -> None:
         self._print(f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n".encode())
 
     def _print(self, text: bytes) -> None:
-        sys.stdout.buffer.write(text)
-        sys.stdout.buffer.flush()
-        if self._console is not None:
-            # A full disk is for the checkpoints to tell.
-            with contextlib.suppress(OSError):
-                self._console.write(text)
+        # Where a disk is full, the run goes on as long as its checkpoints find room.
+        with contextlib.suppress(OSError):
+            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.flush()
+        with contextlib.suppress(OSError):
+            self._console.write(text)
 
 
 @contextlib.contextmanager
@@ -367,9 +405,22 @@ def _told_as_problems(path: Path):  # type: ignore[no-untyped-def]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns the exit code of the batch script."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
     try:
-        allocation = slurm.Allocation.of(os.environ)
-        job = Job(sys.argv[1:] if argv is None else argv, allocation, Settings.of(os.environ))
+        allocation, settings = slurm.Allocation.of(os.environ), Settings.of(os.environ)
+        if "--dry-run" in arguments:
+            world_size = f"parallel.world_size={len(allocation.nodes) * settings.processes}"
+            return subprocess.run(
+                [sys.executable, "-m", "mlra_scale.train", *arguments, world_size], check=False
+            ).returncode
+        run_dir = build_parser().parse_intermixed_args(arguments).run_dir
+        if run_dir is None:
+            raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
+        with held(RunDirectory(Path(run_dir)), _LOCK_SECONDS, ".job.lock"):
+            return _run(Job(arguments, allocation, settings, signals))
     except ConfigError as error:
         lines = "\n".join(f"  {problem}" for problem in error.problems)
         print(f"mlra_scale.cluster.job: bad input\n{lines}", file=sys.stderr, flush=True)
@@ -377,10 +428,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except slurm.SlurmError as error:
         print(f"mlra_scale.cluster.job: {error}", file=sys.stderr, flush=True)
         return ExitCode.FAILED
+
+
+def _run(job: Job) -> int:
     try:
         return job.run()
-    except (slurm.SlurmError, OSError) as error:
-        return job.fail(str(error), ExitCode.FAILED)
+    except Exception as error:  # whatever it is, job.json must not go on saying that the job runs
+        traceback.print_exc()
+        return job.fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +68,7 @@ class JobFile:
         num_requeues: How often Slurm has started the job again.
         console: The merged output of all ranks.
         excluded: Nodes that are not used any more, with the reason.
+        first_counted: How many of the attempts belong to earlier jobs: their failures do not count any more.
         attempts: All of them, the newest last.
     """
 
@@ -81,6 +83,7 @@ class JobFile:
     num_requeues: int = 0
     console: str = ""
     excluded: dict[str, str] = field(default_factory=dict)
+    first_counted: int = 0
     attempts: list[Attempt] = field(default_factory=list)
 
     @classmethod
@@ -96,14 +99,17 @@ class JobFile:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             attempts = [Attempt(**attempt) for attempt in values.pop("attempts")]
             return cls(path=path, attempts=attempts, **values)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no job file of this program ({error}); move it away") from error
 
     def write(self) -> None:
-        """Replaces the file at once."""
+        """Replaces the file at once; a disk that is full for a while does not end a job."""
         self.updated = now()
         values = {key: value for key, value in asdict(self).items() if key != "path"}
-        write_atomically(self.path, json.dumps(values, indent=1) + "\n")
+        try:
+            write_atomically(self.path, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def become(self, state: JobState, reason: str = "") -> None:
         """Changes the state and writes the file."""
@@ -112,8 +118,8 @@ class JobFile:
 
     @property
     def ends(self) -> list[tuple[str, bool]]:
-        """(kind, has_progressed) of the attempts that have ended, for the policy.
+        """(kind, has_progressed) of the attempts of this job that have ended, for the policy.
 
         One that was killed together with its job has no end: it failed, as far as anybody knows.
         """
-        return [(attempt.end or "failed", attempt.has_progressed) for attempt in self.attempts]
+        return [(attempt.end or "failed", attempt.has_progressed) for attempt in self.attempts[self.first_counted :]]

@@ -19,9 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link
+from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Beat, PulseSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
@@ -31,6 +32,8 @@ NODE_VARIABLE = "MLRA_SCALE_NODE"
 DEVICE_VARIABLE = "MLRA_SCALE_DEVICE"
 _REPORT_SECONDS = 1.0
 _JOB_SECONDS = 30.0
+_SECONDS_TO_SEE = 30.0
+"""How long a shared file system may take to show what another node wrote (NFS caches names for up to 30 s)."""
 _KILL_SECONDS = 15.0
 """How long torchrun may take to notice that its killed ranks are gone."""
 
@@ -45,6 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, required=True, help="on each node")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True, help="what every rank needs")
     parser.add_argument("--logs", type=Path, required=True, help="folder for one log per rank")
+    parser.add_argument("--nonce", required=True, help="what the file of this name in that folder holds")
     parser.add_argument("--start-seconds", type=float, required=True, help="how long to wait for the other nodes")
     parser.add_argument("--lost-seconds", type=float, required=True, help="how long the job may be silent")
     parser.add_argument("training", nargs=argparse.REMAINDER)
@@ -59,14 +63,15 @@ class Watch:
     Args:
         arguments: Of the command line.
         node: This node's name.
+        node_rank: Its place among the nodes.
         pulse: Where the ranks' beats arrive.
     """
 
-    def __init__(self, arguments: argparse.Namespace, node: str, pulse: PulseSocket) -> None:
+    def __init__(self, arguments: argparse.Namespace, node: str, node_rank: int, pulse: PulseSocket) -> None:
         host, port = arguments.job.rsplit(":", 1)
         greeting = {"node": node, "token": os.environ[TOKEN_VARIABLE], "pid": os.getpid(), "versions": versions()}
         self._link = Link(host, int(port), greeting)
-        self._node, self._pulse, self._logs = node, pulse, arguments.logs
+        self._node_rank, self._pulse, self._logs = node_rank, pulse, arguments.logs
         self._lost_seconds: float = arguments.lost_seconds
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._told_stop: set[int] = set()
@@ -101,13 +106,11 @@ class Watch:
                 self._obey(message)
             if self._end is not None:
                 self._link.send({"ended": self._end})
+                self._link.close()
                 self._has_ended.set()
                 return
             if not self._link.is_open or time.monotonic() - last_heard > self._lost_seconds:
-                if not self.has_lost_job:
-                    print(f"{self._node}: the job is heard no more; its ranks here end", file=sys.stderr, flush=True)
-                self.has_lost_job = True
-                self._kill()
+                self._leave_lost_job()
             if self._stop.is_set():
                 self._pass_stop_on()
                 if not has_told_stop:
@@ -156,20 +159,46 @@ class Watch:
             self._kill_at = time.monotonic()
         for beat, _ in self._beats.values():
             _signal(beat.pid, signal.SIGKILL)
-        if not self._beats:
+        if not self._beats and not self.has_lost_job:
             os._exit(1)  # there is nothing to wait for
 
+    def _leave_lost_job(self) -> NoReturn:
+        """Ends the ranks here, and sends the job back to the queue if it is its first node that is lost.
 
-def _requeue_without_job(watch: Watch) -> None:
-    """Sends the job back to the queue if its first node is lost, and its batch script with it.
+        With --no-kill Slurm would leave such a job as it is, on the nodes that are left, until its time limit. Where
+        only the batch script has ended, Slurm ends the job and signals this process; where the job has gone on without
+        this node, it has begun another attempt.
+        """
+        self.has_lost_job = True
+        self._kill()
+        time.sleep(_JOB_SECONDS + 2.0 * self._node_rank)
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id is not None and not self.is_stop_asked and self._is_newest_attempt():
+            with contextlib.suppress(SlurmError):
+                requeue(job_id)
+        os._exit(1)
 
-    With --no-kill Slurm would leave such a job as it is, on the nodes that are left, until its time limit. Where only
-    the batch script has ended, Slurm ends the job, and signals this process at once.
-    """
-    time.sleep(_JOB_SECONDS)
-    if "SLURM_JOB_ID" in os.environ and not watch.is_stop_asked:
-        with contextlib.suppress(SlurmError):
-            requeue(os.environ["SLURM_JOB_ID"])
+    def _is_newest_attempt(self) -> bool:
+        try:
+            attempts = JobFile.read(self._logs.parents[1] / "job.json").attempts
+        except (OSError, ValueError):
+            return True
+        return not attempts or self._logs.name == f"attempt-{attempts[-1].number:03d}"
+
+
+def folder_fault(folder: Path, nonce: str) -> str:
+    """Says what is wrong with the run directory as this node sees it; empty: nothing."""
+    deadline = time.monotonic() + _SECONDS_TO_SEE
+    while True:
+        try:
+            if (folder / "nonce").read_text(encoding="ascii") == nonce:
+                break
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return f"does not see {folder}, which the job has made: the run directory must be on a shared file system"
+        time.sleep(0.5)
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"cannot write to {folder}"
 
 
 def process_state(pid: int) -> str:
@@ -192,10 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node_rank = int(os.environ.get("SLURM_PROCID", "0"))  # one task per node; SLURM_NODEID counts lost nodes too
     with (
-        tempfile.TemporaryDirectory(prefix="mlra-scale-") as folder,
+        tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/tmp") as folder,
         contextlib.closing(PulseSocket(Path(folder))) as pulse,
     ):
-        watch = Watch(arguments, node, pulse)
+        watch = Watch(arguments, node, node_rank, pulse)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, watch.ask_to_stop)
         os.environ |= {
@@ -207,11 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
             "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
         }
-        failures = _launch(arguments, node_rank)
-        watch.ended(failures=failures)
-        if watch.has_lost_job:
-            _requeue_without_job(watch)
-    return 1 if failures else 0
+        bad_nodes = {node: fault} if (fault := folder_fault(arguments.logs, arguments.nonce)) else {}
+        failures = [] if bad_nodes else _launch(arguments, node_rank)
+        watch.ended(failures=failures, bad_nodes=bad_nodes)
+    return 1 if failures or bad_nodes else 0
 
 
 def _launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any]]:

@@ -16,10 +16,12 @@ EndKind = Literal[
     "hung",  # no progress
     "failed",  # a rank ended with an error or was killed
 ]
-Action = Literal["finish", "fail", "requeue", "restart", "leave"]
+Action = Literal["finish", "fail", "requeue", "restart"]
 
 RETRIED: tuple[EndKind, ...] = ("bad_node", "lost_node", "hung", "failed")
 """Ends that count as failures."""
+_WAITS = (0.0, 0.0, 60.0, 300.0)
+"""Seconds before a restart, by the number of failures in a row."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Decision:
 
     Attributes:
         action: finish: the run is done. fail: the job ends and is not queued again. requeue: it goes back to the queue.
-            restart: it goes on at once, in this allocation. leave: the scheduler has decided already.
+            restart: it goes on in this allocation.
         reason: Why.
         nodes: For a restart, its nodes.
     """
@@ -55,20 +57,27 @@ class Decision:
     nodes: tuple[str, ...] = ()
 
 
-def failures_in_a_row(ends: Sequence[tuple[str, bool]]) -> int:
-    """Counts the failures since the last attempt that completed a checkpoint.
+def in_a_row(ends: Sequence[tuple[str, bool]], kinds: Sequence[str]) -> int:
+    """Counts the attempts that ended in one of these kinds since the last one that completed a checkpoint.
 
-    Preemptions do not count: they are the cluster's doing, and do not interrupt the row.
+    Failures and preemptions are counted apart, and neither interrupts the other's row: the one is a fault of the run or
+    its nodes, the other the cluster's doing.
 
     Args:
         ends: (kind, has_progressed) of all attempts, the newest last.
+        kinds: What counts.
     """
     number = 0
     for kind, has_progressed in reversed(ends):
         if has_progressed:
             break
-        number += kind in RETRIED
+        number += kind in kinds
     return number
+
+
+def seconds_before_restart(ends: Sequence[tuple[str, bool]]) -> float:
+    """Returns how long to wait before ranks start again: a file system or a network may need time to recover."""
+    return _WAITS[min(in_a_row(ends, RETRIED), len(_WAITS) - 1)]
 
 
 def decide(
@@ -79,6 +88,7 @@ def decide(
     can_run_on: Callable[[int], bool],
     is_elastic: bool,
     max_failures: int,
+    max_preemptions: int,
     is_stopping: bool,
 ) -> Decision:
     """Decides what follows an attempt.
@@ -91,18 +101,22 @@ def decide(
         can_run_on: Whether the configuration divides over so many nodes.
         is_elastic: Whether fewer nodes will do.
         max_failures: So many failures in a row without a newer checkpoint end the job.
+        max_preemptions: So many preemptions in a row without one do too.
         is_stopping: Whether the job itself was asked to stop: it must not begin anything in this allocation.
     """
     if end.kind == "done":
         return Decision("finish", end.reason)
     if end.kind in ("bad_input", "non_finite"):
         return Decision("fail", end.reason)
-    failures = failures_in_a_row([*earlier, (end.kind, end.has_progressed)])
-    if failures >= max_failures:
-        return Decision(
-            "fail",
-            f"{failures} failures in a row without a newer checkpoint (cluster.max_failures); last: {end.reason}",
-        )
+    ends = [*earlier, (end.kind, end.has_progressed)]
+    for what, kinds, limit in (
+        ("failures", RETRIED, max_failures),
+        ("preemptions", ("preempted",), max_preemptions),
+    ):
+        number = in_a_row(ends, kinds)
+        if number >= limit:
+            reason = f"{number} {what} in a row without a newer checkpoint (cluster.max_{what}); last: {end.reason}"
+            return Decision("fail", reason)
     if end.kind == "preempted" or is_stopping:
         return Decision("requeue", end.reason)
     if len(nodes) >= used:

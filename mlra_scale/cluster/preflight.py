@@ -82,14 +82,16 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     facts: list[Any] = [None] * world_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    fault = _write_token(shared, node, rank) or _wrong_sum(device)
-    dist.all_gather_object(facts, (node, fault, name))
+    fault, wrong = _write_token(shared, node, rank), _wrong_parts(device)
+    dist.all_gather_object(facts, (node, fault, name, wrong))
     fault = _unseen_token(shared, [of_rank[0] for of_rank in facts])
     seconds = _seconds_of_sum(device)
     results: list[Any] = [None] * world_size
     dist.all_gather_object(results, fault)
     _remove_token(shared, rank)
-    bad = blamed([of_rank[0] for of_rank in facts], [of_rank[1] for of_rank in facts], results)
+    nodes = [of_rank[0] for of_rank in facts]
+    bad = blamed_for_sum(nodes, [of_rank[3] for of_rank in facts])
+    bad |= blamed(nodes, [of_rank[1] for of_rank in facts], results)
     if bad:
         raise BadNodes(bad, True)
     if rank == 0:
@@ -132,6 +134,25 @@ def blamed(nodes: Sequence[str], own_faults: Sequence[str], seen_faults: Sequenc
     }
 
 
+def blamed_for_sum(nodes: Sequence[str], wrong: Sequence[Sequence[int]]) -> dict[str, str]:
+    """Says which nodes are to blame for a wrong sum; the same on every rank.
+
+    Args:
+        nodes: Of each rank.
+        wrong: By rank, the ranks whose part was wrong in the sum that it got.
+    """
+    if not any(wrong):
+        return {}
+    if all(wrong):
+        # Everybody got the same wrong parts: they were sent so.
+        return {nodes[rank]: f"a sum over all ranks has a wrong part of rank {rank}" for rank in sorted(set(wrong[0]))}
+    return {
+        node: f"rank {rank} got a wrong sum, and others the right one"
+        for rank, (node, parts) in enumerate(zip(nodes, wrong, strict=True))
+        if parts
+    }
+
+
 def _token(shared: Path, rank: int) -> Path:
     return shared / f".seen-{rank:05d}"
 
@@ -170,15 +191,15 @@ def _remove_token(shared: Path, rank: int) -> None:
         print(f"{_token(shared, rank)} stays: {error.strerror}", flush=True)
 
 
-def _wrong_sum(device: torch.device) -> str:
+def _wrong_parts(device: torch.device) -> list[int]:
     """Lets every rank add at a place of its own, so that a wrong sum says whose part is missing."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     values = torch.zeros(world_size, dtype=torch.int64, device=device)
     values[rank] = rank + 1
     dist.all_reduce(values)
     expected = torch.arange(1, world_size + 1)
-    wrong = (values.cpu() != expected).nonzero().flatten().tolist()
-    return f"a sum over all ranks misses the parts of ranks {wrong[:8]}" if wrong else ""
+    wrong: list[int] = (values.cpu() != expected).nonzero().flatten().tolist()
+    return wrong
 
 
 def _seconds_of_sum(device: torch.device) -> float:

@@ -28,6 +28,9 @@ class NodeOverseer(Overseer):
         shared: A folder that all nodes must see alike.
     """
 
+    # The run before this one has been ended by its launcher: whoever holds the lock is on his way out.
+    lock_seconds = 150.0
+
     def __init__(self, pulse: Pulse, node: str, shared: Path) -> None:
         self._pulse, self._node, self._shared = pulse, node, shared
 

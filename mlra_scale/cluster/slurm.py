@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import tempfile
@@ -12,7 +11,12 @@ from dataclasses import dataclass
 
 from mlra_scale.config import ConfigError, Problem
 
-_TRIES, _SECONDS_BETWEEN = 3, 1.0
+_PATIENCE_SECONDS, _SECONDS_BETWEEN = 300.0, 2.0
+_PASSING = (
+    *("Unable to contact", "timed out", "Connection refused", "Connection reset", "Communication", "Zero Bytes"),
+    *("temporarily", "exit code -", "DB index is being set"),
+)
+"""What Slurm's commands say when its controller is busy or being restarted, or still at work on the job."""
 
 
 class SlurmError(RuntimeError):
@@ -126,8 +130,9 @@ def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     srun takes these for options, and refuses them once a node is lost.
     """
     dropped = {"NTASKS", "NPROCS", "NNODES", "NODELIST", "NTASKS_PER_NODE", "TASKS_PER_NODE", "DISTRIBUTION"}
-    dropped |= {"JOB_NUM_NODES", "JOB_NODELIST", "JOB_CPUS_PER_NODE"}
-    return {name: value for name, value in environment.items() if name.removeprefix("SLURM_") not in dropped}
+    dropped |= {"JOB_NUM_NODES", "JOB_NODELIST", "JOB_CPUS_PER_NODE", "GPUS"}
+    names = {f"SLURM_{name}" for name in dropped}
+    return {name: value for name, value in environment.items() if name not in names}
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -135,12 +140,16 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def _ask(*command: str, folder: str | None = None) -> str:
-    """Runs a command of Slurm, again where the controller is too busy to answer."""
-    for _ in range(_TRIES - 1):
-        with contextlib.suppress(SlurmError):
+    """Runs a command of Slurm, again and again for a while where its controller does not answer."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
             return _ask_once(command, folder)
+        except SlurmError as error:
+            is_passing = any(word in str(error) for word in _PASSING)
+            if not is_passing or time.monotonic() > deadline:
+                raise
         time.sleep(_SECONDS_BETWEEN)
-    return _ask_once(command, folder)
 
 
 def _ask_once(command: Sequence[str], folder: str | None) -> str:

@@ -27,17 +27,19 @@ def versions() -> dict[str, str]:
     return {**found, "mlra_scale": digest.hexdigest()[:12]}
 
 
-def odd_ones(of_nodes: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def odd_ones(of_nodes: Mapping[str, Mapping[str, str]], mine: Mapping[str, str]) -> dict[str, str]:
     """Finds the nodes whose versions are not those of most of them.
 
     Args:
-        of_nodes: What `versions` returned on each node; where no two agree, the first node counts as right.
+        of_nodes: What `versions` returned on each node.
+        mine: What it returned in the job itself: right where as many nodes have this as anything else.
 
     Returns:
         By node, what differs.
     """
-    common = Counter(tuple(sorted(found.items())) for found in of_nodes.values()).most_common(1)[0][0]
-    right = dict(common)
+    counted = Counter(tuple(sorted(found.items())) for found in of_nodes.values())
+    own = tuple(sorted(mine.items()))
+    right = dict(max(counted.items(), key=lambda item: (item[1], item[0] == own))[0])
     return {
         node: "has " + ", ".join(f"{name} {found.get(name)} instead of {right[name]}" for name in differing)
         for node, found in of_nodes.items()

@@ -340,6 +340,9 @@ class ClusterConfig(Section):
     max_failures: int = Field(
         3, ge=1, description="After so many failures in a row without a newer checkpoint the job stops."
     )
+    max_preemptions: int = Field(
+        10, ge=1, description="After so many preemptions in a row in which no checkpoint was completed the job stops."
+    )
     lost_node_seconds: float = Field(
         30.0, gt=0.0, description="A node that the job has heard nothing from for this long is lost."
     )

@@ -6,7 +6,13 @@ import torch
 
 
 class Overseer:
-    """Nobody. A launcher that watches its ranks hands its own to `train.main`."""
+    """Nobody. A launcher that watches its ranks hands its own to `train.main`.
+
+    Attributes:
+        lock_seconds: How long to wait for another run that is still in the run directory.
+    """
+
+    lock_seconds = 2.0
 
     def beat(self, doing: str, step: int) -> None:
         """Takes a sign of progress; called often, and must cost nothing that a step would feel.

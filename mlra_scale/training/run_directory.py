@@ -5,6 +5,7 @@ started_from     where a run that began with weights of another one found them
 metrics.jsonl    the record: one object per step at which something was measured
 events.jsonl     start, resume, checkpoints, stops, end
 .lock            held by the run that is at work here
+.job.lock        held by the cluster job that is
 job.json         of a cluster job: its state, its attempts and their ends
 logs/            of a cluster job: console.log, and per attempt a log and stacks of every rank
 wandb/           wandb's files and the run's stable id
@@ -27,7 +28,6 @@ from typing import IO
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.record import write_atomically
 
-_LOCK_SECONDS = 2.0
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
 
 
@@ -112,8 +112,14 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def held(run: RunDirectory) -> Iterator[None]:
+def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterator[None]:
     """Makes the directory and keeps every other run out of it until the end of the block or of the process.
+
+    Args:
+        run: The run directory.
+        seconds: How long to wait for another one, which may just be ending: killed, it is there for a moment more, and
+            of a node that was lost a network file system keeps the lock for a minute or two.
+        name: Of the file that is locked.
 
     Raises:
         ConfigError: Another run holds it, or nothing can be written there.
@@ -121,11 +127,11 @@ def held(run: RunDirectory) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run.path / ".lock").open("a+", encoding="ascii"))
+            file = stack.enter_context((run.path / name).open("a+", encoding="ascii"))
         except OSError as error:
             raise ConfigError([_unwritable(run, error)]) from error
         try:
-            _lock(file)
+            _lock(file, seconds)
         except BlockingIOError:
             file.seek(0)
             remedy = f"another run is at work here ({file.read().strip()}); wait for it, or name another directory"
@@ -143,9 +149,8 @@ def held(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str]) -> None:
-    """Takes the lock; tries again for a moment, in which a process that has just been killed may still be there."""
-    deadline = time.monotonic() + _LOCK_SECONDS
+def _lock(file: IO[str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def submit(
     given = {
         **environment(),
         "PROCESSES_PER_NODE": str(processes),
-        "VENV": os.environ.get("VIRTUAL_ENV", ""),
+        "VENV": sys.prefix,
         **variables,
     }
     source = [] if data is None else [f"data.path={data}"]
