@@ -48,7 +48,7 @@ def suspects(seen: Sequence[Seen]) -> dict[int, str]:
     """Finds the ranks that the others wait for.
 
     Returns:
-        By rank, what marks it: it gives no sign of life; or it is at another step than most; or it is the odd one out
+        By rank, what marks it: it gives no sign of life; or it is at an earlier step; or it is the odd one out
         in what it does or where it is in the program. Empty where nothing tells one rank from another.
     """
     silent = {
@@ -59,20 +59,26 @@ def suspects(seen: Sequence[Seen]) -> dict[int, str]:
     }
     if silent:
         return silent
-    by_step = _odd(seen, [f"step {rank.beat.step}" for rank in seen])
-    return by_step or _odd(seen, [f"{rank.beat.doing}, {rank.beat.place}" for rank in seen])
+    ahead = max((rank.beat.step for rank in seen), default=0)
+    behind = {
+        rank.beat.rank: f"is at {_where(rank.beat)} on {rank.node}, while others are at step {ahead}"
+        for rank in seen
+        if rank.beat.step < ahead
+    }
+    # Where most are behind, one has run ahead, and is not what they wait for.
+    return behind if behind and 2 * len(behind) <= len(seen) else _odd(seen)
 
 
-def _odd(seen: Sequence[Seen], places: Sequence[str]) -> dict[int, str]:
-    """Returns the ranks that are elsewhere than most of them."""
-    counted = Counter(places).most_common(1)
-    if not counted or counted[0][1] == len(seen) or 2 * counted[0][1] <= len(seen):
+def _odd(seen: Sequence[Seen]) -> dict[int, str]:
+    """Returns the ranks that do something else, or somewhere else in the program, than most of them."""
+    counted = Counter((rank.beat.doing, rank.beat.place) for rank in seen).most_common(1)
+    if not counted or 2 * counted[0][1] <= len(seen):
         return {}
     common, number = counted[0]
     return {
-        rank.beat.rank: f"is at {_where(rank.beat)} on {rank.node}, while {number} others are at {common}"
-        for rank, place in zip(seen, places, strict=True)
-        if place != common
+        rank.beat.rank: f"is at {_where(rank.beat)} on {rank.node}, while {number} others are at {common[1]}"
+        for rank in seen
+        if (rank.beat.doing, rank.beat.place) != common
     }
 
 

@@ -416,10 +416,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return subprocess.run(
                 [sys.executable, "-m", "mlra_scale.train", *arguments, world_size], check=False
             ).returncode
-        run_dir = build_parser().parse_intermixed_args(arguments).run_dir
-        if run_dir is None:
+        parsed = build_parser().parse_intermixed_args(arguments)
+        if parsed.run_dir is None:
             raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
-        with held(RunDirectory(Path(run_dir)), _LOCK_SECONDS, ".job.lock"):
+        # A mistake leaves nothing behind.
+        load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
+        with held(RunDirectory(Path(parsed.run_dir)), _LOCK_SECONDS, ".job.lock"):
             return _run(Job(arguments, allocation, settings, signals))
     except ConfigError as error:
         lines = "\n".join(f"  {problem}" for problem in error.problems)

@@ -114,7 +114,7 @@ def decide(
         ("preemptions", ("preempted",), max_preemptions),
     ):
         number = in_a_row(ends, kinds)
-        if number >= limit:
+        if end.kind in kinds and number >= limit:
             reason = f"{number} {what} in a row without a newer checkpoint (cluster.max_{what}); last: {end.reason}"
             return Decision("fail", reason)
     if end.kind == "preempted" or is_stopping:

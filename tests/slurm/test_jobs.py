@@ -291,7 +291,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(
 
 def test_jobs_are_listed(cluster: SlurmCluster, training_data: Path, tmp_path: Path) -> None:
     """tools/jobs.py on a running job, with the real squeue."""
-    job = submit(cluster, tmp_path / "a", "pretrain_zero3.sh", sbatch=("--nodes=1",), data=training_data)
+    job = submit(cluster, tmp_path, "pretrain_zero3.sh", sbatch=("--nodes=1",), data=training_data)
     job.wait_for_step(2)
     listed = cluster.run(sys.executable, str(ROOT / "tools" / "jobs.py"), str(tmp_path), env=environment(), cwd=ROOT)
     assert "running" in listed.stdout and job.job_id in listed.stdout, listed.stdout

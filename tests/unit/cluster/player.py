@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -66,8 +65,6 @@ class Player:
         host, port = self.job.rsplit(":", 1)
         greeting = {"node": name or self.name, "token": os.environ[TOKEN_VARIABLE], "versions": versions}
         link = Link(host, int(port), greeting)
-        # An agent takes its time between two messages; here the last one may follow at once, and the end after it.
-        link._lines.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if name is None:
             self.link = link
         return link
@@ -92,6 +89,7 @@ class Player:
     def end(self, *failures: dict[str, Any]) -> None:
         """Tells how the ranks ended, and ends."""
         self.link.send({"ended": {"failures": failures}})
+        self.link.close()
         sys.exit(1 if failures else 0)
 
     def wait_for(self, order: str) -> None:
@@ -115,7 +113,7 @@ def play(node: str, number: int, command: Sequence[str]) -> None:
     signal.alarm(_LONGEST)
     os.environ |= {"SLURMD_NODENAME": node, "SLURM_PROCID": str(number)}
     names: dict[str, Any] = {"me": Player(command), "rank": rank, "failure": failure}
-    exec(json.loads(os.environ[PLAYS_VARIABLE])[node], {**names, "os": os, "time": time, "signal": signal})
+    exec(json.loads(os.environ[PLAYS_VARIABLE])[node], {**names, "os": os, "sys": sys, "time": time, "signal": signal})
 
 
 def main() -> int:

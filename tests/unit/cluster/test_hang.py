@@ -86,6 +86,15 @@ def test_ranks_behind_are_named() -> None:
     assert found[1] == f"is at step 6, training, {WAITING} on n0, while others are at step 7"
 
 
+def test_one_rank_that_runs_ahead_does_not_make_suspects_of_all_others() -> None:
+    assert suspects([seen(0, step=7), seen(1, step=6), seen(2, step=6), seen(3, step=6)]) == {}
+
+
+def test_a_description_of_many_names_some() -> None:
+    text = describe({rank: "is late" for rank in range(1000)})
+    assert text.startswith("rank 0 is late; rank 1 is late") and text.endswith("; and 992 more") and len(text) < 300
+
+
 def test_the_odd_one_out_is_named() -> None:
     found = suspects([seen(0), seen(1), seen(2, place="read (feed.py:3)"), seen(3)])
     assert found == {2: f"is at step 5, training, read (feed.py:3) on n1, while 3 others are at {WAITING}"}
@@ -123,7 +132,7 @@ def test_suspects_are_ranks_and_do_not_depend_on_the_order(world: list[Seen], ra
     silent = {rank.beat.rank for rank in world if rank.silence > SILENT_SECONDS}
     assert not silent or set(found) == silent
     behind = {rank.beat.rank for rank in world if rank.beat.step < max(other.beat.step for other in world)}
-    assert silent or not behind or set(found) == behind
+    assert silent or not behind or 2 * len(behind) > len(world) or set(found) == behind
     if world and not silent:
         assert len(found) < len(world), "somebody must be waiting"
     assert "\n" not in describe(found)

@@ -110,7 +110,7 @@ class Site:
         self.ranks: list[subprocess.Popen[str]] = []
         self._is_job_there = True
         arguments = argparse.Namespace(job=f"127.0.0.1:{self.hub.port}", logs=folder, lost_seconds=lost_seconds)
-        self.watch = Watch(arguments, "a", self.pulse)
+        self.watch = Watch(arguments, "a", 1, self.pulse)
 
     def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RANK, self.pulse.address, str(len(self.ranks)), *arguments]
@@ -242,7 +242,7 @@ signal.alarm(60)
 node._KILL_SECONDS = float(sys.argv[3])
 folder = Path(sys.argv[2])
 arguments = argparse.Namespace(job=sys.argv[1], logs=folder, lost_seconds=30.0)
-watch = node.Watch(arguments, "a", PulseSocket(folder))
+watch = node.Watch(arguments, "a", 1, PulseSocket(folder))
 time.sleep(60)  # as in a rendezvous that never ends
 """
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.cluster.policy import RETRIED, Decision, End, EndKind, decide, failures_in_a_row
+from mlra_scale.cluster.policy import RETRIED, Decision, End, EndKind, decide, in_a_row, seconds_before_restart
 
 KINDS: tuple[EndKind, ...] = get_args(EndKind)
 OTHERS = [kind for kind in KINDS if kind not in RETRIED]
@@ -25,10 +25,19 @@ def decided(
     is_elastic: bool = False,
     max_failures: int = 3,
     is_stopping: bool = False,
+    max_preemptions: int = 10,
 ) -> Decision:
     end = End(kind, "why", has_progressed, {})
     return decide(
-        end, earlier or [], nodes, used, lambda number: number in fitting, is_elastic, max_failures, is_stopping
+        end,
+        earlier or [],
+        nodes,
+        used,
+        lambda number: number in fitting,
+        is_elastic,
+        max_failures,
+        max_preemptions,
+        is_stopping,
     )
 
 
@@ -44,7 +53,10 @@ FAILURE = ("failed", False)
         ({"kind": "bad_input", "is_stopping": True}, "fail", ()),
         ({"kind": "non_finite", "has_progressed": True}, "fail", ()),
         ({"kind": "preempted"}, "requeue", ()),
-        ({"kind": "preempted", "earlier": [("preempted", False)] * 20}, "requeue", ()),
+        ({"kind": "preempted", "earlier": [("preempted", False)] * 8}, "requeue", ()),
+        ({"kind": "preempted", "earlier": [("preempted", False)] * 9}, "fail", ()),
+        ({"kind": "preempted", "earlier": [("preempted", True)] * 20}, "requeue", ()),
+        ({"kind": "preempted", "earlier": [("preempted", False)] * 20, "has_progressed": True}, "requeue", ()),
         ({"kind": "failed"}, "restart", ("a", "b")),
         ({"kind": "hung"}, "restart", ("a", "b")),
         ({"kind": "failed", "nodes": ("a", "b", "c")}, "restart", ("a", "b")),
@@ -119,8 +131,8 @@ def test_the_row_begins_after_the_last_checkpoint(
     before: list[tuple[str, bool]], number: int, between: list[str]
 ) -> None:
     row = [*before, ("preempted", True), *[(kind, False) for kind in between], *[("hung", False)] * number]
-    assert failures_in_a_row(row) == number
-    assert failures_in_a_row([*row, ("failed", True)]) == 0
+    assert in_a_row(row, RETRIED) == number
+    assert in_a_row([*row, ("failed", True)], RETRIED) == 0
 
 
 @settings(deadline=None)
@@ -157,7 +169,10 @@ def test_what_always_holds(
         assert decision.nodes == ()
 
 
-@pytest.mark.xfail(reason="a preemption takes up the failures of the job that ended before in this run directory")
-def test_a_preemption_alone_never_fails_a_job() -> None:
-    """Its user has mended what had failed three times, and queued a new job for the same run directory."""
+def test_a_preemption_is_not_the_last_of_a_row_of_failures() -> None:
     assert decided("preempted", earlier=[FAILURE] * 3).action == "requeue"
+
+
+def test_ranks_start_again_at_once_at_first_and_then_later() -> None:
+    waits = [seconds_before_restart([FAILURE] * number) for number in range(6)]
+    assert waits == [0, 0, 60, 300, 300, 300] and seconds_before_restart([FAILURE, FAILURE, ("failed", True)]) == 0
