@@ -15,3 +15,5 @@ quiet_libraries("cpu")
 for name in ("agreement", "launch", "trainer"):
     importlib.import_module(f"mlra_scale.training.{name}")
 importlib.import_module("tests.faults.dying")
+# The first step of an optimizer loads it.
+importlib.import_module("torch._dynamo")

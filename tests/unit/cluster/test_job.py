@@ -21,7 +21,7 @@ SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.unit.cluster.player impor
 SCONTROL = """#!/bin/sh
 case "$*" in
 *"show hostnames"*) printf 'a\\nb\\n' ;;
-*"show node"*) echo "NodeAddr=127.0.0.1" ;;
+*"show node"*) echo "NodeAddr=127.0.0.1 State=DOWN*" ;;
 *"show job"*) echo "JobId=41 JobState=$TEST_JOB_STATE Restarts=$TEST_RESTARTS ExcNodeList=(null)" ;;
 *) echo "$@" >> "$TEST_RECORD/scontrol"
    case "$*" in "$TEST_REFUSED"*) echo "refused" >&2; exit 1 ;; esac ;;

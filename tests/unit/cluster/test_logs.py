@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from torch.distributed.elastic.multiprocessing import start_processes
 
 from mlra_scale.cluster.logs import RankLogs
@@ -32,6 +35,17 @@ sys.exit(int(os.environ["LOCAL_RANK"]))
 """
 
 
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    """torchrun sets handlers of signals in its own process, and leaves them there."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
 def test_processes_of_torchrun_write_there(tmp_path: Path) -> None:
     """In order, and merged on the console with the rank in front."""
     left = {"message": {"message": "broken", "extraInfo": {"timestamp": 5}}}
