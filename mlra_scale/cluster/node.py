@@ -96,16 +96,19 @@ class Watch:
         """Tells the job how the ranks ended, and waits until that is on its way."""
         self._end = result
         self._has_ended.wait(30.0)
+        if self.has_lost_job:
+            self._thread.join()  # it ends the process
 
     def _run(self) -> None:
         last_heard, last_report, has_told_stop = time.monotonic(), 0.0, False
         while True:
+            end = self._end  # before the ranks' last words are taken
             self._listen_to_ranks()
             for message in self._link.receive():
                 last_heard = time.monotonic()
                 self._obey(message)
-            if self._end is not None:
-                self._link.send({"ended": self._end})
+            if end is not None:
+                self._link.send({"ended": end})
                 self._link.close()
                 self._has_ended.set()
                 return

@@ -6,6 +6,7 @@ check that a sum over all of them is right, and measure how fast it is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -173,7 +174,8 @@ def _unseen_token(shared: Path, nodes: Sequence[str]) -> str:
         unseen = [node for node, rank in first_ranks.items() if not _is_there(_token(shared, rank), node)]
         if not unseen or time.monotonic() > deadline:
             return ",".join(unseen)
-        os.listdir(shared)  # makes NFS look again
+        with contextlib.suppress(OSError):
+            os.listdir(shared)  # makes NFS look again
         time.sleep(0.5)
 
 

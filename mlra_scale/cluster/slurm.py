@@ -102,7 +102,7 @@ def jobs_of_user() -> dict[str, tuple[str, str]]:
     """
     # Not --jobs: one job that Slurm does not know any more makes squeue fail. %A is what a job of an array finds in
     # SLURM_JOB_ID, and --all shows the partitions that are hidden otherwise.
-    answer = _ask("squeue", "--noheader", "--me", "--all", "--states=all", "--format=%A %T %r")
+    answer = _ask("squeue", "--noheader", "--me", "--all", "--states=all", "--format=%A %T %r", patience=0.0)
     words = [line.split(maxsplit=2) for line in answer.splitlines()]
     return {line[0]: (line[1], line[2] if len(line) > 2 else "") for line in words if len(line) > 1}
 
@@ -139,9 +139,9 @@ def _fields(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def _ask(*command: str, folder: str | None = None) -> str:
+def _ask(*command: str, folder: str | None = None, patience: float = _PATIENCE_SECONDS) -> str:
     """Runs a command of Slurm, again and again for a while where its controller does not answer."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         try:
             return _ask_once(command, folder)

@@ -376,7 +376,6 @@ def test_when_a_lost_job_is_queued_again(agent: Agent, job_file: str, is_signall
     assert agent.calls == calls
 
 
-@pytest.mark.xfail(reason="its main thread ends after half a minute, and the one that would queue the job with it")
 def test_a_later_node_queues_a_lost_job_too(agent: Agent) -> None:
     """The first one, which would do it after half a minute, is the one that was lost."""
     agent.start(node_rank=1, job=0.5)
@@ -419,7 +418,6 @@ def test_the_end_is_told_after_what_the_ranks_told(make_site: Sites) -> None:
     assert site.messages("bad_nodes") == [{"a": "ECC"}] and site.messages("ended") == [{"failures": [{"rank": 0}]}]
 
 
-@pytest.mark.xfail(reason="what arrives between the look at the ranks and that at their end is forgotten")
 def test_what_a_rank_tells_just_before_the_end_is_told(make_site: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     site = make_site()
     receive = site.watch._link.receive
