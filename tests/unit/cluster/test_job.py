@@ -84,7 +84,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(attempt, "Hub", QuickHub)
-    for name, seconds in (("EVIDENCE", 0.2), ("END", 1.0), ("KILL", 1.5), ("SRUN", 0.5)):
+    for name, seconds in (("EVIDENCE", 1.0), ("END", 3.0), ("KILL", 1.5), ("SRUN", 0.5)):
         monkeypatch.setattr(attempt, f"_{name}_SECONDS", seconds)
     monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
