@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub
-from mlra_scale.cluster.hang import Seen, describe, hang_seconds, suspects
+from mlra_scale.cluster.hang import Seen, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.pulse import Beat
 from mlra_scale.cluster.slurm import step_environment
 from mlra_scale.cluster.versions import odd_ones, versions
@@ -28,6 +28,10 @@ _END_SECONDS = 60.0
 _STACKS_SECONDS = 2.0
 _CONNECT_SECONDS = 300.0
 """How long a node may take from srun to its first word: a container must be fetched, a cold file system read."""
+_MEET_SECONDS = 300.0
+"""How long ranks may take, once all are there, to connect and to check each other."""
+_BROKEN_SECONDS = 2.0
+"""How long srun may take to end after a connection broke, if it ends because it could not start another agent."""
 _KILL_SECONDS = 30.0
 """How long killed ranks and their nodes' agents may take to be gone."""
 _SRUN_SECONDS = 3.0
@@ -105,6 +109,7 @@ class _Node:
     has_ended: bool = False
     has_reported: bool = False
     is_lost: bool = False
+    broken_since: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     ranks: list[Seen] = field(default_factory=list)
 
@@ -164,6 +169,7 @@ class Attempt:
                 if is_over:
                     # What was on its way when srun ended.
                     self._hear(hub, 0.25)
+                    self._find_unstarted()
                     break
                 self._watch(hub)
                 self._end_if_due(hub, process)
@@ -218,11 +224,8 @@ class Attempt:
             if self._killed_at is not None:
                 node.has_ended = True
             elif not node.has_ended:
-                # srun ends all tasks where it cannot start one of them.
-                unheard = [name for name, other in self._nodes.items() if not other.has_connected]
-                for name in unheard:
-                    self._lose(name, "its agent could not be started")
-                if not unheard:
+                node.broken_since = now
+                if all(other.has_connected for other in self._nodes.values()):
                     self._lose(heard.node, "its connection broke")
         elif "versions" in heard.message:
             node.has_connected, node.versions = True, heard.message["versions"]
@@ -268,7 +271,11 @@ class Attempt:
             self._stop(hub, "the job was signalled")
         for name, node in self._nodes.items():
             patience = plan.lost_seconds if node.has_connected else _CONNECT_SECONDS
-            if not node.has_ended and not node.is_lost and now - node.heard > patience:
+            if node.has_ended or node.is_lost:
+                continue
+            if node.broken_since is not None and now - node.broken_since > _BROKEN_SECONDS:
+                self._lose(name, "its connection broke")
+            elif now - node.heard > patience:
                 self._lose(name, f"nothing was heard of it for {patience:.0f} s")
         seen = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
         if any(rank.beat.doing in ("training", "evaluating", "saving") for rank in seen):
@@ -278,7 +285,9 @@ class Attempt:
             return
         seconds, is_starting = hang_seconds(seen)
         limit = plan.hang_seconds
-        if is_starting:
+        if are_meeting(seen, len(plan.nodes) * plan.processes):
+            limit = min(plan.start_seconds, _MEET_SECONDS)
+        elif is_starting:
             seconds, limit = now - self._started, plan.start_seconds
         if self._stopping_since is not None and now - self._stopping_since > plan.stop_seconds:
             self._say(f"ranks did not stop within {plan.stop_seconds:.0f} s of the signal; they are ended")
@@ -291,6 +300,14 @@ class Attempt:
             self._say(f"stacks are written to {plan.logs}/rank-*.stacks; the ranks are ended")
             hub.send({"order": "stacks"})
             self._kill_after(_STACKS_SECONDS)
+
+    def _find_unstarted(self) -> None:
+        """Names the nodes on which nothing was started: srun ends all tasks where it cannot start one of them."""
+        are_broken = any(node.broken_since is not None and not node.has_ended for node in self._nodes.values())
+        if are_broken and self._killed_at is None:
+            for name, node in self._nodes.items():
+                if not node.has_connected:
+                    self._lose(name, "its agent could not be started")
 
     def _stop(self, hub: Hub, why: str) -> None:
         if self._stopping_since is None:

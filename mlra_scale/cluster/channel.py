@@ -86,11 +86,6 @@ class Hub:
         """Where it listens."""
         return int(self._server.getsockname()[1])
 
-    @property
-    def nodes(self) -> set[str]:
-        """Names of the nodes that are connected."""
-        return set(self._nodes)
-
     def poll(self, seconds: float) -> list[Heard]:
         """Waits until something is heard, at most so long, and returns it in order."""
         heard: list[Heard] = []

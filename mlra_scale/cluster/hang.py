@@ -12,7 +12,8 @@ SILENT_SECONDS = 10.0
 """A process that works, waits or computes sends a beat every second; after so many without one it stands still."""
 
 _NAMED = 8
-_BEFORE_TRAINING = ("starting", "connecting", "checking", "preparing")
+_MEETING = ("connecting", "checking")
+_BEFORE_TRAINING = ("starting", *_MEETING, "preparing")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ def hang_seconds(seen: Sequence[Seen]) -> tuple[float, bool]:
     if not seen:
         return 0.0, True
     return min(rank.idle for rank in seen), any(rank.beat.doing in _BEFORE_TRAINING for rank in seen)
+
+
+def are_meeting(seen: Sequence[Seen], num_ranks: int) -> bool:
+    """Returns whether all ranks are there and none does anything but wait for the network."""
+    return len(seen) == num_ranks and all(rank.beat.doing in _MEETING for rank in seen)
 
 
 def suspects(seen: Sequence[Seen]) -> dict[int, str]:
@@ -89,7 +95,7 @@ def _where(beat: Beat) -> str:
 def describe(suspected: Mapping[int, str]) -> str:
     """Returns one line about all suspects."""
     if not suspected:
-        return "all ranks stand at the same place; look at the stacks of any of them"
+        return "no rank stands out: look at the stacks"
     named = sorted(suspected.items())
     more = [f"and {len(named) - _NAMED} more"] if len(named) > _NAMED else []
     return "; ".join([*(f"rank {rank} {text}" for rank, text in named[:_NAMED]), *more])

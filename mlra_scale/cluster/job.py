@@ -12,15 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -29,6 +26,8 @@ from mlra_scale.cluster.attempt import Attempt as Running
 from mlra_scale.cluster.attempt import Plan
 from mlra_scale.cluster.job_file import Attempt, JobFile, now
 from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_before_restart
+from mlra_scale.cluster.queue import ended_by_slurm, put_back
+from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import Config, ConfigError, Problem, load_config, validate
 from mlra_scale.train import build_parser
 from mlra_scale.training.exit_codes import ExitCode
@@ -38,55 +37,6 @@ from mlra_scale.training.run_directory import RunDirectory, held
 _CHECK_SECONDS = 300.0
 _LOCK_SECONDS = 150.0
 """How long to wait for another job in the run directory: that of a lost node stays on a network file system a while."""
-_GIVEN_UP_SECONDS = 30.0
-"""How long Slurm is given to notice that a node is dead; until then it would give it to the job again."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What slurm/launch.sh hands down in the environment.
-
-    Attributes:
-        processes: Ranks on each node.
-        device: `cuda` where Slurm has given GPUs to the job, else `cpu`.
-        srun: Further arguments of srun.
-        python: The interpreter on the nodes, with the command of a container before it perhaps.
-    """
-
-    processes: int
-    device: str
-    srun: tuple[str, ...]
-    python: tuple[str, ...]
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Settings:
-        """Reads them.
-
-        Raises:
-            ConfigError: A number is none.
-        """
-        gpus = _number_of_gpus(environment)
-        given = environment.get("PROCESSES_PER_NODE") or str(gpus or 1)
-        if not given.isdecimal() or int(given) < 1:
-            raise ConfigError(
-                [Problem("PROCESSES_PER_NODE", given, "must be the number of ranks on each node, such as 8")]
-            )
-        return cls(
-            processes=int(given),
-            device="cuda" if gpus else "cpu",
-            srun=tuple(shlex.split(environment.get("MLRA_SRUN_ARGUMENTS", ""))),
-            python=tuple(shlex.split(environment.get("MLRA_PYTHON", ""))) or (sys.executable,),
-        )
-
-
-def _number_of_gpus(environment: Mapping[str, str]) -> int:
-    """Returns how many GPUs Slurm has given to the job on this node; if it does not count them, how many there are."""
-    if (counted := environment.get("SLURM_GPUS_ON_NODE", "")).isdecimal():
-        return int(counted)
-    if "SLURM_JOB_GPUS" in environment or shutil.which("nvidia-smi") is None:
-        return len([gpu for gpu in environment.get("SLURM_JOB_GPUS", "").split(",") if gpu])
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 class Job:
@@ -96,7 +46,6 @@ class Job:
         arguments: Of the training.
         allocation: From Slurm.
         settings: From the launcher.
-
         signals: Those that have come, which ask for a stop; handlers add to it.
 
     Raises:
@@ -288,52 +237,29 @@ class Job:
             lost_seconds=cluster.lost_node_seconds,
         )
 
-    def _carry_out(self, decision: Decision, end: End | None = None) -> int:
+    def _carry_out(self, decision: Decision, end: End) -> int:
         """Ends the job here as decided; returns the exit code."""
         if decision.action == "finish":
             self._file.become("done", decision.reason)
             return 0
         if decision.action == "fail":
-            return self.fail(
-                decision.reason, ExitCode.BAD_INPUT if end and end.kind == "bad_input" else ExitCode.FAILED
-            )
-        is_preempted = end is not None and end.kind == "preempted"
-        self._file.become("preempted" if is_preempted else "requeued", decision.reason)
+            return self.fail(decision.reason, ExitCode.BAD_INPUT if end.kind == "bad_input" else ExitCode.FAILED)
+        self._file.become("preempted" if end.kind == "preempted" else "requeued", decision.reason)
         # From here on Slurm's signal is the expected end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        job_id = self._allocation.job_id
         try:
-            fields = slurm.job_fields(job_id)
-            if fields.get("JobState") not in ("RUNNING", "TIMEOUT"):
-                # Slurm ends it already: requeued by Slurm itself or by hand, or else for good.
-                if int(fields.get("Restarts", "0")) <= self._allocation.num_requeues:
-                    self._file.become("cancelled", f"ended by Slurm (scancel, or the time limit); {decision.reason}")
-                self._say(f"Slurm has the job in state {fields.get('JobState')} already: {self._file.state}")
+            state = ended_by_slurm(self._allocation)
+            if state is None:
+                self._say(f"back to the queue: {decision.reason}")
+                lost = end.bad_nodes if end.kind == "lost_node" else {}
+                put_back(self._allocation, lost, self._usable, self._file.excluded, self._say)
                 return 0
-            self._say(f"back to the queue: {decision.reason}")
-            self._give_back_lost_nodes(end)
-            slurm.requeue(job_id)
         except slurm.SlurmError as error:
             return self.fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
-        if self._file.excluded:
-            try:
-                slurm.exclude(job_id, list(self._file.excluded))
-            except slurm.SlurmError as error:
-                self._say(f"Slurm may give the bad nodes to the job again ({error})")
+        if not state.is_queued_again:
+            self._file.become("cancelled", f"ended by Slurm (scancel, or the time limit); {decision.reason}")
+        self._say(f"Slurm has the job in state {state.name} already: {self._file.state}")
         return 0
-
-    def _give_back_lost_nodes(self, end: End | None) -> None:
-        """Frees the job of nodes that are dead, for which it would have to wait, and sees that it gets them no more."""
-        if end is None or end.kind != "lost_node":
-            return
-        try:
-            slurm.shrink(self._allocation.job_id, self._usable)
-        except slurm.SlurmError as error:
-            self._say(f"the lost node stays in the job until Slurm has given it up ({error})")
-            return
-        deadline = time.monotonic() + _GIVEN_UP_SECONDS
-        while time.monotonic() < deadline and not all(map(slurm.is_given_up, end.bad_nodes)):
-            time.sleep(1.0)
 
     def fail(self, reason: str, code: int) -> int:
         """Ends the job for good; returns the exit code."""

@@ -85,12 +85,13 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     fault, wrong = _write_token(shared, node, rank), _wrong_parts(device)
     dist.all_gather_object(facts, (node, fault, name, wrong))
-    fault = _unseen_token(shared, [of_rank[0] for of_rank in facts])
+    nodes = [of_rank[0] for of_rank in facts]
+    # One look from each node is enough, and kinder to the file system.
+    fault = _unseen_token(shared, nodes) if nodes.index(node) == rank else ""
     seconds = _seconds_of_sum(device)
     results: list[Any] = [None] * world_size
     dist.all_gather_object(results, fault)
     _remove_token(shared, rank)
-    nodes = [of_rank[0] for of_rank in facts]
     bad = blamed_for_sum(nodes, [of_rank[3] for of_rank in facts])
     bad |= blamed(nodes, [of_rank[1] for of_rank in facts], results)
     if bad:
@@ -99,7 +100,7 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
         devices = sorted({of_rank[2] for of_rank in facts})
         rate = 2 * (world_size - 1) / world_size * _BYTES_SUMMED[device.type] / seconds / 1e9 if seconds else 0.0
         print(
-            f"checks passed: {world_size} rank(s) on {len({of_rank[0] for of_rank in facts})} node(s), "
+            f"checks passed: {world_size} rank(s) on {len(set(nodes))} node(s), "
             f"{', '.join(devices)}; a sum of {_BYTES_SUMMED[device.type] >> 20} MiB over all ranks takes "
             f"{1000 * seconds:.1f} ms, {rate:.2f} GB/s over each rank's link",
             flush=True,
@@ -115,7 +116,7 @@ def blamed(nodes: Sequence[str], own_faults: Sequence[str], seen_faults: Sequenc
     Args:
         nodes: Of each rank.
         own_faults: What each rank found wrong with itself; empty: nothing.
-        seen_faults: Nodes whose file a rank did not see, joined by commas; empty: it saw all.
+        seen_faults: Nodes whose file a rank did not see, joined by commas; empty: it saw all, or did not look.
     """
     bad = {node: fault for node, fault in zip(nodes, own_faults, strict=True) if fault}
     unseen = {node: set(text.split(",")) for node, text in zip(nodes, seen_faults, strict=True) if text}

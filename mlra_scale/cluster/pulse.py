@@ -20,6 +20,7 @@ from typing import Any
 
 PULSE_VARIABLE = "MLRA_SCALE_PULSE_SOCKET"
 _SECONDS_BETWEEN = 1.0
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _place(frame: FrameType | None) -> str:
         return ""
     innermost = _name(frame)
     ours: FrameType | None = frame
-    while ours is not None and "mlra_scale" not in ours.f_code.co_filename:
+    while ours is not None and not ours.f_code.co_filename.startswith(_PACKAGE):
         ours = ours.f_back
     if ours is None or ours is frame:
         return innermost

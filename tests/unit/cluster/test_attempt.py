@@ -428,6 +428,28 @@ def test_an_agent_that_cannot_be_started_is_lost_with_its_node(stage: Stage) -> 
     assert [*outcome.bad_nodes] == ["b"]
 
 
+def test_a_node_that_dies_while_others_still_start_is_the_lost_one(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BROKEN_SECONDS", 0.2)
+    stage.plan = replace(stage.plan, here="b")
+    outcome = stage.run(
+        a="me.connect(); time.sleep(0.3); os._exit(1)", b="time.sleep(1.0); me.connect(); me.obey_kill()"
+    )
+    assert outcome.kind == "lost_node" and outcome.reason == "node a is lost: its connection broke"
+    assert [*outcome.bad_nodes] == ["a"]
+
+
+def test_ranks_that_only_wait_for_the_network_have_less_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MEET_SECONDS", 0.5)
+    play = "me.join(); me.report(rank(%d, 0, 'connecting', 0.6)); me.obey_kill(%d)"
+    outcome = stage.run(a=play % (0, 0), b=play % (1, 1))
+    assert outcome.kind == "hung" and outcome.reason.startswith("no first step for 1 s: "), outcome.reason
+    slow = "me.join(); me.report(rank(%d, 0, '%s', 0.6)); time.sleep(0.5); me.end()"
+    outcome = stage.run(a=slow % (0, "connecting"), b=slow % (1, "starting"))
+    assert outcome.kind == "done", "one that still loads its libraries does not"
+
+
 def test_what_is_not_understood_ends_nothing(stage: Stage) -> None:
     strange = "me.join(); me.link.send({'ranks': [{'beat': 3}]}); me.link.send({}); me.report(rank(0)); me.end()"
     outcome = stage.run(a=strange, b="me.join(); me.end()")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.cluster.hang import SILENT_SECONDS, Seen, describe, hang_seconds, suspects
+from mlra_scale.cluster.hang import SILENT_SECONDS, Seen, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.pulse import Beat
 
 WAITING = "train_batch (engine.py:9) > all_reduce (distributed.py:7)"
@@ -61,6 +61,12 @@ def test_training_has_not_begun_before_all_ranks_train(doing: str) -> None:
 @pytest.mark.parametrize("doing", ["training", "evaluating", "saving", "ending"])
 def test_what_counts_as_training(doing: str) -> None:
     assert not hang_seconds([seen(0), seen(1, doing=doing)])[1]
+
+
+def test_ranks_meet_when_all_are_there() -> None:
+    ranks = [seen(0, doing="connecting"), seen(1, doing="checking")]
+    assert are_meeting(ranks, 2) and not are_meeting(ranks, 3)
+    assert not are_meeting([*ranks, seen(2, doing="preparing")], 3)
 
 
 def test_a_silent_rank_is_named_with_its_process() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.cluster import attempt, job, slurm
-from mlra_scale.cluster.job import Job, Settings, main
+from mlra_scale.cluster.job import Job, main
 from mlra_scale.cluster.job_file import Attempt, JobFile
+from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError
 from tests.unit.cluster.player import DRY_RUN_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub

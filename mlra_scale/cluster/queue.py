@@ -1,0 +1,78 @@
+"""The way back to the queue: what is asked of Slurm when a job shall go on later, on other nodes perhaps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from mlra_scale.cluster import slurm
+
+_GIVEN_UP_SECONDS = 30.0
+"""How long Slurm is given to notice that a node is dead; until then it would give it to the job again."""
+
+
+@dataclass(frozen=True)
+class EndedBySlurm:
+    """A job that Slurm is ending already.
+
+    Attributes:
+        name: Slurm's name of its state.
+        is_queued_again: Whether it will be started again: requeued by Slurm itself, or by hand.
+    """
+
+    name: str
+    is_queued_again: bool
+
+
+def ended_by_slurm(allocation: slurm.Allocation) -> EndedBySlurm | None:
+    """Returns how Slurm is ending the job; None: it is not.
+
+    Raises:
+        SlurmError: Slurm does not say.
+    """
+    fields = slurm.job_fields(allocation.job_id)
+    if fields.get("JobState") in ("RUNNING", "TIMEOUT"):
+        return None
+    return EndedBySlurm(fields.get("JobState", "unknown"), int(fields.get("Restarts", "0")) > allocation.num_requeues)
+
+
+def put_back(
+    allocation: slurm.Allocation,
+    lost: Collection[str],
+    usable: Sequence[str],
+    excluded: Collection[str],
+    say: Callable[[str], None],
+) -> None:
+    """Puts the job back into the queue; Slurm then ends this process's batch script.
+
+    Args:
+        allocation: The job.
+        lost: Nodes of it that are dead.
+        usable: Those that can still be used.
+        excluded: Nodes that it must not get again.
+        say: Tells the user something.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    if lost:
+        _give_back(allocation.job_id, lost, usable, say)
+    slurm.requeue(allocation.job_id)
+    if excluded:
+        try:
+            slurm.exclude(allocation.job_id, list(excluded))
+        except slurm.SlurmError as error:
+            say(f"Slurm may give the bad nodes to the job again ({error})")
+
+
+def _give_back(job_id: str, lost: Collection[str], usable: Sequence[str], say: Callable[[str], None]) -> None:
+    """Frees the job of nodes that are dead, for which it would have to wait, and sees that it gets them no more."""
+    try:
+        slurm.shrink(job_id, usable)
+    except slurm.SlurmError as error:
+        say(f"the lost node stays in the job until Slurm has given it up ({error})")
+        return
+    deadline = time.monotonic() + _GIVEN_UP_SECONDS
+    while time.monotonic() < deadline and not all(map(slurm.is_given_up, lost)):
+        time.sleep(1.0)
