@@ -230,8 +230,8 @@ def test_an_order_to_kill_ends_the_ranks_even_stopped_ones(make_site: Sites) -> 
     site.ranks[1].send_signal(signal.SIGSTOP)
     site.hub.send({"order": "kill"})
     assert [rank.wait(5.0) for rank in site.ranks] == [-signal.SIGKILL] * 2
-    heard = site.hear_until(lambda: False, 0.3)
-    assert None not in [item.message for item in heard], "torchrun tells first how they ended"
+    site.hear_until(lambda: False, 0.3)
+    assert None not in [heard.message for heard in site.said], "torchrun tells first how they ended"
 
 
 AGENT = """
