@@ -3,6 +3,7 @@
 from mlra_scale.config.batch import BatchPlan, batch_plan
 from mlra_scale.config.deepspeed_json import deepspeed_config, offload_optimizer, offload_param, zero_stage
 from mlra_scale.config.loading import Named, load_config, load_named_config
+from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.presets import preset, preset_names
 from mlra_scale.config.problems import ConfigError, Problem
 from mlra_scale.config.schema import (
@@ -11,17 +12,17 @@ from mlra_scale.config.schema import (
     Config,
     DataConfig,
     EvaluationConfig,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     ProfileConfig,
-    TevConfig,
     TrainConfig,
     WandbConfig,
 )
+from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, TevConfig
 from mlra_scale.config.validation import engine_kind, validate
 
 __all__ = [
+    "ActivationsConfig",
     "BatchPlan",
     "CheckpointConfig",
     "ClusterConfig",
@@ -29,6 +30,8 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "GradientsConfig",
+    "GuardConfig",
     "ModelConfig",
     "Named",
     "OptimConfig",

@@ -6,169 +6,15 @@ Rules that join several fields, or the number of processes, are in `validation.p
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
 from mlra_scale.config import yaml_text
+from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
-
-Projection = Literal["q", "k", "v", "o"]
-PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
-
-
-def _tuple_of_list(value: Any) -> Any:
-    """YAML and JSON know lists only; strict tuples would refuse them."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Quantile = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Text = Annotated[str, Field(min_length=1)]
-Tag = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, strict types, no unknown keys, finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    """Shape, attention and initialization of the model (GPT-2: pre-LN, tanh GELU, learned positions, tied head)."""
-
-    vocab_size: int = Field(50257, ge=2, description="Number of real tokens; rows added by padding never count.")
-    vocab_padding_multiple: int = Field(
-        128,
-        ge=1,
-        description="The embedding's rows are padded to a multiple of this, whatever the tensor-parallel degree.",
-    )
-    max_positions: int = Field(1024, ge=1, description="Number of learned positions: the longest possible sequence.")
-    num_layers: int = Field(ge=1, description="Number of transformer blocks: the depth.")
-    hidden_size: int = Field(ge=1, description="Width D of the residual stream.")
-    num_heads: int = Field(ge=1, description="Number of attention heads N; D must be divisible by it.")
-    ffn_hidden_size: int | None = Field(None, ge=1, description="Inner width of the MLP; null: 4 D.")
-    attention: Literal["mlra", "dense"] = Field(
-        "mlra", description="mlra: the projections named below are products of two factors; dense: stock GPT-2."
-    )
-    attention_rank: int | None = Field(
-        None,
-        ge=1,
-        description="Rank R of the factorised projections; null: attention_rank_ratio times D, rounded. "
-        "For a dense model: the rank of the MLRA model that matched-to-mlra pairs it with.",
-    )
-    attention_rank_ratio: float = Field(
-        0.5, gt=0.0, le=1.0, description="R/D when attention_rank is null; 1/2 keeps the parameter count of dense."
-    )
-    factorised_projections: Annotated[tuple[Projection, ...], BeforeValidator(_tuple_of_list)] = Field(
-        ("q", "k", "v"),
-        description="Which of q, k, v, o are factorised (for dense: of the MLRA model that matched-to-mlra means).",
-    )
-    init_std: float = Field(0.02, gt=0.0, le=1.0, description="Standard deviation of the base initialization.")
-    init_width_rule: Literal["fixed", "inverse_sqrt_width"] = Field(
-        "fixed", description="fixed: init_std as it is; inverse_sqrt_width: init_std * sqrt(768 / D)."
-    )
-    attention_init: Literal["gpt2", "xavier", "matched", "matched-to-mlra"] = Field(
-        "gpt2",
-        description="Attention's weights. mlra: gpt2 (both factors N(0, std)), xavier, matched (the product has the "
-        "dense variance); dense: gpt2, xavier, matched-to-mlra (the variance of the paired MLRA product: the control).",
-    )
-    paired_mlra_init: Literal["gpt2", "xavier", "matched"] = Field(
-        "gpt2", description="The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."
-    )
-    embedding_dropout: Probability = Field(0.0, description="Dropout after the sum of token and position embedding.")
-    attention_dropout: Probability = Field(0.0, description="Dropout of attention weights.")
-    residual_dropout: Probability = Field(0.0, description="Dropout of each sublayer's output before the residual sum.")
-    layer_norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="Epsilon of every layer norm.")
-    z_loss: float = Field(0.0, ge=0.0, description="Coefficient of the squared log-partition penalty; 0: off.")
-
-    @field_validator("factorised_projections", mode="after")
-    @classmethod
-    def _in_canonical_order(cls, value: tuple[Projection, ...]) -> tuple[Projection, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError("names a projection twice; name each of q, k, v, o at most once")
-        return tuple(name for name in PROJECTIONS if name in value)
-
-    @property
-    def head_dim(self) -> int:
-        """Width H of one head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def rank(self) -> int:
-        """Rank R of the factorised projections."""
-        if self.attention_rank is not None:
-            return self.attention_rank
-        return max(1, round(self.attention_rank_ratio * self.hidden_size))
-
-    @property
-    def ffn_size(self) -> int:
-        """Inner width F of the MLP."""
-        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding as stored: vocab_size rounded up to vocab_padding_multiple."""
-        return -(-self.vocab_size // self.vocab_padding_multiple) * self.vocab_padding_multiple
-
-    @property
-    def base_std(self) -> float:
-        """Standard deviation of the base initialization after the width rule."""
-        if self.init_width_rule == "inverse_sqrt_width":
-            return self.init_std * math.sqrt(768 / self.hidden_size)
-        return self.init_std
-
-    def is_factorised(self, projection: str) -> bool:
-        """Returns whether the projection "q", "k", "v" or "o" is a product of two factors in this model."""
-        assert projection in PROJECTIONS, projection
-        return self.attention == "mlra" and projection in self.factorised_projections
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Counts the parameters of the model by kind, without padded vocabulary rows and with the tied head once.
-
-        With V tokens, P positions, L layers, width D, MLP width F, rank R and n factorised projections:
-        embedding V D; positions P D; factor L n 2 D R; matrix L ((4 - n) D^2 + 2 D F); bias L (4 D + F + D);
-        norm L 4 D + 2 D.
-
-        Returns:
-            Number of parameters for the kinds embedding, positions, factor, matrix, bias, norm.
-        """
-        depth, width, ffn = self.num_layers, self.hidden_size, self.ffn_size
-        num_factorised = sum(self.is_factorised(name) for name in PROJECTIONS)
-        return {
-            "embedding": self.vocab_size * width,
-            "positions": self.max_positions * width,
-            "factor": depth * num_factorised * 2 * width * self.rank,
-            "matrix": depth * ((4 - num_factorised) * width * width + 2 * width * ffn),
-            "bias": depth * (5 * width + ffn),
-            "norm": depth * 4 * width + 2 * width,
-        }
-
-    def num_parameters(self) -> int:
-        """Returns the number of parameters, without padded vocabulary rows and with the tied head counted once."""
-        return sum(self.parameter_counts().values())
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Counts the floating-point operations of one token in training, the numerator of MFU.
-
-        6 N + 12 L D S: two operations per multiply-add, forward once and backward twice, for the N weights that
-        multiply activations (blocks and head; embedding and position look-ups, norms and biases are left out), and for
-        the attention products q k^T and a v over a sequence of S (the causal half that could be skipped is counted, as
-        is the custom). The formula is that of Chowdhery et al. 2022 (PaLM), appendix B. Factored projections count as
-        what they are, 2 D R each, once: neither recomputation nor work that tensor parallelism repeats is useful work.
-
-        Args:
-            sequence_length: S, tokens per sequence.
-
-        Returns:
-            Operations per token of one forward and backward pass.
-        """
-        counts = self.parameter_counts()
-        num_multiplying = counts["factor"] + counts["matrix"] + counts["embedding"]
-        return 6.0 * num_multiplying + 12.0 * self.num_layers * self.hidden_size * sequence_length
+from mlra_scale.config.section import Beta, Positive, Section, Tag, Text, tuple_of_list
+from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, TevConfig
 
 
 class DataConfig(Section):
@@ -220,7 +66,7 @@ class OptimConfig(Section):
     """AdamW and the learning-rate schedule."""
 
     lr: float = Field(gt=0.0, le=10.0, description="Peak learning rate.")
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_tuple_of_list)] = Field(
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(tuple_of_list)] = Field(
         (0.9, 0.95), description="Decay rates of Adam's two moments."
     )
     eps: float = Field(1e-8, gt=0.0, le=1.0, description="Epsilon of Adam.")
@@ -260,16 +106,6 @@ class ParallelConfig(Section):
     )
 
 
-class TevConfig(Section):
-    """Token embedding variability: how often and what of its distribution."""
-
-    every: int = Field(10, ge=0, description="Steps between measurements; 0: off.")
-    quantiles: Annotated[tuple[Quantile, ...], BeforeValidator(_tuple_of_list)] = Field(
-        (0.05, 0.25, 0.5, 0.75, 0.95), description="Quantiles of the distribution over tokens to record."
-    )
-    extremes: int = Field(0, ge=0, description="How many of the highest and of the lowest tokens to record.")
-
-
 class EvaluationConfig(Section):
     """Validation during training."""
 
@@ -305,7 +141,7 @@ class WandbConfig(Section):
     )
     project: Text = Field("mlra-scale", description="Project name.")
     name: Text | None = Field(None, description="Run name; null: the run directory's name.")
-    tags: Annotated[tuple[Tag, ...], BeforeValidator(_tuple_of_list)] = Field(
+    tags: Annotated[tuple[Tag, ...], BeforeValidator(tuple_of_list)] = Field(
         (), description="Tags of the run, of 64 characters at most."
     )
 
@@ -358,6 +194,9 @@ class Config(Section):
     optim: OptimConfig = Field(description="Optimizer and schedule.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Layout over ranks.")
     tev: TevConfig = Field(default_factory=TevConfig, description="Token embedding variability.")
+    gradients: GradientsConfig = Field(default_factory=GradientsConfig, description="Gradient statistics.")
+    activations: ActivationsConfig = Field(default_factory=ActivationsConfig, description="Activation probe.")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="What is done about instability.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Validation.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")

@@ -37,6 +37,7 @@ def validate(config: Config, world_size: int, device: str | None = None) -> None
         *_engine_problems(config),
         *_run_problems(config, device or config.train.device),
         *_data_problems(config),
+        *_stability_problems(config, world_size),
         *_cluster_problems(config),
         *check_deepspeed_keys(config.deepspeed),
     ]
@@ -193,6 +194,20 @@ def _run_problems(config: Config, device: str) -> Iterator[Problem]:
     if config.tev.extremes > config.model.vocab_size:
         yield Problem(
             "tev.extremes", config.tev.extremes, f"there are only {config.model.vocab_size} tokens (model.vocab_size)"
+        )
+
+
+def _stability_problems(config: Config, world_size: int) -> Iterator[Problem]:
+    guard, train, parallel = config.guard, config.train, config.parallel
+    if guard.min_window > guard.window:
+        yield Problem("guard.min_window", guard.min_window, f"is more than guard.window {guard.window}")
+    data = world_size // (parallel.tensor * parallel.pipeline)
+    if config.gradients.noise_every > 0 and train.global_batch_size < 2 * data * train.micro_batch_size:
+        yield Problem(
+            "gradients.noise_every",
+            config.gradients.noise_every,
+            "compares the gradient of one micro-batch per data rank with that of the global batch, and these are the "
+            "same here; lower train.micro_batch_size, raise train.global_batch_size, or set it to 0",
         )
 
 

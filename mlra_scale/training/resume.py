@@ -47,6 +47,9 @@ NAMED = (
     "train.max_consecutive_overflows",
     "optim.",
     "tev.",
+    "gradients.",
+    "activations.",
+    "guard.",
     "evaluation.",
     "checkpoint.",
 )

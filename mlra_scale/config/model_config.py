@@ -1,0 +1,147 @@
+"""The model's section of the schema."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from mlra_scale.config.section import Probability, Section, tuple_of_list
+
+Projection = Literal["q", "k", "v", "o"]
+PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
+
+
+class ModelConfig(Section):
+    """Shape, attention and initialization of the model (GPT-2: pre-LN, tanh GELU, learned positions, tied head)."""
+
+    vocab_size: int = Field(50257, ge=2, description="Number of real tokens; rows added by padding never count.")
+    vocab_padding_multiple: int = Field(
+        128,
+        ge=1,
+        description="The embedding's rows are padded to a multiple of this, whatever the tensor-parallel degree.",
+    )
+    max_positions: int = Field(1024, ge=1, description="Number of learned positions: the longest possible sequence.")
+    num_layers: int = Field(ge=1, description="Number of transformer blocks: the depth.")
+    hidden_size: int = Field(ge=1, description="Width D of the residual stream.")
+    num_heads: int = Field(ge=1, description="Number of attention heads N; D must be divisible by it.")
+    ffn_hidden_size: int | None = Field(None, ge=1, description="Inner width of the MLP; null: 4 D.")
+    attention: Literal["mlra", "dense"] = Field(
+        "mlra", description="mlra: the projections named below are products of two factors; dense: stock GPT-2."
+    )
+    attention_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Rank R of the factorised projections; null: attention_rank_ratio times D, rounded. "
+        "For a dense model: the rank of the MLRA model that matched-to-mlra pairs it with.",
+    )
+    attention_rank_ratio: float = Field(
+        0.5, gt=0.0, le=1.0, description="R/D when attention_rank is null; 1/2 keeps the parameter count of dense."
+    )
+    factorised_projections: Annotated[tuple[Projection, ...], BeforeValidator(tuple_of_list)] = Field(
+        ("q", "k", "v"),
+        description="Which of q, k, v, o are factorised (for dense: of the MLRA model that matched-to-mlra means).",
+    )
+    init_std: float = Field(0.02, gt=0.0, le=1.0, description="Standard deviation of the base initialization.")
+    init_width_rule: Literal["fixed", "inverse_sqrt_width"] = Field(
+        "fixed", description="fixed: init_std as it is; inverse_sqrt_width: init_std * sqrt(768 / D)."
+    )
+    attention_init: Literal["gpt2", "xavier", "matched", "matched-to-mlra"] = Field(
+        "gpt2",
+        description="Attention's weights. mlra: gpt2 (both factors N(0, std)), xavier, matched (the product has the "
+        "dense variance); dense: gpt2, xavier, matched-to-mlra (the variance of the paired MLRA product: the control).",
+    )
+    paired_mlra_init: Literal["gpt2", "xavier", "matched"] = Field(
+        "gpt2", description="The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."
+    )
+    embedding_dropout: Probability = Field(0.0, description="Dropout after the sum of token and position embedding.")
+    attention_dropout: Probability = Field(0.0, description="Dropout of attention weights.")
+    residual_dropout: Probability = Field(0.0, description="Dropout of each sublayer's output before the residual sum.")
+    layer_norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="Epsilon of every layer norm.")
+    z_loss: float = Field(0.0, ge=0.0, description="Coefficient of the squared log-partition penalty; 0: off.")
+
+    @field_validator("factorised_projections", mode="after")
+    @classmethod
+    def _in_canonical_order(cls, value: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a projection twice; name each of q, k, v, o at most once")
+        return tuple(name for name in PROJECTIONS if name in value)
+
+    @property
+    def head_dim(self) -> int:
+        """Width H of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rank(self) -> int:
+        """Rank R of the factorised projections."""
+        if self.attention_rank is not None:
+            return self.attention_rank
+        return max(1, round(self.attention_rank_ratio * self.hidden_size))
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width F of the MLP."""
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding as stored: vocab_size rounded up to vocab_padding_multiple."""
+        return -(-self.vocab_size // self.vocab_padding_multiple) * self.vocab_padding_multiple
+
+    @property
+    def base_std(self) -> float:
+        """Standard deviation of the base initialization after the width rule."""
+        if self.init_width_rule == "inverse_sqrt_width":
+            return self.init_std * math.sqrt(768 / self.hidden_size)
+        return self.init_std
+
+    def is_factorised(self, projection: str) -> bool:
+        """Returns whether the projection "q", "k", "v" or "o" is a product of two factors in this model."""
+        assert projection in PROJECTIONS, projection
+        return self.attention == "mlra" and projection in self.factorised_projections
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Counts the parameters of the model by kind, without padded vocabulary rows and with the tied head once.
+
+        With V tokens, P positions, L layers, width D, MLP width F, rank R and n factorised projections:
+        embedding V D; positions P D; factor L n 2 D R; matrix L ((4 - n) D^2 + 2 D F); bias L (4 D + F + D);
+        norm L 4 D + 2 D.
+
+        Returns:
+            Number of parameters for the kinds embedding, positions, factor, matrix, bias, norm.
+        """
+        depth, width, ffn = self.num_layers, self.hidden_size, self.ffn_size
+        num_factorised = sum(self.is_factorised(name) for name in PROJECTIONS)
+        return {
+            "embedding": self.vocab_size * width,
+            "positions": self.max_positions * width,
+            "factor": depth * num_factorised * 2 * width * self.rank,
+            "matrix": depth * ((4 - num_factorised) * width * width + 2 * width * ffn),
+            "bias": depth * (5 * width + ffn),
+            "norm": depth * 4 * width + 2 * width,
+        }
+
+    def num_parameters(self) -> int:
+        """Returns the number of parameters, without padded vocabulary rows and with the tied head counted once."""
+        return sum(self.parameter_counts().values())
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Counts the floating-point operations of one token in training, the numerator of MFU.
+
+        6 N + 12 L D S: two operations per multiply-add, forward once and backward twice, for the N weights that
+        multiply activations (blocks and head; embedding and position look-ups, norms and biases are left out), and for
+        the attention products q k^T and a v over a sequence of S (the causal half that could be skipped is counted, as
+        is the custom). The formula is that of Chowdhery et al. 2022 (PaLM), appendix B. Factored projections count as
+        what they are, 2 D R each, once: neither recomputation nor work that tensor parallelism repeats is useful work.
+
+        Args:
+            sequence_length: S, tokens per sequence.
+
+        Returns:
+            Operations per token of one forward and backward pass.
+        """
+        counts = self.parameter_counts()
+        num_multiplying = counts["factor"] + counts["matrix"] + counts["embedding"]
+        return 6.0 * num_multiplying + 12.0 * self.num_layers * self.hidden_size * sequence_length

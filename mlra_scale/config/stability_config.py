@@ -1,0 +1,79 @@
+"""The sections about stability: what is measured, how often, and what is done about it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from mlra_scale.config.section import Quantile, Section, tuple_of_list
+
+
+class TevConfig(Section):
+    """Token embedding variability: how often and what of its distribution."""
+
+    every: int = Field(10, ge=0, description="Steps between measurements; 0: off.")
+    quantiles: Annotated[tuple[Quantile, ...], BeforeValidator(tuple_of_list)] = Field(
+        (0.05, 0.25, 0.5, 0.75, 0.95), description="Quantiles of the distribution over tokens to record."
+    )
+    extremes: int = Field(0, ge=0, description="How many of the highest and of the lowest tokens to record.")
+
+
+class GradientsConfig(Section):
+    """Statistics of gradients, updates and weights, per layer and kind."""
+
+    every: int = Field(0, ge=0, description="Steps between measurements; 0: off.")
+    noise_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between estimates of the gradient noise scale; each costs one more forward and backward "
+        "pass over a global batch; 0: off.",
+    )
+    spectral_iterations: int = Field(
+        0,
+        ge=0,
+        description="Power iterations per measurement for the largest singular values of the attention products "
+        "(q k^T and o v, of each head); 0: they are not measured.",
+    )
+
+
+class ActivationsConfig(Section):
+    """What a probe batch shows of the activations, outside the hot path."""
+
+    every: int = Field(0, ge=0, description="Steps between probes; 0: off.")
+    samples: int = Field(4, ge=1, description="Samples of the validation data in the probe batch, at least.")
+    saturation: float = Field(
+        0.99, gt=0.0, lt=1.0, description="A row of attention weights whose largest is above this is saturated."
+    )
+
+
+class GuardConfig(Section):
+    """What is done about instability; off, a run computes exactly what it would compute without."""
+
+    enabled: bool = Field(False, description="Skip bad updates, then lower the rate, then go back to a checkpoint.")
+    window: int = Field(128, ge=8, description="Steps whose loss and gradient norm say what is usual.")
+    min_window: int = Field(64, ge=4, description="Steps before anything is judged; at most window.")
+    sigmas: float = Field(
+        6.0, gt=0.0, description="An update is bad if its loss or gradient norm is so many deviations above the mean."
+    )
+    calm_steps: int = Field(
+        50, ge=1, description="An episode is over after so many steps in a row without a bad update."
+    )
+    max_skips: int = Field(
+        3, ge=0, description="Bad updates left out in one episode before the learning rate is lowered."
+    )
+    rate_factor: float = Field(0.5, gt=0.0, lt=1.0, description="What the learning rate is lowered by.")
+    rate_steps: int = Field(
+        200, ge=1, description="Steps over which it comes back to the schedule, in a straight line."
+    )
+    max_lowerings: int = Field(
+        1, ge=0, description="Lowerings in one episode; after so many and max_skips bad updates more the run goes back."
+    )
+    divergence: float | None = Field(
+        1.0,
+        gt=0.0,
+        description="The run goes back if the mean loss of the last divergence_steps steps is so much (nats) above the "
+        "lowest such mean; null: never for that.",
+    )
+    divergence_steps: int = Field(32, ge=2, description="Steps of the mean above.")
+    max_rollbacks: int = Field(3, ge=0, description="Times that the run goes back; once more, and it stops.")
