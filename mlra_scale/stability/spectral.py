@@ -63,7 +63,7 @@ class _Map:
 
     name: str
     is_transposed: bool
-    enters_heads: bool = False
+    enters_heads: bool
 
 
 class AttentionProducts:
@@ -93,42 +93,26 @@ class AttentionProducts:
             "qk" and "ov" -> for each block, the largest over its heads.
         """
         parts = self._parts(fragments)
+        into_q, into_k, into_v = (self._maps(projection, enters_heads=True) for projection in "qkv")
+        out_of_q, out_of_k, out_of_v = (self._maps(projection, is_transposed=True) for projection in "qkv")
+        through_o = self._maps("o")
+        back_through_o = self._maps("o", is_transposed=True, enters_heads=True)
         products = {
-            "qk": (
-                [*self._into_heads("k"), *self._out_of_heads("q")],
-                [*self._into_heads("q"), *self._out_of_heads("k")],
-            ),
-            "ov": (
-                [*self._into_heads("v"), *self._from_heads("o")],
-                [*self._back_to_heads("o"), *self._out_of_heads("v")],
-            ),
+            "qk": (into_k + out_of_q, into_q + out_of_k),
+            "ov": (into_v + through_o, back_through_o + out_of_v),
         }
         return {
             name: self._largest_singular_values(parts, forward, adjoint, iterations)
             for name, (forward, adjoint) in products.items()
         }
 
-    def _factors(self, projection: str) -> list[str]:
+    def _maps(self, projection: str, is_transposed: bool = False, enters_heads: bool = False) -> list[_Map]:
+        """The factors of a projection in the order in which a vector meets them."""
         is_factorised = self.model.is_factorised(projection)
-        return [f"{projection}.down", f"{projection}.up"] if is_factorised else [projection]
-
-    def _into_heads(self, projection: str) -> list[_Map]:
-        """q, k or v: hidden state -> heads."""
-        *inner, last = self._factors(projection)
-        return [*(_Map(name, False) for name in inner), _Map(last, False, enters_heads=True)]
-
-    def _out_of_heads(self, projection: str) -> list[_Map]:
-        """The transpose of q, k or v: heads -> hidden state."""
-        return [_Map(name, True) for name in reversed(self._factors(projection))]
-
-    def _from_heads(self, projection: str) -> list[_Map]:
-        """o: heads -> hidden state."""
-        return [_Map(name, False) for name in self._factors(projection)]
-
-    def _back_to_heads(self, projection: str) -> list[_Map]:
-        """The transpose of o: hidden state -> heads."""
-        first, *inner = self._factors(projection)
-        return [*(_Map(name, True) for name in reversed(inner)), _Map(first, True, enters_heads=True)]
+        names = [f"{projection}.down", f"{projection}.up"] if is_factorised else [projection]
+        if is_transposed:
+            names.reverse()
+        return [_Map(name, is_transposed, enters_heads and name == names[-1]) for name in names]
 
     def _parts(self, fragments: Iterable["Fragment"]) -> dict[str, list[_Part]]:
         """This rank's parts of the attention's weights, by the name of a map."""
