@@ -29,18 +29,15 @@ def together(*values: float, error: float) -> list[str]:
     """Writes numbers to the second significant digit of an error, so that none tells more than is known."""
     if not math.isfinite(error) or error <= 0.0:
         return [number(value) for value in values]
-    place = 1 - math.floor(math.log10(error))
-    if not -5 < place <= 5:
-        return [f"{value:.{max(0, _exponent(value) + place)}e}" if value else "0" for value in values]
-    return [f"{_without_negative_zero(round(value, place)):.{max(0, place)}f}" for value in values]
+    place = 1 - _exponent(error)
+    if 1e-3 <= max(error, *map(abs, values)) < 1e6:
+        # Adding 0 makes the zero that -0.001 may be rounded to a plain one.
+        return [f"{round(value, place) + 0.0:.{max(0, place)}f}" for value in values]
+    return [number(value, max(1, _exponent(value) + place + 1)) if value else "0" for value in values]
 
 
 def _exponent(value: float) -> int:
     return math.floor(math.log10(abs(value)))
-
-
-def _without_negative_zero(value: float) -> float:
-    return value + 0.0
 
 
 def with_error(mean: Mean) -> str:

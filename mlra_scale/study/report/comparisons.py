@@ -120,7 +120,7 @@ def _compare(sweep: Sweep, measure: Measure, first: str, second: str) -> list[Co
         setting = f"mean over {len(whole)} of {len(by_setting)} settings, per seed"
         difference = mean_of([sum(pairs[seed] for pairs in whole) / len(whole) for seed in seeds])
         few = len(by_setting) - len(whole)
-        left_out = (f"{few} setting{'s' * (few != 1)} that lack a pair of some seed",) if few else ()
+        left_out = (f"{few} setting{'s' * (few != 1)} without a pair of every seed",) if few else ()
         found.append(Comparison(measure, first, second, setting, difference, left_out))
     return found
 

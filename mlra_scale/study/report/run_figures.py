@@ -191,8 +191,10 @@ def _finish_step_axis(grid: list[Axes], run: RunRecord) -> None:
 
 def _rollbacks(run: RunRecord) -> list[list[Record]]:
     """The undone records, one list per rollback: each went its own way over the same steps."""
-    numbers = sorted({record.get("rollback", 0) for record in run.rolled_back}, key=str)
-    return [[record for record in run.rolled_back if record.get("rollback", 0) == number] for number in numbers]
+    by_number: dict[str, list[Record]] = {}
+    for record in run.rolled_back:
+        by_number.setdefault(str(record.get("rollback")), []).append(record)
+    return list(by_number.values())
 
 
 def _draw_panel(axes: Axes, run: RunRecord, panel: Panel) -> None:
@@ -222,7 +224,7 @@ def _name_undone(axes: Axes) -> None:
 
 def _draw_band(axes: Axes, run: RunRecord) -> None:
     mean = run.series(named("tev_mean"))
-    spread = np.array([number_or_nan(r.get("tev_std")) for r in run.metrics if r.get("tev_mean", ...) is not ...])
+    spread = run.series(lambda record: number_or_nan(record.get("tev_std")) if "tev_mean" in record else None).values
     low, high = mean.values - spread, mean.values + spread
     if np.isfinite(spread).any():
         axes.fill_between(mean.steps, low, high, color="0.82", lw=0, label=style.label("mean +- standard deviation"))
@@ -335,7 +337,7 @@ def _mark_guard(axes: Axes, run: RunRecord) -> None:
         found = run.events_named(event)
         if len(found) <= 60:
             for item in found:
-                axes.axvline(_step_of(item, run), color="0.55", lw=0.8, ls=line, zorder=0.5)
+                axes.axvline(_step_of(item, run), color="0.4", lw=0.9, ls=line, zorder=0.5)
 
 
 PROFILES = {

@@ -88,8 +88,9 @@ class RunRecord:
         """How the run stands, in words."""
         last = next((e for e in reversed(self.events) if e.get("event") in ("start", *_ENDS)), {})
         if last.get("event") == "stopped":
-            reason = {3: "diverged: loss or gradient norm was no number", 7: "diverged: the guard gave up"}
-            return reason.get(last.get("exit_code", 0), f"stopped: {last.get('reason', 'no reason recorded')}")
+            diverged = {3: "loss or gradient norm was no number", 7: "the guard gave up"}
+            causes = [text for code, text in diverged.items() if last.get("exit_code") == code]
+            return f"diverged: {causes[0]}" if causes else f"stopped: {last.get('reason', 'no reason recorded')}"
         if last.get("event") == "failed":
             return f"failed: {last.get('reason', 'no reason recorded')}"
         event = str(last.get("event", "unknown"))

@@ -85,7 +85,7 @@ def _what_ran(run: RunRecord) -> list[tuple[str, Any]]:
         ("learning rate", _learning_rate(run)),
         ("layout", _layout(run, world)),
         ("precision", get("train.precision")),
-        ("guard", {True: "on", False: "off"}.get(get("guard.enabled"))),
+        ("guard", None if get("guard") is None else "on" if get("guard.enabled") is True else "off"),
         ("starts", f"{len(starts)}, the first {moment(starts[0].get('time'))} (UTC)" if starts else None),
         ("commit", _commit(run) or "not recorded"),
     ]
@@ -113,7 +113,7 @@ def _layout(run: RunRecord, world: Any) -> str:
     tensor, pipeline = run.setting("parallel.tensor", 1), run.setting("parallel.pipeline", 1)
     stage = run.setting("deepspeed.zero_optimization.stage", 0)
     degrees = f"tensor {tensor}, pipeline {pipeline}, ZeRO stage {stage}"
-    if not is_number(world) or not is_number(tensor) or not is_number(pipeline):
+    if not (is_number(world) and is_number(tensor) and is_number(pipeline) and tensor * pipeline > 0):
         return f"{degrees}; number of processes not recorded"
     return f"{world} process{'es' * (world != 1)}: data {int(world // (tensor * pipeline))}, {degrees}"
 
@@ -189,7 +189,7 @@ def _over_time(run: RunRecord, image: bytes | None, missing: list[str]) -> list[
         return [page.paragraph("There is nothing to draw yet."), page.items(missing)]
     caption = (
         "All measures on one axis of optimizer steps. Grey dotted curves with hollow markers are steps that a rollback "
-        "undid. Vertical lines: dotted, an update was skipped; dash-dotted, the rate was lowered; solid, the run went back. "
+        "undid. Vertical lines: dotted, an update was skipped; dash-dotted, the rate fell; solid, the run went back. "
         "In the events' panel a bar leads from a rollback to the step it went back to, and from a lowered rate to "
         "where the schedule is reached again. Shallow blocks are the first quarter of the blocks."
     )

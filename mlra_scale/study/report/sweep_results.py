@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,5 +178,5 @@ def _sorted(values: list[Any]) -> list[Any]:
 
 
 def _in_order(planned: Any, found: Mapping[str, None]) -> list[str]:
-    first = [name for name in planned if name in found] if isinstance(planned, Mapping | Sequence) else []
-    return list(dict.fromkeys([*first, *found]))
+    names = list(planned) if isinstance(planned, Mapping) else []
+    return list(dict.fromkeys([*(name for name in names if name in found), *found]))
