@@ -1,1 +1,1 @@
-"""Studies: grids of runs, what came out of them, and what is predicted of them. Imports neither torch nor the model."""
+"""Studies over many runs: grids of them, statistics, predictions and reports. Imports neither torch nor the model."""

@@ -12,6 +12,7 @@ job.json         of a cluster job: its state, its attempts and their ends
 logs/            of a cluster job: console.log, and per attempt a log and stacks of every rank
 wandb/           wandb's files and the run's stable id
 profile/         traces of torch.profiler
+report/          what tools/report.py writes
 checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
 """
 

@@ -49,6 +49,7 @@ LIBRARIES: dict[str, set[str]] = {
     "deepspeed": {"parallel", "training"},
     "megatron": {"megatron"},
     "datasets": {"data"},
+    "matplotlib": {"study"},
     "wandb": {"training"},
 }
 CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "yaml", PACKAGE}
