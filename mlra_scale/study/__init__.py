@@ -1,0 +1,1 @@
+"""Studies over many runs: sweeps, their statistics, predictions and reports. Nothing here trains."""
