@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.study.prediction_areas import Field, comparable, interval, resampled_counts, roc_area, roc_areas
@@ -72,6 +72,7 @@ def area_by_brute_force(windows: list[tuple[int, bool, int, float | None]], coun
     return sum(means) / len(means) if means else np.nan
 
 
+@settings(deadline=None)
 @given(cases, st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_against_brute_force(windows: list[tuple[int, bool, int, float | None]], counts: list[int]) -> None:
     keys, is_positive, units, values = (list(column) for column in zip(*windows, strict=True))

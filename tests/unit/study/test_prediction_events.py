@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.study.prediction_events import Event, Protocol, divergence_step, first_event
@@ -31,16 +31,19 @@ def test_the_numbers_are_those_of_the_document() -> None:
     }
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_a_calm_run_has_no_event(seed: int) -> None:
     assert event_of(losses_of(seed)) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 148))
 def test_a_lasting_rise_is_a_spike_at_its_first_step(seed: int, step: int) -> None:
     assert event_of(losses_of(seed, step)) == Event("spike", step)
 
 
+@settings(deadline=None)
 @given(st.integers(40, 120), st.integers(1, 10))
 def test_a_spike_may_come_back_after_three_steps_and_not_before(step: int, length: int) -> None:
     losses = losses_of()
@@ -85,6 +88,7 @@ def test_a_loss_that_is_no_number_is_an_event_at_its_step() -> None:
     assert event_of(np.empty(0)) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(2, 148), st.floats(-4.0, 100.0))
 def test_the_height_of_the_loss_does_not_matter(seed: int, step: int, height: float) -> None:
     losses = losses_of(seed, step)
