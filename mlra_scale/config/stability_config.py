@@ -32,8 +32,8 @@ class GradientsConfig(Section):
     spectral_iterations: int = Field(
         0,
         ge=0,
-        description="Power iterations per measurement for the largest singular values of the attention products "
-        "(q k^T and o v, of each head); 0: they are not measured.",
+        description="Lanczos iterations (each costs what a power iteration does) per measurement for the largest "
+        "singular values of the attention products, q k^T and o v of each head; 0: they are not measured.",
     )
 
 
