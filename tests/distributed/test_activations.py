@@ -23,16 +23,6 @@ Entry = dict[str, Any]
 
 SAMPLES = 5  # no multiple of a micro-batch: the last one counts in part
 LISTS = ("residual_variance", "attention_entropy", "largest_logit", "saturated_share")
-LAYOUTS = [
-    Layout(),
-    Layout(engine="pipeline"),
-    Layout(tensor=2),
-    Layout(pipeline=2),
-    Layout(data=2, stage=1),
-    Layout(tensor=2, pipeline=2),
-    Layout(pipeline=2, data=2, stage=1),
-    Layout(tensor=2, data=2, stage=3),
-]
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
@@ -44,6 +34,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "model__residual_dropout": 0.1,
     },
 }
+EVERYTHING = Layout(tensor=2, data=2, stage=3)
+CASES = [
+    (Layout(), "mlra"),
+    (Layout(engine="pipeline"), "masked"),
+    (Layout(tensor=2), "dense"),
+    (Layout(pipeline=2), "checkpointing-dropout"),
+    (Layout(data=2, stage=0), "dense"),
+    (Layout(data=2, stage=2), "masked"),
+    (Layout(tensor=2, pipeline=2), "masked"),
+    (Layout(tensor=2, pipeline=2, stage=1), "checkpointing-dropout"),
+    (Layout(pipeline=2, data=2, stage=1), "mlra"),
+    *((EVERYTHING, option) for option in OPTIONS),
+]
+
+
+def identify(value: Layout | str) -> str:
+    return str(value).replace(" ", "-")
 
 
 def probe_config(layout: Layout, option: str, precision: str = "fp32") -> Config:
@@ -97,8 +104,7 @@ def errors(found: Entry, expected: Entry) -> dict[str, float]:
     return worst
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout).replace(" ", "-"))
+@pytest.mark.parametrize(("layout", "option"), CASES, ids=identify)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str) -> None:
     config, expected = probe_config(layout, option), oracle(option)
     assert [len(expected[name]) for name in LISTS] == [5, 4, 4, 4]
@@ -122,9 +128,10 @@ def bf16_error(worker_pool: Pools, option: str) -> dict[str, float]:
     return {name: max(error[name] for error in found) for name in LISTS}
 
 
-@pytest.mark.parametrize("option", ["mlra", "dense"])
 @pytest.mark.parametrize(
-    "layout", [Layout(tensor=2), Layout(pipeline=2, data=2, stage=1), Layout(tensor=2, data=2, stage=3)], ids=str
+    ("layout", "option"),
+    [(Layout(tensor=2), "dense"), (Layout(pipeline=2, data=2, stage=1), "mlra"), (EVERYTHING, "mlra")],
+    ids=identify,
 )
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, option: str) -> None:
     allowed, found = bf16_error(worker_pool, option), errors(run(worker_pool, layout, option, "bf16"), oracle(option))
@@ -150,7 +157,7 @@ def train_around_a_probe(
     return losses
 
 
-@pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(data=2, stage=3)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(data=2, stage=3)], ids=identify)
 def test_a_probe_changes_nothing_in_the_training(worker_pool: Pools, layout: Layout) -> None:
     config, pool = probe_config(layout, "checkpointing-dropout"), worker_pool(layout.world_size)
     weights = sharp_weights(config.model)

@@ -30,16 +30,6 @@ from tests.support.pool import WorkerPool
 Pools = Callable[[int], WorkerPool]
 
 SAMPLES = 5  # no multiple of a micro-batch
-LAYOUTS = [
-    Layout(),
-    Layout(tensor=2),
-    Layout(pipeline=2),
-    Layout(data=2, stage=0),
-    Layout(data=2, stage=2),
-    Layout(tensor=2, pipeline=2, stage=1),
-    Layout(pipeline=2, data=2, stage=1),
-    Layout(tensor=2, data=2, stage=3),
-]
 # Nothing divides by two, so that ZeRO cuts rows.
 ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,6 +37,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"model__attention": "dense"},
     "odd-masked": {**ODD, "data__document_attention": "masked", "data__reset_positions": True},
 }
+CASES = [
+    *((Layout(), option) for option in OPTIONS),
+    (Layout(tensor=2), "dense"),
+    (Layout(pipeline=2), "mlra"),
+    (Layout(data=2, stage=0), "odd-masked"),
+    (Layout(data=2, stage=2), "odd-masked"),
+    (Layout(tensor=2, pipeline=2, stage=1), "mlra"),
+    (Layout(pipeline=2, data=2, stage=1), "dense"),
+    (Layout(tensor=2, data=2, stage=3), "mlra"),
+    (Layout(tensor=2, data=2, stage=3), "odd-masked"),
+]
+
+
+def identify(value: Layout | str) -> str:
+    return str(value).replace(" ", "-")
 
 
 @dataclass
@@ -155,8 +160,7 @@ def assert_copies_equal(ranks: list[Account]) -> None:
             np.testing.assert_array_equal(values, seen.setdefault(key, values), err_msg=name)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout).replace(" ", "-"))
+@pytest.mark.parametrize(("layout", "option"), CASES, ids=identify)
 def test_fp32_clips_what_the_oracle_would(worker_pool: Pools, layout: Layout, option: str) -> None:
     config = clip_config(layout, option)
     largest, factors = largest_logits(option, SAMPLES), expected_factors(config, option)
@@ -194,7 +198,7 @@ def test_fp32_clips_what_the_oracle_would(worker_pool: Pools, layout: Layout, op
         Layout(data=2, stage=1),
         Layout(data=2, stage=3),
     ],
-    ids=str,
+    ids=identify,
 )
 def test_bf16_scales_the_fp32_weights_and_computes_with_them(worker_pool: Pools, layout: Layout) -> None:
     config = clip_config(layout, "mlra", "bf16")
@@ -241,7 +245,7 @@ def clip_twice(rank: int, world_size: int, config: Config) -> list[dict[str, Any
     return [clip.apply(batches, 0) for _ in range(2)]
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, stage=3)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, stage=3)], ids=identify)
 def test_one_block_is_at_its_threshold_afterwards(worker_pool: Pools, layout: Layout) -> None:
     """With one block nothing before it changes, so that one clip is enough."""
     config = layout_config(layout, model__num_layers=1, qk_clip__threshold=0.05)
