@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Goes to the project's root and sets up what every job of this folder needs; sourced by the other files. By environment:
+# Goes to the project's root and sets up what every job of this folder needs; sourced by the others. By environment:
 #   VENV=DIR                  virtual environment (default: .venv in the project's root, if there is one)
 #   CONDA_ENV=NAME            conda environment instead
 set -euo pipefail

@@ -5,8 +5,8 @@
 #   sbatch --array=0-89 slurm/sweep.sh docs/studies/depth.yaml
 #   sbatch --array=0-89%8 slurm/sweep.sh docs/studies/depth.yaml --output /shared/runs/depth data.path=/shared/data/mine
 #
-# Everything after the study goes to tools/sweep.py. A task whose time ran out has saved: submit the same line again, and
-# tasks whose cells are done end at once. Options of sbatch on the command line come before those below.
+# Everything after the study goes to tools/sweep.py. A task whose time ran out has saved: submit the same line again,
+# and tasks whose cells are done end at once. Options of sbatch on the command line come before those below.
 #SBATCH --job-name=sweep
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1           # as many as the study has `ranks`

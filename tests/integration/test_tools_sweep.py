@@ -53,7 +53,7 @@ def sweep(study: Path, output: Path, *arguments: str) -> Finished:
         cwd=study.parent,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -77,7 +77,7 @@ def started(study: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate(timeout=30)
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 200.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -93,7 +93,7 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
     with started(study, output) as process:
         wait_until(lambda: files.last_step() >= 3)
         process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=120)
+        told, _ = process.communicate(timeout=200)
     assert process.returncode == 130, told
     assert f"interrupted: {calm.name}; the same command goes on with them" in told
     assert events(files.run.path)[-1]["event"] == "preempted"
