@@ -35,7 +35,7 @@ from mlra_scale.training.run_directory import RunDirectory
 
 State = Literal["done", "diverged", "failed"]
 
-_DIVERGED = (ExitCode.NON_FINITE, 7)
+_DIVERGED = (ExitCode.NON_FINITE, ExitCode.UNSTABLE)
 """The loss is no number any more; the guard has given up (7)."""
 _ENDS = ("finished", "stopped", "preempted", "interrupted", "failed")
 _MAY_DIFFER = tuple(name for name in FREE if not name.startswith("data."))
