@@ -2,6 +2,7 @@
 #                   export it to Hugging Face's format (verified) and write a sample with stock transformers
 # make test         install with the dev extra, run all tests
 # make lint         ruff and mypy
+# make study        the small study of docs/studies (18 runs, some ten minutes on 2 cores) and its report
 # make bench        ratios against plain PyTorch and transformers, and of saving, on this machine
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
@@ -51,7 +52,7 @@ print(tokenizer.decode(text[0], skip_special_tokens=True))
 endef
 export SAMPLE
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test lint study bench clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -87,6 +88,12 @@ lint:
 	@$(INSTALL) --extra dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+study:
+	@$(INSTALL) --extra report
+	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
+	$(BIN)/python tools/sweep.py docs/studies/small.yaml --jobs 2
+	$(BIN)/python tools/report.py runs/small
 
 bench:
 	@$(INSTALL)
