@@ -76,4 +76,7 @@ class GuardConfig(Section):
         "lowest such mean; null: never for that.",
     )
     divergence_steps: int = Field(32, ge=2, description="Steps of the mean above.")
+    skip_before: int = Field(
+        50, ge=0, description="Steps before the trouble whose data are skipped too after the run went back."
+    )
     max_rollbacks: int = Field(3, ge=0, description="Times that the run goes back; once more, and it stops.")

@@ -74,7 +74,7 @@ def layout_config(layout: Layout, **overrides: Any) -> Config:
     }
     for name, value in overrides.items():
         section, field = name.split("__")
-        values[section][field] = value
+        values.setdefault(section, {})[field] = value
     return Config.from_dict(values)
 
 

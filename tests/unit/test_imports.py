@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "planning": {"config", "model"},
     "evaluation": {"config", "model", "parallel", "data", "checkpoint"},
     "training": {"config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation"},
-    "study": {"config", "data", "stability", "checkpoint", "training"},
+    "study": {"config", "training"},
     "train": {"config", "data", "training"},
     "cluster": {"config", "training", "train"},
 }
@@ -40,10 +40,12 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("checkpoint", "parallel"): {"", "engine", "fragments", "topology"},
     ("planning", "model"): {"parameters"},
     ("training", "parallel"): {"", "engine", "fragments", "topology"},
+    # What runs leave behind; none of these loads torch.
+    ("study", "training"): {"exit_codes", "record", "resume", "run_directory"},
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {
-    "torch": set(ROOMS) - {"config", "planning"},
+    "torch": set(ROOMS) - {"config", "planning", "study"},
     "deepspeed": {"parallel", "training"},
     "megatron": {"megatron"},
     "datasets": {"data"},

@@ -153,8 +153,8 @@ def _counts(comparisons: Sequence[Comparison]) -> str:
 
 def _curves(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
     caption = (
-        "Means over seeds with standard errors, and every run as a small open marker. A crossed-out marker at the upper "
-        "edge counts the runs that diverged there, which have no value. Variants are set apart sideways."
+        "Means over seeds with standard errors, and every run as a small open marker. A crossed-out marker at the "
+        "upper edge counts the runs that diverged there, which have no value. Variants are set apart sideways."
     )
     parts = []
     for axis in sorted(sweep.axes, key=lambda axis: (axis != LEARNING_RATE, axis != DEPTH, axis)):

@@ -25,7 +25,7 @@ FIELDS = {
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
     "guard": "enabled window min_window sigmas calm_steps max_skips rate_factor rate_steps max_lowerings divergence "
-    "divergence_steps max_rollbacks",
+    "divergence_steps skip_before max_rollbacks",
     "evaluation": "every batches",
     "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",
