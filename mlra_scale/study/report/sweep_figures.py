@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -120,7 +121,7 @@ def _mark_diverged(axes: Axes, x: float, count: int, row: int, look: style.Style
     """Puts the variant's marker, crossed out, at the upper edge: a run that diverged has no value to be drawn at."""
     height = 1.0 - (row + 0.5) * _CROSS_HEIGHT
     across = axes.get_xaxis_transform()
-    looks = {"ls": "", "transform": across, "clip_on": False, "mec": look.color}
+    looks: dict[str, Any] = {"ls": "", "transform": across, "clip_on": False, "mec": look.color}
     axes.plot([x], [height], marker=look.marker, ms=8, mfc="white", mew=0.8, **looks)
     axes.plot([x], [height], marker="x", ms=5, mew=1.4, **looks)
     axes.annotate(
