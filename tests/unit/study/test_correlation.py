@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -24,6 +24,7 @@ def test_equal_values_share_their_rank() -> None:
     assert ranks(np.array([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
 
 
+@settings(deadline=None)
 @given(COLUMN, COLUMN)
 def test_pearson_is_that_of_numpy(x: np.ndarray, y: np.ndarray) -> None:
     if x.std() == 0 or y.std() == 0:
