@@ -5,7 +5,7 @@ Everything above this interface (loop, stability, checkpoints) does not know whi
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from mlra_scale.config import BatchPlan, Config, OptimConfig, deepspeed_config, offload_optimizer, zero_stage
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
-from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.fragments import Fragment, scale_rows
 from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view, mend_loss_scaling
 from mlra_scale.parallel.topology import Topology
 
@@ -156,6 +156,15 @@ class Engine(Protocol):
         """Returns the weight decay of a parameter."""
         ...
 
+    def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiplies rows of weights, in fp32, and has the model follow; moments stay. Collective.
+
+        Args:
+            factors: By parameter, one number per row of the global tensor (per element, of a vector), on the host. The
+                same on every rank; what a rank does not hold it passes over. Of parameters sharded by rows only.
+        """
+        ...
+
     def training_state(self) -> dict[str, Any]:
         """Returns what continues a run besides weights and moments; the same on every rank, and fit for JSON.
 
@@ -290,6 +299,18 @@ class EngineBase(ABC):
         """See Engine."""
         optim = self.config.optim
         return optim.weight_decay if has_weight_decay(self.table[name], optim) else 0.0
+
+    @torch.no_grad()
+    def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """See Engine."""
+        for fragment in self.view.weights(with_moments=False):
+            if fragment.name not in factors:
+                continue
+            info = self.table[fragment.name]
+            assert info.shard_dim == 0, fragment.name
+            mine = factors[fragment.name].chunk(self.topology.tensor)[self.topology.tensor_rank]
+            scale_rows(fragment, math.prod(info.shape[1:]), mine)
+        self.view.publish()
 
     def training_state(self) -> dict[str, Any]:
         """See Engine."""

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from mlra_scale.training.report import Report
 
 
-def approval(guard: Guard, is_finite: Callable[[UpdateProposal], bool]) -> Callable[[UpdateProposal], bool]:
-    """Returns what decides before every update whether it may be applied."""
+def approval(
+    guard: Guard, is_finite: Callable[[UpdateProposal], bool], measure: Callable[[UpdateProposal], None]
+) -> Callable[[UpdateProposal], bool]:
+    """Returns what decides before every update whether it may be applied, and measures it."""
 
     def approve(proposal: UpdateProposal) -> bool:
+        measure(proposal)
         # Both are asked: the guard has to know of every update.
         is_usual = guard.approve(proposal.loss, proposal.gradient_norm)
         return is_finite(proposal) and is_usual

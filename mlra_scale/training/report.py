@@ -43,6 +43,15 @@ def report_nothing_to_do(start: Start) -> None:
     sys.stdout.flush()
 
 
+def _without_lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out what is no curve: extreme tokens, and numbers of every block."""
+    return {
+        key: _without_lists(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if not isinstance(value, list)
+    }
+
+
 class Report:
     """The reporting of one run; a context manager that also tells how the run ended."""
 
@@ -204,8 +213,7 @@ class Report:
         }
         self._metrics.write(record)
         self._records.append(record)
-        # Lists (the extreme tokens) are no curves.
-        self._wandb.log(progress.step, {key: value for key, value in record.items() if not isinstance(value, list)})
+        self._wandb.log(progress.step, _without_lists(record))
         self._last_tev |= {key: value for key, value in values.items() if key in ("tev_mean", "tev_std")}
         total = self._config.train.steps
         if "loss" in values:

@@ -15,7 +15,6 @@ from mlra_scale.data import Batch, SampleStream, open_datasets
 from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
 from mlra_scale.stability.guard import Guard
 from mlra_scale.stability.spikes import SpikeScores
-from mlra_scale.stability.tev import TevHook, TevStatistics
 from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
@@ -23,6 +22,7 @@ from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck, TrainingStopped
 from mlra_scale.training.guarding import approval, given_up, go_back
 from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.measuring import Measurements, is_due
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
 from mlra_scale.training.overseer import Overseer
 from mlra_scale.training.profiling import StepProfiler
@@ -55,13 +55,13 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     datasets = open_datasets(config, start.mixes)
     with muted():
         engine = build_engine(config, plan, topology)
-    tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
+    measurements = Measurements(engine, config, plan, datasets.validation)
     finite = FiniteCheck(config.train, is_guarded=config.guard.enabled)
     guard, spikes = Guard(config.guard, plan.global_batch_size), SpikeScores()
     windows: dict[str, Stateful] = {"finite": finite, "guard": guard, "spikes": spikes}
     throughput = Throughput(config, plan.world_size, topology.device)
     profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
-    last, approve = config.train.steps, approval(guard, finite.approve)
+    last, approve = config.train.steps, approval(guard, finite.approve, measurements.before_update)
     together = partial(on_all_ranks, topology=topology, have_checked_tokens=datasets.have_checked_tokens)
 
     def measure_validation() -> dict[str, float]:
@@ -84,7 +84,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
             )
         if progress.step == 0:
-            values = tev_values(tev.measure(engine.owned_fragments())) if config.tev.every > 0 else {}
+            values = measurements.tev(0) | measurements.activations(0)
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
@@ -102,20 +102,20 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             place = guard.place(progress.consumed_samples)
             batches = together(partial(feed.take, place), progress)
             rate = learning_rate(step, config.optim, last) * guard.rate_factor(step)
+            measurements.before_step(step, batches)
             result = engine.train_batch(batches, rate, approve, interruption.is_stop_asked)
             finite.check(step, result, place)
             progress = progress.after(plan, place)
             spikes.update(result.loss, result.gradient_norm)
 
-            values = {}
-            if config.tev.every > 0 and is_due(step, config.tev.every, last):
-                values |= tev_values(tev.measure(engine.owned_fragments()))
+            values = measurements.after_update(step, result, rate, batches, place)
             throughput.stop(plan.tokens_per_step)
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
                 values["spike_scores"] = spikes.values
             if is_due(step, config.evaluation.every, last):
                 values |= measure_validation()
+            values |= measurements.activations(step)
             report.measured(progress, values)
             report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:
@@ -162,11 +162,6 @@ def stopped_by_signal(step: int) -> TrainingStopped:
     return TrainingStopped(message, {"step": step}, ExitCode.PREEMPTED)
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Returns whether something that happens every so many steps (0: at the end only), and at the end, happens now."""
-    return step == last or (every > 0 and step % every == 0)
-
-
 def evaluate(
     engine: Engine, stream: SampleStream, config: Config, plan: BatchPlan, together: Callable[[Read], list[Batch]]
 ) -> dict[str, float]:
@@ -203,20 +198,6 @@ def step_values(
     }
     if result.loss_scale is not None:
         values |= {"loss_scale": result.loss_scale, "overflow": result.overflow}
-    return values
-
-
-def tev_values(statistics: TevStatistics) -> dict[str, Any]:
-    """Returns what is recorded of a TEV measurement."""
-    values: dict[str, Any] = {
-        "tev_mean": statistics.mean,
-        "tev_std": statistics.std,
-        "tev_quantiles": {f"{quantile:g}": value for quantile, value in statistics.quantiles.items()},
-        "mean_embedding_norm": statistics.mean_embedding_norm,
-        "mean_row_rms": statistics.mean_row_rms,
-    }
-    if statistics.highest:
-        values |= {"tev_highest": statistics.highest, "tev_lowest": statistics.lowest}
     return values
 
 

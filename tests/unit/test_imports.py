@@ -33,9 +33,9 @@ ROOMS: dict[str, set[str]] = {
     "train": {"config", "data", "training"},
     "cluster": {"config", "training", "train"},
 }
-# Rooms that see only a part of another one: its parameter table, its interface.
+# Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
-    ("stability", "model"): {"parameters"},
+    ("stability", "model"): {"parameters", "probe"},
     ("stability", "parallel"): {"", "engine", "fragments", "topology"},
     ("checkpoint", "parallel"): {"", "engine", "fragments", "topology"},
     ("planning", "model"): {"parameters"},

@@ -24,6 +24,7 @@ FIELDS = {
     "tev": "every quantiles extremes",
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
+    "qk_clip": "threshold every samples",
     "guard": "enabled window min_window sigmas calm_steps max_skips rate_factor rate_steps max_lowerings divergence "
     "divergence_steps skip_before max_rollbacks",
     "evaluation": "every batches",
