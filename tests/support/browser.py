@@ -11,7 +11,6 @@ import select
 import shutil
 import signal
 import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ FLAGS = (
     *("--no-default-browser-check", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+_PATIENCE_SECONDS = 120.0
 # What is wider than the page, and is not inside something that scrolls by itself.
 _OVERFLOW = """
 (() => {
@@ -76,10 +76,9 @@ class Loaded:
 class Browser:
     """A running browser with a profile of its own; a context manager."""
 
-    def __init__(self, profile: Path, seconds: float = 120.0) -> None:
+    def __init__(self, profile: Path) -> None:
         path = chromium()
         assert path is not None
-        self._deadline = time.monotonic() + seconds
         self._buffer, self._number = b"", 0
         self._events: list[dict[str, Any]] = []
         to_browser, self._to = os.pipe()
@@ -169,8 +168,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            left = self._deadline - time.monotonic()
-            ready, _, _ = select.select([self._from], [], [], max(0.0, left))
+            ready, _, _ = select.select([self._from], [], [], _PATIENCE_SECONDS)
             assert ready, "the browser does not answer"
             read = os.read(self._from, 1 << 20)
             assert read, "the browser has ended"

@@ -111,7 +111,7 @@ def write_run(folder: Path, steps: int = 300, every: int = 2) -> Path:
     return folder
 
 
-def cell_of(variant: str, axes: Mapping[str, Any], seed: int, **values: Any) -> Record:
+def cell_of(variant: str, axes: Mapping[str, Any], seed: Any, **values: Any) -> Record:
     """One line of results.jsonl."""
     name = "-".join([variant, *(f"{key.rpartition('.')[2]}{value}" for key, value in axes.items()), f"seed{seed}"])
     return {

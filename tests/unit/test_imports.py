@@ -50,6 +50,7 @@ LIBRARIES: dict[str, set[str]] = {
     "megatron": {"megatron"},
     "datasets": {"data"},
     "matplotlib": {"study"},
+    "PIL": {"study"},
     "wandb": {"training"},
 }
 CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "yaml", PACKAGE}

@@ -181,8 +181,9 @@ def _add_tev(run: RunRecord, drawings: list[tuple[str, Callable[[Axes], None]]],
 
 
 def _finish_step_axis(grid: list[Axes], run: RunRecord) -> None:
-    last = max(run.last_step, *(record["step"] for record in (*run.rolled_back, *run.metrics)), 1)
-    grid[-1].set_xlim(-0.01 * last, 1.02 * last)
+    recorded = [record["step"] for record in (*run.metrics, *run.rolled_back)]
+    last = max([1, *recorded, *(_step_of(event, run) for event in run.events)])
+    grid[-1].set_xlim(-0.015 * last, 1.02 * last)
     grid[-1].set_xlabel("optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     # The figure is tall: the steps can be read at its upper end too.

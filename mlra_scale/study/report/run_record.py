@@ -18,7 +18,6 @@ from mlra_scale.training.run_directory import RunDirectory
 Record = dict[str, Any]
 Extract = Callable[[Record], Any]
 
-ROLLED_BACK = "rolled_back.jsonl"
 SHALLOW_SHARE = 4
 """The first 1/4 of the blocks, at least one, are called shallow."""
 _ENDS = ("finished", "stopped", "failed", "preempted", "interrupted")
@@ -109,7 +108,7 @@ def open_run(path: Path) -> RunRecord:
     run, record = RunDirectory(path), RunRecord(path)
     record.config = read_mapping(run.config, record.notes)
     record.metrics = in_steps(read_lines(run.metrics, record.notes))
-    record.rolled_back = in_steps(read_lines(path / ROLLED_BACK, record.notes, is_optional=True))
+    record.rolled_back = in_steps(read_lines(run.rolled_back, record.notes, is_optional=True))
     record.events = read_lines(run.events, record.notes)
     return record
 
@@ -169,6 +168,11 @@ def in_steps(records: Sequence[Record]) -> list[Record]:
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Returns whether a value is a finite number and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def moment(value: Any) -> str:
+    """Returns a time as it is recorded to the second; '' where there is none."""
+    return value[:19].replace("T", " ") if isinstance(value, str) else ""
 
 
 def number_or_nan(value: Any) -> float:

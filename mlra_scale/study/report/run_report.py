@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.config import yaml_text
-from mlra_scale.study.correlation import partial_spearman, ranks
-from mlra_scale.study.correlation import pearson as pearson_of
+from mlra_scale.study.correlation import partial_spearman, pearson, ranks
 from mlra_scale.study.report import page, run_figures
-from mlra_scale.study.report.run_record import Record, RunRecord, at, is_number, named, open_run, read_mapping
+from mlra_scale.study.report.run_record import Record, RunRecord, at, is_number, moment, named, open_run, read_mapping
 from mlra_scale.study.report.sweep_results import STUDY
 from mlra_scale.study.report.written import Written, write_report
 from mlra_scale.study.verdicts import number
@@ -128,11 +127,6 @@ def _commit(run: RunRecord) -> str | None:
     return None if commit is None else f"{commit} (of the sweep)"
 
 
-def moment(value: Any) -> str:
-    """Returns a time of the event log to the second; '' where there is none."""
-    return value[:19].replace("T", " ") if isinstance(value, str) else ""
-
-
 def _product(*values: Any) -> int | None:
     return int(math.prod(values)) if all(is_number(value) for value in values) else None
 
@@ -172,7 +166,7 @@ def _tev_and_gradients(run: RunRecord) -> str:
     steps, tev, variance = run_figures.gradient_and_tev(run)
     if steps.size < 4:
         return "TEV and gradient variance of the embedding were measured together at fewer than 4 steps."
-    plain, given = pearson_of(ranks(tev), ranks(variance)), partial_spearman(tev, variance, steps)
+    plain, given = pearson(ranks(tev), ranks(variance)), partial_spearman(tev, variance, steps)
     told = (
         f"{given:.2f} given the step"
         if math.isfinite(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,6 +21,8 @@ from mlra_scale.study.report.sweep_results import Cell, Sweep, axis_name, value_
 from mlra_scale.study.statistics import mean_of
 from mlra_scale.study.verdicts import MIN_PAIRS
 
+_CROSS_HEIGHT = 0.06
+"""Of the row of crosses of one variant, as a share of the plot."""
 _UNITS = {TEV: "unit of the weights", VARIANCE: "log10", LOSS: "nats per token"}
 
 
@@ -52,8 +55,9 @@ def axis_figure(sweep: Sweep, axis: str, measure: Measure) -> bytes | None:
             axes.set_visible(False)
         for axes in grid[:, 0]:
             style.choose_scale(axes, drawn, f"{measure.name}\n({measure.unit})")
-        has_diverged = any(cell.state == "diverged" for cell in cells)
-        _legend_of_variants(figure, sweep.variants, has_diverged)
+        num_diverging = len(_diverging(sweep))
+        _make_room_above(grid[0, 0], num_diverging * _CROSS_HEIGHT)
+        _legend_of_variants(figure, sweep.variants, num_diverging > 0)
         return style.as_png(figure)
 
 
@@ -69,7 +73,7 @@ def _draw_axis(axes: Axes, sweep: Sweep, axis: str, values: list[float], cells: 
             axes.plot([x] * len(found), found, ls="", marker=look.marker, ms=3, mfc="white", mec=look.color, mew=0.7)
             num_diverged = sum(cell.state == "diverged" for cell in here)
             if num_diverged:
-                _mark_diverged(axes, x, num_diverged, index, look)
+                _mark_diverged(axes, x, num_diverged, _diverging(sweep).index(variant), look)
             mean = mean_of(found)
             points.append((x, mean.value, mean.error if mean.n > 1 else 0.0))
         x_values, means, errors = np.array(points).T
@@ -81,7 +85,18 @@ def _draw_axis(axes: Axes, sweep: Sweep, axis: str, values: list[float], cells: 
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(lambda value, _: value_text(float(f"{value:.6g}")))
     axes.set_xlabel(f"{axis_name(axis)} (log scale)" if is_log else axis_name(axis))
-    axes.margins(y=0.14)
+
+
+def _diverging(sweep: Sweep) -> list[str]:
+    """The variants of which any run diverged."""
+    return [v for v in sweep.variants if any(c.variant == v and c.state == "diverged" for c in sweep.cells)]
+
+
+def _make_room_above(axes: Axes, share: float) -> None:
+    """Leaves the upper share of a plot without data."""
+    scale = axes.yaxis.get_transform()
+    low, high = scale.transform(np.array(axes.get_ylim()))
+    axes.set_ylim(*scale.inverted().transform(np.array([low, low + (high - low) / (1.0 - share)])))
 
 
 def _readable(values: list[float], is_log: bool) -> list[float]:
@@ -98,20 +113,22 @@ def _readable(values: list[float], is_log: bool) -> list[float]:
 def _beside(values: list[float], place: int, offset: float, is_log: bool) -> float:
     """Moves a point a little to the side, so that variants of equal value do not hide each other."""
     places = np.log(values) if is_log else np.array(values)
-    moved = places[place] + 0.035 * offset * np.diff(places).min()
+    moved = places[place] + 0.06 * offset * np.diff(places).min()
     return float(np.exp(moved)) if is_log else float(moved)
 
 
-def _mark_diverged(axes: Axes, x: float, count: int, index: int, look: style.Style) -> None:
-    """Puts a cross at the upper edge, a row for each variant: a run that diverged has no value to be drawn at."""
-    height = 0.97 - 0.055 * index
+def _mark_diverged(axes: Axes, x: float, count: int, row: int, look: style.Style) -> None:
+    """Puts the variant's marker, crossed out, at the upper edge: a run that diverged has no value to be drawn at."""
+    height = 1.0 - (row + 0.5) * _CROSS_HEIGHT
     across = axes.get_xaxis_transform()
-    axes.plot([x], [height], ls="", marker="x", ms=6, mew=1.6, color=look.color, transform=across, clip_on=False)
+    looks: dict[str, Any] = {"ls": "", "transform": across, "clip_on": False, "mec": look.color}
+    axes.plot([x], [height], marker=look.marker, ms=8, mfc="white", mew=0.8, **looks)
+    axes.plot([x], [height], marker="x", ms=5, mew=1.4, **looks)
     axes.annotate(
         str(count),
         (x, height),
         xycoords=across,
-        xytext=(5, -3),
+        xytext=(6, -3),
         textcoords="offset points",
         fontsize=7,
         color=look.color,
@@ -122,7 +139,7 @@ def _legend_of_variants(figure: Figure, variants: Sequence[str], has_diverged: b
     handles = [style.handle(style.style(index), variant) for index, variant in enumerate(variants)]
     handles.append(Line2D([], [], ls="", marker="o", ms=3, mfc="white", mec="black", label="one run"))
     if has_diverged:
-        handles.append(Line2D([], [], ls="", marker="x", ms=6, mew=1.6, color="black", label="number diverged"))
+        handles.append(Line2D([], [], ls="", marker="x", ms=5, mew=1.4, color="black", label="number diverged"))
     figure.legend(handles=handles, loc="outside right upper", handlelength=3.2, alignment="left")
 
 
@@ -140,7 +157,7 @@ def difference_figure(comparisons: Sequence[Comparison]) -> bytes | None:
         return None
     pairs = list(dict.fromkeys((item.first, item.second) for item in found))
     of_pair = {pair: [item for item in found if (item.first, item.second) == pair] for pair in pairs}
-    heights = [0.5 + 0.24 * len(items) for items in of_pair.values()]
+    heights = [0.5 + 0.2 * len(items) for items in of_pair.values()]
     measure = found[0].measure
     with style.drawing():
         figure = style.new_figure(sum(heights) + 0.35 * len(pairs) + 0.6)
@@ -148,6 +165,7 @@ def difference_figure(comparisons: Sequence[Comparison]) -> bytes | None:
         for axes, ((first, second), items) in zip(grid, of_pair.items(), strict=True):
             _draw_differences(axes, items)
             axes.set_title(style.label(f"{first} - {second}", 80))
+            axes.tick_params(axis="x", labelbottom=True)
         grid[-1].set_xlabel(f"paired difference of {measure.name} ({measure.unit}); left of 0: the first is lower")
         figure.legend(
             handles=[

@@ -21,7 +21,7 @@ from mlra_scale.study.report.comparisons import (
     learning_rates,
     sensitivities,
 )
-from mlra_scale.study.report.run_record import at, is_number
+from mlra_scale.study.report.run_record import at, is_number, moment
 from mlra_scale.study.report.sweep_results import DEPTH, LEARNING_RATE, Sweep, axis_name, open_sweep, value_text
 from mlra_scale.study.report.written import Written, write_report
 from mlra_scale.study.verdicts import (
@@ -36,7 +36,7 @@ from mlra_scale.study.verdicts import (
 )
 
 _MAX_SENTENCES = 12
-_ABOUT = ("commit", "command", "hardware", "versions", "started", "ended")
+_ABOUT = ("commit", "command", "hardware", "versions")
 
 
 def report_sweep(path: Path, output: Path) -> Written:
@@ -88,7 +88,8 @@ def _what_was_compared(sweep: Sweep) -> list[str]:
         *axes,
         ("seeds", ", ".join(map(value_text, sweep.seeds)) or None),
         ("commits of the cells", ", ".join(commits) if len(commits) > 1 else None),
-        *((name, _plain(sweep.study.get(name))) for name in _ABOUT),
+        *((name, _plain(sweep.study.get(name)) or None) for name in _ABOUT),
+        *((f"{name} (UTC)", moment(sweep.study.get(name)) or None) for name in ("started", "ended")),
     ]
     text = sweep.plan.get("description")
     return [page.paragraph(text) if text else "", page.facts(rows)]
@@ -97,7 +98,7 @@ def _what_was_compared(sweep: Sweep) -> list[str]:
 def _plain(value: Any) -> str | None:
     """A value of study.json on one line; mappings as 'name value'."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {shown}" for name, item in value.items() if (shown := _plain(item)))
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return None if value is None else str(value)
@@ -110,7 +111,7 @@ def _statements(sweep: Sweep, comparisons: Sequence[Comparison]) -> list[str]:
     supported = [item for item in comparisons if item.is_supported]
     how = (
         f"Number of comparisons made: {len(comparisons)}, of two variants each, over all settings and measures. "
-        f"{num_claimable} of them have {MIN_PAIRS} pairs of equal seed or more, fewer make no claim."
+        f"{num_claimable} of them have {MIN_PAIRS} pairs of equal seed or more; with fewer no claim is made."
     )
     summary = (
         f"A difference is supported in {len(supported)} of them, after Holm's adjustment for the number of comparisons "
@@ -153,8 +154,8 @@ def _counts(comparisons: Sequence[Comparison]) -> str:
 
 def _curves(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
     caption = (
-        "Means over seeds with standard errors, and every run as a small open marker. A cross at the upper edge counts "
-        "the runs that diverged there, which have no value. Variants are set apart sideways."
+        "Means over seeds with standard errors, and every run as a small open marker. A crossed-out marker at the "
+        "upper edge counts the runs that diverged there, which have no value. Variants are set apart sideways."
     )
     parts = []
     for axis in sorted(sweep.axes, key=lambda axis: (axis != LEARNING_RATE, axis != DEPTH, axis)):

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.study.statistics import (
@@ -81,6 +81,7 @@ def test_values_that_do_not_differ_tell_nothing_about_their_error(values: list[f
     assert not mean.has_spread and not mean.excludes_zero and math.isnan(mean.p)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_a_mean_agrees_with_numpy(values: list[float]) -> None:
     mean, array = mean_of(values), np.array(values)
@@ -89,6 +90,7 @@ def test_a_mean_agrees_with_numpy(values: list[float]) -> None:
     assert mean.low <= mean.value <= mean.high
 
 
+@settings(deadline=None)
 @given(VALUES, st.floats(-50, 50), st.randoms(use_true_random=False))
 def test_pairs_may_be_shifted_turned_and_shuffled(values: list[float], shift: float, draw: random.Random) -> None:
     second = np.linspace(-1.0, 1.0, len(values))
@@ -107,6 +109,7 @@ def _numbers(mean: Mean) -> tuple[float, ...]:
     return mean.value, mean.error, mean.low, mean.high
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_the_interval_and_the_p_value_agree(values: list[float]) -> None:
     mean = mean_of(values)
@@ -130,6 +133,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.6, 0.5]) == [1.0, 1.0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_keeps_the_order_and_never_lowers(values: list[float]) -> None:
     adjusted = holm(values)
@@ -158,6 +162,7 @@ def test_a_model_that_always_diverges_is_not_called_insensitive() -> None:
     assert math.isnan(learning_rate_sensitivity([], []))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=8), st.floats(0, 5))
 def test_learning_rate_sensitivity_does_not_depend_on_the_level(losses: list[float], level: float) -> None:
     initial = [10.0] * len(losses)

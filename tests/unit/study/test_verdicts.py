@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.study.correlation import Correlation
@@ -57,6 +57,7 @@ def test_equal_differences_make_no_claim() -> None:
     assert "no claim is made: the difference is 0.100" in said([0.1] * 5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), max_size=7), st.integers(1, 40))
 def test_lower_and_higher_are_said_exactly_where_the_interval_says_so(values: list[float], others: int) -> None:
     mean = mean_of(values)
