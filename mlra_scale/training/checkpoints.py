@@ -105,7 +105,13 @@ class Checkpoints:
             # The one before may be complete: that is told even if this one fails.
             self._tell(self._saver.finish())
             self._saver.save(
-                self._engine, progress.step, state, {}, config.to_yaml(), self._tokenizer(config), synchronous=is_last
+                self._engine,
+                progress.step,
+                state,
+                self._engine.buffers(),
+                config.to_yaml(),
+                self._tokenizer(config),
+                synchronous=is_last,
             )
             self._tell(self._saver.finish() if is_last else [])
         except CheckpointError as error:
