@@ -3,9 +3,7 @@
 #   preset, ds_config, layout=(overrides)     what is trained unless the command line says otherwise
 #
 # Everything after the file's name goes to `python -m mlra_scale.train`: flags (--preset, --config, --ds-config,
-# --run-dir, --resume) and dotted overrides. Choices by environment (docs/slurm.md):
-#   VENV=DIR                  virtual environment (default: .venv in the project's root, if there is one)
-#   CONDA_ENV=NAME            conda environment instead
+# --run-dir, --resume) and dotted overrides. Choices by environment (docs/slurm.md), beside those of environment.sh:
 #   MLRA_PYTHON="..."         interpreter on the nodes, a container's command in front of it:
 #                               MLRA_PYTHON="apptainer exec --nv --bind /scratch image.sif python3"
 #   MLRA_SRUN_ARGUMENTS="..." further arguments of srun; for enroot with pyxis:
@@ -13,30 +11,9 @@
 #                               MLRA_PYTHON=python3
 #   PROCESSES_PER_NODE=N      ranks on each node (default: its GPUs, or 1)
 set -euo pipefail
-
-root=${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
-cd "$root"
+# shellcheck source=slurm/environment.sh
+source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/environment.sh"
 arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto ${layout[@]+"${layout[@]}"} "$@")
-
-if [[ -n ${CONDA_ENV:-} ]]; then
-    # conda's own scripts read variables that may be unset
-    set +u
-    # shellcheck disable=SC1091
-    source "$(conda info --base)/etc/profile.d/conda.sh"
-    conda activate "$CONDA_ENV"
-    set -u
-elif [[ -f ${VENV:-.venv}/bin/activate ]]; then
-    # shellcheck disable=SC1091
-    source "${VENV:-.venv}/bin/activate"
-fi
-
-# No node needs the internet: wandb writes to the run directory (`wandb sync` sends it later), and nothing is looked up.
-export WANDB_MODE=${WANDB_MODE:-offline} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
-# srun does not take this from the script's own line (Slurm 22.05 and newer).
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-fi
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     # Not in a job: only the plan can be had, for the number of nodes that the file asks for.

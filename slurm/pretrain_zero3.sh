@@ -22,6 +22,6 @@
 # shellcheck disable=SC2034  # read by launch.sh
 preset=gpt2-mlra-72l
 ds_config=ds_configs/zero3.json
-layout=()
+layout=(guard.enabled=true)
 # shellcheck source=slurm/launch.sh
 source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/launch.sh"

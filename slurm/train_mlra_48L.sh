@@ -22,6 +22,6 @@
 # shellcheck disable=SC2034  # read by launch.sh
 preset=gpt2-mlra-48l
 ds_config=ds_configs/zero1_pipeline.json
-layout=(parallel.tensor=2 parallel.pipeline=4)
+layout=(parallel.tensor=2 parallel.pipeline=4 guard.enabled=true)
 # shellcheck source=slurm/launch.sh
 source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/launch.sh"

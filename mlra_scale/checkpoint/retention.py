@@ -80,7 +80,7 @@ def next_created(folder: Path) -> str:
     return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
 
 
-def superfluous(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
+def superfluous(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
     """Returns the checkpoints that `prune` would remove.
 
     One that somebody has renamed (step-00000100-best) is neither counted nor removed.
@@ -89,16 +89,18 @@ def superfluous(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
         folder: A run's checkpoints.
         keep_last: How many of the newest are kept, at least one. Incomplete ones do not count, and stay.
         keep_every: Those whose step is a multiple of this are kept too; 0: none.
+        pinned: The one of this step is kept too: the run may have to go back to it.
     """
     assert keep_last >= 1, keep_last
     found = [(path, manifest) for path, manifest in _complete(folder) if path.name == checkpoint_name(manifest.step)]
     kept = {path for path, _ in found[-keep_last:]} | {latest(folder)}
+    kept |= {path for path, manifest in found if manifest.step == pinned}
     if keep_every > 0:
         kept |= {path for path, manifest in found if manifest.step % keep_every == 0}
     return [path for path, _ in found if path not in kept]
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
+def prune(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
     """Removes checkpoints that need not be kept: see `superfluous`.
 
     Returns:
@@ -107,7 +109,7 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
     Raises:
         CheckpointError: One cannot be removed.
     """
-    removed = superfluous(folder, keep_last, keep_every)
+    removed = superfluous(folder, keep_last, keep_every, pinned)
     for path in removed:
         with faults_told("removed", path):
             # Hidden first: what is half removed is no longer called a checkpoint.

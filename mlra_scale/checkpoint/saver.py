@@ -81,6 +81,7 @@ class _Job:
     step: int
     unfinished: Path
     table: ParameterTable
+    pinned: int | None
     share: RankShare
     main: MainShare | None
     cancel: threading.Event
@@ -134,6 +135,7 @@ class Saver:
         config_text: str,
         tokenizer: Path | None,
         synchronous: bool = False,
+        pinned: int | None = None,
     ) -> None:
         """Starts a save, after waiting for the one before; or does all of it at once where the saver is synchronous.
 
@@ -145,6 +147,7 @@ class Saver:
             config_text: The resolved configuration as a YAML document.
             tokenizer: The data's tokenizer folder, or None.
             synchronous: Does all of it at once this time, without host memory for a copy.
+            pinned: Step of an earlier checkpoint that must be kept.
 
         Raises:
             CheckpointError: On every rank; the folder of this save is gone again, earlier checkpoints are as they were.
@@ -168,7 +171,7 @@ class Saver:
             work = Work(partial(_raise, failure))
         else:
             work = Work(partial(_write, wait_for_copies, unfinished, save_id, share, main, cancel))
-        self._job = _Job(save_id, step, unfinished, engine.table, share, main, cancel, work)
+        self._job = _Job(save_id, step, unfinished, engine.table, pinned, share, main, cancel, work)
         self._job.stall_seconds = time.perf_counter() - started
         if not is_background:
             self._complete_job()
@@ -332,7 +335,7 @@ class Saver:
             )
         manifest = describe(job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology)
         job.total_bytes = manifest.total_bytes
-        commit(job.unfinished, manifest, self._keep_last, self._keep_every)
+        commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned)
 
     def _conclude(self, job: _Job, stall_seconds: float) -> None:
         """The checkpoint is complete: all ranks hear its figures."""

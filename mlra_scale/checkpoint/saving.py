@@ -219,7 +219,7 @@ def describe(
     return manifest
 
 
-def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int) -> Path:
+def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int, pinned: int | None = None) -> Path:
     """Completes a checkpoint: manifest, name, `latest`, and the removal of those that are no longer kept; rank 0.
 
     Args:
@@ -227,6 +227,7 @@ def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int
         manifest: What it consists of.
         keep_last: See retention.prune.
         keep_every: See retention.prune.
+        pinned: See retention.prune.
 
     Returns:
         The checkpoint.
@@ -251,7 +252,7 @@ def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int
         retention.put_in_place(unfinished, final)
         points.reached("before-latest")
         retention.set_latest(folder, final)
-    retention.prune(folder, keep_last, keep_every)
+    retention.prune(folder, keep_last, keep_every, pinned)
     return final
 
 

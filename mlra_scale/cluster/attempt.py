@@ -255,7 +255,9 @@ class Attempt:
         if not found:
             self._kill_after(_END_SECONDS)
             return
-        is_agreed = all(failure.code in (ExitCode.PREEMPTED, ExitCode.NON_FINITE) for failure in found)
+        is_agreed = all(
+            failure.code in (ExitCode.PREEMPTED, ExitCode.NON_FINITE, ExitCode.UNSTABLE) for failure in found
+        )
         if not is_agreed and self._verdict is None and self._stopping_since is None:
             self._say(f"{found[0]}; the attempt ends")
         self._kill_after(_END_SECONDS if is_agreed else _EVIDENCE_SECONDS)
@@ -377,7 +379,8 @@ class Attempt:
             # The first node has found nothing wrong: a file or a device is missing on these only.
             bad = {failure.node: f"{failure}; see its log in {self._plan.logs}" for failure in refused}
             return "bad_node", "; ".join(bad.values()), bad
-        for code, kind in ((ExitCode.BAD_INPUT, "bad_input"), (ExitCode.NON_FINITE, "non_finite")):
+        final = (ExitCode.BAD_INPUT, "bad_input"), (ExitCode.NON_FINITE, "non_finite"), (ExitCode.UNSTABLE, "unstable")
+        for code, kind in final:
             if code in codes:
                 return kind, next(str(failure) for failure in failures if failure.code == code), {}
         if ExitCode.PREEMPTED in codes:

@@ -10,6 +10,7 @@ EndKind = Literal[
     "done",  # all steps are done
     "bad_input",  # the message says what to change
     "non_finite",  # running again gives the same end
+    "unstable",  # the guard has given up
     "preempted",  # a signal asked for it; a checkpoint was saved if `reason` does not deny it
     "bad_node",  # the checks before the first step named a node
     "lost_node",  # a node was heard no more
@@ -106,7 +107,7 @@ def decide(
     """
     if end.kind == "done":
         return Decision("finish", end.reason)
-    if end.kind in ("bad_input", "non_finite"):
+    if end.kind in ("bad_input", "non_finite", "unstable"):
         return Decision("fail", end.reason)
     ends = [*earlier, (end.kind, end.has_progressed)]
     for what, kinds, limit in (

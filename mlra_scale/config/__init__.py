@@ -18,7 +18,7 @@ from mlra_scale.config.schema import (
     TrainConfig,
     WandbConfig,
 )
-from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, TevConfig
+from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
 from mlra_scale.config.validation import engine_kind, validate
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "ParallelConfig",
     "Problem",
     "ProfileConfig",
+    "QkClipConfig",
     "TevConfig",
     "TrainConfig",
     "WandbConfig",

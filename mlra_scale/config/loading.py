@@ -106,7 +106,8 @@ def _field_names(values: dict[str, Any]) -> Iterator[str]:
             yield from (f"{key}.{name}" for name in value)
 
 
-def _read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
+def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
+    """Returns the text of a file, or None with one more problem of `field` in `problems`."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -121,7 +122,7 @@ def _read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
 def _read_config_file(path: str | Path | None, problems: list[Problem]) -> dict[str, Any]:
     if path is None:
         return {}
-    text = _read_text(Path(path), "--config", problems)
+    text = read_text(Path(path), "--config", problems)
     if text is None:
         return {}
     try:
@@ -186,7 +187,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    text = _read_text(path, "--ds-config", problems)
+    text = read_text(path, "--ds-config", problems)
     if text is None:
         return {}
     try:

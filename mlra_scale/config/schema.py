@@ -14,7 +14,7 @@ from mlra_scale.config import yaml_text
 from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
 from mlra_scale.config.section import Beta, Positive, Section, Tag, Text, tuple_of_list
-from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, TevConfig
+from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
 
 
 class DataConfig(Section):
@@ -196,6 +196,7 @@ class Config(Section):
     tev: TevConfig = Field(default_factory=TevConfig, description="Token embedding variability.")
     gradients: GradientsConfig = Field(default_factory=GradientsConfig, description="Gradient statistics.")
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig, description="Activation probe.")
+    qk_clip: QkClipConfig = Field(default_factory=QkClipConfig, description="Bound on attention logits.")
     guard: GuardConfig = Field(default_factory=GuardConfig, description="What is done about instability.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Validation.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")

@@ -32,8 +32,8 @@ class GradientsConfig(Section):
     spectral_iterations: int = Field(
         0,
         ge=0,
-        description="Power iterations per measurement for the largest singular values of the attention products "
-        "(q k^T and o v, of each head); 0: they are not measured.",
+        description="Lanczos iterations (each costs what a power iteration does) per measurement for the largest "
+        "singular values of the attention products, q k^T and o v of each head; 0: they are not measured.",
     )
 
 
@@ -41,9 +41,26 @@ class ActivationsConfig(Section):
     """What a probe batch shows of the activations, outside the hot path."""
 
     every: int = Field(0, ge=0, description="Steps between probes; 0: off.")
-    samples: int = Field(4, ge=1, description="Samples of the validation data in the probe batch, at least.")
+    samples: int = Field(4, ge=1, description="The first so many samples of the validation data are the probe batch.")
     saturation: float = Field(
         0.99, gt=0.0, lt=1.0, description="A row of attention weights whose largest is above this is saturated."
+    )
+
+
+class QkClipConfig(Section):
+    """QK-clip: heads whose attention logits grow too large get smaller query and key weights, after an update."""
+
+    threshold: float | None = Field(
+        None,
+        gt=0.0,
+        description="A head whose largest attention logit is above this is scaled down to it (Kimi K2: 100); null: "
+        "off.",
+    )
+    every: int = Field(
+        1, ge=1, description="Steps between clips; each costs a forward pass over the samples that are looked at."
+    )
+    samples: int | None = Field(
+        None, ge=1, description="The first so many samples of the step's global batch are looked at; null: all."
     )
 
 
@@ -76,4 +93,7 @@ class GuardConfig(Section):
         "lowest such mean; null: never for that.",
     )
     divergence_steps: int = Field(32, ge=2, description="Steps of the mean above.")
+    skip_before: int = Field(
+        50, ge=0, description="Steps before the trouble whose data are skipped too after the run went back."
+    )
     max_rollbacks: int = Field(3, ge=0, description="Times that the run goes back; once more, and it stops.")

@@ -21,7 +21,8 @@ from mlra_scale.model.linear import (
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
 
-Recorder = Callable[[int, torch.Tensor, torch.Tensor], None]
+Recorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Takes q_BNSH, k_BNSH as they enter their product, and the mask (None: causal); see probe.py."""
 
 
 class HeadNorm(nn.Module):
@@ -75,7 +76,7 @@ class SelfAttention(nn.Module):
         q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
         mask_B1SS = None if documents_BS is None else _document_mask(documents_BS)
         if self.recorder is not None:
-            self._record(q_BNSH, k_BNSH, mask_B1SS)
+            self.recorder(q_BNSH, k_BNSH, mask_B1SS)
         probability = self.context.model.attention_dropout if self.training else 0.0
         if probability > 0.0:
             assert sample_ids_B is not None
@@ -112,16 +113,6 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             outputs[0], outputs[1] = self.q_norm(outputs[0]), self.k_norm(outputs[1])
         return outputs
-
-    @torch.no_grad()
-    def _record(self, q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, mask_B1SS: torch.Tensor | None) -> None:
-        """Hands this rank's attention logits (fp32, masked ones -inf) and entropies [B, N, S] to the recorder."""
-        assert self.recorder is not None
-        logits_BNSS = _logits(q_BNSH, k_BNSH, mask_B1SS)
-        log_weights = torch.log_softmax(logits_BNSS, dim=-1)
-        weights = log_weights.exp()
-        entropy_BNS = -(weights * log_weights.masked_fill(weights == 0.0, 0.0)).sum(-1)
-        self.recorder(self.block, logits_BNSS, entropy_BNS)
 
 
 def _input_projection(context: ModelContext, name: str, projection: str) -> nn.Module:

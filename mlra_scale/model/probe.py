@@ -1,50 +1,130 @@
-"""The probe path: attention logits and entropies of chosen batches, outside the hot path."""
+"""The probe path: what a forward pass shows of the blocks from inside, outside the hot path.
 
-from collections.abc import Iterator
+Nothing is kept of a pass but what the observer keeps: at 72 layers the attention logits of one sample alone are several
+GiB, so they are made piece by piece, where somebody wants to look at them.
+
+Shape suffixes: B batch, S sequence (query, then key), D hidden, N heads on this rank, H head dimension.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from mlra_scale.model.attention import SelfAttention
+from mlra_scale.model.context import Stream
+from mlra_scale.model.layers import Block
+
+LOGITS_AT_ONCE = 2**25
+"""At most so many logits, or those of one head, are in memory together: 128 MiB in fp32."""
 
 
 @dataclass(frozen=True)
-class AttentionRecord:
-    """Attention of one block on one micro-batch, this tensor-parallel rank's heads.
+class LogitPiece:
+    """Attention logits of some heads on one sample.
+
+    Attributes:
+        sample: Which sample of the micro-batch.
+        first_head: First of the heads, counted on this tensor-parallel rank.
+        logits_NSS: Scaled logits in fp32, -inf where attention is not allowed.
+        allowed_SS: Where it is allowed; the same for all heads.
+    """
+
+    sample: int
+    first_head: int
+    logits_NSS: torch.Tensor
+    allowed_SS: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries and keys of one block on one micro-batch, of this tensor-parallel rank's heads.
 
     Attributes:
         block: Index of the block.
-        logits_BNSS: Scaled logits in fp32, -inf where attention is not allowed.
-        entropy_BNS: Entropy of each query's attention weights in nats (Zhai et al. 2023, arXiv 2303.06296).
+        q_BNSH: Queries, as they enter the product.
+        k_BNSH: Keys, likewise.
+        mask_B1SS: True where attention is allowed; None: to all keys that are not later than the query.
     """
 
     block: int
-    logits_BNSS: torch.Tensor
-    entropy_BNS: torch.Tensor
+    q_BNSH: torch.Tensor
+    k_BNSH: torch.Tensor
+    mask_B1SS: torch.Tensor | None
+
+    def logits(self, num_samples: int | None = None) -> Iterator[LogitPiece]:
+        """Yields the attention logits of the first samples (None: of all) piece by piece.
+
+        The product is taken in fp32 whatever the type of queries and keys: a fused kernel does not round logits to 16
+        bits either.
+        """
+        num_heads, size, head_dim = self.q_BNSH.shape[1:]
+        heads_at_once = max(1, LOGITS_AT_ONCE // size**2)
+        if self.mask_B1SS is None:
+            allowed_SS = torch.ones(size, size, dtype=torch.bool, device=self.q_BNSH.device).tril_()
+        for sample in range(len(self.q_BNSH) if num_samples is None else num_samples):
+            if self.mask_B1SS is not None:
+                allowed_SS = self.mask_B1SS[sample, 0]
+            for first_head in range(0, num_heads, heads_at_once):
+                some = slice(first_head, first_head + heads_at_once)
+                q_NSH, k_NSH = self.q_BNSH[sample, some].float(), self.k_BNSH[sample, some].float()
+                logits_NSS = (q_NSH @ k_NSH.transpose(-1, -2)).div_(math.sqrt(head_dim))
+                yield LogitPiece(sample, first_head, logits_NSS.masked_fill_(~allowed_SS, -math.inf), allowed_SS)
+
+
+SeeHeads = Callable[[int, Heads], None]
+SeeHidden = Callable[[int, int, torch.Tensor], None]
 
 
 @contextmanager
-def record_attention(module: nn.Module) -> Iterator[list[AttentionRecord]]:
-    """While open, every forward pass through `module` appends one record per block that it holds.
+def observe(module: nn.Module, see_heads: SeeHeads, see_hidden: SeeHidden | None = None) -> Iterator[None]:
+    """While open, every forward pass through `module` is shown to the observers; for passes without gradients.
 
     Args:
         module: The engine's module (a pipeline stage or the whole model).
-
-    Yields:
-        The list that fills up.
+        see_heads: Called with (pass, heads) in every block that the module holds; passes are counted from 0.
+        see_hidden: Called with (pass, place, hidden_BSD) for the residual stream: at place 0 where it enters block 0,
+            at place i + 1 where it leaves block i. It is the same on all tensor-parallel ranks.
     """
-    records: list[AttentionRecord] = []
-
-    def append(block: int, logits_BNSS: torch.Tensor, entropy_BNS: torch.Tensor) -> None:
-        records.append(AttentionRecord(block, logits_BNSS, entropy_BNS))
-
-    attentions = [child for child in module.modules() if isinstance(child, SelfAttention)]
-    for attention in attentions:
-        attention.recorder = append
+    blocks = [child for child in module.modules() if isinstance(child, Block)]
+    handles: list[RemovableHandle] = []
     try:
-        yield records
+        for block in blocks:
+            _show_heads(block, see_heads)
+            if see_hidden is not None:
+                handles += _show_hidden(block, see_hidden)
+        yield
     finally:
-        for attention in attentions:
-            attention.recorder = None
+        for block in blocks:
+            block.attention.recorder = None
+        for handle in handles:
+            handle.remove()
+
+
+def _show_heads(block: Block, see_heads: SeeHeads) -> None:
+    passes = count()
+    index = block.attention.block
+
+    def record(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, mask_B1SS: torch.Tensor | None) -> None:
+        see_heads(next(passes), Heads(index, q_BNSH, k_BNSH, mask_B1SS))
+
+    block.attention.recorder = record
+
+
+def _show_hidden(block: Block, see_hidden: SeeHidden) -> list[RemovableHandle]:
+    index, inputs, outputs = block.attention.block, count(), count()
+
+    def see_input(_: nn.Module, arguments: tuple[Stream]) -> None:
+        see_hidden(next(inputs), 0, block.context.unpack(arguments[0])[0])
+
+    def see_output(_: nn.Module, __: tuple[Stream], output: Stream) -> None:
+        see_hidden(next(outputs), index + 1, block.context.unpack(output)[0])
+
+    handles = [block.register_forward_hook(see_output)]
+    if index == 0:
+        handles.append(block.register_forward_pre_hook(see_input))
+    return handles

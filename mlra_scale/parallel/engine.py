@@ -5,7 +5,7 @@ Everything above this interface (loop, stability, checkpoints) does not know whi
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mlra_scale.config import BatchPlan, Config, OptimConfig, deepspeed_config, offload_optimizer, zero_stage
-from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
-from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.fragments import Fragment, scale_rows
 from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view, mend_loss_scaling
 from mlra_scale.parallel.topology import Topology
 
@@ -119,6 +119,20 @@ class Engine(Protocol):
         """Returns the mean loss over all ranks' micro-batches, without dropout; the same on every rank."""
         ...
 
+    def gradient_norm(self, batches: Sequence[MicroBatch]) -> float:
+        """Returns the L2 norm of the gradient of the mean loss over these micro-batches of all data ranks; collective.
+
+        As in a training step (with its dropout), but there is no update, and nothing is different afterwards: weights,
+        moments, loss scale and `num_skipped` are what they were.
+
+        Args:
+            batches: As many micro-batches as gradients are accumulated over.
+
+        Returns:
+            The norm, the same on every rank; not finite if fp16 gradients overflow at the loss scale of now.
+        """
+        ...
+
     def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
         """Returns this rank's share of the fp32 weights: each element of each tensor has exactly one owner.
 
@@ -135,8 +149,21 @@ class Engine(Protocol):
         """Returns whether this rank is the owner of the elements of a parameter that it holds."""
         ...
 
-    def owned_gradients(self) -> list[Fragment]:
-        """Returns this rank's share of the gradient of the mean loss (unclipped, unscaled); only in before_update."""
+    def owned_gradients(self) -> Iterator[Fragment]:
+        """Yields this rank's share of the gradient of the mean loss (unclipped, unscaled); only in before_update."""
+        ...
+
+    def weight_decay(self, name: str) -> float:
+        """Returns the weight decay of a parameter."""
+        ...
+
+    def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Multiplies rows of weights, in fp32, and has the model follow; moments stay. Collective.
+
+        Args:
+            factors: By parameter, one number per row of the global tensor (per element, of a vector), on the host. The
+                same on every rank; what a rank does not hold it passes over. Of parameters sharded by rows only.
+        """
         ...
 
     def training_state(self) -> dict[str, Any]:
@@ -173,8 +200,8 @@ class Engine(Protocol):
         ...
 
 
-def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Splits parameters by weight decay: matrices, and by policy factors and embeddings; never biases and norms."""
+def has_weight_decay(info: ParameterInfo, optim: OptimConfig) -> bool:
+    """Returns whether a parameter decays: matrices, and by policy factors and embeddings; never biases and norms."""
     decays = {
         "matrix": True,
         "factor": optim.decay_factors,
@@ -183,9 +210,14 @@ def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, opti
         "bias": False,
         "norm": False,
     }
+    return decays[info.kind]
+
+
+def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Splits parameters by weight decay."""
     groups = []
     for decay in (True, False):
-        members = [parameter for name, parameter in named.items() if decays[table[name].kind] is decay]
+        members = [parameter for name, parameter in named.items() if has_weight_decay(table[name], optim) is decay]
         weight_decay = optim.weight_decay if decay else 0.0
         groups.append({"params": members, "weight_decay": weight_decay})
     return [group for group in groups if group["params"]]
@@ -221,6 +253,7 @@ class EngineBase(ABC):
         self._is_stop_wanted = False
         self._proposal: UpdateProposal | None = None
         self._was_applied = False
+        self._is_rehearsal = False
         self._num_micro_batches = plan.accumulation_steps * plan.data
         self._spectral_norms: list[SpectralNorm] = []
 
@@ -268,11 +301,31 @@ class EngineBase(ABC):
         """See Engine."""
         return [fragment for fragment in self.view.weights(with_moments) if self.owns(fragment.name)]
 
-    def owned_gradients(self) -> list[Fragment]:
+    def owned_gradients(self) -> Iterator[Fragment]:
+        """See Engine. One at a time: where they must be converted, the whole gradient is never there twice."""
+        scale = self._loss_scale()
+        for fragment in self.view.gradients():
+            if self.owns(fragment.name):
+                values = fragment.values.float()
+                yield Fragment(fragment.name, fragment.start, values if scale is None else values / scale)
+
+    def weight_decay(self, name: str) -> float:
         """See Engine."""
-        scale = self._loss_scale() or 1.0
-        owned = (fragment for fragment in self.view.gradients() if self.owns(fragment.name))
-        return [Fragment(fragment.name, fragment.start, fragment.values.float() / scale) for fragment in owned]
+        optim = self.config.optim
+        return optim.weight_decay if has_weight_decay(self.table[name], optim) else 0.0
+
+    @torch.no_grad()
+    def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """See Engine."""
+        for fragment in self.view.weights(with_moments=False):
+            if fragment.name not in factors:
+                continue
+            info = self.table[fragment.name]
+            assert info.shard_dim == 0, fragment.name
+            mine = factors[fragment.name].chunk(self.topology.tensor)[self.topology.tensor_rank]
+            scale_rows(fragment, math.prod(info.shape[1:]), mine)
+        self.view.publish()
+        self._forget_spectra()
 
     def training_state(self) -> dict[str, Any]:
         """See Engine."""
@@ -355,6 +408,9 @@ class EngineBase(ABC):
     def _gated_update(self, *args: Any, **kwargs: Any) -> None:
         """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
         self._proposal = proposal = self._propose()
+        if self._is_rehearsal:
+            self.view.skip_update()
+            return
         is_finite = proposal.is_finite
         if not is_finite and self.config.train.precision == "fp16":
             self._update(*args, **kwargs)  # DeepSpeed finds the overflow itself and lowers the loss scale
@@ -400,6 +456,17 @@ class EngineBase(ABC):
             loss_scale,
             self._is_stop_wanted,
         )
+
+    def gradient_norm(self, batches: Sequence[MicroBatch]) -> float:
+        """See Engine."""
+        assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
+        self._wants_stop = None
+        self._forget_spectra()
+        self._is_rehearsal = True
+        self._run(batches)
+        self._is_rehearsal = False
+        assert self._proposal is not None
+        return self._proposal.gradient_norm
 
     @abstractmethod
     def _run(self, batches: Sequence[MicroBatch]) -> None:

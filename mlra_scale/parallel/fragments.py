@@ -1,4 +1,4 @@
-"""Pieces of global tensors that a rank owns."""
+"""Pieces of global tensors that a rank owns, and what can be done to them without the rest."""
 
 from dataclasses import dataclass
 
@@ -22,3 +22,18 @@ class Fragment:
     values: torch.Tensor
     exp_avg: torch.Tensor | None = None
     exp_avg_sq: torch.Tensor | None = None
+
+
+def scale_rows(fragment: Fragment, width: int, factors: torch.Tensor) -> None:
+    """Multiplies every element by the factor of its row, in place; a factor of 1 changes no bit.
+
+    Args:
+        fragment: Of a matrix, or of a vector, whose elements are its rows. It may begin and end inside a row.
+        width: Elements of a row.
+        factors: One per row of this rank's tensor-parallel shard.
+    """
+    first_row, skipped = divmod(fragment.start, width)
+    length = fragment.values.numel()
+    rows = factors[first_row : -(-(fragment.start + length) // width)]
+    of_elements = rows.to(fragment.values).repeat_interleave(width)
+    fragment.values.mul_(of_elements[skipped : skipped + length])

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 from mlra_scale.checkpoint import CheckpointError
 from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
-from mlra_scale.checkpoint.retention import set_latest
+from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
 from mlra_scale.data import Datasets
 from mlra_scale.parallel.engine import Engine
+from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.finite import FiniteCheck, TrainingStopped
+from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.quiet import muted
 from mlra_scale.training.resumed_data import DataHistory
 from mlra_scale.training.start import Start
+
+
+class Stateful(Protocol):
+    """Something that looks back over steps: a checkpoint keeps what it has seen."""
+
+    def state(self) -> Any:
+        """Returns it, fit for JSON."""
+        ...
+
+    def load(self, state: Any) -> None:
+        """Goes on from it."""
+        ...
 
 
 class Checkpoints:
@@ -29,7 +44,7 @@ class Checkpoints:
         start: The run.
         engine: What is saved.
         datasets: The data that it reads.
-        finite: Its window is saved too.
+        windows: What else goes in, by name; a checkpoint from before one of them was invented leaves it as it is.
         told: Called with every completed save, on every rank.
     """
 
@@ -38,10 +53,10 @@ class Checkpoints:
         start: Start,
         engine: Engine,
         datasets: Datasets,
-        finite: FiniteCheck,
+        windows: Mapping[str, Stateful],
         told: Callable[[FinishedSave], None],
     ) -> None:
-        self._start, self._engine, self._datasets, self._finite, self._told = start, engine, datasets, finite, told
+        self._start, self._engine, self._datasets, self._windows, self._told = start, engine, datasets, windows, told
         settings = start.config.checkpoint
         self._folder = start.run.checkpoints
         self._saver = Saver(
@@ -64,14 +79,37 @@ class Checkpoints:
         checkpoint = self._start.checkpoint
         if checkpoint is None:
             return
+        state = self._load(checkpoint, self._start.progress.step)
+        if self._start.kind == "training":
+            self._load_windows(state)
+
+    def go_back_to(self, step: int) -> Progress:
+        """Puts an earlier checkpoint of this run into the engine, and makes `latest` name it; collective.
+
+        Raises:
+            TrainingStopped: It cannot be read, or the save in flight failed; on all ranks.
+        """
+        try:
+            self._tell(self._saver.finish())
+        except CheckpointError as error:
+            raise self._failed(error, step) from error
+        checkpoint = self._folder / checkpoint_name(step)
+        state = self._load(checkpoint, step)
+        self._load_windows(state)
+        on_rank_0(partial(set_latest, self._folder, checkpoint), self._engine.topology, step)
+        return Progress(**state["progress"])
+
+    def _load(self, checkpoint: Path, step: int) -> dict[str, Any]:
         try:
             with muted():
-                state = load_checkpoint(self._engine, open_on_all_ranks(checkpoint, self._engine.topology))
+                return load_checkpoint(self._engine, open_on_all_ranks(checkpoint, self._engine.topology))
         except CheckpointError as error:
-            values = {"step": self._start.progress.step}
-            raise TrainingStopped(str(error), values, ExitCode.CHECKPOINT_FAILED) from error
-        if self._start.kind == "training":
-            self._finite.load(state["windows"]["finite"])
+            raise TrainingStopped(str(error), {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
+
+    def _load_windows(self, state: Mapping[str, Any]) -> None:
+        for name, window in self._windows.items():
+            if name in state["windows"]:
+                window.load(state["windows"][name])
 
     def point_to_start(self) -> None:
         """Makes `latest` name the checkpoint that the run goes on from, whatever later ones it once had; for rank 0."""
@@ -79,7 +117,14 @@ class Checkpoints:
         if checkpoint is not None and self._start.kind == "training" and self._start.run.is_own(checkpoint):
             set_latest(self._folder, checkpoint)
 
-    def save(self, progress: Progress, learning_rate: float, validation_loss: float | None, is_last: bool) -> None:
+    def save(
+        self,
+        progress: Progress,
+        learning_rate: float,
+        validation_loss: float | None,
+        is_last: bool = False,
+        pinned: int | None = None,
+    ) -> None:
         """Begins to save a checkpoint, or saves it at once where it is the last; collective.
 
         Args:
@@ -87,6 +132,7 @@ class Checkpoints:
             learning_rate: Of the step that was just done.
             validation_loss: After that step, if it was measured; a note for the model card of an export.
             is_last: Whether the run ends here.
+            pinned: Step of an earlier checkpoint that is kept.
 
         Raises:
             TrainingStopped: It failed, or the one before did; on all ranks.
@@ -97,7 +143,7 @@ class Checkpoints:
             "learning_rate": learning_rate,
             "validation_loss": validation_loss,
             "engine": self._engine.training_state(),
-            "windows": {"finite": self._finite.state()},
+            "windows": {name: window.state() for name, window in self._windows.items()},
             "data_fingerprints": self._datasets.identity.fingerprints,
             "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
         }
@@ -112,6 +158,7 @@ class Checkpoints:
                 config.to_yaml(),
                 self._tokenizer(config),
                 synchronous=is_last,
+                pinned=pinned,
             )
             self._tell(self._saver.finish() if is_last else [])
         except CheckpointError as error:

@@ -27,5 +27,7 @@ class ExitCode(IntEnum):
     goes on from there."""
     BAD_NODE = 6
     """The checks before the first step found a node that cannot be used; nothing was trained."""
+    UNSTABLE = 7
+    """The guard has gone back as often as it may, and the run is unstable all the same."""
     INTERRUPTED = 130
     """Ctrl-C, as shells report it (128 + SIGINT)."""

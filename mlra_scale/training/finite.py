@@ -41,8 +41,14 @@ class FiniteCheck:
     an error.
     """
 
-    def __init__(self, train: TrainConfig) -> None:
-        self._is_fp16 = train.precision == "fp16"
+    def __init__(self, train: TrainConfig, is_guarded: bool = False) -> None:
+        """Makes a check.
+
+        Args:
+            train: Precision, and the number of overflows that is too many.
+            is_guarded: Whether the guard looks after what is not finite; such an update is still never applied.
+        """
+        self._is_fp16, self._is_guarded = train.precision == "fp16", is_guarded
         self._max_overflows = train.max_consecutive_overflows
         self._overflows = 0
 
@@ -89,7 +95,7 @@ class FiniteCheck:
                     values,
                 )
             return
-        if math.isfinite(result.loss) and math.isfinite(result.gradient_norm):
+        if self._is_guarded or (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
             return
         raise TrainingStopped(
             f"{shown}; this is not finite. The update was not applied and the run stops on all ranks. Look at the "

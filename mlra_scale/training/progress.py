@@ -13,16 +13,21 @@ class Progress:
 
     Attributes:
         step: Steps done; skipped updates count, since their data is used up.
-        consumed_samples: Samples read, over all ranks.
-        consumed_tokens: Tokens read, over all ranks.
+        consumed_samples: Samples used up, over all ranks: where the next step reads on. Those that the guard skips
+            count too.
+        consumed_tokens: Tokens trained on, over all ranks.
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
 
-    def after(self, plan: BatchPlan) -> Progress:
-        """Returns the counters one step later."""
-        return Progress(
-            self.step + 1, self.consumed_samples + plan.global_batch_size, self.consumed_tokens + plan.tokens_per_step
-        )
+    def after(self, plan: BatchPlan, place: int | None = None) -> Progress:
+        """Returns the counters one step later.
+
+        Args:
+            plan: The batch plan.
+            place: Where the step read its samples; None: at `consumed_samples`.
+        """
+        place = self.consumed_samples if place is None else place
+        return Progress(self.step + 1, place + plan.global_batch_size, self.consumed_tokens + plan.tokens_per_step)

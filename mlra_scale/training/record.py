@@ -177,6 +177,24 @@ def cut_record(path: Path, last_step: int) -> int:
     return len(objects) - len(kept)
 
 
+def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
+    """Moves what a run recorded after a step to another file, where it stays as what had been tried.
+
+    Args:
+        path: metrics.jsonl.
+        aside: Where the lines go, each with the number of the rollback.
+        last_step: The step that the run has gone back to.
+        rollback: Its number.
+    """
+    lines = JsonLines(aside)
+    for item in read_record(path):
+        if item["step"] > last_step:
+            lines.write({**item, "rollback": rollback})
+    lines.sync()
+    lines.close()
+    cut_record(path, last_step)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.tmp")

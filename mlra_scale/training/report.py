@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from mlra_scale.checkpoint.saver import FinishedSave
+from mlra_scale.stability.guard import Action
 from mlra_scale.training.dry_run import short_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.metrics import tev_text, train_line, validation_line
 from mlra_scale.training.progress import Progress
-from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record
+from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record, set_aside
 from mlra_scale.training.start import Start
 from mlra_scale.training.wandb_log import WandbLog, open_wandb
 
@@ -56,8 +57,12 @@ class Report:
         self._started = time.perf_counter()
         self._step = 0
 
-    def start(self) -> None:
-        """Makes the run directory, cuts the record back to the resumed step and opens everything."""
+    def start(self, num_rollbacks: int = 0) -> None:
+        """Makes the run directory, cuts the record back to the resumed step and opens everything.
+
+        Args:
+            num_rollbacks: How often the guard has taken the run back so far.
+        """
         start, progress = self._start, self._start.progress
         self._step = progress.step
         if not self._is_main:
@@ -72,7 +77,7 @@ class Report:
         self._tell_origin(num_cut)
         if num_cut > 0:
             self.say(f"removed from {self._run.metrics.name}: {num_cut} line(s) of steps that are done again")
-        self._wandb = open_wandb(self._config, self._run)
+        self._wandb = open_wandb(self._config, self._run, num_rollbacks)
         self.say(f"run directory {self._run.path}, wandb {self._wandb.mode}")
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._config.train.steps, initial=progress.step, unit="step", dynamic_ncols=True)
@@ -127,6 +132,53 @@ class Report:
         if save.drift is not None:
             self.event("copies_differ", step=save.step, reason=save.drift)
             self.say(f"step {save.step}: {save.drift}; the owner's copy was saved")
+
+    def guarded(self, actions: Sequence[Action], rate_factor: float) -> None:
+        """Tells what the guard has decided, but for going back, which is told when it has been done.
+
+        Args:
+            actions: Its decisions.
+            rate_factor: What the learning rate of the next step is multiplied by.
+        """
+        for action in actions:
+            if action.kind == "rollback":
+                continue
+            more = {"factor": rate_factor} if action.kind == "lower_rate" else {}
+            self._events.write(f"guard_{action.kind}", step=action.step, reason=action.reason, **more)
+            told = {"skip": "update left out", "lower_rate": f"learning rate times {rate_factor:g}"}
+            self.say(f"guard, step {action.step}: {told.get(action.kind, 'gives up')}: {action.reason}")
+
+    def went_back(self, action: Action, number: int, progress: Progress) -> None:
+        """Takes the record back to where the run has gone back to; for rank 0.
+
+        Args:
+            action: The guard's decision.
+            number: Of this rollback, from 1.
+            progress: The counters to go on with.
+        """
+        assert action.skipped is not None
+        self._events.write(
+            "guard_rollback",
+            step=action.step,
+            to_step=progress.step,
+            skipped_from=action.skipped[0],
+            skipped_to=action.skipped[1],
+            reason=action.reason,
+        )
+        self.say(
+            f"guard, step {action.step}: back to step {progress.step}, samples {action.skipped[0]:,} to "
+            f"{action.skipped[1] - 1:,} are not read again: {action.reason}"
+        )
+        self._metrics.close()
+        set_aside(self._run.metrics, self._run.rolled_back, progress.step, number)
+        self._metrics, self._records = JsonLines(self._run.metrics), read_record(self._run.metrics)
+        self._step = progress.step
+        if self._bar is not None:
+            self._bar.n = progress.step
+            self._bar.refresh()
+        # wandb's steps cannot go back: the run goes on under an id of its own.
+        self._wandb.finish(ExitCode.DONE)
+        self._wandb = open_wandb(self._config, self._run, number)
 
     def step_done(self, progress: Progress) -> None:
         """Notes how far the run has come, and moves the progress bar."""

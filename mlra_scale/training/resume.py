@@ -49,6 +49,7 @@ NAMED = (
     "tev.",
     "gradients.",
     "activations.",
+    "qk_clip.",
     "guard.",
     "evaluation.",
     "checkpoint.",

@@ -3,6 +3,8 @@
 config.yaml      the resolved configuration
 started_from     where a run that began with weights of another one found them
 metrics.jsonl    the record: one object per step at which something was measured
+rolled_back.jsonl  what the record held of steps that the guard has undone
+guard.json       the guard's rollbacks: which data are not read again
 events.jsonl     start, resume, checkpoints, stops, end
 .lock            held by the run that is at work here
 .job.lock        held by the cluster job that is
@@ -10,6 +12,7 @@ job.json         of a cluster job: its state, its attempts and their ends
 logs/            of a cluster job: console.log, and per attempt a log and stacks of every rank
 wandb/           wandb's files and the run's stable id
 profile/         traces of torch.profiler
+report/          what tools/report.py writes
 checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
 """
 
@@ -55,6 +58,16 @@ class RunDirectory:
     def events(self) -> Path:
         """The event log."""
         return self.path / "events.jsonl"
+
+    @property
+    def rolled_back(self) -> Path:
+        """Lines of the record that the guard has undone."""
+        return self.path / "rolled_back.jsonl"
+
+    @property
+    def guard(self) -> Path:
+        """The guard's rollbacks."""
+        return self.path / "guard.json"
 
     @property
     def job(self) -> Path:

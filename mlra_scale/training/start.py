@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
@@ -16,6 +16,7 @@ from mlra_scale.training.launch import check_device, check_launcher, resolve_dev
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.resume import Change, Comparison, compare, compare_model, flat, read_stored
 from mlra_scale.training.resumed_data import DataHistory, compare_data
+from mlra_scale.training.rollbacks import read_rollbacks
 from mlra_scale.training.run_directory import RunDirectory
 
 
@@ -51,6 +52,7 @@ class Start:
         progress: The counters to go on with.
         mixes: The history of mixes of data sets, the present one included; empty: there is none yet.
         changes: What differs from the run so far.
+        rollbacks: Of the guard, the oldest first, as the run directory has them.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Start:
     progress: Progress = field(default_factory=Progress)
     mixes: tuple[Mix, ...] = ()
     changes: tuple[Change, ...] = ()
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def checkpoint(self) -> Path | None:
@@ -115,6 +118,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     problems += found
     changes, progress = list(compared.changes), Progress()
     mixes: tuple[Mix, ...] = ()
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
     if store is not None and store.kind == "training":
         progress, data = _stored_place(store)
         if not found:
@@ -122,6 +126,11 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
             problems += about_data.problems
             changes += about_data.changes
             mixes = about_data.mixes
+        if asked.run is not None and asked.run.is_own(store.folder):
+            try:
+                rollbacks = read_rollbacks(asked.run.guard)
+            except ValueError as error:
+                problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
     if problems:
@@ -131,7 +140,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
     plan = batch_plan(config, asked.world_size)
-    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes))
+    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks)
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:

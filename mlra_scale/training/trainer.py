@@ -13,12 +13,15 @@ import torch.distributed as dist
 from mlra_scale.config import BatchPlan, Config
 from mlra_scale.data import Batch, SampleStream, open_datasets
 from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
+from mlra_scale.stability.guard import Guard
+from mlra_scale.stability.spikes import SpikeScores
 from mlra_scale.stability.tev import TevHook, TevStatistics
 from mlra_scale.training.agreement import on_rank_0
-from mlra_scale.training.checkpoints import Checkpoints
+from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck, TrainingStopped
+from mlra_scale.training.guarding import approval, given_up, go_back
 from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
 from mlra_scale.training.overseer import Overseer
@@ -53,10 +56,12 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     with muted():
         engine = build_engine(config, plan, topology)
     tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
-    finite = FiniteCheck(config.train)
+    finite = FiniteCheck(config.train, is_guarded=config.guard.enabled)
+    guard, spikes = Guard(config.guard, plan.global_batch_size), SpikeScores()
+    windows: dict[str, Stateful] = {"finite": finite, "guard": guard, "spikes": spikes}
     throughput = Throughput(config, plan.world_size, topology.device)
     profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
-    last = config.train.steps
+    last, approve = config.train.steps, approval(guard, finite.approve)
     together = partial(on_all_ranks, topology=topology, have_checked_tokens=datasets.have_checked_tokens)
 
     def measure_validation() -> dict[str, float]:
@@ -67,10 +72,11 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     with (
         Report(start, is_main=topology.rank == 0) as report,
         Feed(datasets.train, plan, topology.data_rank) as feed,
-        Checkpoints(start, engine, datasets, finite, report.saved) as checkpoints,
+        Checkpoints(start, engine, datasets, windows, report.saved) as checkpoints,
     ):
         checkpoints.load()
-        on_rank_0(partial(begin, checkpoints, report), topology, progress.step)
+        guard.recall(start.rollbacks)
+        on_rank_0(partial(begin, start, checkpoints, report, guard), topology, progress.step)
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
             report.say(
@@ -82,6 +88,10 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
+            if guard.is_enabled:
+                # Something to go back to from the first step on.
+                guard.saved(0)
+                checkpoints.save(progress, 0.0, values.get("validation_loss"))
 
         while progress.step < last:
             interruption.check()
@@ -89,11 +99,13 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             overseer.beat("training", step)
             profiler.before(step)
             throughput.start()
-            batches = together(partial(feed.take, progress.consumed_samples), progress)
-            rate = learning_rate(step, config.optim, last)
-            result = engine.train_batch(batches, rate, finite.approve, interruption.is_stop_asked)
-            finite.check(step, result, progress.consumed_samples)
-            progress = progress.after(plan)
+            place = guard.place(progress.consumed_samples)
+            batches = together(partial(feed.take, place), progress)
+            rate = learning_rate(step, config.optim, last) * guard.rate_factor(step)
+            result = engine.train_batch(batches, rate, approve, interruption.is_stop_asked)
+            finite.check(step, result, place)
+            progress = progress.after(plan, place)
+            spikes.update(result.loss, result.gradient_norm)
 
             values = {}
             if config.tev.every > 0 and is_due(step, config.tev.every, last):
@@ -101,6 +113,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             throughput.stop(plan.tokens_per_step)
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
+                values["spike_scores"] = spikes.values
             if is_due(step, config.evaluation.every, last):
                 values |= measure_validation()
             report.measured(progress, values)
@@ -108,11 +121,21 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
+            actions = guard.judge(step, place, result.loss, result.gradient_norm) if not result.overflow else []
+            report.guarded(actions, guard.rate_factor(step + 1))
+            if actions and actions[-1].kind == "give_up":
+                raise given_up(actions[-1], guard)
+            if actions and actions[-1].kind == "rollback":
+                progress = go_back(actions[-1], guard, checkpoints, report, start.run.guard, topology)
+                if result.is_stop_wanted:
+                    raise stopped_by_signal(progress.step)
+                continue
             is_end = step == last or result.is_stop_wanted
             if is_end or is_due(step, config.checkpoint.every, last):
                 overseer.beat("saving", step)
                 report.sync()
-                checkpoints.save(progress, rate, values.get("validation_loss"), is_last=is_end)
+                guard.saved(step)
+                checkpoints.save(progress, rate, values.get("validation_loss"), is_end, guard.good_step)
             if is_end and step < last:
                 raise stopped_by_signal(step)
 
@@ -121,13 +144,16 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     return progress
 
 
-def begin(checkpoints: Checkpoints, report: Report) -> None:
+def begin(start: Start, checkpoints: Checkpoints, report: Report, guard: Guard) -> None:
     """Leaves the run directory as a run has it that goes on from this start's checkpoint; for rank 0.
 
     In this order: killed in between, the next start cuts the record to where the pointer says.
     """
     checkpoints.point_to_start()
-    report.start()
+    if start.kind != "training":
+        # Of a run that was here before its first checkpoint.
+        start.run.guard.unlink(missing_ok=True)
+    report.start(guard.num_rollbacks)
 
 
 def stopped_by_signal(step: int) -> TrainingStopped:

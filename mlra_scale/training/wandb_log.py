@@ -101,7 +101,7 @@ class WandbLog:
                 self._log_anew()
 
 
-def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
+def open_wandb(config: Config, run_directory: RunDirectory, num_rollbacks: int = 0) -> WandbLog:
     """Starts, or continues, the wandb run of a run directory.
 
     Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
@@ -111,6 +111,8 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
     Args:
         config: The run's configuration; it becomes wandb's config.
         run_directory: Holds wandb's files and, in wandb/run_id, the id under which a resumed run continues.
+        num_rollbacks: How often the run went back to an earlier step: wandb's steps only go forward, so that it goes on
+            under another id then.
 
     Returns:
         The log; one that forgets if wandb is disabled.
@@ -121,7 +123,7 @@ def open_wandb(config: Config, run_directory: RunDirectory) -> WandbLog:
             return WandbLog()
         import wandb
 
-        run_id = _stable_run_id(run_directory)
+        run_id = _stable_run_id(run_directory) + (f"-{num_rollbacks}" if num_rollbacks else "")
 
         def started(how: str) -> WandbLog:
             start = partial(_start, wandb, config, run_directory, run_id, how)

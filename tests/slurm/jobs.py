@@ -137,10 +137,12 @@ def submit(
     sbatch: tuple[str, ...] = (),
     processes: int = 1,
     data: Path | None = None,
+    run: Path | None = None,
     **variables: str,
 ) -> Submitted:
     """Submits one of slurm/*.sh as a user would, from the project's root, at a tiny size."""
-    run, output = folder / "run", folder / "slurm.out"
+    # A space on its way through sbatch, the launcher, srun and torchrun.
+    run, output = run or folder / "the run", folder / "slurm.out"
     folder.mkdir(parents=True, exist_ok=True)
     # The environment that the tests run in has no home of wandb, no GPU, and the interpreter of these tests.
     given = {

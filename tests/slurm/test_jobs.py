@@ -247,11 +247,15 @@ def test_what_is_wrong_is_told_once_and_not_queued_again(
     assert not (job.run / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("run", ["a file/run", "/proc/1/run"])
 def test_a_run_directory_that_cannot_be_made_is_told_and_not_queued_again(
-    cluster: SlurmCluster, training_data: Path, tmp_path: Path
+    cluster: SlurmCluster, training_data: Path, tmp_path: Path, run: str
 ) -> None:
-    (tmp_path / "run").write_text("a file")
-    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, sbatch=("--nodes=2",), data=training_data)
+    (tmp_path / "a file").write_text("")
+    folder = tmp_path / run
+    job = submit(
+        cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, sbatch=("--nodes=2",), data=training_data, run=folder
+    )
     record = job.wait_for_end("FAILED")
     assert record["Restarts"] == "0" and record["ExitCode"] == "2:0"
     assert "--run-dir" in job.text() and "Traceback" not in job.text()

@@ -14,7 +14,9 @@ from tests.slurm.cluster import SlurmCluster
 from tests.support.training_runs import ROOT, environment
 
 FOLDER = ROOT / "slurm"
-FILES = sorted(path for path in FOLDER.glob("*.sh") if path.name != "launch.sh")
+SWEEP = FOLDER / "sweep.sh"
+SOURCED = [FOLDER / "environment.sh", FOLDER / "launch.sh"]
+FILES = sorted({*FOLDER.glob("*.sh")} - {SWEEP, *SOURCED})
 NAMES = [path.name for path in FILES]
 
 
@@ -52,7 +54,7 @@ def test_twins_differ_in_the_model_only() -> None:
         ]
 
 
-@pytest.mark.parametrize("path", [*FILES, FOLDER / "launch.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*FILES, SWEEP, *SOURCED], ids=lambda path: path.name)
 def test_bash_and_shellcheck_find_nothing(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], timeout=30, check=False).returncode == 0
     if shutil.which("shellcheck") is None:
@@ -82,6 +84,19 @@ def test_the_plan_fits_the_documented_nodes(path: Path) -> None:
 def test_outside_of_a_job_only_the_plan_is_shown() -> None:
     result = dry_run(FILES[0], "train.steps=5")
     assert result.returncode == 2 and "Submit it: sbatch" in result.stderr
+
+
+def test_a_task_of_an_array_is_a_cell() -> None:
+    study = "docs/studies/init.yaml"
+    cell = dry_run(SWEEP, study, "--dry-run", "--jobs", "3", SLURM_ARRAY_TASK_ID="5")
+    assert cell.returncode == 0, cell.stderr
+    rows = [line.split()[:2] for line in cell.stdout.splitlines() if "-seed" in line]
+    assert rows == [["5", "control-L24-seed1"]]
+    beyond = dry_run(SWEEP, study, "--dry-run", SLURM_ARRAY_TASK_ID="192")
+    assert beyond.returncode == 2 and "the indices are 0 to 191" in beyond.stderr
+    for arguments, variables in ((["x.yaml"], {}), ([], {"SLURM_ARRAY_TASK_ID": "5"})):
+        refused = dry_run(SWEEP, *arguments, **variables)
+        assert refused.returncode == 2 and "this is no task of a Slurm array" in refused.stderr
 
 
 def test_slurm_accepts_every_file_as_it_stands(cluster: SlurmCluster) -> None:

@@ -70,11 +70,13 @@ def layout_config(layout: Layout, **overrides: Any) -> Config:
             "timeout_minutes": 1.0,
         },
         "data": {},
+        "activations": {},
+        "qk_clip": {},
         "deepspeed": {"zero_optimization": {"stage": layout.stage}} if layout.stage else {},
     }
     for name, value in overrides.items():
         section, field = name.split("__")
-        values[section][field] = value
+        values.setdefault(section, {})[field] = value
     return Config.from_dict(values)
 
 
@@ -125,6 +127,17 @@ def canonical_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tens
         elif name == "embedding.weight":
             tensor[model.vocab_size :] = 0.0
     return state
+
+
+def sharp_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Weights whose queries and keys are long: some rows of attention weights are nearly one-hot, and some not."""
+    weights = canonical_weights(model, seed)
+    for projection in ("q", "k"):
+        owner, factor = (f"{projection}.up", 6.0) if model.is_factorised(projection) else (projection, 2.0)
+        for name in weights:
+            if name.endswith(f"attention.{owner}.weight"):
+                weights[name] *= factor
+    return weights
 
 
 def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | None = None) -> tuple[Any, BatchPlan]:

@@ -1,6 +1,7 @@
 """The single-process reference run in fp64: ReferenceGPT under torch's AdamW, with clipping and decay groups."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import initial_vector
 from mlra_scale.model.reference import ReferenceGPT
-from tests.support.layouts import global_batch
+from tests.support.layouts import Batch, global_batch
 
 
 @dataclass
@@ -97,6 +98,42 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
         run.validation = reference_loss(config, reference, 0, with_z_loss=False).item()
     run.weights = {name: p.detach().numpy() for name, p in reference.named_parameters()}
     return run
+
+
+@torch.no_grad()
+def reference_activations(config: Config, reference: ReferenceGPT, batch: Batch) -> dict[str, Any]:
+    """What the oracle's activations are on a batch: the entry that ActivationProbe measures."""
+    hidden: list[torch.Tensor] = []
+    handles = [reference.blocks[0].register_forward_pre_hook(lambda _, arguments: hidden.append(arguments[0]))]
+    handles += [b.register_forward_hook(lambda _, __, output: hidden.append(output[0])) for b in reference.blocks]
+    documents = batch.documents_BS if config.data.document_attention == "masked" else None
+    logits = reference.attention_logits(batch.tokens_BS, batch.positions_BS, documents)
+    for handle in handles:
+        handle.remove()
+    return activations_of(logits, hidden, config.activations.saturation)
+
+
+def activations_of(logits: list[torch.Tensor], hidden: list[torch.Tensor], saturation: float) -> dict[str, Any]:
+    """The same from each block's masked logits [B, N, S, S] and the residual stream's places [B, S, D], in fp64."""
+    entry: dict[str, Any] = {
+        "residual_variance": [float(np.var(place.double().numpy(), axis=-1).mean()) for place in hidden],
+        "attention_entropy": [],
+        "largest_logit": [float(of_block.max()) for of_block in logits],
+        "saturated_share": [],
+    }
+    for of_block in logits:
+        weights = of_block.double().softmax(-1).numpy()
+        surprise = -np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+        is_open = np.isfinite(of_block.numpy()).sum(-1) > 1
+        entry["attention_entropy"].append(float((weights * surprise).sum(-1).mean()))
+        is_saturated = weights.max(-1)[is_open] > saturation
+        entry["saturated_share"].append(float(is_saturated.mean()) if is_open.any() else 0.0)
+    return entry | {
+        "max_residual_variance": max(entry["residual_variance"]),
+        "min_attention_entropy": min(entry["attention_entropy"]),
+        "max_logit": max(entry["largest_logit"]),
+        "max_saturated_share": max(entry["saturated_share"]),
+    }
 
 
 def assert_gradients_close(gradients: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:

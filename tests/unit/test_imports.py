@@ -29,24 +29,27 @@ ROOMS: dict[str, set[str]] = {
     "planning": {"config", "model"},
     "evaluation": {"config", "model", "parallel", "data", "checkpoint"},
     "training": {"config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation"},
-    "study": {"config", "data", "stability", "checkpoint", "training"},
+    "study": {"config", "training"},
     "train": {"config", "data", "training"},
     "cluster": {"config", "training", "train"},
 }
-# Rooms that see only a part of another one: its parameter table, its interface.
+# Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
-    ("stability", "model"): {"parameters"},
+    ("stability", "model"): {"parameters", "probe"},
     ("stability", "parallel"): {"", "engine", "fragments", "topology"},
     ("checkpoint", "parallel"): {"", "engine", "fragments", "topology"},
     ("planning", "model"): {"parameters"},
     ("training", "parallel"): {"", "engine", "fragments", "topology"},
+    # What runs leave behind; none of these loads torch.
+    ("study", "training"): {"exit_codes", "record", "resume", "run_directory"},
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {
-    "torch": set(ROOMS) - {"config", "planning"},
+    "torch": set(ROOMS) - {"config", "planning", "study"},
     "deepspeed": {"parallel", "training"},
     "megatron": {"megatron"},
     "datasets": {"data"},
+    "matplotlib": {"study"},
     "wandb": {"training"},
 }
 CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "yaml", PACKAGE}

@@ -189,6 +189,7 @@ def test_make_without_a_target_explains_itself() -> None:
             "</testcase>",
             1,
         ),
+        ('<testcase name="a"/><testcase name="b"><skipped message="needs Chromium (Debian: chromium)"/></testcase>', 1),
         ("", 1),
     ],
 )
@@ -202,7 +203,7 @@ def test_skips_without_a_need_fail(tmp_path: Path, cases: str, expected: int) ->
 @pytest.mark.parametrize("packages", ["root with apt-get", "no root", "no apt-get"])
 def test_ci_installs_only_what_is_missing(tmp_path: Path, has_compiler: bool, packages: str) -> None:
     programs = {"make": "echo make $1", "id": f"echo {1000 if packages == 'no root' else 0}"}
-    programs |= dict.fromkeys(("munged", "slurmctld", "slurmd", "sbatch", "shellcheck"), "")
+    programs |= dict.fromkeys(("munged", "slurmctld", "slurmd", "sbatch", "shellcheck", "chromium"), "")
     if has_compiler:
         programs["c++"] = ""
     if packages != "no apt-get":

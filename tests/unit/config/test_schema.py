@@ -25,8 +25,9 @@ FIELDS = {
     "tev": "every quantiles extremes",
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
+    "qk_clip": "threshold every samples",
     "guard": "enabled window min_window sigmas calm_steps max_skips rate_factor rate_steps max_lowerings divergence "
-    "divergence_steps max_rollbacks",
+    "divergence_steps skip_before max_rollbacks",
     "evaluation": "every batches",
     "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",

@@ -49,7 +49,7 @@ def test_a_save_that_is_complete_is_told_even_if_the_next_one_fails(
     with (
         pytest.raises(TrainingStopped, match="step 2: no space left") as stopped,
         checkpoints.Checkpoints(
-            start, engine, datasets, FiniteCheck(config.train), lambda save: told.append(save.step)
+            start, engine, datasets, {"finite": FiniteCheck(config.train)}, lambda save: told.append(save.step)
         ) as saved,
     ):
         saved.save(Progress(2, 16, 1024), 1e-3, None, is_last=False)

@@ -26,6 +26,7 @@ def test_exit_codes_are_what_launchers_know() -> None:
         "CHECKPOINT_FAILED": 4,
         "PREEMPTED": 5,
         "BAD_NODE": 6,
+        "UNSTABLE": 7,
         "INTERRUPTED": 130,
     }
 

@@ -1,0 +1,169 @@
+"""What a fixed probe batch shows of the activations: residual stream, attention entropy, logits, saturation.
+
+For every block, from a forward pass without dropout over the same samples each time:
+
+- residual variance: the population variance (ddof 0) of a token's hidden state over its D coordinates, which is what
+  the next LayerNorm divides by; mean over all tokens. At L + 1 places: where the residual stream enters block 0, and
+  where it leaves each block.
+- attention entropy: -sum_j a_ij log a_ij in nats; mean over all queries and heads (Zhai et al. 2023, arXiv 2303.06296).
+  A query that may attend to one key only, such as the first of a sample, has entropy 0 and counts.
+- largest logit: the largest q_i k_j / sqrt(H) over all allowed pairs, and heads.
+- saturated share: the share of queries and heads whose largest weight exceeds a bound. Queries that may attend to one
+  key only are left out of both numbers, because their weight is 1 by construction; 0 where there are no others.
+
+Shape suffixes: L blocks, K ranks that hold other heads or samples of the same block (data times tensor ranks), P places
+of the residual stream (L + 1), B batch, S sequence, D hidden, N heads on this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mlra_scale.model.probe import Heads, observe
+
+if TYPE_CHECKING:
+    from mlra_scale.config import ActivationsConfig, BatchPlan, ModelConfig
+    from mlra_scale.parallel.engine import Engine, MicroBatch
+
+
+class Tally:
+    """Sums and maxima of one measurement: one vector, so that one sum over all ranks makes them complete.
+
+    A sum cannot find a maximum: every rank that holds heads of a block has a place of its own for theirs.
+
+    Args:
+        num_layers: L.
+        num_ranks: K.
+        rank: this rank among the K.
+        device: where it is added up.
+
+    Attributes:
+        packed: All of the following, float64.
+        tokens_1: Tokens counted.
+        residual_P: Sum over tokens of the variance of the hidden state.
+        entropy_L: Sum over queries and heads of the attention entropy.
+        saturated_L: Number of saturated rows of attention weights.
+        open_L: Number of rows with more than one allowed key.
+        largest_KL: Largest logit that each rank has seen.
+    """
+
+    def __init__(self, num_layers: int, num_ranks: int = 1, rank: int = 0, device: torch.device | None = None) -> None:
+        sizes = [1, num_layers + 1, num_layers, num_layers, num_layers, num_ranks * num_layers]
+        self.packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        parts = self.packed.split(sizes)
+        self.tokens_1, self.residual_P, self.entropy_L, self.saturated_L, self.open_L, largest = parts
+        self.largest_KL = largest.view(num_ranks, num_layers)
+        self.rank = rank
+
+    def add_hidden(self, place: int, hidden_BSD: torch.Tensor) -> None:
+        """Counts the hidden state of some tokens at one place of the residual stream."""
+        if place == 0:
+            self.tokens_1 += hidden_BSD.numel() // hidden_BSD.size(-1)
+        self.residual_P[place] += hidden_BSD.float().var(dim=-1, correction=0).sum(dtype=torch.float64)
+
+    def begin(self, block: int) -> None:
+        """Says that this rank holds heads of a block."""
+        self.largest_KL[self.rank, block] = -math.inf
+
+    def add_heads(self, heads: Heads, num_samples: int, saturation: float) -> None:
+        """Counts the attention of one block on the first samples of a micro-batch."""
+        block = heads.block
+        for piece in heads.logits(num_samples):
+            weights_NSS = piece.logits_NSS.softmax(dim=-1)
+            is_open_S = piece.allowed_SS.sum(dim=-1) > 1
+            is_saturated_NS = (weights_NSS.amax(dim=-1) > saturation) & is_open_S
+            # entr(p) is -p log p, and 0 where p is 0.
+            self.entropy_L[block] += torch.special.entr(weights_NSS).sum(dtype=torch.float64)
+            self.saturated_L[block] += is_saturated_NS.sum()
+            self.open_L[block] += is_open_S.sum() * len(weights_NSS)
+            largest = self.largest_KL[self.rank, block]
+            largest.copy_(torch.maximum(largest, piece.logits_NSS.amax()))
+
+    def values(self, num_heads: int) -> dict[str, Any]:
+        """Returns the entry of the record.
+
+        Args:
+            num_heads: Heads of a block, over all tensor-parallel ranks.
+        """
+        tokens, residual_P, entropy_L, saturated_L, open_L, largest = (
+            part.cpu().numpy()
+            for part in (self.tokens_1, self.residual_P, self.entropy_L, self.saturated_L, self.open_L, self.largest_KL)
+        )
+        assert tokens[0] > 0
+        variance_P = residual_P / tokens
+        entropy_L = entropy_L / (tokens * num_heads)
+        share_L = saturated_L / np.maximum(open_L, 1)
+        largest_L = largest.max(axis=0)
+        return {
+            "residual_variance": variance_P.tolist(),
+            "attention_entropy": entropy_L.tolist(),
+            "largest_logit": largest_L.tolist(),
+            "saturated_share": share_L.tolist(),
+            "max_residual_variance": float(variance_P.max()),
+            "min_attention_entropy": float(entropy_L.min()),
+            "max_logit": float(largest_L.max()),
+            "max_saturated_share": float(share_L.max()),
+        }
+
+
+class ActivationProbe:
+    """Measures activations in any layout; the result does not depend on it but for rounding.
+
+    Args:
+        engine: The model.
+        model: Its shape.
+        config: What to measure.
+        plan: Decides how the samples divide over ranks and micro-batches.
+    """
+
+    def __init__(self, engine: Engine, model: ModelConfig, config: ActivationsConfig, plan: BatchPlan) -> None:
+        self._engine = engine
+        self._model = model
+        self._config = config
+        self.num_micro_batches = micro_batches_for(config.samples, plan)
+        """Micro-batches that each data rank needs, laid out as those of a training step."""
+
+    def measure(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """Measures on the samples number 0 ... samples - 1; every rank calls it and gets the same result.
+
+        Args:
+            batches: This data rank's micro-batches of the probe batch. Samples beyond those do not count: they fill up
+                micro-batches, whose size the engine cannot change.
+
+        Returns:
+            The entry `activations` of the record: lists over places or blocks, and the extremes of each.
+        """
+        topology, saturation = self._engine.topology, self._config.saturation
+        num_ranks, rank = topology.data * topology.tensor, topology.data_rank * topology.tensor + topology.tensor_rank
+        tally = Tally(self._model.num_layers, num_ranks, rank, topology.device)
+        counted = [number_below(batch, self._config.samples) for batch in batches]
+
+        def see_heads(index: int, heads: Heads) -> None:
+            if index == 0:
+                tally.begin(heads.block)
+            tally.add_heads(heads, counted[index], saturation)
+
+        def see_hidden(index: int, place: int, hidden_BSD: torch.Tensor) -> None:
+            if topology.tensor_rank == 0 and counted[index] > 0:  # torch warns of the variance of nothing
+                tally.add_hidden(place, hidden_BSD[: counted[index]])
+
+        with observe(self._engine.module, see_heads, see_hidden):
+            self._engine.eval_batch(batches)
+        dist.all_reduce(tally.packed)
+        return tally.values(self._model.num_heads)
+
+
+def micro_batches_for(num_samples: int, plan: BatchPlan) -> int:
+    """Returns how many micro-batches of every data rank hold the first samples of a batch."""
+    return math.ceil(num_samples / (plan.micro_batch_size * plan.data))
+
+
+def number_below(batch: MicroBatch, end: int) -> int:
+    """Returns how many samples of a micro-batch, which are consecutive, have an index below `end`."""
+    return int((batch.sample_ids_B < end).sum())

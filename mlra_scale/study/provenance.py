@@ -1,0 +1,110 @@
+"""Where a study ran: study.json, beside its results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlra_scale
+from mlra_scale.training.record import write_atomically
+
+ROOT = Path(mlra_scale.__file__).resolve().parents[1]
+_LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy")
+_GIB = 2.0**30
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with "+changes" behind it if files differ from it; None outside of git."""
+    name = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    if name is None:
+        return None
+    changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return name.strip() + ("+changes" if changes else "")
+
+
+def gpu_names() -> list[str]:
+    """Returns the names of the machine's NVIDIA GPUs."""
+    listed = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return [] if listed is None else [line.strip() for line in listed.splitlines() if line.strip()]
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what this machine is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpus": gpu_names(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, of this package and of the libraries that compute."""
+    found = {"python": platform.python_version(), "mlra-scale": mlra_scale.__version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def note_start(path: Path, name: str, command: Sequence[str]) -> None:
+    """Writes study.json, or brings it up to date where the sweep has been started before: the first start stays.
+
+    Args:
+        path: study.json.
+        name: Of the study.
+        command: The command line of this start.
+    """
+    started = _now()
+    if path.exists():
+        started = json.loads(path.read_text(encoding="utf-8"))["started"]
+    about = {
+        "name": name,
+        "commit": commit(),
+        "command": list(command),
+        "hardware": hardware(),
+        "versions": versions(),
+        "started": started,
+        "ended": None,
+    }
+    write_atomically(path, json.dumps(about, indent=1) + "\n")
+
+
+def note_end(path: Path) -> None:
+    """Notes in study.json, if it is not there yet, when every cell had a result."""
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if about.get("ended", "") is None:
+        write_atomically(path, json.dumps({**about, "ended": _now()}, indent=1) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _output(command: Sequence[str]) -> str | None:
+    """Returns what a command prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

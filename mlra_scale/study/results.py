@@ -1,0 +1,303 @@
+"""What a sweep leaves behind, and how it is written so that neither a kill nor a second process loses any of it.
+
+sweep.yaml               the study, with the overrides of the command line
+study.json               where it ran: commit, command, hardware, versions, times
+results.jsonl            one object per finished cell, in the order of the grid
+cells/NAME/              the run directory of a cell, as `mlra_scale.train` makes it, and beside that:
+cells/NAME/result.json   its line of results.jsonl
+cells/NAME/output.log    what its processes printed
+cells/NAME/.cell.lock    held by the process that runs the cell, and by the run itself
+
+The result of a cell is a file of its own, which only the holder of the cell's lock writes, in one atomic replacement.
+results.jsonl is put together from those files, under a lock, by whoever has finished a cell: it can be made again at
+any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.study.grid import Cell, Study, load_study
+from mlra_scale.study.provenance import note_end
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.record import finite_or_none, lines_from_end, read_record, write_atomically
+from mlra_scale.training.resume import FREE, flat, is_in
+from mlra_scale.training.run_directory import RunDirectory
+
+State = Literal["done", "diverged", "failed"]
+
+_DIVERGED = (ExitCode.NON_FINITE, 7)
+"""The loss is no number any more; the guard has given up (7)."""
+_ENDS = ("finished", "stopped", "preempted", "interrupted", "failed")
+_MAY_DIFFER = tuple(name for name in FREE if not name.startswith("data."))
+"""Where and how a cell is computed. Other data are another experiment, wherever they lie."""
+_SPIKE_HORIZON = 10_000
+"""Steps that the spike score of OLMo-core is a share of, at most."""
+
+
+@dataclass(frozen=True)
+class CellFiles:
+    """The files of one cell.
+
+    Attributes:
+        cell: The cell.
+        run: Its run directory.
+    """
+
+    cell: Cell
+    run: RunDirectory
+
+    @property
+    def result(self) -> Path:
+        """Its line of results.jsonl."""
+        return self.run.path / "result.json"
+
+    @property
+    def log(self) -> Path:
+        """What its processes printed."""
+        return self.run.path / "output.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held while it is at work."""
+        return self.run.path / ".cell.lock"
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Returns its result, or None where it has none yet."""
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return result
+
+    def is_done(self) -> bool:
+        """Returns whether it has a result that stands; a cell that failed is tried again."""
+        result = self.read_result()
+        return result is not None and result["state"] != "failed"
+
+    def last_step(self) -> int:
+        """Returns the last step that the run has recorded."""
+        try:
+            with self.run.metrics.open("rb") as file:
+                return next((json.loads(line)["step"] for line in lines_from_end(file) if line), 0)
+        except FileNotFoundError:
+            return 0
+
+
+class SweepDirectory:
+    """The output folder of a sweep.
+
+    Args:
+        path: The folder; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.study, self.about, self.results = path / "sweep.yaml", path / "study.json", path / "results.jsonl"
+
+    def files(self, cell: Cell) -> CellFiles:
+        """Returns the files of a cell."""
+        return CellFiles(cell, RunDirectory(self.path / "cells" / cell.name))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and keeps other processes of the sweep from its common files until the end of the block."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".sweep.lock").open("a", encoding="ascii")
+        except OSError as error:
+            remedy = f"cannot be written ({error.strerror}); name another folder"
+            raise ConfigError([Problem("--output", str(self.path), remedy)]) from error
+        with file:
+            _lock(file, fcntl.LOCK_EX)
+            yield
+
+    def read_study(self) -> Study | None:
+        """Returns the study that the folder holds, or None.
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
+        return load_study(self.study) if self.study.exists() else None
+
+    def write_study(self, study: Study) -> None:
+        """Writes sweep.yaml; the lock is held."""
+        write_atomically(self.study, study.to_yaml())
+
+    def collect(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Puts results.jsonl together from the results of the cells.
+
+        Args:
+            cells: The whole grid.
+
+        Returns:
+            The results that there are, in the order of the grid.
+        """
+        with self.locked():
+            results = [result for cell in cells if (result := self.files(cell).read_result()) is not None]
+            write_atomically(self.results, "".join(json.dumps(result) + "\n" for result in results))
+            if len(results) == len(cells):
+                note_end(self.about)
+        return results
+
+
+def _lock(file: IO[Any], kind: int) -> None:
+    """Takes a lock; on a file system without locks there is none, and the cells of a sweep are then started once."""
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # mounted without locks, as some file systems of clusters are
+
+
+def claim(files: CellFiles) -> IO[Any] | None:
+    """Makes the directory of a cell and takes its lock; returns the open file that holds it, or None if it is held."""
+    files.run.path.mkdir(parents=True, exist_ok=True)
+    file = files.lock.open("a", encoding="ascii")
+    try:
+        _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def changes_of(files: CellFiles) -> list[Problem]:
+    """Finds out whether a cell that has been run, or begun, has another configuration now."""
+    path, name = files.run.config, files.cell.name
+    if not path.exists():
+        return []
+    try:
+        was = flat(Config.from_yaml(path.read_text(encoding="utf-8")).to_dict())
+    except (ConfigError, OSError) as error:
+        return [Problem(f"cell {name}", str(path), f"cannot be read: {error}")]
+    now = flat(files.cell.config.to_dict())
+    remedy = f"the cell ran with {{}}; name another --output, or remove {files.run.path} to run it anew"
+    return [
+        Problem(f"cell {name}: {field}", now.get(field), remedy.format(was.get(field)))
+        for field in {**was, **now}
+        if was.get(field) != now.get(field) and not is_in(_MAY_DIFFER, field)
+    ]
+
+
+def num_events(run: RunDirectory) -> int:
+    """Returns how many events a run has recorded."""
+    return len(read_record(run.events))
+
+
+def ending_of(run: RunDirectory, after: int = 0) -> dict[str, Any]:
+    """Returns the event that the newest start of a run ended with; empty where it has said nothing.
+
+    Args:
+        run: Its directory.
+        after: So many events belong to earlier starts.
+    """
+    for event in reversed(read_record(run.events)[after:]):
+        if event["event"] in _ENDS:
+            return event
+        if event["event"] == "start":
+            break
+    return {}
+
+
+def state_of(ending: Mapping[str, Any]) -> Literal["done", "diverged"] | None:
+    """Returns the state of a cell whose run ended with this event, or None if that is no result."""
+    if ending.get("event") == "finished":
+        return "done"
+    if ending.get("event") == "stopped" and ending.get("exit_code") in _DIVERGED:
+        return "diverged"
+    return None
+
+
+def result_of(
+    files: CellFiles, state: State, ending: Mapping[str, Any], error: str | None, commit: str | None
+) -> dict[str, Any]:
+    """Reads the record of a run and returns the cell's result.
+
+    Args:
+        files: The cell.
+        state: How it ended.
+        ending: The event that it ended with.
+        error: Of a failed cell, what went wrong.
+        commit: Of the code that it ran with.
+
+    Returns:
+        `steps` is the last step reached and `diverged_at` that step for a cell that diverged; `final_loss` is the mean
+        training loss over the last tenth of those steps (of those of them that are recorded: see train.log_every);
+        `seconds` is time in training, over all starts, without what it takes to start; the others are the last
+        recorded values, and null, or left out where a `?` stands in the contract, if there are none.
+    """
+    cell, records = files.cell, read_record(files.run.metrics)
+    reached = max((record["step"] for record in records), default=0)
+    steps = int(ending.get("step") or reached) if state == "diverged" else reached
+    train = cell.config.train
+    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    result: dict[str, Any] = {
+        "cell": cell.name,
+        "variant": cell.variant,
+        "axes": dict(cell.axes),
+        "seed": cell.seed,
+        "run": f"cells/{cell.name}",
+        "state": state,
+        "steps": steps,
+        "final_loss": _mean_of_last_tenth(losses, steps),
+        "initial_loss": losses[0][1] if losses else None,
+        **{name: _last(records, name) for name in ("validation_loss", "tev_mean", "tev_std")},
+    }
+    if (gradients := _last(records, "gradients")) is not None and "embedding" in gradients["kinds"]:
+        result["gradient_variance_embedding"] = gradients["kinds"]["embedding"]["gradient_variance"]
+    if (scores := _last(records, "spike_scores")) is not None:
+        result["spikes"] = round(scores["loss_olmo_core"] * min(reached, _SPIKE_HORIZON))
+    result |= {
+        "diverged_at": steps if state == "diverged" else None,
+        "seconds": round(_seconds(records), 3),
+        "tokens": steps * train.global_batch_size * train.sequence_length,
+        "error": error,
+        "commit": commit,
+    }
+    return {name: finite_or_none(value) for name, value in result.items()}
+
+
+def _last(records: Sequence[Mapping[str, Any]], name: str) -> Any:
+    return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+
+
+def _mean_of_last_tenth(losses: Sequence[tuple[int, float]], steps: int) -> float | None:
+    if not losses:
+        return None
+    first = steps - math.ceil(steps / 10) + 1
+    values = [loss for step, loss in losses if step >= first] or [losses[-1][1]]
+    return math.fsum(values) / len(values)
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    """Adds up the clocks of all starts: each begins at 0 and its lines are in order."""
+    clocks = [float(record["seconds"]) for record in records]
+    return sum(clock for clock, later in zip(clocks, [*clocks, -1.0][1:], strict=True) if later < clock)
+
+
+def write_result(files: CellFiles, result: Mapping[str, Any], keep_checkpoints: bool) -> None:
+    """Removes what is not needed any more and writes the result of a cell.
+
+    In this order: killed in between, the next sweep makes the result from the record, which says how the run ended.
+
+    Args:
+        files: The cell; its lock is held.
+        result: What `result_of` returned.
+        keep_checkpoints: Whether its checkpoints stay. Those of a failed cell do: it goes on from them.
+    """
+    folder = files.run.checkpoints
+    # A link leads to a place that is not ours.
+    if result["state"] != "failed" and not keep_checkpoints and folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    write_atomically(files.result, json.dumps(result, indent=1) + "\n")

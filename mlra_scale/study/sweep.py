@@ -1,0 +1,306 @@
+"""Runs the cells of a study, several at once, each in processes of its own.
+
+Several sweeps, on one machine or as the tasks of a Slurm array, may work on the same output: a cell belongs to whoever
+holds its lock. A sweep that is asked to stop asks its runs to, which then finish their step and save; started again, it
+goes on from there. A cell with a result is not run again, unless it failed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+from mlra_scale.config import ConfigError, Problem
+from mlra_scale.study.grid import Cell, Study
+from mlra_scale.study.provenance import ROOT, commit, gpu_names, note_start
+from mlra_scale.study.results import (
+    CellFiles,
+    State,
+    SweepDirectory,
+    changes_of,
+    claim,
+    ending_of,
+    num_events,
+    result_of,
+    state_of,
+    write_result,
+)
+from mlra_scale.training.exit_codes import ExitCode
+
+_POLL_SECONDS = 0.5
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_ERROR_CHARACTERS = 2000
+
+
+@dataclass
+class Running:
+    """A cell at work.
+
+    Attributes:
+        files: The cell.
+        process: Its process: the training itself, or the torchrun of its ranks.
+        lock: Keeps other sweeps from it; the process holds it too, in case this one is killed.
+        slot: Its place among the cells that are run at once.
+        num_events: Events of earlier starts.
+        log_size: Size of its log when it began.
+        started: The clock then.
+    """
+
+    files: CellFiles
+    process: subprocess.Popen[bytes]
+    lock: IO[Any]
+    slot: int
+    num_events: int
+    log_size: int
+    started: float = field(default_factory=time.monotonic)
+
+
+class StopAsked:
+    """Notes the signals that end a sweep: Ctrl-C, and those of a cluster; a second Ctrl-C is in a hurry."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.is_urgent = False
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_urgent = self.is_urgent or (self.signal is not None and number == signal.SIGINT)
+        self.signal = self.signal or signal.Signals(number)
+
+    def __enter__(self) -> StopAsked:
+        for number in _STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Sweep:
+    """A study at work in its output folder.
+
+    Args:
+        study: The study.
+        cells: Its whole grid.
+        directory: Its output folder.
+
+    Attributes:
+        held_elsewhere: Cells that another sweep is running.
+        interrupted: Cells that were stopped before their end.
+        bad_input: Why no further cell was started: what the first run has said about its input.
+    """
+
+    def __init__(self, study: Study, cells: Sequence[Cell], directory: SweepDirectory) -> None:
+        self._study, self._cells, self._directory = study, cells, directory
+        self._commit = commit()
+        self._waiting: list[Cell] = []
+        self._running: list[Running] = []
+        self._tell: Callable[[dict[str, Any], float], None] = lambda result, seconds: None
+        self._has_trained = False
+        self.held_elsewhere: list[str] = []
+        self.interrupted: list[str] = []
+        self.bad_input: str | None = None
+
+    def prepare(self, chosen: Sequence[Cell], command: Sequence[str]) -> list[Cell]:
+        """Checks the output folder against the study, and notes this start in it.
+
+        Args:
+            chosen: Cells that are to be run.
+            command: The command line, for study.json.
+
+        Returns:
+            Those of them that have no result yet, or failed.
+
+        Raises:
+            ConfigError: The folder is another study's, or cells were run with another configuration.
+        """
+        with self._directory.locked():
+            self._check(chosen, self._directory.read_study())
+            to_do = [cell for cell in chosen if not self._directory.files(cell).is_done()]
+            self._directory.write_study(self._study)
+            if to_do:
+                note_start(self._directory.about, self._study.name, command)
+        return to_do
+
+    def _check(self, chosen: Sequence[Cell], stored: Study | None) -> None:
+        """Raises ConfigError if what is in the folder is another study, or this one with other values."""
+        if stored is not None and stored.name != self._study.name:
+            remedy = f"holds the study '{stored.name}', and this is '{self._study.name}'; name another folder"
+            raise ConfigError([Problem("--output", str(self._directory.path), remedy)])
+        # Of a study that is as it was, the others have been looked at before.
+        looked_at = chosen if stored == self._study else self._cells
+        problems = [problem for cell in looked_at for problem in changes_of(self._directory.files(cell))]
+        if problems:
+            raise ConfigError(problems)
+
+    def run(
+        self,
+        cells: Sequence[Cell],
+        jobs: int,
+        tell: Callable[[dict[str, Any], float], None] = lambda result, seconds: None,
+        watch: Callable[[Sequence[Running]], None] = lambda running: None,
+    ) -> signal.Signals | None:
+        """Runs cells.
+
+        Args:
+            cells: What `prepare` returned.
+            jobs: How many are run at once.
+            tell: Called with every new result, and the seconds that this start of the cell took.
+            watch: Called again and again with the cells at work.
+
+        Returns:
+            The signal that has stopped it, or None.
+        """
+        self._waiting, self._tell = list(cells), tell
+        gpus = _gpus() if jobs > 1 else []
+        with StopAsked() as stop:
+            try:
+                while self._waiting or self._running:
+                    if stop.signal is None and self.bad_input is None:
+                        self._start_more(jobs, gpus)
+                    else:
+                        self._waiting = []
+                    self._pass_on(stop)
+                    watch(self._running)
+                    if self._running:
+                        time.sleep(_POLL_SECONDS)
+                    for running in [one for one in self._running if one.process.poll() is not None]:
+                        self._ended(running, is_stopping=stop.signal is not None)
+            finally:
+                # Only after an error of this loop are there any left.
+                for running in self._running:
+                    running.process.terminate()
+                self._directory.collect(self._cells)
+        return stop.signal
+
+    def _start_more(self, jobs: int, gpus: Sequence[str]) -> None:
+        while self._waiting and len(self._running) < jobs:
+            slot = min(set(range(jobs)) - {running.slot for running in self._running})
+            self._start(self._directory.files(self._waiting.pop(0)), slot, gpus)
+
+    def _start(self, files: CellFiles, slot: int, gpus: Sequence[str]) -> None:
+        """Starts a cell, unless somebody else is at it or it needs no start any more."""
+        lock = claim(files)
+        if lock is None:
+            self.held_elsewhere.append(files.cell.name)
+            return
+        if files.is_done():
+            # By another sweep, since this one has looked.
+            lock.close()
+            self._tell(files.read_result() or {}, 0.0)
+            return
+        ending = ending_of(files.run)
+        if (state := state_of(ending)) is not None:
+            # Whoever ran it was killed before it could write the result.
+            self._write(files, result_of(files, state, ending, None, self._commit), 0.0)
+            lock.close()
+            return
+        before = num_events(files.run)
+        with files.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.command(files),
+                env=_environment(slot, self._study.ranks, gpus),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C in a terminal reaches this process alone, which asks its runs to stop.
+                start_new_session=True,
+                pass_fds=(lock.fileno(),),
+            )
+            log_size = log.tell()
+        self._running.append(Running(files, process, lock, slot, before, log_size))
+
+    def command(self, files: CellFiles) -> list[str]:
+        """Returns the command line of a cell: what a person would type to run it by hand."""
+        module = ["-m", "mlra_scale.train", "--preset", self._study.preset]
+        if self._study.ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self._study.ranks}"]
+            module = launcher + module
+        return [sys.executable, *module, "--run-dir", str(files.run.path), "--resume", "auto", *files.cell.overrides]
+
+    def _pass_on(self, stop: StopAsked) -> None:
+        """Asks every run to stop, once; kills them if there is no time for that."""
+        for running in self._running:
+            name = running.files.cell.name
+            if stop.signal is not None and name not in self.interrupted:
+                self.interrupted.append(name)
+                running.process.terminate()
+            elif stop.is_urgent and self._study.ranks == 1:
+                # Not torchrun, whose ranks would be left: asked to stop, it ends them within 30 seconds.
+                running.process.kill()
+
+    def _ended(self, running: Running, is_stopping: bool) -> None:
+        """Writes down how a cell ended, if that is a result."""
+        self._running.remove(running)
+        files, code = running.files, running.process.returncode
+        ending = ending_of(files.run, running.num_events)
+        state: State | None = state_of(ending)
+        error = None
+        is_interrupted = is_stopping or code == ExitCode.PREEMPTED or ending.get("event") == "preempted"
+        if state is not None:
+            self._has_trained = True
+        elif not is_interrupted:
+            state, error = "failed", _error_text(running, ending, code)
+            if code == ExitCode.BAD_INPUT and not self._has_trained:
+                self.bad_input = error
+        if state is None:
+            if files.cell.name not in self.interrupted:
+                self.interrupted.append(files.cell.name)
+        else:
+            if files.cell.name in self.interrupted:
+                self.interrupted.remove(files.cell.name)
+            result = result_of(files, state, ending, error, self._commit)
+            self._write(files, result, time.monotonic() - running.started)
+        running.lock.close()
+
+    def _write(self, files: CellFiles, result: dict[str, Any], seconds: float) -> None:
+        write_result(files, result, keep_checkpoints=self._study.checkpoints == "keep")
+        self._directory.collect(self._cells)
+        self._tell(result, seconds)
+
+
+def _error_text(running: Running, ending: dict[str, Any], code: int) -> str:
+    """Says why a cell failed: in the words of the run or, where it had no time for any, with the end of its log."""
+    how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    reason = ending.get("reason")
+    if reason is None:
+        with running.files.log.open("rb") as log:
+            log.seek(running.log_size)
+            text = log.read().decode("utf-8", errors="replace")
+        reason = "\n".join(line for line in text.splitlines() if line.strip()) or "it has printed nothing"
+    return f"{how}: {reason[-_ERROR_CHARACTERS:]}"
+
+
+def _gpus() -> list[str]:
+    """Returns the GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    return [str(number) for number in range(len(gpu_names()))]
+
+
+def _environment(slot: int, ranks: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Returns the environment of a cell: one thread a process, this very code, and GPUs of its own if there are enough.
+
+    Args:
+        slot: Its place among the cells that are run at once.
+        ranks: Its processes.
+        gpus: All that there are; with fewer than twice the ranks there is nothing to share out.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    if len(gpus) >= 2 * ranks:
+        first = slot * ranks % (len(gpus) - len(gpus) % ranks)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + ranks])
+    return environment

@@ -1,0 +1,75 @@
+"""Carrying out what the guard decides: going back to a checkpoint, for good, and skipping data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlra_scale.stability.guard import Action, Guard
+from mlra_scale.training.agreement import on_rank_0
+from mlra_scale.training.checkpoints import Checkpoints
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.progress import Progress
+from mlra_scale.training.rollbacks import write_rollbacks
+
+if TYPE_CHECKING:
+    from mlra_scale.parallel import Topology, UpdateProposal
+    from mlra_scale.training.report import Report
+
+
+def approval(guard: Guard, is_finite: Callable[[UpdateProposal], bool]) -> Callable[[UpdateProposal], bool]:
+    """Returns what decides before every update whether it may be applied."""
+
+    def approve(proposal: UpdateProposal) -> bool:
+        # Both are asked: the guard has to know of every update.
+        is_usual = guard.approve(proposal.loss, proposal.gradient_norm)
+        return is_finite(proposal) and is_usual
+
+    return approve
+
+
+def go_back(
+    action: Action, guard: Guard, checkpoints: Checkpoints, report: Report, path: Path, topology: Topology
+) -> Progress:
+    """Takes a run back to a checkpoint, so that the data of the trouble are not read again; collective.
+
+    In this order: killed before the file is written, the run goes on from that checkpoint, meets the same trouble and
+    goes back again; killed after it, it goes on without those data.
+
+    Args:
+        action: The guard's rollback.
+        guard: It goes on from the checkpoint too.
+        checkpoints: Of the run.
+        report: Tells of it.
+        path: guard.json.
+        topology: The mesh.
+
+    Returns:
+        The counters to go on with.
+
+    Raises:
+        TrainingStopped: The checkpoint cannot be read; on all ranks.
+    """
+    assert action.to_step is not None
+    progress = checkpoints.go_back_to(action.to_step)
+    guard.went_back(action)
+
+    def write() -> None:
+        write_rollbacks(path, guard.rollbacks)
+        report.went_back(action, guard.num_rollbacks, progress)
+
+    on_rank_0(write, topology, progress.step)
+    return progress
+
+
+def given_up(action: Action, guard: Guard) -> TrainingStopped:
+    """Returns what ends a run that the guard cannot keep stable, with its report; on all ranks."""
+    returns = [f"from step {item['step']} back to step {item['to_step']}: {item['reason']}" for item in guard.rollbacks]
+    message = (
+        f"step {action.step}: the guard gives up: {action.reason}. Lower optim.lr, lengthen optim.warmup_steps, or "
+        "look in rolled_back.jsonl and in the guard's events for what the episodes have in common. "
+        f"What was tried: {'; '.join(returns) or 'updates were left out, and the learning rate was lowered'}"
+    )
+    return TrainingStopped(message, {"step": action.step}, ExitCode.UNSTABLE)

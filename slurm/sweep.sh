@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs a study (docs/studies/README.md), one cell per task of a Slurm array: the task's number is that of the cell.
+#
+#   python tools/sweep.py docs/studies/depth.yaml --dry-run               the cells with their numbers
+#   sbatch --array=0-89 slurm/sweep.sh docs/studies/depth.yaml
+#   sbatch --array=0-89%8 slurm/sweep.sh docs/studies/depth.yaml --output /shared/runs/depth data.path=/shared/data/mine
+#
+# Everything after the study goes to tools/sweep.py. A task whose time ran out has saved: submit the same line again, and
+# tasks whose cells are done end at once. Options of sbatch on the command line come before those below.
+#SBATCH --job-name=sweep
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1           # as many as the study has `ranks`
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=32G
+#SBATCH --time=8:00:00
+#SBATCH --signal=B:USR1@300         # seconds before that in which the last step ends and is saved
+#SBATCH --requeue                   # after a preemption or a lost node
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%A-%a.out
+# Take out one # where your cluster wants these:
+##SBATCH --account=...
+##SBATCH --partition=...
+set -euo pipefail
+# shellcheck source=slurm/environment.sh
+source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/environment.sh"
+
+if [[ -z ${SLURM_ARRAY_TASK_ID:-} || $# -eq 0 ]]; then
+    echo "$0: this is no task of a Slurm array. See the cells (python tools/sweep.py STUDY.yaml --dry-run) and submit" \
+        "them: sbatch --array=0-N $0 STUDY.yaml" >&2
+    exit 2
+fi
+
+# Slurm's signals reach the batch script's process, which becomes the sweep's. Until it listens they must not end it.
+trap '' USR1
+exec python -u tools/sweep.py "$1" --cell "$SLURM_ARRAY_TASK_ID" "${@:2}"

@@ -1,0 +1,222 @@
+"""The guard in real runs whose data or learning rate are poisoned at known places: every layout decides the same."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mlra_scale.config import BatchPlan
+from mlra_scale.data import Batch, SampleStream
+from mlra_scale.training import feed, guarding, trainer
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.record import read_record
+from tests.support.pool import WorkerPool
+from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
+
+BATCH = 8
+TRAINING = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "train.sequence_length=32",
+    "train.micro_batch_size=1",
+    "train.steps=72",
+    "evaluation.every=0",
+    "evaluation.batches=1",
+    "tev.every=0",
+    "optim.schedule=constant",
+    "optim.lr=3e-3",
+    "checkpoint.every=8",
+]
+GUARD = [
+    "guard.enabled=true",
+    "guard.window=16",
+    "guard.min_window=8",
+    "guard.sigmas=5",
+    "guard.calm_steps=4",
+    "guard.max_skips=1",
+    "guard.rate_steps=8",
+    "guard.max_lowerings=1",
+    "guard.skip_before=1",
+    "guard.max_rollbacks=2",
+]
+LAYOUTS = {
+    "one process": (1, []),
+    "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "zero3 dp2": (2, ['deepspeed={"zero_optimization": {"stage": 3}}']),
+}
+# Steps, counted from 0 in places of the data: shuffled labels twice on their own, repeated tokens for longer.
+SHUFFLED, REPEATED = (24, 33), range(44, 50)
+read_batches = feed.read_batches
+
+
+def poisoned(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[Batch]:
+    """Batches, some of which teach nonsense: which ones depends on the samples alone, not on who reads them."""
+    place = consumed_samples // BATCH
+    batches = read_batches(stream, plan, data_rank, consumed_samples)
+    if place in SHUFFLED:
+        words = torch.randperm(512, generator=torch.Generator().manual_seed(place))
+        batches = [replace(batch, targets_BS=words[batch.targets_BS]) for batch in batches]
+    if place in REPEATED:
+        token = torch.full_like(batches[0].tokens_BS, 77 + place)
+        batches = [replace(batch, tokens_BS=token, targets_BS=(token * 31) % 512) for batch in batches]
+    return batches
+
+
+def steep() -> Callable[..., float]:
+    """A learning rate with a spike in it, which does not come a second time."""
+    done: set[int] = set()
+
+    def rate(step: int, *arguments: Any) -> float:
+        is_spike = 30 <= step < 33 and step not in done
+        done.add(step)
+        return (300.0 if is_spike else 1.0) * learning_rate(step, *arguments)
+
+    return rate
+
+
+learning_rate = trainer.learning_rate
+
+
+def deadly(*arguments: Any) -> Any:
+    """Something after which the process is gone."""
+    go_back(*arguments)
+    raise MemoryError("killed")
+
+
+go_back = trainer.go_back
+
+
+@contextlib.contextmanager
+def injected(poison: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if poison in ("data", "after the note", "before the note"):
+            stack.enter_context(mock.patch.object(feed, "read_batches", poisoned))
+        if poison == "rate":
+            stack.enter_context(mock.patch.object(trainer, "learning_rate", steep()))
+        if poison == "after the note":
+            stack.enter_context(mock.patch.object(trainer, "go_back", deadly))
+        if poison == "before the note":
+            stack.enter_context(mock.patch.object(guarding, "write_rollbacks", side_effect=MemoryError("killed")))
+        yield
+
+
+def run_on_rank(rank: int, world_size: int, poison: str, arguments: tuple[str, ...]) -> Finished:
+    with injected(poison):
+        try:
+            return main_on_rank(rank, world_size, arguments)
+        except MemoryError as error:
+            return Finished(ExitCode.FAILED, "", str(error))
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    def start(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
+        processes, degrees = LAYOUTS[layout]
+        folder = folder or tmp_path_factory.mktemp("guarded") / "run"
+        command = base_command(folder, training_data, *TRAINING, *degrees, *arguments)
+        finished: list[Finished] = worker_pool(processes).run(run_on_rank, poison, tuple(command), timeout=400.0)
+        assert {result.code for result in finished} == {code}, finished[0].stdout[-2000:] + finished[0].stderr[-3000:]
+        return folder
+
+    return start
+
+
+def decisions(folder: Path) -> list[tuple[Any, ...]]:
+    """What the guard did, without the numbers in its words."""
+    keys = ("event", "step", "to_step", "skipped_from", "skipped_to", "factor")
+    return [tuple(event.get(key) for key in keys) for event in events(folder) if event["event"].startswith("guard_")]
+
+
+@pytest.fixture(scope="module")
+def alone(run: Run) -> Path:
+    return run("one process", *GUARD)
+
+
+def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(alone: Path) -> None:
+    names = [(event[0], event[1]) for event in decisions(alone)]
+    assert names[:2] == [("guard_skip", 25), ("guard_skip", 34)], "single bad updates are left out, and that is all"
+    rollback = next(event for event in events(alone) if event["event"] == "guard_rollback")
+    assert names[2:] == [
+        ("guard_skip", 45),
+        ("guard_skip", 46),
+        ("guard_lower_rate", 46),
+        ("guard_skip", 47),
+        ("guard_skip", 48),
+        ("guard_rollback", 48),
+        # Places 48 and 49 of the data are bad too.
+        ("guard_skip", 44),
+        ("guard_skip", 45),
+        ("guard_lower_rate", 45),
+    ]
+    assert (rollback["to_step"], rollback["skipped_from"], rollback["skipped_to"]) == (40, 43 * BATCH, 48 * BATCH)
+    record = metrics(alone)
+    assert [item["step"] for item in record] == list(range(1, 73)), "every step once"
+    ends = {item["step"]: item["consumed_samples"] // BATCH for item in record}
+    assert [ends[step] for step in (40, 43, 44, 72)] == [40, 43, 49, 77]
+    undone = read_record(alone / "rolled_back.jsonl")
+    assert [item["step"] for item in undone] == list(range(41, 49)) and {item["rollback"] for item in undone} == {1}
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2", "zero3 dp2"])
+def test_every_layout_decides_the_same(run: Run, alone: Path, layout: str) -> None:
+    other = run(layout, *GUARD)
+    assert decisions(other) == decisions(alone)
+    ours, theirs = curve(other, "loss"), curve(alone, "loss")
+    assert ours == pytest.approx(theirs, rel=1e-4), "the weights are the same but for rounding"
+
+
+def test_a_requeue_in_the_middle_changes_nothing(run: Run, alone: Path, tmp_path: Path) -> None:
+    """Stopped after the first checkpoint behind the return: what is skipped stays skipped."""
+    folder = tmp_path / "run"
+    run("one process", *GUARD, "train.steps=30", folder=folder)
+    run("one process", *GUARD, "train.steps=47", "--resume", "auto", folder=folder)
+    run("one process", *GUARD, "train.steps=72", "--resume", "auto", folder=folder)
+    assert decisions(folder) == decisions(alone)
+    for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples", "spike_scores"):
+        assert curve(folder, name) == curve(alone, name), name
+
+
+@pytest.mark.parametrize("death", ["after the note", "before the note"])
+def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp_path: Path, death: str) -> None:
+    """After guard.json is written, its data stay skipped; before, the same trouble leads to the same return."""
+    folder = tmp_path / "run"
+    run("one process", *GUARD, poison=death, code=ExitCode.FAILED, folder=folder)
+    run("one process", *GUARD, "--resume", "auto", folder=folder)
+    resumed = next(event for event in events(folder) if event["event"] == "resume")
+    assert resumed["step"] == 40, "the checkpoint that it went back to, and not a later one"
+    names = [event[0] for event in decisions(folder)]
+    assert names.count("guard_rollback") == [event[0] for event in decisions(alone)].count("guard_rollback")
+    for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
+        assert curve(folder, name) == curve(alone, name), name
+
+
+def test_a_learning_rate_spike_is_survived(run: Run) -> None:
+    guarded = run("one process", *GUARD, "guard.divergence=1.0", "guard.divergence_steps=8", poison="rate")
+    unguarded = run("one process", poison="rate")
+    assert "guard_rollback" in [event[0] for event in decisions(guarded)]
+    assert decisions(unguarded) == []
+    print("last losses:", curve(guarded, "loss")[72], "guarded,", curve(unguarded, "loss")[72], "unguarded")
+
+
+def test_it_gives_up_with_a_report(run: Run) -> None:
+    folder = run("one process", *GUARD, "guard.max_rollbacks=0", code=ExitCode.UNSTABLE)
+    last = events(folder)[-1]
+    assert (
+        last["event"] == "stopped" and last["exit_code"] == ExitCode.UNSTABLE and "the guard gives up" in last["reason"]
+    )
+
+
+def test_without_a_guard_a_run_is_what_it_was(run: Run, tmp_path: Path) -> None:
+    """Its thresholds out of reach, an enabled guard changes no digit."""
+    watched = run("one process", *GUARD, "guard.sigmas=1e9", "guard.divergence=null", poison="none")
+    free = run("one process", poison="none")
+    for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
+        assert curve(watched, name) == curve(free, name), name

@@ -1,0 +1,245 @@
+"""What the guard decides: skip, lower the rate, go back, give up; and that it is the same after a checkpoint."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlra_scale.config import GuardConfig
+from mlra_scale.stability.guard import Action, Guard
+
+BATCH = 8
+SETTINGS: dict[str, Any] = {
+    "enabled": True, "window": 32, "min_window": 8, "sigmas": 6.0, "calm_steps": 5, "max_skips": 2, "rate_factor": 0.5,
+    "rate_steps": 10, "max_lowerings": 1, "divergence": None, "skip_before": 2, "max_rollbacks": 2,
+}  # fmt: skip
+
+
+class Run:
+    """Plays a run: one loss per step, checkpoints now and then, and goes back where the guard says so."""
+
+    def __init__(self, every: int = 10, **changed: Any) -> None:
+        self.config = GuardConfig(**{**SETTINGS, **changed})
+        self.guard, self.every = Guard(self.config, BATCH), every
+        self.step, self.sample = 0, 0
+        self.applied: list[int] = []
+        self.places: list[int] = []
+        self.actions: list[Action] = []
+        self.checkpoints: dict[int, tuple[int, str]] = {}
+        self.save()
+
+    def save(self) -> None:
+        self.guard.saved(self.step)
+        self.checkpoints[self.step] = (self.sample, json.dumps(self.guard.state()))
+
+    def train(self, loss: float, norm: float = 1.0) -> list[Action]:
+        step, place = self.step + 1, self.guard.place(self.sample)
+        self.places.append(place)
+        if self.guard.approve(loss, norm):
+            self.applied.append(step)
+        actions = self.guard.judge(step, place, loss, norm)
+        self.actions += actions
+        self.step, self.sample = step, place + BATCH
+        if actions and actions[-1].kind == "rollback":
+            assert actions[-1].to_step is not None
+            self.go_back(actions[-1])
+        elif self.step % self.every == 0:
+            self.save()
+        return actions
+
+    def go_back(self, action: Action) -> None:
+        assert action.to_step is not None
+        self.step = action.to_step
+        self.sample, state = self.checkpoints[action.to_step]
+        self.guard.load(json.loads(state))
+        self.guard.went_back(action)
+
+    def calm(self, steps: int, seed: int = 0) -> None:
+        for value in np.random.default_rng(seed).normal(0.0, 0.01, steps):
+            assert self.train(3.0 + value, 1.0 + value) == []
+
+    @property
+    def kinds(self) -> list[str]:
+        return [action.kind for action in self.actions]
+
+
+def test_a_bad_update_is_left_out() -> None:
+    run = Run(max_skips=5)
+    run.calm(20)
+    (action,) = run.train(9.0)
+    assert action.kind == "skip" and action.reason.startswith("loss 9 above 3.")
+    (action,) = run.train(3.0, 50.0)
+    assert action.kind == "skip" and action.reason.startswith("gradient norm 50 above 1.")
+    (action,) = run.train(math.nan)
+    assert action.kind == "skip" and action.reason == "loss nan"
+    assert run.train(3.0) == []
+    assert run.applied == [*range(1, 21), 24]
+
+
+def test_nothing_is_judged_before_there_is_a_usual() -> None:
+    run = Run()
+    for value in (3.0, 90.0, 3.0, 3.0, 700.0):
+        assert run.train(value) == []
+    assert run.train(math.inf) != [], "but for what is no number"
+
+
+def test_a_low_value_is_not_bad() -> None:
+    run = Run()
+    run.calm(20)
+    assert run.train(0.1, 0.001) == []
+
+
+def test_after_skips_the_rate_is_lowered_for_a_while() -> None:
+    run = Run()
+    run.calm(20)
+    run.train(9.0)
+    run.train(9.0)
+    actions = run.train(9.0)
+    assert [action.kind for action in actions] == ["skip", "lower_rate"]
+    assert "3 bad updates since step 21" in actions[1].reason
+    factors = [run.guard.rate_factor(step) for step in (23, 24, 29, 34, 99)]
+    assert factors[1:] == [0.5, 0.75, 1.0, 1.0]
+
+
+def test_then_the_run_goes_back_and_skips_the_data() -> None:
+    run = Run()
+    run.calm(25)  # checkpoints at 0, 10, 20; trouble from step 26 on
+    while "rollback" not in run.kinds:
+        run.train(9.0)
+    assert run.kinds == ["skip"] * 3 + ["lower_rate"] + ["skip"] * 3 + ["rollback"]
+    action = run.actions[-1]
+    # Trouble began at sample 25 * 8; two steps before it go too. It was given up at step 31.
+    assert (action.step, action.to_step, action.skipped) == (31, 20, (23 * BATCH, 31 * BATCH))
+    assert run.step == 20 and run.guard.num_rollbacks == 1 and run.guard.rate_factor(21) == 1.0
+    run.places.clear()
+    run.calm(5)
+    assert run.places == [160, 168, 176, 31 * BATCH, 32 * BATCH], "three steps as before, then past the window"
+
+
+def test_checkpoints_in_trouble_are_not_gone_back_to() -> None:
+    run = Run(every=1)
+    run.calm(20)
+    run.train(9.0)
+    assert run.guard.good_step == 20
+    run.calm(5)
+    assert run.guard.good_step == 20, "the episode is not over yet"
+    run.calm(1)
+    assert run.guard.good_step == 27
+
+
+def test_an_episode_ends_and_a_new_one_begins_with_all_its_skips() -> None:
+    run = Run()
+    run.calm(20)
+    for _ in range(4):
+        run.train(9.0)
+        run.train(9.0)
+        run.calm(7)
+    assert set(run.kinds) == {"skip"}
+
+
+def test_it_gives_up() -> None:
+    run = Run()
+    run.calm(25)
+    while "give_up" not in run.kinds:
+        run.train(9.0)
+        assert len(run.actions) < 200
+    assert run.kinds.count("rollback") == 2
+    assert "the run went back 2 time(s) already" in run.actions[-1].reason
+
+
+def test_the_second_return_to_a_checkpoint_lowers_the_rate_too() -> None:
+    run = Run()
+    run.calm(25)
+    while run.kinds.count("rollback") < 2:
+        run.train(9.0)
+    assert [action.to_step for action in run.actions if action.kind == "rollback"] == [20, 20]
+    assert run.guard.rate_factor(21) == 0.5
+
+
+def test_a_run_without_a_checkpoint_gives_up() -> None:
+    guard = Guard(GuardConfig(**SETTINGS | {"max_skips": 0, "max_lowerings": 0}), BATCH)
+    guard.approve(math.nan, 1.0)
+    assert [action.kind for action in guard.judge(1, 0, math.nan, 1.0)] == ["skip", "give_up"]
+
+
+def test_a_loss_that_leaves_slowly_is_gone_back_from() -> None:
+    run = Run(divergence=0.5, divergence_steps=8)
+    run.calm(40)
+    for step in range(100):
+        loss = 3.0 + 0.02 * step
+        if run.train(loss, 1.0):
+            break
+    assert run.kinds == ["rollback"] and "0.5 above the lowest such mean" in run.actions[0].reason
+
+
+def test_values_that_rise_for_good_become_usual() -> None:
+    run = Run(max_skips=30)
+    run.calm(40)
+    for number, value in enumerate(np.random.default_rng(3).normal(2.0, 0.01, 40)):
+        run.train(3.0, value)
+        assert number < 25 or run.step in run.applied, "the norm has doubled, and that is all"
+
+
+def test_disabled_it_does_nothing() -> None:
+    guard = Guard(GuardConfig(), BATCH)
+    assert guard.approve(math.nan, math.inf) and guard.judge(1, 0, math.nan, math.inf) == []
+    guard.saved(5)
+    assert guard.good_step is None and guard.place(7) == 7 and guard.rate_factor(3) == 1.0
+
+
+def test_rollbacks_outlive_the_checkpoint_that_they_lead_to() -> None:
+    """Killed after guard.json was written, before the next checkpoint."""
+    run = Run()
+    run.calm(25)
+    while "rollback" not in run.kinds:
+        run.train(9.0)
+    again = Guard(run.config, BATCH)
+    again.load(json.loads(run.checkpoints[20][1]))
+    again.recall(json.loads(json.dumps([*run.guard.rollbacks])))
+    assert again.state() == run.guard.state()
+    again.recall([])
+    assert again.num_rollbacks == 1, "an older record takes nothing away"
+
+
+def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
+    guard = Guard(GuardConfig(**SETTINGS), BATCH)
+    guard.load(None)
+    assert guard.good_step is None
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"), [(0, 0), (8, 8), (16, 40), (20, 40), (32, 40), (33, 40), (40, 40), (90, 130), (200, 200)]
+)
+def test_where_the_next_batch_is_read(sample: int, expected: int) -> None:
+    guard = Guard(GuardConfig(**SETTINGS), BATCH)
+    windows = [(96, 130), (90, 99), (20, 40)]
+    guard.recall([{"to_step": 0, "skipped_from": start, "skipped_to": stop} for start, stop in windows])
+    assert guard.place(sample) == expected
+
+
+losses = st.lists(st.sampled_from([3.0, 3.01, 2.99, 9.0, math.nan, 3.5]), min_size=20, max_size=80)
+
+
+def decisions(values: Iterable[float], cut: int | None) -> tuple[list[Action], list[int]]:
+    run = Run(divergence=1.5, divergence_steps=6)
+    for number, value in enumerate(values):
+        if number == cut:
+            # A requeue: the run goes on from a checkpoint of this very step.
+            stored = json.loads(json.dumps(run.guard.state()))
+            run.guard = Guard(run.config, BATCH)
+            run.guard.load(stored)
+        if run.kinds[-1:] == ["give_up"]:
+            break
+        run.train(value)
+    return run.actions, run.places
+
+
+@settings(max_examples=150, deadline=None)
+@given(losses, st.integers(0, 79))
+def test_decisions_do_not_depend_on_a_resume(values: list[float], cut: int) -> None:
+    assert decisions(values, cut) == decisions(values, None)

@@ -1,0 +1,153 @@
+"""Reading what is there: torn lines, missing files, values that are none."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlra_scale.study.report.run_record import (
+    RunRecord,
+    is_number,
+    named,
+    of_shallow_blocks,
+    open_run,
+    quantile_named,
+    read_lines,
+)
+from mlra_scale.study.report.sweep_results import is_sweep, open_sweep, setting_text, value_text
+from tests.support.study_folders import cell_of, write_lines, write_run, write_sweep
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_torn_last_line_is_left_out_without_a_word(tmp_path: Path) -> None:
+    file, notes = tmp_path / "metrics.jsonl", list[str]()
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert [record["step"] for record in read_lines(file, notes)] == [1, 2]
+    assert notes == []
+
+
+def test_lines_that_are_no_objects_are_counted(tmp_path: Path) -> None:
+    file, notes = tmp_path / "metrics.jsonl", list[str]()
+    file.write_bytes(b'{"step": 1}\n[1, 2]\n{"st\n\n\xff\xfe\n{"step": 2, "loss": NaN}\n')
+    assert [record["step"] for record in read_lines(file, notes)] == [1, 2]
+    assert notes == ["metrics.jsonl: 3 line(s) are no JSON objects and are left out."]
+
+
+def test_a_missing_file_is_told_unless_it_may_be_missing(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert read_lines(tmp_path / "rolled_back.jsonl", notes, is_optional=True) == [] and notes == []
+    assert read_lines(tmp_path / "metrics.jsonl", notes) == []
+    assert notes == ["metrics.jsonl cannot be read: No such file or directory."]
+
+
+def test_an_empty_folder_is_a_run_that_says_nothing(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    assert (run.metrics, run.events, run.last_step, run.state) == ([], [], 0, "unknown")
+    assert len(run.notes) == 3
+
+
+def test_values_are_read_by_their_path() -> None:
+    records = [
+        {
+            "step": 1,
+            "a": {"b": 2.0},
+            "tev_quantiles": {"0.05": 1.0},
+            "layers": [3.0, 4.0, *[9.0] * 6],
+        },
+        {"step": 2, "a": {"b": None}, "tev_quantiles": None},
+        {"step": 3, "a": "text", "layers": []},
+        {"step": 4, "a": {"b": True}, "layers": [None, 2.0]},
+    ]
+    run = RunRecord(Path("x"), metrics=records)
+    series = run.series(named("a.b"))
+    assert series.steps.tolist() == [1, 2, 4]
+    np.testing.assert_array_equal(series.values, [2.0, math.nan, math.nan])
+    assert series.finite.values.tolist() == [2.0]
+    assert run.series(quantile_named("0.05")).values.tolist() == [1.0]
+    shallow = run.series(of_shallow_blocks("layers", np.linalg.norm))
+    assert shallow.steps.tolist() == [1, 4]
+    # The first quarter of 8 blocks, and of 2 blocks the first one, which was not finite.
+    np.testing.assert_array_equal(shallow.values, [5.0, math.nan])
+    assert not run.series(named("nothing")) and not run.series(lambda record: math.nan)
+    assert not is_number(True) and not is_number(math.inf) and is_number(0)
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([], "unknown"),
+        (["start"], "in progress, or ended without a word"),
+        (["start", "finished"], "finished"),
+        (["start", "finished", "start"], "in progress, or ended without a word"),
+        (["start", "preempted"], "preempted"),
+        (["start", ("stopped", 3)], "diverged: loss or gradient norm was no number"),
+        (["start", ("stopped", 7)], "diverged: the guard gave up"),
+        (["start", ("stopped", 4)], "stopped: why"),
+        (["start", ("failed", 1)], "failed: why"),
+    ],
+)
+def test_the_state_is_that_of_the_newest_start(events: list[str | tuple[str, int]], state: str) -> None:
+    made = [
+        {"event": event} if isinstance(event, str) else {"event": event[0], "exit_code": event[1], "reason": "why"}
+        for event in events
+    ]
+    assert RunRecord(Path("x"), events=made).state == state
+
+
+def test_a_run_reads_back(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path / "run"))
+    assert (run.last_step, run.state, run.notes) == (300, "finished", [])
+    assert run.setting("model.num_layers") == 12 and run.setting("model.none", "default") == "default"
+    assert {record["rollback"] for record in run.rolled_back} == {1}
+    assert len(run.events_named("guard_skip", "guard_rollback")) == 2
+
+
+def test_a_sweep_reads_back(tmp_path: Path) -> None:
+    sweep = open_sweep(write_sweep(tmp_path / "sweep", {"zebra": 0.0, "ant": 0.0}, seeds=(1, 2), record_steps=0))
+    assert sweep.variants == ["zebra", "ant"]
+    assert sweep.axes == {"model.num_layers": [24, 48], "optim.lr": [3e-4, 1e-3, 3e-3, 1e-2]}
+    assert (len(sweep.cells), sweep.planned, sweep.seeds, sweep.notes) == (32, 32, [1, 2], [])
+    assert sweep.settings()[0] == "depth (blocks) 24, learning rate 0.0003"
+    assert sweep.settings("optim.lr") == ["depth (blocks) 24", "depth (blocks) 48"]
+    assert is_sweep(tmp_path / "sweep") and not is_sweep(tmp_path)
+
+
+def test_of_a_cell_that_is_there_twice_the_later_line_counts(tmp_path: Path) -> None:
+    axes = {"optim.lr": 0.001}
+    lines = [cell_of("a", axes, 1, state="failed", final_loss=None), cell_of("a", axes, 1, final_loss=5.0)]
+    write_lines(tmp_path / "results.jsonl", [*lines, {"cell": "no variant"}])
+    sweep = open_sweep(tmp_path)
+    assert [cell.value("final_loss") for cell in sweep.cells] == [5.0]
+    assert "results.jsonl: 1 line(s) without variant or state are left out." in sweep.notes
+
+
+def test_a_cell_that_diverged_has_no_final_value_whatever_its_line_says(tmp_path: Path) -> None:
+    write_lines(tmp_path / "results.jsonl", [cell_of("a", {}, 1, state="diverged", final_loss=9.0)])
+    (cell,) = open_sweep(tmp_path).cells
+    assert math.isnan(cell.value("final_loss")) and cell.initial_loss == 10.8 and cell.has_outcome
+
+
+def test_equal_places_on_the_axes_are_equal_texts() -> None:
+    assert setting_text({"b": 1e-3, "a": 48.0}) == setting_text({"a": 48, "b": 0.001}) == "a 48, b 0.001"
+    assert setting_text({}) == "the one setting"
+    assert [value_text(value) for value in (0.1 + 0.2, True, "x", [1], None)] == [
+        "0.30000000000000004",
+        "true",
+        "x",
+        "[1]",
+        "null",
+    ]
+
+
+def test_a_report_loads_no_torch() -> None:
+    code = (
+        "import sys; import mlra_scale.study.report.run_report, mlra_scale.study.report.sweep_report;"
+        "print(*({'torch', 'deepspeed', 'megatron', 'scipy', 'pandas'} & set(sys.modules)))"
+    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.split() == []

@@ -1,0 +1,310 @@
+"""A sweep with played runs: what it starts, skips and refuses, and what is there after every kind of end."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlra_scale.config import ConfigError
+from mlra_scale.study import sweep as sweep_module
+from mlra_scale.study.grid import Cell, Study, cells_of, load_study
+from mlra_scale.study.results import CellFiles, SweepDirectory, claim
+from mlra_scale.study.sweep import Sweep
+from mlra_scale.study.sweep_text import Board, plan_text, summary_text
+from tests.support.tools import run_tool
+from tests.unit.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
+
+PLAYER = Path(__file__).with_name("fake_train.py")
+STUDY = """
+name: played
+preset: debug
+base: {{train.steps: 5}}
+variants: {{dense: {{model.attention: dense}}, mlra: }}
+seeds: {seeds}
+"""
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(sweep: Sweep, files: CellFiles) -> list[str]:
+        return [sys.executable, str(PLAYER), str(files.run.path), *files.cell.overrides]
+
+    monkeypatch.setattr(Sweep, "command", command)
+    monkeypatch.setattr(sweep_module, "_POLL_SECONDS", 0.02)
+
+
+class Place:
+    """A study and its output folder."""
+
+    def __init__(self, folder: Path, seeds: list[int], text: str = STUDY) -> None:
+        self.file = folder / "study.yaml"
+        self.file.write_text(text.format(seeds=seeds))
+        self.study: Study = load_study(self.file)
+        self.cells: list[Cell] = cells_of(self.study)
+        self.output = SweepDirectory(folder / "out")
+        self.sweep = Sweep(self.study, self.cells, self.output)
+        self.told: list[dict[str, Any]] = []
+
+    def start(self, jobs: int = 1) -> signal.Signals | None:
+        to_do = self.sweep.prepare(self.cells, ["sweep"])
+        return self.sweep.run(to_do, jobs, lambda result, seconds: self.told.append(result))
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        lines = map(json.loads, self.output.results.read_text().splitlines())
+        return {line["cell"]: line for line in lines}
+
+    def starts(self, cell: str) -> int:
+        file = self.output.path / "cells" / cell / "events.jsonl"
+        return file.read_text().count('"event": "start"') if file.exists() else 0
+
+
+def test_cells_with_a_result_are_not_run_again(tmp_path: Path) -> None:
+    first = Place(tmp_path, [DONE, DIVERGED, GAVE_UP])
+    assert first.start(jobs=2) is None
+    states = {name: result["state"] for name, result in first.results().items()}
+    assert states == {
+        f"{variant}-seed{seed}": "done" if seed == DONE else "diverged"
+        for seed in (DONE, DIVERGED, GAVE_UP)
+        for variant in ("dense", "mlra")
+    }
+    assert list(states) == [cell.name for cell in first.cells]
+    assert first.results()["mlra-seed2"]["diverged_at"] == 3
+    assert not list(tmp_path.glob("out/cells/*/checkpoints"))
+    about = json.loads(first.output.about.read_text())
+    assert set(about) == {"name", "commit", "command", "hardware", "versions", "started", "ended"}
+    assert about["ended"] >= about["started"]
+    before = first.output.results.read_bytes()
+    again = Place(tmp_path, [DONE, DIVERGED, GAVE_UP])
+    again.start()
+    assert again.told == [] and first.output.results.read_bytes() == before
+    assert json.loads(first.output.about.read_text()) == about
+    assert all(again.starts(cell.name) == 1 for cell in again.cells)
+
+
+def test_a_study_may_grow(tmp_path: Path) -> None:
+    Place(tmp_path, [DONE]).start()
+    grown = Place(tmp_path, [DIVERGED, DONE])
+    grown.start()
+    assert [result["cell"] for result in grown.told] == ["dense-seed2", "mlra-seed2"]
+    assert list(grown.results()) == ["dense-seed2", "mlra-seed2", "dense-seed1", "mlra-seed1"]
+
+
+def test_failed_cells_are_errors_that_are_tried_again(tmp_path: Path) -> None:
+    place = Place(tmp_path, [DONE, FAILED, KILLED, STOPPED])
+    place.start()
+    results = place.results()
+    errors = {seed: results[f"mlra-seed{seed}"]["error"] for seed in (DONE, FAILED, KILLED, STOPPED)}
+    assert errors[DONE] is None
+    assert errors[FAILED].startswith("exit code 1: Traceback") and errors[FAILED].endswith(
+        "RuntimeError: no such thing"
+    )
+    assert errors[KILLED] == "killed by SIGKILL: it has printed nothing"
+    assert errors[STOPPED] == "exit code 4: the disk is full"
+    assert [results[f"mlra-seed{seed}"]["state"] for seed in errors] == ["done", "failed", "failed", "failed"]
+    # They go on from their checkpoints.
+    assert (place.output.path / "cells" / "mlra-seed3" / "checkpoints").exists()
+    assert not (place.output.path / "cells" / "mlra-seed1" / "checkpoints").exists()
+    text = summary_text(place.output, place.cells, place.sweep)
+    assert "8 of 8 cells have a result (2 done, 6 failed)" in text and "failed: dense-seed6: see " in text
+    Place(tmp_path, [DONE, FAILED, KILLED, STOPPED]).start()
+    assert [place.starts(f"mlra-seed{seed}") for seed in errors] == [1, 2, 2, 2]
+    # Only what the newest start has printed is told of it.
+    assert place.results()["mlra-seed3"]["error"].count("Traceback") == 1
+
+
+def test_bad_input_of_the_first_cell_starts_no_more(tmp_path: Path) -> None:
+    place = Place(tmp_path, [BAD_INPUT, DONE])
+    place.start()
+    assert place.sweep.bad_input is not None and "there is no such folder" in place.sweep.bad_input
+    assert [result["state"] for result in place.told] == ["failed"]
+    assert place.starts("dense-seed1") == 0
+    # Where others have trained, it is that cell's own.
+    later = Place(tmp_path, [DONE, BAD_INPUT])
+    later.start()
+    assert later.sweep.bad_input is None
+    assert [result["state"] for result in later.told] == ["done", "done", "failed", "failed"]
+
+
+def test_a_changed_cell_is_refused(tmp_path: Path) -> None:
+    Place(tmp_path, [DONE]).start()
+    changed = Place(tmp_path, [DONE, DIVERGED], STUDY.replace("steps: 5", "steps: 6"))
+    with pytest.raises(ConfigError) as caught:
+        changed.start()
+    lines = str(caught.value).splitlines()
+    # Also where only other cells were asked for: the folder would hold two studies.
+    with pytest.raises(ConfigError):
+        changed.sweep.prepare(changed.cells[2:], ["sweep"])
+    assert [line.partition(" = ")[0] for line in lines] == [
+        "cell dense-seed1: train.steps",
+        "cell mlra-seed1: train.steps",
+    ]
+    assert "the cell ran with 5; name another --output, or remove" in lines[0]
+    assert changed.starts("dense-seed2") == 0
+    assert load_study(changed.output.study).base == {"train.steps": 5}
+
+
+def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
+    Place(tmp_path, [DONE]).start()
+    other = Place(tmp_path, [DONE], STUDY.replace("name: played", "name: other"))
+    with pytest.raises(ConfigError, match="holds the study 'played', and this is 'other'"):
+        other.start()
+
+
+def test_a_stop_asks_the_runs_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    place = Place(tmp_path, [ENDLESS, DONE])
+
+    def stop_when_both_wait() -> None:
+        wanted = [place.output.path / "cells" / f"{variant}-seed{ENDLESS}" / "waits" for variant in ("dense", "mlra")]
+        while not all(file.exists() for file in wanted):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop_when_both_wait)
+    thread.start()
+    assert place.start(jobs=2) is signal.SIGINT
+    thread.join()
+    assert sorted(place.sweep.interrupted) == [f"dense-seed{ENDLESS}", f"mlra-seed{ENDLESS}"]
+    assert place.told == [] and place.results() == {}
+    for variant in ("dense", "mlra"):
+        events = (place.output.path / "cells" / f"{variant}-seed{ENDLESS}" / "events.jsonl").read_text()
+        assert '"preempted"' in events, "it was asked, not killed"
+    assert "the same command goes on with them" in summary_text(place.output, place.cells, place.sweep)
+    assert json.loads(place.output.about.read_text())["ended"] is None
+    assert [cell.seed for cell in place.sweep.prepare(place.cells, ["sweep"])] == [ENDLESS, ENDLESS, DONE, DONE]
+    # Handlers are those of before.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_was_not_written_down_is_made_from_the_record(tmp_path: Path) -> None:
+    """The sweep was killed between the end of a run and its result."""
+    place = Place(tmp_path, [DONE])
+    place.start()
+    before = place.results()
+    for file in tmp_path.glob("out/cells/*/result.json"):
+        file.unlink()
+    place.output.results.unlink()
+    again = Place(tmp_path, [DONE])
+    again.start()
+    assert again.results() == before
+    assert all(again.starts(cell.name) == 1 for cell in again.cells)
+
+
+def test_a_cell_that_another_sweep_runs_is_left_to_it(tmp_path: Path) -> None:
+    place = Place(tmp_path, [DONE])
+    lock = claim(place.output.files(place.cells[0]))
+    assert lock is not None
+    with lock:
+        place.start()
+    assert place.sweep.held_elsewhere == ["dense-seed1"]
+    assert list(place.results()) == ["mlra-seed1"]
+    assert "at work in another sweep: dense-seed1" in summary_text(place.output, place.cells, place.sweep)
+
+
+def test_a_run_keeps_its_cell_when_its_sweep_is_killed(tmp_path: Path) -> None:
+    place = Place(tmp_path, [ENDLESS])
+    files = place.output.files(place.cells[0])
+    place.sweep.prepare(place.cells, ["sweep"])
+    place.sweep._start(files, 0, [])
+    (running,) = place.sweep._running
+    try:
+        # What is left of a sweep that was killed: its run.
+        running.lock.close()
+        assert claim(files) is None
+    finally:
+        running.process.kill()
+        running.process.wait()
+    lock = claim(files)
+    assert lock is not None
+    lock.close()
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(slot: int, ranks: int, gpus: list[str]) -> str | None:
+        return sweep_module._environment(slot, ranks, gpus).get("CUDA_VISIBLE_DEVICES")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [given(slot, 1, ["0", "1", "2"]) for slot in range(4)] == ["0", "1", "2", "0"]
+    assert [given(slot, 2, ["0", "1", "2", "3", "4"]) for slot in range(3)] == ["0,1", "2,3", "0,1"]
+    assert given(1, 1, ["0"]) is None and given(1, 2, ["0", "1", "2"]) is None and given(0, 1, []) is None
+    assert sweep_module._environment(0, 1, [])["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
+    assert sweep_module._gpus() == ["GPU-a", "GPU-b"]
+
+
+def test_the_command_of_a_cell_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for ranks in (1, 2):
+        place = Place(tmp_path, [1], STUDY + f"ranks: {ranks}\n")
+        command = place.sweep.command(place.output.files(place.cells[0]))
+        run = str(tmp_path / "out" / "cells" / "dense-seed1")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks == 2 else []
+        assert command == [
+            *(sys.executable, *launcher, "-m", "mlra_scale.train", "--preset", "debug", "--run-dir", run),
+            *("--resume", "auto", "train.steps=5", "model.attention=dense", "train.seed=1"),
+        ]
+
+
+def test_the_plan_lists_cells_and_estimates_what_is_left(tmp_path: Path) -> None:
+    place = Place(tmp_path, [DONE, ENDLESS])
+    text = plan_text(place.study, place.cells, place.cells[:1], place.output, jobs=1)
+    assert not place.output.path.exists()
+    assert "4 cells = 2 variant(s) x 2 seed(s)" in text and "to do: 1 of 1 cells, 2,560 tokens" in text
+    assert "time: unknown" in text
+    place.sweep.run(place.sweep.prepare(place.cells[:2], ["sweep"]), 1)
+    # A played cell trains for 2.5 s: two are left, one after the other or both at once.
+    text = plan_text(place.study, place.cells, place.cells, place.output, jobs=1)
+    assert "to do: 2 of 4 cells" in text and "time: about 5 s with --jobs 1" in text
+    assert "time: about 2 s with --jobs 8" in plan_text(place.study, place.cells, place.cells, place.output, jobs=8)
+    assert [line.split()[-1] for line in text.splitlines() if "-seed" in line] == ["done", "done", "do", "do"]
+
+
+def test_every_ended_cell_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place(tmp_path, [DONE, DIVERGED, FAILED])
+    board = Board(place.cells, place.output)
+    place.sweep.run(place.sweep.prepare(place.cells, ["sweep"]), 1, board.told, board.watch)
+    board.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("[1/6] dense-seed1: done, loss 6.5000, ") and lines[0].endswith(" left")
+    assert lines[3].startswith("[4/6] mlra-seed2: diverged at step 3, loss ")
+    assert lines[5].startswith("[6/6] mlra-seed3: failed: RuntimeError: no such thing, ")
+    assert not lines[5].endswith("left")
+
+
+def test_the_tool_runs_one_cell_or_some(tmp_path: Path) -> None:
+    place = Place(tmp_path, [DONE, FAILED])
+    start = (place.file, "--output", tmp_path / "out")
+    assert run_tool("sweep", *start, "--dry-run").stdout.count("to do") == 5
+    assert not (tmp_path / "out").exists()
+    one = run_tool("sweep", *start, "--cell", 1)
+    assert (one.code, list(place.results())) == (0, ["mlra-seed1"])
+    assert "1 of 4 cells have a result (1 done)" in one.stdout
+    assert run_tool("sweep", *start, "--cell", "mlra-seed1").stdout.startswith("played: 0 of 1 cells to do")
+    some = run_tool("sweep", *start, "--only", "dense-*", "--jobs", 2)
+    assert some.code == 1 and list(place.results()) == ["dense-seed1", "mlra-seed1", "dense-seed3"]
+    assert json.loads(place.output.about.read_text())["command"][:2] == ["tools/sweep.py", str(place.file)]
+    for arguments, message in (
+        (("--cell", 4), "--cell = '4': is no cell of this study; the indices are 0 to 3"),
+        (("--cell", "mlra-seed2"), "did you mean 'mlra-seed3'?"),
+        (("--only", "x*"), "--only = 'x*': fits none of the 4 cells"),
+        (("train.steps=7",), "cell mlra-seed1: train.steps = 7: the cell ran with 5"),
+        (("train.stepz=7",), "did you mean 'steps'?"),
+    ):
+        ran = run_tool("sweep", *start, *arguments)
+        assert ran.code == 2 and message in ran.stderr and "sweep: bad input" in ran.stderr
+    (tmp_path / "file").touch()
+    assert "cannot be written" in run_tool("sweep", place.file, "--output", tmp_path / "file").stderr
+    assert run_tool("sweep", place.file, "--jobs", 0).code == 2
+
+
+def test_the_tool_says_what_the_first_cell_refuses(tmp_path: Path) -> None:
+    place = Place(tmp_path, [BAD_INPUT])
+    ran = run_tool("sweep", place.file, "--output", tmp_path / "out")
+    assert ran.code == 2 and "no more cells were started" in ran.stderr and "there is no such folder" in ran.stderr

@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""Runs a study, a grid of training runs: python tools/sweep.py --help."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from mlra_scale.study.grid import Cell, Study
+    from mlra_scale.study.results import SweepDirectory
+
+EXAMPLES = """examples:
+  python tools/sweep.py docs/studies/small.yaml --dry-run
+  python tools/sweep.py docs/studies/small.yaml --jobs 2
+  python tools/sweep.py docs/studies/small.yaml --output runs/short --jobs 2 train.steps=30 --only 'mlra-*'
+  python tools/sweep.py docs/studies/small.yaml --cell 7        one cell, as slurm/sweep.sh runs it
+
+The same command goes on where it was stopped, with the cells that have no result yet or failed.
+exit codes: 0; 1 cells failed; 2 bad input; 5 stopped by a signal; 130 stopped by Ctrl-C
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    result = argparse.ArgumentParser(
+        prog="sweep.py",
+        description="Runs every cell of a study (variants x axes x seeds) as a training run of its own, and collects "
+        "one line per cell in OUTPUT/results.jsonl. Every configuration is checked before the first cell starts.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("study", type=Path, metavar="STUDY.yaml", help="the study (docs/studies/README.md says what is in it)")
+    add("--output", type=Path, metavar="DIR", help="where all of it goes (default: runs/NAME of the study)")
+    add("--jobs", type=_count, default=1, metavar="N", help="cells that are run at once (default: 1)")
+    add("--dry-run", action="store_true", help="list the cells and what they take, and stop")
+    add("--cell", metavar="INDEX|NAME", help="run this cell only")
+    add("--only", metavar="PATTERN", help="run cells with such names only, such as 'mlra-L48-*'")
+    add("overrides", nargs="*", metavar="section.field=value", help="single fields, for every cell")
+    return result
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_intermixed_args(arguments)
+    from mlra_scale.config import ConfigError
+    from mlra_scale.study.grid import cells_of, load_study
+    from mlra_scale.study.results import SweepDirectory
+
+    try:
+        study = load_study(options.study, options.overrides)
+        cells = cells_of(study)
+        chosen = choose(cells, options.cell, options.only)
+        output = SweepDirectory(options.output or Path("runs") / study.name)
+        if options.dry_run:
+            return show(study, cells, chosen, output, options.jobs)
+        return run(study, cells, chosen, output, options.jobs, ["tools/sweep.py", *arguments])
+    except ConfigError as error:
+        print("\n".join(["sweep: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
+        return 2
+
+
+def choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:
+    """Returns the cells that are asked for.
+
+    Args:
+        cells: The whole grid.
+        wanted: The index or the name of one; None: all.
+        pattern: What their names look like; None: anything.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from mlra_scale.config import ConfigError, Problem
+    from mlra_scale.config.problems import nearest
+
+    if wanted is not None:
+        chosen = [cell for cell in cells if wanted in (str(cell.index), cell.name)]
+        if not chosen:
+            known = f"; the indices are 0 to {len(cells) - 1}" if wanted.lstrip("-").isdecimal() else None
+            remedy = "is no cell of this study" + (known or nearest(wanted, [cell.name for cell in cells]))
+            raise ConfigError([Problem("--cell", wanted, remedy)])
+        return chosen
+    chosen = [cell for cell in cells if pattern is None or fnmatchcase(cell.name, pattern)]
+    if not chosen:
+        raise ConfigError([Problem("--only", pattern, f"fits none of the {len(cells)} cells, such as {cells[0].name}")])
+    return chosen
+
+
+def show(study: Study, cells: list[Cell], chosen: list[Cell], output: SweepDirectory, jobs: int) -> int:
+    """Prints the list of cells."""
+    from mlra_scale.study.sweep_text import plan_text
+
+    print(plan_text(study, cells, chosen, output, jobs))
+    return 0
+
+
+def run(
+    study: Study, cells: list[Cell], chosen: list[Cell], output: SweepDirectory, jobs: int, command: Sequence[str]
+) -> int:
+    """Runs cells and tells of them; returns the exit code."""
+    from mlra_scale.study.sweep import Sweep
+    from mlra_scale.study.sweep_text import Board, summary_text
+
+    sweep = Sweep(study, cells, output)
+    to_do = sweep.prepare(chosen, command)
+    board = Board(to_do, output)
+    board.say(f"{study.name}: {len(to_do)} of {len(chosen)} cells to do, {jobs} at once, output {output.path}")
+    try:
+        stopped_by = sweep.run(to_do, jobs, board.told, board.watch)
+    finally:
+        board.close()
+    print(summary_text(output, cells, sweep), flush=True)
+    if sweep.bad_input is not None:
+        print(f"sweep: no more cells were started, since the first one says: {sweep.bad_input}", file=sys.stderr)
+        return 2
+    if stopped_by is not None:
+        return 130 if stopped_by == signal.SIGINT else 5
+    return int(any(not output.files(cell).is_done() for cell in to_do if cell.name not in sweep.held_elsewhere))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
