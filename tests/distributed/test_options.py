@@ -248,9 +248,13 @@ def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.nda
     for step in range(2):
         for name, vector in engine.buffers().items():
             seen.setdefault(name, []).append(vector.numpy().copy())
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        norm = engine.gradient_norm(batches)
+        for name, vector in engine.buffers().items():
+            assert np.array_equal(seen[name][-1], vector.numpy()), "a pass without an update moves nothing"
+        assert engine.train_batch(batches, config.optim.lr).gradient_norm == norm
         before = {name: vector.numpy().copy() for name, vector in engine.buffers().items()}
-        engine.eval_batch(micro_batches(config, plan, engine.topology.data_rank, step))
+        engine.eval_batch(batches)
         for name, vector in engine.buffers().items():
             assert np.array_equal(before[name], vector.numpy()), "a validation moves nothing"
     return seen
