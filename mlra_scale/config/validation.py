@@ -216,6 +216,21 @@ def _stability_problems(config: Config, world_size: int) -> Iterator[Problem]:
             samples,
             f"is more than a step has (train.global_batch_size {train.global_batch_size}); set it to null for all",
         )
+    undoing = [name for name in ("qk_norm", "sigma_reparam") if getattr(config.model, name)]
+    if config.qk_clip.threshold is not None and undoing:
+        yield Problem(
+            "qk_clip.threshold",
+            config.qk_clip.threshold,
+            f"makes query and key weights smaller, and model.{undoing[0]} divides by their size: it would clip for "
+            "ever and change nothing; leave it null, or the option false",
+        )
+    if config.gradients.spectral_iterations > 0 and config.model.sigma_reparam:
+        yield Problem(
+            "gradients.spectral_iterations",
+            config.gradients.spectral_iterations,
+            "measures weights as they are stored, and model.sigma_reparam computes with others; set it to 0 (the gain "
+            "of a map is its largest singular value)",
+        )
 
 
 def _cluster_problems(config: Config) -> Iterator[Problem]:

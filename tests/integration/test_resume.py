@@ -42,6 +42,35 @@ def test_ten_steps_equal_five_and_five_bitwise(start: Start, tmp_path: Path, lay
     assert_bitwise_equal(store_of(whole, 10), store_of(parts, 10))
 
 
+def test_model_options_are_resumed_bitwise_and_never_change(start: Start, tmp_path: Path) -> None:
+    """Validations and an extra pass for the noise scale stand between the steps of the power iterations."""
+    options = [f"model.{name}=true" for name in ("qk_norm", "sigma_reparam", "layer_norm_scaling")]
+    options += ["model.embedding_scale=sqrt_width", "gradients.every=2", "gradients.noise_every=2"]
+    degrees = ["parallel.tensor=2", "parallel.pipeline=2", "train.micro_batch_size=1"]
+    fixed = ["optim.schedule=constant", *options, *SMALL, "evaluation.every=1", *degrees]
+    start("whole", "train.steps=6", *fixed, num_processes=4)
+    start("parts", "train.steps=3", *fixed, num_processes=4)
+    start("parts", "train.steps=6", *fixed, "--resume", "auto", num_processes=4)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        assert curve(parts, name) == curve(whole, name), name
+    stores = [store_of(folder, 6) for folder in (whole, parts)]
+    assert_bitwise_equal(*stores)
+    vectors, others = (store.power_vectors() for store in stores)
+    assert len(vectors) == 12 and all(torch.equal(vectors[name], others[name]) for name in vectors)
+    result = start(
+        "parts",
+        "train.steps=8",
+        *fixed,
+        "model.qk_norm=false",
+        "--resume",
+        "auto",
+        num_processes=4,
+        code=ExitCode.BAD_INPUT,
+    )
+    assert "model.qk_norm = False: the run to be resumed has true" in result.stderr
+
+
 def test_a_run_goes_on_under_any_other_layout(start: Start, tmp_path: Path) -> None:
     """From a pipeline to ZeRO 3, to one rank, to another batch per rank; in between, nothing has to be converted."""
     fixed = ["optim.schedule=constant", *DROPOUT, *SMALL]

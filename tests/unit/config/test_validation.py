@@ -35,6 +35,19 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "hidden_size 64 is not divisible by it; use one of 1, 2, 4",
         ),
         ({"model": {"attention_rank": 65}}, 1, "model.attention_rank", "use at most 64"),
+        ({"model": {"qk_norm": True}, "qk_clip": {"threshold": 90.0}}, 1, "qk_clip.threshold", "model.qk_norm divides"),
+        (
+            {"model": {"sigma_reparam": True}, "qk_clip": {"threshold": 90.0}},
+            1,
+            "qk_clip.threshold",
+            "model.sigma_reparam divides by their size",
+        ),
+        (
+            {"model": {"sigma_reparam": True}, "gradients": {"spectral_iterations": 3}},
+            1,
+            "gradients.spectral_iterations",
+            "measures weights as they are stored",
+        ),
         ({"train": {"sequence_length": 65}}, 1, "train.sequence_length", "longer than model.max_positions 64"),
         (
             {"parallel": {"tensor": 8}},
@@ -173,6 +186,9 @@ def test_each_rule(sections: dict[str, dict[str, Any]], world_size: int, field: 
         ({"deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}}, 1),
         ({"deepspeed": {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}}}, 1),
         ({"cluster": {"hang_minutes": 4.9}, "parallel": {"timeout_minutes": 5.0}}, 1),
+        ({"model": {"qk_norm": True, "sigma_reparam": True, "layer_norm_scaling": True, "depth_scaled_init": True}}, 1),
+        ({"model": {"qk_norm": True}, "gradients": {"spectral_iterations": 3}}, 1),
+        ({"model": {"layer_norm_scaling": True}, "qk_clip": {"threshold": 90.0}}, 1),
     ],
 )
 def test_what_is_allowed(sections: dict[str, dict[str, Any]], world_size: int) -> None:

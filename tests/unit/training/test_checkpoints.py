@@ -44,7 +44,7 @@ def test_a_save_that_is_complete_is_told_even_if_the_next_one_fails(
     start = Start(config, batch_plan(config, 1), RunDirectory(tmp_path), Choice(None))
     mix = Mix(("a",), ("1",), (1.0,))
     datasets: Any = SimpleNamespace(identity=DataIdentity(mix, None, None, False), mixes=(mix,), manifests=())
-    engine: Any = SimpleNamespace(topology=None, training_state=dict)
+    engine: Any = SimpleNamespace(topology=None, training_state=dict, buffers=dict)
     told: list[int] = []
     with (
         pytest.raises(TrainingStopped, match="step 2: no space left") as stopped,
