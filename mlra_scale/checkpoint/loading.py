@@ -55,6 +55,7 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     _check_model(engine, store)
     topology = engine.topology
     faults: list[str] = []
+    buffers = store.power_vectors()
 
     def fill(fragment: Fragment) -> None:
         try:
@@ -64,6 +65,7 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
             faults.append(str(error))
 
     engine.restore(fill, store.state.get("engine"), store.manifest.has_moments)
+    engine.load_buffers(buffers)
     _raise_together(f"{store.folder} cannot be loaded", faults, topology)
     return store.state
 

@@ -23,7 +23,7 @@ from mlra_scale.checkpoint.fragments import FRAGMENTS, StoredFragment
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
 from mlra_scale.config import Config, ConfigError, ModelConfig, yaml_text
-from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.parameters import ParameterTable, linear_maps, vector_name
 
 if TYPE_CHECKING:
     from mlra_scale.parallel.fragments import Fragment
@@ -139,6 +139,21 @@ class Store:
             return {}
         mapped = self._map(BUFFERS)
         return {name: mapped.get_tensor(name).clone() for name in mapped.keys()}  # noqa: SIM118
+
+    def power_vectors(self) -> dict[str, torch.Tensor]:
+        """Returns the vectors of sigmaReparam's power iterations by their names; none where the model has no such maps.
+
+        Raises:
+            CheckpointError: Some are missing.
+        """
+        stored = self.buffers() if self.model.sigma_reparam else {}
+        for linear_map in linear_maps(self.model).values():
+            vector = stored.get(vector_name(linear_map.name))
+            if vector is None or tuple(vector.shape) != (linear_map.size,):
+                raise CheckpointError(
+                    f"{self.folder} lacks the power-iteration vector of {linear_map.name}; use another checkpoint"
+                )
+        return stored
 
     def fill(
         self, fragment: Fragment, tensor_parallel: int, tensor_rank: int, shape: Sequence[int] | None = None

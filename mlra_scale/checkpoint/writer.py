@@ -23,7 +23,15 @@ from uuid import uuid4
 import torch
 
 from mlra_scale.checkpoint import points
-from mlra_scale.checkpoint.contents import json_bytes, library_versions, model_of, now, tensor_key, write_small_files
+from mlra_scale.checkpoint.contents import (
+    BUFFERS,
+    json_bytes,
+    library_versions,
+    model_of,
+    now,
+    tensor_key,
+    write_small_files,
+)
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, errors_named, faults_told, sync_folder, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, joined, line_of
@@ -156,6 +164,7 @@ def write_weights(
     tensors: Iterable[tuple[str, torch.Tensor]],
     tokenizer: Path | None,
     origin: Mapping[str, Any],
+    buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes a checkpoint of weights alone (kind "weights"), the start of a new run; one process, streaming.
 
@@ -166,6 +175,7 @@ def write_weights(
             for one at a time and stored as fp32.
         tokenizer: The folder of the tokenizer, to be copied; None where there is none.
         origin: Where the weights come from, as JSON values: `state["origin"]` of the checkpoint.
+        buffers: Small tensors beside the parameters, by name.
 
     Returns:
         The folder.
@@ -186,6 +196,10 @@ def write_weights(
             save_id = uuid4().hex
             files = _write_parameters(unfinished, save_id, table, _checked(tensors, table))
             config_text = yaml_text.dump({"model": dict(model_values)})
+            if buffers:
+                specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in buffers.items()}
+                metadata = {"save_id": save_id}
+                files[BUFFERS] = write_safetensors(unfinished / BUFFERS, specs, buffers.items(), metadata)
             files |= write_small_files(unfinished, json_bytes({"origin": dict(origin)}), config_text, tokenizer)
             manifest = Manifest(
                 save_id=save_id,

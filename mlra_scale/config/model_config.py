@@ -44,8 +44,10 @@ class ModelConfig(Section):
         description="Which of q, k, v, o are factorised (for dense: of the MLRA model that matched-to-mlra means).",
     )
     init_std: float = Field(0.02, gt=0.0, le=1.0, description="Standard deviation of the base initialization.")
-    init_width_rule: Literal["fixed", "inverse_sqrt_width"] = Field(
-        "fixed", description="fixed: init_std as it is; inverse_sqrt_width: init_std * sqrt(768 / D)."
+    init_width_rule: Literal["fixed", "inverse_sqrt_width", "small"] = Field(
+        "fixed",
+        description="fixed: init_std as it is; inverse_sqrt_width: init_std * sqrt(768 / D); small: sqrt(2 / (5 D)) "
+        "whatever init_std is.",
     )
     attention_init: Literal["gpt2", "xavier", "matched", "matched-to-mlra"] = Field(
         "gpt2",
@@ -55,10 +57,29 @@ class ModelConfig(Section):
     paired_mlra_init: Literal["gpt2", "xavier", "matched"] = Field(
         "gpt2", description="The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."
     )
+    depth_scaled_init: bool | None = Field(
+        None,
+        description="Whether o and fc_out, which write to the residual stream, start smaller by 1/sqrt(2 L), as in "
+        "GPT-2; null: unless layer_norm_scaling, which works better without.",
+    )
     embedding_dropout: Probability = Field(0.0, description="Dropout after the sum of token and position embedding.")
     attention_dropout: Probability = Field(0.0, description="Dropout of attention weights.")
     residual_dropout: Probability = Field(0.0, description="Dropout of each sublayer's output before the residual sum.")
     layer_norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="Epsilon of every layer norm.")
+    qk_norm: bool = Field(
+        False, description="Layer norm (no bias, one weight for all heads) of every query and key, over a head's width."
+    )
+    sigma_reparam: bool = Field(
+        False,
+        description="Each of q, k, v, o, fc_in, fc_out is multiplied by a learned gain over its largest singular value "
+        "(of the product where it is factorised).",
+    )
+    layer_norm_scaling: bool = Field(
+        False, description="Both layer norms of block l (counted from 1) are multiplied by 1/sqrt(l)."
+    )
+    embedding_scale: Literal["none", "sqrt_width"] = Field(
+        "none", description="sqrt_width: token embeddings enter times sqrt(D); the tied head is not scaled."
+    )
     z_loss: float = Field(0.0, ge=0.0, description="Coefficient of the squared log-partition penalty; 0: off.")
 
     @field_validator("factorised_projections", mode="after")
@@ -95,7 +116,24 @@ class ModelConfig(Section):
         """Standard deviation of the base initialization after the width rule."""
         if self.init_width_rule == "inverse_sqrt_width":
             return self.init_std * math.sqrt(768 / self.hidden_size)
+        if self.init_width_rule == "small":
+            return math.sqrt(2 / (5 * self.hidden_size))
         return self.init_std
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor of the initialization of what writes to the residual stream."""
+        is_scaled = not self.layer_norm_scaling if self.depth_scaled_init is None else self.depth_scaled_init
+        return 1.0 / math.sqrt(2.0 * self.num_layers) if is_scaled else 1.0
+
+    @property
+    def embedding_factor(self) -> float:
+        """What token embeddings are multiplied by where they enter the blocks."""
+        return math.sqrt(self.hidden_size) if self.embedding_scale == "sqrt_width" else 1.0
+
+    def norm_factor(self, block: int) -> float:
+        """Returns what the layer norms of a block (counted from 0) are multiplied by."""
+        return 1.0 / math.sqrt(block + 1) if self.layer_norm_scaling else 1.0
 
     def is_factorised(self, projection: str) -> bool:
         """Returns whether the projection "q", "k", "v" or "o" is a product of two factors in this model."""
@@ -107,20 +145,21 @@ class ModelConfig(Section):
 
         With V tokens, P positions, L layers, width D, MLP width F, rank R and n factorised projections:
         embedding V D; positions P D; factor L n 2 D R; matrix L ((4 - n) D^2 + 2 D F); bias L (4 D + F + D);
-        norm L 4 D + 2 D.
+        norm L 4 D + 2 D, with qk_norm L 2 H more and with sigma_reparam 6 L gains more.
 
         Returns:
             Number of parameters for the kinds embedding, positions, factor, matrix, bias, norm.
         """
         depth, width, ffn = self.num_layers, self.hidden_size, self.ffn_size
         num_factorised = sum(self.is_factorised(name) for name in PROJECTIONS)
+        num_gains = 6 * self.sigma_reparam + 2 * self.head_dim * self.qk_norm
         return {
             "embedding": self.vocab_size * width,
             "positions": self.max_positions * width,
             "factor": depth * num_factorised * 2 * width * self.rank,
             "matrix": depth * ((4 - num_factorised) * width * width + 2 * width * ffn),
             "bias": depth * (5 * width + ffn),
-            "norm": depth * 4 * width + 2 * width,
+            "norm": depth * (4 * width + num_gains) + 2 * width,
         }
 
     def num_parameters(self) -> int:
@@ -134,7 +173,8 @@ class ModelConfig(Section):
         multiply activations (blocks and head; embedding and position look-ups, norms and biases are left out), and for
         the attention products q k^T and a v over a sequence of S (the causal half that could be skipped is counted, as
         is the custom). The formula is that of Chowdhery et al. 2022 (PaLM), appendix B. Factored projections count as
-        what they are, 2 D R each, once: neither recomputation nor work that tensor parallelism repeats is useful work.
+        what they are, 2 D R each, once: neither recomputation nor work that tensor parallelism repeats is useful work,
+        and what norms and sigmaReparam add is not counted.
 
         Args:
             sequence_length: S, tokens per sequence.

@@ -25,6 +25,23 @@ Recorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Takes q_BNSH, k_BNSH as they enter their product, and the mask (None: causal); see probe.py."""
 
 
+class HeadNorm(nn.Module):
+    """Layer norm over the width of each head of queries or keys, without bias (QK-norm; arXiv 2302.05442, 2309.14322).
+
+    weight: [H], for all heads; replicated over TP (a rank sees its heads only: the gradient is summed over TP)
+    """
+
+    def __init__(self, context: ModelContext, name: str) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = nn.Parameter(torch.empty(context.initialize.table[f"{name}.weight"].shape))
+        context.initialize(f"{name}.weight")(self.weight)
+
+    def forward(self, heads_BNSH: torch.Tensor) -> torch.Tensor:
+        (weight_H,) = copy_to_tensor_parallel(self.context, self.weight)
+        return functional.layer_norm(heads_BNSH, weight_H.shape, weight_H, eps=self.context.model.layer_norm_eps)
+
+
 class SelfAttention(nn.Module):
     """Self-attention of one block; each of q, k, v, o is dense or factorised, as the configuration says.
 
@@ -32,6 +49,7 @@ class SelfAttention(nn.Module):
     q, k, v factorised: see LowRankInputProjection
     o dense: weight [D, D], sharded over TP: dim 1; bias [D], replicated over TP
     o factorised: see LowRankOutputProjection
+    q_norm, k_norm, with `model.qk_norm`: see HeadNorm
     """
 
     def __init__(self, context: ModelContext, name: str, block: int) -> None:
@@ -48,6 +66,8 @@ class SelfAttention(nn.Module):
         self.v = _input_projection(context, name, "v")
         build_output = LowRankOutputProjection if model.is_factorised("o") else row_linear
         self.o = build_output(context, f"{name}.o")
+        self.q_norm = HeadNorm(context, f"{name}.q_norm") if model.qk_norm else None
+        self.k_norm = HeadNorm(context, f"{name}.k_norm") if model.qk_norm else None
 
     def forward(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
@@ -77,18 +97,21 @@ class SelfAttention(nn.Module):
         What enters the sharded matrices - the hidden state, the latents, or both - shares one gradient all-reduce.
         """
         projections: tuple[nn.Module, ...] = (self.q, self.k, self.v)
-        latents = [p.down(hidden_BSD) for p in projections if isinstance(p, LowRankInputProjection)]
+        lowered = [p.lower(hidden_BSD) for p in projections if isinstance(p, LowRankInputProjection)]
         has_dense = any(isinstance(p, ColumnParallelLinear) for p in projections)
-        replicated = ([hidden_BSD] if has_dense else []) + latents
+        replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered]
         entered = iter(copy_to_tensor_parallel(self.context, *replicated))
+        images = iter([image for _, image in lowered])
         hidden = next(entered) if has_dense else None
         outputs = []
         for projection in projections:
             if isinstance(projection, LowRankInputProjection):
-                output, _ = projection.up(next(entered))
+                output = projection.rise(next(entered), next(images))
             else:
                 output, _ = projection(hidden)
             outputs.append(output.unflatten(-1, (self.num_heads_local, -1)).transpose(1, 2))
+        if self.q_norm is not None and self.k_norm is not None:
+            outputs[0], outputs[1] = self.q_norm(outputs[0]), self.k_norm(outputs[1])
         return outputs
 
 

@@ -9,15 +9,19 @@
 | factor up of o [3]             | / sqrt(2 L)     | / sqrt(2 L)          | / sqrt(2 L)        | -                   |
 | mlp.fc_in                      | std             | std                  | std                | std                 |
 | mlp.fc_out                     | std / sqrt(2 L) | std / sqrt(2 L)      | std / sqrt(2 L)    | std / sqrt(2 L)     |
-| biases / norm weights          | 0 / 1           | 0 / 1                | 0 / 1              | 0 / 1               |
+| biases                         | 0               | 0                    | 0                  | 0                   |
+| weights of norms, gains [4]    | 1               | 1                    | 1                  | 1                   |
 
 [1] the std of the product W_U W_D of the paired MLRA model; [2] the product's, over sqrt(2 L), if o is paired too;
-[3] GPT-2's depth scaling of a residual projection sits on the up factor alone.
+[3] GPT-2's depth scaling of a residual projection sits on the up factor alone; [4] of QK-norm and sigmaReparam too.
 
 All are normal with mean 0; std is the base std (`model.init_std`, with `model.init_width_rule`), L the number of
 blocks. The product of two factors with stds a and b has element std a b sqrt(R), which `matched` solves for std and
 `matched-to-mlra`, the control of the paper's claim, copies into a dense weight. The paper's own initialization is
 not known to us: these are our choices.
+
+`model.depth_scaled_init` false takes every 1/sqrt(2 L) out; null means true, and with `model.layer_norm_scaling` false.
+With sigmaReparam the scale of a matrix does not change what the model computes, only how fast the matrix turns.
 """
 
 import math
@@ -54,7 +58,7 @@ def initial_std(model: ModelConfig, info: ParameterInfo) -> float:
     if info.kind in ("bias", "norm"):
         return 0.0
     parts = info.name.split(".")
-    residual_scale = 1.0 / math.sqrt(2.0 * model.num_layers)
+    residual_scale = model.residual_scale
     if info.kind == "factor":
         scale = residual_scale if parts[-3:-1] == ["o", "up"] else 1.0
         return factor_std(model, model.attention_init) * scale
@@ -90,7 +94,7 @@ def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: Paramete
     if info.kind == "bias":
         tensor.zero_()
     elif info.kind == "norm":
-        tensor.fill_(1.0 if info.name.endswith(".weight") else 0.0)
+        tensor.fill_(0.0 if info.name.endswith(".bias") else 1.0)
     else:
         # empty_like: DeepSpeed's zero.Init patches torch.empty to make tensors of the training precision.
         values = torch.empty_like(tensor, dtype=torch.float32, device="cpu")

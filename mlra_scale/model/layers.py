@@ -22,7 +22,7 @@ from mlra_scale.model.randomness import dropout_hidden, key_of
 
 
 class TokenEmbedding(VocabParallelEmbedding):
-    """Token embedding, shared with the output head.
+    """Token embedding, shared with the output head; `model.embedding_scale` scales what enters, and not the head.
 
     weight: [V_padded, D], sharded over TP: dim 0; rows from vocab_size on are padding and stay zero
     """
@@ -47,7 +47,9 @@ class TokenEmbedding(VocabParallelEmbedding):
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replaces the first of (tokens_BS, positions_BS, documents_BS, sample_ids_B) by hidden_BSD."""
         tokens_BS, *rest = inputs
-        return (super().forward(tokens_BS), *rest)
+        hidden_BSD = super().forward(tokens_BS)
+        factor = self.context.model.embedding_factor
+        return (hidden_BSD if factor == 1.0 else hidden_BSD * factor, *rest)
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the output logits, [B, S, V]; padded columns are -inf."""
@@ -99,6 +101,25 @@ class FeedForward(nn.Module):
         return output_BSD
 
 
+class BlockNorm(nn.LayerNorm):
+    """Layer norm of a block, with `model.layer_norm_scaling` times 1/sqrt(l) (Sun et al. 2025, arXiv 2502.05795).
+
+    weight, bias: [D], replicated over TP
+    """
+
+    def __init__(self, context: ModelContext, block: int) -> None:
+        super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
+        self.factor = context.model.norm_factor(block)
+
+    def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        if self.factor == 1.0:
+            return super().forward(hidden_BSD)
+        # On weight and bias, which are small and where an export has it, not on the output.
+        return functional.layer_norm(
+            hidden_BSD, self.normalized_shape, self.weight * self.factor, self.bias * self.factor, self.eps
+        )
+
+
 class Block(nn.Module):
     """Pre-LN transformer block: h + attention(LN(h)), then h + feed-forward(LN(h)).
 
@@ -107,11 +128,11 @@ class Block(nn.Module):
 
     def __init__(self, context: ModelContext, index: int) -> None:
         super().__init__()
-        model, name = context.model, f"blocks.{index}"
+        name = f"blocks.{index}"
         self.context = context
-        self.attention_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
+        self.attention_norm = BlockNorm(context, index)
         self.attention = SelfAttention(context, f"{name}.attention", index)
-        self.mlp_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
+        self.mlp_norm = BlockNorm(context, index)
         self.mlp = FeedForward(context, f"{name}.mlp")
         self.dropout_keys = tuple(key_of(context.seed, f"{name}/{site}") for site in ("attention", "mlp"))
 

@@ -8,8 +8,15 @@ factor on the split side is sharded. A replicated factor sees the whole gradient
 summed over the ranks: that all-reduce is `copy_to_tensor_parallel` below, and leaving it out is the classic way to
 train a model that slowly explodes.
 
+With sigmaReparam every map is multiplied by one number, which the Spectral... classes below get from
+mlra_scale.model.spectral: on the matrix of a dense map, on the up factor of a factorised one, whose down factor hands
+up what that number needs of it.
+
 Shape suffixes: B batch, S sequence, D hidden, R rank.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +26,10 @@ from mlra_scale.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from mlra_scale.model.context import ModelContext
+from mlra_scale.model.spectral import SpectralNorm, scaled_linear
 
 
 def copy_to_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -64,14 +73,89 @@ class ReplicatedLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
-def column_linear(context: ModelContext, name: str) -> ColumnParallelLinear:
+class SpectralColumnLinear(ColumnParallelLinear):
+    """A column-parallel map with sigmaReparam: a dense one, or the up factor of q, k or v.
+
+    gain: [1], replicated over TP; weight and bias as in `column_linear`
+    """
+
+    def __init__(self, spectral_norm: SpectralNorm, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)
+        self.spectral_norm = spectral_norm
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, image_R: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+        scale = self.spectral_norm.scale(self.gain, self.weight, image_R)
+        return scaled_linear(x, self.weight, scale) + self.bias, None
+
+
+class SpectralRowLinear(RowParallelLinear):
+    """A dense row-parallel map with sigmaReparam.
+
+    gain: [1], replicated over TP; weight and bias as in `row_linear`
+    """
+
+    def __init__(self, spectral_norm: SpectralNorm, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)
+        self.spectral_norm = spectral_norm
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        scale = self.spectral_norm.scale(self.gain, self.weight)
+        partial_sum = scaled_linear(x, self.weight, scale)
+        return reduce_from_tensor_model_parallel_region(partial_sum, group=self.tp_group) + self.bias, None
+
+
+class SpectralReplicatedLinear(ReplicatedLinear):
+    """The up factor of o with sigmaReparam.
+
+    gain: [1], replicated over TP; weight and bias as in ReplicatedLinear
+    """
+
+    def __init__(self, spectral_norm: SpectralNorm, context: ModelContext, name: str) -> None:
+        super().__init__(context, name, has_bias=True)
+        self.spectral_norm = spectral_norm
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, image_R: torch.Tensor | None = None) -> torch.Tensor:
+        scale = self.spectral_norm.scale(self.gain, self.weight, image_R)
+        return scaled_linear(x, self.weight, scale) + self.bias
+
+
+class SpectralReplicatedDown(ReplicatedLinear):
+    """The down factor of q, k or v with sigmaReparam: returns the latent and the image (SpectralNorm.image)."""
+
+    def __init__(self, spectral_norm: SpectralNorm, context: ModelContext, name: str) -> None:
+        super().__init__(context, name, has_bias=False)
+        self.spectral_norm = spectral_norm
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), self.spectral_norm.image(self.weight)
+
+
+class SpectralRowDown(RowParallelLinear):
+    """The down factor of o with sigmaReparam: returns the latent and the image (SpectralNorm.image)."""
+
+    def __init__(self, spectral_norm: SpectralNorm, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)
+        self.spectral_norm = spectral_norm
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latent_BSR, _ = super().forward(x)
+        return latent_BSR, self.spectral_norm.image(self.weight)
+
+
+def column_linear(context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None) -> ColumnParallelLinear:
     """y = x W^T + b with W [out, in] and b [out] sharded over TP on dim 0.
 
     The caller reduces the input's gradient (`copy_to_tensor_parallel`), so that several projections share one
     all-reduce.
     """
+    build: Any = ColumnParallelLinear
+    if context.model.sigma_reparam:
+        build = partial(SpectralColumnLinear, spectral_norm or SpectralNorm(context, name))
     out_features, in_features = context.initialize.table[f"{name}.weight"].shape
-    return ColumnParallelLinear(
+    linear: ColumnParallelLinear = build(
         in_features,
         out_features,
         config=context.megatron,
@@ -80,12 +164,20 @@ def column_linear(context: ModelContext, name: str) -> ColumnParallelLinear:
         disable_grad_reduce=True,
         tp_group=context.tensor_group,
     )
+    return linear
 
 
-def row_linear(context: ModelContext, name: str, has_bias: bool = True) -> RowParallelLinear:
+def row_linear(context: ModelContext, name: str) -> RowParallelLinear:
     """y = sum over ranks of x_local W_local^T, + b; W [out, in] sharded over TP on dim 1, b [out] replicated."""
+    build: Any = RowParallelLinear
+    if context.model.sigma_reparam:
+        build = partial(SpectralRowLinear, SpectralNorm(context, name))
+    return _built_row(build, context, name, has_bias=True)
+
+
+def _built_row(build: Any, context: ModelContext, name: str, has_bias: bool) -> RowParallelLinear:
     out_features, in_features = context.initialize.table[f"{name}.weight"].shape
-    return RowParallelLinear(
+    linear: RowParallelLinear = build(
         in_features,
         out_features,
         config=context.megatron,
@@ -95,6 +187,7 @@ def row_linear(context: ModelContext, name: str, has_bias: bool = True) -> RowPa
         skip_bias_add=False,
         tp_group=context.tensor_group,
     )
+    return linear
 
 
 class LowRankInputProjection(nn.Module):
@@ -107,8 +200,23 @@ class LowRankInputProjection(nn.Module):
 
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
-        self.down = ReplicatedLinear(context, f"{name}.down", has_bias=False)
-        self.up = column_linear(context, f"{name}.up")
+        self.has_spectral_norm = context.model.sigma_reparam
+        if self.has_spectral_norm:
+            spectral_norm = SpectralNorm(context, name)
+            self.down: nn.Module = SpectralReplicatedDown(spectral_norm, context, f"{name}.down")
+            self.up = column_linear(context, f"{name}.up", spectral_norm)
+        else:
+            self.down = ReplicatedLinear(context, f"{name}.down", has_bias=False)
+            self.up = column_linear(context, f"{name}.up")
+
+    def lower(self, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the latent [B, S, R], which then enters sharded computation, and what `rise` takes beside it."""
+        return self.down(hidden_BSD) if self.has_spectral_norm else (self.down(hidden_BSD), None)
+
+    def rise(self, latent_BSR: torch.Tensor, image_R: torch.Tensor | None) -> torch.Tensor:
+        """Returns this rank's heads of the projection, [B, S, D / TP]."""
+        output_BSD, _ = self.up(latent_BSR) if image_R is None else self.up(latent_BSR, image_R)
+        return output_BSD
 
 
 class LowRankOutputProjection(nn.Module):
@@ -121,10 +229,16 @@ class LowRankOutputProjection(nn.Module):
 
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
-        self.down = row_linear(context, f"{name}.down", has_bias=False)
-        self.up = ReplicatedLinear(context, f"{name}.up", has_bias=True)
+        down: Any = RowParallelLinear
+        if context.model.sigma_reparam:
+            spectral_norm = SpectralNorm(context, name)
+            down = partial(SpectralRowDown, spectral_norm)
+            self.up: nn.Module = SpectralReplicatedLinear(spectral_norm, context, f"{name}.up")
+        else:
+            self.up = ReplicatedLinear(context, f"{name}.up", has_bias=True)
+        self.down = _built_row(down, context, f"{name}.down", has_bias=False)
 
     def forward(self, heads_BSD: torch.Tensor) -> torch.Tensor:
         """Maps this rank's heads [B, S, D / TP] to the hidden state [B, S, D]."""
-        latent_BSR, _ = self.down(heads_BSD)
-        return self.up(latent_BSR)
+        latent_BSR, image_R = self.down(heads_BSD)
+        return self.up(latent_BSR) if image_R is None else self.up(latent_BSR, image_R)

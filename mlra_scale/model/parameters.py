@@ -21,7 +21,7 @@ class ParameterInfo:
         name: Canonical name, e.g. `blocks.3.attention.q.down.weight`.
         shape: Global shape; matrices are [out, in].
         shard_dim: Dimension split over tensor-parallel ranks, or None where every rank holds the whole tensor.
-        kind: What the weight is; decides weight decay and reporting.
+        kind: What the weight is; decides weight decay and reporting. Gains are of kind `norm`.
     """
 
     name: str
@@ -75,11 +75,16 @@ def _entries(model: ModelConfig) -> Iterator[ParameterInfo]:
         for projection in ("q", "k", "v"):
             yield from _input_projection(model, f"{prefix}.attention.{projection}", projection)
         yield from _output_projection(model, f"{prefix}.attention.o")
+        if model.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                yield ParameterInfo(f"{prefix}.attention.{norm}.weight", (model.head_dim,), None, "norm")
         yield from _norm(f"{prefix}.mlp_norm", D)
         yield ParameterInfo(f"{prefix}.mlp.fc_in.weight", (F, D), 0, "matrix")
         yield ParameterInfo(f"{prefix}.mlp.fc_in.bias", (F,), 0, "bias")
+        yield from _gain(model, f"{prefix}.mlp.fc_in")
         yield ParameterInfo(f"{prefix}.mlp.fc_out.weight", (D, F), 1, "matrix")
         yield ParameterInfo(f"{prefix}.mlp.fc_out.bias", (D,), None, "bias")
+        yield from _gain(model, f"{prefix}.mlp.fc_out")
     yield from _norm("final_norm", D)
 
 
@@ -88,15 +93,22 @@ def _norm(prefix: str, hidden_size: int) -> Iterator[ParameterInfo]:
     yield ParameterInfo(f"{prefix}.bias", (hidden_size,), None, "norm")
 
 
+def _gain(model: ModelConfig, prefix: str) -> Iterator[ParameterInfo]:
+    if model.sigma_reparam:
+        yield ParameterInfo(f"{prefix}.gain", (1,), None, "norm")
+
+
 def _input_projection(model: ModelConfig, prefix: str, projection: str) -> Iterator[ParameterInfo]:
     D, R = model.hidden_size, model.rank
     if model.is_factorised(projection):
         yield ParameterInfo(f"{prefix}.down.weight", (R, D), None, "factor")
         yield ParameterInfo(f"{prefix}.up.weight", (D, R), 0, "factor")
         yield ParameterInfo(f"{prefix}.up.bias", (D,), 0, "bias")
+        yield from _gain(model, f"{prefix}.up")
     else:
         yield ParameterInfo(f"{prefix}.weight", (D, D), 0, "matrix")
         yield ParameterInfo(f"{prefix}.bias", (D,), 0, "bias")
+        yield from _gain(model, prefix)
 
 
 def _output_projection(model: ModelConfig, prefix: str) -> Iterator[ParameterInfo]:
@@ -105,6 +117,54 @@ def _output_projection(model: ModelConfig, prefix: str) -> Iterator[ParameterInf
         yield ParameterInfo(f"{prefix}.down.weight", (R, D), 1, "factor")
         yield ParameterInfo(f"{prefix}.up.weight", (D, R), None, "factor")
         yield ParameterInfo(f"{prefix}.up.bias", (D,), None, "bias")
+        yield from _gain(model, f"{prefix}.up")
     else:
         yield ParameterInfo(f"{prefix}.weight", (D, D), 1, "matrix")
         yield ParameterInfo(f"{prefix}.bias", (D,), None, "bias")
+        yield from _gain(model, prefix)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """One map that sigmaReparam normalises, W = up down; of a dense one, one of the two is the identity.
+
+    Attributes:
+        name: Canonical prefix of the map.
+        up: Canonical name of the factor at the output, or of the dense matrix of q, k, v, fc_in.
+        down: Canonical name of the factor at the input, or of the dense matrix of o, fc_out.
+        gain: Canonical name of the gain.
+        size: Length of the vector between the two, which tensor parallelism never splits.
+    """
+
+    name: str
+    up: str | None
+    down: str | None
+    gain: str
+    size: int
+
+
+def linear_maps(model: ModelConfig) -> dict[str, LinearMap]:
+    """Returns the normalised maps of a model by name; there are none without `model.sigma_reparam`."""
+    if not model.sigma_reparam:
+        return {}
+    prefixes = [f"blocks.{block}" for block in range(model.num_layers)]
+    return {found.name: found for prefix in prefixes for found in maps_of_block(model, prefix)}
+
+
+def maps_of_block(model: ModelConfig, prefix: str) -> Iterator[LinearMap]:
+    """Yields the maps of the block with a canonical prefix."""
+    D = model.hidden_size
+    for name in ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.fc_in", "mlp.fc_out"):
+        room, part = name.split(".")
+        name, weight, gain = f"{prefix}.{name}", f"{prefix}.{name}.weight", f"{prefix}.{name}.gain"
+        if room == "attention" and model.is_factorised(part):
+            yield LinearMap(name, f"{name}.up.weight", f"{name}.down.weight", f"{name}.up.gain", model.rank)
+        elif part in ("o", "fc_out"):
+            yield LinearMap(name, None, weight, gain, D)
+        else:
+            yield LinearMap(name, weight, None, gain, D)
+
+
+def vector_name(map_name: str) -> str:
+    """Returns the name under which a checkpoint keeps the vector of a map's power iteration."""
+    return f"power_iteration/{map_name}"

@@ -30,13 +30,85 @@ class LowRankProjection(nn.Module):
         return self.up(self.down(x_BSD))
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vector of length 1 in the direction of x."""
+    return x / x.norm()
+
+
+class SpectralMap(nn.Module):
+    """``y = gain / sigma(W) x W^T + bias``: sigmaReparam (Zhai et al. 2023) of a linear map, here without its weights.
+
+    sigma(W) = u^T W v; u and v come of one power iteration, which begins at ``vector`` and leaves ``next_vector``.
+    """
+
+    vector: Tensor
+    next_vector: Tensor
+
+    def scaled(self, x: Tensor, weight_OI: Tensor, gain: Tensor, bias_O: Tensor, u_O: Tensor, v_I: Tensor) -> Tensor:
+        return x @ (gain / (u_O @ weight_OI @ v_I) * weight_OI).T + bias_O
+
+
+class SpectralLinear(SpectralMap):
+    """A dense map; the vector is a right singular vector (of length in), or a left one (of length out).
+
+    Weights: weight [out, in], bias [out], gain [1].
+    """
+
+    def __init__(self, in_features: int, out_features: int, is_left: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.gain = nn.Parameter(torch.ones(1))
+        self.is_left = is_left
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.is_left:
+                v_I = unit(self.weight.T @ self.vector)
+                u_O = self.next_vector = unit(self.weight @ v_I)
+            else:
+                u_O = unit(self.weight @ self.vector)
+                v_I = self.next_vector = unit(self.weight.T @ u_O)
+        return self.scaled(x_BSD, self.weight, self.gain, self.bias, u_O, v_I)
+
+
+class SpectralLowRankProjection(SpectralMap):
+    """A factorised map, normalised as the product W = up down; the vector [R] stands between the factors.
+
+    Weights: down.weight [R, in], up.weight [out, R], up.bias [out], up.gain [1].
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=True)
+        self.up.register_parameter("gain", nn.Parameter(torch.ones(1)))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        weight_OI = self.up.weight @ self.down.weight
+        with torch.no_grad():
+            v_I = unit(self.down.weight.T @ self.vector)
+            u_O = unit(weight_OI @ v_I)
+            self.next_vector = unit(self.up.weight.T @ u_O)
+        return self.scaled(x_BSD, weight_OI, self.up.get_parameter("gain"), self.up.bias, u_O, v_I)
+
+
 class ReferenceAttention(nn.Module):
     """Causal multi-head attention whose projections may each be factorised.
 
-    Weights: q, k, v, o, each either weight [D, D] and bias [D] or down.weight [R, D], up.weight [D, R], up.bias [D].
+    Weights: q, k, v, o, each either weight [D, D] and bias [D] or down.weight [R, D], up.weight [D, R], up.bias [D],
+    with sigmaReparam a gain [1] as well; with QK-norm q_norm.weight and k_norm.weight [H].
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, factorised: tuple[str, ...], rank: int | None):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        factorised: tuple[str, ...],
+        rank: int | None,
+        qk_norm_eps: float | None = None,
+        sigma_reparam: bool = False,
+    ):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
@@ -45,15 +117,27 @@ class ReferenceAttention(nn.Module):
 
         def projection(name: str) -> nn.Module:
             if name not in factorised:
-                return nn.Linear(hidden_size, hidden_size)
+                return linear(hidden_size, hidden_size, sigma_reparam, is_left=name == "o")
             if rank is None:
                 raise ValueError("factorised projections need a rank")
-            return LowRankProjection(hidden_size, hidden_size, rank)
+            kind = SpectralLowRankProjection if sigma_reparam else LowRankProjection
+            return kind(hidden_size, hidden_size, rank)
 
         self.q = projection("q")
         self.k = projection("k")
         self.v = projection("v")
         self.o = projection("o")
+        self.qk_norm_eps = qk_norm_eps
+        if qk_norm_eps is not None:
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=qk_norm_eps, bias=False)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=qk_norm_eps, bias=False)
+
+    def normalised(self, heads_BNSH: Tensor, weight_H: Tensor) -> Tensor:
+        """QK-norm (arXiv 2302.05442): a layer norm without bias over the width of a head."""
+        assert self.qk_norm_eps is not None
+        centred_BNSH = heads_BNSH - heads_BNSH.mean(dim=-1, keepdim=True)
+        variance_BNS1 = (centred_BNSH**2).mean(dim=-1, keepdim=True)
+        return centred_BNSH / (variance_BNS1 + self.qk_norm_eps).sqrt() * weight_H
 
     def split_heads(self, x_BSD: Tensor) -> Tensor:
         """[B, S, N * H] -> [B, N, S, H]; head n owns features n * H to (n + 1) * H."""
@@ -64,6 +148,9 @@ class ReferenceAttention(nn.Module):
         """Scaled, unmasked attention logits [B, N, S, T]."""
         q_BNSH = self.split_heads(self.q(x_BSD))
         k_BNTH = self.split_heads(self.k(x_BSD))
+        if self.qk_norm_eps is not None:
+            q_BNSH = self.normalised(q_BNSH, self.q_norm.weight)
+            k_BNTH = self.normalised(k_BNTH, self.k_norm.weight)
         return q_BNSH @ k_BNTH.transpose(-1, -2) / math.sqrt(self.head_dim)
 
     def forward(self, x_BSD: Tensor, mask_B1ST: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,20 +168,33 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-class ReferenceMLP(nn.Module):
-    """Feed-forward block. Weights: fc_in.weight [F, D], fc_in.bias [F], fc_out.weight [D, F], fc_out.bias [D]."""
+def linear(in_features: int, out_features: int, sigma_reparam: bool, is_left: bool) -> nn.Module:
+    """A dense map, plain or with sigmaReparam (and then with its vector at the output or not)."""
+    if sigma_reparam:
+        return SpectralLinear(in_features, out_features, is_left)
+    return nn.Linear(in_features, out_features)
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int):
+
+class ReferenceMLP(nn.Module):
+    """Feed-forward block. Weights: fc_in.weight [F, D], fc_in.bias [F], fc_out.weight [D, F], fc_out.bias [D].
+
+    With sigmaReparam also fc_in.gain and fc_out.gain [1].
+    """
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, sigma_reparam: bool = False):
         super().__init__()
-        self.fc_in = nn.Linear(hidden_size, ffn_hidden_size)
-        self.fc_out = nn.Linear(ffn_hidden_size, hidden_size)
+        self.fc_in = linear(hidden_size, ffn_hidden_size, sigma_reparam, is_left=False)
+        self.fc_out = linear(ffn_hidden_size, hidden_size, sigma_reparam, is_left=True)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.fc_out(gelu_tanh(self.fc_in(x_BSD)))
 
 
 class ReferenceBlock(nn.Module):
-    """Pre-LN transformer block. Weights: attention_norm and mlp_norm (weight, bias [D]), attention, mlp."""
+    """Pre-LN transformer block. Weights: attention_norm and mlp_norm (weight, bias [D]), attention, mlp.
+
+    Both norms are multiplied by norm_factor: 1/sqrt(l) in block l with LayerNorm Scaling (arXiv 2502.05795), else 1.
+    """
 
     def __init__(
         self,
@@ -104,17 +204,22 @@ class ReferenceBlock(nn.Module):
         factorised: tuple[str, ...],
         rank: int | None,
         layer_norm_eps: float,
+        qk_norm: bool = False,
+        sigma_reparam: bool = False,
+        norm_factor: float = 1.0,
     ):
         super().__init__()
+        qk_norm_eps = layer_norm_eps if qk_norm else None
+        self.norm_factor = norm_factor
         self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.attention = ReferenceAttention(hidden_size, num_heads, factorised, rank)
+        self.attention = ReferenceAttention(hidden_size, num_heads, factorised, rank, qk_norm_eps, sigma_reparam)
         self.mlp_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.mlp = ReferenceMLP(hidden_size, ffn_hidden_size)
+        self.mlp = ReferenceMLP(hidden_size, ffn_hidden_size, sigma_reparam)
 
     def forward(self, x_BSD: Tensor, mask_B1ST: Tensor) -> tuple[Tensor, Tensor]:
-        attended_BSD, logits_BNST = self.attention(self.attention_norm(x_BSD), mask_B1ST)
+        attended_BSD, logits_BNST = self.attention(self.norm_factor * self.attention_norm(x_BSD), mask_B1ST)
         x_BSD = x_BSD + attended_BSD
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), logits_BNST
+        return x_BSD + self.mlp(self.norm_factor * self.mlp_norm(x_BSD)), logits_BNST
 
 
 class ReferenceGPT(nn.Module):
@@ -132,6 +237,10 @@ class ReferenceGPT(nn.Module):
         factorised: which of "q", "k", "v", "o" are low-rank; empty for dense attention.
         rank: R of the factorised projections; not used when none is.
         layer_norm_eps: epsilon of every LayerNorm.
+        qk_norm: whether queries and keys are normalised.
+        sigma_reparam: whether each linear map of a block is; then set_vectors comes before the first forward pass.
+        layer_norm_scaling: whether the norms of block l, from 1, are multiplied by 1/sqrt(l).
+        embedding_factor: what token embeddings are multiplied by on entry, but not in the head (arXiv 2312.16903).
     """
 
     def __init__(
@@ -145,6 +254,10 @@ class ReferenceGPT(nn.Module):
         factorised: tuple[str, ...] = (),
         rank: int | None = None,
         layer_norm_eps: float = 1e-5,
+        qk_norm: bool = False,
+        sigma_reparam: bool = False,
+        layer_norm_scaling: bool = False,
+        embedding_factor: float = 1.0,
     ):
         super().__init__()
         unknown = set(factorised) - set("qkvo")
@@ -153,10 +266,35 @@ class ReferenceGPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.positions = nn.Embedding(max_positions, hidden_size)
         self.blocks = nn.ModuleList(
-            ReferenceBlock(hidden_size, num_heads, ffn_hidden_size, tuple(factorised), rank, layer_norm_eps)
-            for _ in range(num_layers)
+            ReferenceBlock(
+                hidden_size,
+                num_heads,
+                ffn_hidden_size,
+                tuple(factorised),
+                rank,
+                layer_norm_eps,
+                qk_norm,
+                sigma_reparam,
+                1.0 / math.sqrt(block) if layer_norm_scaling else 1.0,
+            )
+            for block in range(1, num_layers + 1)
         )
+        self.embedding_factor = embedding_factor
         self.final_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def set_vectors(self, vectors: dict[str, Tensor]) -> None:
+        """Sets where the power iterations of sigmaReparam begin, by canonical name of the map (unit vectors)."""
+        maps = {name: module for name, module in self.named_modules() if isinstance(module, SpectralMap)}
+        if maps.keys() != vectors.keys():
+            raise ValueError(f"vectors are missing or unknown: {sorted(maps.keys() ^ vectors.keys())}")
+        for name, module in maps.items():
+            module.vector = vectors[name]
+
+    def advance(self) -> None:
+        """Ends a training step: the power iterations go on from where the last forward pass left them."""
+        for module in self.modules():
+            if isinstance(module, SpectralMap):
+                module.vector = module.next_vector
 
     def _run(
         self, tokens_BS: Tensor, positions_BS: Tensor | None, documents_BS: Tensor | None
@@ -168,7 +306,7 @@ class ReferenceGPT(nn.Module):
             mask_B1ST = mask_B1ST & (documents_BS[:, :, None] == documents_BS[:, None, :])[:, None]
         if positions_BS is None:
             positions_BS = order_S.expand_as(tokens_BS)
-        x_BSD = self.embedding(tokens_BS) + self.positions(positions_BS)
+        x_BSD = self.embedding_factor * self.embedding(tokens_BS) + self.positions(positions_BS)
         attention_logits = []
         for block in self.blocks:
             x_BSD, logits_BNST = block(x_BSD, mask_B1ST)

@@ -15,6 +15,7 @@ from torch import nn
 
 from mlra_scale.config import BatchPlan, Config, OptimConfig, deepspeed_config, offload_optimizer, zero_stage
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
 from mlra_scale.parallel.fragments import Fragment, scale_rows
 from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view, mend_loss_scaling
 from mlra_scale.parallel.topology import Topology
@@ -156,6 +157,17 @@ class Engine(Protocol):
         """
         ...
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Returns small tensors that continue a run besides weights and moments, by name; collective.
+
+        These are the vectors of sigmaReparam's power iterations. Rank 0 gets those of all stages; only its are stored.
+        """
+        ...
+
+    def load_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from what `buffers` returned on rank 0, in whatever layout."""
+        ...
+
     def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
         """Replaces weights and optimizer state, so that training goes on as if it had never stopped; collective.
 
@@ -219,6 +231,7 @@ class EngineBase(ABC):
         self._proposal: UpdateProposal | None = None
         self._was_applied = False
         self._num_micro_batches = plan.accumulation_steps * plan.data
+        self._spectral_norms: list[SpectralNorm] = []
 
     def _install(self, deepspeed_engine: Any, named: dict[str, nn.Parameter], tied_copies: frozenset[str]) -> None:
         """Adopts a DeepSpeed engine.
@@ -238,6 +251,7 @@ class EngineBase(ABC):
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
+        self._spectral_norms = spectral_norms(self.module)
         if self.config.train.precision == "fp16":
             mend_loss_scaling(deepspeed_engine.optimizer)
         self._initial_loss_scaler = self._loss_scaler_state()
@@ -289,6 +303,21 @@ class EngineBase(ABC):
             "loss_scaler": self._loss_scaler_state(),
         }
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """See Engine."""
+        if not self.config.model.sigma_reparam:
+            return {}
+        topology = self.topology
+        is_first_copy = topology.tensor_rank == 0 and topology.data_rank == 0
+        mine = stored_vectors(self._spectral_norms) if is_first_copy else {}
+        gathered: list[Any] | None = [None] * topology.world_size if topology.rank == 0 else None
+        dist.gather_object(mine, gathered, dst=0, group=topology.control_group)
+        return {name: vector for part in gathered or [mine] for name, vector in part.items()}
+
+    def load_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """See Engine."""
+        load_vectors(self._spectral_norms, buffers)
+
     @torch.no_grad()
     def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
         """See Engine. None of DeepSpeed's own counters needs to come back: nothing here depends on them."""
@@ -306,6 +335,12 @@ class EngineBase(ABC):
             stored = state["loss_scaler"] if state is not None else None
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
         self.view.publish()
+        self._forget_spectra()
+
+    def _forget_spectra(self) -> None:
+        """Weights may have changed: the next pass through the model finds their largest singular values anew."""
+        for norm in self._spectral_norms:
+            norm.forget()
 
     def _loss_scaler_state(self) -> dict[str, Any] | None:
         if self.config.train.precision != "fp16":
@@ -370,8 +405,11 @@ class EngineBase(ABC):
         assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
         self._before_update, self._wants_stop = before_update, wants_stop
         self._set_learning_rate(learning_rate)
+        self._forget_spectra()
         loss_scale = self._loss_scale()
         self._run(batches)
+        for norm in self._spectral_norms:
+            norm.advance()
         assert self._proposal is not None
         is_overflow = loss_scale is not None and not self._proposal.is_finite
         self.num_skipped += not self._was_applied

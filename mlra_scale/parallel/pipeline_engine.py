@@ -152,6 +152,7 @@ class PipelineEngine(EngineBase):
 
     def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
         """See Engine."""
+        self._forget_spectra()
         loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
         return float(loss)
 

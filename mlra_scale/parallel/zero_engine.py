@@ -62,6 +62,7 @@ class ZeroEngine(EngineBase):
     def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
         """See Engine."""
         self.deepspeed_engine.eval()
+        self._forget_spectra()
         total = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for batch in batches:
             total[0] += self.deepspeed_engine(*self._inputs(batch))

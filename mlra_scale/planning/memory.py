@@ -27,7 +27,8 @@ Activations kept for the backward pass, per token:
 
     block          e (4 D + 4 D / t + 2 F / t + f R): inputs of both norms, their outputs, q k v and the attention's
                    output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
-                   reduction). The S x S attention matrix is kept with attention dropout only: (4 + e) S N / t more
+                   reduction); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is kept with
+                   attention dropout only: (4 + e) S N / t more
     checkpointed   e D instead, and one whole block again while it is recomputed
     ends           e D for the embedding's output (first stage), 2 e D for the final norm (last stage)
     logits         (e + 4 + 4) V / t on the last stage: logits, fp32 softmax and its gradient, of one micro-batch
@@ -170,6 +171,7 @@ def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
     model, tensor = config.model, plan.tensor
     num_factorised = sum(model.is_factorised(name) for name in "qkvo")
     width = 4 * model.hidden_size + 4 * model.hidden_size / tensor + 2 * model.ffn_size / tensor
+    width += 2 * model.hidden_size / tensor * model.qk_norm
     kept = BYTES[config.train.precision] * (width + num_factorised * model.rank)
     if model.attention_dropout > 0.0:
         kept += (4 + BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor

@@ -154,7 +154,7 @@ class Checkpoints:
                 self._engine,
                 progress.step,
                 state,
-                {},
+                self._engine.buffers(),
                 config.to_yaml(),
                 self._tokenizer(config),
                 synchronous=is_last,

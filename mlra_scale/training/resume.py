@@ -63,6 +63,7 @@ _NOT_ARCHITECTURE = (
     "init_width_rule",
     "attention_init",
     "paired_mlra_init",
+    "depth_scaled_init",
     "embedding_dropout",
     "attention_dropout",
     "residual_dropout",

@@ -99,7 +99,8 @@ def save(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
     for step in range(SAVED_AT):
         engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
     saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=True)
-    saver.save(engine, SAVED_AT, {"engine": engine.training_state()}, {}, config.to_yaml(), None)
+    state = {"engine": engine.training_state()}
+    saver.save(engine, SAVED_AT, state, engine.buffers(), config.to_yaml(), None)
     saver.finish()
     return go_on(engine, plan, config)
 

@@ -72,7 +72,7 @@ def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> 
             engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
         saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=False)
         state = {"engine": engine.training_state(), "progress": {"step": STEPS}}
-        saver.save(engine, STEPS, state, {}, config.to_yaml(), None)
+        saver.save(engine, STEPS, state, engine.buffers(), config.to_yaml(), None)
         saver.finish()
         engine.eval_batch([fixed_batch(config)])
     finally:

@@ -31,6 +31,13 @@ def test_exports_give_the_engines_logits(tmp_path: Path, worker_pool: Pools, lay
     assert max(outcome.gpt2, outcome.mlra) < 1e-4
 
 
+def test_options_fold_into_the_exports_of_a_run(tmp_path: Path, worker_pool: Pools) -> None:
+    options: dict[str, Any] = {"model__sigma_reparam": True, "model__layer_norm_scaling": True}
+    options |= {"model__embedding_scale": "sqrt_width"}
+    outcome = run_case(worker_pool, tmp_path, LAYOUTS["tp2, pipeline of 2 stages"], **options)
+    assert max(outcome.gpt2, outcome.mlra) < 1e-4
+
+
 def test_a_run_in_bfloat16_with_dropout_exports_its_fp32_weights(tmp_path: Path, worker_pool: Pools) -> None:
     rates: dict[str, Any] = {"model__residual_dropout": 0.1, "model__attention_dropout": 0.1}
     layout = LAYOUTS["tp2, pipeline of 2 stages"]

@@ -13,8 +13,8 @@ from mlra_scale.model.reference import ReferenceGPT
 VOCAB, POSITIONS, LAYERS, HIDDEN, HEADS, FFN, RANK = 61, 24, 3, 32, 4, 96, 12
 
 
-def make_reference(factorised: tuple[str, ...]) -> ReferenceGPT:
-    model = ReferenceGPT(VOCAB, POSITIONS, LAYERS, HIDDEN, HEADS, FFN, factorised, RANK).double()
+def make_reference(factorised: tuple[str, ...], **options: Any) -> ReferenceGPT:
+    model = ReferenceGPT(VOCAB, POSITIONS, LAYERS, HIDDEN, HEADS, FFN, factorised, RANK, **options).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlra_scale.config import Config
-from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.config import Config, ModelConfig
+from mlra_scale.model.parameters import ParameterTable, linear_maps
+from mlra_scale.model.power_iteration import initial_vector
 from mlra_scale.model.reference import ReferenceGPT
 from tests.support.layouts import Batch, global_batch
 
@@ -23,8 +24,10 @@ class ReferenceRun:
     validation: float
 
 
-def build_reference(config: Config, weights: dict[str, torch.Tensor]) -> ReferenceGPT:
-    """The oracle with these canonical weights, in fp64."""
+def build_reference(
+    config: Config, weights: dict[str, torch.Tensor], vectors: dict[str, torch.Tensor] | None = None
+) -> ReferenceGPT:
+    """The oracle with these canonical weights, in fp64; vectors of sigmaReparam are by default those of a new run."""
     model = config.model
     reference = ReferenceGPT(
         vocab_size=model.vocab_size,
@@ -36,11 +39,24 @@ def build_reference(config: Config, weights: dict[str, torch.Tensor]) -> Referen
         factorised=tuple(name for name in "qkvo" if model.is_factorised(name)),
         rank=model.rank,
         layer_norm_eps=model.layer_norm_eps,
+        qk_norm=model.qk_norm,
+        sigma_reparam=model.sigma_reparam,
+        layer_norm_scaling=model.layer_norm_scaling,
+        embedding_factor=model.hidden_size**0.5 if model.embedding_scale == "sqrt_width" else 1.0,
     ).double()
     state = {name: tensor.double() for name, tensor in weights.items()}
     state["embedding.weight"] = state["embedding.weight"][: model.vocab_size]
     reference.load_state_dict(state)
+    if model.sigma_reparam:
+        started = vectors or initial_vectors(model, config.train.seed)
+        reference.set_vectors({name: vector.double() for name, vector in started.items()})
     return reference
+
+
+def initial_vectors(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Where the power iterations of a run begin, by name of the map."""
+    table = ParameterTable(model)
+    return {name: initial_vector(model, seed, table, entry) for name, entry in linear_maps(model).items()}
 
 
 def reference_loss(config: Config, reference: ReferenceGPT, step: int, with_z_loss: bool = True) -> torch.Tensor:
@@ -77,6 +93,7 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.grad_clip)
         run.gradient_norms.append(norm.item())
         optimizer.step()
+        reference.advance()
     with torch.no_grad():
         run.validation = reference_loss(config, reference, 0, with_z_loss=False).item()
     run.weights = {name: p.detach().numpy() for name, p in reference.named_parameters()}

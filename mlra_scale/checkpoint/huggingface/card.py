@@ -60,7 +60,7 @@ def _title(model: ModelConfig) -> str:
 def _introduction(model: ModelConfig, export_format: Format) -> str:
     text = f"A language model trained and exported with mlra-scale {mlra_scale.__version__}."
     if not _factorised(model):
-        return text + " Its architecture is GPT-2's."
+        return text + f" Its architecture is GPT-2's{', with queries and keys normalised' if model.qk_norm else ''}."
     text += (
         f" It was trained with the attention projections {_factorised(model)} as products of two factors of rank "
         f"{model.rank} (multi-head low-rank attention, Chung et al. 2024, arXiv 2409.07787)."
@@ -93,10 +93,23 @@ def _model_rows(model: ModelConfig, dtype: str) -> Rows:
         ("width", f"{model.hidden_size}, {model.ffn_size} in feed-forward layers"),
         ("heads", f"{model.num_heads} of width {model.head_dim}"),
         ("attention", f"{_factorised(model)} of rank {model.rank}" if _factorised(model) else "dense"),
+        *([("options", "; ".join(options))] if (options := _options(model)) else []),
         ("positions", f"{model.max_positions:,}, learned"),
         ("vocabulary", f"{model.vocab_size:,} tokens"),
         ("weights", dtype),
     ]
+
+
+def _options(model: ModelConfig) -> list[str]:
+    """What the model was trained with beside its shape, and where that is in the export."""
+    found = {
+        "QK-norm (arXiv 2302.05442)": model.qk_norm,
+        "sigmaReparam (arXiv 2303.06296), folded into the weights": model.sigma_reparam,
+        "LayerNorm Scaling (arXiv 2502.05795), folded into the norms": model.layer_norm_scaling,
+        f"token embeddings times {model.embedding_factor:g} on entry and not in the head": model.embedding_factor
+        != 1.0,
+    }
+    return [text for text, is_on in found.items() if is_on]
 
 
 def _training_rows(store: Store) -> Rows:

@@ -20,7 +20,7 @@ from mlra_scale.checkpoint.files import sync_folder
 from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
 from mlra_scale.checkpoint.huggingface.folder import SpecialTokens, copy_tokenizer, write_configuration
 from mlra_scale.checkpoint.huggingface.shards import write_shards
-from mlra_scale.checkpoint.huggingface.tensors import Format, export_tensors
+from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors
 from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
 from mlra_scale.checkpoint.reader import Store
 
@@ -85,11 +85,13 @@ def export_checkpoint(
         The figures of the verification, which it has passed; None without one.
 
     Raises:
-        CheckpointError: The target exists or cannot be written, or the tokenizer, text or type does not suit.
+        CheckpointError: The target exists or cannot be written, the format cannot express the model, or the tokenizer,
+            text or type does not suit.
         VerificationError: The folder is not the trained model.
     """
     target = target.absolute()
     check_target(target, options.is_replacing)
+    check_expressible(store.model, options.export_format)
     if store.folder.resolve() in target.resolve().parents:
         raise CheckpointError(f"{target} lies in the checkpoint, and would be removed with it; name another output")
     if text is not None:

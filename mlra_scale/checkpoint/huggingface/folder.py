@@ -133,6 +133,7 @@ def gpt2_config(model: ModelConfig) -> GPT2Config:
         resid_pdrop=model.residual_dropout,
         layer_norm_epsilon=model.layer_norm_eps,
         initializer_range=model.base_std,
+        tie_word_embeddings=model.embedding_factor == 1.0,
         bos_token_id=None,  # not those of OpenAI's vocabulary
         eos_token_id=None,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
+from mlra_scale.checkpoint.huggingface.plain import PlainWeights
 from mlra_scale.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,14 +35,17 @@ def mlra_config(model: ModelConfig) -> MlraConfig:
         residual_dropout=model.residual_dropout,
         layer_norm_eps=model.layer_norm_eps,
         initializer_range=model.base_std,
+        qk_norm=model.qk_norm,
+        embedding_scale=model.embedding_factor,
     )
 
 
 def model_from_store(store: Store, dtype: torch.dtype = torch.float32) -> MlraForCausalLM:
     """Builds the shipped model with the weights of a checkpoint, in evaluation mode and without gradients.
 
-    In float32 a weight that one file of the checkpoint holds whole stays where it is, memory-mapped; the others, and
-    all of them in other types, take memory of their own. Rows that pad the vocabulary are left out.
+    In float32 a weight that one file of the checkpoint holds whole stays where it is, memory-mapped; the others, those
+    that an option is folded into, and all of them in other types, take memory of their own. Rows that pad the
+    vocabulary are left out.
 
     Args:
         store: An open checkpoint.
@@ -52,9 +56,9 @@ def model_from_store(store: Store, dtype: torch.dtype = torch.float32) -> MlraFo
     """
     with torch.device("meta"):
         result = MlraForCausalLM(mlra_config(store.model))
-    weights = {}
-    for name in store.table:
-        tensor = store.tensor(name)
+    weights, plain = {}, PlainWeights(store)
+    for name in plain.names:
+        tensor = plain[name]
         if name == "embedding.weight":
             tensor = tensor[: store.model.vocab_size]
         weights[f"model.{name}"] = tensor.to(dtype)

@@ -6,6 +6,7 @@ The file stands alone (torch and transformers only) and travels with exported ch
 
 Each of the attention's projections q, k, v, o is dense or the product of two factors, y = (x W_D^T) W_U^T + b (Chung et
 al. 2024, arXiv 2409.07787). All else is GPT-2: pre-LN blocks, learned positions, the tanh form of GELU, a tied head.
+Two options: queries and keys may be normalised (arXiv 2302.05442), and token embeddings scaled where they enter.
 Written for transformers 5.23.
 
 Legend of shape suffixes: B batch, S sequence (queries), T keys, D hidden, N heads, H head dimension, R rank,
@@ -45,6 +46,8 @@ class MlraConfig(PreTrainedConfig):
         attention_dropout: Dropout of the attention's weights, in training.
         residual_dropout: Dropout of each sublayer's output, in training.
         layer_norm_eps: Epsilon of every layer norm.
+        qk_norm: Whether queries and keys pass a layer norm without bias over the width of a head.
+        embedding_scale: What token embeddings are multiplied by on entry; the head takes them as they are.
         initializer_range: Standard deviation of weights that no checkpoint gives.
         use_cache: Whether the forward pass returns its keys and values by default.
     """
@@ -64,6 +67,8 @@ class MlraConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     layer_norm_eps: float = 1e-5
+    qk_norm: bool = False
+    embedding_scale: float = 1.0
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -140,6 +145,7 @@ class MlraAttention(nn.Module):
     """Causal self-attention whose projections may each be factorised.
 
     q, k, v, o: weight [D, D], bias [D], or where factorised down.weight [R, D], up.weight [D, R], up.bias [D]
+    q_norm, k_norm, where there are: weight [H]
     """
 
     def __init__(self, config: MlraConfig, layer_idx: int) -> None:
@@ -154,6 +160,11 @@ class MlraAttention(nn.Module):
         self.k = _projection(config, "k")
         self.v = _projection(config, "v")
         self.o = _projection(config, "o")
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
 
     def forward(
         self, hidden_BSD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
@@ -163,6 +174,7 @@ class MlraAttention(nn.Module):
             projection(hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q, self.k, self.v)
         )
+        query_BNSH, key_BNTH = self.q_norm(query_BNSH), self.k_norm(key_BNTH)
         if past_key_values is not None:
             key_BNTH, value_BNTH = past_key_values.update(key_BNTH, value_BNTH, self.layer_idx)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -186,6 +198,18 @@ def _projection(config: MlraConfig, name: str) -> nn.Module:
         assert config.attention_rank is not None
         return LowRankLinear(config.hidden_size, config.hidden_size, config.attention_rank)
     return nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embedding that scales what it returns, where the scale is not 1."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: float) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        embedded = super().forward(input)
+        return embedded if self.scale == 1.0 else embedded * self.scale
 
 
 class MlraFeedForward(nn.Module):
@@ -252,7 +276,7 @@ class MlraModel(MlraPreTrainedModel):
 
     def __init__(self, config: MlraConfig) -> None:
         super().__init__(config)
-        self.embedding: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding: nn.Module = ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(MlraBlock(config, index) for index in range(config.num_hidden_layers))
@@ -288,7 +312,7 @@ class MlraModel(MlraPreTrainedModel):
             attention_mask: 1 for tokens and 0 for padding, [B, T] with the cached ones; or a mask [B, 1, S, T].
             position_ids: Position of each token [B, S]; by default counted from the first token that is not padding.
             past_key_values: Keys and values of earlier tokens, appended to.
-            inputs_embeds: Token embeddings [B, S, D] instead of input_ids.
+            inputs_embeds: Token embeddings [B, S, D], as `get_input_embeddings()` returns them, instead of input_ids.
             use_cache: Whether to return keys and values.
             output_attentions: Whether to return the attention's weights (with attn_implementation="eager" only).
             output_hidden_states: Whether to return the hidden state before each block, and the last one.

@@ -4,7 +4,9 @@
 factors; in float64, so that only the rounding to the written type remains), q, k and v share one matrix, and matrices
 are transposed, since GPT-2's Conv1D keeps them as [in, out]. `mlra` keeps names, factors and all values as they are.
 
-In both the rows that pad the vocabulary are left out, and the output head is the token embedding, stored once.
+In both the rows that pad the vocabulary are left out, sigmaReparam and LayerNorm Scaling are folded into the weights
+(plain.py), and the output head is the token embedding, stored once. With `model.embedding_scale` that holds for `mlra`
+only: GPT-2 has no factor between the two, so there the scaled embedding and the head are two matrices.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.huggingface.plain import PlainWeights
+
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.config import ModelConfig
 
 Format = Literal["gpt2", "mlra"]
 FORMATS: tuple[Format, ...] = ("gpt2", "mlra")
@@ -37,6 +43,20 @@ class ExportTensor:
     make: Callable[[], torch.Tensor]
 
 
+def check_expressible(model: ModelConfig, export_format: Format) -> None:
+    """Raises CheckpointError if a format cannot express a model.
+
+    Args:
+        model: The configuration of the trained model.
+        export_format: One of FORMATS.
+    """
+    if export_format == "gpt2" and model.qk_norm:
+        raise CheckpointError(
+            "the model normalises queries and keys (model.qk_norm), which stock GPT-2 cannot: what a norm divides by "
+            "depends on the text, so no weight can take it in; use --format mlra"
+        )
+
+
 def export_tensors(store: Store, export_format: Format) -> list[ExportTensor]:
     """Returns the tensors of an export, in the order of the model; none is made yet.
 
@@ -44,63 +64,73 @@ def export_tensors(store: Store, export_format: Format) -> list[ExportTensor]:
         store: An open checkpoint.
         export_format: One of FORMATS.
     """
-    return list(_gpt2(store) if export_format == "gpt2" else _mlra(store))
+    plain = PlainWeights(store)
+    return list(_gpt2(store, plain) if export_format == "gpt2" else _mlra(store, plain))
 
 
-def _mlra(store: Store) -> Iterator[ExportTensor]:
-    for name, info in store.table.items():
+def _mlra(store: Store, plain: PlainWeights) -> Iterator[ExportTensor]:
+    for name in plain.names:
         if name == "embedding.weight":
             yield _vocabulary(store, f"model.{name}")
         else:
-            yield _as_stored(store, name, f"model.{name}", info.shape)
+            yield _one(plain, name, f"model.{name}", store.table[name].shape)
 
 
-def _gpt2(store: Store) -> Iterator[ExportTensor]:
+def _gpt2(store: Store, plain: PlainWeights) -> Iterator[ExportTensor]:
     model = store.model
     D, F = model.hidden_size, model.ffn_size
-    yield _vocabulary(store, "transformer.wte.weight")
-    yield _as_stored(store, "positions.weight", "transformer.wpe.weight", (model.max_positions, D))
+    yield _vocabulary(store, "transformer.wte.weight", model.embedding_factor)
+    yield _one(plain, "positions.weight", "transformer.wpe.weight", (model.max_positions, D))
     for index in range(model.num_layers):
         source, target = f"blocks.{index}", f"transformer.h.{index}"
         qkv = tuple(f"{source}.attention.{projection}" for projection in ("q", "k", "v"))
-        yield from _norm(store, f"{source}.attention_norm", f"{target}.ln_1")
-        yield from _linear(store, qkv, f"{target}.attn.c_attn", D, 3 * D)
-        yield from _linear(store, (f"{source}.attention.o",), f"{target}.attn.c_proj", D, D)
-        yield from _norm(store, f"{source}.mlp_norm", f"{target}.ln_2")
-        yield from _linear(store, (f"{source}.mlp.fc_in",), f"{target}.mlp.c_fc", D, F)
-        yield from _linear(store, (f"{source}.mlp.fc_out",), f"{target}.mlp.c_proj", F, D)
-    yield from _norm(store, "final_norm", "transformer.ln_f")
+        yield from _norm(plain, f"{source}.attention_norm", f"{target}.ln_1", D)
+        yield from _linear(plain, qkv, f"{target}.attn.c_attn", D, 3 * D)
+        yield from _linear(plain, (f"{source}.attention.o",), f"{target}.attn.c_proj", D, D)
+        yield from _norm(plain, f"{source}.mlp_norm", f"{target}.ln_2", D)
+        yield from _linear(plain, (f"{source}.mlp.fc_in",), f"{target}.mlp.c_fc", D, F)
+        yield from _linear(plain, (f"{source}.mlp.fc_out",), f"{target}.mlp.c_proj", F, D)
+    yield from _norm(plain, "final_norm", "transformer.ln_f", D)
+    if model.embedding_factor != 1.0:
+        yield _vocabulary(store, "lm_head.weight")
 
 
-def _vocabulary(store: Store, target: str) -> ExportTensor:
+def _vocabulary(store: Store, target: str, factor: float = 1.0) -> ExportTensor:
     """The embedding without the rows that pad it."""
     tokens, width = store.model.vocab_size, store.model.hidden_size
-    return ExportTensor(target, (tokens, width), lambda: store.rows("embedding.weight", 0, tokens))
+
+    def make() -> torch.Tensor:
+        rows = store.rows("embedding.weight", 0, tokens)
+        return rows if factor == 1.0 else rows.double() * factor
+
+    return ExportTensor(target, (tokens, width), make)
 
 
-def _as_stored(store: Store, source: str, target: str, shape: tuple[int, ...]) -> ExportTensor:
-    return ExportTensor(target, shape, lambda: store.tensor(source))
+def _one(plain: PlainWeights, source: str, target: str, shape: tuple[int, ...]) -> ExportTensor:
+    return ExportTensor(target, shape, lambda: plain[source])
 
 
-def _norm(store: Store, source: str, target: str) -> Iterator[ExportTensor]:
+def _norm(plain: PlainWeights, source: str, target: str, width: int) -> Iterator[ExportTensor]:
     for kind in ("weight", "bias"):
-        yield _as_stored(store, f"{source}.{kind}", f"{target}.{kind}", (store.model.hidden_size,))
+        yield _one(plain, f"{source}.{kind}", f"{target}.{kind}", (width,))
 
 
-def _linear(store: Store, sources: tuple[str, ...], target: str, inputs: int, outputs: int) -> Iterator[ExportTensor]:
+def _linear(
+    plain: PlainWeights, sources: tuple[str, ...], target: str, inputs: int, outputs: int
+) -> Iterator[ExportTensor]:
     """One Conv1D for one or several of our maps side by side."""
     yield ExportTensor(
-        f"{target}.weight", (inputs, outputs), lambda: torch.cat([_dense(store, name) for name in sources]).T
+        f"{target}.weight", (inputs, outputs), lambda: torch.cat([_dense(plain, name) for name in sources]).T
     )
-    yield ExportTensor(f"{target}.bias", (outputs,), lambda: torch.cat([_bias(store, name) for name in sources]))
+    yield ExportTensor(f"{target}.bias", (outputs,), lambda: torch.cat([_bias(plain, name) for name in sources]))
 
 
-def _dense(store: Store, name: str) -> torch.Tensor:
+def _dense(plain: PlainWeights, name: str) -> torch.Tensor:
     """The matrix [out, in] of a linear map that may be factorised."""
-    if f"{name}.weight" in store.table:
-        return store.tensor(f"{name}.weight")
-    return store.tensor(f"{name}.up.weight").double() @ store.tensor(f"{name}.down.weight").double()
+    if f"{name}.weight" in plain:
+        return plain[f"{name}.weight"]
+    return plain[f"{name}.up.weight"].double() @ plain[f"{name}.down.weight"].double()
 
 
-def _bias(store: Store, name: str) -> torch.Tensor:
-    return store.tensor(f"{name}.bias" if f"{name}.bias" in store.table else f"{name}.up.bias")
+def _bias(plain: PlainWeights, name: str) -> torch.Tensor:
+    return plain[f"{name}.bias" if f"{name}.bias" in plain else f"{name}.up.bias"]

@@ -20,6 +20,7 @@ from torch import nn
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.initialization import Initializer
 from mlra_scale.model.layers import TokenEmbedding, model_layers
+from mlra_scale.model.spectral import load_vectors, spectral_norms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +73,7 @@ class TrainingSide:
     def __init__(self, store: Store, dtype: torch.dtype) -> None:
         self._store = store
         self._dtype = dtype
+        self._vectors = store.power_vectors()
         # A group of one that has no means to communicate: whatever tried to would fail.
         self._context = _Context(store.model, seed=0, tensor_group=dist.ProcessGroup(dist.HashStore(), 0, 1))
 
@@ -111,3 +113,4 @@ class TrainingSide:
             weight = self._store.tensor(f"{prefix}.{name}")
             assert weight.shape == parameter.shape, (prefix, name)
             parameter.data = weight.to(self._dtype)
+        load_vectors(spectral_norms(module), self._vectors)

@@ -186,7 +186,8 @@ def verify_folder(
     exported, own = Comparison(), None if dtype == torch.float32 else Comparison()
     inputs_NS, targets_NS = tokens_NS[:, :-1], tokens_NS[:, 1:]
     with loaded_model(folder, export_format, dtype) as model, distributed_of_one(), torch.no_grad():
-        _check_loaded(model, store, dtype)
+        is_tied = export_format == "mlra" or store.model.embedding_factor == 1.0
+        _check_loaded(model, store, dtype, is_tied)
         expected = TrainingSide(store, torch.float32).logits(inputs_NS)
         own_logits = None if own is None else TrainingSide(store, dtype).logits(inputs_NS)
         for inputs_S, targets_S in zip(inputs_NS, targets_NS, strict=True):
@@ -266,11 +267,11 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_loaded(model: Any, store: Store, dtype: torch.dtype) -> None:
+def _check_loaded(model: Any, store: Store, dtype: torch.dtype, is_tied: bool) -> None:
     """What no logit would tell."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if head is not inputs:
-        raise VerificationError("the output head is not the token embedding")
+    if (head is inputs) != is_tied:
+        raise VerificationError(f"the output head is {'not ' if is_tied else ''}the token embedding")
     if inputs.shape[0] != store.model.vocab_size:
         raise VerificationError(f"the model has {inputs.shape[0]} tokens and not {store.model.vocab_size}")
     others = sorted({dtype_name(parameter.dtype) for parameter in model.parameters()} - {dtype_name(dtype)})

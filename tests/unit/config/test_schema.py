@@ -13,7 +13,8 @@ from mlra_scale.config.problems import model_at
 FIELDS = {
     "model": "vocab_size vocab_padding_multiple max_positions num_layers hidden_size num_heads ffn_hidden_size "
     "attention attention_rank attention_rank_ratio factorised_projections init_std init_width_rule attention_init "
-    "paired_mlra_init embedding_dropout attention_dropout residual_dropout layer_norm_eps z_loss",
+    "paired_mlra_init depth_scaled_init embedding_dropout attention_dropout residual_dropout layer_norm_eps qk_norm "
+    "sigma_reparam layer_norm_scaling embedding_scale z_loss",
     "data": "path blend validation_path validation_fraction tokenizer document_attention reset_positions "
     "end_of_document_token seed",
     "train": "steps global_batch_size micro_batch_size sequence_length seed precision device log_every peak_tflops "
@@ -158,6 +159,27 @@ def test_derived_sizes() -> None:
     assert not any(dense.is_factorised(name) for name in "qkvo")
     thin = model.model_copy(update={"hidden_size": 192, "num_heads": 3, "init_width_rule": "inverse_sqrt_width"})
     assert thin.base_std == pytest.approx(0.04)
+    small = model.model_copy(update={"init_width_rule": "small"})
+    assert small.base_std == pytest.approx((2 / (5 * 1024)) ** 0.5)
     assert model.model_copy(update={"attention_rank": 7}).rank == 7
     assert model.model_copy(update={"attention_rank_ratio": 1e-9}).rank == 1
     assert model.model_copy(update={"vocab_size": 256}).padded_vocab_size == 256
+
+
+@pytest.mark.parametrize(
+    ("layer_norm_scaling", "depth_scaled_init", "is_scaled"),
+    [(False, None, True), (True, None, False), (False, False, False), (True, True, True)],
+)
+def test_layer_norm_scaling_leaves_the_depth_scaled_init_out_unless_told(
+    layer_norm_scaling: bool, depth_scaled_init: bool | None, is_scaled: bool
+) -> None:
+    model = debug_with("model", layer_norm_scaling=layer_norm_scaling, depth_scaled_init=depth_scaled_init).model
+    assert model.residual_scale == pytest.approx((2 * model.num_layers) ** -0.5 if is_scaled else 1.0)
+    assert model.norm_factor(0) == 1.0
+    assert model.norm_factor(3) == (0.5 if layer_norm_scaling else 1.0)
+
+
+def test_factor_of_embeddings() -> None:
+    assert debug_with("model").model.embedding_factor == 1.0
+    model = debug_with("model", embedding_scale="sqrt_width").model
+    assert model.embedding_factor == pytest.approx(model.hidden_size**0.5)

@@ -28,6 +28,8 @@ def test_every_field_is_in_one_class_at_most() -> None:
     for name in ("model.num_layers", "model.init_std", "train.seed", "data.seed", "train.sequence_length"):
         assert name in never
     assert "data.document_attention" in never and "model.layer_norm_eps" in never
+    for option in ("qk_norm", "sigma_reparam", "layer_norm_scaling", "embedding_scale", "depth_scaled_init"):
+        assert f"model.{option}" in never
 
 
 def test_flat_and_nested_are_inverse() -> None:

@@ -11,15 +11,25 @@ from mlra_scale.checkpoint.reader import Store
 from mlra_scale.checkpoint.writer import write_weights
 from mlra_scale.config import ModelConfig
 from mlra_scale.data.tokenizer import save_tokenizer
+from mlra_scale.model.parameters import vector_name
 from tests.support.gpt2_folders import tokenizer
 from tests.support.layouts import canonical_weights
+from tests.support.oracle import initial_vectors
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"attention": "dense"},
     "qkvo": {"factorised_projections": ("q", "k", "v", "o")},
     "vo": {"factorised_projections": ("v", "o"), "ffn_hidden_size": 40, "layer_norm_eps": 1e-3},
+    "sigma-reparam": {"sigma_reparam": True, "factorised_projections": ("q", "o")},
+    "layer-norm-scaling": {"layer_norm_scaling": True, "attention": "dense"},
+    "embedding-scale": {"embedding_scale": "sqrt_width"},
+    "folding": {"sigma_reparam": True, "layer_norm_scaling": True, "embedding_scale": "sqrt_width"},
+    "qk-norm": {"qk_norm": True},
+    "all": {"qk_norm": True, "sigma_reparam": True, "layer_norm_scaling": True, "embedding_scale": "sqrt_width"},
 }
+ONLY_MLRA = ("qk-norm", "all")
+"""Those that stock GPT-2 cannot express."""
 
 
 def model_config(variant: str = "mlra") -> ModelConfig:
@@ -46,7 +56,13 @@ def checkpoint(folder: Path, variant: str = "mlra", has_tokenizer: bool = True) 
         source = folder.parent / f"{folder.name}-tokenizer"
         save_tokenizer(tokenizer(), source)
     values = model_config(variant).model_dump(mode="json")
-    return Store.open(write_weights(folder, values, weights(variant).items(), source, {"source": "a test"}))
+    buffers = {vector_name(name): vector for name, vector in vectors(variant).items()}
+    return Store.open(write_weights(folder, values, weights(variant).items(), source, {"source": "a test"}, buffers))
+
+
+def vectors(variant: str) -> dict[str, torch.Tensor]:
+    """Where the power iterations of a variant stand; there are none without sigmaReparam."""
+    return initial_vectors(model_config(variant), seed=3)
 
 
 def random_text(length: int = 32, count: int = 3) -> VerificationText:

@@ -15,14 +15,25 @@ from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import entry_of
 from mlra_scale.checkpoint.huggingface import exporting
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
+from mlra_scale.checkpoint.huggingface.loading import model_from_store
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
 from mlra_scale.checkpoint.huggingface.verification import Comparison, Verification, VerificationError
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.checkpoint.writer import write_weights
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
+from mlra_scale.model.reference import ReferenceGPT
 from tests.support.gpt2_folders import gpt2_folder, tokenizer
 from tests.support.oracle import build_reference
-from tests.unit.checkpoint.huggingface.builders import VARIANTS, checkpoint, model_config, random_text, weights
+from tests.unit.checkpoint.huggingface.builders import (
+    ONLY_MLRA,
+    VARIANTS,
+    checkpoint,
+    model_config,
+    random_text,
+    vectors,
+    weights,
+)
 
 MODELS: dict[Format, Any] = {"gpt2": GPT2LMHeadModel, "mlra": MlraForCausalLM}
 
@@ -42,15 +53,22 @@ def files_of(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("export_format", FORMATS)
-@pytest.mark.parametrize("variant", VARIANTS)
+def oracle(variant: str) -> ReferenceGPT:
+    config: Any = SimpleNamespace(model=model_config(variant))
+    return build_reference(config, weights(variant), vectors(variant))
+
+
+EXPORTS = [(variant, name) for variant in VARIANTS for name in FORMATS if name == "mlra" or variant not in ONLY_MLRA]
+
+
+@pytest.mark.parametrize(("variant", "export_format"), EXPORTS)
 def test_exports_equal_the_oracle(tmp_path: Path, variant: str, export_format: Format) -> None:
     source = checkpoint(tmp_path / "checkpoint", variant)
     text = random_text()
     verification = export_checkpoint(source, tmp_path / "out", ExportOptions(export_format), text)
     assert verification is not None and verification.exported.max_difference < 1e-5
     assert verification.exported.agreement == 1.0 and verification.exported.num_tokens == 96
-    expected = build_reference(SimpleNamespace(model=model_config(variant)), weights(variant))  # type: ignore[arg-type]
+    expected = oracle(variant)
     model = load(tmp_path / "out", export_format)
     with torch.no_grad():
         logits = model(text.tokens_NS[:, :-1]).logits
@@ -60,6 +78,95 @@ def test_exports_equal_the_oracle(tmp_path: Path, variant: str, export_format: F
     names |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
     assert files_of(tmp_path / "out") == names | ({"modeling_mlra.py"} if export_format == "mlra" else set())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("variant", ONLY_MLRA)
+def test_what_gpt2_cannot_express_is_refused_before_any_work(tmp_path: Path, variant: str) -> None:
+    source = checkpoint(tmp_path / "checkpoint", variant, has_tokenizer=False)
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm.* which stock GPT-2 cannot.* use --format mlra"):
+        export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert files_of(tmp_path) == {"checkpoint"}
+
+
+@pytest.mark.parametrize("variant", ["all", "folding"])
+def test_evaluation_sees_the_model_that_an_export_is(tmp_path: Path, variant: str) -> None:
+    source = checkpoint(tmp_path / "checkpoint", variant)
+    tokens = random_text().tokens_NS[:, :-1]
+    with torch.no_grad():
+        logits = model_from_store(source)(tokens).logits
+        torch.testing.assert_close(logits.double(), oracle(variant)(tokens), rtol=0, atol=1e-5)
+
+
+def test_options_that_fold_leave_plain_weights(tmp_path: Path) -> None:
+    """No gain is left, a map's largest singular value is its gain, and a norm has its block's factor."""
+    source = checkpoint(tmp_path / "checkpoint", "folding")
+    export_checkpoint(source, tmp_path / "out", ExportOptions("mlra"), random_text())
+    plain = checkpoint(tmp_path / "plain", "mlra")
+    state, ours = load(tmp_path / "out", "mlra").state_dict(), weights("folding")
+    assert state.keys() == {f"model.{name}" for name in plain.table} | {"lm_head.weight"}
+    for norm in ("attention_norm.weight", "mlp_norm.bias"):
+        folded = ours[f"blocks.2.{norm}"].double() / 3**0.5
+        assert torch.equal(state[f"model.blocks.2.{norm}"], folded.float())
+        assert torch.equal(state[f"model.blocks.0.{norm}"], ours[f"blocks.0.{norm}"])
+    matrix = state["model.blocks.1.mlp.fc_in.weight"].double()
+    # One power iteration from the vectors of other weights: the singular value is only about the gain.
+    largest, gain = torch.linalg.matrix_norm(matrix, 2), ours["blocks.1.mlp.fc_in.gain"]
+    assert 0.999 * gain < largest < 2 * gain
+    assert torch.equal(state["model.blocks.1.attention.q.down.weight"], ours["blocks.1.attention.q.down.weight"])
+
+
+def test_a_scaled_embedding_and_its_head_are_two_matrices_in_gpt2(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "checkpoint", "embedding-scale")
+    for name in FORMATS:
+        export_checkpoint(source, tmp_path / name, ExportOptions(name), random_text())
+    stock, own = (load(tmp_path / name, name) for name in FORMATS)
+    embedding = weights("embedding-scale")["embedding.weight"][: tokenizer().vocabulary_size]
+    assert not stock.config.tie_word_embeddings
+    assert torch.equal(stock.transformer.wte.weight, (embedding.double() * 32**0.5).float())
+    assert torch.equal(stock.lm_head.weight, embedding)
+    assert own.config.tie_word_embeddings and own.lm_head.weight is own.model.embedding.weight
+    tokens = random_text().tokens_NS[:, :-1]
+    entering = own.get_input_embeddings()(tokens)
+    torch.testing.assert_close(entering, stock.transformer.wte(tokens))
+    torch.testing.assert_close(own(inputs_embeds=entering).logits, own(tokens).logits)
+    prompts = tokens[:, :6]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    texts = [
+        model.generate(prompts, use_cache=cached, **settings) for model in (stock, own) for cached in (True, False)
+    ]
+    assert all(torch.equal(text, texts[0]) for text in texts[1:])
+
+
+@pytest.mark.parametrize("fault", ["embedding.weight", "lm_head.weight"])
+def test_an_embedding_that_is_scaled_in_the_wrong_place_fails(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint(tmp_path / "checkpoint", "embedding-scale", has_tokenizer=False)
+    name = "wte.weight" if fault == "embedding.weight" else fault
+    original, wrong = exporting.export_tensors, 32**-0.5 if name == "wte.weight" else 32**0.5
+    scaled = changed(name, lambda tensor: tensor * wrong)
+    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: scaled(original(*arguments)))
+    with pytest.raises(VerificationError, match="its logits"):
+        export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+
+
+def test_a_checkpoint_without_its_vectors_is_not_exported(tmp_path: Path) -> None:
+    values = model_config("sigma-reparam").model_dump(mode="json")
+    folder = write_weights(tmp_path / "checkpoint", values, weights("sigma-reparam").items(), None, {})
+    with pytest.raises(CheckpointError, match=r"lacks the power-iteration vector of blocks\.0\.attention\.q"):
+        export_checkpoint(Store.open(folder), tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert files_of(tmp_path) == {"checkpoint"}
+
+
+def test_the_card_names_the_options(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "checkpoint", "all")
+    export_checkpoint(source, tmp_path / "out", ExportOptions("mlra"), None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for option in ("QK-norm", "sigmaReparam", "LayerNorm Scaling", "token embeddings times 5.65685 on entry"):
+        assert option in card, option
+    plain = checkpoint(tmp_path / "plain")
+    export_checkpoint(plain, tmp_path / "other", ExportOptions("mlra"), None)
+    assert "options" not in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_dense_weights_are_exported_bit_by_bit(tmp_path: Path) -> None:

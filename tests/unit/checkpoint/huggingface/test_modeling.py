@@ -18,6 +18,11 @@ from mlra_scale.model.reference import ReferenceGPT
 from tests.parity.test_reference import HEADS, HIDDEN, LAYERS, POSITIONS, RANK, VOCAB, make_huggingface, make_reference
 
 FACTORISED = [(), ("q", "k", "v"), ("q", "k", "v", "o"), ("v",), ("k", "o")]
+# QK-norm and scaled embeddings, as the oracle and as the shipped configuration have them.
+OPTIONS: tuple[dict[str, Any], dict[str, Any]] = (
+    {"qk_norm": True, "embedding_factor": 3.0},
+    {"qk_norm": True, "embedding_scale": 3.0},
+)
 each_variant = pytest.mark.parametrize("factorised", FACTORISED, ids=lambda names: "".join(names) or "dense")
 each_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
@@ -36,9 +41,11 @@ def make_config(factorised: tuple[str, ...], **changes: Any) -> MlraConfig:
     )
 
 
-def make_model(reference: ReferenceGPT, factorised: tuple[str, ...], attention: str = "sdpa") -> MlraForCausalLM:
+def make_model(
+    reference: ReferenceGPT, factorised: tuple[str, ...], attention: str = "sdpa", **options: Any
+) -> MlraForCausalLM:
     """The oracle's weights, every bias of them non-zero, in the shipped model; in float64."""
-    model = MlraForCausalLM(make_config(factorised, attn_implementation=attention)).double().eval()
+    model = MlraForCausalLM(make_config(factorised, attn_implementation=attention, **options)).double().eval()
     state = {f"model.{name}": tensor for name, tensor in reference.state_dict().items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert missing == ["lm_head.weight"] and not unexpected  # the head is the embedding
@@ -70,9 +77,11 @@ def test_logits_equal_the_oracle(factorised: tuple[str, ...], attention: str, to
 
 
 @each_attention
-def test_the_cache_gives_the_same_logits(attention: str, tokens: torch.Tensor) -> None:
-    reference = make_reference(("q", "k", "v"))
-    model = make_model(reference, ("q", "k", "v"), attention)
+@pytest.mark.parametrize("has_options", [False, True])
+def test_the_cache_gives_the_same_logits(attention: str, has_options: bool, tokens: torch.Tensor) -> None:
+    ours, theirs = OPTIONS if has_options else ({}, {})
+    reference = make_reference(("q", "k", "v"), **ours)
+    model = make_model(reference, ("q", "k", "v"), attention, **theirs)
     with torch.no_grad():
         expected = reference(tokens)
         cache, logits = None, []
@@ -123,9 +132,13 @@ def test_greedy_generation_equals_stock_gpt2(factorised: tuple[str, ...]) -> Non
 
 
 @each_variant
-def test_loss_and_gradients_equal_the_oracle(factorised: tuple[str, ...], tokens: torch.Tensor) -> None:
-    reference = make_reference(factorised)
-    model = make_model(reference, factorised)
+@pytest.mark.parametrize("has_options", [False, True])
+def test_loss_and_gradients_equal_the_oracle(
+    factorised: tuple[str, ...], has_options: bool, tokens: torch.Tensor
+) -> None:
+    ours, theirs = OPTIONS if has_options else ({}, {})
+    reference = make_reference(factorised, **ours)
+    model = make_model(reference, factorised, **theirs)
     reference.loss(reference(tokens)[:, :-1], tokens[:, 1:]).backward()
     F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     own = dict(model.named_parameters())

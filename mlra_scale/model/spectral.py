@@ -1,0 +1,183 @@
+"""sigmaReparam: each linear map of a block is W_hat = gamma W / sigma(W) (Zhai et al. 2023, arXiv 2303.06296).
+
+gamma is a learned gain, 1 at the start, and sigma(W) the largest singular value, which one power iteration per training
+step follows: its vector carries over from step to step. A factorised map is normalised as the product that it is, so
+that gamma is the largest singular value of what the map does, dense or low-rank; with factors normalised one by one a
+low-rank map would start smaller than the dense one that it is compared with.
+
+sigma = u^T W v with u and v held fixed, so its gradient in W is u v^T; for W = W_U W_D it is u (W_D v)^T in W_U and
+(W_U^T u) v^T in W_D. The vectors belong to a step, not to a pass through the model: every micro-batch, recomputation
+and rank computes with the same ones. A validation between two steps computes with those that the next step will find.
+
+Shape suffixes: O outputs, I inputs of a map, R rank; where tensor parallelism splits O or I, a rank has its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mlra_scale.megatron import copy_to_tensor_model_parallel_region
+from mlra_scale.model.parameters import maps_of_block, vector_name
+from mlra_scale.model.power_iteration import PowerIteration, initial_vector
+
+if TYPE_CHECKING:
+    from mlra_scale.model.context import ModelContext
+
+
+class SpectralNorm:
+    """sigma(W) of one map in training; the modules that hold the factors of a map share it.
+
+    Attributes:
+        name: The map's.
+    """
+
+    def __init__(self, context: ModelContext, name: str) -> None:
+        self.name = name
+        self._context = context
+        (self._map,) = (found for found in maps_of_block(context.model, name.rsplit(".", 2)[0]) if found.name == name)
+        table = context.initialize.table
+        shards = [None if part is None else table[part].shard_dim for part in (self._map.down, self._map.up)]
+        is_parallel = context.tensor_parallel > 1
+        self._input_group = context.tensor_group if is_parallel and shards[0] == 1 else None
+        self._output_group = context.tensor_group if is_parallel and shards[1] == 0 else None
+        self._is_split = is_parallel and (shards[0] if self._map.up is None else shards[1]) is not None
+        self._vector: torch.Tensor | None = None
+        self._iteration: PowerIteration | None = None
+        self._is_found = False
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """What carries over from step to step: a unit vector, the same on every rank."""
+        if self._vector is None:
+            self._vector = initial_vector(
+                self._context.model, self._context.seed, self._context.initialize.table, self._map
+            )
+        return self._vector
+
+    @vector.setter
+    def vector(self, value: torch.Tensor) -> None:
+        self._vector = value
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was found for weights that have changed or may have."""
+        self._iteration, self._is_found = None, False
+
+    def advance(self) -> None:
+        """Ends a training step: the next one begins with the vector that this one has found."""
+        assert self._iteration is not None and self._is_found
+        self.vector = self._iteration.next_vector
+
+    def image(self, weight_RI: torch.Tensor) -> torch.Tensor:
+        """Takes v through the factor at the input.
+
+        Args:
+            weight_RI: W_D.
+
+        Returns:
+            [R]: W_D v, for `scale`; the gradient that comes back is that of W_D. (Where the input is split, this rank's
+            summand: `scale` does not look at the value.)
+        """
+        if self._iteration is None:
+            self._iteration = self._begin(weight_RI)
+            self._iteration.through_down(_accurate(weight_RI))
+        return weight_RI @ self._iteration.right_I.to(weight_RI.dtype)
+
+    def scale(self, gain: torch.Tensor, weight: torch.Tensor, image_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns gamma / sigma(W), what the factor at the output (or the dense matrix) has to be multiplied by.
+
+        Args:
+            gain: gamma [1].
+            weight: That factor or matrix.
+            image_R: What `image` returned, for a factorised map.
+
+        Returns:
+            [1] in fp32 or fp64, with its gradient in the gain and all factors.
+        """
+        if not self._is_found:
+            self._find(weight)
+        found = self._iteration
+        assert found is not None
+        right = found.right_I if image_R is None else found.image_R
+        first_order = found.left_O.to(weight.dtype) @ (weight @ right.to(weight.dtype))
+        if image_R is not None:
+            first_order = first_order + found.pullback_R.to(image_R.dtype) @ image_R
+        # The value of sigma is known, the same in all passes of a step: only its gradient is taken from here.
+        sigma = found.sigma + (first_order - first_order.detach())
+        scale = gain.to(sigma.dtype) / sigma
+        if not self._is_split:
+            return scale
+        # A rank multiplies its part of the matrix only, and so sees a part of this number's gradient.
+        entered: torch.Tensor = copy_to_tensor_model_parallel_region(scale, group=self._context.tensor_group)
+        return entered
+
+    def _begin(self, weight: torch.Tensor) -> PowerIteration:
+        vector = self.vector.to(device=weight.device, dtype=_accurate_type(weight))
+        return PowerIteration(vector, self._input_group, self._output_group)
+
+    def _find(self, weight: torch.Tensor) -> None:
+        is_factorised = self._map.up is not None and self._map.down is not None
+        if not is_factorised:
+            self._iteration = self._begin(weight)
+        assert self._iteration is not None, "the factor at the input comes first"
+        matrix = _accurate(weight)
+        if self._map.up is None:
+            self._iteration.through_down(matrix)
+            self._iteration.through_up(None, has_down=True)
+        else:
+            self._iteration.through_up(matrix, has_down=is_factorised)
+        self._is_found = True
+
+
+def _accurate_type(weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _accurate(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().to(_accurate_type(weight))
+
+
+def spectral_norms(module: nn.Module) -> list[SpectralNorm]:
+    """Returns those of a pipeline stage or a whole model, each once."""
+    norms = (getattr(child, "spectral_norm", None) for child in module.modules())
+    return list({norm.name: norm for norm in norms if norm is not None}.values())
+
+
+def stored_vectors(norms: Iterable[SpectralNorm]) -> dict[str, torch.Tensor]:
+    """Returns what a checkpoint keeps of them, by name, in host memory."""
+    return {vector_name(norm.name): norm.vector.detach().to("cpu", torch.float32, copy=True) for norm in norms}
+
+
+def load_vectors(norms: Iterable[SpectralNorm], stored: Mapping[str, torch.Tensor]) -> None:
+    """Goes on from what a checkpoint has kept, of all stages."""
+    for norm in norms:
+        norm.vector = stored[vector_name(norm.name)].clone()
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """y = x (s W)^T. Between the passes it keeps x and W like any linear map, and no scaled copy of W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        return functional.linear(x, (weight * scale).to(weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, weight, scale = ctx.saved_tensors
+        (dy,) = gradients
+        dx = dy @ (weight * scale).to(weight.dtype)
+        dscaled = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        dscale = (dscaled * weight.to(scale.dtype)).sum().view(1)
+        return dx, (dscaled * scale).to(weight.dtype), dscale
+
+
+def scaled_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns x (s W)^T for a scale [1] of at least fp32."""
+    y: torch.Tensor = _ScaledLinear.apply(x, weight, scale)
+    return y

@@ -1,0 +1,347 @@
+"""Model options in one process and in float64: the training's layers against the oracle, and what each one costs."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mlra_scale.checkpoint.huggingface.training_side import distributed_of_one
+from mlra_scale.config import ModelConfig
+from mlra_scale.model.context import ModelContext
+from mlra_scale.model.gpt import GPT
+from mlra_scale.model.initialization import initial_state, initial_std
+from mlra_scale.model.parameters import ParameterTable, linear_maps
+from mlra_scale.model.power_iteration import iterated
+from mlra_scale.model.probe import record_attention
+from mlra_scale.model.reference import ReferenceGPT
+from mlra_scale.model.spectral import load_vectors, scaled_linear, spectral_norms, stored_vectors
+from tests.support.layouts import canonical_weights
+from tests.support.oracle import build_reference, initial_vectors
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "vocab_padding_multiple": 1,
+    "max_positions": 24,
+    "num_layers": 3,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "attention_rank": 10,
+    "init_std": 0.15,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "qk-norm": {"qk_norm": True},
+    "sigma-reparam": {"sigma_reparam": True},
+    "layer-norm-scaling": {"layer_norm_scaling": True},
+    "embedding-scale": {"embedding_scale": "sqrt_width"},
+    "all": {"qk_norm": True, "sigma_reparam": True, "layer_norm_scaling": True, "embedding_scale": "sqrt_width"},
+}
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "mlra": {},
+    "dense": {"attention": "dense"},
+    "o-factorised": {"factorised_projections": ("k", "o")},
+}
+SEED = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    with distributed_of_one():
+        yield
+
+
+def model_of(option: str, attention: str = "mlra", **values: Any) -> ModelConfig:
+    return ModelConfig(**{**SHAPE, **OPTIONS[option], **ATTENTIONS[attention], **values})
+
+
+def built(model: ModelConfig, weights: dict[str, torch.Tensor], is_checkpointing: bool = False) -> GPT:
+    """The training's model with these weights, in float64."""
+    group = dist.ProcessGroup(dist.HashStore(), 0, 1)  # has no means to communicate
+    gpt = GPT(ModelContext(model, SEED, group, has_activation_checkpointing=is_checkpointing)).double()
+    gpt.load_state_dict({name: tensor.double() for name, tensor in weights.items()}, strict=False)
+    assert {name for name, _ in gpt.named_parameters()} == weights.keys()
+    return gpt
+
+
+def oracle(model: ModelConfig, weights: dict[str, torch.Tensor]) -> ReferenceGPT:
+    config: Any = SimpleNamespace(model=model, train=SimpleNamespace(seed=SEED))
+    return build_reference(config, weights)
+
+
+def tokens_of(seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(SHAPE["vocab_size"], (3, 18), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def logits_of(gpt: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return gpt.logits(tokens, positions, torch.zeros_like(tokens), tokens[:, 0])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_logits_and_every_gradient_equal_the_oracle(option: str, attention: str) -> None:
+    model = model_of(option, attention)
+    weights = canonical_weights(model)
+    gpt, reference = built(model, weights), oracle(model, weights)
+    tokens, targets = tokens_of()
+    logits, expected = logits_of(gpt, tokens), reference(tokens)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
+    for module, output in ((gpt, logits), (reference, expected)):
+        module.zero_grad()
+        reference.loss(output, targets).backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in gpt.named_parameters():
+        gradient = theirs[name].grad
+        assert gradient is not None and parameter.grad is not None, name
+        # The gradient of a key bias is zero in exact arithmetic (without QK-norm), so the bound is absolute for it.
+        assert (parameter.grad - gradient).norm() <= 1e-10 * gradient.norm() + 1e-13, name
+        assert gradient.norm() > 1e-9 or (name.endswith((".k.bias", ".k.up.bias")) and not model.qk_norm), name
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_recomputation_gives_the_same_gradients(attention: str) -> None:
+    model = model_of("all", attention)
+    weights = canonical_weights(model)
+    tokens, targets = tokens_of()
+    gradients = []
+    for is_checkpointing in (False, True):
+        gpt = built(model, weights, is_checkpointing)
+        logits = logits_of(gpt, tokens)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        gradients.append([parameter.grad for parameter in gpt.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def whole_map(weights: dict[str, torch.Tensor], up: str | None, down: str | None) -> torch.Tensor:
+    """The matrix of a map, whatever it consists of, in float64."""
+    factors = [weights[name].double() for name in (up, down) if name is not None]
+    return factors[0] @ factors[1] if len(factors) == 2 else factors[0]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_six_maps_of_each_block_are_normalised(attention: str) -> None:
+    model = model_of("sigma-reparam", attention)
+    maps, table = linear_maps(model), ParameterTable(model)
+    parts = ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.fc_in", "mlp.fc_out"]
+    assert list(maps) == [f"blocks.{block}.{part}" for block in range(3) for part in parts]
+    named = [name for entry in maps.values() for name in (entry.up, entry.down, entry.gain) if name is not None]
+    matrices = [name for name, info in table.items() if info.kind in ("matrix", "factor")]
+    assert sorted(named) == sorted(matrices + [name for name in table if name.endswith(".gain")])
+    for entry in maps.values():
+        up, down = (None if name is None else table[name].shape for name in (entry.up, entry.down))
+        assert entry.size == (up[1] if up is not None else down[0] if down is not None else None)
+        # What lies between the factors is split by no tensor parallelism.
+        assert up is None or table[str(entry.up)].shard_dim != 1
+        assert down is None or table[str(entry.down)].shard_dim != 0
+    assert linear_maps(model_of("none", attention)) == {}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_power_iteration_finds_the_largest_singular_value(attention: str) -> None:
+    model = model_of("sigma-reparam", attention)
+    weights, vectors = canonical_weights(model), initial_vectors(model, SEED)
+    for name, entry in linear_maps(model).items():
+        up, down = (None if part is None else weights[part].double() for part in (entry.up, entry.down))
+        expected = torch.linalg.matrix_norm(whole_map(weights, entry.up, entry.down), 2)
+        vector, estimates = vectors[name].double(), []
+        for _ in range(400):
+            iteration = iterated(vector, up, down)
+            vector = iteration.next_vector
+            estimates.append(iteration.sigma)
+        assert estimates[0] < 0.999 * expected, "one step is not enough: what carries over matters"
+        torch.testing.assert_close(estimates[-1], expected, rtol=1e-6, atol=0)
+        assert abs(float(vector.norm()) - 1) < 1e-12
+
+
+def test_a_new_model_begins_near_the_largest_singular_value_of_its_weights() -> None:
+    model = model_of("sigma-reparam", hidden_size=256, attention_rank=96, num_layers=1)
+    weights, vectors = initial_state(model, SEED), initial_vectors(model, SEED)
+    for name, entry in linear_maps(model).items():
+        up, down = (None if part is None else weights[part] for part in (entry.up, entry.down))
+        exact = float(torch.linalg.matrix_norm(whole_map(weights, entry.up, entry.down), 2))
+        assert 0.9 * exact < float(iterated(vectors[name], up, down).sigma) < 1.0001 * exact, name
+
+
+def converged(reference: ReferenceGPT, model: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vectors after so many iterations that they are singular vectors."""
+    vectors = {name: vector.double() for name, vector in initial_vectors(model, SEED).items()}
+    for name, entry in linear_maps(model).items():
+        up, down = (None if part is None else weights[part].double() for part in (entry.up, entry.down))
+        for _ in range(4000):
+            vectors[name] = iterated(vectors[name], up, down).next_vector
+    reference.set_vectors(vectors)
+    return vectors
+
+
+@pytest.mark.parametrize("attention", ["mlra", "dense"])
+def test_the_oracles_gradients_are_those_through_the_singular_value_itself(attention: str) -> None:
+    """Once the vectors have converged: u and v need no gradient, since sigma is stationary in them."""
+    model = model_of("sigma-reparam", attention, num_layers=1)
+    weights = canonical_weights(model)
+    reference = oracle(model, weights)
+    converged(reference, model, weights)
+    tokens, targets = tokens_of()
+    reference.loss(reference(tokens), targets).backward()
+    plain = oracle(model_of("none", attention, num_layers=1), {n: w for n, w in weights.items() if "gain" not in n})
+    leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
+    folded = {name: leaf for name, leaf in leaves.items() if "gain" not in name}
+    for entry in linear_maps(model).values():
+        sigma = torch.linalg.svdvals(whole_map(leaves, entry.up, entry.down))[0]
+        scaled = str(entry.up or entry.down)
+        folded[scaled] = leaves[scaled] * (leaves[entry.gain] / sigma)
+    plain.loss(torch.func.functional_call(plain, folded, (tokens,)), targets).backward()
+    for name, parameter in reference.named_parameters():
+        gradient = leaves[name].grad
+        assert gradient is not None and parameter.grad is not None
+        assert (parameter.grad - gradient).norm() <= 1e-6 * gradient.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_vectors_belong_to_a_step_and_carry_over(attention: str) -> None:
+    """Three steps of gradient descent in two micro-batches each, with a validation between them, against the oracle."""
+    model = model_of("sigma-reparam", attention)
+    weights = canonical_weights(model)
+    gpt, reference = built(model, weights), oracle(model, weights)
+    norms = spectral_norms(gpt)
+    assert [norm.name for norm in norms] == list(linear_maps(model))
+    for step in range(3):
+        tokens, targets = tokens_of(step)
+        for norm in norms:
+            norm.forget()
+        for part in (slice(0, 1), slice(1, 3)):
+            loss = reference.loss(logits_of(gpt, tokens[part]), targets[part])
+            (loss * len(targets[part]) / 3).backward()
+        for norm in norms:
+            norm.advance()
+        reference.loss(reference(tokens), targets).backward()
+        for network in (gpt, reference):
+            for parameter in network.parameters():
+                assert parameter.grad is not None
+                parameter.data -= 0.1 * parameter.grad
+                parameter.grad = None
+        reference.advance()
+        with torch.no_grad():
+            torch.testing.assert_close(logits_of(gpt, tokens), reference(tokens), rtol=1e-9, atol=1e-9)
+    found = stored_vectors(norms)
+    maps = dict(reference.named_modules())
+    for name in linear_maps(model):
+        torch.testing.assert_close(
+            found[f"power_iteration/{name}"].double(),
+            maps[name].vector,
+            rtol=1e-6,
+            atol=1e-7,
+        )
+        assert (maps[name].vector - initial_vectors(model, SEED)[name]).norm() > 1e-3, "nothing moved"
+
+
+def test_loaded_vectors_are_those_that_were_stored() -> None:
+    model = model_of("sigma-reparam")
+    weights = canonical_weights(model)
+    one, other = built(model, weights).float(), built(model, weights).float()
+    tokens, _ = tokens_of()
+    before = logits_of(one, tokens)
+    for norm in spectral_norms(one):
+        norm.advance()
+    after = logits_of(one, tokens)
+    assert not torch.equal(after, before)
+    assert torch.equal(logits_of(other, tokens), before)
+    load_vectors(spectral_norms(other), stored_vectors(spectral_norms(one)))
+    assert torch.equal(logits_of(other, tokens), after)
+
+
+def test_the_scaled_map_has_the_gradients_of_its_formula() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((2, 3, 4), (5, 4)))
+    scale = torch.tensor([0.7], dtype=torch.float64)
+    inputs = tuple(tensor.requires_grad_() for tensor in (x, weight, scale))
+    torch.testing.assert_close(scaled_linear(*inputs), x @ (scale * weight).T)
+    assert torch.autograd.gradcheck(scaled_linear, inputs)
+
+
+def test_in_bfloat16_the_scale_is_computed_in_float32() -> None:
+    model = model_of("all")
+    weights = {name: weight.bfloat16() for name, weight in canonical_weights(model).items()}
+    gpt, exact = built(model, weights).bfloat16(), built(model, weights)
+    tokens, _ = tokens_of()
+    expected = logits_of(exact, tokens)
+    error = (logits_of(gpt, tokens).double() - expected).norm() / expected.norm()
+    assert error < 3 * 2**-8
+    for norm, other in zip(spectral_norms(gpt), spectral_norms(exact), strict=True):
+        assert norm._iteration is not None and other._iteration is not None
+        assert norm._iteration.sigma.dtype == torch.float32
+        torch.testing.assert_close(norm._iteration.sigma.double(), other._iteration.sigma, rtol=1e-5, atol=0)
+
+
+def test_queries_and_keys_have_no_scale_with_qk_norm() -> None:
+    """Ten times the weights of q give the same attention, but for the epsilon; without QK-norm they do not."""
+    tokens, _ = tokens_of()
+    for option, is_equal in (("qk-norm", True), ("none", False)):
+        model = model_of(option, "dense")
+        weights = canonical_weights(model)
+        larger = {
+            name: 10 * weight if ".q.weight" in name or ".q.bias" in name else weight
+            for name, weight in weights.items()
+        }
+        one, other = (logits_of(built(model, values), tokens) for values in (weights, larger))
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-3) == is_equal
+
+
+@pytest.mark.parametrize("option", ["none", "all"])
+def test_the_probe_records_the_logits_that_attention_uses(option: str) -> None:
+    model = model_of(option)
+    weights = canonical_weights(model)
+    gpt, reference = built(model, weights), oracle(model, weights)
+    tokens, _ = tokens_of()
+    with torch.no_grad(), record_attention(gpt) as records:
+        logits_of(gpt, tokens)
+        expected = reference.attention_logits(tokens)
+    for record, logits in zip(records, expected, strict=True):
+        torch.testing.assert_close(record.logits_BNSS.double(), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_table_counts_what_the_configuration_counts(option: str, attention: str) -> None:
+    model = model_of(option, attention)
+    table, counts = ParameterTable(model), model.parameter_counts()
+    for kind, count in counts.items():
+        assert sum(info.numel() for info in table.values() if info.kind == kind) == count, kind
+    plain = model_of("none", attention)
+    added = 2 * 8 * 3 * model.qk_norm + 6 * 3 * model.sigma_reparam
+    assert model.num_parameters() == plain.num_parameters() + added
+    assert model.flops_per_token(16) == plain.flops_per_token(16)
+    new = {name: table[name] for name in table if name not in ParameterTable(plain)}
+    assert all(info.kind == "norm" and info.shard_dim is None for info in new.values())  # never decayed
+    state = initial_state(model, SEED)
+    assert all(bool((state[name] == 1).all()) for name in new)
+    # A parameter that both have begins with the same values, but for the depth-scaled ones.
+    scaled = ("o.weight", "o.up.weight", "fc_out.weight") if model.layer_norm_scaling else ()
+    for name, value in initial_state(plain, SEED).items():
+        assert torch.equal(state[name], value) or name.endswith(scaled), name
+
+
+def test_without_the_depth_scaled_initialization_the_residual_projections_are_like_the_others() -> None:
+    for model in (model_of("none", layer_norm_scaling=True), model_of("none", depth_scaled_init=False)):
+        table = ParameterTable(model)
+        for name in ("blocks.0.attention.o.weight", "blocks.1.mlp.fc_out.weight"):
+            assert initial_std(model, table[name]) == model.base_std
+    factorised = model_of("layer-norm-scaling", "o-factorised")
+    table = ParameterTable(factorised)
+    stds = [initial_std(factorised, table[f"blocks.0.attention.o.{part}.weight"]) for part in ("up", "down")]
+    assert stds[0] == stds[1]
+
+
+def test_options_that_are_off_leave_the_model_as_it_was() -> None:
+    gpt = built(model_of("none"), canonical_weights(model_of("none")))
+    assert spectral_norms(gpt) == []
+    names = {type(module).__name__ for module in gpt.modules()}
+    assert names == {
+        "GPT", "TokenEmbedding", "PositionEmbedding", "ModuleList", "Block", "BlockNorm", "SelfAttention",
+        "LowRankInputProjection", "ReplicatedLinear", "ColumnParallelLinear", "RowParallelLinear", "FeedForward",
+        "FinalNorm", "OutputHead",
+    }  # fmt: skip
