@@ -209,6 +209,13 @@ def _stability_problems(config: Config, world_size: int) -> Iterator[Problem]:
             "compares the gradient of one micro-batch per data rank with that of the global batch, and these are the "
             "same here; lower train.micro_batch_size, raise train.global_batch_size, or set it to 0",
         )
+    samples = config.qk_clip.samples
+    if samples is not None and samples > train.global_batch_size:
+        yield Problem(
+            "qk_clip.samples",
+            samples,
+            f"is more than a step has (train.global_batch_size {train.global_batch_size}); set it to null for all",
+        )
 
 
 def _cluster_problems(config: Config) -> Iterator[Problem]:

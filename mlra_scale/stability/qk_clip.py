@@ -49,7 +49,7 @@ class QkClip:
         self._model = model
         self._threshold = config.threshold
         self._samples = plan.global_batch_size if config.samples is None else config.samples
-        self._num_micro_batches = min(plan.accumulation_steps, micro_batches_for(self._samples, plan))
+        self._num_micro_batches = micro_batches_for(self._samples, plan)
 
     def apply(self, batches: Sequence[MicroBatch], first_sample: int) -> dict[str, Any]:
         """Clips all heads above the threshold; for after an update. Every rank calls it and gets the same result.
