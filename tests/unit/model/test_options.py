@@ -15,7 +15,7 @@ from mlra_scale.model.gpt import GPT
 from mlra_scale.model.initialization import initial_state, initial_std
 from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import iterated
-from mlra_scale.model.probe import record_attention
+from mlra_scale.model.probe import Heads, observe
 from mlra_scale.model.reference import ReferenceGPT
 from mlra_scale.model.spectral import load_vectors, scaled_linear, spectral_norms, stored_vectors
 from tests.support.layouts import canonical_weights
@@ -297,11 +297,13 @@ def test_the_probe_records_the_logits_that_attention_uses(option: str) -> None:
     weights = canonical_weights(model)
     gpt, reference = built(model, weights), oracle(model, weights)
     tokens, _ = tokens_of()
-    with torch.no_grad(), record_attention(gpt) as records:
+    seen: list[Heads] = []
+    with torch.no_grad(), observe(gpt, lambda _, heads: seen.append(heads)):
         logits_of(gpt, tokens)
         expected = reference.attention_logits(tokens)
-    for record, logits in zip(records, expected, strict=True):
-        torch.testing.assert_close(record.logits_BNSS.double(), logits, rtol=1e-5, atol=1e-5)
+    for heads, logits in zip(seen, expected, strict=True):
+        found_BNSS = torch.stack([piece.logits_NSS for piece in heads.logits()])
+        torch.testing.assert_close(found_BNSS.double(), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
