@@ -27,6 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
     "masked": {"data__document_attention": "masked", "data__reset_positions": True},
+    "options": {
+        "model__qk_norm": True,
+        "model__sigma_reparam": True,
+        "model__layer_norm_scaling": True,
+        "model__embedding_scale": "sqrt_width",
+    },
     "checkpointing-dropout": {
         "parallel__activation_checkpointing": "block",
         "model__embedding_dropout": 0.1,
