@@ -3,7 +3,7 @@
 # make test         install with the dev extra, run all tests
 # make lint         ruff and mypy
 # make study        the small study of docs/studies (18 runs, some ten minutes on 2 cores) and its report
-# make bench        ratios against plain PyTorch and transformers, and of saving, on this machine
+# make bench        ratios against plain PyTorch and transformers, of saving, and of watching a run, on this machine
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
 # Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
@@ -99,6 +99,7 @@ bench:
 	@$(INSTALL)
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.stability
 
 clean:
 	rm -rf '$(VENV)' build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

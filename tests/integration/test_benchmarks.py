@@ -58,6 +58,17 @@ def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
         assert shape["last_loss"][name] == pytest.approx(shape["last_loss"]["plain PyTorch"], rel=1e-4)
 
 
+def test_stability_runs_and_reports_every_share(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.stability", "--quick", "--json", str(report_file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(report_file.read_text())
+    assert len(report["shares_of_a_step"]) == 4 and len(report["gradient_variance_against_tev"]) == 3
+    for ratio in [*report["shares_of_a_step"].values(), *report["gradient_variance_against_tev"].values()]:
+        assert 0.0 < ratio["min"] <= ratio["median"] <= ratio["max"] < math.inf
+
+
 def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     report_file, disk = tmp_path / "report.json", tmp_path / "disk"
     disk.mkdir()
