@@ -92,7 +92,7 @@ def measure(shape: Shape, topology: Topology, clock: Clock, rounds: int) -> dict
         "guard and spike scores": _guard(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ("step", LOCAL, GATHERED, "gradient statistics", *actions)}
-    micro = _MicroBatches(shape, weights_of(engine), clock)
+    micro = _MicroBatches(shape, weights_of(build_ours(shape, "dense", "fp32", topology)), clock)
     seconds[MICRO] = []
     for turn in range(rounds + 1):
         found = step.run(shape.batch(turn))
