@@ -114,7 +114,7 @@ class Checkpoints:
     def point_to_start(self) -> None:
         """Makes `latest` name the checkpoint that the run goes on from, whatever later ones it once had; for rank 0."""
         checkpoint = self._start.checkpoint
-        if checkpoint is not None and self._start.kind == "training" and self._start.run.is_own(checkpoint):
+        if checkpoint is not None and self._start.goes_on_in_place:
             set_latest(self._folder, checkpoint)
 
     def save(

@@ -71,6 +71,11 @@ class Start:
         return self.choice.checkpoint
 
     @property
+    def goes_on_in_place(self) -> bool:
+        """Whether the run in the run directory goes on; else it is a new one, or a branch of another one."""
+        return self.kind == "training" and self.checkpoint is not None and self.run.is_own(self.checkpoint)
+
+    @property
     def is_done(self) -> bool:
         """Whether the run has done its steps already."""
         return self.progress.step >= self.config.train.steps

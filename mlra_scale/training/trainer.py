@@ -88,10 +88,11 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
-            if guard.is_enabled:
-                # Something to go back to from the first step on.
-                guard.saved(0)
-                checkpoints.save(progress, 0.0, values.get("validation_loss"))
+        if guard.is_enabled and (guard.good_step is None or not start.goes_on_in_place):
+            # Something to go back to from the first step on.
+            guard.saved(progress.step)
+            rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
+            checkpoints.save(progress, rate, None)
 
         while progress.step < last:
             interruption.check()
