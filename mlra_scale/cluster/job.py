@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.cluster import slurm
 from mlra_scale.cluster.attempt import Attempt as Running
@@ -277,8 +278,8 @@ class Job:
         return True
 
     def _num_checkpoints(self) -> int:
-        """How many checkpoints the run has recorded so far."""
-        return sum(event["event"] == "checkpoint" for event in self._events())
+        """How many checkpoints the run has recorded so far; the one of step 0 is no progress."""
+        return sum(map(_is_progress, self._events()))
 
     def _reason_of_run(self, kind: str, attempt: Attempt) -> str | None:
         """What the run itself recorded of its end, or said in the log of rank 0 if it did not get as far as that."""
@@ -292,7 +293,7 @@ class Job:
         events = [event for event in self._events() if event["time"] >= attempt.started]
         return next((event["reason"] for event in reversed(events) if event["event"] == "stopped"), None)
 
-    def _events(self) -> list[dict[str, str]]:
+    def _events(self) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             return read_record(self._run.events)
         return []
@@ -302,7 +303,7 @@ class Job:
         for attempt in self._file.attempts:
             if attempt.ended is None:
                 events = [event for event in self._events() if event["time"] >= attempt.started]
-                attempt.has_progressed = any(event["event"] == "checkpoint" for event in events)
+                attempt.has_progressed = any(map(_is_progress, events))
                 attempt.end, attempt.ended = "failed", now()
                 attempt.reason = "killed together with its job"
 
@@ -316,6 +317,10 @@ class Job:
             sys.stdout.buffer.flush()
         with contextlib.suppress(OSError):
             self._console.write(text)
+
+
+def _is_progress(event: Mapping[str, Any]) -> bool:
+    return event["event"] == "checkpoint" and event["step"] > 0
 
 
 @contextlib.contextmanager

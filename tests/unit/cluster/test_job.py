@@ -128,7 +128,7 @@ CHECKPOINT = """
 import datetime
 with open(me.logs.parent.parent / "events.jsonl", "a") as file:
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    file.write('{"time": "%s", "event": "checkpoint"}\\n' % time)
+    file.write('{"time": "%s", "event": "checkpoint", "step": 10}\\n' % time)
 """
 FAIL = "me.connect(); me.end(failure(0, 1, 0, 'odd'))"
 
@@ -254,7 +254,7 @@ def test_attempts_that_were_killed_with_their_job_are_settled(desk: Desk) -> Non
     times = [f"2026-01-0{day}T00:00:00+00:00" for day in (1, 3, 5)]
     attempts = [Attempt(number, "41", ["a"], 1, started=time) for number, time in enumerate(times, 1)]
     JobFile(desk.run / "job.json", "41", attempts=attempts).write()
-    event = '{"time": "2026-01-04T00:00:00.5+00:00", "event": "checkpoint"}\n'
+    event = '{"time": "2026-01-04T00:00:00.5+00:00", "event": "checkpoint", "step": 10}\n'
     (desk.run / "events.jsonl").write_text(event)
     allocation = Allocation("41", "deep", ("a",), "a", 1)
     Job(["--run-dir", str(desk.run), "--preset", "debug"], allocation, Settings(1, "cpu", (), ("python",)))
