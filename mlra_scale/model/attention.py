@@ -37,9 +37,9 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(context.initialize.table[f"{name}.weight"].shape))
         context.initialize(f"{name}.weight")(self.weight)
 
-    def forward(self, heads_BNSH: torch.Tensor) -> torch.Tensor:
+    def forward(self, heads_BSNH: torch.Tensor) -> torch.Tensor:
         (weight_H,) = copy_to_tensor_parallel(self.context, self.weight)
-        return functional.layer_norm(heads_BNSH, weight_H.shape, weight_H, eps=self.context.model.layer_norm_eps)
+        return functional.layer_norm(heads_BSNH, weight_H.shape, weight_H, eps=self.context.model.layer_norm_eps)
 
 
 class SelfAttention(nn.Module):
@@ -104,14 +104,15 @@ class SelfAttention(nn.Module):
         images = iter([image for _, image in lowered])
         hidden = next(entered) if has_dense else None
         outputs = []
-        for projection in projections:
+        for projection, norm in zip(projections, (self.q_norm, self.k_norm, None), strict=True):
             if isinstance(projection, LowRankInputProjection):
                 output = projection.rise(next(entered), next(images))
             else:
                 output, _ = projection(hidden)
-            outputs.append(output.unflatten(-1, (self.num_heads_local, -1)).transpose(1, 2))
-        if self.q_norm is not None and self.k_norm is not None:
-            outputs[0], outputs[1] = self.q_norm(outputs[0]), self.k_norm(outputs[1])
+            heads_BSNH = output.unflatten(-1, (self.num_heads_local, -1))
+            if norm is not None:
+                heads_BSNH = norm(heads_BSNH)  # in this order of memory, or attention's output would be copied
+            outputs.append(heads_BSNH.transpose(1, 2))
         return outputs
 
 

@@ -341,6 +341,39 @@ def test_without_the_depth_scaled_initialization_the_residual_projections_are_li
     assert stds[0] == stds[1]
 
 
+def numbers_kept(gpt: GPT, length: int) -> int:
+    """How many numbers the graph of a forward pass keeps for the backward pass, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
+        return tensor
+
+    tokens, _ = tokens_of()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = logits_of(gpt, tokens[:, :length])
+    assert logits.requires_grad
+    return sum(kept.values())
+
+
+def test_what_options_keep_for_the_backward_pass() -> None:
+    """Per token; as planning/memory.py has it: 2 D per block with QK-norm, and nothing for the others."""
+    per_token = {}
+    for option in OPTIONS:
+        model = model_of(option)
+        gpt = built(model, canonical_weights(model))
+        per_token[option] = (numbers_kept(gpt, 16) - numbers_kept(gpt, 8)) / (3 * 8)
+    for option in ("sigma-reparam", "layer-norm-scaling", "embedding-scale"):
+        assert per_token[option] == per_token["none"], option
+    width, heads, layers = 32, 4, 3
+    statistics = 4 * heads  # mean and deviation of each query and key
+    for option in ("qk-norm", "all"):
+        assert per_token[option] - per_token["none"] == layers * (2 * width + statistics), option
+
+
 def test_options_that_are_off_leave_the_model_as_it_was() -> None:
     gpt = built(model_of("none"), canonical_weights(model_of("none")))
     assert spectral_norms(gpt) == []

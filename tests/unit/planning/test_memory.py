@@ -73,6 +73,13 @@ def test_a_factorised_block_keeps_one_latent_per_projection_more() -> None:
     assert block_bytes_per_token(dense, plan) == 4 * 16 * dense.model.hidden_size
 
 
+def test_qk_norm_keeps_queries_and_keys_twice() -> None:
+    plain, plan = case(2, "parallel.tensor=2")
+    normed, _ = case(2, "parallel.tensor=2", "model.qk_norm=true", "model.sigma_reparam=true")
+    difference = block_bytes_per_token(normed, plan) - block_bytes_per_token(plain, plan)
+    assert difference == 4 * 2 * plain.model.hidden_size / 2
+
+
 def test_checkpointing_keeps_less_but_for_the_logits() -> None:
     config, plan = case(1)
     checkpointed, _ = case(1, "parallel.activation_checkpointing=block")
