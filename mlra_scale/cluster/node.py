@@ -16,12 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link
+from mlra_scale.cluster.family import descendants
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Beat, PulseSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
@@ -65,13 +67,22 @@ class Watch:
         node: This node's name.
         node_rank: Its place among the nodes.
         pulse: Where the ranks' beats arrive.
+        family: Returns the processes that have been started here; to be killed with the ranks among them.
     """
 
-    def __init__(self, arguments: argparse.Namespace, node: str, node_rank: int, pulse: PulseSocket) -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        node: str,
+        node_rank: int,
+        pulse: PulseSocket,
+        family: Callable[[], Iterable[int]],
+    ) -> None:
         host, port = arguments.job.rsplit(":", 1)
         greeting = {"node": node, "token": os.environ[TOKEN_VARIABLE], "pid": os.getpid(), "versions": versions()}
         self._link = Link(host, int(port), greeting)
         self._node_rank, self._pulse, self._logs = node_rank, pulse, arguments.logs
+        self._family = family
         self._lost_seconds: float = arguments.lost_seconds
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._told_stop: set[int] = set()
@@ -160,8 +171,9 @@ class Watch:
     def _kill(self) -> None:
         if self._kill_at is None:
             self._kill_at = time.monotonic()
-        for beat, _ in self._beats.values():
-            _signal(beat.pid, signal.SIGKILL)
+        # Not only those that have told something: one that has just been started has not.
+        for pid in self._family():
+            _signal(pid, signal.SIGKILL)
         if not self._beats and not self.has_lost_job:
             os._exit(1)  # there is nothing to wait for
 
@@ -227,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/tmp") as folder,
         contextlib.closing(PulseSocket(Path(folder))) as pulse,
     ):
-        watch = Watch(arguments, node, node_rank, pulse)
+        watch = Watch(arguments, node, node_rank, pulse, partial(descendants, os.getpid()))
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, watch.ask_to_stop)
         os.environ |= {

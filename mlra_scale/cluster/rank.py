@@ -8,6 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
+from mlra_scale.cluster.family import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before the seconds that what follows takes
+
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -57,6 +57,7 @@ def reference(
     def run(overrides: tuple[str, ...], ds_config: str, ranks: int) -> Path:
         folder = tmp_path_factory.mktemp("reference") / "run"
         command = ["--preset", "gpt2-mlra-72l", "--ds-config", str(ROOT / ds_config), "--run-dir", str(folder)]
+        command.append("guard.enabled=true")  # as the files of slurm/ have it
         arguments = (*command, *TINY, *overrides, f"data.path={training_data}", "wandb.mode=disabled")
         finished: list[Finished] = worker_pool(ranks).run(main_on_rank, arguments, timeout=PATIENCE)
         assert [result.code for result in finished] == [0] * ranks, finished[0].stderr[-3000:]

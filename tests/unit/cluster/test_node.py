@@ -112,7 +112,7 @@ class Site:
         self.said: list[Heard] = []
         self.ranks: list[subprocess.Popen[str]] = []
         arguments = argparse.Namespace(job=f"127.0.0.1:{self.hub.port}", logs=folder, lost_seconds=30.0)
-        self.watch = Watch(arguments, "a", 1, self.pulse)
+        self.watch = Watch(arguments, "a", 1, self.pulse, lambda: [rank.pid for rank in self.ranks])
 
     def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RANK, self.pulse.address, str(len(self.ranks)), *arguments]
@@ -244,7 +244,7 @@ job, folder, logs, settings = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]),
 node._KILL_SECONDS, node._JOB_SECONDS, node._REPORT_SECONDS = settings["kill"], settings["job"], 0.2
 pulse = PulseSocket(folder)
 arguments = argparse.Namespace(job=job, logs=logs, lost_seconds=settings["lost"])
-watch = node.Watch(arguments, "a", settings["node_rank"], pulse)
+watch = node.Watch(arguments, "a", settings["node_rank"], pulse, lambda: node.descendants(os.getpid()))
 signal.signal(signal.SIGTERM, watch.ask_to_stop)
 # Half a minute is half a second here.
 patient = watch._has_ended.wait
@@ -288,10 +288,11 @@ class Agent:
         settings = {"kill": 30.0, "job": 0.2, "lost": 30.0, "node_rank": 0, "has_rank": True, "is_stuck": False} | more
         private = self._stack.enter_context(tempfile.TemporaryDirectory())
         command = [sys.executable, "-c", AGENT, f"127.0.0.1:{self.hub.port}", private, str(self.attempt)]
-        command += [json.dumps({**settings, "play": RANK})]
+        command += [json.dumps({"play": RANK, **settings})]
         self.process = self._stack.enter_context(subprocess.Popen(command))
         self._stack.callback(self.process.kill)
-        assert self.hear_until(lambda: self.messages("ranks" if settings["has_rank"] else "versions"))
+        is_heard = settings["has_rank"] and "play" not in settings
+        assert self.hear_until(lambda: self.messages("ranks" if is_heard else "versions"))
 
     def hear_until(self, is_enough: Callable[[], Any], seconds: float = 10.0) -> bool:
         """Plays the job, which lets the node know that it is there."""
@@ -335,6 +336,16 @@ def test_an_agent_whose_torchrun_does_not_return_ends(agent: Agent, has_rank: bo
 def newest(number: int) -> str:
     attempts = [Attempt(index, "41", ["a"], 1) for index in range(1, number + 1)]
     return json.dumps({"attempts": [asdict(attempt) for attempt in attempts]})
+
+
+def test_a_rank_that_has_told_nothing_yet_is_ended_too(agent: Agent, tmp_path: Path) -> None:
+    """It is still loading its libraries when the job finds a node with others."""
+    started = tmp_path / "started"
+    agent.start(play=f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    assert agent.hear_until(lambda: started.exists() and started.read_text())
+    agent.hub.send({"order": "kill"})
+    assert agent.process.wait(10.0) == 1
+    assert wait_until(lambda: process_state(int(started.read_text())) in ("", "Z (zombie)"), 5.0)
 
 
 def test_ranks_do_not_outlive_the_job_and_it_is_queued_again(agent: Agent) -> None:

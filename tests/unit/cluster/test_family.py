@@ -1,0 +1,63 @@
+"""Processes that end with those that started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mlra_scale.cluster.family import descendants
+from mlra_scale.cluster.node import process_state
+
+GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
+CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
+RANK = """
+import os, sys, time
+from mlra_scale.cluster.family import die_with_parent
+die_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        for pid in descendants(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def start(started: list[subprocess.Popen[str]], program: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    started.append(process)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_descendants_are_children_and_theirs(started: list[subprocess.Popen[str]]) -> None:
+    process, said = start(started, CHILD)
+    assert said == "runs"
+    found = descendants(process.pid)
+    assert len(found) == 1 and descendants(found[0]) == []
+    assert process.pid in descendants(os.getpid()) and found[0] in descendants(os.getpid())
+    assert descendants(2**22) == []
+
+
+def test_a_rank_dies_with_its_agent(started: list[subprocess.Popen[str]]) -> None:
+    process, said = start(started, PARENT)
+    rank = int(said)
+    assert process_state(rank) != ""
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5.0
+    while process_state(rank) not in ("", "Z (zombie)") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process_state(rank) in ("", "Z (zombie)")
