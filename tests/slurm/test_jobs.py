@@ -297,7 +297,8 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(
 def test_jobs_are_listed(cluster: SlurmCluster, training_data: Path, tmp_path: Path) -> None:
     """tools/jobs.py on a running job, with the real squeue."""
     job = submit(cluster, tmp_path, "pretrain_zero3.sh", sbatch=("--nodes=1",), data=training_data)
-    job.wait_for_step(2)
+    # Ranks tell their node what they do every second, and nodes the job.
+    wait_until(lambda: job.has_ended() or (job.step() > 0 and job.job_file()["state"] == "running"), PATIENCE, job.text)
     listed = cluster.run(sys.executable, str(ROOT / "tools" / "jobs.py"), str(tmp_path), env=environment(), cwd=ROOT)
     assert "running" in listed.stdout and job.job_id in listed.stdout, listed.stdout
     cluster.run("scontrol", "requeuehold", job.job_id)
