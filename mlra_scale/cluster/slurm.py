@@ -139,9 +139,9 @@ def _fields(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def _ask(*command: str, folder: str | None = None, patience: float = _PATIENCE_SECONDS) -> str:
+def _ask(*command: str, folder: str | None = None, patience: float | None = None) -> str:
     """Runs a command of Slurm, again and again for a while where its controller does not answer."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (_PATIENCE_SECONDS if patience is None else patience)
     while True:
         try:
             return _ask_once(command, folder)
