@@ -209,13 +209,6 @@ def _stability_problems(config: Config, world_size: int) -> Iterator[Problem]:
             "compares the gradient of one micro-batch per data rank with that of the global batch, and these are the "
             "same here; lower train.micro_batch_size, raise train.global_batch_size, or set it to 0",
         )
-    for name in ("qk_norm", "sigma_reparam"):
-        if config.qk_clip.threshold is not None and getattr(config.model, name):
-            yield Problem(
-                "qk_clip.threshold",
-                config.qk_clip.threshold,
-                f"cannot clip a head by its weights' size, which model.{name} takes out; set it to null",
-            )
     samples = config.qk_clip.samples
     if samples is not None and samples > train.global_batch_size:
         yield Problem(

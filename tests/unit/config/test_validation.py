@@ -112,8 +112,6 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
         ({"profile": {"start": 3, "stop": 3}}, 1, "profile.stop", "must come after profile.start 3"),
         ({"profile": {"start": 21, "stop": 22}}, 1, "profile.start", "is after the last step (train.steps 20)"),
         ({"tev": {"extremes": 513}}, 1, "tev.extremes", "only 512 tokens"),
-        ({"qk_clip": {"threshold": 1.0}, "model": {"qk_norm": True}}, 1, "qk_clip.threshold", "model.qk_norm"),
-        ({"qk_clip": {"threshold": 1.0}, "model": {"sigma_reparam": True}}, 1, "qk_clip.threshold", "model.sigma_rep"),
         ({"qk_clip": {"samples": 9}}, 1, "qk_clip.samples", "more than a step has (train.global_batch_size 8)"),
         ({"model": {"attention_init": "matched-to-mlra"}}, 1, "model.attention_init", "use gpt2, xavier or matched"),
         (
