@@ -280,7 +280,7 @@ class Attempt:
             elif now - node.heard > patience:
                 self._lose(name, f"nothing was heard of it for {patience:.0f} s")
         seen = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
-        if any(rank.beat.doing in ("training", "evaluating", "saving") for rank in seen):
+        if any(rank.beat.doing in ("training", "evaluating", "saving", "going back") for rank in seen):
             self._has_trained = True
             self._told(max(rank.beat.step for rank in seen))
         if self._verdict is not None or self._kill_at is not None:

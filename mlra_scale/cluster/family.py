@@ -9,18 +9,21 @@ import signal
 import sys
 from pathlib import Path
 
+AGENT_VARIABLE = "MLRA_SCALE_AGENT"
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Lets the kernel kill this process when its parent ends, however that may be killed (Linux).
 
     A rank that outlives its node's agent would keep its device and the run directory's lock from the next attempt.
+
+    Args:
+        parent: The process that has started this one; whoever has adopted it meanwhile is another one.
     """
-    parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         sys.exit("the process that started this one has ended already")
 
 

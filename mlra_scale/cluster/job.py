@@ -286,9 +286,9 @@ class Job:
         if kind == "bad_input":
             with contextlib.suppress(OSError):
                 log = self._run.logs / f"attempt-{attempt.number:03d}" / "rank-00000.log"
-                said = log.read_text(errors="replace").partition("bad input")[2]
-                return " ".join(said.split())[:2000] or None
-        if kind not in ("non_finite", "unstable", "failed"):
+                if said := " ".join(log.read_text(errors="replace").partition("bad input")[2].split()):
+                    return said[:2000]
+        if kind not in ("bad_input", "non_finite", "unstable", "failed"):
             return None
         events = [event for event in self._events() if event["time"] >= attempt.started]
         return next((event["reason"] for event in reversed(events) if event["event"] == "stopped"), None)

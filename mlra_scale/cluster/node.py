@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link
-from mlra_scale.cluster.family import descendants
-from mlra_scale.cluster.job_file import JobFile
+from mlra_scale.cluster.family import AGENT_VARIABLE, descendants
+from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Beat, PulseSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
@@ -34,6 +34,8 @@ NODE_VARIABLE = "MLRA_SCALE_NODE"
 DEVICE_VARIABLE = "MLRA_SCALE_DEVICE"
 _REPORT_SECONDS = 1.0
 _JOB_SECONDS = 30.0
+_RESTART_SECONDS = 360.0
+"""How long a job that lives may wait between two attempts."""
 _SECONDS_TO_SEE = 30.0
 """How long a shared file system may take to show what another node wrote (NFS caches names for up to 30 s)."""
 _KILL_SECONDS = 15.0
@@ -187,6 +189,8 @@ class Watch:
         self.has_lost_job = True
         self._kill()
         time.sleep(_JOB_SECONDS + 2.0 * self._node_rank)
+        if self._newest_attempt_has_ended():
+            time.sleep(_RESTART_SECONDS)  # the job may be waiting before it starts again
         job_id = os.environ.get("SLURM_JOB_ID")
         if job_id is not None and not self.is_stop_asked and self._is_newest_attempt():
             with contextlib.suppress(SlurmError):
@@ -194,11 +198,17 @@ class Watch:
         os._exit(1)
 
     def _is_newest_attempt(self) -> bool:
-        try:
-            attempts = JobFile.read(self._logs.parents[1] / "job.json").attempts
-        except (OSError, ValueError):
-            return True
+        attempts = self._attempts()
         return not attempts or self._logs.name == f"attempt-{attempts[-1].number:03d}"
+
+    def _newest_attempt_has_ended(self) -> bool:
+        return any(attempt.ended is not None for attempt in self._attempts()[-1:])
+
+    def _attempts(self) -> list[Attempt]:
+        try:
+            return JobFile.read(self._logs.parents[1] / "job.json").attempts
+        except (OSError, ValueError):
+            return []
 
 
 def folder_fault(folder: Path, nonce: str) -> str:
@@ -247,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             STACKS_VARIABLE: str(arguments.logs),
             NODE_VARIABLE: node,
             DEVICE_VARIABLE: arguments.device,
+            AGENT_VARIABLE: str(os.getpid()),
             # What NCCL was doing when ranks stopped hearing of each other: one file per rank, beside the logs.
             "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
             "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -74,5 +75,6 @@ def _give_back(job_id: str, lost: Collection[str], usable: Sequence[str], say: C
         say(f"the lost node stays in the job until Slurm has given it up ({error})")
         return
     deadline = time.monotonic() + _GIVEN_UP_SECONDS
-    while time.monotonic() < deadline and not all(map(slurm.is_given_up, lost)):
-        time.sleep(1.0)
+    with contextlib.suppress(slurm.SlurmError):
+        while time.monotonic() < deadline and not all(map(slurm.is_given_up, lost)):
+            time.sleep(1.0)

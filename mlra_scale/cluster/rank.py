@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-from mlra_scale.cluster.family import die_with_parent
+from mlra_scale.cluster.family import AGENT_VARIABLE, die_with_parent
 
 if __name__ == "__main__":
-    die_with_parent()  # before the seconds that what follows takes
+    die_with_parent(int(os.environ[AGENT_VARIABLE]))  # before the seconds that what follows takes
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record

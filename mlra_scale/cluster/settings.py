@@ -51,8 +51,9 @@ class Settings:
 
 def _number_of_gpus(environment: Mapping[str, str]) -> int:
     """Returns how many GPUs Slurm has given to the job on this node; if it does not count them, how many there are."""
-    if (counted := environment.get("SLURM_GPUS_ON_NODE", "")).isdecimal():
-        return int(counted)
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
+        if (counted := environment.get(name, "")).isdecimal():
+            return int(counted)
     if "SLURM_JOB_GPUS" in environment or shutil.which("nvidia-smi") is None:
         return len([gpu for gpu in environment.get("SLURM_JOB_GPUS", "").split(",") if gpu])
     try:

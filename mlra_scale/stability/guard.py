@@ -113,7 +113,7 @@ class Guard:
     def rate_factor(self, step: int) -> float:
         """Returns what the scheduled learning rate of a step is multiplied by."""
         lowered = self._lowered
-        if lowered is None or step >= lowered.until:
+        if lowered is None or not lowered.since <= step < lowered.until:
             return 1.0
         done = (step - lowered.since) / (lowered.until - lowered.since)
         return lowered.factor + (1.0 - lowered.factor) * done
@@ -179,9 +179,14 @@ class Guard:
         return actions
 
     def saved(self, step: int) -> None:
-        """Notes a checkpoint: one to go back to if there is no trouble now."""
-        if self.is_enabled and self._episode is None:
+        """Notes a checkpoint: one to go back to if there is no trouble now, and the loss is not on its way up."""
+        is_rising = self._divergence is not None and self._divergence.is_rising
+        if self.is_enabled and self._episode is None and not is_rising:
             self._good_step = step
+
+    def begins_at(self, step: int) -> None:
+        """Makes a checkpoint the one to go back to, whatever was before it: the run begins from it."""
+        self._good_step, self._episode = step, None
 
     def went_back(self, action: Action) -> None:
         """Goes on from the checkpoint of a rollback, whose state has been loaded.
@@ -197,24 +202,29 @@ class Guard:
             "skipped_to": action.skipped[1],
             "reason": action.reason,
         }
-        self.recall([*self._rollbacks, rollback])
+        self.recall([*self._rollbacks, rollback], action.to_step)
 
-    def recall(self, rollbacks: Sequence[Mapping[str, Any]]) -> None:
+    def recall(self, rollbacks: Sequence[Mapping[str, Any]], step: int) -> None:
         """Takes over rollbacks that the loaded state may not know of; the first one of them is the oldest.
 
         A rollback is no part of the checkpoint that it leads to. From the second one to the same step on, data were
-        not the cause alone: the learning rate is lowered too.
+        not the cause alone: the learning rate is lowered too, each time further.
 
         Args:
             rollbacks: All of the run so far.
+            step: Of the checkpoint that was loaded. If it is not the one of the last rollback, data stay skipped, and
+                that is all.
         """
         if len(rollbacks) <= len(self._rollbacks):
             return
         self._rollbacks = [dict(rollback) for rollback in rollbacks]
-        to_step = self._rollbacks[-1]["to_step"]
-        self._good_step = to_step
-        if sum(rollback["to_step"] == to_step for rollback in self._rollbacks) > 1:
-            self._lower(to_step)
+        if step != self._rollbacks[-1]["to_step"]:
+            return
+        self._good_step = step
+        num_returns = sum(rollback["to_step"] == step for rollback in self._rollbacks)
+        if num_returns > 1:
+            factor = self._config.rate_factor ** (num_returns - 1)
+            self._lowered = _Lowered(factor, step + 1, step + 1 + self._config.rate_steps)
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of it."""
@@ -232,7 +242,6 @@ class Guard:
         """Goes on from what `state` returned; None: of a checkpoint from before there was a guard."""
         if state is None:
             return
-        rollbacks = self._rollbacks
         self._losses.load(state["losses"])
         self._norms.load(state["norms"])
         if self._divergence is not None and state["divergence"] is not None:
@@ -240,8 +249,8 @@ class Guard:
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
         self._good_step = state["good_step"]
-        self._rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
-        self.recall(rollbacks)
+        if len(state["rollbacks"]) > len(self._rollbacks):
+            self._rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
 
     def _find_fault(self, loss: float, gradient_norm: float) -> str | None:
         curves = (("loss", loss, self._losses), ("gradient norm", gradient_norm, self._norms))

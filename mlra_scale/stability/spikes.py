@@ -182,6 +182,11 @@ class Divergence:
         self._lowest = min(self._lowest, mean)
         return mean > self._lowest + self._margin
 
+    @property
+    def is_rising(self) -> bool:
+        """Whether the mean is more than a quarter of the margin above the lowest one."""
+        return len(self._recent) == self._steps and self._recent.mean > self._lowest + self._margin / 4
+
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of it."""
         return {"recent": self._recent.state(), "lowest": self._lowest if math.isfinite(self._lowest) else None}

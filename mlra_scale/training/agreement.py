@@ -53,7 +53,7 @@ def settle(asked: Asked, start: Start, topology: Topology) -> Start:
         start = _of_rank_0(start, topology)
         if start.checkpoint is None:
             return start
-        faults = _gathered(_faults(start.checkpoint, topology), topology)
+        faults = faults_of(start.checkpoint, topology)
         if not faults:
             return start
         excluded[start.checkpoint] = "; ".join(faults)
@@ -68,8 +68,19 @@ def settle(asked: Asked, start: Start, topology: Topology) -> Start:
             raise StartRefused(problems)
 
 
-def on_rank_0(work: Callable[[], None], topology: Topology, step: int) -> None:
-    """Lets rank 0 do what only rank 0 does before the first step, such as writing files; collective.
+def faults_of(checkpoint: Path, topology: Topology) -> list[str]:
+    """Compares the checksums of a checkpoint, each rank those of a share of its files; collective.
+
+    Returns:
+        What is wrong with it; the same on every rank.
+    """
+    return _gathered(_faults(checkpoint, topology), topology)
+
+
+def on_rank_0(
+    work: Callable[[], None], topology: Topology, step: int, exit_code: ExitCode = ExitCode.BAD_INPUT
+) -> None:
+    """Lets rank 0 do what only rank 0 does, such as writing files; collective.
 
     Without this the others would train on, and wait for a rank that has ended.
 
@@ -77,6 +88,7 @@ def on_rank_0(work: Callable[[], None], topology: Topology, step: int) -> None:
         work: What is to be done.
         topology: The mesh.
         step: Where the run begins or goes on, for the event log.
+        exit_code: How the run ends if it cannot be done.
 
     Raises:
         TrainingStopped: It cannot be done, because of a full disk or a damaged file; on all ranks.
@@ -87,9 +99,9 @@ def on_rank_0(work: Callable[[], None], topology: Topology, step: int) -> None:
             work()
         except (OSError, ValueError) as error:
             reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-            fault = f"the run directory cannot be made ready: {reason}; mend that and start again"
+            fault = f"the run directory cannot be written: {reason}; mend that and start again"
     if (fault := _of_rank_0(fault, topology)) is not None:
-        raise TrainingStopped(fault, {"step": step}, ExitCode.BAD_INPUT)
+        raise TrainingStopped(fault, {"step": step}, exit_code)
 
 
 def _faults(checkpoint: Path, topology: Topology) -> list[str]:

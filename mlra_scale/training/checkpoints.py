@@ -16,7 +16,7 @@ from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
 from mlra_scale.data import Datasets
 from mlra_scale.parallel.engine import Engine
-from mlra_scale.training.agreement import on_rank_0
+from mlra_scale.training.agreement import faults_of, on_rank_0
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.progress import Progress
@@ -83,8 +83,12 @@ class Checkpoints:
         if self._start.kind == "training":
             self._load_windows(state)
 
-    def go_back_to(self, step: int) -> Progress:
+    def go_back_to(self, step: int, beat: Callable[[], None]) -> Progress:
         """Puts an earlier checkpoint of this run into the engine, and makes `latest` name it; collective.
+
+        Args:
+            step: Of the checkpoint.
+            beat: Called between the parts of it that take time.
 
         Raises:
             TrainingStopped: It cannot be read, or the save in flight failed; on all ranks.
@@ -93,10 +97,15 @@ class Checkpoints:
             self._tell(self._saver.finish())
         except CheckpointError as error:
             raise self._failed(error, step) from error
-        checkpoint = self._folder / checkpoint_name(step)
+        beat()
+        checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
+        if faults := faults_of(checkpoint, topology):
+            raise TrainingStopped("; ".join(faults), {"step": step}, ExitCode.CHECKPOINT_FAILED)
+        beat()
         state = self._load(checkpoint, step)
         self._load_windows(state)
-        on_rank_0(partial(set_latest, self._folder, checkpoint), self._engine.topology, step)
+        on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
+        beat()
         return Progress(**state["progress"])
 
     def _load(self, checkpoint: Path, step: int) -> dict[str, Any]:

@@ -34,7 +34,13 @@ def approval(
 
 
 def go_back(
-    action: Action, guard: Guard, checkpoints: Checkpoints, report: Report, path: Path, topology: Topology
+    action: Action,
+    guard: Guard,
+    checkpoints: Checkpoints,
+    report: Report,
+    path: Path,
+    topology: Topology,
+    beat: Callable[[], None],
 ) -> Progress:
     """Takes a run back to a checkpoint, so that the data of the trouble are not read again; collective.
 
@@ -48,6 +54,7 @@ def go_back(
         report: Tells of it.
         path: guard.json.
         topology: The mesh.
+        beat: Called between the parts that take time: waiting for a save, loading, telling wandb.
 
     Returns:
         The counters to go on with.
@@ -56,14 +63,15 @@ def go_back(
         TrainingStopped: The checkpoint cannot be read; on all ranks.
     """
     assert action.to_step is not None
-    progress = checkpoints.go_back_to(action.to_step)
+    beat()
+    progress = checkpoints.go_back_to(action.to_step, beat)
     guard.went_back(action)
 
     def write() -> None:
         write_rollbacks(path, guard.rollbacks)
         report.went_back(action, guard.num_rollbacks, progress)
 
-    on_rank_0(write, topology, progress.step)
+    on_rank_0(write, topology, progress.step, ExitCode.CHECKPOINT_FAILED)
     return progress
 
 

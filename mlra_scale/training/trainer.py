@@ -75,7 +75,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
         Checkpoints(start, engine, datasets, windows, report.saved) as checkpoints,
     ):
         checkpoints.load()
-        guard.recall(start.rollbacks)
+        guard.recall(start.rollbacks, progress.step)
         on_rank_0(partial(begin, start, checkpoints, report, guard), topology, progress.step)
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
@@ -88,11 +88,12 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
-        if guard.is_enabled and (guard.good_step is None or not start.goes_on_in_place):
+        if guard.is_enabled and (guard.good_step is None or start.rejected or not start.goes_on_in_place):
             # Something to go back to from the first step on.
-            guard.saved(progress.step)
-            rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
-            checkpoints.save(progress, rate, None)
+            guard.begins_at(progress.step)
+            if not start.goes_on_in_place:
+                rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
+                checkpoints.save(progress, rate, None)
 
         while progress.step < last:
             interruption.check()
@@ -127,7 +128,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if actions and actions[-1].kind == "give_up":
                 raise given_up(actions[-1], guard)
             if actions and actions[-1].kind == "rollback":
-                progress = go_back(actions[-1], guard, checkpoints, report, start.run.guard, topology)
+                beat = partial(overseer.beat, "going back", actions[-1].to_step)
+                progress = go_back(actions[-1], guard, checkpoints, report, start.run.guard, topology, beat)
                 if result.is_stop_wanted:
                     raise stopped_by_signal(progress.step)
                 continue

@@ -17,11 +17,11 @@ CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCH
 RANK = """
 import os, sys, time
 from mlra_scale.cluster.family import die_with_parent
-die_with_parent()
+die_with_parent(int(sys.argv[1]))
 print(os.getpid(), flush=True)
 time.sleep(60)
 """
-PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
+PARENT = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, str(os.getpid())])"
 
 
 @pytest.fixture
@@ -49,6 +49,11 @@ def test_descendants_are_children_and_theirs(started: list[subprocess.Popen[str]
     assert len(found) == 1 and descendants(found[0]) == []
     assert process.pid in descendants(os.getpid()) and found[0] in descendants(os.getpid())
     assert descendants(2**22) == []
+
+
+def test_a_rank_whose_agent_has_ended_before_does_not_begin() -> None:
+    result = subprocess.run([sys.executable, "-c", RANK, "1"], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 1 and "has ended already" in result.stderr and result.stdout == ""
 
 
 def test_a_rank_dies_with_its_agent(started: list[subprocess.Popen[str]]) -> None:

@@ -175,6 +175,7 @@ def test_a_loss_that_leaves_slowly_is_gone_back_from() -> None:
         if run.train(loss, 1.0):
             break
     assert run.kinds == ["rollback"] and "0.5 above the lowest such mean" in run.actions[0].reason
+    assert run.actions[0].step > 60 and run.actions[0].to_step == 50, "not 60, where the loss was on its way up"
 
 
 def test_values_that_rise_for_good_become_usual() -> None:
@@ -200,10 +201,40 @@ def test_rollbacks_outlive_the_checkpoint_that_they_lead_to() -> None:
         run.train(9.0)
     again = Guard(run.config, BATCH)
     again.load(json.loads(run.checkpoints[20][1]))
-    again.recall(json.loads(json.dumps([*run.guard.rollbacks])))
+    again.recall(json.loads(json.dumps([*run.guard.rollbacks])), 20)
     assert again.state() == run.guard.state()
-    again.recall([])
+    again.recall([], 20)
     assert again.num_rollbacks == 1, "an older record takes nothing away"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_every_return_lowers_the_rate_further_and_a_restart_alike(number: int) -> None:
+    run = Run(max_rollbacks=3)
+    run.calm(25)
+    while run.kinds.count("rollback") < number:
+        run.train(9.0)
+    assert run.guard.rate_factor(21) == 0.5 ** (number - 1)
+    again = Guard(run.config, BATCH)
+    again.load(json.loads(run.checkpoints[20][1]))
+    again.recall(json.loads(json.dumps([*run.guard.rollbacks])), 20)
+    assert again.state() == run.guard.state()
+    assert all(0.0 < again.rate_factor(step) <= 1.0 for step in range(1, 200))
+
+
+def test_from_an_earlier_checkpoint_only_the_data_stay_skipped() -> None:
+    """The one that the run went back to was found to be damaged, or somebody names another one."""
+    run = Run(max_rollbacks=3)
+    run.calm(25)
+    while run.kinds.count("rollback") < 2:
+        run.train(9.0)
+    again = Guard(run.config, BATCH)
+    again.load(json.loads(run.checkpoints[10][1]))
+    again.recall(json.loads(json.dumps([*run.guard.rollbacks])), 10)
+    assert again.good_step == 10 and again.num_rollbacks == 2
+    assert {again.rate_factor(step) for step in range(1, 100)} == {1.0}
+    assert again.place(24 * BATCH) > 24 * BATCH
+    again.begins_at(7)
+    assert again.good_step == 7
 
 
 def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
@@ -218,7 +249,7 @@ def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
 def test_where_the_next_batch_is_read(sample: int, expected: int) -> None:
     guard = Guard(GuardConfig(**SETTINGS), BATCH)
     windows = [(96, 130), (90, 99), (20, 40)]
-    guard.recall([{"to_step": 0, "skipped_from": start, "skipped_to": stop} for start, stop in windows])
+    guard.recall([{"to_step": 0, "skipped_from": start, "skipped_to": stop} for start, stop in windows], 0)
     assert guard.place(sample) == expected
 
 
