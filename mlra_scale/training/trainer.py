@@ -128,7 +128,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if actions and actions[-1].kind == "give_up":
                 raise given_up(actions[-1], guard)
             if actions and actions[-1].kind == "rollback":
-                beat = partial(overseer.beat, "going back", actions[-1].to_step)
+                beat = partial(overseer.beat, "going back", actions[-1].to_step or 0)
                 progress = go_back(actions[-1], guard, checkpoints, report, start.run.guard, topology, beat)
                 if result.is_stop_wanted:
                     raise stopped_by_signal(progress.step)
