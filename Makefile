@@ -2,7 +2,7 @@
 #                   export it to Hugging Face's format (verified) and write a sample with stock transformers
 # make test         install with the dev extra, run all tests
 # make lint         ruff and mypy
-# make study        the small study of docs/studies (18 runs, some ten minutes on 2 cores) and its report
+# make study        the small study of docs/studies (18 runs, an estimated ten minutes on 2 cores) and its report
 # make bench        ratios against plain PyTorch and transformers, of saving, and of watching a run, on this machine
 # make clean        remove the environment and caches; data/ and runs/ stay
 #

@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 for a sweep that cannot be read."""
     options = parser().parse_args(arguments)
-    from mlra_scale.study.prediction import predict
-    from mlra_scale.study.prediction_runs import PredictionError
+    from mlra_scale.study.prediction.analysis import predict
+    from mlra_scale.study.prediction.runs import PredictionError
 
     output = options.output or options.folder
     try:

@@ -42,7 +42,7 @@ from mlra_scale.checkpoint.snapshot import Arrival, HostMemory, named_parts
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.engine import Engine
+    from mlra_scale.parallel.interface import Engine
     from mlra_scale.parallel.topology import Topology
 
 _HEARTBEAT_SECONDS = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub
+from mlra_scale.cluster.failure import Failure
 from mlra_scale.cluster.hang import Seen, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.pulse import Beat
 from mlra_scale.cluster.slurm import step_environment
@@ -78,29 +78,6 @@ class Plan:
 
 
 @dataclass
-class _Failure:
-    """How a rank ended, other than well."""
-
-    node: str
-    rank: int | None
-    code: int
-    time: float
-    message: str
-    is_ours: bool = False
-    """Killed on our order, after the cause."""
-
-    def __str__(self) -> str:
-        if self.rank is None:
-            return f"{self.node}: {self.message}"
-        if self.code < 0:
-            names = {number.value: number.name for number in signal.Signals}
-            return f"rank {self.rank} on {self.node} was killed by {names.get(-self.code, f'signal {-self.code}')}"
-        name = ExitCode(self.code).name if self.code in tuple(ExitCode) else "unknown"
-        detail = f": {self.message}" if self.message and self.code == ExitCode.FAILED else ""
-        return f"rank {self.rank} on {self.node} ended with exit code {self.code} ({name}){detail}"
-
-
-@dataclass
 class _Node:
     """What is known of a node."""
 
@@ -137,7 +114,7 @@ class Attempt:
         self._is_stop_asked, self._told = is_stop_asked, told
         self._started = time.monotonic()
         self._nodes = {name: _Node(self._started) for name in plan.nodes}
-        self._failures: list[_Failure] = []
+        self._failures: list[Failure] = []
         self._bad_nodes: dict[str, str] = {}
         self._stopping_since: float | None = None
         self._verdict: tuple[str, str] | None = None
@@ -248,7 +225,7 @@ class Attempt:
     def _take_end(self, name: str, failures: Sequence[dict[str, Any]], now: float) -> None:
         are_ours = self._killed_at is not None
         found = [
-            _Failure(name, item["rank"], item["code"], item["time"], item["message"], are_ours and item["code"] == -9)
+            Failure(name, item["rank"], item["code"], item["time"], item["message"], are_ours and item["code"] == -9)
             for item in failures
         ]
         self._failures += found
@@ -362,7 +339,7 @@ class Attempt:
                 process.kill()
                 process.wait()
 
-    def _ordered_failures(self) -> list[_Failure]:
+    def _ordered_failures(self) -> list[Failure]:
         """The cause first: what was killed, then the earliest; ranks that died of another's death come later."""
         return sorted(self._failures, key=lambda failure: (failure.is_ours, failure.code >= 0, failure.time))
 

@@ -1,8 +1,8 @@
 """Process groups and the two DeepSpeed engines behind one interface."""
 
 from mlra_scale.parallel.build import build_engine
-from mlra_scale.parallel.engine import BeforeUpdate, Engine, StepResult, UpdateProposal
 from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.interface import BeforeUpdate, Engine, StepResult, UpdateProposal
 from mlra_scale.parallel.topology import Topology, build_topology, destroy_topology, initialize_distributed
 
 __all__ = [

@@ -17,7 +17,9 @@ from mlra_scale.config import BatchPlan, Config
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.layers import Layer, TokenEmbedding, model_layers
 from mlra_scale.model.loss import language_model_loss
-from mlra_scale.parallel.engine import EngineBase, MicroBatch, build_optimizer, parameter_groups
+from mlra_scale.parallel.engine import EngineBase
+from mlra_scale.parallel.interface import MicroBatch
+from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
 from mlra_scale.parallel.topology import Topology
 
 

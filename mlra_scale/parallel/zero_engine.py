@@ -10,8 +10,10 @@ import torch.distributed as dist
 from mlra_scale.config import BatchPlan, Config, zero_stage
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.gpt import GPT
-from mlra_scale.parallel.engine import EngineBase, MicroBatch, build_optimizer, parameter_groups
+from mlra_scale.parallel.engine import EngineBase
+from mlra_scale.parallel.interface import MicroBatch
 from mlra_scale.parallel.mpu import ModelParallelUnit
+from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
 from mlra_scale.parallel.topology import Topology
 
 

@@ -32,8 +32,8 @@ from mlra_scale.stability.spectral import AttentionProducts
 if TYPE_CHECKING:  # the libraries behind an engine
     from mlra_scale.config import Config
     from mlra_scale.model.parameters import ParameterInfo, ParameterTable
-    from mlra_scale.parallel.engine import Engine, MicroBatch, StepResult, UpdateProposal
     from mlra_scale.parallel.fragments import Fragment
+    from mlra_scale.parallel.interface import Engine, MicroBatch, StepResult, UpdateProposal
 
 # A handful of float64 copies of this many elements are made on an accelerator, at a time when its memory is full.
 ACCELERATOR_CHUNK = 1 << 22

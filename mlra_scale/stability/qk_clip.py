@@ -31,7 +31,7 @@ from mlra_scale.stability.activations import micro_batches_for, number_below
 if TYPE_CHECKING:
     from mlra_scale.config import BatchPlan, ModelConfig, QkClipConfig
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.engine import Engine, MicroBatch
+    from mlra_scale.parallel.interface import Engine, MicroBatch
 
 
 class QkClip:

@@ -15,7 +15,7 @@ from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
 from mlra_scale.data import Datasets
-from mlra_scale.parallel.engine import Engine
+from mlra_scale.parallel.interface import Engine
 from mlra_scale.training.agreement import faults_of, on_rank_0
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped

@@ -15,7 +15,7 @@ from mlra_scale.training.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     # Importing an engine imports DeepSpeed, and the check itself needs only numbers.
-    from mlra_scale.parallel.engine import StepResult, UpdateProposal
+    from mlra_scale.parallel.interface import StepResult, UpdateProposal
 
 
 class TrainingStopped(RuntimeError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.overseer import Overseer
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.rollbacks import write_rollbacks
 
@@ -33,6 +35,43 @@ def approval(
     return approve
 
 
+def carry_out(
+    actions: Sequence[Action],
+    guard: Guard,
+    checkpoints: Checkpoints,
+    report: Report,
+    path: Path,
+    topology: Topology,
+    overseer: Overseer,
+) -> Progress | None:
+    """Does what the guard has decided after a step; collective.
+
+    Args:
+        actions: Its decisions.
+        guard: It.
+        checkpoints: Of the run.
+        report: Tells of it.
+        path: guard.json.
+        topology: The mesh.
+        overseer: Told that going back is progress too.
+
+    Returns:
+        The counters to go on with if the run went back; else None.
+
+    Raises:
+        TrainingStopped: The guard gives up, or the checkpoint to go back to cannot be read; on all ranks.
+    """
+    if not actions:
+        return None
+    last = actions[-1]
+    report.guarded(actions, guard.rate_factor(last.step + 1))
+    if last.kind == "give_up":
+        raise given_up(last, guard)
+    if last.kind != "rollback":
+        return None
+    return go_back(last, guard, checkpoints, report, path, topology, overseer)
+
+
 def go_back(
     action: Action,
     guard: Guard,
@@ -40,7 +79,7 @@ def go_back(
     report: Report,
     path: Path,
     topology: Topology,
-    beat: Callable[[], None],
+    overseer: Overseer,
 ) -> Progress:
     """Takes a run back to a checkpoint, so that the data of the trouble are not read again; collective.
 
@@ -54,7 +93,7 @@ def go_back(
         report: Tells of it.
         path: guard.json.
         topology: The mesh.
-        beat: Called between the parts that take time: waiting for a save, loading, telling wandb.
+        overseer: Hears of every part that takes time: waiting for a save, loading, telling wandb.
 
     Returns:
         The counters to go on with.
@@ -63,6 +102,7 @@ def go_back(
         TrainingStopped: The checkpoint cannot be read; on all ranks.
     """
     assert action.to_step is not None
+    beat = partial(overseer.beat, "going back", action.to_step)
     beat()
     progress = checkpoints.go_back_to(action.to_step, beat)
     guard.went_back(action)

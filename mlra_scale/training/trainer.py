@@ -20,7 +20,7 @@ from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck, TrainingStopped
-from mlra_scale.training.guarding import approval, given_up, go_back
+from mlra_scale.training.guarding import approval, carry_out
 from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.measuring import Measurements, is_due
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
@@ -48,8 +48,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
         The counters at the end.
 
     Raises:
-        TrainingStopped: A loss or gradient norm was not finite, the data are bad, a checkpoint could not be written, or
-            a signal asked for a stop (after its checkpoint); on all ranks on the same step.
+        TrainingStopped: A loss or gradient norm was not finite, the guard has given up, the data are bad, a checkpoint
+            could not be written, or a signal asked for a stop (after its checkpoint); on all ranks on the same step.
     """
     config, plan, progress = start.config, start.plan, start.progress
     datasets = open_datasets(config, start.mixes)
@@ -124,12 +124,9 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 report.say(profile)
             checkpoints.poll(step)
             actions = guard.judge(step, place, result.loss, result.gradient_norm) if not result.overflow else []
-            report.guarded(actions, guard.rate_factor(step + 1))
-            if actions and actions[-1].kind == "give_up":
-                raise given_up(actions[-1], guard)
-            if actions and actions[-1].kind == "rollback":
-                beat = partial(overseer.beat, "going back", actions[-1].to_step or 0)
-                progress = go_back(actions[-1], guard, checkpoints, report, start.run.guard, topology, beat)
+            returned = carry_out(actions, guard, checkpoints, report, start.run.guard, topology, overseer)
+            if returned is not None:
+                progress = returned
                 if result.is_stop_wanted:
                     raise stopped_by_signal(progress.step)
                 continue

@@ -88,7 +88,7 @@ def deadly(*arguments: Any) -> Any:
     raise MemoryError("killed")
 
 
-go_back = trainer.go_back
+go_back = guarding.go_back
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def injected(poison: str) -> Iterator[None]:
         if poison == "rate":
             stack.enter_context(mock.patch.object(trainer, "learning_rate", steep()))
         if poison == "after the note":
-            stack.enter_context(mock.patch.object(trainer, "go_back", deadly))
+            stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
         if poison == "before the note":
             stack.enter_context(mock.patch.object(guarding, "write_rollbacks", side_effect=MemoryError("killed")))
         yield

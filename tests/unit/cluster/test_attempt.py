@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from mlra_scale.cluster import attempt as module
-from mlra_scale.cluster.attempt import Attempt, Plan, _Failure, free_port
+from mlra_scale.cluster.attempt import Attempt, Plan, free_port
 from mlra_scale.cluster.channel import TOKEN_VARIABLE
+from mlra_scale.cluster.failure import Failure
 from mlra_scale.cluster.node import parse
 from tests.unit.cluster.player import PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
@@ -486,7 +487,7 @@ def test_a_torchrun_that_fails_is_told(stage: Stage) -> None:
     ],
 )
 def test_an_end_in_words(code: int, message: str, text: str) -> None:
-    assert str(_Failure("a", 3, code, 0.0, message)) == text
+    assert str(Failure("a", 3, code, 0.0, message)) == text
 
 
 def test_free_ports_differ() -> None:

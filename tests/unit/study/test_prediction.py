@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlra_scale.study.prediction import PRIMARY, analyse, predict
-from mlra_scale.study.prediction_alarms import halves
-from mlra_scale.study.prediction_areas import comparable, roc_area
-from mlra_scale.study.prediction_runs import PredictionError, SweptRuns, read_runs
-from mlra_scale.study.prediction_text import as_markdown
-from mlra_scale.study.prediction_windows import (
+from mlra_scale.study.prediction.alarms import halves
+from mlra_scale.study.prediction.analysis import PRIMARY, analyse, predict
+from mlra_scale.study.prediction.areas import comparable, roc_area
+from mlra_scale.study.prediction.runs import PredictionError, SweptRuns, read_runs
+from mlra_scale.study.prediction.text import as_markdown
+from mlra_scale.study.prediction.windows import (
     BASELINES,
     SERIES,
     Comparison,

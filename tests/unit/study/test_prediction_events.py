@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.study.prediction_events import Event, Protocol, divergence_step, first_event
+from mlra_scale.study.prediction.events import Event, Protocol, divergence_step, first_event
 from tests.unit.study.synthetic import make_losses
 
 PROTOCOL = Protocol()

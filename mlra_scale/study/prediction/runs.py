@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mlra_scale.config import yaml_text
-from mlra_scale.study.prediction_events import Numbers, Protocol, first_event
-from mlra_scale.study.prediction_windows import Run
+from mlra_scale.study.prediction.events import Numbers, Protocol, first_event
+from mlra_scale.study.prediction.windows import Run
 from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
 

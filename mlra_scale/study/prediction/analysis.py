@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mlra_scale.study.prediction_alarms import halves, sound, summarize
-from mlra_scale.study.prediction_areas import comparable, interval, resampled_counts, roc_area, roc_areas
-from mlra_scale.study.prediction_events import Protocol
-from mlra_scale.study.prediction_runs import SweptRuns, read_runs
-from mlra_scale.study.prediction_text import as_markdown
-from mlra_scale.study.prediction_windows import COMPARISONS, SIGNALS, Comparison, Windows, comparison_keys, cut_windows
+from mlra_scale.study.prediction.alarms import halves, sound, summarize
+from mlra_scale.study.prediction.areas import comparable, interval, resampled_counts, roc_area, roc_areas
+from mlra_scale.study.prediction.events import Protocol
+from mlra_scale.study.prediction.runs import SweptRuns, read_runs
+from mlra_scale.study.prediction.text import as_markdown
+from mlra_scale.study.prediction.windows import COMPARISONS, SIGNALS, Comparison, Windows, comparison_keys, cut_windows
 from mlra_scale.training.record import write_atomically
 
 PRIMARY = ("tev_mean", "tev_std")
