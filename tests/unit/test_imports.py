@@ -36,10 +36,10 @@ ROOMS: dict[str, set[str]] = {
 # Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
-    ("stability", "parallel"): {"", "engine", "fragments", "topology"},
-    ("checkpoint", "parallel"): {"", "engine", "fragments", "topology"},
+    ("stability", "parallel"): {"", "fragments", "interface", "topology"},
+    ("checkpoint", "parallel"): {"", "fragments", "interface", "topology"},
     ("planning", "model"): {"parameters"},
-    ("training", "parallel"): {"", "engine", "fragments", "topology"},
+    ("training", "parallel"): {"", "fragments", "interface", "topology"},
     # What runs leave behind; none of these loads torch.
     ("study", "training"): {"exit_codes", "record", "resume", "run_directory"},
 }

@@ -250,7 +250,7 @@ def test_a_sweep_is_read_as_it_was_left(folder: Path) -> None:
 def test_the_tool_writes_json_and_a_table(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlra_scale.study.prediction.Protocol", lambda: replace(QUICK, minimum_events=5))
+    monkeypatch.setattr("mlra_scale.study.prediction.analysis.Protocol", lambda: replace(QUICK, minimum_events=5))
     tool: Any = load_script("tools/predict.py")
     assert tool.main([str(folder), "--output", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "prediction.json").read_text())
