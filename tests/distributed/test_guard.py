@@ -2,17 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
-from mlra_scale.config import BatchPlan
-from mlra_scale.data import Batch, SampleStream
-from mlra_scale.training import feed, guarding, trainer
+from benchmarks.guard import Poison, poisoned
+from mlra_scale.training import guarding
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
 from tests.support.pool import WorkerPool
@@ -51,35 +48,8 @@ LAYOUTS = {
 }
 # Steps, counted from 0 in places of the data: shuffled labels twice on their own, repeated tokens for longer.
 SHUFFLED, REPEATED = (24, 33), range(44, 50)
-read_batches = feed.read_batches
-
-
-def poisoned(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[Batch]:
-    """Batches, some of which teach nonsense: which ones depends on the samples alone, not on who reads them."""
-    place = consumed_samples // BATCH
-    batches = read_batches(stream, plan, data_rank, consumed_samples)
-    if place in SHUFFLED:
-        words = torch.randperm(512, generator=torch.Generator().manual_seed(place))
-        batches = [replace(batch, targets_BS=words[batch.targets_BS]) for batch in batches]
-    if place in REPEATED:
-        token = torch.full_like(batches[0].tokens_BS, 77 + place)
-        batches = [replace(batch, tokens_BS=token, targets_BS=(token * 31) % 512) for batch in batches]
-    return batches
-
-
-def steep() -> Callable[..., float]:
-    """A learning rate with a spike in it, which does not come a second time."""
-    done: set[int] = set()
-
-    def rate(step: int, *arguments: Any) -> float:
-        is_spike = 30 <= step < 33 and step not in done
-        done.add(step)
-        return (300.0 if is_spike else 1.0) * learning_rate(step, *arguments)
-
-    return rate
-
-
-learning_rate = trainer.learning_rate
+POISONS = {"rate": Poison(rate=range(30, 33), rate_factor=300.0), "none": Poison()}
+DATA = Poison(labels=SHUFFLED, tokens=REPEATED, vocab_size=512, batch=BATCH)
 
 
 def deadly(*arguments: Any) -> Any:
@@ -94,10 +64,7 @@ go_back = guarding.go_back
 @contextlib.contextmanager
 def injected(poison: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        if poison in ("data", "after the note", "before the note"):
-            stack.enter_context(mock.patch.object(feed, "read_batches", poisoned))
-        if poison == "rate":
-            stack.enter_context(mock.patch.object(trainer, "learning_rate", steep()))
+        stack.enter_context(poisoned(POISONS.get(poison, DATA)))
         if poison == "after the note":
             stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
         if poison == "before the note":

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks.contenders import Shape, build_plain, build_transformers, config_of, step_of_module
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.training.record import read_record
+from mlra_scale.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape("test", num_layers=3, hidden_size=48, num_heads=4, batch_size=3, sequence_length=16, vocab_size=384)
@@ -67,6 +69,28 @@ def test_stability_runs_and_reports_every_share(tmp_path: Path) -> None:
     assert len(report["shares_of_a_step"]) == 4 and len(report["gradient_variance_against_tev"]) == 3
     for ratio in [*report["shares_of_a_step"].values(), *report["gradient_variance_against_tev"].values()]:
         assert 0.0 < ratio["min"] <= ratio["median"] <= ratio["max"] < math.inf
+
+
+def test_guard_poisons_pairs_of_runs(training_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.guard", "labels", "--quick", "--jobs", "2", "--output", str(tmp_path)]
+    data = [f"data.path={training_data}", "model.vocab_size=4096"]
+    result = subprocess.run([*command, *data], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    ended = {
+        item["variant"]: RunDirectory(tmp_path / "labels" / item["run"])
+        for item in read_record(tmp_path / "labels" / "results.jsonl")
+    }
+    losses = {
+        name: [item["loss"] for item in read_record(folder.metrics) if item["step"] > 0]
+        for name, folder in ended.items()
+    }
+    assert losses["guarded"][:14] == losses["unguarded"][:14], "the same run up to the poison"
+    assert losses["unguarded"][14] > losses["unguarded"][13] + 0.5, "which shows"
+    acted = {
+        name: any(item["event"] == "guard_skip" for item in read_record(folder.events))
+        for name, folder in ended.items()
+    }
+    assert acted == {"guarded": True, "unguarded": False}
 
 
 def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:

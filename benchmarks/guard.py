@@ -1,0 +1,164 @@
+"""What the guard is worth: pairs of runs with and without it, poisoned at a known place.
+
+    python -m benchmarks.guard [--jobs N] [--output DIR] [--quick] [POISON ...] [section.field=value ...]
+
+Runs docs/studies/guard.yaml once for every poison (none, labels, tokens, rate; default: all) into DIR/POISON, as
+tools/sweep.py would; `python tools/report.py DIR/POISON` then draws the curves and the paired differences.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mlra_scale import train
+from mlra_scale.config import BatchPlan, ConfigError
+from mlra_scale.data import Batch, SampleStream
+from mlra_scale.study.grid import Study, cells_of, load_study
+from mlra_scale.study.results import CellFiles, SweepDirectory
+from mlra_scale.study.sweep import Sweep
+from mlra_scale.study.sweep_text import Board, summary_text
+from mlra_scale.training import feed, trainer
+
+STUDY = Path(__file__).parents[1] / "docs" / "studies" / "guard.yaml"
+
+
+@dataclass(frozen=True)
+class Poison:
+    """What is done to a run, and where.
+
+    Attributes:
+        labels: Places whose targets are renamed by a random permutation of the vocabulary; a place is a step's turn in
+            the order of the data, counted from 0.
+        tokens: Places at which one token is repeated throughout.
+        rate: Steps whose learning rate is multiplied by `rate_factor`, the first time that the run comes to them.
+        rate_factor: The factor.
+        vocab_size: Tokens that labels are renamed among.
+        batch: Samples of a step.
+    """
+
+    labels: Sequence[int] = ()
+    tokens: Sequence[int] = ()
+    rate: Sequence[int] = ()
+    rate_factor: float = 300.0
+    vocab_size: int = 512
+    batch: int = 8
+
+    def spoil(self, batches: list[Batch], consumed_samples: int) -> list[Batch]:
+        """Returns what a rank reads instead of `batches`: it depends on the samples alone, not on who reads them."""
+        place = consumed_samples // self.batch
+        if place in self.labels:
+            words = torch.randperm(self.vocab_size, generator=torch.Generator().manual_seed(place))
+            batches = [replace(batch, targets_BS=words[batch.targets_BS]) for batch in batches]
+        if place in self.tokens:
+            token = torch.full_like(batches[0].tokens_BS, (77 + place) % self.vocab_size)
+            batches = [replace(batch, tokens_BS=token, targets_BS=(token * 31) % self.vocab_size) for batch in batches]
+        return batches
+
+
+@contextlib.contextmanager
+def poisoned(poison: Poison) -> Iterator[None]:
+    """Poisons the runs of this process until the end of the block."""
+    read, rate = feed.read_batches, trainer.learning_rate
+    done: set[int] = set()
+
+    def read_batches(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[Batch]:
+        return poison.spoil(read(stream, plan, data_rank, consumed_samples), consumed_samples)
+
+    def learning_rate(step: int, *arguments: Any) -> float:
+        is_high = step in poison.rate and step not in done
+        done.add(step)
+        return (poison.rate_factor if is_high else 1.0) * rate(step, *arguments)
+
+    with (
+        mock.patch.object(feed, "read_batches", read_batches),
+        mock.patch.object(trainer, "learning_rate", learning_rate),
+    ):
+        yield
+
+
+NAMES = ("none", "labels", "tokens", "rate")
+PLACE = 153
+"""A third of the way through the study's runs, and not just behind a checkpoint."""
+QUICK = ["model.num_layers=2", "train.steps=30", "guard.window=8", "guard.min_window=8", "checkpoint.every=8"]
+QUICK_PLACE = 14
+
+
+def poison_of(name: str, place: int) -> Poison:
+    """Returns a poison of the study: 8 steps' data from a place on, or the rate of 3 steps."""
+    places = range(place, place + 8)
+    return {
+        "none": Poison(),
+        "labels": Poison(labels=places, vocab_size=4096),
+        "tokens": Poison(tokens=places, vocab_size=4096),
+        "rate": Poison(rate=range(place, place + 3), rate_factor=100.0),
+    }[name]
+
+
+class PoisonedSweep(Sweep):
+    """A sweep whose runs are all poisoned in the same way."""
+
+    poison: tuple[str, str]
+
+    def command(self, files: CellFiles) -> list[str]:
+        """Returns the command line of a cell: this module in the place of the entry point."""
+        command = super().command(files)
+        entry = command.index("mlra_scale.train")
+        return [*command[:entry], "benchmarks.guard", "--train", *self.poison, *command[entry + 1 :]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the study; returns the exit code of the worst sweep."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--train"]:
+        with poisoned(poison_of(arguments[1], int(arguments[2]))):
+            return train.main(arguments[3:])
+    parser = argparse.ArgumentParser(prog="benchmarks.guard", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument("--output", type=Path, default=Path("runs/guard"), metavar="DIR", help="where all of it goes")
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps: shows that it runs")
+    parser.add_argument(
+        "words", nargs="*", metavar="POISON|section.field=value", help="poisons, and fields of the runs"
+    )
+    options = parser.parse_args(arguments)
+    names = [word for word in options.words if "=" not in word] or list(NAMES)
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"{', '.join(sorted(unknown))}: no such poison; there are {', '.join(NAMES)}")
+    fields = [*(QUICK if options.quick else []), *(word for word in options.words if "=" in word)]
+    try:
+        study = load_study(STUDY, fields)
+        if options.quick:
+            study = study.model_copy(update={"seeds": study.seeds[:1]})
+        place = QUICK_PLACE if options.quick else PLACE
+        codes = [run(study, name, place, options.output / name, options.jobs, arguments) for name in names]
+    except ConfigError as error:
+        print("\n".join(["guard: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
+        return 2
+    return max(codes)
+
+
+def run(study: Study, poison: str, place: int, output: Path, jobs: int, arguments: Sequence[str]) -> int:
+    """Runs the study with one poison; returns 1 if a run failed or it was stopped, else 0."""
+    study = study.model_copy(update={"name": f"{study.name}-{poison}"})
+    cells, directory = cells_of(study), SweepDirectory(output)
+    sweep = PoisonedSweep(study, cells, directory)
+    sweep.poison = (poison, str(place))
+    to_do = sweep.prepare(cells, ["-m", "benchmarks.guard", *arguments])
+    board = Board(to_do, directory)
+    board.say(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")
+    try:
+        stopped = sweep.run(to_do, jobs, board.told, board.watch)
+    finally:
+        board.close()
+    print(summary_text(directory, cells, sweep), flush=True)
+    return int(stopped is not None or any(not directory.files(cell).is_done() for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
