@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,24 +13,15 @@ from typing import Any
 
 import mlra_scale
 from mlra_scale.training.record import write_atomically
+from mlra_scale.training.source import commit, output_of
 
-ROOT = Path(mlra_scale.__file__).resolve().parents[1]
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy")
 _GIB = 2.0**30
 
 
-def commit() -> str | None:
-    """Returns the commit of this code, with "+changes" behind it if files differ from it; None outside of git."""
-    name = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
-    if name is None:
-        return None
-    changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return name.strip() + ("+changes" if changes else "")
-
-
 def gpu_names() -> list[str]:
     """Returns the names of the machine's NVIDIA GPUs."""
-    listed = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    listed = output_of(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
     return [] if listed is None else [line.strip() for line in listed.splitlines() if line.strip()]
 
 
@@ -99,12 +89,3 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
-
-
-def _output(command: Sequence[str]) -> str | None:
-    """Returns what a command prints; None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.study.grid import Cell, Study
-from mlra_scale.study.provenance import ROOT, commit, gpu_names, note_start
+from mlra_scale.study.provenance import gpu_names, note_start
 from mlra_scale.study.results import (
     CellFiles,
     State,
@@ -33,6 +33,7 @@ from mlra_scale.study.results import (
     write_result,
 )
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.source import ROOT, commit
 
 _POLL_SECONDS = 0.5
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

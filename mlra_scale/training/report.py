@@ -19,6 +19,7 @@ from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.metrics import tev_text, train_line, validation_line
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record, set_aside
+from mlra_scale.training.source import commit
 from mlra_scale.training.start import Start
 from mlra_scale.training.wandb_log import WandbLog, open_wandb
 
@@ -81,7 +82,7 @@ class Report:
         self._records = read_record(self._run.metrics)
         self._metrics, self._events = JsonLines(self._run.metrics), EventLog(self._run.events)
         self._is_open = True
-        self._events.write("start", step=progress.step, world_size=self._plan.world_size)
+        self._events.write("start", step=progress.step, world_size=self._plan.world_size, commit=commit())
         self.say(short_report(self._config, self._plan))
         self._tell_origin(num_cut)
         if num_cut > 0:

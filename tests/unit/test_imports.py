@@ -41,7 +41,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("planning", "model"): {"parameters"},
     ("training", "parallel"): {"", "fragments", "interface", "topology"},
     # What runs leave behind; none of these loads torch.
-    ("study", "training"): {"exit_codes", "record", "resume", "run_directory"},
+    ("study", "training"): {"exit_codes", "record", "resume", "run_directory", "source"},
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {
@@ -72,7 +72,7 @@ def project_files() -> Iterator[Path]:
     files = [file for file in ROOT.iterdir() if file.is_file()]
     files += [file for folder in folders for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
     for file in files:
-        if file.suffix in TEXT_SUFFIXES and not file.name.startswith(".coverage"):
+        if file.suffix in TEXT_SUFFIXES and file.name != ".git" and not file.name.startswith(".coverage"):
             yield file
 
 

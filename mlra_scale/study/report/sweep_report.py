@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.study.correlation import MIN_UNITS, Correlation
-from mlra_scale.study.report import page, sweep_figures
+from mlra_scale.study.report import page, step_figures, sweep_figures
 from mlra_scale.study.report.associations import MAX_STEPS, Association, Associations
 from mlra_scale.study.report.comparisons import (
     MEASURES,
@@ -57,6 +57,7 @@ def report_sweep(path: Path, output: Path) -> Written:
         page.section("What was compared", *_what_was_compared(sweep)),
         page.section("What these runs support", *_statements(sweep, comparisons)),
         page.section("Curves", *_curves(sweep, images)),
+        page.section("Over steps", *_over_time(sweep, images)),
         page.section("Learning-rate sensitivity", *_sensitivity(sweep)),
         page.section("Paired differences", *_differences(comparisons, images)),
         page.section("Divergence and spikes", *_divergences(sweep)),
@@ -168,6 +169,22 @@ def _curves(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
                 parts += [page.heading(title), page.image(image, alternative, caption)]
                 caption = "As above."
     return parts or [page.paragraph("No curve can be drawn: no axis has two values with a finished cell.")]
+
+
+def _over_time(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
+    runs = step_figures.read_curves(sweep)
+    caption = (
+        "Thin: every run. Thick: the mean over the runs of a variant, at the steps that all of them have. Long curves "
+        "are means over equal stretches of steps."
+    )
+    parts = []
+    for index, quantity in enumerate(step_figures.QUANTITIES):
+        image = images[f"steps-{file_text(quantity.name)}.png"] = step_figures.step_figure(sweep, runs, index)
+        if image is not None:
+            shown = page.image(image, f"{quantity.name} over steps by variant.", caption)
+            parts += [page.heading(f"{quantity.name} over steps"), shown]
+            caption = "As above."
+    return parts or [page.paragraph("No curve can be drawn: no run has recorded two steps.")]
 
 
 def file_text(name: str) -> str:

@@ -15,6 +15,7 @@ from mlra_scale.training.record import read_record
 from mlra_scale.training.report import Report, report_nothing_to_do
 from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.source import commit
 from mlra_scale.training.start import Start
 
 VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}
@@ -99,7 +100,9 @@ def test_nothing_to_do_tells_what_was_passed_over(tmp_path: Path, capsys: pytest
     choice = Choice(Path("step-4"), (Rejected(Path("latest"), "is missing"),))
     report_nothing_to_do(Start(config, batch_plan(config, 1), run, choice, "training", Progress(4, 32, 2048)))
     assert "fallback: latest is passed over: is missing\nalready at step 4" in capsys.readouterr().out
-    assert [event["event"] for event in read_record(run.events)] == ["start", "fallback", "finished"]
+    start, fallback, finished = read_record(run.events)
+    assert [start["event"], fallback["event"], finished["event"]] == ["start", "fallback", "finished"]
+    assert start["commit"] == commit(), "which code ran"
 
 
 def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(

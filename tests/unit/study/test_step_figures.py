@@ -1,0 +1,67 @@
+"""The curves of a sweep over steps: what is read, averaged and thinned."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.study_folders import write_lines
+
+pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
+
+from mlra_scale.study.report.step_figures import QUANTITIES, mean_curve, read_curves, step_figure, thin
+from mlra_scale.study.report.sweep_results import Cell, Sweep
+
+
+def sweep_of(folder: Path) -> Sweep:
+    """Two variants of two runs; one run of the second was guarded, and one has recorded nothing."""
+    cells = []
+    for variant, shift in (("first", 0.0), ("second", 1.0)):
+        for seed in (1, 2):
+            name = f"{variant}-{seed}"
+            run = folder / "cells" / name
+            run.mkdir(parents=True)
+            cells.append(Cell(name, variant, {}, seed, "done", run, {}))
+            if name == "second-2":
+                continue
+            records = [{"step": step, "loss": shift + seed + 0.1 * step} for step in range(1, 4 + seed)]
+            write_lines(run / "metrics.jsonl", [{"step": 0, "tev_mean": 0.1}, *records, {"step": 9, "loss": None}])
+    events = [{"event": "start"}, {"event": "guard_skip", "step": 2}, {"event": "guard_rollback", "step": 4}]
+    write_lines(folder / "cells" / "second-1" / "events.jsonl", events)
+    return Sweep(folder, cells)
+
+
+def test_what_is_read(tmp_path: Path) -> None:
+    runs = {run.cell.name: run for run in read_curves(sweep_of(tmp_path))}
+    loss = [quantity.name for quantity in QUANTITIES].index("training loss")
+    steps, values = runs["first-2"].curves[loss]
+    assert steps.tolist() == [1, 2, 3, 4, 5], "without the loss that is no number"
+    assert values == pytest.approx([2.1, 2.2, 2.3, 2.4, 2.5])
+    assert runs["second-1"].guarded == (2, 4) and runs["first-1"].guarded == ()
+    assert all(curve[0].size == 0 for curve in runs["second-2"].curves)
+
+
+def test_figures_are_drawn_of_what_was_measured_and_of_nothing_else(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    runs = read_curves(sweep)
+    drawn = {quantity.name: step_figure(sweep, runs, index) for index, quantity in enumerate(QUANTITIES)}
+    # TEV has one value in each run, which is no curve.
+    assert [name for name, image in drawn.items() if image is not None] == ["training loss"]
+    unguarded = [type(run)(run.cell, run.curves, ()) for run in runs]
+    assert step_figure(sweep, unguarded, 0) != drawn["training loss"], "the guard's actions are in the figure"
+
+
+def test_the_mean_is_over_common_steps() -> None:
+    one = (np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))
+    other = (np.array([2.0, 3.0, 4.0]), np.array([4.0, 9.0, 7.0]))
+    steps, values = mean_curve([one, other])
+    assert steps.tolist() == [2, 4] and values.tolist() == [3, 5]
+
+
+def test_long_curves_are_thinned_to_means_of_stretches() -> None:
+    steps = np.arange(1.0, 402.0)
+    thinned_steps, thinned = thin((steps, 2 * steps))
+    assert thinned_steps.size == 134 and thinned_steps[0] == 2.0 and thinned[0] == 4.0
+    assert thinned_steps[-1] == 400.5, "the last is over the two that are left"
+    short = (steps[:150], steps[:150])
+    assert thin(short)[0].tolist() == short[0].tolist()
