@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mlra_scale.config import BatchPlan, Config
@@ -38,6 +40,22 @@ class Measurements:
         self._clip = QkClip(engine, config.model, config.qk_clip, plan)
         self._validation, self._plan = validation, plan
         self._probe_batches: list[Batch] | None = None
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def costs(self) -> dict[str, Any]:
+        """Returns what is recorded of this rank's time for the measurements since the last call, in seconds by name.
+
+        The noise scale's contains that of gradient statistics in the same step. On a GPU a measurement may have waited
+        for what was queued before it.
+        """
+        seconds, self._seconds = self._seconds, {}
+        return {"measuring_seconds": {name: round(value, 6) for name, value in seconds.items()}} if seconds else {}
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Begins a step.
@@ -46,11 +64,13 @@ class Measurements:
             step: Its number.
             batches: This data rank's micro-batches.
         """
-        self._gradients.before_step(step, batches)
+        with self._timed("gradients"):
+            self._gradients.before_step(step, batches)
 
     def before_update(self, proposal: UpdateProposal) -> None:
         """Measures the gradient; inside the engine's gate."""
-        self._gradients.in_gate(proposal)
+        with self._timed("gradients"):
+            self._gradients.in_gate(proposal)
 
     def after_update(
         self, step: int, result: StepResult, rate: float, batches: Sequence[Batch], place: int
@@ -64,10 +84,15 @@ class Measurements:
             batches: This data rank's micro-batches.
             place: Index of the step's first sample.
         """
-        values = self._gradients.after_update(result, rate)
+        with self._timed("gradients"):
+            values = self._gradients.after_update(result, rate)
+        spent = self._seconds.pop("gradients")
+        if values:
+            self._seconds["noise" if "noise" in values else "gradients"] = spent
         clip = self._config.qk_clip
         if clip.threshold is not None and result.applied and step % clip.every == 0:
-            values["qk_clip"] = self._clip.apply(batches, place)
+            with self._timed("qk_clip"):
+                values["qk_clip"] = self._clip.apply(batches, place)
         return values | self.tev(step)
 
     def tev(self, step: int) -> dict[str, Any]:
@@ -75,7 +100,8 @@ class Measurements:
         every = self._config.tev.every
         if every == 0 or not is_due(step, every, self._last):
             return {}
-        return tev_values(self._tev.measure(self._engine.owned_fragments()))
+        with self._timed("tev"):
+            return tev_values(self._tev.measure(self._engine.owned_fragments()))
 
     def activations(self, step: int) -> dict[str, Any]:
         """Measures activations on the probe batch, which is always the same; returns what is recorded of them."""
@@ -86,7 +112,8 @@ class Measurements:
             size, plan = self._plan.micro_batch_size, self._plan
             firsts = (m * plan.data + self._engine.topology.data_rank for m in range(self._probe.num_micro_batches))
             self._probe_batches = [self._validation.batch(first * size, size) for first in firsts]
-        return {"activations": self._probe.measure(self._probe_batches)}
+        with self._timed("activations"):
+            return {"activations": self._probe.measure(self._probe_batches)}
 
 
 def tev_values(statistics: TevStatistics) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
             )
         if progress.step == 0:
-            values = measurements.tev(0) | measurements.activations(0)
+            values = measurements.tev(0) | measurements.activations(0) | measurements.costs()
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
@@ -117,7 +117,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 values["spike_scores"] = spikes.values
             if is_due(step, config.evaluation.every, last):
                 values |= measure_validation()
-            values |= measurements.activations(step)
+            values |= measurements.activations(step) | measurements.costs()
             report.measured(progress, values)
             report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:

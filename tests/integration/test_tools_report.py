@@ -146,17 +146,27 @@ def test_a_sweep_shows_sensitivity_associations_and_costs(sweep_folder: Path) ->
     found = row(page, "TEV mean and gradient variance (embedding)", "nothing", "84")
     assert found.endswith("positive: the interval excludes 0")
     assert "step and learning rate" in text and "their intervals are not adjusted for that number" in text
-    assert "Not measured: what TEV and gradient statistics cost is not in study.json" in text
+    assert "Not measured: no run has recorded it (measuring_seconds)." in text
 
 
 def test_costs_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    """A step takes 0.5 s of which TEV is 0.01 s, and gradient statistics 0.02 s in every other."""
     write_lines(tmp_path / "results.jsonl", [cell_of("a", {}, 1)])
-    costs = {"step_seconds": 0.5, "tev_seconds": 0.01, "gradient_seconds": 0.02, "method": "median of 6 pairs"}
-    (tmp_path / "study.json").write_text(json.dumps({"name": "x", "costs": costs}))
+    cell = tmp_path / json.loads((tmp_path / "results.jsonl").read_text())["run"]
+    cell.mkdir(parents=True)
+    records = []
+    for step in range(1, 11):
+        seconds = {"tev": 0.01} | ({"gradients": 0.02} if step % 2 == 0 else {}) | {"activations": 0.1}
+        within = seconds["tev"] + seconds.get("gradients", 0.0)
+        counts = {"consumed_tokens": 100 * step, "tokens_per_second": 100 / (0.5 + within)}
+        records.append({"step": step, "loss": 5.0, "measuring_seconds": seconds, **counts})
+    write_lines(cell / "metrics.jsonl", [{"step": 0, "measuring_seconds": {"tev": 9.0}}, *records])
     page = page_of(reported(tmp_path))
-    assert row(page, "TEV") == "TEV | 0.0100 | 2.00 %"
+    assert row(page, "TEV", "10") == "TEV | 10 | 0.0100 | 2.0 % | 2.00 %"
+    assert row(page, "gradient statistics") == "gradient statistics | 5 | 0.0200 | 4.0 % | 2.00 %"
+    assert row(page, "activation probe") == "activation probe | 10 | 0.100 | 20.0 % | 20.00 %"
     assert "TEV took 0.50 times what gradient statistics took." in plain(page)
-    assert "median of 6 pairs" in page
+    assert "took 0.500 s" in plain(page)
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)])

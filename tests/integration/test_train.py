@@ -34,6 +34,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, training_data: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train.steps=12", "train.log_every=4", "tev.every=3", "evaluation.every=6", "checkpoint.every=4"]
     arguments += ["wandb.mode=offline", "profile.start=5", "profile.stop=7"]
+    arguments += ["gradients.every=6", "gradients.noise_every=12", "activations.every=6"]
     result = train(*base_command(run, training_data, *arguments))
     assert result.code == ExitCode.DONE, result.stderr
     # The profiler's tracing library announces itself and cannot be told not to.
@@ -46,6 +47,15 @@ def test_what_a_run_leaves_behind(tmp_path: Path, training_data: Path) -> None:
     losses, validation = curve(run, "loss"), curve(run, "validation_loss")
     assert losses[1] == pytest.approx(math.log(512), abs=0.5)
     assert losses[12] < losses[1] and validation[12] < validation[0]
+    costs = {item["step"]: item["measuring_seconds"] for item in metrics(run) if "measuring_seconds" in item}
+    assert {step: set(seconds) for step, seconds in costs.items()} == {
+        0: {"tev", "activations"},
+        3: {"tev"},
+        6: {"tev", "gradients", "activations"},
+        9: {"tev"},
+        12: {"tev", "noise", "activations"},
+    }
+    assert all(value > 0 for seconds in costs.values() for value in seconds.values())
     last = metrics(run)[-1]
     assert (last["consumed_samples"], last["consumed_tokens"]) == (12 * 8, 12 * 8 * 64)
 

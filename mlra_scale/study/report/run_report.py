@@ -10,6 +10,7 @@ from typing import Any
 from mlra_scale.config import yaml_text
 from mlra_scale.study.correlation import partial_spearman, pearson, ranks
 from mlra_scale.study.report import page, run_figures
+from mlra_scale.study.report.costs import costs_of, costs_section
 from mlra_scale.study.report.run_record import Record, RunRecord, at, is_number, moment, named, open_run, read_mapping
 from mlra_scale.study.report.sweep_results import STUDY
 from mlra_scale.study.report.written import Written, write_report
@@ -56,6 +57,7 @@ def report_run(path: Path, output: Path) -> Written:
         page.section("Figures of the run", _figures_table(run), *_remarks(run)),
         page.section("Over time", *_over_time(run, over_time, missing)),
         page.section("Over the blocks", *_over_blocks(profiles)),
+        page.section("What measuring costs", *costs_section([found] if (found := costs_of(run.metrics)) else [])),
         page.section("Events", *_events(run)),
         page.section("What could not be read", page.items(run.notes)) if run.notes else "",
         page.folded("The resolved configuration", page.preformatted(yaml_text.dump(run.config))) if run.config else "",

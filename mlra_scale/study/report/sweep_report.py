@@ -21,7 +21,8 @@ from mlra_scale.study.report.comparisons import (
     learning_rates,
     sensitivities,
 )
-from mlra_scale.study.report.run_record import at, is_number, moment
+from mlra_scale.study.report.costs import costs_of, costs_section
+from mlra_scale.study.report.run_record import moment, read_lines
 from mlra_scale.study.report.sweep_results import DEPTH, LEARNING_RATE, Sweep, axis_name, open_sweep, value_text
 from mlra_scale.study.report.written import Written, write_report
 from mlra_scale.study.verdicts import (
@@ -341,28 +342,9 @@ def _association_table(rows: Sequence[Association]) -> str:
     return page.table(head, page.without_repeats(content), numbers=(2,), whole=(3, 4))
 
 
-_COSTS = {"TEV": "tev_seconds", "gradient statistics": "gradient_seconds"}
-
-
 def _costs(sweep: Sweep) -> list[str]:
-    costs = sweep.study.get("costs")
-    step = at(costs, "step_seconds") if isinstance(costs, dict) else None
-    seconds = {name: at(costs, key) for name, key in _COSTS.items()} if isinstance(costs, dict) else {}
-    rows = [
-        (name, number(value, 3), f"{100 * value / step:.2f} %" if is_number(step) and step > 0 else "-")
-        for name, value in seconds.items()
-        if is_number(value)
-    ]
-    if not rows:
-        return [
-            page.paragraph("Not measured: what TEV and gradient statistics cost is not in study.json (field costs).")
-        ]
-    parts = [page.table(("measure", "seconds per measurement", "of a step"), rows, numbers=(1, 2))]
-    tev, gradients = (seconds.get(name) for name in _COSTS)
-    if is_number(tev) and is_number(gradients) and gradients > 0:
-        parts.append(page.paragraph(f"TEV took {tev / gradients:.2f} times what gradient statistics took."))
-    method = costs.get("method") if isinstance(costs, dict) else None
-    return [*parts, page.paragraph(f"Measured by: {method or 'not recorded'}.", "small")]
+    records = (read_lines(cell.run / "metrics.jsonl", [], is_optional=True) for cell in sweep.cells)
+    return costs_section([found for lines in records if (found := costs_of(lines)) is not None])
 
 
 def _cells_table(sweep: Sweep) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.study_folders import write_lines
+from tests.support.study_folders import Record, write_lines
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
@@ -24,9 +24,14 @@ def sweep_of(folder: Path) -> Sweep:
             cells.append(Cell(name, variant, {}, seed, "done", run, {}))
             if name == "second-2":
                 continue
-            records = [{"step": step, "loss": shift + seed + 0.1 * step} for step in range(1, 4 + seed)]
-            write_lines(run / "metrics.jsonl", [{"step": 0, "tev_mean": 0.1}, *records, {"step": 9, "loss": None}])
-    events = [{"event": "start"}, {"event": "guard_skip", "step": 2}, {"event": "guard_rollback", "step": 4}]
+            records: list[Record] = [{"step": step, "loss": shift + seed + 0.1 * step} for step in range(1, 4 + seed)]
+            records = [{"step": 0, "tev_mean": 0.1}, *records, {"step": 9, "loss": None}]
+            write_lines(run / "metrics.jsonl", records)
+    events: list[Record] = [
+        {"event": "start"},
+        {"event": "guard_skip", "step": 2},
+        {"event": "guard_rollback", "step": 4},
+    ]
     write_lines(folder / "cells" / "second-1" / "events.jsonl", events)
     return Sweep(folder, cells)
 
