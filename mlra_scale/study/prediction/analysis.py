@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from mlra_scale.study.prediction.windows import COMPARISONS, SIGNALS, Comparison
 from mlra_scale.training.record import write_atomically
 
 PRIMARY = ("tev_mean", "tev_std")
+DECISIVE: tuple[Comparison, ...] = ("matched", "twins")
+"""A verdict is what both say."""
 RIVALS = ("shallow_gradient_variance", "gradient_norm", "loss")
 _COVERAGE = 0.95
 _PRIMARY_COVERAGE = 1.0 - 0.05 / len(PRIMARY)
@@ -64,13 +66,20 @@ def analyse(swept: SweptRuns, protocol: Protocol) -> dict[str, Any]:
         for windows in [cut_windows(swept.runs, nearest, farthest, protocol)]
         for comparison in COMPARISONS
     ]
-    main = next(item for item in comparisons if (item["stretch"], item["comparison"]) == ("near", "matched"))
-    verdicts = {name: verdict(main["signals"][name], main["events"], protocol) for name in PRIMARY}
+    decisive = [item for item in comparisons if item["stretch"] == "near" and item["comparison"] in DECISIVE]
+    verdicts = {
+        name: agreed([verdict(item["signals"][name], item["events"], protocol) for item in decisive])
+        for name in PRIMARY
+    }
+    num_events = sum(run.event is not None for run in swept.runs)
     return {
+        "study": swept.about,
         "protocol": asdict(protocol),
         "runs": {
             "analysed": len(swept.runs),
-            "with_event": sum(run.event is not None for run in swept.runs),
+            "with_event": num_events,
+            "without_event": len(swept.runs) - num_events,
+            "seeds": sorted({run.seed for run in swept.runs}),
             "unstable_from_start": list(swept.unstable_from_start),
             "poisoned": swept.poisoned,
             "left_out": [asdict(item) for item in swept.left_out],
@@ -140,7 +149,7 @@ def verdict(signal: Mapping[str, Any], events: int, protocol: Protocol) -> str:
     """Says what the area of a primary signal shows.
 
     Args:
-        signal: Of the matched comparison.
+        signal: Of one comparison.
         events: Number of events that have a control.
         protocol: The numbers.
 
@@ -156,6 +165,11 @@ def verdict(signal: Mapping[str, Any], events: int, protocol: Protocol) -> str:
     if high < 0.5:
         return "the reverse"
     return "no useful warning" if high < protocol.useful_area else "undecided"
+
+
+def agreed(verdicts: Sequence[str]) -> str:
+    """Returns what the decisive comparisons all say, or undecided: one alone may see what their variants differ in."""
+    return verdicts[0] if len(set(verdicts)) == 1 else "undecided"
 
 
 def claim(verdicts: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,14 @@ class SweptRuns:
         unstable_from_start: Cells whose event came too early for any window.
         poisoned: By cell, whether an event was found.
         left_out: The others.
+        about: What study.json says of where the sweep ran.
     """
 
     runs: tuple[Run, ...]
     unstable_from_start: tuple[str, ...]
     poisoned: dict[str, bool]
     left_out: tuple[LeftOut, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_runs(folder: Path, protocol: Protocol) -> SweptRuns:
@@ -88,7 +90,9 @@ def read_runs(folder: Path, protocol: Protocol) -> SweptRuns:
             early.append(cell)
         else:
             runs.append(run)
-    return SweptRuns(tuple(runs), tuple(early), poisoned, tuple(left_out))
+    about = folder / "study.json"
+    known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    return SweptRuns(tuple(runs), tuple(early), poisoned, tuple(left_out), known)
 
 
 def read_run(

@@ -17,6 +17,8 @@ _NAMES = {
     "step": "step number",
     "learning_rate": "learning rate",
 }
+ENOUGH_RUNS = 20
+"""With fewer runs of either kind the page says so."""
 _COMPARISONS = {
     "pooled": "Pooled: all with all, for contrast; what only follows step or learning rate looks like a signal here",
     "matched": "Matched: the same step, learning rates and shape",
@@ -40,15 +42,20 @@ def _summary(result: Mapping[str, Any]) -> list[str]:
     runs, protocol = result["runs"], result["protocol"]
     main = next(item for item in result["comparisons"] if (item["stretch"], item["comparison"]) == ("near", "matched"))
     lines = [
-        f"Verdict, {main['from']} to {main['to']} steps before the event, matched for step and learning rate: "
+        f"Verdict, {main['from']} to {main['to']} steps before the event, where matched runs and twins agree: "
         f"the claim that TEV warns is **{result['claim']}** at this scale ("
         + "; ".join(f"{_NAMES[name]}: {text}" for name, text in result["verdicts"].items())
         + ").",
         "",
-        f"{runs['analysed']} runs analysed, {runs['with_event']} with an event, {main['events']} of them with a "
-        f"control ({main['controls']} runs) to compare with; {len(runs['unstable_from_start'])} unstable from the "
-        f"start, {len(runs['left_out'])} left out.",
+        f"{runs['analysed']} runs analysed, {runs['with_event']} with an event and {runs['without_event']} without; "
+        f"{main['events']} events have a control to compare with (windows of {main['controls']} runs, also of runs "
+        f"before their own event); {len(runs['unstable_from_start'])} unstable from the start, "
+        f"{len(runs['left_out'])} left out.",
+        "",
+        *_study(result),
     ]
+    if min(runs["with_event"], runs["without_event"]) < ENOUGH_RUNS:
+        lines += ["", f"Fewer than {ENOUGH_RUNS} runs with an event or fewer than {ENOUGH_RUNS} without: little data."]
     if main["events"] < protocol["minimum_events"]:
         lines += [
             "",
@@ -65,6 +72,18 @@ def _summary(result: Mapping[str, Any]) -> list[str]:
     reasons = Counter(item["reason"] for item in runs["left_out"])
     lines += [f"- left out, {count}: {reason}" for reason, count in sorted(reasons.items())]
     return lines
+
+
+def _study(result: Mapping[str, Any]) -> list[str]:
+    about, seeds = result["study"], result["runs"]["seeds"]
+    hardware = about.get("hardware") or {}
+    known = {
+        "commit": about.get("commit"),
+        "command": " ".join(about.get("command") or []),
+        "hardware": ", ".join(f"{name} {value}" for name, value in hardware.items() if value),
+        "seeds": ", ".join(map(str, seeds)),
+    }
+    return [f"- {name}: {value or 'not recorded'}" for name, value in known.items()]
 
 
 def _events(result: Mapping[str, Any]) -> list[str]:

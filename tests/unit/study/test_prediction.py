@@ -139,6 +139,7 @@ def test_a_difference_between_variants_is_seen_by_matched_and_not_by_twins() -> 
     swept = SweptRuns(tuple(runs), (), {}, ())
     assert area_of(swept, "tev_mean", "matched") > 0.65
     assert abs(area_of(swept, "tev_mean", "twins") - 0.5) < 0.15
+    assert analyse(swept, QUICK)["verdicts"]["tev_mean"] == "undecided", "one of the two comparisons is not enough"
 
 
 def test_windows_are_cut_as_the_protocol_says() -> None:
@@ -202,9 +203,9 @@ def test_too_few_events_are_said_and_no_crash(num_events: int, num_stable: int) 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sweep of 6 runs with an event and 6 without, and some that must not take part."""
+    """A sweep of 12 runs with an event and 12 without, and some that must not take part."""
     folder = tmp_path / "sweep"
-    for run in make_sweep(3, warning, 6, 6).runs:
+    for run in make_sweep(3, warning, 12, 12).runs:
         write_run(folder, run)
     generator = np.random.default_rng(9)
     write_run(folder, make_run(generator, 60, variant="poisoned-batches", seed=50))
@@ -216,6 +217,7 @@ def folder(tmp_path: Path) -> Path:
     write_run(folder, guarded)
     events = folder / "cells" / guarded.cell / "events.jsonl"
     events.write_text('{"event": "guard_skip", "step": 71}\n' + events.read_text())
+    (folder / "study.json").write_text(json.dumps({"commit": "abc", "command": ["tools/sweep.py", "study.yaml"]}))
     with (folder / "results.jsonl").open("a") as file:
         failed = {"cell": "broken", "variant": "plain", "seed": 90, "run": "cells/broken", "state": "failed"}
         file.write(json.dumps({**failed, "error": "no memory"}) + "\n")
@@ -224,7 +226,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_sweep_is_read_as_it_was_left(folder: Path) -> None:
     swept = read_runs(folder, QUICK)
-    expected = {run.cell: run for run in make_sweep(3, warning, 6, 6).runs}
+    expected = {run.cell: run for run in make_sweep(3, warning, 12, 12).runs}
     assert {run.cell for run in swept.runs} == {*expected, "plain-lr0.001-seed70"}
     for run in swept.runs:
         if (original := expected.get(run.cell)) is None:
@@ -256,7 +258,10 @@ def test_the_tool_writes_json_and_a_table(
     result = json.loads((tmp_path / "out" / "prediction.json").read_text())
     text = (tmp_path / "out" / "prediction.md").read_text()
     assert capsys.readouterr().out == text
-    assert result["runs"]["with_event"] == 7 and result["runs"]["analysed"] == 13
+    runs = result["runs"]
+    assert (runs["with_event"], runs["without_event"], runs["analysed"]) == (13, 12, 25)
+    assert "13 with an event and 12 without" in text and "Fewer than 20 runs with an event" in text
+    assert "- commit: abc" in text and "- command: tools/sweep.py study.yaml" in text and "- seeds: 0, 1, 2" in text
     assert "poisoned" not in "".join(event["cell"] for event in result["events"])
     assert result["claim"] == "supported" and "**supported**" in text
     assert "2 runs; in 1 an event was found" in text
