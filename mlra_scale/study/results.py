@@ -28,6 +28,7 @@ from typing import IO, Any, Literal
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.study.grid import Cell, Study, load_study
 from mlra_scale.study.provenance import note_end
+from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import finite_or_none, lines_from_end, read_record, write_atomically
 from mlra_scale.training.resume import FREE, flat, is_in
@@ -133,6 +134,12 @@ class SweepDirectory:
         """Writes sweep.yaml; the lock is held."""
         write_atomically(self.study, study.to_yaml())
 
+    def stale(self, cells: Sequence[Cell]) -> list[str]:
+        """Returns the names of cells that have a result here and are not in this grid."""
+        names = {cell.name for cell in cells}
+        found = (file.parent.name for file in self.path.glob("cells/*/result.json"))
+        return sorted(name for name in found if name not in names)
+
     def collect(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         """Puts results.jsonl together from the results of the cells.
 
@@ -229,7 +236,7 @@ def result_of(
         state: How it ended.
         ending: The event that it ended with.
         error: Of a failed cell, what went wrong.
-        commit: Of the code that it ran with.
+        commit: Of the code of this start, for a run that has not recorded any.
 
     Returns:
         `steps` is the last step reached and `diverged_at` that step for a cell that diverged; `final_loss` is the mean
@@ -254,8 +261,14 @@ def result_of(
         "initial_loss": losses[0][1] if losses else None,
         **{name: _last(records, name) for name in ("validation_loss", "tev_mean", "tev_std")},
     }
-    if (gradients := _last(records, "gradients")) is not None and "embedding" in gradients["kinds"]:
-        result["gradient_variance_embedding"] = gradients["kinds"]["embedding"]["gradient_variance"]
+    if (gradients := _last(records, "gradients")) is not None:
+        if "embedding" in gradients["kinds"]:
+            result["gradient_variance_embedding"] = gradients["kinds"]["embedding"]["gradient_variance"]
+        if (variances := gradients.get("layers", {}).get("gradient_variance")) and None not in variances:
+            shallow = variances[: num_shallow(len(variances))]
+            result["gradient_variance_shallow"] = math.fsum(shallow) / len(shallow)
+    if (activations := _last(records, "activations")) is not None:
+        result["residual_variance"] = activations["residual_variance"][-1]
     if (scores := _last(records, "spike_scores")) is not None:
         result["spikes"] = round(scores["loss_olmo_core"] * min(reached, _SPIKE_HORIZON))
     result |= {
@@ -263,9 +276,15 @@ def result_of(
         "seconds": round(_seconds(records), 3),
         "tokens": steps * train.global_batch_size * train.sequence_length,
         "error": error,
-        "commit": commit,
+        "commit": _commits(read_record(files.run.events)) or commit,
     }
     return {name: finite_or_none(value) for name, value in result.items()}
+
+
+def _commits(events: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns the commits of all starts of a run, which a resumed one may have several of."""
+    found = {event["commit"]: None for event in events if event["event"] == "start" and event.get("commit")}
+    return ", ".join(found) or None
 
 
 def _last(records: Sequence[Mapping[str, Any]], name: str) -> Any:

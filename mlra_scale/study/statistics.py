@@ -156,3 +156,8 @@ def learning_rate_sensitivity(losses: Numbers, initial_losses: Numbers) -> float
     if capped.size == 0 or not (capped < initial).any():
         return math.nan
     return float((capped - capped.min()).mean())
+
+
+def num_shallow(num_blocks: int) -> int:
+    """Returns how many blocks are called shallow: the first quarter, at least one."""
+    return max(1, num_blocks // 4)

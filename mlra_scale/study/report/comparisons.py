@@ -31,9 +31,12 @@ class Measure:
     of: Callable[[Cell], float]
 
 
-def _log10_gradient_variance(cell: Cell) -> float:
-    value = cell.value("gradient_variance_embedding")
-    return math.log10(value) if value > 0 else math.nan
+def _log10(name: str) -> Callable[[Cell], float]:
+    def of(cell: Cell) -> float:
+        value = cell.value(name)
+        return math.log10(value) if value > 0 else math.nan
+
+    return of
 
 
 MEASURES = (
@@ -41,7 +44,9 @@ MEASURES = (
     Measure("validation loss", "nats per token", lambda cell: cell.value("validation_loss")),
     Measure("TEV mean", "unit of the weights", lambda cell: cell.value("tev_mean")),
     Measure("TEV spread", "unit of the weights", lambda cell: cell.value("tev_std")),
-    Measure("log10 of the embedding's gradient variance", "decades", _log10_gradient_variance),
+    Measure("log10 of the embedding's gradient variance", "decades", _log10("gradient_variance_embedding")),
+    Measure("log10 of shallow blocks' gradient variance", "decades", _log10("gradient_variance_shallow")),
+    Measure("log10 of the last block's residual variance", "decades", _log10("residual_variance")),
 )
 SENSITIVITY = Measure("learning-rate sensitivity", "nats per token", lambda cell: math.nan)
 
@@ -57,7 +62,9 @@ class Comparison:
         setting: The place on the axes.
         difference: The mean difference over seeds.
         left_out: Why pairs are missing, with their number.
-        adjusted_p: Holm-adjusted over the comparisons of the same measure that can be claimed; nan for others.
+        is_mean: Whether it is the mean over settings.
+        adjusted_p: Holm-adjusted over its family: the comparisons of the same measure that can be claimed, means over
+            settings apart from single settings; nan for others.
         family: How many these are.
     """
 
@@ -67,6 +74,7 @@ class Comparison:
     setting: str
     difference: Mean
     left_out: tuple[str, ...]
+    is_mean: bool = False
     adjusted_p: float = math.nan
     family: int = 0
 
@@ -94,7 +102,7 @@ def compare(sweep: Sweep) -> list[Comparison]:
         sweep: The sweep.
 
     Returns:
-        The comparisons, measure by measure; within a measure p-values are adjusted for their number.
+        The comparisons, measure by measure; p-values are adjusted for their number (`_adjusted`).
     """
     pairs = [(later, earlier) for earlier, later in itertools.combinations(sweep.variants, 2)]
     found: list[Comparison] = []
@@ -121,7 +129,7 @@ def _compare(sweep: Sweep, measure: Measure, first: str, second: str) -> list[Co
         difference = mean_of([sum(pairs[seed] for pairs in whole) / len(whole) for seed in seeds])
         few = len(by_setting) - len(whole)
         left_out = (f"{few} setting{'s' * (few != 1)} without a pair of every seed",) if few else ()
-        found.append(Comparison(measure, first, second, setting, difference, left_out))
+        found.append(Comparison(measure, first, second, setting, difference, left_out, is_mean=True))
     return found
 
 
@@ -151,13 +159,14 @@ def _why_missing(cells: dict[str, Cell], first: str, second: str, measure: Measu
     return " and ".join(bad) or f"{measure.name} not measured"
 
 
-def _adjusted(family: list[Comparison]) -> list[Comparison]:
-    claimable = [index for index, item in enumerate(family) if takes_part(item.difference)]
-    adjusted = dict(zip(claimable, holm([family[index].difference.p for index in claimable]), strict=True))
-    return [
-        replace(item, adjusted_p=adjusted.get(index, math.nan), family=len(claimable))
-        for index, item in enumerate(family)
-    ]
+def _adjusted(items: list[Comparison]) -> list[Comparison]:
+    """Adjusts for the number of comparisons: few means over settings do not pay for many single settings."""
+    adjusted: dict[int, Comparison] = {}
+    for is_mean in (False, True):
+        family = [index for index, item in enumerate(items) if item.is_mean == is_mean and takes_part(item.difference)]
+        for index, p in zip(family, holm([items[index].difference.p for index in family]), strict=True):
+            adjusted[index] = replace(items[index], adjusted_p=p, family=len(family))
+    return [adjusted.get(index, item) for index, item in enumerate(items)]
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,12 @@ def _compare_sensitivities(sweep: Sweep, pairs: list[tuple[str, str]]) -> list[C
             difference = mean_of([one.by_seed[seed] - other.by_seed[seed] for seed in seeds])
             num_seeds = max(len(item.by_seed) + item.num_incomplete + item.num_undefined for item in (one, other))
             missing = num_seeds - len(seeds)
-            left_out = (f"{missing} seed{'s' * (missing != 1)} (a learning rate is missing)",) if missing else ()
+            reasons = {
+                "a learning rate is missing": any(item.num_incomplete for item in (one, other)),
+                "no rate got below the first loss": any(item.num_undefined for item in (one, other)),
+            }
+            why = " or ".join(reason for reason, holds in reasons.items() if holds) or "not in both"
+            left_out = (f"{missing} seed{'s' * (missing != 1)} ({why})",) if missing else ()
             found.append(Comparison(SENSITIVITY, first, second, setting, difference, left_out))
     return found
 

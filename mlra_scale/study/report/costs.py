@@ -45,7 +45,7 @@ def costs_of(records: Iterable[Record]) -> Costs | None:
     """
     records = [record for record in records if is_number(record.get("step")) and record["step"] > 0]
     seconds = {name: tuple(_numbers(records, name)) for name in _NAMES}
-    steps = [found for record in records if (found := _step_seconds(record)) is not None]
+    steps = _step_seconds(records)
     if not steps or not any(seconds.values()):
         return None
     return Costs(float(np.median(steps)), int(records[-1]["step"]), {k: v for k, v in seconds.items() if v})
@@ -56,14 +56,20 @@ def _numbers(records: Sequence[Record], name: str) -> list[float]:
     return [float(value) for value in found if is_number(value)]
 
 
-def _step_seconds(record: Record) -> float | None:
-    """The time of the step of a record, if the record is of one step alone."""
-    rate, tokens, step = (record.get(name) for name in ("tokens_per_second", "consumed_tokens", "step"))
-    if not (is_number(rate) and rate > 0 and is_number(tokens) and is_number(step)):
-        return None
-    measured = (at(record, f"measuring_seconds.{name}") for name in _WITHIN_A_STEP)
-    seconds = tokens / step / rate - sum(value for value in measured if is_number(value))
-    return seconds if seconds > 0 else None
+def _step_seconds(records: Sequence[Record]) -> list[float]:
+    """The time of a step, without what was measured in it, from every record of the rate since the one before."""
+    found = []
+    since, measured = 0, 0.0
+    for record in records:
+        measured += sum(_numbers([record], name)[0] for name in _WITHIN_A_STEP if _numbers([record], name))
+        rate, tokens, step = (record.get(name) for name in ("tokens_per_second", "consumed_tokens", "step"))
+        if not (is_number(rate) and rate > 0 and is_number(tokens) and is_number(step)):
+            continue
+        seconds = tokens / step / rate - measured / (step - since) if step > since else 0.0
+        if seconds > 0:
+            found.append(seconds)
+        since, measured = step, 0.0
+    return found
 
 
 def costs_section(runs: Sequence[Costs]) -> list[str]:

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mlra_scale.config import yaml_text
+from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.run_directory import RunDirectory
 
 Record = dict[str, Any]
 Extract = Callable[[Record], Any]
 
-SHALLOW_SHARE = 4
-"""The first 1/4 of the blocks, at least one, are called shallow."""
 _ENDS = ("finished", "stopped", "failed", "preempted", "interrupted")
 
 
@@ -229,6 +228,6 @@ def of_shallow_blocks(dotted: str, reduce: Callable[[npt.NDArray[np.float64]], A
 
     def extract(record: Record) -> Any:
         values = over_blocks(dotted, record)
-        return None if values is None else float(reduce(values[: max(1, values.size // SHALLOW_SHARE)]))
+        return None if values is None else float(reduce(values[: num_shallow(values.size)]))
 
     return extract

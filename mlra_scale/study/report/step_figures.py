@@ -15,8 +15,8 @@ from mlra_scale.study.report import style
 from mlra_scale.study.report.run_record import Extract, in_steps, is_number, named, read_lines, series_of
 from mlra_scale.study.report.sweep_results import Cell, Sweep
 
-_MAX_POINTS = 150
-"""A longer curve is drawn as means over equal stretches of steps."""
+_MAX_POINTS, _MEAN_POINTS = 150, 40
+"""Longer curves of a run and of a mean are drawn as means over equal stretches of steps."""
 
 
 @dataclass(frozen=True)
@@ -121,27 +121,31 @@ def _draw(axes: Axes, variants: Sequence[str], runs: Sequence[RunCurves], index:
     for number, variant in enumerate(variants):
         look = style.style(number)
         own = [run for run in runs if run.cell.variant == variant]
-        thinned = [thin(run.curves[index]) for run in own]
-        for steps, values in thinned:
-            axes.plot(steps, values, color=look.color, lw=0.5, alpha=0.5)
-        if thinned:
-            style.curve(axes, *mean_curve(thinned), look)
+        for run in own:
+            axes.plot(*thin(run.curves[index], _MAX_POINTS), color=look.color, lw=0.5, alpha=0.4)
+        if own:
+            style.curve(axes, *thin(mean_curve([run.curves[index] for run in own]), _MEAN_POINTS), look)
         acted = [step for run in own for step in run.guarded]
         across = axes.get_xaxis_transform()
         axes.plot(acted, [0.03] * len(acted), ls="", marker="|", ms=8, color=look.color, transform=across)
 
 
-def thin(curve: Curve) -> Curve:
-    """Returns a curve of at most _MAX_POINTS points: means over as many values each, the last over what is left."""
+def thin(curve: Curve, points: int) -> Curve:
+    """Returns a curve of at most so many points: means over as many values each, the last over what is left."""
     steps, values = curve
-    size = math.ceil(steps.size / _MAX_POINTS)
+    if steps.size == 0:
+        return curve
+    size = math.ceil(steps.size / points)
     starts = np.arange(0, steps.size, size)
     counts = np.diff(np.append(starts, steps.size))
     return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Returns the mean over runs at the steps that all of them have."""
+    """Returns the mean over runs at the steps that all of them have.
+
+    Behind the end of a run that stopped early there is no mean: it would be that of the better runs.
+    """
     common = curves[0][0]
     for steps, _ in curves[1:]:
         common = np.intersect1d(common, steps)

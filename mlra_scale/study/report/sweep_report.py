@@ -117,7 +117,7 @@ def _statements(sweep: Sweep, comparisons: Sequence[Comparison]) -> list[str]:
     )
     summary = (
         f"A difference is supported in {len(supported)} of them, after Holm's adjustment for the number of comparisons "
-        "of the same measure."
+        "of the same measure (means over settings and single settings are adjusted each among themselves)."
         if supported
         else "No difference between variants is supported by these runs."
     )
@@ -134,8 +134,18 @@ def _statements(sweep: Sweep, comparisons: Sequence[Comparison]) -> list[str]:
         page.paragraph(summary),
         _counts(comparisons),
         sentences,
+        page.paragraph(_by_chance(comparisons), "small") if num_claimable else "",
         page.paragraph(warning, "small") if num_diverged else "",
     ]
+
+
+def _by_chance(comparisons: Sequence[Comparison]) -> str:
+    families = {(item.measure.name, item.is_mean) for item in comparisons if takes_part(item.difference)}
+    return (
+        f"The comparisons fall into {len(families)} families, of one measure each. Where nothing differs at all, a "
+        f"family names a difference in one page of 20, and a page with {len(families)} of them in up to "
+        f"{min(100, 5 * len(families))} of 100: a single supported difference among many measures is weak evidence."
+    )
 
 
 def _counts(comparisons: Sequence[Comparison]) -> str:
@@ -161,7 +171,8 @@ def _curves(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
     )
     parts = []
     for axis in sorted(sweep.axes, key=lambda axis: (axis != LEARNING_RATE, axis != DEPTH, axis)):
-        for measure in MEASURES[:2]:
+        # Of what is measured at many depths, everything is looked at; elsewhere the losses come first.
+        for measure in MEASURES if axis == DEPTH else MEASURES[:2]:
             image = sweep_figures.axis_figure(sweep, axis, measure)
             images[f"{file_text(axis.rpartition('.')[2])}-{file_text(measure.name)}.png"] = image
             if image is not None:
@@ -228,7 +239,7 @@ def _differences(comparisons: Sequence[Comparison], images: dict[str, bytes | No
     text = (
         "Differences of two variants with the same seed and the same place on all axes: mean, standard error, and the "
         "95 % interval of Student's t over the pairs. p is adjusted by Holm's method for the number of comparisons of "
-        f"the same measure that have at least {MIN_PAIRS} pairs."
+        f"the same measure that have at least {MIN_PAIRS} pairs, means over settings apart from single settings."
     )
     parts = [page.paragraph(text, "small")]
     for measure in dict.fromkeys(item.measure for item in comparisons):

@@ -63,10 +63,17 @@ def test_the_mean_is_over_common_steps() -> None:
     assert steps.tolist() == [2, 4] and values.tolist() == [3, 5]
 
 
+def test_runs_of_unequal_length_have_a_mean_up_to_the_shorter_one() -> None:
+    long, short = np.arange(1.0, 6251.0), np.arange(1.0, 1001.0)
+    steps, values = thin(mean_curve([(long, long), (short, 3 * short)]), 40)
+    assert (steps[0], steps[-1], steps.size) == (13, 988, 40)
+    assert values == pytest.approx(2 * steps)
+
+
 def test_long_curves_are_thinned_to_means_of_stretches() -> None:
     steps = np.arange(1.0, 402.0)
-    thinned_steps, thinned = thin((steps, 2 * steps))
+    thinned_steps, thinned = thin((steps, 2 * steps), 150)
     assert thinned_steps.size == 134 and thinned_steps[0] == 2.0 and thinned[0] == 4.0
     assert thinned_steps[-1] == 400.5, "the last is over the two that are left"
     short = (steps[:150], steps[:150])
-    assert thin(short)[0].tolist() == short[0].tolist()
+    assert thin(short, 150)[0].tolist() == short[0].tolist()

@@ -140,7 +140,8 @@ def test_the_studies_of_the_docs_can_be_run(path: Path) -> None:
     found = load_study(path)
     assert found.name == path.stem
     cells = cells_of(found)
-    assert {"dense", "control", "mlra"} <= {cell.variant for cell in cells}
+    if len({cell.config.model.attention for cell in cells}) > 1:
+        assert {"dense", "control", "mlra"} <= {cell.variant for cell in cells}, "no comparison without the control"
     assert all(cell.config.data.seed is None for cell in cells)
 
 

@@ -64,9 +64,15 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
             "step": 40,
             "seconds": 10.5,
             "spike_scores": {"loss_olmo_core": 3 / 40},
-            "gradients": {"kinds": {"embedding": {"gradient_variance": 1e-9}}},
+            "gradients": {
+                "kinds": {"embedding": {"gradient_variance": 1e-9}},
+                "layers": {"gradient_variance": [1e-9, 3e-9, *[1.0] * 6]},
+            },
+            "activations": {"residual_variance": [1.0, 2.0, 4.5]},
         },
     )
+    for commit in ("first", "second", "first"):
+        write_lines(files.run.events, {"event": "start", "commit": commit})
     result = result_of(files, "done", {"event": "finished", "steps": 40}, None, "abc")
     assert result.pop("final_loss") == pytest.approx(sum(loss[step] for step in (37, 38, 39, 40)) / 4, rel=1e-12)
     assert result == {
@@ -82,12 +88,14 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
         "tev_mean": 0.25,
         "tev_std": 0.05,
         "gradient_variance_embedding": 1e-9,
+        "gradient_variance_shallow": pytest.approx(2e-9),
+        "residual_variance": 4.5,
         "spikes": 3,
         "diverged_at": None,
         "seconds": 10.0 + 10.5,
         "tokens": 40 * 8 * 64,
         "error": None,
-        "commit": "abc",
+        "commit": "first, second",
     }
 
 
