@@ -86,8 +86,8 @@ def poisoned(poison: Poison) -> Iterator[None]:
 NAMES = ("none", "labels", "tokens", "rate")
 PLACE = 153
 """A third of the way through the study's runs, and not just behind a checkpoint."""
-QUICK = ["model.num_layers=2", "train.steps=30", "guard.window=8", "guard.min_window=8", "checkpoint.every=8"]
-QUICK_PLACE = 14
+QUICK = ["model.num_layers=2", "train.steps=44", "guard.window=8", "guard.min_window=8", "checkpoint.every=8"]
+QUICK_PLACE = 30
 
 
 def poison_of(name: str, place: int) -> Poison:
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "words", nargs="*", metavar="POISON|section.field=value", help="poisons, and fields of the runs"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     names = [word for word in options.words if "=" not in word] or list(NAMES)
     if unknown := set(names) - set(NAMES):
         parser.error(f"{', '.join(sorted(unknown))}: no such poison; there are {', '.join(NAMES)}")

@@ -5,11 +5,12 @@
 One process, MLRA at D = 512, L = 12. In every round a training step and each measurement take their turn, and a share
 is formed from two times of the same round: what a measurement costs once, divided by the steps between two of them,
 over the time of a step. The variance of gradients over all parameters is computed in three ways:
-- local partitions: mean and squared deviations of what this rank owns (`stability.gradients`, which also gives it per
-  kind and block);
-- full gather: all gradients copied into one vector first, as a naive tool would;
+- local partitions: mean and variance of every piece that this rank owns, merged, and nothing else (the gradient
+  statistics above give more: norms, weights and updates, per kind and block);
+- full gather: all gradients copied into one vector first, as a naive tool would; in one process nothing is sent;
 - over micro-batches: for every element the variance of its gradient over the micro-batches of a step, which needs two
-  more copies of the gradient and a pass over them for every micro-batch (timed around plain PyTorch of the same size).
+  more copies of the gradient and a pass over them for every micro-batch (around plain PyTorch: a dense model of as many
+  parameters, two micro-batches).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class _Step:
         self._engine, self._clock = engine, clock
         self._statistics = GradientStatistics(engine, config)
         self._number = 0
-        self._in_gate = self._gathered = 0.0
+        self._in_gate = self._local = self._gathered = 0.0
 
     def run(self, batch: Batch) -> dict[str, float]:
         self._number += 1
@@ -136,8 +137,8 @@ class _Step:
         self._statistics.after_update(result, LEARNING_RATE)
         after = self._clock() - trained
         return {
-            "step": trained - started - self._in_gate - self._gathered,
-            LOCAL: self._in_gate,
+            "step": trained - started - self._in_gate - self._local - self._gathered,
+            LOCAL: self._local,
             GATHERED: self._gathered,
             "gradient statistics": self._in_gate + after,
         }
@@ -147,9 +148,24 @@ class _Step:
         self._statistics.in_gate(proposal)
         self._in_gate = self._clock() - started
         started = self._clock()
-        torch.cat([fragment.values.flatten() for fragment in self._engine.owned_gradients()]).double().var().item()
+        variance_of_pieces(fragment.values for fragment in self._engine.owned_gradients())
+        self._local = self._clock() - started
+        started = self._clock()
+        torch.cat([fragment.values.flatten() for fragment in self._engine.owned_gradients()]).var(correction=0).item()
         self._gathered = self._clock() - started
         return True
+
+
+def variance_of_pieces(pieces: Iterable[Tensor]) -> float:
+    """Returns the population variance over the elements of all pieces, each of which is read where it lies."""
+    found = []
+    for piece in pieces:
+        variance, mean = torch.var_mean(piece, correction=0)
+        found.append(torch.stack([mean, variance, mean.new_tensor(piece.numel())]))
+    mean_P, variance_P, count_P = torch.stack(found).double().T
+    share_P = count_P / count_P.sum()
+    mean = (share_P * mean_P).sum()
+    return float((share_P * (variance_P + (mean_P - mean).square())).sum())
 
 
 def _tev(engine: Engine, topology: Topology, shape: Shape) -> Callable[[], object]:

@@ -59,7 +59,7 @@ def _numbers(records: Sequence[Record], name: str) -> list[float]:
 def _step_seconds(records: Sequence[Record]) -> list[float]:
     """The time of a step, without what was measured in it, from every record of the rate since the one before."""
     found = []
-    since, measured = 0, 0.0
+    since, measured = 0.0, 0.0
     for record in records:
         measured += sum(_numbers([record], name)[0] for name in _WITHIN_A_STEP if _numbers([record], name))
         rate, tokens, step = (record.get(name) for name in ("tokens_per_second", "consumed_tokens", "step"))
