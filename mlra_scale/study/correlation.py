@@ -73,16 +73,12 @@ def without_groups(values: Array, groups: Labels) -> Array:
     return np.where(np.abs(rest) > 1e-12 * np.abs(values).max(initial=0.0), rest, 0.0)
 
 
-def partial(r_xy: float, r_xz: float, r_yz: float) -> float:
-    """Returns the correlation of x and y given z, by the usual formula; nan where z determines one of them."""
-    rest = (1.0 - r_xz * r_xz) * (1.0 - r_yz * r_yz)
-    return (r_xy - r_xz * r_yz) / math.sqrt(rest) if rest > 1e-12 else math.nan
+def spearman_of_changes(x: Array, y: Array) -> float:
+    """Returns Spearman's coefficient of the changes of two series from one place to the next.
 
-
-def partial_spearman(x: Array, y: Array, z: Array) -> float:
-    """Returns Spearman's coefficient of x and y given z: `partial` of the ranks."""
-    a, b, c = ranks(x), ranks(y), ranks(z)
-    return partial(pearson(a, b), pearson(a, c), pearson(b, c))
+    What rises or falls throughout both, as most things do while a model is trained, is in no change.
+    """
+    return _coefficient("Spearman", np.diff(x), np.diff(y), np.zeros(max(0, x.size - 1), dtype=np.int64))
 
 
 def _coefficient(kind: Kind, x: Array, y: Array, groups: Labels) -> float:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlra_scale.study.correlation import KINDS, MIN_UNITS, Correlation, correlation, partial_spearman
+from mlra_scale.study.correlation import KINDS, MIN_UNITS, Correlation, correlation, spearman_of_changes
 from mlra_scale.study.report.run_record import Record, at, in_steps, is_number, read_lines
 from mlra_scale.study.report.sweep_results import LEARNING_RATE, Cell, Sweep, axis_name, value_text
 from mlra_scale.study.statistics import Mean, mean_of
@@ -30,6 +30,7 @@ class Observations:
         units: The number of the cell that each comes from.
         rates: The learning rate.
         settings: The number of the place on all axes.
+        variants: The number of the variant.
         steps: The step, 0 for values of finished runs.
     """
 
@@ -37,12 +38,20 @@ class Observations:
     units: npt.NDArray[np.int64]
     rates: npt.NDArray[np.float64]
     settings: npt.NDArray[np.int64]
+    variants: npt.NDArray[np.int64]
     steps: npt.NDArray[np.int64]
 
     def chosen(self, kept: npt.NDArray[np.bool_]) -> Observations:
         """Returns some of the observations."""
         columns = {name: values[kept] for name, values in self.columns.items()}
-        return Observations(columns, self.units[kept], self.rates[kept], self.settings[kept], self.steps[kept])
+        return Observations(
+            columns,
+            self.units[kept],
+            self.rates[kept],
+            self.settings[kept],
+            self.variants[kept],
+            self.steps[kept],
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Associations:
             numbers,
             np.array([float(rate) if is_number(rate) else math.nan for rate in rates], dtype=np.float64),
             np.array([self._setting_of[number] for number in numbers], dtype=np.int64),
+            np.array([self._sweep.variants.index(cell.variant) for cell, _, _ in rows], dtype=np.int64),
             np.array([step for _, step, _ in rows], dtype=np.int64),
         )
 
@@ -116,6 +126,9 @@ class Associations:
             if len(self._rates) > 1:
                 both = _joint(found.steps, found.rates)
                 rows.append(_row(found, first, second, "step and learning rate", both))
+            if len(self._sweep.variants) > 1:
+                everything = _joint(found.steps, found.settings, found.variants)
+                rows.append(_row(found, first, second, "step, every axis and the variant", everything))
         return [row for row in rows if row is not None]
 
     def _rows(self, seen: Observations, first: str, second: str) -> Iterator[Association]:
@@ -129,24 +142,23 @@ class Associations:
         if others:
             names = "every axis" if self._rates else " and ".join(others)
             rows.append(_row(seen, first, second, names, seen.settings))
+        if len(self._sweep.variants) > 1:
+            names = "every axis and the variant" if self._sweep.axes else "the variant"
+            rows.append(_row(seen, first, second, names, _joint(seen.settings, seen.variants)))
         yield from (row for row in rows if row is not None)
 
-    def within_runs(self) -> tuple[Mean, int]:
-        """Correlates TEV and gradient variance within each run, given the step.
+    def within_runs(self) -> Mean:
+        """Correlates the changes of TEV and of gradient variance from one measurement to the next.
 
         Returns:
-            Spearman's partial coefficient averaged over runs, and how many runs have none because the step alone
-            determines one of the two, as where TEV only ever rises.
+            Spearman's coefficient of each run, averaged over runs.
         """
-        found, values, num_undefined = self.over_steps, [], 0
+        found, values = self.over_steps, []
         for unit in np.unique(found.units):
             own = found.chosen((found.units == unit) & np.isfinite(found.columns[TEV] + found.columns[VARIANCE]))
-            if own.steps.size < 4:
-                continue
-            value = partial_spearman(own.columns[TEV], own.columns[VARIANCE], own.steps.astype(np.float64))
-            num_undefined += math.isnan(value)
+            value = spearman_of_changes(own.columns[TEV], own.columns[VARIANCE])
             values += [] if math.isnan(value) else [value]
-        return mean_of(values), num_undefined
+        return mean_of(values)
 
 
 def _row(

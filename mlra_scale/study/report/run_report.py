@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.config import yaml_text
-from mlra_scale.study.correlation import partial_spearman, pearson, ranks
+from mlra_scale.study.correlation import pearson, ranks, spearman_of_changes
 from mlra_scale.study.report import page, run_figures
 from mlra_scale.study.report.costs import costs_of, costs_section
 from mlra_scale.study.report.run_record import Record, RunRecord, at, is_number, moment, named, open_run, read_mapping
@@ -168,15 +168,12 @@ def _tev_and_gradients(run: RunRecord) -> str:
     steps, tev, variance = run_figures.gradient_and_tev(run)
     if steps.size < 4:
         return "TEV and gradient variance of the embedding were measured together at fewer than 4 steps."
-    plain, given = pearson(ranks(tev), ranks(variance)), partial_spearman(tev, variance, steps)
-    told = (
-        f"{given:.2f} given the step"
-        if math.isfinite(given)
-        else "undefined given the step, which determines one of them"
-    )
+    plain, changes = pearson(ranks(tev), ranks(variance)), spearman_of_changes(tev, variance)
+    told = f"{changes:.2f} of" if math.isfinite(changes) else "undefined for"
     return (
-        f"TEV against gradient variance of the embedding within this run: Spearman {plain:.2f}, {told}, over "
-        f"{steps.size} steps. Steps of one run are no independent observations: no interval, and no claim."
+        f"TEV against gradient variance of the embedding within this run: Spearman {plain:.2f}, {told} their changes "
+        f"from one measurement to the next, over {steps.size} steps. Steps of one run are no independent observations: "
+        "no interval, and no claim."
     )
 
 

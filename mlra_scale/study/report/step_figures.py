@@ -130,6 +130,80 @@ def _draw(axes: Axes, variants: Sequence[str], runs: Sequence[RunCurves], index:
         axes.plot(acted, [0.03] * len(acted), ls="", marker="|", ms=8, color=look.color, transform=across)
 
 
+def difference_figure(sweep: Sweep, runs: Sequence[RunCurves], index: int) -> bytes | None:
+    """Draws how far a quantity of each variant is from that of the first one, at the same seed and step.
+
+    What all variants of a seed share, as the noise of their batches, is in no difference.
+
+    Args:
+        sweep: The sweep.
+        runs: What `read_curves` returned.
+        index: Which of QUANTITIES.
+
+    Returns:
+        The figure as PNG, or None where there is no pair.
+    """
+    settings = sweep.settings()
+    found = {
+        setting: _differences(sweep.variants, [r for r in runs if r.cell.setting() == setting], index)
+        for setting in settings
+    }
+    settings = [setting for setting in settings if found[setting]]
+    if not settings:
+        return None
+    columns = min(3, len(settings)) if len(settings) > 4 else min(2, len(settings))
+    rows = math.ceil(len(settings) / columns)
+    with style.drawing():
+        figure = style.new_figure(0.6 + (3.0 if columns == 1 else 2.4) * rows)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        drawn = []
+        for axes, setting in zip(grid.ravel(), settings, strict=False):
+            for variant, curves in found[setting].items():
+                look = style.style(sweep.variants.index(variant))
+                steps, means, errors = _mean_and_error(curves)
+                drawn += [means - errors, means + errors]
+                axes.fill_between(steps, means - errors, means + errors, color=look.color, alpha=0.2, lw=0)
+                style.curve(axes, steps, means, look)
+            axes.axhline(0.0, color="0.35", lw=1.0, ls="--", zorder=0.5)
+            axes.set_title(style.label(setting, 60) if len(settings) > 1 else "")
+        for axes in grid.ravel()[len(settings) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            style.choose_scale(axes, np.concatenate(drawn), f"difference of\n{QUANTITIES[index].unit}", "linear")
+        for axes in grid[-1]:
+            axes.set_xlabel("step")
+        names = [variant for variant in sweep.variants if any(variant in curves for curves in found.values())]
+        handles = [
+            style.handle(style.style(sweep.variants.index(name)), f"{name} - {sweep.variants[0]}") for name in names
+        ]
+        figure.legend(handles=handles, loc="outside right upper", handlelength=3.2, alignment="left")
+        return style.as_png(figure)
+
+
+def _differences(variants: Sequence[str], runs: Sequence[RunCurves], index: int) -> dict[str, list[Curve]]:
+    """By variant, the thinned difference from the first variant for every seed that both have."""
+    by_seed = {(run.cell.variant, run.cell.seed): run.curves[index] for run in runs if run.curves[index][0].size > 1}
+    found: dict[str, list[Curve]] = {}
+    for (variant, seed), (steps, values) in by_seed.items():
+        base = by_seed.get((variants[0], seed))
+        if variant == variants[0] or base is None:
+            continue
+        common = np.intersect1d(steps, base[0])
+        difference = values[np.isin(steps, common)] - base[1][np.isin(base[0], common)]
+        if common.size > 0:
+            found.setdefault(variant, []).append((common, difference))
+    return found
+
+
+def _mean_and_error(curves: Sequence[Curve]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Steps, mean and standard error (0 of a single curve) of stretches of steps that all curves have."""
+    common = mean_curve(curves)[0]
+    values = [thin((common, values[np.isin(steps, common)]), _MEAN_POINTS)[1] for steps, values in curves]
+    steps = thin((common, common), _MEAN_POINTS)[0]
+    error = np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(steps.size)
+    return steps, np.mean(values, axis=0), error
+
+
 def thin(curve: Curve, points: int) -> Curve:
     """Returns a curve of at most so many points: means over as many values each, the last over what is left."""
     steps, values = curve

@@ -159,7 +159,11 @@ def choose_scale(
         axes.yaxis.set_major_formatter(lambda value, _: number(value, 1))
         unit = f"{unit}\n(log scale)"
     else:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+        if finite.size > 0 and not 1e-3 <= np.abs(finite).max() < 1e5:
+            # A common power of ten above the axis would run into the title.
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        else:
+            axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         if kind == "share":
             axes.set_ylim(0.0, None if finite.max(initial=0.0) > 0 else 1.0)
     axes.set_ylabel(unit)

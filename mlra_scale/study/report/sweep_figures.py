@@ -17,10 +17,11 @@ from mlra_scale.study.report import style
 from mlra_scale.study.report.associations import LOSS, PAIRS, TEV, VARIANCE, Observations
 from mlra_scale.study.report.comparisons import Comparison, Measure
 from mlra_scale.study.report.run_record import is_number
-from mlra_scale.study.report.sweep_results import Cell, Sweep, axis_name, value_text
+from mlra_scale.study.report.sweep_results import LEARNING_RATE, Cell, Sweep, axis_name, value_text
 from mlra_scale.study.statistics import mean_of
 from mlra_scale.study.verdicts import MIN_PAIRS
 
+_MAX_RATE_ROWS = 4
 _CROSS_HEIGHT = 0.06
 """Of the row of crosses of one variant, as a share of the plot."""
 _UNITS = {TEV: "unit of the weights", VARIANCE: "log10", LOSS: "nats per token"}
@@ -62,7 +63,7 @@ def axis_figure(sweep: Sweep, axis: str, measure: Measure) -> bytes | None:
 
 
 def _draw_axis(axes: Axes, sweep: Sweep, axis: str, values: list[float], cells: list[Cell], measure: Measure) -> None:
-    is_log = min(values) > 0 and max(values) > 3 * min(values)
+    is_log = min(values) > 0 and (axis == LEARNING_RATE or max(values) > 3 * min(values))
     for index, variant in enumerate(sweep.variants):
         look = style.style(index)
         points = []
@@ -217,17 +218,24 @@ def scatter_figure(sweep: Sweep, seen: Observations, variants: Sequence[str]) ->
     shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, max(1, rates.size)))
     place = {rate: index for index, rate in enumerate(rates)}
     fills = [shades[place[rate]] if rate in place else "0.5" for rate in seen.rates]
+    # Values at different rates lie far apart: of few rates each has a row of its own.
+    row_of = place if 1 < rates.size <= _MAX_RATE_ROWS and np.isfinite(seen.rates).all() else {}
+    rows = max(1, len(row_of))
     with style.drawing():
-        figure = style.new_figure(3.1)
-        grid = figure.subplots(1, len(pairs), squeeze=False)[0]
-        for axes, (first, second) in zip(grid, pairs, strict=True):
+        figure = style.new_figure(0.4 + 2.7 * rows)
+        grid = figure.subplots(rows, len(pairs), squeeze=False)
+        for column, (first, second) in enumerate(pairs):
             x, y = (LOSS, VARIANCE) if (first, second) == (VARIANCE, LOSS) else (first, second)
             for number, fill in enumerate(fills):
+                axes = grid[row_of.get(seen.rates[number], 0), column]
                 look = style.style(sweep.variants.index(variants[number]))
                 point = seen.columns[x][number], seen.columns[y][number]
                 axes.plot(*point, ls="", marker=look.marker, ms=6, mfc=fill, mec="black", mew=0.6)
-            axes.set_xlabel(f"{_axis_text(x)}\n({_UNITS[x]})")
-            axes.set_ylabel(f"{_axis_text(y)} ({_UNITS[y]})")
+            for axes in grid[:, column]:
+                axes.set_xlabel(f"{_axis_text(x)}\n({_UNITS[x]})")
+                axes.set_ylabel(f"{_axis_text(y)}\n({_UNITS[y]})")
+        for rate, row in row_of.items():
+            grid[row, 0].set_title(f"learning rate {value_text(float(rate))}")
         handles = [
             Line2D(
                 [],

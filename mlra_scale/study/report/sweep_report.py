@@ -196,6 +196,14 @@ def _over_time(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
             shown = page.image(image, f"{quantity.name} over steps by variant.", caption)
             parts += [page.heading(f"{quantity.name} over steps"), shown]
             caption = "As above."
+        apart = images[f"steps-difference-{file_text(quantity.name)}.png"] = step_figures.difference_figure(
+            sweep, runs, index
+        )
+        if apart is not None:
+            told = (
+                f"Paired differences of {quantity.name}: means over seeds and stretches of steps, with standard errors."
+            )
+            parts.append(page.image(apart, told, told))
     return parts or [page.paragraph("No curve can be drawn: no run has recorded two steps.")]
 
 
@@ -321,13 +329,11 @@ def _over_steps(found: Associations, steps: Sequence[Association]) -> list[str]:
     if not steps:
         told = f"Not measured in {MIN_UNITS} runs at the same steps (needs tev.every and gradients.every)."
         return [page.paragraph(told)]
-    mean, num_undefined = found.within_runs()
-    within = "Within runs, TEV against gradient variance given the step (Spearman, partial)"
-    determined = f"undefined in {num_undefined} run(s), where the step alone determines one of the two"
-    if mean.n:
-        within += f": {with_error(mean)}, 95 % interval {interval(mean)}, n = {mean.n} runs; {determined}."
-    else:
-        within += f": {determined}."
+    mean = found.within_runs()
+    within = (
+        "Within runs, changes of TEV against changes of gradient variance from one measurement to the next (Spearman)"
+    )
+    within += f": {with_error(mean)}, 95 % interval {interval(mean)}, n = {mean.n} runs." if mean.n else ": undefined."
     note = (
         f"Up to {MAX_STEPS} steps of each run, each compared with other runs at the same step: what all runs share as "
         "training goes on is no association. Here the loss is that of the step."

@@ -11,9 +11,9 @@ from hypothesis.extra import numpy as hnp
 from mlra_scale.study.correlation import (
     MIN_UNITS,
     correlation,
-    partial_spearman,
     pearson,
     ranks,
+    spearman_of_changes,
     without_groups,
 )
 
@@ -60,18 +60,16 @@ def test_taking_groups_out_is_the_regression_on_their_indicators() -> None:
     assert without_groups(values, groups) == pytest.approx(values - fitted, abs=1e-12)
 
 
-def test_a_partial_coefficient_is_that_of_residuals() -> None:
+def test_changes_of_series_that_both_rise() -> None:
     draw = np.random.default_rng(1)
-    z = draw.permutation(30).astype(float)
-    x, y = draw.normal(size=30) + 0.1 * z, draw.normal(size=30) - 0.1 * z
-    design = np.stack([np.ones(30), ranks(z)], axis=1)
-    rest = [ranks(v) - design @ np.linalg.lstsq(design, ranks(v), rcond=None)[0] for v in (x, y)]
-    assert partial_spearman(x, y, z) == pytest.approx(np.corrcoef(*rest)[0, 1], abs=1e-12)
-
-
-def test_what_the_step_determines_has_no_partial_coefficient() -> None:
-    step = np.arange(20.0)
-    assert math.isnan(partial_spearman(step**2, np.sin(step), step))
+    steps, shared, x, y = np.arange(200.0), *draw.normal(size=(3, 200))
+    assert np.corrcoef(steps + x, steps + y)[0, 1] > 0.99
+    assert abs(spearman_of_changes(np.cumsum(2 + x), np.cumsum(2 + y))) < 0.2, (
+        "they have nothing but the rise in common"
+    )
+    rising = [np.cumsum(8 + shared + 0.1 * noise) for noise in (x, y)]
+    assert (np.diff(rising[0]) > 0).all() and spearman_of_changes(*rising) > 0.9
+    assert math.isnan(spearman_of_changes(steps, x)), "no change differs from another"
 
 
 def test_an_association_that_the_learning_rate_makes_is_gone_when_it_is_fixed() -> None:

@@ -9,7 +9,16 @@ from tests.support.study_folders import Record, write_lines
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
-from mlra_scale.study.report.step_figures import QUANTITIES, mean_curve, read_curves, step_figure, thin
+from mlra_scale.study.report.step_figures import (
+    QUANTITIES,
+    _differences,
+    _mean_and_error,
+    difference_figure,
+    mean_curve,
+    read_curves,
+    step_figure,
+    thin,
+)
 from mlra_scale.study.report.sweep_results import Cell, Sweep
 
 
@@ -54,6 +63,18 @@ def test_figures_are_drawn_of_what_was_measured_and_of_nothing_else(tmp_path: Pa
     assert [name for name, image in drawn.items() if image is not None] == ["training loss"]
     unguarded = [type(run)(run.cell, run.curves, ()) for run in runs]
     assert step_figure(sweep, unguarded, 0) != drawn["training loss"], "the guard's actions are in the figure"
+
+
+def test_differences_are_of_the_same_seed_and_step(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    runs = read_curves(sweep)
+    found = _differences(sweep.variants, runs, 0)
+    ((steps, values),) = found["second"]
+    assert steps.tolist() == [1, 2, 3, 4] and values == pytest.approx([1.0] * 4), "of seed 1, which both have"
+    means, errors = _mean_and_error([(steps, values), (steps, 3 * values)])[1:]
+    assert means == pytest.approx([2.0] * 4) and errors == pytest.approx([1.0] * 4)
+    assert difference_figure(sweep, runs, 0) is not None
+    assert difference_figure(sweep, [run for run in runs if run.cell.variant == "first"], 0) is None
 
 
 def test_the_mean_is_over_common_steps() -> None:
