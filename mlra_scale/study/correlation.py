@@ -78,7 +78,12 @@ def spearman_of_changes(x: Array, y: Array) -> float:
 
     What rises or falls throughout both, as most things do while a model is trained, is in no change.
     """
-    return _coefficient("Spearman", np.diff(x), np.diff(y), np.zeros(max(0, x.size - 1), dtype=np.int64))
+    return _coefficient("Spearman", _changes(x), _changes(y), np.zeros(max(0, x.size - 1), dtype=np.int64))
+
+
+def _changes(x: Array) -> Array:
+    """Returns what comes after minus what comes before; equal changes are equal, whatever the subtraction rounds to."""
+    return np.round(np.diff(x) / max(np.abs(x).max(initial=0.0), np.finfo(np.float64).tiny), 12)
 
 
 def _coefficient(kind: Kind, x: Array, y: Array, groups: Labels) -> float:
