@@ -2,8 +2,8 @@
 # Runs a study (docs/studies/README.md), one cell per task of a Slurm array: the task's number is that of the cell.
 #
 #   python tools/sweep.py docs/studies/depth.yaml --dry-run               the cells with their numbers
-#   sbatch --array=0-89 slurm/sweep.sh docs/studies/depth.yaml
-#   sbatch --array=0-89%8 slurm/sweep.sh docs/studies/depth.yaml --output /shared/runs/depth data.path=/shared/data/mine
+#   sbatch --array=0-143 slurm/sweep.sh docs/studies/depth.yaml
+#   sbatch --array=0-143%8 slurm/sweep.sh docs/studies/depth.yaml --output /shared/runs/depth data.path=/shared/data/mine
 #
 # Everything after the study goes to tools/sweep.py. A task whose time ran out has saved: submit the same line again,
 # and tasks whose cells are done end at once. Options of sbatch on the command line come before those below.
