@@ -22,6 +22,10 @@ from mlra_scale.config import GuardConfig
 from mlra_scale.stability.spikes import Divergence, Window
 
 
+_RISING_WINDOWS = 8
+"""So many windows long a loss may be on its way up; one that has been higher for longer has come to stay there."""
+
+
 @dataclass(frozen=True)
 class Action:
     """What the guard has decided after a step.
@@ -80,15 +84,22 @@ class Guard:
 
     def __init__(self, config: GuardConfig, batch: int) -> None:
         self._config, self._batch = config, batch
-        self._losses, self._norms = Window(config.window), Window(config.window)
-        self._divergence = None
-        if config.divergence is not None:
-            self._divergence = Divergence(config.divergence, config.divergence_steps)
-        self._episode: _Episode | None = None
+        self._watch_anew()
+        self._forgot_at: int | None = None
         self._lowered: _Lowered | None = None
         self._good_step: int | None = None
         self._rollbacks: list[dict[str, Any]] = []
         self._fault: str | None = None
+
+    def _watch_anew(self) -> None:
+        """Knows of no step: nothing is usual yet, the loss has not been lower, and there is no trouble."""
+        config = self._config
+        self._losses, self._norms = Window(config.window), Window(config.window)
+        self._divergence = None
+        if config.divergence is not None:
+            self._divergence = Divergence(config.divergence, config.divergence_steps)
+        self._rising_steps = 0
+        self._episode: _Episode | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -152,6 +163,8 @@ class Guard:
         fault, self._fault = self._fault, None
         self._remember(loss, gradient_norm)
         has_diverged = self._divergence is not None and fault is None and self._divergence.update(loss)
+        is_rising = self._divergence is not None and self._divergence.is_rising
+        self._rising_steps = self._rising_steps + 1 if is_rising else 0
         episode = self._episode
         if episode is not None and step - episode.last_step > self._config.calm_steps:
             episode = None
@@ -180,13 +193,26 @@ class Guard:
 
     def saved(self, step: int) -> None:
         """Notes a checkpoint: one to go back to if there is no trouble now, and the loss is not on its way up."""
-        is_rising = self._divergence is not None and self._divergence.is_rising
+        is_rising = 0 < self._rising_steps <= _RISING_WINDOWS * self._config.window
         if self.is_enabled and self._episode is None and not is_rising:
             self._good_step = step
 
     def begins_at(self, step: int) -> None:
         """Makes a checkpoint the one to go back to, whatever was before it: the run begins from it."""
         self._good_step, self._episode = step, None
+
+    def forget(self, step: int) -> None:
+        """Judges what comes after a step by itself: the run goes on with something that changes what is usual.
+
+        What is usual after it is learned as at the start of a run. Data that are skipped stay skipped, and a lowered
+        rate stays lowered.
+
+        Args:
+            step: Of the checkpoint that the run goes on from; its own record of what was usual is of no use either.
+        """
+        self._watch_anew()
+        self._forgot_at = step
+        self._good_step = step if self.is_enabled else None
 
     def went_back(self, action: Action) -> None:
         """Goes on from the checkpoint of a rollback, whose state has been loaded.
@@ -203,6 +229,8 @@ class Guard:
             "reason": action.reason,
         }
         self.recall([*self._rollbacks, rollback], action.to_step)
+        if action.to_step == self._forgot_at:
+            self.forget(action.to_step)
 
     def recall(self, rollbacks: Sequence[Mapping[str, Any]], step: int) -> None:
         """Takes over rollbacks that the loaded state may not know of; the first one of them is the oldest.
@@ -232,9 +260,11 @@ class Guard:
             "losses": self._losses.state(),
             "norms": self._norms.state(),
             "divergence": None if self._divergence is None else self._divergence.state(),
+            "rising_steps": self._rising_steps,
             "episode": None if self._episode is None else asdict(self._episode),
             "lowered": None if self._lowered is None else asdict(self._lowered),
             "good_step": self._good_step,
+            "forgot_at": self._forgot_at,
             "rollbacks": self._rollbacks,
         }
 
@@ -246,9 +276,12 @@ class Guard:
         self._norms.load(state["norms"])
         if self._divergence is not None and state["divergence"] is not None:
             self._divergence.load(state["divergence"])
+        self._rising_steps = state.get("rising_steps", 0)  # a checkpoint from before they were counted has none
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
         self._good_step = state["good_step"]
+        if (forgot_at := state.get("forgot_at")) is not None:  # a checkpoint from before the change knows of none
+            self._forgot_at = forgot_at
         if len(state["rollbacks"]) > len(self._rollbacks):
             self._rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
 

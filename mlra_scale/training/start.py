@@ -14,7 +14,15 @@ from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
-from mlra_scale.training.resume import Change, Comparison, compare, compare_model, flat, read_stored
+from mlra_scale.training.resume import (
+    CHANGE_WHAT_IS_USUAL,
+    Change,
+    Comparison,
+    compare,
+    compare_model,
+    flat,
+    read_stored,
+)
 from mlra_scale.training.resumed_data import DataHistory, compare_data
 from mlra_scale.training.rollbacks import read_rollbacks
 from mlra_scale.training.run_directory import RunDirectory
@@ -74,6 +82,11 @@ class Start:
     def goes_on_in_place(self) -> bool:
         """Whether the run in the run directory goes on; else it is a new one, or a branch of another one."""
         return self.kind == "training" and self.checkpoint is not None and self.run.is_own(self.checkpoint)
+
+    @property
+    def changes_what_is_usual(self) -> bool:
+        """Whether loss or gradient norm may be others from here on, for no other reason than what was changed."""
+        return any(change.field in CHANGE_WHAT_IS_USUAL for change in self.changes)
 
     @property
     def is_done(self) -> bool:

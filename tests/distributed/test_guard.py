@@ -173,6 +173,17 @@ def test_a_learning_rate_spike_is_survived(run: Run) -> None:
     print("last losses:", curve(guarded, "loss")[72], "guarded,", curve(unguarded, "loss")[72], "unguarded")
 
 
+def test_a_batch_that_was_made_smaller_on_purpose_is_no_instability(run: Run, tmp_path: Path) -> None:
+    """Its gradients are noisier, and their norm higher, for good."""
+    folder, watch = tmp_path / "run", [*GUARD, "guard.min_window=16", "train.micro_batch_size=2"]
+    run("one process", *watch, "train.steps=24", "train.global_batch_size=32", poison="none", folder=folder)
+    smaller = ["train.steps=40", "train.global_batch_size=2", "--resume", "auto"]
+    run("one process", *watch, *smaller, poison="none", folder=folder)
+    norms = curve(folder, "gradient_norm")
+    assert min(norms[step] for step in range(25, 29)) > 1.2 * max(norms[step] for step in range(21, 25))
+    assert decisions(folder) == []
+
+
 def test_it_gives_up_with_a_report(run: Run) -> None:
     folder = run("one process", *GUARD, "guard.max_rollbacks=0", code=ExitCode.UNSTABLE)
     last = events(folder)[-1]
