@@ -6,6 +6,8 @@ From the loss and the gradient norm of a step, which are the same numbers on eve
 3. If that is not enough either, or if the loss has left for good, the run goes back to the last checkpoint from before
    the trouble, and does not read the data again that it met then (Chowdhery et al. 2022 (PaLM), sec. 5.1).
 4. After a number of such returns it gives up.
+In fp16 a step whose gradient overflows its loss scale is none of these: the scale comes down, and that is all. A long
+row of them leads to 3 at once.
 
 Here are decisions only; `training` carries them out. Everything is pure arithmetic over numbers that all ranks share,
 so every layout decides alike, and the state goes through a checkpoint.
@@ -20,7 +22,6 @@ from typing import Any, Literal
 
 from mlra_scale.config import GuardConfig
 from mlra_scale.stability.spikes import Divergence, Window
-
 
 _RISING_WINDOWS = 8
 """So many windows long a loss may be on its way up; one that has been higher for longer has come to stay there."""
@@ -100,6 +101,7 @@ class Guard:
             self._divergence = Divergence(config.divergence, config.divergence_steps)
         self._rising_steps = 0
         self._episode: _Episode | None = None
+        self._overflow_sample: int | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -161,13 +163,12 @@ class Guard:
         if not self.is_enabled:
             return []
         fault, self._fault = self._fault, None
+        self._overflow_sample = None
         self._remember(loss, gradient_norm)
         has_diverged = self._divergence is not None and fault is None and self._divergence.update(loss)
         is_rising = self._divergence is not None and self._divergence.is_rising
         self._rising_steps = self._rising_steps + 1 if is_rising else 0
-        episode = self._episode
-        if episode is not None and step - episode.last_step > self._config.calm_steps:
-            episode = None
+        episode = self._episode_at(step)
         actions: list[Action] = []
         if fault is not None:
             episode = episode or _Episode(step, sample, step)
@@ -191,10 +192,32 @@ class Guard:
         self._episode = episode
         return actions
 
+    def overflowed(self, step: int, sample: int, hopeless: str | None) -> list[Action]:
+        """Decides after a step whose gradient overflowed the loss scale: its update is gone, and `approve` not asked.
+
+        Args:
+            step: The step.
+            sample: Place in the data at which it began.
+            hopeless: Why this is more than a loss scale that comes down, in words; None: it is not.
+
+        Returns:
+            As `judge`.
+        """
+        if not self.is_enabled:
+            return []
+        if self._overflow_sample is None:
+            self._overflow_sample = sample
+        if hopeless is None:
+            return []
+        episode = self._episode_at(step)
+        first = self._overflow_sample if episode is None else episode.first_sample
+        return [self._go_back(step, sample, first, hopeless)]
+
     def saved(self, step: int) -> None:
         """Notes a checkpoint: one to go back to if there is no trouble now, and the loss is not on its way up."""
         is_rising = 0 < self._rising_steps <= _RISING_WINDOWS * self._config.window
-        if self.is_enabled and self._episode is None and not is_rising:
+        is_calm = self._episode is None and self._overflow_sample is None
+        if self.is_enabled and is_calm and not is_rising:
             self._good_step = step
 
     def begins_at(self, step: int) -> None:
@@ -261,6 +284,7 @@ class Guard:
             "norms": self._norms.state(),
             "divergence": None if self._divergence is None else self._divergence.state(),
             "rising_steps": self._rising_steps,
+            "overflow_sample": self._overflow_sample,
             "episode": None if self._episode is None else asdict(self._episode),
             "lowered": None if self._lowered is None else asdict(self._lowered),
             "good_step": self._good_step,
@@ -276,14 +300,21 @@ class Guard:
         self._norms.load(state["norms"])
         if self._divergence is not None and state["divergence"] is not None:
             self._divergence.load(state["divergence"])
-        self._rising_steps = state.get("rising_steps", 0)  # a checkpoint from before they were counted has none
+        # A checkpoint from before these were kept has none of them.
+        self._rising_steps = state.get("rising_steps", 0)
+        self._overflow_sample = state.get("overflow_sample")
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
         self._good_step = state["good_step"]
-        if (forgot_at := state.get("forgot_at")) is not None:  # a checkpoint from before the change knows of none
+        if (forgot_at := state.get("forgot_at")) is not None:  # not so in one from before the change
             self._forgot_at = forgot_at
         if len(state["rollbacks"]) > len(self._rollbacks):
             self._rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
+
+    def _episode_at(self, step: int) -> _Episode | None:
+        """Returns the trouble that is not over at a step."""
+        episode = self._episode
+        return episode if episode is not None and step - episode.last_step <= self._config.calm_steps else None
 
     def _find_fault(self, loss: float, gradient_norm: float) -> str | None:
         curves = (("loss", loss, self._losses), ("gradient norm", gradient_norm, self._norms))

@@ -11,13 +11,13 @@ from mlra_scale.stability.guard import Action, Guard
 from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.finite import FiniteCheck, TrainingStopped
 from mlra_scale.training.overseer import Overseer
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.rollbacks import write_rollbacks
 
 if TYPE_CHECKING:
-    from mlra_scale.parallel import Topology, UpdateProposal
+    from mlra_scale.parallel import StepResult, Topology, UpdateProposal
     from mlra_scale.training.report import Report
 
 
@@ -33,6 +33,21 @@ def approval(
         return is_finite(proposal) and is_usual
 
     return approve
+
+
+def decide(guard: Guard, finite: FiniteCheck, step: int, place: int, result: StepResult) -> list[Action]:
+    """Returns what the guard decides after a step.
+
+    Args:
+        guard: It.
+        finite: Has checked the step, and counts overflows.
+        step: The step.
+        place: Index of its first sample.
+        result: What the engine reported.
+    """
+    if result.overflow:
+        return guard.overflowed(step, place, finite.too_many_overflows)
+    return guard.judge(step, place, result.loss, result.gradient_norm)
 
 
 def carry_out(

@@ -20,7 +20,7 @@ from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck, TrainingStopped
-from mlra_scale.training.guarding import approval, carry_out
+from mlra_scale.training.guarding import approval, carry_out, decide
 from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.measuring import Measurements, is_due
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
@@ -110,7 +110,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             result = engine.train_batch(batches, rate, approve, interruption.is_stop_asked)
             finite.check(step, result, place)
             progress = progress.after(plan, place)
-            spikes.update(result.loss, result.gradient_norm)
+            if not result.overflow:  # which is usual in fp16, and no spike
+                spikes.update(result.loss, result.gradient_norm)
 
             values = measurements.after_update(step, result, rate, batches, place)
             throughput.stop(plan.tokens_per_step)
@@ -125,7 +126,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
-            actions = guard.judge(step, place, result.loss, result.gradient_norm) if not result.overflow else []
+            actions = decide(guard, finite, step, place, result)
             returned = carry_out(actions, guard, checkpoints, report, start.run.guard, topology, overseer)
             if returned is not None:
                 progress = returned

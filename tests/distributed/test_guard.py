@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 
 from benchmarks.guard import Poison, poisoned
-from mlra_scale.training import guarding
+from mlra_scale.training import guarding, start
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
+from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
 
@@ -48,7 +49,11 @@ LAYOUTS = {
 }
 # Steps, counted from 0 in places of the data: shuffled labels twice on their own, repeated tokens for longer.
 SHUFFLED, REPEATED = (24, 33), range(44, 50)
-POISONS = {"rate": Poison(rate=range(30, 33), rate_factor=300.0), "none": Poison()}
+POISONS = {
+    "rate": Poison(rate=range(30, 33), rate_factor=300.0),
+    "fp16": Poison(rate=[30], rate_factor=1e6),
+    "none": Poison(),
+}
 DATA = Poison(labels=SHUFFLED, tokens=REPEATED, vocab_size=512, batch=BATCH)
 
 
@@ -65,6 +70,9 @@ go_back = guarding.go_back
 def injected(poison: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(poisoned(POISONS.get(poison, DATA)))
+        if poison == "fp16":
+            allow_fp16_on_cpu()
+            stack.enter_context(mock.patch.object(start, "resolve_device", return_value="cuda"))
         if poison == "after the note":
             stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
         if poison == "before the note":
@@ -85,7 +93,7 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    def start(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
+    def run(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
         processes, degrees = LAYOUTS[layout]
         folder = folder or tmp_path_factory.mktemp("guarded") / "run"
         command = base_command(folder, training_data, *TRAINING, *degrees, *arguments)
@@ -93,7 +101,7 @@ def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_
         assert {result.code for result in finished} == {code}, finished[0].stdout[-2000:] + finished[0].stderr[-3000:]
         return folder
 
-    return start
+    return run
 
 
 def decisions(folder: Path) -> list[tuple[Any, ...]]:
@@ -171,6 +179,18 @@ def test_a_learning_rate_spike_is_survived(run: Run) -> None:
     assert "guard_rollback" in [event[0] for event in decisions(guarded)]
     assert decisions(unguarded) == []
     print("last losses:", curve(guarded, "loss")[72], "guarded,", curve(unguarded, "loss")[72], "unguarded")
+
+
+def test_weights_that_overflow_fp16_are_gone_back_from(run: Run) -> None:
+    """At steps 31 to 34, as the limit says; a checkpoint after 32 is none to go back to. Spikes are none of it."""
+    fp16 = ["train.precision=fp16", "train.max_consecutive_overflows=4", "train.steps=40"]
+    folder = run("one process", *GUARD, *fp16, 'deepspeed={"zero_optimization": {"stage": 1}}', poison="fp16")
+    (rollback,) = (event for event in events(folder) if event["event"] == "guard_rollback")
+    assert (rollback["step"], rollback["to_step"]) == (34, 24) and "4 loss-scale overflows" in rollback["reason"]
+    undone = read_record(folder / "rolled_back.jsonl")
+    assert [item["step"] for item in undone if item["overflow"]] == [31, 32, 33, 34]
+    assert {score for item in undone for score in item["spike_scores"].values()} == {0.0}
+    assert metrics(folder)[-1]["step"] == 40 and not metrics(folder)[-1]["overflow"]
 
 
 def test_a_batch_that_was_made_smaller_on_purpose_is_no_instability(run: Run, tmp_path: Path) -> None:

@@ -186,6 +186,29 @@ def test_values_that_rise_for_good_become_usual() -> None:
         assert number < 25 or run.step in run.applied, "the norm has doubled, and that is all"
 
 
+def test_a_row_of_overflows_is_gone_back_from_only_when_it_is_hopeless() -> None:
+    run = Run(every=5)
+    run.calm(20)
+    guard = run.guard
+    for step in range(21, 30):
+        assert guard.overflowed(step, (step - 1) * BATCH, None) == []
+    guard.saved(25)
+    assert guard.good_step == 20, "nobody knows yet whether that is a good one"
+    stored, guard = json.dumps(guard.state()), Guard(run.config, BATCH)
+    guard.load(json.loads(stored))
+    (action,) = guard.overflowed(30, 29 * BATCH, "10 in a row")
+    assert (action.kind, action.to_step, action.reason) == ("rollback", 20, "10 in a row")
+    assert action.skipped == (18 * BATCH, 30 * BATCH), "from two steps before the first of them"
+    run.calm(5)
+    assert run.guard.good_step == 25, "a row that has ended is forgotten"
+
+
+def test_overflows_end_a_run_that_cannot_go_back() -> None:
+    run = Run(max_rollbacks=0)
+    run.calm(20)
+    assert [action.kind for action in run.guard.overflowed(21, 160, "10 in a row")] == ["give_up"]
+
+
 def at_another_level(run: Run, steps: int) -> list[str]:
     """What is done about a loss and a norm that are higher for good, as another blend and a smaller batch make them."""
     before = len(run.actions)
@@ -242,6 +265,7 @@ def test_disabled_it_does_nothing() -> None:
     guard = Guard(GuardConfig(), BATCH)
     assert guard.approve(math.nan, math.inf) and guard.judge(1, 0, math.nan, math.inf) == []
     guard.saved(5)
+    assert guard.overflowed(6, 40, "50 in a row") == []
     assert guard.good_step is None and guard.place(7) == 7 and guard.rate_factor(3) == 1.0
 
 
