@@ -126,10 +126,15 @@ class Guard:
     def rate_factor(self, step: int) -> float:
         """Returns what the scheduled learning rate of a step is multiplied by."""
         lowered = self._lowered
-        if lowered is None or not lowered.since <= step < lowered.until:
+        if lowered is None or self.lowered_until(step) is None:
             return 1.0
         done = (step - lowered.since) / (lowered.until - lowered.since)
         return lowered.factor + (1.0 - lowered.factor) * done
+
+    def lowered_until(self, step: int) -> int | None:
+        """Returns the first step that is back on the schedule; None: this step is on it."""
+        lowered = self._lowered
+        return lowered.until if lowered is not None and lowered.since <= step < lowered.until else None
 
     def place(self, sample: int) -> int:
         """Returns where the next batch is read, past the data that are skipped.

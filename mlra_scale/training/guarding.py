@@ -79,7 +79,7 @@ def carry_out(
     if not actions:
         return None
     last = actions[-1]
-    report.guarded(actions, guard.rate_factor(last.step + 1))
+    report.guarded(actions, guard.rate_factor(last.step + 1), guard.lowered_until(last.step + 1))
     if last.kind == "give_up":
         raise given_up(last, guard)
     if last.kind != "rollback":
@@ -124,7 +124,9 @@ def go_back(
 
     def write() -> None:
         write_rollbacks(path, guard.rollbacks)
-        report.went_back(action, guard.num_rollbacks, progress)
+        following = progress.step + 1
+        factor, until = guard.rate_factor(following), guard.lowered_until(following)
+        report.went_back(action, guard.num_rollbacks, progress, factor, until)
 
     on_rank_0(write, topology, progress.step, ExitCode.CHECKPOINT_FAILED)
     return progress

@@ -106,7 +106,7 @@ def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_
 
 def decisions(folder: Path) -> list[tuple[Any, ...]]:
     """What the guard did, without the numbers in its words."""
-    keys = ("event", "step", "to_step", "skipped_from", "skipped_to", "factor")
+    keys = ("event", "step", "to_step", "skipped_from", "skipped_to", "factor", "until")
     return [tuple(event.get(key) for key in keys) for event in events(folder) if event["event"].startswith("guard_")]
 
 
