@@ -99,7 +99,8 @@ def go_back(
     """Takes a run back to a checkpoint, so that the data of the trouble are not read again; collective.
 
     In this order: killed before the file is written, the run goes on from that checkpoint, meets the same trouble and
-    goes back again; killed after it, it goes on without those data.
+    goes back again; killed after it, it goes on without those data, and no checkpoint of what was undone is left that
+    would count as a newer one.
 
     Args:
         action: The guard's rollback.
@@ -123,6 +124,7 @@ def go_back(
     guard.went_back(action)
 
     def write() -> None:
+        checkpoints.remove_after(progress.step)
         write_rollbacks(path, guard.rollbacks)
         following = progress.step + 1
         factor, until = guard.rate_factor(following), guard.lowered_until(following)

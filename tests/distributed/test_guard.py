@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.guard import Poison, poisoned
+from mlra_scale.checkpoint import complete_checkpoints, latest
 from mlra_scale.training import guarding, start
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
@@ -171,6 +172,16 @@ def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp
     assert names.count("guard_rollback") == [event[0] for event in decisions(alone)].count("guard_rollback")
     for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
         assert curve(folder, name) == curve(alone, name), name
+
+
+def test_no_checkpoint_of_undone_steps_is_left(run: Run, tmp_path: Path) -> None:
+    """One of step 46, in the trouble, was there when the run went back to 44."""
+    folder = tmp_path / "run"
+    fields = ["checkpoint.every=2", "checkpoint.keep_last=2"]
+    run("one process", *GUARD, *fields, poison="after the note", code=ExitCode.FAILED, folder=folder)
+    assert 46 in [event["step"] for event in events(folder) if event["event"] == "checkpoint"]
+    left = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+    assert left[-1] == "step-00000044" and latest(folder / "checkpoints") == folder / "checkpoints" / left[-1]
 
 
 def test_a_learning_rate_spike_is_survived(run: Run) -> None:
