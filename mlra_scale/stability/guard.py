@@ -227,7 +227,7 @@ class Guard:
 
     def begins_at(self, step: int) -> None:
         """Makes a checkpoint the one to go back to, whatever was before it: the run begins from it."""
-        self._good_step, self._episode = step, None
+        self._good_step, self._episode, self._overflow_sample = step, None, None
 
     def forget(self, step: int) -> None:
         """Judges what comes after a step by itself: the run goes on with something that changes what is usual.
@@ -276,7 +276,7 @@ class Guard:
         self._rollbacks = [dict(rollback) for rollback in rollbacks]
         if step != self._rollbacks[-1]["to_step"]:
             return
-        self._good_step = step
+        self.begins_at(step)
         num_returns = sum(rollback["to_step"] == step for rollback in self._rollbacks)
         if num_returns > 1:
             factor = self._config.rate_factor ** (num_returns - 1)

@@ -313,6 +313,21 @@ def test_from_an_earlier_checkpoint_only_the_data_stay_skipped() -> None:
     assert again.good_step == 7
 
 
+def test_what_a_run_began_from_has_no_trouble_when_it_goes_back_there() -> None:
+    """Though the checkpoint was saved in the middle of it."""
+    run = Run(every=1)
+    run.calm(20)
+    run.train(9.0)
+    run.guard.begins_at(21)
+    while "rollback" not in run.kinds:
+        run.train(9.0)
+    assert run.step == 21
+    before = len(run.actions)
+    run.train(9.0)
+    assert run.kinds[before:] == ["skip"]
+    assert run.guard.state()["episode"]["first_step"] == 22
+
+
 def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
     guard = Guard(GuardConfig(**SETTINGS), BATCH)
     guard.load(None)
