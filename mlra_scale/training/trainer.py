@@ -85,16 +85,18 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 f"the validation data are {num_validation} sample(s), less than a global batch of "
                 f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
             )
-        if progress.step == 0:
+        if progress.step == 0 and not start.goes_on_in_place:  # else the record has it
             values = measurements.tev(0) | measurements.activations(0) | measurements.costs()
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
-        if guard.is_enabled and (guard.good_step is None or start.rejected or not start.goes_on_in_place):
+        has_good_step = guard.good_step is not None and not start.is_good_step_lost
+        if guard.is_enabled and (not has_good_step or start.rejected or not start.goes_on_in_place):
             # Something to go back to from the first step on.
             guard.begins_at(progress.step)
             if not start.goes_on_in_place:
                 rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
+                report.sync()
                 checkpoints.save(progress, rate, None)
 
         while progress.step < last:

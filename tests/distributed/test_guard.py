@@ -1,6 +1,7 @@
 """The guard in real runs whose data or learning rate are poisoned at known places: every layout decides the same."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from benchmarks.guard import Poison, poisoned
 from mlra_scale.checkpoint import complete_checkpoints, latest
 from mlra_scale.training import guarding, start
+from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
+from mlra_scale.training.report import Report
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
@@ -67,6 +70,20 @@ def deadly(*arguments: Any) -> Any:
 go_back = guarding.go_back
 
 
+save = Checkpoints.save
+
+
+def after_a_sync(calls: list[str]) -> Callable[..., None]:
+    """Saves, if the record was put on disk since the last time."""
+
+    def checked(*arguments: Any, **options: Any) -> None:
+        assert calls == ["sync"], calls
+        calls.clear()
+        save(*arguments, **options)
+
+    return checked
+
+
 @contextlib.contextmanager
 def injected(poison: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -74,6 +91,10 @@ def injected(poison: str) -> Iterator[None]:
         if poison == "fp16":
             allow_fp16_on_cpu()
             stack.enter_context(mock.patch.object(start, "resolve_device", return_value="cuda"))
+        if poison == "order":
+            calls: list[str] = []
+            stack.enter_context(mock.patch.object(Report, "sync", lambda report: calls.append("sync")))
+            stack.enter_context(mock.patch.object(Checkpoints, "save", after_a_sync(calls)))
         if poison == "after the note":
             stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
         if poison == "before the note":
@@ -182,6 +203,22 @@ def test_no_checkpoint_of_undone_steps_is_left(run: Run, tmp_path: Path) -> None
     assert 46 in [event["step"] for event in events(folder) if event["event"] == "checkpoint"]
     left = [path.name for path in complete_checkpoints(folder / "checkpoints")]
     assert left[-1] == "step-00000044" and latest(folder / "checkpoints") == folder / "checkpoints" / left[-1]
+
+
+def test_a_good_checkpoint_that_somebody_has_removed_is_done_without(run: Run, tmp_path: Path) -> None:
+    """The run finds out when it starts: from then on it would go back to where it started."""
+    folder = tmp_path / "run"
+    run("one process", *GUARD, "train.steps=47", folder=folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000040")
+    run("one process", *GUARD, "train.steps=52", "guard.max_lowerings=0", "--resume", "auto", folder=folder)
+    (rollback,) = (event for event in events(folder) if event["event"] == "guard_rollback")
+    assert (rollback["step"], rollback["to_step"]) == (49, 47)
+
+
+def test_the_record_is_on_disk_before_every_checkpoint(run: Run) -> None:
+    """The first one, of step 0, too."""
+    folder = run("one process", *GUARD, "train.steps=9", poison="order")
+    assert [event["step"] for event in events(folder) if event["event"] == "checkpoint"] == [0, 8, 9]
 
 
 def test_a_learning_rate_spike_is_survived(run: Run) -> None:

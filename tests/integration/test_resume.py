@@ -107,6 +107,16 @@ def test_another_global_batch_reads_on_where_the_data_were_left(start: Start, tm
     assert samples == [8, 16, 24, 40, 56]
 
 
+def test_a_guarded_run_that_goes_on_from_its_first_checkpoint_tells_step_0_once(start: Start, tmp_path: Path) -> None:
+    fixed = [*SMALL, "train.steps=3", "guard.enabled=true", "checkpoint.every=2", "checkpoint.keep_last=9"]
+    start("run", *fixed)
+    run = tmp_path / "run"
+    before = metrics(run)
+    assert [record["step"] for record in before] == [0, 1, 2, 3] and "tev_mean" in before[0]
+    start("run", *fixed, "--resume", str(run / "checkpoints" / "step-00000000"))
+    assert [record["step"] for record in metrics(run)] == [0, 1, 2, 3] and metrics(run)[0] == before[0]
+
+
 def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:
     fixed = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep_last=3", "optim.schedule=constant"]
     start("run", *fixed)
