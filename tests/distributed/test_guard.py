@@ -1,6 +1,7 @@
 """The guard in real runs whose data or learning rate are poisoned at known places: every layout decides the same."""
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.guard import Poison, poisoned
-from mlra_scale.checkpoint import complete_checkpoints, latest
+from mlra_scale.checkpoint import Store, complete_checkpoints, latest
 from mlra_scale.training import guarding, start
 from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
@@ -56,6 +57,7 @@ SHUFFLED, REPEATED = (24, 33), range(44, 50)
 POISONS = {
     "rate": Poison(rate=range(30, 33), rate_factor=300.0),
     "fp16": Poison(rate=[30], rate_factor=1e6),
+    "nan": Poison(nan=[SHUFFLED[0], *REPEATED], batch=BATCH),
     "none": Poison(),
 }
 DATA = Poison(labels=SHUFFLED, tokens=REPEATED, vocab_size=512, batch=BATCH)
@@ -111,6 +113,7 @@ def run_on_rank(rank: int, world_size: int, poison: str, arguments: tuple[str, .
 
 
 Run = Callable[..., Path]
+Whole = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +136,14 @@ def decisions(folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def alone(run: Run) -> Path:
-    return run("one process", *GUARD)
+def whole(run: Run) -> Whole:
+    """The run that nobody disturbs, once for every layout."""
+    return functools.cache(lambda layout: run(layout, *GUARD))
+
+
+@pytest.fixture(scope="module")
+def alone(whole: Whole) -> Path:
+    return whole("one process")
 
 
 def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(alone: Path) -> None:
@@ -163,22 +172,44 @@ def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(
 
 
 @pytest.mark.parametrize("layout", ["tp2pp2", "zero3 dp2"])
-def test_every_layout_decides_the_same(run: Run, alone: Path, layout: str) -> None:
-    other = run(layout, *GUARD)
+def test_every_layout_decides_the_same(whole: Whole, alone: Path, layout: str) -> None:
+    other = whole(layout)
     assert decisions(other) == decisions(alone)
     ours, theirs = curve(other, "loss"), curve(alone, "loss")
     assert ours == pytest.approx(theirs, rel=1e-4), "the weights are the same but for rounding"
 
 
-def test_a_requeue_in_the_middle_changes_nothing(run: Run, alone: Path, tmp_path: Path) -> None:
-    """Stopped after the first checkpoint behind the return: what is skipped stays skipped."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_path: Path, layout: str) -> None:
+    """Stopped while all is well, in the trouble, and behind the return: what is skipped stays skipped."""
     folder = tmp_path / "run"
-    run("one process", *GUARD, "train.steps=30", folder=folder)
-    run("one process", *GUARD, "train.steps=47", "--resume", "auto", folder=folder)
-    run("one process", *GUARD, "train.steps=72", "--resume", "auto", folder=folder)
-    assert decisions(folder) == decisions(alone)
+    for steps in (30, 47, 50):
+        run(layout, *GUARD, f"train.steps={steps}", "--resume", "auto", folder=folder)
+    state = Store.open(folder / "checkpoints" / "step-00000050").state
+    assert [item["to_step"] for item in state["windows"]["guard"]["rollbacks"]] == [40]
+    assert state["progress"]["consumed_samples"] == 55 * BATCH, "past what is skipped"
+    (folder / "guard.json").unlink()  # the checkpoint knows it too
+    run(layout, *GUARD, "train.steps=72", "--resume", "auto", folder=folder)
+    undisturbed = whole(layout)
+    assert decisions(folder) == decisions(undisturbed)
     for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples", "spike_scores"):
-        assert curve(folder, name) == curve(alone, name), name
+        assert curve(folder, name) == curve(undisturbed, name), name
+
+
+@pytest.mark.parametrize("layout", ["one process", "zero3 dp2"])
+def test_in_bf16_a_loss_that_is_no_number_is_left_out_and_gone_back_from(run: Run, layout: str) -> None:
+    """With the precision, and the guard on, as in the files of slurm/."""
+    folder = run(layout, *GUARD, "guard.sigmas=1e6", "train.precision=bf16", "train.steps=56", poison="nan")
+    found = [event for event in events(folder) if event["event"].startswith("guard_")]
+    assert [(event["event"].removeprefix("guard_"), event["step"]) for event in found] == [
+        ("skip", 25),
+        *(("skip", 45), ("skip", 46), ("lower_rate", 46), ("skip", 47), ("skip", 48), ("rollback", 48)),
+        # Places 48 and 49 of the data are no better.
+        *(("skip", 44), ("skip", 45), ("lower_rate", 45)),
+    ]
+    assert {event["reason"] for event in found if event["event"] == "guard_skip"} == {"loss nan"}
+    bad = [item["step"] for item in metrics(folder) if item["loss"] is None]
+    assert bad == [25, 44, 45], "no update that was left out has spoilt what comes after it"
 
 
 @pytest.mark.parametrize("death", ["after the note", "before the note"])
@@ -219,6 +250,18 @@ def test_the_record_is_on_disk_before_every_checkpoint(run: Run) -> None:
     """The first one, of step 0, too."""
     folder = run("one process", *GUARD, "train.steps=9", poison="order")
     assert [event["step"] for event in events(folder) if event["event"] == "checkpoint"] == [0, 8, 9]
+
+
+def test_qk_clip_looks_at_the_samples_that_were_read_past_what_is_skipped(run: Run) -> None:
+    """And does nothing to weights whose update was left out."""
+    folder = run("one process", *GUARD, "qk_clip.threshold=0.01", "qk_clip.samples=4", "train.steps=60")
+    places = curve(folder, "consumed_samples")
+    assert places[60] > 60 * BATCH, "data were skipped"
+    left_out = {event["step"] for event in events(folder) if event["event"] == "guard_skip" and event["step"] <= 43}
+    clips = curve(folder, "qk_clip")
+    assert left_out == {25, 34} and not left_out & set(clips)
+    after = [clips[step] for step in range(50, 61)]
+    assert all(clip["largest_logit"] is not None and clip["clipped_heads"] > 0 for clip in after), after
 
 
 def test_a_learning_rate_spike_is_survived(run: Run) -> None:
