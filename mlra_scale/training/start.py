@@ -90,7 +90,7 @@ class Start:
 
     @property
     def changes_what_is_usual(self) -> bool:
-        """Whether loss or gradient norm may be others from here on, for no other reason than what was changed."""
+        """Whether loss and gradient norm of the steps before say nothing about those to come, because of a change."""
         return any(change.field in CHANGE_WHAT_IS_USUAL for change in self.changes)
 
     @property
