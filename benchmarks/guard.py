@@ -8,6 +8,7 @@ tools/sweep.py would; `python tools/report.py DIR/POISON` then draws the curves 
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ import torch
 from mlra_scale import train
 from mlra_scale.config import BatchPlan, ConfigError
 from mlra_scale.data import Batch, SampleStream
+from mlra_scale.model import loss
+from mlra_scale.parallel import StepResult
+from mlra_scale.parallel.engine import EngineBase
 from mlra_scale.study.grid import Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import Sweep
@@ -37,6 +41,7 @@ class Poison:
         labels: Places whose targets are renamed by a random permutation of the vocabulary; a place is a step's turn in
             the order of the data, counted from 0.
         tokens: Places at which one token is repeated throughout.
+        nan: Places whose loss is no number, and so none of their gradients.
         rate: Steps whose learning rate is multiplied by `rate_factor`, the first time that the run comes to them.
         rate_factor: The factor.
         vocab_size: Tokens that labels are renamed among.
@@ -45,6 +50,7 @@ class Poison:
 
     labels: Sequence[int] = ()
     tokens: Sequence[int] = ()
+    nan: Sequence[int] = ()
     rate: Sequence[int] = ()
     rate_factor: float = 300.0
     vocab_size: int = 512
@@ -66,7 +72,9 @@ class Poison:
 def poisoned(poison: Poison) -> Iterator[None]:
     """Poisons the runs of this process until the end of the block."""
     read, rate = feed.read_batches, trainer.learning_rate
+    train_batch, cross_entropy = EngineBase.train_batch, loss.vocab_parallel_cross_entropy
     done: set[int] = set()
+    factor = 1.0
 
     def read_batches(stream: SampleStream, plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[Batch]:
         return poison.spoil(read(stream, plan, data_rank, consumed_samples), consumed_samples)
@@ -76,9 +84,22 @@ def poisoned(poison: Poison) -> Iterator[None]:
         done.add(step)
         return (poison.rate_factor if is_high else 1.0) * rate(step, *arguments)
 
+    def train_spoiled(engine: EngineBase, batches: Sequence[Batch], *arguments: Any) -> StepResult:
+        nonlocal factor
+        factor = math.nan if int(batches[0].sample_ids_B[0]) // poison.batch in poison.nan else 1.0
+        try:
+            return train_batch(engine, batches, *arguments)
+        finally:
+            factor = 1.0
+
+    def spoiled_cross_entropy(*arguments: Any) -> torch.Tensor:
+        return cross_entropy(*arguments) * factor
+
     with (
         mock.patch.object(feed, "read_batches", read_batches),
         mock.patch.object(trainer, "learning_rate", learning_rate),
+        mock.patch.object(EngineBase, "train_batch", train_spoiled),
+        mock.patch.object(loss, "vocab_parallel_cross_entropy", spoiled_cross_entropy),
     ):
         yield
 

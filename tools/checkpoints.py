@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     diff = add("diff", "configuration fields and tensors in which two checkpoints differ", f"first: {one}")
     diff.add_argument("other", type=Path, metavar="OTHER", help="the second one")
     diff.add_argument("--moments", action="store_true", help="compare Adam's moments too")
-    prune = add("prune", "remove checkpoints but the newest ones", run)
+    prune = add("prune", "remove checkpoints but the newest ones, and the one that the guard would go back to", run)
     prune.add_argument("--keep-last", type=_count, required=True, metavar="N", help="how many of the newest stay")
     prune.add_argument("--keep-every", type=_count, default=0, metavar="M", help="multiples of M steps stay too")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -173,14 +173,14 @@ def diff(options: argparse.Namespace) -> Answer:
 def prune(options: argparse.Namespace) -> Answer:
     """The command prune."""
     from mlra_scale.checkpoint import retention
-    from mlra_scale.checkpoint.inspection import checkpoints_folder
+    from mlra_scale.checkpoint.inspection import checkpoints_folder, pinned_step
 
     folder = checkpoints_folder(options.path)
     if options.dry_run:
-        removed = retention.superfluous(folder, options.keep_last, options.keep_every)
+        removed = retention.superfluous(folder, options.keep_last, options.keep_every, pinned_step(folder))
     else:
         with _nobody_else(folder):
-            removed = retention.prune(folder, options.keep_last, options.keep_every)
+            removed = retention.prune(folder, options.keep_last, options.keep_every, pinned_step(folder))
     verb = "would remove" if options.dry_run else "removed"
     lines = [f"{verb} {path}" for path in removed] or ["nothing to remove"]
     return {"removed": [str(path) for path in removed], "dry_run": options.dry_run}, "\n".join(lines), 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlra_scale.checkpoint.location import CHECKPOINTS
 from mlra_scale.checkpoint.manifest import MANIFEST, read_complete_manifest
 from mlra_scale.checkpoint.placement import matrix_shape
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.checkpoint.retention import UNFINISHED, checkpoint_folders, latest
+from mlra_scale.checkpoint.retention import UNFINISHED, checkpoint_folders, latest, newest_complete
 
 _BLOCK_ELEMENTS = 2**22
 
@@ -44,6 +45,29 @@ def meant_checkpoints(path: Path) -> list[Path]:
         CheckpointError: There are none.
     """
     return [path] if (path / MANIFEST).is_file() else checkpoint_folders(checkpoints_folder(path))
+
+
+def good_step(state: Mapping[str, Any]) -> int | None:
+    """Returns the step of the checkpoint that the guard of a run would go back to; None: there is none.
+
+    Args:
+        state: The state of the checkpoint that the run goes on from.
+    """
+    step = (state.get("windows", {}).get("guard") or {}).get("good_step")
+    return step if isinstance(step, int) else None
+
+
+def pinned_step(folder: Path) -> int | None:
+    """Returns the step of the checkpoint that a run keeps for its guard, as far as what is there tells.
+
+    Args:
+        folder: The run's checkpoints.
+    """
+    for path in (latest(folder), newest_complete(folder)):
+        with contextlib.suppress(CheckpointError):
+            if path is not None:
+                return good_step(Store.open(path).state)
+    return None
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:

@@ -110,14 +110,45 @@ def prune(folder: Path, keep_last: int, keep_every: int, pinned: int | None = No
         CheckpointError: One cannot be removed.
     """
     removed = superfluous(folder, keep_last, keep_every, pinned)
-    for path in removed:
+    _remove(folder, removed)
+    return removed
+
+
+def remove_after(folder: Path, step: int) -> list[Path]:
+    """Removes the checkpoints of steps that a run has undone: they would count as its newest ones.
+
+    One that somebody has renamed stays.
+
+    Args:
+        folder: A run's checkpoints; `latest` names an earlier one by now.
+        step: Where the run has gone back to.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        CheckpointError: One cannot be removed.
+    """
+    # By name: an incomplete one of those steps is of no more use than the others.
+    removed = [path for path in checkpoint_folders(folder) if _step_named(path) > step]
+    _remove(folder, removed)
+    return removed
+
+
+def _step_named(path: Path) -> int:
+    """Returns the step of a checkpoint's folder by its name; -1 where somebody has renamed it."""
+    number = path.name.removeprefix(REPLACED).removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _remove(folder: Path, paths: list[Path]) -> None:
+    for path in paths:
         with faults_told("removed", path):
             # Hidden first: what is half removed is no longer called a checkpoint.
             hidden = _hide(path)
             sync_folder(folder)
             points.reached("retention")
             _clear_away(hidden)
-    return removed
 
 
 def put_in_place(unfinished: Path, final: Path) -> None:

@@ -58,7 +58,10 @@ class TrainConfig(Section):
         None, gt=0.0, description="Peak of one device in TFLOP/s, for MFU; null: looked up, or MFU is left out."
     )
     max_consecutive_overflows: int = Field(
-        50, ge=1, description="fp16: this many loss-scale overflows in a row end the run."
+        50,
+        ge=1,
+        description="fp16: this many loss-scale overflows in a row end the run, or make a guard take it back to its "
+        "last good checkpoint.",
     )
 
 

@@ -201,6 +201,13 @@ def _stability_problems(config: Config, world_size: int) -> Iterator[Problem]:
     guard, train, parallel = config.guard, config.train, config.parallel
     if guard.min_window > guard.window:
         yield Problem("guard.min_window", guard.min_window, f"is more than guard.window {guard.window}")
+    if guard.enabled and config.checkpoint.every == 0:
+        yield Problem(
+            "checkpoint.every",
+            0,
+            "leaves the guard nothing to go back to but where the run began (guard.enabled is true); set it to the "
+            "number of steps that you can afford to lose, or guard.enabled=false",
+        )
     data = world_size // (parallel.tensor * parallel.pipeline)
     if config.gradients.noise_every > 0 and train.global_batch_size < 2 * data * train.micro_batch_size:
         yield Problem(

@@ -6,6 +6,8 @@ From the loss and the gradient norm of a step, which are the same numbers on eve
 3. If that is not enough either, or if the loss has left for good, the run goes back to the last checkpoint from before
    the trouble, and does not read the data again that it met then (Chowdhery et al. 2022 (PaLM), sec. 5.1).
 4. After a number of such returns it gives up.
+In fp16 a step whose gradient overflows its loss scale is none of these: the scale comes down, and that is all. A long
+row of them leads to 3 at once.
 
 Here are decisions only; `training` carries them out. Everything is pure arithmetic over numbers that all ranks share,
 so every layout decides alike, and the state goes through a checkpoint.
@@ -20,6 +22,9 @@ from typing import Any, Literal
 
 from mlra_scale.config import GuardConfig
 from mlra_scale.stability.spikes import Divergence, Window
+
+_RISING_WINDOWS = 8
+"""So many windows long a loss may be on its way up; one that has been higher for longer has come to stay there."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,23 @@ class Guard:
 
     def __init__(self, config: GuardConfig, batch: int) -> None:
         self._config, self._batch = config, batch
-        self._losses, self._norms = Window(config.window), Window(config.window)
-        self._divergence = None
-        if config.divergence is not None:
-            self._divergence = Divergence(config.divergence, config.divergence_steps)
-        self._episode: _Episode | None = None
+        self._watch_anew()
+        self._forgot_at: int | None = None
         self._lowered: _Lowered | None = None
         self._good_step: int | None = None
         self._rollbacks: list[dict[str, Any]] = []
         self._fault: str | None = None
+
+    def _watch_anew(self) -> None:
+        """Knows of no step: nothing is usual yet, the loss has not been lower, and there is no trouble."""
+        config = self._config
+        self._losses, self._norms = Window(config.window), Window(config.window)
+        self._divergence = None
+        if config.divergence is not None:
+            self._divergence = Divergence(config.divergence, config.divergence_steps)
+        self._rising_steps = 0
+        self._episode: _Episode | None = None
+        self._overflow_sample: int | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -113,10 +126,15 @@ class Guard:
     def rate_factor(self, step: int) -> float:
         """Returns what the scheduled learning rate of a step is multiplied by."""
         lowered = self._lowered
-        if lowered is None or not lowered.since <= step < lowered.until:
+        if lowered is None or self.lowered_until(step) is None:
             return 1.0
         done = (step - lowered.since) / (lowered.until - lowered.since)
         return lowered.factor + (1.0 - lowered.factor) * done
+
+    def lowered_until(self, step: int) -> int | None:
+        """Returns the first step that is back on the schedule; None: this step is on it."""
+        lowered = self._lowered
+        return lowered.until if lowered is not None and lowered.since <= step < lowered.until else None
 
     def place(self, sample: int) -> int:
         """Returns where the next batch is read, past the data that are skipped.
@@ -150,11 +168,12 @@ class Guard:
         if not self.is_enabled:
             return []
         fault, self._fault = self._fault, None
+        self._overflow_sample = None
         self._remember(loss, gradient_norm)
         has_diverged = self._divergence is not None and fault is None and self._divergence.update(loss)
-        episode = self._episode
-        if episode is not None and step - episode.last_step > self._config.calm_steps:
-            episode = None
+        is_rising = self._divergence is not None and self._divergence.is_rising
+        self._rising_steps = self._rising_steps + 1 if is_rising else 0
+        episode = self._episode_at(step)
         actions: list[Action] = []
         if fault is not None:
             episode = episode or _Episode(step, sample, step)
@@ -178,15 +197,50 @@ class Guard:
         self._episode = episode
         return actions
 
+    def overflowed(self, step: int, sample: int, hopeless: str | None) -> list[Action]:
+        """Decides after a step whose gradient overflowed the loss scale: its update is gone, and `approve` not asked.
+
+        Args:
+            step: The step.
+            sample: Place in the data at which it began.
+            hopeless: Why this is more than a loss scale that comes down, in words; None: it is not.
+
+        Returns:
+            As `judge`.
+        """
+        if not self.is_enabled:
+            return []
+        if self._overflow_sample is None:
+            self._overflow_sample = sample
+        if hopeless is None:
+            return []
+        episode = self._episode_at(step)
+        first = self._overflow_sample if episode is None else episode.first_sample
+        return [self._go_back(step, sample, first, hopeless)]
+
     def saved(self, step: int) -> None:
         """Notes a checkpoint: one to go back to if there is no trouble now, and the loss is not on its way up."""
-        is_rising = self._divergence is not None and self._divergence.is_rising
-        if self.is_enabled and self._episode is None and not is_rising:
+        is_rising = 0 < self._rising_steps <= _RISING_WINDOWS * self._config.window
+        is_calm = self._episode is None and self._overflow_sample is None
+        if self.is_enabled and is_calm and not is_rising:
             self._good_step = step
 
     def begins_at(self, step: int) -> None:
         """Makes a checkpoint the one to go back to, whatever was before it: the run begins from it."""
-        self._good_step, self._episode = step, None
+        self._good_step, self._episode, self._overflow_sample = step, None, None
+
+    def forget(self, step: int) -> None:
+        """Judges what comes after a step by itself: the run goes on with something that changes what is usual.
+
+        What is usual after it is learned as at the start of a run. Data that are skipped stay skipped, and a lowered
+        rate stays lowered.
+
+        Args:
+            step: Of the checkpoint that the run goes on from; its own record of what was usual is of no use either.
+        """
+        self._watch_anew()
+        self._forgot_at = step
+        self._good_step = step if self.is_enabled else None
 
     def went_back(self, action: Action) -> None:
         """Goes on from the checkpoint of a rollback, whose state has been loaded.
@@ -203,6 +257,8 @@ class Guard:
             "reason": action.reason,
         }
         self.recall([*self._rollbacks, rollback], action.to_step)
+        if action.to_step == self._forgot_at:
+            self.forget(action.to_step)
 
     def recall(self, rollbacks: Sequence[Mapping[str, Any]], step: int) -> None:
         """Takes over rollbacks that the loaded state may not know of; the first one of them is the oldest.
@@ -220,7 +276,7 @@ class Guard:
         self._rollbacks = [dict(rollback) for rollback in rollbacks]
         if step != self._rollbacks[-1]["to_step"]:
             return
-        self._good_step = step
+        self.begins_at(step)
         num_returns = sum(rollback["to_step"] == step for rollback in self._rollbacks)
         if num_returns > 1:
             factor = self._config.rate_factor ** (num_returns - 1)
@@ -232,9 +288,12 @@ class Guard:
             "losses": self._losses.state(),
             "norms": self._norms.state(),
             "divergence": None if self._divergence is None else self._divergence.state(),
+            "rising_steps": self._rising_steps,
+            "overflow_sample": self._overflow_sample,
             "episode": None if self._episode is None else asdict(self._episode),
             "lowered": None if self._lowered is None else asdict(self._lowered),
             "good_step": self._good_step,
+            "forgot_at": self._forgot_at,
             "rollbacks": self._rollbacks,
         }
 
@@ -246,11 +305,21 @@ class Guard:
         self._norms.load(state["norms"])
         if self._divergence is not None and state["divergence"] is not None:
             self._divergence.load(state["divergence"])
+        # A checkpoint from before these were kept has none of them.
+        self._rising_steps = state.get("rising_steps", 0)
+        self._overflow_sample = state.get("overflow_sample")
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
         self._good_step = state["good_step"]
+        if (forgot_at := state.get("forgot_at")) is not None:  # not so in one from before the change
+            self._forgot_at = forgot_at
         if len(state["rollbacks"]) > len(self._rollbacks):
             self._rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
+
+    def _episode_at(self, step: int) -> _Episode | None:
+        """Returns the trouble that is not over at a step."""
+        episode = self._episode
+        return episode if episode is not None and step - episode.last_step <= self._config.calm_steps else None
 
     def _find_fault(self, loss: float, gradient_norm: float) -> str | None:
         curves = (("loss", loss, self._losses), ("gradient norm", gradient_norm, self._norms))

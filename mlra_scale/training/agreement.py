@@ -97,7 +97,7 @@ def on_rank_0(
     if topology.rank == 0:
         try:
             work()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
             fault = f"the run directory cannot be written: {reason}; mend that and start again"
     if (fault := _of_rank_0(fault, topology)) is not None:

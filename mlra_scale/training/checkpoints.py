@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mlra_scale.checkpoint import CheckpointError
 from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
-from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
+from mlra_scale.checkpoint.retention import checkpoint_name, remove_after, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
 from mlra_scale.data import Datasets
@@ -107,6 +107,14 @@ class Checkpoints:
         on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         beat()
         return Progress(**state["progress"])
+
+    def remove_after(self, step: int) -> None:
+        """Removes what was saved of steps that are undone, when the run has gone back to a checkpoint; for rank 0.
+
+        Raises:
+            CheckpointError: That cannot be done.
+        """
+        remove_after(self._folder, step)
 
     def _load(self, checkpoint: Path, step: int) -> dict[str, Any]:
         try:

@@ -1,7 +1,7 @@
 """Stopping on a loss or a gradient norm that is no number.
 
-DeepSpeed skips such an update and goes on, for ever; here the run ends, on all ranks on the same step, because every
-rank decides from the same all-reduced values.
+DeepSpeed skips such an update and goes on, for ever; here the run ends, or the guard takes it back, on all ranks on the
+same step, because every rank decides from the same all-reduced values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class FiniteCheck:
 
         Args:
             train: Precision, and the number of overflows that is too many.
-            is_guarded: Whether the guard looks after what is not finite; such an update is still never applied.
+            is_guarded: Whether the guard looks after what is not finite, too many overflows included; such an update is
+                still never applied.
         """
         self._is_fp16, self._is_guarded = train.precision == "fp16", is_guarded
         self._max_overflows = train.max_consecutive_overflows
@@ -59,6 +60,13 @@ class FiniteCheck:
     def load(self, state: Mapping[str, int]) -> None:
         """Goes on from what `state` returned."""
         self._overflows = state["overflows"]
+
+    @property
+    def too_many_overflows(self) -> str | None:
+        """Says of a row of overflows that it is too long; None: it is not."""
+        if self._overflows < self._max_overflows:
+            return None
+        return f"{self._overflows} loss-scale overflows in a row"
 
     def approve(self, proposal: UpdateProposal) -> bool:
         """Returns whether the update may be applied; the same on every rank, as the proposal is."""
@@ -73,7 +81,7 @@ class FiniteCheck:
             consumed_samples: Samples read before this step, to find its data again.
 
         Raises:
-            TrainingStopped: Not finite in bf16 or fp32, or too many overflows in a row in fp16.
+            TrainingStopped: Not finite in bf16 or fp32, or too many overflows in a row in fp16; never with a guard.
         """
         shown = (
             f"step {step} (samples from {consumed_samples}): loss {result.loss}, gradient norm {result.gradient_norm}"
@@ -87,9 +95,9 @@ class FiniteCheck:
         }
         if self._is_fp16:
             self._overflows = self._overflows + 1 if result.overflow else 0
-            if self._overflows >= self._max_overflows:
+            if not self._is_guarded and self.too_many_overflows is not None:
                 raise TrainingStopped(
-                    f"{shown}; {self._overflows} loss-scale overflows in a row (loss scale {result.loss_scale}). "
+                    f"{shown}; {self.too_many_overflows} (loss scale {result.loss_scale}). "
                     "The activations or gradients do not fit fp16: lower optim.lr or use train.precision=bf16. "
                     "train.max_consecutive_overflows sets the limit.",
                     values,

@@ -11,13 +11,13 @@ from mlra_scale.stability.guard import Action, Guard
 from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.finite import FiniteCheck, TrainingStopped
 from mlra_scale.training.overseer import Overseer
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.rollbacks import write_rollbacks
 
 if TYPE_CHECKING:
-    from mlra_scale.parallel import Topology, UpdateProposal
+    from mlra_scale.parallel import StepResult, Topology, UpdateProposal
     from mlra_scale.training.report import Report
 
 
@@ -33,6 +33,21 @@ def approval(
         return is_finite(proposal) and is_usual
 
     return approve
+
+
+def decide(guard: Guard, finite: FiniteCheck, step: int, place: int, result: StepResult) -> list[Action]:
+    """Returns what the guard decides after a step.
+
+    Args:
+        guard: It.
+        finite: Has checked the step, and counts overflows.
+        step: The step.
+        place: Index of its first sample.
+        result: What the engine reported.
+    """
+    if result.overflow:
+        return guard.overflowed(step, place, finite.too_many_overflows)
+    return guard.judge(step, place, result.loss, result.gradient_norm)
 
 
 def carry_out(
@@ -64,7 +79,7 @@ def carry_out(
     if not actions:
         return None
     last = actions[-1]
-    report.guarded(actions, guard.rate_factor(last.step + 1))
+    report.guarded(actions, guard.rate_factor(last.step + 1), guard.lowered_until(last.step + 1))
     if last.kind == "give_up":
         raise given_up(last, guard)
     if last.kind != "rollback":
@@ -84,7 +99,8 @@ def go_back(
     """Takes a run back to a checkpoint, so that the data of the trouble are not read again; collective.
 
     In this order: killed before the file is written, the run goes on from that checkpoint, meets the same trouble and
-    goes back again; killed after it, it goes on without those data.
+    goes back again; killed after it, it goes on without those data, and no checkpoint of what was undone is left that
+    would count as a newer one.
 
     Args:
         action: The guard's rollback.
@@ -108,8 +124,11 @@ def go_back(
     guard.went_back(action)
 
     def write() -> None:
+        checkpoints.remove_after(progress.step)
         write_rollbacks(path, guard.rollbacks)
-        report.went_back(action, guard.num_rollbacks, progress)
+        following = progress.step + 1
+        factor, until = guard.rate_factor(following), guard.lowered_until(following)
+        report.went_back(action, guard.num_rollbacks, progress, factor, until)
 
     on_rank_0(write, topology, progress.step, ExitCode.CHECKPOINT_FAILED)
     return progress

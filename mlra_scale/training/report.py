@@ -143,28 +143,32 @@ class Report:
             self.event("copies_differ", step=save.step, reason=save.drift)
             self.say(f"step {save.step}: {save.drift}; the owner's copy was saved")
 
-    def guarded(self, actions: Sequence[Action], rate_factor: float) -> None:
+    def guarded(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
         """Tells what the guard has decided, but for going back, which is told when it has been done.
 
         Args:
             actions: Its decisions.
-            rate_factor: What the learning rate of the next step is multiplied by.
+            factor: What the learning rate of the next step is multiplied by.
+            until: First step whose rate is the schedule's again; None: the next one's is.
         """
         for action in actions:
             if action.kind == "rollback":
                 continue
-            more = {"factor": rate_factor} if action.kind == "lower_rate" else {}
+            more = {"factor": factor, "until": until} if action.kind == "lower_rate" else {}
             self._events.write(f"guard_{action.kind}", step=action.step, reason=action.reason, **more)
-            told = {"skip": "update left out", "lower_rate": f"learning rate times {rate_factor:g}"}
+            self._wandb.log(action.step, {f"guard/{action.kind}": more.get("factor", 1)})
+            told = {"skip": "update left out", "lower_rate": f"learning rate times {factor:g}"}
             self.say(f"guard, step {action.step}: {told.get(action.kind, 'gives up')}: {action.reason}")
 
-    def went_back(self, action: Action, number: int, progress: Progress) -> None:
+    def went_back(self, action: Action, number: int, progress: Progress, factor: float, until: int | None) -> None:
         """Takes the record back to where the run has gone back to; for rank 0.
 
         Args:
             action: The guard's decision.
             number: Of this rollback, from 1.
             progress: The counters to go on with.
+            factor: What the learning rate of the next step is multiplied by.
+            until: See `guarded`.
         """
         assert action.skipped is not None
         self._events.write(
@@ -173,11 +177,14 @@ class Report:
             to_step=progress.step,
             skipped_from=action.skipped[0],
             skipped_to=action.skipped[1],
+            factor=factor,
+            until=until,
             reason=action.reason,
         )
+        lowered = "" if until is None else f", learning rate times {factor:g}"
         self.say(
             f"guard, step {action.step}: back to step {progress.step}, samples {action.skipped[0]:,} to "
-            f"{action.skipped[1] - 1:,} are not read again: {action.reason}"
+            f"{action.skipped[1] - 1:,} are not read again{lowered}: {action.reason}"
         )
         self._metrics.close()
         set_aside(self._run.metrics, self._run.rolled_back, progress.step, number)
@@ -186,6 +193,7 @@ class Report:
         if self._bar is not None:
             self._bar.n = progress.step
             self._bar.refresh()
+        self._wandb.log(action.step, {"guard/rollback": number, "guard/to_step": progress.step})
         # wandb's steps cannot go back: the run goes on under an id of its own.
         self._wandb.finish(ExitCode.DONE)
         self._wandb = open_wandb(self._config, self._run, number)

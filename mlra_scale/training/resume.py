@@ -56,6 +56,19 @@ NAMED = (
 )
 """Fields, and with a dot at the end whole sections."""
 
+CHANGE_WHAT_IS_USUAL = (
+    "model.embedding_dropout",
+    "model.attention_dropout",
+    "model.residual_dropout",
+    "model.z_loss",
+    "data.blend",
+    "train.global_batch_size",
+    "train.precision",
+    # While it was off the guard has seen nothing: what it knows may be of long ago.
+    "guard.enabled",
+)
+"""Fields whose change moves the training loss or its gradient's norm at once, and for good: no sign of instability."""
+
 _NOT_ARCHITECTURE = (
     "vocab_padding_multiple",
     "attention_rank_ratio",

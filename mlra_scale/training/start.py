@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.checkpoint.inspection import good_step
+from mlra_scale.checkpoint.manifest import read_complete_manifest
+from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
-from mlra_scale.training.resume import Change, Comparison, compare, compare_model, flat, read_stored
+from mlra_scale.training.resume import (
+    CHANGE_WHAT_IS_USUAL,
+    Change,
+    Comparison,
+    compare,
+    compare_model,
+    flat,
+    read_stored,
+)
 from mlra_scale.training.resumed_data import DataHistory, compare_data
 from mlra_scale.training.rollbacks import read_rollbacks
 from mlra_scale.training.run_directory import RunDirectory
@@ -53,6 +64,7 @@ class Start:
         mixes: The history of mixes of data sets, the present one included; empty: there is none yet.
         changes: What differs from the run so far.
         rollbacks: Of the guard, the oldest first, as the run directory has them.
+        is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
     """
 
     config: Config
@@ -64,6 +76,7 @@ class Start:
     mixes: tuple[Mix, ...] = ()
     changes: tuple[Change, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
+    is_good_step_lost: bool = False
 
     @property
     def checkpoint(self) -> Path | None:
@@ -74,6 +87,11 @@ class Start:
     def goes_on_in_place(self) -> bool:
         """Whether the run in the run directory goes on; else it is a new one, or a branch of another one."""
         return self.kind == "training" and self.checkpoint is not None and self.run.is_own(self.checkpoint)
+
+    @property
+    def changes_what_is_usual(self) -> bool:
+        """Whether loss and gradient norm of the steps before say nothing about those to come, because of a change."""
+        return any(change.field in CHANGE_WHAT_IS_USUAL for change in self.changes)
 
     @property
     def is_done(self) -> bool:
@@ -124,6 +142,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     changes, progress = list(compared.changes), Progress()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
+    is_good_step_lost = False
     if store is not None and store.kind == "training":
         progress, data = _stored_place(store)
         if not found:
@@ -136,6 +155,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
                 rollbacks = read_rollbacks(asked.run.guard)
             except ValueError as error:
                 problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
+            is_good_step_lost = _is_good_step_lost(asked.run, store)
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
     if problems:
@@ -145,7 +165,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
     plan = batch_plan(config, asked.world_size)
-    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks)
+    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks, is_good_step_lost)
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
@@ -181,6 +201,17 @@ def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
     if store.config is None:
         return replace(begun, problems=compare_model(begun.config, store.model)), named
     return compare(begun.config, named, store.config), named
+
+
+def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
+    """Returns whether the checkpoint that the guard would go back to is missing: found out now, another one can do."""
+    if (step := good_step(store.state)) is None:
+        return False
+    try:
+        read_complete_manifest(run.checkpoints / checkpoint_name(step))
+    except CheckpointError:
+        return True
+    return False
 
 
 def _stored_place(store: Store) -> tuple[Progress, DataHistory]:

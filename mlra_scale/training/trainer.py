@@ -20,7 +20,7 @@ from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck, TrainingStopped
-from mlra_scale.training.guarding import approval, carry_out
+from mlra_scale.training.guarding import approval, carry_out, decide
 from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.measuring import Measurements, is_due
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
@@ -76,6 +76,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     ):
         checkpoints.load()
         guard.recall(start.rollbacks, progress.step)
+        if start.changes_what_is_usual:
+            guard.forget(progress.step)
         on_rank_0(partial(begin, start, checkpoints, report, guard), topology, progress.step)
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
@@ -83,16 +85,18 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 f"the validation data are {num_validation} sample(s), less than a global batch of "
                 f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
             )
-        if progress.step == 0:
+        if progress.step == 0 and not start.goes_on_in_place:  # else the record has it
             values = measurements.tev(0) | measurements.activations(0) | measurements.costs()
             if config.evaluation.every > 0:
                 values |= measure_validation()
             report.measured(progress, values)
-        if guard.is_enabled and (guard.good_step is None or start.rejected or not start.goes_on_in_place):
+        has_good_step = guard.good_step is not None and not start.is_good_step_lost
+        if guard.is_enabled and (not has_good_step or start.rejected or not start.goes_on_in_place):
             # Something to go back to from the first step on.
             guard.begins_at(progress.step)
             if not start.goes_on_in_place:
                 rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
+                report.sync()
                 checkpoints.save(progress, rate, None)
 
         while progress.step < last:
@@ -108,7 +112,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             result = engine.train_batch(batches, rate, approve, interruption.is_stop_asked)
             finite.check(step, result, place)
             progress = progress.after(plan, place)
-            spikes.update(result.loss, result.gradient_norm)
+            if not result.overflow:  # which is usual in fp16, and no spike
+                spikes.update(result.loss, result.gradient_norm)
 
             values = measurements.after_update(step, result, rate, batches, place)
             throughput.stop(plan.tokens_per_step)
@@ -123,7 +128,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
-            actions = guard.judge(step, place, result.loss, result.gradient_norm) if not result.overflow else []
+            actions = decide(guard, finite, step, place, result)
             returned = carry_out(actions, guard, checkpoints, report, start.run.guard, topology, overseer)
             if returned is not None:
                 progress = returned

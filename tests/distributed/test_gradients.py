@@ -37,6 +37,7 @@ EVERYTHING = {"gradients__every": 1, "gradients__noise_every": 1, "gradients__sp
 # oracle knows the gradient.
 CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "tp2": (Layout(tensor=2), {}),
+    "dp2": (Layout(data=2), {}),
     "zero1": (Layout(data=2, stage=1), {}),
     "zero2-dense": (Layout(data=2, stage=2), {"model__attention": "dense"}),
     "zero3": (Layout(data=2, stage=3), {}),

@@ -1,6 +1,8 @@
 """The guard in real runs whose data or learning rate are poisoned at known places: every layout decides the same."""
 
 import contextlib
+import functools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,13 @@ from unittest import mock
 import pytest
 
 from benchmarks.guard import Poison, poisoned
-from mlra_scale.training import guarding
+from mlra_scale.checkpoint import Store, complete_checkpoints, latest
+from mlra_scale.training import guarding, start
+from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
+from mlra_scale.training.report import Report
+from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
 
@@ -48,7 +54,12 @@ LAYOUTS = {
 }
 # Steps, counted from 0 in places of the data: shuffled labels twice on their own, repeated tokens for longer.
 SHUFFLED, REPEATED = (24, 33), range(44, 50)
-POISONS = {"rate": Poison(rate=range(30, 33), rate_factor=300.0), "none": Poison()}
+POISONS = {
+    "rate": Poison(rate=range(30, 33), rate_factor=300.0),
+    "fp16": Poison(rate=[30], rate_factor=1e6),
+    "nan": Poison(nan=[SHUFFLED[0], *REPEATED], batch=BATCH),
+    "none": Poison(),
+}
 DATA = Poison(labels=SHUFFLED, tokens=REPEATED, vocab_size=512, batch=BATCH)
 
 
@@ -61,10 +72,31 @@ def deadly(*arguments: Any) -> Any:
 go_back = guarding.go_back
 
 
+save = Checkpoints.save
+
+
+def after_a_sync(calls: list[str]) -> Callable[..., None]:
+    """Saves, if the record was put on disk since the last time."""
+
+    def checked(*arguments: Any, **options: Any) -> None:
+        assert calls == ["sync"], calls
+        calls.clear()
+        save(*arguments, **options)
+
+    return checked
+
+
 @contextlib.contextmanager
 def injected(poison: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(poisoned(POISONS.get(poison, DATA)))
+        if poison == "fp16":
+            allow_fp16_on_cpu()
+            stack.enter_context(mock.patch.object(start, "resolve_device", return_value="cuda"))
+        if poison == "order":
+            calls: list[str] = []
+            stack.enter_context(mock.patch.object(Report, "sync", lambda report: calls.append("sync")))
+            stack.enter_context(mock.patch.object(Checkpoints, "save", after_a_sync(calls)))
         if poison == "after the note":
             stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
         if poison == "before the note":
@@ -81,11 +113,12 @@ def run_on_rank(rank: int, world_size: int, poison: str, arguments: tuple[str, .
 
 
 Run = Callable[..., Path]
+Whole = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    def start(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
+    def run(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
         processes, degrees = LAYOUTS[layout]
         folder = folder or tmp_path_factory.mktemp("guarded") / "run"
         command = base_command(folder, training_data, *TRAINING, *degrees, *arguments)
@@ -93,18 +126,24 @@ def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_
         assert {result.code for result in finished} == {code}, finished[0].stdout[-2000:] + finished[0].stderr[-3000:]
         return folder
 
-    return start
+    return run
 
 
 def decisions(folder: Path) -> list[tuple[Any, ...]]:
     """What the guard did, without the numbers in its words."""
-    keys = ("event", "step", "to_step", "skipped_from", "skipped_to", "factor")
+    keys = ("event", "step", "to_step", "skipped_from", "skipped_to", "factor", "until")
     return [tuple(event.get(key) for key in keys) for event in events(folder) if event["event"].startswith("guard_")]
 
 
 @pytest.fixture(scope="module")
-def alone(run: Run) -> Path:
-    return run("one process", *GUARD)
+def whole(run: Run) -> Whole:
+    """The run that nobody disturbs, once for every layout."""
+    return functools.cache(lambda layout: run(layout, *GUARD))
+
+
+@pytest.fixture(scope="module")
+def alone(whole: Whole) -> Path:
+    return whole("one process")
 
 
 def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(alone: Path) -> None:
@@ -133,22 +172,44 @@ def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(
 
 
 @pytest.mark.parametrize("layout", ["tp2pp2", "zero3 dp2"])
-def test_every_layout_decides_the_same(run: Run, alone: Path, layout: str) -> None:
-    other = run(layout, *GUARD)
+def test_every_layout_decides_the_same(whole: Whole, alone: Path, layout: str) -> None:
+    other = whole(layout)
     assert decisions(other) == decisions(alone)
     ours, theirs = curve(other, "loss"), curve(alone, "loss")
     assert ours == pytest.approx(theirs, rel=1e-4), "the weights are the same but for rounding"
 
 
-def test_a_requeue_in_the_middle_changes_nothing(run: Run, alone: Path, tmp_path: Path) -> None:
-    """Stopped after the first checkpoint behind the return: what is skipped stays skipped."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_path: Path, layout: str) -> None:
+    """Stopped while all is well, in the trouble, and behind the return: what is skipped stays skipped."""
     folder = tmp_path / "run"
-    run("one process", *GUARD, "train.steps=30", folder=folder)
-    run("one process", *GUARD, "train.steps=47", "--resume", "auto", folder=folder)
-    run("one process", *GUARD, "train.steps=72", "--resume", "auto", folder=folder)
-    assert decisions(folder) == decisions(alone)
+    for steps in (30, 47, 50):
+        run(layout, *GUARD, f"train.steps={steps}", "--resume", "auto", folder=folder)
+    state = Store.open(folder / "checkpoints" / "step-00000050").state
+    assert [item["to_step"] for item in state["windows"]["guard"]["rollbacks"]] == [40]
+    assert state["progress"]["consumed_samples"] == 55 * BATCH, "past what is skipped"
+    (folder / "guard.json").unlink()  # the checkpoint knows it too
+    run(layout, *GUARD, "train.steps=72", "--resume", "auto", folder=folder)
+    undisturbed = whole(layout)
+    assert decisions(folder) == decisions(undisturbed)
     for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples", "spike_scores"):
-        assert curve(folder, name) == curve(alone, name), name
+        assert curve(folder, name) == curve(undisturbed, name), name
+
+
+@pytest.mark.parametrize("layout", ["one process", "zero3 dp2"])
+def test_in_bf16_a_loss_that_is_no_number_is_left_out_and_gone_back_from(run: Run, layout: str) -> None:
+    """With the precision, and the guard on, as in the files of slurm/."""
+    folder = run(layout, *GUARD, "guard.sigmas=1e6", "train.precision=bf16", "train.steps=56", poison="nan")
+    found = [event for event in events(folder) if event["event"].startswith("guard_")]
+    assert [(event["event"].removeprefix("guard_"), event["step"]) for event in found] == [
+        ("skip", 25),
+        *(("skip", 45), ("skip", 46), ("lower_rate", 46), ("skip", 47), ("skip", 48), ("rollback", 48)),
+        # Places 48 and 49 of the data are no better.
+        *(("skip", 44), ("skip", 45), ("lower_rate", 45)),
+    ]
+    assert {event["reason"] for event in found if event["event"] == "guard_skip"} == {"loss nan"}
+    bad = [item["step"] for item in metrics(folder) if item["loss"] is None]
+    assert bad == [25, 44, 45], "no update that was left out has spoilt what comes after it"
 
 
 @pytest.mark.parametrize("death", ["after the note", "before the note"])
@@ -165,12 +226,73 @@ def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp
         assert curve(folder, name) == curve(alone, name), name
 
 
+def test_no_checkpoint_of_undone_steps_is_left(run: Run, tmp_path: Path) -> None:
+    """One of step 46, in the trouble, was there when the run went back to 44."""
+    folder = tmp_path / "run"
+    fields = ["checkpoint.every=2", "checkpoint.keep_last=2"]
+    run("one process", *GUARD, *fields, poison="after the note", code=ExitCode.FAILED, folder=folder)
+    assert 46 in [event["step"] for event in events(folder) if event["event"] == "checkpoint"]
+    left = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+    assert left[-1] == "step-00000044" and latest(folder / "checkpoints") == folder / "checkpoints" / left[-1]
+
+
+def test_a_good_checkpoint_that_somebody_has_removed_is_done_without(run: Run, tmp_path: Path) -> None:
+    """The run finds out when it starts: from then on it would go back to where it started."""
+    folder = tmp_path / "run"
+    run("one process", *GUARD, "train.steps=47", folder=folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000040")
+    run("one process", *GUARD, "train.steps=52", "guard.max_lowerings=0", "--resume", "auto", folder=folder)
+    (rollback,) = (event for event in events(folder) if event["event"] == "guard_rollback")
+    assert (rollback["step"], rollback["to_step"]) == (49, 47)
+
+
+def test_the_record_is_on_disk_before_every_checkpoint(run: Run) -> None:
+    """The first one, of step 0, too."""
+    folder = run("one process", *GUARD, "train.steps=9", poison="order")
+    assert [event["step"] for event in events(folder) if event["event"] == "checkpoint"] == [0, 8, 9]
+
+
+def test_qk_clip_looks_at_the_samples_that_were_read_past_what_is_skipped(run: Run) -> None:
+    """And does nothing to weights whose update was left out."""
+    folder = run("one process", *GUARD, "qk_clip.threshold=0.01", "qk_clip.samples=4", "train.steps=60")
+    places = curve(folder, "consumed_samples")
+    assert places[60] > 60 * BATCH, "data were skipped"
+    left_out = {event["step"] for event in events(folder) if event["event"] == "guard_skip" and event["step"] <= 43}
+    clips = {item["step"]: item["qk_clip"] for item in metrics(folder) if "qk_clip" in item}
+    assert left_out == {25, 34} and not left_out & set(clips)
+    after = [clips[step] for step in range(50, 61)]
+    assert all(clip["largest_logit"] is not None and clip["clipped_heads"] > 0 for clip in after), after
+
+
 def test_a_learning_rate_spike_is_survived(run: Run) -> None:
     guarded = run("one process", *GUARD, "guard.divergence=1.0", "guard.divergence_steps=8", poison="rate")
     unguarded = run("one process", poison="rate")
     assert "guard_rollback" in [event[0] for event in decisions(guarded)]
     assert decisions(unguarded) == []
     print("last losses:", curve(guarded, "loss")[72], "guarded,", curve(unguarded, "loss")[72], "unguarded")
+
+
+def test_weights_that_overflow_fp16_are_gone_back_from(run: Run) -> None:
+    """At steps 31 to 34, as the limit says; a checkpoint after 32 is none to go back to. Spikes are none of it."""
+    fp16 = ["train.precision=fp16", "train.max_consecutive_overflows=4", "train.steps=40"]
+    folder = run("one process", *GUARD, *fp16, 'deepspeed={"zero_optimization": {"stage": 1}}', poison="fp16")
+    (rollback,) = (event for event in events(folder) if event["event"] == "guard_rollback")
+    assert (rollback["step"], rollback["to_step"]) == (34, 24) and "4 loss-scale overflows" in rollback["reason"]
+    undone = read_record(folder / "rolled_back.jsonl")
+    assert [item["step"] for item in undone if item["overflow"]] == [31, 32, 33, 34]
+    assert {score for item in undone for score in item["spike_scores"].values()} == {0.0}
+    assert metrics(folder)[-1]["step"] == 40 and not metrics(folder)[-1]["overflow"]
+
+
+def test_a_batch_that_was_made_smaller_on_purpose_is_no_instability(run: Run, tmp_path: Path) -> None:
+    """Its gradients are noisier, and their norm higher, for good."""
+    folder, watch = tmp_path / "run", [*GUARD, "guard.min_window=16", "train.micro_batch_size=2"]
+    run("one process", *watch, "train.steps=24", "train.global_batch_size=32", poison="none", folder=folder)
+    smaller = ["train.steps=40", "train.global_batch_size=2", "--resume", "auto"]
+    run("one process", *watch, *smaller, poison="none", folder=folder)
+    norms = curve(folder, "gradient_norm")
+    assert min(norms[step] for step in range(25, 29)) > 1.2 * max(norms[step] for step in range(21, 25))
+    assert decisions(folder) == []
 
 
 def test_it_gives_up_with_a_report(run: Run) -> None:

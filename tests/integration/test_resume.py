@@ -12,6 +12,7 @@ from mlra_scale.checkpoint import Store, write_weights
 from mlra_scale.training.exit_codes import ExitCode
 from tests.support.pool import WorkerPool
 from tests.support.stored import assert_bitwise_equal, store_of
+from tests.support.tools import run_tool
 from tests.support.training_runs import Start, curve, events, main_on_rank, metrics, write_megatron_data
 
 DROPOUT = [f"model.{site}_dropout=0.1" for site in ("embedding", "attention", "residual")]
@@ -71,6 +72,29 @@ def test_model_options_are_resumed_bitwise_and_never_change(start: Start, tmp_pa
     assert "model.qk_norm = False: the run to be resumed has true" in result.stderr
 
 
+@pytest.mark.parametrize("layout", ["pipeline-tp2pp2", "zero3-tp2dp2"])
+def test_qk_clip_is_resumed_bitwise_and_is_in_the_weights_of_an_export(
+    start: Start, tmp_path: Path, layout: str
+) -> None:
+    """With a threshold so low that it acts at every second step, which is when it may."""
+    num_processes, degrees = LAYOUTS[layout]
+    clip = ["qk_clip.threshold=0.01", "qk_clip.every=2", "qk_clip.samples=3"]
+    fixed = ["optim.schedule=constant", "optim.lr=5e-3", "train.micro_batch_size=2", *clip, *DROPOUT, *SMALL, *degrees]
+    start("whole", "train.steps=10", *fixed, num_processes=num_processes)
+    start("parts", "train.steps=5", *fixed, num_processes=num_processes)
+    start("parts", "train.steps=10", *fixed, "--resume", "auto", num_processes=num_processes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    clips = {record["step"]: record["qk_clip"] for record in metrics(whole) if "qk_clip" in record}
+    assert list(clips) == [2, 4, 6, 8, 10] and all(value["clipped_heads"] > 0 for value in clips.values()), clips
+    for name in ("loss", "gradient_norm", "qk_clip"):
+        assert curve(parts, name) == curve(whole, name), name
+    assert_bitwise_equal(store_of(whole, 10), store_of(parts, 10))
+    text = tmp_path / "text.txt"
+    text.write_text("Every head of this model was clipped. " * 20)
+    result = run_tool("export_hf", parts, tmp_path / "out", "--format", "gpt2", "--text", text)
+    assert result.code == 0, result.stderr
+
+
 def test_a_run_goes_on_under_any_other_layout(start: Start, tmp_path: Path) -> None:
     """From a pipeline to ZeRO 3, to one rank, to another batch per rank; in between, nothing has to be converted."""
     fixed = ["optim.schedule=constant", *DROPOUT, *SMALL]
@@ -105,6 +129,16 @@ def test_another_global_batch_reads_on_where_the_data_were_left(start: Start, tm
     start("run", "train.steps=5", "train.global_batch_size=16", *SMALL, "--resume", "auto")
     samples = [record["consumed_samples"] for record in metrics(tmp_path / "run") if record["step"] > 0]
     assert samples == [8, 16, 24, 40, 56]
+
+
+def test_a_guarded_run_that_goes_on_from_its_first_checkpoint_tells_step_0_once(start: Start, tmp_path: Path) -> None:
+    fixed = [*SMALL, "train.steps=3", "guard.enabled=true", "checkpoint.every=2", "checkpoint.keep_last=9"]
+    start("run", *fixed)
+    run = tmp_path / "run"
+    before = metrics(run)
+    assert [record["step"] for record in before] == [0, 1, 2, 3] and "tev_mean" in before[0]
+    start("run", *fixed, "--resume", str(run / "checkpoints" / "step-00000000"))
+    assert [record["step"] for record in metrics(run)] == [0, 1, 2, 3] and metrics(run)[0] == before[0]
 
 
 def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:

@@ -17,7 +17,14 @@ from mlra_scale.checkpoint import (
     prune,
     retention,
 )
-from mlra_scale.checkpoint.retention import checkpoint_folders, put_in_place, set_latest, superfluous, tidy
+from mlra_scale.checkpoint.retention import (
+    checkpoint_folders,
+    put_in_place,
+    remove_after,
+    set_latest,
+    superfluous,
+    tidy,
+)
 from tests.unit.checkpoint.builders import write_checkpoint
 
 
@@ -43,6 +50,27 @@ def test_the_last_ones_and_every_so_many_are_kept(tmp_path: Path) -> None:
     assert steps(superfluous(tmp_path, 2, 0)) == [10, 20, 30, 40, 50]
     assert steps(prune(tmp_path, 2, 30)) == [10, 20, 40, 50]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *map(checkpoint_name, (30, 60, 70))]
+
+
+def test_a_pinned_one_is_kept(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20, 30, 40)
+    assert steps(superfluous(tmp_path, 1, 0, pinned=20)) == [10, 30]
+    assert steps(prune(tmp_path, 1, 0, pinned=20)) == [10, 30]
+    assert steps(complete_checkpoints(tmp_path)) == [20, 40]
+    assert steps(prune(tmp_path, 1, 0, pinned=99)) == [20], "one that is not there pins nothing"
+
+
+def test_of_undone_steps_nothing_stays(tmp_path: Path) -> None:
+    """Else they would be the newest ones: what is saved from then on would make room for them."""
+    write(tmp_path, 30, 40, 42, 44, 46)
+    (tmp_path / checkpoint_name(44) / "rank-00000.safetensors").unlink()
+    shutil.copytree(tmp_path / checkpoint_name(46), tmp_path / "step-00000046-best")
+    set_latest(tmp_path, tmp_path / checkpoint_name(40))
+    assert steps(remove_after(tmp_path, 40)) == [42, 44, 46]
+    names = ["latest", *map(checkpoint_name, (30, 40)), "step-00000046-best"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    write_checkpoint(tmp_path, 42)
+    assert steps(prune(tmp_path, 2, 0)) == [30] and remove_after(tmp_path, 42) == []
 
 
 def test_incomplete_ones_do_not_count_and_stay(tmp_path: Path) -> None:

@@ -149,6 +149,18 @@ def test_pruning(tmp_path: Path, tool: Tool) -> None:
     assert tool(*arguments)[:2] == (0, "nothing to remove\n")
 
 
+@pytest.mark.parametrize("has_pointer", [True, False])
+def test_what_a_guard_may_have_to_go_back_to_is_not_pruned(tmp_path: Path, tool: Tool, has_pointer: bool) -> None:
+    folder = tmp_path / "checkpoints"
+    for step, good in ((10, 10), (20, 20), (30, 30), (40, 20)):
+        write_checkpoint(folder, step, state={"windows": {"guard": {"good_step": good}}})
+    if not has_pointer:
+        (folder / "latest").unlink()
+    left = [str(folder / checkpoint_name(step)) for step in (10, 30)]
+    assert json.loads(tool("prune", tmp_path, "--keep-last", 1, "--dry-run", "--json")[1])["removed"] == left
+    assert json.loads(tool("prune", tmp_path, "--keep-last", 1, "--json")[1])["removed"] == left
+
+
 def test_a_run_at_work_is_not_pruned(tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever way its folder is named."""
     folder = write_run(tmp_path, 10, 20)

@@ -48,6 +48,12 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "gradients.spectral_iterations",
             "measures weights as they are stored",
         ),
+        (
+            {"guard": {"enabled": True}},
+            1,
+            "checkpoint.every",
+            "set it to the number of steps that you can afford to lose",
+        ),
         ({"train": {"sequence_length": 65}}, 1, "train.sequence_length", "longer than model.max_positions 64"),
         (
             {"parallel": {"tensor": 8}},

@@ -186,10 +186,86 @@ def test_values_that_rise_for_good_become_usual() -> None:
         assert number < 25 or run.step in run.applied, "the norm has doubled, and that is all"
 
 
+def test_a_row_of_overflows_is_gone_back_from_only_when_it_is_hopeless() -> None:
+    run = Run(every=5)
+    run.calm(20)
+    guard = run.guard
+    for step in range(21, 30):
+        assert guard.overflowed(step, (step - 1) * BATCH, None) == []
+    guard.saved(25)
+    assert guard.good_step == 20, "nobody knows yet whether that is a good one"
+    stored, guard = json.dumps(guard.state()), Guard(run.config, BATCH)
+    guard.load(json.loads(stored))
+    (action,) = guard.overflowed(30, 29 * BATCH, "10 in a row")
+    assert (action.kind, action.to_step, action.reason) == ("rollback", 20, "10 in a row")
+    assert action.skipped == (18 * BATCH, 30 * BATCH), "from two steps before the first of them"
+    run.calm(5)
+    assert run.guard.good_step == 25, "a row that has ended is forgotten"
+
+
+def test_overflows_end_a_run_that_cannot_go_back() -> None:
+    run = Run(max_rollbacks=0)
+    run.calm(20)
+    assert [action.kind for action in run.guard.overflowed(21, 160, "10 in a row")] == ["give_up"]
+
+
+def at_another_level(run: Run, steps: int) -> list[str]:
+    """What is done about a loss and a norm that are higher for good, as another blend and a smaller batch make them."""
+    before = len(run.actions)
+    for loss, norm in np.random.default_rng(5).normal((4.5, 2.0), 0.01, (steps, 2)):
+        run.train(loss, norm)
+    return run.kinds[before:]
+
+
+def test_what_was_changed_on_purpose_is_no_instability() -> None:
+    changed, unaware = (Run(divergence=1.0, divergence_steps=8) for _ in range(2))
+    for run in (changed, unaware):
+        run.calm(40)
+    changed.guard.forget(40)
+    assert at_another_level(changed, 60) == [] and changed.guard.good_step == 100
+    assert "rollback" in at_another_level(unaware, 12)
+
+
+@pytest.mark.parametrize("is_requeued", [False, True])
+def test_a_checkpoint_from_before_a_change_knows_nothing_of_what_is_usual_after_it(is_requeued: bool) -> None:
+    run = Run(every=40, max_skips=0, max_lowerings=0)
+    run.calm(40)
+    run.guard.forget(40)
+    assert at_another_level(run, 20) == []
+    if is_requeued:
+        stored, run.guard = json.dumps(run.guard.state()), Guard(run.config, BATCH)
+        run.guard.load(json.loads(stored))
+    assert [action.kind for action in run.train(90.0)] == ["skip", "rollback"] and run.step == 40
+    assert at_another_level(run, 20) == []
+
+
+def test_switched_off_and_on_again_it_begins_anew() -> None:
+    run = Run()
+    run.calm(40)
+    run.guard.forget(40)
+    assert run.guard.good_step == 40
+    off = Guard(GuardConfig(), BATCH)
+    off.load(json.loads(json.dumps(run.guard.state())))
+    off.forget(60)
+    assert off.good_step is None, "no checkpoint is kept for a guard that is off"
+
+
+def test_a_loss_that_has_risen_and_stays_is_good_in_the_end() -> None:
+    run = Run(divergence=1.0, divergence_steps=8, sigmas=1e9)
+    run.calm(20)
+    for _ in range(8 * 32):
+        run.train(3.5)
+    assert run.guard.good_step == 20, "it may still be on its way up"
+    for _ in range(20):
+        run.train(3.5)
+    assert run.kinds == [] and run.guard.good_step in (290, 280)
+
+
 def test_disabled_it_does_nothing() -> None:
     guard = Guard(GuardConfig(), BATCH)
     assert guard.approve(math.nan, math.inf) and guard.judge(1, 0, math.nan, math.inf) == []
     guard.saved(5)
+    assert guard.overflowed(6, 40, "50 in a row") == []
     assert guard.good_step is None and guard.place(7) == 7 and guard.rate_factor(3) == 1.0
 
 
@@ -235,6 +311,21 @@ def test_from_an_earlier_checkpoint_only_the_data_stay_skipped() -> None:
     assert again.place(24 * BATCH) > 24 * BATCH
     again.begins_at(7)
     assert again.good_step == 7
+
+
+def test_what_a_run_began_from_has_no_trouble_when_it_goes_back_there() -> None:
+    """Though the checkpoint was saved in the middle of it."""
+    run = Run(every=1)
+    run.calm(20)
+    run.train(9.0)
+    run.guard.begins_at(21)
+    while "rollback" not in run.kinds:
+        run.train(9.0)
+    assert run.step == 21
+    before = len(run.actions)
+    run.train(9.0)
+    assert run.kinds[before:] == ["skip"]
+    assert run.guard.state()["episode"]["first_step"] == 22
 
 
 def test_a_checkpoint_from_before_the_guard_is_taken() -> None:

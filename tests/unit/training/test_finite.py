@@ -8,9 +8,9 @@ from mlra_scale.config import load_config
 from mlra_scale.training.finite import FiniteCheck, TrainingStopped
 
 
-def check_of(precision: str, **fields: int) -> FiniteCheck:
+def check_of(precision: str, is_guarded: bool = False, **fields: int) -> FiniteCheck:
     overrides = [f"train.precision={precision}", *(f"train.{key}={value}" for key, value in fields.items())]
-    return FiniteCheck(load_config("debug", overrides=overrides).train)
+    return FiniteCheck(load_config("debug", overrides=overrides).train, is_guarded)
 
 
 def result(loss: float = 2.0, gradient_norm: float = 1.0, overflow: bool = False) -> Any:
@@ -61,3 +61,21 @@ def test_a_row_of_overflows_goes_on_after_a_resume() -> None:
     resumed.load(check.state())
     with pytest.raises(TrainingStopped, match="3 loss-scale overflows in a row"):
         resumed.check(3, overflow, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("loss", "gradient_norm"), BAD)
+def test_under_a_guard_it_is_not_applied_and_the_run_goes_on(precision: str, loss: float, gradient_norm: float) -> None:
+    check = check_of(precision, is_guarded=True)
+    assert not check.approve(proposal(loss, gradient_norm))
+    check.check(12, result(loss, gradient_norm), consumed_samples=96)
+
+
+def test_under_a_guard_too_many_overflows_are_for_it_to_judge() -> None:
+    check = check_of("fp16", is_guarded=True, max_consecutive_overflows=3)
+    for step in (1, 2, 3):
+        assert check.too_many_overflows is None
+        check.check(step, result(math.inf, math.nan, overflow=True), 0)
+    assert check.too_many_overflows == "3 loss-scale overflows in a row"
+    check.check(4, result(), 0)
+    assert check.too_many_overflows is None

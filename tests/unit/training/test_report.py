@@ -1,11 +1,14 @@
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlra_scale.checkpoint import FinishedSave
 from mlra_scale.config import batch_plan, load_config
+from mlra_scale.stability.guard import Action
+from mlra_scale.training import report as report_module
 from mlra_scale.training.candidates import Choice, Rejected
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
@@ -17,6 +20,8 @@ from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.source import commit
 from mlra_scale.training.start import Start
+from mlra_scale.training.wandb_log import WandbLog
+from tests.support.study_folders import write_run
 
 VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}
 
@@ -185,3 +190,49 @@ def test_copies_that_differ_are_an_event(tmp_path: Path, capsys: pytest.CaptureF
     events = [event for event in read_record(tmp_path / "run" / "events.jsonl") if "cop" in event["event"]]
     assert [(event["step"], event["reason"]) for event in events] == [(2, "copies of x differ")]
     assert "copies of x differ" in capsys.readouterr().out
+
+
+def guarded_run(folder: Path) -> RunDirectory:
+    """A run whose guard does all that it can."""
+    with report_of(folder) as report:
+        report.start()
+        report.measured(Progress(1, 8, 512), VALUES)
+        report.guarded([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], 0.5, 203)
+        report.guarded([Action("skip", 3, "loss 9"), Action("rollback", 3, "2 bad updates", 1, (8, 24))], 0.5, 203)
+        report.went_back(Action("rollback", 3, "2 bad updates", 1, (8, 24)), 2, Progress(1, 8, 512), 0.25, 201)
+        report.guarded([Action("give_up", 2, "in vain")], 0.25, 201)
+    return RunDirectory(folder / "run")
+
+
+def test_what_the_guard_does_is_told_with_its_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {event["event"]: event for event in read_record(guarded_run(tmp_path).events) if "guard" in event["event"]}
+    assert list(found) == ["guard_skip", "guard_lower_rate", "guard_rollback", "guard_give_up"]
+    assert (found["guard_lower_rate"]["factor"], found["guard_lower_rate"]["until"]) == (0.5, 203)
+    assert (found["guard_rollback"]["factor"], found["guard_rollback"]["until"]) == (0.25, 201)
+    out = capsys.readouterr().out
+    assert "step 2: learning rate times 0.5: 2 bad updates" in out
+    assert "back to step 1, samples 8 to 23 are not read again, learning rate times 0.25: 2 bad updates" in out
+
+
+def test_reports_are_tried_with_the_events_that_a_guard_writes(tmp_path: Path) -> None:
+    def keys(events: Path) -> dict[str, set[str]]:
+        return {event["event"]: set(event) for event in read_record(events) if event["event"].startswith("guard_")}
+
+    real, invented = keys(guarded_run(tmp_path / "real").events), keys(write_run(tmp_path / "study") / "events.jsonl")
+    assert invented == {event: real[event] for event in invented} and len(invented) == 3
+
+
+def test_what_the_guard_does_goes_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, dict[str, Any]]] = []
+    wandb: Any = SimpleNamespace(
+        offline=True, finish=lambda **_: None, log=lambda numbers, step: logged.append((step, dict(numbers)))
+    )
+    monkeypatch.setattr(report_module, "open_wandb", lambda *_: WandbLog(wandb))
+    guarded_run(tmp_path)
+    assert [entry for entry in logged if "loss" not in entry[1]] == [
+        (2, {"guard/skip": 1}),
+        (2, {"guard/lower_rate": 0.5}),
+        (3, {"guard/skip": 1}),
+        (3, {"guard/rollback": 2, "guard/to_step": 1}),
+        (2, {"guard/give_up": 1}),
+    ]

@@ -1,9 +1,25 @@
 """The three classes of fields: what a resumed run takes, keeps and refuses."""
 
+from pathlib import Path
+
 import pytest
 
-from mlra_scale.config import Config, Named, load_config, load_named_config
-from mlra_scale.training.resume import FREE, NAMED, Comparison, compare, compare_model, flat, is_in, nested
+from mlra_scale.config import Config, Named, batch_plan, load_config, load_named_config
+from mlra_scale.training.candidates import Choice
+from mlra_scale.training.resume import (
+    CHANGE_WHAT_IS_USUAL,
+    FREE,
+    NAMED,
+    Change,
+    Comparison,
+    compare,
+    compare_model,
+    flat,
+    is_in,
+    nested,
+)
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start import Start
 
 WITH_DATA = ["data.path=d"]
 
@@ -129,3 +145,16 @@ def test_weights_to_begin_with_need_the_same_architecture_only() -> None:
         == []
     )
     assert "model.attention" in [problem.field for problem in compare_model(dense, stored)]
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [("data.blend", True), ("train.global_batch_size", True), ("optim.lr", False), ("data.path", False)],
+)
+def test_which_changes_are_expected_to_move_the_loss(tmp_path: Path, field: str, expected: bool) -> None:
+    config = load_config("debug")
+    start = Start(
+        config, batch_plan(config, 1), RunDirectory(tmp_path), Choice(None), changes=(Change(field, None, 1),)
+    )
+    assert start.changes_what_is_usual is expected
+    assert all(is_in(NAMED, name) for name in CHANGE_WHAT_IS_USUAL), "others never change"
