@@ -126,7 +126,7 @@ def test_all_end_well(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     play = """
         me.join()
-        print("hello from", me.name, flush=True)
+        print(f"hello from {me.name}\\n", end="", flush=True)  # in one write: both nodes print into one pipe
         me.report(rank(int(me.name == "b"), step=1, doing="preparing"))
         me.report(rank(int(me.name == "b"), step=7))
         me.connect("x").send({"ended": {"failures": [failure(5, 2)]}})  # of no node of this attempt
