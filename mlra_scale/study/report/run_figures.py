@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -298,27 +298,34 @@ _LANES = {
     "checkpoint": ("checkpoint", "."),
 }
 _DULL = {"checkpoint"}
+_BAR: dict[str, Any] = {"color": "#555555", "lw": 2.0, "solid_capstyle": "butt"}
 
 
 def _lanes(run: RunRecord) -> list[str]:
     """The kinds of events that there were; checkpoints alone are none worth a panel."""
-    found = [event for event in _LANES if run.events_named(event)]
+    is_there = {event for event in _LANES if run.events_named(event)}
+    if any(is_number(item.get("until")) for item in run.events_named("guard_rollback")):
+        is_there.add("guard_lower_rate")
+    found = [event for event in _LANES if event in is_there]
     return found if set(found) - _DULL else []
 
 
 def _draw_events(axes: Axes, run: RunRecord, lanes: list[str]) -> None:
-    for height, event in enumerate(reversed(lanes)):
+    heights = {event: height for height, event in enumerate(reversed(lanes))}
+    for event, height in heights.items():
         _, marker = _LANES[event]
         found = run.events_named(event)
         steps = [_step_of(item, run) for item in found]
         axes.plot(steps, [height] * len(steps), ls="", marker=marker, color="#111111", ms=6)
         for step, item in zip(steps, found, strict=True):
-            # The way back of a rollback, and how long a lowered rate lasts.
-            other = item.get("to_step" if event == "guard_rollback" else "until")
-            if event in ("guard_rollback", "guard_lower_rate") and is_number(other):
-                axes.plot([step, other], [height, height], color="#555555", lw=2.0, solid_capstyle="butt")
-                if event == "guard_rollback":
-                    axes.plot([other], [height], ls="", marker="|", color="#111111", ms=8)
+            back, until = item.get("to_step"), item.get("until")
+            if event == "guard_rollback" and is_number(back):
+                axes.plot([step, back], [height, height], **_BAR)
+                axes.plot([back], [height], ls="", marker="|", color="#111111", ms=8)
+            # How long a lowered rate lasts, also that of a return to a checkpoint that has been gone back to before.
+            if event in ("guard_rollback", "guard_lower_rate") and is_number(until):
+                first = back if event == "guard_rollback" and is_number(back) else step
+                axes.plot([first, until], [heights["guard_lower_rate"]] * 2, **_BAR)
     axes.set_yticks(range(len(lanes)), [_LANES[event][0] for event in reversed(lanes)])
     axes.set_ylim(-0.6, len(lanes) - 0.4)
     axes.grid(axis="x", visible=True)

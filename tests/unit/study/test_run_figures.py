@@ -1,0 +1,26 @@
+"""The figure of one run: which events have a lane."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
+
+from mlra_scale.study.report.run_figures import _lanes, time_figure
+from mlra_scale.study.report.run_record import RunRecord
+
+
+def run_with(tmp_path: Path, **of_return: object) -> RunRecord:
+    """A run of ten steps that the guard took back to step 4 from step 8."""
+    metrics = [{"step": step, "loss": 5.0 - 0.1 * step} for step in range(1, 11)]
+    return RunRecord(
+        tmp_path, metrics=metrics, events=[{"event": "guard_rollback", "step": 8, "to_step": 4, **of_return}]
+    )
+
+
+def test_a_return_that_lowers_the_rate_is_drawn_where_lowered_rates_are(tmp_path: Path) -> None:
+    plain, lowered = run_with(tmp_path, until=None), run_with(tmp_path, until=9)
+    assert _lanes(plain) == ["guard_rollback"]
+    assert _lanes(lowered) == ["guard_lower_rate", "guard_rollback"]
+    first, second = (time_figure(run)[0] for run in (lowered, run_with(tmp_path, until=6)))
+    assert first is not None and first != second, "until when it lasts is in the figure"
