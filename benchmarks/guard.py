@@ -123,15 +123,22 @@ def poison_of(name: str, place: int) -> Poison:
 
 
 class PoisonedSweep(Sweep):
-    """A sweep whose runs are all poisoned in the same way."""
+    """A sweep whose runs are all poisoned in the same way.
 
-    poison: tuple[str, str]
+    Args:
+        poison: Name and place.
+        *arguments: Of the sweep.
+    """
+
+    def __init__(self, poison: tuple[str, int], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._poison = poison
 
     def command(self, files: CellFiles) -> list[str]:
         """Returns the command line of a cell: this module in the place of the entry point."""
         command = super().command(files)
         entry = command.index("mlra_scale.train")
-        return [*command[:entry], "benchmarks.guard", "--train", *self.poison, *command[entry + 1 :]]
+        return [*command[:entry], "benchmarks.guard", "--train", *map(str, self._poison), *command[entry + 1 :]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,8 +175,7 @@ def run(study: Study, poison: str, place: int, output: Path, jobs: int, argument
     """Runs the study with one poison; returns 1 if a run failed or it was stopped, else 0."""
     study = study.model_copy(update={"name": f"{study.name}-{poison}"})
     cells, directory = cells_of(study), SweepDirectory(output)
-    sweep = PoisonedSweep(study, cells, directory)
-    sweep.poison = (poison, str(place))
+    sweep = PoisonedSweep((poison, place), study, cells, directory)
     to_do = sweep.prepare(cells, ["-m", "benchmarks.guard", *arguments])
     board = Board(to_do, directory)
     board.say(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")

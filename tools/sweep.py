@@ -122,9 +122,7 @@ def run(
     board = Board(to_do, output)
     board.say(f"{study.name}: {len(to_do)} of {len(chosen)} cells to do, {jobs} at once, output {output.path}")
     if stale := output.stale(cells):
-        board.say(
-            f"{len(stale)} results of an earlier grid stay in their folders, and leave results.jsonl: {stale[0]}, ..."
-        )
+        board.say(f"of an earlier grid, and not in results.jsonl: {len(stale)} cells, such as {stale[0]}")
     try:
         stopped_by = sweep.run(to_do, jobs, board.told, board.watch)
     finally:

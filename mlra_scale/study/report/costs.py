@@ -59,17 +59,15 @@ def _numbers(records: Sequence[Record], name: str) -> list[float]:
 def _step_seconds(records: Sequence[Record]) -> list[float]:
     """The time of a step, without what was measured in it, from every record of the rate since the one before."""
     found = []
-    since, measured = 0.0, 0.0
+    since, read, measured = 0.0, 0.0, 0.0
     for record in records:
-        measured += sum(_numbers([record], name)[0] for name in _WITHIN_A_STEP if _numbers([record], name))
+        measured += sum(seconds for name in _WITHIN_A_STEP for seconds in _numbers([record], name))
         rate, tokens, step = (record.get(name) for name in ("tokens_per_second", "consumed_tokens", "step"))
-        if not (is_number(rate) and rate > 0 and is_number(tokens) and is_number(step)):
+        if not (is_number(rate) and rate > 0 and is_number(tokens) and is_number(step)) or step <= since:
             continue
-        seconds = tokens / step / rate - measured / (step - since) if step > since else 0.0
-        if seconds > 0:
-            found.append(seconds)
-        since, measured = step, 0.0
-    return found
+        found.append(((tokens - read) / rate - measured) / (step - since))
+        since, read, measured = step, tokens, 0.0
+    return [seconds for seconds in found if seconds > 0]
 
 
 def costs_section(runs: Sequence[Costs]) -> list[str]:

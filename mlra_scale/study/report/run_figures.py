@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mlra_scale.study.report import style
+from mlra_scale.study.report.event_lanes import draw_events, lanes_of, mark_guard, step_of
 from mlra_scale.study.report.run_record import (
     Extract,
     Record,
@@ -149,11 +150,11 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
             missing.append(f"{panel.title}: not measured (needs {panel.needs}).")
         if panel.title == "Loss":
             _add_tev(run, drawings, missing)
-    lanes = _lanes(run)
+    lanes = lanes_of(run)
     if not drawings and not lanes:
         return None, missing
     if lanes:
-        drawings.append((EVENTS, lambda axes: _draw_events(axes, run, lanes)))
+        drawings.append((EVENTS, lambda axes: draw_events(axes, run, lanes)))
     else:
         missing.append("Events: none but starts and checkpoints.")
     heights = [_PANEL_HEIGHT if title != EVENTS else 0.45 + 0.24 * len(lanes) for title, _ in drawings]
@@ -163,7 +164,7 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
         for axes, (title, draw) in zip(grid, drawings, strict=True):
             draw(axes)
             axes.set_title(title)
-            _mark_guard(axes, run)
+            mark_guard(axes, run)
             style.legend_beside(axes)
         _finish_step_axis(list(grid), run)
         return style.as_png(figure), missing
@@ -182,7 +183,7 @@ def _add_tev(run: RunRecord, drawings: list[tuple[str, Callable[[Axes], None]]],
 
 def _finish_step_axis(grid: list[Axes], run: RunRecord) -> None:
     recorded = [record["step"] for record in (*run.metrics, *run.rolled_back)]
-    last = max([1, *recorded, *(_step_of(event, run) for event in run.events)])
+    last = max([1, *recorded, *(step_of(event, run) for event in run.events)])
     grid[-1].set_xlim(-0.015 * last, 1.02 * last)
     grid[-1].set_xlabel("optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
@@ -282,70 +283,6 @@ def _draw_quantiles(axes: Axes, run: RunRecord) -> None:
 def _on_common_steps(first: Series, second: Series) -> tuple[Series, Series]:
     steps, left, right = np.intersect1d(first.steps, second.steps, return_indices=True)
     return Series(steps, first.values[left]), Series(steps, second.values[right])
-
-
-# Event -> its lane and its marker, from the top down. Lanes without events are left out.
-_LANES = {
-    "guard_skip": ("update skipped", "x"),
-    "guard_lower_rate": ("rate lowered", "v"),
-    "guard_rollback": ("rolled back", "<"),
-    "guard_give_up": ("guard gave up", "X"),
-    "resume": ("resumed", ">"),
-    "stopped": ("stopped", "s"),
-    "failed": ("failed", "P"),
-    "preempted": ("preempted", "D"),
-    "interrupted": ("interrupted", "d"),
-    "checkpoint": ("checkpoint", "."),
-}
-_DULL = {"checkpoint"}
-_BAR: dict[str, Any] = {"color": "#555555", "lw": 2.0, "solid_capstyle": "butt"}
-
-
-def _lanes(run: RunRecord) -> list[str]:
-    """The kinds of events that there were; checkpoints alone are none worth a panel."""
-    is_there = {event for event in _LANES if run.events_named(event)}
-    if any(is_number(item.get("until")) for item in run.events_named("guard_rollback")):
-        is_there.add("guard_lower_rate")
-    found = [event for event in _LANES if event in is_there]
-    return found if set(found) - _DULL else []
-
-
-def _draw_events(axes: Axes, run: RunRecord, lanes: list[str]) -> None:
-    heights = {event: height for height, event in enumerate(reversed(lanes))}
-    for event, height in heights.items():
-        _, marker = _LANES[event]
-        found = run.events_named(event)
-        steps = [_step_of(item, run) for item in found]
-        axes.plot(steps, [height] * len(steps), ls="", marker=marker, color="#111111", ms=6)
-        for step, item in zip(steps, found, strict=True):
-            back, until = item.get("to_step"), item.get("until")
-            if event == "guard_rollback" and is_number(back):
-                axes.plot([step, back], [height, height], **_BAR)
-                axes.plot([back], [height], ls="", marker="|", color="#111111", ms=8)
-            # How long a lowered rate lasts, also that of a return to a checkpoint that has been gone back to before.
-            if event in ("guard_rollback", "guard_lower_rate") and is_number(until):
-                first = back if event == "guard_rollback" and is_number(back) else step
-                axes.plot([first, until], [heights["guard_lower_rate"]] * 2, **_BAR)
-    axes.set_yticks(range(len(lanes)), [_LANES[event][0] for event in reversed(lanes)])
-    axes.set_ylim(-0.6, len(lanes) - 0.4)
-    axes.grid(axis="x", visible=True)
-
-
-def _step_of(event: Record, run: RunRecord) -> float:
-    step = event.get("step")
-    return float(step) if is_number(step) else float(run.last_step)
-
-
-_GUARD_LINES = {"guard_rollback": "-", "guard_lower_rate": "-.", "guard_skip": ":"}
-
-
-def _mark_guard(axes: Axes, run: RunRecord) -> None:
-    """Draws the guard's interventions through a panel; very many skips would hide the data."""
-    for event, line in _GUARD_LINES.items():
-        found = run.events_named(event)
-        if len(found) <= 60:
-            for item in found:
-                axes.axvline(_step_of(item, run), color="0.4", lw=0.9, ls=line, zorder=0.5)
 
 
 PROFILES = {

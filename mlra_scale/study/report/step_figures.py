@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +54,12 @@ class RunCurves:
 
     Attributes:
         cell: The run.
-        curves: For each of QUANTITIES, (steps [T], values [T]) of the finite values.
+        curves: By a quantity's name, (steps [T], values [T]) of the finite values.
         guarded: Steps at which the guard acted.
     """
 
     cell: Cell
-    curves: tuple[Curve, ...]
+    curves: Mapping[str, Curve]
     guarded: tuple[int, ...]
 
 
@@ -70,45 +70,39 @@ def read_curves(sweep: Sweep) -> list[RunCurves]:
 
 def _read(cell: Cell) -> RunCurves:
     records = in_steps(read_lines(cell.run / "metrics.jsonl", [], is_optional=True))
-    curves = []
-    for quantity in QUANTITIES:
-        found = series_of(records, quantity.extract).finite
-        curves.append((found.steps, found.values))
+    series = {quantity.name: series_of(records, quantity.extract).finite for quantity in QUANTITIES}
     events = read_lines(cell.run / "events.jsonl", [], is_optional=True)
     acted = [event.get("step") for event in events if str(event.get("event")).startswith("guard_")]
-    return RunCurves(cell, tuple(curves), tuple(int(step) for step in acted if is_number(step)))
+    return RunCurves(
+        cell,
+        {name: (found.steps, found.values) for name, found in series.items()},
+        tuple(int(step) for step in acted if is_number(step)),
+    )
 
 
-def step_figure(sweep: Sweep, runs: Sequence[RunCurves], index: int) -> bytes | None:
+def step_figure(sweep: Sweep, runs: Sequence[RunCurves], quantity: Quantity) -> bytes | None:
     """Draws a quantity over steps, a plot for each place on the axes: every run thin, the mean of a variant thick.
 
     Args:
         sweep: The sweep.
         runs: What `read_curves` returned.
-        index: Which of QUANTITIES.
+        quantity: What to draw.
 
     Returns:
         The figure as PNG, or None where no run has two values of it.
     """
-    runs = [run for run in runs if run.curves[index][0].size > 1]
+    runs = [run for run in runs if run.curves[quantity.name][0].size > 1]
     if not runs:
         return None
     settings = [s for s in sweep.settings() if any(run.cell.setting() == s for run in runs)]
-    columns = min(3, len(settings)) if len(settings) > 4 else min(2, len(settings))
-    rows = math.ceil(len(settings) / columns)
-    values = np.concatenate([run.curves[index][1] for run in runs])
+    values = np.concatenate([run.curves[quantity.name][1] for run in runs])
     with style.drawing():
-        figure = style.new_figure(0.6 + (3.0 if columns == 1 else 2.4) * rows)
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, setting in zip(grid.ravel(), settings, strict=False):
-            _draw(axes, sweep.variants, [run for run in runs if run.cell.setting() == setting], index)
-            axes.set_title(style.label(setting, 60) if len(settings) > 1 else "")
-        for axes in grid.ravel()[len(settings) :]:
-            axes.set_visible(False)
-        for axes in grid[:, 0]:
-            style.choose_scale(axes, values, QUANTITIES[index].unit)
-        for axes in grid[-1]:
+        figure, plots, leftmost = style.grid_of(settings, 2.4, sharex=True, sharey=True)
+        for axes, setting in zip(plots, settings, strict=True):
+            _draw(axes, sweep.variants, [run for run in runs if run.cell.setting() == setting], quantity.name)
             axes.set_xlabel("step")
+        for axes in leftmost:
+            style.choose_scale(axes, values, quantity.unit)
         handles = [style.handle(style.style(number), variant) for number, variant in enumerate(sweep.variants)]
         handles.append(Line2D([], [], color="black", lw=0.5, alpha=0.5, label="one run"))
         if any(run.guarded for run in runs):
@@ -117,20 +111,20 @@ def step_figure(sweep: Sweep, runs: Sequence[RunCurves], index: int) -> bytes | 
         return style.as_png(figure)
 
 
-def _draw(axes: Axes, variants: Sequence[str], runs: Sequence[RunCurves], index: int) -> None:
+def _draw(axes: Axes, variants: Sequence[str], runs: Sequence[RunCurves], name: str) -> None:
     for number, variant in enumerate(variants):
         look = style.style(number)
         own = [run for run in runs if run.cell.variant == variant]
         for run in own:
-            axes.plot(*thin(run.curves[index], _MAX_POINTS), color=look.color, lw=0.5, alpha=0.4)
+            axes.plot(*thin(run.curves[name], _MAX_POINTS), color=look.color, lw=0.5, alpha=0.4)
         if own:
-            style.curve(axes, *thin(mean_curve([run.curves[index] for run in own]), _MEAN_POINTS), look)
+            style.curve(axes, *thin(mean_curve([run.curves[name] for run in own]), _MEAN_POINTS), look)
         acted = [step for run in own for step in run.guarded]
         across = axes.get_xaxis_transform()
         axes.plot(acted, [0.03] * len(acted), ls="", marker="|", ms=8, color=look.color, transform=across)
 
 
-def difference_figure(sweep: Sweep, runs: Sequence[RunCurves], index: int) -> bytes | None:
+def difference_figure(sweep: Sweep, runs: Sequence[RunCurves], quantity: Quantity) -> bytes | None:
     """Draws how far a quantity of each variant is from that of the first one, at the same seed and step.
 
     What all variants of a seed share, as the noise of their batches, is in no difference.
@@ -138,40 +132,32 @@ def difference_figure(sweep: Sweep, runs: Sequence[RunCurves], index: int) -> by
     Args:
         sweep: The sweep.
         runs: What `read_curves` returned.
-        index: Which of QUANTITIES.
+        quantity: What to draw.
 
     Returns:
         The figure as PNG, or None where there is no pair.
     """
-    settings = sweep.settings()
-    found = {
-        setting: _differences(sweep.variants, [r for r in runs if r.cell.setting() == setting], index)
-        for setting in settings
+    by_setting = {
+        setting: differences(sweep.variants, [r for r in runs if r.cell.setting() == setting], quantity.name)
+        for setting in sweep.settings()
     }
-    settings = [setting for setting in settings if found[setting]]
-    if not settings:
+    found = {setting: curves for setting, curves in by_setting.items() if curves}
+    if not found:
         return None
-    columns = min(3, len(settings)) if len(settings) > 4 else min(2, len(settings))
-    rows = math.ceil(len(settings) / columns)
     with style.drawing():
-        figure = style.new_figure(0.6 + (3.0 if columns == 1 else 2.4) * rows)
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        figure, plots, leftmost = style.grid_of(list(found), 2.4, sharex=True, sharey=True)
         drawn = []
-        for axes, setting in zip(grid.ravel(), settings, strict=False):
-            for variant, curves in found[setting].items():
+        for axes, of_variant in zip(plots, found.values(), strict=True):
+            for variant, curves in of_variant.items():
                 look = style.style(sweep.variants.index(variant))
-                steps, means, errors = _mean_and_error(curves)
+                steps, means, errors = mean_and_error(curves)
                 drawn += [means - errors, means + errors]
                 axes.fill_between(steps, means - errors, means + errors, color=look.color, alpha=0.2, lw=0)
                 style.curve(axes, steps, means, look)
             axes.axhline(0.0, color="0.35", lw=1.0, ls="--", zorder=0.5)
-            axes.set_title(style.label(setting, 60) if len(settings) > 1 else "")
-        for axes in grid.ravel()[len(settings) :]:
-            axes.set_visible(False)
-        for axes in grid[:, 0]:
-            style.choose_scale(axes, np.concatenate(drawn), f"difference of\n{QUANTITIES[index].unit}", "linear")
-        for axes in grid[-1]:
             axes.set_xlabel("step")
+        for axes in leftmost:
+            style.choose_scale(axes, np.concatenate(drawn), f"difference of\n{quantity.unit}", "linear")
         names = [variant for variant in sweep.variants if any(variant in curves for curves in found.values())]
         handles = [
             style.handle(style.style(sweep.variants.index(name)), f"{name} - {sweep.variants[0]}") for name in names
@@ -180,9 +166,15 @@ def difference_figure(sweep: Sweep, runs: Sequence[RunCurves], index: int) -> by
         return style.as_png(figure)
 
 
-def _differences(variants: Sequence[str], runs: Sequence[RunCurves], index: int) -> dict[str, list[Curve]]:
-    """By variant, the thinned difference from the first variant for every seed that both have."""
-    by_seed = {(run.cell.variant, run.cell.seed): run.curves[index] for run in runs if run.curves[index][0].size > 1}
+def differences(variants: Sequence[str], runs: Sequence[RunCurves], name: str) -> dict[str, list[Curve]]:
+    """Returns, by variant, the difference from the first one at common steps, for every seed that both have.
+
+    Args:
+        variants: All of the sweep.
+        runs: Those at one place on the axes.
+        name: Of the quantity.
+    """
+    by_seed = {(run.cell.variant, run.cell.seed): run.curves[name] for run in runs if run.curves[name][0].size > 1}
     found: dict[str, list[Curve]] = {}
     for (variant, seed), (steps, values) in by_seed.items():
         base = by_seed.get((variants[0], seed))
@@ -195,8 +187,8 @@ def _differences(variants: Sequence[str], runs: Sequence[RunCurves], index: int)
     return found
 
 
-def _mean_and_error(curves: Sequence[Curve]) -> tuple[npt.NDArray[np.float64], ...]:
-    """Steps, mean and standard error (0 of a single curve) of stretches of steps that all curves have."""
+def mean_and_error(curves: Sequence[Curve]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Returns steps, mean and standard error (0 of a single curve) of stretches of steps that all curves have."""
     common = mean_curve(curves)[0]
     values = [thin((common, values[np.isin(steps, common)]), _MEAN_POINTS)[1] for steps, values in curves]
     steps = thin((common, common), _MEAN_POINTS)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,6 +91,29 @@ def new_figure(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def grid_of(settings: Sequence[str], row_height: float, **shared: Any) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Returns a figure with a plot for each setting, titled by it where there are several.
+
+    Args:
+        settings: The places on a sweep's axes.
+        row_height: Of a row of plots, in inches; a single column is a little higher.
+        **shared: sharex, sharey.
+
+    Returns:
+        The figure, the plots in the order of the settings, and those of them that stand leftmost.
+    """
+    columns = min(3, len(settings)) if len(settings) > 4 else min(2, len(settings))
+    rows = math.ceil(len(settings) / columns)
+    figure = new_figure(0.6 + (row_height + (0.6 if columns == 1 else 0.0)) * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    plots = list(grid.ravel())
+    for axes, setting in zip(plots, settings, strict=False):
+        axes.set_title(label(setting, 60) if len(settings) > 1 else "")
+    for axes in plots[len(settings) :]:
+        axes.set_visible(False)
+    return figure, plots[: len(settings)], list(grid[:, 0])
 
 
 def as_png(figure: Figure) -> bytes:

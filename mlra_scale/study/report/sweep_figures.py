@@ -44,20 +44,16 @@ def axis_figure(sweep: Sweep, axis: str, measure: Measure) -> bytes | None:
     if len(values) < 2 or not np.isfinite(drawn).any():
         return None
     settings = [s for s in sweep.settings(axis) if any(cell.setting(axis) == s for cell in cells)]
-    columns = min(3, len(settings)) if len(settings) > 4 else min(2, len(settings))
-    rows = math.ceil(len(settings) / columns)
     with style.drawing():
-        figure = style.new_figure(0.6 + (3.2 if columns == 1 else 2.5) * rows)
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        for axes, setting in zip(grid.ravel(), settings, strict=False):
+        figure, plots, leftmost = style.grid_of(settings, 2.5, sharey=True)
+        for axes, setting in zip(plots, settings, strict=True):
             _draw_axis(axes, sweep, axis, values, [c for c in cells if c.setting(axis) == setting], measure)
-            axes.set_title(style.label(setting, 60) if len(settings) > 1 or setting != "the one setting" else "")
-        for axes in grid.ravel()[len(settings) :]:
-            axes.set_visible(False)
-        for axes in grid[:, 0]:
+            if len(settings) == 1 and setting != "the one setting":
+                axes.set_title(style.label(setting, 60))
+        for axes in leftmost:
             style.choose_scale(axes, drawn, f"{measure.name}\n({measure.unit})")
         num_diverging = len(_diverging(sweep))
-        _make_room_above(grid[0, 0], num_diverging * _CROSS_HEIGHT)
+        _make_room_above(plots[0], num_diverging * _CROSS_HEIGHT)
         _legend_of_variants(figure, sweep.variants, num_diverging > 0)
         return style.as_png(figure)
 

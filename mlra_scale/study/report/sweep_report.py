@@ -190,15 +190,14 @@ def _over_time(sweep: Sweep, images: dict[str, bytes | None]) -> list[str]:
         "are means over equal stretches of steps."
     )
     parts = []
-    for index, quantity in enumerate(step_figures.QUANTITIES):
-        image = images[f"steps-{file_text(quantity.name)}.png"] = step_figures.step_figure(sweep, runs, index)
+    for quantity in step_figures.QUANTITIES:
+        image = images[f"steps-{file_text(quantity.name)}.png"] = step_figures.step_figure(sweep, runs, quantity)
         if image is not None:
             shown = page.image(image, f"{quantity.name} over steps by variant.", caption)
             parts += [page.heading(f"{quantity.name} over steps"), shown]
             caption = "As above."
-        apart = images[f"steps-difference-{file_text(quantity.name)}.png"] = step_figures.difference_figure(
-            sweep, runs, index
-        )
+        apart = step_figures.difference_figure(sweep, runs, quantity)
+        images[f"steps-difference-{file_text(quantity.name)}.png"] = apart
         if apart is not None:
             told = (
                 f"Paired differences of {quantity.name}: means over seeds and stretches of steps, with standard errors."

@@ -11,15 +11,17 @@ pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
 from mlra_scale.study.report.step_figures import (
     QUANTITIES,
-    _differences,
-    _mean_and_error,
     difference_figure,
+    differences,
+    mean_and_error,
     mean_curve,
     read_curves,
     step_figure,
     thin,
 )
 from mlra_scale.study.report.sweep_results import Cell, Sweep
+
+LOSS = QUANTITIES[0]
 
 
 def sweep_of(folder: Path) -> Sweep:
@@ -47,34 +49,33 @@ def sweep_of(folder: Path) -> Sweep:
 
 def test_what_is_read(tmp_path: Path) -> None:
     runs = {run.cell.name: run for run in read_curves(sweep_of(tmp_path))}
-    loss = [quantity.name for quantity in QUANTITIES].index("training loss")
-    steps, values = runs["first-2"].curves[loss]
+    steps, values = runs["first-2"].curves[LOSS.name]
     assert steps.tolist() == [1, 2, 3, 4, 5], "without the loss that is no number"
     assert values == pytest.approx([2.1, 2.2, 2.3, 2.4, 2.5])
     assert runs["second-1"].guarded == (2, 4) and runs["first-1"].guarded == ()
-    assert all(curve[0].size == 0 for curve in runs["second-2"].curves)
+    assert all(curve[0].size == 0 for curve in runs["second-2"].curves.values())
 
 
 def test_figures_are_drawn_of_what_was_measured_and_of_nothing_else(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
     runs = read_curves(sweep)
-    drawn = {quantity.name: step_figure(sweep, runs, index) for index, quantity in enumerate(QUANTITIES)}
+    drawn = {quantity.name: step_figure(sweep, runs, quantity) for quantity in QUANTITIES}
     # TEV has one value in each run, which is no curve.
     assert [name for name, image in drawn.items() if image is not None] == ["training loss"]
     unguarded = [type(run)(run.cell, run.curves, ()) for run in runs]
-    assert step_figure(sweep, unguarded, 0) != drawn["training loss"], "the guard's actions are in the figure"
+    assert step_figure(sweep, unguarded, LOSS) != drawn["training loss"], "the guard's actions are in the figure"
 
 
 def test_differences_are_of_the_same_seed_and_step(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
     runs = read_curves(sweep)
-    found = _differences(sweep.variants, runs, 0)
+    found = differences(sweep.variants, runs, LOSS.name)
     ((steps, values),) = found["second"]
     assert steps.tolist() == [1, 2, 3, 4] and values == pytest.approx([1.0] * 4), "of seed 1, which both have"
-    means, errors = _mean_and_error([(steps, values), (steps, 3 * values)])[1:]
+    means, errors = mean_and_error([(steps, values), (steps, 3 * values)])[1:]
     assert means == pytest.approx([2.0] * 4) and errors == pytest.approx([1.0] * 4)
-    assert difference_figure(sweep, runs, 0) is not None
-    assert difference_figure(sweep, [run for run in runs if run.cell.variant == "first"], 0) is None
+    assert difference_figure(sweep, runs, LOSS) is not None
+    assert difference_figure(sweep, [run for run in runs if run.cell.variant == "first"], LOSS) is None
 
 
 def test_the_mean_is_over_common_steps() -> None:

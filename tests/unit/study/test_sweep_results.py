@@ -220,3 +220,10 @@ def test_a_changed_configuration_is_found(tmp_path: Path, cells: list[Cell]) -> 
     assert "cell dense-seed1: optim.lr = 0.5: the cell ran with 0.003; name another --output, or remove" in text
     files.run.config.write_text("model: [")
     assert "cannot be read" in str(changes_of(files)[0])
+
+
+def test_results_of_an_earlier_grid_are_named(files: CellFiles, tmp_path: Path) -> None:
+    directory = SweepDirectory(tmp_path / "out")
+    write_result(files, {"state": "done"}, keep_checkpoints=False)
+    assert directory.stale([files.cell]) == []
+    assert directory.stale([]) == [files.cell.name]
