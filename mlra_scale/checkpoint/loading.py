@@ -59,7 +59,7 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
 
     def fill(fragment: Fragment) -> None:
         try:
-            store.fill(fragment, topology.tensor, topology.tensor_rank, engine.table[fragment.name].shape)
+            store.fill(fragment, topology.tensor, topology.tensor_rank, engine.table[fragment.name])
         except (CheckpointError, OSError) as error:
             # Restoring is collective: this rank goes on with the others, and tells them at the end.
             faults.append(str(error))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from mlra_scale.checkpoint.fragments import FRAGMENTS, StoredFragment
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
 from mlra_scale.config import Config, ConfigError, ModelConfig, yaml_text
-from mlra_scale.model.parameters import ParameterTable, linear_maps, vector_name
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable, linear_maps, vector_name
 
 if TYPE_CHECKING:
     from mlra_scale.parallel.fragments import Fragment
@@ -156,7 +155,7 @@ class Store:
         return stored
 
     def fill(
-        self, fragment: Fragment, tensor_parallel: int, tensor_rank: int, shape: Sequence[int] | None = None
+        self, fragment: Fragment, tensor_parallel: int, tensor_rank: int, info: ParameterInfo | None = None
     ) -> None:
         """Writes stored values into a fragment of any layout, and stored moments where the fragment has moments.
 
@@ -164,18 +163,18 @@ class Store:
             fragment: What to fill, on any device.
             tensor_parallel: Tensor-parallel degree of the layout it belongs to.
             tensor_rank: The tensor-parallel rank that holds it.
-            shape: Global shape of the parameter in that layout; by default the stored one. The embedding may have more
-                or fewer padded rows than were stored: what is more becomes zero.
+            info: Global shape and sharding of the parameter in that layout; by default the stored configuration's. The
+                embedding may have more or fewer padded rows than were stored: what is more becomes zero.
 
         Raises:
             CheckpointError: The parameter is not stored, or is of another shape, or has no moments.
         """
         stored = self._parameter_shape(fragment.name)
-        shape = stored if shape is None else tuple(shape)
-        info = self.table[fragment.name]
+        info = self.table[fragment.name] if info is None else info
+        shape = info.shape
         may_differ = info.kind == "embedding" and shape[0] >= self.model.vocab_size
         if shape[1:] != stored[1:] or (shape[0] != stored[0] and not may_differ):
-            raise CheckpointError(f"{self.folder} has {fragment.name} of shape {stored}, asked for is {tuple(shape)}")
+            raise CheckpointError(f"{self.folder} has {fragment.name} of shape {stored}, asked for is {shape}")
         shard = shard_of(shape, info.shard_dim, tensor_parallel, tensor_rank)
         boxes = boxes_of(shard, fragment.start, fragment.values.numel())
         for part, target in zip(PARTS, (fragment.values, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
@@ -279,8 +278,9 @@ class Store:
 
     def _check_parameters(self) -> None:
         """The stored parameters must be those of the stored configuration."""
-        expected = {name: (info.shape, info.shard_dim) for name, info in self.table.items()}
-        stored = {name: (entry.shape, entry.shard_dim) for name, entry in self.manifest.parameters.items()}
+        # Not by how they were split, which is the run's choice (parallel.low_rank_plan) and stands in the manifest.
+        expected = {name: info.shape for name, info in self.table.items()}
+        stored = {name: entry.shape for name, entry in self.manifest.parameters.items()}
         for name in expected.keys() | stored.keys():
             if expected.get(name) != stored.get(name):
                 raise CheckpointError(

@@ -103,6 +103,12 @@ class ParallelConfig(Section):
     activation_checkpointing: Literal["none", "block"] = Field(
         "none", description="block: keep only each block's input and recompute the rest in the backward pass."
     )
+    low_rank_plan: Literal["auto", "replicated", "sharded", "merged"] = Field(
+        "auto",
+        description="How tensor-parallel ranks share factorised q, k, v. replicated: every rank computes the whole "
+        "latents; sharded: a part each, gathered; merged: each forms its slice of the product first; auto: the fastest "
+        "by the cost model (docs/performance.md).",
+    )
     timeout_minutes: float = Field(10.0, gt=0.0, le=1440.0, description="After this long a stuck collective fails.")
     world_size: int | None = Field(
         None, ge=1, description="Expected number of ranks: checked at start, and used by --dry-run on one process."

@@ -5,18 +5,19 @@ Shape suffixes: B batch, S sequence (query), D hidden, N heads on this rank, H h
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mlra_scale.megatron import ColumnParallelLinear
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.linear import (
     LowRankInputProjection,
     LowRankOutputProjection,
     column_linear,
     copy_to_tensor_parallel,
+    gather_latents,
     row_linear,
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
@@ -96,24 +97,41 @@ class SelfAttention(nn.Module):
 
         What enters the sharded matrices - the hidden state, the latents, or both - shares one gradient all-reduce.
         """
-        projections: tuple[nn.Module, ...] = (self.q, self.k, self.v)
-        lowered = [p.lower(hidden_BSD) for p in projections if isinstance(p, LowRankInputProjection)]
-        has_dense = any(isinstance(p, ColumnParallelLinear) for p in projections)
-        replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered]
-        entered = iter(copy_to_tensor_parallel(self.context, *replicated))
-        images = iter([image for _, image in lowered])
-        hidden = next(entered) if has_dense else None
-        outputs = []
-        for projection, norm in zip(projections, (self.q_norm, self.k_norm, None), strict=True):
-            if isinstance(projection, LowRankInputProjection):
-                output = projection.rise(next(entered), next(images))
-            else:
-                output, _ = projection(hidden)
-            heads_BSNH = output.unflatten(-1, (self.num_heads_local, -1))
+        projections: dict[str, Any] = {"q": self.q, "k": self.k, "v": self.v}
+        factorised = {name: p for name, p in projections.items() if isinstance(p, LowRankInputProjection)}
+        outputs = {}
+        if self.context.low_rank_plan == "replicated" or not factorised:
+            lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
+            has_dense = len(factorised) < len(projections)
+            replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered.values()]
+            entered = copy_to_tensor_parallel(self.context, *replicated)
+            hidden_BSD = entered[0]  # read by dense projections only
+            for (name, p), latent in zip(factorised.items(), entered[has_dense:], strict=True):
+                outputs[name] = p.rise(latent, lowered[name][1])
+        else:
+            (hidden_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+            outputs = self._sharded(hidden_BSD, factorised)
+        for name, p in projections.items():
+            if name not in factorised:
+                outputs[name], _ = p(hidden_BSD)
+        heads = []
+        for name, norm in zip("qkv", (self.q_norm, self.k_norm, None), strict=True):
+            heads_BSNH = outputs[name].unflatten(-1, (self.num_heads_local, -1))
             if norm is not None:
                 heads_BSNH = norm(heads_BSNH)  # in this order of memory, or attention's output would be copied
-            outputs.append(heads_BSNH.transpose(1, 2))
-        return outputs
+            heads.append(heads_BSNH.transpose(1, 2))
+        return heads
+
+    def _sharded(
+        self, hidden_BSD: torch.Tensor, factorised: dict[str, LowRankInputProjection]
+    ) -> dict[str, torch.Tensor]:
+        """The factorised projections of a hidden state that has entered sharded computation, [B, S, D / TP] each."""
+        if self.context.low_rank_plan == "merged":
+            downs = copy_to_tensor_parallel(self.context, *[p.down.weight for p in factorised.values()])
+            return {name: p.merged(hidden_BSD, down) for (name, p), down in zip(factorised.items(), downs, strict=True)}
+        shares = [p.lower(hidden_BSD)[0] for p in factorised.values()]
+        latents = gather_latents(self.context, *shares)
+        return {name: p.rise(latent, None) for (name, p), latent in zip(factorised.items(), latents, strict=True)}
 
 
 def _input_projection(context: ModelContext, name: str, projection: str) -> nn.Module:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from mlra_scale.config import ModelConfig
 from mlra_scale.megatron import ModelParallelConfig
 from mlra_scale.model.initialization import Initializer
+from mlra_scale.model.parameters import LowRankPlan
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class ModelContext:
         tensor_group: The tensor-parallel group (its size is the TP degree).
         has_document_mask: Whether attention stops at document boundaries.
         has_activation_checkpointing: Whether blocks recompute their activations in the backward pass.
+        low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
     """
 
     model: ModelConfig
@@ -27,11 +29,12 @@ class ModelContext:
     tensor_group: dist.ProcessGroup
     has_document_mask: bool = False
     has_activation_checkpointing: bool = False
+    low_rank_plan: LowRankPlan = "replicated"
     initialize: Initializer = field(init=False)
     megatron: ModelParallelConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "initialize", Initializer(self.model, self.seed))
+        object.__setattr__(self, "initialize", Initializer(self.model, self.seed, self.low_rank_plan))
         # Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed
         # moves them to the device and to the training precision.
         megatron = ModelParallelConfig(

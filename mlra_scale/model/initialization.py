@@ -30,7 +30,7 @@ from collections.abc import Callable
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.parameters import LowRankPlan, ParameterInfo, ParameterTable
 from mlra_scale.model.randomness import keyed_generator
 
 
@@ -116,10 +116,10 @@ def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 class Initializer:
     """Hands out, per canonical name, a function that fills a global tensor in place (Megatron's `init_method`)."""
 
-    def __init__(self, model: ModelConfig, seed: int) -> None:
+    def __init__(self, model: ModelConfig, seed: int, low_rank_plan: LowRankPlan = "replicated") -> None:
         self.model = model
         self.seed = seed
-        self.table = ParameterTable(model)
+        self.table = ParameterTable(model, low_rank_plan)
 
     def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
         info = self.table[name]

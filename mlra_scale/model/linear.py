@@ -3,10 +3,10 @@
 A factorised projection (MLRA; Chung et al. 2024, arXiv 2409.07787, sec. 3) computes P(x) = (x W_D^T) W_U^T + b with
 W_D [R, in] and W_U [out, R]; nothing stands between the factors, so W_U W_D merges exactly into one dense weight.
 
-Tensor-parallel plan A: the factor on the full side is replicated and every rank computes the whole latent; the
-factor on the split side is sharded. A replicated factor sees the whole gradient only if its latent's gradient is
-summed over the ranks: that all-reduce is `copy_to_tensor_parallel` below, and leaving it out is the classic way to
-train a model that slowly explodes.
+Under tensor parallelism q, k and v are computed by one of three plans (low_rank_plan.py); the factor on the split side
+is sharded in all of them. A factor that is replicated sees its whole gradient only if its latent's gradient, or its
+own, is summed over the ranks: that all-reduce is `copy_to_tensor_parallel` below, and leaving it out is the classic way
+to train a model that slowly explodes.
 
 With sigmaReparam every map is multiplied by one number, which the Spectral... classes below get from
 mlra_scale.model.spectral: on the matrix of a dense map, on the up factor of a factorised one, whose down factor hands
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
 from mlra_scale.megatron import (
@@ -145,8 +146,10 @@ class SpectralRowDown(RowParallelLinear):
         return latent_BSR, self.spectral_norm.image(self.weight)
 
 
-def column_linear(context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None) -> ColumnParallelLinear:
-    """y = x W^T + b with W [out, in] and b [out] sharded over TP on dim 0.
+def column_linear(
+    context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None, has_bias: bool = True
+) -> ColumnParallelLinear:
+    """y = x W^T (+ b) with W [out, in] and b [out] sharded over TP on dim 0.
 
     The caller reduces the input's gradient (`copy_to_tensor_parallel`), so that several projections share one
     all-reduce.
@@ -160,7 +163,7 @@ def column_linear(context: ModelContext, name: str, spectral_norm: SpectralNorm 
         out_features,
         config=context.megatron,
         init_method=context.initialize(f"{name}.weight"),
-        bias=True,
+        bias=has_bias,
         disable_grad_reduce=True,
         tp_group=context.tensor_group,
     )
@@ -190,10 +193,27 @@ def _built_row(build: Any, context: ModelContext, name: str, has_bias: bool) -> 
     return linear
 
 
-class LowRankInputProjection(nn.Module):
-    """Factorised q, k or v projection, plan A.
+def gather_latents(context: ModelContext, *latents: torch.Tensor) -> list[torch.Tensor]:
+    """Puts latents of which each rank has a share together: all-gather forward, sums and shares of gradients backward.
 
-    down.weight: [R, D], replicated over TP (its latent's gradient is all-reduced over TP)
+    Several latents share one all-gather.
+
+    Args:
+        context: The model's context.
+        *latents: [B, S, R / TP] each, of equal size.
+
+    Returns:
+        [B, S, R] each, the same on every rank.
+    """
+    packed = torch.stack(latents)
+    parts = all_gather(packed.contiguous(), group=context.tensor_group)
+    return list(torch.cat(parts, dim=-1).unbind())
+
+
+class LowRankInputProjection(nn.Module):
+    """Factorised q, k or v projection.
+
+    down.weight: [R, D]; replicated over TP, with the plan `sharded` sharded: dim 0
     up.weight: [D, R], sharded over TP: dim 0
     up.bias: [D], sharded over TP: dim 0
     """
@@ -203,15 +223,32 @@ class LowRankInputProjection(nn.Module):
         self.has_spectral_norm = context.model.sigma_reparam
         if self.has_spectral_norm:
             spectral_norm = SpectralNorm(context, name)
-            self.down: nn.Module = SpectralReplicatedDown(spectral_norm, context, f"{name}.down")
+            self.down: Any = SpectralReplicatedDown(spectral_norm, context, f"{name}.down")
             self.up = column_linear(context, f"{name}.up", spectral_norm)
         else:
-            self.down = ReplicatedLinear(context, f"{name}.down", has_bias=False)
+            is_split = context.low_rank_plan == "sharded"
+            build: Any = column_linear if is_split else ReplicatedLinear
+            self.down = build(context, f"{name}.down", has_bias=False)
             self.up = column_linear(context, f"{name}.up")
 
+    def merged(self, hidden_BSD: torch.Tensor, down_RD: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's heads by the product of the factors, [B, S, D / TP].
+
+        Args:
+            hidden_BSD: The hidden state, as it enters sharded computation.
+            down_RD: down.weight, likewise.
+        """
+        return functional.linear(hidden_BSD, self.up.weight @ down_RD, self.up.bias)
+
     def lower(self, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the latent [B, S, R], which then enters sharded computation, and what `rise` takes beside it."""
-        return self.down(hidden_BSD) if self.has_spectral_norm else (self.down(hidden_BSD), None)
+        """Returns the latent [B, S, R], which then enters sharded computation, and what `rise` takes beside it.
+
+        With the plan `sharded` it is this rank's share, [B, S, R / TP], of a hidden state that has entered already.
+        """
+        output = self.down(hidden_BSD)
+        if self.has_spectral_norm:
+            return output
+        return (output[0] if isinstance(output, tuple) else output), None
 
     def rise(self, latent_BSR: torch.Tensor, image_R: torch.Tensor | None) -> torch.Tensor:
         """Returns this rank's heads of the projection, [B, S, D / TP]."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 from mlra_scale.config import ModelConfig
 
+LowRankPlan = Literal["replicated", "sharded", "merged"]
 Kind = Literal["embedding", "positions", "factor", "matrix", "bias", "norm"]
 
 
@@ -49,11 +50,15 @@ class ParameterTable(Mapping[str, ParameterInfo]):
 
     The token embedding is listed once: the output head shares it. Its rows from `vocab_size` on are padding, always
     zero, masked in the head and never counted by any statistic.
+
+    Args:
+        model: The model.
+        low_rank_plan: With `sharded` the down factors of q, k and v are split over tensor-parallel ranks.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, low_rank_plan: LowRankPlan = "replicated") -> None:
         self.vocab_size = model.vocab_size
-        self._entries = {info.name: info for info in _entries(model)}
+        self._entries = {info.name: info for info in _entries(model, low_rank_plan)}
 
     def __getitem__(self, name: str) -> ParameterInfo:
         return self._entries[name]
@@ -65,7 +70,7 @@ class ParameterTable(Mapping[str, ParameterInfo]):
         return len(self._entries)
 
 
-def _entries(model: ModelConfig) -> Iterator[ParameterInfo]:
+def _entries(model: ModelConfig, low_rank_plan: LowRankPlan) -> Iterator[ParameterInfo]:
     D, F = model.hidden_size, model.ffn_size
     yield ParameterInfo("embedding.weight", (model.padded_vocab_size, D), 0, "embedding")
     yield ParameterInfo("positions.weight", (model.max_positions, D), None, "positions")
@@ -73,7 +78,7 @@ def _entries(model: ModelConfig) -> Iterator[ParameterInfo]:
         prefix = f"blocks.{block}"
         yield from _norm(f"{prefix}.attention_norm", D)
         for projection in ("q", "k", "v"):
-            yield from _input_projection(model, f"{prefix}.attention.{projection}", projection)
+            yield from _input_projection(model, f"{prefix}.attention.{projection}", projection, low_rank_plan)
         yield from _output_projection(model, f"{prefix}.attention.o")
         if model.qk_norm:
             for norm in ("q_norm", "k_norm"):
@@ -98,10 +103,12 @@ def _gain(model: ModelConfig, prefix: str) -> Iterator[ParameterInfo]:
         yield ParameterInfo(f"{prefix}.gain", (1,), None, "norm")
 
 
-def _input_projection(model: ModelConfig, prefix: str, projection: str) -> Iterator[ParameterInfo]:
+def _input_projection(
+    model: ModelConfig, prefix: str, projection: str, low_rank_plan: LowRankPlan
+) -> Iterator[ParameterInfo]:
     D, R = model.hidden_size, model.rank
     if model.is_factorised(projection):
-        yield ParameterInfo(f"{prefix}.down.weight", (R, D), None, "factor")
+        yield ParameterInfo(f"{prefix}.down.weight", (R, D), 0 if low_rank_plan == "sharded" else None, "factor")
         yield ParameterInfo(f"{prefix}.up.weight", (D, R), 0, "factor")
         yield ParameterInfo(f"{prefix}.up.bias", (D,), 0, "bias")
         yield from _gain(model, f"{prefix}.up")

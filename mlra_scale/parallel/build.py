@@ -2,6 +2,7 @@
 
 from mlra_scale.config import BatchPlan, Config, engine_kind
 from mlra_scale.model.context import ModelContext
+from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.parallel.interface import Engine
 from mlra_scale.parallel.pipeline_engine import PipelineEngine
 from mlra_scale.parallel.topology import Topology
@@ -27,6 +28,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         tensor_group=topology.tensor_group,
         has_document_mask=config.data.document_attention == "masked",
         has_activation_checkpointing=config.parallel.activation_checkpointing == "block",
+        low_rank_plan=low_rank_plan(config, plan),
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
     return engine_class(config, plan, topology, context)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mlra_scale.config import BatchPlan, Config, deepspeed_config, zero_stage
+from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
 from mlra_scale.parallel.fragments import Fragment, scale_rows
@@ -29,7 +30,7 @@ class EngineBase(ABC):
         self.config = config
         self.plan = plan
         self.topology = topology
-        self.table = ParameterTable(config.model)
+        self.table = ParameterTable(config.model, low_rank_plan(config, plan))
         self.num_skipped = 0
         self.settings = deepspeed_config(config, plan)
         if zero_stage(config) == 0:

@@ -61,7 +61,7 @@ def test_any_layout_from_any_other(
         for fragment, full in zip(engine.fragments, wanted.fragments, strict=True):
             for part in ("values", "exp_avg", "exp_avg_sq"):
                 getattr(fragment, part).fill_(float("nan"))
-            store.fill(fragment, reads.tensor, rank % reads.tensor, engine.table[fragment.name].shape)
+            store.fill(fragment, reads.tensor, rank % reads.tensor, engine.table[fragment.name])
             for part in ("values", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(getattr(fragment, part), getattr(full, part)), (fragment.name, part)
 
