@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
 from mlra_scale.megatron import (
@@ -193,6 +193,28 @@ def _built_row(build: Any, context: ModelContext, name: str, has_bias: bool) -> 
     return linear
 
 
+class _GatherLatents(torch.autograd.Function):
+    """[f, B, S, R / TP] -> [f, B, S, R]: all-gather forward, reduce-scatter of gradients backward.
+
+    Megatron's own is for CUDA only; torch.distributed.nn's takes a group's ranks for global ones where a backend other
+    than NCCL scatters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, share: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        parts = list(share.new_empty(group.size(), *share.shape))
+        dist.all_gather(parts, share.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        parts = [part.contiguous() for part in gradients[0].chunk(ctx.group.size(), dim=-1)]
+        share = torch.empty_like(parts[0])
+        dist.reduce_scatter(share, parts, group=ctx.group)
+        return share, None
+
+
 def gather_latents(context: ModelContext, *latents: torch.Tensor) -> list[torch.Tensor]:
     """Puts latents of which each rank has a share together: all-gather forward, sums and shares of gradients backward.
 
@@ -205,9 +227,8 @@ def gather_latents(context: ModelContext, *latents: torch.Tensor) -> list[torch.
     Returns:
         [B, S, R] each, the same on every rank.
     """
-    packed = torch.stack(latents)
-    parts = all_gather(packed.contiguous(), group=context.tensor_group)
-    return list(torch.cat(parts, dim=-1).unbind())
+    gathered: torch.Tensor = _GatherLatents.apply(torch.stack(latents), context.tensor_group)
+    return list(gathered.unbind())
 
 
 class LowRankInputProjection(nn.Module):
