@@ -115,6 +115,19 @@ def _layout_problems(config: Config) -> Iterator[Problem]:
             f"the padded vocabulary of {model.padded_vocab_size} rows is not divisible by it; choose "
             "model.vocab_padding_multiple divisible by every tensor-parallel degree you want to use",
         )
+    if parallel.low_rank_plan == "sharded" and model.attention == "mlra" and model.rank % tensor:
+        yield Problem(
+            "parallel.low_rank_plan",
+            parallel.low_rank_plan,
+            f"splits the rank {model.rank} (model.attention_rank), which is not divisible by parallel.tensor {tensor}; "
+            "use replicated, merged or auto",
+        )
+    if parallel.low_rank_plan in ("sharded", "merged") and model.sigma_reparam:
+        yield Problem(
+            "parallel.low_rank_plan",
+            parallel.low_rank_plan,
+            "takes factors apart that model.sigma_reparam scales together; use replicated or auto",
+        )
     if model.num_layers < parallel.pipeline:
         yield Problem(
             "parallel.pipeline",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlra_scale.config import BatchPlan, ModelConfig
-from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.parameters import LowRankPlan, ParameterInfo, ParameterTable
 
 
 def rank_of(plan: BatchPlan, stage: int, data_rank: int, tensor_rank: int) -> int:
@@ -45,12 +45,14 @@ def blocks_of_stage(num_layers: int, num_stages: int, stage: int) -> range:
     return range(first, first + share + (stage < rest))
 
 
-def weights_of_stage(model: ModelConfig, num_stages: int, stage: int) -> list[ParameterInfo]:
+def weights_of_stage(
+    model: ModelConfig, num_stages: int, stage: int, low_rank_plan: LowRankPlan = "replicated"
+) -> list[ParameterInfo]:
     """Returns the weights that a stage holds; the last stage has its own copy of the tied embedding as the head."""
     blocks = blocks_of_stage(model.num_layers, num_stages, stage)
     is_first, is_last = stage == 0, stage == num_stages - 1
     held = []
-    for name, info in ParameterTable(model).items():
+    for name, info in ParameterTable(model, low_rank_plan).items():
         owner, *rest = name.split(".")
         is_here = (
             int(rest[0]) in blocks

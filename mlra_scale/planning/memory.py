@@ -45,6 +45,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
+from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.planning.layout import blocks_of_stage, num_held, weights_of_stage
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -88,7 +90,7 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
         plan: Its batch plan.
         stage: The pipeline stage.
     """
-    num_weights = num_held(weights_of_stage(config.model, plan.pipeline, stage), plan.tensor)
+    num_weights = num_held(held_weights(config, plan, stage), plan.tensor)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
         "gradients": gradient_bytes(config, plan, num_weights) + reduction_bytes(config, plan),
@@ -106,6 +108,11 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
         host=host,
         snapshot=snapshot_bytes(config, plan, stage),
     )
+
+
+def held_weights(config: Config, plan: BatchPlan, stage: int) -> list[ParameterInfo]:
+    """Returns the weights that a stage of a run holds, split as the run splits them."""
+    return weights_of_stage(config.model, plan.pipeline, stage, low_rank_plan(config, plan))
 
 
 def weight_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
@@ -160,7 +167,7 @@ def snapshot_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint."""
     if not config.checkpoint.asynchronous:
         return 0.0
-    held = weights_of_stage(config.model, plan.pipeline, stage)
+    held = held_weights(config, plan, stage)
     owned = [info for info in held if stage == 0 or info.kind != "embedding"]
     is_divided = zero_stage(config) >= 1 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
     return 12.0 * num_held(owned, plan.tensor) / (plan.data if is_divided else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, zero_stage
+from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.layout import (
     blocks_of_stage,
     data_groups,
@@ -10,9 +11,8 @@ from mlra_scale.planning.layout import (
     pipeline_groups,
     rank_of,
     tensor_groups,
-    weights_of_stage,
 )
-from mlra_scale.planning.memory import RankMemory, rank_memory
+from mlra_scale.planning.memory import RankMemory, held_weights, rank_memory
 
 _GROUPS_SHOWN = 8
 _GIB = 2.0**30
@@ -76,7 +76,7 @@ def _layout_line(config: Config, plan: BatchPlan) -> str:
 
 
 def _mesh_lines(config: Config, plan: BatchPlan) -> list[str]:
-    lines = [_layout_line(config, plan)]
+    lines = [_layout_line(config, plan), *_low_rank_lines(config, plan)]
     for name, groups in (
         ("tensor", tensor_groups(plan)),
         ("pipeline", pipeline_groups(plan)),
@@ -93,6 +93,14 @@ def _mesh_lines(config: Config, plan: BatchPlan) -> list[str]:
     return lines
 
 
+def _low_rank_lines(config: Config, plan: BatchPlan) -> list[str]:
+    """Says how factorised q, k, v are computed, where there is a choice."""
+    if plan.tensor == 1 or not any(config.model.is_factorised(name) for name in "qkv"):
+        return []
+    chosen, asked = low_rank_plan(config, plan), config.parallel.low_rank_plan
+    return [f"{'low-rank plan':<16} {chosen}{' (chosen by the cost model)' if asked == 'auto' else ''}"]
+
+
 def _ranks(group: list[int]) -> str:
     """Writes a group of ranks in brackets; evenly spaced long ones as first, second, ..., last."""
     if len(group) > 8:
@@ -103,7 +111,7 @@ def _ranks(group: list[int]) -> str:
 def _parameter_lines(config: Config, plan: BatchPlan) -> list[str]:
     rows: list[tuple[str, ...]] = [("stage", "tp shard", "total", "embedding", "rest")]
     for stage in range(plan.pipeline):
-        held = weights_of_stage(config.model, plan.pipeline, stage)
+        held = held_weights(config, plan, stage)
         total = num_held(held, plan.tensor)
         embedding = num_held([info for info in held if info.kind == "embedding"], plan.tensor)
         shard = "whole" if plan.tensor == 1 else f"1/{plan.tensor}"

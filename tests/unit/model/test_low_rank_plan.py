@@ -1,0 +1,64 @@
+"""The cost model of the low-rank projections against counts by hand, and what `auto` makes of it."""
+
+import pytest
+
+from mlra_scale.config import batch_plan
+from mlra_scale.model.low_rank_plan import (
+    H100,
+    PLANS,
+    Device,
+    Shape,
+    low_rank_plan,
+    multiply_adds,
+    numbers_sent,
+    possible_plans,
+    seconds,
+)
+from tests.support.layouts import Layout, layout_config
+
+SHAPE = Shape(tokens=4096, hidden_size=1024, rank=512, ranks=8)
+
+
+def test_counts_of_the_table() -> None:
+    T, D, R, t = 4096, 1024, 512, 8
+    assert multiply_adds("replicated", SHAPE) == 3 * T * D * R + 3 * T * R * D / t
+    assert multiply_adds("sharded", SHAPE) == 3 * T * D * R / t + 3 * T * R * D / t
+    assert multiply_adds("merged", SHAPE) == 3 * R * D * D / t + 3 * T * D * D / t
+    share = (t - 1) / t
+    assert numbers_sent("replicated", SHAPE) == pytest.approx(2 * 3 * T * R * share)
+    assert numbers_sent("sharded", SHAPE) == pytest.approx((2 * 3 * T * R + 2 * T * D) * share)
+    assert numbers_sent("merged", SHAPE) == pytest.approx((2 * T * D + 2 * 3 * R * D) * share)
+
+
+def test_one_rank_sends_nothing_and_merges_only_large_ranks() -> None:
+    alone = {rank: Shape(4096, 1024, rank, ranks=1) for rank in (256, 512, 900)}
+    assert all(numbers_sent(plan, alone[512]) == 0 for plan in PLANS)
+    best = {rank: min(PLANS, key=lambda plan: seconds(plan, shape, H100)) for rank, shape in alone.items()}
+    assert best == {256: "replicated", 512: "replicated", 900: "merged"}
+
+
+def test_repeating_the_down_projection_is_dear_where_links_are_fast_and_cheap_where_they_are_slow() -> None:
+    fast, slow = Device(1e12, 1e15), Device(1e15, 1e9)
+    assert min(PLANS, key=lambda plan: seconds(plan, SHAPE, fast)) == "sharded"
+    assert min(PLANS, key=lambda plan: seconds(plan, SHAPE, slow)) == "merged"
+    few_tokens = Shape(tokens=64, hidden_size=1024, rank=256, ranks=8)
+    assert min(PLANS, key=lambda plan: seconds(plan, few_tokens, slow)) == "replicated"
+
+
+def test_what_is_possible() -> None:
+    def possible(**overrides: object) -> list[str]:
+        config = layout_config(Layout(tensor=2), **overrides)
+        return list(possible_plans(config, batch_plan(config, 2)))
+
+    assert possible() == ["replicated", "sharded", "merged"]
+    assert possible(model__attention_rank=9) == ["replicated", "merged"]
+    assert possible(model__sigma_reparam=True) == ["replicated"]
+
+
+@pytest.mark.parametrize("attention", ["mlra", "dense"])
+def test_auto_takes_the_cheapest_and_a_name_is_taken_at_its_word(attention: str) -> None:
+    config = layout_config(Layout(tensor=2), model__attention=attention, parallel__low_rank_plan="sharded")
+    assert low_rank_plan(config, batch_plan(config, 2)) == "sharded"
+    config = layout_config(Layout(tensor=2), model__attention=attention)
+    chosen = low_rank_plan(config, batch_plan(config, 2))
+    assert chosen in PLANS and (attention == "mlra" or chosen == "replicated")
