@@ -58,7 +58,9 @@ class TrainConfig(Section):
         None, gt=0.0, description="Peak of one device in TFLOP/s, for MFU; null: looked up, or MFU is left out."
     )
     compile: bool = Field(
-        False, description="Run the blocks through torch.compile (needs a compiler at run time; not with ZeRO 3)."
+        False,
+        description="Run the blocks through torch.compile (needs a compiler at run time; not with tensor "
+        "parallelism or ZeRO 3).",
     )
     max_consecutive_overflows: int = Field(
         50,

@@ -22,7 +22,7 @@ class OutputHead(nn.Module):
         embedding = self._embedding[0]
         if targets_BS is None:
             return embedding.logits(hidden_BSD)
-        return embedding.loss(hidden_BSD, targets_BS, self.training)
+        return embedding.loss(hidden_BSD, embedding.weight, targets_BS, self.training)
 
 
 class GPT(nn.Module):

@@ -61,10 +61,12 @@ class TokenEmbedding(VocabParallelEmbedding):
         (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
         return functional.linear(entered_BSD, self.weight, self._bias())
 
-    def loss(self, hidden_BSD: torch.Tensor, targets_BS: torch.Tensor, is_training: bool) -> torch.Tensor:
-        """Mean loss of a micro-batch by the output head (see `head_loss`)."""
+    def loss(
+        self, hidden_BSD: torch.Tensor, weight_VD: torch.Tensor, targets_BS: torch.Tensor, is_training: bool
+    ) -> torch.Tensor:
+        """Mean loss of a micro-batch by the output head (see `head_loss`); `weight_VD` is the weight, or a view of it."""
         (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
-        return head_loss(self.context, entered_BSD, self.weight, self._bias(), targets_BS, is_training)
+        return head_loss(self.context, entered_BSD, weight_VD, self._bias(), targets_BS, is_training)
 
     def _bias(self) -> torch.Tensor | None:
         return None if self.padding_bias_V is None else self.padding_bias_V.to(self.weight.dtype)

@@ -33,9 +33,13 @@ class _BuildLayer(LayerSpec):
         return self.layer.build()
 
 
-def _hidden_of_head(_embedding: TokenEmbedding, hidden_BSD: torch.Tensor) -> torch.Tensor:
-    """What the head's layer hands to the loss, which is made with the head in one."""
-    return hidden_BSD
+def _what_the_loss_needs(embedding: TokenEmbedding, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden state and the weight, from which the loss is made with the head in one.
+
+    The weight goes this way because DeepSpeed clears bf16 gradients when the backward pass reaches the module's
+    outputs: that of a weight which the loss had read by itself would be gone.
+    """
+    return hidden_BSD, embedding.weight.view_as(embedding.weight)
 
 
 class _BuildTiedLayer(TiedLayerSpec):
@@ -45,7 +49,7 @@ class _BuildTiedLayer(TiedLayerSpec):
         super().__init__(
             "embedding",
             layer.module_class,
-            forward_fn=_hidden_of_head if is_head else None,
+            forward_fn=_what_the_loss_needs if is_head else None,
             tied_weight_attr="weight",
         )
         self.layer = layer
@@ -85,8 +89,8 @@ class PipelineEngine(EngineBase):
             module: PipelineModule = PipelineModule(
                 layers=specs,
                 topology=PipeModelDataParallelTopology(topology.pipeline, topology.tensor, topology.data),
-                loss_fn=lambda hidden_BSD, targets_BS: module.tied_modules["embedding"].loss(
-                    hidden_BSD, targets_BS, is_training=module.training
+                loss_fn=lambda outputs, targets_BS: module.tied_modules["embedding"].loss(
+                    *outputs, targets_BS, is_training=module.training
                 ),
                 partition_method="type:^Block$",
             )

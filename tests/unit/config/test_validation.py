@@ -158,6 +158,7 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "deepspeed.zero_optimization.offload_param",
             "ZeRO stage 3 only, not 2",
         ),
+        ({"train": {"compile": True}, "parallel": {"tensor": 2}}, 2, "train.compile", "use parallel.tensor=1"),
         ({"train": {"compile": True}, "deepspeed": ZERO[3]}, 1, "train.compile", "use stage 2 or lower"),
         (
             {"train": {"compile": True}, "parallel": {"activation_checkpointing": "selective"}},
