@@ -174,8 +174,8 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             "train.compile",
             "true",
-            f"is not for parallel.tensor {parallel.tensor}: compiled together with the sums over tensor ranks, blocks got "
-            "wrong gradients (docs/performance.md); use parallel.tensor=1, or leave it out",
+            f"is not for parallel.tensor {parallel.tensor}: compiled together with the sums over tensor ranks, blocks "
+            "got wrong gradients (docs/performance.md); use parallel.tensor=1, or leave it out",
         )
     if config.train.compile and stage == 3:
         yield Problem(

@@ -64,7 +64,7 @@ class TokenEmbedding(VocabParallelEmbedding):
     def loss(
         self, hidden_BSD: torch.Tensor, weight_VD: torch.Tensor, targets_BS: torch.Tensor, is_training: bool
     ) -> torch.Tensor:
-        """Mean loss of a micro-batch by the output head (see `head_loss`); `weight_VD` is the weight, or a view of it."""
+        """Mean loss of a micro-batch by the output head (see `head_loss`); `weight_VD`: the weight, or a view of it."""
         (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
         return head_loss(self.context, entered_BSD, weight_VD, self._bias(), targets_BS, is_training)
 

@@ -1,9 +1,9 @@
 """Selective activation checkpointing: what is cheap to compute again is not kept for the backward pass.
 
 Of a block these are the outputs of its layer norms and of its GELU (2 D + F of the 8 D + 2 F numbers that a token keeps
-with dense attention): autograd is handed what they were computed from, which it keeps anyway, and computes them again where
-it would have read them. Nothing else is done twice: no matrix product, no communication. The numbers are the same bit
-by bit, for it is the same operation on the same input.
+with dense attention): autograd is handed what they were computed from, which it keeps anyway, and computes them again
+where it would have read them. Nothing else is done twice: no matrix product, no communication. The numbers are the same
+bit by bit, for it is the same operation on the same input.
 
 After Korthikanti et al. 2022 (arXiv 2205.05198, sec. 5), who recompute the inner attention; here scaled_dot_product_
 attention does that itself.
