@@ -16,11 +16,10 @@ from mlra_scale.model.linear import (
     LowRankInputProjection,
     LowRankOutputProjection,
     column_linear,
-    copy_to_tensor_parallel,
-    gather_latents,
     row_linear,
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
+from mlra_scale.model.tensor_parallel import copy_to_tensor_parallel, enter_tensor_parallel, gather_latents
 
 Recorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Takes q_BNSH, k_BNSH as they enter their product, and the mask (None: causal); see probe.py."""
@@ -73,7 +72,10 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the attention's contribution to the residual stream, [B, S, D], equal on all TP ranks."""
+        """Returns the attention's contribution to the residual stream: [B, S, D], as `hidden_BSD` is given.
+
+        That is equal on all TP ranks, or with sequence parallelism of this rank's positions.
+        """
         q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
         mask_B1SS = None if documents_BS is None else _document_mask(documents_BS)
         if self.recorder is not None:
@@ -95,7 +97,7 @@ class SelfAttention(nn.Module):
     def _project(self, hidden_BSD: torch.Tensor) -> list[torch.Tensor]:
         """q, k, v of this rank's heads, [B, N, S, H] each.
 
-        What enters the sharded matrices - the hidden state, the latents, or both - shares one gradient all-reduce.
+        What enters the sharded matrices - the hidden state, the latents, or both - shares one collective each way.
         """
         projections: dict[str, Any] = {"q": self.q, "k": self.k, "v": self.v}
         factorised = {name: p for name, p in projections.items() if isinstance(p, LowRankInputProjection)}
@@ -104,12 +106,12 @@ class SelfAttention(nn.Module):
             lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
             has_dense = len(factorised) < len(projections)
             replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered.values()]
-            entered = copy_to_tensor_parallel(self.context, *replicated)
+            entered = enter_tensor_parallel(self.context, *replicated)
             hidden_BSD = entered[0]  # read by dense projections only
             for (name, p), latent in zip(factorised.items(), entered[has_dense:], strict=True):
                 outputs[name] = p.rise(latent, lowered[name][1])
         else:
-            (hidden_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+            (hidden_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
             outputs = self._sharded(hidden_BSD, factorised)
         for name, p in projections.items():
             if name not in factorised:

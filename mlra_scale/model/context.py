@@ -22,6 +22,7 @@ class ModelContext:
         has_document_mask: Whether attention stops at document boundaries.
         has_activation_checkpointing: Whether blocks recompute their activations in the backward pass.
         low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
+        has_sequence_parallel: Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
     """
 
     model: ModelConfig
@@ -30,10 +31,12 @@ class ModelContext:
     has_document_mask: bool = False
     has_activation_checkpointing: bool = False
     low_rank_plan: LowRankPlan = "replicated"
+    has_sequence_parallel: bool = False
     initialize: Initializer = field(init=False)
     megatron: ModelParallelConfig = field(init=False)
 
     def __post_init__(self) -> None:
+        assert self.tensor_parallel > 1 or not self.has_sequence_parallel
         object.__setattr__(self, "initialize", Initializer(self.model, self.seed, self.low_rank_plan))
         # Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed
         # moves them to the device and to the training precision.
@@ -61,10 +64,17 @@ class ModelContext:
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 
+    def first_position(self, hidden_BSD: torch.Tensor) -> int:
+        """Where in the sequence a hidden state of this rank begins."""
+        return self.tensor_rank * hidden_BSD.size(1) if self.has_sequence_parallel else 0
+
     def pack(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
     ) -> "Stream":
-        """Packs what travels from block to block: the hidden state, and beside it only the ids that are used."""
+        """Packs what travels from block to block: the hidden state, and beside it only the ids that are used.
+
+        With sequence parallelism the hidden state is that of this rank's positions, [B, S / TP, D]; ids are whole.
+        """
         ids: list[torch.Tensor] = []
         if self.has_document_mask:
             assert documents_BS is not None

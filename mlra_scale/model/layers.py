@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
-from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear
+from mlra_scale.model.linear import column_linear, row_linear
 from mlra_scale.model.randomness import dropout_hidden, key_of
+from mlra_scale.model.tensor_parallel import enter_tensor_parallel, leave_tensor_parallel, on_slice, own_positions
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -47,13 +48,20 @@ class TokenEmbedding(VocabParallelEmbedding):
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replaces the first of (tokens_BS, positions_BS, documents_BS, sample_ids_B) by hidden_BSD."""
         tokens_BS, *rest = inputs
-        hidden_BSD = super().forward(tokens_BS)
+        hidden_BSD = self._sum_of_slices(tokens_BS) if self.context.has_sequence_parallel else super().forward(tokens_BS)
         factor = self.context.model.embedding_factor
         return (hidden_BSD if factor == 1.0 else hidden_BSD * factor, *rest)
 
+    def _sum_of_slices(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """What the base class computes, of this rank's positions: [B, S / TP, D]."""
+        rows_BS = tokens_BS - self.vocab_start_index
+        is_elsewhere_BS = (rows_BS < 0) | (rows_BS >= self.num_embeddings_per_partition)
+        found_BSD = functional.embedding(rows_BS.masked_fill(is_elsewhere_BS, 0), self.weight)
+        return leave_tensor_parallel(self.context, found_BSD.masked_fill(is_elsewhere_BS.unsqueeze(-1), 0.0))
+
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the output logits, [B, S, V]; padded columns are -inf."""
-        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
         bias_V = None if self.padding_bias_V is None else self.padding_bias_V.to(self.weight.dtype)
         return functional.linear(entered_BSD, self.weight, bias_V)
 
@@ -74,10 +82,12 @@ class PositionEmbedding(nn.Module):
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> Stream:
         """Maps (hidden_BSD, positions_BS, documents_BS, sample_ids_B) to the stream of the blocks."""
         hidden_BSD, positions_BS, documents_BS, sample_ids_B = inputs
-        hidden_BSD = hidden_BSD + functional.embedding(positions_BS, self.weight)
+        (weight,) = on_slice(self.context, self.weight)
+        hidden_BSD = hidden_BSD + functional.embedding(own_positions(self.context, positions_BS), weight)
         probability = self.context.model.embedding_dropout if self.training else 0.0
         if probability > 0.0:
-            hidden_BSD = dropout_hidden(hidden_BSD, probability, self.dropout_key, sample_ids_B)
+            first = self.context.first_position(hidden_BSD)
+            hidden_BSD = dropout_hidden(hidden_BSD, probability, self.dropout_key, sample_ids_B, first)
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
 
@@ -95,7 +105,7 @@ class FeedForward(nn.Module):
         self.fc_out = row_linear(context, f"{name}.fc_out")
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
         expanded_BSF, _ = self.fc_in(entered_BSD)
         output_BSD, _ = self.fc_out(functional.gelu(expanded_BSF, approximate="tanh"))
         return output_BSD
@@ -109,15 +119,15 @@ class BlockNorm(nn.LayerNorm):
 
     def __init__(self, context: ModelContext, block: int) -> None:
         super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
+        self.context = context
         self.factor = context.model.norm_factor(block)
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        if self.factor == 1.0:
-            return super().forward(hidden_BSD)
-        # On weight and bias, which are small and where an export has it, not on the output.
-        return functional.layer_norm(
-            hidden_BSD, self.normalized_shape, self.weight * self.factor, self.bias * self.factor, self.eps
-        )
+        weight_D, bias_D = on_slice(self.context, self.weight, self.bias)
+        if self.factor != 1.0:
+            # On weight and bias, which are small and where an export has it, not on the output.
+            weight_D, bias_D = weight_D * self.factor, bias_D * self.factor
+        return functional.layer_norm(hidden_BSD, self.normalized_shape, weight_D, bias_D, self.eps)
 
 
 class Block(nn.Module):
@@ -159,7 +169,8 @@ class Block(nn.Module):
         if probability == 0.0:
             return branch_BSD
         assert sample_ids_B is not None
-        return dropout_hidden(branch_BSD, probability, self.dropout_keys[site], sample_ids_B)
+        first = self.context.first_position(branch_BSD)
+        return dropout_hidden(branch_BSD, probability, self.dropout_keys[site], sample_ids_B, first)
 
 
 class FinalNorm(nn.LayerNorm):
@@ -174,7 +185,8 @@ class FinalNorm(nn.LayerNorm):
 
     def forward(self, stream: Stream) -> torch.Tensor:
         hidden_BSD, _, _ = self.context.unpack(stream)
-        return super().forward(hidden_BSD)
+        weight_D, bias_D = on_slice(self.context, self.weight, self.bias)
+        return functional.layer_norm(hidden_BSD, self.normalized_shape, weight_D, bias_D, self.eps)
 
 
 @dataclass(frozen=True)

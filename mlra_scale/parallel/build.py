@@ -29,6 +29,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         has_document_mask=config.data.document_attention == "masked",
         has_activation_checkpointing=config.parallel.activation_checkpointing == "block",
         low_rank_plan=low_rank_plan(config, plan),
+        has_sequence_parallel=config.parallel.sequence_parallel,
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
     return engine_class(config, plan, topology, context)

@@ -250,12 +250,12 @@ def train_without_latent_reduction(
     """The defect that the gradient test exists for: latents enter the sharded factors without their all-reduce."""
     from mlra_scale.model import attention
 
-    correct = attention.copy_to_tensor_parallel
-    attention.copy_to_tensor_parallel = lambda context, *tensors: list(tensors)
+    correct = attention.enter_tensor_parallel
+    attention.enter_tensor_parallel = lambda context, *tensors: list(tensors)
     try:
         return train(rank, world_size, config, 1, weights)
     finally:
-        attention.copy_to_tensor_parallel = correct
+        attention.enter_tensor_parallel = correct
 
 
 def test_a_missing_reduction_of_the_replicated_factor_is_caught(worker_pool: Pools) -> None:
