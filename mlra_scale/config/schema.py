@@ -111,8 +111,8 @@ class ParallelConfig(Section):
     )
     sequence_parallel: bool = Field(
         False,
-        description="Tensor-parallel ranks split activations between attention and MLP along the sequence, and the work "
-        "on them, instead of repeating it.",
+        description="Tensor-parallel ranks split what is between attention and MLP along the sequence (activations and "
+        "the work on them) instead of repeating it.",
     )
     timeout_minutes: float = Field(10.0, gt=0.0, le=1440.0, description="After this long a stuck collective fails.")
     world_size: int | None = Field(

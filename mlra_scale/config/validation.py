@@ -157,8 +157,8 @@ def _sequence_parallel_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             "parallel.sequence_parallel",
             True,
-            f"train.sequence_length {length} is not divisible by parallel.tensor {parallel.tensor}; set it to false, or "
-            f"the length to {length - length % parallel.tensor or parallel.tensor}",
+            f"train.sequence_length {length} is not divisible by parallel.tensor {parallel.tensor}; set it to false, "
+            f"or the length to {length - length % parallel.tensor or parallel.tensor}",
         )
     if parallel.low_rank_plan == "sharded" and config.model.attention == "mlra":
         yield Problem(

@@ -19,7 +19,12 @@ from mlra_scale.model.linear import (
     row_linear,
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
-from mlra_scale.model.tensor_parallel import copy_to_tensor_parallel, enter_tensor_parallel, gather_latents
+from mlra_scale.model.tensor_parallel import (
+    copy_to_tensor_parallel,
+    enter_tensor_parallel,
+    gather_latents,
+    gathered_linear,
+)
 
 Recorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Takes q_BNSH, k_BNSH as they enter their product, and the mask (None: causal); see probe.py."""
@@ -101,6 +106,41 @@ class SelfAttention(nn.Module):
         """
         projections: dict[str, Any] = {"q": self.q, "k": self.k, "v": self.v}
         factorised = {name: p for name, p in projections.items() if isinstance(p, LowRankInputProjection)}
+        project = self._gathered if self.context.has_gathered_linear else self._entered
+        outputs = project(hidden_BSD, projections, factorised)
+        heads = []
+        for name, norm in zip("qkv", (self.q_norm, self.k_norm, None), strict=True):
+            heads_BSNH = outputs[name].unflatten(-1, (self.num_heads_local, -1))
+            if norm is not None:
+                heads_BSNH = norm(heads_BSNH)  # in this order of memory, or attention's output would be copied
+            heads.append(heads_BSNH.transpose(1, 2))
+        return heads
+
+    def _gathered(
+        self, hidden_BSD: torch.Tensor, projections: dict[str, Any], factorised: dict[str, LowRankInputProjection]
+    ) -> dict[str, torch.Tensor]:
+        """q, k, v from this rank's positions, [B, S, D / TP] each, by maps that gather what they take."""
+        inputs: list[torch.Tensor] = []
+        maps: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        if self.context.low_rank_plan == "replicated":
+            for name, p in factorised.items():
+                maps[name] = (len(inputs), p.up.weight, p.up.bias)
+                inputs.append(p.lower(hidden_BSD)[0])
+        elif factorised:
+            downs = copy_to_tensor_parallel(self.context, *[p.down.weight for p in factorised.values()])
+            for (name, p), down_RD in zip(factorised.items(), downs, strict=True):
+                maps[name] = (len(inputs), p.up.weight @ down_RD, p.up.bias)
+        for name, p in projections.items():
+            if name not in factorised:
+                maps[name] = (len(inputs), p.weight, p.bias)
+        if len(maps) > len(inputs):
+            inputs.append(hidden_BSD)
+        return dict(zip(maps, gathered_linear(self.context, inputs, list(maps.values())), strict=True))
+
+    def _entered(
+        self, hidden_BSD: torch.Tensor, projections: dict[str, Any], factorised: dict[str, LowRankInputProjection]
+    ) -> dict[str, torch.Tensor]:
+        """q, k, v, [B, S, D / TP] each, of a stream that enters as a whole."""
         outputs = {}
         if self.context.low_rank_plan == "replicated" or not factorised:
             lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
@@ -116,13 +156,7 @@ class SelfAttention(nn.Module):
         for name, p in projections.items():
             if name not in factorised:
                 outputs[name], _ = p(hidden_BSD)
-        heads = []
-        for name, norm in zip("qkv", (self.q_norm, self.k_norm, None), strict=True):
-            heads_BSNH = outputs[name].unflatten(-1, (self.num_heads_local, -1))
-            if norm is not None:
-                heads_BSNH = norm(heads_BSNH)  # in this order of memory, or attention's output would be copied
-            heads.append(heads_BSNH.transpose(1, 2))
-        return heads
+        return outputs
 
     def _sharded(
         self, hidden_BSD: torch.Tensor, factorised: dict[str, LowRankInputProjection]

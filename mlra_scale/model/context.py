@@ -64,6 +64,12 @@ class ModelContext:
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 
+    @property
+    def has_gathered_linear(self) -> bool:
+        """Whether column-parallel maps gather what they take of the stream themselves (tensor_parallel.py)."""
+        # With sigmaReparam weights are scaled on the way, by a map of its own.
+        return self.has_sequence_parallel and not self.model.sigma_reparam
+
     def first_position(self, hidden_BSD: torch.Tensor) -> int:
         """Where in the sequence a hidden state of this rank begins."""
         return self.tensor_rank * hidden_BSD.size(1) if self.has_sequence_parallel else 0

@@ -19,7 +19,13 @@ from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
 from mlra_scale.model.linear import column_linear, row_linear
 from mlra_scale.model.randomness import dropout_hidden, key_of
-from mlra_scale.model.tensor_parallel import enter_tensor_parallel, leave_tensor_parallel, on_slice, own_positions
+from mlra_scale.model.tensor_parallel import (
+    enter_tensor_parallel,
+    gathered_linear,
+    leave_tensor_parallel,
+    on_slice,
+    own_positions,
+)
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -48,7 +54,9 @@ class TokenEmbedding(VocabParallelEmbedding):
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replaces the first of (tokens_BS, positions_BS, documents_BS, sample_ids_B) by hidden_BSD."""
         tokens_BS, *rest = inputs
-        hidden_BSD = self._sum_of_slices(tokens_BS) if self.context.has_sequence_parallel else super().forward(tokens_BS)
+        hidden_BSD = (
+            self._sum_of_slices(tokens_BS) if self.context.has_sequence_parallel else super().forward(tokens_BS)
+        )
         factor = self.context.model.embedding_factor
         return (hidden_BSD if factor == 1.0 else hidden_BSD * factor, *rest)
 
@@ -105,8 +113,12 @@ class FeedForward(nn.Module):
         self.fc_out = row_linear(context, f"{name}.fc_out")
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
-        expanded_BSF, _ = self.fc_in(entered_BSD)
+        if self.context.has_gathered_linear:
+            weights = (0, self.fc_in.weight, self.fc_in.bias)
+            (expanded_BSF,) = gathered_linear(self.context, [hidden_BSD], [weights])
+        else:
+            (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
+            expanded_BSF, _ = self.fc_in(entered_BSD)
         output_BSD, _ = self.fc_out(functional.gelu(expanded_BSF, approximate="tanh"))
         return output_BSD
 

@@ -113,7 +113,7 @@ class SpectralNorm:
         scale = gain.to(sigma.dtype) / sigma
         if not self._is_seen_in_part:
             return scale
-        # A rank multiplies its part of the matrix only, or of the sequence, and so sees a part of this number's gradient.
+        # A rank multiplies its part of the matrix or of the sequence only: it sees a part of this number's gradient.
         entered: torch.Tensor = copy_to_tensor_model_parallel_region(scale, group=self._context.tensor_group)
         return entered
 

@@ -10,15 +10,19 @@ projections then work on T / t tokens instead of repeating T tokens on every ran
 reduce-scatter send as much together as one all-reduce.
 
 A replicated parameter that works on a slice sees a part of its gradient. It is summed here, inside autograd, by
-`on_slice`, `slice_linear` or the bias of `leave_tensor_parallel`: whatever comes after the backward pass (ZeRO, gradient
-norms, checkpoints) sees whole gradients, equal on all ranks, as it does without.
+`on_slice`, `slice_linear` or the bias of `leave_tensor_parallel`: whatever comes after the backward pass (ZeRO, norms,
+checkpoints) sees whole gradients, equal on all ranks, as it does without.
+
+What was gathered is not kept for the backward pass but gathered again (sec. 4.2.2 there), while the gradient of the
+input is computed: the block then keeps nothing that is as long as the whole sequence and as wide as the model. With
+activation checkpointing only one block's activations are there at a time, and they are kept.
 
 Megatron's own functions are for CUDA only, and want the sequence as the first dimension.
 
 Shape suffixes: B batch, S sequence, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +81,27 @@ def enter_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list
     if context.has_sequence_parallel:
         return list(_Gather.apply(context.tensor_group, _SEQUENCE, *tensors))
     return copy_to_tensor_parallel(context, *tensors)
+
+
+def gathered_linear(
+    context: ModelContext,
+    inputs: Sequence[torch.Tensor],
+    maps: Sequence[tuple[int, torch.Tensor, torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Column-parallel maps of tensors of the stream under sequence parallelism: enters, and computes.
+
+    Args:
+        context: The model's context.
+        inputs: [B, S / TP, in] each; they share one collective each way.
+        maps: Of each, which of the inputs it takes, this rank's rows of its weight [out / TP, in], and bias [out / TP].
+
+    Returns:
+        [B, S, out / TP] for each map.
+    """
+    sources, weights, biases = zip(*maps, strict=True)
+    keeps_gathered = context.has_activation_checkpointing
+    outputs = _GatheredLinear.apply(context.tensor_group, keeps_gathered, sources, *inputs, *weights, *biases)
+    return list(outputs)
 
 
 def leave_tensor_parallel(
@@ -141,30 +166,52 @@ def whole_hidden(context: ModelContext, hidden_BSD: torch.Tensor) -> torch.Tenso
     return _gathered(context.tensor_group, _SEQUENCE, [hidden_BSD])[0]
 
 
+Finish = Callable[[], list[torch.Tensor]]
+"""Waits for a collective that has been started, and returns what came of it."""
+
+
 def _gathered(group: dist.ProcessGroup, dim: int, shares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return _start_gathering(group, dim, shares)()
+
+
+def _summed_shares(group: dist.ProcessGroup, dim: int, wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return _start_summing_shares(group, dim, wholes)()
+
+
+def _start_gathering(group: dist.ProcessGroup, dim: int, shares: Sequence[torch.Tensor]) -> Finish:
     """Joins every rank's shares along a dimension, by one all-gather of all of them."""
     size = group.size()
     packed = _packed([share.reshape(1, -1) for share in shares])
     received = packed.new_empty(size * packed.numel())
-    _all_gather(received, packed.view(-1), group=group)
-    columns = received.view(size, -1).split([share.numel() for share in shares], dim=1)
-    joined = []
-    for share, column in zip(shares, columns, strict=True):
-        place = dim % share.dim()
-        parts = column.unflatten(1, share.shape).movedim(0, place)
-        joined.append(parts.flatten(place, place + 1).contiguous())
-    return joined
+    work = _all_gather(received, packed.view(-1), group=group, async_op=True)
+
+    def finish() -> list[torch.Tensor]:
+        work.wait()
+        columns = received.view(size, -1).split([share.numel() for share in shares], dim=1)
+        joined = []
+        for share, column in zip(shares, columns, strict=True):
+            place = dim % share.dim()
+            parts = column.unflatten(1, share.shape).movedim(0, place)
+            joined.append(parts.flatten(place, place + 1).contiguous())
+        return joined
+
+    return finish
 
 
-def _summed_shares(group: dist.ProcessGroup, dim: int, wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _start_summing_shares(group: dist.ProcessGroup, dim: int, wholes: Sequence[torch.Tensor]) -> Finish:
     """Sums over ranks, of which this one gets its share along a dimension; one reduce-scatter of all of them."""
     size = group.size()
     parts = [whole.unflatten(dim, (size, -1)).movedim(dim % whole.dim(), 0) for whole in wholes]
     packed = _packed([part.reshape(size, -1) for part in parts])
     received = packed.new_empty(packed.numel() // size)
-    _reduce_scatter(received, packed.view(-1), group=group)
-    shares = received.split([part[0].numel() for part in parts])
-    return [share.view(part.shape[1:]) for share, part in zip(shares, parts, strict=True)]
+    work = _reduce_scatter(received, packed.view(-1), group=group, async_op=True)
+
+    def finish() -> list[torch.Tensor]:
+        work.wait()
+        shares = received.split([part[0].numel() for part in parts])
+        return [share.view(part.shape[1:]) for share, part in zip(shares, parts, strict=True)]
+
+    return finish
 
 
 def _packed(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -200,6 +247,38 @@ class _Gather(torch.autograd.Function):
         return None, None, *_summed_shares(ctx.group, ctx.dim, gradients)
 
 
+class _GatheredLinear(torch.autograd.Function):
+    """All-gather along the sequence, then linear maps; backward with both collectives beside a matrix product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, keeps_gathered: bool, sources: tuple[int, ...], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        count = len(sources)
+        shares, weights, biases = tensors[: -2 * count], tensors[-2 * count : -count], tensors[-count:]
+        wholes = _gathered(group, _SEQUENCE, shares)
+        ctx.group, ctx.keeps_gathered, ctx.sources = group, keeps_gathered, sources
+        ctx.save_for_backward(*(wholes if keeps_gathered else shares), *weights)
+        of_maps = zip(sources, weights, biases, strict=True)
+        return tuple(functional.linear(wholes[source], weight, bias) for source, weight, bias in of_maps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: recomputation makes them when they are asked for
+        kept, weights = saved[: -len(ctx.sources)], saved[-len(ctx.sources) :]
+        gathering = None if ctx.keeps_gathered else _start_gathering(ctx.group, _SEQUENCE, kept)
+        of_inputs: list[torch.Tensor | None] = [None] * len(kept)
+        for source, dy, weight in zip(ctx.sources, gradients, weights, strict=True):
+            before = of_inputs[source]
+            of_inputs[source] = dy @ weight if before is None else before + dy @ weight
+        summing = _start_summing_shares(ctx.group, _SEQUENCE, [dx for dx in of_inputs if dx is not None])
+        wholes = kept if gathering is None else gathering()
+        rows = [dy.flatten(0, -2) for dy in gradients]
+        dweights = [dy.T @ wholes[source].flatten(0, -2) for source, dy in zip(ctx.sources, rows, strict=True)]
+        dbiases = [dy.sum(dim=0) for dy in rows]
+        return None, None, None, *summing(), *dweights, *dbiases
+
+
 class _ScatterSum(torch.autograd.Function):
     """Reduce-scatter along the sequence forward, all-gather of the gradient backward; with a bias [D] or without."""
 
@@ -218,7 +297,7 @@ class _ScatterSum(torch.autograd.Function):
 
 
 class _SliceLinear(torch.autograd.Function):
-    """A linear map of this rank's positions: the gradients of weight and bias are summed while that of x is computed."""
+    """A linear map of this rank's positions: gradients of weight and bias are summed while that of x is computed."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""With sequence parallelism a run trains the same model: losses, norms, every gradient and the weights are the oracle's.
+"""Sequence parallelism trains the same model: losses, norms, every gradient and the weights equal the oracle's.
 
 `pytest tests/distributed/test_sequence_parallel.py -s` prints the table.
 """
