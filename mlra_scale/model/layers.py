@@ -1,7 +1,8 @@
 """The model as one list of layers, from which both engines are built.
 
 Between layers travels a stream: the hidden state, and beside it the document ids and sample ids where they are used
-(see ModelContext.pack). The first layer takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
+(see ModelContext.pack); with sequence parallelism the hidden state is that of this rank's positions. The first layer
+takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
 
 Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
 """

@@ -15,9 +15,9 @@ input, W_U that at the output, whose rows (heads) are split over the ranks in al
     sharded      f T D R / t + f T R D / t       2 f T R + 2 T D
     merged       f R D^2 / t + f T D^2 / t       2 T D + 2 f R D
 
-With sequence parallelism (tensor_parallel.py) the stream is split by positions: with the plan `replicated` a rank lowers
-its T / t tokens, and latents are gathered. What is gathered is gathered again in the backward pass. `sharded` would
-share the same work at more communication, and is left out.
+With sequence parallelism (tensor_parallel.py) the stream is split by positions: with the plan `replicated` a rank has
+the latents of its T / t tokens, and they are gathered. What is gathered is gathered again in the backward pass.
+`sharded` would share the same work at more communication, and is left out.
 
     plan         multiply-adds, forward          numbers that a rank sends, forward and backward, times t / (t - 1)
     dense        f T D^2 / t                     3 T D

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from mlra_scale.config import Config
+from mlra_scale.config import Config, batch_plan
+from mlra_scale.planning.memory import block_bytes_per_token
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
 from tests.distributed.steps import Record, train
 from tests.distributed.test_layouts import errors
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, start, table_of
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
 from tests.support.pool import WorkerPool
 
@@ -212,6 +213,41 @@ def test_a_missing_reduction_is_caught(worker_pool: Pools, where: str, told: str
     gradients = assemble(table_of(config), 2, [record.gradients for record in records])
     with pytest.raises(AssertionError, match=told):
         assert_gradients_close(gradients, expected.gradients)
+
+
+def kept_bytes(rank: int, world_size: int, config: Config) -> int:
+    """Bytes that one block keeps of a micro-batch for its backward pass, weights left out."""
+    engine, plan = start(config, world_size)
+    block = engine.module.blocks[0]
+    length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
+    hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
+    kept: dict[int, int] = {}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        output = block(hidden_BSD)
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("model", ["mlra", "dense", "o-factorised"])
+def test_a_block_keeps_nothing_that_ranks_repeat(worker_pool: Pools, model: str) -> None:
+    config = in_layout(Layout(tensor=4), model, model__hidden_size=64, train__micro_batch_size=4)
+    whole = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence_parallel": False})})
+    plan = batch_plan(config, 4)
+    split_bytes, whole_bytes = (max(worker_pool(4).run(kept_bytes, each)) for each in (config, whole))
+    tokens = plan.micro_batch_size * plan.sequence_length
+    planned = [tokens * block_bytes_per_token(each, plan) for each in (config, whole)]
+    print(f"{model:<14}kept {split_bytes:,} of {whole_bytes:,} bytes, planned {planned[0]:,.0f} of {planned[1]:,.0f}")
+    # The plan leaves out what norms and attention keep of a position beside its width.
+    assert whole_bytes - split_bytes == pytest.approx(planned[1] - planned[0], rel=0.05)
+    assert split_bytes == pytest.approx(planned[0], rel=0.1)
 
 
 SAVED = {
