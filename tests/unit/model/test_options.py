@@ -380,6 +380,6 @@ def test_options_that_are_off_leave_the_model_as_it_was() -> None:
     names = {type(module).__name__ for module in gpt.modules()}
     assert names == {
         "GPT", "TokenEmbedding", "PositionEmbedding", "ModuleList", "Block", "BlockNorm", "SelfAttention",
-        "LowRankInputProjection", "ReplicatedLinear", "ColumnParallelLinear", "RowParallelLinear", "FeedForward",
+        "LowRankInputProjection", "ReplicatedLinear", "ColumnParallelLinear", "RowLinear", "FeedForward",
         "FinalNorm", "OutputHead",
     }  # fmt: skip
