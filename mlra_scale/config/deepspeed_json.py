@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mlra_scale.config.batch import BatchPlan
     from mlra_scale.config.schema import Config
 
+SEQUENCE_PARALLEL_FORBIDS = ("pipe_partitioned", "grad_partitioned")
+"""Keys of DeepSpeed's section `pipeline` that take the stream for the same on all tensor-parallel ranks."""
+
 
 def zero_stage(config: Config) -> int:
     """Returns the ZeRO stage, 0 to 3; 0 when the DeepSpeed section does not name one."""
@@ -51,6 +54,9 @@ def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     merged["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
     merged["gradient_accumulation_steps"] = plan.accumulation_steps
     merged["gradient_clipping"] = config.optim.grad_clip
+    if config.parallel.sequence_parallel:
+        # Or DeepSpeed would take a stage's output for the same on all tensor-parallel ranks, and send a part from each.
+        merged["pipeline"] = {**merged.get("pipeline", {}), **dict.fromkeys(SEQUENCE_PARALLEL_FORBIDS, False)}
     if precision == "bf16":
         merged["bf16"] = {"enabled": True}
         if zero_stage(config) > 0:

@@ -116,6 +116,11 @@ class ParallelConfig(Section):
         "latents; sharded: a part each, gathered; merged: each forms its slice of the product first; auto: the fastest "
         "by the cost model (docs/performance.md).",
     )
+    sequence_parallel: bool = Field(
+        False,
+        description="Tensor-parallel ranks split what is between attention and MLP along the sequence (activations and "
+        "the work on them) instead of repeating it.",
+    )
     timeout_minutes: float = Field(10.0, gt=0.0, le=1440.0, description="After this long a stuck collective fails.")
     world_size: int | None = Field(
         None, ge=1, description="Expected number of ranks: checked at start, and used by --dry-run on one process."

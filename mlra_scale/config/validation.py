@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlra_scale.config.batch import batch_problems
-from mlra_scale.config.deepspeed_json import offload_optimizer, offload_param, zero_stage
+from mlra_scale.config.deepspeed_json import (
+    SEQUENCE_PARALLEL_FORBIDS,
+    offload_optimizer,
+    offload_param,
+    zero_stage,
+)
 from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
 from mlra_scale.config.problems import ConfigError, Problem
 from mlra_scale.config.schema import Config
@@ -33,6 +38,7 @@ def validate(config: Config, world_size: int, device: str | None = None) -> None
         *_shape_problems(config),
         *_attention_problems(config),
         *_layout_problems(config),
+        *_sequence_parallel_problems(config),
         *batch_problems(config, world_size),
         *_engine_problems(config),
         *_run_problems(config, device or config.train.device),
@@ -134,6 +140,42 @@ def _layout_problems(config: Config) -> Iterator[Problem]:
             parallel.pipeline,
             f"there are only {model.num_layers} layers (model.num_layers); use at most that many stages",
         )
+
+
+def _sequence_parallel_problems(config: Config) -> Iterator[Problem]:
+    parallel, length = config.parallel, config.train.sequence_length
+    if not parallel.sequence_parallel:
+        return
+    if parallel.tensor == 1:
+        yield Problem(
+            "parallel.sequence_parallel",
+            True,
+            "splits the sequence over tensor-parallel ranks, and parallel.tensor is 1; set it to false, or "
+            "parallel.tensor to 2 or more",
+        )
+    elif length % parallel.tensor:
+        yield Problem(
+            "parallel.sequence_parallel",
+            True,
+            f"train.sequence_length {length} is not divisible by parallel.tensor {parallel.tensor}; set it to false, "
+            f"or the length to {length - length % parallel.tensor or parallel.tensor}",
+        )
+    if parallel.low_rank_plan == "sharded" and config.model.attention == "mlra":
+        yield Problem(
+            "parallel.low_rank_plan",
+            "sharded",
+            "splits the ranks of the latents, while with parallel.sequence_parallel the latents' work is split by "
+            "positions already, at less communication; use replicated, merged or auto",
+        )
+    pipeline = config.deepspeed.get("pipeline", {})
+    for key in SEQUENCE_PARALLEL_FORBIDS:
+        if isinstance(pipeline, dict) and pipeline.get(key) is True:
+            yield Problem(
+                f"deepspeed.pipeline.{key}",
+                True,
+                "takes activations for the same on all tensor-parallel ranks, and parallel.sequence_parallel splits "
+                "them; leave it out",
+            )
 
 
 def _engine_problems(config: Config) -> Iterator[Problem]:

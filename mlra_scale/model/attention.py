@@ -16,11 +16,15 @@ from mlra_scale.model.linear import (
     LowRankInputProjection,
     LowRankOutputProjection,
     column_linear,
-    copy_to_tensor_parallel,
-    gather_latents,
     row_linear,
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
+from mlra_scale.model.tensor_parallel import (
+    copy_to_tensor_parallel,
+    enter_tensor_parallel,
+    gather_latents,
+    gathered_linear,
+)
 
 Recorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Takes q_BNSH, k_BNSH as they enter their product, and the mask (None: causal); see probe.py."""
@@ -73,7 +77,10 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the attention's contribution to the residual stream, [B, S, D], equal on all TP ranks."""
+        """Returns the attention's contribution to the residual stream: [B, S, D], as `hidden_BSD` is given.
+
+        That is equal on all TP ranks, or with sequence parallelism of this rank's positions.
+        """
         q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
         mask_B1SS = None if documents_BS is None else _document_mask(documents_BS)
         if self.recorder is not None:
@@ -95,25 +102,12 @@ class SelfAttention(nn.Module):
     def _project(self, hidden_BSD: torch.Tensor) -> list[torch.Tensor]:
         """q, k, v of this rank's heads, [B, N, S, H] each.
 
-        What enters the sharded matrices - the hidden state, the latents, or both - shares one gradient all-reduce.
+        What enters the sharded matrices - the hidden state, the latents, or both - shares one collective each way.
         """
         projections: dict[str, Any] = {"q": self.q, "k": self.k, "v": self.v}
         factorised = {name: p for name, p in projections.items() if isinstance(p, LowRankInputProjection)}
-        outputs = {}
-        if self.context.low_rank_plan == "replicated" or not factorised:
-            lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
-            has_dense = len(factorised) < len(projections)
-            replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered.values()]
-            entered = copy_to_tensor_parallel(self.context, *replicated)
-            hidden_BSD = entered[0]  # read by dense projections only
-            for (name, p), latent in zip(factorised.items(), entered[has_dense:], strict=True):
-                outputs[name] = p.rise(latent, lowered[name][1])
-        else:
-            (hidden_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
-            outputs = self._sharded(hidden_BSD, factorised)
-        for name, p in projections.items():
-            if name not in factorised:
-                outputs[name], _ = p(hidden_BSD)
+        project = self._gathered if self.context.has_gathered_linear else self._entered
+        outputs = project(hidden_BSD, projections, factorised)
         heads = []
         for name, norm in zip("qkv", (self.q_norm, self.k_norm, None), strict=True):
             heads_BSNH = outputs[name].unflatten(-1, (self.num_heads_local, -1))
@@ -121,6 +115,48 @@ class SelfAttention(nn.Module):
                 heads_BSNH = norm(heads_BSNH)  # in this order of memory, or attention's output would be copied
             heads.append(heads_BSNH.transpose(1, 2))
         return heads
+
+    def _gathered(
+        self, hidden_BSD: torch.Tensor, projections: dict[str, Any], factorised: dict[str, LowRankInputProjection]
+    ) -> dict[str, torch.Tensor]:
+        """q, k, v from this rank's positions, [B, S, D / TP] each, by maps that gather what they take."""
+        inputs: list[torch.Tensor] = []
+        maps: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        if self.context.low_rank_plan == "replicated":
+            for name, p in factorised.items():
+                maps[name] = (len(inputs), p.up.weight, p.up.bias)
+                inputs.append(p.lower(hidden_BSD)[0])
+        elif factorised:
+            downs = copy_to_tensor_parallel(self.context, *[p.down.weight for p in factorised.values()])
+            for (name, p), down_RD in zip(factorised.items(), downs, strict=True):
+                maps[name] = (len(inputs), p.up.weight @ down_RD, p.up.bias)
+        for name, p in projections.items():
+            if name not in factorised:
+                maps[name] = (len(inputs), p.weight, p.bias)
+        if len(maps) > len(inputs):
+            inputs.append(hidden_BSD)
+        return dict(zip(maps, gathered_linear(self.context, inputs, list(maps.values())), strict=True))
+
+    def _entered(
+        self, hidden_BSD: torch.Tensor, projections: dict[str, Any], factorised: dict[str, LowRankInputProjection]
+    ) -> dict[str, torch.Tensor]:
+        """q, k, v, [B, S, D / TP] each, of a stream that enters as a whole."""
+        outputs = {}
+        if self.context.low_rank_plan == "replicated" or not factorised:
+            lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
+            has_dense = len(factorised) < len(projections)
+            replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered.values()]
+            entered = enter_tensor_parallel(self.context, *replicated)
+            hidden_BSD = entered[0]  # read by dense projections only
+            for (name, p), latent in zip(factorised.items(), entered[has_dense:], strict=True):
+                outputs[name] = p.rise(latent, lowered[name][1])
+        else:
+            (hidden_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
+            outputs = self._sharded(hidden_BSD, factorised)
+        for name, p in projections.items():
+            if name not in factorised:
+                outputs[name], _ = p(hidden_BSD)
+        return outputs
 
     def _sharded(
         self, hidden_BSD: torch.Tensor, factorised: dict[str, LowRankInputProjection]

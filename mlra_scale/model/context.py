@@ -27,6 +27,7 @@ class ModelContext:
             see recomputation.py) or "block" (all).
         has_compiled_blocks: Whether blocks run through torch.compile.
         low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
+        has_sequence_parallel: Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
     """
 
     model: ModelConfig
@@ -36,10 +37,12 @@ class ModelContext:
     activation_checkpointing: ActivationCheckpointing = "none"
     has_compiled_blocks: bool = False
     low_rank_plan: LowRankPlan = "replicated"
+    has_sequence_parallel: bool = False
     initialize: Initializer = field(init=False)
     megatron: ModelParallelConfig = field(init=False)
 
     def __post_init__(self) -> None:
+        assert self.tensor_parallel > 1 or not self.has_sequence_parallel
         object.__setattr__(self, "initialize", Initializer(self.model, self.seed, self.low_rank_plan))
         # Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed
         # moves them to the device and to the training precision.
@@ -67,10 +70,23 @@ class ModelContext:
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 
+    @property
+    def has_gathered_linear(self) -> bool:
+        """Whether column-parallel maps gather what they take of the stream themselves (tensor_parallel.py)."""
+        # With sigmaReparam weights are scaled on the way, by a map of its own.
+        return self.has_sequence_parallel and not self.model.sigma_reparam
+
+    def first_position(self, hidden_BSD: torch.Tensor) -> int:
+        """Where in the sequence a hidden state of this rank begins."""
+        return self.tensor_rank * hidden_BSD.size(1) if self.has_sequence_parallel else 0
+
     def pack(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
     ) -> "Stream":
-        """Packs what travels from block to block: the hidden state, and beside it only the ids that are used."""
+        """Packs what travels from block to block: the hidden state, and beside it only the ids that are used.
+
+        With sequence parallelism the hidden state is that of this rank's positions, [B, S / TP, D]; ids are whole.
+        """
         ids: list[torch.Tensor] = []
         if self.has_document_mask:
             assert documents_BS is not None

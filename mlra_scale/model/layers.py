@@ -1,7 +1,8 @@
 """The model as one list of layers, from which both engines are built.
 
 Between layers travels a stream: the hidden state, and beside it the document ids and sample ids where they are used
-(see ModelContext.pack). The first layer takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
+(see ModelContext.pack); with sequence parallelism the hidden state is that of this rank's positions. The first layer
+takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
 
 Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
 """
@@ -20,10 +21,17 @@ from torch.utils.checkpoint import checkpoint
 from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
-from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear
+from mlra_scale.model.linear import column_linear, row_linear
 from mlra_scale.model.loss import head_loss
 from mlra_scale.model.randomness import dropout_hidden, key_of
 from mlra_scale.model.recomputation import recomputed
+from mlra_scale.model.tensor_parallel import (
+    enter_tensor_parallel,
+    gathered_linear,
+    leave_tensor_parallel,
+    on_slice,
+    own_positions,
+)
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -52,20 +60,29 @@ class TokenEmbedding(VocabParallelEmbedding):
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Replaces the first of (tokens_BS, positions_BS, documents_BS, sample_ids_B) by hidden_BSD."""
         tokens_BS, *rest = inputs
-        hidden_BSD = super().forward(tokens_BS)
+        hidden_BSD = (
+            self._sum_of_slices(tokens_BS) if self.context.has_sequence_parallel else super().forward(tokens_BS)
+        )
         factor = self.context.model.embedding_factor
         return (hidden_BSD if factor == 1.0 else hidden_BSD * factor, *rest)
 
+    def _sum_of_slices(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """What the base class computes, of this rank's positions: [B, S / TP, D]."""
+        rows_BS = tokens_BS - self.vocab_start_index
+        is_elsewhere_BS = (rows_BS < 0) | (rows_BS >= self.num_embeddings_per_partition)
+        found_BSD = functional.embedding(rows_BS.masked_fill(is_elsewhere_BS, 0), self.weight)
+        return leave_tensor_parallel(self.context, found_BSD.masked_fill(is_elsewhere_BS.unsqueeze(-1), 0.0))
+
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the output logits, [B, S, V]; padded columns are -inf. Training has `loss` instead."""
-        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
         return functional.linear(entered_BSD, self.weight, self._bias())
 
     def loss(
         self, hidden_BSD: torch.Tensor, weight_VD: torch.Tensor, targets_BS: torch.Tensor, is_training: bool
     ) -> torch.Tensor:
         """Mean loss of a micro-batch by the output head (see `head_loss`); `weight_VD`: the weight, or a view of it."""
-        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
         return head_loss(self.context, entered_BSD, weight_VD, self._bias(), targets_BS, is_training)
 
     def _bias(self) -> torch.Tensor | None:
@@ -88,10 +105,12 @@ class PositionEmbedding(nn.Module):
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> Stream:
         """Maps (hidden_BSD, positions_BS, documents_BS, sample_ids_B) to the stream of the blocks."""
         hidden_BSD, positions_BS, documents_BS, sample_ids_B = inputs
-        hidden_BSD = hidden_BSD + functional.embedding(positions_BS, self.weight)
+        (weight,) = on_slice(self.context, self.weight)
+        hidden_BSD = hidden_BSD + functional.embedding(own_positions(self.context, positions_BS), weight)
         probability = self.context.model.embedding_dropout if self.training else 0.0
         if probability > 0.0:
-            hidden_BSD = dropout_hidden(hidden_BSD, probability, self.dropout_key, sample_ids_B)
+            first = self.context.first_position(hidden_BSD)
+            hidden_BSD = dropout_hidden(hidden_BSD, probability, self.dropout_key, sample_ids_B, first)
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
 
@@ -115,16 +134,27 @@ class FeedForward(nn.Module):
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
         self.context = context
-        self.fc_in = column_linear(context, f"{name}.fc_in")
+        self.enters_alone = not context.has_sequence_parallel and not context.model.sigma_reparam
+        self.fc_in = column_linear(context, f"{name}.fc_in", sums_input_gradient=self.enters_alone)
         self.fc_out = row_linear(context, f"{name}.fc_out")
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
-        expanded_BSF, _ = self.fc_in(entered_BSD)
+        expanded_BSF = self._expanded(hidden_BSD)
         activated_BSF = functional.gelu(expanded_BSF, approximate="tanh")
         with recomputing(self.context, activated_BSF, functional.gelu, expanded_BSF, approximate="tanh"):
             output_BSD, _ = self.fc_out(activated_BSF)
         return output_BSD
+
+    def _expanded(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """The inner state of this rank, [B, S, F / TP]."""
+        if self.context.has_gathered_linear:
+            weights = (0, self.fc_in.weight, self.fc_in.bias)
+            (expanded_BSF,) = gathered_linear(self.context, [hidden_BSD], [weights])
+            return expanded_BSF
+        if not self.enters_alone:
+            (hidden_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
+        expanded_BSF, _ = self.fc_in(hidden_BSD)
+        return expanded_BSF
 
 
 class BlockNorm(nn.LayerNorm):
@@ -139,22 +169,19 @@ class BlockNorm(nn.LayerNorm):
         self.factor = context.model.norm_factor(block)
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        if self.factor == 1.0:
-            return super().forward(hidden_BSD)
-        return functional.layer_norm(hidden_BSD, self.normalized_shape, *self._scaled(), self.eps)
+        weight_D, bias_D = self._scaled(*on_slice(self.context, self.weight, self.bias))
+        return functional.layer_norm(hidden_BSD, self.normalized_shape, weight_D, bias_D, self.eps)
 
     def recomputing(self, hidden_BSD: torch.Tensor, normed_BSD: torch.Tensor) -> AbstractContextManager[None]:
         """See `recomputing`. With copies of weight and bias: ZeRO-3 takes those away when the layer is done."""
-        copies = [parameter.detach().clone() for parameter in self._scaled()]
+        copies = self._scaled(self.weight.detach().clone(), self.bias.detach().clone())
         return recomputing(
             self.context, normed_BSD, functional.layer_norm, hidden_BSD, self.normalized_shape, *copies, self.eps
         )
 
-    def _scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.factor == 1.0:
-            return self.weight, self.bias
+    def _scaled(self, weight_D: torch.Tensor, bias_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # On weight and bias, which are small and where an export has it, not on the output.
-        return self.weight * self.factor, self.bias * self.factor
+        return (weight_D, bias_D) if self.factor == 1.0 else (weight_D * self.factor, bias_D * self.factor)
 
 
 class Block(nn.Module):
@@ -206,7 +233,8 @@ class Block(nn.Module):
         if probability == 0.0:
             return branch_BSD
         assert sample_ids_B is not None
-        return dropout_hidden(branch_BSD, probability, self.dropout_keys[site], sample_ids_B)
+        first = self.context.first_position(branch_BSD)
+        return dropout_hidden(branch_BSD, probability, self.dropout_keys[site], sample_ids_B, first)
 
 
 class FinalNorm(nn.LayerNorm):
@@ -221,7 +249,8 @@ class FinalNorm(nn.LayerNorm):
 
     def forward(self, stream: Stream) -> torch.Tensor:
         hidden_BSD, _, _ = self.context.unpack(stream)
-        return super().forward(hidden_BSD)
+        weight_D, bias_D = on_slice(self.context, self.weight, self.bias)
+        return functional.layer_norm(hidden_BSD, self.normalized_shape, weight_D, bias_D, self.eps)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ W_D [R, in] and W_U [out, R]; nothing stands between the factors, so W_U W_D mer
 
 Under tensor parallelism q, k and v are computed by one of three plans (low_rank_plan.py); the factor on the split side
 is sharded in all of them. A factor that is replicated sees its whole gradient only if its latent's gradient, or its
-own, is summed over the ranks: that all-reduce is `copy_to_tensor_parallel` below, and leaving it out is the classic way
-to train a model that slowly explodes.
+own, is summed over the ranks: those sums are in tensor_parallel.py, and leaving one out is the classic way to train a
+model that slowly explodes.
 
 With sigmaReparam every map is multiplied by one number, which the Spectral... classes below get from
 mlra_scale.model.spectral: on the matrix of a dense map, on the up factor of a factorised one, whose down factor hands
@@ -19,42 +19,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from mlra_scale.megatron import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from mlra_scale.megatron import ColumnParallelLinear, RowParallelLinear
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.spectral import SpectralNorm, scaled_linear
-
-
-def copy_to_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Marks replicated tensors as entering sharded computation: identity forward, one all-reduce of gradients backward.
-
-    Several tensors share one all-reduce.
-
-    Args:
-        context: The model's context.
-        *tensors: Replicated tensors of equal leading dimensions.
-
-    Returns:
-        The same values.
-    """
-    if context.tensor_parallel == 1:
-        return list(tensors)
-    if len(tensors) == 1:
-        return [copy_to_tensor_model_parallel_region(tensors[0], group=context.tensor_group)]
-    packed = copy_to_tensor_model_parallel_region(torch.cat(tensors, dim=-1), group=context.tensor_group)
-    return list(packed.split([tensor.size(-1) for tensor in tensors], dim=-1))
+from mlra_scale.model.tensor_parallel import leave_tensor_parallel, on_slice, slice_linear
 
 
 class ReplicatedLinear(nn.Module):
-    """y = x W^T (+ b), held whole by every tensor-parallel rank.
+    """y = x W^T (+ b), held whole by every tensor-parallel rank, of the whole stream or this rank's part of it.
 
     weight: [out, in], replicated over TP
     bias: [out], replicated over TP
@@ -62,6 +37,7 @@ class ReplicatedLinear(nn.Module):
 
     def __init__(self, context: ModelContext, name: str, has_bias: bool) -> None:
         super().__init__()
+        self.context = context
         info = context.initialize.table[f"{name}.weight"]
         self.weight = nn.Parameter(torch.empty(info.shape))
         context.initialize(info.name)(self.weight)
@@ -71,6 +47,8 @@ class ReplicatedLinear(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.context.has_sequence_parallel:
+            return slice_linear(self.context, x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -79,17 +57,25 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         if self.tp_group.size() > 1:
-            return super().forward(x)
+            output, _ = super().forward(x)
+            return output, None
         return functional.linear(x, self.weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):
-    """Megatron's row-parallel map; in one process the bias is part of the matrix product, not a pass of its own."""
+    """A row-parallel map whose output is the stream's: whole, or this rank's part of the sequence.
+
+    weight and bias as in `row_linear`
+    """
+
+    def __init__(self, context: ModelContext, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)
+        self.context = context
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if self.tp_group.size() > 1:
-            return super().forward(x)
-        return functional.linear(x, self.weight, self.bias), None
+        if self.context.tensor_parallel == 1:
+            return functional.linear(x, self.weight, self.bias), None
+        return leave_tensor_parallel(self.context, functional.linear(x, self.weight), self.bias), None
 
 
 class SpectralColumnLinear(ColumnParallelLinear):
@@ -108,21 +94,20 @@ class SpectralColumnLinear(ColumnParallelLinear):
         return scaled_linear(x, self.weight, scale) + self.bias, None
 
 
-class SpectralRowLinear(RowParallelLinear):
+class SpectralRowLinear(RowLinear):
     """A dense row-parallel map with sigmaReparam.
 
     gain: [1], replicated over TP; weight and bias as in `row_linear`
     """
 
-    def __init__(self, spectral_norm: SpectralNorm, *shape: int, **options: Any) -> None:
-        super().__init__(*shape, **options)
+    def __init__(self, spectral_norm: SpectralNorm, context: ModelContext, *shape: int, **options: Any) -> None:
+        super().__init__(context, *shape, **options)
         self.spectral_norm = spectral_norm
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         scale = self.spectral_norm.scale(self.gain, self.weight)
-        partial_sum = scaled_linear(x, self.weight, scale)
-        return reduce_from_tensor_model_parallel_region(partial_sum, group=self.tp_group) + self.bias, None
+        return leave_tensor_parallel(self.context, scaled_linear(x, self.weight, scale), self.bias), None
 
 
 class SpectralReplicatedLinear(ReplicatedLinear):
@@ -138,7 +123,8 @@ class SpectralReplicatedLinear(ReplicatedLinear):
 
     def forward(self, x: torch.Tensor, image_R: torch.Tensor | None = None) -> torch.Tensor:
         scale = self.spectral_norm.scale(self.gain, self.weight, image_R)
-        return scaled_linear(x, self.weight, scale) + self.bias
+        weight, bias_D = on_slice(self.context, self.weight, self.bias)
+        return scaled_linear(x, weight, scale) + bias_D
 
 
 class SpectralReplicatedDown(ReplicatedLinear):
@@ -152,25 +138,29 @@ class SpectralReplicatedDown(ReplicatedLinear):
         return super().forward(x), self.spectral_norm.image(self.weight)
 
 
-class SpectralRowDown(RowParallelLinear):
+class SpectralRowDown(RowLinear):
     """The down factor of o with sigmaReparam: returns the latent and the image (SpectralNorm.image)."""
 
-    def __init__(self, spectral_norm: SpectralNorm, *shape: int, **options: Any) -> None:
-        super().__init__(*shape, **options)
+    def __init__(self, spectral_norm: SpectralNorm, context: ModelContext, *shape: int, **options: Any) -> None:
+        super().__init__(context, *shape, **options)
         self.spectral_norm = spectral_norm
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         latent_BSR, _ = super().forward(x)
         return latent_BSR, self.spectral_norm.image(self.weight)
 
 
 def column_linear(
-    context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None, has_bias: bool = True
+    context: ModelContext,
+    name: str,
+    spectral_norm: SpectralNorm | None = None,
+    has_bias: bool = True,
+    sums_input_gradient: bool = False,
 ) -> ColumnParallelLinear:
     """y = x W^T (+ b) with W [out, in] and b [out] sharded over TP on dim 0.
 
-    The caller reduces the input's gradient (`copy_to_tensor_parallel`), so that several projections share one
-    all-reduce.
+    The caller takes the input in (`enter_tensor_parallel`), so that several projections share one collective; or, of a
+    map that stands alone, Megatron sums the input's gradient while it computes the weight's (`sums_input_gradient`).
     """
     build: Any = ColumnLinear
     if context.model.sigma_reparam:
@@ -182,13 +172,13 @@ def column_linear(
         config=context.megatron,
         init_method=context.initialize(f"{name}.weight"),
         bias=has_bias,
-        disable_grad_reduce=True,
+        disable_grad_reduce=not sums_input_gradient,
         tp_group=context.tensor_group,
     )
     return linear
 
 
-def row_linear(context: ModelContext, name: str) -> RowParallelLinear:
+def row_linear(context: ModelContext, name: str) -> RowLinear:
     """y = sum over ranks of x_local W_local^T, + b; W [out, in] sharded over TP on dim 1, b [out] replicated."""
     build: Any = RowLinear
     if context.model.sigma_reparam:
@@ -196,9 +186,10 @@ def row_linear(context: ModelContext, name: str) -> RowParallelLinear:
     return _built_row(build, context, name, has_bias=True)
 
 
-def _built_row(build: Any, context: ModelContext, name: str, has_bias: bool) -> RowParallelLinear:
+def _built_row(build: Any, context: ModelContext, name: str, has_bias: bool) -> RowLinear:
     out_features, in_features = context.initialize.table[f"{name}.weight"].shape
-    linear: RowParallelLinear = build(
+    linear: RowLinear = build(
+        context,
         in_features,
         out_features,
         config=context.megatron,
@@ -209,44 +200,6 @@ def _built_row(build: Any, context: ModelContext, name: str, has_bias: bool) -> 
         tp_group=context.tensor_group,
     )
     return linear
-
-
-class _GatherLatents(torch.autograd.Function):
-    """[f, B, S, R / TP] -> [f, B, S, R]: all-gather forward, reduce-scatter of gradients backward.
-
-    Megatron's own is for CUDA only; torch.distributed.nn's takes a group's ranks for global ones where a backend other
-    than NCCL scatters.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, share: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        parts = list(share.new_empty(group.size(), *share.shape))
-        dist.all_gather(parts, share.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        parts = [part.contiguous() for part in gradients[0].chunk(ctx.group.size(), dim=-1)]
-        share = torch.empty_like(parts[0])
-        dist.reduce_scatter(share, parts, group=ctx.group)
-        return share, None
-
-
-def gather_latents(context: ModelContext, *latents: torch.Tensor) -> list[torch.Tensor]:
-    """Puts latents of which each rank has a share together: all-gather forward, sums and shares of gradients backward.
-
-    Several latents share one all-gather.
-
-    Args:
-        context: The model's context.
-        *latents: [B, S, R / TP] each, of equal size.
-
-    Returns:
-        [B, S, R] each, the same on every rank.
-    """
-    gathered: torch.Tensor = _GatherLatents.apply(torch.stack(latents), context.tensor_group)
-    return list(gathered.unbind())
 
 
 class LowRankInputProjection(nn.Module):
@@ -282,6 +235,7 @@ class LowRankInputProjection(nn.Module):
     def lower(self, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the latent [B, S, R], which then enters sharded computation, and what `rise` takes beside it.
 
+        With sequence parallelism that is of this rank's positions, so that ranks share the work of a replicated factor.
         With the plan `sharded` it is this rank's share, [B, S, R / TP], of a hidden state that has entered already.
         """
         output = self.down(hidden_BSD)
@@ -297,6 +251,8 @@ class LowRankInputProjection(nn.Module):
 
 class LowRankOutputProjection(nn.Module):
     """Factorised output projection: the latent, not the output, is summed over TP (R instead of D numbers per token).
+
+    With sequence parallelism the factor behind it works on this rank's positions.
 
     down.weight: [R, D], sharded over TP: dim 1
     up.weight: [D, R], replicated over TP

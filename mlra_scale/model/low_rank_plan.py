@@ -15,6 +15,15 @@ input, W_U that at the output, whose rows (heads) are split over the ranks in al
     sharded      f T D R / t + f T R D / t       2 f T R + 2 T D
     merged       f R D^2 / t + f T D^2 / t       2 T D + 2 f R D
 
+With sequence parallelism (tensor_parallel.py) the stream is split by positions: with the plan `replicated` a rank has
+the latents of its T / t tokens, and they are gathered. What is gathered is gathered again in the backward pass.
+`sharded` would share the same work at more communication, and is left out.
+
+    plan         multiply-adds, forward          numbers that a rank sends, forward and backward, times t / (t - 1)
+    dense        f T D^2 / t                     3 T D
+    replicated   f T D R / t + f T R D / t       3 f T R + 2 f R D
+    merged       f R D^2 / t + f T D^2 / t       3 T D + 2 f R D
+
 An all-reduce sends twice what an all-gather does. The backward pass takes twice the multiply-adds of the forward pass.
 Collectives are taken to overlap with nothing.
 """
@@ -62,6 +71,7 @@ class Shape:
         factorised: f, how many of q, k and v are factorised.
         has_dense: Whether another of them is dense.
         element_bytes: Bytes of a number in compute precision.
+        has_sequence_parallel: Whether the ranks split the stream along the sequence.
     """
 
     tokens: int
@@ -71,14 +81,15 @@ class Shape:
     factorised: int = 3
     has_dense: bool = False
     element_bytes: int = 4
+    has_sequence_parallel: bool = False
 
 
 def multiply_adds(plan: LowRankPlan, shape: Shape) -> float:
     """Returns the multiply-adds of one rank in the forward pass."""
     T, D, R, t, f = shape.tokens, shape.hidden_size, shape.rank, shape.ranks, shape.factorised
-    if plan == "replicated":
+    if plan == "replicated" and not shape.has_sequence_parallel:
         return f * T * D * R + f * T * R * D / t
-    if plan == "sharded":
+    if plan in ("replicated", "sharded"):
         return 2 * f * T * D * R / t
     return f * R * D * D / t + f * T * D * D / t
 
@@ -86,10 +97,14 @@ def multiply_adds(plan: LowRankPlan, shape: Shape) -> float:
 def numbers_sent(plan: LowRankPlan, shape: Shape) -> float:
     """Returns how many numbers a rank sends in the forward and the backward pass together."""
     T, D, R, t, f = shape.tokens, shape.hidden_size, shape.rank, shape.ranks, shape.factorised
-    # The hidden state's gradient is summed anyway where one of q, k, v is dense; with latents in one packed sum.
-    of_hidden = 2 * T * D if plan != "replicated" or shape.has_dense else 0
-    of_factors = 2 * f * R * D if plan == "merged" else 2 * f * T * R
-    return (of_hidden + of_factors) * (t - 1) / t
+    # Of one number that enters sharded computation: its gradient is summed; or it is gathered twice, its gradient once.
+    entering = 3 if shape.has_sequence_parallel else 2
+    # The hidden state enters anyway where one of q, k, v is dense; with latents in one packed collective.
+    of_hidden = entering * T * D if plan != "replicated" or shape.has_dense else 0
+    of_latents = 0 if plan == "merged" else entering * f * T * R
+    # A factor's gradient is of this rank's heads only, or of its positions.
+    of_factors = 2 * f * R * D if plan == "merged" or shape.has_sequence_parallel else 0
+    return (of_hidden + of_latents + of_factors) * (t - 1) / t
 
 
 def seconds(plan: LowRankPlan, shape: Shape, device: Device) -> float:
@@ -103,7 +118,7 @@ def possible_plans(config: Config, plan: BatchPlan) -> Iterator[LowRankPlan]:
     yield "replicated"
     if config.model.sigma_reparam:
         return  # its scale is defined on whole factors, one after the other
-    if plan.tensor > 1 and config.model.rank % plan.tensor == 0:
+    if plan.tensor > 1 and config.model.rank % plan.tensor == 0 and not config.parallel.sequence_parallel:
         yield "sharded"
     yield "merged"
 
@@ -119,6 +134,7 @@ def shape_of(config: Config, plan: BatchPlan) -> Shape:
         factorised=sum(is_factorised),
         has_dense=not all(is_factorised),
         element_bytes=_BYTES[config.train.precision],
+        has_sequence_parallel=config.parallel.sequence_parallel,
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mlra_scale.model.context import Stream
 from mlra_scale.model.layers import Block
+from mlra_scale.model.tensor_parallel import whole_hidden
 
 LOGITS_AT_ONCE = 2**25
 """At most so many logits, or those of one head, are in memory together: 128 MiB in fp32."""
@@ -88,7 +89,7 @@ def observe(module: nn.Module, see_heads: SeeHeads, see_hidden: SeeHidden | None
         module: The engine's module (a pipeline stage or the whole model).
         see_heads: Called with (pass, heads) in every block that the module holds; passes are counted from 0.
         see_hidden: Called with (pass, place, hidden_BSD) for the residual stream: at place 0 where it enters block 0,
-            at place i + 1 where it leaves block i. It is the same on all tensor-parallel ranks.
+            at place i + 1 where it leaves block i. It is whole, and the same on all tensor-parallel ranks.
     """
     blocks = [child for child in module.modules() if isinstance(child, Block)]
     handles: list[RemovableHandle] = []
@@ -118,11 +119,14 @@ def _show_heads(block: Block, see_heads: SeeHeads) -> None:
 def _show_hidden(block: Block, see_hidden: SeeHidden) -> list[RemovableHandle]:
     index, inputs, outputs = block.attention.block, count(), count()
 
+    def hidden_of(stream: Stream) -> torch.Tensor:
+        return whole_hidden(block.context, block.context.unpack(stream)[0])
+
     def see_input(_: nn.Module, arguments: tuple[Stream]) -> None:
-        see_hidden(next(inputs), 0, block.context.unpack(arguments[0])[0])
+        see_hidden(next(inputs), 0, hidden_of(arguments[0]))
 
     def see_output(_: nn.Module, __: tuple[Stream], output: Stream) -> None:
-        see_hidden(next(outputs), index + 1, block.context.unpack(output)[0])
+        see_hidden(next(outputs), index + 1, hidden_of(output))
 
     handles = [block.register_forward_hook(see_output)]
     if index == 0:

@@ -40,27 +40,31 @@ def hash_int64(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _keep_mask(key: torch.Tensor, num_elements: int, probability: float) -> torch.Tensor:
-    """Bernoulli(1 - probability) mask of shape key.shape + [num_elements]."""
-    counter = torch.arange(1, num_elements + 1, device=key.device, dtype=torch.int64) * _GOLDEN
+def _keep_mask(key: torch.Tensor, num_elements: int, probability: float, first: int = 0) -> torch.Tensor:
+    """Bernoulli(1 - probability) mask of elements number `first` and on, of shape key.shape + [num_elements]."""
+    counter = torch.arange(first + 1, first + num_elements + 1, device=key.device, dtype=torch.int64) * _GOLDEN
     bits = _shift_right(hash_int64(key.unsqueeze(-1) + counter), 11)
     return bits >= int(probability * (1 << 53))
 
 
-def dropout_hidden(hidden_BSD: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor) -> torch.Tensor:
-    """Inverted dropout of a hidden state that is replicated over tensor-parallel ranks.
+def dropout_hidden(
+    hidden_BSD: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor, first_position: int = 0
+) -> torch.Tensor:
+    """Inverted dropout of a hidden state that is replicated over tensor-parallel ranks, or split along the sequence.
 
     Args:
         hidden_BSD: Values to drop.
         probability: Probability of zeroing an element, 0 <= p < 1.
         key: Key of (seed, layer, site).
         sample_ids_B: Global index of each sample, int64.
+        first_position: Where in the sequence the values begin: a position's mask does not depend on the split.
 
     Returns:
         [B, S, D]: kept elements times 1 / (1 - p).
     """
     keys_B = hash_int64(sample_ids_B + key)
-    keep = _keep_mask(keys_B, hidden_BSD[0].numel(), probability).view(hidden_BSD.shape)
+    first = first_position * hidden_BSD.size(-1)
+    keep = _keep_mask(keys_B, hidden_BSD[0].numel(), probability, first).view(hidden_BSD.shape)
     return hidden_BSD * keep.to(hidden_BSD.dtype) * (1.0 / (1.0 - probability))
 
 

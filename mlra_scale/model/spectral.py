@@ -45,7 +45,8 @@ class SpectralNorm:
         is_parallel = context.tensor_parallel > 1
         self._input_group = context.tensor_group if is_parallel and shards[0] == 1 else None
         self._output_group = context.tensor_group if is_parallel and shards[1] == 0 else None
-        self._is_split = is_parallel and (shards[0] if self._map.up is None else shards[1]) is not None
+        is_split = is_parallel and (shards[0] if self._map.up is None else shards[1]) is not None
+        self._is_seen_in_part = is_split or context.has_sequence_parallel
         self._vector: torch.Tensor | None = None
         self._iteration: PowerIteration | None = None
         self._is_found = False
@@ -110,9 +111,9 @@ class SpectralNorm:
         # The value of sigma is known, the same in all passes of a step: only its gradient is taken from here.
         sigma = found.sigma + (first_order - first_order.detach())
         scale = gain.to(sigma.dtype) / sigma
-        if not self._is_split:
+        if not self._is_seen_in_part:
             return scale
-        # A rank multiplies its part of the matrix only, and so sees a part of this number's gradient.
+        # A rank multiplies its part of the matrix or of the sequence only: it sees a part of this number's gradient.
         entered: torch.Tensor = copy_to_tensor_model_parallel_region(scale, group=self._context.tensor_group)
         return entered
 

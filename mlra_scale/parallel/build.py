@@ -38,6 +38,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         activation_checkpointing=config.parallel.activation_checkpointing,
         has_compiled_blocks=config.train.compile,
         low_rank_plan=low_rank_plan(config, plan),
+        has_sequence_parallel=config.parallel.sequence_parallel,
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
     return engine_class(config, plan, topology, context)

@@ -31,6 +31,8 @@ Activations kept for the backward pass, per token:
                    attention dropout only: (4 + e) S N / t more
     checkpointed   e D instead, and one whole block again while it is recomputed
     ends           e D for the embedding's output (first stage), 2 e D for the final norm (last stage)
+    sequence par.  what has no t above is divided by t, but the final norm's output, gathered for the head, and with
+                   checkpointing or sigmaReparam, in a block, the norms' outputs and the latents, which are gathered
     logits         (e + 4 + 4) V / t on the last stage: logits, fp32 softmax and its gradient, of one micro-batch
 
 All but the logits, times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
@@ -177,12 +179,21 @@ def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
     """Bytes that one block keeps of one token for its backward pass."""
     model, tensor = config.model, plan.tensor
     num_factorised = sum(model.is_factorised(name) for name in "qkvo")
-    width = 4 * model.hidden_size + 4 * model.hidden_size / tensor + 2 * model.ffn_size / tensor
+    split = sequence_split(config, plan)
+    keeps_gathered = config.parallel.activation_checkpointing == "block" or model.sigma_reparam
+    split_of_gathered = 1 if keeps_gathered else split
+    width = 2 * model.hidden_size / split + 2 * model.hidden_size / split_of_gathered
+    width += 4 * model.hidden_size / tensor + 2 * model.ffn_size / tensor
     width += 2 * model.hidden_size / tensor * model.qk_norm
-    kept = BYTES[config.train.precision] * (width + num_factorised * model.rank)
+    kept = BYTES[config.train.precision] * (width + num_factorised * model.rank / split_of_gathered)
     if model.attention_dropout > 0.0:
         kept += (4 + BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
     return kept
+
+
+def sequence_split(config: Config, plan: BatchPlan) -> int:
+    """Returns over how many tensor-parallel ranks the stream between blocks is split."""
+    return plan.tensor if config.parallel.sequence_parallel else 1
 
 
 def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
@@ -191,10 +202,11 @@ def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     tokens = plan.micro_batch_size * plan.sequence_length
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     num_in_flight = in_flight(config, plan, stage)
-    ends = element * width * ((stage == 0) + 2 * (stage == plan.pipeline - 1))
+    split = sequence_split(config, plan)
+    ends = element * width * ((stage == 0) / split + (1 + 1 / split) * (stage == plan.pipeline - 1))
     block = block_bytes_per_token(config, plan)
     if config.parallel.activation_checkpointing == "block":
-        return tokens * (num_in_flight * (num_blocks * element * width + ends) + block)
+        return tokens * (num_in_flight * (num_blocks * element * width / split + ends) + block)
     return tokens * num_in_flight * (num_blocks * block + ends)
 
 

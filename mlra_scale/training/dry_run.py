@@ -69,8 +69,9 @@ def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def _layout_line(config: Config, plan: BatchPlan) -> str:
+    split = " (sequence parallel)" if config.parallel.sequence_parallel else ""
     return (
-        f"{plan.world_size} rank(s): tensor {plan.tensor} x pipeline {plan.pipeline} x data {plan.data}, "
+        f"{plan.world_size} rank(s): tensor {plan.tensor}{split} x pipeline {plan.pipeline} x data {plan.data}, "
         f"{engine_kind(config)} engine, ZeRO {zero_stage(config)}, {config.train.precision}"
     )
 

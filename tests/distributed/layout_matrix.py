@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mlra_scale.config import Config
-from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel import Engine, Fragment
 from tests.support.layouts import (
     Layout,
@@ -23,6 +22,7 @@ from tests.support.layouts import (
     micro_batches,
     pieces,
     start,
+    table_of,
 )
 from tests.support.pool import WorkerPool
 
@@ -124,7 +124,7 @@ class Run:
 
     def tensors(self, is_final: bool = False) -> Tensors:
         """The global tensors by part and name, at the checkpoint or after the last step; each element has one owner."""
-        table = ParameterTable(self.config.model)
+        table = table_of(self.config)
         accounts = [rank.final if is_final else rank.owned for rank in self.ranks]
         return {part: assemble(table, self.layout.tensor, [account[part] for account in accounts]) for part in PARTS}
 

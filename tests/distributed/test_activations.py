@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "model__layer_norm_scaling": True,
         "model__embedding_scale": "sqrt_width",
     },
+    "sequence-parallel": {"parallel__sequence_parallel": True},
     "checkpointing-dropout": {
         "parallel__activation_checkpointing": "block",
         "model__embedding_dropout": 0.1,
@@ -49,6 +50,7 @@ CASES = [
     (Layout(data=2, stage=0), "dense"),
     (Layout(data=2, stage=2), "masked"),
     (Layout(tensor=2, pipeline=2), "masked"),
+    (Layout(tensor=2, pipeline=2), "sequence-parallel"),
     (Layout(tensor=2, pipeline=2, stage=1), "checkpointing-dropout"),
     (Layout(pipeline=2, data=2, stage=1), "mlra"),
     *((EVERYTHING, option) for option in OPTIONS),

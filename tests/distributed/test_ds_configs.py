@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.steps import train
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
 from tests.support.oracle import assert_gradients_close, reference_run
 from tests.support.pool import WorkerPool
 
@@ -34,7 +33,7 @@ def run_file(worker_pool: Pools, name: str, layout: Layout, timeout: float = 120
     records = worker_pool(layout.world_size).run(train, config, 3, weights, timeout=timeout)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].gradient_norms, expected.gradient_norms, rtol=2e-6)
-    gradients = assemble(ParameterTable(config.model), layout.tensor, [record.gradients for record in records])
+    gradients = assemble(table_of(config), layout.tensor, [record.gradients for record in records])
     assert_gradients_close(gradients, expected.gradients)
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from mlra_scale.model.initialization import initial_state
-from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.layouts import Layout, assemble, layout_config, micro_batches, overwrite, pieces, start
+from tests.support.layouts import Layout, assemble, layout_config, micro_batches, overwrite, pieces, start, table_of
 from tests.support.pool import WorkerPool
 
 Pools = Callable[[int], WorkerPool]
@@ -98,7 +97,7 @@ def without_refusal(rank: int, world_size: int, config: Any) -> tuple[list[Any],
 @pytest.mark.parametrize(("layout", "precision"), WRAPPERS, ids=lambda value: str(value).replace(" ", "-"))
 def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, precision: str) -> None:
     config = layout_config(layout, train__precision=precision)
-    table = ParameterTable(config.model)
+    table = table_of(config)
     reports = worker_pool(layout.world_size).run(survey, config)
     for report in reports:
         assert report["refused"] == (False, False, 1)
@@ -155,7 +154,7 @@ def test_fp16_loss_scale(worker_pool: Pools, stage: int) -> None:
     # The scale that grew did not take anything from the gradients: the moments are those of fp32.
     plain = layout_config(Layout(data=2, stage=stage), optim__grad_clip=0.0)
     ranks = worker_pool(2).run(three_updates, plain)
-    table = ParameterTable(config.model)
+    table = table_of(config)
     found = assemble(table, 1, [report["moments"][0] for report in reports])
     expected = assemble(table, 1, [both[0] for both in ranks])
     name = "blocks.1.mlp.fc_in.weight"

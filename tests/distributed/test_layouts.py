@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from mlra_scale.config import Config
-from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.steps import Record, train
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
 from tests.support.pool import WorkerPool
 
@@ -96,7 +95,7 @@ def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, attention: s
     np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=1e-6)
     np.testing.assert_allclose(first.validation, [expected.validation], rtol=1e-6)
-    table = ParameterTable(in_layout(layout, model__attention=attention).model)
+    table = table_of(in_layout(layout, model__attention=attention))
     gradients = assemble(table, layout.tensor, [record.gradients for record in records])
     worst = assert_gradients_close(gradients, expected.gradients)
     final = assemble(table, layout.tensor, [record.weights for record in records])
@@ -142,7 +141,7 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layo
     )
     config = in_layout(layout, model__attention=attention, train__precision="bf16")
     records = run(worker_pool, config, weights)
-    final = assemble(ParameterTable(config.model), layout.tensor, [record.weights for record in records])
+    final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
     assert_tev_is_numpys(records, config, final["embedding.weight"])
     master = torch.from_numpy(final["embedding.weight"]).float()
     assert not torch.equal(master, master.bfloat16().float()), "these are rounded weights, not the fp32 masters"
@@ -200,7 +199,7 @@ def test_model_options_equal_the_oracle(worker_pool: Pools, layout: Layout, opti
     records = run(worker_pool, config, weights, steps=2)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].validation, [expected.validation], rtol=1e-6)
-    table = ParameterTable(config.model)
+    table = table_of(config)
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
 
 
@@ -211,7 +210,7 @@ def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, at
     config = in_layout(layout, model__attention=attention, train__compile=True)
     records = run(worker_pool, config, weights, steps=1)
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)
-    table = ParameterTable(config.model)
+    table = table_of(config)
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
 
 
@@ -262,20 +261,20 @@ def train_without_latent_reduction(
     """The defect that the gradient test exists for: latents enter the sharded factors without their all-reduce."""
     from mlra_scale.model import attention
 
-    correct = attention.copy_to_tensor_parallel
-    attention.copy_to_tensor_parallel = lambda context, *tensors: list(tensors)
+    correct = attention.enter_tensor_parallel
+    attention.enter_tensor_parallel = lambda context, *tensors: list(tensors)
     try:
         return train(rank, world_size, config, 1, weights)
     finally:
-        attention.copy_to_tensor_parallel = correct
+        attention.enter_tensor_parallel = correct
 
 
 def test_a_missing_reduction_of_the_replicated_factor_is_caught(worker_pool: Pools) -> None:
     weights, expected = oracle("mlra")
-    config = in_layout(Layout(tensor=2))
+    config = in_layout(Layout(tensor=2), parallel__low_rank_plan="replicated")
     records = worker_pool(2).run(train_without_latent_reduction, config, weights)
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)  # the loss does not show it
-    gradients = assemble(ParameterTable(config.model), 2, [record.gradients for record in records])
+    gradients = assemble(table_of(config), 2, [record.gradients for record in records])
     with pytest.raises(AssertionError, match=r"attention\.q\.down\.weight"):
         assert_gradients_close(gradients, expected.gradients)
 
@@ -292,6 +291,6 @@ def test_tev_of_gpt2s_vocabulary(worker_pool: Pools, layout: Layout) -> None:
     }
     config = in_layout(layout, **shape)
     records = worker_pool(layout.world_size).run(train, config, 1)
-    final = assemble(ParameterTable(config.model), layout.tensor, [record.weights for record in records])
+    final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
     assert final["embedding.weight"].shape == (50304, 24)
     assert_tev_is_numpys(records, config, final["embedding.weight"])

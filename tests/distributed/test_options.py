@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from mlra_scale.config import Config
-from mlra_scale.model.parameters import ParameterTable, linear_maps, vector_name
+from mlra_scale.model.parameters import linear_maps, vector_name
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
 from tests.distributed.steps import Record, train
 from tests.distributed.test_layouts import errors
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, micro_batches, start
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, micro_batches, start, table_of
 from tests.support.oracle import ReferenceRun, assert_gradients_close, build_reference, reference_loss, reference_run
 from tests.support.pool import WorkerPool
 
@@ -83,7 +83,7 @@ def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str,
     np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=2e-6)
     # The validation is computed with vectors of its own step: those that the next step would find.
     np.testing.assert_allclose(first.validation, [expected.validation], rtol=1e-6)
-    table = ParameterTable(config.model)
+    table = table_of(config)
     worst = assert_gradients_close(
         assemble(table, layout.tensor, [record.gradients for record in records]), expected.gradients
     )
@@ -190,7 +190,7 @@ def test_a_missing_reduction_is_caught(worker_pool: Pools, option: str, told: st
     config = in_layout(Layout(tensor=2), option, "mlra")
     records = worker_pool(2).run(train_without_reduction, config, weights, option)
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)  # the loss does not show it
-    gradients = assemble(ParameterTable(config.model), 2, [record.gradients for record in records])
+    gradients = assemble(table_of(config), 2, [record.gradients for record in records])
     with pytest.raises(AssertionError, match=told):
         assert_gradients_close(gradients, expected.gradients)
 

@@ -23,6 +23,7 @@ from tests.support.layouts import (
     pieces,
     sharp_weights,
     start,
+    table_of,
 )
 from tests.support.oracle import build_reference
 from tests.support.pool import WorkerPool
@@ -35,10 +36,12 @@ ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
+    "sequence-parallel": {"parallel__sequence_parallel": True},
     "odd-masked": {**ODD, "data__document_attention": "masked", "data__reset_positions": True},
 }
 CASES = [
-    *((Layout(), option) for option in OPTIONS),
+    *((Layout(), option) for option in ("mlra", "dense", "odd-masked")),
+    (Layout(tensor=2), "sequence-parallel"),
     (Layout(tensor=2), "dense"),
     (Layout(pipeline=2), "mlra"),
     (Layout(data=2, stage=0), "odd-masked"),
@@ -132,6 +135,7 @@ def run(worker_pool: Pools, config: Config, layout: Layout) -> list[Account]:
 @cache
 def one_process(worker_pool: Pools, option: str) -> Account:
     """The steps after the clip, which the oracle does not take."""
+    option = "mlra" if option == "sequence-parallel" else option  # which one process cannot have
     return run(worker_pool, clip_config(Layout(), option), Layout())[0]
 
 
@@ -151,12 +155,13 @@ def assert_model_follows(
     np.testing.assert_allclose(account.logits, expected_L.numpy(), rtol=error)
 
 
-def assert_copies_equal(ranks: list[Account]) -> None:
+def assert_copies_equal(config: Config, ranks: list[Account]) -> None:
     """What several ranks hold is the same on all of them, bit by bit."""
+    table = table_of(config)
     seen: dict[tuple[str, int, int], np.ndarray] = {}
     for account in ranks:
         for name, tensor_rank, first, values in account.held:
-            key = (name, 0 if name.endswith("down.weight") else tensor_rank, first)
+            key = (name, 0 if table[name].shard_dim is None else tensor_rank, first)
             np.testing.assert_array_equal(values, seen.setdefault(key, values), err_msg=name)
 
 
@@ -170,11 +175,11 @@ def test_fp32_clips_what_the_oracle_would(worker_pool: Pools, layout: Layout, op
     first = ranks[0]
     for account in ranks:
         assert (account.clips, account.losses) == (first.clips, first.losses), "ranks disagree"
-    assert_copies_equal(ranks)
+    assert_copies_equal(config, ranks)
     assert first.clips[0]["clipped_heads"] == num_clipped
     np.testing.assert_allclose(first.clips[0]["largest_logit"], float(largest.max()), rtol=1e-5)
 
-    found = assemble(ParameterTable(config.model), layout.tensor, [account.owned for account in ranks])
+    found = assemble(table_of(config), layout.tensor, [account.owned for account in ranks])
     weights = {name: tensor.double().numpy() for name, tensor in sharp_weights(config.model).items()}
     for name, value in weights.items():
         factor = factors.get(name, np.ones(len(value))).reshape(-1, *[1] * (value.ndim - 1))
@@ -204,7 +209,7 @@ def test_bf16_scales_the_fp32_weights_and_computes_with_them(worker_pool: Pools,
     config = clip_config(layout, "mlra", "bf16")
     ranks = run(worker_pool, config, layout)
     first, largest = ranks[0], largest_logits("mlra", SAMPLES)
-    assert_copies_equal(ranks)
+    assert_copies_equal(config, ranks)
     # What becomes queries and keys is rounded to 2**-8 some twenty times in a row, now up, now down: errors add up as
     # the root of their number. No head is that near to the threshold.
     error = 20**0.5 * 2**-8
@@ -225,7 +230,7 @@ def test_bf16_scales_the_fp32_weights_and_computes_with_them(worker_pool: Pools,
             masters = torch.from_numpy(after[is_scaled])
             assert masters.numel() < 8 or not torch.equal(masters, masters.bfloat16().float()), "not the fp32 weights"
     assert num_scaled > 0
-    owned = assemble(ParameterTable(config.model), layout.tensor, [account.owned for account in ranks])
+    owned = assemble(table_of(config), layout.tensor, [account.owned for account in ranks])
     assert_model_follows(config, first, owned, largest, error)
 
 

@@ -189,6 +189,15 @@ def test_the_users_communication_type_stays() -> None:
     assert deepspeed_config(config, batch_plan(config, 1))["communication_data_type"] == "bf16"
 
 
+def test_sequence_parallelism_sends_every_ranks_own_part_from_stage_to_stage() -> None:
+    def pipeline(*overrides: str) -> object:
+        config = load_config("debug", overrides=["parallel.tensor=2", "parallel.pipeline=2", *overrides])
+        return deepspeed_config(config, batch_plan(config, 4)).get("pipeline")
+
+    assert pipeline() is None
+    assert pipeline("parallel.sequence_parallel=true") == {"pipe_partitioned": False, "grad_partitioned": False}
+
+
 def test_the_configuration_is_not_changed() -> None:
     config = load_config("debug", overrides=["deepspeed.zero_optimization.stage=1"])
     before = config.to_yaml()

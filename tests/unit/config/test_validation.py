@@ -168,6 +168,33 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
         ),
         ({"deepspeed": {"train_batch_size": 8}}, 1, "deepspeed.train_batch_size", "set train.global_batch_size"),
         (
+            {"parallel": {"sequence_parallel": True}},
+            1,
+            "parallel.sequence_parallel",
+            "parallel.tensor is 1; set it to false, or parallel.tensor to 2 or more",
+        ),
+        (
+            {"parallel": {"sequence_parallel": True, "tensor": 4}, "train": {"sequence_length": 63}},
+            4,
+            "parallel.sequence_parallel",
+            "63 is not divisible by parallel.tensor 4; set it to false, or the length to 60",
+        ),
+        (
+            {"parallel": {"sequence_parallel": True, "tensor": 2, "low_rank_plan": "sharded"}},
+            2,
+            "parallel.low_rank_plan",
+            "use replicated, merged or auto",
+        ),
+        (
+            {
+                "parallel": {"sequence_parallel": True, "tensor": 2, "pipeline": 2},
+                "deepspeed": {"pipeline": {"pipe_partitioned": True, "grad_partitioned": False}},
+            },
+            4,
+            "deepspeed.pipeline.pipe_partitioned",
+            "parallel.sequence_parallel splits them; leave it out",
+        ),
+        (
             {"cluster": {"hang_minutes": 5.0}, "parallel": {"timeout_minutes": 5.0}},
             1,
             "cluster.hang_minutes",
@@ -203,6 +230,9 @@ def test_each_rule(sections: dict[str, dict[str, Any]], world_size: int, field: 
         ({"model": {"qk_norm": True, "sigma_reparam": True, "layer_norm_scaling": True, "depth_scaled_init": True}}, 1),
         ({"model": {"qk_norm": True}, "gradients": {"spectral_iterations": 3}}, 1),
         ({"model": {"layer_norm_scaling": True}, "qk_clip": {"threshold": 90.0}}, 1),
+        ({"parallel": {"sequence_parallel": True, "tensor": 2}, "model": {"attention": "dense"}}, 2),
+        ({"parallel": {"sequence_parallel": True, "tensor": 2, "pipeline": 2}, "model": {"sigma_reparam": True}}, 4),
+        ({"parallel": {"tensor": 2, "pipeline": 2}, "deepspeed": {"pipeline": {"pipe_partitioned": True}}}, 4),
     ],
 )
 def test_what_is_allowed(sections: dict[str, dict[str, Any]], world_size: int) -> None:

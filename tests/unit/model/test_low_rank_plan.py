@@ -1,5 +1,7 @@
 """The cost model of the low-rank projections against counts by hand, and what `auto` makes of it."""
 
+from dataclasses import replace
+
 import pytest
 
 from mlra_scale.config import batch_plan
@@ -30,6 +32,18 @@ def test_counts_of_the_table() -> None:
     assert numbers_sent("merged", SHAPE) == pytest.approx((2 * T * D + 2 * 3 * R * D) * share)
 
 
+def test_counts_of_the_table_with_sequence_parallelism() -> None:
+    T, D, R, t = 4096, 1024, 512, 8
+    split = replace(SHAPE, has_sequence_parallel=True)
+    assert multiply_adds("replicated", split) == 3 * T * D * R / t + 3 * T * R * D / t
+    assert multiply_adds("merged", split) == multiply_adds("merged", SHAPE)
+    share = (t - 1) / t
+    assert numbers_sent("replicated", split) == pytest.approx((3 * 3 * T * R + 2 * 3 * R * D) * share)
+    assert numbers_sent("merged", split) == pytest.approx((3 * T * D + 2 * 3 * R * D) * share)
+    with_dense = replace(split, factorised=2, has_dense=True)
+    assert numbers_sent("replicated", with_dense) == pytest.approx((3 * 2 * T * R + 3 * T * D + 2 * 2 * R * D) * share)
+
+
 def test_one_rank_sends_nothing_and_merges_only_large_ranks() -> None:
     alone = {rank: Shape(4096, 1024, rank, ranks=1) for rank in (256, 512, 900)}
     assert all(numbers_sent(plan, alone[512]) == 0 for plan in PLANS)
@@ -53,6 +67,7 @@ def test_what_is_possible() -> None:
     assert possible() == ["replicated", "sharded", "merged"]
     assert possible(model__attention_rank=9) == ["replicated", "merged"]
     assert possible(model__sigma_reparam=True) == ["replicated"]
+    assert possible(parallel__sequence_parallel=True) == ["replicated", "merged"]
 
 
 @pytest.mark.parametrize("attention", ["mlra", "dense"])

@@ -33,6 +33,13 @@ def test_a_mask_depends_on_the_sample_not_on_its_place() -> None:
     assert torch.equal(together[2:3], alone)
 
 
+def test_a_mask_depends_on_the_position_not_on_where_the_sequence_is_cut() -> None:
+    ids = torch.tensor([5, 6])
+    whole = dropout_hidden(torch.ones(2, 12, 8), 0.5, 3, ids)
+    parts = [dropout_hidden(torch.ones(2, 4, 8), 0.5, 3, ids, first) for first in (0, 4, 8)]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+
+
 def test_an_attention_mask_depends_on_the_global_head() -> None:
     ids = torch.tensor([3, 4])
     whole = dropout_attention(torch.ones(2, 4, 8, 8), 0.5, 3, ids, first_head=0)

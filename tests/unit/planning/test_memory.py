@@ -80,6 +80,24 @@ def test_qk_norm_keeps_queries_and_keys_twice() -> None:
     assert difference == 4 * 2 * plain.model.hidden_size / 2
 
 
+def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:
+    plain, plan = case(4, "parallel.tensor=4", "model.attention=dense")
+    width, tokens = plain.model.hidden_size, plan.micro_batch_size * plan.sequence_length
+    split, _ = case(4, "parallel.tensor=4", "model.attention=dense", "parallel.sequence_parallel=true")
+    assert block_bytes_per_token(plain, plan) == 4 * width * (4 + 12 / 4)
+    assert block_bytes_per_token(split, plan) == 4 * width * 16 / 4
+    before, after = (rank_memory(config, plan, 0).activations for config in (plain, split))
+    ends = 4 * width * (3 - (1 / 4 + 1 + 1 / 4))
+    assert before - after == tokens * (plain.model.num_layers * 4 * width * 3 + ends)
+    mlra, _ = case(4, "parallel.tensor=4", "parallel.sequence_parallel=true")
+    assert block_bytes_per_token(mlra, plan) == 4 * width * (16 + 1.5) / 4
+    checkpointed, _ = case(
+        4, "parallel.tensor=4", "parallel.sequence_parallel=true", "parallel.activation_checkpointing=block"
+    )
+    # Inputs of blocks are split; of the one that is computed again, what was gathered is whole.
+    assert block_bytes_per_token(checkpointed, plan) == 4 * width * (2 / 4 + 2 + 12 / 4 + 1.5)
+
+
 def test_checkpointing_keeps_less_but_for_the_logits() -> None:
     config, plan = case(1)
     checkpointed, _ = case(1, "parallel.activation_checkpointing=block")

@@ -1,0 +1,103 @@
+"""What a rank really computes and sends for q, k and v, counted as it happens, is what the cost model says.
+
+`pytest tests/distributed/test_low_rank_costs.py -s` prints the table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlra_scale.config import Config, batch_plan
+from mlra_scale.model.low_rank_plan import PLANS, multiply_adds, numbers_sent, shape_of
+from mlra_scale.model.parameters import LowRankPlan
+from tests.support.layouts import Layout, layout_config, start
+from tests.support.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+
+
+@dataclass
+class Cost:
+    """Of one rank.
+
+    Attributes:
+        multiply_adds: In matrix products of the forward pass.
+        multiply_adds_backward: Likewise, of the backward pass.
+        numbers: Sent in both, times t / (t - 1): those of a gathered tensor once, of a summed one twice.
+    """
+
+    multiply_adds: float
+    multiply_adds_backward: float
+    numbers: int
+
+
+class CountNumbers(TorchDispatchMode):
+    """Adds up what collectives send while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if func.namespace == "c10d":
+            assert name in ("allreduce_", "_allgather_base_", "_reduce_scatter_base_"), name
+            gathered = args[0] if name == "_allgather_base_" else args[1]
+            self.total += 2 * sum(part.numel() for part in args[0]) if name == "allreduce_" else gathered.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def count(rank: int, world_size: int, config: Config) -> Cost:
+    """Counts one block's q, k and v of one micro-batch."""
+    engine, plan = start(config, world_size)
+    attention = engine.module.blocks[0].attention
+    length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
+    hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)
+    with CountNumbers() as numbers:
+        with FlopCounterMode(display=False) as forward:
+            q_BNSH, k_BNSH, v_BNSH = attention._project(hidden_BSD)
+        with FlopCounterMode(display=False) as backward:
+            (q_BNSH.square().sum() + k_BNSH.square().sum() + v_BNSH.square().sum()).backward()
+    return Cost(forward.get_total_flops() / 2, backward.get_total_flops() / 2, numbers.total)
+
+
+PROJECTIONS = {"mlra": ("q", "k", "v"), "v-dense": ("q", "k"), "dense": ()}
+WAYS: list[tuple[LowRankPlan, bool]] = [(plan, False) for plan in PLANS] + [("replicated", True), ("merged", True)]
+CASES = [(model, *way, tensor) for model, tensor in (("mlra", 2), ("mlra", 4), ("v-dense", 2)) for way in WAYS]
+CASES += [("dense", "replicated", is_split, 2) for is_split in (False, True)]
+
+
+@pytest.mark.parametrize(("model", "plan", "is_split", "tensor"), CASES)
+def test_the_cost_model_counts_what_happens(
+    worker_pool: Pools, model: str, plan: LowRankPlan, is_split: bool, tensor: int
+) -> None:
+    factorised = PROJECTIONS[model]
+    options: dict[str, Any] = {"model__factorised_projections": factorised} if factorised else {}
+    config = layout_config(
+        Layout(tensor=tensor),
+        model__attention="mlra" if factorised else "dense",
+        parallel__low_rank_plan=plan,
+        parallel__sequence_parallel=is_split,
+        **options,
+    )
+    shape = shape_of(config, batch_plan(config, tensor))
+    ranks = worker_pool(tensor).run(count, config)
+    assert all(cost == ranks[0] for cost in ranks)
+    # The dense ones of q, k and v are no matter of a plan.
+    dense = (3 - len(factorised)) * shape.tokens * shape.hidden_size**2 / tensor
+    expected = multiply_adds(plan, shape) + dense if factorised else dense
+    assert ranks[0].multiply_adds == expected
+    assert ranks[0].multiply_adds_backward == 2 * expected
+    if factorised:
+        assert ranks[0].numbers == pytest.approx(numbers_sent(plan, shape) * tensor / (tensor - 1))
+    else:
+        assert ranks[0].numbers == (3 if is_split else 2) * shape.tokens * shape.hidden_size
+    print(
+        f"{model:<8} TP {tensor} {plan:<11}{'sequence parallel' if is_split else '':<18}"
+        f"multiply-adds {ranks[0].multiply_adds:>9,.0f}   numbers {ranks[0].numbers:>7,}"
+    )
