@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,40 +62,50 @@ def one_process_mesh(device: str) -> Iterator[Topology]:
         dist.destroy_process_group()
 
 
-def config_of(shape: Shape, attention: str, precision: str) -> Config:
-    """The package's configuration of a shape."""
-    return Config.from_dict(
-        {
-            "model": {
-                "vocab_size": shape.vocab_size,
-                "max_positions": shape.sequence_length,
-                "num_layers": shape.num_layers,
-                "hidden_size": shape.hidden_size,
-                "num_heads": shape.num_heads,
-                "attention": attention,
-            },
-            "train": {
-                "steps": 1_000,
-                "global_batch_size": shape.batch_size,
-                "micro_batch_size": shape.batch_size,
-                "sequence_length": shape.sequence_length,
-                "precision": precision,
-            },
-            "optim": {
-                "lr": LEARNING_RATE,
-                "betas": list(BETAS),
-                "eps": EPSILON,
-                "weight_decay": WEIGHT_DECAY,
-                "grad_clip": CLIP,
-            },
-        }
-    )
+def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[str, Any]) -> Config:
+    """The package's configuration of a shape: the only place where benchmarks make one.
+
+    Args:
+        shape: What is trained.
+        attention: "dense" or "mlra".
+        precision: "fp32" or "bf16".
+        **sections: Fields beside or in place of those below, by section: `model={"attention_rank": 32}`.
+    """
+    values: dict[str, dict[str, Any]] = {
+        "model": {
+            "vocab_size": shape.vocab_size,
+            "max_positions": shape.sequence_length,
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "num_heads": shape.num_heads,
+            "attention": attention,
+        },
+        "train": {
+            "steps": 1_000,
+            "global_batch_size": shape.batch_size,
+            "micro_batch_size": shape.batch_size,
+            "sequence_length": shape.sequence_length,
+            "precision": precision,
+        },
+        "optim": {
+            "lr": LEARNING_RATE,
+            "betas": list(BETAS),
+            "eps": EPSILON,
+            "weight_decay": WEIGHT_DECAY,
+            "grad_clip": CLIP,
+        },
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields}
+    return Config.from_dict(values)
 
 
-def build_ours(shape: Shape, attention: str, precision: str, topology: Topology) -> Engine:
-    """The package's engine for one process, DeepSpeed around it included."""
-    config = config_of(shape, attention, precision)
-    return build_engine(config, batch_plan(config, 1), topology)
+def build_ours(
+    shape: Shape, attention: str, precision: str, topology: Topology, **sections: Mapping[str, Any]
+) -> Engine:
+    """The package's engine, DeepSpeed around it included; `sections` as for `config_of`."""
+    config = config_of(shape, attention, precision, **sections)
+    return build_engine(config, batch_plan(config, topology.world_size), topology)
 
 
 def step_of_engine(engine: Engine) -> Step:
