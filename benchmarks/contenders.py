@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.baseline_gpt2 import BaselineGPT2, decay_groups
 from mlra_scale.config import Config, batch_plan
@@ -137,6 +136,9 @@ class TransformersGPT2(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        # Here, because processes that measure ours alone would spend a third of their start on it.
+        from transformers import GPT2Config, GPT2LMHeadModel
+
         config = GPT2Config(
             vocab_size=shape.vocab_size,
             n_positions=shape.sequence_length,

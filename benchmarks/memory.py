@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -58,7 +59,7 @@ def peak_within(trace: profile, region: str) -> int:
         region: The name of its `record_function`.
     """
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
-    events = list(trace.profiler.kineto_results.events())
+    events: list[Any] = list(trace.profiler.kineto_results.events())
     (marked,) = (event for event in events if event.name() == region)
     begin, end = marked.start_ns(), marked.start_ns() + marked.duration_ns()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
