@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.baseline_gpt2 import BaselineGPT2, decay_groups
-from mlra_scale.config import Config, batch_plan
+from mlra_scale.config import Config, ParallelConfig, batch_plan
 from mlra_scale.data import Batch
 from mlra_scale.parallel import Engine, Topology, build_engine, build_topology, destroy_topology, initialize_distributed
 
@@ -97,6 +97,11 @@ def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}
     return Config.from_dict(values)
+
+
+def compiled_sections() -> dict[str, dict[str, Any]] | None:
+    """Fields with which our trainer compiles its blocks, for `config_of`; None while the package has no such option."""
+    return {"parallel": {"compile": True}} if "compile" in ParallelConfig.model_fields else None
 
 
 def build_ours(
