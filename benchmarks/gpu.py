@@ -22,6 +22,7 @@ code at a tiny size.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -240,7 +241,7 @@ def compare_fp32(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) 
         for name, value in exact.items()
         if name != "loss"
     }
-    worst = max(shares, key=lambda name: shares[name])
+    worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     return {
         "loss": loss,
         "loss_bound": 1e-5,

@@ -86,9 +86,7 @@ def time_contender(
         seconds = []
         for turn in range(rounds):
             batches = [shape.batch(3 + turn * steps + index) for index in range(steps)]
-            seconds.append(
-                seconds_of(lambda batches=batches: [started.step(batch) for batch in batches], device) / steps
-            )  # type: ignore[misc]
+            seconds.append(seconds_of(lambda given: [started.step(batch) for batch in given], device, batches) / steps)
     except torch.OutOfMemoryError as error:
         return {"failed": f"out of memory ({str(error).splitlines()[0]})", "product_flops": max(rates)}
     return {
@@ -113,12 +111,12 @@ def build(name: str, shape: Shape, topology: Topology, precision: str) -> Step:
     return step_of_module(module, topology.device, precision, is_compiled)
 
 
-def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the device has finished an action."""
+def seconds_of(action: Callable[..., Any], device: torch.device, *arguments: Any) -> float:
+    """Seconds until the device has finished an action on these arguments."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    action()
+    action(*arguments)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
