@@ -25,7 +25,7 @@ from mlra_scale.parallel import Topology, build_topology, destroy_topology, init
 
 DENSE = "dense"
 REPEATS = 2
-"""Passes that are timed together."""
+"""Passes of the projections that are timed together; a whole step is long enough alone."""
 RATE_PASSES = 10
 """Matrix products, or all-reduces, within one pass of a rate: they are short."""
 
@@ -116,9 +116,9 @@ def measure(tensor: int, shape: Shape, tokens: Sequence[int], parts: Sequence[in
     for count in tokens:
         actions = {str(plan): Projections(shape, plan, count, topology.tensor_group).run for plan in plans}
         actions |= _rates(shape, count, topology)
-        found["projections"][count] = _in_turns(actions, rounds)
+        found["projections"][count] = _in_turns(actions, rounds, REPEATS)
     steps = {str(plan): _whole_step(shape, plan, topology) for plan in plans}
-    found["steps"] = _in_turns(steps, rounds)
+    found["steps"] = _in_turns(steps, rounds, 1)
     destroy_topology(topology)
     return found
 
@@ -150,7 +150,7 @@ def _whole_step(shape: Shape, plan: Plan, topology: Topology) -> Callable[[], An
     return lambda: engine.train_batch([batch], LEARNING_RATE)
 
 
-def _in_turns(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _in_turns(actions: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, list[float]]:
     """Seconds by action and round, after one warm-up; all ranks begin and end together."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
@@ -159,11 +159,11 @@ def _in_turns(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
         for name in names[shift:] + names[:shift]:
             dist.barrier()
             begin = time.perf_counter()
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 actions[name]()
             dist.barrier()
             if turn > 0:
-                seconds[name].append((time.perf_counter() - begin) / REPEATS)
+                seconds[name].append((time.perf_counter() - begin) / repeats)
     return seconds
 
 
