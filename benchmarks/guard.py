@@ -21,7 +21,7 @@ import torch
 from mlra_scale import train
 from mlra_scale.config import BatchPlan, ConfigError
 from mlra_scale.data import Batch, SampleStream
-from mlra_scale.model import loss
+from mlra_scale.model import layers
 from mlra_scale.parallel import StepResult
 from mlra_scale.parallel.engine import EngineBase
 from mlra_scale.study.grid import Study, cells_of, load_study
@@ -72,7 +72,7 @@ class Poison:
 def poisoned(poison: Poison) -> Iterator[None]:
     """Poisons the runs of this process until the end of the block."""
     read, rate = feed.read_batches, trainer.learning_rate
-    train_batch, cross_entropy = EngineBase.train_batch, loss.vocab_parallel_cross_entropy
+    train_batch, head_loss = EngineBase.train_batch, layers.head_loss
     done: set[int] = set()
     factor = 1.0
 
@@ -92,14 +92,14 @@ def poisoned(poison: Poison) -> Iterator[None]:
         finally:
             factor = 1.0
 
-    def spoiled_cross_entropy(*arguments: Any) -> torch.Tensor:
-        return cross_entropy(*arguments) * factor
+    def spoiled_loss(*arguments: Any) -> torch.Tensor:
+        return head_loss(*arguments) * factor
 
     with (
         mock.patch.object(feed, "read_batches", read_batches),
         mock.patch.object(trainer, "learning_rate", learning_rate),
         mock.patch.object(EngineBase, "train_batch", train_spoiled),
-        mock.patch.object(loss, "vocab_parallel_cross_entropy", spoiled_cross_entropy),
+        mock.patch.object(layers, "head_loss", spoiled_loss),
     ):
         yield
 

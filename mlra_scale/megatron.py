@@ -33,7 +33,6 @@ with _without_compiler():
         VocabParallelEmbedding,
         copy_to_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
-        vocab_parallel_cross_entropy,
     )
 
 __all__ = [
@@ -50,5 +49,4 @@ __all__ = [
     "copy_to_tensor_model_parallel_region",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
-    "vocab_parallel_cross_entropy",
 ]

@@ -57,6 +57,9 @@ class TrainConfig(Section):
     peak_tflops: float | None = Field(
         None, gt=0.0, description="Peak of one device in TFLOP/s, for MFU; null: looked up, or MFU is left out."
     )
+    compile: bool = Field(
+        False, description="Run the blocks through torch.compile (needs a compiler at run time; not with ZeRO 3)."
+    )
     max_consecutive_overflows: int = Field(
         50,
         ge=1,
@@ -100,8 +103,10 @@ class ParallelConfig(Section):
     engine: Literal["auto", "pipeline", "zero"] = Field(
         "auto", description="auto: pipeline if there are several stages, else zero."
     )
-    activation_checkpointing: Literal["none", "block"] = Field(
-        "none", description="block: keep only each block's input and recompute the rest in the backward pass."
+    activation_checkpointing: Literal["none", "selective", "block"] = Field(
+        "none",
+        description="What the backward pass computes again instead of keeping it. selective: layer norms and GELU, a "
+        "third of what a block keeps; block: everything but each block's input.",
     )
     low_rank_plan: Literal["auto", "replicated", "sharded", "merged"] = Field(
         "auto",

@@ -170,6 +170,18 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
             "cpu",
             f"works with ZeRO stage 3 only, not {stage}; set zero_optimization.stage to 3 or take it out",
         )
+    if config.train.compile and stage == 3:
+        yield Problem(
+            "train.compile",
+            "true",
+            "is not for ZeRO stage 3, whose layers fetch their weights between the operations; use stage 2 or lower",
+        )
+    if config.train.compile and parallel.activation_checkpointing == "selective":
+        yield Problem(
+            "parallel.activation_checkpointing",
+            "selective",
+            "is what the compiler does by itself (train.compile); use none or block",
+        )
 
 
 def _run_problems(config: Config, device: str) -> Iterator[Problem]:

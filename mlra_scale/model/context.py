@@ -1,6 +1,7 @@
 """What every layer needs to know besides its inputs, handed down explicitly instead of through globals."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from mlra_scale.config import ModelConfig
 from mlra_scale.megatron import ModelParallelConfig
 from mlra_scale.model.initialization import Initializer
 from mlra_scale.model.parameters import LowRankPlan
+
+ActivationCheckpointing = Literal["none", "selective", "block"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class ModelContext:
         seed: The run's seed: keys initial weights and dropout masks.
         tensor_group: The tensor-parallel group (its size is the TP degree).
         has_document_mask: Whether attention stops at document boundaries.
-        has_activation_checkpointing: Whether blocks recompute their activations in the backward pass.
+        activation_checkpointing: What blocks compute again in the backward pass: "none", "selective" (what is cheap,
+            see recomputation.py) or "block" (all).
+        has_compiled_blocks: Whether blocks run through torch.compile.
         low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
     """
 
@@ -28,7 +33,8 @@ class ModelContext:
     seed: int
     tensor_group: dist.ProcessGroup
     has_document_mask: bool = False
-    has_activation_checkpointing: bool = False
+    activation_checkpointing: ActivationCheckpointing = "none"
+    has_compiled_blocks: bool = False
     low_rank_plan: LowRankPlan = "replicated"
     initialize: Initializer = field(init=False)
     megatron: ModelParallelConfig = field(init=False)

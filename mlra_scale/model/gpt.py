@@ -5,11 +5,10 @@ from torch import nn
 
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.layers import TokenEmbedding, model_layers
-from mlra_scale.model.loss import language_model_loss
 
 
 class OutputHead(nn.Module):
-    """Logits through the tied token embedding, which it refers to without owning it.
+    """Loss, or logits, through the tied token embedding, which it refers to without owning it.
 
     A module of its own, so that ZeRO-3 gathers the embedding around the head's forward and backward only.
     """
@@ -18,8 +17,12 @@ class OutputHead(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # a tuple hides it from the module tree: the weight is the embedding's
 
-    def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        return self._embedding[0].logits(hidden_BSD)
+    def forward(self, hidden_BSD: torch.Tensor, targets_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the mean loss, or without targets the logits."""
+        embedding = self._embedding[0]
+        if targets_BS is None:
+            return embedding.logits(hidden_BSD)
+        return embedding.loss(hidden_BSD, targets_BS, self.training)
 
 
 class GPT(nn.Module):
@@ -44,10 +47,13 @@ class GPT(nn.Module):
         sample_ids_B: torch.Tensor,
     ) -> torch.Tensor:
         """This rank's columns of the logits, [B, S, V_padded / TP]; padded columns are -inf."""
-        stream = self.positions(self.embedding((tokens_BS, positions_BS, documents_BS, sample_ids_B)))
+        return self.head(self._hidden(tokens_BS, positions_BS, documents_BS, sample_ids_B))
+
+    def _hidden(self, *inputs: torch.Tensor) -> torch.Tensor:
+        stream = self.positions(self.embedding(inputs))
         for block in self.blocks:
             stream = block(stream)
-        return self.head(self.final_norm(stream))
+        return self.final_norm(stream)
 
     def forward(
         self,
@@ -57,6 +63,5 @@ class GPT(nn.Module):
         sample_ids_B: torch.Tensor,
         targets_BS: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean loss of a micro-batch (see `language_model_loss`)."""
-        logits_BSV = self.logits(tokens_BS, positions_BS, documents_BS, sample_ids_B)
-        return language_model_loss(self.context, logits_BSV, targets_BS, self.training)
+        """Mean loss of a micro-batch (see `head_loss`)."""
+        return self.head(self._hidden(tokens_BS, positions_BS, documents_BS, sample_ids_B), targets_BS)

@@ -7,7 +7,10 @@ Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +21,9 @@ from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
 from mlra_scale.model.linear import column_linear, copy_to_tensor_parallel, row_linear
+from mlra_scale.model.loss import head_loss
 from mlra_scale.model.randomness import dropout_hidden, key_of
+from mlra_scale.model.recomputation import recomputed
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -52,10 +57,17 @@ class TokenEmbedding(VocabParallelEmbedding):
         return (hidden_BSD if factor == 1.0 else hidden_BSD * factor, *rest)
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the output logits, [B, S, V]; padded columns are -inf."""
+        """This rank's columns of the output logits, [B, S, V]; padded columns are -inf. Training has `loss` instead."""
         (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
-        bias_V = None if self.padding_bias_V is None else self.padding_bias_V.to(self.weight.dtype)
-        return functional.linear(entered_BSD, self.weight, bias_V)
+        return functional.linear(entered_BSD, self.weight, self._bias())
+
+    def loss(self, hidden_BSD: torch.Tensor, targets_BS: torch.Tensor, is_training: bool) -> torch.Tensor:
+        """Mean loss of a micro-batch by the output head (see `head_loss`)."""
+        (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
+        return head_loss(self.context, entered_BSD, self.weight, self._bias(), targets_BS, is_training)
+
+    def _bias(self) -> torch.Tensor | None:
+        return None if self.padding_bias_V is None else self.padding_bias_V.to(self.weight.dtype)
 
 
 class PositionEmbedding(nn.Module):
@@ -81,6 +93,16 @@ class PositionEmbedding(nn.Module):
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
 
+def recomputing(
+    context: ModelContext, output: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: Any, **options: Any
+) -> AbstractContextManager[None]:
+    """With selective checkpointing, what follows does not keep `output` = function(*inputs) but computes it again."""
+    if context.activation_checkpointing != "selective" or not torch.is_grad_enabled():
+        return nullcontext()
+    detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
+    return recomputed(output, partial(function, *detached, **options))
+
+
 class FeedForward(nn.Module):
     """GPT-2's two-layer perceptron with the tanh form of GELU.
 
@@ -97,7 +119,9 @@ class FeedForward(nn.Module):
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         (entered_BSD,) = copy_to_tensor_parallel(self.context, hidden_BSD)
         expanded_BSF, _ = self.fc_in(entered_BSD)
-        output_BSD, _ = self.fc_out(functional.gelu(expanded_BSF, approximate="tanh"))
+        activated_BSF = functional.gelu(expanded_BSF, approximate="tanh")
+        with recomputing(self.context, activated_BSF, functional.gelu, expanded_BSF, approximate="tanh"):
+            output_BSD, _ = self.fc_out(activated_BSF)
         return output_BSD
 
 
@@ -109,15 +133,26 @@ class BlockNorm(nn.LayerNorm):
 
     def __init__(self, context: ModelContext, block: int) -> None:
         super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
+        self.context = context
         self.factor = context.model.norm_factor(block)
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         if self.factor == 1.0:
             return super().forward(hidden_BSD)
-        # On weight and bias, which are small and where an export has it, not on the output.
-        return functional.layer_norm(
-            hidden_BSD, self.normalized_shape, self.weight * self.factor, self.bias * self.factor, self.eps
+        return functional.layer_norm(hidden_BSD, self.normalized_shape, *self._scaled(), self.eps)
+
+    def recomputing(self, hidden_BSD: torch.Tensor, normed_BSD: torch.Tensor) -> AbstractContextManager[None]:
+        """See `recomputing`. With copies of weight and bias: ZeRO-3 takes those away when the layer is done."""
+        copies = [parameter.detach().clone() for parameter in self._scaled()]
+        return recomputing(
+            self.context, normed_BSD, functional.layer_norm, hidden_BSD, self.normalized_shape, *copies, self.eps
         )
+
+    def _scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.factor == 1.0:
+            return self.weight, self.bias
+        # On weight and bias, which are small and where an export has it, not on the output.
+        return self.weight * self.factor, self.bias * self.factor
 
 
 class Block(nn.Module):
@@ -135,24 +170,34 @@ class Block(nn.Module):
         self.mlp_norm = BlockNorm(context, index)
         self.mlp = FeedForward(context, f"{name}.mlp")
         self.dropout_keys = tuple(key_of(context.seed, f"{name}/{site}") for site in ("attention", "mlp"))
+        if context.has_compiled_blocks:
+            self._compiled = torch.compile(self._residual, dynamic=False)
 
     def forward(self, stream: Stream) -> Stream:
         hidden_BSD, documents_BS, sample_ids_B = self.context.unpack(stream)
-        if self.context.has_activation_checkpointing and torch.is_grad_enabled():
+        # What observes attention from within is not to be compiled.
+        is_compiled = self.context.has_compiled_blocks and self.attention.recorder is None
+        residual = self._compiled if is_compiled else self._residual
+        if self.context.activation_checkpointing == "block" and torch.is_grad_enabled():
             # No generator state to preserve: dropout is keyed, so the recomputation draws the same masks.
             hidden_BSD = checkpoint(
-                self._residual, hidden_BSD, documents_BS, sample_ids_B, use_reentrant=False, preserve_rng_state=False
+                residual, hidden_BSD, documents_BS, sample_ids_B, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            hidden_BSD = self._residual(hidden_BSD, documents_BS, sample_ids_B)
+            hidden_BSD = residual(hidden_BSD, documents_BS, sample_ids_B)
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
     def _residual(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
-        attended_BSD = self.attention(self.attention_norm(hidden_BSD), documents_BS, sample_ids_B)
+        normed_BSD = self.attention_norm(hidden_BSD)
+        with self.attention_norm.recomputing(hidden_BSD, normed_BSD):
+            attended_BSD = self.attention(normed_BSD, documents_BS, sample_ids_B)
         hidden_BSD = hidden_BSD + self._dropout(attended_BSD, 0, sample_ids_B)
-        return hidden_BSD + self._dropout(self.mlp(self.mlp_norm(hidden_BSD)), 1, sample_ids_B)
+        normed_BSD = self.mlp_norm(hidden_BSD)
+        with self.mlp_norm.recomputing(hidden_BSD, normed_BSD):
+            expanded_BSD = self.mlp(normed_BSD)
+        return hidden_BSD + self._dropout(expanded_BSD, 1, sample_ids_B)
 
     def _dropout(self, branch_BSD: torch.Tensor, site: int, sample_ids_B: torch.Tensor | None) -> torch.Tensor:
         probability = self.context.model.residual_dropout if self.training else 0.0

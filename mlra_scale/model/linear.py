@@ -74,6 +74,24 @@ class ReplicatedLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
+class ColumnLinear(ColumnParallelLinear):
+    """Megatron's column-parallel map; in one process the bias is part of the matrix product, not a pass of its own."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if self.tp_group.size() > 1:
+            return super().forward(x)
+        return functional.linear(x, self.weight, self.bias), None
+
+
+class RowLinear(RowParallelLinear):
+    """Megatron's row-parallel map; in one process the bias is part of the matrix product, not a pass of its own."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if self.tp_group.size() > 1:
+            return super().forward(x)
+        return functional.linear(x, self.weight, self.bias), None
+
+
 class SpectralColumnLinear(ColumnParallelLinear):
     """A column-parallel map with sigmaReparam: a dense one, or the up factor of q, k or v.
 
@@ -154,7 +172,7 @@ def column_linear(
     The caller reduces the input's gradient (`copy_to_tensor_parallel`), so that several projections share one
     all-reduce.
     """
-    build: Any = ColumnParallelLinear
+    build: Any = ColumnLinear
     if context.model.sigma_reparam:
         build = partial(SpectralColumnLinear, spectral_norm or SpectralNorm(context, name))
     out_features, in_features = context.initialize.table[f"{name}.weight"].shape
@@ -172,7 +190,7 @@ def column_linear(
 
 def row_linear(context: ModelContext, name: str) -> RowParallelLinear:
     """y = sum over ranks of x_local W_local^T, + b; W [out, in] sharded over TP on dim 1, b [out] replicated."""
-    build: Any = RowParallelLinear
+    build: Any = RowLinear
     if context.model.sigma_reparam:
         build = partial(SpectralRowLinear, SpectralNorm(context, name))
     return _built_row(build, context, name, has_bias=True)
@@ -287,7 +305,7 @@ class LowRankOutputProjection(nn.Module):
 
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
-        down: Any = RowParallelLinear
+        down: Any = RowLinear
         if context.model.sigma_reparam:
             spectral_norm = SpectralNorm(context, name)
             down = partial(SpectralRowDown, spectral_norm)

@@ -1,5 +1,7 @@
 """Chooses and builds the engine that a configuration asks for."""
 
+import torch
+
 from mlra_scale.config import BatchPlan, Config, engine_kind
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.low_rank_plan import low_rank_plan
@@ -22,12 +24,19 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
     Returns:
         The engine, weights initialized.
     """
+    if config.train.compile:
+        # Blocks that differ in a number (dropout keys, scaled norms) are compiled one by one, for training and for
+        # evaluation; past its limit the compiler would quietly give up.
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, 2 * config.model.num_layers + 8
+        )
     context = ModelContext(
         model=config.model,
         seed=config.train.seed,
         tensor_group=topology.tensor_group,
         has_document_mask=config.data.document_attention == "masked",
-        has_activation_checkpointing=config.parallel.activation_checkpointing == "block",
+        activation_checkpointing=config.parallel.activation_checkpointing,
+        has_compiled_blocks=config.train.compile,
         low_rank_plan=low_rank_plan(config, plan),
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine

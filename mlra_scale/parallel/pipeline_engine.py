@@ -16,7 +16,6 @@ from torch import nn
 from mlra_scale.config import BatchPlan, Config
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.layers import Layer, TokenEmbedding, model_layers
-from mlra_scale.model.loss import language_model_loss
 from mlra_scale.parallel.engine import EngineBase
 from mlra_scale.parallel.interface import MicroBatch
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
@@ -34,6 +33,11 @@ class _BuildLayer(LayerSpec):
         return self.layer.build()
 
 
+def _hidden_of_head(_embedding: TokenEmbedding, hidden_BSD: torch.Tensor) -> torch.Tensor:
+    """What the head's layer hands to the loss, which is made with the head in one."""
+    return hidden_BSD
+
+
 class _BuildTiedLayer(TiedLayerSpec):
     """The token embedding, at both ends of the pipeline; the last stage uses its copy as the head."""
 
@@ -41,7 +45,7 @@ class _BuildTiedLayer(TiedLayerSpec):
         super().__init__(
             "embedding",
             layer.module_class,
-            forward_fn=TokenEmbedding.logits if is_head else None,
+            forward_fn=_hidden_of_head if is_head else None,
             tied_weight_attr="weight",
         )
         self.layer = layer
@@ -81,8 +85,8 @@ class PipelineEngine(EngineBase):
             module: PipelineModule = PipelineModule(
                 layers=specs,
                 topology=PipeModelDataParallelTopology(topology.pipeline, topology.tensor, topology.data),
-                loss_fn=lambda logits_BSV, targets_BS: language_model_loss(
-                    context, logits_BSV, targets_BS, is_training=module.training
+                loss_fn=lambda hidden_BSD, targets_BS: module.tied_modules["embedding"].loss(
+                    hidden_BSD, targets_BS, is_training=module.training
                 ),
                 partition_method="type:^Block$",
             )

@@ -180,6 +180,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "z-loss": {"model__z_loss": 1e-2},
     "masked-documents": {"data__document_attention": "masked", "data__reset_positions": True},
     "checkpointing": {"parallel__activation_checkpointing": "block"},
+    "selective-checkpointing": {"parallel__activation_checkpointing": "selective"},
     # Nothing divides by two, so that ZeRO cuts rows and pads the last rank's piece.
     "odd-shapes": {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50},
     "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120},
@@ -199,6 +200,19 @@ def test_model_options_equal_the_oracle(worker_pool: Pools, layout: Layout, opti
     records = run(worker_pool, config, weights, steps=2)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].validation, [expected.validation], rtol=1e-6)
+    table = ParameterTable(config.model)
+    assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
+
+
+@pytest.mark.parametrize("attention", ["mlra", "dense"])
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tensor=2, pipeline=2, stage=1), Layout(tensor=2, data=2, stage=2)], ids=identify
+)
+def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
+    weights, expected = oracle(attention)
+    config = in_layout(layout, model__attention=attention, train__compile=True)
+    records = run(worker_pool, config, weights, steps=1)
+    np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)
     table = ParameterTable(config.model)
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
 

@@ -18,10 +18,10 @@ FIELDS = {
     "data": "path blend validation_path validation_fraction tokenizer document_attention reset_positions "
     "end_of_document_token seed",
     "train": "steps global_batch_size micro_batch_size sequence_length seed precision device log_every peak_tflops "
-    "max_consecutive_overflows",
+    "compile max_consecutive_overflows",
     "optim": "lr betas eps weight_decay decay_factors decay_embedding grad_clip schedule warmup_steps decay_steps "
     "min_lr_ratio",
-    "parallel": "tensor pipeline engine activation_checkpointing timeout_minutes world_size",
+    "parallel": "tensor pipeline engine activation_checkpointing low_rank_plan timeout_minutes world_size",
     "tev": "every quantiles extremes",
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
@@ -103,7 +103,7 @@ def test_a_resolved_configuration_loads_back_equal(name: str) -> None:
         ("optim", "decay_factors", "yes", "must be true or false, not text"),
         ("model", "attention", "mrla", "must be one of mlra, dense; did you mean 'mlra'?"),
         ("wandb", "mode", "off", "must be one of auto, online, offline, disabled; did you mean 'disabled'?"),
-        ("parallel", "activation_checkpointing", False, "must be one of none, block; did you mean 'none'?"),
+        ("parallel", "activation_checkpointing", False, "must be one of none, selective, block; did you mean 'none'?"),
         ("model", "factorised_projections", ["q", "q"], "names a projection twice"),
         ("model", "attention_rank_ratio", 1.5, "must be <= 1"),
         ("model", "attention_dropout", 1.0, "must be < 1"),

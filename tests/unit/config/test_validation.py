@@ -158,6 +158,13 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "deepspeed.zero_optimization.offload_param",
             "ZeRO stage 3 only, not 2",
         ),
+        ({"train": {"compile": True}, "deepspeed": ZERO[3]}, 1, "train.compile", "use stage 2 or lower"),
+        (
+            {"train": {"compile": True}, "parallel": {"activation_checkpointing": "selective"}},
+            1,
+            "parallel.activation_checkpointing",
+            "use none or block",
+        ),
         ({"deepspeed": {"train_batch_size": 8}}, 1, "deepspeed.train_batch_size", "set train.global_batch_size"),
         (
             {"cluster": {"hang_minutes": 5.0}, "parallel": {"timeout_minutes": 5.0}},

@@ -1,0 +1,59 @@
+"""Selective activation checkpointing: what is cheap to compute again is not kept for the backward pass.
+
+Of a block these are the outputs of its layer norms and of its GELU (2 D + F of the 8 D + 2 F numbers that a token keeps
+with dense attention): autograd is handed what they were computed from, which it keeps anyway, and computes them again where
+it would have read them. Nothing else is done twice: no matrix product, no communication. The numbers are the same bit
+by bit, for it is the same operation on the same input.
+
+After Korthikanti et al. 2022 (arXiv 2205.05198, sec. 5), who recompute the inner attention; here scaled_dot_product_
+attention does that itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class _Again:
+    """A tensor that is computed when it is first read, for all who read it."""
+
+    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
+        self._compute = compute
+        self._value: torch.Tensor | None = None
+
+    def read(self) -> torch.Tensor:
+        if self._value is None:
+            with torch.no_grad():
+                self._value = self._compute()
+        return self._value
+
+
+@contextmanager
+def recomputed(output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Within the block, operations on `output` keep how it is computed instead of keeping it.
+
+    Args:
+        output: A contiguous tensor.
+        compute: Returns the same values again. It must hold none but detached tensors, or the graph would never be
+            freed, and be valid until the backward pass.
+    """
+    storage, size = output.untyped_storage().data_ptr(), output.numel()
+    again = _Again(compute)
+
+    def pack(tensor: torch.Tensor) -> Any:
+        is_output = tensor.untyped_storage().data_ptr() == storage and tensor.numel() == size
+        # Readers may have another view of it: all tokens in one dimension.
+        return (again, tensor.shape) if is_output and tensor.is_contiguous() else tensor
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        kept, shape = packed
+        tensor: torch.Tensor = kept.read().view(shape)
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
