@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.baseline_gpt2 import BaselineGPT2, decay_groups
-from mlra_scale.config import Config, ParallelConfig, batch_plan
+from mlra_scale.config import Config, batch_plan
 from mlra_scale.data import Batch
 from mlra_scale.parallel import Engine, Topology, build_engine, build_topology, destroy_topology, initialize_distributed
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+COMPILED_BLOCKS: dict[str, dict[str, Any]] = {"train": {"compile": True}}
+"""Sections for `config_of` with which our trainer compiles its blocks."""
 
 Step = Callable[[Batch], float]
 """One optimizer step on a batch; returns the loss before the update, which may still be under way on a GPU."""
@@ -97,11 +100,6 @@ def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}
     return Config.from_dict(values)
-
-
-def compiled_sections() -> dict[str, dict[str, Any]] | None:
-    """Fields with which our trainer compiles its blocks, for `config_of`; None while the package has no such option."""
-    return {"parallel": {"compile": True}} if "compile" in ParallelConfig.model_fields else None
 
 
 def build_ours(

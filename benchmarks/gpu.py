@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.contenders import Shape, compiled_sections, config_of
+from benchmarks.contenders import COMPILED_BLOCKS, Shape, config_of
 from benchmarks.gpu_child import AGAIN, COMPILED, DENSE, MLRA, PLAIN, TRANSFORMERS
 from benchmarks.step_time import environment_of, ratios, spread
 from mlra_scale.config import Config, batch_plan
@@ -85,10 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = [TINY] if arguments.quick else [MODELS[name] for name in arguments.models]
     if arguments.batch is not None:
         shapes = [dataclasses.replace(shape, batch_size=arguments.batch) for shape in shapes]
-    left_out = {name: reason for name in NAMES if (reason := why_left_out(name)) is not None}
-    names = [name for name in NAMES if name in arguments.contenders and name not in left_out]
+    names = [name for name in NAMES if name in arguments.contenders]
     if arguments.dry_run:
-        print("\n".join(dry_run_lines(shapes, names, left_out)))
+        print("\n".join(dry_run_lines(shapes, names)))
         return 0
     if problem := why_not(arguments.device, arguments.quick):
         parser.error(problem)
@@ -96,11 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": environment_of(arguments.device),
         "rounds": 2 if arguments.quick else arguments.rounds,
         "steps_per_round": STEPS_PER_ROUND,
-        "left_out": left_out,
     }
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
-    for name, reason in left_out.items():
-        print(f"{name} is left out: {reason}", flush=True)
     report["models"] = []
     for shape in shapes:
         products = (128, 256) if arguments.quick else PRODUCTS
@@ -124,16 +120,10 @@ def why_not(device: str, is_quick: bool) -> str | None:
     return None
 
 
-def why_left_out(name: str) -> str | None:
-    """Why a contender cannot be run with this version of the package; None if it can."""
-    if name in (DENSE + COMPILED, MLRA + COMPILED) and compiled_sections() is None:
-        return "this version of mlra_scale has no option to compile its blocks"
-    return None
-
-
 def config_for(shape: Shape, name: str) -> Config:
     """The configuration of a contender's model; of ours the real one, of others one of as many FLOPs."""
-    return config_of(shape, "mlra" if name.startswith(MLRA) else "dense", "bf16")
+    sections = COMPILED_BLOCKS if name in (DENSE + COMPILED, MLRA + COMPILED) else {}
+    return config_of(shape, "mlra" if name.startswith(MLRA) else "dense", "bf16", **sections)
 
 
 def flops_per_step(shape: Shape, name: str) -> float:
@@ -280,9 +270,9 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([tensor.norm() for tensor in tensors]).norm()
 
 
-def dry_run_lines(shapes: Sequence[Shape], names: Sequence[str], left_out: dict[str, str]) -> list[str]:
+def dry_run_lines(shapes: Sequence[Shape], names: Sequence[str]) -> list[str]:
     """What would be run, as text."""
-    lines = [f"{name} would be left out: {reason}" for name, reason in left_out.items()]
+    lines = []
     for shape in shapes:
         lines += [
             "",

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.contenders import (
+    COMPILED_BLOCKS,
     LEARNING_RATE,
     Shape,
     Step,
     build_ours,
     build_plain,
     build_transformers,
-    compiled_sections,
     config_of,
     one_process_mesh,
     step_of_engine,
@@ -102,8 +102,7 @@ def build(name: str, shape: Shape, topology: Topology, precision: str) -> Step:
     is_compiled = name.endswith(COMPILED)
     kind = name.removesuffix(COMPILED).removesuffix(AGAIN)
     if kind in (DENSE, MLRA):
-        sections = compiled_sections() if is_compiled else {}
-        assert sections is not None, "left out before it is built"
+        sections = COMPILED_BLOCKS if is_compiled else {}
         return step_of_engine(build_ours(shape, "mlra" if kind == MLRA else "dense", precision, topology, **sections))
     config = config_of(shape, "dense", precision)
     weights = initial_state(config.model, config.train.seed)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from mlra_scale.config import ParallelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,8 +24,7 @@ def test_the_dry_run_shows_what_would_be_run(capsys: pytest.CaptureFixture[str])
         parameters, flops, memory = rows[name][:3]
         # 12 L D^2 and the embeddings; six operations for each and token, and the attention's.
         assert parameters == "959,490,048" and 50.0 < float(flops) < 60.0 and float(memory) > 14.0
-    if "compile" not in ParallelConfig.model_fields:
-        assert "mlra_scale dense, compiled would be left out: this version" in shown
+    assert list(rows) == list(gpu.NAMES), "each kind compiled as well, and plain PyTorch again"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +63,11 @@ def test_the_same_code_runs_on_a_cpu(tmp_path: Path) -> None:
     for name, row in report["parity"].items():
         assert row["holds"] and (row["gradient"] == 0.0 or name.endswith("bf16"))
     assert 0.0 < report["parity"]["dense bf16"]["gradient"] < 0.1
+
+
+def test_compiled_contenders_of_ours_compile() -> None:
+    compiled = {name for name in gpu.NAMES if gpu.config_for(gpu.TINY, name).train.compile}
+    assert compiled == {"mlra_scale dense, compiled", "mlra_scale R=D/2, compiled"}
 
 
 def test_a_child_that_fails_is_told(tmp_path: Path) -> None:
