@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.baseline_gpt2 import BaselineGPT2, decay_groups
 from mlra_scale.config import Config, batch_plan
@@ -16,6 +16,9 @@ from mlra_scale.data import Batch
 from mlra_scale.parallel import Engine, Topology, build_engine, build_topology, destroy_topology, initialize_distributed
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+COMPILED_BLOCKS: dict[str, dict[str, Any]] = {"train": {"compile": True}}
+"""Sections for `config_of` with which our trainer compiles its blocks."""
 
 Step = Callable[[Batch], float]
 """One optimizer step on a batch; returns the loss before the update, which may still be under way on a GPU."""
@@ -61,40 +64,50 @@ def one_process_mesh(device: str) -> Iterator[Topology]:
         dist.destroy_process_group()
 
 
-def config_of(shape: Shape, attention: str, precision: str) -> Config:
-    """The package's configuration of a shape."""
-    return Config.from_dict(
-        {
-            "model": {
-                "vocab_size": shape.vocab_size,
-                "max_positions": shape.sequence_length,
-                "num_layers": shape.num_layers,
-                "hidden_size": shape.hidden_size,
-                "num_heads": shape.num_heads,
-                "attention": attention,
-            },
-            "train": {
-                "steps": 1_000,
-                "global_batch_size": shape.batch_size,
-                "micro_batch_size": shape.batch_size,
-                "sequence_length": shape.sequence_length,
-                "precision": precision,
-            },
-            "optim": {
-                "lr": LEARNING_RATE,
-                "betas": list(BETAS),
-                "eps": EPSILON,
-                "weight_decay": WEIGHT_DECAY,
-                "grad_clip": CLIP,
-            },
-        }
-    )
+def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[str, Any]) -> Config:
+    """The package's configuration of a shape: the only place where benchmarks make one.
+
+    Args:
+        shape: What is trained.
+        attention: "dense" or "mlra".
+        precision: "fp32" or "bf16".
+        **sections: Fields beside or in place of those below, by section: `model={"attention_rank": 32}`.
+    """
+    values: dict[str, dict[str, Any]] = {
+        "model": {
+            "vocab_size": shape.vocab_size,
+            "max_positions": shape.sequence_length,
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "num_heads": shape.num_heads,
+            "attention": attention,
+        },
+        "train": {
+            "steps": 1_000,
+            "global_batch_size": shape.batch_size,
+            "micro_batch_size": shape.batch_size,
+            "sequence_length": shape.sequence_length,
+            "precision": precision,
+        },
+        "optim": {
+            "lr": LEARNING_RATE,
+            "betas": list(BETAS),
+            "eps": EPSILON,
+            "weight_decay": WEIGHT_DECAY,
+            "grad_clip": CLIP,
+        },
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields}
+    return Config.from_dict(values)
 
 
-def build_ours(shape: Shape, attention: str, precision: str, topology: Topology) -> Engine:
-    """The package's engine for one process, DeepSpeed around it included."""
-    config = config_of(shape, attention, precision)
-    return build_engine(config, batch_plan(config, 1), topology)
+def build_ours(
+    shape: Shape, attention: str, precision: str, topology: Topology, **sections: Mapping[str, Any]
+) -> Engine:
+    """The package's engine, DeepSpeed around it included; `sections` as for `config_of`."""
+    config = config_of(shape, attention, precision, **sections)
+    return build_engine(config, batch_plan(config, topology.world_size), topology)
 
 
 def step_of_engine(engine: Engine) -> Step:
@@ -126,6 +139,9 @@ class TransformersGPT2(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        # Here, because processes that measure ours alone would spend a third of their start on it.
+        from transformers import GPT2Config, GPT2LMHeadModel
+
         config = GPT2Config(
             vocab_size=shape.vocab_size,
             n_positions=shape.sequence_length,

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.contenders import Shape, build_plain, build_transformers, config_of, step_of_module
+from benchmarks import step_time
+from benchmarks.contenders import Shape, Step, build_plain, build_transformers, config_of, step_of_module
+from benchmarks.memory import start
 from benchmarks.stability import variance_of_pieces
+from mlra_scale.data import Batch
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
@@ -44,21 +47,70 @@ def test_plain_pytorch_and_transformers_take_the_same_steps() -> None:
 
 def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
-    command = [sys.executable, "-m", "benchmarks.step_time", "--quick", "--device", "cpu", "--json", str(report_file)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "benchmarks.step_time", "--quick", "--profile", "--device", "cpu"]
+    result = subprocess.run(
+        [*command, "--json", str(report_file)], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr
-    for text in ("device: cpu", "threads: 1 of", "torch ", "plain PyTorch again", "MLRA / dense", "TEV once"):
+    for text in (
+        "device: cpu",
+        "threads: 1 of",
+        "torch ",
+        "plain PyTorch again",
+        "R=D/2 / mlra_scale dense",
+        "TEV once",
+    ):
         assert text in result.stdout
     report = json.loads(report_file.read_text())
     (shape,) = report["shapes"]
     names = list(shape["seconds_per_step"])
-    assert names == ["plain PyTorch", "transformers", "plain PyTorch again", "mlra_scale dense", "mlra_scale MLRA"]
-    assert len(shape["ratios"]) == 7
+    dense = ["plain PyTorch", "transformers", "transformers ZeRO-1", "plain PyTorch again", "mlra_scale dense"]
+    ranks = ["mlra_scale R=D/2", "mlra_scale R=D/4", "mlra_scale R=D/8"]
+    assert [name for name in names if name != "litgpt"] == [*dense, *ranks]
+    if "litgpt" in names:
+        assert "litgpt is another shape" in result.stdout
+    else:
+        assert "litgpt is left out: not installed" in result.stdout and "litgpt" in report["left_out"]
+    with_ours = {f"{name} / {other}" for name in ["mlra_scale dense", *ranks] for other in dense[:3]}
+    assert with_ours | {f"{name} / mlra_scale dense" for name in ranks} <= set(shape["ratios"])
     for ratio in [*shape["ratios"].values(), shape["tev_share_of_a_step"]]:
         assert 0.0 < ratio["min"] <= ratio["lower"] <= ratio["median"] <= ratio["upper"] <= ratio["max"] < math.inf
     # Dense contenders started from the same weights and saw the same tokens: they are still together at the end.
-    for name in names[:4]:
+    for name in dense:
         assert shape["last_loss"][name] == pytest.approx(shape["last_loss"]["plain PyTorch"], rel=1e-4)
+    # Weights, gradients and two moments in fp32, and activations.
+    assert min(shape["peak_bytes"].values()) > 16 * shape["parameters"]["mlra_scale R=D/8"]
+    assert shape["peak_bytes"]["plain PyTorch"] == shape["peak_bytes"]["plain PyTorch again"]
+    assert set(shape["operators"]) == {"mlra_scale dense", "plain PyTorch"}
+    assert "aten::mm" in result.stdout
+
+
+def test_shapes_and_contenders_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = step_time.build_parser().parse_args(["--shapes", "256", "768", "--contenders", "mlra_scale dense"])
+    assert (arguments.shapes, arguments.contenders) == (["256", "768"], ["mlra_scale dense"])
+    with pytest.raises(SystemExit):
+        step_time.main(["--shapes", "100"])
+    assert "invalid choice: '100' (choose from" in capsys.readouterr().err
+
+
+def test_peak_memory_is_exact_on_a_cpu() -> None:
+    sizes: list[int] = []
+
+    def build() -> Step:
+        kept = torch.zeros(1000)
+
+        def step(batch: Batch) -> float:
+            temporary = kept + 1.0
+            both = torch.cat([temporary, temporary])
+            sizes.append(kept.nbytes + temporary.nbytes + both.nbytes)
+            del temporary
+            return float((both[0] * 2.0).item())
+
+        return step
+
+    started = start(build, torch.device("cpu"), SHAPE.batch(0), SHAPE.batch(1))
+    assert started.loss == 2.0 and sizes == [16_000, 16_000]
+    assert 16_000 <= started.peak_bytes < 16_500, "with the allocator's alignment"
 
 
 def test_stability_runs_and_reports_every_share(tmp_path: Path) -> None:
