@@ -1,4 +1,4 @@
-"""Training steps of one shape in different layouts, from the same weights on the same samples; and what their times say.
+"""Training steps of one shape in different layouts, from the same weights on the same samples, as turns.
 
 Sample number i is the same everywhere, and so is the weight a name stands for: layouts that read the same samples in a
 step start from the same loss, which `benchmarks.scaling` checks before it reports anything.
@@ -78,7 +78,8 @@ def micro_batches(shape: Shape, first: int, rank: int, ranks: int, count: int, s
 def topology_of(layout: Layout, shape: Shape) -> Topology:
     """Starts the mesh of this process; once per process, for all layouts of the same degrees."""
     device = initialize_distributed("cpu", MINUTES)
-    return build_topology(batch_plan(layout.config(shape, dist.get_world_size()), dist.get_world_size()), device, MINUTES)
+    world_size = dist.get_world_size()
+    return build_topology(batch_plan(layout.config(shape, world_size), world_size), device, MINUTES)
 
 
 def engine_of(layout: Layout, shape: Shape, topology: Topology) -> Engine:
