@@ -86,7 +86,7 @@ FULL = Plan(
 QUICK = Plan(
     Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=2, sequence_length=16, vocab_size=512),
     micro_batches=2,
-    corpus_bytes=200_000,
+    corpus_bytes=60_000,
     repeats=2,
     starts=2,
 )
