@@ -26,6 +26,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -122,7 +123,7 @@ def measure(axis: Axis, topology: Topology, rounds: int) -> dict[str, Any]:
     peaks: list[int] = []
     for shape in axis.shapes:
         started = start(
-            lambda shape=shape: step_of_engine(build_ours(shape, "mlra", "fp32", topology)),  # type: ignore[misc]
+            partial(build_step, shape, topology),
             topology.device,
             shape.batch(0),
             shape.batch(1),
@@ -155,6 +156,11 @@ def measure(axis: Axis, topology: Topology, rounds: int) -> dict[str, Any]:
         "time_line": line_through(axis.sizes, [statistics.median(values) for values in seconds]),
         "memory_line": line_through(axis.sizes, peaks),
     }
+
+
+def build_step(shape: Shape, topology: Topology) -> Step:
+    """A step of a new engine."""
+    return step_of_engine(build_ours(shape, "mlra", "fp32", topology))
 
 
 def line_through(sizes: Sequence[float], values: Sequence[float]) -> dict[str, float]:

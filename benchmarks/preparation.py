@@ -61,7 +61,7 @@ def prepare_corpus(folder: Path, workers: int) -> tuple[Path, int, float]:
         output=output,
         sources=[str(folder / "corpus.jsonl")],
         tokenizer=[str(folder / "tokenizer")],
-        validation_fraction=0.1,
+        validation_fraction=0.3,
         workers=workers,
         overwrite=True,
         progress=False,

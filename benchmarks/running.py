@@ -29,6 +29,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -86,7 +87,7 @@ FULL = Plan(
 QUICK = Plan(
     Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=2, sequence_length=16, vocab_size=512),
     micro_batches=2,
-    corpus_bytes=60_000,
+    corpus_bytes=300_000,
     repeats=2,
     starts=2,
 )
@@ -196,16 +197,16 @@ class Run:
                 seconds["TEV"].append(perf_counter() - began)
                 values = step_values(result, LEARNING_RATE, self.throughput.since_last(), self.topology.device)
                 values = {"step": turn + 1, **values, **tev_values(tev)}
-                seconds["line of the record"].append(self._median(lambda values=values: lines.write(values)))
+                seconds["line of the record"].append(self._median(partial(lines.write, values)))
                 began = perf_counter()
                 wandb.log(turn + 1, values)
                 seconds["wandb, offline"].append(perf_counter() - began)
                 first = size * (rounds + turn + 2)
-                reading = self._median(lambda first=first: read_batches(self.train, self.plan, 0, first))
+                reading = self._median(partial(read_batches, self.train, self.plan, 0, first))
                 seconds["reading the samples"].append(reading)
                 batch = self.validation.batch(0, self.plan.micro_batch_size)
-                seconds[EVALUATION].append(self._median(lambda batch=batch: self.engine.eval_batch([batch])))
-                seconds[FORWARD].append(self._median(lambda batch=batch: self._forward(batch)))
+                seconds[EVALUATION].append(self._median(partial(self.engine.eval_batch, [batch])))
+                seconds[FORWARD].append(self._median(partial(self._forward, batch)))
         lines.close()
         with redirect_stdout(StringIO()):
             wandb.finish(0)
