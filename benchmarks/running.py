@@ -183,6 +183,7 @@ class Run:
         with Feed(self.train, self.plan, 0) as feed:
             feed.take(0)
             self._warm_up()  # behind which the samples of the first step are read
+            wandb.log(0, {"loss": 0.0})
             for turn in range(rounds):
                 began = perf_counter()
                 batches = feed.take(size * (turn + 1))
