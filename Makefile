@@ -3,7 +3,8 @@
 # make test         install with the dev extra, run all tests
 # make lint         ruff and mypy
 # make study        the small study of docs/studies (18 runs, an estimated ten minutes on 2 cores) and its report
-# make bench        ratios against plain PyTorch and transformers, of saving, and of watching a run, on this machine
+# make bench        the benchmarks of docs/performance.md on this machine, each a ratio within one run (up to an hour), or
+#                   some of them: make bench BENCH="scaling growth"; the results lie in runs/bench
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
 # Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
@@ -12,6 +13,8 @@
 #   TORCH=cpu|cuda               default: the CUDA build of torch if nvidia-smi finds a GPU, else the CPU build
 #   TORCH="torch==2.12.1 ..."    or any arguments of pip install
 #   PYTEST_ARGS="-k tev -x"      more arguments for pytest
+#   BENCH="scaling growth"       which benchmarks: modules of benchmarks/
+#   BENCH_ARGS=--quick           arguments of each: --quick shows that they run
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -23,6 +26,8 @@ PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 TORCH ?= auto
 PYTEST_ARGS ?=
+BENCH ?= step_time low_rank scaling growth running checkpoint stability planner
+BENCH_ARGS ?=
 INSTALL = $(PYTHON) tools/install.py --venv '$(VENV)' --torch '$(TORCH)'
 BIN := $(VENV)/bin
 
@@ -97,9 +102,10 @@ study:
 
 bench:
 	@$(INSTALL)
-	$(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.checkpoint
-	$(BIN)/python -m benchmarks.stability
+	mkdir -p runs/bench
+	for name in $(BENCH); do
+	    $(BIN)/python -m benchmarks.$$name --json runs/bench/$$name.json $(BENCH_ARGS) | tee runs/bench/$$name.txt
+	done
 
 clean:
 	rm -rf '$(VENV)' build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Rows are converted to float64 this many elements at a time; on a CPU such a chunk stays in the cache.
-CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 17
 ACCELERATOR_CHUNK = 1 << 24
 
 
