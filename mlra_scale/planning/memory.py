@@ -27,17 +27,29 @@ Activations kept for the backward pass, per token:
 
     block          e (4 D + 4 D / t + 2 F / t + f R): inputs of both norms, their outputs, q k v and the attention's
                    output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
-                   reduction); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is kept with
-                   attention dropout only: (4 + e) S N / t more
+                   reduction; none of q, k, v with the plan `merged`, which keeps e D^2 / t for each instead, whatever
+                   the number of tokens); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is
+                   kept with attention dropout only: (4 + e) S N / t more
     checkpointed   e D instead, and one whole block again while it is recomputed
     ends           e D for the embedding's output (first stage), 2 e D for the final norm (last stage)
-    logits         (e + 4 + 4) V / t on the last stage: logits, fp32 softmax and its gradient, of one micro-batch
+    passed on      in a pipeline e D for what a stage received, and e D for what it sends (DeepSpeed's two buffers)
 
-All but the logits, times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
+times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
 
-tests/distributed/test_memory_plan.py compares the training state with the tensors that ranks on CPUs really hold.
-Activations and logits are estimates that nothing has measured yet. Left out: temporary results inside an operation and
-inside the optimizer's step, further communication buffers, the allocator's fragments, and the libraries themselves.
+Head and loss: `logit_bytes`. Temporary results: what the largest moment of the step adds to what is kept,
+
+    loss           nothing: it is in `logit_bytes`
+    backward       e (F + 2 D) / t... per token, the gradients on both sides of the last block's fc_out, and the
+                   gradient of the largest matrix before it is added to the kept one
+    update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1); in bf16
+                   without ZeRO: the gradient in fp32, 4 n
+
+Of these three moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
+where a step has several micro-batches; with one they grow while activations go.
+
+tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
+Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves; of dropout
+masks nothing is known here.
 """
 
 from __future__ import annotations
@@ -62,7 +74,8 @@ class RankMemory:
         master: fp32 copy of the weights.
         moments: Adam's two.
         activations: Kept for the backward pass, logits not included.
-        logits: Logits, softmax and its gradient.
+        logits: What the head and the loss need at their peak.
+        temporary: What the largest moment of a step adds to what is kept.
         host: What offloading put on the host instead (not part of `device`).
         snapshot: The copy of the state that asynchronous checkpoints are written from, on the host as well.
     """
@@ -73,13 +86,37 @@ class RankMemory:
     moments: float
     activations: float
     logits: float
+    temporary: float
     host: float
     snapshot: float
 
     @property
     def device(self) -> float:
-        """Sum of the components on the device."""
-        return self.weights + self.gradients + self.master + self.moments + self.activations + self.logits
+        """Sum of the components on the device: the peak."""
+        state = self.weights + self.gradients + self.master + self.moments
+        return state + self.activations + self.logits + self.temporary
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one moment of a step needs beside weights, master and Adam's moments, in bytes.
+
+    Attributes:
+        gradients: Without the buffers of the reduction.
+        activations: As in RankMemory.
+        logits: As in RankMemory.
+        temporary: As in RankMemory.
+    """
+
+    gradients: float
+    activations: float = 0.0
+    logits: float = 0.0
+    temporary: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of the four."""
+        return self.gradients + self.activations + self.logits + self.temporary
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
@@ -91,9 +128,10 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
         stage: The pipeline stage.
     """
     num_weights = num_held(held_weights(config, plan, stage), plan.tensor)
+    peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
-        "gradients": gradient_bytes(config, plan, num_weights) + reduction_bytes(config, plan),
+        "gradients": peak.gradients + reduction_bytes(config, plan),
         "master": master_bytes(config, plan, num_weights),
         "moments": moment_bytes(config, plan, num_weights),
     }
@@ -103,11 +141,31 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     state |= dict.fromkeys(on_host, 0.0)
     return RankMemory(
         **state,
-        activations=activation_bytes(config, plan, stage),
-        logits=logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0,
+        activations=peak.activations,
+        logits=peak.logits,
+        temporary=peak.temporary,
         host=host,
         snapshot=snapshot_bytes(config, plan, stage),
     )
+
+
+def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Moment]:
+    """Returns the moments of a step of which one is the peak: loss, first and last block's backward pass, update."""
+    num_weights = num_held(held_weights(config, plan, stage), plan.tensor)
+    whole = gradient_bytes(config, plan, num_weights)
+    early = whole if plan.accumulation_steps > 1 else early_gradient_bytes(config, plan, num_weights)
+    kept = activation_bytes(config, plan, stage)
+    recomputed = recomputed_bytes(config, plan)
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    at_the_end = kept - (num_blocks - 1) * kept_per_block(config, plan)
+    is_last = stage == plan.pipeline - 1
+    backward = backward_bytes(config, plan)
+    return [
+        Moment(early, kept, logit_bytes(config, plan) if is_last else 0.0),
+        Moment(early, kept + recomputed, stale_logit_bytes(config, plan) if is_last else 0.0, backward),
+        Moment(whole, at_the_end + recomputed, stale_logit_bytes(config, plan) if is_last else 0.0, backward),
+        Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
+    ]
 
 
 def held_weights(config: Config, plan: BatchPlan, stage: int) -> list[ParameterInfo]:
@@ -185,17 +243,37 @@ def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
     return kept
 
 
-def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
-    """Bytes of the activations that a stage keeps for its backward passes, logits not included."""
-    element, width = BYTES[config.train.precision], config.model.hidden_size
+def kept_per_block(config: Config, plan: BatchPlan) -> float:
+    """Bytes that a block keeps of one micro-batch until its backward pass."""
     tokens = plan.micro_batch_size * plan.sequence_length
-    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    num_in_flight = in_flight(config, plan, stage)
-    ends = element * width * ((stage == 0) + 2 * (stage == plan.pipeline - 1))
-    block = block_bytes_per_token(config, plan)
     if config.parallel.activation_checkpointing == "block":
-        return tokens * (num_in_flight * (num_blocks * element * width + ends) + block)
-    return tokens * num_in_flight * (num_blocks * block + ends)
+        return float(tokens * BYTES[config.train.precision] * config.model.hidden_size)
+    return whole_block_bytes(config, plan)
+
+
+def whole_block_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of all that a block without checkpointing keeps of one micro-batch."""
+    tokens = plan.micro_batch_size * plan.sequence_length
+    merged = 0.0
+    if low_rank_plan(config, plan) == "merged":
+        num_products = sum(config.model.is_factorised(name) for name in "qkv")
+        merged = BYTES[config.train.precision] * num_products * config.model.hidden_size**2 / plan.tensor
+    return tokens * block_bytes_per_token(config, plan) + merged
+
+
+def recomputed_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the one block that checkpointing has recomputed while its backward pass runs."""
+    return whole_block_bytes(config, plan) if config.parallel.activation_checkpointing == "block" else 0.0
+
+
+def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+    """Bytes of the activations that a stage keeps for its backward passes, without what is recomputed and logits."""
+    tokens = plan.micro_batch_size * plan.sequence_length
+    hidden = tokens * BYTES[config.train.precision] * config.model.hidden_size
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    ends = hidden * ((stage == 0) + 2 * (stage == plan.pipeline - 1))
+    passed_on = hidden * ((stage > 0) + (stage < plan.pipeline - 1)) * min(2, plan.accumulation_steps)
+    return in_flight(config, plan, stage) * (num_blocks * kept_per_block(config, plan) + ends) + passed_on
 
 
 def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
@@ -206,6 +284,53 @@ def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
 
 
 def logit_bytes(config: Config, plan: BatchPlan) -> float:
-    """Bytes of logits, fp32 softmax and its gradient of one micro-batch."""
-    tokens = plan.micro_batch_size * plan.sequence_length
-    return tokens * (BYTES[config.train.precision] + 8) * config.model.padded_vocab_size / plan.tensor
+    """Bytes of the head and the loss at their peak, per micro-batch of T tokens.
+
+    The logits in compute precision, their softmax in fp32, which becomes its own gradient in place (fp32 logits are
+    overwritten as well), and with z-loss a copy. Then the gradient in compute precision makes the head's weight
+    gradient, before that is added to the embedding's. A pipeline keeps what it has of `stale_logit_bytes` beside it.
+    """
+    element = BYTES[config.train.precision]
+    numbers = plan.micro_batch_size * plan.sequence_length * config.model.padded_vocab_size / plan.tensor
+    weight = element * config.model.hidden_size * config.model.padded_vocab_size / plan.tensor
+    softmax = 4 if element != 4 or config.model.z_loss > 0.0 else 0
+    return stale_logit_bytes(config, plan) + max(numbers * (element + softmax), numbers * element + weight)
+
+
+def stale_logit_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of logits that DeepSpeed's pipeline keeps of micro-batches that are done: its outputs lie in two buffers."""
+    if engine_kind(config) != "pipeline":
+        return 0.0
+    numbers = plan.micro_batch_size * plan.sequence_length * config.model.padded_vocab_size / plan.tensor
+    return min(2, plan.accumulation_steps) * numbers * BYTES[config.train.precision]
+
+
+def backward_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's."""
+    model, tokens = config.model, plan.micro_batch_size * plan.sequence_length
+    passing = tokens * (model.ffn_size / plan.tensor + 2 * model.hidden_size)
+    return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
+
+
+def early_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of gradients that are there before the first backward pass of a step: buffers that are never given back."""
+    if config.train.precision != "bf16" or zero_stage(config) >= 2:
+        return 0.0
+    if zero_stage(config) == 1:
+        return 4.0 * num_weights
+    return 2.0 * num_weights if engine_kind(config) == "pipeline" else 0.0
+
+
+def update_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of gradients that are left when the update begins: ZeRO 1 has then reduced them to its share."""
+    if zero_stage(config) == 1 and config.train.precision != "bf16":
+        return BYTES[config.train.precision] * num_weights / plan.data
+    return gradient_bytes(config, plan, num_weights)
+
+
+def update_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes that the update adds: the gradient in fp32 where it is not, and ZeRO's in one piece."""
+    precision, stage = config.train.precision, zero_stage(config)
+    if offload_optimizer(config) or (precision, stage) in (("fp32", 0), ("bf16", 1)):
+        return 0.0
+    return 4.0 * num_weights / (plan.data if stage else 1)
