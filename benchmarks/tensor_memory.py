@@ -10,6 +10,7 @@ process groups' own buffers and this recording.
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile
 
 _MARK = "tensor_memory/"
+_GRACE_SECONDS = 1e-3
 
 
 @dataclass
@@ -45,9 +48,33 @@ class TensorMemory:
 def recording() -> Iterator[TensorMemory]:
     """Records every allocation of this thread inside; results are there when it is left."""
     found = TensorMemory()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
+    with (
+        _patient_collectives(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded,
+    ):
         yield found
     _evaluate(recorded.profiler.kineto_results.experimental_event_tree(), found)  # type: ignore[union-attr]
+
+
+@contextmanager
+def _patient_collectives() -> Iterator[None]:
+    """Lets gloo's threads release what they hold first.
+
+    They do so a moment after they have told that a collective is done. If this thread were faster, theirs would be the
+    last reference, and a release in another thread is not recorded.
+    """
+    wait = Work.wait
+
+    def wait_patiently(self: Work, *arguments: Any, **options: Any) -> bool:
+        is_done = wait(self, *arguments, **options)
+        time.sleep(_GRACE_SECONDS)
+        return is_done
+
+    Work.wait = wait_patiently  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Work.wait = wait  # type: ignore[method-assign]
 
 
 def _evaluate(roots: list[Any], found: TensorMemory) -> None:

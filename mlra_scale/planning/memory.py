@@ -158,12 +158,18 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     recomputed = recomputed_bytes(config, plan)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     at_the_end = kept - (num_blocks - 1) * kept_per_block(config, plan)
-    is_last = stage == plan.pipeline - 1
-    backward = backward_bytes(config, plan)
+    stale = stale_logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
+    logits = logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
+    # The head's gradient of the tied embedding waits in autograd until the embedding's is there to be added.
+    waiting = embedding_gradient_bytes(config, plan) if plan.pipeline == 1 else 0.0
+    backward = backward_bytes(config, plan) + waiting + reduced_bytes(config, plan, num_weights)
+    summing = embedding_gradient_bytes(config, plan) * num_embedding_gradients(config, plan, stage)
     return [
-        Moment(early, kept, logit_bytes(config, plan) if is_last else 0.0),
-        Moment(early, kept + recomputed, stale_logit_bytes(config, plan) if is_last else 0.0, backward),
-        Moment(whole, at_the_end + recomputed, stale_logit_bytes(config, plan) if is_last else 0.0, backward),
+        Moment(early, kept, logits),
+        Moment(early, kept + recomputed, stale, backward),
+        Moment(whole, at_the_end + recomputed, stale, backward),
+        Moment(whole, at_the_end, stale, summing + reduced_bytes(config, plan, num_weights)),
+        Moment(whole, temporary=flat_gradient_bytes(config, plan, num_weights)),
         Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
     ]
 
@@ -334,3 +340,40 @@ def update_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     if offload_optimizer(config) or (precision, stage) in (("fp32", 0), ("bf16", 1)):
         return 0.0
     return 4.0 * num_weights / (plan.data if stage else 1)
+
+
+def embedding_gradient_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of one gradient of the token embedding."""
+    return BYTES[config.train.precision] * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
+
+
+def num_embedding_gradients(config: Config, plan: BatchPlan, stage: int) -> int:
+    """Copies of the embedding's gradient beside the kept one at the end of a backward pass.
+
+    The head's, the look-up's and their sum where one stage has both; the look-up's alone on the first of several.
+    """
+    copies = 3 if plan.pipeline == 1 else 1 if stage == 0 else 0
+    becomes_the_kept_one = plan.accumulation_steps == 1 and zero_stage(config) < 2
+    return max(0, copies - becomes_the_kept_one)
+
+
+def reduced_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes that ZeRO 2 and 3 add while they reduce a micro-batch's gradients.
+
+    ZeRO 2: the rank's share of this micro-batch, before it is added. ZeRO 3: a bucket in one piece, and a copy of it.
+    """
+    stage = zero_stage(config)
+    if stage == 2:
+        return gradient_bytes(config, plan, num_weights)
+    if stage == 3:
+        communication = BYTES[config.deepspeed.get("communication_data_type", "fp32")]
+        bucket = config.deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+        return 2.0 * communication * min(bucket, num_weights)
+    return 0.0
+
+
+def flat_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes that the reduction over data ranks adds without ZeRO: all gradients in one piece (of 5e8 at most)."""
+    if zero_stage(config) > 0 or plan.data == 1:
+        return 0.0
+    return float(BYTES[config.train.precision] * min(num_weights, 500_000_000))
