@@ -39,12 +39,15 @@ times the micro-batches in flight: min(accumulation steps, stages - stage) in a 
 Head and loss: `logit_bytes`. Temporary results: what the largest moment of the step adds to what is kept,
 
     loss           nothing: it is in `logit_bytes`
-    backward       e (F + 2 D) / t... per token, the gradients on both sides of the last block's fc_out, and the
-                   gradient of the largest matrix before it is added to the kept one
+    backward       e (F / t + 2 D) per token, the gradients beside GELU and of the stream, and the gradient of the
+                   largest matrix before it is added to the kept one; on a single stage the head's gradient of the tied
+                   embedding, which waits for the look-up's; with ZeRO 2 and 3 `reduced_bytes`
+    its end        copies of the embedding's gradient (`num_embedding_gradients`)
+    reduction      `flat_gradient_bytes`
     update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1); in bf16
                    without ZeRO: the gradient in fp32, 4 n
 
-Of these three moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
+Of these moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
 where a step has several micro-batches; with one they grow while activations go.
 
 tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
@@ -59,7 +62,7 @@ from dataclasses import dataclass
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.model.parameters import ParameterInfo
-from mlra_scale.planning.layout import blocks_of_stage, num_held, weights_of_stage
+from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, weights_of_stage
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -127,7 +130,7 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
         plan: Its batch plan.
         stage: The pipeline stage.
     """
-    num_weights = num_held(held_weights(config, plan, stage), plan.tensor)
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
@@ -150,8 +153,11 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
 
 
 def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Moment]:
-    """Returns the moments of a step of which one is the peak: loss, first and last block's backward pass, update."""
-    num_weights = num_held(held_weights(config, plan, stage), plan.tensor)
+    """Returns the moments of a step of which one is the peak.
+
+    In order: the loss; the backward pass of the last block and of the first; its end; reduction; update.
+    """
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     whole = gradient_bytes(config, plan, num_weights)
     early = whole if plan.accumulation_steps > 1 else early_gradient_bytes(config, plan, num_weights)
     kept = activation_bytes(config, plan, stage)
@@ -231,10 +237,11 @@ def snapshot_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint."""
     if not config.checkpoint.asynchronous:
         return 0.0
-    held = held_weights(config, plan, stage)
-    owned = [info for info in held if stage == 0 or info.kind != "embedding"]
+    num_owned = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    if 0 < stage == plan.pipeline - 1:
+        num_owned -= config.model.padded_vocab_size * config.model.hidden_size // plan.tensor
     is_divided = zero_stage(config) >= 1 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
-    return 12.0 * num_held(owned, plan.tensor) / (plan.data if is_divided else 1)
+    return 12.0 * num_owned / (plan.data if is_divided else 1)
 
 
 def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
@@ -373,7 +380,14 @@ def reduced_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
 
 
 def flat_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
-    """Bytes that the reduction over data ranks adds without ZeRO: all gradients in one piece (of 5e8 at most)."""
-    if zero_stage(config) > 0 or plan.data == 1:
+    """Bytes that the reduction over data ranks adds where it takes all gradients (at most 5e8) in one piece.
+
+    That is without ZeRO, where bf16 is converted as well, and in bf16 with ZeRO 1, even for a single data rank.
+    """
+    precision, stage = config.train.precision, zero_stage(config)
+    num = min(num_weights, 500_000_000)
+    if precision == "bf16" and stage == 1:
+        return 4.0 * num
+    if stage > 0 or plan.data == 1:
         return 0.0
-    return float(BYTES[config.train.precision] * min(num_weights, 500_000_000))
+    return num * (4.0 if precision == "fp32" else 4.0 + BYTES[precision])
