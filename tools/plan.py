@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", help="starting point, as for mlra_scale.train")
     add("--config", metavar="FILE.yaml", help="fields that replace the preset's")
     add("--ds-config", metavar="FILE.json", help="DeepSpeed's own knobs; without it those of ds_configs/ are tried")
-    add("--cluster", default="h100", metavar="NAME", help="h100, a100 or cpu: what the rest starts from (default: h100)")
+    add("--cluster", default="h100", metavar="NAME", help="h100, a100 or cpu, which the rest changes (default: h100)")
     add("--nodes", type=_count, metavar="N", help="number of nodes (default: 1)")
     add("--devices-per-node", type=_count, metavar="M", help="devices, and ranks, of a node")
     add("--memory-gib", type=_positive, metavar="G", help="memory of a device")
@@ -158,7 +158,8 @@ def reload(best: Candidate, options: argparse.Namespace) -> tuple[Config, Named]
 
     file = best.engine.file
     ds_config = options.ds_config if file is None else ROOT / file
-    loaded = load_named_config(options.preset, options.config, ds_config, [*best.overrides(), *options.overrides])
+    more = [*best.overrides(), *options.overrides, f"train.device={best.config.train.device}"]
+    loaded = load_named_config(options.preset, options.config, ds_config, more)
     validate(loaded[0], best.plan.world_size)
     return loaded
 

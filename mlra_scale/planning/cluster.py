@@ -36,7 +36,8 @@ class Cluster:
         latency_intra: Seconds that a message takes at least, within a node.
         latency_inter: Between nodes.
         block_overhead: Seconds of launching one block's operations, forward and backward together.
-        gather_overhead: Seconds of ZeRO 3's bookkeeping for one block, forward and backward together.
+        zero_overhead: Seconds of ZeRO's bookkeeping for one block, forward and backward together, by stage 0 to 3.
+        pipeline_overhead: Seconds of the pipeline engine's work per micro-batch, beside that of any engine.
         micro_batch_overhead: Seconds of an engine's own work per micro-batch.
         step_overhead: Seconds of an engine's own work per step.
         runs_ahead: Whether the host launches while the device computes: overhead then counts only where it is longer
@@ -57,7 +58,8 @@ class Cluster:
     latency_intra: float
     latency_inter: float
     block_overhead: float
-    gather_overhead: float
+    zero_overhead: tuple[float, float, float, float]
+    pipeline_overhead: float
     micro_batch_overhead: float
     step_overhead: float
     runs_ahead: bool
@@ -111,7 +113,8 @@ def named_clusters() -> dict[str, Cluster]:
         latency_intra=1e-5,
         latency_inter=2e-5,
         block_overhead=4e-4,
-        gather_overhead=6e-4,
+        zero_overhead=(0.0, 1e-4, 1e-4, 6e-4),
+        pipeline_overhead=1e-3,
         micro_batch_overhead=1e-3,
         step_overhead=5e-3,
         runs_ahead=True,
@@ -142,7 +145,8 @@ def named_clusters() -> dict[str, Cluster]:
         latency_intra=1e-4,
         latency_inter=2e-4,
         block_overhead=1e-3,
-        gather_overhead=3e-3,
+        zero_overhead=(0.0, 2e-4, 5e-4, 3e-3),
+        pipeline_overhead=2e-3,
         micro_batch_overhead=2e-3,
         step_overhead=5e-3,
         runs_ahead=False,

@@ -155,5 +155,3 @@ def groups_of(plan: BatchPlan, stage: int) -> dict[str, list[int]]:
         "pipeline": sorted({rank_of(plan, stage, 0, 0), rank_of(plan, other, 0, 0)}),
         "ends": sorted({rank_of(plan, 0, 0, 0), rank_of(plan, plan.pipeline - 1, 0, 0)}),
     }
-
-

@@ -311,7 +311,7 @@ def logit_bytes(config: Config, plan: BatchPlan) -> float:
 
 
 def stale_logit_bytes(config: Config, plan: BatchPlan) -> float:
-    """Bytes of logits that DeepSpeed's pipeline keeps of micro-batches that are done: its outputs lie in two buffers."""
+    """Bytes of logits that DeepSpeed's pipeline keeps of micro-batches that are done: its outputs' two buffers."""
     if engine_kind(config) != "pipeline":
         return 0.0
     numbers = plan.micro_batch_size * plan.sequence_length * config.model.padded_vocab_size / plan.tensor

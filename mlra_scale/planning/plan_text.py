@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import wrap
 from typing import Any
 
 from mlra_scale.config import engine_kind, zero_stage
@@ -53,7 +54,7 @@ def cluster_lines(cluster: Cluster) -> list[str]:
         f"{cluster.memory / GIB:.1f} GiB each, peak {cluster.peak_flops / 1e12:.4g} TFLOP/s of which matrix products "
         f"reach {100 * cluster.utilization:.0f} %, links {8 * cluster.link_intra / 1e9:.4g} Gbit/s within a node and "
         f"{8 * cluster.link_inter / 1e9:.4g} between nodes",
-        f"({cluster.source})",
+        *wrap(f"({cluster.source})", 116, subsequent_indent=" "),
     ]
 
 
@@ -103,8 +104,9 @@ def nothing_fits(found: Found, cluster: Cluster) -> str:
     }
     remedy = remedies.get(largest, "use more devices, or offload the optimizer (ds_configs/zero3_offload.json)")
     return (
-        f"no layout fits: the smallest needs {memory.device / GIB:.2f} GiB per device, and of {cluster.memory / GIB:.2f} "
-        f"GiB {cluster.usable_memory / GIB:.2f} are left for tensors (tensor {plan.tensor}, pipeline {plan.pipeline}, "
+        f"no layout fits: the smallest needs {memory.device / GIB:.2f} GiB per device, and of "
+        f"{cluster.memory / GIB:.2f} GiB {max(0.0, cluster.usable_memory) / GIB:.2f} are left for tensors (tensor "
+        f"{plan.tensor}, pipeline {plan.pipeline}, "
         f"data {plan.data}, ZeRO {zero_stage(smallest.config)}, micro-batch {plan.micro_batch_size}, recompute "
         f"{smallest.config.parallel.activation_checkpointing}); most of it are {largest} "
         f"({getattr(memory, largest) / GIB:.2f} GiB): {remedy}"

@@ -110,6 +110,8 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
         if candidate.memory.device > cluster.usable_memory:
             left_out[MEMORY] += 1
     if not valid:
+        if refused is None:  # more ranks are asked for than there are: nothing was left to be tried
+            validate(config, cluster.world_size)
         assert refused is not None
         raise refused
     feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
@@ -181,5 +183,3 @@ def _reason(problem: Problem) -> str:
         "deepspeed.zero_optimization.stage": "ZeRO 2 and 3 are not for pipelines",
     }
     return reasons.get(problem.field, problem.field)
-
-

@@ -24,7 +24,8 @@ and a step (1F1B, uneven stages: one micro-batch passes through all stages, the 
 
 Data-parallel traffic (communication.py) overlaps with nothing on CPUs. On GPUs with `overlap_comm` reductions hide
 behind the backward pass of the micro-batch they belong to, two thirds of its compute, and ZeRO 3's gathers behind all
-of it. The update reads and writes 44 + e bytes per weight that a rank updates, the norm and clipping included.
+of it, but for a tenth. The update reads and writes 44 + e bytes per weight that a rank updates, the norm and clipping
+included.
 
 MFU = useful FLOPs of the step (ModelConfig.flops_per_token: factored once, no recomputation, nothing repeated) over
 step * ranks * peak.
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlra_scale.config import BatchPlan, Config, offload_optimizer, zero_stage
+from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, zero_stage
 from mlra_scale.model.low_rank_plan import low_rank_plan, multiply_adds, shape_of
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.communication import (
@@ -188,17 +189,16 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
     compute = computed_flops(config, plan, stage) / cluster.flops
     elementwise = elementwise_bytes(config, plan, stage) / cluster.memory_bandwidth
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    is_gathered = zero_stage(config) == 3
-    overhead = num_blocks * (cluster.block_overhead + cluster.gather_overhead * is_gathered)
-    overhead += cluster.micro_batch_overhead
+    overhead = num_blocks * (cluster.block_overhead + cluster.zero_overhead[zero_stage(config)])
+    overhead += cluster.micro_batch_overhead + cluster.pipeline_overhead * (engine_kind(config) == "pipeline")
     if cluster.runs_ahead:
         overhead = max(0.0, overhead - compute - elementwise)
     gradients, weights = data_traffic_per_micro_batch(config, plan, stage)
     gradient_seconds = gradients.seconds(cluster, groups["data"])
     weight_seconds = weights.seconds(cluster, groups["data"])
     if _hides(config, cluster):
-        gradient_seconds = max(0.0, gradient_seconds - 2 / 3 * (compute + elementwise))
-        weight_seconds = max(0.0, weight_seconds - compute - elementwise)
+        gradient_seconds = _exposed(gradient_seconds, 2 / 3 * (compute + elementwise))
+        weight_seconds = _exposed(weight_seconds, compute + elementwise)
     # What a stage receives takes as long as what it sends, and it waits for both.
     neighbours = pipeline_traffic(config, plan, stage).times(2)
     return StageTime(
@@ -216,8 +216,13 @@ def reduction_seconds(config: Config, plan: BatchPlan, cluster: Cluster, stage: 
     groups = groups_of(plan, stage)
     seconds = data_traffic_per_step(config, plan, stage).seconds(cluster, groups["data"])
     if _hides(config, cluster) and plan.pipeline == 1:
-        seconds = max(0.0, seconds - 2 / 3 * (time.compute + time.elementwise))
+        seconds = _exposed(seconds, 2 / 3 * (time.compute + time.elementwise))
     return seconds + tied_traffic(config, plan, stage).seconds(cluster, groups["ends"])
+
+
+def _exposed(seconds: float, hidden_behind: float) -> float:
+    """What remains of a transfer that runs beside a computation; a tenth always does, its beginning and its end."""
+    return max(0.1 * seconds, seconds - hidden_behind)
 
 
 def _hides(config: Config, cluster: Cluster) -> bool:
