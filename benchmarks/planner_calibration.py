@@ -37,7 +37,7 @@ def calibrate(config: Config, timeout_s: float) -> Cluster:
         timeout_s: Seconds that a part of it may take.
     """
     found: dict[str, Any] = {}
-    for serve in (serve_rates, serve_engines, serve_pipelines):
+    for serve in (serve_engines, serve_pipelines):
         pair = Pair(serve.__name__, serve, config, timeout_s=timeout_s)
         answers = pair.ask("measure")
         pair.close()
@@ -59,10 +59,8 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     return statistics.median(times)
 
 
-def serve_rates(commands: Iterator[Any], config: Config) -> Iterator[Any]:
-    """Rates of matrix products, of everything else in a block, of the update, and of gloo."""
-    yield "ready"
-    next(commands)
+def rates_of(config: Config) -> dict[str, float]:
+    """Rates of matrix products and of everything else in a block, and of gloo."""
     model = config.model
     tokens = config.train.micro_batch_size * config.train.sequence_length
     D, F, V = model.hidden_size, model.ffn_size, model.padded_vocab_size
@@ -82,7 +80,7 @@ def serve_rates(commands: Iterator[Any], config: Config) -> Iterator[Any]:
     small, large = 1_000, max(1_000_000, tokens * D)
     latency = median_seconds(lambda: dist.all_reduce(torch.zeros(small)))
     slope = (median_seconds(lambda: dist.all_reduce(torch.zeros(large))) - latency) / (4.0 * (large - small))
-    yield {
+    return {
         "peak_flops": rate,
         "utilization": 1.0,
         "memory_bandwidth": bandwidth,
@@ -143,9 +141,10 @@ def _seconds_of(topology: Topology, configs: Sequence[Config]) -> list[float]:
 
 
 def serve_engines(commands: Iterator[Any], config: Config) -> Iterator[Any]:
-    """Overheads of the ZeRO engine: per block, by stage; per micro-batch; per step."""
+    """Rates, and overheads of the ZeRO engine: per block, by stage; per micro-batch; per step."""
     yield "ready"
     next(commands)
+    rates = rates_of(config)
     base = changed(config, {"deepspeed": {}})
     topology = _mesh(tiny(base, DEPTHS[0], ACCUMULATIONS[0]))
     shallow, deep, often = _seconds_of(
@@ -163,7 +162,7 @@ def serve_engines(commands: Iterator[Any], config: Config) -> Iterator[Any]:
         zero = changed(config, {"deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}})
         pair = _seconds_of(topology, [tiny(zero, depth, ACCUMULATIONS[0]) for depth in DEPTHS])
         by_stage.append(max(0.0, (pair[1] - pair[0]) / (DEPTHS[1] - DEPTHS[0]) - block))
-    yield {
+    yield rates | {
         "block_overhead": block,
         "micro_batch_overhead": max(0.0, micro_batch),
         "step_overhead": max(0.0, shallow - DEPTHS[0] * block - max(0.0, micro_batch)),
