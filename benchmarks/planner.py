@@ -31,7 +31,8 @@ from benchmarks.step_time import environment_of
 from mlra_scale.config import Config, batch_plan, validate
 from mlra_scale.planning.search import Candidate, Engine, changed, evaluate
 
-SHAPE = Shape("D=512 L=12", num_layers=12, hidden_size=512, num_heads=8, batch_size=4)
+SHAPE = Shape("D=256 L=12", num_layers=12, hidden_size=256, num_heads=4, batch_size=4)
+"""As large as lets the engines of all layouts, two processes each, stay in the memory of a machine of 16 GB."""
 TINY = Shape("tiny", num_layers=4, hidden_size=32, num_heads=2, batch_size=2, sequence_length=16, vocab_size=256)
 SEQUENCES = 16
 BUCKET = 5_000_000
@@ -185,7 +186,7 @@ def table_lines(report: dict[str, Any]) -> list[str]:
     cluster = report["cluster"]
     lines = [
         f"calibrated: matrix products {cluster['peak_flops'] / 1e9:.1f} GFLOP/s, the rest of a block "
-        f"{cluster['memory_bandwidth'] / 1e9:.2f} GB/s, gloo {cluster['link_intra'] / 1e9:.2f} GB/s and "
+        f"{cluster['memory_bandwidth'] / 1e9:.2f} GB/s, update {cluster['update_bandwidth'] / 1e9:.2f} GB/s, gloo {cluster['link_intra'] / 1e9:.2f} GB/s and "
         f"{cluster['latency_intra'] * 1e3:.2f} ms, per block {cluster['block_overhead'] * 1e3:.2f} ms (ZeRO 1, 2, 3: "
         + ", ".join(f"{value * 1e3:.2f}" for value in cluster["zero_overhead"][1:])
         + f" more), per micro-batch {cluster['micro_batch_overhead'] * 1e3:.2f} ms, in a pipeline "

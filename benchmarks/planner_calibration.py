@@ -23,6 +23,7 @@ from mlra_scale.config import Config, batch_plan
 from mlra_scale.parallel import Topology
 from mlra_scale.planning.cluster import Cluster, named_cluster
 from mlra_scale.planning.search import changed
+from mlra_scale.planning.step_time import UPDATE_BYTES
 
 REPEATS = 7
 DEPTHS = (2, 8)
@@ -79,11 +80,13 @@ def rates_of(config: Config) -> dict[str, float]:
     bandwidth = _elementwise_bytes(tokens, D, F) / median_seconds(_elementwise(tokens, D, F))
     small, large = 1_000, max(1_000_000, tokens * D)
     latency = median_seconds(lambda: dist.all_reduce(torch.zeros(small)))
-    slope = (median_seconds(lambda: dist.all_reduce(torch.zeros(large))) - latency) / (4.0 * (large - small))
+    long = median_seconds(lambda: dist.all_reduce(torch.zeros(large)))
+    slope = max(long - latency, 0.1 * long) / (4.0 * (large - small))
     return {
         "peak_flops": rate,
         "utilization": 1.0,
         "memory_bandwidth": bandwidth,
+        "update_bandwidth": _update_bandwidth(12 * D * D),
         "link_intra": 1.0 / slope,
         "latency_intra": latency,
     }
@@ -108,6 +111,19 @@ def _elementwise(tokens: int, hidden_size: int, ffn_size: int) -> Callable[[], A
 def _elementwise_bytes(tokens: int, hidden_size: int, ffn_size: int) -> float:
     """What planning/step_time.py takes for it."""
     return 3.0 * 4 * tokens * (14 * hidden_size + 2 * ffn_size)
+
+
+def _update_bandwidth(num_weights: int) -> float:
+    """Bytes per second, as planning/step_time.py counts them, of a gradient norm, clipping and AdamW."""
+    weight = nn.Parameter(torch.randn(num_weights))
+    weight.grad = torch.randn(num_weights)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+
+    def work() -> None:
+        nn.utils.clip_grad_norm_([weight], 1.0, foreach=True)
+        optimizer.step()
+
+    return (UPDATE_BYTES + 4) * num_weights / median_seconds(work)
 
 
 def tiny(config: Config, num_layers: int, accumulation: int, **parallel: int) -> Config:
@@ -155,7 +171,7 @@ def serve_engines(commands: Iterator[Any], config: Config) -> Iterator[Any]:
             tiny(base, DEPTHS[0], ACCUMULATIONS[1]),
         ],
     )
-    block = (deep - shallow) / (DEPTHS[1] - DEPTHS[0])
+    block = max(0.0, deep - shallow) / (DEPTHS[1] - DEPTHS[0])
     micro_batch = (often - shallow) / (ACCUMULATIONS[1] - ACCUMULATIONS[0]) - DEPTHS[0] * block
     by_stage = [0.0]
     for stage in (1, 2, 3):

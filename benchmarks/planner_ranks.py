@@ -21,6 +21,7 @@ from mlra_scale.config import BatchPlan, Config, batch_plan
 from mlra_scale.data import Batch
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT |= {"KINETO_LOG_LEVEL": "99"}
 LEARNING_RATE = 1e-4
 RANKS = 2
 

@@ -30,7 +30,8 @@ class Cluster:
         reserved: Bytes of it that tensors cannot have: context, libraries, communication buffers, fragments.
         peak_flops: Peak of one device in FLOP/s, the denominator of MFU.
         utilization: Share of the peak that matrix products of usual sizes reach.
-        memory_bandwidth: Bytes per second that a device reads and writes in its own memory.
+        memory_bandwidth: Bytes per second that a device reads and writes in norms, GELU, sums and softmax.
+        update_bandwidth: Bytes per second of the optimizer's update and of sums of gradients.
         link_intra: Bytes per second that a device sends to another of its node.
         link_inter: Bytes per second that a device sends to another node.
         latency_intra: Seconds that a message takes at least, within a node.
@@ -53,6 +54,7 @@ class Cluster:
     peak_flops: float
     utilization: float
     memory_bandwidth: float
+    update_bandwidth: float
     link_intra: float
     link_inter: float
     latency_intra: float
@@ -108,6 +110,7 @@ def named_clusters() -> dict[str, Cluster]:
         peak_flops=312e12,
         utilization=0.5,
         memory_bandwidth=1.6e12,
+        update_bandwidth=1.6e12,
         link_intra=2.34e11,
         link_inter=2e10,
         latency_intra=1e-5,
@@ -127,6 +130,7 @@ def named_clusters() -> dict[str, Cluster]:
         peak_flops=989e12,
         utilization=H100.flops / 989e12,
         memory_bandwidth=2.7e12,
+        update_bandwidth=2.7e12,
         link_intra=H100.bandwidth,
         link_inter=4e10,
     )
@@ -139,7 +143,8 @@ def named_clusters() -> dict[str, Cluster]:
         reserved=1 * GIB,
         peak_flops=CPU_CORE.flops,
         utilization=1.0,
-        memory_bandwidth=5e9,
+        memory_bandwidth=3e9,
+        update_bandwidth=6e9,
         link_intra=CPU_CORE.bandwidth,
         link_inter=1e9,
         latency_intra=1e-4,

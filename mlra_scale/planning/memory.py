@@ -48,7 +48,7 @@ Head and loss: `logit_bytes`. Temporary results: what the largest moment of the 
                    without ZeRO: the gradient in fp32, 4 n
 
 Of these moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
-where a step has several micro-batches; with one they grow while activations go.
+where a step has more micro-batches than are in flight; else they grow while activations go.
 
 tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
 Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves; of dropout
@@ -159,7 +159,9 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     """
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     whole = gradient_bytes(config, plan, num_weights)
-    early = whole if plan.accumulation_steps > 1 else early_gradient_bytes(config, plan, num_weights)
+    # With as many micro-batches in flight as there are in all, no backward pass has ended when they are at their most.
+    has_ended = plan.accumulation_steps > in_flight(config, plan, stage)
+    early = whole if has_ended else early_gradient_bytes(config, plan, num_weights)
     kept = activation_bytes(config, plan, stage)
     recomputed = recomputed_bytes(config, plan)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))

@@ -13,7 +13,8 @@ tensor, p stages, m micro-batches, e bytes of a number. Per micro-batch, stage s
                  The backward pass takes twice as much, attention 2.5 times (it forms q k^T again); checkpointing one
                  forward pass more. The last stage adds the head, 3 * 2 T D V / t.
     elementwise  bytes / memory bandwidth: norms, residual sums, GELU, biases: e T (10 D + 4 D / t + 2 F / t) forward,
-                 twice that backward; logits are read and written 8 times in fp32; and the sum of gradients
+                 twice that backward; logits are read and written 8 times in fp32; and where there are several
+                 micro-batches 12 bytes per weight for the sum of gradients
     overhead     per block and per micro-batch (cluster.py). Where the device runs ahead of the host (GPUs), compute and
                  elementwise or overhead, whichever is longer
 
@@ -178,9 +179,13 @@ def elementwise_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     passes = 4 if config.parallel.activation_checkpointing == "block" else 3
     blocks = passes * forward * len(blocks_of_stage(model.num_layers, plan.pipeline, stage))
     logits = 8 * 4 * tokens * model.padded_vocab_size / t if stage == plan.pipeline - 1 else 0.0
-    num_weights = num_weights_of_stage(model, plan, stage, low_rank_plan(config, plan))
-    summed = 3 * 4 * num_weights if plan.accumulation_steps > 1 else 0.0
-    return blocks + logits + summed
+    return blocks + logits
+
+
+def summing_seconds(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) -> float:
+    """Seconds of adding a micro-batch's gradients, 12 bytes per weight, to those of the others."""
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    return 12.0 * num_weights / cluster.update_bandwidth if plan.accumulation_steps > 1 else 0.0
 
 
 def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) -> StageTime:
@@ -188,6 +193,7 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
     groups = groups_of(plan, stage)
     compute = computed_flops(config, plan, stage) / cluster.flops
     elementwise = elementwise_bytes(config, plan, stage) / cluster.memory_bandwidth
+    elementwise += summing_seconds(config, plan, cluster, stage)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     overhead = num_blocks * (cluster.block_overhead + cluster.zero_overhead[zero_stage(config)])
     overhead += cluster.micro_batch_overhead + cluster.pipeline_overhead * (engine_kind(config) == "pipeline")
@@ -231,8 +237,8 @@ def _hides(config: Config, cluster: Cluster) -> bool:
 
 
 def update_seconds(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) -> float:
-    """Seconds of the update. Offloaded optimizers are estimated at a tenth of the device's memory bandwidth."""
+    """Seconds of the update. Offloaded optimizers are estimated at a tenth of the rate."""
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     num_updated = num_weights / (plan.data if zero_stage(config) else 1)
-    seconds = num_updated * (UPDATE_BYTES + BYTES[config.train.precision]) / cluster.memory_bandwidth
+    seconds = num_updated * (UPDATE_BYTES + BYTES[config.train.precision]) / cluster.update_bandwidth
     return 10.0 * seconds if offload_optimizer(config) else seconds

@@ -130,7 +130,7 @@ def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
 def test_equal_stages_have_the_bubble_of_the_book(stages: int, batch: int) -> None:
     config, plan = case(stages, f"parallel.pipeline={stages}", f"train.global_batch_size={batch}")
     # A head that costs nothing, and ends that send nothing, leave stages that are equal.
-    equal = replace(IDLE, link_intra=1e30, latency_intra=0.0, memory_bandwidth=1e30)
+    equal = replace(IDLE, link_intra=1e30, latency_intra=0.0, memory_bandwidth=1e30, update_bandwidth=1e30)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"vocab_size": 1, "vocab_padding_multiple": 1})}
     )
