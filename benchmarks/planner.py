@@ -186,7 +186,8 @@ def table_lines(report: dict[str, Any]) -> list[str]:
     cluster = report["cluster"]
     lines = [
         f"calibrated: matrix products {cluster['peak_flops'] / 1e9:.1f} GFLOP/s, the rest of a block "
-        f"{cluster['memory_bandwidth'] / 1e9:.2f} GB/s, update {cluster['update_bandwidth'] / 1e9:.2f} GB/s, gloo {cluster['link_intra'] / 1e9:.2f} GB/s and "
+        f"{cluster['memory_bandwidth'] / 1e9:.2f} GB/s, update {cluster['update_bandwidth'] / 1e9:.2f} GB/s, "
+        f"gloo {cluster['link_intra'] / 1e9:.2f} GB/s and "
         f"{cluster['latency_intra'] * 1e3:.2f} ms, per block {cluster['block_overhead'] * 1e3:.2f} ms (ZeRO 1, 2, 3: "
         + ", ".join(f"{value * 1e3:.2f}" for value in cluster["zero_overhead"][1:])
         + f" more), per micro-batch {cluster['micro_batch_overhead'] * 1e3:.2f} ms, in a pipeline "

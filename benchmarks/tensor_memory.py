@@ -53,7 +53,7 @@ def recording() -> Iterator[TensorMemory]:
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded,
     ):
         yield found
-    _evaluate(recorded.profiler.kineto_results.experimental_event_tree(), found)  # type: ignore[union-attr]
+    _evaluate(recorded.profiler.kineto_results.experimental_event_tree(), found)
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _patient_collectives() -> Iterator[None]:
         time.sleep(_GRACE_SECONDS)
         return is_done
 
-    Work.wait = wait_patiently  # type: ignore[method-assign,assignment]
+    Work.wait = wait_patiently  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -135,9 +135,9 @@ def _combinations(
     parallel, train = config.parallel, config.train
     degrees = [parallel.tensor] if "parallel.tensor" in fixed else _divisors(cluster.devices_per_node)
     stages = [parallel.pipeline] if "parallel.pipeline" in fixed else _divisors(cluster.world_size)
-    checkpointing = ("none", "block")
+    checkpointing = ["none", "block"]
     if "parallel.activation_checkpointing" in fixed:
-        checkpointing = (parallel.activation_checkpointing,)
+        checkpointing = [parallel.activation_checkpointing]
     sizes = [train.micro_batch_size]
     if "train.micro_batch_size" not in fixed:
         powers = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length())]
@@ -148,7 +148,7 @@ def _combinations(
         if tensor * pipeline > cluster.world_size or engine.for_pipelines not in (None, pipeline > 1):
             continue
         for recomputing, size in product(checkpointing, sizes):
-            sections = {
+            sections: dict[str, dict[str, Any]] = {
                 "parallel": {"tensor": tensor, "pipeline": pipeline, "activation_checkpointing": recomputing},
                 "train": {"micro_batch_size": size},
             }
