@@ -137,7 +137,7 @@ def rows_of(
     layouts: Sequence[Layout], predictions: Sequence[Candidate], measured: Sequence[tuple[list[float], Memory]]
 ) -> list[dict[str, Any]]:
     """Returns predictions beside measurements, with ranks by time."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "layout": layout.name,
             "predicted_seconds": candidate.time.seconds,
