@@ -15,11 +15,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from mlra_scale.model.context import ModelContext
-
-CHUNK_NUMBERS = {"cpu": 2**22, "cuda": 2**28}
-"""Logits of a chunk: on CPUs 16 MiB in fp32, the fastest of 1 to 64 at four shapes; on GPUs 1 GiB, not measured."""
-_LARGEST_FP16_CHUNK = 1024
-"""Tokens whose gradients of one weight can be summed in fp16 without overflow, at hidden values below 64."""
+from mlra_scale.model.head_chunks import num_chunks
 
 
 def head_loss(
@@ -64,10 +60,8 @@ class _Head:
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """Splits tokens into chunks of nearly equal size."""
-        largest = max(1, CHUNK_NUMBERS[self.weight_VD.device.type] // self.weight_VD.size(0))
-        if self.weight_VD.dtype == torch.float16:
-            largest = min(largest, _LARGEST_FP16_CHUNK)
-        count = -(-num_tokens // largest)
+        weight_VD = self.weight_VD
+        count = num_chunks(num_tokens, weight_VD.size(0), weight_VD.device.type, weight_VD.dtype == torch.float16)
         for index in range(count):
             yield slice(num_tokens * index // count, num_tokens * (index + 1) // count)
 

@@ -73,3 +73,16 @@ def num_held(infos: list[ParameterInfo], tensor_parallel: int) -> int:
         split = 1 if info.shard_dim is None else tensor_parallel
         total += info.numel() // split
     return total
+
+
+def num_weights_of_stage(
+    model: ModelConfig, plan: BatchPlan, stage: int, low_rank_plan: LowRankPlan = "replicated"
+) -> int:
+    """Returns `num_held` of `weights_of_stage` without a table of every block: all blocks have equally many weights."""
+    short = model.model_copy(update={"num_layers": 1})
+    infos = ParameterTable(short, low_rank_plan).values()
+    of_block = num_held([info for info in infos if info.name.startswith("blocks.")], plan.tensor)
+    of_ends = num_held(weights_of_stage(short, plan.pipeline, stage, low_rank_plan), plan.tensor)
+    if 0 in blocks_of_stage(1, plan.pipeline, stage):
+        of_ends -= of_block
+    return of_ends + of_block * len(blocks_of_stage(model.num_layers, plan.pipeline, stage))

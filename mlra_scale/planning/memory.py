@@ -27,19 +27,36 @@ Activations kept for the backward pass, per token:
 
     block          e (4 D + 4 D / t + 2 F / t + f R): inputs of both norms, their outputs, q k v and the attention's
                    output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
-                   reduction); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is kept with
-                   attention dropout only: (4 + e) S N / t more
+                   reduction; none of q, k, v with the plan `merged`, which keeps e D^2 / t for each instead, whatever
+                   the number of tokens); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is
+                   kept with attention dropout only: (4 + e) S N / t more
     checkpointed   e D instead, and one whole block again while it is recomputed
-    ends           e D for the embedding's output (first stage), 2 e D for the final norm (last stage)
-    sequence par.  what has no t above is divided by t, but the final norm's output, gathered for the head, and with
-                   checkpointing or sigmaReparam, in a block, the norms' outputs and the latents, which are gathered
-    logits         (e + 4 + 4) V / t on the last stage: logits, fp32 softmax and its gradient, of one micro-batch
+    selective      without the norms' outputs and GELU's: e (2 D + F / t) less
+    ends           e D for the embedding's output (first stage), e D for the final norm's input (last stage)
+    passed on      in a pipeline e D for what a stage received, and e D for what it sends (DeepSpeed's two buffers)
 
-All but the logits, times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
+    sequence par.  what has no t above is divided by t, but with checkpointing or sigmaReparam, in a block, the norms'
+                   outputs and the latents, which are gathered
 
-tests/distributed/test_memory_plan.py compares the training state with the tensors that ranks on CPUs really hold.
-Activations and logits are estimates that nothing has measured yet. Left out: temporary results inside an operation and
-inside the optimizer's step, further communication buffers, the allocator's fragments, and the libraries themselves.
+times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
+
+Head and loss: `logit_bytes`. Temporary results: what the largest moment of the step adds to what is kept,
+
+    loss           nothing: it is in `logit_bytes`
+    backward       e (F / t + 2 D) per token, the gradients beside GELU and of the stream, and the gradient of the
+                   largest matrix before it is added to the kept one; on a single stage the head's gradient of the tied
+                   embedding, which waits for the look-up's; with ZeRO 2 and 3 `reduced_bytes`
+    its end        copies of the embedding's gradient (`num_embedding_gradients`)
+    reduction      `flat_gradient_bytes`
+    update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1); in bf16
+                   without ZeRO: the gradient in fp32, 4 n
+
+Of these moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
+where a step has more micro-batches than are in flight; else they grow while activations go.
+
+tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
+Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves; of dropout
+masks nothing is known here.
 """
 
 from __future__ import annotations
@@ -47,9 +64,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
+from mlra_scale.model.head_chunks import num_chunks
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.model.parameters import ParameterInfo
-from mlra_scale.planning.layout import blocks_of_stage, num_held, weights_of_stage
+from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, weights_of_stage
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -64,7 +82,8 @@ class RankMemory:
         master: fp32 copy of the weights.
         moments: Adam's two.
         activations: Kept for the backward pass, logits not included.
-        logits: Logits, softmax and its gradient.
+        logits: What the head and the loss need at their peak.
+        temporary: What the largest moment of a step adds to what is kept.
         host: What offloading put on the host instead (not part of `device`).
         snapshot: The copy of the state that asynchronous checkpoints are written from, on the host as well.
     """
@@ -75,13 +94,37 @@ class RankMemory:
     moments: float
     activations: float
     logits: float
+    temporary: float
     host: float
     snapshot: float
 
     @property
     def device(self) -> float:
-        """Sum of the components on the device."""
-        return self.weights + self.gradients + self.master + self.moments + self.activations + self.logits
+        """Sum of the components on the device: the peak."""
+        state = self.weights + self.gradients + self.master + self.moments
+        return state + self.activations + self.logits + self.temporary
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one moment of a step needs beside weights, master and Adam's moments, in bytes.
+
+    Attributes:
+        gradients: Without the buffers of the reduction.
+        activations: As in RankMemory.
+        logits: As in RankMemory.
+        temporary: As in RankMemory.
+    """
+
+    gradients: float
+    activations: float = 0.0
+    logits: float = 0.0
+    temporary: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of the four."""
+        return self.gradients + self.activations + self.logits + self.temporary
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
@@ -92,10 +135,11 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
         plan: Its batch plan.
         stage: The pipeline stage.
     """
-    num_weights = num_held(held_weights(config, plan, stage), plan.tensor)
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
-        "gradients": gradient_bytes(config, plan, num_weights) + reduction_bytes(config, plan),
+        "gradients": peak.gradients + reduction_bytes(config, plan),
         "master": master_bytes(config, plan, num_weights),
         "moments": moment_bytes(config, plan, num_weights),
     }
@@ -105,11 +149,42 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     state |= dict.fromkeys(on_host, 0.0)
     return RankMemory(
         **state,
-        activations=activation_bytes(config, plan, stage),
-        logits=logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0,
+        activations=peak.activations,
+        logits=peak.logits,
+        temporary=peak.temporary,
         host=host,
         snapshot=snapshot_bytes(config, plan, stage),
     )
+
+
+def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Moment]:
+    """Returns the moments of a step of which one is the peak.
+
+    In order: the loss; the backward pass of the last block and of the first; its end; reduction; update.
+    """
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    whole = gradient_bytes(config, plan, num_weights)
+    # With as many micro-batches in flight as there are in all, no backward pass has ended when they are at their most.
+    has_ended = plan.accumulation_steps > in_flight(config, plan, stage)
+    early = whole if has_ended else early_gradient_bytes(config, plan, num_weights)
+    kept = activation_bytes(config, plan, stage)
+    recomputed = recomputed_bytes(config, plan)
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    at_the_end = kept - (num_blocks - 1) * kept_per_block(config, plan)
+    stale = stale_output_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
+    logits = logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
+    # The head's gradient of the tied embedding waits in autograd until the embedding's is there to be added.
+    waiting = embedding_gradient_bytes(config, plan) if plan.pipeline == 1 else 0.0
+    backward = backward_bytes(config, plan) + waiting + reduced_bytes(config, plan, num_weights)
+    summing = embedding_gradient_bytes(config, plan) * num_embedding_gradients(config, plan, stage)
+    return [
+        Moment(early, kept, logits),
+        Moment(early, kept + recomputed, stale, backward),
+        Moment(whole, at_the_end + recomputed, stale, backward),
+        Moment(whole, at_the_end, stale, summing + reduced_bytes(config, plan, num_weights)),
+        Moment(whole, temporary=flat_gradient_bytes(config, plan, num_weights)),
+        Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
+    ]
 
 
 def held_weights(config: Config, plan: BatchPlan, stage: int) -> list[ParameterInfo]:
@@ -169,23 +244,29 @@ def snapshot_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint."""
     if not config.checkpoint.asynchronous:
         return 0.0
-    held = held_weights(config, plan, stage)
-    owned = [info for info in held if stage == 0 or info.kind != "embedding"]
+    num_owned = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    if 0 < stage == plan.pipeline - 1:
+        num_owned -= config.model.padded_vocab_size * config.model.hidden_size // plan.tensor
     is_divided = zero_stage(config) >= 1 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
-    return 12.0 * num_held(owned, plan.tensor) / (plan.data if is_divided else 1)
+    return 12.0 * num_owned / (plan.data if is_divided else 1)
 
 
 def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
     """Bytes that one block keeps of one token for its backward pass."""
     model, tensor = config.model, plan.tensor
-    num_factorised = sum(model.is_factorised(name) for name in "qkvo")
     split = sequence_split(config, plan)
-    keeps_gathered = config.parallel.activation_checkpointing == "block" or model.sigma_reparam
-    split_of_gathered = 1 if keeps_gathered else split
-    width = 2 * model.hidden_size / split + 2 * model.hidden_size / split_of_gathered
-    width += 4 * model.hidden_size / tensor + 2 * model.ffn_size / tensor
+    split_of_gathered = 1 if keeps_gathered(config) else split
+    num_latents = sum(model.is_factorised(name) for name in "qkvo")
+    if low_rank_plan(config, plan) == "merged":
+        num_latents = int(model.is_factorised("o"))
+    norms = 2 * model.hidden_size / split_of_gathered
+    gelu = model.ffn_size / tensor
+    if config.parallel.activation_checkpointing == "selective":
+        # What is gathered from a norm's output is a copy, which is kept.
+        gelu, norms = 0.0, norms if split > 1 and keeps_gathered(config) else 0.0
+    width = 2 * model.hidden_size / split + norms + 4 * model.hidden_size / tensor + model.ffn_size / tensor + gelu
     width += 2 * model.hidden_size / tensor * model.qk_norm
-    kept = BYTES[config.train.precision] * (width + num_factorised * model.rank / split_of_gathered)
+    kept = BYTES[config.train.precision] * (width + num_latents * model.rank / split_of_gathered)
     if model.attention_dropout > 0.0:
         kept += (4 + BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
     return kept
@@ -196,18 +277,43 @@ def sequence_split(config: Config, plan: BatchPlan) -> int:
     return plan.tensor if config.parallel.sequence_parallel else 1
 
 
-def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
-    """Bytes of the activations that a stage keeps for its backward passes, logits not included."""
-    element, width = BYTES[config.train.precision], config.model.hidden_size
+def keeps_gathered(config: Config) -> bool:
+    """Whether, with sequence parallelism, blocks keep what was gathered instead of gathering it again."""
+    return config.parallel.activation_checkpointing == "block" or config.model.sigma_reparam
+
+
+def kept_per_block(config: Config, plan: BatchPlan) -> float:
+    """Bytes that a block keeps of one micro-batch until its backward pass."""
     tokens = plan.micro_batch_size * plan.sequence_length
-    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    num_in_flight = in_flight(config, plan, stage)
-    split = sequence_split(config, plan)
-    ends = element * width * ((stage == 0) / split + (1 + 1 / split) * (stage == plan.pipeline - 1))
-    block = block_bytes_per_token(config, plan)
     if config.parallel.activation_checkpointing == "block":
-        return tokens * (num_in_flight * (num_blocks * element * width / split + ends) + block)
-    return tokens * num_in_flight * (num_blocks * block + ends)
+        hidden = tokens * BYTES[config.train.precision] * config.model.hidden_size
+        return hidden / sequence_split(config, plan)
+    return whole_block_bytes(config, plan)
+
+
+def whole_block_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of all that a block without checkpointing keeps of one micro-batch."""
+    tokens = plan.micro_batch_size * plan.sequence_length
+    merged = 0.0
+    if low_rank_plan(config, plan) == "merged":
+        num_products = sum(config.model.is_factorised(name) for name in "qkv")
+        merged = BYTES[config.train.precision] * num_products * config.model.hidden_size**2 / plan.tensor
+    return tokens * block_bytes_per_token(config, plan) + merged
+
+
+def recomputed_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the one block that checkpointing has recomputed while its backward pass runs."""
+    return whole_block_bytes(config, plan) if config.parallel.activation_checkpointing == "block" else 0.0
+
+
+def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+    """Bytes of the activations that a stage keeps for its backward passes, without what is recomputed and logits."""
+    tokens = plan.micro_batch_size * plan.sequence_length
+    hidden = tokens * BYTES[config.train.precision] * config.model.hidden_size / sequence_split(config, plan)
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    ends = hidden * ((stage == 0) + (stage == plan.pipeline - 1))
+    passed_on = hidden * ((stage > 0) + (stage < plan.pipeline - 1)) * min(2, plan.accumulation_steps)
+    return in_flight(config, plan, stage) * (num_blocks * kept_per_block(config, plan) + ends) + passed_on
 
 
 def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
@@ -218,6 +324,99 @@ def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
 
 
 def logit_bytes(config: Config, plan: BatchPlan) -> float:
-    """Bytes of logits, fp32 softmax and its gradient of one micro-batch."""
-    tokens = plan.micro_batch_size * plan.sequence_length
-    return tokens * (BYTES[config.train.precision] + 8) * config.model.padded_vocab_size / plan.tensor
+    """Bytes of the head and the loss at their peak, per micro-batch of T tokens.
+
+    Of a chunk of tokens (model/head_chunks.py) the logits, which become their softmax and its gradient in place: 4
+    bytes each, and in bf16 and fp16 e more. Beside it the final norm's output and its gradient, 2 e D per token, and
+    the head's weight gradient, e D V / t, or in fp32 and e for what is added to it where there are several chunks.
+    """
+    model, element = config.model, BYTES[config.train.precision]
+    tokens, rows = plan.micro_batch_size * plan.sequence_length, model.padded_vocab_size // plan.tensor
+    device = "cpu" if config.train.device == "cpu" else "cuda"
+    chunks = num_chunks(tokens, rows, device, config.train.precision == "fp16")
+    logits = -(-tokens // chunks) * rows * (4 if element == 4 else 4 + element)
+    weight = rows * model.hidden_size * (element if chunks == 1 or element == 4 else 4 + element)
+    return stale_output_bytes(config, plan) + logits + weight + 2.0 * element * tokens * model.hidden_size
+
+
+def stale_output_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of final hidden states that DeepSpeed's pipeline keeps of micro-batches that are done, in two buffers."""
+    if engine_kind(config) != "pipeline":
+        return 0.0
+    hidden = BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
+    return min(2, plan.accumulation_steps) * hidden / sequence_split(config, plan)
+
+
+def backward_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's."""
+    model, tokens = config.model, plan.micro_batch_size * plan.sequence_length
+    passing = tokens * (model.ffn_size / plan.tensor + 2 * model.hidden_size / sequence_split(config, plan))
+    return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
+
+
+def early_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of gradients that are there before the first backward pass of a step: buffers that are never given back."""
+    if config.train.precision != "bf16" or zero_stage(config) >= 2:
+        return 0.0
+    if zero_stage(config) == 1:
+        return 4.0 * num_weights
+    return 2.0 * num_weights if engine_kind(config) == "pipeline" else 0.0
+
+
+def update_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of gradients that are left when the update begins: ZeRO 1 has then reduced them to its share."""
+    if zero_stage(config) == 1 and config.train.precision != "bf16":
+        return BYTES[config.train.precision] * num_weights / plan.data
+    return gradient_bytes(config, plan, num_weights)
+
+
+def update_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes that the update adds: the gradient in fp32 where it is not, and ZeRO's in one piece."""
+    precision, stage = config.train.precision, zero_stage(config)
+    if offload_optimizer(config) or (precision, stage) in (("fp32", 0), ("bf16", 1)):
+        return 0.0
+    return 4.0 * num_weights / (plan.data if stage else 1)
+
+
+def embedding_gradient_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of one gradient of the token embedding."""
+    return BYTES[config.train.precision] * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
+
+
+def num_embedding_gradients(config: Config, plan: BatchPlan, stage: int) -> int:
+    """Copies of the embedding's gradient beside the kept one at the end of a backward pass.
+
+    The head's, the look-up's and their sum where one stage has both; the look-up's alone on the first of several.
+    """
+    copies = 3 if plan.pipeline == 1 else 1 if stage == 0 else 0
+    becomes_the_kept_one = plan.accumulation_steps == 1 and zero_stage(config) < 2
+    return max(0, copies - becomes_the_kept_one)
+
+
+def reduced_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes that ZeRO 2 and 3 add while they reduce a micro-batch's gradients.
+
+    ZeRO 2: the rank's share of this micro-batch, before it is added. ZeRO 3: a bucket in one piece, and a copy of it.
+    """
+    stage = zero_stage(config)
+    if stage == 2:
+        return gradient_bytes(config, plan, num_weights)
+    if stage == 3:
+        communication = BYTES[config.deepspeed.get("communication_data_type", "fp32")]
+        bucket = config.deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+        return 2.0 * communication * min(bucket, num_weights)
+    return 0.0
+
+
+def flat_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes that the reduction over data ranks adds where it takes all gradients (at most 5e8) in one piece.
+
+    That is without ZeRO, where bf16 is converted as well, and in bf16 with ZeRO 1, even for a single data rank.
+    """
+    precision, stage = config.train.precision, zero_stage(config)
+    num = min(num_weights, 500_000_000)
+    if precision == "bf16" and stage == 1:
+        return 4.0 * num
+    if stage > 0 or plan.data == 1:
+        return 0.0
+    return num * (4.0 if precision == "fp32" else 4.0 + BYTES[precision])

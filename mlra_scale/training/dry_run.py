@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from textwrap import wrap
+
 from mlra_scale.config import BatchPlan, Config, engine_kind, zero_stage
 from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.planning.cluster import GIB, named_cluster
 from mlra_scale.planning.layout import (
     blocks_of_stage,
     data_groups,
@@ -13,9 +17,10 @@ from mlra_scale.planning.layout import (
     tensor_groups,
 )
 from mlra_scale.planning.memory import RankMemory, held_weights, rank_memory
+from mlra_scale.planning.plan_text import COMPONENTS
+from mlra_scale.planning.step_time import step_time
 
 _GROUPS_SHOWN = 8
-_GIB = 2.0**30
 
 
 def plan_report(config: Config, plan: BatchPlan) -> str:
@@ -31,6 +36,7 @@ def plan_report(config: Config, plan: BatchPlan) -> str:
         ("Mesh", _mesh_lines(config, plan)),
         ("Parameters per rank", _parameter_lines(config, plan)),
         ("Memory per rank, GiB", _memory_lines(config, plan)),
+        ("Estimate of a step, not measured", _estimate_lines(config, plan)),
     )
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
@@ -126,8 +132,8 @@ def _parameter_lines(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
-    names = ("weights", "gradients", "master", "moments", "activations", "logits", "device", "host", "snapshot")
-    rows: list[tuple[str, ...]] = [("stage", *names[:-3], "sum", "host", "snapshot")]
+    names = (*COMPONENTS, "device", "host", "snapshot")
+    rows: list[tuple[str, ...]] = [("stage", *COMPONENTS, "sum", "host", "snapshot")]
     estimates = [rank_memory(config, plan, stage) for stage in range(plan.pipeline)]
     for stage, memory in enumerate(estimates):
         rows.append((str(stage), *(_gib(memory, name) for name in names)))
@@ -138,17 +144,34 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
     peak = max(rank_memory(changed, plan, stage).device for stage in range(plan.pipeline))
     return [
         *_table(rows),
-        f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / _GIB:.2f})",
+        f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / GIB:.2f})",
         "(host: what is offloaded; snapshot: host memory from which a checkpoint is written while training goes on, 0",
         " with checkpoint.asynchronous=false)",
-        "(weights to moments checked against real tensors on CPUs; activations and logits are estimates; temporary",
-        " results and the libraries themselves come on top)",
+        "(at the moment of a step that needs most; checked against all tensors of ranks on CPUs; the libraries",
+        " themselves and their communication buffers come on top)",
         "(formulas: mlra_scale/planning/memory.py)",
     ]
 
 
+def _estimate_lines(config: Config, plan: BatchPlan) -> list[str]:
+    """What the planner expects of a step on a cluster that many have, or on CPU cores where these are asked for."""
+    cluster = named_cluster("cpu" if config.train.device == "cpu" else "h100")
+    devices = min(cluster.devices_per_node, plan.world_size)
+    cluster = replace(cluster, devices_per_node=devices, nodes=-(-plan.world_size // devices))
+    time = step_time(config, plan, cluster)
+    sent = ", ".join(f"{kind} {nbytes / 1e9:.3g}" for kind, nbytes in time.sent.items())
+    return [
+        f"on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}: step {time.seconds:.3g} s, "
+        f"{plan.tokens_per_step / time.seconds:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, bubble "
+        f"{100 * time.bubble:.1f} %",
+        f"GB that a rank sends per step: {sent}",
+        *wrap(f"({cluster.source})", 112, subsequent_indent=" "),
+        "(formulas: mlra_scale/planning/step_time.py; other layouts and clusters: python tools/plan.py)",
+    ]
+
+
 def _gib(memory: RankMemory, name: str) -> str:
-    return f"{getattr(memory, name) / _GIB:.2f}"
+    return f"{getattr(memory, name) / GIB:.2f}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

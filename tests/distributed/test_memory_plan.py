@@ -1,4 +1,4 @@
-"""The planned training state against the tensors that the ranks really hold."""
+"""The planned training state, and the planned peak, against the tensors that the ranks really hold."""
 
 import gc
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tensor_memory import recording
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.planning.memory import rank_memory, reduction_bytes
 from tests.support.layouts import Layout, layout_config, micro_batches, start
@@ -110,3 +111,55 @@ def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
         state = memory.weights + memory.gradients + memory.master + memory.moments - buckets
         # Padding of partitions, the batch and what a pipeline passes on weigh more here than in a model of any use.
         assert held.state == pytest.approx(state, rel=0.1)
+
+
+def record(rank: int, world_size: int, config: Config) -> int:
+    """Trains three steps and returns the peak of all tensors within the last two."""
+    with recording() as memory:
+        engine, plan = start(config, world_size)
+        for step in range(3):
+            with memory.span("later" if step else "first"):
+                engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3)
+    return memory.peaks["later"]
+
+
+def peak_config(layout: Layout, micro_batch_size: int, checkpointing: str, precision: str) -> Config:
+    """A model in which neither the batch's own tensors nor padding of partitions weigh anything."""
+    zero = {"stage": layout.stage, "reduce_bucket_size": 500_022, "allgather_bucket_size": 500_022}
+    if layout.stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 200_000}
+        zero |= {"stage3_max_live_parameters": 500_000, "stage3_max_reuse_distance": 500_000}
+    values: dict[str, Any] = {
+        "model__hidden_size": 128,
+        "model__num_layers": 6,
+        "model__vocab_size": 4000,
+        "model__max_positions": 128,
+        "train__sequence_length": 128,
+        "train__micro_batch_size": micro_batch_size,
+        "train__global_batch_size": 2 * layout.data * micro_batch_size,
+        "train__precision": precision,
+        "parallel__activation_checkpointing": checkpointing,
+    }
+    config = layout_config(layout, **values)
+    return config.model_copy(update={"deepspeed": {"zero_optimization": zero} if layout.stage else {}})
+
+
+PEAKS = [
+    *((layout, 4, "none", "fp32") for layout in [Layout(), Layout(stage=1), *LAYOUTS]),
+    # Few activations, so that the state and what is temporary weigh most.
+    *((layout, 1, "block", "fp32") for layout in [Layout(), *LAYOUTS]),
+    (Layout(), 4, "none", "bf16"),
+    (Layout(), 1, "block", "bf16"),
+    (Layout(stage=1), 1, "block", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("layout", "micro_batch_size", "checkpointing", "precision"), PEAKS, ids=str)
+def test_the_planned_peak_is_that_of_all_tensors(
+    worker_pool: Pools, layout: Layout, micro_batch_size: int, checkpointing: str, precision: str
+) -> None:
+    config = peak_config(layout, micro_batch_size, checkpointing, precision)
+    plan = batch_plan(config, layout.world_size)
+    for rank, measured in enumerate(worker_pool(layout.world_size).run(record, config)):
+        memory = rank_memory(config, plan, rank // (layout.tensor * layout.data))
+        assert measured == pytest.approx(memory.device, rel=0.1), (rank, memory)

@@ -165,3 +165,18 @@ def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     assert len(report["ratios"]) == 4 and all(len(values) == 2 for values in report["seconds"].values())
     assert report["bytes"] > 12 * 30_000 and min(report["seconds"]["async stall"]) > 0.0
     assert list(disk.iterdir()) == []
+
+
+def test_planner_predicts_and_measures_every_layout(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.planner", "--quick", "--json", str(report_file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=480)
+    assert result.returncode == 0, result.stderr
+    for text in ("calibrated: matrix products", "Spearman", "data 2, ZeRO 1", "tensor 2, replicated", "pipeline 2"):
+        assert text in result.stdout
+    report = json.loads(report_file.read_text())
+    assert [row["predicted_rank"] for row in report["layouts"]].count(1) == 1
+    for row in report["layouts"]:
+        assert 0.0 < row["predicted_seconds"] < math.inf and len(row["seconds"]) == 2
+        # Memory, unlike time, is the same on every machine.
+        assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1)

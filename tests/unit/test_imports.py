@@ -38,7 +38,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
     ("stability", "parallel"): {"", "fragments", "interface", "topology"},
     ("checkpoint", "parallel"): {"", "fragments", "interface", "topology"},
-    ("planning", "model"): {"low_rank_plan", "parameters"},
+    ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
     ("training", "parallel"): {"", "fragments", "interface", "topology"},
     # What runs leave behind; none of these loads torch.
     ("study", "training"): {"exit_codes", "record", "resume", "run_directory", "source"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlra_scale.model import loss
+from mlra_scale.model import head_chunks, loss
 from mlra_scale.model.loss import head_loss
 
 TOKENS, WIDTH, ROWS, PADDING = 23, 8, 40, 5
@@ -16,7 +16,7 @@ TOKENS, WIDTH, ROWS, PADDING = 23, 8, 40, 5
 
 @pytest.fixture(params=[1, 4, 100], ids=lambda tokens: f"{tokens}-tokens-a-chunk")
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(loss, "CHUNK_NUMBERS", {"cpu": request.param * ROWS})
+    monkeypatch.setattr(head_chunks, "CHUNK_NUMBERS", {"cpu": request.param * ROWS})
     yield request.param
 
 

@@ -9,6 +9,7 @@ from mlra_scale.planning.memory import (
     logit_bytes,
     master_bytes,
     moment_bytes,
+    moments_of_a_step,
     rank_memory,
     reduction_bytes,
     weight_bytes,
@@ -103,7 +104,11 @@ def test_checkpointing_keeps_less_but_for_the_logits() -> None:
     checkpointed, _ = case(1, "parallel.activation_checkpointing=block")
     before, after = rank_memory(config, plan, 0), rank_memory(checkpointed, plan, 0)
     assert after.activations < 0.5 * before.activations
-    assert after.logits == before.logits == logit_bytes(config, plan)
+    # What the loss needs is the same; with checkpointing it may no longer be the moment that needs most.
+    at_the_loss = [moments_of_a_step(each, plan, 0)[0].logits for each in (config, checkpointed)]
+    assert at_the_loss == [before.logits] * 2 == [logit_bytes(config, plan)] * 2
+    state = 12 * num_held(weights_of_stage(config.model, 1, 0), 1)
+    assert after.device == state + max(moment.total for moment in moments_of_a_step(checkpointed, plan, 0))
 
 
 def test_only_the_last_stage_has_logits_and_the_first_most_activations() -> None:

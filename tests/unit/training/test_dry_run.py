@@ -42,3 +42,11 @@ def test_the_short_report_names_model_batch_and_layout(preset: str) -> None:
     text = short_report(config, batch_plan(config, 1))
     assert preset in text and "global batch" in text and "1 rank(s)" in text
     assert len(text.splitlines()) < 10
+
+
+def test_the_step_is_estimated_for_a_named_cluster_and_marked_as_such() -> None:
+    text = report_of("gpt2-mlra-72l", 16, "parallel.tensor=2", "parallel.pipeline=2")
+    assert "Estimate of a step, not measured" in text
+    assert "on 2 x 8 h100: step " in text and "MFU" in text and "bubble" in text
+    assert "GB that a rank sends per step: tensor" in text and "datasheet" in text
+    assert "on 1 x 1 cpu: step " in report_of("debug", 1, "train.device=cpu")

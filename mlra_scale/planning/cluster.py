@@ -1,0 +1,174 @@
+"""What a cluster can do, as far as the planner's estimates need it. Imports no torch.
+
+Rates of matrix products and of the fast links are those by which low-rank plans are chosen (model/low_rank_plan.py):
+one owner. Everything else of the named clusters stands here, with its source; nothing of it was measured by this
+project. benchmarks/planner.py measures these numbers for the machine it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mlra_scale.config import ConfigError, Problem
+from mlra_scale.config.problems import nearest
+from mlra_scale.model.low_rank_plan import CPU_CORE, H100
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal devices.
+
+    Attributes:
+        name: How it is called in reports.
+        source: Where the numbers are from.
+        nodes: Number of nodes.
+        devices_per_node: Devices (ranks) of a node.
+        memory: Bytes of one device.
+        reserved: Bytes of it that tensors cannot have: context, libraries, communication buffers, fragments.
+        peak_flops: Peak of one device in FLOP/s, the denominator of MFU.
+        utilization: Share of the peak that matrix products of usual sizes reach.
+        memory_bandwidth: Bytes per second that a device reads and writes in norms, GELU, sums and softmax.
+        update_bandwidth: Bytes per second of the optimizer's update and of sums of gradients.
+        link_intra: Bytes per second that a device sends to another of its node.
+        link_inter: Bytes per second that a device sends to another node.
+        latency_intra: Seconds that a message takes at least, within a node.
+        latency_inter: Between nodes.
+        block_overhead: Seconds of launching one block's operations, forward and backward together.
+        zero_overhead: Seconds of ZeRO's bookkeeping for one block, forward and backward together, by stage 0 to 3.
+        pipeline_overhead: Seconds of the pipeline engine's work per micro-batch, beside that of any engine.
+        micro_batch_overhead: Seconds of an engine's own work per micro-batch.
+        step_overhead: Seconds of an engine's own work per step.
+        runs_ahead: Whether the host launches while the device computes: overhead then counts only where it is longer
+            than the computation, and reductions overlap with it (GPUs).
+    """
+
+    name: str
+    source: str
+    nodes: int
+    devices_per_node: int
+    memory: float
+    reserved: float
+    peak_flops: float
+    utilization: float
+    memory_bandwidth: float
+    update_bandwidth: float
+    link_intra: float
+    link_inter: float
+    latency_intra: float
+    latency_inter: float
+    block_overhead: float
+    zero_overhead: tuple[float, float, float, float]
+    pipeline_overhead: float
+    micro_batch_overhead: float
+    step_overhead: float
+    runs_ahead: bool
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def flops(self) -> float:
+        """Sustained rate of matrix products of one device, FLOP/s."""
+        return self.peak_flops * self.utilization
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of one device that tensors can have."""
+        return self.memory - self.reserved
+
+    def link(self, group: Sequence[int]) -> tuple[float, float]:
+        """Returns bandwidth (bytes/s that each rank sends) and latency (s) of collectives of a group of ranks.
+
+        Over several nodes every rank brings its own link to the network, so that a group with k ranks on a node has k
+        of them, up to what the node itself carries.
+
+        Args:
+            group: Global ranks; rank r is on node r // devices_per_node.
+        """
+        nodes = [rank // self.devices_per_node for rank in group]
+        if len(set(nodes)) == 1:
+            return self.link_intra, self.latency_intra
+        per_node = min(nodes.count(node) for node in set(nodes))
+        return min(self.link_intra, per_node * self.link_inter), self.latency_inter
+
+
+def named_clusters() -> dict[str, Cluster]:
+    """Returns the clusters that a name stands for, of one node; `replace` gives them other sizes."""
+    a100 = Cluster(
+        name="a100",
+        source="NVIDIA A100 datasheet: 312 TFLOP/s dense bf16, 80 GB at 2.0 TB/s, NVLink 3 of 600 GB/s in both "
+        "directions; 200 Gbit/s network per GPU. Assumed: half the peak in matrix products, 0.78 of a link, overheads",
+        nodes=1,
+        devices_per_node=8,
+        memory=80e9,
+        reserved=4 * GIB,
+        peak_flops=312e12,
+        utilization=0.5,
+        memory_bandwidth=1.6e12,
+        update_bandwidth=1.6e12,
+        link_intra=2.34e11,
+        link_inter=2e10,
+        latency_intra=1e-5,
+        latency_inter=2e-5,
+        block_overhead=4e-4,
+        zero_overhead=(0.0, 1e-4, 1e-4, 6e-4),
+        pipeline_overhead=1e-3,
+        micro_batch_overhead=1e-3,
+        step_overhead=5e-3,
+        runs_ahead=True,
+    )
+    h100 = replace(
+        a100,
+        name="h100",
+        source="NVIDIA H100 SXM datasheet: 989 TFLOP/s dense bf16, 80 GB at 3.35 TB/s, NVLink 4 of 900 GB/s in both "
+        "directions; 400 Gbit/s network per GPU. Assumed: half the peak in matrix products, 0.78 of a link, overheads",
+        peak_flops=989e12,
+        utilization=H100.flops / 989e12,
+        memory_bandwidth=2.7e12,
+        update_bandwidth=2.7e12,
+        link_intra=H100.bandwidth,
+        link_inter=4e10,
+    )
+    cpu = Cluster(
+        name="cpu",
+        source="orders of magnitude of one core in fp32 and gloo on one machine; benchmarks/planner.py measures them",
+        nodes=1,
+        devices_per_node=2,
+        memory=8 * GIB,
+        reserved=1 * GIB,
+        peak_flops=CPU_CORE.flops,
+        utilization=1.0,
+        memory_bandwidth=3e9,
+        update_bandwidth=6e9,
+        link_intra=CPU_CORE.bandwidth,
+        link_inter=1e9,
+        latency_intra=1e-4,
+        latency_inter=2e-4,
+        block_overhead=1e-3,
+        zero_overhead=(0.0, 2e-4, 5e-4, 3e-3),
+        pipeline_overhead=2e-3,
+        micro_batch_overhead=2e-3,
+        step_overhead=5e-3,
+        runs_ahead=False,
+    )
+    return {cluster.name: cluster for cluster in (h100, a100, cpu)}
+
+
+def named_cluster(name: str) -> Cluster:
+    """Returns a cluster by its name.
+
+    Args:
+        name: "h100", "a100" or "cpu".
+
+    Raises:
+        ConfigError: There is no such cluster.
+    """
+    clusters = named_clusters()
+    if name not in clusters:
+        raise ConfigError([Problem("--cluster", name, "is no named cluster" + nearest(name, clusters))])
+    return clusters[name]

@@ -1,0 +1,166 @@
+"""What ranks send to each other in a step, by kind, from the layout. Imports no torch; every function is pure.
+
+T tokens of a micro-batch, D width, R rank of a factorised o (else D), n weights that a rank holds, t tensor, d data
+ranks, m micro-batches, e bytes of a number in compute precision, c in communication of gradients (fp32 unless the
+--ds-config file says otherwise). Bytes that one rank sends; of k ranks an all-reduce sends 2 (k - 1) / k of the tensor,
+a gather and a reduce-scatter (k - 1) / k.
+
+    tensor     per block and micro-batch, all-reduces: T R and T D forward (o, fc_out), T D backward (fc_in's input);
+               q, k, v by their plan (model/low_rank_plan.py), dense ones T D backward. Checkpointing repeats the
+               forward ones. The embedding T D forward, the head's input T D backward. With sequence parallelism a
+               reduce-scatter and a gather stand for each sum, and what enters a block is gathered once more backward
+    pipeline   per micro-batch and neighbour e T D, forward one way and backward the other; once a step the gradient of
+               the tied embedding, all-reduced between the first stage and the last
+    data       ZeRO 0: all-reduce of c n once; 1: reduce-scatter of c n and gather of e n once; 2: reduce-scatter of c n
+               per micro-batch, gather of e n once; 3: per micro-batch reduce-scatter of c n, gather of e n twice
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log2
+
+from mlra_scale.config import BatchPlan, Config, zero_stage
+from mlra_scale.model.low_rank_plan import low_rank_plan, numbers_sent, shape_of
+from mlra_scale.planning.cluster import Cluster
+from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
+from mlra_scale.planning.memory import BYTES, keeps_gathered
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends, and in how many messages.
+
+    Attributes:
+        sent: Bytes.
+        messages: Collectives or messages, each of which waits at least for the latency.
+    """
+
+    sent: float = 0.0
+    messages: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent + other.sent, self.messages + other.messages)
+
+    def times(self, number: float) -> Traffic:
+        """The same so many times."""
+        return Traffic(number * self.sent, number * self.messages)
+
+    def seconds(self, cluster: Cluster, group: list[int]) -> float:
+        """Time of it in a group of ranks: bytes over bandwidth, and log2 of the ranks latencies per message."""
+        if len(group) == 1:
+            return 0.0
+        bandwidth, latency = cluster.link(group)
+        return self.sent / bandwidth + self.messages * latency * ceil(log2(len(group)))
+
+
+def all_reduce(nbytes: float, ranks: int) -> Traffic:
+    """One all-reduce of so many bytes."""
+    return Traffic() if ranks == 1 else Traffic(2 * nbytes * (ranks - 1) / ranks, 1)
+
+
+def scatter_or_gather(nbytes: float, ranks: int) -> Traffic:
+    """One reduce-scatter or all-gather of so many bytes altogether."""
+    return Traffic() if ranks == 1 else Traffic(nbytes * (ranks - 1) / ranks, 1)
+
+
+def tensor_traffic_of_block(config: Config, plan: BatchPlan) -> Traffic:
+    """What a block sends for one micro-batch, forward and backward, with what checkpointing repeats."""
+    if plan.tensor == 1:
+        return Traffic()
+    model, shape = config.model, shape_of(config, plan)
+    hidden = float(shape.element_bytes * shape.tokens * model.hidden_size)
+    # With sequence parallelism a gather and a scatter take the place of a sum. What enters is gathered again in the
+    # backward pass; with checkpointing it is kept, and the repeated forward pass gathers it.
+    again = scatter_or_gather(hidden, plan.tensor) if gathers_again(config) else Traffic()
+    output = hidden * model.rank / model.hidden_size if model.is_factorised("o") else hidden
+    forward = all_reduce(output, plan.tensor) + all_reduce(hidden, plan.tensor)
+    traffic = forward + all_reduce(hidden, plan.tensor) + again
+    if shape.factorised == 0:
+        traffic += all_reduce(hidden, plan.tensor) + again
+    else:
+        chosen = low_rank_plan(config, plan)
+        messages = {"replicated": 1, "sharded": 3, "merged": 2}[chosen]
+        traffic += Traffic(numbers_sent(chosen, shape) * shape.element_bytes, messages)
+        if chosen == "sharded":
+            latents = shape.element_bytes * shape.factorised * shape.tokens * model.rank
+            forward += scatter_or_gather(latents, plan.tensor)
+    return traffic + forward if config.parallel.activation_checkpointing == "block" else traffic
+
+
+def gathers_again(config: Config) -> bool:
+    """Whether what entered a block's sharded computation is gathered once more in its backward pass."""
+    return config.parallel.sequence_parallel and not keeps_gathered(config)
+
+
+def tensor_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
+    """What a rank of a stage sends to its tensor-parallel peers for one micro-batch."""
+    hidden = float(BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length)
+    hidden *= config.model.hidden_size
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    num_ends = (stage == 0) + (stage == plan.pipeline - 1)
+    return tensor_traffic_of_block(config, plan).times(num_blocks) + all_reduce(hidden, plan.tensor).times(num_ends)
+
+
+def pipeline_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
+    """What a rank of a stage sends to its neighbours for one micro-batch, forward and backward."""
+    neighbours = (stage > 0) + (stage < plan.pipeline - 1)
+    hidden = BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
+    if config.parallel.sequence_parallel or config.deepspeed.get("pipeline", {}).get("pipe_partitioned", False):
+        hidden //= plan.tensor
+    return Traffic(float(hidden), 1).times(neighbours)
+
+
+def tied_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
+    """What the two stages that hold the tied embedding send for its gradient, once a step."""
+    if plan.pipeline == 1 or stage not in (0, plan.pipeline - 1):
+        return Traffic()
+    return all_reduce(4.0 * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor, 2)
+
+
+def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
+    """Gradients that a rank sends to its data-parallel peers with every micro-batch, and weights likewise."""
+    zero = zero_stage(config)
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    gradients = weights = Traffic()
+    if zero >= 2:
+        gradients = scatter_or_gather(communication_bytes(config) * num_weights, plan.data)
+    if zero == 3:
+        gathered = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
+        num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+        weights = Traffic(2 * gathered.sent, 2 * num_blocks if plan.data > 1 else 0)
+    return gradients, weights
+
+
+def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> Traffic:
+    """What a rank sends to its data-parallel peers once a step."""
+    zero = zero_stage(config)
+    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+    gradients, weights = communication_bytes(config) * num_weights, float(BYTES[config.train.precision] * num_weights)
+    if zero == 0:
+        return all_reduce(gradients, plan.data)
+    traffic = Traffic()
+    if zero == 1:
+        traffic += scatter_or_gather(gradients, plan.data)
+    if zero in (1, 2):
+        traffic += scatter_or_gather(weights, plan.data)
+    return traffic
+
+
+def communication_bytes(config: Config) -> float:
+    """Bytes of a number in the reduction of gradients."""
+    return float(BYTES[config.deepspeed.get("communication_data_type", "fp32")])
+
+
+def groups_of(plan: BatchPlan, stage: int) -> dict[str, list[int]]:
+    """Returns the tensor and data group of a stage's first rank, its neighbours' group, and both ends of its pipeline.
+
+    Of neighbours the pair is taken that is farther apart: with the next stage if there is one.
+    """
+    other = stage + 1 if stage < plan.pipeline - 1 else max(0, stage - 1)
+    return {
+        "tensor": [rank_of(plan, stage, 0, rank) for rank in range(plan.tensor)],
+        "data": [rank_of(plan, stage, rank, 0) for rank in range(plan.data)],
+        "pipeline": sorted({rank_of(plan, stage, 0, 0), rank_of(plan, other, 0, 0)}),
+        "ends": sorted({rank_of(plan, 0, 0, 0), rank_of(plan, plan.pipeline - 1, 0, 0)}),
+    }

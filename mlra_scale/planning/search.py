@@ -1,0 +1,195 @@
+"""Every layout that a cluster could run, by the real validation, with its memory and its time. Imports no torch.
+
+What a person named (on the command line or in a file) stays as it is; the rest of the following is tried in every
+combination: tensor degrees within a node, pipeline stages, the engines' settings (ZeRO stages), micro-batches of powers
+of two, activation checkpointing (none, selective, whole blocks), sequence parallelism on and off. The data-parallel
+degree is what remains of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
+from mlra_scale.planning.cluster import Cluster
+from mlra_scale.planning.memory import RankMemory, rank_memory
+from mlra_scale.planning.step_time import StepTime, step_time
+
+LARGEST_MICRO_BATCH = 64
+MEMORY = "does not fit into the memory"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Settings of DeepSpeed that a layout may run with.
+
+    Attributes:
+        file: The --ds-config file that holds them; None: what the configuration has anyway.
+        settings: Its content.
+        for_pipelines: Whether they are meant for several stages; None: for any number.
+    """
+
+    file: str | None
+    settings: dict[str, Any]
+    for_pipelines: bool | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that the validation accepts, and what is expected of it.
+
+    Attributes:
+        config: The whole configuration.
+        plan: Its batch plan.
+        engine: The engine's settings.
+        memory: Of a rank of the stage that needs most.
+        stage: That stage.
+        time: Of a step.
+    """
+
+    config: Config
+    plan: BatchPlan
+    engine: Engine
+    memory: RankMemory
+    stage: int
+    time: StepTime
+
+    def overrides(self) -> list[str]:
+        """Returns the dotted overrides that choose this layout, beside the engine's file."""
+        parallel = self.config.parallel
+        return [
+            f"parallel.tensor={parallel.tensor}",
+            f"parallel.pipeline={parallel.pipeline}",
+            f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
+            f"parallel.activation_checkpointing={parallel.activation_checkpointing}",
+            f"train.micro_batch_size={self.config.train.micro_batch_size}",
+        ]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        feasible: Layouts that fit, fastest first.
+        left_out: How many combinations were left out, by reason.
+        smallest: The valid layout that needs least memory, whether or not it fits.
+    """
+
+    feasible: list[Candidate]
+    left_out: Counter[str]
+    smallest: Candidate
+
+
+def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Engine]) -> Found:
+    """Finds every layout that a cluster could run.
+
+    Args:
+        config: Where everything starts from that is not part of the layout.
+        named: The fields that must stay as they are.
+        cluster: What it would run on.
+        engines: Settings to choose from where the configuration has none of its own.
+
+    Raises:
+        ConfigError: The validation accepts none, with what is wrong with the first of them.
+    """
+    valid: list[Candidate] = []
+    left_out: Counter[str] = Counter()
+    refused: ConfigError | None = None
+    for changed, engine in _combinations(config, named, cluster, engines):
+        try:
+            validate(changed, cluster.world_size, "cuda" if cluster.runs_ahead else "cpu")
+        except ConfigError as error:
+            refused = refused or error
+            left_out[_reason(error.problems[0])] += 1
+            continue
+        candidate = evaluate(changed, cluster, engine)
+        valid.append(candidate)
+        if candidate.memory.device > cluster.usable_memory:
+            left_out[MEMORY] += 1
+    if not valid:
+        if refused is None:  # more ranks are asked for than there are: nothing was left to be tried
+            validate(config, cluster.world_size)
+        assert refused is not None
+        raise refused
+    feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
+    feasible.sort(key=lambda candidate: (candidate.time.seconds, candidate.memory.device))
+    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device))
+
+
+def evaluate(config: Config, cluster: Cluster, engine: Engine) -> Candidate:
+    """Predicts memory and time of one valid configuration."""
+    plan = batch_plan(config, cluster.world_size)
+    memories = [rank_memory(config, plan, stage) for stage in range(plan.pipeline)]
+    stage = max(range(plan.pipeline), key=lambda each: memories[each].device)
+    return Candidate(config, plan, engine, memories[stage], stage, step_time(config, plan, cluster))
+
+
+def _combinations(
+    config: Config, named: Named, cluster: Cluster, engines: Sequence[Engine]
+) -> Iterator[tuple[Config, Engine]]:
+    """Yields the configurations to be tried; some of them the validation will refuse."""
+    fixed = named.on_command_line | named.in_file
+    parallel, train = config.parallel, config.train
+    degrees = [parallel.tensor] if "parallel.tensor" in fixed else _divisors(cluster.devices_per_node)
+    stages = [parallel.pipeline] if "parallel.pipeline" in fixed else _divisors(cluster.world_size)
+    checkpointing = ["none", "selective", "block"]
+    if "parallel.activation_checkpointing" in fixed:
+        checkpointing = [parallel.activation_checkpointing]
+    sizes = [train.micro_batch_size]
+    if "train.micro_batch_size" not in fixed:
+        powers = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length())]
+        sizes = sorted({*sizes, *(size for size in powers if size <= train.global_batch_size)})
+    if config.deepspeed or "deepspeed" in fixed:
+        engines = [Engine(None, config.deepspeed)]
+    for tensor, pipeline, engine in product(degrees, stages, engines):
+        if tensor * pipeline > cluster.world_size or engine.for_pipelines not in (None, pipeline > 1):
+            continue
+        splits = [False, True] if tensor > 1 else [False]
+        if "parallel.sequence_parallel" in fixed:
+            splits = [parallel.sequence_parallel]
+        for is_split, recomputing, size in product(splits, checkpointing, sizes):
+            sections: dict[str, dict[str, Any]] = {
+                "parallel": {
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "sequence_parallel": is_split,
+                    "activation_checkpointing": recomputing,
+                },
+                "train": {"micro_batch_size": size},
+            }
+            yield changed(config, sections | {"deepspeed": engine.settings}), engine
+
+
+def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:
+    """Returns a configuration with some fields replaced; `deepspeed` as a whole.
+
+    Args:
+        config: The configuration.
+        sections: New values by section and field.
+    """
+    updated: dict[str, Any] = {"deepspeed": sections.get("deepspeed", config.deepspeed)}
+    for name, values in sections.items():
+        if name != "deepspeed":
+            updated[name] = getattr(config, name).model_copy(update=values)
+    return config.model_copy(update=updated)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _reason(problem: Problem) -> str:
+    """Why the validation refused, without the numbers."""
+    reasons = {
+        "parallel.tensor": "the tensor degree does not divide the model",
+        "parallel.pipeline": "there are more stages than layers",
+        "parallel.tensor * parallel.pipeline": "the degrees do not divide the ranks",
+        "train.global_batch_size": "the batch does not divide over micro-batches and data ranks",
+        "deepspeed.zero_optimization.stage": "ZeRO 2 and 3 are not for pipelines",
+    }
+    return reasons.get(problem.field, problem.field)

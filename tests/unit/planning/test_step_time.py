@@ -1,0 +1,198 @@
+"""The step-time model against counts by hand, at a size where every number can be written down."""
+
+from dataclasses import replace
+
+import pytest
+
+from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
+from mlra_scale.planning.cluster import Cluster, named_cluster
+from mlra_scale.planning.communication import (
+    all_reduce,
+    data_traffic_per_micro_batch,
+    data_traffic_per_step,
+    groups_of,
+    pipeline_traffic,
+    scatter_or_gather,
+    tensor_traffic,
+    tensor_traffic_of_block,
+    tied_traffic,
+)
+from mlra_scale.planning.layout import num_held, num_weights_of_stage, weights_of_stage
+from mlra_scale.planning.step_time import block_flops, computed_flops, sent_per_step, step_time
+
+# The debug preset: 4 layers, D 64, F 256, R 32, 4 heads, V 512, micro-batches of 2 x 64 tokens, batch 8, fp32.
+T, D, F, R, V, S = 128, 64, 256, 32, 512, 64
+IDLE = replace(
+    named_cluster("cpu"),
+    devices_per_node=8,
+    block_overhead=0.0,
+    zero_overhead=(0.0, 0.0, 0.0, 0.0),
+    pipeline_overhead=0.0,
+    micro_batch_overhead=0.0,
+    step_overhead=0.0,
+)
+
+
+def case(world_size: int, *overrides: str, stage: int = 0) -> tuple[Config, BatchPlan]:
+    zero = [f"deepspeed.zero_optimization.stage={stage}"] if stage else []
+    config = load_config("debug", overrides=[*overrides, *zero])
+    return config, batch_plan(config, world_size)
+
+
+def test_a_block_counts_every_product_once_without_tensor_parallelism() -> None:
+    config, plan = case(1)
+    factors, output, mlp = 3 * 2 * 2 * T * D * R, 2 * T * D * D, 2 * 2 * T * D * F
+    assert block_flops(config, plan) == (factors + output + mlp, 2 * T * S * D)
+    dense, _ = case(1, "model.attention=dense")
+    assert block_flops(dense, plan) == (4 * 2 * T * D * D + mlp, 2 * T * S * D)
+
+
+def test_only_the_plan_replicated_repeats_the_down_projection() -> None:
+    counts = {}
+    for name in ("replicated", "sharded", "merged"):
+        config, plan = case(2, "parallel.tensor=2", f"parallel.low_rank_plan={name}")
+        counts[name] = block_flops(config, plan)[0]
+    others = 2 * T * D * D / 2 + 4 * T * D * F / 2
+    assert counts["replicated"] == 3 * 2 * (T * D * R + T * R * D / 2) + others
+    assert counts["sharded"] == 3 * 2 * 2 * T * D * R / 2 + others
+    assert counts["merged"] == 3 * 2 * (R * D * D / 2 + T * D * D / 2) + others
+
+
+def test_a_factorised_output_computes_its_up_factor_on_every_rank() -> None:
+    config, plan = case(2, "parallel.tensor=2", 'model.factorised_projections=["o"]')
+    inputs = 3 * 2 * T * D * D / 2
+    assert block_flops(config, plan)[0] == inputs + 2 * T * R * D / 2 + 2 * T * R * D + 4 * T * D * F / 2
+
+
+def test_the_backward_pass_the_head_and_recomputation() -> None:
+    config, plan = case(1)
+    products, attention = block_flops(config, plan)
+    head = 6 * T * D * V
+    assert computed_flops(config, plan, 0) == 4 * (3 * products + 3.5 * attention) + head
+    again, _ = case(1, "parallel.activation_checkpointing=block")
+    assert computed_flops(again, plan, 0) == 4 * (4 * products + 4.5 * attention) + head
+    split, plan = case(2, "parallel.pipeline=2")
+    assert computed_flops(split, plan, 1) - computed_flops(split, plan, 0) == head
+
+
+def test_what_collectives_send() -> None:
+    assert all_reduce(100.0, 4).sent == 150.0 and scatter_or_gather(100.0, 4).sent == 75.0
+    assert all_reduce(100.0, 1).sent == all_reduce(100.0, 1).messages == 0
+
+
+def test_tensor_parallel_blocks_reduce_twice_each_way() -> None:
+    hidden = 4 * T * D
+    config, plan = case(2, "parallel.tensor=2", "model.attention=dense")
+    # Over two ranks an all-reduce sends as many bytes as it reduces.
+    assert tensor_traffic_of_block(config, plan).sent == 4 * hidden
+    again, _ = case(2, "parallel.tensor=2", "model.attention=dense", "parallel.activation_checkpointing=block")
+    assert tensor_traffic_of_block(again, plan).sent == 6 * hidden
+    latents, _ = case(2, "parallel.tensor=2", "parallel.low_rank_plan=replicated")
+    assert tensor_traffic_of_block(latents, plan).sent == 3 * hidden + 3 * 4 * T * R
+    # And both ends one of the hidden state: the embedding's output, the gradient of the head's input.
+    assert tensor_traffic(config, plan, 0).sent == 4 * 4 * hidden + 2 * hidden
+    assert tensor_traffic(*case(1), 0).sent == 0.0
+
+
+def test_stages_send_the_hidden_state_to_every_neighbour() -> None:
+    config, plan = case(4, "parallel.pipeline=4")
+    sent = [pipeline_traffic(config, plan, stage).sent for stage in range(4)]
+    assert sent == [4 * T * D, 8 * T * D, 8 * T * D, 4 * T * D]
+    assert [tied_traffic(config, plan, stage).sent for stage in range(4)] == [4 * V * D, 0, 0, 4 * V * D]
+
+
+@pytest.mark.parametrize(
+    ("stage", "gradients", "weights", "once"),
+    [(0, 0, 0, 2), (1, 0, 0, 2), (2, 1, 0, 1), (3, 1, 2, 0)],
+)
+def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: int, weights: int, once: int) -> None:
+    """In units of the whole gradient over two ranks, each of which sends half of what is scattered or gathered."""
+    config, plan = case(2, stage=stage)
+    unit = 4 * num_held(weights_of_stage(config.model, 1, 0), 1) / 2
+    scattered, gathered = data_traffic_per_micro_batch(config, plan, 0)
+    assert (scattered.sent, gathered.sent) == (gradients * unit, weights * unit)
+    assert data_traffic_per_step(config, plan, 0).sent == once * unit
+    m = plan.accumulation_steps
+    assert sent_per_step(config, plan) == {
+        "tensor": 0.0,
+        "pipeline": 0.0,
+        "data": (m * (gradients + weights) + once) * unit,
+    }
+
+
+def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
+    config, plan = case(2, "train.precision=bf16", stage=1)
+    weights = num_held(weights_of_stage(config.model, 1, 0), 1)
+    assert data_traffic_per_step(config, plan, 0).sent == (4 + 2) * weights / 2
+
+
+@pytest.mark.parametrize(("stages", "batch"), [(2, 8), (4, 8), (4, 64)])
+def test_equal_stages_have_the_bubble_of_the_book(stages: int, batch: int) -> None:
+    config, plan = case(stages, f"parallel.pipeline={stages}", f"train.global_batch_size={batch}")
+    # A head that costs nothing, and ends that send nothing, leave stages that are equal.
+    equal = replace(IDLE, link_intra=1e30, latency_intra=0.0, memory_bandwidth=1e30, update_bandwidth=1e30)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"vocab_size": 1, "vocab_padding_multiple": 1})}
+    )
+    head = 6 * T * D / equal.flops
+    time = step_time(config, plan, equal)
+    shortest = time.stages[0].total
+    assert time.stages[-1].total - shortest == pytest.approx(head)
+    m = plan.accumulation_steps
+    assert time.bubble == pytest.approx((stages - 1) / (m + stages - 1), rel=0.02)
+    assert time.seconds == pytest.approx((m + stages - 1) * shortest, rel=0.02)
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    config, plan = case(3, "parallel.pipeline=3", "train.global_batch_size=24")
+    time = step_time(config, plan, IDLE)
+    slowest, passage = max(stage.total for stage in time.stages), sum(stage.total for stage in time.stages)
+    assert time.bubble == pytest.approx(1 - 12 * slowest / (passage + 11 * slowest))
+    assert time.seconds == pytest.approx(passage + 11 * slowest + time.reduction + time.update)
+
+
+def test_mfu_counts_useful_work_only() -> None:
+    config, plan = case(1)
+    again, _ = case(1, "parallel.activation_checkpointing=block")
+    useful = config.model.flops_per_token(64) * plan.tokens_per_step
+    for each in (config, again):
+        time = step_time(each, plan, IDLE)
+        assert time.mfu == pytest.approx(useful / (time.seconds * IDLE.peak_flops))
+    assert step_time(again, plan, IDLE).mfu < step_time(config, plan, IDLE).mfu
+
+
+def test_a_device_that_runs_ahead_hides_overhead_and_reductions() -> None:
+    config, plan = case(2, stage=2)
+    slow = replace(IDLE, block_overhead=1e-3)
+    plain = step_time(config, plan, slow)
+    assert plain.stages[0].overhead == pytest.approx(4e-3)
+    ahead = step_time(config, plan, replace(slow, runs_ahead=True))
+    busy = ahead.stages[0].compute + ahead.stages[0].elementwise
+    assert ahead.stages[0].overhead == pytest.approx(max(0.0, 4e-3 - busy))
+    overlapping = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}})
+    hidden = step_time(overlapping, plan, replace(slow, runs_ahead=True))
+    assert hidden.stages[0].data < ahead.stages[0].data == plain.stages[0].data
+
+
+def test_groups_follow_the_mesh() -> None:
+    config, plan = case(8, "parallel.tensor=2", "parallel.pipeline=2")
+    assert groups_of(plan, 0) == {"tensor": [0, 1], "data": [0, 2], "pipeline": [0, 4], "ends": [0, 4]}
+    assert groups_of(plan, 1) == {"tensor": [4, 5], "data": [4, 6], "pipeline": [0, 4], "ends": [0, 4]}
+    assert config.parallel.tensor == 2
+
+
+@pytest.mark.parametrize("plan_name", ["replicated", "sharded"])
+def test_weights_of_a_stage_are_counted_without_a_table(plan_name: str) -> None:
+    for stages in (1, 2, 3, 4):
+        config, plan = case(2 * stages, "parallel.tensor=2", f"parallel.pipeline={stages}")
+        for stage in range(stages):
+            held = weights_of_stage(config.model, stages, stage, plan_name)  # type: ignore[arg-type]
+            counted = num_weights_of_stage(config.model, plan, stage, plan_name)  # type: ignore[arg-type]
+            assert counted == num_held(held, 2)
+
+
+def test_slower_links_never_make_a_step_faster() -> None:
+    config, plan = case(8, "parallel.tensor=2", "parallel.pipeline=2")
+    fast: Cluster = replace(IDLE, nodes=4, devices_per_node=2)
+    slow = replace(fast, link_intra=fast.link_intra / 4, link_inter=fast.link_inter / 4)
+    assert step_time(config, plan, slow).seconds > step_time(config, plan, fast).seconds

@@ -1,0 +1,105 @@
+"""tools/plan.py as a person runs it."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.config import load_config, validate
+from mlra_scale.train import build_parser
+from tests.support.tools import ROOT, run_tool
+
+
+def loaded_from(command: str) -> tuple[list[str], object]:
+    """The configuration that a printed command line trains with."""
+    words = shlex.split(command)
+    arguments = words[words.index("mlra_scale.train") + 1 :]
+    options = build_parser().parse_intermixed_args(arguments)
+    file = None if options.ds_config is None else ROOT / options.ds_config
+    return words, load_config(options.preset, options.config, file, options.overrides)
+
+
+def test_the_command_trains_the_first_layout(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    ran = run_tool("plan", "--preset", "laptop", "--cluster", "cpu", "--json", file, "data.path=here")
+    assert ran.code == 0, ran.stderr
+    plan = json.loads(file.read_text())
+    best, (command,) = plan["layouts"][0], plan["commands"]
+    words, config = loaded_from(command)
+    assert command in ran.stdout and words[:3] == ["torchrun", "--nproc-per-node", "2"]
+    validate(config, 2, "cpu")  # type: ignore[arg-type]
+    values = config.to_dict()  # type: ignore[attr-defined]
+    assert values["parallel"]["tensor"] == best["tensor"] and values["parallel"]["pipeline"] == best["pipeline"]
+    assert values["parallel"]["activation_checkpointing"] == best["activation_checkpointing"]
+    assert values["train"]["micro_batch_size"] == best["micro_batch_size"]
+    assert values["deepspeed"].get("zero_optimization", {}).get("stage", 0) == best["zero_stage"]
+    assert values["data"]["path"] == "here" and values["train"]["device"] == "cpu"
+
+
+def test_every_number_of_a_layout_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert run_tool("plan", "--preset", "laptop", "--cluster", "cpu", "--json", file).code == 0
+    plan = json.loads(file.read_text())
+    seconds = [layout["step_seconds"] for layout in plan["layouts"]]
+    assert seconds == sorted(seconds)
+    for layout in plan["layouts"]:
+        memory = layout["memory_bytes"]
+        parts = ("weights", "gradients", "master", "moments", "activations", "logits", "temporary")
+        assert sum(memory[part] for part in parts) == pytest.approx(memory["device"])
+        assert 0.0 < layout["mfu"] < 1.0 and 0.0 <= layout["bubble"] < 1.0
+        assert set(layout["sent_bytes"]) == {"tensor", "pipeline", "data"}
+    assert plan["cluster"]["source"]
+
+
+def test_tables_have_as_many_lines_as_asked_for() -> None:
+    ran = run_tool("plan", "--preset", "laptop", "--cluster", "cpu", "--top", 3)
+    assert ran.code == 0
+    assert "the 3 fastest by the estimate (not measured)" in ran.stdout
+    assert sum(line.split()[:1] == ["3"] for line in ran.stdout.splitlines()) == 2, "times and memory"
+    assert "left out:" in ran.stdout
+
+
+def test_several_nodes_are_started_by_sbatch_or_torchrun() -> None:
+    ran = run_tool("plan", "--preset", "gpt2", "--nodes", 2, "--devices-per-node", 2, "parallel.pipeline=1")
+    assert ran.code == 0, ran.stderr
+    assert "sbatch --nodes 2 --gpus-per-node 2 slurm/pretrain_zero3.sh --preset gpt2" in ran.stdout
+    assert "torchrun --nnodes 2 --nproc-per-node 2" in ran.stdout
+
+
+def test_one_device_needs_no_launcher() -> None:
+    ran = run_tool("plan", "--preset", "debug", "--cluster", "cpu", "--devices-per-node", 1)
+    assert "  python -m mlra_scale.train --preset debug" in ran.stdout
+
+
+def test_numbers_of_the_cluster_can_be_given() -> None:
+    numbers = ["--memory-gib", 40, "--peak-tflops", 300, "--utilization", 0.4]
+    links = ["--link-gbps-intra", 2400, "--link-gbps-inter", 100]
+    ran = run_tool("plan", "--preset", "debug", "--devices-per-node", 2, *numbers, *links)
+    assert "40.0 GiB each, peak 300 TFLOP/s of which matrix products reach 40 %" in ran.stdout
+    assert "2400 Gbit/s within a node and 100 between nodes" in ran.stdout
+
+
+def test_where_nothing_fits_the_smallest_and_a_remedy_are_told() -> None:
+    ran = run_tool("plan", "--preset", "gpt2-xl", "--cluster", "a100", "--devices-per-node", 1, "--memory-gib", 16)
+    assert ran.code == 2 and ran.stdout == ""
+    assert "no layout fits: the smallest needs" in ran.stderr and "offload the optimizer" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--preset", "gpt2-mrla-72l"], "did you mean 'gpt2-mlra-72l'?"),
+        (["--preset", "debug", "--cluster", "h10"], "--cluster = 'h10'"),
+        (["--preset", "debug", "--devices-per-node", "2", "parallel.tensor=3"], "parallel.tensor"),
+        (["--preset", "debug", "optim.warmup_steps=99"], "optim.warmup_steps = 99"),
+        (["--preset", "debug", "--nodes", "0"], "'0' is not a whole number from 1 on"),
+        (["--preset", "debug", "--utilization", "1.5"], "'1.5' is more than the peak"),
+        (["--preset", "debug", "--memory-gib", "-1"], "'-1' is not a positive number"),
+        (["--preset", "debug", "--cluster", "cpu", "--json", "."], ". cannot be written"),
+    ],
+)
+def test_bad_input_is_told_in_one_error(arguments: list[str], told: str) -> None:
+    ran = run_tool("plan", *arguments)
+    assert ran.code == 2
+    assert told in ran.stderr
