@@ -9,6 +9,8 @@ waits for the disk.
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +24,7 @@ from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.sources import open_sources
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 
+ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 300.0
 
 
@@ -71,6 +74,28 @@ def prepare_corpus(folder: Path, workers: int) -> tuple[Path, int, float]:
     return output, int(manifest.content["tokens"]), perf_counter() - began
 
 
+def prepare_in_a_process(folder: Path, workers: int) -> tuple[int, float]:
+    """Prepares the corpus in a process whose main module is empty, as light as that of tools/prepare_data.py.
+
+    Workers import the main module of the process that starts them; this benchmark's would bring DeepSpeed along.
+
+    Returns:
+        Tokens and seconds.
+    """
+    code = "import sys; from benchmarks.preparation import print_prepared; print_prepared(sys.argv[1], sys.argv[2])"
+    command = [sys.executable, "-c", code, str(folder), str(workers)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"preparing the corpus failed:\n{result.stderr[-4000:]}")
+    tokens, seconds = json.loads(result.stdout.splitlines()[-1])
+    return tokens, seconds
+
+
+def print_prepared(folder: str, workers: str) -> None:
+    """What that process does."""
+    print(json.dumps(prepare_corpus(Path(folder), int(workers))[1:]))
+
+
 def encode_alone(folder: Path) -> tuple[int, float]:
     """Encodes the corpus by `tokenizers` alone, in a process whose number of threads is set; tokens and seconds."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
@@ -97,7 +122,7 @@ def tokenizer_threads(count: int) -> Iterator[None]:
 
 
 def measure(folder: Path, workers: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Takes times; the calling process must not have tokenized with more than one thread before.
+    """Takes times.
 
     Args:
         folder: Where `write_corpus` wrote the corpus.
@@ -113,7 +138,7 @@ def measure(folder: Path, workers: Sequence[int], rounds: int) -> dict[str, Any]
     for _ in range(rounds):
         for count in workers:
             with tokenizer_threads(1):
-                _, tokens, seconds = prepare_corpus(folder, count)
+                tokens, seconds = prepare_in_a_process(folder, count)
             ours[count].append(seconds)
             with tokenizer_threads(count):
                 ((same, seconds),) = on_processes(1, encode_alone, folder, timeout_s=TIMEOUT_SECONDS)
