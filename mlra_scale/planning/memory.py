@@ -45,7 +45,7 @@ Head and loss: `logit_bytes`. Temporary results: what the largest moment of the 
     loss           nothing: it is in `logit_bytes`
     backward       e (F / t + 2 D) per token, the gradients beside GELU and of the stream, and the gradient of the
                    largest matrix before it is added to the kept one; on a single stage the head's gradient of the tied
-                   embedding, which waits for the look-up's; with ZeRO 2 and 3 `reduced_bytes`
+                   embedding, which waits for the look-up's; in the first block's with ZeRO 2 and 3 `reduced_bytes`
     its end        copies of the embedding's gradient (`num_embedding_gradients`)
     reduction      `flat_gradient_bytes`
     update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1); in bf16
@@ -175,13 +175,14 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     logits = logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
     # The head's gradient of the tied embedding waits in autograd until the embedding's is there to be added.
     waiting = embedding_gradient_bytes(config, plan) if plan.pipeline == 1 else 0.0
-    backward = backward_bytes(config, plan) + waiting + reduced_bytes(config, plan, num_weights)
+    backward = backward_bytes(config, plan) + waiting
+    reduced = reduced_bytes(config, plan, num_weights)  # of a bucket, which fills while activations go
     summing = embedding_gradient_bytes(config, plan) * num_embedding_gradients(config, plan, stage)
     return [
         Moment(early, kept, logits),
         Moment(early, kept + recomputed, stale, backward),
-        Moment(whole, at_the_end + recomputed, stale, backward),
-        Moment(whole, at_the_end, stale, summing + reduced_bytes(config, plan, num_weights)),
+        Moment(whole, at_the_end + recomputed, stale, backward + reduced),
+        Moment(whole, at_the_end, stale, summing + reduced),
         Moment(whole, temporary=flat_gradient_bytes(config, plan, num_weights)),
         Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
     ]
