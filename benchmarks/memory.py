@@ -3,15 +3,12 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.contenders import Step
+from benchmarks.tensor_memory import recording
 from mlra_scale.data import Batch
-
-SECOND_STEP = "benchmarks: the second step"
 
 
 @dataclass(frozen=True)
@@ -43,34 +40,12 @@ def start(build: Callable[[], Step], device: torch.device, first: Batch, second:
     gc.collect()  # what earlier contenders left behind must not be freed while this one is observed
     if device.type == "cuda":
         return _start_on_cuda(build, first, second)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with recording() as memory:
         step = build()
         loss = step(first)
-        with record_function(SECOND_STEP):
+        with memory.span("second"):
             step(second)
-    return Started(step, loss, peak_within(trace, SECOND_STEP))
-
-
-def peak_within(trace: profile, region: str) -> int:
-    """The largest number of bytes allocated since a trace began, within one of its regions (CPU).
-
-    Args:
-        trace: A finished trace with `profile_memory`.
-        region: The name of its `record_function`.
-    """
-    assert trace.profiler is not None and trace.profiler.kineto_results is not None
-    events: list[Any] = list(trace.profiler.kineto_results.events())
-    (marked,) = (event for event in events if event.name() == region)
-    begin, end = marked.start_ns(), marked.start_ns() + marked.duration_ns()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held, peak = 0, 0
-    for moment, change in changes:
-        if begin <= moment and peak == 0:
-            peak = held
-        held += change
-        if begin <= moment <= end:
-            peak = max(peak, held)
-    return peak
+    return Started(step, loss, memory.peaks["second"])
 
 
 def _start_on_cuda(build: Callable[[], Step], first: Batch, second: Batch) -> Started:

@@ -13,8 +13,9 @@ tensor, p stages, m micro-batches, e bytes of a number. Per micro-batch, stage s
                  The backward pass takes twice as much, attention 2.5 times (it forms q k^T again); checkpointing one
                  forward pass more. The last stage adds the head, 3 * 2 T D V / t.
     elementwise  bytes / memory bandwidth: norms, residual sums, GELU, biases: e T (10 D + 4 D / t + 2 F / t) forward
-                 (10 D / t with sequence parallelism), twice that backward, selective checkpointing half of it more; logits are read and written 8 times in fp32; and where there are several
-                 micro-batches 12 bytes per weight for the sum of gradients
+                 (10 D / t with sequence parallelism), twice that backward, half of it more with selective
+                 checkpointing; logits are read and written 8 times in fp32; and where there are several micro-batches
+                 12 bytes per weight for the sum of gradients
     overhead     per block and per micro-batch (cluster.py). Where the device runs ahead of the host (GPUs), compute and
                  elementwise or overhead, whichever is longer
 
