@@ -6,7 +6,7 @@ Shape letters: B samples of the batch, S tokens of a sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ class Batch:
     positions_BS: Tensor
     documents_BS: Tensor
     sample_ids_B: Tensor
+
+    def pinned(self) -> Batch:
+        """Returns the batch in page-locked memory, from which a GPU copies while it computes."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
 
 class SampleStream:

@@ -93,10 +93,19 @@ def on_all_ranks(
 
 
 class Feed:
-    """Reads the next step's micro-batches in a background thread while the current step computes."""
+    """Reads the next step's micro-batches in a background thread while the current step computes.
 
-    def __init__(self, stream: SampleStream, plan: BatchPlan, data_rank: int) -> None:
+    Args:
+        stream: Training samples.
+        plan: The batch plan.
+        data_rank: This process's coordinate on the data axis.
+        pins_memory: Whether batches go to page-locked memory: from any other, copying to a GPU waits for all that it
+            was given before.
+    """
+
+    def __init__(self, stream: SampleStream, plan: BatchPlan, data_rank: int, pins_memory: bool = False) -> None:
         self._stream, self._plan, self._data_rank = stream, plan, data_rank
+        self._pins_memory = pins_memory
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -110,7 +119,11 @@ class Feed:
     def _request(self, consumed_samples: int) -> Future[list[Batch]]:
         if self._ahead is not None and self._ahead[0] == consumed_samples:
             return self._ahead[1]
-        return self._thread.submit(read_batches, self._stream, self._plan, self._data_rank, consumed_samples)
+        return self._thread.submit(self._read, consumed_samples)
+
+    def _read(self, consumed_samples: int) -> list[Batch]:
+        batches = read_batches(self._stream, self._plan, self._data_rank, consumed_samples)
+        return [batch.pinned() for batch in batches] if self._pins_memory else batches
 
     def __enter__(self) -> Feed:
         return self

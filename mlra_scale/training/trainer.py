@@ -71,7 +71,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
 
     with (
         Report(start, is_main=topology.rank == 0) as report,
-        Feed(datasets.train, plan, topology.data_rank) as feed,
+        Feed(datasets.train, plan, topology.data_rank, pins_memory=topology.device.type == "cuda") as feed,
         Checkpoints(start, engine, datasets, windows, report.saved) as checkpoints,
     ):
         checkpoints.load()

@@ -88,15 +88,25 @@ def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:
     assert block_bytes_per_token(plain, plan) == 4 * width * (4 + 12 / 4)
     assert block_bytes_per_token(split, plan) == 4 * width * 16 / 4
     before, after = (rank_memory(config, plan, 0).activations for config in (plain, split))
-    ends = 4 * width * (3 - (1 / 4 + 1 + 1 / 4))
+    ends = 4 * width * (2 - 2 / 4)
     assert before - after == tokens * (plain.model.num_layers * 4 * width * 3 + ends)
-    mlra, _ = case(4, "parallel.tensor=4", "parallel.sequence_parallel=true")
+    split_mlra = ("parallel.tensor=4", "parallel.sequence_parallel=true", "parallel.low_rank_plan=replicated")
+    mlra, _ = case(4, *split_mlra)
     assert block_bytes_per_token(mlra, plan) == 4 * width * (16 + 1.5) / 4
-    checkpointed, _ = case(
-        4, "parallel.tensor=4", "parallel.sequence_parallel=true", "parallel.activation_checkpointing=block"
-    )
+    checkpointed, _ = case(4, *split_mlra, "parallel.activation_checkpointing=block")
     # Inputs of blocks are split; of the one that is computed again, what was gathered is whole.
     assert block_bytes_per_token(checkpointed, plan) == 4 * width * (2 / 4 + 2 + 12 / 4 + 1.5)
+
+
+def test_selective_checkpointing_keeps_no_norms_and_no_gelu() -> None:
+    for overrides, kept in (
+        ((), 10.0),
+        (("parallel.tensor=4",), 2 + 8 / 4),
+        (("parallel.tensor=4", "parallel.sequence_parallel=true"), 10 / 4),
+    ):
+        selective = "parallel.activation_checkpointing=selective"
+        config, plan = case(4, "model.attention=dense", selective, *overrides)
+        assert block_bytes_per_token(config, plan) == 4 * config.model.hidden_size * kept
 
 
 def test_checkpointing_keeps_less_but_for_the_logits() -> None:

@@ -41,7 +41,8 @@ def test_every_dimension_is_tried() -> None:
         ({each.plan.tensor for each in feasible}, {1, 2, 4}),
         ({each.plan.pipeline for each in feasible}, {1, 2, 4}),
         ({each.plan.micro_batch_size for each in feasible}, {1, 2, 4, 8}),
-        ({each.config.parallel.activation_checkpointing for each in feasible}, {"none", "block"}),
+        ({each.config.parallel.activation_checkpointing for each in feasible}, {"none", "selective", "block"}),
+        ({each.config.parallel.sequence_parallel for each in feasible}, {False, True}),
         ({str(each.engine.file) for each in feasible}, {"None", "zero1", "zero2", "zero3"}),
     ):
         assert values == expected
