@@ -55,10 +55,13 @@ class Layout:
         values["train"] |= {
             "global_batch_size": self.micro_batches * self.micro_batch_size * data,
             "micro_batch_size": self.micro_batch_size,
+            "device": "cpu",
         }
         values["parallel"] |= {"tensor": self.tensor, "pipeline": self.pipeline, "engine": self.engine}
         if self.stage:
-            values["deepspeed"] = {"zero_optimization": {"stage": self.stage}}
+            # A bucket for the whole model: DeepSpeed's own of 5e8 numbers would be allocated anew in every step.
+            weights = config_of(shape, "mlra", "fp32").model.num_parameters()
+            values["deepspeed"] = {"zero_optimization": {"stage": self.stage, "reduce_bucket_size": weights}}
         return Config.from_dict(values)
 
 
@@ -102,9 +105,10 @@ def action_of(engine: Engine, shape: Shape, count: int, size: int) -> Action:
 
     def step(turn: int) -> Measured:
         batches = micro_batches(shape, turn * per_step, topology.data_rank, topology.data, count, size)
+        dist.barrier()
         started = perf_counter()
         result = engine.train_batch(batches, LEARNING_RATE, lambda proposal: proposal.is_finite)
-        return {"seconds": perf_counter() - started, "loss": result.loss}
+        return {"seconds": perf_counter() - started, "loss": result.loss, "started": started}
 
     return step
 
@@ -158,10 +162,8 @@ class StageWatch:
 
         def watched(turn: int) -> Measured:
             self.busy = 0.0
-            dist.barrier()
-            started = perf_counter()
             measured = step(turn)
-            return {**measured, "busy": self.busy, "span": self.ended - started}
+            return {**measured, "busy": self.busy, "span": self.ended - measured["started"]}
 
         return watched
 

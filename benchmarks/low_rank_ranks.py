@@ -181,7 +181,7 @@ class SentNumbers(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
             # In each case what is whole: what is summed, gathered, or reduced before it is scattered.
-            whole = {"allreduce_": 0, "allgather_": 0, "reduce_scatter_": 1}
+            whole = {"allreduce_": 0, "_allgather_base_": 0, "_reduce_scatter_base_": 1}
             if name not in whole:
                 raise NotImplementedError(f"numbers that {func} sends")
             factor = 2 if name == "allreduce_" else 1

@@ -173,15 +173,19 @@ def serve_engines(commands: Iterator[Any], config: Config) -> Iterator[Any]:
     )
     block = max(0.0, deep - shallow) / (DEPTHS[1] - DEPTHS[0])
     micro_batch = (often - shallow) / (ACCUMULATIONS[1] - ACCUMULATIONS[0]) - DEPTHS[0] * block
+    # Latencies are counted by messages (planning/communication.py), and so are no overhead here: at stage 0 one sum a
+    # step, at stage 3 a gather per block.
+    latency = rates["latency_intra"]
     by_stage = [0.0]
     for stage in (1, 2, 3):
         zero = changed(config, {"deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}})
         pair = _seconds_of(topology, [tiny(zero, depth, ACCUMULATIONS[0]) for depth in DEPTHS])
-        by_stage.append(max(0.0, (pair[1] - pair[0]) / (DEPTHS[1] - DEPTHS[0]) - block))
+        gathers = latency if stage == 3 else 0.0
+        by_stage.append(max(0.0, (pair[1] - pair[0]) / (DEPTHS[1] - DEPTHS[0]) - block - gathers))
     yield rates | {
         "block_overhead": block,
         "micro_batch_overhead": max(0.0, micro_batch),
-        "step_overhead": max(0.0, shallow - DEPTHS[0] * block - max(0.0, micro_batch)),
+        "step_overhead": max(0.0, shallow - DEPTHS[0] * block - max(0.0, micro_batch) - latency),
         "zero_overhead": tuple(by_stage),
     }
 

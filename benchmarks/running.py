@@ -11,7 +11,7 @@ tokens, accumulated over 32 micro-batches. A share is formed from two times of t
 - reading: all samples of a step, read by the stream as they are; and what the loop waits for them where the feed reads
   them one step ahead, as in a run;
 - evaluation: a validation micro-batch against the forward pass of a training micro-batch, which keeps what the backward
-  pass needs;
+  pass needs, and whose head forms its gradients already (two thirds of the head's work, mlra_scale/model/loss.py);
 - start-up (benchmarks/start_up.py): from the start of the process to the end of the first step, as a multiple of a
   process that imports torch and DeepSpeed and does nothing else;
 - prepare_data (benchmarks/preparation.py): tokens per second as a share of those of `tokenizers` alone.

@@ -60,7 +60,7 @@ class TrainConfig(Section):
     compile: bool = Field(
         False,
         description="Run the blocks through torch.compile (needs a compiler at run time; not with tensor "
-        "parallelism or ZeRO 3).",
+        "parallelism, ZeRO 3, dropout or sigmaReparam).",
     )
     max_consecutive_overflows: int = Field(
         50,
@@ -114,7 +114,7 @@ class ParallelConfig(Section):
         "auto",
         description="How tensor-parallel ranks share factorised q, k, v. replicated: every rank computes the whole "
         "latents; sharded: a part each, gathered; merged: each forms its slice of the product first; auto: the fastest "
-        "by the cost model (docs/performance.md).",
+        "by a cost model (mlra_scale/model/low_rank_plan.py).",
     )
     sequence_parallel: bool = Field(
         False,

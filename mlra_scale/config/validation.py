@@ -215,15 +215,23 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
     if config.train.compile and parallel.tensor > 1:
         yield Problem(
             "train.compile",
-            "true",
+            True,
             f"is not for parallel.tensor {parallel.tensor}: compiled together with the sums over tensor ranks, blocks "
             "got wrong gradients (docs/performance.md); use parallel.tensor=1, or leave it out",
         )
     if config.train.compile and stage == 3:
         yield Problem(
             "train.compile",
-            "true",
+            True,
             "is not for ZeRO stage 3, whose layers fetch their weights between the operations; use stage 2 or lower",
+        )
+    random = [name for name in ("embedding", "attention", "residual") if getattr(config.model, f"{name}_dropout") > 0]
+    if config.train.compile and (config.model.sigma_reparam or random):
+        field = "model.sigma_reparam" if config.model.sigma_reparam else f"model.{random[0]}_dropout"
+        yield Problem(
+            "train.compile",
+            True,
+            f"was not tested with {field}, which does more in a block than compute; leave one of them out",
         )
     if config.train.compile and parallel.activation_checkpointing == "selective":
         yield Problem(

@@ -114,11 +114,16 @@ class PositionEmbedding(nn.Module):
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
 
+def recomputes(context: ModelContext) -> bool:
+    """Whether checkpointing is selective, and there will be a backward pass."""
+    return context.activation_checkpointing == "selective" and torch.is_grad_enabled()
+
+
 def recomputing(
     context: ModelContext, output: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: Any, **options: Any
 ) -> AbstractContextManager[None]:
     """With selective checkpointing, what follows does not keep `output` = function(*inputs) but computes it again."""
-    if context.activation_checkpointing != "selective" or not torch.is_grad_enabled():
+    if not recomputes(context):
         return nullcontext()
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
     return recomputed(output, partial(function, *detached, **options))
@@ -174,6 +179,8 @@ class BlockNorm(nn.LayerNorm):
 
     def recomputing(self, hidden_BSD: torch.Tensor, normed_BSD: torch.Tensor) -> AbstractContextManager[None]:
         """See `recomputing`. With copies of weight and bias: ZeRO-3 takes those away when the layer is done."""
+        if not recomputes(self.context):
+            return nullcontext()
         copies = self._scaled(self.weight.detach().clone(), self.bias.detach().clone())
         return recomputing(
             self.context, normed_BSD, functional.layer_norm, hidden_BSD, self.normalized_shape, *copies, self.eps

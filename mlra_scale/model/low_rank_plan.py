@@ -138,17 +138,18 @@ def shape_of(config: Config, plan: BatchPlan) -> Shape:
     )
 
 
-def low_rank_plan(config: Config, plan: BatchPlan) -> LowRankPlan:
+def low_rank_plan(config: Config, plan: BatchPlan, device_type: str | None = None) -> LowRankPlan:
     """Returns the plan of a run: the configuration's, or the fastest by the cost model.
 
     Args:
         config: A validated configuration.
         plan: Its batch plan.
+        device_type: "cpu" or "cuda"; None: what the configuration says, of which "auto" is taken for a GPU.
     """
     asked = config.parallel.low_rank_plan
     if asked != "auto":
         return asked
     if not any(config.model.is_factorised(name) for name in "qkv"):
         return "replicated"
-    shape, device = shape_of(config, plan), CPU_CORE if config.train.device == "cpu" else H100
+    shape, device = shape_of(config, plan), CPU_CORE if (device_type or config.train.device) == "cpu" else H100
     return min(possible_plans(config, plan), key=lambda name: seconds(name, shape, device))

@@ -17,6 +17,9 @@ What was gathered is not kept for the backward pass but gathered again (sec. 4.2
 input is computed: the block then keeps nothing that is as long as the whole sequence and as wide as the model. With
 activation checkpointing only one block's activations are there at a time, and they are kept.
 
+On GPUs a collective that is started beside a matrix product runs before it only if CUDA_DEVICE_MAX_CONNECTIONS is 1, as
+with Megatron; whether that pays was not measured.
+
 Megatron's own functions are for CUDA only, and want the sequence as the first dimension.
 
 Shape suffixes: B batch, S sequence, D hidden.
@@ -148,6 +151,8 @@ def gather_latents(context: ModelContext, *latents: torch.Tensor) -> list[torch.
     Returns:
         [B, S, R] each, the same on every rank.
     """
+    if context.tensor_parallel == 1:
+        return list(latents)
     return list(_Gather.apply(context.tensor_group, -1, *latents))
 
 

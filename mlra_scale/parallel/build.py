@@ -25,11 +25,11 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         The engine, weights initialized.
     """
     if config.train.compile:
-        # Blocks that differ in a number (dropout keys, scaled norms) are compiled one by one, for training and for
-        # evaluation; past its limit the compiler would quietly give up.
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, 2 * config.model.num_layers + 8
-        )
+        # Blocks that differ in a number (scaled norms) are compiled one by one, for training and for evaluation; past
+        # its limits the compiler would quietly give up.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 2 * config.model.num_layers + 8)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * limits.recompile_limit)
     context = ModelContext(
         model=config.model,
         seed=config.train.seed,
@@ -37,7 +37,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         has_document_mask=config.data.document_attention == "masked",
         activation_checkpointing=config.parallel.activation_checkpointing,
         has_compiled_blocks=config.train.compile,
-        low_rank_plan=low_rank_plan(config, plan),
+        low_rank_plan=low_rank_plan(config, plan, topology.device.type),
         has_sequence_parallel=config.parallel.sequence_parallel,
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine

@@ -30,7 +30,7 @@ class EngineBase(ABC):
         self.config = config
         self.plan = plan
         self.topology = topology
-        self.table = ParameterTable(config.model, low_rank_plan(config, plan))
+        self.table = ParameterTable(config.model, low_rank_plan(config, plan, topology.device.type))
         self.num_skipped = 0
         self.settings = deepspeed_config(config, plan)
         if zero_stage(config) == 0:

@@ -7,12 +7,14 @@ a gather and a reduce-scatter (k - 1) / k.
 
     tensor     per block and micro-batch, all-reduces: T R and T D forward (o, fc_out), T D backward (fc_in's input);
                q, k, v by their plan (model/low_rank_plan.py), dense ones T D backward. Checkpointing repeats the
-               forward ones. The embedding T D forward, the head's input T D backward. With sequence parallelism a
-               reduce-scatter and a gather stand for each sum, and what enters a block is gathered once more backward
+               forward ones but for fc_out's. The embedding T D forward, the head's input T D backward. With sequence
+               parallelism a reduce-scatter and a gather stand for each sum, and what enters a block is gathered once
+               more backward
     pipeline   per micro-batch and neighbour e T D, forward one way and backward the other; once a step the gradient of
                the tied embedding, all-reduced between the first stage and the last
-    data       ZeRO 0: all-reduce of c n once; 1: reduce-scatter of c n and gather of e n once; 2: reduce-scatter of c n
-               per micro-batch, gather of e n once; 3: per micro-batch reduce-scatter of c n, gather of e n twice
+    data       ZeRO 0: all-reduce of c n once; 1: the same (DeepSpeed 0.19 sums whole buckets and takes its part) and
+               gather of e n once; 2: all-reduce of c n per micro-batch, gather of e n once; 3: per micro-batch
+               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance)
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from mlra_scale.config import BatchPlan, Config, zero_stage
 from mlra_scale.model.low_rank_plan import low_rank_plan, numbers_sent, shape_of
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
-from mlra_scale.planning.memory import BYTES, keeps_gathered
+from mlra_scale.planning.memory import BYTES, keeps_gathered, reuse_distance
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,36 @@ def tensor_traffic_of_block(config: Config, plan: BatchPlan) -> Traffic:
     if plan.tensor == 1:
         return Traffic()
     model, shape = config.model, shape_of(config, plan)
+    has_split = config.parallel.sequence_parallel
     hidden = float(shape.element_bytes * shape.tokens * model.hidden_size)
+    output = hidden * model.rank / model.hidden_size if model.is_factorised("o") else hidden
     # With sequence parallelism a gather and a scatter take the place of a sum. What enters is gathered again in the
     # backward pass; with checkpointing it is kept, and the repeated forward pass gathers it.
     again = scatter_or_gather(hidden, plan.tensor) if gathers_again(config) else Traffic()
-    output = hidden * model.rank / model.hidden_size if model.is_factorised("o") else hidden
-    forward = all_reduce(output, plan.tensor) + all_reduce(hidden, plan.tensor)
-    traffic = forward + all_reduce(hidden, plan.tensor) + again
+    traffic = (
+        all_reduce(output, plan.tensor) + all_reduce(hidden, plan.tensor) + all_reduce(hidden, plan.tensor) + again
+    )
+    if has_split and model.is_factorised("o"):
+        # The up factor works on a part of the tokens: its gradient is summed.
+        traffic += all_reduce(float(shape.element_bytes * model.rank * model.hidden_size), plan.tensor)
+    # What the recomputation repeats, which ends before fc_out: o's sum, or with parts o's scatter and what enters.
+    repeated = all_reduce(output, plan.tensor)
+    if has_split:
+        repeated = scatter_or_gather(output, plan.tensor) + scatter_or_gather(hidden, plan.tensor)
     if shape.factorised == 0:
         traffic += all_reduce(hidden, plan.tensor) + again
+        entering = hidden if has_split else 0.0
     else:
         chosen = low_rank_plan(config, plan)
         messages = {"replicated": 1, "sharded": 3, "merged": 2}[chosen]
         traffic += Traffic(numbers_sent(chosen, shape) * shape.element_bytes, messages)
-        if chosen == "sharded":
-            latents = shape.element_bytes * shape.factorised * shape.tokens * model.rank
-            forward += scatter_or_gather(latents, plan.tensor)
-    return traffic + forward if config.parallel.activation_checkpointing == "block" else traffic
+        latents = float(shape.element_bytes * shape.factorised * shape.tokens * model.rank)
+        entering = latents if chosen == "sharded" or (has_split and chosen == "replicated") else 0.0
+        if has_split and (chosen == "merged" or shape.has_dense):
+            entering += hidden
+    if entering > 0.0:
+        repeated += scatter_or_gather(entering, plan.tensor)
+    return traffic + repeated if config.parallel.activation_checkpointing == "block" else traffic
 
 
 def gathers_again(config: Config) -> bool:
@@ -123,12 +138,14 @@ def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) ->
     zero = zero_stage(config)
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     gradients = weights = Traffic()
-    if zero >= 2:
-        gradients = scatter_or_gather(communication_bytes(config) * num_weights, plan.data)
+    if zero == 2:
+        gradients = all_reduce(communication_bytes(config) * num_weights, plan.data)
     if zero == 3:
+        gradients = scatter_or_gather(communication_bytes(config) * num_weights, plan.data)
         gathered = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
         num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-        weights = Traffic(2 * gathered.sent, 2 * num_blocks if plan.data > 1 else 0)
+        times = 2 - min(reuse_distance(config), num_weights) / num_weights
+        weights = Traffic(times * gathered.sent, times * num_blocks if plan.data > 1 else 0)
     return gradients, weights
 
 
@@ -141,7 +158,7 @@ def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> Traffi
         return all_reduce(gradients, plan.data)
     traffic = Traffic()
     if zero == 1:
-        traffic += scatter_or_gather(gradients, plan.data)
+        traffic += all_reduce(gradients, plan.data)
     if zero in (1, 2):
         traffic += scatter_or_gather(weights, plan.data)
     return traffic

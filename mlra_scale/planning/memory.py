@@ -198,8 +198,13 @@ def weight_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     element = BYTES[config.train.precision]
     if zero_stage(config) < 3:
         return float(element * num_weights)
-    reuse_distance = config.deepspeed["zero_optimization"].get("stage3_max_reuse_distance", 1_000_000_000)
-    return element * (num_weights / plan.data + min(num_weights, reuse_distance))
+    return element * (num_weights / plan.data + min(num_weights, reuse_distance(config)))
+
+
+def reuse_distance(config: Config) -> int:
+    """Weights within which ZeRO 3 keeps what it has gathered and will use again."""
+    distance: int = config.deepspeed["zero_optimization"].get("stage3_max_reuse_distance", 1_000_000_000)
+    return distance
 
 
 def gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
@@ -303,8 +308,13 @@ def whole_block_bytes(config: Config, plan: BatchPlan) -> float:
 
 
 def recomputed_bytes(config: Config, plan: BatchPlan) -> float:
-    """Bytes of the one block that checkpointing has recomputed while its backward pass runs."""
-    return whole_block_bytes(config, plan) if config.parallel.activation_checkpointing == "block" else 0.0
+    """Bytes of what checkpointing has computed again in a block's backward pass: all of it, or GELU's output."""
+    if config.parallel.activation_checkpointing == "block":
+        return whole_block_bytes(config, plan)
+    if config.parallel.activation_checkpointing == "selective":
+        tokens = plan.micro_batch_size * plan.sequence_length
+        return BYTES[config.train.precision] * tokens * config.model.ffn_size / plan.tensor
+    return 0.0
 
 
 def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
@@ -352,6 +362,8 @@ def backward_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's."""
     model, tokens = config.model, plan.micro_batch_size * plan.sequence_length
     passing = tokens * (model.ffn_size / plan.tensor + 2 * model.hidden_size / sequence_split(config, plan))
+    if config.parallel.sequence_parallel:
+        passing += 4 * tokens * model.hidden_size  # gathered inputs and whole gradients, each with its packed copy
     return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
 
 

@@ -7,11 +7,12 @@ tensor, p stages, m micro-batches, e bytes of a number. Per micro-batch, stage s
     compute      (matrix products + attention) / sustained rate. Per block and forward pass, FLOPs of one rank:
                    q, k, v   2 T D^2 / t each dense; factorised as their plan computes them (model/low_rank_plan.py:
                              with `replicated` every rank repeats the down projection)
-                   o         2 T D^2 / t dense; 2 T R D (1 + 1 / t) factorised
+                   o         2 T D^2 / t dense; 2 T R D (1 + 1 / t) factorised, 4 T R D / t with sequence parallelism
                    MLP       4 T D F / t
                    attention 2 T S D / t, the causal half of q k^T and a v
                  The backward pass takes twice as much, attention 2.5 times (it forms q k^T again); checkpointing one
-                 forward pass more. The last stage adds the head, 3 * 2 T D V / t.
+                 forward pass more but for fc_out, whose input is the last that is kept. The last stage adds the head,
+                 3 * 2 T D V / t.
     elementwise  bytes / memory bandwidth: norms, residual sums, GELU, biases: e T (10 D + 4 D / t + 2 F / t) forward
                  (10 D / t with sequence parallelism), twice that backward, half of it more with selective
                  checkpointing; logits are read and written 8 times in fp32; and where there are several micro-batches
@@ -156,18 +157,20 @@ def block_flops(config: Config, plan: BatchPlan) -> tuple[float, float]:
     inputs = 2.0 * (3 - shape.factorised) * T * D * D / t
     if shape.factorised:
         inputs += 2.0 * multiply_adds(low_rank_plan(config, plan), shape)
-    output = 2.0 * T * R * D * (1 + 1 / t) if model.is_factorised("o") else 2.0 * T * D * D / t
+    whole = 1 / t if config.parallel.sequence_parallel else 1.0  # the up factor is not split, but its tokens may be
+    output = 2.0 * T * R * D * (whole + 1 / t) if model.is_factorised("o") else 2.0 * T * D * D / t
     return inputs + output + 4.0 * T * D * model.ffn_size / t, 2.0 * T * plan.sequence_length * D / t
 
 
 def computed_flops(config: Config, plan: BatchPlan, stage: int) -> float:
     """FLOPs that one rank of a stage computes for one micro-batch, forward and backward, repeated ones included."""
     products, attention = block_flops(config, plan)
-    forward = products + attention
-    repeated = forward if config.parallel.activation_checkpointing == "block" else 0.0
-    block = forward + 2.0 * products + 2.5 * attention + repeated
-    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     tokens = plan.micro_batch_size * plan.sequence_length
+    block = 3.0 * products + 3.5 * attention
+    if config.parallel.activation_checkpointing == "block":
+        fc_out = 2.0 * tokens * config.model.hidden_size * config.model.ffn_size / plan.tensor
+        block += products + attention - fc_out
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     head = 6.0 * tokens * config.model.hidden_size * config.model.padded_vocab_size / plan.tensor
     return num_blocks * block + (head if stage == plan.pipeline - 1 else 0.0)
 

@@ -41,9 +41,16 @@ def plan_report(config: Config, plan: BatchPlan) -> str:
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
-def short_report(config: Config, plan: BatchPlan) -> str:
-    """Returns the lines that a run prints before its first step."""
+def short_report(config: Config, plan: BatchPlan, resolved_device: str) -> str:
+    """Returns the lines that a run prints before its first step.
+
+    Args:
+        config: A validated configuration.
+        plan: Its batch plan.
+        resolved_device: "cpu" or "cuda".
+    """
     lines = [*_model_lines(config), *_batch_lines(config, plan), _layout_line(config, plan)]
+    lines += _low_rank_lines(config, plan, resolved_device)
     return "\n".join(lines)
 
 
@@ -100,11 +107,12 @@ def _mesh_lines(config: Config, plan: BatchPlan) -> list[str]:
     return lines
 
 
-def _low_rank_lines(config: Config, plan: BatchPlan) -> list[str]:
-    """Says how factorised q, k, v are computed, where there is a choice."""
-    if plan.tensor == 1 or not any(config.model.is_factorised(name) for name in "qkv"):
+def _low_rank_lines(config: Config, plan: BatchPlan, resolved_device: str | None = None) -> list[str]:
+    """Says how factorised q, k, v are computed, where that is not as in one process: one factor after the other."""
+    chosen, asked = low_rank_plan(config, plan, resolved_device), config.parallel.low_rank_plan
+    is_factorised = any(config.model.is_factorised(name) for name in "qkv")
+    if not is_factorised or (plan.tensor == 1 and chosen == "replicated"):
         return []
-    chosen, asked = low_rank_plan(config, plan), config.parallel.low_rank_plan
     return [f"{'low-rank plan':<16} {chosen}{' (chosen by the cost model)' if asked == 'auto' else ''}"]
 
 

@@ -16,6 +16,7 @@ from mlra_scale.stability.guard import Action
 from mlra_scale.training.dry_run import short_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.launch import resolve_device
 from mlra_scale.training.metrics import tev_text, train_line, validation_line
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record, set_aside
@@ -83,7 +84,7 @@ class Report:
         self._metrics, self._events = JsonLines(self._run.metrics), EventLog(self._run.events)
         self._is_open = True
         self._events.write("start", step=progress.step, world_size=self._plan.world_size, commit=commit())
-        self.say(short_report(self._config, self._plan))
+        self.say(short_report(self._config, self._plan, resolve_device(self._config)))
         self._tell_origin(num_cut)
         if num_cut > 0:
             self.say(f"removed from {self._run.metrics.name}: {num_cut} line(s) of steps that are done again")

@@ -26,6 +26,7 @@ FREE = (
     "data.validation_path",
     "data.tokenizer",
     "train.device",
+    "train.compile",
     "train.micro_batch_size",
     "parallel.",
     "cluster.",

@@ -6,12 +6,15 @@
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 from mlra_scale.config import Config
+from mlra_scale.model import head_chunks
 from tests.distributed.steps import Record, train
 from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
@@ -203,12 +206,48 @@ def test_model_options_equal_the_oracle(worker_pool: Pools, layout: Layout, opti
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
 
 
+def train_compiled(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> tuple[Record, int]:
+    """One step, and how many graphs the compiler made for it."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    record = train(rank, world_size, config, 1, weights)
+    return record, counters["stats"]["unique_graphs"]
+
+
+def train_in_chunks(rank: int, world_size: int, config: Config, steps: int, weights: dict[str, torch.Tensor]) -> Record:
+    """Trains with a head that takes 5 tokens at a time."""
+    with mock.patch.dict(head_chunks.CHUNK_NUMBERS, cpu=5 * config.model.padded_vocab_size // config.parallel.tensor):
+        return train(rank, world_size, config, steps, weights)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tensor=2), Layout(pipeline=2, stage=1), Layout(tensor=2, data=2, stage=3)],
+    ids=identify,
+)
+def test_a_head_in_several_chunks_equals_the_oracle(worker_pool: Pools, layout: Layout, precision: str) -> None:
+    weights, expected = oracle("mlra")
+    config = in_layout(layout, train__precision=precision)
+    records = worker_pool(layout.world_size).run(train_in_chunks, config, STEPS, weights)
+    if precision == "bf16":
+        kind = "pipeline" if layout.pipeline > 1 else "zero"
+        allowed_loss, allowed_norm = bf16_error(worker_pool, "mlra", min(layout.stage, 1), kind)
+        loss, norm = errors(records[0], expected)
+        assert loss <= 2 * allowed_loss and norm <= 2 * allowed_norm
+        return
+    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
+    gradients = assemble(table_of(config), layout.tensor, [record.gradients for record in records])
+    assert_gradients_close(gradients, expected.gradients)
+
+
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(data=2, stage=2), Layout(pipeline=2, stage=1)], ids=identify)
 def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
     weights, expected = oracle(attention)
     config = in_layout(layout, model__attention=attention, train__compile=True)
-    records = run(worker_pool, config, weights, steps=1)
+    records, num_compiled = zip(*worker_pool(layout.world_size).run(train_compiled, config, weights), strict=True)
+    assert min(num_compiled) > 0, "nothing was compiled"
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)
     table = table_of(config)
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)

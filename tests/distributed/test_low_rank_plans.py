@@ -20,6 +20,9 @@ Pools = Callable[[int], WorkerPool]
 
 CASES: list[tuple[LowRankPlan, Layout]] = [
     ("merged", Layout()),
+    ("replicated", Layout(tensor=2)),
+    ("replicated", Layout(tensor=2, pipeline=2)),
+    ("replicated", Layout(tensor=2, data=2, stage=3)),
     ("sharded", Layout(tensor=2)),
     ("merged", Layout(tensor=2)),
     ("sharded", Layout(tensor=4)),

@@ -148,10 +148,22 @@ PEAKS = [
     *((layout, 4, "none", "fp32") for layout in [Layout(), Layout(stage=1), *LAYOUTS]),
     # Few activations, so that the state and what is temporary weigh most.
     *((layout, 1, "block", "fp32") for layout in [Layout(), *LAYOUTS]),
+    (Layout(), 4, "selective", "fp32"),
+    (Layout(pipeline=2, stage=1), 4, "selective", "fp32"),
     (Layout(), 4, "none", "bf16"),
     (Layout(), 1, "block", "bf16"),
     (Layout(stage=1), 1, "block", "bf16"),
 ]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+def test_the_planned_peak_with_sequence_parallelism(worker_pool: Pools, checkpointing: str) -> None:
+    layout = Layout(tensor=2)
+    config = peak_config(layout, 4, checkpointing, "fp32")
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence_parallel": True})})
+    for measured in worker_pool(2).run(record, config):
+        memory = rank_memory(config, batch_plan(config, 2), 0)
+        assert measured == pytest.approx(memory.device, rel=0.1), memory
 
 
 @pytest.mark.parametrize(("layout", "micro_batch_size", "checkpointing", "precision"), PEAKS, ids=str)

@@ -73,7 +73,7 @@ CASES: list[tuple[Layout, str, Options]] = [
 def in_layout(layout: Layout, model: str, **overrides: Any) -> Config:
     values = {**COMMON, **MODELS[model], "parallel__low_rank_plan": "replicated", **overrides}
     split = {"parallel__sequence_parallel": layout.tensor > 1, "parallel__world_size": layout.world_size}
-    return layout_config(layout, **split, **values)
+    return layout_config(layout, **{**split, **values})
 
 
 @cache
@@ -124,7 +124,22 @@ RELEASING = {
 }
 
 
-@pytest.mark.parametrize(("model", "more"), [("mlra", {}), ("v-dense", MERGED), ("dense", {})], ids=identify)
+WHOLE: Options = {"parallel__sequence_parallel": False}
+SELECTIVE: Options = {"parallel__activation_checkpointing": "selective"}
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("mlra", {}),
+        ("v-dense", MERGED),
+        ("dense", {}),
+        ("mlra", SELECTIVE),
+        ("mlra", WHOLE | MERGED | {"parallel__activation_checkpointing": "block"}),
+        ("mlra", WHOLE | MERGED | SELECTIVE),
+    ],
+    ids=identify,
+)
 def test_zero_3_that_keeps_nothing_gathered(worker_pool: Pools, model: str, more: Options) -> None:
     """Where weights are used outside their own module's forward: the cases above are too small to release any."""
     weights, expected = oracle(model)

@@ -159,6 +159,13 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "ZeRO stage 3 only, not 2",
         ),
         ({"train": {"compile": True}, "parallel": {"tensor": 2}}, 2, "train.compile", "use parallel.tensor=1"),
+        ({"train": {"compile": True}, "model": {"sigma_reparam": True}}, 1, "train.compile", "leave one of them out"),
+        (
+            {"train": {"compile": True}, "model": {"residual_dropout": 0.1}},
+            1,
+            "train.compile",
+            "model.residual_dropout",
+        ),
         ({"train": {"compile": True}, "deepspeed": ZERO[3]}, 1, "train.compile", "use stage 2 or lower"),
         (
             {"train": {"compile": True}, "parallel": {"activation_checkpointing": "selective"}},

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from mlra_scale.config import batch_plan
+from mlra_scale.config import batch_plan, load_config
 from mlra_scale.model.low_rank_plan import (
+    CPU_CORE,
     H100,
     PLANS,
     Device,
@@ -15,6 +16,7 @@ from mlra_scale.model.low_rank_plan import (
     numbers_sent,
     possible_plans,
     seconds,
+    shape_of,
 )
 from tests.support.layouts import Layout, layout_config
 
@@ -76,4 +78,31 @@ def test_auto_takes_the_cheapest_and_a_name_is_taken_at_its_word(attention: str)
     assert low_rank_plan(config, batch_plan(config, 2)) == "sharded"
     config = layout_config(Layout(tensor=2), model__attention=attention)
     chosen = low_rank_plan(config, batch_plan(config, 2))
-    assert chosen in PLANS and (attention == "mlra" or chosen == "replicated")
+    if attention == "dense":
+        assert chosen == "replicated"
+    else:
+        shape = shape_of(config, batch_plan(config, 2))
+        assert chosen == min(PLANS, key=lambda plan: seconds(plan, shape, CPU_CORE))
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("preset", ["gpt2-mlra-72l", "gpt2-mlra-192l"])
+def test_auto_does_not_repeat_the_down_projection_of_the_deep_presets(preset: str, device: str, tensor: int) -> None:
+    config = load_config(preset, overrides=[f"parallel.tensor={tensor}", f"train.device={device}"])
+    plan = batch_plan(config, tensor)
+    shape = shape_of(config, plan)
+    chosen = low_rank_plan(config, plan)
+    assert chosen != "replicated"
+    # Of all ranks together: sharded computes what one process does, merged at most what dense attention does.
+    alone = multiply_adds("replicated", replace(shape, ranks=1))
+    extra = 3 * shape.rank * shape.hidden_size**2 if chosen == "merged" else 0
+    assert tensor * multiply_adds(chosen, shape) <= alone + extra
+
+
+def test_a_device_that_was_found_goes_before_the_configuration() -> None:
+    config = load_config("gpt2-mlra-72l", overrides=["parallel.tensor=2", "parallel.low_rank_plan=auto"])
+    plan = batch_plan(config, 2)
+    for found in ("cpu", "cuda"):
+        named = load_config("gpt2-mlra-72l", overrides=["parallel.tensor=2", f"train.device={found}"])
+        assert low_rank_plan(config, plan, found) == low_rank_plan(named, plan)

@@ -70,7 +70,8 @@ def test_the_backward_pass_the_head_and_recomputation() -> None:
     head = 6 * T * D * V
     assert computed_flops(config, plan, 0) == 4 * (3 * products + 3.5 * attention) + head
     again, _ = case(1, "parallel.activation_checkpointing=block")
-    assert computed_flops(again, plan, 0) == 4 * (4 * products + 4.5 * attention) + head
+    # What is kept last is fc_out's input: its product is not computed again.
+    assert computed_flops(again, plan, 0) == 4 * (4 * products + 4.5 * attention - 2 * T * D * F) + head
     split, plan = case(2, "parallel.pipeline=2")
     assert computed_flops(split, plan, 1) - computed_flops(split, plan, 0) == head
 
@@ -86,7 +87,7 @@ def test_tensor_parallel_blocks_reduce_twice_each_way() -> None:
     # Over two ranks an all-reduce sends as many bytes as it reduces.
     assert tensor_traffic_of_block(config, plan).sent == 4 * hidden
     again, _ = case(2, "parallel.tensor=2", "model.attention=dense", "parallel.activation_checkpointing=block")
-    assert tensor_traffic_of_block(again, plan).sent == 6 * hidden
+    assert tensor_traffic_of_block(again, plan).sent == 5 * hidden, "fc_out's sum is not repeated"
     latents, _ = case(2, "parallel.tensor=2", "parallel.low_rank_plan=replicated")
     assert tensor_traffic_of_block(latents, plan).sent == 3 * hidden + 3 * 4 * T * R
     # And both ends one of the hidden state: the embedding's output, the gradient of the head's input.
@@ -103,7 +104,8 @@ def test_stages_send_the_hidden_state_to_every_neighbour() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "gradients", "weights", "once"),
-    [(0, 0, 0, 2), (1, 0, 0, 2), (2, 1, 0, 1), (3, 1, 2, 0)],
+    # DeepSpeed sums whole buckets at stages 1 and 2. At stage 3 these weights are near enough to be kept.
+    [(0, 0, 0, 2), (1, 0, 0, 3), (2, 2, 0, 1), (3, 1, 1, 0)],
 )
 def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: int, weights: int, once: int) -> None:
     """In units of the whole gradient over two ranks, each of which sends half of what is scattered or gathered."""
@@ -123,7 +125,13 @@ def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: in
 def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
     config, plan = case(2, "train.precision=bf16", stage=1)
     weights = num_held(weights_of_stage(config.model, 1, 0), 1)
-    assert data_traffic_per_step(config, plan, 0).sent == (4 + 2) * weights / 2
+    assert data_traffic_per_step(config, plan, 0).sent == (2 * 4 + 2) * weights / 2
+
+
+def test_zero_3_gathers_twice_what_it_does_not_keep() -> None:
+    config, plan = case(2, "deepspeed.zero_optimization.stage3_max_reuse_distance=0", stage=3)
+    weights = num_held(weights_of_stage(config.model, 1, 0), 1)
+    assert data_traffic_per_micro_batch(config, plan, 0)[1].sent == 2 * 4 * weights / 2
 
 
 @pytest.mark.parametrize(("stages", "batch"), [(2, 8), (4, 8), (4, 64)])

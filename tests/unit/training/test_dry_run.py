@@ -39,7 +39,7 @@ def test_long_groups_are_shortened() -> None:
 @pytest.mark.parametrize("preset", ["debug", "laptop", "gpt2", "gpt2-192l"])
 def test_the_short_report_names_model_batch_and_layout(preset: str) -> None:
     config = load_config(preset)
-    text = short_report(config, batch_plan(config, 1))
+    text = short_report(config, batch_plan(config, 1), "cpu")
     assert preset in text and "global batch" in text and "1 rank(s)" in text
     assert len(text.splitlines()) < 10
 
