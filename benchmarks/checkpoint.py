@@ -10,7 +10,6 @@ reported as an error, not as a number.
 """
 
 import argparse
-import json
 import logging
 import statistics
 import subprocess
@@ -24,7 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Shape, build_ours, config_of, one_process_mesh, step_of_engine
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of, ratios, spread
+from benchmarks.turns import rotated
 from mlra_scale.checkpoint import Store
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.parallel import Topology
@@ -38,13 +39,11 @@ DD_BLOCK = 8 * 2**20
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line's parser."""
     parser = argparse.ArgumentParser(prog="benchmarks.checkpoint", description="Cost of checkpoints on this machine.")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, 2 or more (default: %(default)s)")
+    add_common(parser, rounds=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of training (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to be measured")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     return parser
 
 
@@ -52,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its table."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     if not arguments.folder.is_dir():
         parser.error(f"--folder {arguments.folder}: there is no such folder")
     logging.disable(logging.WARNING)
@@ -69,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         costs = Costs(TINY if arguments.quick else SHAPE, topology, precision, Path(name))
         report |= costs.run(report["rounds"])
     print("\n".join(["", *table_lines(report)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
 
 
@@ -138,8 +135,7 @@ class Costs:
         seconds: dict[str, list[float]] = {}
         things: list[Callable[[], dict[str, float]]] = [self._plain, self._synchronous, self._asynchronous]
         for turn in range(rounds):
-            shift = turn % len(things)
-            for thing in things[shift:] + things[:shift]:
+            for thing in rotated(things, turn):
                 for name, value in thing().items():
                     seconds.setdefault(name, []).append(value)
         self._verify()

@@ -1,19 +1,29 @@
 """One GPU: utilisation in bf16 against what its matrix products reach, against other trainers, and parity with a CPU.
 
     python -m benchmarks.gpu [--dry-run] [--models "72 layers" gpt2-xl] [--contenders NAME ...] [--batch B]
-        [--rounds N] [--no-parity] [--json FILE]
+        [--rounds N] [--timeout S] [--no-parity] [--json FILE]
     python -m benchmarks.gpu --device cpu --quick
 
 For 72 layers of width 1024 and for gpt2-xl: our trainer, dense and MLRA at R = D/2, plain PyTorch and transformers'
-GPT2LMHeadModel, each compiled and not, one after another, each in a process of its own with the whole device (a
-contender for which the memory is too small is reported as such). Plain PyTorch runs first and again at the end: the
-noise. All have a vocabulary of 50304, so that nobody pays for an odd number of columns.
+GPT2LMHeadModel, each compiled and not, one after another, each in a process of its own with the whole device. All have
+a vocabulary of 50304, so that nobody pays for an odd number of columns. A contender that fails (memory too small, an
+error of the compiler, not done in time) is reported with its reason, and the others go on; the file of --json is
+written after each of them.
+
+The processes do not take turns, so rounds of two of them are not of the same time and are not paired: a ratio is that
+of the medians, and beside it stand the extremes of each one's own times. What the machine did in between is in it:
+plain PyTorch runs first and again at the end, and its ratio to itself is the noise (without it where --contenders
+leaves plain PyTorch out, and with --quick where it is not named).
+
+Dense contenders start from the same weights and see the same tokens. One whose loss at the first step is another than
+plain PyTorch's (or, without that, than the first dense one's) is reported as differing, without any ratio.
 
 MFU is ModelConfig.flops_per_token (factors counted once, no recomputation) times tokens/s over the best rate of square
 matrix products that was measured in the same run, so it does not depend on a data sheet. The aim is 50 % or better.
 
 Parity: losses and every gradient of small models on the GPU against a CPU, in fp32 to a tolerance, and in bf16 no
-further from the CPU's fp32 than twice what the CPU's own bf16 is. The exit code is 1 if it does not hold.
+further from the CPU's fp32 than twice what the CPU's own bf16 is. The exit code is 1 if it does not hold or could not
+be computed.
 
 No GPU: `--dry-run` prints what would be run, with FLOPs and predicted memory; `--device cpu --quick` runs the same
 code at a tiny size.
@@ -24,11 +34,14 @@ import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +50,9 @@ from safetensors.torch import load_file
 
 from benchmarks.contenders import COMPILED_BLOCKS, Shape, config_of
 from benchmarks.gpu_child import AGAIN, COMPILED, DENSE, MLRA, PLAIN, TRANSFORMERS
-from benchmarks.step_time import environment_of, ratios, spread
+from benchmarks.gpu_parity import compare_bf16, compare_fp32, tensors_of
+from benchmarks.report import add_common, check_common, write_report
+from benchmarks.step_time import TOLERANCE, environment_of
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.planning.memory import rank_memory
 
@@ -52,25 +67,38 @@ KINDS = (PLAIN, TRANSFORMERS, DENSE, MLRA)
 NAMES = (*KINDS, *(kind + COMPILED for kind in KINDS), PLAIN + AGAIN)
 STEPS_PER_ROUND = 3
 PRODUCTS = (4096, 8192, 16384)
-CHILD_TIMEOUT = 900.0
-FP32_TOLERANCE = 1e-4
-"""Of a gradient, relative to its norm, with a hundredth of it relative to the norm of all (exact zeros are noise)."""
+PRECISION = "bf16"
+
+
+class ChildFailed(RuntimeError):
+    """A process of this benchmark failed; the text is all that it told.
+
+    Args:
+        what: Which, and how it ended.
+        stderr: What it wrote.
+    """
+
+    def __init__(self, what: str, stderr: str = "") -> None:
+        super().__init__(f"{what}\n{stderr[-3000:]}".strip())
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+        # Compilers write advice behind their error.
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
+        self.last_line = (named or lines or [what])[-1]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line's parser."""
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="One GPU: utilisation, peers, parity.")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and end")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
+    add_common(parser, rounds=7)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --quick only")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument(
         "--contenders", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help="%(choices)s"
     )
     parser.add_argument("--batch", type=int, metavar="B", help="sequences per step (default: 8)")
-    parser.add_argument("--rounds", type=int, default=7, help="per contender, 2 or more (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of a contender (default: 900)")
     parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     return parser
 
 
@@ -78,14 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables; returns 1 where parity does not hold."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     if arguments.batch is not None and arguments.batch < 1:
         parser.error(f"--batch {arguments.batch}: at least 1")
     shapes = [TINY] if arguments.quick else [MODELS[name] for name in arguments.models]
     if arguments.batch is not None:
         shapes = [dataclasses.replace(shape, batch_size=arguments.batch) for shape in shapes]
-    names = [name for name in NAMES if name in arguments.contenders]
+    has_noise = PLAIN in arguments.contenders and not arguments.quick
+    names = [name for name in NAMES if name in arguments.contenders or (has_noise and name == PLAIN + AGAIN)]
     if arguments.dry_run:
         print("\n".join(dry_run_lines(shapes, names)))
         return 0
@@ -97,17 +125,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps_per_round": STEPS_PER_ROUND,
     }
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
-    report["models"] = []
+    models: list[dict[str, Any]] = []
+    products = (128, 256) if arguments.quick else PRODUCTS
+    task = {"precision": PRECISION, "rounds": report["rounds"], "steps": STEPS_PER_ROUND, "products": products}
     for shape in shapes:
-        products = (128, 256) if arguments.quick else PRODUCTS
-        report["models"].append(measure(shape, names, arguments.device, report["rounds"], products))
-        print("\n".join(["", *table_lines(report["models"][-1], report["rounds"])]), flush=True)
+        for result in measure(shape, names, partial(time_child, shape, task, arguments.device, arguments.timeout)):
+            write_report(arguments, report | {"models": [*models, result]})
+        models.append(result)
+        print("\n".join(["", *table_lines(result, report["rounds"])]), flush=True)
+    report["models"] = models
+    holds = True
     if not arguments.no_parity:
-        report["parity"] = parity(TINY if arguments.quick else PARITY, arguments.device)
-        print("\n".join(["", *parity_lines(report["parity"], arguments.device)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    return int(not all(row["holds"] for row in report.get("parity", {}).values()))
+        holds = add_parity(report, arguments)
+    write_report(arguments, report)
+    return int(not holds)
+
+
+def add_parity(report: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """Puts parity into the report and prints it; returns whether it holds."""
+    try:
+        found = parity(TINY if arguments.quick else PARITY, arguments.device, arguments.timeout)
+    except ChildFailed as error:
+        report["parity_failed"] = error.last_line
+        print(f"\nparity failed: {error.last_line}", flush=True)
+        print(error, file=sys.stderr)
+        return False
+    report["parity"] = found
+    print("\n".join(["", *parity_lines(found, arguments.device)]), flush=True)
+    return all(row["holds"] for row in found.values())
 
 
 def why_not(device: str, is_quick: bool) -> str | None:
@@ -123,7 +168,7 @@ def why_not(device: str, is_quick: bool) -> str | None:
 def config_for(shape: Shape, name: str) -> Config:
     """The configuration of a contender's model; of ours the real one, of others one of as many FLOPs."""
     sections = COMPILED_BLOCKS if name in (DENSE + COMPILED, MLRA + COMPILED) else {}
-    return config_of(shape, "mlra" if name.startswith(MLRA) else "dense", "bf16", **sections)
+    return config_of(shape, "mlra" if name.startswith(MLRA) else "dense", PRECISION, **sections)
 
 
 def flops_per_step(shape: Shape, name: str) -> float:
@@ -139,63 +184,130 @@ def predicted_bytes(shape: Shape, name: str) -> float:
     return 16.0 * config.model.num_parameters()
 
 
-def measure(shape: Shape, names: Sequence[str], device: str, rounds: int, products: Sequence[int]) -> dict[str, Any]:
-    """Times contenders, one process after another.
+def measure(shape: Shape, names: Sequence[str], time_one: Callable[[str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Times contenders, one after another.
 
-    Returns:
-        What each reported, and MFU and ratios formed from it.
+    Args:
+        shape: What is trained.
+        names: Of the contenders; at least one.
+        time_one: Gives what a contender reported.
+
+    Yields:
+        After every contender, the result of all so far.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        specification = {"name": name, "precision": "bf16", "rounds": rounds, "steps": STEPS_PER_ROUND}
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "found.json"
-            run_child(device, "time", {**specification, "shape": shape, "products": products}, file)
-            found[name] = json.loads(file.read_text())
-        print(f"{shape.name}: {name} {found[name].get('failed', 'done')}", flush=True)
-    peak = max(item["product_flops"] for item in found.values())
-    times = {name: item["seconds_per_step"] for name, item in found.items() if "failed" not in item}
+        found[name] = time_one(name)
+        print(f"{shape.name}: {name} {state_of(found[name]) or 'done'}", flush=True)
+        yield evaluate(shape, found)
+
+
+def time_child(shape: Shape, task: Mapping[str, Any], device: str, timeout_s: float, name: str) -> dict[str, Any]:
+    """What a contender reported from its process; `failed` with the reason, and `told`, if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        try:
+            run_child(device, "time", {**task, "shape": shape, "name": name}, file, timeout_s)
+            found: dict[str, Any] = json.loads(file.read_text())
+        except ChildFailed as error:
+            print(error, file=sys.stderr)
+            return {"failed": error.last_line, "told": str(error)}
+    return found
+
+
+def state_of(item: Mapping[str, Any]) -> str:
+    """Why a contender has no ratios, as text; empty if it has."""
+    return next((f"{key}: {item[key]}" for key in ("failed", "differs") if key in item), "")
+
+
+def evaluate(shape: Shape, reported: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """MFU, and ratios of tokens/s, of what contenders reported.
+
+    Args:
+        shape: What they train.
+        reported: By contender, as benchmarks.gpu_child reports it.
+
+    Returns:
+        With `differs` and the losses at those whose loss is not what it must be. A ratio is that of the medians; with
+        it are the extremes of the seconds per step of both.
+    """
+    found = {name: dict(item) for name, item in reported.items()}
+    for name, reason in differences({name: item["first_loss"] for name, item in found.items() if "failed" not in item}):
+        found[name]["differs"] = reason
+    peak = max((item["product_flops"] for item in found.values() if "product_flops" in item), default=math.nan)
+    times = {name: item["seconds_per_step"] for name, item in found.items() if not state_of(item)}
     references = [name for name in (PLAIN, PLAIN + COMPILED, TRANSFORMERS, TRANSFORMERS + COMPILED) if name in times]
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    extremes = {name: [min(seconds), max(seconds)] for name, seconds in times.items()}
     return {
         "shape": dataclasses.asdict(shape),
-        "product_flops": peak,
+        "product_flops": None if math.isnan(peak) else peak,
         "contenders": found,
-        "mfu": {
-            name: flops_per_step(shape, name) / peak / statistics.median(seconds) for name, seconds in times.items()
-        },
+        "mfu": {name: flops_per_step(shape, name) / peak / seconds for name, seconds in medians.items()},
         "ratios": {
-            f"{name} / {other}": ratios(times[other], times[name])
+            f"{name} / {other}": {
+                "of_medians": medians[other] / medians[name],
+                "seconds": extremes[name],
+                "seconds_of_other": extremes[other],
+            }
             for name in times
             for other in references
             if other != name
         },
-        "predicted_bytes": {name: predicted_bytes(shape, name) for name in names},
+        "predicted_bytes": {name: predicted_bytes(shape, name) for name in found},
     }
 
 
-def run_child(device: str, what: str, specification: dict[str, Any], file: Path) -> None:
+def differences(first_loss: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Dense contenders whose loss at the first step is another than plain PyTorch's, and how far off they are."""
+    dense = {name: first_loss[name] for name in NAMES if name in first_loss and not name.startswith(MLRA)}
+    if not dense:
+        return []
+    reference = next(iter(dense))  # plain PyTorch, where it is there
+    return [
+        (name, f"loss {loss!r} at the first step, {reference} has {dense[reference]!r}")
+        for name, loss in dense.items()
+        if not abs(loss / dense[reference] - 1.0) <= TOLERANCE[PRECISION]
+    ]
+
+
+def run_child(device: str, what: str, specification: dict[str, Any], file: Path, timeout_s: float) -> None:
     """Runs benchmarks.gpu_child.
 
     Raises:
-        SystemExit: It failed, with the end of what it wrote, or took too long.
+        ChildFailed: It failed, took too long, or did not write its file.
     """
     text = json.dumps({**specification, "shape": dataclasses.asdict(specification["shape"])})
     command = [sys.executable, "-m", "benchmarks.gpu_child", "--device", device, what, text, str(file)]
     environment = {**os.environ, "DS_ACCELERATOR": device}  # not what this process, on a GPU, chose for itself
-    try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"{what} {text}: not done after {CHILD_TIMEOUT:g} s") from None
-    if result.returncode != 0:
-        raise SystemExit(f"{what} {text}: exit code {result.returncode}\n{result.stderr[-3000:]}")
+    # A file and not a pipe, and a session of its own: compilers start processes that would hold the pipe open, and that
+    # must not outlive a child that is ended.
+    with tempfile.TemporaryFile("w+", errors="replace") as stderr:
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+        )
+        try:
+            code = child.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ChildFailed(f"{what} {text}: not done after {timeout_s:g} s") from None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        stderr.seek(0)
+        if code != 0:
+            raise ChildFailed(f"{what} {text}: exit code {code}", stderr.read())
+        if not file.exists():
+            raise ChildFailed(f"{what} {text}: it wrote no result", stderr.read())
 
 
-def parity(shape: Shape, device: str) -> dict[str, dict[str, Any]]:
+def parity(shape: Shape, device: str, timeout_s: float) -> dict[str, dict[str, Any]]:
     """Compares losses and gradients of a device with a CPU's.
 
     Args:
         shape: A small model.
         device: "cuda"; "cpu" compares a CPU with itself.
+        timeout_s: Seconds for each of the two.
 
     Returns:
         By attention and precision: relative differences of the loss and of the gradients, their bounds, and whether
@@ -204,7 +316,7 @@ def parity(shape: Shape, device: str) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "reference", Path(folder) / "device"]
         for place, file in zip(("cpu", device), files, strict=True):
-            run_child(place, "gradients", {"shape": shape}, file)
+            run_child(place, "gradients", {"shape": shape}, file, timeout_s)
         reference, ours = (load_file(file) for file in files)
     found = {}
     for attention in ("dense", "mlra"):
@@ -214,60 +326,6 @@ def parity(shape: Shape, device: str) -> dict[str, dict[str, Any]]:
             tensors_of(ours, f"{attention}/bf16/"), tensors_of(reference, f"{attention}/bf16/"), exact
         )
     return found
-
-
-def tensors_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors under a prefix, in fp64."""
-    return {name.removeprefix(prefix): value.double() for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def compare_fp32(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The worst gradient, as a share of its tolerance, and the loss."""
-    assert ours.keys() == exact.keys()
-    loss = float((ours["loss"] / exact["loss"] - 1.0).abs())
-    whole = float(_norm([value for name, value in exact.items() if name != "loss"]))
-    shares = {
-        name: float((ours[name] - value).norm()) / (FP32_TOLERANCE * (float(value.norm()) + 0.01 * whole))
-        for name, value in exact.items()
-        if name != "loss"
-    }
-    worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
-    return {
-        "loss": loss,
-        "loss_bound": 1e-5,
-        "worst": worst,
-        "gradient": shares[worst],
-        "gradient_bound": 1.0,
-        "holds": loss <= 1e-5 and shares[worst] <= 1.0,
-    }
-
-
-def compare_bf16(
-    ours: dict[str, torch.Tensor], cpu: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """Distances from fp32 in bf16, over all gradients together, against twice the CPU's own."""
-    names = [name for name in exact if name != "loss"]
-    whole = _norm([exact[name] for name in names])
-
-    def distances(tensors: dict[str, torch.Tensor]) -> tuple[float, float]:
-        gradient = _norm([tensors[name] - exact[name] for name in names]) / whole
-        return float((tensors["loss"] / exact["loss"] - 1.0).abs()), float(gradient)
-
-    (loss, gradient), (cpu_loss, cpu_gradient) = distances(ours), distances(cpu)
-    # The loss of one batch can be right by chance: what bf16 rounds off once is always allowed.
-    loss_bound = max(2.0 * cpu_loss, 2.0**-9)
-    return {
-        "loss": loss,
-        "loss_bound": loss_bound,
-        "worst": "all gradients",
-        "gradient": gradient,
-        "gradient_bound": 2.0 * cpu_gradient,
-        "holds": loss <= loss_bound and gradient <= 2.0 * cpu_gradient,
-    }
-
-
-def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([tensor.norm() for tensor in tensors]).norm()
 
 
 def dry_run_lines(shapes: Sequence[Shape], names: Sequence[str]) -> list[str]:
@@ -292,21 +350,23 @@ def dry_run_lines(shapes: Sequence[Shape], names: Sequence[str]) -> list[str]:
 def table_lines(result: dict[str, Any], rounds: int) -> list[str]:
     """A model's result as text."""
     shape = Shape(**result["shape"])
+    products = f"{(result['product_flops'] or math.nan) / 1e12:.2f} TFLOP/s"
     lines = [
         f"{shape.name}: {shape.num_layers} layers, D={shape.hidden_size}, {shape.batch_size} x {shape.sequence_length} "
-        f"tokens per step, vocabulary {shape.vocab_size}, bf16; matrix products {result['product_flops'] / 1e12:.2f} "
-        "TFLOP/s",
-        f"tokens/s as ratios: median [quartiles] (extremes) of {rounds} rounds of {STEPS_PER_ROUND} steps",
-        f"{'':32}{'ms/step':>9}{'MFU %':>8}{'GiB':>9}{'predicted':>10}  {'/ ' + PLAIN:38}/ {TRANSFORMERS}",
+        f"tokens per step, vocabulary {shape.vocab_size}, bf16; matrix products {products}",
+        f"ms/step: median (extremes) of {rounds} rounds of {STEPS_PER_ROUND} steps; tokens/s as ratios of medians",
+        f"{'':32}{'ms/step':>9}{'':24}{'MFU %':>8}{'GiB':>9}{'predicted':>10}  {'/ ' + PLAIN:18}/ {TRANSFORMERS}",
     ]
     for name, item in result["contenders"].items():
-        if "failed" in item:
-            lines.append(f"{name:32}{item['failed']}")
+        if state := state_of(item):
+            lines.append(f"{name:32}{state}")
             continue
-        cells = [spread(result["ratios"].get(f"{name} / {other}")) for other in (PLAIN, TRANSFORMERS)]
+        found = [result["ratios"].get(f"{name} / {other}") for other in (PLAIN, TRANSFORMERS)]
+        cells = ["" if ratio is None else f"{ratio['of_medians']:.3f}" for ratio in found]
         memory = f"{item['peak_bytes'] / 2**30:>9.3f}{result['predicted_bytes'][name] / 2**30:>10.3f}"
-        median = statistics.median(item["seconds_per_step"]) * 1e3
-        lines.append(f"{name:32}{median:>9.1f}{100 * result['mfu'][name]:>8.1f}{memory}  {cells[0]:38}{cells[1]}")
+        seconds = [1e3 * value for value in item["seconds_per_step"]]
+        time = f"{statistics.median(seconds):>9.1f}{f' ({min(seconds):.1f} {max(seconds):.1f})':24}"
+        lines.append(f"{name:32}{time}{100 * result['mfu'][name]:>8.1f}{memory}  {cells[0]:18}{cells[1]}")
     return lines
 
 

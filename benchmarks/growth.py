@@ -20,14 +20,12 @@ second step, counted from before the engine was built: exact and the same in eve
 """
 
 import argparse
-import json
 import logging
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -35,7 +33,9 @@ import torch
 
 from benchmarks.contenders import Shape, Step, build_ours, one_process_mesh, step_of_engine
 from benchmarks.memory import start
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of, ratios, spread
+from benchmarks.turns import rotated
 from mlra_scale.parallel import Topology
 
 
@@ -88,12 +88,9 @@ def axes_of(is_quick: bool) -> list[Axis]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.growth", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=7, help="2 or more (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
+    add_common(parser, rounds=7)
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rounds = 2 if arguments.quick else arguments.rounds
@@ -103,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for axis in axes_of(arguments.quick):
             report["axes"].append(measure(axis, topology, rounds))
             print("\n".join(["", *table_lines(report["axes"][-1], rounds)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
 
 
@@ -132,8 +128,7 @@ def measure(axis: Axis, topology: Topology, rounds: int) -> dict[str, Any]:
         peaks.append(started.peak_bytes)
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(rounds + 1):
-        for place in range(len(steps)):
-            index = (place + turn) % len(steps)
+        for index in rotated(range(len(steps)), turn):
             batch = axis.shapes[index].batch(2 + turn)
             began = perf_counter()
             steps[index](batch)

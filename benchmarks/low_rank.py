@@ -18,20 +18,19 @@ Four tables, of R = D/2, D/4 and D/8 and the plans replicated, sharded and merge
 """
 
 import argparse
-import json
 import logging
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import low_rank_ranks
-from benchmarks.contenders import Shape, config_of
+from benchmarks.contenders import Shape, config_of, one_process_mesh
 from benchmarks.low_rank_ranks import ALL_REDUCE, DENSE, MATRIX_PRODUCT, RATE_PASSES, plans_of
 from benchmarks.processes import on_processes
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of, ratios, spread
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.model import low_rank_plan as cost_model
@@ -51,12 +50,10 @@ PRESET = "gpt2-mlra-72l"
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line's parser."""
     parser = argparse.ArgumentParser(prog="benchmarks.low_rank", description="Plans of the low-rank projections.")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=9, help="2 or more (default: %(default)s)")
+    add_common(parser, rounds=9)
     parser.add_argument("--tensor", type=int, nargs="*", choices=(1, 2, 4), default=[1, 2], help="timed degrees")
     parser.add_argument("--counted", type=int, nargs="*", choices=DEGREES, default=list(DEGREES), help="counted ones")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="for one degree (default: 1800)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     return parser
 
 
@@ -64,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     shape, tokens, rounds = (TINY, (32, 64), 2) if arguments.quick else (SHAPE, TOKENS, arguments.rounds)
@@ -76,24 +72,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": rounds,
     }
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
-    report["timed"] = {}
-    for tensor in arguments.tensor:
-        times = on_processes(tensor, low_rank_ranks.measure, tensor, shape, tokens, PARTS, rounds, timeout_s=limit)[0]
-        report["timed"][tensor] = evaluate(shape, tensor, times)
-        print("\n".join(["", *timed_lines(shape, tensor, rounds, report["timed"][tensor])]), flush=True)
-    report["counted"] = {}
-    for tensor in arguments.counted:
-        counts = on_processes(tensor, low_rank_ranks.count, COUNTED, COUNTED_TOKENS, PARTS, timeout_s=limit)
-        report["counted"][tensor] = check_counts(tensor, counts)
+    report |= {"timed": {}, "counted": {}}
+    for tensor in sorted({*arguments.tensor, *arguments.counted}):
+        timed, is_counted = (shape, tokens, rounds) if tensor in arguments.tensor else None, tensor in arguments.counted
+        times, counts = zip(*on_processes(tensor, on_rank, tensor, timed, is_counted, timeout_s=limit), strict=True)
+        if timed is not None:
+            report["timed"][tensor] = evaluate(shape, tensor, times[0])
+            print("\n".join(["", *timed_lines(shape, tensor, rounds, report["timed"][tensor])]), flush=True)
+        if is_counted:
+            report["counted"][tensor] = check_counts(tensor, counts)
     print("\n".join(["", *counted_lines(report["counted"])]), flush=True)
     report["chosen"] = chosen()
     print("\n".join(["", *chosen_lines(report["chosen"])]), flush=True)
     sizes = (TINY, 64, PARTS, 2) if arguments.quick else (SHAPE, 1024, PARTS, 5)
-    (report["errors"],) = on_processes(1, low_rank_ranks.errors, *sizes, timeout_s=limit)
+    with one_process_mesh("cpu"):
+        report["errors"] = low_rank_ranks.errors(*sizes)
     print("\n".join(["", *error_lines(report["errors"])]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
+
+
+def on_rank(tensor: int, timed: tuple[Shape, Sequence[int], int] | None, is_counted: bool) -> tuple[Any, Any]:
+    """What a process of one degree does: processes are started once for times and counts.
+
+    Args:
+        tensor: The degree.
+        timed: Shape, numbers of tokens and rounds; None times nothing.
+        is_counted: Whether FLOPs and numbers are counted.
+
+    Returns:
+        Times (low_rank_ranks.measure) and counts (low_rank_ranks.count), None for what was not asked for.
+    """
+    times = low_rank_ranks.measure(tensor, *timed[:2], PARTS, timed[2]) if timed is not None else None
+    return times, low_rank_ranks.count(COUNTED, COUNTED_TOKENS, PARTS) if is_counted else None
 
 
 def model_shape(shape: Shape, parts: int, tokens: int, tensor: int) -> cost_model.Shape:

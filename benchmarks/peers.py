@@ -1,6 +1,8 @@
 """Other trainers of the same shape, as their users set them up: transformers with DeepSpeed, and litgpt."""
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -11,7 +13,7 @@ from benchmarks.baseline_gpt2 import decay_groups
 from benchmarks.contenders import BETAS, CLIP, EPSILON, LEARNING_RATE, WEIGHT_DECAY, Shape, Step
 from mlra_scale.data import Batch
 
-LITGPT_INSTALL = "pip install -e '.[bench]' && pip install --no-deps litgpt==0.5.13"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def step_of_zero(module: nn.Module, device: torch.device, precision: str) -> Step:
@@ -50,7 +52,10 @@ def step_of_zero(module: nn.Module, device: torch.device, precision: str) -> Ste
 def why_no_litgpt() -> str | None:
     """What is missing for litgpt, with the remedy, or None."""
     missing = [name for name in ("litgpt", "lightning", "jsonargparse") if find_spec(name) is None]
-    return f"not installed: {', '.join(missing)} ({LITGPT_INSTALL})" if missing else None
+    pip = f"{sys.prefix}/bin/pip install"
+    # In two steps: litgpt asks for a huggingface_hub older than transformers takes, and runs with the newer.
+    remedy = f"{pip} -c {ROOT}/constraints.txt -e '{ROOT}[bench]' && {pip} --no-deps litgpt==0.5.13"
+    return f"not installed: {', '.join(missing)} ({remedy})" if missing else None
 
 
 class LitGPT(nn.Module):

@@ -14,12 +14,10 @@ over the time of a step. The variance of gradients over all parameters is comput
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +32,7 @@ from benchmarks.contenders import (
     one_process_mesh,
     weights_of,
 )
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of, ratios, spread
 from mlra_scale.config import ActivationsConfig, Config, GradientsConfig, GuardConfig, TevConfig, batch_plan
 from mlra_scale.data import Batch
@@ -58,13 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.stability", description=__doc__.splitlines()[0] if __doc__ else ""
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=9, help="2 or more (default: %(default)s)")
+    add_common(parser, rounds=9)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of this process alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     torch.set_num_threads(1)
     shape, rounds = (TINY, 2) if arguments.quick else (SHAPE, arguments.rounds)
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
@@ -73,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_process_mesh("cpu") as topology:
         report |= measure(shape, topology, clock, rounds)
     print("\n".join(["", *table_lines(report)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
 
 

@@ -17,14 +17,13 @@ PyTorch side by side: why a ratio is what it is.
 """
 
 import argparse
-import json
 import logging
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +47,8 @@ from benchmarks.contenders import (
 from benchmarks.memory import start
 from benchmarks.operators import Operator, operators_of, side_by_side
 from benchmarks.peers import LitGPT, step_of_zero, why_no_litgpt
+from benchmarks.report import add_common, check_common, write_report
+from benchmarks.turns import rotated
 from mlra_scale import __version__
 from mlra_scale.config import TevConfig
 from mlra_scale.model.initialization import initial_state
@@ -78,7 +79,7 @@ Clock = Callable[[], float]
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line's parser."""
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description="Ratios of step times on this machine.")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
+    add_common(parser, rounds=9)
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -93,10 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=NAMES,
         default=list(NAMES),
         metavar="NAME",
-        help=f"beside {PLAIN} (default: all of %(choices)s)",
+        help=f"beside {PLAIN}, twice (default: all of %(choices)s)",
     )
     parser.add_argument("--profile", action="store_true", help="operators of a step, ours and plain PyTorch's")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds per shape, 2 or more (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -107,7 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="cpu: processor time of this process, for a CPU that others use as well (default: %(default)s)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile for all but ZeRO-1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     return parser
 
 
@@ -115,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
     precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
@@ -137,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return seconds()
 
     report["left_out"] = {} if (reason := why_no_litgpt()) is None else {LITGPT: reason}
-    chosen = {PLAIN, *arguments.contenders} - report["left_out"].keys()
-    names = [name for name in NAMES if name in chosen]
+    names = names_of(arguments.contenders, report["left_out"])
     for name, reason in report["left_out"].items():
         print(f"{name} is left out: {reason}", flush=True)
     report["shapes"] = []
@@ -151,9 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result["operators"] = race.profile()
                 print("\n".join(["", *operator_lines(result)]), flush=True)
             del race
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
+
+
+def names_of(contenders: Collection[str], left_out: Collection[str]) -> list[str]:
+    """Who runs, in order: whoever was chosen, and plain PyTorch twice, without which there is no ratio and no noise."""
+    return [name for name in NAMES if name in {PLAIN, AGAIN, *contenders} and name not in left_out]
 
 
 def environment_of(device: str) -> dict[str, str]:
@@ -255,8 +256,7 @@ class Race:
         last: dict[str, float] = {}
         for turn in range(rounds):
             batches = [self.shape.batch(2 + turn * STEPS_PER_ROUND + index) for index in range(STEPS_PER_ROUND)]
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in rotated(names, turn):
                 begin = self.clock()
                 for batch in batches:
                     last[name] = self.steps[name](batch)

@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from benchmarks.processes import on_processes
 
 _FAILED = "failed"
+
+Thing = TypeVar("Thing")
 
 Measured = dict[str, float]
 Action = Callable[[int], Measured]
@@ -53,6 +55,12 @@ class Turn:
     parts: tuple[tuple[str, str], ...]
 
 
+def rotated(things: Sequence[Thing], number: int) -> list[Thing]:
+    """The order of a round: it begins one further along in every round, so that nobody is always the first."""
+    shift = number % len(things)
+    return [*things[shift:], *things[:shift]]
+
+
 def take_turns(
     worlds: Sequence[World], turns: Sequence[Turn], rounds: int, timeout_s: float
 ) -> dict[str, list[list[Measured]]]:
@@ -71,7 +79,7 @@ def take_turns(
     Raises:
         RuntimeError: A process failed or was not done in time; all are ended.
     """
-    program = [(turn, number) for number in range(rounds + 1) for turn in _rotated(turns, number)]
+    program = [(turn, number) for number in range(rounds + 1) for turn in rotated(turns, number)]
     sizes = {world.name: world.size for world in worlds}
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ThreadPoolExecutor(len(worlds)) as threads:
@@ -89,11 +97,6 @@ def take_turns(
     for index, (turn, _) in enumerate(program):
         results[turn.name].append([rank[index] for world, _ in turn.parts for rank in found[world]])
     return results
-
-
-def _rotated(turns: Sequence[Turn], number: int) -> list[Turn]:
-    shift = number % len(turns)
-    return [*turns[shift:], *turns[:shift]]
 
 
 def _follow(

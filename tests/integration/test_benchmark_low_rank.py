@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_it_runs_and_reports(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.low_rank", "--quick", "--tensor", "2", "--counted", "2"]
+    command += ["--timeout", "200"]
     result = subprocess.run(
-        [*command, "--json", str(report_file)], cwd=ROOT, capture_output=True, text=True, timeout=400
+        [*command, "--json", str(report_file)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     for text in ("then as predicted", "whole steps, T = 32", "fastest at R=D/4", "counted on every rank", "what auto"):

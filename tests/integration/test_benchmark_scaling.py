@@ -24,7 +24,7 @@ SHAPE = Shape("test", num_layers=1, hidden_size=8, num_heads=1, batch_size=4, se
 
 def run_quick(name: str, report_file: Path) -> tuple[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(report_file)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, json.loads(report_file.read_text())
 
@@ -77,8 +77,8 @@ def test_running_runs_and_reports_every_part(tmp_path: Path) -> None:
     seconds = report["start_up"]["seconds"]
     for run, whole in enumerate(seconds["whole"]):
         phases = {name: values[run] for name, values in seconds.items() if name != "whole"}
-        assert min(phases.values()) > 0.0, "each phase was met, and none was counted twice"
-        assert sum(phases.values()) == pytest.approx(whole)
+        for name, value in phases.items():
+            assert 0.0 < value < whole, f"{name}: the phase was met, and what is in others was not counted twice"
 
 
 def test_data_ranks_share_the_samples_of_one_process() -> None:
@@ -143,7 +143,7 @@ TURNS = [Turn("alone", (("a", "count"),)), Turn("both", (("bb", "count"), ("a", 
 
 def test_turns_are_taken_by_those_who_have_them() -> None:
     worlds = [World("a", 1, count_turns, ("a",)), World("bb", 2, count_turns, ("bb",))]
-    results = take_turns(worlds, TURNS, rounds=2, timeout_s=400.0)
+    results = take_turns(worlds, TURNS, rounds=2, timeout_s=200.0)
     assert [[rank["length"] for rank in ranks] for ranks in results["both"]] == [[2.0, 2.0, 1.0]] * 3
     assert [[rank["number"] for rank in ranks] for ranks in results["alone"]] == [[0.0], [1.0], [2.0]]
 
@@ -151,7 +151,7 @@ def test_turns_are_taken_by_those_who_have_them() -> None:
 def test_a_world_that_fails_ends_the_others() -> None:
     worlds = [World("a", 1, count_turns, ("a",)), World("bb", 1, fail, ("bb",))]
     with pytest.raises(RuntimeError, match=r"bb cannot be built|another process failed"):
-        take_turns(worlds, TURNS, rounds=2, timeout_s=400.0)
+        take_turns(worlds, TURNS, rounds=2, timeout_s=200.0)
 
 
 def test_make_bench_runs_what_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
         assert "litgpt is another shape" in result.stdout
     else:
         assert "litgpt is left out: not installed" in result.stdout and "litgpt" in report["left_out"]
+        assert f"{sys.prefix}/bin/pip install --no-deps litgpt==" in report["left_out"]["litgpt"]
+        assert f" -c {ROOT}/constraints.txt " in report["left_out"]["litgpt"]
     with_ours = {f"{name} / {other}" for name in ["mlra_scale dense", *ranks] for other in dense[:3]}
     assert with_ours | {f"{name} / mlra_scale dense" for name in ranks} <= set(shape["ratios"])
     for ratio in [*shape["ratios"].values(), shape["tev_share_of_a_step"]]:
@@ -88,6 +90,8 @@ def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
 def test_shapes_and_contenders_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = step_time.build_parser().parse_args(["--shapes", "256", "768", "--contenders", "mlra_scale dense"])
     assert (arguments.shapes, arguments.contenders) == (["256", "768"], ["mlra_scale dense"])
+    names = ["plain PyTorch", "plain PyTorch again", "mlra_scale dense"]
+    assert step_time.names_of([*arguments.contenders, "litgpt"], ["litgpt"]) == names, "the noise is always there"
     with pytest.raises(SystemExit):
         step_time.main(["--shapes", "100"])
     assert "invalid choice: '100' (choose from" in capsys.readouterr().err
@@ -170,7 +174,7 @@ def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
 def test_planner_predicts_and_measures_every_layout(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.planner", "--quick", "--json", str(report_file)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=480)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     for text in ("calibrated: matrix products", "Spearman", "data 2, ZeRO 1", "tensor 2, replicated", "pipeline 2"):
         assert text in result.stdout
