@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contenders import LEARNING_RATE, Shape, build_ours, config_of
+from benchmarks.turns import rotated
 from mlra_scale.config import batch_plan
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext
@@ -155,8 +156,7 @@ def _in_turns(actions: dict[str, Callable[[], Any]], rounds: int, repeats: int) 
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
     for turn in range(rounds + 1):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(names, turn):
             dist.barrier()
             begin = time.perf_counter()
             for _ in range(repeats):

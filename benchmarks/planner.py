@@ -14,19 +14,18 @@ Both ranks share two cores, so that anything else that runs on the machine shows
 """
 
 import argparse
-import json
 import logging
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Shape, config_of
 from benchmarks.planner_calibration import calibrate
 from benchmarks.planner_ranks import RANKS, Memory, Pair, serve_layout
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of
 from mlra_scale.config import Config, batch_plan, validate
 from mlra_scale.planning.search import Candidate, Engine, changed, evaluate
@@ -67,9 +66,7 @@ FEW = tuple(LAYOUTS[index] for index in (1, 5, 8))
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line's parser."""
     parser = argparse.ArgumentParser(prog="benchmarks.planner", description="Predictions of the planner, checked.")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, three layouts: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, 2 or more (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
+    add_common(parser, rounds=5)
     return parser
 
 
@@ -77,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its table."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     logging.disable(logging.WARNING)
     shape, layouts = (TINY, FEW) if arguments.quick else (SHAPE, LAYOUTS)
     rounds = 2 if arguments.quick else arguments.rounds
@@ -91,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["layouts"] = rows_of(layouts, predictions, measured)
     report |= agreement(report["layouts"])
     print("\n".join(["", *table_lines(report)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
 
 

@@ -21,7 +21,6 @@ Saving has a benchmark of its own (benchmarks/checkpoint.py), and so have the ot
 """
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -40,6 +39,7 @@ import torch
 from benchmarks import preparation, start_up
 from benchmarks.contenders import LEARNING_RATE, Shape, one_process_mesh
 from benchmarks.layouts import Layout
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of, ratios, spread
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.data import Batch, open_datasets
@@ -96,12 +96,9 @@ QUICK = Plan(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.running", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=3, help="2 or more (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
+    add_common(parser, rounds=3)
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     plan, rounds = (QUICK, 2) if arguments.quick else (FULL, arguments.rounds)
@@ -118,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with one_process_mesh("cpu") as topology:
             report["steps"] = Run(plan, folder, topology).measure(rounds)
     print("\n".join(["", *step_lines(report["steps"], plan, rounds)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
 
 
@@ -210,11 +206,12 @@ class Run:
                 seconds[FORWARD].append(self._median(partial(self._forward, batch)))
         lines.close()
         with redirect_stdout(StringIO()):
+            mode = wandb.mode  # which the end takes away
             wandb.finish(0)
         return {
             "tokens_per_step": self.plan.tokens_per_step,
             "samples_per_step": size,
-            "wandb": wandb.mode,
+            "wandb": mode,
             "seconds": seconds,
             "shares_of_a_step": {name: ratios(seconds[name], seconds[STEP]) for name in SHARES},
             "evaluation_to_forward": ratios(seconds[EVALUATION], seconds[FORWARD]),

@@ -24,12 +24,10 @@ DeepSpeed) against the ZeRO engine at stages 0 to 3 and the pipeline engine with
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +40,7 @@ from benchmarks.layouts import (
     build_single,
     build_tensor_parallel,
 )
+from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of, ratios, spread
 from benchmarks.turns import Measured, Turn, World, take_turns
 
@@ -89,12 +88,9 @@ QUICK = Plan(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=5, help="2 or more (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
+    add_common(parser, rounds=5)
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    check_common(parser, arguments)
     torch.set_num_threads(1)
     plan, rounds = (QUICK, 2) if arguments.quick else (FULL, arguments.rounds)
     report: dict[str, Any] = {"environment": environment_of("cpu"), "rounds": rounds}
@@ -103,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_losses(plan, results)
     report |= report_of(plan, {name: values[1:] for name, values in results.items()})
     print("\n".join(["", *table_lines(report)]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, report)
     return 0
 
 
