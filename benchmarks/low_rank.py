@@ -22,6 +22,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,9 +141,11 @@ def evaluate(shape: Shape, tensor: int, times: dict[str, Any]) -> dict[str, Any]
         times: Of rank 0 (low_rank_ranks.measure).
     """
     result: dict[str, Any] = {"seconds": times, "projections": {}, "rates": {}}
+    devices: dict[int, Device] = {}
     for tokens, seconds in times["projections"].items():
         device = device_of(shape, tensor, tokens, seconds)
         result["rates"][tokens] = {"flops": device.flops, "bandwidth": device.bandwidth}
+        devices[tokens] = device
         dense = predicted_seconds(DENSE, model_shape(shape, 1, tokens, tensor), device)
         rows = {}
         for plan in plans_of(tensor, PARTS)[1:]:
@@ -150,7 +153,7 @@ def evaluate(shape: Shape, tensor: int, times: dict[str, Any]) -> dict[str, Any]
             rows[str(plan)] = ratios(seconds[str(plan)], seconds[DENSE]) | {"predicted": modelled / dense}
         result["projections"][tokens] = rows
     tokens = min(times["projections"], key=lambda count: abs(count - shape.tokens_per_step))
-    device = Device(**result["rates"][tokens])
+    device = devices[tokens]
     step = statistics.median(times["steps"][DENSE])
     dense = predicted_seconds(DENSE, model_shape(shape, 1, shape.tokens_per_step, tensor), device)
     result["steps"] = {}
@@ -163,13 +166,13 @@ def evaluate(shape: Shape, tensor: int, times: dict[str, Any]) -> dict[str, Any]
 
 
 def device_of(shape: Shape, tensor: int, tokens: int, seconds: dict[str, list[float]]) -> Device:
-    """The measured rates as the cost model takes them."""
+    """The measured rates as the cost model takes them; the rate of an all-reduce of this size has its latency in it."""
     work = RATE_PASSES * 2 * tokens * shape.hidden_size * (shape.hidden_size // tensor)
     flops = work / statistics.median(seconds[MATRIX_PRODUCT])
     if tensor == 1:
         return Device(flops=flops, bandwidth=float("inf"))
     sent = RATE_PASSES * 4 * 2 * tokens * shape.hidden_size * (tensor - 1) / tensor
-    return Device(flops=flops, bandwidth=sent / statistics.median(seconds[ALL_REDUCE]))
+    return replace(CPU_CORE, flops=flops, bandwidth=sent / statistics.median(seconds[ALL_REDUCE]), latency=0.0)
 
 
 def check_counts(tensor: int, counts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:

@@ -24,19 +24,24 @@ the latents of its T / t tokens, and they are gathered. What is gathered is gath
     replicated   f T D R / t + f T R D / t       3 f T R + 2 f R D
     merged       f R D^2 / t + f T D^2 / t       3 T D + 2 f R D
 
-An all-reduce sends twice what an all-gather does. The backward pass takes twice the multiply-adds of the forward pass.
-Collectives are taken to overlap with nothing.
+An all-reduce sends twice what an all-gather does. The backward pass takes twice the multiply-adds of the forward pass,
+and a collective its latency, its bytes, and where it gathers or scatters two copies of what is whole. Collectives are
+taken to overlap with nothing, and activation checkpointing to repeat nothing. docs/performance.md compares the model
+with measurements.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from mlra_scale.config import BatchPlan, Config
 from mlra_scale.model.parameters import LowRankPlan
 
 PLANS: tuple[LowRankPlan, ...] = ("replicated", "sharded", "merged")
+Collective = Literal["sum", "gather", "scatter"]
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -46,17 +51,23 @@ class Device:
 
     Attributes:
         flops: Sustained rate of matrix products, FLOP/s.
-        bandwidth: Bytes per second that a rank sends in its tensor-parallel group.
+        bandwidth: Bytes per second that a rank sends in an all-reduce of its tensor-parallel group.
+        memory_bandwidth: Bytes per second that it reads and writes.
+        latency: Seconds that a collective takes at least.
+        share: What a gather or a scatter takes of the time of an all-reduce of the same numbers; half by their bytes.
     """
 
     flops: float
     bandwidth: float
+    memory_bandwidth: float = math.inf
+    latency: float = 0.0
+    share: float = 0.5
 
 
-H100 = Device(flops=5e14, bandwidth=3.5e11)
+H100 = Device(flops=5e14, bandwidth=3.5e11, memory_bandwidth=2.7e12, latency=2e-5)
 """Half of the bf16 peak, and what NCCL's rings reach over NVLink 4: typical values, not measured here."""
-CPU_CORE = Device(flops=5e10, bandwidth=1e9)
-"""One core in fp32, and gloo between processes of one machine: the order of magnitude."""
+CPU_CORE = Device(flops=1e11, bandwidth=1e9, memory_bandwidth=8e9, latency=5e-4, share=0.8)
+"""One core in fp32, and gloo between two processes of one machine, as measured on one (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +105,46 @@ def multiply_adds(plan: LowRankPlan, shape: Shape) -> float:
     return f * R * D * D / t + f * T * D * D / t
 
 
+def collectives(plan: LowRankPlan, shape: Shape) -> list[tuple[Collective, float]]:
+    """Returns what is summed, gathered or scattered in the forward and the backward pass, and how many numbers each.
+
+    Those of a gathered tensor are all that a rank has then, of a scattered one all that it had.
+    """
+    T, D, R, f = shape.tokens, shape.hidden_size, shape.rank, shape.factorised
+    # The hidden state enters anyway where one of q, k, v is dense; with latents in one packed collective.
+    entering = f * T * R if plan == "replicated" else 0
+    entering += T * D if plan != "replicated" or shape.has_dense else 0
+    found: list[tuple[Collective, float]] = []
+    if shape.has_sequence_parallel:
+        found += [("gather", entering), ("scatter", entering), ("gather", entering)]
+    else:
+        found += [("sum", entering)]
+    if plan == "sharded":
+        found += [("gather", f * T * R), ("scatter", f * T * R)]
+    # A factor's gradient is of this rank's heads only, or of its positions.
+    if plan == "merged" or shape.has_sequence_parallel:
+        found += [("sum", f * R * D)]
+    return found
+
+
 def numbers_sent(plan: LowRankPlan, shape: Shape) -> float:
     """Returns how many numbers a rank sends in the forward and the backward pass together."""
-    T, D, R, t, f = shape.tokens, shape.hidden_size, shape.rank, shape.ranks, shape.factorised
-    # Of one number that enters sharded computation: its gradient is summed; or it is gathered twice, its gradient once.
-    entering = 3 if shape.has_sequence_parallel else 2
-    # The hidden state enters anyway where one of q, k, v is dense; with latents in one packed collective.
-    of_hidden = entering * T * D if plan != "replicated" or shape.has_dense else 0
-    of_latents = 0 if plan == "merged" else entering * f * T * R
-    # A factor's gradient is of this rank's heads only, or of its positions.
-    of_factors = 2 * f * R * D if plan == "merged" or shape.has_sequence_parallel else 0
-    return (of_hidden + of_latents + of_factors) * (t - 1) / t
+    sent = sum((2 if kind == "sum" else 1) * numbers for kind, numbers in collectives(plan, shape))
+    return sent * (shape.ranks - 1) / shape.ranks
 
 
 def seconds(plan: LowRankPlan, shape: Shape, device: Device) -> float:
     """Returns the estimated time of one block's factorised q, k and v, forward and backward, for one micro-batch."""
-    arithmetic = 3 * 2 * multiply_adds(plan, shape) / device.flops
-    return arithmetic + numbers_sent(plan, shape) * shape.element_bytes / device.bandwidth
+    total = 3 * 2 * multiply_adds(plan, shape) / device.flops
+    if shape.ranks == 1:
+        return total
+    for kind, numbers in collectives(plan, shape):
+        whole = numbers * shape.element_bytes
+        summing = 2 * whole * (shape.ranks - 1) / shape.ranks / device.bandwidth
+        total += device.latency + summing * (1.0 if kind == "sum" else device.share)
+        if kind != "sum":
+            total += 4 * whole / device.memory_bandwidth  # two copies, each read and written
+    return total
 
 
 def possible_plans(config: Config, plan: BatchPlan) -> Iterator[LowRankPlan]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from mlra_scale.config import BatchPlan, Config, zero_stage
-from mlra_scale.model.low_rank_plan import low_rank_plan, numbers_sent, shape_of
+from mlra_scale.model.low_rank_plan import collectives, low_rank_plan, numbers_sent, shape_of
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
 from mlra_scale.planning.memory import BYTES, keeps_gathered, reuse_distance
@@ -92,7 +92,7 @@ def tensor_traffic_of_block(config: Config, plan: BatchPlan) -> Traffic:
         entering = hidden if has_split else 0.0
     else:
         chosen = low_rank_plan(config, plan)
-        messages = {"replicated": 1, "sharded": 3, "merged": 2}[chosen]
+        messages = len(collectives(chosen, shape))
         traffic += Traffic(numbers_sent(chosen, shape) * shape.element_bytes, messages)
         latents = float(shape.element_bytes * shape.factorised * shape.tokens * model.rank)
         entering = latents if chosen == "sharded" or (has_split and chosen == "replicated") else 0.0
