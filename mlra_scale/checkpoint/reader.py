@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from mlra_scale.checkpoint.fragments import FRAGMENTS, StoredFragment
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
 from mlra_scale.config import Config, ConfigError, ModelConfig, yaml_text
+from mlra_scale.model.low_rank_plan import PLANS
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable, linear_maps, vector_name
 
 if TYPE_CHECKING:
@@ -163,14 +165,14 @@ class Store:
             fragment: What to fill, on any device.
             tensor_parallel: Tensor-parallel degree of the layout it belongs to.
             tensor_rank: The tensor-parallel rank that holds it.
-            info: Global shape and sharding of the parameter in that layout; by default the stored configuration's. The
+            info: Global shape and sharding of the parameter in that layout; by default as they are stored. The
                 embedding may have more or fewer padded rows than were stored: what is more becomes zero.
 
         Raises:
             CheckpointError: The parameter is not stored, or is of another shape, or has no moments.
         """
         stored = self._parameter_shape(fragment.name)
-        info = self.table[fragment.name] if info is None else info
+        info = replace(self.table[fragment.name], shape=stored) if info is None else info
         shape = info.shape
         may_differ = info.kind == "embedding" and shape[0] >= self.model.vocab_size
         if shape[1:] != stored[1:] or (shape[0] != stored[0] and not may_differ):
@@ -278,12 +280,13 @@ class Store:
 
     def _check_parameters(self) -> None:
         """The stored parameters must be those of the stored configuration."""
-        # Not by how they were split, which is the run's choice (parallel.low_rank_plan) and stands in the manifest.
-        expected = {name: info.shape for name, info in self.table.items()}
-        stored = {name: entry.shape for name, entry in self.manifest.parameters.items()}
-        for name in expected.keys() | stored.keys():
-            if expected.get(name) != stored.get(name):
+        # A low-rank plan is the run's choice: a factor may be split or not.
+        of_plans = [ParameterTable(self.model, plan) for plan in PLANS]
+        stored = {name: (entry.shape, entry.shard_dim) for name, entry in self.manifest.parameters.items()}
+        for name in self.table.keys() | stored.keys():
+            expected = [(table[name].shape, table[name].shard_dim) for table in of_plans if name in table]
+            if stored.get(name) not in expected:
                 raise CheckpointError(
-                    f"{self.folder / CONFIG} makes {name} {expected.get(name)}, stored is {stored.get(name)}; "
+                    f"{self.folder / CONFIG} makes {name} {expected[0] if expected else None}, stored is {stored.get(name)}; "
                     "use the program that wrote the checkpoint"
                 )
