@@ -286,7 +286,8 @@ class Store:
         for name in self.table.keys() | stored.keys():
             expected = [(table[name].shape, table[name].shard_dim) for table in of_plans if name in table]
             if stored.get(name) not in expected:
+                made = expected[0] if expected else None
                 raise CheckpointError(
-                    f"{self.folder / CONFIG} makes {name} {expected[0] if expected else None}, stored is {stored.get(name)}; "
+                    f"{self.folder / CONFIG} makes {name} {made}, stored is {stored.get(name)}; "
                     "use the program that wrote the checkpoint"
                 )
