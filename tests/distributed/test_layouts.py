@@ -208,6 +208,7 @@ def test_model_options_equal_the_oracle(worker_pool: Pools, layout: Layout, opti
 
 def train_compiled(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> tuple[Record, int]:
     """One step, and how many graphs the compiler made for it."""
+    torch._dynamo.reset()  # what another case of this process has compiled
     counters = torch._dynamo.utils.counters
     counters.clear()
     record = train(rank, world_size, config, 1, weights)
