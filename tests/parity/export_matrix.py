@@ -57,15 +57,14 @@ def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> 
     from mlra_scale.model.layers import TokenEmbedding
 
     seen: list[torch.Tensor] = []
-    original = TokenEmbedding.logits
+    original = TokenEmbedding.loss
 
-    def recording(self: TokenEmbedding, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        logits_BSV = original(self, hidden_BSD)
+    def recording(self: TokenEmbedding, hidden_BSD: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if not self.training:
-            seen.append(logits_BSV.detach().float().clone())  # the loss is computed in place
-        return logits_BSV
+            seen.append(self.logits(hidden_BSD).float())  # of which the loss makes a chunk at a time
+        return original(self, hidden_BSD, *arguments)
 
-    TokenEmbedding.logits = recording  # type: ignore[method-assign]
+    TokenEmbedding.loss = recording  # type: ignore[method-assign, assignment]
     try:
         engine, plan = start(config, world_size, canonical_weights(config.model))
         for step in range(STEPS):
@@ -76,7 +75,7 @@ def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> 
         saver.finish()
         engine.eval_batch([fixed_batch(config)])
     finally:
-        TokenEmbedding.logits = original  # type: ignore[method-assign]
+        TokenEmbedding.loss = original  # type: ignore[method-assign]
     assert len(seen) == (1 if engine.topology.is_last_stage else 0)
     return Shard(engine.topology.tensor_rank, seen[0].cpu().numpy() if seen else None)
 
