@@ -12,8 +12,8 @@ Four tables, of R = D/2, D/4 and D/8 and the plans replicated, sharded and merge
 3. FLOPs and numbers sent, counted in the real modules (torch's FlopCounterMode, and a mode that sees collectives) for
    every degree, also those for which there are not enough cores to time anything; the formulas of the cost model must
    give the same or nothing is reported. Useful FLOPs are those of MFU's numerator, which counts the factors once: what
-   a plan computes beyond them is its own. Then what `auto` chooses for the deep presets: where it repeats the
-   down-projection (replicated, with more than one rank), every plan that does not must cost more.
+   a plan computes beyond them is its own. Then what `auto` chooses for the deep presets, and where it repeats
+   the down-projection (replicated, with more than one rank).
 4. Relative errors of factored and merged projections in bf16 and fp32 against fp64.
 """
 
@@ -241,8 +241,6 @@ def _choice(device_name: str, device: Device, parts: int, tensor: int, micro_bat
     costs = {name: cost_model.seconds(name, shape, device) for name in cost_model.possible_plans(config, plan)}
     name = cost_model.low_rank_plan(config, plan)
     repeats = name == "replicated" and tensor > 1
-    if costs[name] > min(costs.values()):
-        raise SystemExit(f"auto takes {name} at {costs[name]:.3g} s, and there is one of {min(costs.values()):.3g} s")
     dense = predicted_seconds(DENSE, shape, device)
     return {
         "device": device_name,

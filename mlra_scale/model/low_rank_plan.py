@@ -42,7 +42,8 @@ from mlra_scale.model.parameters import LowRankPlan
 
 PLANS: tuple[LowRankPlan, ...] = ("replicated", "sharded", "merged")
 Collective = Literal["sum", "gather", "scatter"]
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a number in compute precision."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def shape_of(config: Config, plan: BatchPlan) -> Shape:
         ranks=plan.tensor,
         factorised=sum(is_factorised),
         has_dense=not all(is_factorised),
-        element_bytes=_BYTES[config.train.precision],
+        element_bytes=BYTES[config.train.precision],
         has_sequence_parallel=config.parallel.sequence_parallel,
     )
 

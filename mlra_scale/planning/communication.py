@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from mlra_scale.config import BatchPlan, Config, zero_stage
-from mlra_scale.model.low_rank_plan import collectives, low_rank_plan, numbers_sent, shape_of
+from mlra_scale.model.low_rank_plan import BYTES, collectives, low_rank_plan, numbers_sent, shape_of
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
-from mlra_scale.planning.memory import BYTES, keeps_gathered, reuse_distance
+from mlra_scale.planning.memory import keeps_gathered, reuse_distance
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,9 @@ from dataclasses import dataclass
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
 from mlra_scale.model.head_chunks import num_chunks
-from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan
 from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, weights_of_stage
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)

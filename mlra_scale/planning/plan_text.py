@@ -30,10 +30,10 @@ def found_text(found: Found, cluster: Cluster, top: int) -> str:
             *cluster_lines(cluster),
             "",
             f"{len(found.feasible)} layouts fit; the {len(shown)} fastest by the estimate (not measured):",
-            *_aligned([_TIME_HEADER, *(time_row(number, each) for number, each in enumerate(shown, start=1))]),
+            *aligned([_TIME_HEADER, *(time_row(number, each) for number, each in enumerate(shown, start=1))]),
             "",
             f"memory of a rank of the largest stage, GiB ({cluster.usable_memory / GIB:.1f} usable):",
-            *_aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in enumerate(shown, start=1))]),
+            *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in enumerate(shown, start=1))]),
             "",
             *left_out_lines(found),
         ]
@@ -171,6 +171,7 @@ def plain(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns rows of cells as lines, every column as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -39,7 +39,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, zero_stage
-from mlra_scale.model.low_rank_plan import low_rank_plan, multiply_adds, shape_of
+from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan, multiply_adds, shape_of
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.communication import (
     data_traffic_per_micro_batch,
@@ -50,7 +50,7 @@ from mlra_scale.planning.communication import (
     tied_traffic,
 )
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage
-from mlra_scale.planning.memory import BYTES, sequence_split
+from mlra_scale.planning.memory import sequence_split
 
 UPDATE_BYTES = 44
 """Read weight, gradient, two moments and write three of them; gradient norm: read; clipping: read and write."""

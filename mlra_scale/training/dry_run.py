@@ -17,7 +17,7 @@ from mlra_scale.planning.layout import (
     tensor_groups,
 )
 from mlra_scale.planning.memory import RankMemory, held_weights, rank_memory
-from mlra_scale.planning.plan_text import COMPONENTS
+from mlra_scale.planning.plan_text import COMPONENTS, aligned
 from mlra_scale.planning.step_time import step_time
 
 _GROUPS_SHOWN = 8
@@ -131,7 +131,7 @@ def _parameter_lines(config: Config, plan: BatchPlan) -> list[str]:
         embedding = num_held([info for info in held if info.kind == "embedding"], plan.tensor)
         shard = "whole" if plan.tensor == 1 else f"1/{plan.tensor}"
         rows.append((str(stage), shard, f"{total:,}", f"{embedding:,}", f"{total - embedding:,}"))
-    lines = _table(rows)
+    lines = aligned(rows)
     padding = config.model.padded_vocab_size - config.model.vocab_size
     lines.append(f"(every tensor rank of a stage alike; with {padding} padded rows of the vocabulary)")
     if plan.pipeline > 1:
@@ -151,7 +151,7 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
     changed = config.model_copy(update={"parallel": section})
     peak = max(rank_memory(changed, plan, stage).device for stage in range(plan.pipeline))
     return [
-        *_table(rows),
+        *aligned(rows),
         f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / GIB:.2f})",
         "(host: what is offloaded; snapshot: host memory from which a checkpoint is written while training goes on, 0",
         " with checkpoint.asynchronous=false)",
@@ -180,8 +180,3 @@ def _estimate_lines(config: Config, plan: BatchPlan) -> list[str]:
 
 def _gib(memory: RankMemory, name: str) -> str:
     return f"{getattr(memory, name) / GIB:.2f}"
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
