@@ -1,11 +1,11 @@
 """SIGKILLs where the suites of saves and of random moments do not come: start, data, measurements, rollback, tools."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
 
 from mlra_scale.checkpoint import Store
+from mlra_scale.training.record import read_record
 from tests.faults.bench import GUARDED, MEASURED, Bench
 from tests.faults.case import SAME, Case, digests, killed_commands, killed_runs, run_to_end
 from tests.faults.checks import timeless
@@ -253,13 +253,11 @@ def killed_sweep(bench: Bench, place: Path) -> None:
     run_to_end(line, log)
     beside.end()
     writing.end()
-    results = [
-        [json.loads(text) for text in (place / name / "results.jsonl").read_text().splitlines()] for name in SWEEPS
-    ]
-    assert [[item["name"] for item in lines] for lines in results][0] == [item["name"] for item in results[1]]
+    one, other = ([item["name"] for item in read_record(place / name / "results.jsonl")] for name in SWEEPS)
+    assert one == other
     for path in sorted((place / "undisturbed").rglob("metrics.jsonl")):
-        other = place / "killed" / path.relative_to(place / "undisturbed")
-        assert timeless(other.parent) == timeless(path.parent), path.parent.name
+        killed = place / "killed" / path.relative_to(place / "undisturbed")
+        assert timeless(killed.parent) == timeless(path.parent), path.parent.name
 
 
 CASES = (*TRAINING, *TOOLS, Case("kills in a sweep", SWEEP_KILLS, SAME, killed_sweep, num_kills=3))
