@@ -111,7 +111,14 @@ TRAINING = (
 
 def prepared(bench: Bench, output: Path) -> list[str]:
     """Prepares a small data set."""
-    options = ["--source=python-docs", "--train-bpe=512", "--max-bytes=100000", "--workers=1", "--quiet"]
+    options = [
+        "--source=python-docs",
+        "--train-bpe=512",
+        "--max-bytes=100000",
+        "--validation-fraction=0.3",
+        "--workers=1",
+        "--quiet",
+    ]
     return [*tool("prepare_data"), "--output", str(output), *options]
 
 

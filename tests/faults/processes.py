@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.faults.launching import die_with_parent
 from tests.faults.moments import ARMED, Moment, missed, variables
 from tests.support.training_runs import ROOT, environment
 
@@ -73,6 +74,7 @@ class Program:
         file = log.open("ab")
 
         def prepare() -> None:
+            die_with_parent()
             if terminal:
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
             if before is not None:
