@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ TIMEOUT = 300.0
 DISK = "disk"
 """Name of the folder at which a disk of its own is mounted."""
 STEPS, EVERY = 8, 2
+FLAT = ("optim.schedule=constant", "optim.warmup_steps=0")
+"""A learning rate that does not depend on the number of steps: a run may be stopped anywhere, and be made longer."""
 MEASURED = (
     "evaluation.every=2",
     "evaluation.batches=2",
@@ -97,12 +99,11 @@ class Bench:
     def reference(self, training: Training) -> Path:
         """The run directory of the training that nobody disturbs; trained once."""
         with self.lock:
-            # The same training with data at another place is the same.
-            training = replace(training, data=self.data)
             lock = self._locks.setdefault(training, threading.Lock())
+            number = list(self._locks).index(training)
         with lock:
             if training not in self._references:
-                run = self.folder / f"undisturbed-{len(self._references)}-{training.layout}"
+                run = self.folder / f"undisturbed-{number}-{training.layout}"
                 start(training, run)
                 self._references[training] = run
         return self._references[training]

@@ -19,6 +19,7 @@ from tests.faults.moments import Moment
 from tests.faults.processes import tool
 
 Damage = Callable[[Path], object]
+WAITS = "checkpoint.asynchronous=false"
 DEPTH = 200_000
 NESTED = b"[" * DEPTH + b"]" * DEPTH
 FALLBACK = "--resume auto takes an earlier checkpoint, says why, and the end equals that of the undisturbed run bitwise"
@@ -26,7 +27,7 @@ REFUSED = "exit code 2 and one message that names the file; put right again, the
 
 
 def killed(training: Training, run: Path, step: int = 5) -> None:
-    """A run that was killed after a step."""
+    """A run that was killed after a step; earlier saves are complete where training waits for them."""
     start(training, run, code=-9, moments=(Moment(STEP, step),))
 
 
@@ -78,7 +79,7 @@ def checkpoint(name: str, files: Sequence[str], *damages: Damage) -> Case:
     """The newest checkpoint is damaged, in one file and one way after the other."""
 
     def act(bench: Bench, place: Path) -> None:
-        training, failures = bench.training("pipeline2"), []
+        training, failures = bench.training("pipeline2", WAITS), []
         killed(training, place / "run")
         pristine = place / "pristine"
         shutil.copytree(place / "run", pristine)
@@ -110,7 +111,11 @@ def data(name: str, done: str, *damages: tuple[str, Damage], more: Sequence[str]
 
     def act(bench: Bench, place: Path) -> None:
         shutil.copytree(bench.data, place / "data")
-        training, failures, run = replace(bench.training("single", *more), data=place / "data"), [], place / "run"
+        training, failures, run = (
+            replace(bench.training("single", WAITS, *more), data=place / "data"),
+            [],
+            place / "run",
+        )
         killed(training, run)
         before = digests(run, ".lock")
         for file, damage in damages:
@@ -203,7 +208,7 @@ def stored(name: str, file: str, *damages: Damage, more: Sequence[str] = (), pas
     """A file of the run directory is damaged between two starts; `passes`: the start may do without it."""
 
     def act(bench: Bench, place: Path) -> None:
-        training, failures = bench.training("single", *more), []
+        training, failures = bench.training("single", WAITS, *more), []
         killed(training, place / "pristine", 7)
         for damage in damages:
             run = place / damage.__name__
@@ -228,7 +233,7 @@ def stored(name: str, file: str, *damages: Damage, more: Sequence[str] = (), pas
 
 def all_checkpoints(bench: Bench, place: Path) -> None:
     """Every checkpoint is damaged: a run never begins anew silently."""
-    training, run = bench.training(), place / "run"
+    training, run = bench.training("single", WAITS), place / "run"
     killed(training, run)
     folders = sorted((run / "checkpoints").glob("step-*"))
     for folder in folders:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tests.faults.bench import DISK, Bench, assert_sound, program, start
+from tests.faults.bench import DISK, FLAT, Bench, assert_sound, program, start
 from tests.faults.case import SAME, Case, assert_refused, run_to_end
 from tests.faults.checks import Training, assert_as_undisturbed
 from tests.faults.kills import prepared, same_data, trained
@@ -19,14 +19,13 @@ from tests.support.training_runs import events
 
 NOTICED = "the run stops at its next checkpoint, not with 0, in one message; what it has kept can be continued"
 RECORD = ("metrics.jsonl", "events.jsonl")
-IN_PLACE = "optim.schedule=constant"
 
 
 def displaced(name: str, done: str, act: Callable[[Path], Path | None], layout: str = "single") -> Case:
     """Something is done to the run directory of a running run; `act` returns where the run is then, if it is."""
 
     def do(bench: Bench, place: Path) -> None:
-        training = bench.training(layout, IN_PLACE, steps=LONG, every=40)
+        training = bench.training(layout, *FLAT, steps=LONG, every=40)
         run = place / "run"
         launch = program(training, run)
         trains(launch, run, 45)
@@ -130,7 +129,7 @@ def full_at_save(bench: Bench, place: Path) -> None:
 
 def full_at_record(bench: Bench, place: Path) -> None:
     """The disk fills up while nothing but the record is written, and is emptied before the save."""
-    training = bench.training("single", IN_PLACE, steps=LONG, every=200)
+    training = bench.training("single", *FLAT, steps=LONG, every=200)
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
         launch = program(training, run)

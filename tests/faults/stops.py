@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.faults.bench import GUARDED, MEASURED, Bench, assert_sound, program
+from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
 from tests.faults.case import SAME, Case
 from tests.faults.checks import Training, assert_as_undisturbed, told_checkpoints
 from tests.faults.moments import Moment
@@ -45,15 +45,22 @@ def trains(launch: Program, run: Path, steps: int = 3) -> None:
     time.sleep(random.random() * 0.3)
 
 
-def assert_stopped(launch: Program, run: Path, training: Training, codes: Sequence[int] = (PREEMPTED,)) -> int:
-    """Fails unless a run ends soon, has saved its last step, and said so; returns that step."""
-    before = step_of(run)
+def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool = False) -> int:
+    """Fails unless a run ends soon, has saved its last step, and said so; returns that step.
+
+    Args:
+        launch: The running run.
+        run: Its directory.
+        training: What it trains.
+        is_back: Whether it goes back to an earlier step just then.
+    """
+    before, codes = 1 if is_back else step_of(run), (PREEMPTED,)
     code, seconds = launch.wait(60.0), time.monotonic() - launch.signalled
     output = launch.output()
     assert code in (codes if training.num_ranks == 1 else (1, *codes)), f"code {code}\n{output[-1000:]}"
     assert seconds < SOON, f"the stop took {seconds:.0f} s"
     step = assert_sound(run)
-    assert step >= max(before, 1), f"step {before} was done when the signal came, and the newest checkpoint is {step}"
+    assert step >= before, f"step {before} was done when the signal came, and the newest checkpoint is {step}"
     assert step == step_of(run) and told_checkpoints(run)[-1] == step
     assert events(run)[-1]["event"] in ("stopped", "preempted")
     if training.num_ranks == 1:
@@ -76,7 +83,6 @@ def stop(
     is_saved: bool = True,
     at: Moment | None = None,
     more: Sequence[str] = (),
-    steps: int = LONG,
     **options: Any,
 ) -> Case:
     """A run that something stops.
@@ -89,12 +95,11 @@ def stop(
         is_saved: Whether the stop asks for a save; else it kills.
         at: When the run gets a signal.
         more: Overrides.
-        steps: Of the run.
         options: Of Program.
     """
 
     def do(bench: Bench, place: Path) -> None:
-        training = bench.training(layout, "optim.schedule=constant", *more, steps=steps, every=1000)
+        training = bench.training(layout, *FLAT, *more, steps=LONG, every=1000)
         run = place / "run"
         launch = program(training, run, moments=() if at is None else (at,), **options)
         try:
@@ -105,7 +110,7 @@ def stop(
             launch.signalled = time.monotonic()
             act(launch)
             if is_saved:
-                assert_stopped(launch, run, training)
+                assert_stopped(launch, run, training, is_back=GUARDED[0] in more)
             else:
                 launch.assert_nothing_is_left(SOON)
                 assert launch.wait(1.0) != 0
