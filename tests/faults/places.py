@@ -30,7 +30,7 @@ def displaced(name: str, done: str, act: Callable[[Path], Path | None], layout: 
         launch = program(training, run)
         trains(launch, run, 45)
         left = act(run)
-        code, output = launch.wait(120.0), launch.output()
+        code, output = launch.wait(300.0), launch.output()
         assert code != 0, output[-2000:]
         assert_refused(output[output.find("wandb disabled") :], str(run))
         if left is not None:

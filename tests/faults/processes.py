@@ -63,7 +63,7 @@ class Program:
         **extra: str,
     ) -> None:
         self.log, self._moments, self._never, self._master = log, list(moments), list(never), -1
-        self.signalled = 0.0
+        self.signalled, self.is_hung_up = 0.0, False
         log.parent.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in log.parent.glob(f"{log.name}.marks-*"))
         self._marks = log.with_name(f"{log.name}.marks-{number}")
@@ -128,7 +128,7 @@ class Program:
     def hang_up(self) -> None:
         """Closes its terminal, as the end of an ssh connection does."""
         os.close(self._master)
-        self._master = -1
+        self._master, self.is_hung_up = -1, True
 
     def signal(self, number: int) -> None:
         """Sends a signal to the process that was started."""
