@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,18 @@ def test_every_entry_of_an_index_is_checked(
     pointers, borders, message = WRONG_INDEXES[name]
     with pytest.raises(DataError, match=message):
         open_indexed(written(tmp_path, [LENGTH] * COUNT, pointers.tolist(), borders.tolist()))
+
+
+def test_the_checks_take_memory_for_a_part_of_the_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlra_scale.data.indexed._SEQUENCES_AT_ONCE", 1000)
+    count = 200_000
+    prefix = written(tmp_path, [1] * count, range(0, 2 * count, 2), range(count + 1))
+    tracemalloc.start()
+    open_indexed(prefix)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # A byte per document border, and nothing else that grows: the index itself has 20 bytes per sequence.
+    assert peak < 2.5 * count
 
 
 def test_a_negative_length_is_named(tmp_path: Path) -> None:
