@@ -34,7 +34,8 @@ class Moment:
 
     def __str__(self) -> str:
         times = f", time {self.occurrence}" if self.occurrence > 1 else ""
-        return f"{signal.Signals(self.signal).name if self.signal else 'nothing'} at {self.event}{times}{f', rank {self.rank}' * (self.rank > 0)}"
+        name = signal.Signals(self.signal).name if self.signal else "nothing"
+        return f"{name} at {self.event}{times}{f', rank {self.rank}' * (self.rank > 0)}"
 
 
 def variables(moments: Sequence[Moment], marks: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlra_scale.training.rollbacks import read_rollbacks
 from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
 from tests.faults.case import SAME, Case
 from tests.faults.checks import Training, assert_as_undisturbed, told_checkpoints
@@ -97,7 +98,6 @@ def stop(
         is_guarded = GUARDED[0] in more
         training = bench.training(layout, *FLAT, *more, steps=LONG, every=1000)
         if is_guarded:
-            # What the guard does must be in the undisturbed run as well: this one is short, and goes to its end.
             training = bench.training(layout, *more, steps=16)
         run = place / "run"
         launch = program(training, run, moments=() if at is None else (at,), **options)
@@ -114,7 +114,11 @@ def stop(
                 launch.assert_nothing_is_left(SOON)
                 assert launch.wait(1.0) != 0
                 assert_sound(run)
-            bench.finish(training if is_guarded else replace(training, steps=assert_sound(run) + 2), run)
+            if is_guarded:
+                # The guard may go back to the stop's checkpoint too, which the undisturbed run does not have.
+                assert read_rollbacks(run / "guard.json"), "the rollback is lost"
+            else:
+                bench.finish(replace(training, steps=assert_sound(run) + 2), run)
         finally:
             launch.end()
 
