@@ -1,6 +1,7 @@
 """Kills and disturbances of jobs on a Slurm cluster of this machine's own (tests/slurm/cluster.py)."""
 
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -85,7 +86,9 @@ def kills_at_restarts(bench: Bench, place: Path, cluster: SlurmCluster) -> None:
     first.wait_for_step(EARLY)
     kill(cluster, "mlra_scale.cluster.rank", first.nodes()[1])
     wait_until(lambda: len(first.job_file()["attempts"]) == 2, PATIENCE, first.text)
-    kill(cluster, "mlra_scale.cluster.node", first.nodes()[1])
+    second = first.nodes()[1]
+    wait_until(lambda: bool(pids(cluster, "mlra_scale.cluster.rank", second)), PATIENCE, first.text)
+    kill(cluster, "mlra_scale.cluster.node", second)
     wait_until(lambda: len(first.job_file()["attempts"]) == 3 or first.has_ended(), PATIENCE, first.text)
     kill(cluster, "mlra_scale.cluster.job")
     wait_until(first.has_ended, PATIENCE, first.text)
@@ -100,9 +103,10 @@ def kills_at_restarts(bench: Bench, place: Path, cluster: SlurmCluster) -> None:
 def address(cluster: SlurmCluster) -> tuple[str, int]:
     """Where the job listens."""
     wait_until(lambda: bool(pids(cluster, "mlra_scale.cluster.node")), PATIENCE, lambda: "no agent")
-    line = Path(f"/proc/{pids(cluster, 'mlra_scale.cluster.node')[0]}/cmdline").read_bytes().decode().split("\0")
-    host, port = line[line.index("--job") + 1].rsplit(":", 1)
-    return host, int(port)
+    line = Path(f"/proc/{pids(cluster, 'mlra_scale.cluster.node')[0]}/cmdline").read_bytes().decode()
+    found = re.search(r"\0--job[=\0]\[?([^\0]*?)\]?:(\d+)\0", line)
+    assert found is not None, line
+    return found[1], int(found[2])
 
 
 def strangers(bench: Bench, place: Path, cluster: SlurmCluster) -> None:
