@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
+from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.presets import preset_names, preset_values
 from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of
 from mlra_scale.config.schema import Config
@@ -107,9 +107,16 @@ def _field_names(values: dict[str, Any]) -> Iterator[str]:
 
 
 def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
-    """Returns the text of a file, or None with one more problem of `field` in `problems`."""
+    """Returns the text of a file or pipe, or None with one more problem of `field` in `problems`."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(stored_yaml.MAX_BYTES + 1)
+        if len(content) > stored_yaml.MAX_BYTES:
+            problems.append(
+                Problem(field, str(path), f"is larger than {stored_yaml.MAX_BYTES} bytes; name another file")
+            )
+            return None
+        return content.decode("utf-8")
     except FileNotFoundError:
         problems.append(Problem(field, str(path), "there is no such file"))
     except UnicodeDecodeError as error:
@@ -126,7 +133,7 @@ def _read_config_file(path: str | Path | None, problems: list[Problem]) -> dict[
     if text is None:
         return {}
     try:
-        values = yaml_text.load(text)
+        values = stored_yaml.parse(text)
     except ValueError as error:
         problems.append(Problem("--config", str(path), str(error)))
         return {}
@@ -173,31 +180,14 @@ def _field(values: dict[str, Any], section: str, name: str) -> Any:
     return inner.get(name) if isinstance(inner, dict) else None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"key '{twice}' is given twice; keep one of them")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value; write a number")
-
-
 def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
     text = read_text(path, "--ds-config", problems)
     if text is None:
         return {}
     try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        problems.append(Problem("--ds-config", str(path), f"is not valid JSON: {place}: {error.msg}"))
-        return {}
+        values = parse_json(text, "the file")
     except ValueError as error:
-        problems.append(Problem("--ds-config", str(path), str(error)))
+        problems.append(Problem("--ds-config", str(path), str(error).removeprefix("the file ")))
         return {}
     if not isinstance(values, dict):
         problems.append(Problem("--ds-config", str(path), "must be a JSON object: { ... }"))

@@ -166,8 +166,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ('{\n  "zero_optimization": {\n    "stage" 1\n  }\n}', "is not valid JSON: line 3, column 13: "),
         ("{\n\n", "is not valid JSON: line 3, column 1: "),
         ("[]", "must be a JSON object: { ... }"),
-        ('{"a": 1, "a": 2}', "key 'a' is given twice; keep one of them"),
-        ('{"zero_optimization": {"reduce_bucket_size": Infinity}}', "Infinity is no JSON value; write a number"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice in one object; keep one of them"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": Infinity}}',
+            "has Infinity, which is no JSON value; write a finite number",
+        ),
     ],
 )
 def test_bad_deepspeed_files(tmp_path: Path, text: str, line: str) -> None:
