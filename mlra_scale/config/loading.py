@@ -45,6 +45,7 @@ def load_named_config(
     config_file: str | Path | None = None,
     ds_config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
+    run_config: Path | None = None,
 ) -> tuple[Config, Named]:
     """Builds the configuration of a run; later sources win: preset, config file, DeepSpeed file, overrides.
 
@@ -56,6 +57,8 @@ def load_named_config(
         config_file: YAML file with some or all fields; the `config.yaml` of a run directory is one.
         ds_config_file: JSON file with DeepSpeed's own knobs; replaces the `deepspeed` section as a whole.
         overrides: "section.field=value" each, the value read as YAML.
+        run_config: The `config.yaml` of the run that is to be continued, where neither preset nor config file is given.
+            Every field of it is resolved, its preset is a note, and none of its fields counts as named.
 
     Returns:
         The configuration, every field checked by itself (`validate` checks them together), and which of its fields
@@ -65,11 +68,15 @@ def load_named_config(
         ConfigError: With everything that is wrong in all sources.
     """
     problems: list[Problem] = []
-    given = _read_config_file(config_file, problems)
-    in_file = frozenset(_field_names(given))
-    name = _choose_preset(preset, given, problems)
-    if name is None and config_file is None:
-        problems.append(Problem("--preset", None, f"give one of {', '.join(preset_names())}, or a --config file"))
+    if run_config is None:
+        given = _read_config_file(config_file, "--config", problems)
+        in_file = frozenset(_field_names(given))
+        name = _choose_preset(preset, given, problems)
+    else:
+        given, in_file, name = _read_config_file(run_config, "--run-dir", problems), frozenset(), None
+    if name is None and config_file is None and run_config is None:
+        remedy = f"give one of {', '.join(preset_names())}, or a --config file, or continue a run: --resume auto with "
+        problems.append(Problem("--preset", None, remedy + "the --run-dir that holds it"))
     if ds_config_file is not None:
         given["deepspeed"] = _read_json(Path(ds_config_file), problems)
     on_command_line = {"deepspeed"} if ds_config_file is not None else set()
@@ -126,21 +133,21 @@ def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
     return None
 
 
-def _read_config_file(path: str | Path | None, problems: list[Problem]) -> dict[str, Any]:
+def _read_config_file(path: str | Path | None, flag: str, problems: list[Problem]) -> dict[str, Any]:
     if path is None:
         return {}
-    text = read_text(Path(path), "--config", problems)
+    text = read_text(Path(path), flag, problems)
     if text is None:
         return {}
     try:
         values = stored_yaml.parse(text)
     except ValueError as error:
-        problems.append(Problem("--config", str(path), str(error)))
+        problems.append(Problem(flag, str(path), str(error)))
         return {}
     if values is None:
         return {}
     if not isinstance(values, dict):
-        problems.append(Problem("--config", str(path), "must hold sections (model:, train:, ...) at its top"))
+        problems.append(Problem(flag, str(path), "must hold sections (model:, train:, ...) at its top"))
         return {}
     return values
 

@@ -208,7 +208,11 @@ class ClusterConfig(Section):
 class Config(Section):
     """Everything that defines a run."""
 
-    preset: str | None = Field(None, description="The preset that the values started from; a note, no longer read.")
+    preset: str | None = Field(
+        None,
+        description="The preset whose values stand for fields that a --config file leaves out; in the config.yaml of a "
+        "run, where every field is written, a note.",
+    )
     model: ModelConfig = Field(description="Shape and initialization of the model.")
     data: DataConfig = Field(default_factory=DataConfig, description="Training and validation data.")
     train: TrainConfig = Field(description="Length, batch and numerics.")

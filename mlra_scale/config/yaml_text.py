@@ -30,7 +30,7 @@ _RESOLVERS = (
 
 
 _INTEGER = _RESOLVERS[2][1]
-_MAX_DIGITS = 100
+_MAX_DIGITS = 300
 
 MAX_CHARACTERS = 2**20
 """Longer documents are refused: parsing takes about a second per 50,000 characters."""

@@ -69,6 +69,18 @@ def test_a_file_without_preset_needs_every_required_field(tmp_path: Path) -> Non
     ]
 
 
+def test_the_configuration_of_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Its preset is a note: it need not exist any more, and nothing in the file counts as named."""
+    config = load_config("debug", overrides=["train.steps=7"]).model_copy(update={"preset": "of-long-ago"})
+    file = write(tmp_path / "config.yaml", config.to_yaml())
+    loaded, named = load_named_config(overrides=["tev.every=3"], run_config=file)
+    assert loaded == config.model_copy(update={"tev": config.tev.model_copy(update={"every": 3})})
+    assert named == Named(frozenset({"tev.every"}), frozenset())
+    (tmp_path / "config.yaml").write_text("[")
+    with pytest.raises(ConfigError, match=r"--run-dir = '.*config.yaml': line 1"):
+        load_named_config(run_config=file)
+
+
 def test_nothing_to_start_from() -> None:
     (line,) = lines()
     assert line.startswith("--preset = None: give one of debug, laptop, ")
