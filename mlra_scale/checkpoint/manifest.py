@@ -77,6 +77,13 @@ class Manifest:
         """Size of all files that the manifest names."""
         return sum(entry.bytes for entry in self.files.values())
 
+    @property
+    def notice(self) -> str | None:
+        """Says that the checkpoint is of an older version; None: it is of the current one."""
+        if self.version == VERSION:
+            return None
+        return f"the checkpoint has version {self.version} of the format and is read as version {VERSION}"
+
     def to_json(self) -> bytes:
         """Returns the file's content; a line for every short section, file and parameter."""
         content: dict[str, Any] = {

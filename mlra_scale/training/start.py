@@ -17,6 +17,7 @@ from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
+from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
     CHANGE_WHAT_IS_USUAL,
     Change,
@@ -67,6 +68,7 @@ class Start:
         changes: What differs from the run so far.
         rollbacks: Of the guard, the oldest first, as the run directory has them.
         is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
+        notice: What there is to say of the checkpoint's format; None where it is the current one.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class Start:
     changes: tuple[Change, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
+    notice: str | None = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -158,6 +161,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
             except ValueError as error:
                 problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
             is_good_step_lost = _is_good_step_lost(asked.run, store)
+            problems += _record_problems(asked.run)
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
     if problems:
@@ -167,7 +171,19 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
     plan = batch_plan(config, asked.world_size)
-    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks, is_good_step_lost)
+    return Start(
+        config,
+        plan,
+        asked.run,
+        choice,
+        kind,
+        progress,
+        mixes,
+        tuple(changes),
+        rollbacks,
+        is_good_step_lost,
+        None if store is None else store.manifest.notice,
+    )
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
@@ -199,6 +215,17 @@ def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
     if store.config is None:
         return replace(begun, problems=compare_model(begun.config, store.model)), named
     return compare(begun.config, named, store.config), named
+
+
+def _record_problems(run: RunDirectory) -> list[Problem]:
+    """Finds a damaged line of the record, which is cut where the run goes on; rank 0 alone cuts it, and looks here."""
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    try:
+        read_record(run.metrics, "step")
+    except (ValueError, OSError) as error:
+        return [Problem("--run-dir", str(run.path), str(error))]
+    return []
 
 
 def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:

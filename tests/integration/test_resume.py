@@ -192,6 +192,11 @@ def test_the_run_directory_alone_says_what_goes_on(
     assert "step-00000005 is passed over" in result.stdout and "optim.lr: 0.002 -> 0.001" in result.stdout
     assert curve(run, "learning_rate")[6] == 1e-3
     assert "model.num_layers = 3: the run to be resumed has 2" in again("model.num_layers=3", code=2).stderr
+    record, configuration = (run / "metrics.jsonl").read_text(), (run / "config.yaml").read_text()
+    (run / "metrics.jsonl").write_text(record.replace('{"step": 2', '{"stop": 2'))
+    assert "metrics.jsonl, line 3: no object with `step`" in again("train.steps=7", code=2).stderr
+    assert (run / "config.yaml").read_text() == configuration, "nothing is written before all is checked"
+    (run / "metrics.jsonl").write_text(record)
     (run / "config.yaml").write_text("model: [")
     stderr = again(code=2).stderr
     assert f"--run-dir = '{run / 'config.yaml'}': line 1" in stderr

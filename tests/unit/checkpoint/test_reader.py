@@ -295,6 +295,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     (folder / MANIFEST).write_bytes(replace(manifest, files=files, version=1).to_json())
     store = Store.open(folder)
     assert (store.manifest.version, store.config) == (1, config_of())
+    assert store.manifest.notice == "the checkpoint has version 1 of the format and is read as version 2"
 
 
 def test_loading_into_an_engine(tmp_path: Path, one_process: Any) -> None:

@@ -141,3 +141,15 @@ def test_a_job_file_of_version_1_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({**values, "version": 3}))
     with pytest.raises(ValueError, match="its version is 3, this program reads 1 to 2"):
         JobFile.read(path)
+
+
+def test_what_the_events_recorded_is_shown(tmp_path: Path) -> None:
+    """Cost of checkpoints and the summary of a finished run: recorded, and read by nothing before."""
+    from mlra_scale.study.report.run_report import _checkpoints, _details
+
+    saves = [{"event": "checkpoint", "bytes": 2e6, "stall_seconds": 0.5, "write_seconds": 1.5} for _ in range(3)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in saves))
+    shown = _checkpoints(open_run(tmp_path))
+    assert shown == "3, the last of 2.00 MB; training waited 1.50 s for them, and the last was written in 1.50 s"
+    finished = {"event": "finished", "wall_seconds": 3.0, "peak_memory_gib": 0.5, "loss_first": 4.0}
+    assert _details(finished) == "wall_seconds 3.0, peak_memory_gib 0.5, loss_first 4.0"
