@@ -255,7 +255,7 @@ def named_by_tools(bench: Bench, place: Path) -> None:
         for command in (["checkpoints", "describe"], ["evaluate"], ["export_hf"]):
             line = [*tool(command[0]), *command[1:], str(run / "checkpoints" / "step-00000008")]
             line += {"evaluate": ["--data", str(bench.data)], "export_hf": [str(place / "out")]}.get(command[0], [])
-            assert_refused(run_to_end(line, place / "tools.log", code=2, timeout=60.0), "manifest.json")
+            assert_refused(run_to_end(line, place / "tools.log", code=2), "manifest.json")
             assert not (place / "out").exists()
 
 
@@ -265,7 +265,7 @@ CASES = (
     checkpoint("state damaged", ("state.json", "fragments.json", "config.yaml"), flip, nest, Path.unlink),
     checkpoint("stored tokenizer damaged", ("tokenizer/tokenizer.json", "tokenizer/vocab.json"), flip, Path.unlink),
     Case("all checkpoints damaged", "a bit flips in each", REFUSED, all_checkpoints),
-    Case("tools and damaged manifests", "deep, a list, absurd sizes", "exit code 2 within a minute", named_by_tools),
+    Case("tools and damaged manifests", "deep, a list, absurd sizes", "exit code 2, named", named_by_tools),
     data(
         "bits flipped in tokens",
         "a bit of train.bin or validation.bin flips",
