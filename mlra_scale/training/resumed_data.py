@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from mlra_scale.config import Named, Problem
@@ -50,9 +52,17 @@ class DataHistory:
             ValueError: Something is missing or garbled.
         """
         try:
-            return cls(tuple(map(Mix.from_dict, values["mixes"])), values["validation"], values["tokenizer"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a history of data: {error}") from error
+            mixes = tuple(map(Mix.from_dict, values["mixes"]))
+            validation, tokenizer = values["validation"], values["tokenizer"]
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"not a history of data: {error!r}") from error
+        starts = [mix.from_sample for mix in mixes]
+        is_in_order = starts[:1] == [0] and all(one < next_one for one, next_one in pairwise(starts))
+        if not is_in_order or not all(isinstance(name, str | None) for name in (validation, tokenizer)):
+            raise ValueError(f"not a history of data: mixes from samples {starts}, {validation!r}, {tokenizer!r}")
+        if not all(isfinite(weight) for mix in mixes for weight in mix.weights):
+            raise ValueError("not a history of data: a weight is not finite")
+        return cls(mixes, validation, tokenizer)
 
 
 @dataclass(frozen=True)
