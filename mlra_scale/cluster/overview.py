@@ -220,13 +220,13 @@ def _take_events(run: Run, events: Sequence[dict[str, Any]], directory: RunDirec
         run.last_error = "no process is at work here, and no end was recorded"
 
 
-def is_held(directory: RunDirectory) -> bool | None:
+def is_held(directory: RunDirectory, name: str = ".lock") -> bool | None:
     """Returns whether a process is at work in a run directory; None where locks cannot be tested.
 
     The test takes a shared lock for a moment where nobody holds one: two of them do not take each other for a run.
     """
     try:
-        with (directory.path / ".lock").open("rb") as file:
+        with (directory.path / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

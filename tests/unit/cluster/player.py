@@ -18,7 +18,7 @@ from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link
 
 PLAYS_VARIABLE = "TEST_PLAYS"
 RECORD_VARIABLE = "TEST_RECORD"
-DRY_RUN_VARIABLE = "TEST_DRY_RUN"
+CHECK_VARIABLE = "TEST_CHECK"
 _LONGEST = 40
 
 
@@ -123,8 +123,10 @@ def main() -> int:
     record = {"options": options, "command": command, "environment": dict(os.environ)}
     with open(f"{os.environ[RECORD_VARIABLE]}/srun.json", "w", encoding="ascii") as file:
         json.dump(record, file)
-    if "mlra_scale.train" in command:
-        return int(os.environ.get(DRY_RUN_VARIABLE, "0"))
+    if "mlra_scale.cluster.check" in command:
+        code = int(os.environ.get(CHECK_VARIABLE, "0"))
+        print("the plan" if code == 0 else "data.path = None: is required", file=sys.stderr if code else sys.stdout)
+        return code
     nodes = next(option for option in options if option.startswith("--nodelist=")).split("=", 1)[1].split(",")
     players = []
     for number, node in enumerate(nodes):
