@@ -277,7 +277,7 @@ def test_a_hang_before_the_first_step_has_a_limit_of_its_own(stage: Stage) -> No
     """
     outcome = stage.run(a=play, b=play)
     assert outcome.kind == "hung" and outcome.reason.startswith("no first step for 1 s: ")
-    assert 0.9 < outcome.seconds and outcome.told == []
+    assert outcome.seconds > 0.9 and outcome.told == []
 
 
 def test_agents_that_end_as_they_are_told_have_not_done_all_steps(stage: Stage) -> None:

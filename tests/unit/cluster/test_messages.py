@@ -154,17 +154,7 @@ def test_whatever_a_node_says_the_job_goes_on(said: list[Any]) -> None:
     """And its verdict can be written into job.json and onto a console."""
     as_sent = [json.loads(json.dumps(message)) for message in said if isinstance(message, dict)]
     kind, reason, bad_nodes, told = take(*as_sent)
-    assert kind in (
-        "done",
-        "failed",
-        "bad_node",
-        "lost_node",
-        "hung",
-        "preempted",
-        "bad_input",
-        "non_finite",
-        "unstable",
-    )
+    assert kind in get_args(EndKind)
     assert set(bad_nodes) <= {"a", "b"}
     for text in (reason, *bad_nodes.values(), *told):
         assert text.encode("utf-8") and text.isprintable()
