@@ -76,7 +76,7 @@ class CellFiles:
         """Returns its result, or None where it has none yet."""
         try:
             result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return result
 
@@ -90,7 +90,7 @@ class CellFiles:
         try:
             with self.run.metrics.open("rb") as file:
                 return next((json.loads(line)["step"] for line in lines_from_end(file) if line), 0)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
 
 

@@ -45,7 +45,7 @@ TINY = (
     f"checkpoint.every={max(2, STEPS // 12)}",
 )
 # No GPU, and a share of a node, so that several jobs fit; everything else is as it stands in the file.
-SMALL = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=1000", "--time=60")
+SMALL = ("--gpus-per-node=0", "--cpus-per-task=2", "--time=60")
 COMPARED = ("loss", "gradient_norm", "learning_rate", "tev_mean", "tev_std", "consumed_samples", "validation_loss")
 
 
@@ -138,9 +138,23 @@ def submit(
     processes: int = 1,
     data: Path | None = None,
     run: Path | None = None,
+    inside: tuple[str, ...] = (),
     **variables: str,
 ) -> Submitted:
-    """Submits one of slurm/*.sh as a user would, from the project's root, at a tiny size."""
+    """Submits one of slurm/*.sh as a user would, from the project's root, at a tiny size.
+
+    Args:
+        cluster: The cluster.
+        folder: For the run and the job's output.
+        script: The file.
+        overrides: Arguments of the training.
+        sbatch: Further options of sbatch.
+        processes: Ranks on each node.
+        data: The data set.
+        run: The run directory; None: one in the folder.
+        inside: A command in whose environment sbatch is called, such as salloc.
+        variables: Further variables of the environment.
+    """
     # A space on its way through sbatch, the launcher, srun and torchrun.
     run, output = run or folder / "the run", folder / "slurm.out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +166,10 @@ def submit(
         **variables,
     }
     source = [] if data is None else [f"data.path={data}"]
-    job_id = cluster.sbatch(
+    submitted = cluster.run(
+        *inside,
+        "sbatch",
+        "--parsable",
         *SMALL,
         f"--output={output}",
         *sbatch,
@@ -165,7 +182,7 @@ def submit(
         env=given,
         cwd=ROOT,
     )
-    return Submitted(cluster, job_id, run, output)
+    return Submitted(cluster, submitted.stdout.strip().partition(";")[0], run, output)
 
 
 def compared(run: Path) -> list[dict[str, Any]]:
