@@ -121,6 +121,8 @@ class JobFile:
         except OSError as error:
             fault = error.strerror
             with contextlib.suppress(OSError):
+                self.path.with_name(f".{self.path.name}.tmp").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
                 fault = "" if self._write_over(text) else fault
             if fault:
                 with contextlib.suppress(OSError):

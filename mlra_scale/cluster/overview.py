@@ -258,7 +258,8 @@ def _corrected(run: Run, queue: dict[str, tuple[str, str]], now: float) -> Run:
         if was_at_work and is_held(RunDirectory(Path(run.path))):
             fresh.last_error = f"{known}, and yet a process is at work here"
         else:
-            fresh.state = "vanished"
+            # Cancelled in the queue: no process of the job was there to say so.
+            fresh.state = "cancelled" if state == "CANCELLED" and not was_at_work else "vanished"
             fresh.last_error = f"{'killed without a word' if was_at_work else f'{was}, but not in the queue'}: {known}"
     return fresh
 

@@ -1,8 +1,10 @@
 """From one attempt to the next, with stand-ins for Slurm's commands; tests/slurm has the real ones."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -229,6 +231,86 @@ def test_a_full_disk_under_the_output_does_not_end_the_job(desk: Desk, monkeypat
     play = "me.connect(); print('hello', flush=True); me.end()"
     assert desk.job(a=play, b=play) == 0
     assert desk.file.state == "done"
+
+
+@pytest.fixture
+def small_disk(desk: Desk) -> Iterator[Path]:
+    """The run directory on a disk of its own."""
+    desk.run.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(desk.run)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield desk.run
+    subprocess.run(["umount", "--lazy", str(desk.run)], check=True)
+
+
+FILL = """
+with open(me.logs.parent.parent / "filler", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+me.connect(); me.end(failure(0, 1, 0, 'odd'))
+"""
+
+
+def test_a_full_disk_at_a_restart_is_a_failure_that_counts(desk: Desk, small_disk: Path) -> None:
+    """And job.json, for which there is no room either, says how the job has ended."""
+    assert desk.job("cluster.max_failures=2", a=FILL, b="me.connect(); me.end()") == 1
+    file = desk.file
+    assert file.state == "failed" and file.reason.startswith("2 failures in a row")
+    assert desk.ends == [("failed", ["a", "b"]), ("failed", ["a", "b"])] and desk.orders == []
+    assert "No space left on device" in (file.attempts[1].reason or "") and file.attempts[1].ended is not None
+
+
+def test_a_full_disk_at_the_start_of_a_requeued_job_is_waited_for(
+    desk: Desk, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = "2026-01-01T00:00:00+00:00"
+    before = [Attempt(1, "41", ["a", "b"], 2, started=started, ended=started, end="preempted", has_progressed=True)]
+    JobFile(desk.run / "job.json", "41", state="preempted", attempts=before).write()
+    filler = desk.run / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    waits: list[float] = []
+    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_asked: waits.append(seconds))
+    assert desk.job() == 2
+    assert waits == [10.0, 60.0, 300.0] and "No space left on device" in capsys.readouterr().err
+    assert desk.file.state == "failed" and "No space left on device" in desk.file.reason
+    JobFile(desk.run / "job.json", "41", state="preempted", attempts=before).write()
+    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_asked: filler.unlink(missing_ok=True))
+    assert desk.job(a=DONE, b=DONE) == 0
+    assert desk.file.state == "done"
+
+
+def test_what_the_operating_system_refuses_is_a_failure_that_counts(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second attempt's folder is a file; then Slurm has no srun."""
+    (desk.run / "logs").mkdir(parents=True)
+    (desk.run / "logs" / "attempt-001").write_text("")
+    assert desk.job(a=DONE, b=DONE) == 0
+    assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])]
+    (desk.run.parent / "bin" / "srun").unlink()
+    monkeypatch.setenv("PATH", str(desk.run.parent / "bin") + os.pathsep + "/bin")
+    assert desk.job("cluster.max_failures=1") == 1
+    assert desk.file.state == "failed" and "srun" in desk.file.reason
+
+
+def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(running: attempt.Attempt) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(attempt.Attempt, "run", odd)
+    assert desk.job(a=DONE, b=DONE) == 1
+    assert desk.file.state == "failed" and desk.file.reason == "KeyError: 'odd'"
+    assert [(item.end, item.reason) for item in desk.file.attempts] == [("failed", "KeyError: 'odd'")]
+    monkeypatch.setattr(attempt.Attempt, "run", lambda running: sys.exit(3))
+    with pytest.raises(SystemExit):
+        desk.job(a=DONE, b=DONE)
+    assert desk.file.state == "failed" and desk.file.reason == "SystemExit: 3"
 
 
 @pytest.mark.parametrize(
