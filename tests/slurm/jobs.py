@@ -15,14 +15,14 @@ from typing import Any
 
 from tests.slurm import keeper
 from tests.slurm.cluster import SlurmCluster, wait_until
-from tests.support.training_runs import ROOT, environment, events, metrics
+from tests.support.training_runs import ROOT, environment, metrics
 
 LAYERS = int(os.environ.get("SLURM_TEST_LAYERS", "4"))
 STEPS = 60 if LAYERS <= 8 else 24
 EARLY, MIDDLE, LATE = STEPS // 6, STEPS // 2, 3 * STEPS // 4
 """Steps at which things happen to a run."""
-LONG = 400 if LAYERS <= 8 else 60
-"""Steps of a run that still trains half a minute after LATE."""
+ENDLESS = ("train.steps=1000000", "optim.schedule=constant", "optim.warmup_steps=0")
+"""A run that a test stops itself, however slow the machine is; what it computes does not depend on train.steps."""
 PATIENCE = 300.0 if LAYERS <= 8 else 1200.0
 """Seconds until a run must have come to where a test waits for it."""
 
@@ -80,6 +80,14 @@ class Submitted:
             return self.cluster.wait_for(self.job_id, state, PATIENCE)
         except (AssertionError, TimeoutError) as error:
             raise AssertionError(f"{error}\n{self.text()}") from error
+
+    def stop(self) -> int:
+        """Ends a run that has no end of its own, after a step and with a checkpoint; returns the last recorded step."""
+        self.cluster.run("scontrol", "update", f"JobId={self.job_id}", "Requeue=0")
+        self.cluster.run("scancel", "--signal=TERM", self.job_id)
+        self.wait_for_end("FAILED")
+        assert "cannot be queued again" in self.job_file()["reason"] and self.ends()[-1] == "preempted", self.text()
+        return self.step()
 
     def text(self) -> str:
         """The job's output."""
@@ -185,14 +193,13 @@ def submit(
     return Submitted(cluster, submitted.stdout.strip().partition(";")[0], run, output)
 
 
-def compared(run: Path) -> list[dict[str, Any]]:
-    """The record of a run, without what depends on the clock."""
-    return [{"step": item["step"], **{key: item[key] for key in COMPARED if key in item}} for item in metrics(run)]
-
-
-def event_names(run: Path) -> list[str]:
-    """What happened in a run."""
-    return [event["event"] for event in events(run)]
+def compared(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The record of a run up to a step, without what depends on the clock."""
+    return [
+        {"step": item["step"], **{key: item[key] for key in COMPARED if key in item}}
+        for item in metrics(run)
+        if last_step is None or item["step"] <= last_step
+    ]
 
 
 def moment(text: str, pattern: str) -> float:

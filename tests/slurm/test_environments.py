@@ -67,7 +67,7 @@ def test_a_job_from_inside_another_one_has_its_own_memory_and_cores(
         data=training_data,
         inside=("salloc", "--nodes=1", "--mem-per-cpu=10", "--ntasks-per-gpu=1", "--gpus=2"),
         MLRA_PYTHON=str(python),
-        **OUTER,
+        **OUTER,  # type: ignore[arg-type]
     )
     job.wait_for_end()
     assert job.ends() == ["done"] and job.job_file()["num_requeues"] == 0

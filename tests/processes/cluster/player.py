@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link, host_and_port
 
 PLAYS_VARIABLE = "TEST_PLAYS"
 RECORD_VARIABLE = "TEST_RECORD"
@@ -62,9 +62,9 @@ class Player:
 
     def connect(self, name: str | None = None, **versions: str) -> Link:
         """Greets the job."""
-        host, port = self.job.rsplit(":", 1)
+        host, port = host_and_port(self.job)
         greeting = {"node": name or self.name, "token": os.environ[TOKEN_VARIABLE], "versions": versions}
-        link = Link(host, int(port), greeting)
+        link = Link(host, port, greeting)
         if name is None:
             self.link = link
         return link

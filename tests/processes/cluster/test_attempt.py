@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import textwrap
 import time
@@ -14,9 +15,9 @@ import pytest
 
 from mlra_scale.cluster import attempt as module
 from mlra_scale.cluster.attempt import Attempt, Plan, free_port
-from mlra_scale.cluster.channel import TOKEN_VARIABLE
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
 from mlra_scale.cluster.failure import Failure
-from mlra_scale.cluster.node import parse
+from mlra_scale.cluster.node import parse, process_state
 from tests.processes.cluster.player import PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
 TRAINING = ("--preset", "debug", "--run-dir", "runs/with space", "parallel.world_size=2")
@@ -155,6 +156,37 @@ def test_all_end_well(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SLURM_NTASKS" not in srun["environment"] and "SLURM_NNODES" not in srun["environment"]
     assert srun["environment"]["SLURM_JOB_ID"] == "41" and len(srun["environment"][TOKEN_VARIABLE]) == 32
     assert TOKEN_VARIABLE not in os.environ and srun["environment"][TOKEN_VARIABLE] not in str(srun["command"])
+
+
+def test_nodes_that_have_ipv6_addresses_only(stage: Stage) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    stage.plan = replace(stage.plan, master="::1", job_address="::1", listening_host="::1")
+    outcome = stage.run(a="me.join(); me.end()", b="me.join(); me.end()")
+    assert outcome.kind == "done"
+    arguments = parse(outcome.srun["command"][7:])
+    assert arguments.master.startswith("[::1]:") and arguments.job.startswith("[::1]:")
+
+
+def test_ranks_do_not_outlive_an_error_of_the_job(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(attempt: Attempt, hub: Hub) -> None:
+        if (stage.plan.logs.parent / "b.here").exists():
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Attempt, "_watch", odd)
+    play = """
+        with open(f"{os.environ['TEST_RECORD']}/{me.name}.pid", "w") as file:
+            file.write(str(os.getpid()))
+        me.join()
+        time.sleep(30)
+    """
+    with pytest.raises(OSError, match="Too many open files"):
+        stage.run(a=play, b=play)
+    for name in ("a", "b"):
+        pid = int((stage.plan.logs.parent / f"{name}.pid").read_text())
+        assert process_state(pid)[:1] in ("", "Z")
 
 
 def test_a_killed_rank_is_the_cause_though_others_die_of_it_before_it_is_heard(stage: Stage) -> None:
