@@ -23,6 +23,7 @@ from mlra_scale.config import (
     preset_names,
     validate,
 )
+from mlra_scale.data.errors import DataError
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory, held
@@ -88,6 +89,10 @@ def main(argv: Sequence[str] | None = None, overseer: Overseer | None = None) ->
         return _train(Asked(config, named, run_directory, arguments.resume, world_size), rank, overseer)
     except ConfigError as error:
         return _report_bad_input(error, rank)
+    except DataError as error:
+        # Found while the data were read; on a machine of its own only this rank may see it.
+        print(f"mlra_scale.train: bad input (rank {rank})\n  {error}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; continue from the last checkpoint with --resume auto", file=sys.stderr, flush=True)

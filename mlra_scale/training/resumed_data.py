@@ -37,6 +37,11 @@ class DataHistory:
         mixes = [mix.to_dict() for mix in self.mixes]
         return {"mixes": mixes, "validation": self.validation, "tokenizer": self.tokenizer}
 
+    def renamed(self, fingerprints: Mapping[str, str]) -> DataHistory:
+        """Returns the history with other names for the same data sets, by the names so far."""
+        validation = None if self.validation is None else fingerprints.get(self.validation, self.validation)
+        return replace(self, mixes=tuple(mix.renamed(fingerprints) for mix in self.mixes), validation=validation)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataHistory:
         """Reads what `to_dict` wrote.
@@ -76,6 +81,10 @@ def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: 
         consumed_samples: Samples that the run has read.
         named: Which fields a person named.
     """
+    changes, converted = [], stored.renamed(identity.earlier)
+    if converted != stored:
+        changes.append(Change("form of the data's fingerprints", 1, 2))
+        stored = converted
     problems = []
     if None not in (identity.tokenizer, stored.tokenizer) and identity.tokenizer != stored.tokenizer:
         remedy = f"the run to be resumed was trained with tokenizer {_short(stored.tokenizer)}; the same token would "
@@ -84,12 +93,12 @@ def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: 
     problems += _validation_problems(identity.validation, stored.validation)
     current, last = replace(identity.mix, from_sample=consumed_samples), stored.mixes[-1]
     if last.reads_like(current):
-        return DataComparison(stored.mixes, [], problems)
+        return DataComparison(stored.mixes, changes, problems)
     if "data.blend" not in named.on_command_line:
-        return DataComparison(stored.mixes, [], problems + _mix_problems(identity, last))
+        return DataComparison(stored.mixes, changes, problems + _mix_problems(identity, last))
     problems += _replaced_problems(identity.mix, last)
-    change = Change("data.blend", _told(last), _told(current))
-    return DataComparison(continued(stored.mixes, current), [change], problems)
+    changes.append(Change("data.blend", _told(last), _told(current)))
+    return DataComparison(continued(stored.mixes, current), changes, problems)
 
 
 def _validation_problems(now: str | None, was: str | None) -> list[Problem]:

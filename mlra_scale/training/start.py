@@ -138,7 +138,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     except ConfigError as error:
         problems += error.problems
     problems += check_device(config) if is_here else []
-    found = check_data(config)
+    found = check_data(config, is_resumed=store is not None and store.kind == "training")
     problems += found
     changes, progress = list(compared.changes), Progress()
     mixes: tuple[Mix, ...] = ()
