@@ -43,7 +43,8 @@ if [[ -n $wanted ]]; then
 fi
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    echo "$0: this is no Slurm job. Check it: bash $0 --check data.path=... ; and submit it: sbatch $0 data.path=..." >&2
+    echo "$0: this is no Slurm job. Submit it: sbatch $0 data.path=... ; before that, check it: bash $0 --check" \
+        "data.path=..." >&2
     exit 2
 fi
 

@@ -50,6 +50,7 @@ def python_that_tells(folder: Path) -> tuple[Path, Path]:
     return python, notes
 
 
+@pytest.mark.slow
 def test_a_job_from_inside_another_one_has_its_own_memory_and_cores(
     cluster: SlurmCluster, training_data: Path, tmp_path: Path
 ) -> None:
