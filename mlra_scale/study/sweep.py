@@ -1,12 +1,14 @@
 """Runs the cells of a study, several at once, each in processes of its own.
 
 Several sweeps, on one machine or as the tasks of a Slurm array, may work on the same output: a cell belongs to whoever
-holds its lock. A sweep that is asked to stop asks its runs to, which then finish their step and save; started again, it
-goes on from there. A cell with a result is not run again, unless it failed.
+holds its lock, such as a run whose sweep was killed. A sweep waits for the cells that others hold and takes over what
+they leave: their result, or a run that has not ended. A sweep that is asked to stop asks its runs to, which then finish
+their step and save; started again, it continues from there. A cell with a result is not run again, unless it failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -96,7 +98,8 @@ class Sweep:
         directory: Its output folder.
 
     Attributes:
-        held_elsewhere: Cells that another sweep is running.
+        held_elsewhere: Cells that another sweep runs, or a run that has outlived its sweep; they are waited for.
+        unwritten: Cells that could not be started, or whose result could not be written, with the reason.
         interrupted: Cells that were stopped before their end.
         bad_input: Why no further cell was started: what the first run has said about its input.
     """
@@ -108,7 +111,9 @@ class Sweep:
         self._running: list[Running] = []
         self._tell: Callable[[dict[str, Any], float], None] = lambda result, seconds: None
         self._has_trained = False
-        self.held_elsewhere: list[str] = []
+        self.held_elsewhere: dict[str, dict[str, Any] | None] = {}
+        """Each with the result that it had when it was first found to be held."""
+        self.unwritten: dict[str, str] = {}
         self.interrupted: list[str] = []
         self.bad_input: str | None = None
 
@@ -173,7 +178,7 @@ class Sweep:
                         self._waiting = []
                     self._pass_on(stop)
                     watch(self._running)
-                    if self._running:
+                    if self._running or self._waiting:
                         time.sleep(_POLL_SECONDS)
                     for running in [one for one in self._running if one.process.poll() is not None]:
                         self._ended(running, is_stopping=stop.signal is not None)
@@ -181,31 +186,41 @@ class Sweep:
                 # Only after an error of this loop are there any left.
                 for running in self._running:
                     running.process.terminate()
-                self._directory.collect(self._cells)
+                with contextlib.suppress(OSError, ConfigError):
+                    self._directory.collect(self._cells)
         return stop.signal
 
     def _start_more(self, jobs: int, gpus: Sequence[str]) -> None:
+        held = []
         while self._waiting and len(self._running) < jobs:
-            slot = min(set(range(jobs)) - {running.slot for running in self._running})
-            self._start(self._directory.files(self._waiting.pop(0)), slot, gpus)
+            cell, slot = self._waiting.pop(0), min(set(range(jobs)) - {running.slot for running in self._running})
+            try:
+                if not self._start(self._directory.files(cell), slot, gpus):
+                    held.append(cell)
+            except OSError as error:
+                # A full disk, perhaps: other cells may lie elsewhere, and the next start tries this one again.
+                self.unwritten[cell.name] = f"cannot be started: {error.strerror or error}"
+        self._waiting += held  # to be tried again, after those that nobody is at
 
-    def _start(self, files: CellFiles, slot: int, gpus: Sequence[str]) -> None:
-        """Starts a cell, unless somebody else is at it or it needs no start any more."""
-        lock = claim(files)
+    def _start(self, files: CellFiles, slot: int, gpus: Sequence[str]) -> bool:
+        """Starts a cell if it needs that; returns False where somebody else is at it."""
+        name, lock = files.cell.name, claim(files)
         if lock is None:
-            self.held_elsewhere.append(files.cell.name)
-            return
-        if files.is_done():
-            # By another sweep, since this one has looked.
+            self.held_elsewhere.setdefault(name, files.read_result())
+            return False
+        was_held, result_before = name in self.held_elsewhere, self.held_elsewhere.pop(name, None)
+        result = files.read_result()
+        if result is not None and (files.is_done() or (was_held and result != result_before)):
+            # By another sweep, since this one has looked; what failed there is tried again by the next start.
             lock.close()
-            self._tell(files.read_result() or {}, 0.0)
-            return
+            self._tell(result, 0.0)
+            return True
         ending = ending_of(files.run)
         if (state := state_of(ending)) is not None:
             # Whoever ran it was killed before it could write the result.
             self._write(files, result_of(files, state, ending, None, self._commit), 0.0)
             lock.close()
-            return
+            return True
         before = num_events(files.run)
         with files.log.open("ab") as log:
             process = subprocess.Popen(
@@ -220,6 +235,7 @@ class Sweep:
             )
             log_size = log.tell()
         self._running.append(Running(files, process, lock, slot, before, log_size))
+        return True
 
     def command(self, files: CellFiles) -> list[str]:
         """Returns the command line of a cell: what a person would type to run it by hand."""
@@ -265,8 +281,14 @@ class Sweep:
         running.lock.close()
 
     def _write(self, files: CellFiles, result: dict[str, Any], seconds: float) -> None:
-        write_result(files, result, keep_checkpoints=self._study.checkpoints == "keep")
-        self._directory.collect(self._cells)
+        try:
+            write_result(files, result, keep_checkpoints=self._study.checkpoints == "keep")
+            self._directory.collect(self._cells)
+        except (OSError, ConfigError) as error:
+            # The record of the run has it all: the next start makes the result from it.
+            self.unwritten[files.cell.name] = (
+                f"its result cannot be written: {getattr(error, 'strerror', None) or error}"
+            )
         self._tell(result, seconds)
 
 

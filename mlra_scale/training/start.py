@@ -109,12 +109,13 @@ class Start:
         return self.choice.rejected
 
 
-def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
+def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: bool = True) -> Start:
     """Checks configuration, device, data, run directory and checkpoint, without writing anything.
 
     Args:
         asked: What the command line asks for.
         excluded: Checkpoints that were found to be bad, with the reason.
+        is_here: Whether this process is a rank, or on its machine; else launcher and device are not looked at.
 
     Returns:
         What the start does.
@@ -122,7 +123,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     Raises:
         ConfigError: With everything that is wrong.
     """
-    problems = check_launcher(os.environ)
+    problems = check_launcher(os.environ) if is_here else []
     choice, store = Choice(None), None
     try:
         if asked.run is None:
@@ -141,7 +142,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
         validate(config, asked.world_size, device=resolve_device(config))
     except ConfigError as error:
         problems += error.problems
-    problems += check_device(config)
+    problems += check_device(config) if is_here else []
     found = check_data(config, is_resumed=store is not None and store.kind == "training")
     problems += found
     changes, progress = list(compared.changes), Progress()
