@@ -130,12 +130,12 @@ def remove_after(folder: Path, step: int) -> list[Path]:
         CheckpointError: One cannot be removed.
     """
     # By name: an incomplete one of those steps is of no more use than the others.
-    removed = [path for path in checkpoint_folders(folder) if _step_named(path) > step]
+    removed = [path for path in checkpoint_folders(folder) if step_named(path) > step]
     _remove(folder, removed)
     return removed
 
 
-def _step_named(path: Path) -> int:
+def step_named(path: Path) -> int:
     """Returns the step of a checkpoint's folder by its name; -1 where somebody has renamed it."""
     number = path.name.removeprefix(REPLACED).removeprefix("step-")
     return int(number) if number.isdecimal() else -1

@@ -65,6 +65,8 @@ class Start:
         changes: What differs from the run so far.
         rollbacks: Of the guard, the oldest first, as the run directory has them.
         is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
+        left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
+            it is measured first.
     """
 
     config: Config
@@ -77,6 +79,7 @@ class Start:
     changes: tuple[Change, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Path | None:
@@ -96,7 +99,7 @@ class Start:
     @property
     def is_done(self) -> bool:
         """Whether the run has done its steps already."""
-        return self.progress.step >= self.config.train.steps
+        return self.progress.step >= self.config.train.steps and not self.left_out
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -143,6 +146,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
+    left_out: tuple[str, ...] = ()
     if store is not None and store.kind == "training":
         progress, data = _stored_place(store)
         if not found:
@@ -156,6 +160,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
             except ValueError as error:
                 problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
             is_good_step_lost = _is_good_step_lost(asked.run, store)
+            left_out = tuple(str(name) for name in store.state.get("left_out", ()))
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
     if problems:
@@ -165,7 +170,9 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
     plan = batch_plan(config, asked.world_size)
-    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks, is_good_step_lost)
+    return Start(
+        config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks, is_good_step_lost, left_out
+    )
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
