@@ -20,7 +20,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 it closes, and Ctrl-C."""
 
 _OFTEN_IGNORED = (signal.SIGINT, signal.SIGHUP)
-"""A parent that has these ignored (a shell's background job, nohup) wants them to stay so."""
+"""A parent that has these ignored (a shell's background job, nohup) wants them to stay so. Under torchrun they do not:
+torchrun inherits and hands on that they are ignored, listens to them all the same, and passes them on."""
 
 _ONE_PRESS_SECONDS = 1.0
 """Two SIGINT within this time are one Ctrl-C that came twice: from the terminal, and from a launcher."""
@@ -34,6 +35,10 @@ EXPENDABLE_SECONDS = 10.0
 """How long a process with nothing to save may take to end in good order: less than the 30 s of torchrun and Slurm."""
 
 
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 class _Presses:
     """Counts Ctrl-C.
 
@@ -43,7 +48,7 @@ class _Presses:
 
     def __init__(self) -> None:
         self._first: float | None = None
-        self._seconds = (signal.SIGINT, signal.SIGTERM) if "TORCHELASTIC_RUN_ID" in os.environ else (signal.SIGINT,)
+        self._seconds = (signal.SIGINT, signal.SIGTERM) if _is_under_torchrun() else (signal.SIGINT,)
 
     def is_second(self, number: int) -> bool:
         """Takes a signal; returns whether it is the second press."""
@@ -171,12 +176,13 @@ class Interruption:
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         for number in STOP_SIGNALS:
-            if number in _OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
+            is_ignored = number in _OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN
+            if is_ignored and not _is_under_torchrun():
                 continue
             self._before[number] = signal.getsignal(number)
         self._wakeup = (receiver, sender, signal.set_wakeup_fd(sender, warn_on_full_buffer=False))
-        for number in self._before:
-            signal.signal(number, self._note)
+        for handled in self._before:
+            signal.signal(handled, self._note)
         os.register_at_fork(
             before=self._before_fork,
             after_in_parent=partial(self._after_fork, is_child=False),

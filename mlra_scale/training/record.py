@@ -62,7 +62,7 @@ class JsonLines:
         """Appends one object and hands it to the operating system at once."""
         if self._file is not None:
             self._pending += (json.dumps(finite_or_none(values), allow_nan=False) + "\n").encode("ascii")
-            self._tell(self._flush(with_sync=len(self._written) > _UNSYNCED_BYTES))
+            self._tell(self._flush(with_sync=self._is_refused or len(self._written) > _UNSYNCED_BYTES))
 
     def sync(self) -> None:
         """Returns when what was written is on disk, or is kept because the disk refuses it.
@@ -299,5 +299,6 @@ def write_atomically(path: Path, text: str) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        # The system names the temporary file, or none.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if error.errno is not None:  # the system names the temporary file, or none
+            error.filename, error.filename2 = str(path), None
+        raise

@@ -186,6 +186,9 @@ class Report:
         if save.drift is not None:
             self.event("copies_differ", step=save.step, reason=save.drift)
             self.say(f"step {save.step}: {save.drift}; the owner's copy was saved")
+        if save.not_removed is not None:
+            self.event("not_removed", step=save.step, reason=save.not_removed)
+            self.say(f"step {save.step}: the checkpoint is complete, but of earlier ones {save.not_removed}")
 
     def guarded(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
         """Tells what the guard has decided, but for going back, which is told when it has been done.
