@@ -73,6 +73,7 @@ class Report:
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
         self._is_open = False
         self._folder: int | None = None
+        self._checkpoints: tuple[int, int] | None = None
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -150,12 +151,27 @@ class Report:
         if self._folder is None:
             return None
         check_same(self._run.path, self._folder)
+        self._look_at_checkpoints()
         try:
             self._metrics.sync()
             self._events.sync()
         except RecordLost as lost:
             return str(lost)
         return None
+
+    def _look_at_checkpoints(self) -> None:
+        """Says if the folder of checkpoints is another one than before: the run goes on, for it saves into this one."""
+        before, path = self._checkpoints, self._run.checkpoints
+        try:
+            found = path.stat()
+            self._checkpoints = (found.st_dev, found.st_ino)
+        except OSError:
+            self._checkpoints = None
+        if before is not None and self._checkpoints != before:
+            self.event("checkpoints_replaced", path=str(path))
+            self.say(
+                f"{path} was moved, removed or replaced: the checkpoints that it held are not in its place any more"
+            )
 
     def amend(self, progress: Progress, values: Mapping[str, Any]) -> None:
         """Records what was measured late, after the run was resumed, in the line of its step; for rank 0.

@@ -75,7 +75,7 @@ class WorkerPool:
         """Process ids of the living workers by rank; empty when the pool is down."""
         return [process.pid for process in self._processes if process.pid is not None]
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 1120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """Calls ``function(rank, world_size, *args)`` on every rank, with gloo as the default process group.
 
         Args:

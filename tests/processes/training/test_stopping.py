@@ -230,7 +230,7 @@ def test_a_run_directory_that_goes_ends_the_run(
     act: str, launch: Callable[..., Process], tmp_path: Path, data: Path
 ) -> None:
     run = tmp_path / "run"
-    process = launch(command(run, data, "checkpoint.every=3", "train.steps=1000000"))
+    process = launch(command(run, data, "checkpoint.every=300"))
     process.wait_for(r"step +4/")
     if act == "moved":
         run.rename(tmp_path / "elsewhere")
