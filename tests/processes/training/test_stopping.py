@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.interruption import Interruption
 from tests.support.training_runs import ROOT, base_command, curve, environment, events, write_megatron_data
 
 _SECONDS = 300.0
@@ -243,3 +244,18 @@ def test_a_run_directory_that_goes_ends_the_run(
     if act == "moved":
         assert f"{tmp_path}/elsewhere now" in process.output
         assert names(tmp_path / "elsewhere")[-1] == "stopped"
+
+
+def test_a_forked_child_keeps_its_signals_to_itself() -> None:
+    """Its handler would otherwise write into the pipe that it shares with its parent."""
+    with Interruption() as interruption:
+        interruption.limit(None)
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(30)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(pid, signal.SIGTERM)
+        _, status = os.waitpid(pid, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM, "the handler of before: the default"
+        time.sleep(0.2)
+        assert not interruption.is_stop_asked()

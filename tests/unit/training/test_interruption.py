@@ -165,20 +165,6 @@ def test_a_stop_does_not_come_from_an_earlier_run() -> None:
         assert first.is_stop_asked() and not second.is_stop_asked()
 
 
-def test_a_forked_child_keeps_its_signals_to_itself(no_process_ends: list[int]) -> None:
-    """Its handler would otherwise write into the pipe that it shares with its parent."""
-    with training() as interruption:
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(30)
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.kill(pid, signal.SIGTERM)
-        _, status = os.waitpid(pid, 0)
-        assert os.WTERMSIG(status) == signal.SIGTERM, "the handler of before: the default"
-        time.sleep(0.2)
-        assert not interruption.is_stop_asked() and not no_process_ends
-
-
 def test_a_thread_leaves_the_handlers_alone() -> None:
     """Only the main thread may set them."""
     asked: list[bool] = []
