@@ -152,4 +152,6 @@ def _text(options: argparse.Namespace, store: Store, tokenizer: Path | None) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=True))

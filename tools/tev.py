@@ -110,4 +110,6 @@ def _lines(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=False))

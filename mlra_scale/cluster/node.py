@@ -98,7 +98,7 @@ class Watch:
         self._thread.start()
 
     def ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM and SIGUSR1."""
+        """The handler of signals that ask for a stop; the job decides how long that may take."""
         self._stop.set()
 
     @property
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     with folder as path, contextlib.closing(PulseSocket(Path(path))) as pulse:
         watch = Watch(arguments, node, node_rank, pulse, partial(descendants, os.getpid()))
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, watch.ask_to_stop)
         os.environ |= {
             PULSE_VARIABLE: pulse.address,
@@ -327,8 +327,8 @@ def _launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any
         max_restarts=0,
         logs_specs=RankLogs(arguments.logs, node_rank * arguments.processes),
         log_line_prefix_template="[${rank}] ",
-        # SIGTERM asks for a checkpoint here; torchrun would pass it on and kill after 30 s.
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        # The others ask for a checkpoint here; torchrun would pass them on and kill after 30 s.
+        signals_to_handle="SIGQUIT",
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "mlra_scale.cluster.rank", *arguments.training)

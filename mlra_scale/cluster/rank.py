@@ -12,7 +12,13 @@ from typing import IO
 from mlra_scale.cluster.family import AGENT_VARIABLE, die_with_parent
 
 if __name__ == "__main__":
-    die_with_parent(int(os.environ[AGENT_VARIABLE]))  # before the seconds that what follows takes
+    # Before the seconds that the other imports take.
+    from mlra_scale.console import make_unfailing
+    from mlra_scale.training.interruption import Interruption
+
+    die_with_parent(int(os.environ[AGENT_VARIABLE]))
+    make_unfailing()
+    INTERRUPTION = Interruption().__enter__()
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -75,7 +81,7 @@ def main() -> None:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
             check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
-            code = train.main(sys.argv[1:], NodeOverseer(pulse, node, shared))
+            code = train.main(sys.argv[1:], NodeOverseer(pulse, node, shared), INTERRUPTION)
         except BadNodes as error:
             if rank == 0 or not error.is_common:
                 print(f"bad node: {error}", file=sys.stderr, flush=True)

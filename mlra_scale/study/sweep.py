@@ -38,7 +38,7 @@ from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.source import ROOT, commit
 
 _POLL_SECONDS = 0.5
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ERROR_CHARACTERS = 2000
 
 
@@ -54,6 +54,7 @@ class Running:
         num_events: Events of earlier starts.
         log_size: Size of its log when it began.
         started: The clock then.
+        is_ending: Whether it was told to end at once.
     """
 
     files: CellFiles
@@ -63,6 +64,7 @@ class Running:
     num_events: int
     log_size: int
     started: float = field(default_factory=time.monotonic)
+    is_ending: bool = False
 
 
 class StopAsked:
@@ -79,6 +81,8 @@ class StopAsked:
 
     def __enter__(self) -> StopAsked:
         for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # a parent wants it so: nohup, a shell's background job
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -225,7 +229,7 @@ class Sweep:
         with files.log.open("ab") as log:
             process = subprocess.Popen(
                 self.command(files),
-                env=_environment(slot, self._study.ranks, gpus),
+                env=_environment(slot, self._study.ranks, gpus, 60.0 * files.cell.config.cluster.stop_minutes),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -246,15 +250,17 @@ class Sweep:
         return [sys.executable, *module, "--run-dir", str(files.run.path), "--resume", "auto", *files.cell.overrides]
 
     def _pass_on(self, stop: StopAsked) -> None:
-        """Asks every run to stop, once; kills them if there is no time for that."""
+        """Asks every run to stop, once; a second Ctrl-C ends them at once."""
         for running in self._running:
             name = running.files.cell.name
             if stop.signal is not None and name not in self.interrupted:
                 self.interrupted.append(name)
-                running.process.terminate()
-            elif stop.is_urgent and self._study.ranks == 1:
-                # Not torchrun, whose ranks would be left: asked to stop, it ends them within 30 seconds.
-                running.process.kill()
+                running.process.send_signal(signal.SIGTERM if self._study.ranks == 1 else signal.SIGINT)
+            elif stop.is_urgent and not running.is_ending:
+                running.is_ending = True
+                # torchrun would leave its ranks behind if it were killed. After SIGINT it ends them when SIGTERM comes:
+                # for a rank that is the second Ctrl-C.
+                running.process.send_signal(signal.SIGKILL if self._study.ranks == 1 else signal.SIGTERM)
 
     def _ended(self, running: Running, is_stopping: bool) -> None:
         """Writes down how a cell ended, if that is a result."""
@@ -312,15 +318,17 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(len(gpu_names()))]
 
 
-def _environment(slot: int, ranks: int, gpus: Sequence[str]) -> dict[str, str]:
+def _environment(slot: int, ranks: int, gpus: Sequence[str], stop_seconds: float) -> dict[str, str]:
     """Returns the environment of a cell: one thread a process, this very code, and GPUs of its own if there are enough.
 
     Args:
         slot: Its place among the cells that are run at once.
         ranks: Its processes.
         gpus: All that there are; with fewer than twice the ranks there is nothing to share out.
+        stop_seconds: How long ranks may take to save before torchrun kills them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(max(1, round(stop_seconds))))
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     if len(gpus) >= 2 * ranks:

@@ -69,6 +69,8 @@ class Start:
         rollbacks: Of the guard, the oldest first, as the run directory has them.
         is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
         notice: What there is to say of the checkpoint's format; None where it is the current one.
+        left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
+            it is measured first.
     """
 
     config: Config
@@ -82,6 +84,7 @@ class Start:
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
     notice: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Path | None:
@@ -101,7 +104,7 @@ class Start:
     @property
     def is_done(self) -> bool:
         """Whether the run has done its steps already."""
-        return self.progress.step >= self.config.train.steps
+        return self.progress.step >= self.config.train.steps and not self.left_out
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -149,6 +152,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
+    left_out: tuple[str, ...] = ()
     if store is not None and store.kind == "training":
         progress, data = stored_place(store)
         if not found:
@@ -162,6 +166,8 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
             except ValueError as error:
                 problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
             is_good_step_lost = _is_good_step_lost(asked.run, store)
+            stored = store.state.get("left_out")
+            left_out = tuple(str(name) for name in stored) if isinstance(stored, list) else ()
             problems += _record_problems(asked.run)
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
@@ -184,6 +190,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
         rollbacks,
         is_good_step_lost,
         None if store is None else store.manifest.notice,
+        left_out,
     )
 
 

@@ -322,14 +322,15 @@ def test_a_run_keeps_its_cell_when_its_sweep_is_killed(tmp_path: Path) -> None:
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(slot: int, ranks: int, gpus: list[str]) -> str | None:
-        return sweep_module._environment(slot, ranks, gpus).get("CUDA_VISIBLE_DEVICES")
+        return sweep_module._environment(slot, ranks, gpus, 240.0).get("CUDA_VISIBLE_DEVICES")
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [given(slot, 1, ["0", "1", "2"]) for slot in range(4)] == ["0", "1", "2", "0"]
     assert [given(slot, 2, ["0", "1", "2", "3", "4"]) for slot in range(3)] == ["0,1", "2,3", "0,1"]
     assert given(1, 1, ["0"]) is None and given(1, 2, ["0", "1", "2"]) is None and given(0, 1, []) is None
-    assert sweep_module._environment(0, 1, [])["OMP_NUM_THREADS"] == "1"
+    environment = sweep_module._environment(0, 1, [], 90.0)
+    assert environment["OMP_NUM_THREADS"] == "1" and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     assert sweep_module._gpus() == ["GPU-a", "GPU-b"]
 
