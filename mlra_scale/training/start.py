@@ -15,6 +15,7 @@ from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose
+from mlra_scale.training.history import History
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.resume import (
@@ -63,6 +64,7 @@ class Start:
         progress: The counters to go on with.
         mixes: The history of mixes of data sets, the present one included; empty: there is none yet.
         changes: What differs from the run so far.
+        history: What the run changed so far, these changes included.
         rollbacks: Of the guard, the oldest first, as the run directory has them.
         is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
     """
@@ -75,6 +77,7 @@ class Start:
     progress: Progress = field(default_factory=Progress)
     mixes: tuple[Mix, ...] = ()
     changes: tuple[Change, ...] = ()
+    history: History = field(default_factory=History)
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
 
@@ -139,12 +142,12 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     problems += check_device(config)
     found = check_data(config)
     problems += found
-    changes, progress = list(compared.changes), Progress()
+    changes, progress, history = list(compared.changes), Progress(), History()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
     if store is not None and store.kind == "training":
-        progress, data = _stored_place(store)
+        progress, data, history = _stored_place(store)
         if not found:
             about_data = compare_data(identify_data(config), data, progress.consumed_samples, named)
             problems += about_data.problems
@@ -164,8 +167,22 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     kind: Literal["fresh", "training", "weights"] = "fresh"
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
-    plan = batch_plan(config, asked.world_size)
-    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks, is_good_step_lost)
+    if store is not None and kind == "weights":
+        history = History(begun_from={"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})})
+    history = history.followed_by(changes, progress.step)
+    return Start(
+        config,
+        batch_plan(config, asked.world_size),
+        asked.run,
+        choice,
+        kind,
+        progress,
+        mixes,
+        tuple(changes),
+        history,
+        rollbacks,
+        is_good_step_lost,
+    )
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
@@ -214,10 +231,11 @@ def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
     return False
 
 
-def _stored_place(store: Store) -> tuple[Progress, DataHistory]:
-    """Returns how far the run of a checkpoint has come, in steps and in its data."""
+def _stored_place(store: Store) -> tuple[Progress, DataHistory, History]:
+    """Returns how far the run of a checkpoint has come, in steps and in its data, and what it changed on the way."""
     try:
-        return Progress(**store.state["progress"]), DataHistory.from_dict(store.state["data"])
+        progress = Progress(**store.state["progress"])
+        return progress, DataHistory.from_dict(store.state["data"]), History.of(store.state, progress.step)
     except (KeyError, TypeError, ValueError) as error:
         remedy = f"its state.json is not one of this program ({type(error).__name__}: {error}); use another checkpoint"
         raise ConfigError([Problem("--resume", str(store.folder), remedy)]) from error
