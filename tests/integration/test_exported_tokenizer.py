@@ -21,11 +21,13 @@ from mlra_scale.evaluation.errors import EvaluationError
 from mlra_scale.evaluation.texts import document_tokens
 from mlra_scale.evaluation.verification_text import validation_documents
 from tests.support.foreign_tokenizers import CORPUS, begins_with_bos, save
+from tests.support.harness import NEED, run_harness
 from tests.support.pool import WorkerPool
 from tests.support.tools import run_tool
 from tests.support.training_runs import main_on_rank
 
-MODEL = ("model.vocab_size=300", "model.num_layers=2", "train.sequence_length=32", "model.max_positions=32")
+POSITIONS = 32
+MODEL = ("model.vocab_size=300", "model.num_layers=2", "train.sequence_length=32", f"model.max_positions={POSITIONS}")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,30 @@ def test_a_plain_call_gives_the_ids_of_the_data(run: Path, data: Path, tmp_path:
     # The same tokenizer adds <s> where it was not prepared.
     assert AutoTokenizer.from_pretrained(data.parent / "tokenizer")(CORPUS[0]).input_ids[0] == 0
     assert loaded.bos_token_id == loaded.eos_token_id == 1
+
+
+def test_the_harness_finds_our_bits_per_byte(run: Path, tmp_path: Path) -> None:
+    """By the recipe of docs/evaluation.md; with <s> before each text they were a tenth higher."""
+    pytest.importorskip("lm_eval", reason=NEED)
+    pytest.importorskip("accelerate", reason=NEED)
+    assert run_tool("export_hf", run, tmp_path / "exported").code == 0
+    ran = run_harness(tmp_path, tmp_path / "exported", CORPUS[:6], is_only_these=True)
+    recipe = (
+        "--text",
+        tmp_path / "local_text.jsonl",
+        "--start-token",
+        "--window",
+        POSITIONS + 1,
+        "--stride",
+        POSITIONS,
+    )
+    for model in (run, tmp_path / "exported"):
+        measured = run_tool("evaluate", model, *recipe, "--json")
+        assert measured.code == 0, measured.stderr
+        found = json.loads(measured.stdout)
+        assert found["documents"] == 6
+        assert found["negative_log_likelihood"] == pytest.approx(-sum(ran.log_likelihoods.values()), rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(ran.figures["bits_per_byte,none"], rel=1e-5)
 
 
 def test_a_tokenizer_that_was_changed_after_training_is_refused(run: Path, data: Path, tmp_path: Path) -> None:
