@@ -72,8 +72,11 @@ def _introduction(model: ModelConfig, export_format: Format) -> str:
 
 
 def _use(export_format: Format) -> str:
-    # The tokenizer needs no code, but the library looks at the model's configuration before it loads one.
-    arguments = "folder" if export_format == "gpt2" else "folder, trust_remote_code=True"
+    arguments = tokenizer_arguments = "folder"
+    if export_format == "mlra":
+        arguments += ", trust_remote_code=True"
+        # It needs no code, but the library looks at the model's configuration first, and asks.
+        tokenizer_arguments += ", trust_remote_code=False"
     return f"""## Use
 
 ```python
@@ -81,7 +84,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
 model = AutoModelForCausalLM.from_pretrained({arguments})
-tokenizer = AutoTokenizer.from_pretrained({arguments})
+tokenizer = AutoTokenizer.from_pretrained({tokenizer_arguments})
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
