@@ -239,7 +239,7 @@ def test_attention_alone_is_causal(attention: str, cache: Any, tokens: torch.Ten
     """Called without a mask, in one part or in several, it gives what the model's mask gives."""
     model = make_model(make_reference(("q", "k", "v")), ("q", "k", "v"), attention)
     hidden = torch.randn(3, 17, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    layer = model.model.blocks[0].attention
+    layer: Any = model.model.blocks[0].attention
     allowed = torch.ones(17, 17, dtype=torch.bool).tril()
     mask = torch.zeros(17, 17, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
     with torch.no_grad():
