@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from mlra_scale import __version__
 from mlra_scale.data.encode import encode_in_order
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.folder import tokenizer_files
 from mlra_scale.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -32,6 +32,8 @@ from mlra_scale.data.manifest import (
     VERSION,
     Manifest,
     content_fingerprint,
+    manifest_text,
+    read_manifest,
 )
 from mlra_scale.data.output import atomic_folder, check_free
 from mlra_scale.data.sources import Document, Source, open_sources
@@ -169,11 +171,11 @@ def prepare(options: PrepareOptions) -> Manifest:
                 {"name": source.name, "kind": source.kind, "documents": documents}
                 for source, documents in zip(corpus_sources, corpus.documents_of_source, strict=True)
             ]
-            text = json.dumps(content, indent=2) + "\n"
-            (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+            content["files"] |= tokenizer_files(folder)
+            (folder / MANIFEST_NAME).write_text(manifest_text(content), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
-    return Manifest(options.output, content)
+    return read_manifest(options.output)
 
 
 def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:
@@ -229,7 +231,7 @@ def _write_splits(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": content_fingerprint(files, checksum),
+        "fingerprint": content_fingerprint(files, checksum, end),
         "documents": sum(writer.documents for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
         "text_bytes": text_bytes,

@@ -148,3 +148,23 @@ def test_data_of_a_megatron_pair_that_hold_the_added_token(run: Path, data: Path
     other = load_tokenizer([str(data / "tokenizer" / "tokenizer.json")], "<s>")
     with pytest.raises(EvaluationError, match=r"documents of .* end with token 1, the tokenizer .* ends texts with 0"):
         validation_documents(config, other, 200)
+
+
+def test_the_card_of_a_resumed_run_tells_what_was_changed(
+    run: Path, data: Path, tmp_path: Path, worker_pool: Callable[[int], WorkerPool]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    command = ("--preset", "debug", "--run-dir", str(copy), "--resume", "auto", f"data.path={data}", *MODEL)
+    command += ("train.steps=6", "optim.lr=1.5e-4", "train.global_batch_size=4", "train.log_every=2")
+    (finished,) = worker_pool(1).run(main_on_rank, command)
+    assert finished.code == 0, finished.stderr
+    assert run_tool("export_hf", copy, tmp_path / "out", "--no-verify").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    first = Config.from_yaml((run / "config.yaml").read_text())
+    assert f"| 5 | optim.lr | {first.optim.lr} | 0.00015 |" in card, card
+    assert f"| 5 | train.global_batch_size | {first.train.global_batch_size} | 4 |" in card
+    assert "| 5 | train.steps | 4 | 6 |" in card and "train.log_every" not in card and "not recorded" not in card
+    assert "| learning rate | 0.00015, " in card and "(last of several: see the changes below)" in card
+    assert run_tool("export_hf", run, tmp_path / "unchanged", "--no-verify").code == 0
+    assert "Changed in the course" not in (tmp_path / "unchanged" / "README.md").read_text()

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,31 @@ def test_bad_numbers_name_flag_and_range(
         error = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2 and error.startswith(f"prepare_data.py: error: argument {flag}: {value!r} is not")
         assert message in error
+
+
+def test_verify_needs_no_other_option_and_says_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], training_data: Path
+) -> None:
+    data = Path(shutil.copytree(training_data, tmp_path / "data"))
+
+    def verified(folder: Path) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["--verify", str(folder)])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    code, out, err = verified(data)
+    assert (code, err) == (0, "") and f"{data / 'train.bin'}: " in out
+    with open(data / "train.bin", "r+b") as stream:
+        stream.seek(70_000)
+        byte = stream.read(1)
+        stream.seek(70_000)
+        stream.write(bytes([byte[0] ^ 16]))
+    code, out, err = verified(data)
+    assert code == 2 and err.startswith(f"prepare_data: error: {data / 'train.bin'} is damaged")
+    assert "at offset 65536)" in err and err.count("\n") == 1
+    code, _, err = verified(tmp_path)
+    assert code == 2 and f"{tmp_path} has no manifest.json" in err
 
 
 def test_the_hub_out_of_reach_is_told_soon_once_and_with_a_remedy(tmp_path: Path) -> None:

@@ -86,6 +86,13 @@ def test_small_files_beside_the_model_are_named(copy: Path, name: str, kind: str
     refused(evaluate(copy, "single"), copy / "single" / name)
 
 
+def test_a_tokenizer_without_limit_is_read(copy: Path) -> None:
+    """transformers writes int(1e30), which does not fit 64 bits."""
+    path = copy / "single" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": int(1e30)}))
+    assert evaluate(copy, "single").code == 0
+
+
 ABSURD: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"n_layer": 300_000_000}, "n_layer"),
     "a layer too many": ({"n_layer": 3}, ""),
