@@ -60,6 +60,7 @@ class Checkpoints:
         told: Callable[[FinishedSave], None],
     ) -> None:
         self._start, self._engine, self._datasets, self._windows, self._told = start, engine, datasets, windows, told
+        self._history = start.history
         settings = start.config.checkpoint
         self._folder = start.run.checkpoints
         self.newest = start.checkpoint if start.goes_on_in_place else None
@@ -111,6 +112,7 @@ class Checkpoints:
         state = self._load(checkpoint, step)
         self._load_windows(state)
         self.newest = checkpoint
+        self._history = self._history.gone_back_to(step)
         on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         beat()
         return Progress(**state["progress"])
@@ -178,6 +180,7 @@ class Checkpoints:
             "windows": {name: window.state() for name, window in self._windows.items()},
             "data_fingerprints": self._datasets.identity.fingerprints,
             "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
+            "history": self._history.to_dict(),
         }
         if left_out:
             state["left_out"] = list(left_out)

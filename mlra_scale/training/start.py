@@ -15,6 +15,7 @@ from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
+from mlra_scale.training.history import History
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import read_record
@@ -71,6 +72,7 @@ class Start:
         notice: What there is to say of the checkpoint's format; None where it is the current one.
         left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
             it is measured first.
+        history: What the run changed so far, these changes included.
     """
 
     config: Config
@@ -85,6 +87,7 @@ class Start:
     is_good_step_lost: bool = False
     notice: str | None = None
     left_out: tuple[str, ...] = ()
+    history: History = field(default_factory=History)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -148,13 +151,13 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     problems += check_device(config) if is_here else []
     found = check_data(config, is_resumed=store is not None and store.kind == "training")
     problems += found
-    changes, progress = list(compared.changes), Progress()
+    changes, progress, history = list(compared.changes), Progress(), History()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
     left_out: tuple[str, ...] = ()
     if store is not None and store.kind == "training":
-        progress, data = stored_place(store)
+        progress, data, history = stored_place(store)
         if not found:
             about_data = compare_data(identify_data(config), data, progress.consumed_samples, named)
             problems += about_data.problems
@@ -177,6 +180,8 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     kind: Literal["fresh", "training", "weights"] = "fresh"
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
+    if store is not None and kind == "weights":
+        history = History(begun_from={"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})})
     plan = batch_plan(config, asked.world_size)
     return Start(
         config,
@@ -191,6 +196,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
         is_good_step_lost,
         None if store is None else store.manifest.notice,
         left_out,
+        history.followed_by(changes, progress.step),
     )
 
 
