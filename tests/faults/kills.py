@@ -91,7 +91,7 @@ TRAINING = (
         stopped_then("open w *manifest.json*"),
         stopped_then("rename *unfinished*"),
         stopped_then("rename *latest* *"),
-        stopped_then("call mlra_scale/training/trainer.py stopped_by_signal"),
+        stopped_then("call mlra_scale/training/stopping.py stopped_by_signal"),
         stopped_then("call mlra_scale/parallel/topology.py destroy*", rank=1),
         every=1000,
     ),
