@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlra_scale.data.counts import find_contradiction
 from mlra_scale.data.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -96,9 +97,12 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sizes = (manifest.vocabulary_size, manifest.end_of_document_token)
         files = {name: manifest.file(name) for split in SPLITS for name in (f"{split}.bin", f"{split}.idx")}
+        contradiction = find_contradiction(content)
         whole = min(sizes) >= 0 and manifest.fingerprint == content_fingerprint(files, manifest.tokenizer_sha256)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} lacks or garbles an entry ({error}); prepare the data again") from error
     if not whole:
         raise DataError(f"{path} was changed by hand: its fingerprint does not fit its entries; prepare the data again")
+    if contradiction:
+        raise DataError(f"{path} was changed by hand: {contradiction}; prepare the data again")
     return manifest
