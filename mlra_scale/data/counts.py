@@ -88,6 +88,11 @@ def count_lines(content: dict[str, Any]) -> list[str]:
             lines.append(f"  note        {group['files']:,} read without any document: {_names(group)}")
     if content["empty_documents_left_out"]:
         lines.append(f"  left out    {content['empty_documents_left_out']:,} empty documents")
+    if content.get("documents_without_tokens"):  # older manifests do not count them
+        lines.append(
+            f"  note        {content['documents_without_tokens']:,} documents have text of which this tokenizer makes "
+            "no token but the end's"
+        )
     return lines
 
 

@@ -71,11 +71,16 @@ class Encoder:
         """Tokenizes one chunk.
 
         Raises:
-            DataError: The end-of-document token is a part of a document, which it would end early.
+            DataError: The tokenizer cannot encode a document, or the end-of-document token is a part of one, which it
+                would end early.
         """
         texts = [document.text for document in documents]
         parts = []
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the Rust library raises plain Exception
+            raise DataError(f"the tokenizer cannot encode every text: {error}; choose one that can") from error
+        for encoding in encodings:
             ids = encoding.ids
             ids.append(self._end)
             parts.append(np.array(ids, dtype=self._dtype))

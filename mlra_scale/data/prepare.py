@@ -216,12 +216,13 @@ def _write_splits(
     writers = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
     round_trip = RoundTrip(tokenizer.tokenizer)
     documents = round_trip.watched(corpus.documents())
-    text_bytes = 0
+    text_bytes, without_tokens = 0, 0
     try:
         with _Progress("tokenizing", corpus.progress_total(), options.progress) as bar:
             chunks = encode_in_order(documents, tokenizer.tokenizer.to_str(), end, dtype.name, options.workers)
             for chunk in chunks:
                 text_bytes += chunk.text_bytes
+                without_tokens += int(np.count_nonzero(chunk.lengths == 1))
                 _write_chunk(chunk.tokens, chunk.lengths, corpus, writers)
                 is_capped = options.max_bytes is not None
                 bar.advance(chunk.text_bytes if is_capped else chunk.consumed, len(chunk.tokens))
@@ -238,6 +239,7 @@ def _write_splits(
         "tokens": sum(writer.tokens for writer in writers.values()),
         "text_bytes": text_bytes,
         "empty_documents_left_out": sum(corpus.empty_documents_of_source),
+        "documents_without_tokens": without_tokens,
         "dtype": dtype.name,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -301,8 +303,11 @@ class RoundTrip:
         for index, document in enumerate(documents):
             if index < _ROUND_TRIP_DOCUMENTS and self.is_exact:
                 text = document.text[:10_000]
-                ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-                self.is_exact = self._tokenizer.decode(ids, skip_special_tokens=False) == text
+                try:
+                    ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+                    self.is_exact = self._tokenizer.decode(ids, skip_special_tokens=False) == text
+                except Exception:  # the Rust library raises plain Exception; the encoder refuses such a text
+                    self.is_exact = False
             yield document
 
 

@@ -58,6 +58,8 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
     """
     if len({_plain(name) for name in names}) < len(names):
         raise DataError("a source is named twice")
+    folders = {name: Path(name.removeprefix(HUGGING_FACE)) for name in names if name.startswith(HUGGING_FACE)}
+    real = {name: folder.resolve() for name, folder in folders.items() if folder.is_dir()}
     sources: list[Source] = []
     owner: dict[tuple[int, int], str] = {}
     for name in names:
@@ -71,6 +73,8 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
                 other = owner.setdefault(identity(file), name)
                 if other != name:
                     raise DataError(f"{file} belongs to two sources, {other} and {name}; name it once")
+                if twice := [other for other, folder in real.items() if file.resolve().is_relative_to(folder)]:
+                    raise DataError(f"{file} belongs to two sources, {twice[0]} and {name}; name it once")
             sources.append(LocalFiles(name, matches, field))
     return sources
 

@@ -302,6 +302,9 @@ def test_hugging_face_data_sets_are_streamed(tmp_path: Path) -> None:
     assert texts_of(name) == TEXTS
     (source,) = open_sources([name], "text", "test", None)
     assert [d.text for d in source.documents()] == ["tested"] and "split test" in source.name
+    for other in (tmp_path, tmp_path / "set" / "data" / "*"):
+        with pytest.raises(DataError, match=r"jsonl belongs to two sources, hf:.* and "):
+            texts_of(other, name)
     reason = "not in this split as the datasets library sees the folder"
     others = [NotRead(str(tmp_path / "set" / "data" / "train.jsonl"), reason)]
     assert source.files() == FileCounts(1, (), others)
