@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--source",
         action="append",
         metavar="SOURCE",
-        help="may be repeated: a .txt (one document per file), .jsonl, .jsonl.gz or .parquet file, a folder (searched "
-        "recursively), a glob, hf:NAME for a Hugging Face data set, or python-docs, the embedded corpus (default)",
+        help="may be repeated: a .txt (one document per file), .jsonl or .json (one object per line) or .parquet file, "
+        "all but .parquet also with .gz or .zst; a folder (searched recursively), a glob, hf:NAME for a Hugging Face "
+        "data set, or python-docs, the embedded corpus (default)",
     )
     add("--field", default="text", help="field or column that holds the text (default: text)")
     add("--split", default="train", help="split of Hugging Face data sets (default: train)")

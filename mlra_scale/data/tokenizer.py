@@ -99,7 +99,21 @@ def load_tokenizer(names: Sequence[str], end_of_document: str | None = None) -> 
     if tokenizer.token_to_id(end) is None:
         hint = "choose one of its tokens with --end-of-document" if end_of_document is None else "it must be one token"
         raise DataError(f"tokenizer {label} has no token {end!r} to end documents with; {hint}")
+    _make_special(tokenizer, end)
     return LoadedTokenizer(tokenizer, kind, label, end, hugging_face)
+
+
+def _make_special(tokenizer: Tokenizer, end: str) -> None:
+    """Makes an added token special, so that a text that spells it is text (see encode_special_tokens).
+
+    A token of the plain vocabulary stays one: adding it would be another tokenizer. Where a text gives it, the encoder
+    refuses the text.
+    """
+    number = tokenizer.token_to_id(end)
+    for added, token in tokenizer.get_added_tokens_decoder().items():
+        if added == number and not token.special:
+            token.special = True
+            tokenizer.add_special_tokens([token])
 
 
 def train_bpe(texts: Iterable[str], vocabulary_size: int) -> LoadedTokenizer:
