@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults.bench import GUARDED, Bench, start
+from tests.faults.bench import GUARDED, STEPS, Bench, start
 from tests.faults.case import SAME, Case, assert_refused, digests, flip, run_to_end
 from tests.faults.checks import Training
 from tests.faults.kills import STEP
@@ -204,11 +204,20 @@ def moved_data(bench: Bench, place: Path) -> None:
     bench.finish(training, run)
 
 
-def stored(name: str, file: str, *damages: Damage, more: Sequence[str] = (), passes: bool = False) -> Case:
+def tear(path: Path) -> None:
+    """A line in the middle is half of what it was."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[len(lines) // 2] = lines[len(lines) // 2][:20] + b"\n"
+    path.write_bytes(b"".join(lines))
+
+
+def stored(
+    name: str, file: str, *damages: Damage, more: Sequence[str] = (), passes: bool = False, steps: int = STEPS
+) -> Case:
     """A file of the run directory is damaged between two starts; `passes`: the start may do without it."""
 
     def act(bench: Bench, place: Path) -> None:
-        training, failures = bench.training("single", WAITS, *more), []
+        training, failures = bench.training("single", WAITS, *more, steps=steps), []
         killed(training, place / "pristine", 7)
         for damage in damages:
             run = place / damage.__name__
@@ -297,6 +306,6 @@ CASES = (
     Case("linked data, skewed clock", "data move behind a link, times are in the future or 0", SAME, moved_data),
     stored("latest damaged", "checkpoints/latest", nest, empty, Path.unlink, passes=True),
     stored("config.yaml damaged", "config.yaml", nest, make_list, empty, passes=True),
-    stored("guard.json damaged", "guard.json", nest, make_list, absurd, truncate, more=GUARDED),
-    stored("record damaged", "metrics.jsonl", nest, more=()),
+    stored("guard.json damaged", "guard.json", nest, make_list, absurd, truncate, more=GUARDED, steps=16),
+    stored("record damaged", "metrics.jsonl", nest, tear),
 )
