@@ -17,12 +17,14 @@ from tests.faults.checks import Training
 from tests.faults.kills import STEP
 from tests.faults.moments import Moment
 from tests.faults.processes import tool
+from tests.support.stored import assert_bitwise_equal, store_of
 
 Damage = Callable[[Path], object]
 WAITS = "checkpoint.asynchronous=false"
 DEPTH = 200_000
 NESTED = b"[" * DEPTH + b"]" * DEPTH
 FALLBACK = "--resume auto takes an earlier checkpoint, says why, and the end equals that of the undisturbed run bitwise"
+LOST = "the run continues with the same weights, and says which steps the record has lost"
 REFUSED = "exit code 2 and one message that names the file; put right again, the run continues as if undisturbed"
 
 
@@ -253,6 +255,21 @@ def all_checkpoints(bench: Bench, place: Path) -> None:
     bench.finish(training, run)
 
 
+def record_lost(bench: Bench, place: Path) -> None:
+    """The record is taken away between two starts: the run continues, and says so."""
+    training = bench.training("single", WAITS)
+    killed(training, place / "pristine", 7)
+    for damage in (nest, empty, Path.unlink):
+        run = place / damage.__name__
+        shutil.copytree(place / "pristine", run)
+        damage(run / "metrics.jsonl")
+        output = start(training, run, resume=True)
+        lost = [event for event in read(run / "events.jsonl") if event["event"] == "record_lost"]
+        assert [(event["first_step"], event["last_step"]) for event in lost] == [(1, 6)], lost
+        assert "metrics.jsonl has no losses of steps 1 to 6" in output, output[-1000:]
+        assert_bitwise_equal(store_of(run, training.steps), store_of(bench.reference(training), training.steps))
+
+
 def named_by_tools(bench: Bench, place: Path) -> None:
     """What the tools say of a damaged checkpoint."""
     run = place / "run"
@@ -307,5 +324,6 @@ CASES = (
     stored("latest damaged", "checkpoints/latest", nest, empty, Path.unlink, passes=True),
     stored("config.yaml damaged", "config.yaml", nest, make_list, empty, passes=True),
     stored("guard.json damaged", "guard.json", nest, make_list, absurd, truncate, more=GUARDED, steps=16),
-    stored("record damaged", "metrics.jsonl", nest, tear),
+    stored("record damaged", "metrics.jsonl", tear),
+    Case("record lost", "metrics.jsonl is replaced, emptied, removed", LOST, record_lost),
 )

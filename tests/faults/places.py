@@ -158,7 +158,7 @@ def full_at_start(bench: Bench, place: Path) -> None:
         file = fill(folder)
         before = [(run / name).read_bytes() for name in RECORD]
         output = start(training, run, resume=True, code=2)
-        assert_refused(output[output.index("bad input") :], "No space left on device", str(run))
+        assert_refused(output[output.index("stopped: ") :], "No space left on device", str(run))
         assert [(run / name).read_bytes() for name in RECORD] == before
         file.unlink()
         bench.finish(training, run)
