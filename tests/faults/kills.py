@@ -259,7 +259,7 @@ def killed_sweep(bench: Bench, place: Path) -> None:
     run_to_end(line, log)
     beside.end()
     writing.end()
-    one, other = ([item["name"] for item in read_record(place / name / "results.jsonl")] for name in SWEEPS)
+    one, other = ([item["cell"] for item in read_record(place / name / "results.jsonl")] for name in SWEEPS)
     assert one == other
     for path in sorted((place / "undisturbed").rglob("metrics.jsonl")):
         killed = place / "killed" / path.relative_to(place / "undisturbed")
