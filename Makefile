@@ -1,6 +1,8 @@
 # make quickstart   install, prepare a corpus from Python's own documentation, train a small MLRA model on 2 processes,
 #                   export it to Hugging Face's format (verified) and write a sample with stock transformers
-# make test         install with the dev extra, run all tests
+# make test         install with the dev extra, run the daily tests (docs/testing.md has the tiers)
+# make test-all     these and the slow ones: all layouts and variants; before a merge
+# make test-nightly full matrices, schedules of faults, a Slurm cluster at 72 layers (hours)
 # make lint         ruff and mypy
 # make study        the small study of docs/studies (18 runs, an estimated ten minutes on 2 cores) and its report
 # make bench        the benchmarks of docs/performance.md on this machine, each a ratio within one run (up to an hour), or
@@ -57,7 +59,7 @@ print(tokenizer.decode(text[0], skip_special_tokens=True))
 endef
 export SAMPLE
 
-.PHONY: help quickstart test lint study bench clean
+.PHONY: help quickstart test test-all test-nightly lint study bench clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -88,6 +90,14 @@ quickstart:
 test:
 	@$(INSTALL) --extra dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all:
+	@$(INSTALL) --extra dev
+	$(BIN)/python -m pytest -m "not nightly" $(PYTEST_ARGS)
+
+test-nightly:
+	@$(INSTALL) --extra dev
+	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
 
 lint:
 	@$(INSTALL) --extra dev

@@ -23,6 +23,7 @@ from mlra_scale.config import (
     preset_names,
     validate,
 )
+from mlra_scale.data.errors import DataError
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory, held
@@ -79,19 +80,33 @@ def main(argv: Sequence[str] | None = None, overseer: Overseer | None = None) ->
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments = build_parser().parse_intermixed_args(argv)
-        config, named = load_named_config(arguments.preset, arguments.config, arguments.ds_config, arguments.overrides)
+        run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
+        own = _config_of_run(arguments, run_directory)
+        config, named = load_named_config(
+            arguments.preset, arguments.config, arguments.ds_config, arguments.overrides, own
+        )
         if arguments.dry_run:
             return _dry_run(config, rank, config.parallel.world_size or world_size)
         from mlra_scale.training.start import Asked
 
-        run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
-        return _train(Asked(config, named, run_directory, arguments.resume, world_size), rank, overseer)
+        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before=own is not None)
+        return _train(asked, rank, overseer)
     except ConfigError as error:
         return _report_bad_input(error, rank)
+    except DataError as error:
+        # Found while the data were read; on a machine of its own only this rank may see it.
+        print(f"mlra_scale.train: bad input (rank {rank})\n  {error}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; continue from the last checkpoint with --resume auto", file=sys.stderr, flush=True)
         return ExitCode.INTERRUPTED
+
+
+def _config_of_run(arguments: argparse.Namespace, run: RunDirectory | None) -> Path | None:
+    """Returns the config.yaml of the run directory where it alone says what to go on with: neither preset nor file."""
+    is_alone = arguments.preset is None and arguments.config is None and arguments.resume != "none"
+    return run.config if is_alone and run is not None and run.config.is_file() else None
 
 
 def _train(asked: Asked, rank: int, overseer: Overseer | None) -> int:

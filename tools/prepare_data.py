@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 # Worker processes import this file too: everything heavier is imported when it is needed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,6 +27,9 @@ EXAMPLES = """examples:
   # a Hugging Face data set, streamed, with a tokenizer by name
   python tools/prepare_data.py --output data/wikitext --source hf:Salesforce/wikitext \\
       --config-name wikitext-103-raw-v1 --split train --tokenizer gpt2
+
+  # compare every byte of a finished data set with what was recorded when it was made
+  python tools/prepare_data.py --verify data/wikitext
 """
 
 
@@ -77,7 +81,25 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
     add("--quiet", action="store_true", help="no progress bar")
+    add("--verify", action=_Verify, type=Path, metavar="FOLDER", help="check all of a finished data set, and stop")
     return result
+
+
+class _Verify(argparse.Action):
+    """Like --help, an option that does its work at once and stops: it needs none of the others."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, folder: Any, __: str | None = None) -> NoReturn:
+        """Verifies the folder; exit code 0 if it is whole, 2 if not."""
+        from mlra_scale.data.errors import DataError
+        from mlra_scale.data.folder import verify_folder
+
+        try:
+            problems = verify_folder(folder, print)
+        except (DataError, OSError) as error:
+            problems = [str(error)]
+        for problem in problems:
+            print(f"prepare_data: error: {problem}", file=sys.stderr)
+        parser.exit(2 if problems else 0)
 
 
 def _count(text: str, largest: int = 2**63 - 1) -> int:
@@ -152,4 +174,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: clean up, then stop
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be ASCII
     sys.exit(main())

@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mlra_scale.config.json_text import read_json_object
 from mlra_scale.training.record import write_atomically
 
+VERSION = 2
 JobState = Literal["pending", "running", "preempted", "requeued", "cancelled", "failed", "done"]
 
 
@@ -70,6 +72,7 @@ class JobFile:
         excluded: Nodes that are not used any more, with the reason.
         first_counted: How many of the attempts belong to earlier jobs: their failures do not count any more.
         attempts: All of them, the newest last.
+        version: Of the format.
     """
 
     path: Path
@@ -85,6 +88,7 @@ class JobFile:
     excluded: dict[str, str] = field(default_factory=dict)
     first_counted: int = 0
     attempts: list[Attempt] = field(default_factory=list)
+    version: int = VERSION
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
@@ -96,10 +100,13 @@ class JobFile:
         if not path.exists():
             return cls(path)
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = read_json_object(path)
+            # The first version had no such key; nothing else has changed.
+            if (version := values.pop("version", 1)) not in range(1, VERSION + 1):
+                raise ValueError(f"its version is {version!r}, this program reads 1 to {VERSION}")
             attempts = [Attempt(**attempt) for attempt in values.pop("attempts")]
             return cls(path=path, attempts=attempts, **values)
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no job file of this program ({error}); move it away") from error
 
     def write(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -25,6 +24,7 @@ from mlra_scale import __version__
 from mlra_scale.data.counts import count_lines, source_entry
 from mlra_scale.data.encode import encode_in_order
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.folder import tokenizer_files
 from mlra_scale.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -33,6 +33,8 @@ from mlra_scale.data.manifest import (
     VERSION,
     Manifest,
     content_fingerprint,
+    manifest_text,
+    read_manifest,
 )
 from mlra_scale.data.output import atomic_folder, check_free
 from mlra_scale.data.readers import Document
@@ -173,11 +175,11 @@ def prepare(options: PrepareOptions) -> Manifest:
             _check_saved(folder / TOKENIZER_FOLDER, checksum)
             content = _write_splits(folder, corpus, tokenizer, checksum, options)
             content["sources"] = corpus.entries()
-            text = json.dumps(content, indent=2) + "\n"
-            (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+            content["files"] |= tokenizer_files(folder)
+            (folder / MANIFEST_NAME).write_text(manifest_text(content), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
-    return Manifest(options.output, content)
+    return read_manifest(options.output)
 
 
 def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:
@@ -234,7 +236,7 @@ def _write_splits(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": content_fingerprint(files, checksum),
+        "fingerprint": content_fingerprint(files, checksum, end),
         "documents": sum(writer.documents for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
         "text_bytes": text_bytes,

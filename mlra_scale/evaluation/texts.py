@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mlra_scale.data.errors import DataError
 from mlra_scale.data.files import describe, kind_of
-from mlra_scale.data.indexed import IndexedFiles, open_indexed
-from mlra_scale.data.manifest import SPLITS, read_manifest
+from mlra_scale.data.folder import check_contents, open_prepared
+from mlra_scale.data.indexed import IndexedFiles
+from mlra_scale.data.manifest import SPLITS
 from mlra_scale.data.readers import characters, documents_of_file
 from mlra_scale.data.sources import LocalFiles, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
@@ -130,10 +132,11 @@ def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: Loaded
     """
     if split not in SPLITS:
         raise DataError(f"{folder} has no split {split!r}; it has {' and '.join(SPLITS)}")
-    manifest = read_manifest(folder)
+    prepared = open_prepared(folder)
+    check_contents(prepared)
+    manifest, files = prepared.manifest, prepared.files[split]
     if manifest.tokenizer_sha256 != tokenizer_sha256(loaded.tokenizer):
         raise DataError(f"{folder} was made with another tokenizer than the model's; evaluate the text itself (--text)")
-    files = open_indexed(manifest.prefix(split))
     stored = files.tokens()
     for number in range(files.num_documents):
         if encoder.is_full:
@@ -157,7 +160,10 @@ def _document(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
     tokens: list[int] = []
     for sequence in range(first, stop):
         start = int(files.sequence_pointers[sequence]) // files.dtype.itemsize
-        tokens += stored[start : start + int(files.sequence_lengths[sequence])].tolist()
+        stop = start + int(files.sequence_lengths[sequence])
+        if files.checked is not None:
+            files.checked.check(np.array([start]) * files.dtype.itemsize, np.array([stop]) * files.dtype.itemsize)
+        tokens += stored[start:stop].tolist()
     return tokens
 
 

@@ -126,7 +126,13 @@ class Checkpoints:
     def _load_windows(self, state: Mapping[str, Any]) -> None:
         for name, window in self._windows.items():
             if name in state["windows"]:
-                window.load(state["windows"][name])
+                try:
+                    window.load(state["windows"][name])
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                    where = f"state.json of {self._start.checkpoint}: its window `{name}` cannot be read"
+                    message = f"{where} ({type(error).__name__}: {error}); resume from another checkpoint"
+                    values = {"step": self._start.progress.step}
+                    raise TrainingStopped(message, values, ExitCode.CHECKPOINT_FAILED) from error
 
     def point_to_start(self) -> None:
         """Makes `latest` name the checkpoint that the run goes on from, whatever later ones it once had; for rank 0."""

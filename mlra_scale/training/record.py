@@ -11,9 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlra_scale.config.json_text import parse_json
+
 _BLOCK_BYTES = 256 * 1024
 _TAIL_BYTES = 4 * 1024 * 1024
 """So much of a record's end is looked at: values that are older than some ten thousand lines are not found."""
+
+_REMEDY = "remove the line, or move the file away"
 
 
 def finite_or_none(value: Any) -> Any:
@@ -109,29 +113,36 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def read_record(path: Path) -> list[dict[str, Any]]:
+def read_record(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """Reads a file of JSON lines.
 
     Args:
         path: The file; a missing one reads as empty.
+        key: What every object must have: "step" as a whole number, "event" and others as text.
 
     Returns:
         The objects in order. A last line that a crash cut short is left out.
 
     Raises:
-        ValueError: A line before the last is not JSON.
+        ValueError: A line before the last is not JSON, or a line is no object with the key.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    objects = []
+    lines = path.read_text(encoding="ascii", errors="replace").split("\n")
+    lines = lines if lines[-1] else lines[:-1]
+    objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}:"
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            value = parse_json(line, where, allow_nan=True)
+        except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON") from None
+            raise ValueError(f"{error}; {_REMEDY}") from None
+        kind = int if key == "step" else str
+        if not isinstance(value, dict) or (key is not None and type(value.get(key)) is not kind):
+            raise ValueError(f"{where} no object" + (f" with `{key}`" if key else "") + f"; {_REMEDY}")
+        objects.append(value)
     return objects
 
 
@@ -171,7 +182,7 @@ def cut_record(path: Path, last_step: int) -> int:
     """
     if not path.exists():
         return 0
-    objects = read_record(path)
+    objects = read_record(path, "step")
     kept = [item for item in objects if item["step"] <= last_step]
     write_atomically(path, "".join(json.dumps(item) + "\n" for item in kept))
     return len(objects) - len(kept)
@@ -187,7 +198,7 @@ def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
         rollback: Its number.
     """
     lines = JsonLines(aside)
-    for item in read_record(path):
+    for item in read_record(path, "step"):
         if item["step"] > last_step:
             lines.write({**item, "rollback": rollback})
     lines.sync()

@@ -112,6 +112,8 @@ class Report:
         elif num_cut > 0:
             self._events.write("begun_anew", records_cut=num_cut)
             self.say(f"the run here was stopped before its first checkpoint: it begins anew, from step {progress.step}")
+        if start.notice is not None:
+            self.say(start.notice)
         for change in start.changes:
             self._events.write("changed", field=change.field, was=change.was, now=change.now)
             self.say(f"changed from here on: {change}")

@@ -29,8 +29,10 @@ from pathlib import Path
 from typing import IO
 
 from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.config.json_text import read_bytes
 from mlra_scale.training.record import write_atomically
 
+_MAX_PATH_BYTES = 65536
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
 
 
@@ -104,9 +106,21 @@ class RunDirectory:
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
     def source(self) -> Path | None:
-        """Returns the checkpoint of another run that this one began from, or None."""
+        """Returns the checkpoint of another run that this one began from, or None.
+
+        Raises:
+            ValueError: The file that says so is damaged.
+        """
         file = self.path / "started_from"
-        return Path(file.read_text(encoding="utf-8").rstrip("\n")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            text = read_bytes(file, _MAX_PATH_BYTES).decode("utf-8").rstrip("\n")
+        except UnicodeDecodeError:
+            text = ""
+        if not text or "\0" in text or "\n" in text:
+            raise ValueError(f"{file} names no checkpoint; write the path of the one that the run began from into it")
+        return Path(text)
 
     def create(self, config: Config, checkpoint: Path | None = None) -> None:
         """Makes the directory and writes the resolved configuration into it.

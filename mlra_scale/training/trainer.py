@@ -79,6 +79,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
         if start.changes_what_is_usual:
             guard.forget(progress.step)
         on_rank_0(partial(begin, start, checkpoints, report, guard), topology, progress.step)
+        for notice in datasets.notices:
+            report.say(notice)
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
             report.say(

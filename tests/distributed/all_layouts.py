@@ -1,6 +1,7 @@
 """Every pair of layouts, run and shown: `python -m tests.distributed.all_layouts` prints what docs/checkpoints.md has.
 
-A pair that fails stops the command with the tensor or the losses that differ.
+A pair that fails stops the command with the tensor or the losses that differ. test_all_layouts.py runs the same pairs
+as tests of the nightly tier.
 """
 
 import tempfile
@@ -17,6 +18,15 @@ from tests.distributed.layout_matrix import (
     largest_difference,
 )
 from tests.support.pool import PoolRegistry
+
+BF16 = {"train__precision": "bf16"}
+CHANGES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tp2pp2 fp32 to bf16": ("tp2pp2", "fp32", BF16),
+    "zero3-tp2dp2 bf16 to fp32": ("zero3-tp2dp2", "bf16", {}),
+    "tp2pp2, 128 rows of vocabulary to 150": ("tp2pp2", "fp32", {"model__vocab_padding_multiple": 50}),
+    "zero3-tp2dp2, 128 rows to 122": ("zero3-tp2dp2", "fp32", {"model__vocab_padding_multiple": 2}),
+}
+"""Layout and precision that save, and what is other in the run that goes on."""
 
 
 def cell(matrix: Matrix, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> str:
@@ -48,15 +58,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="layouts") as folder:
             matrix = Matrix(pools, Path(folder))
             table("fp32 to fp32", matrix, {name: (name, "fp32", {}) for name in LAYOUTS})
-            bf16 = {"train__precision": "bf16"}
-            table("bf16 to bf16", matrix, {name: (name, "bf16", bf16) for name in LAYOUTS})
-            changes: dict[str, tuple[str, str, dict[str, Any]]] = {
-                "tp2pp2 fp32 to bf16": ("tp2pp2", "fp32", bf16),
-                "zero3-tp2dp2 bf16 to fp32": ("zero3-tp2dp2", "bf16", {}),
-                "tp2pp2, 128 rows of vocabulary to 150": ("tp2pp2", "fp32", {"model__vocab_padding_multiple": 50}),
-                "zero3-tp2dp2, 128 rows to 122": ("zero3-tp2dp2", "fp32", {"model__vocab_padding_multiple": 2}),
-            }
-            table("change", matrix, changes)
+            table("bf16 to bf16", matrix, {name: (name, "bf16", BF16) for name in LAYOUTS})
+            table("change", matrix, CHANGES)
             for name in OTHERS:
                 found = [cell(matrix, name, name, was, train__precision=was) for was in ("fp32", "bf16")]
                 print(f"\n{name} to itself, fp32 and bf16: {', '.join(found)}")

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer
 
 from mlra_scale.config import load_config
 from mlra_scale.data import check_data, open_datasets
-from mlra_scale.data.manifest import read_manifest
+from mlra_scale.data.manifest import manifest_text, read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tools.prepare_data import main
 
@@ -209,9 +210,9 @@ def test_files_that_are_not_read_are_said_and_counted(tmp_path: Path, capsys: py
         assert f"  files       4 of 6 read of {name}\n" in printed
         assert f"  not read    1 of no known kind: {source / 'f.csv'}\n" in printed
         assert f"  note        1 read without any document: {source / 'd.jsonl.zst'}\n" in printed
-    # Each start reads the counts.
-    manifest = out / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"matched": 6', '"matched": 7'))
+    # Each start reads the counts; a manifest of version 1 has no checksum of its own.
+    wrong = json.loads((out / "manifest.json").read_text().replace('"matched": 6', '"matched": 7'))
+    (out / "manifest.json").write_text(manifest_text(wrong))
     config = load_config("debug", None, None, [f"data.path={out}"])
     assert ["it counts 7 files of source" in str(problem) for problem in check_data(config)] == [True]
 
@@ -337,6 +338,31 @@ def test_bad_numbers_name_flag_and_range(
         error = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2 and error.startswith(f"prepare_data.py: error: argument {flag}: {value!r} is not")
         assert message in error
+
+
+def test_verify_needs_no_other_option_and_says_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], training_data: Path
+) -> None:
+    data = Path(shutil.copytree(training_data, tmp_path / "data"))
+
+    def verified(folder: Path) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["--verify", str(folder)])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    code, out, err = verified(data)
+    assert (code, err) == (0, "") and f"{data / 'train.bin'}: " in out
+    with open(data / "train.bin", "r+b") as stream:
+        stream.seek(70_000)
+        byte = stream.read(1)
+        stream.seek(70_000)
+        stream.write(bytes([byte[0] ^ 16]))
+    code, out, err = verified(data)
+    assert code == 2 and err.startswith(f"prepare_data: error: {data / 'train.bin'} is damaged")
+    assert "at offset 65536)" in err and err.count("\n") == 1
+    code, _, err = verified(tmp_path)
+    assert code == 2 and f"{tmp_path} has no manifest.json" in err
 
 
 def test_the_hub_out_of_reach_is_told_soon_once_and_with_a_remedy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,13 @@ def differing_tensors(first: Path, second: Path) -> list[str]:
         )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs it all; returns 1 if a bit or the logits differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", nargs="?", choices=SIZES, default="gpt2")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the size has")
     parser.add_argument("--ranks", type=int, nargs="*", metavar="R", help="default: the width, and half of it")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     num_layers, width, num_heads = SIZES[options.size]
     config = GPT2Config(n_layer=options.layers or num_layers, n_embd=width, n_head=num_heads)
     tokens = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,1 @@
+"""Checkpoints: saving, reading, retention, and exchange with Hugging Face."""

@@ -59,6 +59,7 @@ def test_its_keys_are_frozen(tmp_path: Path) -> None:
             "excluded",
             "first_counted",
             "attempts",
+            "version",
         ]
     )
     assert [*values["attempts"][0]] == (

@@ -1,14 +1,6 @@
 """Where torchrun puts the output of the ranks."""
 
-import json
-import os
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
-from torch.distributed.elastic.multiprocessing import start_processes
 
 from mlra_scale.cluster.logs import RankLogs
 
@@ -23,50 +15,3 @@ def test_logs_are_named_by_the_global_rank(tmp_path: Path) -> None:
         assert environments[local_rank]["TORCHELASTIC_ERROR_FILE"] == f"{name}.error.json"
     assert places.tee_stderrs == {}
     assert list(tmp_path.iterdir()) == [], "no folders of torchrun's own"
-
-
-RANK = """
-import os, sys
-os.dup2(1, 2)
-print("out", os.environ["LOCAL_RANK"], flush=True)
-print("error", os.environ["LOCAL_RANK"], file=sys.stderr, flush=True)
-open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").write(sys.argv[1])
-sys.exit(int(os.environ["LOCAL_RANK"]))
-"""
-
-
-@pytest.fixture
-def _handlers() -> Iterator[None]:
-    """torchrun sets handlers of signals in its own process, and leaves them there."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_handlers")
-def test_processes_of_torchrun_write_there(tmp_path: Path) -> None:
-    """In order, and merged on the console with the rank in front."""
-    left = {"message": {"message": "broken", "extraInfo": {"timestamp": 5}}}
-    context = start_processes(
-        name="rank",
-        entrypoint=sys.executable,
-        args={number: ("-c", RANK, json.dumps(left)) for number in range(2)},
-        envs={number: {"LOCAL_RANK": str(number), "PATH": os.environ["PATH"]} for number in range(2)},
-        logs_specs=RankLogs(tmp_path, 4),
-        log_line_prefixes={0: "[4] ", 1: "[5] "},
-        start_method="spawn",
-    )
-    try:
-        result = context.wait(timeout=30)
-        while result is None:
-            result = context.wait(timeout=30)
-    finally:
-        context.close()
-    assert {name.name for name in tmp_path.iterdir()} >= {"rank-00004.log", "rank-00005.log"}
-    for number in range(2):
-        text = (tmp_path / f"rank-{4 + number:05d}.log").read_text()
-        assert text == f"out {number}\nerror {number}\n"
-    assert [*result.failures] == [1] and result.failures[1].exitcode == 1
-    assert result.failures[1].message == left["message"] and result.failures[1].timestamp == 5

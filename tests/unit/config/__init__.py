@@ -1,0 +1,1 @@
+"""Configuration: schema, presets, loading, validation and the DeepSpeed merge."""

@@ -1,0 +1,1 @@
+"""Data: sources, tokenizers, indexed files, blends, and the order of the samples."""

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, generation, and the texts for them."""

@@ -1,0 +1,1 @@
+"""Signals of stability: TEV, gradient statistics, activations, spikes, the guard."""

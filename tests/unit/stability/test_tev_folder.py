@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -157,29 +155,6 @@ def test_extremes_with_and_without_texts(tmp_path: Path, measure: Callable[..., 
     Tokenizer(WordLevel({"z": 0, "o": 1, "t": 2}, unk_token="z")).save(str(tmp_path / "tokenizer.json"))
     (embedding,) = measure(tmp_path, "--extremes", "4")["embeddings"]
     assert {t["token"]: t["text"] for t in embedding["highest"]} == {0: "z", 1: "o", 2: "t", 3: None}
-
-
-def test_report_for_people(tmp_path: Path) -> None:
-    llama(tied=False).save_pretrained(tmp_path)
-    (tmp_path / "vocab.json").write_text(json.dumps({f"word{i}": i for i in range(VOCABULARY)}))
-    done = subprocess.run(
-        [sys.executable, str(TOOL), str(tmp_path), "--extremes", "3"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "input embedding model.embed_tokens.weight: 53 tokens x 16, float32" in done.stdout
-    assert "untied head lm_head.weight" in done.stdout
-    assert done.stdout.count("TEV mean") == 2 and done.stdout.count('"word') == 12
-
-
-def test_the_tool_starts_without_the_training_libraries() -> None:
-    code = (
-        "import sys, mlra_scale.stability.tev_folder; "
-        "print([name for name in ('deepspeed', 'megatron', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=TOOL.parents[1], timeout=120
-    )
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 def write_index(folder: Path, content: Any) -> None:

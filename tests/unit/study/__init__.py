@@ -1,0 +1,1 @@
+"""Studies: grids, statistics, predictions, figures and what a report reads."""

@@ -1,0 +1,1 @@
+"""The loop: command line, schedule, record, run directory, resume, candidates."""

@@ -1,3 +1,5 @@
+"""What a run tells: its record, its events, the console, and what rank 0 alone writes."""
+
 import io
 from pathlib import Path
 from types import SimpleNamespace

@@ -17,8 +17,8 @@ from mlra_scale.study.grid import Cell, Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory, claim
 from mlra_scale.study.sweep import Sweep
 from mlra_scale.study.sweep_text import Board, plan_text, summary_text
+from tests.processes.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
 from tests.support.tools import run_tool
-from tests.unit.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
 
 PLAYER = Path(__file__).with_name("fake_train.py")
 STUDY = """

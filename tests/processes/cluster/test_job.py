@@ -16,9 +16,9 @@ from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError
-from tests.unit.cluster.player import DRY_RUN_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
+from tests.processes.cluster.player import DRY_RUN_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
-SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.unit.cluster.player import main\nsys.exit(main())\n"
+SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
 SCONTROL = """#!/bin/sh
 case "$*" in
 *"show hostnames"*) printf 'a\\nb\\n' ;;

@@ -1,3 +1,5 @@
+"""The log in wandb: offline where there is no key, and never the end of a run."""
+
 import os
 import subprocess
 import sys

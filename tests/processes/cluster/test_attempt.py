@@ -17,7 +17,7 @@ from mlra_scale.cluster.attempt import Attempt, Plan, free_port
 from mlra_scale.cluster.channel import TOKEN_VARIABLE
 from mlra_scale.cluster.failure import Failure
 from mlra_scale.cluster.node import parse
-from tests.unit.cluster.player import PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
+from tests.processes.cluster.player import PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
 TRAINING = ("--preset", "debug", "--run-dir", "runs/with space", "parallel.world_size=2")
 
@@ -103,7 +103,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
     srun.write_text(
-        f"#!{sys.executable} -S\nimport sys\nfrom tests.unit.cluster.player import main\nsys.exit(main())\n"
+        f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
     )
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")

@@ -1,0 +1,36 @@
+"""A checkpoint of every layout continues in every other, in fp32 and bf16, with a change of precision or of padding."""
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.all_layouts import CHANGES, cell
+from tests.distributed.layout_matrix import LAYOUTS, OTHERS, Matrix, Pools
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.fixture(scope="module")
+def matrix(worker_pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(worker_pool, tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("saved_in", LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_layout_goes_on_in_every_other(matrix: Matrix, precision: str, saved_in: str, name: str) -> None:
+    cell(matrix, saved_in, name, precision, train__precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layouts_go_on_bitwise(matrix: Matrix, name: str, precision: str) -> None:
+    assert cell(matrix, name, name, precision, train__precision=precision) == "bitwise"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("saved_in", "was", "overrides"), CHANGES.values(), ids=CHANGES)
+def test_precision_and_padding_may_change(
+    matrix: Matrix, saved_in: str, was: str, overrides: dict[str, Any], name: str
+) -> None:
+    cell(matrix, saved_in, name, was, **overrides)
