@@ -162,4 +162,6 @@ def as_text(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -173,6 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: clean up, then stop
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be ASCII
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=True))

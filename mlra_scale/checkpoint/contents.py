@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer"
 # data.tokenizer may name the folder of a whole model, whose weights no checkpoint should carry along.
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
 
-_STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin")
+_STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history")
 
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")

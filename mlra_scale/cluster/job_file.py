@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +15,8 @@ from mlra_scale.config.json_text import read_json_object
 from mlra_scale.training.record import write_atomically
 
 VERSION = 2
+_BLOCK_BYTES = 4096
+
 JobState = Literal["pending", "running", "preempted", "requeued", "cancelled", "failed", "done"]
 
 
@@ -110,13 +114,40 @@ class JobFile:
             raise ValueError(f"{path} is no job file of this program ({error}); move it away") from error
 
     def write(self) -> None:
-        """Replaces the file at once; a disk that is full for a while does not end a job."""
+        """Replaces the file at once; where the disk has no room for another one, it is written over in its place.
+
+        It has blanks at its end for this, so that a job that ends because of a full disk can still say so. A file
+        that cannot be written at all does not end a job.
+        """
         self.updated = now()
         values = {key: value for key, value in asdict(self).items() if key != "path"}
+        text = json.dumps(values, indent=1)
+        blanks = _BLOCK_BYTES + -len(text) % _BLOCK_BYTES - 1
         try:
-            write_atomically(self.path, json.dumps(values, indent=1) + "\n")
+            write_atomically(self.path, f"{text}{' ' * blanks}\n")
         except OSError as error:
-            print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            fault = error.strerror
+            with contextlib.suppress(OSError):
+                self.path.with_name(f".{self.path.name}.tmp").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fault = "" if self._write_over(text) else fault
+            if fault:
+                with contextlib.suppress(OSError):
+                    print(f"{self.path} cannot be written: {fault}", file=sys.stderr, flush=True)
+
+    def _write_over(self, text: str) -> bool:
+        """Writes into the file as it is; returns False where it is too small."""
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            size = os.fstat(file).st_size
+            data = text.encode("ascii").ljust(size - 1) + b"\n"
+            # In one call: who reads it meanwhile sees the old content or the new one.
+            if len(data) == size and os.pwrite(file, data, 0) == size:
+                os.fsync(file)
+                return True
+        finally:
+            os.close(file)
+        return False
 
     def become(self, state: JobState, reason: str = "") -> None:
         """Changes the state and writes the file."""

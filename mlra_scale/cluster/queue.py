@@ -35,7 +35,11 @@ def ended_by_slurm(allocation: slurm.Allocation) -> EndedBySlurm | None:
     fields = slurm.job_fields(allocation.job_id)
     if fields.get("JobState") in ("RUNNING", "TIMEOUT"):
         return None
-    return EndedBySlurm(fields.get("JobState", "unknown"), int(fields.get("Restarts", "0")) > allocation.num_requeues)
+    has_requeued = slurm.number_of_restarts(fields) > allocation.num_requeues
+    # While its processes end, a job in the queue and a cancelled one are both COMPLETING, also where it was cancelled
+    # after it had been queued again; only what will not run any more has an end.
+    is_queued_again = has_requeued and fields.get("EndTime", "Unknown") == "Unknown"
+    return EndedBySlurm(fields.get("JobState", "unknown"), is_queued_again)
 
 
 def put_back(

@@ -203,6 +203,18 @@ class ClusterConfig(Section):
     lost_node_seconds: float = Field(
         30.0, gt=0.0, description="A node that the job has heard nothing from for this long is lost."
     )
+    step_memory: str = Field(
+        "0",
+        pattern=r"^\d+[KMGT]?$",
+        description="Memory of the ranks on each node, as srun's --mem takes it, such as 400G; 0: all memory that the "
+        "job has there.",
+    )
+    cpu_bind: str = Field(
+        "none",
+        pattern=r"^(none|(map|mask)_(cpu|ldom):[0-9a-fA-Fx,]+)$",
+        description="Binding of the ranks on each node to its cores, as srun's --cpu-bind takes it for one task per "
+        "node, such as mask_cpu:0xffff; none: the ranks may use all cores that the job has there.",
+    )
 
 
 class Config(Section):

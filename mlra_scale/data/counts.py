@@ -51,11 +51,11 @@ def find_contradiction(content: dict[str, Any]) -> str | None:
     """
     sources = content["sources"]
     sums = [("documents", content["documents"], sum(source["documents"] for source in sources))]
-    if all("empty_documents" in source for source in sources):
+    if all(source.get("empty_documents") is not None for source in sources):
         empty = sum(source["empty_documents"] for source in sources)
         sums.append(("empty documents", content["empty_documents_left_out"], empty))
     for source in sources:
-        if "files" in source:
+        if source.get("files") is not None:
             files = source["files"]
             others = sum(group["files"] for group in files["not_read"])
             sums.append((f"files of source {_printable(source['name'])}", files["matched"], files["read"] + others))
@@ -68,7 +68,7 @@ def count_lines(content: dict[str, Any]) -> list[str]:
     """Returns the lines of a summary about what was read and what was not; none where all was read."""
     lines = []
     for source in content["sources"]:
-        if "files" not in source:  # the hub's, or a manifest from before files were counted
+        if source.get("files") is None:  # the hub's, or a manifest from before files were counted
             continue
         files = source["files"]
         if files["matched"] != 1 or files["not_read"]:

@@ -163,6 +163,12 @@ def _check_borders(index_path: str, borders: NDArray[np.int64], num_sequences: i
     """
     if len(borders) == 0 or borders[0] != 0:
         raise DataError(f"{index_path} is damaged: its first document does not start at sequence 0")
+    if (is_outside := (borders < 0) | (borders > num_sequences)).any():
+        bad = int(np.argmax(is_outside))
+        raise DataError(
+            f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, the index has {num_sequences} "
+            "sequences; write the index again"
+        )
     if (is_back := borders[1:] < borders[:-1]).any():
         bad = int(np.argmax(is_back)) + 1
         raise DataError(

@@ -178,6 +178,7 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
         if loaded.hugging_face.eos_token != loaded.end_of_document:
             loaded.hugging_face.eos_token = loaded.end_of_document
         loaded.hugging_face.save_pretrained(folder)
+        _make_portable(folder / "tokenizer_config.json")
         return
     loaded.tokenizer.save(str(folder / "tokenizer.json"))
     # Also as vocab.json and merges.txt, which Megatron-LM, GPT-NeoX and OpenAI's own code read.
@@ -192,6 +193,16 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # it would break the exact round trip
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_portable(path: Path) -> None:
+    """Takes out of tokenizer_config.json what transformers 5 writes there for itself and transformers 4 cannot read."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def contradict(one: LoadedTokenizer, other: LoadedTokenizer) -> bool:

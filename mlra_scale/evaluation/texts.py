@@ -141,7 +141,7 @@ def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: Loaded
     for number in range(files.num_documents):
         if encoder.is_full:
             return
-        tokens = _document(files, stored, number)
+        tokens = document_tokens(files, stored, number)
         if tokens and tokens[-1] == manifest.end_of_document_token:
             tokens = tokens[:-1]
         yield [encoder.piece_of_tokens(tokens)]
@@ -155,7 +155,14 @@ def joined(documents: Iterable[Document], end_of_document: int) -> Iterator[Piec
         yield end
 
 
-def _document(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
+def document_tokens(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
+    """Returns the ids of a document, with the token that ends it.
+
+    Args:
+        files: An indexed data set.
+        stored: What its `tokens` method returns.
+        number: Of the document, from 0.
+    """
     first, stop = (int(border) for border in files.document_borders[number : number + 2])
     tokens: list[int] = []
     for sequence in range(first, stop):

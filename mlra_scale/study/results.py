@@ -102,7 +102,7 @@ class CellFiles:
                 for line in lines_from_end(file):
                     with contextlib.suppress(ValueError, TypeError, KeyError):
                         return int(parse_json(line, "the line", allow_nan=True)["step"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         return 0
 

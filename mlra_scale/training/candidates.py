@@ -11,6 +11,7 @@ from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.contents import STATE
 from mlra_scale.checkpoint.retention import checkpoint_folders, complete_checkpoints, latest
 from mlra_scale.config import ConfigError, Problem
+from mlra_scale.training.history import History
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.resumed_data import DataHistory
 from mlra_scale.training.run_directory import RunDirectory
@@ -161,8 +162,8 @@ def _fault(path: Path, excluded: Mapping[Path, str]) -> str | None:
     return None
 
 
-def stored_place(store: Store) -> tuple[Progress, DataHistory]:
-    """Returns how far the run of a checkpoint has come, in steps and in its data.
+def stored_place(store: Store) -> tuple[Progress, DataHistory, History]:
+    """Returns how far the run of a checkpoint has come, in steps and in its data, and what it changed on the way.
 
     Raises:
         CheckpointError: Its state does not say so, or cannot be loaded into an engine.
@@ -173,7 +174,8 @@ def stored_place(store: Store) -> tuple[Progress, DataHistory]:
                 raise ValueError(f"engine has {name} {number!r}")
         if not isinstance(store.state["windows"], dict):
             raise ValueError(f"windows is {store.state['windows']!r}")
-        return Progress(**store.state["progress"]), DataHistory.from_dict(store.state["data"])
+        progress = Progress(**store.state["progress"])
+        return progress, DataHistory.from_dict(store.state["data"]), History.of(store.state, progress.step)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{store.folder / STATE} is not sound ({reason}); use another checkpoint") from error

@@ -156,7 +156,7 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
             run.path.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((run.path / name).open("a+", encoding="ascii"))
         except OSError as error:
-            raise ConfigError([_unwritable(run, error)]) from error
+            raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         try:
             _lock(file, seconds)
         except BlockingIOError:
@@ -172,7 +172,7 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), note.encode("ascii"))
         except OSError as error:
-            raise ConfigError([_unwritable(run, error)]) from error
+            raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         yield
 
 
@@ -187,6 +187,7 @@ def _lock(file: IO[str], seconds: float) -> None:
             time.sleep(0.1)
 
 
-def _unwritable(run: RunDirectory, error: OSError) -> Problem:
-    remedy = f"cannot be written ({error.strerror}); make room there, or name another directory"
+def _unwritable(run: RunDirectory, file: Path, error: OSError) -> Problem:
+    place = error.filename or file
+    remedy = f"{place} cannot be written ({error.strerror}); make room there, or name another directory"
     return Problem("--run-dir", str(run.path), remedy)

@@ -15,6 +15,7 @@ from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
+from mlra_scale.training.history import History
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import read_record
@@ -69,6 +70,9 @@ class Start:
         rollbacks: Of the guard, the oldest first, as the run directory has them.
         is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
         notice: What there is to say of the checkpoint's format; None where it is the current one.
+        left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
+            it is measured first.
+        history: What the run changed so far, these changes included.
     """
 
     config: Config
@@ -82,6 +86,8 @@ class Start:
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
     notice: str | None = None
+    left_out: tuple[str, ...] = ()
+    history: History = field(default_factory=History)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -101,7 +107,7 @@ class Start:
     @property
     def is_done(self) -> bool:
         """Whether the run has done its steps already."""
-        return self.progress.step >= self.config.train.steps
+        return self.progress.step >= self.config.train.steps and not self.left_out
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -109,12 +115,13 @@ class Start:
         return self.choice.rejected
 
 
-def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
+def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: bool = True) -> Start:
     """Checks configuration, device, data, run directory and checkpoint, without writing anything.
 
     Args:
         asked: What the command line asks for.
         excluded: Checkpoints that were found to be bad, with the reason.
+        is_here: Whether this process is a rank, or on its machine; else launcher and device are not looked at.
 
     Returns:
         What the start does.
@@ -122,7 +129,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     Raises:
         ConfigError: With everything that is wrong.
     """
-    problems = check_launcher(os.environ)
+    problems = check_launcher(os.environ) if is_here else []
     choice, store = Choice(None), None
     try:
         if asked.run is None:
@@ -141,15 +148,16 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
         validate(config, asked.world_size, device=resolve_device(config))
     except ConfigError as error:
         problems += error.problems
-    problems += check_device(config)
+    problems += check_device(config) if is_here else []
     found = check_data(config, is_resumed=store is not None and store.kind == "training")
     problems += found
-    changes, progress = list(compared.changes), Progress()
+    changes, progress, history = list(compared.changes), Progress(), History()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
+    left_out: tuple[str, ...] = ()
     if store is not None and store.kind == "training":
-        progress, data = stored_place(store)
+        progress, data, history = stored_place(store)
         if not found:
             about_data = compare_data(identify_data(config), data, progress.consumed_samples, named)
             problems += about_data.problems
@@ -161,6 +169,8 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
             except ValueError as error:
                 problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
             is_good_step_lost = _is_good_step_lost(asked.run, store)
+            stored = store.state.get("left_out")
+            left_out = tuple(str(name) for name in stored) if isinstance(stored, list) else ()
             problems += _record_problems(asked.run)
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
@@ -170,6 +180,8 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     kind: Literal["fresh", "training", "weights"] = "fresh"
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
+    if store is not None and kind == "weights":
+        history = History(begun_from={"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})})
     plan = batch_plan(config, asked.world_size)
     return Start(
         config,
@@ -183,6 +195,8 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
         rollbacks,
         is_good_step_lost,
         None if store is None else store.manifest.notice,
+        left_out,
+        history.followed_by(changes, progress.step),
     )
 
 

@@ -214,7 +214,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "was not made, or not finished, by"),
-    "manifest is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    "manifest is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
     "foreign manifest": (lambda d: (d / "manifest.json").write_text("{}"), "is not a manifest of tools/prepare_data"),
     "no train.bin": (lambda d: (d / "train.bin").unlink(), "train.bin does not exist"),
     "no validation.idx": (lambda d: (d / "validation.idx").unlink(), "validation.idx does not exist"),

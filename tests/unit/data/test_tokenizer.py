@@ -24,6 +24,7 @@ from mlra_scale.data.tokenizer import (
     tokenizer_sha256,
     train_bpe,
 )
+from tests.support.foreign_tokenizers import begins_with_bos, save
 
 TEXTS = [
     "Hello world",
@@ -257,3 +258,14 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(DataError, match=message):
             load_tokenizer(names)
+
+
+def test_a_generic_tokenizer_is_saved_without_what_only_transformers_5_reads(tmp_path: Path) -> None:
+    """transformers 4.57 has no class TokenizersBackend."""
+    source = save(begins_with_bos(), tmp_path / "source", tokenizer_class="PreTrainedTokenizerFast")
+    loaded = load_tokenizer([str(source)])
+    save_tokenizer(loaded, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["eos_token"] == "</s>"
+    assert not settings.keys() & {"backend", "is_local", "local_files_only"}
+    assert tokenizer_sha256(load_tokenizer([str(tmp_path / "saved")]).tokenizer) == tokenizer_sha256(loaded.tokenizer)
