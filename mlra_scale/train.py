@@ -5,6 +5,14 @@ Everything that can be wrong is found on every rank before a process group exist
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Before the seconds that all other imports take.
+    from mlra_scale.console import make_unfailing
+    from mlra_scale.training.interruption import Interruption
+
+    make_unfailing()
+    INTERRUPTION = Interruption().until_exit()
+
 import argparse
 import contextlib
 import os
@@ -23,8 +31,10 @@ from mlra_scale.config import (
     preset_names,
     validate,
 )
+from mlra_scale.data.errors import DataError
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.run_directory import RunDirectory, held
 
 if TYPE_CHECKING:
@@ -66,35 +76,57 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, overseer: Overseer | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, overseer: Overseer | None = None, interruption: Interruption | None = None
+) -> int:
     """Runs the command line.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
         overseer: Looks after this rank; None: nobody does.
+        interruption: Listens to signals already; None: they are listened to until this returns.
 
     Returns:
         The exit code, see ExitCode.
     """
+    if interruption is None:
+        with Interruption() as listening:
+            return main(argv, overseer, listening)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments = build_parser().parse_intermixed_args(argv)
-        config, named = load_named_config(arguments.preset, arguments.config, arguments.ds_config, arguments.overrides)
+        run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
+        own = _config_of_run(arguments, run_directory)
+        config, named = load_named_config(
+            arguments.preset, arguments.config, arguments.ds_config, arguments.overrides, own
+        )
         if arguments.dry_run:
             return _dry_run(config, rank, config.parallel.world_size or world_size)
         from mlra_scale.training.start import Asked
 
-        run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
-        return _train(Asked(config, named, run_directory, arguments.resume, world_size), rank, overseer)
+        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before=own is not None)
+        return _train(asked, rank, overseer, interruption)
     except ConfigError as error:
+        # Whatever signal ends this rank meanwhile: the input is bad.
+        interruption.limit(0.0, code=ExitCode.BAD_INPUT)
         return _report_bad_input(error, rank)
+    except DataError as error:
+        # Found while the data were read; on a machine of its own only this rank may see it.
+        print(f"mlra_scale.train: bad input (rank {rank})\n  {error}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; continue from the last checkpoint with --resume auto", file=sys.stderr, flush=True)
         return ExitCode.INTERRUPTED
 
 
-def _train(asked: Asked, rank: int, overseer: Overseer | None) -> int:
+def _config_of_run(arguments: argparse.Namespace, run: RunDirectory | None) -> Path | None:
+    """Returns the config.yaml of the run directory where it alone says what to go on with: neither preset nor file."""
+    is_alone = arguments.preset is None and arguments.config is None and arguments.resume != "none"
+    return run.config if is_alone and run is not None and run.config.is_file() else None
+
+
+def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Interruption) -> int:
     """Checks everything, keeps other runs out of the directory, and trains."""
     from mlra_scale.training.candidates import choose
     from mlra_scale.training.launch import run
@@ -111,7 +143,7 @@ def _train(asked: Asked, rank: int, overseer: Overseer | None) -> int:
             if rank == 0:
                 report_nothing_to_do(start)
             return ExitCode.DONE
-        return run(asked, start, overseer)
+        return run(asked, start, overseer, interruption)
 
 
 def _dry_run(config: Config, rank: int, world_size: int) -> int:
@@ -143,4 +175,4 @@ def _report_bad_input(error: ConfigError, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(interruption=INTERRUPTION))

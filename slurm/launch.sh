@@ -3,28 +3,48 @@
 #   preset, ds_config, layout=(overrides)     what is trained unless the command line says otherwise
 #
 # Everything after the file's name goes to `python -m mlra_scale.train`: flags (--preset, --config, --ds-config,
-# --run-dir, --resume) and dotted overrides. Choices by environment (docs/slurm.md), beside those of environment.sh:
+# --run-dir, --resume) and dotted overrides. Two more, on a login node and for the nodes that the file asks for:
+#   --dry-run                 the plan: mesh, batch, parameters, memory per rank
+#   --check                   the plan, and everything that would make the job refuse to start; exit code 2 if there is
+# Choices by environment (docs/slurm.md), beside those of environment.sh:
 #   MLRA_PYTHON="..."         interpreter on the nodes, a container's command in front of it:
 #                               MLRA_PYTHON="apptainer exec --nv --bind /scratch image.sif python3"
 #   MLRA_SRUN_ARGUMENTS="..." further arguments of srun; for enroot with pyxis:
 #                               MLRA_SRUN_ARGUMENTS="--container-image=/images/mlra.sqsh --container-mounts=/scratch"
 #                               MLRA_PYTHON=python3
 #   PROCESSES_PER_NODE=N      ranks on each node (default: its GPUs, or 1)
+#   MLRA_NODES=N              nodes that --dry-run and --check assume (default: those of the file)
 set -euo pipefail
 # shellcheck source=slurm/environment.sh
 source "${MLRA_SCALE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}/slurm/environment.sh"
-arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto ${layout[@]+"${layout[@]}"} "$@")
+sbatch_value() { sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$0" | head -n 1; }
+
+wanted='' given=()
+for argument in "$@"; do
+    if [[ $argument == --check || $argument == --dry-run ]]; then
+        wanted=$argument
+    else
+        given+=("$argument")
+    fi
+done
+arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto)
+arguments+=(${layout[@]+"${layout[@]}"} ${given[@]+"${given[@]}"})
+
+if [[ -n $wanted ]]; then
+    # For the job that the file asks for, also from a shell that is inside another one (salloc).
+    nodes=${MLRA_NODES:-$(sbatch_value nodes)} gpus=$(sbatch_value gpus-per-node)
+    if [[ $wanted == --check ]]; then
+        # The run directory of a job that has no number yet is a new one.
+        arguments=(--run-dir "runs/$(sbatch_value job-name)-check" "${arguments[@]}")
+        exec python -m mlra_scale.cluster.check --nodes "$nodes" --gpus-per-node "$gpus" -- "${arguments[@]}"
+    fi
+    ranks=$((nodes * ${PROCESSES_PER_NODE:-$gpus}))
+    exec python -m mlra_scale.train "${arguments[@]}" --dry-run "parallel.world_size=$ranks" train.device=cuda
+fi
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    # Not in a job: only the plan can be had, for the number of nodes that the file asks for.
-    sbatch_value() { sed -n "s/^#SBATCH --$1=\([0-9]*\).*/\1/p" "$0" | head -n 1; }
-    ranks=$(($(sbatch_value nodes) * ${PROCESSES_PER_NODE:-$(sbatch_value gpus-per-node)}))
-    for argument in "$@"; do
-        if [[ $argument == --dry-run ]]; then
-            exec python -m mlra_scale.train "${arguments[@]}" "parallel.world_size=$ranks" train.device=cuda
-        fi
-    done
-    echo "$0: this is no Slurm job. Submit it: sbatch $0 data.path=... ; or see its plan: bash $0 --dry-run" >&2
+    echo "$0: this is no Slurm job. Submit it: sbatch $0 data.path=... ; before that, check it: bash $0 --check" \
+        "data.path=..." >&2
     exit 2
 fi
 

@@ -11,13 +11,14 @@
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1           # as many as the study has `ranks`
 #SBATCH --cpus-per-task=8
-#SBATCH --mem=32G
 #SBATCH --time=8:00:00
 #SBATCH --signal=B:USR1@300         # seconds before that in which the last step ends and is saved
 #SBATCH --requeue                   # after a preemption or a lost node
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%A-%a.out
-# Take out one # where your cluster wants these:
+# Take out one # where your cluster wants these. Memory: where none is asked for, the partition's default is given;
+# --mem-per-cpu on the command line goes before.
+##SBATCH --mem=32G
 ##SBATCH --account=...
 ##SBATCH --partition=...
 set -euo pipefail

@@ -66,18 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, 1 for damage or a difference, or 2 for bad input."""
     options = parser().parse_args(arguments)
     from mlra_scale.checkpoint import CheckpointError
+    from mlra_scale.config.json_text import printable
 
     run = {"list": list_, "verify": verify, "describe": describe, "diff": diff, "prune": prune}[options.command]
     try:
-        result, text, code = run(options)
+        result, lines, code = run(options)
     except CheckpointError as error:
         print(f"checkpoints: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if options.json else text)
+    # Names and values come from files: what a terminal would obey is escaped.
+    print(json.dumps(result) if options.json else "\n".join(map(printable, lines)))
     return code
 
 
-Answer = tuple[dict[str, Any], str, int]
+Answer = tuple[dict[str, Any], list[str], int]
 """What a command found: for JSON, as lines for people, and the exit code."""
 
 
@@ -99,7 +101,7 @@ def list_(options: argparse.Namespace) -> Answer:
             f"{mark} {entry['name']:<14} {tokens}{size}   {entry['created'][:19]}   {_layout(entry['layout'])}"
         )
     lines.append("* is what `latest` names")
-    return {"folder": str(folder), "checkpoints": found}, "\n".join(lines), 0
+    return {"folder": str(folder), "checkpoints": found}, lines, 0
 
 
 def verify(options: argparse.Namespace) -> Answer:
@@ -114,7 +116,7 @@ def verify(options: argparse.Namespace) -> Answer:
         except CheckpointError as error:
             found[str(path)] = [str(error)]
     lines = [f"{path}: {'; '.join(faults) or 'all files are as they were written'}" for path, faults in found.items()]
-    return {"faults": found}, "\n".join(lines), 1 if any(found.values()) else 0
+    return {"faults": found}, lines, 1 if any(found.values()) else 0
 
 
 def describe(options: argparse.Namespace) -> Answer:
@@ -139,11 +141,14 @@ def describe(options: argparse.Namespace) -> Answer:
         f"  state       {', '.join(found['state'])}",
         f"  buffers     {', '.join(found['buffers']) or 'none'}",
         f"  tokenizer   {'yes' if found['has_tokenizer'] else 'no'}",
+        f"  last step   learning rate {_value(found['learning_rate'])}, validation loss "
+        f"{_value(found['validation_loss'])}",
+        f"  format      version {found['format_version']}",
         f"  written by  {', '.join(f'{library} {version}' for library, version in found['versions'].items())}",
         f"  size        {_size(found['bytes'])} in {len(found['files'])} files",
         *(f"    {_size(size):>10}  {name}" for name, size in found["files"].items()),
     ]
-    return found, "\n".join(lines), 0
+    return found, lines, 0
 
 
 def diff(options: argparse.Namespace) -> Answer:
@@ -167,7 +172,7 @@ def diff(options: argparse.Namespace) -> Answer:
         else f"configuration and {compared} are equal, bit by bit"
     )
     result = {"first": str(one.folder), "second": str(other.folder), "fields": fields, "tensors": tensors}
-    return result, "\n".join(lines), 1 if fields or tensors else 0
+    return result, lines, 1 if fields or tensors else 0
 
 
 def prune(options: argparse.Namespace) -> Answer:
@@ -183,7 +188,7 @@ def prune(options: argparse.Namespace) -> Answer:
             removed = retention.prune(folder, options.keep_last, options.keep_every, pinned_step(folder))
     verb = "would remove" if options.dry_run else "removed"
     lines = [f"{verb} {path}" for path in removed] or ["nothing to remove"]
-    return {"removed": [str(path) for path in removed], "dry_run": options.dry_run}, "\n".join(lines), 0
+    return {"removed": [str(path) for path in removed], "dry_run": options.dry_run}, lines, 0
 
 
 @contextlib.contextmanager
@@ -203,6 +208,10 @@ def _nobody_else(folder: Path) -> Any:
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         yield
+
+
+def _value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "not measured"
 
 
 def _figures(entry: dict[str, Any]) -> str:
@@ -225,4 +234,6 @@ def _size(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=True))

@@ -124,7 +124,12 @@ def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable
         documents = documents_of_data(options.data, options.split or "validation", encoder, loaded)
     else:
         documents = documents_of_sources(
-            options.text, encoder, options.field, options.split or "test", options.config_name
+            options.text,
+            encoder,
+            options.field,
+            options.split or "test",
+            options.config_name,
+            lambda line: print(f"evaluate: {line}", file=sys.stderr),
         )
     return [joined(documents, encoder.end_of_document)] if options.join else documents
 
@@ -157,4 +162,6 @@ def as_text(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=False))

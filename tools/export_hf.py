@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.huggingface.exporting import VerificationText
     from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.data.tokenizer import LoadedTokenizer
 
 EXAMPLES = """examples:
   python tools/export_hf.py runs/first exported/first
@@ -105,8 +106,9 @@ def export(options: argparse.Namespace, stack: ExitStack) -> None:
     if not options.no_checksums and (faults := store.verify()):
         raise CheckpointError(f"{'; '.join(faults)}; use another checkpoint")
     tokenizer = _tokenizer(options.tokenizer, store, stack)
-    text = None if options.no_verify else _text(options, store, tokenizer)
-    if store.tokenizer_folder is None and tokenizer is None:
+    trained_with = _trained_with(tokenizer, store)
+    text = None if options.no_verify else _text(options, store, trained_with)
+    if trained_with is None:
         print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
     settings = ExportOptions(options.format, DTYPES[options.dtype], options.max_shard_size, tokenizer, options.force)
     export_checkpoint(store, options.output, settings, text, print)
@@ -130,11 +132,29 @@ def _tokenizer(name: str | None, store: Store, stack: ExitStack) -> Path | None:
     return folder
 
 
-def _text(options: argparse.Namespace, store: Store, tokenizer: Path | None) -> VerificationText:
-    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
+def _trained_with(named: Path | None, store: Store) -> LoadedTokenizer | None:
+    """Loads the tokenizer of training: the checkpoint's own copy, or the named one where there is none."""
     from mlra_scale.data.tokenizer import load_tokenizer
+    from mlra_scale.evaluation.verification_text import check_checksum
+
+    folder = store.tokenizer_folder or named
+    if folder is None:
+        return None
+    loaded = load_tokenizer([str(folder)])
+    recorded = (store.state.get("data") or {}).get("tokenizer")
+    check_checksum(loaded, None if recorded is None else str(recorded))
+    return loaded
+
+
+def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokenizer | None) -> VerificationText:
+    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
     from mlra_scale.evaluation.errors import EvaluationError
-    from mlra_scale.evaluation.verification_text import text_tokens, validation_tokens
+    from mlra_scale.evaluation.verification_text import (
+        documents_of_sequences,
+        text_tokens,
+        validation_documents,
+        validation_tokens,
+    )
 
     if options.text is None:
         if store.config is None:
@@ -142,14 +162,19 @@ def _text(options: argparse.Namespace, store: Store, tokenizer: Path | None) -> 
                 f"{store.folder} was not trained by this project, so it names no validation data; name a text to "
                 "verify on with --text, or leave the verification out with --no-verify"
             )
-        return VerificationText(validation_tokens(store.config, options.tokens), "the run's validation data")
-    folder = tokenizer or store.tokenizer_folder
-    if folder is None:
+        tokens_NS = validation_tokens(store.config, options.tokens)
+        documents = [] if trained_with is None else validation_documents(store.config, trained_with, options.tokens)
+        return VerificationText(tokens_NS, "the run's validation data", tuple(documents))
+    if trained_with is None:
         raise EvaluationError("--text needs a tokenizer, and the checkpoint has no copy of one; name it (--tokenizer)")
     length = store.model.max_positions if store.config is None else store.config.train.sequence_length
-    tokens_NS = text_tokens([options.text], load_tokenizer([str(folder)]), length, options.tokens)
-    return VerificationText(tokens_NS, Path(options.text).name)
+    tokens_NS = text_tokens([options.text], trained_with, length, options.tokens)
+    # Of an imported model this project does not know how its text was encoded.
+    documents = [] if store.config is None else documents_of_sequences(trained_with, tokens_NS)
+    return VerificationText(tokens_NS, Path(options.text).name, tuple(documents))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=True))

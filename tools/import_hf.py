@@ -142,4 +142,6 @@ def _energy_table(made: Imported) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=True))

@@ -183,4 +183,6 @@ def write(path: Path, found: Found, cluster: Cluster, lines: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=False))

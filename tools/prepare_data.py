@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 # Worker processes import this file too: everything heavier is imported when it is needed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,6 +26,9 @@ EXAMPLES = """examples:
   # a Hugging Face data set, streamed, with a tokenizer by name
   python tools/prepare_data.py --output data/wikitext --source hf:Salesforce/wikitext \\
       --config-name wikitext-103-raw-v1 --split train --tokenizer gpt2
+
+  # compare every byte of a finished data set with what was recorded when it was made
+  python tools/prepare_data.py --verify data/wikitext
 """
 
 
@@ -43,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--source",
         action="append",
         metavar="SOURCE",
-        help="may be repeated: a .txt (one document per file), .jsonl, .jsonl.gz or .parquet file, a folder (searched "
-        "recursively), a glob, hf:NAME for a Hugging Face data set, or python-docs, the embedded corpus (default)",
+        help="may be repeated: a .txt (one document per file), .jsonl or .json (one object per line) or .parquet file, "
+        "all but .parquet also with .gz or .zst; a folder (searched recursively), a glob, hf:NAME for a Hugging Face "
+        "data set, or python-docs, the embedded corpus (default)",
     )
     add("--field", default="text", help="field or column that holds the text (default: text)")
     add("--split", default="train", help="split of Hugging Face data sets (default: train)")
@@ -76,7 +80,25 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
     add("--quiet", action="store_true", help="no progress bar")
+    add("--verify", action=_Verify, type=Path, metavar="FOLDER", help="check all of a finished data set, and stop")
     return result
+
+
+class _Verify(argparse.Action):
+    """Like --help, an option that does its work at once and stops: it needs none of the others."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, folder: Any, __: str | None = None) -> NoReturn:
+        """Verifies the folder; exit code 0 if it is whole, 2 if not."""
+        from mlra_scale.data.errors import DataError
+        from mlra_scale.data.folder import verify_folder
+
+        try:
+            problems = verify_folder(folder, print)
+        except (DataError, OSError) as error:
+            problems = [str(error)]
+        for problem in problems:
+            print(f"prepare_data: error: {problem}", file=sys.stderr)
+        parser.exit(2 if problems else 0)
 
 
 def _count(text: str, largest: int = 2**63 - 1) -> int:
@@ -150,5 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: clean up, then stop
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=True))

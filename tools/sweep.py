@@ -23,8 +23,10 @@ EXAMPLES = """examples:
   python tools/sweep.py docs/studies/small.yaml --output runs/short --jobs 2 train.steps=30 --only 'mlra-*'
   python tools/sweep.py docs/studies/small.yaml --cell 7        one cell, as slurm/sweep.sh runs it
 
-The same command goes on where it was stopped, with the cells that have no result yet or failed.
-exit codes: 0; 1 cells failed; 2 bad input; 5 stopped by a signal; 130 stopped by Ctrl-C
+The same command continues where it was stopped, with the cells that have no result yet or failed. Cells that are at
+work elsewhere (another sweep, or a run whose sweep was killed) are waited for.
+exit codes: 0 every cell that was asked for has a result; 1 cells failed or have none; 2 bad input; 5 stopped by a
+signal; 130 stopped by Ctrl-C
 """
 
 
@@ -124,7 +126,7 @@ def run(
     if stale := output.stale(cells):
         board.say(f"of an earlier grid, and not in results.jsonl: {len(stale)} cells, such as {stale[0]}")
     try:
-        stopped_by = sweep.run(to_do, jobs, board.told, board.watch)
+        stopped_by = sweep.run(to_do, jobs, board.told, lambda running: board.watch(running, sweep.held_elsewhere))
     finally:
         board.close()
     print(summary_text(output, cells, sweep), flush=True)
@@ -133,8 +135,11 @@ def run(
         return 2
     if stopped_by is not None:
         return 130 if stopped_by == signal.SIGINT else 5
-    return int(any(not output.files(cell).is_done() for cell in to_do if cell.name not in sweep.held_elsewhere))
+    return int(any(not output.files(cell).is_done() for cell in chosen))
 
 
 if __name__ == "__main__":
+    from mlra_scale.console import make_unfailing
+
+    make_unfailing()
     sys.exit(main())

@@ -90,12 +90,14 @@ def as_text(path: Path, report: FolderReport, text_of: Callable[[int], str | Non
 
 
 def _lines(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> list[str]:
+    from mlra_scale.config.json_text import printable
+
     statistics = embedding.statistics
     padding = embedding.rows - statistics.num_tokens
     role = "input embedding" if embedding.role == "input" else "untied head"
     size = f"{statistics.num_tokens} tokens x {embedding.hidden_size}, {embedding.dtype}"
     lines = [
-        f"  {role} {embedding.name}: {size}" + (f", {padding} padded rows left out" if padding else ""),
+        f"  {role} {printable(embedding.name)}: {size}" + (f", {padding} padded rows left out" if padding else ""),
         f"    TEV mean {statistics.mean:.8g}   std {statistics.std:.8g}",
         "    quantiles " + "   ".join(f"{q:g}: {value:.6g}" for q, value in statistics.quantiles.items()),
         f"    norm of the mean embedding {statistics.mean_embedding_norm:.6g}",
@@ -104,10 +106,12 @@ def _lines(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> 
     for title, listed in (("highest", statistics.highest), ("lowest", statistics.lowest)):
         for place, (token, value) in enumerate(listed):
             text = text_of(token)
-            shown = "" if text is None else f"  {json.dumps(text, ensure_ascii=False)}"
+            shown = "" if text is None else f"  {printable(json.dumps(text, ensure_ascii=False))}"
             lines.append(f"    {title if place == 0 else '':<8} {token:>8}  {value:.6g}{shown}")
     return lines
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mlra_scale.console import run_tool
+
+    sys.exit(run_tool(main, has_side_effects=False))

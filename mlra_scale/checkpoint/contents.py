@@ -16,6 +16,7 @@ import mlra_scale
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, copy_file, sync_folder, write_file
 from mlra_scale.config import ConfigError, ModelConfig
+from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.problems import problems_of
 
 STATE = "state.json"
@@ -24,6 +25,8 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 # data.tokenizer may name the folder of a whole model, whose weights no checkpoint should carry along.
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
+
+_STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history")
 
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -65,6 +68,32 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode("ascii")
 
 
+def state_of(content: bytes, path: Path) -> dict[str, Any]:
+    """Reads state.json; what its sections hold is for those who wrote them to check.
+
+    Args:
+        content: The file's content.
+        path: The file, for the error.
+
+    Raises:
+        CheckpointError: It is damaged, or a section is none.
+    """
+    try:
+        # The windows of the guard and of the spike scores may hold values that are not finite.
+        state = parse_json(content, str(path), allow_nan=True)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; use another checkpoint") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; use another checkpoint")
+    for name in _STATE_SECTIONS:
+        if not isinstance(state.get(name), dict | None):
+            raise CheckpointError(f"{path} has {name} {str(state[name])[:80]!r}, no object; use another checkpoint")
+    progress = state.get("progress") or {}
+    if not all(type(value) is int and value >= 0 for value in progress.values()):
+        raise CheckpointError(f"{path} has progress {str(progress)[:200]}; use another checkpoint")
+    return state
+
+
 def model_of(values: Any, path: Path) -> ModelConfig:
     """Returns the model section of a checkpoint's configuration.
 
@@ -78,8 +107,8 @@ def model_of(values: Any, path: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
-        told = ConfigError(problems_of(error, ModelConfig))
-        raise CheckpointError(f"{path} has a model section that is not sound: {told}") from None
+        found = ConfigError(problems_of(error, ModelConfig)).in_one_line
+        raise CheckpointError(f"{path} has a model section that is not sound: {found}") from None
 
 
 def library_versions() -> dict[str, str]:

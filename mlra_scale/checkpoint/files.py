@@ -90,11 +90,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with errors_named(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def entry_of(path: Path) -> FileEntry:
@@ -130,4 +131,6 @@ def checksum_fault(path: Path, entry: FileEntry) -> str | None:
 
 def copy_file(source: Path, target: Path) -> FileEntry:
     """Copies a file, waits until the copy is on disk, and returns what was written."""
-    return write_file(target, source.read_bytes())
+    with faults_told("read", source), errors_named(source):
+        content = source.read_bytes()
+    return write_file(target, content)

@@ -18,6 +18,7 @@ from pathlib import Path
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.manifest import Manifest, StoredParameter
 from mlra_scale.checkpoint.placement import shard_of
+from mlra_scale.config.json_text import parse_json
 
 FRAGMENTS = "fragments.json"
 Run = tuple[str, int, int]
@@ -65,10 +66,12 @@ def parse(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment
     """
     found = []
     try:
-        for file, entry in json.loads(content).items():
+        for file, entry in parse_json(content, "the file").items():
             if file not in manifest.files:
                 raise ValueError(f"the manifest does not list {file}")
             for name, start, numel in entry["runs"]:
+                if not all(type(value) is int for value in (start, numel, entry["tensor_rank"])):
+                    raise ValueError(f"{name} has a run from {start!r} of {numel!r} elements")
                 is_split = manifest.parameters[name].shard_dim is not None
                 found.append(StoredFragment(file, name, start, numel, entry["tensor_rank"] if is_split else 0))
         faults = _coverage_faults(found, manifest.parameters, manifest.tensor)

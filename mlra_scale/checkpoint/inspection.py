@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from mlra_scale.checkpoint.contents import PARTS, STATE, Part
+from mlra_scale.checkpoint.contents import PARTS, STATE, Part, state_of
 from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import faults_told
 from mlra_scale.checkpoint.location import CHECKPOINTS
 from mlra_scale.checkpoint.manifest import MANIFEST, read_complete_manifest
 from mlra_scale.checkpoint.placement import matrix_shape
@@ -53,7 +53,8 @@ def good_step(state: Mapping[str, Any]) -> int | None:
     Args:
         state: The state of the checkpoint that the run goes on from.
     """
-    step = (state.get("windows", {}).get("guard") or {}).get("good_step")
+    guard = (state.get("windows") or {}).get("guard")
+    step = guard.get("good_step") if isinstance(guard, dict) else None
     return step if isinstance(step, int) else None
 
 
@@ -87,14 +88,15 @@ def listed(folder: Path) -> list[dict[str, Any]]:
 def _line(path: Path) -> dict[str, Any]:
     try:
         manifest = read_complete_manifest(path)
-        state = json.loads((path / STATE).read_bytes())
-    except (CheckpointError, OSError, ValueError) as error:
+        with faults_told("read", path / STATE):
+            state = state_of((path / STATE).read_bytes(), path / STATE)
+    except CheckpointError as error:
         return {"name": path.name, "fault": str(error)}
     return {
         "name": path.name,
         "fault": None,
         "step": manifest.step,
-        "tokens": state.get("progress", {}).get("consumed_tokens"),
+        "tokens": (state.get("progress") or {}).get("consumed_tokens"),
         "created": manifest.created,
         "bytes": manifest.total_bytes,
         "files": len(manifest.files),
@@ -105,7 +107,7 @@ def _line(path: Path) -> dict[str, Any]:
 def described(store: Store) -> dict[str, Any]:
     """Returns what a checkpoint is."""
     manifest, model = store.manifest, store.model
-    progress = store.state.get("progress", {})
+    progress = store.state.get("progress") or {}
     return {
         "folder": str(store.folder),
         "kind": store.kind,
@@ -130,6 +132,9 @@ def described(store: Store) -> dict[str, Any]:
         "state": sorted(store.state),
         "buffers": sorted(store.buffers()),
         "versions": dict(manifest.versions),
+        "format_version": manifest.version,
+        "learning_rate": store.state.get("learning_rate"),
+        "validation_loss": store.state.get("validation_loss"),
         "bytes": manifest.total_bytes,
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
     }

@@ -16,10 +16,12 @@ from typing import Any, Literal, get_args
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault
+from mlra_scale.config.json_text import parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = "mlra-scale-checkpoint"
-VERSION = 1
+VERSION = 2
+_LAST_YEAR = 9000
 _LONG = ("files", "parameters")
 Kind = Literal["training", "weights"]
 
@@ -51,6 +53,7 @@ class Manifest:
         versions: Of the libraries that wrote it.
         files: Every other file by its path in the folder.
         parameters: Every parameter by canonical name.
+        version: Of the format that the file has: of state.json and fragments.json too.
     """
 
     save_id: str
@@ -62,6 +65,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
     parameters: Mapping[str, StoredParameter]
+    version: int = VERSION
 
     @property
     def tensor(self) -> int:
@@ -73,11 +77,18 @@ class Manifest:
         """Size of all files that the manifest names."""
         return sum(entry.bytes for entry in self.files.values())
 
+    @property
+    def notice(self) -> str | None:
+        """Says that the checkpoint is of an older version; None: it is of the current one."""
+        if self.version == VERSION:
+            return None
+        return f"the checkpoint has version {self.version} of the format and is read as version {VERSION}"
+
     def to_json(self) -> bytes:
         """Returns the file's content; a line for every short section, file and parameter."""
         content: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "save_id": self.save_id,
             "kind": self.kind,
             "step": self.step,
@@ -107,25 +118,30 @@ def read_manifest(folder: Path) -> Manifest:
         if not path.is_file():
             what = "there is no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
             raise CheckpointError(f"{folder} is no complete checkpoint: {what}; name another checkpoint")
-        raw = path.read_bytes()
     try:
-        content = json.loads(raw)
-        checksum = content.pop("checksum")
-        stored_format, version = content["format"], content["version"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+        raw = read_bytes(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; use another checkpoint") from None
+    try:
+        content = parse_json(raw, "it")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from None
+    if not isinstance(content, dict) or not {"format", "version", "checksum"} <= content.keys():
+        raise CheckpointError(f"{path} is damaged: it lacks format, version or checksum; use another checkpoint")
+    checksum, stored_format, version = content.pop("checksum"), content["format"], content["version"]
     if stored_format != FORMAT:
         raise CheckpointError(f"{path} has format {stored_format!r} and not {FORMAT!r}; it is not this project's")
     if checksum != _checksum(content):
         raise CheckpointError(f"{path} is damaged: its checksum is another; use another checkpoint")
-    if version != VERSION:
+    if not _is_count(version) or not 1 <= version <= VERSION:
         raise CheckpointError(
-            f"{path} has version {version} of the format, this program reads {VERSION}; use the program that wrote it"
+            f"{path} has version {version!r} of the format, this program reads 1 to {VERSION}; "
+            "use the program that wrote it"
         )
     try:
-        return _parsed(content)
+        return _parsed(_converted(content, version))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not sound ({type(error).__name__}: {error}); use another one") from error
+        raise CheckpointError(f"{path} is not sound ({_reason(error)}); use another one") from error
 
 
 def read_complete_manifest(folder: Path) -> Manifest:
@@ -146,34 +162,72 @@ def read_complete_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _converted(content: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+    """Returns the content of an older version as VERSION has it; a change of the format adds its step here.
+
+    Version 2 differs from 1 in config.yaml alone, which has a version of its own (config/stored_yaml.py).
+    """
+    assert 1 <= version <= VERSION
+    return content
+
+
 def _parsed(content: Mapping[str, Any]) -> Manifest:
-    files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-    for name in files:
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"file name {name!r} leads out of the folder")
-    tensor = content["layout"]["tensor"]
-    if not _is_count(tensor) or tensor < 1:
-        raise ValueError(f"layout has a tensor-parallel degree of {tensor!r}")
+    for field, kind in (("save_id", str), ("created", str), ("has_moments", bool), ("layout", dict)):
+        if not isinstance(content[field], kind):
+            raise ValueError(f"{field} is {content[field]!r}")
+    files = {name: _entry(name, entry) for name, entry in content["files"].items()}
+    layout = content["layout"]
+    _check_layout(layout, len(files))
     if content["kind"] not in get_args(Kind):
         raise ValueError(f"kind {content['kind']!r} is not known")
     if not _is_count(content["step"]):
         raise ValueError(f"step {content['step']!r} is no number of steps")
-    datetime.fromisoformat(content["created"])
+    if datetime.fromisoformat(content["created"]).year > _LAST_YEAR:
+        raise ValueError(f"created {content['created']!r} is no time of a save")
+    versions = content["versions"]
+    if not all(isinstance(version, str) for version in versions.values()):
+        raise ValueError(f"versions is {versions!r}")
     return Manifest(
+        version=content["version"],
         save_id=content["save_id"],
         kind=content["kind"],
         step=content["step"],
         created=content["created"],
-        layout=content["layout"],
+        layout=layout,
         has_moments=content["has_moments"],
-        versions=content["versions"],
+        versions=versions,
         files=files,
         parameters={
-            name: _parameter(name, tuple(entry["shape"]), entry["shard_dim"], tensor)
+            name: _parameter(name, tuple(entry["shape"]), entry["shard_dim"], layout["tensor"])
             for name, entry in content["parameters"].items()
         },
     )
+
+
+def _check_layout(layout: Mapping[str, Any], num_files: int) -> None:
+    for degree in ("world_size", "tensor", "pipeline", "data"):
+        if not _is_count(layout[degree]) or layout[degree] < 1:
+            raise ValueError(f"layout has {degree} {layout[degree]!r}")
+    # Every tensor-parallel rank has a file; without this bound the shards of a damaged degree are counted for hours.
+    if layout["tensor"] > num_files:
+        raise ValueError(f"layout has {layout['tensor']} tensor-parallel ranks, and there are {num_files} files")
+    engine, precision = layout.get("engine"), layout.get("precision")
+    if not isinstance(engine, str | None) or not isinstance(precision, str):
+        raise ValueError(f"layout has engine {engine!r} and precision {precision!r}")
+
+
+def _entry(name: str, entry: Any) -> FileEntry:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.parts:
+        raise ValueError(f"file name {name!r} leads out of the folder, or to none of its files")
+    found = FileEntry(**entry)
+    if not _is_count(found.bytes) or not isinstance(found.sha256, str):
+        raise ValueError(f"{name!r} has size {found.bytes!r} and checksum {found.sha256!r}")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _parameter(name: str, shape: tuple[int, ...], shard_dim: int | None, tensor: int) -> StoredParameter:

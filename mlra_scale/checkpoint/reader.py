@@ -6,7 +6,6 @@ Nothing here needs a process group.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mlra_scale.checkpoint import fragments
-from mlra_scale.checkpoint.contents import BUFFERS, CONFIG, PARTS, STATE, TOKENIZER, Part, model_of, tensor_key
+from mlra_scale.checkpoint.contents import (
+    BUFFERS,
+    CONFIG,
+    PARTS,
+    STATE,
+    TOKENIZER,
+    Part,
+    model_of,
+    state_of,
+    tensor_key,
+)
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import checksum_fault, faults_told
 from mlra_scale.checkpoint.fragments import FRAGMENTS, StoredFragment
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
-from mlra_scale.config import Config, ConfigError, ModelConfig, yaml_text
+from mlra_scale.config import Config, ConfigError, ModelConfig, stored_yaml
 from mlra_scale.model.low_rank_plan import PLANS
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable, linear_maps, vector_name
 
@@ -49,13 +58,13 @@ class Store:
         self.config: Config | None
         self.config, self.model = self._read_config()
         self.table = ParameterTable(self.model)
-        self.state: dict[str, Any] = self._read_state()
+        self.state: dict[str, Any] = state_of(self._small_file(STATE), folder / STATE)
         self._pieces: dict[str, list[tuple[StoredFragment, list[Box]]]] = {}
         self._by_name: dict[str, list[StoredFragment]] = defaultdict(list)
-        for piece in fragments.parse(self._small_file(FRAGMENTS), manifest, folder / FRAGMENTS):
-            self._by_name[piece.name].append(piece)
         self._maps: dict[str, Any] = {}
         self._check_parameters()
+        for piece in fragments.parse(self._small_file(FRAGMENTS), manifest, folder / FRAGMENTS):
+            self._by_name[piece.name].append(piece)
 
     @classmethod
     def open(cls, folder: Path) -> Store:
@@ -139,7 +148,10 @@ class Store:
         if BUFFERS not in self.manifest.files:
             return {}
         mapped = self._map(BUFFERS)
-        return {name: mapped.get_tensor(name).clone() for name in mapped.keys()}  # noqa: SIM118
+        try:
+            return {name: mapped.get_tensor(name).clone() for name in mapped.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / BUFFERS} is damaged: {error}; use another checkpoint") from None
 
     def power_vectors(self) -> dict[str, torch.Tensor]:
         """Returns the vectors of sigmaReparam's power iterations by their names; none where the model has no such maps.
@@ -255,18 +267,21 @@ class Store:
         path = self.folder / CONFIG
         raw = self._small_file(CONFIG)
         try:
-            values = yaml_text.load(raw.decode())
+            if len(raw) > stored_yaml.MAX_BYTES:
+                raise ValueError(f"it is larger than {stored_yaml.MAX_BYTES} bytes")
+            values = stored_yaml.parse(raw.decode())
             if self.kind == "weights":
+                if not isinstance(values, dict) or "model" not in values:
+                    raise ValueError("it has no section `model`")
                 return None, model_of(values["model"], path)
             config = Config.from_dict(values)
-        except (ValueError, TypeError, KeyError, ConfigError) as error:
-            raise CheckpointError(f"{path} cannot be understood: {error}; use the program that wrote it") from None
-        return config, config.model
-
-    def _read_state(self) -> dict[str, Any]:
-        state = json.loads(self._small_file(STATE))
-        assert isinstance(state, dict), type(state)
-        return state
+        except ConfigError as error:
+            reason = error.in_one_line
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return config, config.model
+        raise CheckpointError(f"{path} cannot be understood: {reason}; use another checkpoint")
 
     def _small_file(self, name: str) -> bytes:
         """A file that is read anyway, checked at once."""

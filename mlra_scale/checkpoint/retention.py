@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -51,8 +52,15 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     Where a save was cut off while it replaced an earlier one of the same step, the earlier one is among them.
     """
     replaced = [path for path in folder.glob(f"{REPLACED}step-*") if not _original(path).exists()]
-    found = [path for path in [*folder.glob("step-*"), *replaced] if path.is_dir()]
+    found = [path for path in [*folder.glob("step-*"), *replaced] if _is_folder(path)]
     return sorted(found, key=lambda path: path.name.removeprefix(REPLACED))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # ESTALE: another client of the file system has just removed it
+        return False
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -107,7 +115,7 @@ def prune(folder: Path, keep_last: int, keep_every: int, pinned: int | None = No
         What was removed.
 
     Raises:
-        CheckpointError: One cannot be removed.
+        CheckpointError: Some cannot be removed; the others are.
     """
     removed = superfluous(folder, keep_last, keep_every, pinned)
     _remove(folder, removed)
@@ -127,28 +135,36 @@ def remove_after(folder: Path, step: int) -> list[Path]:
         What was removed.
 
     Raises:
-        CheckpointError: One cannot be removed.
+        CheckpointError: Some cannot be removed; the others are.
     """
     # By name: an incomplete one of those steps is of no more use than the others.
-    removed = [path for path in checkpoint_folders(folder) if _step_named(path) > step]
+    removed = [path for path in checkpoint_folders(folder) if step_named(path) > step]
     _remove(folder, removed)
     return removed
 
 
-def _step_named(path: Path) -> int:
+def step_named(path: Path) -> int:
     """Returns the step of a checkpoint's folder by its name; -1 where somebody has renamed it."""
     number = path.name.removeprefix(REPLACED).removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
 
 def _remove(folder: Path, paths: list[Path]) -> None:
+    faults = []
     for path in paths:
-        with faults_told("removed", path):
-            # Hidden first: what is half removed is no longer called a checkpoint.
-            hidden = _hide(path)
-            sync_folder(folder)
-            points.reached("retention")
-            _clear_away(hidden)
+        hidden = path
+        try:
+            with faults_told("removed", path):
+                # Hidden first: what is half removed is no longer called a checkpoint.
+                hidden = _hide(path)
+                sync_folder(folder)
+                points.reached("retention")
+                _clear_away(hidden)
+        except CheckpointError as fault:
+            if os.path.lexists(path) or os.path.lexists(hidden):  # otherwise somebody else has removed it
+                faults.append(str(fault))
+    if faults:
+        raise CheckpointError("; ".join(faults))
 
 
 def put_in_place(unfinished: Path, final: Path) -> None:
@@ -165,17 +181,25 @@ def put_in_place(unfinished: Path, final: Path) -> None:
         raise
     sync_folder(final.parent)
     if is_replacing:
-        _clear_away(_hide(replaced))
+        # The new one is complete; what is left of the old one is for the next save to clear away.
+        with contextlib.suppress(OSError):
+            _clear_away(_hide(replaced))
 
 
 def tidy(folder: Path) -> None:
-    """Clears away what a run that died in the middle of a save has left; no save may be in progress."""
+    """Clears away what a run that died in the middle of a save has left; no save may be in progress.
+
+    What cannot be cleared away stays, and keeps no save from being made: whether the folder can be written shows then.
+    """
     for path in folder.glob(f"{REPLACED}*"):
         if not _original(path).exists():
-            os.rename(path, _original(path))
+            with contextlib.suppress(OSError):
+                os.rename(path, _original(path))
     for beginning in (UNFINISHED, REMOVED, REPLACED):
         for path in folder.glob(f"{beginning}*"):
-            _clear_away(path)
+            if beginning != REPLACED or _original(path).exists():
+                with contextlib.suppress(OSError):
+                    _clear_away(path)
 
 
 def _original(replaced: Path) -> Path:
@@ -196,7 +220,7 @@ def _clear_away(path: Path) -> None:
     """Deletes a hidden file or folder; of a symbolic link, the link alone.
 
     A file that another process on this machine reads (an export, say) cannot be deleted on NFS: its folder stays, and
-    is for the next save to clear away. That is no reason to end a run whose checkpoint is complete.
+    is for the next save to clear away. Likewise what another client of the file system has removed meanwhile.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -204,7 +228,7 @@ def _clear_away(path: Path) -> None:
         else:
             path.unlink()
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOENT, errno.ESTALE):
             raise
 
 

@@ -63,6 +63,7 @@ class FinishedSave:
         stall_seconds: How long it kept training waiting: the longest of all ranks.
         write_seconds: How long writing took, in the background or not: the slowest rank's file, then the completion.
         drift: Copies that should be equal and are not, where the saver was told to save all the same; else None.
+        not_removed: Why earlier checkpoints that are no longer kept could not be removed; None: they were.
     """
 
     step: int
@@ -71,6 +72,7 @@ class FinishedSave:
     stall_seconds: float
     write_seconds: float
     drift: str | None = None
+    not_removed: str | None = None
 
 
 @dataclass
@@ -91,6 +93,7 @@ class _Job:
     total_bytes: int = 0
     stall_seconds: float = 0.0
     drift: str | None = None
+    not_removed: str | None = None
 
 
 class Saver:
@@ -335,7 +338,11 @@ class Saver:
             )
         manifest = describe(job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology)
         job.total_bytes = manifest.total_bytes
-        commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned)
+
+        def tell(fault: str) -> None:
+            job.not_removed = fault
+
+        commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned, tell)
 
     def _conclude(self, job: _Job, stall_seconds: float) -> None:
         """The checkpoint is complete: all ranks hear its figures."""
@@ -343,7 +350,7 @@ class Saver:
         if job.reports is not None:
             stall_seconds = max(stall_seconds, *(report.stall_seconds for report in job.reports))
             write_seconds = max(report.write_seconds for report in job.reports) + job.work.seconds
-            figures = [(job.total_bytes, stall_seconds, write_seconds, job.drift)]
+            figures = [(job.total_bytes, stall_seconds, write_seconds, job.drift, job.not_removed)]
         dist.broadcast_object_list(figures, src=0, group=self._topology.control_group)
         path = self._folder / retention.checkpoint_name(job.step)
         self._finished.append(FinishedSave(job.step, path, *figures[0]))

@@ -219,7 +219,14 @@ def describe(
     return manifest
 
 
-def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int, pinned: int | None = None) -> Path:
+def commit(
+    unfinished: Path,
+    manifest: Manifest,
+    keep_last: int,
+    keep_every: int,
+    pinned: int | None = None,
+    tell: Callable[[str], None] = lambda fault: None,
+) -> Path:
     """Completes a checkpoint: manifest, name, `latest`, and the removal of those that are no longer kept; rank 0.
 
     Args:
@@ -228,6 +235,7 @@ def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int
         keep_last: See retention.prune.
         keep_every: See retention.prune.
         pinned: See retention.prune.
+        tell: Called if earlier checkpoints cannot be removed, which does not make this one worse.
 
     Returns:
         The checkpoint.
@@ -252,7 +260,10 @@ def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int
         retention.put_in_place(unfinished, final)
         points.reached("before-latest")
         retention.set_latest(folder, final)
-    retention.prune(folder, keep_last, keep_every, pinned)
+    try:
+        retention.prune(folder, keep_last, keep_every, pinned)
+    except (CheckpointError, OSError) as fault:
+        tell(str(fault))
     return final
 
 

@@ -36,7 +36,7 @@ from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, errors_named, faults_told, sync_folder, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, joined, line_of
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.model.parameters import ParameterTable
 
 DTYPES = {
@@ -195,7 +195,7 @@ def write_weights(
         try:
             save_id = uuid4().hex
             files = _write_parameters(unfinished, save_id, table, _checked(tensors, table))
-            config_text = yaml_text.dump({"model": dict(model_values)})
+            config_text = yaml_text.dump(stored_yaml.with_version({"model": dict(model_values)}))
             if buffers:
                 specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in buffers.items()}
                 metadata = {"save_id": save_id}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import threading
@@ -11,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, endpoint
 from mlra_scale.cluster.failure import Failure
 from mlra_scale.cluster.hang import Seen, are_meeting, describe, hang_seconds, suspects
-from mlra_scale.cluster.pulse import Beat
-from mlra_scale.cluster.slurm import step_environment
+from mlra_scale.cluster.messages import FailedRank, NodeMessage
+from mlra_scale.cluster.slurm import slurm_environment, step_command
 from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.training.exit_codes import ExitCode
 
@@ -48,10 +50,13 @@ class Plan:
         device: `cuda` or `cpu`.
         master: Address of the first node.
         here: Name of this process's node.
-        job_address: Its address.
+        job_address: Its address, as other nodes know it.
+        listening_host: The address of this machine that it listens at; empty: all of them.
         training: Arguments of the training.
         logs: Folder of this attempt's logs; it exists.
         nonce: What the file `nonce` in it holds: a node that does not find it there does not share the run directory.
+        memory: Of the ranks on each node, as srun takes it.
+        cpu_bind: Their binding to cores, as srun takes it.
         srun: Further arguments of srun.
         python: What the agent of a node is started by: an interpreter, with a container's command before it perhaps.
         start_seconds: How long ranks may take to their first step.
@@ -66,9 +71,12 @@ class Plan:
     master: str
     here: str
     job_address: str
+    listening_host: str
     training: tuple[str, ...]
     logs: Path
     nonce: str
+    memory: str
+    cpu_bind: str
     srun: tuple[str, ...]
     python: tuple[str, ...]
     start_seconds: float
@@ -87,6 +95,7 @@ class _Node:
     has_reported: bool = False
     is_lost: bool = False
     broken_since: float | None = None
+    was_misunderstood: bool = False
     versions: dict[str, str] = field(default_factory=dict)
     ranks: list[Seen] = field(default_factory=list)
 
@@ -135,50 +144,42 @@ class Attempt:
             Kind of the end (policy.EndKind), reason, and bad nodes with reasons.
         """
         token = secrets.token_hex(16)
-        hub = Hub(token)
-        try:
+        with contextlib.closing(Hub(token, self._plan.listening_host)) as hub:
             process = self._srun(hub.port, token)
-            output = threading.Thread(target=_pump, args=(process.stdout, self._console), daemon=True)
-            output.start()
-            while True:
-                is_over = process.poll() is not None
-                self._hear(hub, 0.0 if is_over else 0.25)
-                if is_over:
-                    # What was on its way when srun ended.
-                    self._hear(hub, 0.25)
-                    self._find_unstarted()
-                    break
-                self._watch(hub)
-                self._end_if_due(hub, process)
-            output.join(10.0)
-        finally:
-            hub.close()
+            try:
+                output = threading.Thread(target=_pump, args=(process.stdout, self._console), daemon=True)
+                output.start()
+                while True:
+                    is_over = process.poll() is not None
+                    self._hear(hub, 0.0 if is_over else 0.25)
+                    if is_over:
+                        # What was on its way when srun ended.
+                        self._hear(hub, 0.25)
+                        self._find_unstarted()
+                        break
+                    self._watch(hub)
+                    self._end_if_due(hub, process)
+                output.join(10.0)
+            finally:
+                # After an error of this loop; the next attempt must not meet the ranks of this one.
+                if process.poll() is None:
+                    _end(process)
         return self._result(process.returncode)
 
     def _srun(self, port: int, token: str) -> subprocess.Popen[bytes]:
         plan = self._plan
-        number = str(len(plan.nodes))
-        node_list = ",".join(plan.nodes)
-        step = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={node_list}"]
         # A task's end is judged here, with what is known of all of them.
-        step += [
-            "--overlap",
-            "--no-kill",
-            "--kill-on-bad-exit=0",
-            "--wait=0",
-            "--unbuffered",
-            "--input=none",
-            "--export=ALL",
-        ]
-        step += [*plan.srun, *plan.python, "-u", "-m", "mlra_scale.cluster.node"]
-        step += [f"--job={plan.job_address}:{port}", f"--master={plan.master}:{free_port()}"]
-        step += [f"--run-id={plan.logs.name}", f"--nodes={number}", f"--processes={plan.processes}"]
+        options = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", *plan.srun]
+        step = step_command(plan.nodes, plan.memory, plan.cpu_bind, options)
+        step += [*plan.python, "-u", "-m", "mlra_scale.cluster.node"]
+        step += [f"--job={endpoint(plan.job_address, port)}", f"--master={endpoint(plan.master, free_port())}"]
+        step += [f"--run-id={plan.logs.name}", f"--nodes={len(plan.nodes)}", f"--processes={plan.processes}"]
         step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--nonce={plan.nonce}"]
         step += [f"--start-seconds={plan.start_seconds}"]
         step += [f"--lost-seconds={plan.lost_seconds}", "--", *plan.training]
         return subprocess.Popen(
             step,
-            env={**step_environment(os.environ), TOKEN_VARIABLE: token},
+            env={**slurm_environment(os.environ), TOKEN_VARIABLE: token},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -188,44 +189,53 @@ class Attempt:
 
     def _hear(self, hub: Hub, seconds: float) -> None:
         for heard in hub.poll(seconds):
-            if heard.node in self._nodes:
-                try:
-                    self._take(hub, heard, self._nodes[heard.node])
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    # From another version of this package, perhaps: its node is then named as one.
+            if heard.node not in self._nodes:
+                continue
+            node = self._nodes[heard.node]
+            node.heard = time.monotonic()
+            if heard.message is None:
+                self._take_break(heard.node, node)
+                continue
+            try:
+                self._take(hub, heard, node, NodeMessage.of(heard.message))
+            except ValueError as error:
+                # From another version of this package, perhaps: its node is then named as one.
+                if not node.was_misunderstood:
                     self._say(f"{heard.node} said something that is not understood: {error}")
+                node.was_misunderstood = True
 
-    def _take(self, hub: Hub, heard: Heard, node: _Node) -> None:
-        now = node.heard = time.monotonic()
-        if heard.message is None:
-            if self._killed_at is not None:
-                node.has_ended = True
-            elif not node.has_ended:
-                node.broken_since = now
-                if all(other.has_connected for other in self._nodes.values()):
-                    self._lose(heard.node, "its connection broke")
-        elif "versions" in heard.message:
-            node.has_connected, node.versions = True, heard.message["versions"]
+    def _take_break(self, name: str, node: _Node) -> None:
+        """Notes that the connection to a node has ended."""
+        if self._killed_at is not None:
+            node.has_ended = True
+        elif not node.has_ended:
+            node.broken_since = node.heard
+            if all(other.has_connected for other in self._nodes.values()):
+                self._lose(name, "its connection broke")
+
+    def _take(self, hub: Hub, heard: Heard, node: _Node, message: NodeMessage) -> None:
+        unknown = {*(message.bad_nodes or {}), *(message.ended.bad_nodes if message.ended else ())} - {*self._nodes}
+        if unknown:
+            raise ValueError(f"bad_nodes: {', '.join(sorted(unknown))} is not of this attempt")
+        if message.versions is not None:
+            node.has_connected, node.versions = True, message.versions
             if all(other.has_connected for other in self._nodes.values()):
                 self._blame(odd_ones({name: other.versions for name, other in self._nodes.items()}, versions()))
-        elif "ranks" in heard.message:
-            node.ranks = [
-                Seen(heard.node, Beat(**rank["beat"]), rank["silence"], rank["state"])
-                for rank in heard.message["ranks"]
-            ]
-        elif "signalled" in heard.message:
+        if message.ranks is not None:
+            node.ranks = [Seen(heard.node, rank.beat.as_beat(), rank.silence, rank.state) for rank in message.ranks]
+        if message.signalled:
             self._stop(hub, f"{heard.node} was signalled")
-        elif "bad_nodes" in heard.message:
-            self._blame(heard.message["bad_nodes"])
-        elif "ended" in heard.message:
+        if message.bad_nodes is not None:
+            self._blame(message.bad_nodes)
+        if message.ended is not None:
             node.has_ended = node.has_reported = True
-            self._take_end(heard.node, heard.message["ended"]["failures"], now)
-            self._blame(heard.message["ended"].get("bad_nodes", {}))
+            self._take_end(heard.node, message.ended.failures)
+            self._blame(message.ended.bad_nodes)
 
-    def _take_end(self, name: str, failures: Sequence[dict[str, Any]], now: float) -> None:
+    def _take_end(self, name: str, failures: Sequence[FailedRank]) -> None:
         are_ours = self._killed_at is not None
         found = [
-            Failure(name, item["rank"], item["code"], item["time"], item["message"], are_ours and item["code"] == -9)
+            Failure(name, item.rank, item.code, item.time, item.message, are_ours and item.code == -signal.SIGKILL)
             for item in failures
         ]
         self._failures += found
@@ -332,12 +342,7 @@ class Attempt:
             return
         are_reachable_ended = all(node.has_ended or node.is_lost for node in self._nodes.values())
         if are_reachable_ended or now - self._killed_at > _KILL_SECONDS:
-            process.terminate()
-            try:
-                process.wait(_SRUN_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
 
     def _ordered_failures(self) -> list[Failure]:
         """The cause first: what was killed, then the earliest; ranks that died of another's death come later."""
@@ -379,6 +384,16 @@ def free_port() -> int:
     """Returns a port of this machine that nobody uses; another one each time."""
     with socket.create_server(("", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends srun, and with it its tasks; by force where it waits for nodes that are lost."""
+    process.terminate()
+    try:
+        process.wait(_SRUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _pump(source: IO[bytes] | None, sink: Callable[[bytes], None]) -> None:

@@ -17,14 +17,17 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlra_scale.cluster import slurm
 from mlra_scale.cluster.attempt import Attempt as Running
 from mlra_scale.cluster.attempt import Plan
+from mlra_scale.cluster.channel import listening_host
+from mlra_scale.cluster.check import of_ranks
+from mlra_scale.cluster.checking import Checked, check_on_this_node
 from mlra_scale.cluster.job_file import Attempt, JobFile, now
 from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.queue import ended_by_slurm, put_back
@@ -35,9 +38,26 @@ from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory, held
 
-_CHECK_SECONDS = 300.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Slurm's, and those of a terminal: inside salloc a file of slurm/ can be run by hand."""
+_FILE_WAITS = (10.0, 60.0, 300.0)
+"""Seconds until a job that was queued again tries once more to use its run directory."""
 _LOCK_SECONDS = 150.0
 """How long to wait for another job in the run directory: that of a lost node stays on a network file system a while."""
+
+
+def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
+    """Returns the training's arguments with absolute paths at their end: a container may start elsewhere."""
+    parsed = build_parser().parse_intermixed_args(arguments)
+    paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
+    return [*arguments, *(word for flag, path in paths if path for word in (flag, str(Path(path).absolute())))]
+
+
+def wait_for_stop(seconds: float, is_asked: Callable[[], bool]) -> None:
+    """Waits, or until a stop is asked for."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not is_asked():
+        time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
 class Job:
@@ -48,6 +68,7 @@ class Job:
         allocation: From Slurm.
         settings: From the launcher.
         signals: Those that have come, which ask for a stop; handlers add to it.
+        checked: What a check of the start on all nodes of the allocation has found; None: it was not made.
 
     Raises:
         ConfigError: The arguments are wrong, or the run directory cannot be used.
@@ -59,21 +80,19 @@ class Job:
         allocation: slurm.Allocation,
         settings: Settings,
         signals: Sequence[int] = (),
+        checked: Checked | None = None,
     ) -> None:
-        self._allocation, self._settings = allocation, settings
-        parsed = build_parser().parse_intermixed_args(arguments)
-        self._run = RunDirectory(Path(parsed.run_dir).absolute())
-        # A container may start elsewhere.
-        paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
-        absolute = [word for flag, path in paths if path is not None for word in (flag, str(Path(path).absolute()))]
-        self._arguments = [*arguments, *absolute]
+        self._allocation, self._settings, self._checked = allocation, settings, checked
+        self._arguments = with_absolute_paths(arguments)
+        parsed = build_parser().parse_intermixed_args(self._arguments)
+        self._run = RunDirectory(Path(parsed.run_dir))
         self._config: Config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
         self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
         self._signals = signals
         with _told_as_problems(self._run.path):
             self._run.logs.mkdir(parents=True, exist_ok=True)
             self._file = JobFile.read(self._run.job)
-            self._console = (self._run.logs / "console.log").open("ab", buffering=0)
+        self._console: IO[bytes] | None = None
         self._usable = list(allocation.nodes)
         self._settle_unfinished()
         file = self._file
@@ -130,9 +149,7 @@ class Job:
     def _wait(self, seconds: float) -> None:
         if seconds > 0:
             self._say(f"waits {seconds:.0f} s before it starts again")
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self.is_stop_asked:
-            time.sleep(1.0)
+        wait_for_stop(seconds, lambda: self.is_stop_asked)
 
     def _check(self, nodes: Sequence[str]) -> End | None:
         """Prints the plan of the run, and finds what is wrong with it, on one node, before the ranks start.
@@ -145,38 +162,16 @@ class Job:
             return self._refused(
                 "bad_node", f"Slurm has given nodes that were found to be bad: {' '.join(sorted(bad))}"
             )
-        num_nodes = len(nodes)
-        world_size, expected = num_nodes * self._settings.processes, self._config.parallel.world_size
-        if expected not in (None, world_size) and not self._config.cluster.elastic:
-            remedy = f"Slurm has given {num_nodes} node(s) for {self._settings.processes} rank(s) each; correct one"
-            return self._refused("bad_input", str(Problem("parallel.world_size", expected, remedy)))
-        command = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={self._allocation.here}"]
-        command += ["--overlap", "--input=none", *self._settings.srun]
-        command += [*self._settings.python, "-m", "mlra_scale.train", *self._arguments, "--dry-run"]
-        try:
-            result = subprocess.run(
-                [*command, f"parallel.world_size={world_size}"],
-                env=slurm.step_environment(os.environ),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_CHECK_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            return self._refused("failed", str(error))
-        self._print(result.stdout.encode())
-        if result.returncode == 0:
-            return self._stopped_before()
-        if (stopped := self._stopped_before()) is not None:
+        checked = self._checked if nodes == self._allocation.nodes else None
+        if checked is None or checked.kind is not None:
+            checked = check_on_this_node(self._arguments, self._allocation, self._settings, self._config, len(nodes))
+        self._print(checked.plan.encode(errors="replace"))
+        if (stopped := self._stopped_before()) is not None or checked.kind is None:
             return stopped
-        # srun ends with its task's exit code, and says so itself.
-        lines = [line for line in result.stderr.splitlines() if not line.startswith("srun: error: ")]
-        said = "\n".join(lines).strip() or f"the dry run ended with exit code {result.returncode}: {result.stderr}"
-        return self._refused("bad_input" if result.returncode == ExitCode.BAD_INPUT else "failed", said)
+        return self._refused(checked.kind, checked.said)
 
     def _refused(self, kind: EndKind, said: str) -> End:
-        self._print(f"{said}\n".encode())
+        self._print(f"{said}\n".encode(errors="replace"))
         reason = " ".join(said.split())
         if kind != "bad_input":
             # Of the cluster's making, perhaps: it counts like the end of an attempt, so that it cannot go on for ever.
@@ -201,10 +196,19 @@ class Job:
                 self._say(f"attempt {number}: training since {attempt.first_step_seconds:.1f} s after its start")
 
         self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
-        running = Running(self._plan(nodes, number), self._print, self._say, lambda: self.is_stop_asked, told)
-        kind, reason, bad_nodes = running.run()
+        failures: list[str] = []
+        try:
+            running = Running(self._plan(nodes, number), self._print, self._say, lambda: self.is_stop_asked, told)
+            kind, reason, bad_nodes = running.run()
+            failures = running.failures
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            # A full disk, a file server that is away, Slurm's controller too, no descriptor or thread left: as with
+            # a rank that fails, a later attempt may do better.
+            traceback.print_exc()
+            reason = " ".join(f"the job's own process failed: {type(error).__name__}: {error}".split())
+            kind, bad_nodes = "preempted" if self.is_stop_asked else "failed", {}
         reason = self._reason_of_run(kind, attempt) or reason
-        attempt.end, attempt.reason, attempt.ended, attempt.failures = kind, reason, now(), running.failures
+        attempt.end, attempt.reason, attempt.ended, attempt.failures = kind, reason, now(), failures
         attempt.has_progressed = self._num_checkpoints() > checkpoints_before
         self._file.excluded |= bad_nodes if kind == "bad_node" else {}
         self._file.write()
@@ -218,7 +222,8 @@ class Job:
         nonce = secrets.token_hex(8)
         (logs / "nonce").write_text(nonce, encoding="ascii")
         world_size = len(nodes) * settings.processes
-        training = [*self._arguments, f"train.device={self._device}", f"parallel.world_size={world_size}"]
+        training = [*self._arguments, *of_ranks(self._config, settings.device, world_size)]
+        job_address = slurm.address(self._allocation.here)
         hang_minutes = cluster.hang_minutes or self._config.parallel.timeout_minutes / 2
         return Plan(
             nodes=nodes,
@@ -226,10 +231,13 @@ class Job:
             device=self._device,
             master=slurm.address(nodes[0]),
             here=self._allocation.here,
-            job_address=slurm.address(self._allocation.here),
+            job_address=job_address,
+            listening_host=listening_host(job_address, (slurm.address(node) for node in nodes)),
             training=tuple(training),
             logs=logs,
             nonce=nonce,
+            memory=cluster.step_memory,
+            cpu_bind=cluster.cpu_bind,
             srun=settings.srun,
             python=settings.python,
             start_seconds=60 * cluster.start_minutes,
@@ -264,6 +272,9 @@ class Job:
 
     def fail(self, reason: str, code: int) -> int:
         """Ends the job for good; returns the exit code."""
+        for attempt in self._file.attempts[-1:]:
+            if attempt.ended is None:
+                attempt.end, attempt.reason, attempt.ended = "failed", reason, now()
         self._file.become("failed", reason)
         self._say(f"the job ends and is not queued again: {reason}")
         return code
@@ -291,11 +302,11 @@ class Job:
         if kind not in ("bad_input", "non_finite", "unstable", "failed"):
             return None
         events = [event for event in self._events() if event["time"] >= attempt.started]
-        return next((event["reason"] for event in reversed(events) if event["event"] == "stopped"), None)
+        return next((event.get("reason") for event in reversed(events) if event["event"] == "stopped"), None)
 
     def _events(self) -> list[dict[str, Any]]:
-        with contextlib.suppress(ValueError):
-            return read_record(self._run.events)
+        with contextlib.suppress(OSError, ValueError):
+            return [event for event in read_record(self._run.events) if _is_event(event)]
         return []
 
     def _settle_unfinished(self) -> None:
@@ -308,19 +319,26 @@ class Job:
                 attempt.reason = "killed together with its job"
 
     def _say(self, text: str) -> None:
-        self._print(f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n".encode())
+        line = f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n"
+        self._print(line.encode(errors="backslashreplace"))
 
     def _print(self, text: bytes) -> None:
         # Where a disk is full, the run goes on as long as its checkpoints find room.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()
         with contextlib.suppress(OSError):
+            if self._console is None:
+                self._console = (self._run.logs / "console.log").open("ab", buffering=0)
             self._console.write(text)
 
 
+def _is_event(event: Any) -> bool:
+    return isinstance(event, dict) and isinstance(event.get("time"), str) and isinstance(event.get("event"), str)
+
+
 def _is_progress(event: Mapping[str, Any]) -> bool:
-    return event["event"] == "checkpoint" and event["step"] > 0
+    return event["event"] == "checkpoint" and isinstance(event.get("step"), int) and event["step"] > 0
 
 
 @contextlib.contextmanager
@@ -338,22 +356,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns the exit code of the batch script."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    for stop_signal in _STOP_SIGNALS:
+        signal.signal(stop_signal, lambda number, frame: signals.append(number))
     try:
         allocation, settings = slurm.Allocation.of(os.environ), Settings.of(os.environ)
-        if "--dry-run" in arguments:
-            world_size = f"parallel.world_size={len(allocation.nodes) * settings.processes}"
-            return subprocess.run(
-                [sys.executable, "-m", "mlra_scale.train", *arguments, world_size], check=False
-            ).returncode
         parsed = build_parser().parse_intermixed_args(arguments)
         if parsed.run_dir is None:
             raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
         # A mistake leaves nothing behind.
-        load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
-        with held(RunDirectory(Path(parsed.run_dir)), _LOCK_SECONDS, ".job.lock"):
-            return _run(Job(arguments, allocation, settings, signals))
+        config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
+        run, checked = RunDirectory(Path(parsed.run_dir).absolute()), None
+        if not os.path.lexists(run.path):
+            words, number = with_absolute_paths(arguments), len(allocation.nodes)
+            checked = check_on_this_node(words, allocation, settings, config, number)
+            if checked.kind == "bad_input":
+                print(checked.said, file=sys.stderr, flush=True)
+                return ExitCode.BAD_INPUT
+        return _run(run, allocation, lambda: Job(arguments, allocation, settings, signals, checked), signals)
     except ConfigError as error:
         lines = "\n".join(f"  {problem}" for problem in error.problems)
         print(f"mlra_scale.cluster.job: bad input\n{lines}", file=sys.stderr, flush=True)
@@ -363,12 +382,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.FAILED
 
 
-def _run(job: Job) -> int:
-    try:
-        return job.run()
-    except Exception as error:  # whatever it is, job.json must not go on saying that the job runs
-        traceback.print_exc()
-        return job.fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
+def _run(run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[], Job], signals: Sequence[int]) -> int:
+    """Runs the job alone in its run directory; whatever happens, job.json does not go on saying that it runs."""
+    waits = list(_FILE_WAITS)
+    while True:
+        try:
+            with held(run, _LOCK_SECONDS, ".job.lock"):
+                job = make_job()
+                try:
+                    return job.run()
+                except BaseException as error:
+                    traceback.print_exc()
+                    code = job.fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
+                    if isinstance(error, Exception):
+                        return code
+                    raise
+        except ConfigError as error:
+            # A full disk or a file server that is away; a mistake has no such cause. A job that has run is not ended
+            # by it at once.
+            if not isinstance(error.__cause__, OSError) or allocation.num_requeues == 0 or signals or not waits:
+                _note_failure(run, allocation, str(error))
+                raise
+            print(f"{error}; tried again in {waits[0]:.0f} s", file=sys.stderr, flush=True)
+            wait_for_stop(waits.pop(0), lambda: bool(signals))
+
+
+def _note_failure(run: RunDirectory, allocation: slurm.Allocation, reason: str) -> None:
+    """Writes into job.json that this job has failed, if it is about this job."""
+    with contextlib.suppress(OSError, ValueError):
+        file = JobFile.read(run.job)
+        if file.job_id == allocation.job_id and file.attempts:
+            file.become("failed", " ".join(reason.split()))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mlra_scale.config.json_text import read_json_object
 from mlra_scale.training.record import write_atomically
+
+VERSION = 2
+_BLOCK_BYTES = 4096
 
 JobState = Literal["pending", "running", "preempted", "requeued", "cancelled", "failed", "done"]
 
@@ -70,6 +76,7 @@ class JobFile:
         excluded: Nodes that are not used any more, with the reason.
         first_counted: How many of the attempts belong to earlier jobs: their failures do not count any more.
         attempts: All of them, the newest last.
+        version: Of the format.
     """
 
     path: Path
@@ -85,6 +92,7 @@ class JobFile:
     excluded: dict[str, str] = field(default_factory=dict)
     first_counted: int = 0
     attempts: list[Attempt] = field(default_factory=list)
+    version: int = VERSION
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
@@ -96,20 +104,50 @@ class JobFile:
         if not path.exists():
             return cls(path)
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = read_json_object(path)
+            # The first version had no such key; nothing else has changed.
+            if (version := values.pop("version", 1)) not in range(1, VERSION + 1):
+                raise ValueError(f"its version is {version!r}, this program reads 1 to {VERSION}")
             attempts = [Attempt(**attempt) for attempt in values.pop("attempts")]
             return cls(path=path, attempts=attempts, **values)
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no job file of this program ({error}); move it away") from error
 
     def write(self) -> None:
-        """Replaces the file at once; a disk that is full for a while does not end a job."""
+        """Replaces the file at once; where the disk has no room for another one, it is written over in its place.
+
+        It has blanks at its end for this, so that a job that ends because of a full disk can still say so. A file
+        that cannot be written at all does not end a job.
+        """
         self.updated = now()
         values = {key: value for key, value in asdict(self).items() if key != "path"}
+        text = json.dumps(values, indent=1)
+        blanks = _BLOCK_BYTES + -len(text) % _BLOCK_BYTES - 1
         try:
-            write_atomically(self.path, json.dumps(values, indent=1) + "\n")
+            write_atomically(self.path, f"{text}{' ' * blanks}\n")
         except OSError as error:
-            print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            fault = error.strerror
+            with contextlib.suppress(OSError):
+                self.path.with_name(f".{self.path.name}.tmp").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fault = "" if self._write_over(text) else fault
+            if fault:
+                with contextlib.suppress(OSError):
+                    print(f"{self.path} cannot be written: {fault}", file=sys.stderr, flush=True)
+
+    def _write_over(self, text: str) -> bool:
+        """Writes into the file as it is; returns False where it is too small."""
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            size = os.fstat(file).st_size
+            data = text.encode("ascii").ljust(size - 1) + b"\n"
+            # In one call: who reads it meanwhile sees the old content or the new one.
+            if len(data) == size and os.pwrite(file, data, 0) == size:
+                os.fsync(file)
+                return True
+        finally:
+            os.close(file)
+        return False
 
     def become(self, state: JobState, reason: str = "") -> None:
         """Changes the state and writes the file."""

@@ -16,15 +16,17 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link, host_and_port
 from mlra_scale.cluster.family import AGENT_VARIABLE, descendants
 from mlra_scale.cluster.job_file import Attempt, JobFile
+from mlra_scale.cluster.messages import RankMessage
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Beat, PulseSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
@@ -80,9 +82,8 @@ class Watch:
         pulse: PulseSocket,
         family: Callable[[], Iterable[int]],
     ) -> None:
-        host, port = arguments.job.rsplit(":", 1)
-        greeting = {"node": node, "token": os.environ[TOKEN_VARIABLE], "pid": os.getpid(), "versions": versions()}
-        self._link = Link(host, int(port), greeting)
+        host, port = host_and_port(arguments.job)
+        self._link = Link(host, port, _greeting(node))
         self._node_rank, self._pulse, self._logs = node_rank, pulse, arguments.logs
         self._family = family
         self._lost_seconds: float = arguments.lost_seconds
@@ -93,11 +94,11 @@ class Watch:
         self._end: dict[str, Any] | None = None
         self._has_ended = threading.Event()
         self.has_lost_job = False
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
     def ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM and SIGUSR1."""
+        """The handler of signals that ask for a stop; the job decides how long that may take."""
         self._stop.set()
 
     @property
@@ -111,6 +112,14 @@ class Watch:
         self._has_ended.wait(30.0)
         if self.has_lost_job:
             self._thread.join()  # it ends the process
+
+    def _watch(self) -> None:
+        try:
+            self._run()
+        except Exception:  # ranks that nobody watches must not go on: neither hears the other any more
+            traceback.print_exc()
+            self._kill()
+            os._exit(1)
 
     def _run(self) -> None:
         last_heard, last_report, has_told_stop = time.monotonic(), 0.0, False
@@ -140,12 +149,15 @@ class Watch:
             time.sleep(0.1)
 
     def _listen_to_ranks(self) -> None:
-        for message in self._pulse.receive():
-            if "beat" in message:
-                beat = Beat(**message["beat"])
-                self._beats[beat.rank] = (beat, time.monotonic())
-            else:
-                self._link.send(message)
+        for values in self._pulse.receive():
+            try:
+                message = RankMessage.of(values)
+            except ValueError:
+                continue  # cut short, or of no rank of ours
+            if message.beat is not None:
+                self._beats[message.beat.rank] = (message.beat.as_beat(), time.monotonic())
+            if message.bad_nodes is not None:
+                self._link.send({"bad_nodes": message.bad_nodes})
 
     def _seen(self, beat: Beat, heard: float) -> dict[str, Any]:
         return {
@@ -216,7 +228,7 @@ def folder_fault(folder: Path, nonce: str) -> str:
     deadline = time.monotonic() + _SECONDS_TO_SEE
     while True:
         try:
-            if (folder / "nonce").read_text(encoding="ascii") == nonce:
+            if (folder / "nonce").read_bytes() == nonce.encode():
                 break
         except OSError:
             pass
@@ -236,7 +248,7 @@ def process_state(pid: int) -> str:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):  # it has ended, and its number is another user's process perhaps
         os.kill(pid, number)
 
 
@@ -245,12 +257,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node_rank = int(os.environ.get("SLURM_PROCID", "0"))  # one task per node; SLURM_NODEID counts lost nodes too
-    with (
-        tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/tmp") as folder,
-        contextlib.closing(PulseSocket(Path(folder))) as pulse,
-    ):
+    try:
+        folder = _private_folder()
+    except OSError as error:
+        _report_unusable(arguments, node, f"has no room for a socket in /tmp: {error.strerror}")
+        return 1
+    with folder as path, contextlib.closing(PulseSocket(Path(path))) as pulse:
         watch = Watch(arguments, node, node_rank, pulse, partial(descendants, os.getpid()))
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, watch.ask_to_stop)
         os.environ |= {
             PULSE_VARIABLE: pulse.address,
@@ -266,6 +280,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         failures = [] if bad_nodes else _launch(arguments, node_rank)
         watch.ended(failures=failures, bad_nodes=bad_nodes)
     return 1 if failures or bad_nodes else 0
+
+
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """Makes a folder for the ranks' socket on this node, with a short path: in memory where the disk is full.
+
+    Raises:
+        OSError: There is no room in either.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/tmp", ignore_cleanup_errors=True)
+    except OSError:
+        if not os.path.isdir("/dev/shm"):
+            raise
+        return tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/dev/shm", ignore_cleanup_errors=True)
+
+
+def _greeting(node: str) -> dict[str, Any]:
+    return {"node": node, "token": os.environ[TOKEN_VARIABLE], "pid": os.getpid(), "versions": versions()}
+
+
+def _report_unusable(arguments: argparse.Namespace, node: str, fault: str) -> None:
+    """Tells the job that this node cannot be used."""
+    host, port = host_and_port(arguments.job)
+    link = Link(host, port, _greeting(node))
+    link.send({"ended": {"failures": [], "bad_nodes": {node: fault}}})
+    link.close()
 
 
 def _launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any]]:
@@ -287,13 +327,13 @@ def _launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any
         max_restarts=0,
         logs_specs=RankLogs(arguments.logs, node_rank * arguments.processes),
         log_line_prefix_template="[${rank}] ",
-        # SIGTERM asks for a checkpoint here; torchrun would pass it on and kill after 30 s.
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        # The others ask for a checkpoint here; torchrun would pass them on and kill after 30 s.
+        signals_to_handle="SIGQUIT",
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "mlra_scale.cluster.rank", *arguments.training)
     except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
+        _print(str(error))
         return [
             {
                 "rank": rank,
@@ -304,9 +344,14 @@ def _launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any
             for rank, failure in error.failures.items()
         ]
     except Exception as error:  # whatever torchrun meets, the job must hear of it
-        print(f"torchrun on {os.environ[NODE_VARIABLE]}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _print(f"torchrun on {os.environ[NODE_VARIABLE]}: {type(error).__name__}: {error}")
         return [{"rank": None, "code": 1, "time": time.time(), "message": f"torchrun: {_text(str(error))}"}]
     return []
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # srun is gone; the job hears the same over its connection
+        print(text, file=sys.stderr, flush=True)
 
 
 def _text(message: Any) -> str:

@@ -220,13 +220,13 @@ def _take_events(run: Run, events: Sequence[dict[str, Any]], directory: RunDirec
         run.last_error = "no process is at work here, and no end was recorded"
 
 
-def is_held(directory: RunDirectory) -> bool | None:
+def is_held(directory: RunDirectory, name: str = ".lock") -> bool | None:
     """Returns whether a process is at work in a run directory; None where locks cannot be tested.
 
     The test takes a shared lock for a moment where nobody holds one: two of them do not take each other for a run.
     """
     try:
-        with (directory.path / ".lock").open("rb") as file:
+        with (directory.path / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -258,7 +258,8 @@ def _corrected(run: Run, queue: dict[str, tuple[str, str]], now: float) -> Run:
         if was_at_work and is_held(RunDirectory(Path(run.path))):
             fresh.last_error = f"{known}, and yet a process is at work here"
         else:
-            fresh.state = "vanished"
+            # Cancelled in the queue: no process of the job was there to say so.
+            fresh.state = "cancelled" if state == "CANCELLED" and not was_at_work else "vanished"
             fresh.last_error = f"{'killed without a word' if was_at_work else f'{was}, but not in the queue'}: {known}"
     return fresh
 

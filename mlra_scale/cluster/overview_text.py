@@ -95,7 +95,8 @@ def attempts_as_json(run: Run, now: float) -> dict[str, Any]:
     attempts = [
         {**dataclasses.asdict(attempt), "duration_seconds": _seconds_of(attempt, run, now)} for attempt in job.attempts
     ]
-    return {**_fields(run), "reason": job.reason or None, "attempts": attempts, "excluded": job.excluded}
+    more = {"command": job.command, "console": job.console or None, "excluded": job.excluded}
+    return {**_fields(run), "reason": job.reason or None, "attempts": attempts, **more}
 
 
 def _seconds_of(attempt: Attempt, run: Run, now: float) -> float | None:

@@ -109,13 +109,17 @@ class PulseSocket:
         self._socket.setblocking(False)
 
     def receive(self) -> list[dict[str, Any]]:
-        """Returns all that has come."""
-        received = []
+        """Returns all that has come; what is no JSON object is passed over."""
+        received: list[dict[str, Any]] = []
         while True:
             try:
-                received.append(json.loads(self._socket.recv(1 << 16)))
+                message = json.loads(self._socket.recv(1 << 16))
             except BlockingIOError:
                 return received
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(message, dict):
+                received.append(message)
 
     def fileno(self) -> int:
         """For selectors."""

@@ -7,11 +7,18 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import IO
 
 from mlra_scale.cluster.family import AGENT_VARIABLE, die_with_parent
 
 if __name__ == "__main__":
-    die_with_parent(int(os.environ[AGENT_VARIABLE]))  # before the seconds that what follows takes
+    # Before the seconds that the other imports take.
+    from mlra_scale.console import make_unfailing
+    from mlra_scale.training.interruption import Interruption
+
+    die_with_parent(int(os.environ[AGENT_VARIABLE]))
+    make_unfailing()
+    INTERRUPTION = Interruption().until_exit()
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -53,6 +60,15 @@ class NodeOverseer(Overseer):
         check_together(device, self._node, self._shared)
 
 
+def _stacks_file(path: Path) -> IO[str]:
+    """Opens the file for stacks; where that is not possible, such as on a full disk, they go to the rank's log."""
+    try:
+        return path.open("w")
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}); stacks go to this log", flush=True)
+        return os.fdopen(os.dup(sys.stdout.fileno()), "w")
+
+
 @record
 def main() -> None:
     """Trains; ends the process with the training's exit code."""
@@ -60,12 +76,12 @@ def main() -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     node, shared = os.environ[NODE_VARIABLE], Path(os.environ[STACKS_VARIABLE])
     pulse = Pulse(os.environ.get(PULSE_VARIABLE), rank, local_rank)
-    with (shared / f"rank-{rank:05d}.stacks").open("w") as stacks:
+    with _stacks_file(shared / f"rank-{rank:05d}.stacks") as stacks:
         # Written by the signal's handler in C: it works while the interpreter waits in a collective.
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
             check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
-            code = train.main(sys.argv[1:], NodeOverseer(pulse, node, shared))
+            code = train.main(sys.argv[1:], NodeOverseer(pulse, node, shared), INTERRUPTION)
         except BadNodes as error:
             if rank == 0 or not error.is_common:
                 print(f"bad node: {error}", file=sys.stderr, flush=True)

@@ -18,6 +18,13 @@ _PASSING = (
 )
 """What Slurm's commands say when its controller is busy or being restarted, or still at work on the job."""
 
+_SLURMS_PREFIXES = (
+    *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SCONTROL_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_"),
+    "PMI_",
+)
+_NAMES_THE_JOB = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_WORKING_CLUSTER", "SLURM_JWT")
+"""Where the controller is, which job this is, and the key to it where munge is not used."""
+
 
 class SlurmError(RuntimeError):
     """A command of Slurm failed; the text is what it said."""
@@ -52,13 +59,14 @@ class Allocation:
         if missing:
             remedy = "this is no Slurm job; submit slurm/*.sh with sbatch, or start python -m mlra_scale.train yourself"
             raise ConfigError([Problem(name, None, remedy) for name in missing])
-        nodes = hostnames(environment["SLURM_JOB_NODELIST"])
+        nodes, job_id = hostnames(environment["SLURM_JOB_NODELIST"]), environment["SLURM_JOB_ID"]
         return cls(
-            job_id=environment["SLURM_JOB_ID"],
+            job_id=job_id,
             name=environment.get("SLURM_JOB_NAME", "mlra-scale"),
             nodes=tuple(nodes),
             here=environment.get("SLURMD_NODENAME", nodes[0]),
-            num_requeues=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            # SLURM_RESTART_COUNT is set where it is not 0 only: a job that is submitted from a requeued one has its.
+            num_requeues=number_of_restarts(job_fields(job_id)),
         )
 
 
@@ -76,6 +84,12 @@ def address(node: str) -> str:
 def job_fields(job_id: str) -> dict[str, str]:
     """Returns what Slurm knows of a job: JobState, Reason, Restarts, ..."""
     return _fields(_ask("scontrol", "--oneliner", "show", "job", job_id))
+
+
+def number_of_restarts(fields: Mapping[str, str]) -> int:
+    """Returns how often a job was queued again, from its fields."""
+    value = fields.get("Restarts", "0")
+    return int(value) if value.isdecimal() else 0
 
 
 def requeue(job_id: str) -> None:
@@ -114,8 +128,11 @@ def shrink(job_id: str, nodes: Sequence[str]) -> None:
     22.05 then lets it start without its GPUs.
     """
     # It leaves a script for the job's shell in the current directory.
-    with tempfile.TemporaryDirectory() as folder:
-        _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
+    except OSError as error:
+        raise SlurmError(f"no temporary folder can be made: {error.strerror}") from error
 
 
 def is_given_up(node: str) -> bool:
@@ -124,15 +141,42 @@ def is_given_up(node: str) -> bool:
     return "*" in state or "DOWN" in state or "NOT_RESPONDING" in state
 
 
-def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns an environment for srun without what Slurm said of the allocation when the job began.
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns an environment for Slurm's commands with none of Slurm's variables but those that name the job.
 
-    srun takes these for options, and refuses them once a node is lost.
+    srun takes most of these variables for options. Some describe the allocation as it was when the job began, and srun
+    refuses them once a node is lost. Others belong to the shell that the job was submitted from, which may be inside
+    another job (salloc): its memory, tasks per GPU and CPU binding are not those of this job. The options of a step
+    are given on its command line instead. srun sets the variables of a step for its tasks anew.
     """
-    dropped = {"NTASKS", "NPROCS", "NNODES", "NODELIST", "NTASKS_PER_NODE", "TASKS_PER_NODE", "DISTRIBUTION"}
-    dropped |= {"JOB_NUM_NODES", "JOB_NODELIST", "JOB_CPUS_PER_NODE", "GPUS"}
-    names = {f"SLURM_{name}" for name in dropped}
-    return {name: value for name, value in environment.items() if name not in names}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _NAMES_THE_JOB or not name.startswith(_SLURMS_PREFIXES)
+    }
+
+
+def step_command(nodes: Sequence[str], memory: str, cpu_bind: str, more: Sequence[str]) -> list[str]:
+    """Returns the beginning of a command line that runs one task on each of some nodes of this job.
+
+    A step without --cpus-per-task has all cores of the job on its nodes, and without --gres all its GPUs.
+
+    Args:
+        nodes: Their names, in the order of the tasks' ranks.
+        memory: Of the task on each node; 0: all that the job has there.
+        cpu_bind: The tasks' binding to cores.
+        more: Further options; they win over those above.
+    """
+    number = str(len(nodes))
+    command = [
+        "srun",
+        f"--nodes={number}",
+        f"--ntasks={number}",
+        "--ntasks-per-node=1",
+        f"--nodelist={','.join(nodes)}",
+    ]
+    command += [f"--mem={memory}", f"--cpu-bind={cpu_bind}", "--overlap", "--input=none", "--export=ALL"]
+    return [*command, *more]
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -153,16 +197,15 @@ def _ask(*command: str, folder: str | None = None, patience: float | None = None
 
 
 def _ask_once(command: Sequence[str], folder: str | None) -> str:
-    # Filters and formats that a user has set would change what is parsed here.
-    set_by_user = ("SCONTROL_", "SQUEUE_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(set_by_user)}
     try:
         result = subprocess.run(
             command,
-            env=environment,
+            # Filters, formats and clusters that a user has set would change what is asked and parsed here.
+            env=slurm_environment(os.environ),
             cwd=folder,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=60,
             stdin=subprocess.DEVNULL,
             check=False,

@@ -23,7 +23,10 @@ def versions() -> dict[str, str]:
     digest = hashlib.sha256()
     folder = Path(__file__).resolve().parents[1]
     for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+        try:
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+        except OSError as error:
+            return {**found, "mlra_scale": f"unreadable ({path.name}: {error.strerror})"}
     return {**found, "mlra_scale": digest.hexdigest()[:12]}
 
 

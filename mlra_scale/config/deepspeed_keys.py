@@ -22,7 +22,10 @@ _BATCHES = "batches come from the data section; leave it out"
 _REMOVED = "DeepSpeed has removed it"
 _OWN_CHECKPOINTS = "checkpoints have their own writer and reader; leave it out"
 _NO_EXPERTS = "there are no experts in this model"
-_NO_SEQUENCE_PARALLEL = "sequence parallelism is not part of this trainer"
+_NO_ULYSSES = (
+    "it is DeepSpeed's Ulysses, which splits the sequence over ranks of its own; to split it over the tensor-parallel "
+    "ranks, set parallel.sequence_parallel"
+)
 
 # key -> (owner, kind of value for yours / where to set it for ours / why not for refused)
 TOP_LEVEL_KEYS: dict[str, tuple[str, str]] = {
@@ -65,14 +68,17 @@ TOP_LEVEL_KEYS: dict[str, tuple[str, str]] = {
     "timers": (OURS, "the throughput timer waits for the device at every step; tokens per second are logged anyway"),
     "dataloader_drop_last": (OURS, _BATCHES),
     "data_efficiency": (OURS, _BATCHES),
-    "sequence_parallel_size": (REFUSED, _NO_SEQUENCE_PARALLEL),
+    "sequence_parallel_size": (REFUSED, _NO_ULYSSES),
     "data_parallel_size": (REFUSED, "it follows from the number of ranks, parallel.tensor and parallel.pipeline"),
-    "seq_parallel_communication_data_type": (REFUSED, _NO_SEQUENCE_PARALLEL),
+    "seq_parallel_communication_data_type": (REFUSED, _NO_ULYSSES),
     "expert_parallel": (REFUSED, _NO_EXPERTS),
     "use_data_before_expert_parallelism": (REFUSED, _NO_EXPERTS),
     "aio": (REFUSED, "it is for state on NVMe, which is out of reach of TEV and checkpoints; offload to cpu"),
-    "compile": (REFUSED, "DeepCompile changes the graph that parity tests prove equal"),
-    "autotuning": (REFUSED, "it starts runs of its own; use --dry-run to choose a layout"),
+    "compile": (
+        REFUSED,
+        "it is DeepCompile, which rewrites the graph and is not tested here; for torch.compile set train.compile",
+    ),
+    "autotuning": (REFUSED, "it starts runs of its own; tools/plan.py chooses a layout"),
     "hybrid_engine": (REFUSED, "it is for generation inside training"),
     "weight_quantization": (REFUSED, "it is for inference"),
     "datastates": (OURS, _OWN_CHECKPOINTS),
@@ -106,7 +112,7 @@ ZERO_KEYS: dict[str, tuple[str, str]] = {
     "stage": (YOURS, "0|1|2|3"),
     "contiguous_gradients": (YOURS, "bool"),
     "reduce_scatter": (YOURS, "bool"),
-    "reduce_bucket_size": (YOURS, "count"),
+    "reduce_bucket_size": (YOURS, "positive count"),
     "use_multi_rank_bucket_allreduce": (YOURS, "bool"),
     "allgather_partitions": (YOURS, "bool"),
     "allgather_bucket_size": (YOURS, "count"),
@@ -135,7 +141,7 @@ ZERO_KEYS: dict[str, tuple[str, str]] = {
     "cpu_offload_param": (REFUSED, "deprecated by DeepSpeed; write offload_param: {device: cpu}"),
     "cpu_offload_use_pin_memory": (REFUSED, "deprecated by DeepSpeed; write offload_optimizer: {pin_memory: true}"),
     "elastic_checkpoint": (OURS, _OWN_CHECKPOINTS),
-    "legacy_stage1": (REFUSED, _REMOVED),
+    "legacy_stage1": (REFUSED, "DeepSpeed does not read it any more; leave it out"),
     "pipeline_loading_checkpoint": (OURS, _OWN_CHECKPOINTS),
     "zero_hpz_partition_size": (REFUSED, "its groups cut the whole world and know nothing of tensor parallelism"),
     "zero_quantized_weights": (REFUSED, "quantized weights break the equality of layouts"),
@@ -207,10 +213,11 @@ def _wrong_value(kind: str, value: Any) -> str | None:
         return "'auto' is for Hugging Face's trainer; give the value or leave the key out"
     if kind == "bool":
         return None if isinstance(value, bool) else "must be true or false"
-    if kind == "count":
+    if kind.endswith("count"):
+        least = 1 if kind == "positive count" else 0
         # DeepSpeed's own examples write 5e8, which JSON reads as a fraction.
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
-        return None if whole else "must be a whole number >= 0"
+        is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        return None if is_whole and value >= least else f"must be a whole number >= {least}"
     if kind == "mapping":
         return None if isinstance(value, dict) else "must be a mapping (in JSON: { ... })"
     if kind == "list":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
+from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.presets import preset_names, preset_values
 from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of
 from mlra_scale.config.schema import Config
@@ -45,6 +45,7 @@ def load_named_config(
     config_file: str | Path | None = None,
     ds_config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
+    run_config: Path | None = None,
 ) -> tuple[Config, Named]:
     """Builds the configuration of a run; later sources win: preset, config file, DeepSpeed file, overrides.
 
@@ -56,6 +57,8 @@ def load_named_config(
         config_file: YAML file with some or all fields; the `config.yaml` of a run directory is one.
         ds_config_file: JSON file with DeepSpeed's own knobs; replaces the `deepspeed` section as a whole.
         overrides: "section.field=value" each, the value read as YAML.
+        run_config: The `config.yaml` of the run that is to be continued, where neither preset nor config file is given.
+            Every field of it is resolved, its preset is a note, and none of its fields counts as named.
 
     Returns:
         The configuration, every field checked by itself (`validate` checks them together), and which of its fields
@@ -65,11 +68,15 @@ def load_named_config(
         ConfigError: With everything that is wrong in all sources.
     """
     problems: list[Problem] = []
-    given = _read_config_file(config_file, problems)
-    in_file = frozenset(_field_names(given))
-    name = _choose_preset(preset, given, problems)
-    if name is None and config_file is None:
-        problems.append(Problem("--preset", None, f"give one of {', '.join(preset_names())}, or a --config file"))
+    if run_config is None:
+        given = _read_config_file(config_file, "--config", problems)
+        in_file = frozenset(_field_names(given))
+        name = _choose_preset(preset, given, problems)
+    else:
+        given, in_file, name = _read_config_file(run_config, "--run-dir", problems), frozenset(), None
+    if name is None and config_file is None and run_config is None:
+        remedy = f"give one of {', '.join(preset_names())}, or a --config file, or continue a run: --resume auto with "
+        problems.append(Problem("--preset", None, remedy + "the --run-dir that holds it"))
     if ds_config_file is not None:
         given["deepspeed"] = _read_json(Path(ds_config_file), problems)
     on_command_line = {"deepspeed"} if ds_config_file is not None else set()
@@ -107,9 +114,16 @@ def _field_names(values: dict[str, Any]) -> Iterator[str]:
 
 
 def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
-    """Returns the text of a file, or None with one more problem of `field` in `problems`."""
+    """Returns the text of a file or pipe, or None with one more problem of `field` in `problems`."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(stored_yaml.MAX_BYTES + 1)
+        if len(content) > stored_yaml.MAX_BYTES:
+            problems.append(
+                Problem(field, str(path), f"is larger than {stored_yaml.MAX_BYTES} bytes; name another file")
+            )
+            return None
+        return content.decode("utf-8")
     except FileNotFoundError:
         problems.append(Problem(field, str(path), "there is no such file"))
     except UnicodeDecodeError as error:
@@ -119,21 +133,21 @@ def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
     return None
 
 
-def _read_config_file(path: str | Path | None, problems: list[Problem]) -> dict[str, Any]:
+def _read_config_file(path: str | Path | None, flag: str, problems: list[Problem]) -> dict[str, Any]:
     if path is None:
         return {}
-    text = read_text(Path(path), "--config", problems)
+    text = read_text(Path(path), flag, problems)
     if text is None:
         return {}
     try:
-        values = yaml_text.load(text)
+        values = stored_yaml.parse(text)
     except ValueError as error:
-        problems.append(Problem("--config", str(path), str(error)))
+        problems.append(Problem(flag, str(path), str(error)))
         return {}
     if values is None:
         return {}
     if not isinstance(values, dict):
-        problems.append(Problem("--config", str(path), "must hold sections (model:, train:, ...) at its top"))
+        problems.append(Problem(flag, str(path), "must hold sections (model:, train:, ...) at its top"))
         return {}
     return values
 
@@ -173,31 +187,14 @@ def _field(values: dict[str, Any], section: str, name: str) -> Any:
     return inner.get(name) if isinstance(inner, dict) else None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"key '{twice}' is given twice; keep one of them")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value; write a number")
-
-
 def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
     text = read_text(path, "--ds-config", problems)
     if text is None:
         return {}
     try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        problems.append(Problem("--ds-config", str(path), f"is not valid JSON: {place}: {error.msg}"))
-        return {}
+        values = parse_json(text, "the file")
     except ValueError as error:
-        problems.append(Problem("--ds-config", str(path), str(error)))
+        problems.append(Problem("--ds-config", str(path), str(error).removeprefix("the file ")))
         return {}
     if not isinstance(values, dict):
         problems.append(Problem("--ds-config", str(path), "must be a JSON object: { ... }"))

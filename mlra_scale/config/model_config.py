@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, field_validator
 from mlra_scale.config.section import Probability, Section, tuple_of_list
 
 Projection = Literal["q", "k", "v", "o"]
+MAX_LAYERS = 10_000
+"""Far beyond any model that trains; a damaged file with 300,000,000 layers would take hours to describe."""
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 
 
@@ -23,7 +25,7 @@ class ModelConfig(Section):
         description="The embedding's rows are padded to a multiple of this, whatever the tensor-parallel degree.",
     )
     max_positions: int = Field(1024, ge=1, description="Number of learned positions: the longest possible sequence.")
-    num_layers: int = Field(ge=1, description="Number of transformer blocks: the depth.")
+    num_layers: int = Field(ge=1, le=MAX_LAYERS, description="Number of transformer blocks: the depth.")
     hidden_size: int = Field(ge=1, description="Width D of the residual stream.")
     num_heads: int = Field(ge=1, description="Number of attention heads N; D must be divisible by it.")
     ffn_hidden_size: int | None = Field(None, ge=1, description="Inner width of the MLP; null: 4 D.")

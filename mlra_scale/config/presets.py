@@ -47,6 +47,7 @@ def _debug() -> dict[str, Any]:
         "optim": {"lr": 3e-3, "warmup_steps": 2},
         "tev": {"every": 5},
         "evaluation": {"every": 10, "batches": 2},
+        "checkpoint": {"every": 10},
         "wandb": {"mode": "disabled"},
     }
 
@@ -73,6 +74,7 @@ def _laptop() -> dict[str, Any]:
         "optim": {"lr": 3e-3, "warmup_steps": 20},
         "tev": {"every": 10},
         "evaluation": {"every": 50, "batches": 2},
+        "checkpoint": {"every": 50},
         "wandb": {"mode": "disabled"},
     }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from mlra_scale.config.json_text import printable
+
 REQUIRED = "is required and has no default; set it, or start from a preset"
 
 
@@ -21,19 +23,30 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 160:
-            shown = f"{shown[:80]} ... {shown[-75:]}"
-        return f"{self.field} = {shown}: {self.remedy}"
+        # Names and remedies may quote a file: what a terminal would obey is escaped, in repr() too.
+        return printable(f"{self.field} = {_shown(self.value)}: {self.remedy}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except (RecursionError, ValueError):
+        shown = f"<{type(value).__name__} that is too large to show>"
+    return f"{shown[:80]} ... {shown[-75:]}" if len(shown) > 160 else shown
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration at once; its text has one line per problem."""
+    """Every problem of a configuration at once; its text has one line per problem, `in_one_line` joins them."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "a ConfigError needs at least one problem"
         self.problems = list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    @property
+    def in_one_line(self) -> str:
+        """Every problem, for a message that quotes them."""
+        return "; ".join(str(problem) for problem in self.problems)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
 from mlra_scale.config.section import Beta, Positive, Section, Tag, Text, tuple_of_list
@@ -203,12 +203,28 @@ class ClusterConfig(Section):
     lost_node_seconds: float = Field(
         30.0, gt=0.0, description="A node that the job has heard nothing from for this long is lost."
     )
+    step_memory: str = Field(
+        "0",
+        pattern=r"^\d+[KMGT]?$",
+        description="Memory of the ranks on each node, as srun's --mem takes it, such as 400G; 0: all memory that the "
+        "job has there.",
+    )
+    cpu_bind: str = Field(
+        "none",
+        pattern=r"^(none|(map|mask)_(cpu|ldom):[0-9a-fA-Fx,]+)$",
+        description="Binding of the ranks on each node to its cores, as srun's --cpu-bind takes it for one task per "
+        "node, such as mask_cpu:0xffff; none: the ranks may use all cores that the job has there.",
+    )
 
 
 class Config(Section):
     """Everything that defines a run."""
 
-    preset: str | None = Field(None, description="The preset that the values started from; a note, no longer read.")
+    preset: str | None = Field(
+        None,
+        description="The preset whose values stand for fields that a --config file leaves out; in the config.yaml of a "
+        "run, where every field is written, a note.",
+    )
     model: ModelConfig = Field(description="Shape and initialization of the model.")
     data: DataConfig = Field(default_factory=DataConfig, description="Training and validation data.")
     train: TrainConfig = Field(description="Length, batch and numerics.")
@@ -234,7 +250,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Returns the configuration as a YAML document that `from_yaml` reads back equal."""
-        return yaml_text.dump(self.to_dict())
+        return yaml_text.dump(stored_yaml.with_version(self.to_dict()))
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
@@ -268,7 +284,7 @@ class Config(Section):
             ConfigError: The text is not YAML, or a field is wrong.
         """
         try:
-            values = yaml_text.load(text)
+            values = stored_yaml.parse(text)
         except ValueError as error:
             raise ConfigError([Problem("config", "YAML", str(error))]) from None
         return cls.from_dict(values)

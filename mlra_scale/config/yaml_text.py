@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from mlra_scale.config.json_text import printable
+
 _RESOLVERS = (
     ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -25,6 +27,13 @@ _RESOLVERS = (
         list("-+.0123456789"),
     ),
 )
+
+
+_INTEGER = _RESOLVERS[2][1]
+_MAX_DIGITS = 300
+
+MAX_CHARACTERS = 2**20
+"""Longer documents are refused: parsing takes about a second per 50,000 characters."""
 
 
 def _install_resolvers(target: Any) -> None:
@@ -62,8 +71,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_yaml_int(self, node: Any) -> int:
-        # PyYAML's own constructor would read 010 as octal; the core schema says decimal.
-        return int(self.construct_scalar(node))
+        # PyYAML's own constructor would read 010 as octal; the core schema says decimal. int() takes time that grows
+        # with the square of the number of digits.
+        text = self.construct_scalar(node)
+        if not _INTEGER.match(text) or len(text) > _MAX_DIGITS:
+            message = f"'{text[:40]}' is not an integer of at most {_MAX_DIGITS} digits"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return int(text)
 
     def construct_yaml_str(self, node: Any) -> str:
         # JSON, which is YAML, writes a character beyond the basic plane as two escapes; PyYAML leaves them apart.
@@ -83,6 +97,12 @@ class _Dumper(yaml.SafeDumper):
 
 _install_resolvers(_Loader)
 _install_resolvers(_Dumper)
+# Tags such as !!binary, !!set or !!timestamp make values that neither the schema nor JSON knows.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "seq", "map", "str")
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
@@ -97,18 +117,20 @@ def load(text: str) -> Any:
         Plain Python values.
 
     Raises:
-        ValueError: The text is not YAML or a key is given twice; the message has line and column.
+        ValueError: The text is not YAML, a key is given twice, or it is too long; the message has line and column.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"is longer than {MAX_CHARACTERS} characters, which is too long for such a file")
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise ValueError(f"{place}{error.problem or error.context}") from None
+        raise ValueError(printable(f"{place}{error.problem or error.context}")) from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(printable(" ".join(str(error).split()))) from None
 
 
 def dump(data: Any) -> str:

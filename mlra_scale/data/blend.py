@@ -15,6 +15,7 @@ their permutations, so a small data set simply repeats more often. Rounding move
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,9 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     """
     assert len(weights) <= total
     whole = sum(weights)
+    if math.isinf(whole):  # weights near the largest number
+        weights = [weight / max(weights) for weight in weights]
+        whole = sum(weights)
     exact = [weight / whole * total for weight in weights]
     quotas = [max(1, int(share)) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda part: (quotas[part] - exact[part], part))

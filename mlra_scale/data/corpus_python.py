@@ -15,6 +15,8 @@ and on which optional parts of the library the system ships; the manifest record
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import hashlib
 import re
 import sysconfig
@@ -29,27 +31,42 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonCorpus:
-    """The embedded corpus; documents are made when they are first read, and kept (10 MB) for the next pass."""
+    """The embedded corpus; documents are made when they are first read, and kept (10 MB) for the next pass.
+
+    Attributes:
+        modules: File of every module, by dotted name.
+        visited: Names of the modules that the last pass came to.
+        broken: Names of the modules that cannot be parsed, among those read so far.
+        total_bytes: Size of all files and topics.
+    """
 
     def __init__(self) -> None:
-        self._modules = dict(_modules())
-        self.total_bytes = sum(path.stat().st_size for path in self._modules.values())
+        self.modules = dict(_modules())
+        self.visited: set[str] = set()
+        self.broken: list[str] = []
+        self.total_bytes = sum(path.stat().st_size for path in self.modules.values())
         self.total_bytes += sum(map(len, _topics().values()))
         self._texts = {f"topic {name}": text for name, text in _topics().items()}
-        names = [*self._texts, *(f"{kind} {name}" for name in self._modules for kind in ("docstrings", "source"))]
+        names = [*self._texts, *(f"{kind} {name}" for name in self.modules for kind in ("docstrings", "source"))]
         self._names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
     def documents(self) -> Iterator[tuple[str, int]]:
         """Yields the documents in their fixed order, each with the bytes of its file that it stands for."""
+        self.visited = set()
         for name in self._names:
             kind, item = name.split(" ", 1)
+            if kind != "topic":
+                self.visited.add(item)
             if name not in self._texts:
                 # Both at once: parsing is what costs.
-                english, code = module_texts(item, self._modules[item])
+                parsed = module_texts(item, self.modules[item])
+                if parsed is None:
+                    self.broken.append(item)
+                english, code = parsed or ("", "")
                 self._texts |= {f"docstrings {item}": english, f"source {item}": code}
             size = len(self._texts[name])
             if kind == "source":
-                size = self._modules[item].stat().st_size - len(self._texts[f"docstrings {item}"])
+                size = self.modules[item].stat().st_size - len(self._texts[f"docstrings {item}"])
             if self._texts[name].strip():
                 yield self._texts[name], size
 
@@ -78,7 +95,7 @@ def _modules() -> list[tuple[str, Path]]:
     return found
 
 
-def module_texts(name: str, path: Path) -> tuple[str, str]:
+def module_texts(name: str, path: Path) -> tuple[str, str] | None:
     """Splits a module into English and code.
 
     Args:
@@ -86,17 +103,34 @@ def module_texts(name: str, path: Path) -> tuple[str, str]:
         path: Its file.
 
     Returns:
-        (docstrings under their dotted names, source without docstrings); both empty for a file that does not parse.
+        (docstrings under their dotted names, source without docstrings); None for a file that does not parse.
     """
-    with tokenize.open(path) as stream:  # honours the file's encoding declaration
-        source = stream.read()
     try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return "", ""
-    documented = [(qualified, node) for qualified, node in _definitions(tree, name) if _has_docstring(node)]
-    english = "\n".join(f"{qualified}\n\n{ast.get_docstring(node)}\n" for qualified, node in documented)
-    return english, _without_docstrings(source, [node for _, node in documented])
+        with tokenize.open(path) as stream:  # honours the file's encoding declaration
+            source = stream.read()
+        with _no_garbage_collection():
+            tree = ast.parse(source)
+            documented = [(qualified, node) for qualified, node in _definitions(tree, name) if _has_docstring(node)]
+            english = "\n".join(f"{qualified}\n\n{ast.get_docstring(node)}\n" for qualified, node in documented)
+            return english, _without_docstrings(source, [node for _, node in documented])
+    except (SyntaxError, ValueError):  # ValueError: null bytes, or bytes that are not of the declared encoding
+        return None
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Stops the cyclic garbage collector for the time of one module.
+
+    A syntax tree has no cycles, but its many nodes start full collections, each of which visits every object of the
+    process: in a process that has imported torch they take several times as long as the parsing.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _definitions(node: ast.AST, qualified: str) -> Iterator[tuple[str, Definition]]:

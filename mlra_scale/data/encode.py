@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlra_scale.data.errors import DataError
-from mlra_scale.data.sources import Document
+from mlra_scale.data.readers import Document
 
 _CHUNK_DOCUMENTS = 512
 _CHUNK_CHARACTERS = 1 << 20
@@ -68,15 +68,32 @@ class Encoder:
         self._dtype = np.dtype(dtype)
 
     def __call__(self, documents: list[Document]) -> EncodedChunk:
-        """Tokenizes one chunk."""
+        """Tokenizes one chunk.
+
+        Raises:
+            DataError: The tokenizer cannot encode a document, or the end-of-document token is a part of one, which it
+                would end early.
+        """
         texts = [document.text for document in documents]
         parts = []
-        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the Rust library raises plain Exception
+            raise DataError(f"the tokenizer cannot encode every text: {error}; choose one that can") from error
+        for encoding in encodings:
             ids = encoding.ids
             ids.append(self._end)
             parts.append(np.array(ids, dtype=self._dtype))
+        tokens = np.concatenate(parts)
+        if np.count_nonzero(tokens == self._end) != len(parts):
+            number = next(i for i, part in enumerate(parts) if np.count_nonzero(part == self._end) > 1)
+            raise DataError(
+                f"token {self._end} ({self._tokenizer.id_to_token(self._end)!r}) is to end documents, but it is also "
+                f"a part of the text of the document that begins with {texts[number][:60]!r}; choose a token that no "
+                "text gives with --end-of-document, such as a special token of the tokenizer"
+            )
         return EncodedChunk(
-            tokens=np.concatenate(parts),
+            tokens=tokens,
             lengths=np.array([len(part) for part in parts], dtype=np.int64),
             text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for text in texts),
             consumed=sum(document.consumed for document in documents),
@@ -99,7 +116,7 @@ def encode_in_order(
         Chunks in the order of the documents. The chunks' borders depend on the documents only.
 
     Raises:
-        DataError: A worker process died.
+        DataError: A worker process died, or a document holds the end-of-document token.
     """
     if workers == 1:
         encoder = Encoder(tokenizer_json, end_of_document, dtype)

@@ -20,11 +20,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mlra_scale.data.blocks import CheckedFile
 from mlra_scale.data.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _OLD_MAGIC = b"TNTIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+WHOLE_BYTES = 64_000_000
+"""A .bin file up to this size is checked as a whole at every start; of a larger one each block when it is read."""
+_SEQUENCES_AT_ONCE = 1 << 20
+"""Sequences that are checked together: bounds the memory for them."""
 _DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -39,6 +44,7 @@ class IndexedFiles:
         sequence_pointers: Byte offset of every sequence in the .bin file, int64, memory-mapped.
         document_borders: Sequence index where each document starts, and the number of sequences at the end.
         bin_bytes: Size of the .bin file.
+        table: File with the hashes of the .bin file's blocks (blocks.py); None: there is none.
     """
 
     prefix: str
@@ -47,6 +53,7 @@ class IndexedFiles:
     sequence_pointers: NDArray[np.int64]
     document_borders: NDArray[np.int64]
     bin_bytes: int
+    table: Path | None = None
 
     @property
     def num_documents(self) -> int:
@@ -65,9 +72,19 @@ class IndexedFiles:
         return int(self.sequence_lengths[first:stop].sum(dtype=np.int64))
 
     @cached_property
+    def checked(self) -> CheckedFile | None:
+        """Checks of what is read of the .bin file; None where its blocks have no hashes."""
+        return None if self.table is None else CheckedFile(Path(self.prefix + ".bin"), self.table)
+
+    @cached_property
     def index_sha256(self) -> str:
         """SHA-256 of the .idx file."""
         return sha256_of_file(Path(self.prefix + ".idx"))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the .bin file is read as a whole at every start."""
+        return self.bin_bytes <= WHOLE_BYTES
 
     def token_sample(self, chunks: int = 64, length: int = 4096) -> NDArray:
         """Returns evenly spaced stretches of the .bin file, joined, as a cheap sample of its content."""
@@ -79,8 +96,8 @@ class IndexedFiles:
 
     def document_ends(self, limit: int = 1000) -> NDArray:
         """Returns the last token of up to `limit` non-empty sequences that end a document, evenly spaced."""
-        last = self.document_borders[1:] - 1
-        chosen = last[np.unique(np.linspace(0, len(last) - 1, min(limit, len(last))).astype(np.int64))]
+        count = self.num_documents
+        chosen = self.document_borders[1:][np.unique(np.linspace(0, count - 1, min(limit, count)).astype(np.int64))] - 1
         chosen = chosen[(chosen >= 0) & (self.sequence_lengths[chosen] > 0)]
         ends = self.sequence_pointers[chosen] // self.dtype.itemsize + self.sequence_lengths[chosen] - 1
         return self.tokens()[ends]
@@ -134,12 +151,79 @@ def open_indexed(prefix: str) -> IndexedFiles:
     lengths = buffer[_HEADER.size : lengths_end].view(np.int32)
     pointers = buffer[lengths_end:pointers_end].view(np.int64)
     borders = buffer[pointers_end : pointers_end + 8 * num_borders].view(np.int64)
-    if num_borders == 0 or borders[0] != 0 or borders[-1] != num_sequences:
-        raise DataError(f"{index_path} is damaged: its document borders do not span its {num_sequences} sequences")
-    if num_sequences:
-        needed = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
-        if int(lengths.min()) < 0 or int(pointers[0]) < 0 or int(pointers[-1]) % dtype.itemsize:
-            raise DataError(f"{index_path} is damaged: it holds negative lengths or offsets")
-        if bin_bytes < needed:
-            raise DataError(f"{prefix}.bin is truncated: it has {bin_bytes} bytes, its index describes {needed}")
+    _check_borders(index_path, borders, num_sequences)
+    _check_sequences(prefix, lengths, pointers, dtype.itemsize, bin_bytes)
     return IndexedFiles(prefix, dtype, lengths, pointers, borders, bin_bytes)
+
+
+def _check_borders(index_path: str, borders: NDArray[np.int64], num_sequences: int) -> None:
+    """Raises DataError unless the document borders go from 0 to the number of sequences and never back.
+
+    Equal borders are legal: a document may have no sequence.
+    """
+    if len(borders) == 0 or borders[0] != 0:
+        raise DataError(f"{index_path} is damaged: its first document does not start at sequence 0")
+    if (is_outside := (borders < 0) | (borders > num_sequences)).any():
+        bad = int(np.argmax(is_outside))
+        raise DataError(
+            f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, the index has {num_sequences} "
+            "sequences; write the index again"
+        )
+    if (is_back := borders[1:] < borders[:-1]).any():
+        bad = int(np.argmax(is_back)) + 1
+        raise DataError(
+            f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, before document {bad - 1}, "
+            f"which starts at sequence {borders[bad - 1]} (of {num_sequences}); merge or write the index again"
+        )
+    if borders[-1] != num_sequences:
+        raise DataError(
+            f"{index_path} is damaged: its last document ends at sequence {borders[-1]}, it has {num_sequences}"
+        )
+
+
+def _check_sequences(
+    prefix: str, lengths: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int, bin_bytes: int
+) -> None:
+    """Raises DataError unless every sequence is a stretch of whole tokens of the .bin file that no other one shares.
+
+    Gaps between sequences and sequences in another order are legal, though Megatron's builder writes neither.
+    """
+    is_ordered, end = True, 0
+    for first in range(0, len(lengths), _SEQUENCES_AT_ONCE):
+        begins = pointers[first : first + _SEQUENCES_AT_ONCE].astype(np.int64)
+        sizes = lengths[first : first + _SEQUENCES_AT_ONCE].astype(np.int64) * itemsize
+        # Not begins + sizes > bin_bytes: that sum may exceed 64 bits.
+        is_bad = (sizes < 0) | (begins < 0) | (begins & (itemsize - 1) != 0) | (begins > bin_bytes - sizes)
+        if is_bad.any():
+            bad = int(np.argmax(is_bad))
+            raise _bad_sequence(prefix, first + bad, int(begins[bad]), int(sizes[bad]) // itemsize, itemsize, bin_bytes)
+        ends = begins + sizes
+        is_ordered &= bool(begins[0] >= end and (begins[1:] >= ends[:-1]).all())
+        end = ends[-1]
+    if is_ordered:
+        return
+    filled = np.flatnonzero(lengths)
+    filled = filled[np.argsort(pointers[filled], kind="stable")]
+    ends = np.maximum.accumulate(pointers[filled] + lengths[filled].astype(np.int64) * itemsize)
+    places = np.flatnonzero(pointers[filled[1:]] < ends[:-1])
+    if len(places):
+        bad = int(np.maximum(filled[places], filled[places + 1]).min())
+        raise DataError(
+            f"{prefix}.idx is damaged: sequence {bad} (offset {pointers[bad]}, {lengths[bad]} tokens) overlaps another "
+            "sequence; offsets that were added up in too few bits do so: write the index again"
+        )
+
+
+def _bad_sequence(prefix: str, number: int, offset: int, length: int, itemsize: int, bin_bytes: int) -> DataError:
+    """Returns the error for a sequence that is no stretch of whole tokens of the .bin file."""
+    sequence = f"sequence {number} (offset {offset}, {length} tokens)"
+    if length < 0 or offset < 0:
+        return DataError(f"{prefix}.idx is damaged: {sequence} has a negative length or offset; write the index again")
+    if offset % itemsize:
+        return DataError(
+            f"{prefix}.idx is damaged: {sequence} starts inside a token of {itemsize} bytes; write the index again"
+        )
+    return DataError(
+        f"{prefix}.bin is truncated, or {prefix}.idx is damaged: {sequence} ends at byte {offset + length * itemsize}, "
+        f"the .bin file has {bin_bytes}"
+    )

@@ -1,20 +1,69 @@
-"""The manifest beside a prepared data set: what it was made of, with which tokenizer, and the sums of its files."""
+"""The manifest beside a prepared data set: what it was made of, with which tokenizer, and the sums of its files.
+
+Version 2 has the sums of every file of the folder, tables of block hashes among them (blocks.py), and one of the
+manifest itself, so that nothing in the folder changes unseen. Version 1 had the sums of the .bin and .idx files only.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlra_scale.config.json_text import printable, read_json
+from mlra_scale.data.counts import find_contradiction
 from mlra_scale.data.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "validation")
 FORMAT = "mlra-scale-data"
-VERSION = 1
+VERSION = 2
+_OWN_SUM = "manifest_sha256"
+_INDEXED = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx"))
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_TokenCount = Annotated[int, Field(ge=0, lt=2**31)]
+_Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    """The part of an entry that this package reads; manifests have more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _File(_Entry):
+    bytes: _Count
+    sha256: _Sum
+
+
+class _Tokenizer(_Entry):
+    name: str
+    sha256: _Sum
+    vocabulary_size: Annotated[int, Field(ge=1, lt=2**31)]
+    end_of_document_token: _TokenCount
+    end_of_document_text: str
+
+
+class _Split(_Entry):
+    documents: _Count
+    tokens: _Count
+
+
+class _Content(_Entry):
+    fingerprint: _Sum
+    documents: _Count
+    tokens: _Count
+    dtype: str
+    tokenizer: _Tokenizer
+    splits: dict[Literal["train", "validation"], _Split]
+    files: dict[str, _File]
 
 
 @dataclass(frozen=True)
@@ -28,6 +77,16 @@ class Manifest:
 
     folder: Path
     content: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / MANIFEST_NAME
+
+    @property
+    def version(self) -> int:
+        """Version of the form of manifest and folder."""
+        return int(self.content["version"])
 
     @property
     def vocabulary_size(self) -> int:
@@ -51,54 +110,121 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the data files and of the tokenizer; independent of where the folder lies."""
-        return str(self.content["fingerprint"])
+        """SHA-256 over all that changes training; independent of version and of where the folder lies."""
+        return content_fingerprint(self.files, self.tokenizer_sha256, self.end_of_document_token)
+
+    @property
+    def fingerprint_of_version_1(self) -> str:
+        """The fingerprint of these data in manifests and checkpoints of version 1."""
+        return _sum_of_lines([*_file_lines(self.files), self.tokenizer_sha256])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """{"bytes": ..., "sha256": ...} of every file with a recorded sum, by its name in the folder."""
+        return dict(self.content["files"])
 
     def prefix(self, split: str) -> str:
         """Returns the Megatron prefix of "train" or "validation"."""
         return str(self.folder / split)
 
-    def file(self, name: str) -> dict[str, Any]:
-        """Returns {"bytes": ..., "sha256": ...} of a data file such as "train.idx"."""
-        return dict(self.content["files"][name])
+    def blocks(self, split: str) -> Path | None:
+        """Returns the table of block hashes of a split's .bin file; None: version 1 has none, and an empty file."""
+        return None if self.version == 1 or not self.files[f"{split}.bin"]["bytes"] else self.folder / f"{split}.blocks"
 
 
-def content_fingerprint(files: dict[str, dict[str, Any]], tokenizer_sha256: str) -> str:
-    """Joins the checksums of the data files and of the tokenizer to one."""
-    lines = [f"{name} {files[name]['bytes']} {files[name]['sha256']}" for name in sorted(files)]
-    return hashlib.sha256("\n".join([*lines, tokenizer_sha256]).encode()).hexdigest()
+def content_fingerprint(
+    files: Mapping[str, Mapping[str, Any]], tokenizer_sha256: str, end_of_document_token: int
+) -> str:
+    """Joins to one sum: the checksums of the data files and of the tokenizer, and the token that ends documents."""
+    return _sum_of_lines(["version 2", *_file_lines(files), tokenizer_sha256, str(end_of_document_token)])
+
+
+def _file_lines(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [f"{name} {files[name]['bytes']} {files[name]['sha256']}" for name in sorted(_INDEXED)]
+
+
+def _sum_of_lines(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def manifest_text(content: Mapping[str, Any]) -> str:
+    """Returns manifest.json with the checksum of its own content."""
+    return json.dumps({**content, _OWN_SUM: _own_sum(content)}, indent=2) + "\n"
+
+
+def _own_sum(content: Mapping[str, Any]) -> str:
+    others = {key: value for key, value in content.items() if key != _OWN_SUM}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a prepared folder.
+    """Reads the manifest of a prepared folder and checks it as a whole.
 
     Args:
         folder: The folder.
 
     Returns:
-        The manifest, with the keys that this package needs present.
+        The manifest, of this version or an earlier one.
 
     Raises:
-        DataError: There is none, or it is not one of ours.
+        DataError: There is none, it is not one of ours, or it was changed after it was made.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_NAME}: it was not made, or not finished, by tools/prepare_data.py")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise DataError(f"{error}; copy it again, or prepare the data again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of tools/prepare_data.py")
-    if content.get("version") != VERSION:
-        raise DataError(f"{path} has version {content.get('version')}; this program reads version {VERSION}")
-    manifest = Manifest(folder, content)
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise DataError(
+            f"{path} has version {printable(repr(version), 60)}; this program reads versions 1 to {VERSION}"
+        )
+    # Version 1 had no sum of its own; a manifest that has one is checked, whatever its version says.
+    if content.get(_OWN_SUM) != _own_sum(content) and not (version == 1 and _OWN_SUM not in content):
+        raise DataError(f"{path} was changed after it was made: its checksum differs; copy or prepare the data again")
+    _check_entries(path, content)
+    return Manifest(folder, content)
+
+
+def _check_entries(path: Path, content: dict[str, Any]) -> None:
+    """Raises DataError unless every entry that this package reads is there, of its kind, and they fit each other."""
     try:
-        sizes = (manifest.vocabulary_size, manifest.end_of_document_token)
-        files = {name: manifest.file(name) for split in SPLITS for name in (f"{split}.bin", f"{split}.idx")}
-        whole = min(sizes) >= 0 and manifest.fingerprint == content_fingerprint(files, manifest.tokenizer_sha256)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} lacks or garbles an entry ({error}); prepare the data again") from error
-    if not whole:
-        raise DataError(f"{path} was changed by hand: its fingerprint does not fit its entries; prepare the data again")
-    return manifest
+        known = _Content.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path} lacks or garbles an entry ({printable(where, 60)}: {first['msg']}); prepare the data again"
+        ) from error
+    needed = [*_INDEXED, *(f"{split}.blocks" for split in SPLITS if content["version"] > 1)]
+    if missing := [name for name in needed if name not in known.files]:
+        raise DataError(f"{path} lacks or garbles an entry (files.{missing[0]}); prepare the data again")
+    if foreign := [name for name in known.files if name not in needed and not _is_of_tokenizer(name)]:
+        raise DataError(
+            f"{path} lacks or garbles an entry (files has {printable(foreign[0], 60)}); prepare the data again"
+        )
+    manifest = Manifest(path.parent, content)
+    expected = manifest.fingerprint_of_version_1 if manifest.version == 1 else manifest.fingerprint
+    if (
+        known.fingerprint != expected
+        or set(known.splits) != set(SPLITS)
+        or known.tokenizer.end_of_document_token >= known.tokenizer.vocabulary_size
+    ):
+        raise DataError(f"{path} was changed by hand: its entries do not fit each other; prepare the data again")
+    try:
+        contradiction = find_contradiction(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} lacks or garbles an entry (sources: {printable(str(error), 60)}); prepare the data again"
+        ) from error
+    if contradiction:
+        raise DataError(f"{path} was changed by hand: {contradiction}; prepare the data again")
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    folder, _, file = name.partition("/")
+    return folder == TOKENIZER_FOLDER and file not in ("", ".", "..") and "/" not in file

@@ -13,7 +13,7 @@ A data set is known by its fingerprint, not by its place on disk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -63,6 +63,10 @@ class Mix:
             raise ValueError(f"not a mix of data sets: {values!r}")
         return mix
 
+    def renamed(self, fingerprints: Mapping[str, str]) -> Mix:
+        """Returns the mix with other names for the same data sets, by the names so far."""
+        return replace(self, fingerprints=tuple(fingerprints.get(name, name) for name in self.fingerprints))
+
     @cached_property
     def pattern(self) -> BlendPattern:
         """The pattern in which the data sets take turns."""
@@ -87,12 +91,14 @@ class DataIdentity:
         validation: Fingerprint of separate validation data, if there are any.
         tokenizer: SHA-256 of the tokenizer that the data were made with, where a manifest tells it.
         is_blend: Whether the training data were named as a blend.
+        earlier: Today's fingerprint of each data set by the one that checkpoints of version 1 have of it.
     """
 
     mix: Mix
     validation: str | None
     tokenizer: str | None
     is_blend: bool
+    earlier: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -9,20 +9,14 @@ The seed is a constant here: the packing belongs to the data, and the order in w
 Where the indices live. Megatron lets rank 0 write them to a cache and makes the others wait in a barrier; that needs
 torch.distributed, a writable folder and one caller. Here every process builds small ones in memory (a few
 milliseconds). Large ones are built once under a file lock in a cache folder beside the data, renamed into place and
-memory-mapped by everybody; where the folder cannot be written, they are built in memory as well. Whichever way, the
-result is the same and no process depends on another.
+memory-mapped by everybody (index_cache.py); where the folder cannot be written, they are built in memory as well.
+Whichever way, the result is the same and no process depends on another.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlra_scale.data.blocks import CheckedFile
+from mlra_scale.data.index_cache import cached_indices
 from mlra_scale.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 
 _PACKING_SEED = 0
@@ -49,6 +45,7 @@ class SequenceRange:
         num_tokens: Tokens in the range.
         index_sha256: SHA-256 of the .idx file (names the cache).
         cache: Folder for large indices.
+        table: Hashes of the blocks of the .bin file (blocks.py); None: there are none.
     """
 
     prefix: str
@@ -57,6 +54,7 @@ class SequenceRange:
     num_tokens: int
     index_sha256: str
     cache: Path
+    table: Path | None = None
 
     def num_samples(self, sequence_length: int) -> int:
         """Returns how many whole samples one epoch has (each needs one token more than its length)."""
@@ -106,6 +104,9 @@ class OneEpoch(GPTDataset):
         dtype = np.dtype(indexed.index.dtype)
         count = os.path.getsize(data_range.prefix + ".bin") // dtype.itemsize
         self._tokens = np.asarray(np.memmap(data_range.prefix + ".bin", dtype=dtype, mode="r", shape=(count,)))
+        self._checked = None
+        if data_range.table is not None:
+            self._checked = CheckedFile(Path(data_range.prefix + ".bin"), data_range.table)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -118,6 +119,9 @@ class OneEpoch(GPTDataset):
 
         Returns:
             Token ids, int64, shape [B, sequence_length + 1].
+
+        Raises:
+            DataError: What is read is not what was prepared.
         """
         begins = np.asarray(self.sample_index[rows], dtype=np.int64)
         ends = np.asarray(self.sample_index[rows + 1], dtype=np.int64)
@@ -133,6 +137,8 @@ class OneEpoch(GPTDataset):
         lengths[last_piece] = ends[:, 1] + 1
         starts[first_piece] += begins[:, 1]
         lengths[first_piece] -= begins[:, 1]
+        if self._checked is not None:
+            self._checked.check(starts * self._tokens.itemsize, (starts + lengths) * self._tokens.itemsize)
         before = np.cumsum(lengths) - lengths
         places_of_tokens = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
         width = self.config.sequence_length + 1
@@ -141,9 +147,11 @@ class OneEpoch(GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         """Replaces GPTDataset's: builds or loads the two indices; the samples keep their order."""
         num_documents = self._range.stop - self._range.first
-        indices = None
+        indices, data_range = None, self._range
         if num_documents + self._num_samples >= self._cache_from:
-            indices = self._cached_indices()
+            place = f"{data_range.first} {data_range.stop} {self.config.sequence_length}"
+            identity = f"{_FORMAT} {data_range.index_sha256} {place}"
+            indices = cached_indices(data_range.cache, identity, self._built_indices)
         document_index, sample_index = indices or self._built_indices()
         assert document_index.shape == (num_documents,) and sample_index.shape == (self._num_samples + 1, 2)
         return document_index, sample_index, range(self._num_samples)
@@ -157,55 +165,3 @@ class OneEpoch(GPTDataset):
         finally:
             logger.setLevel(level)
         return document_index, sample_index
-
-    def _cached_indices(self) -> tuple[NDArray, NDArray] | None:
-        """Returns the indices memory-mapped from the cache, building it if need be; None where that is impossible."""
-        data_range = self._range
-        identity = (
-            f"{_FORMAT} {data_range.index_sha256} {data_range.first} {data_range.stop} {self.config.sequence_length}"
-        )
-        folder = data_range.cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
-        try:
-            if not folder.is_dir():
-                data_range.cache.mkdir(exist_ok=True)
-                with _locked(data_range.cache / "lock"):
-                    if not folder.is_dir():
-                        _write_cache(folder, *self._built_indices())
-            return _load(folder / "documents.npy"), _load(folder / "samples.npy")
-        except (OSError, ValueError):  # read-only, full or damaged: the memory always works
-            return None
-
-
-def _load(path: Path) -> NDArray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock; the system releases it when its holder dies.
-
-    On a file system without locks everybody goes ahead: several builders then do the same work, and whoever renames
-    first wins.
-    """
-    with open(path, "wb") as stream:
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _write_cache(folder: Path, document_index: NDArray, sample_index: NDArray) -> None:
-    """Writes the indices so that `folder` appears whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        for name, array in (("documents.npy", document_index), ("samples.npy", sample_index)):
-            with open(temporary / name, "wb") as stream:
-                np.save(stream, array, allow_pickle=False)
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():  # not: somebody else was first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

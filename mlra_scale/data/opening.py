@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.data.errors import DataError
-from mlra_scale.data.indexed import IndexedFiles, open_indexed
-from mlra_scale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mlra_scale.data.folder import check_contents
+from mlra_scale.data.manifest import Manifest
 from mlra_scale.data.mix import DataIdentity, Mix, SampleOrder
+from mlra_scale.data.parts import Part, check_blend, find_parts, notices
 
 if TYPE_CHECKING:
     from mlra_scale.data.one_epoch import SequenceRange
@@ -34,6 +31,7 @@ class Datasets:
         num_train_tokens: Tokens of all training splits together.
         have_checked_tokens: Whether all of it was written by tools/prepare_data.py, with no token beyond a manifest's
             vocabulary.
+        notices: What a user should know of the data, a line each.
     """
 
     train: SampleStream
@@ -43,54 +41,41 @@ class Datasets:
     manifests: tuple[Manifest, ...]
     num_train_tokens: int
     have_checked_tokens: bool
+    notices: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A data set that was found whole: its split into training and validation, not opened yet.
-
-    `training` and `validation` are (files, first sequence, one past the last sequence).
-    """
-
-    field: str
-    path: str
-    manifest: Manifest | None
-    training: tuple[IndexedFiles, int, int]
-    validation: tuple[IndexedFiles, int, int]
-    cache: Path
-
-    def num_samples(self, split: str, sequence_length: int) -> int:
-        files, first, stop = self.training if split == "train" else self.validation
-        return max(0, files.num_tokens(first, stop) - 1) // sequence_length
-
-    def fingerprint(self) -> str:
-        """SHA-256 over what tells whether the data changed, cheap enough to compute at every start."""
-        lines = [self.manifest.fingerprint] if self.manifest else []
-        for files in {files.prefix: files for files, _, _ in (self.training, self.validation)}.values():
-            lines += [files.index_sha256, str(files.bin_bytes)]
-            if self.manifest is None:
-                # Nothing recorded the content when it was written: a sample of it stands for the rest.
-                lines.append(hashlib.sha256(np.ascontiguousarray(files.token_sample()).tobytes()).hexdigest())
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def check_data(config: Config) -> list[Problem]:
+def check_data(config: Config, is_resumed: bool = False) -> list[Problem]:
     """Finds everything that is wrong with data, tokenizer and manifest, without building anything heavy.
 
-    Needs no process group, and no rank but its own.
+    Needs no process group, and no rank but its own. Content is compared with what was recorded, but for .bin files of
+    more than 64 MB: their blocks are checked when they are read.
 
     Args:
         config: The configuration.
+        is_resumed: Whether a run goes on with these data; it may have begun with a blend that a new one may not have.
 
     Returns:
         All problems; none if the data can be opened.
     """
-    parts, validation, problems = _find_parts(config)
+    parts, validation, problems = find_parts(config)
     if parts:
+        problems += _check_contents(parts + ([validation] if validation else []))
+        problems += [] if is_resumed else check_blend(parts)
         problems += _check_tokens(config, parts + ([validation] if validation else []))
         problems += _check_lengths(config, parts, validation)
     if config.data.tokenizer is not None:
         problems += _check_tokenizer(config, parts)
+    return problems
+
+
+def _check_contents(parts: list[Part]) -> list[Problem]:
+    problems = []
+    for part in parts:
+        try:
+            if part.prepared is not None:
+                check_contents(part.prepared)
+        except (DataError, OSError) as error:
+            problems.append(Problem(part.field, part.path, str(error)))
     return problems
 
 
@@ -105,9 +90,9 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
         The streams.
 
     Raises:
-        ConfigError: The data cannot be opened; the same problems as check_data finds, but for the tokenizer's.
+        ConfigError: The data cannot be opened; what check_data finds, but for the tokenizer's problems and content.
     """
-    parts, validation, problems = _find_parts(config)
+    parts, validation, problems = find_parts(config)
     if parts:
         problems += _check_tokens(config, parts + ([validation] if validation else []))
         problems += _check_lengths(config, parts, validation)
@@ -145,6 +130,7 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
         have_checked_tokens=all(part.manifest is not None for part in parts + validation_parts),
+        notices=notices(config, parts, validation),
     )
 
 
@@ -157,25 +143,27 @@ def identify_data(config: Config) -> DataIdentity:
     Returns:
         The identity. Its fingerprints change when the data do, not when they move, nor with seed or sequence length.
     """
-    parts, validation, problems = _find_parts(config)
+    parts, validation, problems = find_parts(config)
     if problems:
         raise ConfigError(problems)
     return _identity(config, parts, validation)
 
 
-def _identity(config: Config, parts: list[_Part], validation: _Part | None) -> DataIdentity:
+def _identity(config: Config, parts: list[Part], validation: Part | None) -> DataIdentity:
     weights = tuple(config.data.blend.values()) if config.data.blend else (1.0,)
-    mix = Mix(tuple(part.path for part in parts), tuple(part.fingerprint() for part in parts), weights)
+    mix = Mix(tuple(part.path for part in parts), tuple(part.fingerprint for part in parts), weights)
+    everything = [*parts, *([validation] if validation else [])]
     tokenizers = [part.manifest.tokenizer_sha256 for part in parts if part.manifest is not None]
     return DataIdentity(
         mix=mix,
-        validation=validation.fingerprint() if validation else None,
+        validation=validation.fingerprint if validation else None,
         tokenizer=tokenizers[0] if tokenizers else None,
         is_blend=bool(config.data.blend),
+        earlier={part.fingerprint_of_version_1: part.fingerprint for part in everything},
     )
 
 
-def _sequence_range(part: _Part, split: str) -> SequenceRange:
+def _sequence_range(part: Part, split: str) -> SequenceRange:
     from mlra_scale.data.one_epoch import SequenceRange
 
     files, first, stop = part.training if split == "train" else part.validation
@@ -186,80 +174,11 @@ def _sequence_range(part: _Part, split: str) -> SequenceRange:
         num_tokens=files.num_tokens(first, stop),
         index_sha256=files.index_sha256,
         cache=part.cache,
+        table=files.table,
     )
 
 
-def _find_parts(config: Config) -> tuple[list[_Part], _Part | None, list[Problem]]:
-    """Finds the data sets that the configuration names and the separate validation data, if any."""
-    data = config.data
-    problems: list[Problem] = []
-    parts: list[_Part] = []
-    if data.blend:
-        named = [(f"data.blend.{path}", path) for path in data.blend]
-    elif data.path is not None:
-        named = [("data.path", data.path)]
-    else:
-        return [], None, [Problem("data.path", None, "no data: name a folder made by tools/prepare_data.py")]
-    for field, path in named:
-        try:
-            parts.append(_find_part(field, path, data.validation_fraction, data.validation_path is None))
-        except DataError as error:
-            problems.append(Problem(field, path, str(error)))
-    validation = None
-    if data.validation_path is not None:
-        try:
-            validation = _find_part("data.validation_path", data.validation_path, None, True)
-        except DataError as error:
-            problems.append(Problem("data.validation_path", data.validation_path, str(error)))
-    return parts, validation, problems
-
-
-def _find_part(field: str, path: str, fraction: float | None, has_own_validation: bool) -> _Part:
-    """Opens a prepared folder or a bare prefix.
-
-    Args:
-        field: The configuration's field.
-        path: Folder or prefix.
-        fraction: Share of a bare prefix's last documents for validation; None: all of them are for validation.
-        has_own_validation: False if validation data are named elsewhere; all documents of a prefix are then trained on.
-
-    Returns:
-        The part.
-
-    Raises:
-        DataError: It is not whole.
-    """
-    folder = Path(path)
-    if folder.is_dir() and not (Path(f"{path}.idx").is_file() and not (folder / MANIFEST_NAME).is_file()):
-        manifest = read_manifest(folder)
-        files = {split: _open_recorded(manifest, split) for split in ("train", "validation")}
-        whole = {split: (opened, 0, len(opened.sequence_lengths)) for split, opened in files.items()}
-        return _Part(field, path, manifest, whole["train"], whole["validation"], folder / "cache")
-    if not folder.parent.is_dir() or not (Path(f"{path}.idx").exists() or Path(f"{path}.bin").exists()):
-        raise DataError(f"{path} is neither a folder made by tools/prepare_data.py nor a Megatron prefix (PREFIX.bin)")
-    opened = open_indexed(path)
-    border, end = len(opened.sequence_lengths), len(opened.sequence_lengths)
-    if has_own_validation and fraction is not None:
-        kept = min(max(1, round(fraction * opened.num_documents)), opened.num_documents)
-        border = int(opened.document_borders[opened.num_documents - kept])
-    elif fraction is None:
-        border = 0
-    return _Part(field, path, None, (opened, 0, border), (opened, border, end), Path(f"{path}.cache"))
-
-
-def _open_recorded(manifest: Manifest, split: str) -> IndexedFiles:
-    """Opens one split of a prepared folder and compares it with what the manifest recorded."""
-    files = open_indexed(manifest.prefix(split))
-    recorded = manifest.file(f"{split}.bin")["bytes"]
-    if files.bin_bytes != recorded:
-        raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {recorded}; copy it again")
-    index = Path(f"{files.prefix}.idx")
-    if files.index_sha256 != manifest.file(index.name)["sha256"]:
-        raise DataError(f"{index} is not the file that its manifest describes; prepare or copy the data again")
-    return files
-
-
-def _end_of_document(config: Config, parts: list[_Part]) -> int | None:
+def _end_of_document(config: Config, parts: list[Part]) -> int | None:
     """Returns the end-of-document token: the manifests' (they agree) or, for bare prefixes, the configuration's."""
     for part in parts:
         if part.manifest is not None:
@@ -267,7 +186,7 @@ def _end_of_document(config: Config, parts: list[_Part]) -> int | None:
     return config.data.end_of_document_token
 
 
-def _check_tokens(config: Config, parts: list[_Part]) -> list[Problem]:
+def _check_tokens(config: Config, parts: list[Part]) -> list[Problem]:
     """Checks that vocabulary and end-of-document token of all data sets suit the model and each other."""
     problems: list[Problem] = []
     vocabulary, data = config.model.vocab_size, config.data
@@ -308,7 +227,7 @@ def _check_tokens(config: Config, parts: list[_Part]) -> list[Problem]:
     return problems
 
 
-def _check_lengths(config: Config, parts: list[_Part], validation: _Part | None) -> list[Problem]:
+def _check_lengths(config: Config, parts: list[Part], validation: Part | None) -> list[Problem]:
     """Refuses splits without a whole sample: GPTDataset would count epochs over nothing for ever."""
     length = config.train.sequence_length
     wanted = [(part, "train") for part in parts]
@@ -326,7 +245,7 @@ def _check_lengths(config: Config, parts: list[_Part], validation: _Part | None)
     return problems
 
 
-def _check_tokenizer(config: Config, parts: list[_Part]) -> list[Problem]:
+def _check_tokenizer(config: Config, parts: list[Part]) -> list[Problem]:
     """Compares the tokenizer that the configuration names with those of the manifests."""
     from mlra_scale.data.tokenizer import load_tokenizer, tokenizer_sha256
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -22,8 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_scale import __version__
+from mlra_scale.data.counts import count_lines, source_entry
 from mlra_scale.data.encode import encode_in_order
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.folder import tokenizer_files
 from mlra_scale.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -32,9 +33,12 @@ from mlra_scale.data.manifest import (
     VERSION,
     Manifest,
     content_fingerprint,
+    manifest_text,
+    read_manifest,
 )
 from mlra_scale.data.output import atomic_folder, check_free
-from mlra_scale.data.sources import Document, Source, open_sources
+from mlra_scale.data.readers import Document
+from mlra_scale.data.sources import Source, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe
 
 if TYPE_CHECKING:
@@ -96,7 +100,7 @@ class Corpus:
         self._sources = sources
         self._options = options
         self.documents_of_source = [0] * len(sources)
-        self.empty_documents = 0
+        self.empty_documents_of_source = [0] * len(sources)
 
     def is_validation(self, index: int) -> bool:
         """Tells the split of a document: a hash of (seed, index) against the fraction."""
@@ -106,12 +110,12 @@ class Corpus:
     def documents(self) -> Iterator[Document]:
         """Yields the documents; the position in this sequence is the document's index. Counts anew every time."""
         self.documents_of_source = [0] * len(self._sources)
-        self.empty_documents = 0
+        self.empty_documents_of_source = [0] * len(self._sources)
         num_bytes = 0
         for number, source in enumerate(self._sources):
             for document in source.documents():
                 if not document.text.strip():
-                    self.empty_documents += 1
+                    self.empty_documents_of_source[number] += 1
                     continue
                 yield document
                 self.documents_of_source[number] += 1
@@ -129,6 +133,11 @@ class Corpus:
             size += len(document.text)
             if size >= max_bytes:
                 return
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Returns the manifest's entries of the sources after a pass."""
+        counts = zip(self._sources, self.documents_of_source, self.empty_documents_of_source, strict=True)
+        return [source_entry(s.name, s.kind, documents, empty, s.files()) for s, documents, empty in counts]
 
     def progress_total(self) -> int | None:
         """Returns what a progress bar counts to: the cap in bytes of text, else the bytes of the sources' files.
@@ -156,8 +165,8 @@ def prepare(options: PrepareOptions) -> Manifest:
     if not 0.0 < options.validation_fraction < 1.0:
         raise DataError(f"--validation-fraction {options.validation_fraction} is not between 0 and 1")
     check_free(options.output, options.overwrite)
-    corpus_sources = open_sources(options.sources, options.field, options.hf_split, options.hf_config)
-    corpus = Corpus(corpus_sources, options)
+    sources = open_sources(options.sources, options.field, options.hf_split, options.hf_config)
+    corpus = Corpus(sources, options)
     try:
         with atomic_folder(options.output, options.overwrite) as folder:
             tokenizer = _tokenizer(corpus, options)
@@ -165,15 +174,12 @@ def prepare(options: PrepareOptions) -> Manifest:
             checksum = tokenizer_sha256(tokenizer.tokenizer)
             _check_saved(folder / TOKENIZER_FOLDER, checksum)
             content = _write_splits(folder, corpus, tokenizer, checksum, options)
-            content["sources"] = [
-                {"name": source.name, "kind": source.kind, "documents": documents}
-                for source, documents in zip(corpus_sources, corpus.documents_of_source, strict=True)
-            ]
-            text = json.dumps(content, indent=2) + "\n"
-            (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+            content["sources"] = corpus.entries()
+            content["files"] |= tokenizer_files(folder)
+            (folder / MANIFEST_NAME).write_text(manifest_text(content), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
-    return Manifest(options.output, content)
+    return read_manifest(options.output)
 
 
 def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:
@@ -212,12 +218,13 @@ def _write_splits(
     writers = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
     round_trip = RoundTrip(tokenizer.tokenizer)
     documents = round_trip.watched(corpus.documents())
-    text_bytes = 0
+    text_bytes, without_tokens = 0, 0
     try:
         with _Progress("tokenizing", corpus.progress_total(), options.progress) as bar:
             chunks = encode_in_order(documents, tokenizer.tokenizer.to_str(), end, dtype.name, options.workers)
             for chunk in chunks:
                 text_bytes += chunk.text_bytes
+                without_tokens += int(np.count_nonzero(chunk.lengths == 1))
                 _write_chunk(chunk.tokens, chunk.lengths, corpus, writers)
                 is_capped = options.max_bytes is not None
                 bar.advance(chunk.text_bytes if is_capped else chunk.consumed, len(chunk.tokens))
@@ -229,11 +236,12 @@ def _write_splits(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": content_fingerprint(files, checksum),
+        "fingerprint": content_fingerprint(files, checksum, end),
         "documents": sum(writer.documents for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
         "text_bytes": text_bytes,
-        "empty_documents_left_out": corpus.empty_documents,
+        "empty_documents_left_out": sum(corpus.empty_documents_of_source),
+        "documents_without_tokens": without_tokens,
         "dtype": dtype.name,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -297,8 +305,11 @@ class RoundTrip:
         for index, document in enumerate(documents):
             if index < _ROUND_TRIP_DOCUMENTS and self.is_exact:
                 text = document.text[:10_000]
-                ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-                self.is_exact = self._tokenizer.decode(ids, skip_special_tokens=False) == text
+                try:
+                    ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+                    self.is_exact = self._tokenizer.decode(ids, skip_special_tokens=False) == text
+                except Exception:  # the Rust library raises plain Exception; the encoder refuses such a text
+                    self.is_exact = False
             yield document
 
 
@@ -358,8 +369,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"{tokenizer['end_of_document_text']} = {tokenizer['end_of_document_token']}, "
         f"{content['text_bytes'] / content['tokens']:.2f} bytes per token"
     )
-    if content["empty_documents_left_out"]:
-        lines.append(f"  left out    {content['empty_documents_left_out']:,} empty documents")
+    lines += count_lines(content)
     if not tokenizer["round_trip_is_exact"]:
         lines.append("  note        this tokenizer changes text: decoding does not give it back exactly")
     lines.append(f"  fingerprint {manifest.fingerprint}")

@@ -1,41 +1,24 @@
 """Where documents come from: files, Hugging Face data sets, the embedded corpus. All are read as streams.
 
-A document is one text. Whatever is wrong with an input is told with file and line (or row); nothing is skipped
-silently except blank lines of .jsonl files.
+A document is one text. Whatever is wrong with an input is an error that names file and line (or row). What a source
+matches and does not read is counted with the reason; only blank lines of JSON lines files are skipped silently.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
-import os
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlra_scale.data.corpus_python import PythonCorpus
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.files import FileCounts, Matches, NotRead, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
+from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
 
 PYTHON_DOCS = "python-docs"
 HUGGING_FACE = "hf:"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text.
-
-    Attributes:
-        text: The text.
-        consumed: Bytes of the source's files that were read since the document before, for the progress bar.
-    """
-
-    text: str
-    consumed: int
+BEYOND = "beyond --max-bytes"
 
 
 class Source(Protocol):
@@ -54,13 +37,16 @@ class Source(Protocol):
     def documents(self) -> Iterator[Document]:
         """Yields the documents from the beginning, in the same order every time."""
 
+    def files(self) -> FileCounts | None:
+        """Returns what became of the source's files in the last pass; None if the source does not know its files."""
+
 
 def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str | None) -> list[Source]:
     """Finds out what the named sources are.
 
     Args:
         names: "python-docs", "hf:NAME", or files, folders and globs.
-        field: Field or column that holds the text (.jsonl, .parquet, Hugging Face).
+        field: Field or column that holds the text (JSON lines, .parquet, Hugging Face).
         hf_split: Split of Hugging Face data sets.
         hf_config: Configuration of Hugging Face data sets.
 
@@ -70,66 +56,27 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
     Raises:
         DataError: A name stands for nothing, or one file is named twice.
     """
-    if len(set(names)) < len(names):
+    if len({_plain(name) for name in names}) < len(names):
         raise DataError("a source is named twice")
+    folders = {name: Path(name.removeprefix(HUGGING_FACE)) for name in names if name.startswith(HUGGING_FACE)}
+    real = {name: folder.resolve() for name, folder in folders.items() if folder.is_dir()}
     sources: list[Source] = []
-    owner: dict[Path, str] = {}
+    owner: dict[tuple[int, int], str] = {}
     for name in names:
         if name == PYTHON_DOCS:
             sources.append(PythonDocs())
         elif name.startswith(HUGGING_FACE):
             sources.append(HuggingFace(name, field, hf_split, hf_config))
         else:
-            files = find_files(name)
-            for file in files:
-                other = owner.setdefault(file.resolve(), name)
+            matches = find_files(name)
+            for file in matches.files:
+                other = owner.setdefault(identity(file), name)
                 if other != name:
                     raise DataError(f"{file} belongs to two sources, {other} and {name}; name it once")
-            sources.append(LocalFiles(name, files, field))
+                if twice := [other for other, folder in real.items() if file.resolve().is_relative_to(folder)]:
+                    raise DataError(f"{file} belongs to two sources, {twice[0]} and {name}; name it once")
+            sources.append(LocalFiles(name, matches, field))
     return sources
-
-
-def find_files(name: str) -> list[Path]:
-    """Lists the files that a path, folder or glob stands for.
-
-    Folders are searched recursively for the known kinds; hidden files and folders are passed over.
-
-    Args:
-        name: Path of a file or folder, or a glob (with ** for any depth).
-
-    Returns:
-        The files in sorted order.
-
-    Raises:
-        DataError: There are none, or a file was named whose kind is not known.
-    """
-    path = Path(name)
-    if path.is_file():
-        roots, is_explicit = [path], True
-    elif path.is_dir():
-        roots, is_explicit = [path], False
-    else:
-        roots, is_explicit = [Path(match) for match in sorted(glob.glob(name, recursive=True))], False
-        if not roots:
-            raise DataError(
-                f"source {name} does not exist; a Hugging Face data set is written {HUGGING_FACE}NAME, "
-                f"the embedded corpus {PYTHON_DOCS}"
-            )
-    kinds = ", ".join(SUFFIXES)
-    if is_explicit and not name.endswith(SUFFIXES):
-        raise DataError(f"source {name} is of no known kind ({kinds})")
-    found: set[Path] = set()
-    for root in roots:
-        if root.is_dir():
-            for folder, subfolders, entries in os.walk(root):
-                subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
-                found.update(Path(folder, entry) for entry in entries if not entry.startswith("."))
-        else:
-            found.add(root)
-    files = sorted(file for file in found if file.name.endswith(SUFFIXES))
-    if not files:
-        raise DataError(f"source {name} holds no file of a known kind ({kinds})")
-    return files
 
 
 class LocalFiles:
@@ -137,33 +84,37 @@ class LocalFiles:
 
     Args:
         name: What the user named.
-        files: The files, in reading order.
+        matches: The files, in reading order, and what is not read.
         field: Field or column of the text.
     """
 
     kind = "files"
 
-    def __init__(self, name: str, files: Sequence[Path], field: str) -> None:
+    def __init__(self, name: str, matches: Matches, field: str) -> None:
         self.name = name
-        self.files = list(files)
-        self._field = field
+        self.paths = list(matches.files)
+        self.not_read, self._field = list(matches.not_read), field
+        self._num_read, self._without_documents = 0, list[str]()
         try:
-            self.total_bytes: int | None = sum(file.stat().st_size for file in files)
+            self.total_bytes: int | None = sum(file.stat().st_size for file in self.paths)
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents file by file."""
-        for file in self.files:
-            try:
-                if file.name.endswith(".txt"):
-                    yield _text_file(file)
-                elif file.name.endswith(".parquet"):
-                    yield from _parquet_rows(file, self._field)
-                else:
-                    yield from _json_lines(file, self._field)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        self._num_read, self._without_documents = 0, []
+        for path in self.paths:
+            self._num_read += 1
+            document = None
+            for document in documents_of_file(path, self._field):
+                yield document
+            if document is None:
+                self._without_documents.append(str(path))
+
+    def files(self) -> FileCounts:
+        """Returns what became of the files in the last pass."""
+        beyond = (NotRead(str(path), BEYOND) for path in self.paths[self._num_read :])
+        return FileCounts(self._num_read, self._without_documents, [*self.not_read, *beyond])
 
 
 class PythonDocs:
@@ -180,6 +131,12 @@ class PythonDocs:
         """Yields the documents of the corpus."""
         for text, consumed in self._corpus.documents():
             yield Document(text, consumed)
+
+    def files(self) -> FileCounts:
+        """Returns what became of the modules in the last pass."""
+        beyond = [NotRead(name, BEYOND) for name in self._corpus.modules if name not in self._corpus.visited]
+        broken = [NotRead(name, "not Python source of this version") for name in self._corpus.broken]
+        return FileCounts(len(self._corpus.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
 
 
 class HuggingFace:
@@ -199,13 +156,14 @@ class HuggingFace:
         self._field, self._split, self._config = field, split, config
         self.name = f"{name} (config {config}, split {split})" if config else f"{name} (split {split})"
         self._path = name.removeprefix(HUGGING_FACE)
+        self._files: FileCounts | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents in the order of the data set."""
         for row, example in enumerate(self._examples()):
             if self._field not in example:
-                raise DataError(_missing_field(f"{self.name}, row {row + 1}", self._field, example))
-            text = _checked_text(example[self._field], f"{self.name}, row {row + 1}", self._field)
+                raise DataError(missing_field(f"{self.name}, row {row + 1}", self._field, example))
+            text = checked_text(example[self._field], f"{self.name}, row {row + 1}", self._field)
             yield Document(text, len(text))
 
     def _examples(self) -> Iterator[dict[str, Any]]:
@@ -216,9 +174,13 @@ class HuggingFace:
                 f"Hugging Face data set {self.name} cannot be read: {silent} does not answer; download it elsewhere "
                 "and name its folder or files as the source"
             )
+        folder = Path(self._path)
         # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
         # this data set cannot be read. Errors of our consumer do not pass through here.
         try:
+            if folder.is_dir():
+                builder = datasets.load_dataset_builder(self._path, self._config)
+                self._files = _files_of_split(folder, (builder.config.data_files or {}).get(self._split))
             stream = iter(datasets.load_dataset(self._path, self._config, split=self._split, streaming=True))
             while (example := next(stream, None)) is not None:
                 yield example
@@ -226,70 +188,29 @@ class HuggingFace:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"Hugging Face data set {self.name} cannot be read: {reason}") from error
 
+    def files(self) -> FileCounts | None:
+        """Returns what became of a local folder's files; None for the hub, which does not give files by name.
 
-def _text_file(path: Path) -> Document:
-    raw = path.read_bytes()
-    try:
-        return Document(raw.decode("utf-8"), len(raw))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
+        The library reads the files of one kind and of one split. With --max-bytes some of them may be unread.
+        """
+        return self._files
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
-    with open(path, "rb") as raw:
-        lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-        position = 0
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                record = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 text ({error.reason})") from error
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: a JSON object is wanted, this is {type(record).__name__}")
-            if field not in record:
-                raise DataError(_missing_field(where, field, record))
-            before, position = position, raw.tell() if lines is not raw else position + len(line)
-            yield Document(_checked_text(record[field], where, field), position - before)
+def _files_of_split(folder: Path, split: Sequence[str] | None) -> FileCounts | None:
+    """Compares the files of a folder with those that the library takes for a split."""
+    if split is None:
+        return None
+    # A file in an archive is written file://INSIDE::ARCHIVE.
+    taken = {Path(str(name).split("::")[-1]).resolve() for name in split}
+    present = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    reason = "not in this split as the datasets library sees the folder"
+    not_read = [NotRead(str(path), reason) for path in present if path.resolve() not in taken]
+    return FileCounts(len(present) - len(not_read), (), not_read)
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if field not in columns:
-                raise DataError(f"{path} has no column {field!r} (it has: {', '.join(columns)}); choose with --field")
-            share, row = path.stat().st_size / max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    text = _checked_text(value, f"{path}, row {row}", field)
-                    yield Document(text, int(row * share) - int((row - 1) * share))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _checked_text(value: Any, where: str, field: str) -> str:
-    """Returns the value if it is a text that UTF-8 can write."""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} is {type(value).__name__}, not text")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: field {field!r} holds half of a surrogate pair, which is no text") from error
-    return value
-
-
-def _missing_field(where: str, field: str, record: dict[str, Any]) -> str:
-    known = ", ".join(sorted(record)) or "none"
-    return f"{where}: there is no field {field!r} (fields: {known}); choose with --field"
+def _plain(name: str) -> str:
+    return name.rstrip("/") or name

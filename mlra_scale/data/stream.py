@@ -124,7 +124,7 @@ class SampleStream:
             The batch.
 
         Raises:
-            DataError: The data hold a token that the model does not have.
+            DataError: The data hold a token that the model does not have, or are not what was prepared.
         """
         assert first_sample >= 0 and count >= 1
         sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
@@ -138,7 +138,8 @@ class SampleStream:
             raise DataError(
                 f"{self._parts[int(parts[bad])].dataset_path}.bin holds a token outside the model's vocabulary "
                 f"(ids {text[bad].min()} to {text[bad].max()} in sample {sample_ids[bad]}, "
-                f"model.vocab_size {self._vocabulary_size})"
+                f"model.vocab_size {self._vocabulary_size}); mend the data set or set model.vocab_size to its "
+                "tokenizer's size"
             )
         documents, positions = self._documents_and_positions(text[:, :-1])
         return Batch(

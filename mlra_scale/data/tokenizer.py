@@ -99,7 +99,21 @@ def load_tokenizer(names: Sequence[str], end_of_document: str | None = None) -> 
     if tokenizer.token_to_id(end) is None:
         hint = "choose one of its tokens with --end-of-document" if end_of_document is None else "it must be one token"
         raise DataError(f"tokenizer {label} has no token {end!r} to end documents with; {hint}")
+    _make_special(tokenizer, end)
     return LoadedTokenizer(tokenizer, kind, label, end, hugging_face)
+
+
+def _make_special(tokenizer: Tokenizer, end: str) -> None:
+    """Makes an added token special, so that a text that spells it is text (see encode_special_tokens).
+
+    A token of the plain vocabulary stays one: adding it would be another tokenizer. Where a text gives it, the encoder
+    refuses the text.
+    """
+    number = tokenizer.token_to_id(end)
+    for added, token in tokenizer.get_added_tokens_decoder().items():
+        if added == number and not token.special:
+            token.special = True
+            tokenizer.add_special_tokens([token])
 
 
 def train_bpe(texts: Iterable[str], vocabulary_size: int) -> LoadedTokenizer:
@@ -164,6 +178,7 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
         if loaded.hugging_face.eos_token != loaded.end_of_document:
             loaded.hugging_face.eos_token = loaded.end_of_document
         loaded.hugging_face.save_pretrained(folder)
+        _make_portable(folder / "tokenizer_config.json")
         return
     loaded.tokenizer.save(str(folder / "tokenizer.json"))
     # Also as vocab.json and merges.txt, which Megatron-LM, GPT-NeoX and OpenAI's own code read.
@@ -178,6 +193,16 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # it would break the exact round trip
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_portable(path: Path) -> None:
+    """Takes out of tokenizer_config.json what transformers 5 writes there for itself and transformers 4 cannot read."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def contradict(one: LoadedTokenizer, other: LoadedTokenizer) -> bool:

@@ -1,15 +1,15 @@
-"""Writes the .bin and .idx of one split through Megatron's own builder."""
+"""Writes the .bin and .idx of one split through Megatron's own builder, and the hashes of the .bin file's blocks."""
 
 from __future__ import annotations
 
 import array
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlra_scale.data.blocks import BlockHasher
 from mlra_scale.data.indexed import sha256_of_file
 from mlra_scale.megatron import DType, IndexedDatasetBuilder
 
@@ -28,20 +28,20 @@ class SplitWriter:
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
-        self._bin, self._idx = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
+        self._bin, self._idx, self._blocks = (prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".blocks"))
         self._dtype = dtype
         self._builder = IndexedDatasetBuilder(str(self._bin), dtype=dtype.type)
         # The builder keeps one Python integer per document in two lists; arrays hold the same in a fifth of the memory.
         self._builder.sequence_lengths = array.array("i")
         self._builder.document_indices = array.array("q", [0])
-        self._digest = hashlib.sha256()
+        self._hasher = BlockHasher()
         self.documents = 0
         self.tokens = 0
 
     def add(self, tokens: NDArray) -> None:
         """Appends one document, its end-of-document token included."""
         self._builder.add_document(tokens, [len(tokens)])
-        self._digest.update(tokens.tobytes())
+        self._hasher.update(tokens.tobytes())
         self.documents += 1
         self.tokens += len(tokens)
 
@@ -50,13 +50,17 @@ class SplitWriter:
         self._builder.data_file.close()
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Writes the index.
+        """Writes the index and the table of block hashes.
 
         Returns:
-            Size and SHA-256 of the two files, by name.
+            Size and SHA-256 of the three files, by name.
         """
         self._builder.finalize(str(self._idx))
+        self._blocks.write_bytes(self._hasher.table)
         return {
-            self._bin.name: {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._digest.hexdigest()},
-            self._idx.name: {"bytes": self._idx.stat().st_size, "sha256": sha256_of_file(self._idx)},
+            self._bin.name: {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._hasher.sha256},
+            **{
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+                for path in (self._idx, self._blocks)
+            },
         }

@@ -6,7 +6,7 @@ Both become a model of transformers, a checkpoint that of modeling_mlra.py, so t
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,15 @@ import torch
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.location import checkpoint_at
+from mlra_scale.config.json_text import printable
 from mlra_scale.data.errors import DataError
 from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
 from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation.folder_files import check_tokenizer_files, read_model_files, reason_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Masks that old versions of transformers stored as if they were weights.
+_OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "encoder.json")
 
 
@@ -65,8 +69,11 @@ class OpenedModel:
         """
         if name is None and self.tokenizer_folder is None:
             raise EvaluationError(f"{self.path} holds no tokenizer; name one with --tokenizer")
+        place = self.tokenizer_folder if name is None else Path(name)
+        if place is not None and place.is_dir():
+            check_tokenizer_files(place)
         with _quiet_transformers():
-            loaded = load_tokenizer([str(self.tokenizer_folder) if name is None else name])
+            loaded = load_tokenizer([str(place) if name is None else name])
         if loaded.vocabulary_size > self.vocab_size:
             raise EvaluationError(
                 f"tokenizer {loaded.name} has {loaded.vocabulary_size} tokens, the model of {self.path} "
@@ -148,35 +155,41 @@ def _from_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
 
     from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 
+    values = read_model_files(path)
+    is_ours = values.get("model_type") == MlraConfig.model_type
+    if "auto_map" in values and not is_ours and not trust_remote_code:
+        raise EvaluationError(f"{path} brings its own code; read it, then allow it with --trust-remote-code")
     # The library raises errors of many kinds; to the user each means that this folder cannot be loaded.
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        is_ours = values.get("model_type") == MlraConfig.model_type
-        if "auto_map" in values and not is_ours and not trust_remote_code:
-            raise EvaluationError(f"{path} brings its own code; read it, then allow it with --trust-remote-code")
         factory = MlraForCausalLM if is_ours else transformers.AutoModelForCausalLM
         arguments = {} if is_ours else {"trust_remote_code": trust_remote_code}
         with _quiet_transformers():
             module, report = factory.from_pretrained(
                 path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
             )
-    except EvaluationError:
-        raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EvaluationError(f"{path} cannot be loaded: {reason}") from error
+        raise EvaluationError(f"{path} cannot be loaded: {reason_of(error)}") from error
     if missing := sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"]):
         raise EvaluationError(
             f"{path} lacks weights of its model, which would be random numbers: {', '.join(missing[:4])}"
             + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         )
+    unknown = [name for name in sorted(report["unexpected_keys"]) if not _OLD_BUFFERS.search(name)]
+    if unknown and values.get("model_type") in ("gpt2", MlraConfig.model_type):
+        raise EvaluationError(
+            f"{path} has weights that its config.json has no place for (fewer layers?): "
+            + printable(", ".join(unknown[:4]))
+            + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+        )
     module = module.to(device).requires_grad_(False).eval()
     config = module.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        raise EvaluationError(f"{path}: its config.json does not say how many positions the model has")
+    sizes = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
+    for size, name in zip(sizes, ("tokens", "positions"), strict=True):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise EvaluationError(f"{path}: its config.json does not say how many {name} the model has")
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-    return OpenedModel(module, path, config.model_type, config.vocab_size, positions, path if has_tokenizer else None)
+    vocab_size, positions = (int(size) for size in sizes if size is not None)
+    return OpenedModel(module, path, config.model_type, vocab_size, positions, path if has_tokenizer else None)
 
 
 @contextlib.contextmanager

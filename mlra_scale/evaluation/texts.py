@@ -6,17 +6,20 @@ A long text file is read and tokenized in pieces, which gives the tokens of the 
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mlra_scale.data.errors import DataError
-from mlra_scale.data.indexed import IndexedFiles, open_indexed
-from mlra_scale.data.manifest import SPLITS, read_manifest
+from mlra_scale.data.files import describe, kind_of
+from mlra_scale.data.folder import check_contents, open_prepared
+from mlra_scale.data.indexed import IndexedFiles
+from mlra_scale.data.manifest import SPLITS
+from mlra_scale.data.readers import characters, documents_of_file
 from mlra_scale.data.sources import LocalFiles, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
 from mlra_scale.evaluation.perplexity import Document, Piece
@@ -76,7 +79,12 @@ class Encoder:
 
 
 def documents_of_sources(
-    names: Sequence[str], encoder: Encoder, field: str = "text", split: str = "test", config_name: str | None = None
+    names: Sequence[str],
+    encoder: Encoder,
+    field: str = "text",
+    split: str = "test",
+    config_name: str | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Document]:
     """Opens text: every .txt file is one document, every line or row of other files too.
 
@@ -86,6 +94,7 @@ def documents_of_sources(
         field: Field or column of the text, for files that have fields.
         split: Split of Hugging Face data sets.
         config_name: Configuration of Hugging Face data sets.
+        note: Takes a line about files that a source matched and that are not read.
 
     Yields:
         The documents; each has to be read before the next one is asked for.
@@ -97,13 +106,13 @@ def documents_of_sources(
         if not isinstance(source, LocalFiles):
             yield from _whole((document.text for document in source.documents()), encoder)
             continue
-        for file in source.files:
-            if file.name.endswith(".txt"):
-                if not encoder.is_full:
-                    yield _pieces(_characters(file), encoder)
-            else:
-                rows = LocalFiles(source.name, [file], field).documents()
-                yield from _whole((row.text for row in rows), encoder)
+        if source.not_read:
+            note(f"{source.name}: {describe(source.not_read)}")
+        for file in source.paths:
+            if kind_of(file) != ".txt":
+                yield from _whole((row.text for row in documents_of_file(file, field)), encoder)
+            elif not encoder.is_full:
+                yield _pieces(characters(file, _PIECE_BYTES), encoder)
 
 
 def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: LoadedTokenizer) -> Iterator[Document]:
@@ -123,15 +132,16 @@ def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: Loaded
     """
     if split not in SPLITS:
         raise DataError(f"{folder} has no split {split!r}; it has {' and '.join(SPLITS)}")
-    manifest = read_manifest(folder)
+    prepared = open_prepared(folder)
+    check_contents(prepared)
+    manifest, files = prepared.manifest, prepared.files[split]
     if manifest.tokenizer_sha256 != tokenizer_sha256(loaded.tokenizer):
         raise DataError(f"{folder} was made with another tokenizer than the model's; evaluate the text itself (--text)")
-    files = open_indexed(manifest.prefix(split))
     stored = files.tokens()
     for number in range(files.num_documents):
         if encoder.is_full:
             return
-        tokens = _document(files, stored, number)
+        tokens = document_tokens(files, stored, number)
         if tokens and tokens[-1] == manifest.end_of_document_token:
             tokens = tokens[:-1]
         yield [encoder.piece_of_tokens(tokens)]
@@ -145,12 +155,22 @@ def joined(documents: Iterable[Document], end_of_document: int) -> Iterator[Piec
         yield end
 
 
-def _document(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
+def document_tokens(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
+    """Returns the ids of a document, with the token that ends it.
+
+    Args:
+        files: An indexed data set.
+        stored: What its `tokens` method returns.
+        number: Of the document, from 0.
+    """
     first, stop = (int(border) for border in files.document_borders[number : number + 2])
     tokens: list[int] = []
     for sequence in range(first, stop):
         start = int(files.sequence_pointers[sequence]) // files.dtype.itemsize
-        tokens += stored[start : start + int(files.sequence_lengths[sequence])].tolist()
+        stop = start + int(files.sequence_lengths[sequence])
+        if files.checked is not None:
+            files.checked.check(np.array([start]) * files.dtype.itemsize, np.array([stop]) * files.dtype.itemsize)
+        tokens += stored[start:stop].tolist()
     return tokens
 
 
@@ -173,20 +193,3 @@ def _pieces(texts: Iterable[str], encoder: Encoder) -> Iterator[Piece]:
                 return
     if held:
         yield encoder.piece(held)
-
-
-def _characters(path: Path) -> Iterator[str]:
-    """Reads a text file in stretches."""
-    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
-    try:
-        with open(path, "rb") as stream:
-            while raw := stream.read(_PIECE_BYTES):
-                text = decoder.decode(raw)
-                line += text.count("\n")
-                yield text
-            decoder.decode(b"", final=True)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line += error.object[: error.start].count(b"\n")
-        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error

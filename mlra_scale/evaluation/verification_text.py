@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 
+from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText
 from mlra_scale.config import Config, ConfigError
+from mlra_scale.data.indexed import IndexedFiles, open_indexed
+from mlra_scale.data.manifest import MANIFEST_NAME, read_manifest
 from mlra_scale.data.opening import open_datasets
-from mlra_scale.data.tokenizer import LoadedTokenizer
+from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
 from mlra_scale.evaluation.errors import EvaluationError
-from mlra_scale.evaluation.texts import Encoder, documents_of_sources, joined
+from mlra_scale.evaluation.texts import Encoder, document_tokens, documents_of_sources, joined
+
+_REMEDY = "name the tokenizer that the data were made with (--tokenizer)"
+_MOST_DOCUMENTS = 64
+_LONGEST_DOCUMENT = 200_000
+_UNSURE_TOKENS = 16
+"""At the end of a document that was cut: what follows may decide how its last word is split."""
 
 
 def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
@@ -67,3 +77,110 @@ def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_
     count = (len(tokens) - 1) // length
     flat = torch.tensor(tokens[: count * length + 1])
     return torch.stack([flat[i * length : (i + 1) * length + 1] for i in range(count)])
+
+
+def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: int) -> list[EncodedText]:
+    """Reads validation documents of a run as text with their ids; `validation_tokens` must have read the data.
+
+    Args:
+        config: The run's configuration.
+        loaded: The tokenizer of training.
+        num_tokens: About how many tokens of each data set; at least one document is read.
+
+    Raises:
+        EvaluationError: The tokenizer ends documents with another token than the data, or did not make the data.
+        DataError: The data cannot be read.
+    """
+    data = config.data
+    found: list[EncodedText] = []
+    for name in filter(None, [data.validation_path] if data.validation_path else data.blend or [data.path]):
+        end = data.end_of_document_token
+        has_manifest = (Path(name) / MANIFEST_NAME).is_file()
+        if has_manifest:
+            manifest = read_manifest(Path(name))
+            files, end = open_indexed(manifest.prefix("validation")), manifest.end_of_document_token
+            if end != loaded.end_of_document_token:
+                raise EvaluationError(
+                    f"the documents of {name} end with token {end}, the tokenizer {loaded.name} ends texts with "
+                    f"{loaded.end_of_document_token}; {_REMEDY}"
+                )
+        else:
+            files = open_indexed(name)
+        documents = encoded_documents(loaded, _last_documents(files, end, num_tokens))
+        if documents and not has_manifest and not any(document.is_stored for document in documents):
+            raise EvaluationError(f"{name} holds other ids than tokenizer {loaded.name} gives for its text; {_REMEDY}")
+        found += documents
+    return found
+
+
+def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]]) -> list[EncodedText]:
+    """Decodes documents and encodes them again, as whoever uses the exported tokenizer will.
+
+    Documents that spell a special token are left out: in training that was text, to a user's tokenizer it is the token.
+
+    Args:
+        loaded: The tokenizer of training.
+        documents: Ids, without the token that ends a document.
+
+    Returns:
+        One entry for each other document: its ids, where its text gives them again; else what its text gives.
+    """
+    tokenizer, found = loaded.tokenizer, []
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    for document in documents:
+        ids = list(document)
+        cut = ids[:_LONGEST_DOCUMENT]
+        text = tokenizer.decode(cut, skip_special_tokens=False)
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        sure = len(cut) if cut == ids else len(cut) - _UNSURE_TOKENS
+        is_stored = tokens == cut if cut == ids else tokens[:sure] == cut[:sure]
+        if not is_stored:
+            # Foreign data may hold the tokens that the tokenizer's post-processor adds.
+            plain = tokenizer.decode(cut, skip_special_tokens=True)
+            if tokenizer.encode(plain).ids == cut:
+                text, tokens, is_stored = plain, cut, True
+        if not any(token in text for token in special):
+            found.append(EncodedText(text, tokens, is_stored))
+    return found
+
+
+def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> list[EncodedText]:
+    """Returns the documents of a text whose sequences `text_tokens` gave, as `encoded_documents` does."""
+    documents: list[list[int]] = [[]]
+    for token in [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]:
+        if token == loaded.end_of_document_token:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return encoded_documents(loaded, filter(None, documents))
+
+
+def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:
+    """Refuses a tokenizer that is not the one of training.
+
+    Args:
+        loaded: The checkpoint's copy, or the one that was named where there is none.
+        recorded: Checksum of the tokenizer of training (data.tokenizer.tokenizer_sha256), where it is known.
+
+    Raises:
+        EvaluationError: The checksum differs.
+    """
+    if recorded is not None and tokenizer_sha256(loaded.tokenizer) != recorded:
+        raise EvaluationError(
+            f"tokenizer {loaded.name} is not the one of training, whose checksum the checkpoint records "
+            f"({recorded[:16]}): it was changed since then; use another checkpoint, or {_REMEDY}"
+        )
+
+
+def _last_documents(files: IndexedFiles, end: int | None, num_tokens: int) -> Iterator[list[int]]:
+    """Documents from the last one backwards: a share at the end is for validation where one data set serves both."""
+    stored, left = files.tokens(), num_tokens
+    for number in reversed(range(max(0, files.num_documents - _MOST_DOCUMENTS), files.num_documents)):
+        if left <= 0:
+            return
+        tokens = document_tokens(files, stored, number)
+        if tokens and tokens[-1] == end:
+            tokens.pop()
+        left -= len(tokens)
+        if tokens:
+            yield tokens

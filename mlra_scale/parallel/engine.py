@@ -14,7 +14,7 @@ from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
 from mlra_scale.parallel.fragments import Fragment, scale_rows
-from mlra_scale.parallel.interface import BeforeUpdate, MicroBatch, StepResult, UpdateProposal
+from mlra_scale.parallel.interface import BeforeUpdate, Between, MicroBatch, StepResult, UpdateProposal
 from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view, mend_loss_scaling
 from mlra_scale.parallel.optimizer import has_weight_decay
 from mlra_scale.parallel.topology import Topology
@@ -247,17 +247,19 @@ class EngineBase(ABC):
             self._is_stop_wanted,
         )
 
-    def gradient_norm(self, batches: Sequence[MicroBatch]) -> float:
+    def gradient_norm(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
         """See Engine."""
         assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
         self._wants_stop = None
         self._forget_spectra()
         self._is_rehearsal = True
-        self._run(batches)
-        self._is_rehearsal = False
+        try:
+            self._run(batches, between)
+        finally:
+            self._is_rehearsal = False
         assert self._proposal is not None
         return self._proposal.gradient_norm
 
     @abstractmethod
-    def _run(self, batches: Sequence[MicroBatch]) -> None:
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
         """Forward and backward over the micro-batches, gradient reduction, gated update."""

@@ -71,6 +71,7 @@ class StepResult:
 
 
 BeforeUpdate = Callable[[UpdateProposal], bool]
+Between = Callable[[], None]
 
 
 class Engine(Protocol):
@@ -107,11 +108,17 @@ class Engine(Protocol):
         """
         ...
 
-    def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
-        """Returns the mean loss over all ranks' micro-batches, without dropout; the same on every rank."""
+    def eval_batch(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
+        """Returns the mean loss over all ranks' micro-batches, without dropout; the same on every rank.
+
+        Args:
+            batches: This data rank's micro-batches.
+            between: Called on every rank, as often on each, before every micro-batch (in a pipeline: before every step
+                of its schedule). It may be collective, and may raise on all ranks alike to give the pass up.
+        """
         ...
 
-    def gradient_norm(self, batches: Sequence[MicroBatch]) -> float:
+    def gradient_norm(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
         """Returns the L2 norm of the gradient of the mean loss over these micro-batches of all data ranks; collective.
 
         As in a training step (with its dropout), but there is no update, and nothing is different afterwards: weights,
@@ -119,6 +126,7 @@ class Engine(Protocol):
 
         Args:
             batches: As many micro-batches as gradients are accumulated over.
+            between: See eval_batch. After a pass that was given up the engine can be saved, but not train.
 
         Returns:
             The norm, the same on every rank; not finite if fp16 gradients overflow at the loss scale of now.

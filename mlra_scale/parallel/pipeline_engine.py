@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -17,7 +17,7 @@ from mlra_scale.config import BatchPlan, Config
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.layers import Layer, TokenEmbedding, model_layers
 from mlra_scale.parallel.engine import EngineBase
-from mlra_scale.parallel.interface import MicroBatch
+from mlra_scale.parallel.interface import Between, MicroBatch
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
 from mlra_scale.parallel.topology import Topology
 
@@ -151,8 +151,38 @@ class PipelineEngine(EngineBase):
             dist.all_reduce(total, group=group)
             gradient.copy_(total if engine.grid.get_data_parallel_rank() == 0 else torch.zeros_like(total))
 
-    def _run(self, batches: Sequence[MicroBatch]) -> None:
-        self.deepspeed_engine.train_batch(data_iter=self._feed(batches))
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
+        with self._called_between_steps(between):
+            self.deepspeed_engine.train_batch(data_iter=self._feed(batches))
+
+    @contextlib.contextmanager
+    def _called_between_steps(self, between: Between | None) -> Iterator[None]:
+        """Has DeepSpeed call `between` before each step of its schedule.
+
+        A step is atomic there: all stages have as many of them, and what one sends another receives in the same step,
+        so that a collective, or an end, between two steps leaves nobody waiting (PipeSchedule's own documentation).
+        """
+        if between is None:
+            yield
+            return
+        engine = self.deepspeed_engine
+        execute = engine._exec_schedule
+
+        def stepwise(steps: Iterable[Any]) -> Iterator[Any]:
+            for commands in steps:
+                between()
+                yield commands
+
+        def execute_stepwise(schedule: Any) -> None:
+            steps = schedule.steps
+            schedule.steps = lambda: stepwise(steps())
+            execute(schedule)
+
+        engine._exec_schedule = execute_stepwise
+        try:
+            yield
+        finally:
+            del engine._exec_schedule
 
     def _local_loss(self) -> torch.Tensor:
         engine = self.deepspeed_engine
@@ -160,10 +190,11 @@ class PipelineEngine(EngineBase):
             return engine.total_loss
         return torch.zeros((), device=self.topology.device)
 
-    def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
+    def eval_batch(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
         """See Engine."""
         self._forget_spectra()
-        loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
+        with self._called_between_steps(between):
+            loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
         return float(loss)
 
     @staticmethod

@@ -11,7 +11,7 @@ from mlra_scale.config import BatchPlan, Config, zero_stage
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.gpt import GPT
 from mlra_scale.parallel.engine import EngineBase
-from mlra_scale.parallel.interface import MicroBatch
+from mlra_scale.parallel.interface import Between, MicroBatch
 from mlra_scale.parallel.mpu import ModelParallelUnit
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
 from mlra_scale.parallel.topology import Topology
@@ -47,11 +47,13 @@ class ZeroEngine(EngineBase):
         assert theirs == dist.get_process_group_ranks(self.topology.data_group), theirs
         assert engine.mp_world_size == self.topology.tensor, engine.mp_world_size
 
-    def _run(self, batches: Sequence[MicroBatch]) -> None:
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
         engine = self.deepspeed_engine
         engine.train()
         self._losses.zero_()
         for batch in batches:
+            if between is not None:
+                between()
             loss = engine(*self._inputs(batch))
             engine.backward(loss)
             self._losses += loss.detach()
@@ -61,12 +63,14 @@ class ZeroEngine(EngineBase):
         return self._losses if self.topology.tensor_rank == 0 else torch.zeros_like(self._losses)
 
     @torch.no_grad()
-    def eval_batch(self, batches: Sequence[MicroBatch]) -> float:
+    def eval_batch(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
         """See Engine."""
         self.deepspeed_engine.eval()
         self._forget_spectra()
         total = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for batch in batches:
+            if between is not None:
+                between()
             total[0] += self.deepspeed_engine(*self._inputs(batch))
             total[1] += 1
         dist.all_reduce(total)

@@ -18,7 +18,7 @@ of the residual stream (L + 1), B batch, S sequence, D hidden, N heads on this r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,12 +129,13 @@ class ActivationProbe:
         self.num_micro_batches = micro_batches_for(config.samples, plan)
         """Micro-batches that each data rank needs, laid out as those of a training step."""
 
-    def measure(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    def measure(self, batches: Sequence[MicroBatch], between: Callable[[], None] | None = None) -> dict[str, Any]:
         """Measures on the samples number 0 ... samples - 1; every rank calls it and gets the same result.
 
         Args:
             batches: This data rank's micro-batches of the probe batch. Samples beyond those do not count: they fill up
                 micro-batches, whose size the engine cannot change.
+            between: See Engine.eval_batch.
 
         Returns:
             The entry `activations` of the record: lists over places or blocks, and the extremes of each.
@@ -154,7 +155,7 @@ class ActivationProbe:
                 tally.add_hidden(place, hidden_BSD[: counted[index]])
 
         with observe(self._engine.module, see_heads, see_hidden):
-            self._engine.eval_batch(batches)
+            self._engine.eval_batch(batches, between)
         dist.all_reduce(tally.packed)
         return tally.values(self._model.num_heads)
 

@@ -186,7 +186,9 @@ class GradientStatistics:
         self._in_gate: _InGate | None = None
         self._small_square: float | None = None
 
-    def before_step(self, step: int, batches: Sequence["MicroBatch"]) -> None:
+    def before_step(
+        self, step: int, batches: Sequence["MicroBatch"], between: Callable[[], None] | None = None
+    ) -> None:
         """Begins a step. Where the noise scale is due, one more pass over a batch, without an update.
 
         The small batch is the first micro-batch of every data rank. It is repeated to as many micro-batches as the
@@ -195,12 +197,13 @@ class GradientStatistics:
         Args:
             step: Number of the step, from 1.
             batches: This data rank's micro-batches.
+            between: See Engine.gradient_norm.
         """
         gradients = self.config.gradients
         self._is_due = self._comes(step, gradients.every)
         self._in_gate, self._small_square = None, None
         if self._comes(step, gradients.noise_every):
-            norm = self.engine.gradient_norm([batches[0]] * len(batches))
+            norm = self.engine.gradient_norm([batches[0]] * len(batches), between)
             self._small_square = norm**2 if math.isfinite(norm) else None
 
     def _comes(self, step: int, every: int) -> bool:

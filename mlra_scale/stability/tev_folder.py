@@ -1,6 +1,5 @@
 """TEV of Hugging Face checkpoint folders: the embedding alone is read, mapped from its file; no model is built."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mlra_scale.config.json_text import printable, read_json_object
+from mlra_scale.config.weight_map import weight_map
 from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
 
 INDEX = "model.safetensors.index.json"
@@ -92,7 +93,7 @@ def tev_of_folder(
     vocab_size = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
     with _mapped(files[name], name) as matrix:
         rows = len(matrix)
-        if num_tokens is None and isinstance(vocab_size, int) and 0 < vocab_size < rows:
+        if num_tokens is None and type(vocab_size) is int and 0 < vocab_size < rows:  # true is no number of tokens
             num_tokens = vocab_size
         if num_tokens is not None and not 0 < num_tokens <= rows:
             raise FolderError(f"{name} has {rows} rows, not {num_tokens} tokens")
@@ -116,7 +117,9 @@ def token_texts(path: Path) -> Callable[[int], str | None]:
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more precise
-            raise FolderError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+            raise FolderError(
+                f"{folder / 'tokenizer.json'} is not a tokenizer: {printable(str(error), 300)}"
+            ) from error
 
         def decode(token: int) -> str | None:
             raw = tokenizer.id_to_token(token)
@@ -126,7 +129,10 @@ def token_texts(path: Path) -> Callable[[int], str | None]:
 
         return decode
     if (folder / "vocab.json").is_file():
-        return {number: token for token, number in _read_json(folder / "vocab.json").items()}.get
+        vocabulary = _read_json(folder / "vocab.json")
+        if not all(type(number) is int for number in vocabulary.values()):
+            raise FolderError(f"{folder / 'vocab.json'} is not a vocabulary: every token must have a whole number")
+        return {number: token for token, number in vocabulary.items()}.get
     return lambda token: None
 
 
@@ -147,10 +153,10 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     elif not path.is_dir():
         raise FolderError(f"{path} is not there")
     elif (path / INDEX).is_file():
-        weights = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-            raise FolderError(f"{path / INDEX} has no weight_map")
-        return {name: path / file for name, file in weights.items()}
+        try:
+            return {name: path / file for name, file in weight_map(path / INDEX).items()}
+        except ValueError as error:
+            raise FolderError(str(error)) from None
     elif (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     else:
@@ -212,22 +218,19 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise FolderError(f"{file} cannot be read as safetensors: {error}") from error
+        raise FolderError(f"{file} cannot be read as safetensors: {printable(str(error), 300)}") from error
     with handle as opened:
         yield opened
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise FolderError(f"{file} is not a JSON object")
-    return content
+        return read_json_object(file)
+    except ValueError as error:
+        raise FolderError(str(error)) from None
 
 
 def _some(names: list[str], count: int = 8) -> str:
     """The first few of many names."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return printable(", ".join(names[:count])) + more

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import mlra_scale
+from mlra_scale.config import ConfigError, Problem
+from mlra_scale.config.json_text import read_json_object
 from mlra_scale.training.record import write_atomically
 from mlra_scale.training.source import commit, output_of
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy")
 _GIB = 2.0**30
+VERSION = 2
+"""Of a sweep's output folder: study.json, results.jsonl, result.json; the first version had no such key."""
 
 
 def gpu_names() -> list[str]:
@@ -55,11 +59,20 @@ def note_start(path: Path, name: str, command: Sequence[str]) -> None:
         path: study.json.
         name: Of the study.
         command: The command line of this start.
+
+    Raises:
+        ConfigError: The file is damaged.
     """
     started = _now()
     if path.exists():
-        started = json.loads(path.read_text(encoding="utf-8"))["started"]
+        try:
+            started = str(read_json_object(path)["started"])
+        except (ValueError, KeyError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "it lacks `started`"
+            remedy = f"{reason}; remove the file, which only says where the study was run"
+            raise ConfigError([Problem("--output", str(path), remedy)]) from None
     about = {
+        "version": VERSION,
         "name": name,
         "commit": commit(),
         "command": list(command),
@@ -73,7 +86,10 @@ def note_start(path: Path, name: str, command: Sequence[str]) -> None:
 
 def note_end(path: Path) -> None:
     """Notes in study.json, if it is not there yet, when every cell had a result."""
-    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        about = read_json_object(path)
+    except ValueError:
+        return  # not there, or damaged since the start, which checked it
     if about.get("ended", "") is None:
         write_atomically(path, json.dumps({**about, "ended": _now()}, indent=1) + "\n")
 

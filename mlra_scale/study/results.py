@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.config import ConfigError, Problem
+from mlra_scale.config.json_text import parse_json, read_json_object
 from mlra_scale.study.grid import Cell, Study, load_study
 from mlra_scale.study.provenance import note_end
 from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import finite_or_none, lines_from_end, read_record, write_atomically
-from mlra_scale.training.resume import FREE, flat, is_in
+from mlra_scale.training.resume import FREE, flat, is_in, read_stored
 from mlra_scale.training.run_directory import RunDirectory
 
 State = Literal["done", "diverged", "failed"]
@@ -73,11 +74,20 @@ class CellFiles:
         return self.run.path / ".cell.lock"
 
     def read_result(self) -> dict[str, Any] | None:
-        """Returns its result, or None where it has none yet."""
-        try:
-            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """Returns its result, or None where it has none yet.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
+        if not self.result.exists():
             return None
+        try:
+            result = read_json_object(self.result)
+            if not isinstance(result.get("state"), str):
+                raise ValueError(f"{self.result} lacks the state of the cell")
+        except ValueError as error:
+            remedy = f"{error}; remove the file: the result is made again from the record of the run"
+            raise ConfigError([Problem(f"cell {self.cell.name}", str(self.result), remedy)]) from None
         return result
 
     def is_done(self) -> bool:
@@ -89,9 +99,12 @@ class CellFiles:
         """Returns the last step that the run has recorded."""
         try:
             with self.run.metrics.open("rb") as file:
-                return next((json.loads(line)["step"] for line in lines_from_end(file) if line), 0)
-        except FileNotFoundError:
-            return 0
+                for line in lines_from_end(file):
+                    with contextlib.suppress(ValueError, TypeError, KeyError):
+                        return int(parse_json(line, "the line", allow_nan=True)["step"])
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        return 0
 
 
 class SweepDirectory:
@@ -185,9 +198,9 @@ def changes_of(files: CellFiles) -> list[Problem]:
     if not path.exists():
         return []
     try:
-        was = flat(Config.from_yaml(path.read_text(encoding="utf-8")).to_dict())
-    except (ConfigError, OSError) as error:
-        return [Problem(f"cell {name}", str(path), f"cannot be read: {error}")]
+        was = flat(read_stored(path).to_dict())
+    except ConfigError as error:
+        return [Problem(f"cell {name}", str(path), problem.remedy) for problem in error.problems]
     now = flat(files.cell.config.to_dict())
     remedy = f"the cell ran with {{}}; name another --output, or remove {files.run.path} to run it anew"
     return [
@@ -199,7 +212,15 @@ def changes_of(files: CellFiles) -> list[Problem]:
 
 def num_events(run: RunDirectory) -> int:
     """Returns how many events a run has recorded."""
-    return len(read_record(run.events))
+    return len(_events(run))
+
+
+def _events(run: RunDirectory) -> list[dict[str, Any]]:
+    """Returns the events of a run; none where the log is damaged: the run then is continued, which says so."""
+    try:
+        return read_record(run.events, "event")
+    except ValueError:
+        return []
 
 
 def ending_of(run: RunDirectory, after: int = 0) -> dict[str, Any]:
@@ -209,7 +230,7 @@ def ending_of(run: RunDirectory, after: int = 0) -> dict[str, Any]:
         run: Its directory.
         after: So many events belong to earlier starts.
     """
-    for event in reversed(read_record(run.events)[after:]):
+    for event in reversed(_events(run)[after:]):
         if event["event"] in _ENDS:
             return event
         if event["event"] == "start":
@@ -244,7 +265,23 @@ def result_of(
         `seconds` is time in training, over all starts, without what it takes to start; the others are the last
         recorded values, and null, or left out where a `?` stands in the contract, if there are none.
     """
-    cell, records = files.cell, read_record(files.run.metrics)
+    try:
+        records = read_record(files.run.metrics, "step")
+        return _result(files, state, ending, error, commit, records)
+    except (ValueError, TypeError, LookupError, AttributeError) as fault:
+        reason = str(fault) if str(files.run.metrics) in str(fault) else f"{files.run.metrics}: {fault!r}"
+        return _result(files, "failed", {}, f"the record cannot be read: {reason}", commit, [])
+
+
+def _result(
+    files: CellFiles,
+    state: State,
+    ending: Mapping[str, Any],
+    error: str | None,
+    commit: str | None,
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    cell = files.cell
     reached = max((record["step"] for record in records), default=0)
     steps = int(ending.get("step") or reached) if state == "diverged" else reached
     train = cell.config.train
@@ -276,7 +313,7 @@ def result_of(
         "seconds": round(_seconds(records), 3),
         "tokens": steps * train.global_batch_size * train.sequence_length,
         "error": error,
-        "commit": _commits(read_record(files.run.events)) or commit,
+        "commit": _commits(_events(files.run)) or commit,
     }
     return {name: finite_or_none(value) for name, value in result.items()}
 

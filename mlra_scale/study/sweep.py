@@ -1,12 +1,14 @@
 """Runs the cells of a study, several at once, each in processes of its own.
 
 Several sweeps, on one machine or as the tasks of a Slurm array, may work on the same output: a cell belongs to whoever
-holds its lock. A sweep that is asked to stop asks its runs to, which then finish their step and save; started again, it
-goes on from there. A cell with a result is not run again, unless it failed.
+holds its lock, such as a run whose sweep was killed. A sweep waits for the cells that others hold and takes over what
+they leave: their result, or a run that has not ended. A sweep that is asked to stop asks its runs to, which then finish
+their step and save; started again, it continues from there. A cell with a result is not run again, unless it failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,7 +38,7 @@ from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.source import ROOT, commit
 
 _POLL_SECONDS = 0.5
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ERROR_CHARACTERS = 2000
 
 
@@ -52,6 +54,7 @@ class Running:
         num_events: Events of earlier starts.
         log_size: Size of its log when it began.
         started: The clock then.
+        is_ending: Whether it was told to end at once.
     """
 
     files: CellFiles
@@ -61,6 +64,7 @@ class Running:
     num_events: int
     log_size: int
     started: float = field(default_factory=time.monotonic)
+    is_ending: bool = False
 
 
 class StopAsked:
@@ -77,6 +81,8 @@ class StopAsked:
 
     def __enter__(self) -> StopAsked:
         for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # a parent wants it so: nohup, a shell's background job
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -96,7 +102,8 @@ class Sweep:
         directory: Its output folder.
 
     Attributes:
-        held_elsewhere: Cells that another sweep is running.
+        held_elsewhere: Cells that another sweep runs, or a run that has outlived its sweep; they are waited for.
+        unwritten: Cells that could not be started, or whose result could not be written, with the reason.
         interrupted: Cells that were stopped before their end.
         bad_input: Why no further cell was started: what the first run has said about its input.
     """
@@ -108,7 +115,9 @@ class Sweep:
         self._running: list[Running] = []
         self._tell: Callable[[dict[str, Any], float], None] = lambda result, seconds: None
         self._has_trained = False
-        self.held_elsewhere: list[str] = []
+        self.held_elsewhere: dict[str, dict[str, Any] | None] = {}
+        """Each with the result that it had when it was first found to be held."""
+        self.unwritten: dict[str, str] = {}
         self.interrupted: list[str] = []
         self.bad_input: str | None = None
 
@@ -173,7 +182,7 @@ class Sweep:
                         self._waiting = []
                     self._pass_on(stop)
                     watch(self._running)
-                    if self._running:
+                    if self._running or self._waiting:
                         time.sleep(_POLL_SECONDS)
                     for running in [one for one in self._running if one.process.poll() is not None]:
                         self._ended(running, is_stopping=stop.signal is not None)
@@ -181,36 +190,46 @@ class Sweep:
                 # Only after an error of this loop are there any left.
                 for running in self._running:
                     running.process.terminate()
-                self._directory.collect(self._cells)
+                with contextlib.suppress(OSError, ConfigError):
+                    self._directory.collect(self._cells)
         return stop.signal
 
     def _start_more(self, jobs: int, gpus: Sequence[str]) -> None:
+        held = []
         while self._waiting and len(self._running) < jobs:
-            slot = min(set(range(jobs)) - {running.slot for running in self._running})
-            self._start(self._directory.files(self._waiting.pop(0)), slot, gpus)
+            cell, slot = self._waiting.pop(0), min(set(range(jobs)) - {running.slot for running in self._running})
+            try:
+                if not self._start(self._directory.files(cell), slot, gpus):
+                    held.append(cell)
+            except OSError as error:
+                # A full disk, perhaps: other cells may lie elsewhere, and the next start tries this one again.
+                self.unwritten[cell.name] = f"cannot be started: {error.strerror or error}"
+        self._waiting += held  # to be tried again, after those that nobody is at
 
-    def _start(self, files: CellFiles, slot: int, gpus: Sequence[str]) -> None:
-        """Starts a cell, unless somebody else is at it or it needs no start any more."""
-        lock = claim(files)
+    def _start(self, files: CellFiles, slot: int, gpus: Sequence[str]) -> bool:
+        """Starts a cell if it needs that; returns False where somebody else is at it."""
+        name, lock = files.cell.name, claim(files)
         if lock is None:
-            self.held_elsewhere.append(files.cell.name)
-            return
-        if files.is_done():
-            # By another sweep, since this one has looked.
+            self.held_elsewhere.setdefault(name, files.read_result())
+            return False
+        was_held, result_before = name in self.held_elsewhere, self.held_elsewhere.pop(name, None)
+        result = files.read_result()
+        if result is not None and (files.is_done() or (was_held and result != result_before)):
+            # By another sweep, since this one has looked; what failed there is tried again by the next start.
             lock.close()
-            self._tell(files.read_result() or {}, 0.0)
-            return
+            self._tell(result, 0.0)
+            return True
         ending = ending_of(files.run)
         if (state := state_of(ending)) is not None:
             # Whoever ran it was killed before it could write the result.
             self._write(files, result_of(files, state, ending, None, self._commit), 0.0)
             lock.close()
-            return
+            return True
         before = num_events(files.run)
         with files.log.open("ab") as log:
             process = subprocess.Popen(
                 self.command(files),
-                env=_environment(slot, self._study.ranks, gpus),
+                env=_environment(slot, self._study.ranks, gpus, 60.0 * files.cell.config.cluster.stop_minutes),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -220,6 +239,7 @@ class Sweep:
             )
             log_size = log.tell()
         self._running.append(Running(files, process, lock, slot, before, log_size))
+        return True
 
     def command(self, files: CellFiles) -> list[str]:
         """Returns the command line of a cell: what a person would type to run it by hand."""
@@ -230,15 +250,17 @@ class Sweep:
         return [sys.executable, *module, "--run-dir", str(files.run.path), "--resume", "auto", *files.cell.overrides]
 
     def _pass_on(self, stop: StopAsked) -> None:
-        """Asks every run to stop, once; kills them if there is no time for that."""
+        """Asks every run to stop, once; a second Ctrl-C ends them at once."""
         for running in self._running:
             name = running.files.cell.name
             if stop.signal is not None and name not in self.interrupted:
                 self.interrupted.append(name)
-                running.process.terminate()
-            elif stop.is_urgent and self._study.ranks == 1:
-                # Not torchrun, whose ranks would be left: asked to stop, it ends them within 30 seconds.
-                running.process.kill()
+                running.process.send_signal(signal.SIGTERM if self._study.ranks == 1 else signal.SIGINT)
+            elif stop.is_urgent and not running.is_ending:
+                running.is_ending = True
+                # torchrun would leave its ranks behind if it were killed. After SIGINT it ends them when SIGTERM comes:
+                # for a rank that is the second Ctrl-C.
+                running.process.send_signal(signal.SIGKILL if self._study.ranks == 1 else signal.SIGTERM)
 
     def _ended(self, running: Running, is_stopping: bool) -> None:
         """Writes down how a cell ended, if that is a result."""
@@ -265,8 +287,14 @@ class Sweep:
         running.lock.close()
 
     def _write(self, files: CellFiles, result: dict[str, Any], seconds: float) -> None:
-        write_result(files, result, keep_checkpoints=self._study.checkpoints == "keep")
-        self._directory.collect(self._cells)
+        try:
+            write_result(files, result, keep_checkpoints=self._study.checkpoints == "keep")
+            self._directory.collect(self._cells)
+        except (OSError, ConfigError) as error:
+            # The record of the run has it all: the next start makes the result from it.
+            self.unwritten[files.cell.name] = (
+                f"its result cannot be written: {getattr(error, 'strerror', None) or error}"
+            )
         self._tell(result, seconds)
 
 
@@ -290,15 +318,17 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(len(gpu_names()))]
 
 
-def _environment(slot: int, ranks: int, gpus: Sequence[str]) -> dict[str, str]:
+def _environment(slot: int, ranks: int, gpus: Sequence[str], stop_seconds: float) -> dict[str, str]:
     """Returns the environment of a cell: one thread a process, this very code, and GPUs of its own if there are enough.
 
     Args:
         slot: Its place among the cells that are run at once.
         ranks: Its processes.
         gpus: All that there are; with fewer than twice the ranks there is nothing to share out.
+        stop_seconds: How long ranks may take to save before torchrun kills them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(max(1, round(stop_seconds))))
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     if len(gpus) >= 2 * ranks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -112,13 +112,17 @@ class Board:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty() or not cells,
         )
+        self._waited_for: set[str] = set()
         self._show([])
 
     def _work(self) -> float:
         return sum(self._flops[name] * share for name, share in self._done.items())
 
-    def watch(self, running: Sequence[Running]) -> None:
-        """Moves the bar to where the runs are."""
+    def watch(self, running: Sequence[Running], elsewhere: Collection[str] = ()) -> None:
+        """Moves the bar to where the runs are, and says once which cells are waited for."""
+        if new := [name for name in elsewhere if name not in self._waited_for]:
+            self._waited_for.update(new)
+            self.say(f"at work elsewhere, and waited for: {', '.join(new)} (another sweep, or a run that outlived one)")
         for one in running:
             self._done[one.files.cell.name] = _share(one.files)
         self._show(running)
@@ -176,8 +180,9 @@ def summary_text(output: SweepDirectory, cells: Sequence[Cell], sweep: Sweep) ->
     for cell in cells:
         if results.get(cell.name, {}).get("state") == "failed":
             lines.append(f"failed: {cell.name}: see {output.files(cell).log}")
+    lines += [f"not written: {name}: {reason}" for name, reason in sweep.unwritten.items()]
     if elsewhere := [name for name in sweep.held_elsewhere if name not in results]:
-        lines.append(f"at work in another sweep: {', '.join(elsewhere)}")
+        lines.append(f"still at work elsewhere: {', '.join(elsewhere)}; the same command takes them over")
     if sweep.interrupted:
         lines.append(f"interrupted: {', '.join(sweep.interrupted)}; the same command goes on with them")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -17,7 +17,10 @@ from mlra_scale.config import ConfigError, Problem
 from mlra_scale.parallel import Topology
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.record import RecordLost
 from mlra_scale.training.start import Asked, Start, prepare
+
+T = TypeVar("T")
 
 
 class StartRefused(Exception):
@@ -77,9 +80,7 @@ def faults_of(checkpoint: Path, topology: Topology) -> list[str]:
     return _gathered(_faults(checkpoint, topology), topology)
 
 
-def on_rank_0(
-    work: Callable[[], None], topology: Topology, step: int, exit_code: ExitCode = ExitCode.BAD_INPUT
-) -> None:
+def on_rank_0(work: Callable[[], T], topology: Topology, step: int, exit_code: ExitCode = ExitCode.BAD_INPUT) -> T:
     """Lets rank 0 do what only rank 0 does, such as writing files; collective.
 
     Without this the others would train on, and wait for a rank that has ended.
@@ -90,18 +91,29 @@ def on_rank_0(
         step: Where the run begins or goes on, for the event log.
         exit_code: How the run ends if it cannot be done.
 
+    Returns:
+        What the work returned; the same on every rank.
+
     Raises:
-        TrainingStopped: It cannot be done, because of a full disk or a damaged file; on all ranks.
+        TrainingStopped: It cannot be done, because of a full disk, a damaged file, or one that another program has
+            taken away; on all ranks.
     """
-    fault: str | None = None
+    done: tuple[str | None, Any] = (None, None)
     if topology.rank == 0:
         try:
-            work()
-        except (OSError, ValueError, CheckpointError) as error:
-            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-            fault = f"the run directory cannot be written: {reason}; mend that and start again"
-    if (fault := _of_rank_0(fault, topology)) is not None:
+            done = (None, work())
+        except OSError as error:
+            name, reason = error.filename2 or error.filename, error.strerror or str(error)
+            fault = reason if name is None else f"{name} cannot be written: {reason}"
+            done = (f"{fault}; mend that and start again", None)
+        except (ValueError, CheckpointError) as error:
+            done = (f"{error}; mend that and start again", None)
+        except RecordLost as error:
+            done = (f"step {step}: {error}. The run stops: what it would write next could not be found", None)
+    fault, result = _of_rank_0(done, topology)
+    if fault is not None:
         raise TrainingStopped(fault, {"step": step}, exit_code)
+    return result
 
 
 def _faults(checkpoint: Path, topology: Topology) -> list[str]:

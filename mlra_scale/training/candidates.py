@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.checkpoint.contents import STATE
 from mlra_scale.checkpoint.retention import checkpoint_folders, complete_checkpoints, latest
 from mlra_scale.config import ConfigError, Problem
+from mlra_scale.training.history import History
+from mlra_scale.training.progress import Progress
+from mlra_scale.training.resumed_data import DataHistory
 from mlra_scale.training.run_directory import RunDirectory
 
 
@@ -82,7 +86,7 @@ def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> Choice:
         reasons = "; ".join(f"{item.path.name}: {item.reason}" for item in rejected)
         remedy = f"the run has checkpoints, and none of them can be used ({reasons}); mend or move {run.checkpoints}"
         raise ConfigError([Problem("--resume", "auto", remedy + " if the run is to begin anew")])
-    if (source := run.source()) is None:
+    if (source := _source(run)) is None:
         return Choice(None)
     # Stopped before its first checkpoint: the run began with another one's weights, and does so again.
     if (reason := _fault(source, excluded)) is not None:
@@ -132,10 +136,17 @@ def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> Choi
 
 def _began_from(run: RunDirectory, given: Path) -> bool:
     """Returns whether the run in the directory is a branch that was begun by naming this path."""
-    source = run.source()
+    source = _source(run)
     if source is None or not run.holds_a_run():
         return False
     return given in (source, source.parent) or (given / "checkpoints").resolve() == source.parent
+
+
+def _source(run: RunDirectory) -> Path | None:
+    try:
+        return run.source()
+    except ValueError as error:
+        raise ConfigError([Problem("--run-dir", str(run.path), str(error))]) from None
 
 
 def _fault(path: Path, excluded: Mapping[Path, str]) -> str | None:
@@ -143,10 +154,31 @@ def _fault(path: Path, excluded: Mapping[Path, str]) -> str | None:
     if path in excluded:
         return excluded[path]
     try:
-        Store.open(path)
+        store = Store.open(path)
+        if store.kind == "training":
+            stored_place(store)
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def stored_place(store: Store) -> tuple[Progress, DataHistory, History]:
+    """Returns how far the run of a checkpoint has come, in steps and in its data, and what it changed on the way.
+
+    Raises:
+        CheckpointError: Its state does not say so, or cannot be loaded into an engine.
+    """
+    try:
+        for name in ("optimizer_step", "num_skipped"):
+            if type(number := store.state["engine"][name]) is not int or number < 0:
+                raise ValueError(f"engine has {name} {number!r}")
+        if not isinstance(store.state["windows"], dict):
+            raise ValueError(f"windows is {store.state['windows']!r}")
+        progress = Progress(**store.state["progress"])
+        return progress, DataHistory.from_dict(store.state["data"]), History.of(store.state, progress.step)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{store.folder / STATE} is not sound ({reason}); use another checkpoint") from error
 
 
 def _nearest_existing(path: Path) -> Path:

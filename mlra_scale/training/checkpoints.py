@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mlra_scale.checkpoint import CheckpointError
 from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
-from mlra_scale.checkpoint.retention import checkpoint_name, remove_after, set_latest
+from mlra_scale.checkpoint.retention import checkpoint_name, remove_after, set_latest, step_named
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.config import Config
 from mlra_scale.data import Datasets
@@ -46,6 +46,9 @@ class Checkpoints:
         datasets: The data that it reads.
         windows: What else goes in, by name; a checkpoint from before one of them was invented leaves it as it is.
         told: Called with every completed save, on every rank.
+
+    Attributes:
+        newest: The checkpoint of this run that was completed last, or that it is resumed from; None: there is none.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Checkpoints:
         told: Callable[[FinishedSave], None],
     ) -> None:
         self._start, self._engine, self._datasets, self._windows, self._told = start, engine, datasets, windows, told
+        self._history = start.history
         settings = start.config.checkpoint
         self._folder = start.run.checkpoints
+        self.newest = start.checkpoint if start.goes_on_in_place else None
         self._saver = Saver(
             self._folder,
             engine.topology,
@@ -83,6 +88,11 @@ class Checkpoints:
         if self._start.kind == "training":
             self._load_windows(state)
 
+    @property
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint of this run."""
+        return None if self.newest is None else step_named(self.newest)
+
     def go_back_to(self, step: int, beat: Callable[[], None]) -> Progress:
         """Puts an earlier checkpoint of this run into the engine, and makes `latest` name it; collective.
 
@@ -93,10 +103,7 @@ class Checkpoints:
         Raises:
             TrainingStopped: It cannot be read, or the save in flight failed; on all ranks.
         """
-        try:
-            self._tell(self._saver.finish())
-        except CheckpointError as error:
-            raise self._failed(error, step) from error
+        self.finish(step)
         beat()
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
         if faults := faults_of(checkpoint, topology):
@@ -104,6 +111,8 @@ class Checkpoints:
         beat()
         state = self._load(checkpoint, step)
         self._load_windows(state)
+        self.newest = checkpoint
+        self._history = self._history.gone_back_to(step)
         on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         beat()
         return Progress(**state["progress"])
@@ -126,7 +135,13 @@ class Checkpoints:
     def _load_windows(self, state: Mapping[str, Any]) -> None:
         for name, window in self._windows.items():
             if name in state["windows"]:
-                window.load(state["windows"][name])
+                try:
+                    window.load(state["windows"][name])
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                    where = f"state.json of {self._start.checkpoint}: its window `{name}` cannot be read"
+                    message = f"{where} ({type(error).__name__}: {error}); resume from another checkpoint"
+                    values = {"step": self._start.progress.step}
+                    raise TrainingStopped(message, values, ExitCode.CHECKPOINT_FAILED) from error
 
     def point_to_start(self) -> None:
         """Makes `latest` name the checkpoint that the run goes on from, whatever later ones it once had; for rank 0."""
@@ -141,6 +156,7 @@ class Checkpoints:
         validation_loss: float | None,
         is_last: bool = False,
         pinned: int | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
         """Begins to save a checkpoint, or saves it at once where it is the last; collective.
 
@@ -150,6 +166,7 @@ class Checkpoints:
             validation_loss: After that step, if it was measured; a note for the model card of an export.
             is_last: Whether the run ends here.
             pinned: Step of an earlier checkpoint that is kept.
+            left_out: What was due after that step and was not measured, because a signal asked for a stop.
 
         Raises:
             TrainingStopped: It failed, or the one before did; on all ranks.
@@ -163,7 +180,10 @@ class Checkpoints:
             "windows": {name: window.state() for name, window in self._windows.items()},
             "data_fingerprints": self._datasets.identity.fingerprints,
             "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
+            "history": self._history.to_dict(),
         }
+        if left_out:
+            state["left_out"] = list(left_out)
         try:
             # The one before may be complete: that is told even if this one fails.
             self._tell(self._saver.finish())
@@ -181,6 +201,17 @@ class Checkpoints:
         except CheckpointError as error:
             raise self._failed(error, progress.step) from error
 
+    def finish(self, step: int) -> None:
+        """Waits for the save in flight, if there is one; collective.
+
+        Raises:
+            TrainingStopped: It failed; on all ranks.
+        """
+        try:
+            self._tell(self._saver.finish())
+        except CheckpointError as error:
+            raise self._failed(error, step) from error
+
     def poll(self, step: int) -> None:
         """Brings a save in flight forward and tells of those that are complete; collective, after every step.
 
@@ -194,6 +225,7 @@ class Checkpoints:
 
     def _tell(self, finished: list[FinishedSave]) -> None:
         for save in finished:
+            self.newest = save.path
             self._told(save)
 
     def _failed(self, error: CheckpointError, step: int) -> TrainingStopped:

@@ -21,13 +21,14 @@ class ExitCode(IntEnum):
     NON_FINITE = 3
     """The loss or the gradient norm stopped being a number; running again gives the same end."""
     CHECKPOINT_FAILED = 4
-    """A checkpoint could not be written; the earlier ones are as they were. Running again goes on from the newest."""
+    """A checkpoint could not be written, or another program has taken the run directory or its record away; the earlier
+    checkpoints are as they were. Running again continues from the newest."""
     PREEMPTED = 5
-    """A signal asked the run to stop: all ranks did after the same step, and its checkpoint is complete. Running again
-    goes on from there."""
+    """A signal asked the run to stop: all ranks did after the same step, and its checkpoint is complete, or there was
+    nothing to save yet. Running again continues from there."""
     BAD_NODE = 6
     """The checks before the first step found a node that cannot be used; nothing was trained."""
     UNSTABLE = 7
     """The guard has gone back as often as it may, and the run is unstable all the same."""
     INTERRUPTED = 130
-    """Ctrl-C, as shells report it (128 + SIGINT)."""
+    """A second Ctrl-C, as shells report it (128 + SIGINT): nothing was saved."""

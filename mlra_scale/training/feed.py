@@ -55,7 +55,8 @@ def on_all_ranks(
     """Reads batches, and stops all ranks if one of them meets a token that the model does not have; collective.
 
     Without this a rank that stops would leave the others waiting for it. Data that tools/prepare_data.py wrote hold no
-    such tokens; only for others is a word exchanged among the ranks, one number per call.
+    such tokens; only for others is a word exchanged among the ranks, one number per call. A prepared file that is found
+    damaged while it is read ends this rank; its launcher then ends the others.
 
     Args:
         read: Reads this rank's batches.
@@ -85,10 +86,7 @@ def on_all_ranks(
             fault = next(text for text in faults if text)
     if fault:
         values = {"step": progress.step + 1, "consumed_samples": progress.consumed_samples}
-        message = (
-            f"step {progress.step + 1}: {fault}; mend the data set or set model.vocab_size to its tokenizer's size"
-        )
-        raise TrainingStopped(message, values, ExitCode.BAD_INPUT)
+        raise TrainingStopped(f"step {progress.step + 1}: {fault}", values, ExitCode.BAD_INPUT)
     return batches
 
 

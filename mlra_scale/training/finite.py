@@ -27,7 +27,7 @@ class TrainingStopped(RuntimeError):
     """
 
     def __init__(
-        self, message: str, values: Mapping[str, float | int | None], exit_code: ExitCode = ExitCode.NON_FINITE
+        self, message: str, values: Mapping[str, float | int | str | None], exit_code: ExitCode = ExitCode.NON_FINITE
     ) -> None:
         super().__init__(message)
         self.values = values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.interruption import STOP_SIGNALS, Interruption
+from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
 from mlra_scale.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -68,13 +67,14 @@ def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
     return []
 
 
-def run(asked: Asked, start: Start, overseer: Overseer) -> ExitCode:
+def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interruption) -> ExitCode:
     """Starts the process groups, trains, and ends them; a default group that is running already is used and left.
 
     Args:
         asked: What the command line asks for.
         start: What this rank has made of it.
         overseer: Checks the ranks before they train, and is told of progress.
+        interruption: Of this process.
 
     Returns:
         How the run ended; the same on every rank.
@@ -97,29 +97,29 @@ def run(asked: Asked, start: Start, overseer: Overseer) -> ExitCode:
 
     is_ours = not dist.is_initialized()
     minutes = start.config.parallel.timeout_minutes
+    where = "there is no checkpoint" if start.checkpoint is None else f"the checkpoint {start.checkpoint} is as it was"
+    interruption.limit(EXPENDABLE_SECONDS, f"stopped before the first step of this start: {where}")
     overseer.beat("connecting", start.progress.step)
     place = initialize_distributed(device, minutes)
     overseer.check(place)
     overseer.beat("preparing", start.progress.step)
     topology = build_topology(start.plan, place, minutes)
     code, problems = ExitCode.DONE, []
-    with Interruption() as interruption:
-        try:
-            start = settle(asked, start, topology)
-            if not start.is_done:
-                fit(start, topology, interruption, overseer)
-            elif topology.rank == 0:
-                report_nothing_to_do(start)
-        except StartRefused as refusal:
-            code, problems = ExitCode.BAD_INPUT, refusal.problems
-        except TrainingStopped as stop:
-            # Told by rank 0's report.
-            code = stop.exit_code
-        # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on
-        # each ends by itself, with the code that says why, rather than by a signal.
-        dist.barrier()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    try:
+        start = settle(asked, start, topology)
+        if not start.is_done:
+            fit(start, topology, interruption, overseer)
+        elif topology.rank == 0:
+            report_nothing_to_do(start)
+    except StartRefused as refusal:
+        code, problems = ExitCode.BAD_INPUT, refusal.problems
+    except TrainingStopped as stop:
+        # Told by rank 0's report.
+        code = stop.exit_code
+    # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on each
+    # ends by itself, with the code that says why, rather than by a signal.
+    dist.barrier()
+    interruption.limit(EXPENDABLE_SECONDS, code=code)
     if is_ours:
         destroy_topology(topology)
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlra_scale.config import BatchPlan, Config
@@ -29,16 +29,24 @@ class Measurements:
         config: What is wanted, and how often; what is on is measured at the last step too.
         plan: The batch plan.
         validation: The probe batch is its first samples.
+        hear_stop: Called on all ranks before every micro-batch of a pass that changes nothing; may raise on all ranks.
     """
 
-    def __init__(self, engine: Engine, config: Config, plan: BatchPlan, validation: SampleStream) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: Config,
+        plan: BatchPlan,
+        validation: SampleStream,
+        hear_stop: Callable[[], None] | None = None,
+    ) -> None:
         topology: Topology = engine.topology
         self._engine, self._config, self._last = engine, config, config.train.steps
         self._tev = TevHook(engine.table, topology, config.tev, config.model.vocab_size)
         self._gradients = GradientStatistics(engine, config)
         self._probe = ActivationProbe(engine, config.model, config.activations, plan)
         self._clip = QkClip(engine, config.model, config.qk_clip, plan)
-        self._validation, self._plan = validation, plan
+        self._validation, self._plan, self._hear_stop = validation, plan, hear_stop
         self._probe_batches: list[Batch] | None = None
         self._seconds: dict[str, float] = {}
 
@@ -65,7 +73,7 @@ class Measurements:
             batches: This data rank's micro-batches.
         """
         with self._timed("gradients"):
-            self._gradients.before_step(step, batches)
+            self._gradients.before_step(step, batches, self._hear_stop)
 
     def before_update(self, proposal: UpdateProposal) -> None:
         """Measures the gradient; inside the engine's gate."""
@@ -103,17 +111,21 @@ class Measurements:
         with self._timed("tev"):
             return tev_values(self._tev.measure(self._engine.owned_fragments()))
 
+    def are_activations_due(self, step: int) -> bool:
+        """Returns whether activations are measured after a step."""
+        every = self._config.activations.every
+        return every > 0 and is_due(step, every, self._last)
+
     def activations(self, step: int) -> dict[str, Any]:
         """Measures activations on the probe batch, which is always the same; returns what is recorded of them."""
-        every = self._config.activations.every
-        if every == 0 or not is_due(step, every, self._last):
+        if not self.are_activations_due(step):
             return {}
         if self._probe_batches is None:
             size, plan = self._plan.micro_batch_size, self._plan
             firsts = (m * plan.data + self._engine.topology.data_rank for m in range(self._probe.num_micro_batches))
             self._probe_batches = [self._validation.batch(first * size, size) for first in firsts]
         with self._timed("activations"):
-            return {"activations": self._probe.measure(self._probe_batches)}
+            return {"activations": self._probe.measure(self._probe_batches, self._hear_stop)}
 
 
 def tev_values(statistics: TevStatistics) -> dict[str, Any]:

@@ -50,14 +50,19 @@ class StepProfiler:
         if self._profile is None or not (self._is_over(step + 1) or step == last_step):
             return None
         self._profile.stop()
-        self._directory.mkdir(parents=True, exist_ok=True)
         trace = self._directory / f"steps-{self._first_step}-{step}.json"
-        self._profile.export_chrome_trace(str(trace))
+        written = f"{trace} (open in https://ui.perfetto.dev)"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(trace))
+        except (OSError, RuntimeError) as error:
+            # On one rank only, of which the others would hear nothing; and no profile is worth a run.
+            written = f"{trace} cannot be written ({error})"
         order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
         table = self._profile.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=48)
         self._profile = None
         self._start = None
-        return f"{table}\nprofile of steps {self._first_step} to {step}: {trace} (open in https://ui.perfetto.dev)"
+        return f"{table}\nprofile of steps {self._first_step} to {step}: {written}"
 
     def _is_over(self, step: int) -> bool:
         return self._stop is not None and step >= self._stop

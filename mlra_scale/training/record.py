@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,9 +12,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlra_scale.config.json_text import parse_json
+
 _BLOCK_BYTES = 256 * 1024
+_UNSYNCED_BYTES = 1024 * 1024
+"""So many bytes of lines may wait for the next sync: they are in memory too, should the disk refuse them."""
 _TAIL_BYTES = 4 * 1024 * 1024
 """So much of a record's end is looked at: values that are older than some ten thousand lines are not found."""
+
+_REMEDY = "remove the line, or move the file away"
 
 
 def finite_or_none(value: Any) -> Any:
@@ -27,12 +34,17 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
+class RecordLost(Exception):
+    """Another program has moved, removed, replaced or cut what a run writes to."""
+
+
 class JsonLines:
     """A file of one JSON object per line, handed to the operating system line by line.
 
     A file that was never opened (any rank but rank 0) takes lines and forgets them, so that callers need not ask. A
     disk that refuses a line, such as a full one, does not end the run: the line is kept and written as soon as that is
-    possible. Whether the run can go on is for its checkpoints to say, on all ranks alike.
+    possible. A network file system may refuse lines only when they are to be on disk (`sync`): they are kept as well.
+    Whether the run can go on is for its checkpoints to say, on all ranks alike.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -45,39 +57,81 @@ class JsonLines:
         if path is not None and path.is_file():
             _cut_torn_line(path)
         self._file = None if path is None else path.open("ab", buffering=0)
+        self._size = 0 if self._file is None else os.fstat(self._file.fileno()).st_size
         self._pending = b""
+        self._written = b""  # since the last sync
+        self._is_refused = False
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Appends one object and hands it to the operating system at once."""
         if self._file is not None:
-            was_refused = self._pending != b""
             self._pending += (json.dumps(finite_or_none(values), allow_nan=False) + "\n").encode("ascii")
-            refusal = self._flush()
-            if refusal and not was_refused:
-                print(f"{self._path} cannot be written ({refusal}); its lines are kept until it can", file=sys.stderr)
+            self._tell(self._flush(with_sync=self._is_refused or len(self._written) > _UNSYNCED_BYTES))
 
     def sync(self) -> None:
-        """Returns when what was written is on disk."""
-        if self._file is not None and self._flush() is None:
-            os.fsync(self._file.fileno())
+        """Returns when what was written is on disk, or is kept because the disk refuses it.
+
+        Raises:
+            RecordLost: The file is no longer the one that was opened, or has been cut.
+        """
+        if self._file is not None:
+            self.check()
+            self._tell(self._flush(with_sync=True))
+
+    def check(self) -> None:
+        """Raises RecordLost if the path names another file by now, or none, or if the file has been cut."""
+        if self._file is None:
+            return
+        assert self._path is not None
+        check_same(self._path, self._file.fileno())
+        if (size := os.fstat(self._file.fileno()).st_size) < self._size:
+            raise RecordLost(f"{self._path} has {size} bytes where this run has written {self._size}: it has been cut")
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            if refusal := self._flush():
-                print(f"{self._path} could not be written to its end ({refusal}); lost:", file=sys.stderr)
-                print(self._pending.decode("ascii"), end="", file=sys.stderr, flush=True)
+        """Closes the file; lines that the disk refuses to the end are printed."""
+        if self._file is None:
+            return
+        refusal = self._flush(with_sync=True)
+        try:
             self._file.close()
+        except OSError as error:
+            refusal = refusal or error.strerror
+        if refusal:
+            print(f"{self._path} could not be written to its end ({refusal}); lost:", file=sys.stderr)
+            print((self._written + self._pending).decode("ascii"), end="", file=sys.stderr, flush=True)
 
-    def _flush(self) -> str | None:
-        """Writes what is pending; returns why that is not possible."""
+    def _tell(self, refusal: str | None) -> None:
+        if refusal and not self._is_refused:
+            print(f"{self._path} cannot be written ({refusal}); its lines are kept until it can", file=sys.stderr)
+        self._is_refused = refusal is not None
+
+    def _flush(self, with_sync: bool) -> str | None:
+        """Writes what is pending, and waits until it is on disk; returns why that is not possible."""
         assert self._file is not None
         try:
             while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
+                count = self._file.write(self._pending)
+                self._size += count
+                self._written += self._pending[:count]
+                self._pending = self._pending[count:]
+            if with_sync:
+                self._sync()
         except OSError as error:
-            return error.strerror
+            return error.strerror or str(error)
         return None
+
+    def _sync(self) -> None:
+        """Waits until what was written is on disk. What the disk refuses is taken back, to be written again."""
+        assert self._file is not None
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:
+            # Of which of these lines the disk has nobody knows, and asked again it may say yes.
+            os.ftruncate(self._file.fileno(), self._size - len(self._written))
+            self._size -= len(self._written)
+            self._pending, self._written = self._written + self._pending, b""
+            raise
+        self._written = b""
 
 
 class EventLog:
@@ -96,9 +150,42 @@ class EventLog:
         }
         self._lines.write({"time": now, "event": event, **shown})
 
+    def sync(self) -> None:
+        """See JsonLines."""
+        self._lines.sync()
+
+    def check(self) -> None:
+        """See JsonLines."""
+        self._lines.check()
+
     def close(self) -> None:
-        """Closes the file."""
+        """See JsonLines."""
         self._lines.close()
+
+
+def check_same(path: Path, descriptor: int) -> None:
+    """Compares a path with the file or folder that was opened there.
+
+    Args:
+        path: The path.
+        descriptor: Of what was opened.
+
+    Raises:
+        RecordLost: Another program has moved or removed it, or put another one in its place.
+    """
+    opened = os.fstat(descriptor)
+    try:
+        present = path.stat()
+        if (present.st_dev, present.st_ino) == (opened.st_dev, opened.st_ino):
+            return
+        fault = "is another one than this run has opened: it has been replaced"
+    except FileNotFoundError:
+        fault = "is gone: it has been moved or removed"
+    now_at = None
+    with contextlib.suppress(OSError):
+        now_at = os.readlink(f"/proc/self/fd/{descriptor}")
+    is_moved = now_at is not None and opened.st_nlink > 0 and not now_at.endswith(" (deleted)")
+    raise RecordLost(f"{path} {fault}" + (f" (what was opened is {now_at} now)" if is_moved else ""))
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -109,29 +196,36 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def read_record(path: Path) -> list[dict[str, Any]]:
+def read_record(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """Reads a file of JSON lines.
 
     Args:
         path: The file; a missing one reads as empty.
+        key: What every object must have: "step" as a whole number, "event" and others as text.
 
     Returns:
         The objects in order. A last line that a crash cut short is left out.
 
     Raises:
-        ValueError: A line before the last is not JSON.
+        ValueError: A line before the last is not JSON, or a line is no object with the key.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    objects = []
+    lines = path.read_text(encoding="ascii", errors="replace").split("\n")
+    lines = lines if lines[-1] else lines[:-1]
+    objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}:"
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            value = parse_json(line, where, allow_nan=True)
+        except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON") from None
+            raise ValueError(f"{error}; {_REMEDY}") from None
+        kind = int if key == "step" else str
+        if not isinstance(value, dict) or (key is not None and type(value.get(key)) is not kind):
+            raise ValueError(f"{where} no object" + (f" with `{key}`" if key else "") + f"; {_REMEDY}")
+        objects.append(value)
     return objects
 
 
@@ -171,10 +265,16 @@ def cut_record(path: Path, last_step: int) -> int:
     """
     if not path.exists():
         return 0
-    objects = read_record(path)
+    objects = read_record(path, "step")
     kept = [item for item in objects if item["step"] <= last_step]
     write_atomically(path, "".join(json.dumps(item) + "\n" for item in kept))
     return len(objects) - len(kept)
+
+
+def replace_last(path: Path, record: Mapping[str, Any]) -> None:
+    """Puts a line in the place of the last one, in one atomic replacement; see `cut_record`."""
+    objects = [*read_record(path)[:-1], finite_or_none(record)]
+    write_atomically(path, "".join(json.dumps(item) + "\n" for item in objects))
 
 
 def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
@@ -187,7 +287,7 @@ def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
         rollback: Its number.
     """
     lines = JsonLines(aside)
-    for item in read_record(path):
+    for item in read_record(path, "step"):
         if item["step"] > last_step:
             lines.write({**item, "rollback": rollback})
     lines.sync()
@@ -198,13 +298,18 @@ def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.errno is not None:  # the system names the temporary file, or none
+            error.filename, error.filename2 = str(path), None
+        raise

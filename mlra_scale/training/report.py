@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,16 @@ from mlra_scale.training.finite import TrainingStopped
 from mlra_scale.training.launch import resolve_device
 from mlra_scale.training.metrics import tev_text, train_line, validation_line
 from mlra_scale.training.progress import Progress
-from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record, set_aside
+from mlra_scale.training.record import (
+    EventLog,
+    JsonLines,
+    RecordLost,
+    check_same,
+    cut_record,
+    read_record,
+    replace_last,
+    set_aside,
+)
 from mlra_scale.training.source import commit
 from mlra_scale.training.start import Start
 from mlra_scale.training.wandb_log import WandbLog, open_wandb
@@ -62,6 +72,8 @@ class Report:
         self._config, self._plan, self._run = start.config, start.plan, start.run
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
         self._is_open = False
+        self._folder: int | None = None
+        self._checkpoints: tuple[int, int] | None = None
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -79,6 +91,7 @@ class Report:
         if not self._is_main:
             return
         self._run.create(self._config, start.checkpoint)
+        self._folder = os.open(self._run.path, os.O_RDONLY | os.O_DIRECTORY)
         num_cut = cut_record(self._run.metrics, progress.step if start.kind == "training" else -1)
         self._records = read_record(self._run.metrics)
         self._metrics, self._events = JsonLines(self._run.metrics), EventLog(self._run.events)
@@ -112,6 +125,8 @@ class Report:
         elif num_cut > 0:
             self._events.write("begun_anew", records_cut=num_cut)
             self.say(f"the run here was stopped before its first checkpoint: it begins anew, from step {progress.step}")
+        if start.notice is not None:
+            self.say(start.notice)
         for change in start.changes:
             self._events.write("changed", field=change.field, was=change.was, now=change.now)
             self.say(f"changed from here on: {change}")
@@ -126,9 +141,55 @@ class Report:
         """Appends to events.jsonl."""
         self._events.write(event, **values)
 
-    def sync(self) -> None:
-        """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it."""
-        self._metrics.sync()
+    def sync(self) -> str | None:
+        """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it.
+
+        Returns:
+            What another program has done to a file of the record, so that its lines can be found no more; else None.
+
+        Raises:
+            RecordLost: The run directory has been moved, removed or replaced: checkpoints have no place either.
+        """
+        if self._folder is None:
+            return None
+        check_same(self._run.path, self._folder)
+        self._look_at_checkpoints()
+        try:
+            self._metrics.sync()
+            self._events.sync()
+        except RecordLost as lost:
+            return str(lost)
+        return None
+
+    def _look_at_checkpoints(self) -> None:
+        """Says if the folder of checkpoints is another one than before: the run goes on, for it saves into this one."""
+        before, path = self._checkpoints, self._run.checkpoints
+        try:
+            found = path.stat()
+            self._checkpoints = (found.st_dev, found.st_ino)
+        except OSError:
+            self._checkpoints = None
+        if before is not None and self._checkpoints != before:
+            self.event("checkpoints_replaced", path=str(path))
+            self.say(
+                f"{path} was moved, removed or replaced: the checkpoints that it held are not in its place any more"
+            )
+
+    def amend(self, progress: Progress, values: Mapping[str, Any]) -> None:
+        """Records what was measured late, after the run was resumed, in the line of its step; for rank 0.
+
+        Args:
+            progress: The counters of the step.
+            values: What was measured.
+        """
+        if not values or not self._records or self._records[-1]["step"] != progress.step:
+            self.measured(progress, values)
+            return
+        record = {**self._records.pop(), **values}
+        self._metrics.close()
+        replace_last(self._run.metrics, record)
+        self._metrics = JsonLines(self._run.metrics)
+        self._publish(record, values)
 
     def saved(self, save: FinishedSave) -> None:
         """Records a checkpoint that is complete."""
@@ -143,6 +204,9 @@ class Report:
         if save.drift is not None:
             self.event("copies_differ", step=save.step, reason=save.drift)
             self.say(f"step {save.step}: {save.drift}; the owner's copy was saved")
+        if save.not_removed is not None:
+            self.event("not_removed", step=save.step, reason=save.not_removed)
+            self.say(f"step {save.step}: the checkpoint is complete, but of earlier ones {save.not_removed}")
 
     def guarded(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
         """Tells what the guard has decided, but for going back, which is told when it has been done.
@@ -222,13 +286,18 @@ class Report:
             **values,
         }
         self._metrics.write(record)
+        self._publish(record, values)
+
+    def _publish(self, record: dict[str, Any], values: Mapping[str, Any]) -> None:
+        """Shows a line of the record, of which `values` are new."""
+        step = record["step"]
         self._records.append(record)
-        self._wandb.log(progress.step, _without_lists(record))
+        self._wandb.log(step, _without_lists(record))
         self._last_tev |= {key: value for key, value in values.items() if key in ("tev_mean", "tev_std")}
         total = self._config.train.steps
         if "loss" in values:
             self.say(train_line({**self._last_tev, **record}, total))
-        elif "tev_mean" in values and progress.step == 0:
+        elif "tev_mean" in values and step == 0:
             self.say(f"step {0:>{len(str(total))}}/{total} | {tev_text(values)}")
         if "validation_loss" in values:
             self.say(validation_line(record, total))
@@ -312,6 +381,10 @@ class Report:
             code = ExitCode.FAILED
             reason = f"{type(error).__name__}: {error}"[:2000]
             self._events.write("failed", step=self._step, exit_code=int(code), reason=reason)
-        self._wandb.finish(code)
         self._metrics.close()
         self._events.close()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+        # Last, since it may wait for a network.
+        self._wandb.finish(code)

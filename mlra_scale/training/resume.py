@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from mlra_scale.config import Config, ConfigError, ModelConfig, Named, Problem
+from mlra_scale.config import Config, ConfigError, ModelConfig, Named, Problem, stored_yaml
+from mlra_scale.config.json_text import printable
 
 FREE = (
     "preset",
@@ -101,7 +103,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.field}: {_shown(self.was)} -> {_shown(self.now)}"
+        return printable(f"{self.field}: {_shown(self.was)} -> {_shown(self.now)}")
 
 
 @dataclass(frozen=True)
@@ -222,16 +224,23 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def read_stored(text: str, where: str) -> Config:
-    """Reads a stored configuration.
+def read_stored(path: Path) -> Config:
+    """Reads the configuration of a run directory.
+
+    Args:
+        path: Its config.yaml.
 
     Raises:
         ConfigError: It cannot be read.
     """
     try:
-        return Config.from_yaml(text)
+        return Config.from_yaml(stored_yaml.read_text(path))
     except ConfigError as error:
-        raise ConfigError([Problem("--resume", where, f"its config.yaml cannot be read: {error}")]) from error
+        reason = error.in_one_line
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path} ")
+    remedy = f"the configuration of the run cannot be read: {reason}; put it back, "
+    raise ConfigError([Problem("--resume", str(path), remedy + "every checkpoint of the run has a copy")])
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from mlra_scale.config import Named, Problem
@@ -37,6 +39,11 @@ class DataHistory:
         mixes = [mix.to_dict() for mix in self.mixes]
         return {"mixes": mixes, "validation": self.validation, "tokenizer": self.tokenizer}
 
+    def renamed(self, fingerprints: Mapping[str, str]) -> DataHistory:
+        """Returns the history with other names for the same data sets, by the names so far."""
+        validation = None if self.validation is None else fingerprints.get(self.validation, self.validation)
+        return replace(self, mixes=tuple(mix.renamed(fingerprints) for mix in self.mixes), validation=validation)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataHistory:
         """Reads what `to_dict` wrote.
@@ -45,9 +52,17 @@ class DataHistory:
             ValueError: Something is missing or garbled.
         """
         try:
-            return cls(tuple(map(Mix.from_dict, values["mixes"])), values["validation"], values["tokenizer"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a history of data: {error}") from error
+            mixes = tuple(map(Mix.from_dict, values["mixes"]))
+            validation, tokenizer = values["validation"], values["tokenizer"]
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"not a history of data: {error!r}") from error
+        starts = [mix.from_sample for mix in mixes]
+        is_in_order = starts[:1] == [0] and all(one < next_one for one, next_one in pairwise(starts))
+        if not is_in_order or not all(isinstance(name, str | None) for name in (validation, tokenizer)):
+            raise ValueError(f"not a history of data: mixes from samples {starts}, {validation!r}, {tokenizer!r}")
+        if not all(isfinite(weight) for mix in mixes for weight in mix.weights):
+            raise ValueError("not a history of data: a weight is not finite")
+        return cls(mixes, validation, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,10 @@ def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: 
         consumed_samples: Samples that the run has read.
         named: Which fields a person named.
     """
+    changes, converted = [], stored.renamed(identity.earlier)
+    if converted != stored:
+        changes.append(Change("form of the data's fingerprints", 1, 2))
+        stored = converted
     problems = []
     if None not in (identity.tokenizer, stored.tokenizer) and identity.tokenizer != stored.tokenizer:
         remedy = f"the run to be resumed was trained with tokenizer {_short(stored.tokenizer)}; the same token would "
@@ -84,12 +103,12 @@ def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: 
     problems += _validation_problems(identity.validation, stored.validation)
     current, last = replace(identity.mix, from_sample=consumed_samples), stored.mixes[-1]
     if last.reads_like(current):
-        return DataComparison(stored.mixes, [], problems)
+        return DataComparison(stored.mixes, changes, problems)
     if "data.blend" not in named.on_command_line:
-        return DataComparison(stored.mixes, [], problems + _mix_problems(identity, last))
+        return DataComparison(stored.mixes, changes, problems + _mix_problems(identity, last))
     problems += _replaced_problems(identity.mix, last)
-    change = Change("data.blend", _told(last), _told(current))
-    return DataComparison(continued(stored.mixes, current), [change], problems)
+    changes.append(Change("data.blend", _told(last), _told(current)))
+    return DataComparison(continued(stored.mixes, current), changes, problems)
 
 
 def _validation_problems(now: str | None, was: str | None) -> list[Problem]:

@@ -29,8 +29,10 @@ from pathlib import Path
 from typing import IO
 
 from mlra_scale.config import Config, ConfigError, Problem
+from mlra_scale.config.json_text import read_bytes
 from mlra_scale.training.record import write_atomically
 
+_MAX_PATH_BYTES = 65536
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
 
 
@@ -104,9 +106,21 @@ class RunDirectory:
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
     def source(self) -> Path | None:
-        """Returns the checkpoint of another run that this one began from, or None."""
+        """Returns the checkpoint of another run that this one began from, or None.
+
+        Raises:
+            ValueError: The file that says so is damaged.
+        """
         file = self.path / "started_from"
-        return Path(file.read_text(encoding="utf-8").rstrip("\n")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            text = read_bytes(file, _MAX_PATH_BYTES).decode("utf-8").rstrip("\n")
+        except UnicodeDecodeError:
+            text = ""
+        if not text or "\0" in text or "\n" in text:
+            raise ValueError(f"{file} names no checkpoint; write the path of the one that the run began from into it")
+        return Path(text)
 
     def create(self, config: Config, checkpoint: Path | None = None) -> None:
         """Makes the directory and writes the resolved configuration into it.
@@ -142,7 +156,7 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
             run.path.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((run.path / name).open("a+", encoding="ascii"))
         except OSError as error:
-            raise ConfigError([_unwritable(run, error)]) from error
+            raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         try:
             _lock(file, seconds)
         except BlockingIOError:
@@ -158,7 +172,7 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), note.encode("ascii"))
         except OSError as error:
-            raise ConfigError([_unwritable(run, error)]) from error
+            raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         yield
 
 
@@ -173,6 +187,7 @@ def _lock(file: IO[str], seconds: float) -> None:
             time.sleep(0.1)
 
 
-def _unwritable(run: RunDirectory, error: OSError) -> Problem:
-    remedy = f"cannot be written ({error.strerror}); make room there, or name another directory"
+def _unwritable(run: RunDirectory, file: Path, error: OSError) -> Problem:
+    place = error.filename or file
+    remedy = f"{place} cannot be written ({error.strerror}); make room there, or name another directory"
     return Problem("--run-dir", str(run.path), remedy)

@@ -14,9 +14,11 @@ from mlra_scale.checkpoint.manifest import read_complete_manifest
 from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
-from mlra_scale.training.candidates import Choice, Rejected, choose
+from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
+from mlra_scale.training.history import History
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
 from mlra_scale.training.progress import Progress
+from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
     CHANGE_WHAT_IS_USUAL,
     Change,
@@ -26,7 +28,7 @@ from mlra_scale.training.resume import (
     flat,
     read_stored,
 )
-from mlra_scale.training.resumed_data import DataHistory, compare_data
+from mlra_scale.training.resumed_data import compare_data
 from mlra_scale.training.rollbacks import read_rollbacks
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -41,6 +43,7 @@ class Asked:
         run: The run directory; None where it was not named.
         resume: The value of --resume.
         world_size: Number of ranks.
+        is_as_before: Whether the configuration is that of the run directory, with the fields that were named.
     """
 
     config: Config
@@ -48,6 +51,7 @@ class Asked:
     run: RunDirectory | None
     resume: str
     world_size: int
+    is_as_before: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class Start:
         changes: What differs from the run so far.
         rollbacks: Of the guard, the oldest first, as the run directory has them.
         is_good_step_lost: Whether the checkpoint that the guard would go back to is not there, or not complete.
+        notice: What there is to say of the checkpoint's format; None where it is the current one.
+        left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
+            it is measured first.
+        history: What the run changed so far, these changes included.
     """
 
     config: Config
@@ -77,6 +85,9 @@ class Start:
     changes: tuple[Change, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
+    notice: str | None = None
+    left_out: tuple[str, ...] = ()
+    history: History = field(default_factory=History)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -96,7 +107,7 @@ class Start:
     @property
     def is_done(self) -> bool:
         """Whether the run has done its steps already."""
-        return self.progress.step >= self.config.train.steps
+        return self.progress.step >= self.config.train.steps and not self.left_out
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
@@ -104,12 +115,13 @@ class Start:
         return self.choice.rejected
 
 
-def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
+def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: bool = True) -> Start:
     """Checks configuration, device, data, run directory and checkpoint, without writing anything.
 
     Args:
         asked: What the command line asks for.
         excluded: Checkpoints that were found to be bad, with the reason.
+        is_here: Whether this process is a rank, or on its machine; else launcher and device are not looked at.
 
     Returns:
         What the start does.
@@ -117,7 +129,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     Raises:
         ConfigError: With everything that is wrong.
     """
-    problems = check_launcher(os.environ)
+    problems = check_launcher(os.environ) if is_here else []
     choice, store = Choice(None), None
     try:
         if asked.run is None:
@@ -136,15 +148,16 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
         validate(config, asked.world_size, device=resolve_device(config))
     except ConfigError as error:
         problems += error.problems
-    problems += check_device(config)
-    found = check_data(config)
+    problems += check_device(config) if is_here else []
+    found = check_data(config, is_resumed=store is not None and store.kind == "training")
     problems += found
-    changes, progress = list(compared.changes), Progress()
+    changes, progress, history = list(compared.changes), Progress(), History()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
+    left_out: tuple[str, ...] = ()
     if store is not None and store.kind == "training":
-        progress, data = _stored_place(store)
+        progress, data, history = stored_place(store)
         if not found:
             about_data = compare_data(identify_data(config), data, progress.consumed_samples, named)
             problems += about_data.problems
@@ -156,6 +169,9 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
             except ValueError as error:
                 problems.append(Problem("--run-dir", str(asked.run.guard), str(error)))
             is_good_step_lost = _is_good_step_lost(asked.run, store)
+            stored = store.state.get("left_out")
+            left_out = tuple(str(name) for name in stored) if isinstance(stored, list) else ()
+            problems += _record_problems(asked.run)
         if (was := store.manifest.layout["world_size"]) != asked.world_size:
             changes.append(Change("number of ranks", was, asked.world_size))
     if problems:
@@ -164,8 +180,24 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None) -> Start:
     kind: Literal["fresh", "training", "weights"] = "fresh"
     if store is not None:
         kind = "training" if store.kind == "training" else "weights"
+    if store is not None and kind == "weights":
+        history = History(begun_from={"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})})
     plan = batch_plan(config, asked.world_size)
-    return Start(config, plan, asked.run, choice, kind, progress, mixes, tuple(changes), rollbacks, is_good_step_lost)
+    return Start(
+        config,
+        plan,
+        asked.run,
+        choice,
+        kind,
+        progress,
+        mixes,
+        tuple(changes),
+        rollbacks,
+        is_good_step_lost,
+        None if store is None else store.manifest.notice,
+        left_out,
+        history.followed_by(changes, progress.step),
+    )
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
@@ -176,31 +208,38 @@ def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
     """
     config, named, run = asked.config, asked.named, asked.run
     begun = Comparison(config)
-    if (
-        run is not None
-        and asked.resume != "none"
-        and run.holds_a_run()
-        and (store is None or not run.is_own(store.folder))
-    ):
-        # Killed before its first checkpoint: the same run may begin anew here, another one may not.
+    is_continued = run is not None and asked.resume != "none" and run.holds_a_run()
+    is_elsewhere = store is None or (run is not None and not run.is_own(store.folder))
+    if run is not None and is_continued and (is_elsewhere or asked.is_as_before):
         try:
-            own = read_stored(run.config.read_text(encoding="utf-8"), str(run.path))
-        except OSError as error:
-            remedy = f"its config.yaml cannot be read: {error.strerror}"
-            return Comparison(config, [], [Problem("--resume", str(run.path), remedy)]), named
+            own = read_stored(run.config)
         except ConfigError as error:
             return Comparison(config, [], error.problems), named
-        begun = compare(config, named, own)
+        if is_elsewhere:
+            # Killed before its first checkpoint: the same run may begin anew here, another one may not.
+            begun = compare(config, named, own)
         if store is not None and store.config is not None:
-            # What the branch was begun with stays named, though this start may not name it again.
+            # What the branch, or the run's newest start, was begun with stays named, though this start may not name it
+            # again.
             was, now = flat(store.config.to_dict()), flat(own.to_dict())
-            branched = {name for name in now if now[name] != was[name]}
-            named = Named(named.on_command_line | branched, named.in_file)
+            changed = {name for name in now if now[name] != was[name]}
+            named = Named(named.on_command_line | changed, named.in_file)
     if store is None or begun.problems:
         return begun, named
     if store.config is None:
         return replace(begun, problems=compare_model(begun.config, store.model)), named
     return compare(begun.config, named, store.config), named
+
+
+def _record_problems(run: RunDirectory) -> list[Problem]:
+    """Finds a damaged line of the record, which is cut where the run goes on; rank 0 alone cuts it, and looks here."""
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    try:
+        read_record(run.metrics, "step")
+    except (ValueError, OSError) as error:
+        return [Problem("--run-dir", str(run.path), str(error))]
+    return []
 
 
 def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
@@ -212,12 +251,3 @@ def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
     except CheckpointError:
         return True
     return False
-
-
-def _stored_place(store: Store) -> tuple[Progress, DataHistory]:
-    """Returns how far the run of a checkpoint has come, in steps and in its data."""
-    try:
-        return Progress(**store.state["progress"]), DataHistory.from_dict(store.state["data"])
-    except (KeyError, TypeError, ValueError) as error:
-        remedy = f"its state.json is not one of this program ({type(error).__name__}: {error}); use another checkpoint"
-        raise ConfigError([Problem("--resume", str(store.folder), remedy)]) from error

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,9 @@ from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
-from mlra_scale.training.finite import FiniteCheck, TrainingStopped
+from mlra_scale.training.finite import FiniteCheck
 from mlra_scale.training.guarding import approval, carry_out, decide
-from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
 from mlra_scale.training.measuring import Measurements, is_due
 from mlra_scale.training.metrics import Throughput, peak_memory_bytes
 from mlra_scale.training.overseer import Overseer
@@ -31,6 +31,7 @@ from mlra_scale.training.quiet import muted
 from mlra_scale.training.report import Report
 from mlra_scale.training.schedule import learning_rate
 from mlra_scale.training.start import Start
+from mlra_scale.training.stopping import StopHeard, Stops, record_lost, stopped_by_signal
 
 _GIB = 2.0**30
 
@@ -55,7 +56,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     datasets = open_datasets(config, start.mixes)
     with muted():
         engine = build_engine(config, plan, topology)
-    measurements = Measurements(engine, config, plan, datasets.validation)
+    stops = Stops(interruption, topology)
+    measurements = Measurements(engine, config, plan, datasets.validation, stops.hear)
     finite = FiniteCheck(config.train, is_guarded=config.guard.enabled)
     guard, spikes = Guard(config.guard, plan.global_batch_size), SpikeScores()
     windows: dict[str, Stateful] = {"finite": finite, "guard": guard, "spikes": spikes}
@@ -67,48 +69,88 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     def measure_validation() -> dict[str, float]:
         # A batch of the evaluation is progress too.
         read = partial(together, progress=progress, before=partial(overseer.beat, "evaluating", progress.step))
-        return evaluate(engine, datasets.validation, config, plan, read)
+        return evaluate(engine, datasets.validation, config, plan, read, stops.hear)
+
+    def passes_due(step: int) -> dict[str, Callable[[], dict[str, Any]]]:
+        passes: dict[str, Callable[[], dict[str, Any]]] = {}
+        if is_due(step, config.evaluation.every, last) and (step > 0 or config.evaluation.every > 0):
+            passes["validation"] = measure_validation
+        if measurements.are_activations_due(step):
+            passes["activations"] = partial(measurements.activations, step)
+        return passes
 
     with (
         Report(start, is_main=topology.rank == 0) as report,
         Feed(datasets.train, plan, topology.data_rank, pins_memory=topology.device.type == "cuda") as feed,
         Checkpoints(start, engine, datasets, windows, report.saved) as checkpoints,
     ):
+
+        def save(rate: float, validation_loss: float | None, is_last: bool, left_out: Sequence[str] = ()) -> None:
+            overseer.beat("saving", progress.step)
+            lost = on_rank_0(report.sync, topology, progress.step, ExitCode.CHECKPOINT_FAILED)
+            guard.saved(progress.step)
+            is_last = is_last or lost is not None
+            checkpoints.save(progress, rate, validation_loss, is_last, guard.good_step, left_out)
+            if lost is not None:
+                raise record_lost(progress.step, lost, checkpoints.newest)
+
+        def stop(rate: float, validation_loss: float | None = None, left_out: Sequence[str] = ()) -> NoReturn:
+            """Ends the run on all ranks; what was done since the last checkpoint is saved."""
+            checkpoints.finish(progress.step)
+            if progress != start.progress and checkpoints.newest_step != progress.step:
+                save(rate, validation_loss, True, left_out)
+            interruption.limit(EXPENDABLE_SECONDS)
+            raise stopped_by_signal(progress.step, checkpoints.newest, start.checkpoint)
+
         checkpoints.load()
         guard.recall(start.rollbacks, progress.step)
         if start.changes_what_is_usual:
             guard.forget(progress.step)
         on_rank_0(partial(begin, start, checkpoints, report, guard), topology, progress.step)
+        for notice in datasets.notices:
+            report.say(notice)
         num_validation = datasets.validation.samples_per_epoch
         if num_validation < plan.global_batch_size:
             report.say(
                 f"the validation data are {num_validation} sample(s), less than a global batch of "
                 f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
             )
-        if progress.step == 0 and not start.goes_on_in_place:  # else the record has it
-            values = measurements.tev(0) | measurements.activations(0) | measurements.costs()
-            if config.evaluation.every > 0:
-                values |= measure_validation()
-            report.measured(progress, values)
+        left_out: tuple[str, ...] = ()
+        rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
+        if progress.step == 0 and not start.goes_on_in_place:  # otherwise it is in the record
+            values = measurements.tev(0)
+            more, left_out = until_stop(passes_due(0))
+            report.measured(progress, values | more | measurements.costs())
+        elif start.left_out:
+            passes = {name: measure for name, measure in passes_due(progress.step).items() if name in start.left_out}
+            values, left_out = until_stop(passes)
+            if not left_out:
+                on_rank_0(partial(report.amend, progress, values), topology, progress.step, ExitCode.CHECKPOINT_FAILED)
+                if start.progress.step >= last:
+                    checkpoints.save(progress, rate, values.get("validation_loss"), is_last=True)
+        if left_out:
+            raise stopped_by_signal(progress.step, checkpoints.newest, start.checkpoint)
         has_good_step = guard.good_step is not None and not start.is_good_step_lost
         if guard.is_enabled and (not has_good_step or start.rejected or not start.goes_on_in_place):
             # Something to go back to from the first step on.
             guard.begins_at(progress.step)
             if not start.goes_on_in_place:
-                rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
                 report.sync()
                 checkpoints.save(progress, rate, None)
 
+        interruption.limit(None)  # From here on there is something to save.
         while progress.step < last:
-            interruption.check()
             step = progress.step + 1
             overseer.beat("training", step)
             profiler.before(step)
             throughput.start()
             place = guard.place(progress.consumed_samples)
             batches = together(partial(feed.take, place), progress)
+            try:
+                measurements.before_step(step, batches)
+            except StopHeard:
+                stop(rate)
             rate = learning_rate(step, config.optim, last) * guard.rate_factor(step)
-            measurements.before_step(step, batches)
             result = engine.train_batch(batches, rate, approve, interruption.is_stop_asked)
             finite.check(step, result, place)
             progress = progress.after(plan, place)
@@ -120,29 +162,28 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
                 values["spike_scores"] = spikes.values
-            if is_due(step, config.evaluation.every, last):
-                values |= measure_validation()
-            values |= measurements.activations(step) | measurements.costs()
+            more, left_out = until_stop(passes_due(step), result.is_stop_wanted)
+            values |= more | measurements.costs()
+            is_stop = result.is_stop_wanted or bool(left_out)
             report.measured(progress, values)
             report.step_done(progress)
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
             actions = decide(guard, finite, step, place, result)
+            if any(action.kind == "rollback" for action in actions):
+                interruption.limit(EXPENDABLE_SECONDS, "stopped while the guard took the run back: --resume auto does")
             returned = carry_out(actions, guard, checkpoints, report, start.run.guard, topology, overseer)
+            interruption.limit(None)
             if returned is not None:
                 progress = returned
-                if result.is_stop_wanted:
-                    raise stopped_by_signal(progress.step)
+                if is_stop:
+                    stop(rate)
                 continue
-            is_end = step == last or result.is_stop_wanted
-            if is_end or is_due(step, config.checkpoint.every, last):
-                overseer.beat("saving", step)
-                report.sync()
-                guard.saved(step)
-                checkpoints.save(progress, rate, values.get("validation_loss"), is_end, guard.good_step)
-            if is_end and step < last:
-                raise stopped_by_signal(step)
+            if is_stop and (step < last or left_out):
+                stop(rate, values.get("validation_loss"), left_out)
+            if is_due(step, config.checkpoint.every, last):
+                save(rate, values.get("validation_loss"), step == last)
 
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
         report.finished(progress, throughput.mean, memory_gib)
@@ -161,14 +202,36 @@ def begin(start: Start, checkpoints: Checkpoints, report: Report, guard: Guard) 
     report.start(guard.num_rollbacks)
 
 
-def stopped_by_signal(step: int) -> TrainingStopped:
-    """Returns what ends a run on all ranks after a step in which one of them was asked to stop."""
-    message = f"after step {step}, as a signal asked: its checkpoint is complete; continue with --resume auto"
-    return TrainingStopped(message, {"step": step}, ExitCode.PREEMPTED)
+def until_stop(
+    passes: Mapping[str, Callable[[], dict[str, Any]]], is_stop: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Measures what takes passes over data, until a signal asks for a stop; collective.
+
+    Args:
+        passes: By name, what measures; raises StopHeard on all ranks.
+        is_stop: Whether a signal has asked already.
+
+    Returns:
+        What was measured, and the names of what was left out.
+    """
+    values: dict[str, Any] = {}
+    for number, measure in enumerate(passes.values()):
+        if is_stop:
+            return values, tuple(passes)[number:]
+        try:
+            values |= measure()
+        except StopHeard:
+            return values, tuple(passes)[number:]
+    return values, ()
 
 
 def evaluate(
-    engine: Engine, stream: SampleStream, config: Config, plan: BatchPlan, together: Callable[[Read], list[Batch]]
+    engine: Engine,
+    stream: SampleStream,
+    config: Config,
+    plan: BatchPlan,
+    together: Callable[[Read], list[Batch]],
+    between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
 
@@ -179,13 +242,14 @@ def evaluate(
             the data set is smaller than a single global batch.
         plan: The batch plan.
         together: Reads on all ranks (feed.on_all_ranks).
+        between: See Engine.eval_batch.
     """
     whole_batches = max(1, stream.samples_per_epoch // plan.global_batch_size)
     num_batches = min(config.evaluation.batches, whole_batches)
     total = 0.0
     for index in range(num_batches):
         read = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
-        total += engine.eval_batch(together(read))
+        total += engine.eval_batch(together(read), between)
     loss = total / num_batches
     return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
 

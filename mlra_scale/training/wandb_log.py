@@ -18,8 +18,10 @@ from mlra_scale.config import Config
 from mlra_scale.training.record import finite_or_none, write_atomically
 from mlra_scale.training.run_directory import RunDirectory
 
-_INIT_TIMEOUT_SECONDS = 15.0
-_FINISH_TIMEOUT_SECONDS = 120.0
+_INIT_SECONDS = 15.0
+_FINISH_SECONDS = 120.0
+"""How long wandb may take, where its own variables (WANDB_INIT_TIMEOUT, WANDB_LOGIN_TIMEOUT, WANDB_FINISH_TIMEOUT) do
+not say otherwise."""
 _UNWRITTEN_SECONDS = 60.0
 
 
@@ -105,8 +107,8 @@ def open_wandb(config: Config, run_directory: RunDirectory, num_rollbacks: int =
     """Starts, or continues, the wandb run of a run directory.
 
     Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
-    not answer within 15 s turns the run into an offline one: `wandb sync` sends it later. Where not even that starts,
-    the run goes on without wandb: metrics.jsonl is the record.
+    not answer within 15 s (WANDB_INIT_TIMEOUT) turns the run into an offline one: `wandb sync` sends it later. Where
+    not even that starts, the run goes on without wandb: metrics.jsonl is the record.
 
     Args:
         config: The run's configuration; it becomes wandb's config.
@@ -160,16 +162,18 @@ def _in_short(error: Exception) -> str:
 
 def _start(wandb: Any, config: Config, run_directory: RunDirectory, run_id: str, mode: str) -> Any:
     wanted = {
-        "init_timeout": _INIT_TIMEOUT_SECONDS,
-        "login_timeout": _INIT_TIMEOUT_SECONDS,
-        "finish_timeout": _FINISH_TIMEOUT_SECONDS,
+        "init_timeout": _INIT_SECONDS,
+        "login_timeout": _INIT_SECONDS,
+        "finish_timeout": _FINISH_SECONDS,
         # wandb would otherwise wrap our standard output and print its own banner and summary into it.
         "console": "off",
         "silent": True,
     }
     # Not every release that we accept knows every timeout.
     known = wandb.Settings.model_fields
-    settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+    settings = wandb.Settings(
+        **{name: value for name, value in wanted.items() if name in known and f"WANDB_{name.upper()}" not in os.environ}
+    )
     return wandb.init(
         project=config.wandb.project,
         name=config.wandb.name or run_directory.path.resolve().name,

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import step_time
+from benchmarks import data_checks, step_time
 from benchmarks.contenders import Shape, Step, build_plain, build_transformers, config_of, step_of_module
 from benchmarks.memory import start
 from benchmarks.stability import variance_of_pieces
@@ -20,6 +21,16 @@ from mlra_scale.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape("test", num_layers=3, hidden_size=48, num_heads=4, batch_size=3, sequence_length=16, vocab_size=384)
+
+
+def test_the_checks_of_data_are_measured(tmp_path: Path) -> None:
+    data_checks.write_pair(tmp_path / "set", np.random.default_rng(0).integers(20, 90, 3000))
+    assert data_checks.measure_opening(tmp_path / "set").keys() == {
+        "seconds",
+        "seconds with SHA-256",
+        "MB allocated",
+    }
+    assert len(data_checks.measure_reading(tmp_path / "set", 100, 32)) == 4
 
 
 def random_weights(shape: Shape) -> dict[str, torch.Tensor]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 
 from mlra_scale.config import load_config
@@ -137,7 +142,9 @@ def test_the_embedded_corpus_is_the_default(tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert run("--output", out, "--train-bpe", 1000, "--max-bytes", "3e5") == 0
     content = read_manifest(out).content
-    assert content["sources"] == [{"name": "python-docs", "kind": "embedded", "documents": content["documents"]}]
+    (source,) = content["sources"]
+    assert (source["name"], source["kind"], source["documents"]) == ("python-docs", "embedded", content["documents"])
+    assert source["files"]["not_read"][-1]["reason"] == "beyond --max-bytes"
     assert 3e5 <= content["text_bytes"] < 1e6
     assert content["tokenizer"]["vocabulary_size"] == 1000 and content["max_bytes"] == 300_000
 
@@ -171,6 +178,76 @@ def test_empty_documents_are_left_out_and_told(tmp_path: Path, capsys: pytest.Ca
     assert "left out    2 empty documents" in capsys.readouterr().out
 
 
+def test_files_that_are_not_read_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out, content = tmp_path / "in", tmp_path / "set", texts(100)
+    source.mkdir()
+    write_jsonl(source / "A.JSONL", content[:40])
+    write_jsonl(source / "b.json.gz", ["", *content[40:80]])
+    write_jsonl(source / "c.json", content[80:])
+    (source / "d.jsonl.zst").write_bytes(pyarrow.compress(b"", codec="zstd", asbytes=True))
+    (source / "e.jsonl").symlink_to(source / "c.json")
+    (source / "f.csv").write_text("text\n")
+    for name in (source, source / "*"):
+        assert run("--output", out, "--source", name, "--overwrite", *TRAIN_BPE, "--validation-fraction", "0.1") == 0
+        assert read_manifest(out).content["sources"] == [
+            {
+                "name": str(name),
+                "kind": "files",
+                "documents": 100,
+                "empty_documents": 1,
+                "files": {
+                    "matched": 6,
+                    "read": 4,
+                    "without_documents": {"files": 1, "names": [str(source / "d.jsonl.zst")]},
+                    "not_read": [
+                        {"reason": "the same file under a second name", "files": 1, "names": [str(source / "e.jsonl")]},
+                        {"reason": "of no known kind", "files": 1, "names": [str(source / "f.csv")]},
+                    ],
+                },
+            }
+        ]
+        printed = capsys.readouterr().out
+        assert f"  files       4 of 6 read of {name}\n" in printed
+        assert f"  not read    1 of no known kind: {source / 'f.csv'}\n" in printed
+        assert f"  note        1 read without any document: {source / 'd.jsonl.zst'}\n" in printed
+    # Each start reads the counts.
+    manifest = out / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"matched": 6', '"matched": 7'))
+    config = load_config("debug", None, None, [f"data.path={out}"])
+    assert ["it counts 7 files of source" in str(problem) for problem in check_data(config)] == [True]
+
+
+def test_an_end_token_that_is_added_and_not_special(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bpe = train_bpe(texts(20), 280).tokenizer
+    bpe.add_tokens([AddedToken("<end>", special=False, normalized=False)])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} <end> and <end>" for i in range(40)])
+    choice = ["--output", tmp_path / "set", "--source", source, "--tokenizer", tmp_path / "tokenizer.json"]
+    choice += ["--validation-fraction", "0.1", "--overwrite"]
+    end = bpe.token_to_id("<end>")
+    assert end is not None
+    for workers in (1, 2):
+        assert run(*choice, "--end-of-document", "<end>", "--workers", workers) == 0
+        stored = stored_documents(tmp_path / "set")
+        assert len(stored) == 40 and all(document.index(end) == len(document) - 1 for document in stored)
+        capsys.readouterr()
+        assert run(*choice, "--end-of-document", "e", "--workers", workers) == 2
+        assert "('e') is to end documents, but it is also a part of the text" in capsys.readouterr().err
+
+
+def test_documents_that_the_tokenizer_makes_nothing_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    letters, words = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1}, [])), {"<|endoftext|>": 0, "a": 1}
+    letters.save(str(tmp_path / "letters.json"))
+    Tokenizer(models.WordLevel(words)).save(str(tmp_path / "words.json"))  # it has no token for unknown words
+    source, out = write_jsonl(tmp_path / "a.jsonl", ["a"] * 40 + ["new"] * 3), tmp_path / "set"
+    choice = ["--output", out, "--source", source, "--validation-fraction", "0.1"]
+    assert run(*choice, "--tokenizer", tmp_path / "words.json") == 2
+    assert "the tokenizer cannot encode every text: WordLevel error" in capsys.readouterr().err
+    assert run(*choice, "--tokenizer", tmp_path / "letters.json") == 0
+    assert "3 documents have text of which this tokenizer makes no token" in capsys.readouterr().out
+    assert sum(document == [0] for document in stored_documents(out)) == 3
+
+
 BAD_INPUTS: dict[str, tuple[list[str], str]] = {
     "no such file": (["--source", "IN/none.jsonl", *TRAIN_BPE], "none.jsonl does not exist"),
     "missing field": (["--source", "IN/good.jsonl", "--field", "body", *TRAIN_BPE], "good.jsonl, line 1: there is no"),
@@ -184,6 +261,8 @@ BAD_INPUTS: dict[str, tuple[list[str], str]] = {
         ["--source", "IN/empty.jsonl", "--tokenizer", "IN/small.json"],
         "the corpus is empty",
     ),
+    "not text, parquet": (["--source", "IN/latin.parquet", *TRAIN_BPE], "latin.parquet, row 2: not UTF-8"),
+    "cut off": (["--source", "IN/cut.jsonl.zst", *TRAIN_BPE], "cut.jsonl.zst cannot be read: Truncated"),
     "not text": (["--source", "IN/latin.txt", *TRAIN_BPE], "latin.txt, line 1: not UTF-8"),
     "no validation": (
         ["--source", "IN/good.jsonl", "--validation-fraction", "1e-9", *TRAIN_BPE],
@@ -216,6 +295,9 @@ def test_bad_input_is_one_message_code_2_and_nothing_left(
     (source / "bad.jsonl").write_text('{"text": "good"}\n{"text": "cut off\n')
     (source / "empty.jsonl").write_text('{"text": ""}\n\n')
     (source / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    latin = pyarrow.array([b"cafe", b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), source / "latin.parquet")
+    (source / "cut.jsonl.zst").write_bytes(b"(\xb5/\xfd")
     train_bpe(texts(20), 280).tokenizer.save(str(source / "small.json"))
     before = digests(tmp_path)
     assert run("--output", out, *(argument.replace("IN", str(source), 1) for argument in arguments)) == 2
@@ -258,21 +340,58 @@ def test_bad_numbers_name_flag_and_range(
         assert message in error
 
 
+def test_verify_needs_no_other_option_and_says_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], training_data: Path
+) -> None:
+    data = Path(shutil.copytree(training_data, tmp_path / "data"))
+
+    def verified(folder: Path) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["--verify", str(folder)])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    code, out, err = verified(data)
+    assert (code, err) == (0, "") and f"{data / 'train.bin'}: " in out
+    with open(data / "train.bin", "r+b") as stream:
+        stream.seek(70_000)
+        byte = stream.read(1)
+        stream.seek(70_000)
+        stream.write(bytes([byte[0] ^ 16]))
+    code, out, err = verified(data)
+    assert code == 2 and err.startswith(f"prepare_data: error: {data / 'train.bin'} is damaged")
+    assert "at offset 65536)" in err and err.count("\n") == 1
+    code, _, err = verified(tmp_path)
+    assert code == 2 and f"{tmp_path} has no manifest.json" in err
+
+
 def test_the_hub_out_of_reach_is_told_soon_once_and_with_a_remedy(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    connections: list[int] = []
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError):  # the server is closed at the end
+            while True:
+                server.accept()[0].close()
+                connections.append(1)
+
+    threading.Thread(target=hang_up, daemon=True).start()
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, str(TOOL), "--output", str(tmp_path / "set"), "--quiet", "--workers", "1"]
     for choice, remedy in (
         (["--tokenizer", "gpt2"], "name a local folder with its files"),
         (["--source", "hf:wikitext", *TRAIN_BPE], "name its folder or files as the source"),
     ):
-        start = time.monotonic()
-        result = subprocess.run([*command, *choice], env=environment, capture_output=True, text=True, timeout=100)
+        connections.clear()
+        result = subprocess.run([*command, *choice], env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
-        assert "http://127.0.0.1:9 does not answer" in result.stderr and remedy in result.stderr
-        # The libraries' own retries alone take longer than this.
-        assert time.monotonic() - start < 20
+        assert f"{address} does not answer" in result.stderr and remedy in result.stderr
+        assert len(connections) <= 3  # the libraries' own retries are more, and take most of a minute
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
     assert not (tmp_path / "set").exists()
 
 

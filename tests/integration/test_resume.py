@@ -13,7 +13,7 @@ from mlra_scale.training.exit_codes import ExitCode
 from tests.support.pool import WorkerPool
 from tests.support.stored import assert_bitwise_equal, store_of
 from tests.support.tools import run_tool
-from tests.support.training_runs import Start, curve, events, main_on_rank, metrics, write_megatron_data
+from tests.support.training_runs import Finished, Start, curve, events, main_on_rank, metrics, write_megatron_data
 
 DROPOUT = [f"model.{site}_dropout=0.1" for site in ("embedding", "attention", "residual")]
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "train.sequence_length=32", "evaluation.every=0"]
@@ -161,6 +161,45 @@ def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> No
         assert f"already at step 2 ({run / 'checkpoints' / 'step-00000002'})" in result.stdout
         assert metrics(run) == before and (run / "config.yaml").read_text() == configuration
         assert events(run)[-1]["event"] == "finished" and events(run)[-1]["steps"] == 2
+
+
+def test_the_run_directory_alone_says_what_goes_on(
+    start: Start, tmp_path: Path, worker_pool: Callable[[int], WorkerPool]
+) -> None:
+    """No preset, no file: X's config.yaml, its layout included. Overrides go by the rules of every resume."""
+    fixed = ["optim.schedule=constant", "optim.lr=2e-3", "checkpoint.every=2", *SMALL, *ZERO3]
+    start("run", "train.steps=4", *fixed, num_processes=2)
+    run = tmp_path / "run"
+    alone = ["--run-dir", str(run), "--resume", "auto"]
+
+    def again(*overrides: str, code: int = 0) -> Finished:
+        result: Finished
+        (result,) = worker_pool(1).run(main_on_rank, (*alone, *overrides))
+        assert result.code == code, result.stderr[-4000:]
+        return result
+
+    assert "already at step 4" in again().stdout
+    before = (run / "config.yaml").read_text()
+    result = again("train.steps=5", "optim.lr=1e-3")
+    for text in ("resumed from", "train.steps: 4 -> 5", "optim.lr: 0.002 -> 0.001", "number of ranks: 2 -> 1"):
+        assert text in result.stdout, text
+    assert "deepspeed" not in result.stdout.partition("changed from here on")[2], "the layout is that of the run"
+    now = (run / "config.yaml").read_text()
+    assert now == before.replace("steps: 4", "steps: 5").replace("lr: 0.002", "lr: 0.001")
+    # The newest start counts, though its checkpoint is gone: what it was begun with stays.
+    shutil.rmtree(run / "checkpoints" / "step-00000005")
+    result = again("train.steps=6")
+    assert "step-00000005 is passed over" in result.stdout and "optim.lr: 0.002 -> 0.001" in result.stdout
+    assert curve(run, "learning_rate")[6] == 1e-3
+    assert "model.num_layers = 3: the run to be resumed has 2" in again("model.num_layers=3", code=2).stderr
+    record, configuration = (run / "metrics.jsonl").read_text(), (run / "config.yaml").read_text()
+    (run / "metrics.jsonl").write_text(record.replace('{"step": 2', '{"stop": 2'))
+    assert "metrics.jsonl, line 3: no object with `step`" in again("train.steps=7", code=2).stderr
+    assert (run / "config.yaml").read_text() == configuration, "nothing is written before all is checked"
+    (run / "metrics.jsonl").write_text(record)
+    (run / "config.yaml").write_text("model: [")
+    stderr = again(code=2).stderr
+    assert f"--run-dir = '{run / 'config.yaml'}': line 1" in stderr
 
 
 def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> None:

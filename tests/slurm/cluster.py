@@ -58,7 +58,9 @@ SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 PropagateResourceLimits=NONE
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+# Memory is given out too, and a job that asks for none gets the partition's default, as on most clusters.
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=500
 GresTypes=gpu
 JobRequeue=1
 ReturnToService=2

@@ -15,14 +15,14 @@ from typing import Any
 
 from tests.slurm import keeper
 from tests.slurm.cluster import SlurmCluster, wait_until
-from tests.support.training_runs import ROOT, environment, events, metrics
+from tests.support.training_runs import ROOT, environment, metrics
 
 LAYERS = int(os.environ.get("SLURM_TEST_LAYERS", "4"))
 STEPS = 60 if LAYERS <= 8 else 24
 EARLY, MIDDLE, LATE = STEPS // 6, STEPS // 2, 3 * STEPS // 4
 """Steps at which things happen to a run."""
-LONG = 400 if LAYERS <= 8 else 60
-"""Steps of a run that still trains half a minute after LATE."""
+ENDLESS = ("train.steps=1000000", "optim.schedule=constant", "optim.warmup_steps=0")
+"""A run that a test stops itself, however slow the machine is; what it computes does not depend on train.steps."""
 PATIENCE = 300.0 if LAYERS <= 8 else 1200.0
 """Seconds until a run must have come to where a test waits for it."""
 
@@ -45,7 +45,7 @@ TINY = (
     f"checkpoint.every={max(2, STEPS // 12)}",
 )
 # No GPU, and a share of a node, so that several jobs fit; everything else is as it stands in the file.
-SMALL = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=1000", "--time=60")
+SMALL = ("--gpus-per-node=0", "--cpus-per-task=2", "--time=60")
 COMPARED = ("loss", "gradient_norm", "learning_rate", "tev_mean", "tev_std", "consumed_samples", "validation_loss")
 
 
@@ -81,6 +81,14 @@ class Submitted:
         except (AssertionError, TimeoutError) as error:
             raise AssertionError(f"{error}\n{self.text()}") from error
 
+    def stop(self) -> int:
+        """Ends a run that has no end of its own, after a step and with a checkpoint; returns the last recorded step."""
+        self.cluster.run("scontrol", "update", f"JobId={self.job_id}", "Requeue=0")
+        self.cluster.run("scancel", "--signal=TERM", self.job_id)
+        self.wait_for_end("FAILED")
+        assert "cannot be queued again" in self.job_file()["reason"] and self.ends()[-1] == "preempted", self.text()
+        return self.step()
+
     def text(self) -> str:
         """The job's output."""
         return self.output.read_text(errors="replace") if self.output.exists() else "no output"
@@ -102,7 +110,9 @@ class Submitted:
         self.wait_for_step(step)
 
     def _has_trained(self, number: int) -> bool:
-        return self.job_file()["attempts"][number - 1]["first_step_seconds"] is not None
+        # One that was stopped before it began counts too.
+        attempts = self.job_file()["attempts"][number - 1 :]
+        return any(attempt["first_step_seconds"] is not None for attempt in attempts)
 
     def rank_pids(self, node: str) -> list[int]:
         """Processes of the ranks on a node."""
@@ -138,9 +148,23 @@ def submit(
     processes: int = 1,
     data: Path | None = None,
     run: Path | None = None,
+    inside: tuple[str, ...] = (),
     **variables: str,
 ) -> Submitted:
-    """Submits one of slurm/*.sh as a user would, from the project's root, at a tiny size."""
+    """Submits one of slurm/*.sh as a user would, from the project's root, at a tiny size.
+
+    Args:
+        cluster: The cluster.
+        folder: For the run and the job's output.
+        script: The file.
+        overrides: Arguments of the training.
+        sbatch: Further options of sbatch.
+        processes: Ranks on each node.
+        data: The data set.
+        run: The run directory; None: one in the folder.
+        inside: A command in whose environment sbatch is called, such as salloc.
+        variables: Further variables of the environment.
+    """
     # A space on its way through sbatch, the launcher, srun and torchrun.
     run, output = run or folder / "the run", folder / "slurm.out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +176,10 @@ def submit(
         **variables,
     }
     source = [] if data is None else [f"data.path={data}"]
-    job_id = cluster.sbatch(
+    submitted = cluster.run(
+        *inside,
+        "sbatch",
+        "--parsable",
         *SMALL,
         f"--output={output}",
         *sbatch,
@@ -165,17 +192,16 @@ def submit(
         env=given,
         cwd=ROOT,
     )
-    return Submitted(cluster, job_id, run, output)
+    return Submitted(cluster, submitted.stdout.strip().partition(";")[0], run, output)
 
 
-def compared(run: Path) -> list[dict[str, Any]]:
-    """The record of a run, without what depends on the clock."""
-    return [{"step": item["step"], **{key: item[key] for key in COMPARED if key in item}} for item in metrics(run)]
-
-
-def event_names(run: Path) -> list[str]:
-    """What happened in a run."""
-    return [event["event"] for event in events(run)]
+def compared(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The record of a run up to a step, without what depends on the clock."""
+    return [
+        {"step": item["step"], **{key: item[key] for key in COMPARED if key in item}}
+        for item in metrics(run)
+        if last_step is None or item["step"] <= last_step
+    ]
 
 
 def moment(text: str, pattern: str) -> float:

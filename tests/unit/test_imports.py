@@ -19,6 +19,7 @@ SCRIPT_FOLDERS = ("tools", "benchmarks")
 # room -> rooms of ours that it may import. A room that is not there yet has its line already.
 ROOMS: dict[str, set[str]] = {
     "config": set(),
+    "console": set(),
     "megatron": set(),
     "model": {"config", "megatron"},
     "parallel": {"config", "model", "megatron"},
@@ -29,8 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"config", "model", "parallel", "data", "checkpoint"},
     "training": {"config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation"},
     "study": {"config", "training"},
-    "train": {"config", "data", "training"},
-    "cluster": {"config", "training", "train"},
+    "train": {"config", "console", "data", "training"},
+    "cluster": {"config", "console", "training", "train"},
 }
 # Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
@@ -44,7 +45,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {
-    "torch": set(ROOMS) - {"config", "planning", "study"},
+    "torch": set(ROOMS) - {"config", "console", "planning", "study"},
     "deepspeed": {"parallel", "training"},
     "megatron": {"megatron"},
     "datasets": {"data"},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlra_scale
+from mlra_scale.checkpoint.contents import STATE
+from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.config import Config, ModelConfig
@@ -36,7 +39,7 @@ def model_card(
         f"# {_title(store.model)}\n\n{_introduction(store.model, export_format)}",
         _use(export_format),
         "## Model\n\n" + _table(_model_rows(store.model, dtype)),
-        "## Training\n\n" + _table(_training_rows(store)),
+        "## Training\n\n" + _table(_training_rows(store)) + _changes(store),
         "## Verification\n\n" + _verification(verification, text),
     ]
     return "\n\n".join(sections) + "\n"
@@ -71,8 +74,11 @@ def _introduction(model: ModelConfig, export_format: Format) -> str:
 
 
 def _use(export_format: Format) -> str:
-    # The tokenizer needs no code, but the library looks at the model's configuration before it loads one.
-    arguments = "folder" if export_format == "gpt2" else "folder, trust_remote_code=True"
+    arguments = tokenizer_arguments = "folder"
+    if export_format == "mlra":
+        arguments += ", trust_remote_code=True"
+        # It needs no code, but the library looks at the model's configuration first, and asks.
+        tokenizer_arguments += ", trust_remote_code=False"
     return f"""## Use
 
 ```python
@@ -80,7 +86,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
 model = AutoModelForCausalLM.from_pretrained({arguments})
-tokenizer = AutoTokenizer.from_pretrained({arguments})
+tokenizer = AutoTokenizer.from_pretrained({tokenizer_arguments})
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```"""
@@ -126,9 +132,97 @@ def _training_rows(store: Store) -> Rows:
         layout = {key: value for key, value in store.manifest.layout.items() if key != "precision"}
         rows.append(("layout", ", ".join(f"{key} {value}" for key, value in layout.items())))
     rows += _data_rows(store)
+    changed = {change["field"] for change in _told_changes(store)}
+    rows = [
+        (name, f"{value} (last of several: see the changes below)") if _is_changed(name, changed) else (name, value)
+        for name, value in rows
+    ]
     rows += [(f"origin: {key}", _plain(value)) for key, value in (store.state.get("origin") or {}).items()]
+    begun_from = _history(store).get("begun_from") or {}
+    rows += [(f"began with weights: {key}", _plain(value)) for key, value in begun_from.items()]
     versions = [f"{library} {version}" for library, version in store.manifest.versions.items()]
-    return [*rows, ("checkpoint", f"{store.manifest.created}, {store.manifest.save_id}"), ("with", ", ".join(versions))]
+    saved = f"{store.manifest.created}, {store.manifest.save_id}"
+    return [*rows, ("checkpoint", saved), ("saved with", ", ".join(versions))]
+
+
+_FIELDS_OF_ROWS: dict[str, tuple[str, ...]] = {
+    "batch": ("train.global_batch_size",),
+    "precision": ("train.precision",),
+    "learning rate": ("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps"),
+    "Adam": ("optim.betas", "optim.weight_decay"),
+    "dropout": ("model.embedding_dropout", "model.attention_dropout", "model.residual_dropout"),
+    "layout": ("parallel.", "number of ranks"),
+    "data": ("data.blend",),
+}
+"""Fields, or their beginnings, that a row of the card shows the last value of."""
+_CHANGES_NOT_TOLD = (
+    "preset",
+    "data.path",
+    "data.validation_path",
+    "data.tokenizer",
+    "train.log_every",
+    "train.peak_tflops",
+    "train.device",
+    "cluster.",
+    "wandb.",
+    "profile.",
+    "tev.",
+    "gradients.",
+    "activations.",
+    "evaluation.",
+    "checkpoint.",
+)
+"""Changes that do not change the model: where things lie, what is measured and when."""
+
+
+def _history(store: Store) -> dict[str, Any]:
+    """What training/history.py wrote; empty in checkpoints of before there was a history."""
+    history = store.state.get("history") or {}
+    changes = history.get("changes", [])
+    is_sound = isinstance(changes, list) and all(
+        isinstance(change, dict) and {"step", "field", "was", "now"} <= change.keys() and type(change["step"]) is int
+        for change in changes
+    )
+    if not (is_sound and isinstance(history.get("begun_from") or {}, dict)):
+        raise CheckpointError(f"{store.folder / STATE} has a history that is not sound; use another checkpoint")
+    return dict(history)
+
+
+def _told_changes(store: Store) -> list[dict[str, Any]]:
+    changes = _history(store).get("changes") or []
+    return [change for change in changes if not str(change["field"]).startswith(_CHANGES_NOT_TOLD)]
+
+
+def _is_changed(row: str, changed: Iterable[str]) -> bool:
+    beginnings = _FIELDS_OF_ROWS.get(row)
+    return beginnings is not None and any(field.startswith(beginnings) for field in changed)
+
+
+def _changes(store: Store) -> str:
+    """What was changed while the model was trained, or that this is not known; empty where nothing was."""
+    if store.config is None:
+        return ""
+    history, parts = _history(store), []
+    if changes := _told_changes(store):
+        lines = ["| from step | field | before | from then on |", "|---|---|---|---|"]
+        for change in changes:
+            was, now = (_value(change[name]) for name in ("was", "now"))
+            lines.append(f"| {change['step'] + 1:,} | {change['field']} | {was} | {now} |")
+        parts.append("Changed in the course of the training:\n\n" + "\n".join(lines))
+    known_from = history.get("known_from", store.step)
+    if type(known_from) is int and known_from > 0:
+        parts.append(
+            f"Whether settings were changed before step {known_from + 1:,} is not recorded in the checkpoint; the "
+            "first table has the last ones."
+        )
+    return "".join(f"\n\n{part}" for part in parts)
+
+
+def _value(value: Any) -> str:
+    """A value of a changed field; of data sets only the names."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{Path(str(key)).name}: {_value(item)}" for key, item in value.items()) or "none"
+    return _plain(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(value: Any) -> str:

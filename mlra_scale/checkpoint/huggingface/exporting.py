@@ -18,9 +18,16 @@ import torch
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.files import sync_folder
 from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
-from mlra_scale.checkpoint.huggingface.folder import SpecialTokens, copy_tokenizer, write_configuration
+from mlra_scale.checkpoint.huggingface.folder import write_configuration
 from mlra_scale.checkpoint.huggingface.shards import write_shards
 from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors
+from mlra_scale.checkpoint.huggingface.tokenizer import (
+    EncodedText,
+    SpecialTokens,
+    WrittenTokenizer,
+    check_tokenizer,
+    write_tokenizer,
+)
 from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
 from mlra_scale.checkpoint.reader import Store
 
@@ -38,10 +45,12 @@ class VerificationText:
     Attributes:
         tokens_NS: Token ids, one more per sequence than are passed to the models.
         description: Where they are from, for the model card: "the validation data", "FILE".
+        documents: Texts with their ids in training, which the exported tokenizer must give too.
     """
 
     tokens_NS: torch.Tensor
     description: str
+    documents: tuple[EncodedText, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,11 @@ def export_checkpoint(
         _check_text(text, store)
     with _faults_told(target), _unfinished(target) as folder:
         began = time.monotonic()
-        tokenizer = options.tokenizer or store.tokenizer_folder
-        special = _special_tokens(store) if tokenizer is None else copy_tokenizer(tokenizer, folder, store.model)
+        tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, text, say)
+        special = _special_tokens(store) if tokenizer is None else tokenizer.special
         write_configuration(folder, options.export_format, store.model, options.dtype, special)
+        if tokenizer is not None:
+            check_tokenizer(folder, tokenizer, () if text is None else text.documents)
         tensors = export_tensors(store, options.export_format)
         files = write_shards(folder, tensors, options.dtype, options.max_shard_bytes)
         size = sum(entry.bytes for entry in files.values())
@@ -125,6 +136,19 @@ def export_checkpoint(
         _to_disk(folder)
         _give_name(folder, target)
     return verification
+
+
+def _write_tokenizer(
+    folder: Path, source: Path | None, store: Store, text: VerificationText | None, say: Callable[[str], None]
+) -> WrittenTokenizer | None:
+    if source is None:
+        return None
+    documents = () if text is None else text.documents
+    is_trained_here = store.config is not None
+    written = write_tokenizer(source, folder, store.model, is_trained_here, _special_tokens(store).end, documents)
+    for note in written.notes:
+        say(note)
+    return written
 
 
 def _special_tokens(store: Store) -> SpecialTokens:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.config.json_text import printable
+from mlra_scale.config.weight_map import weight_map
 
 # Masks that old versions of transformers stored as if they were weights.
 _OLD_BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
@@ -72,7 +72,8 @@ class GPT2Weights:
             elif not self[name].is_floating_point():
                 faults.append(f"has {name} as {self[name].dtype}; save the model unquantized")
         if faults:
-            raise CheckpointError(f"{self.folder} " + "; it ".join(faults))
+            more = f"; and {len(faults) - _SOME} more" if len(faults) > _SOME else ""
+            raise CheckpointError(f"{self.folder} " + "; it ".join(faults[:_SOME]) + more)
         if _HEAD not in self.names:
             if not is_tied:
                 raise CheckpointError(
@@ -90,12 +91,12 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         single = folder / index.removesuffix(".index.json")
         if (folder / index).is_file():
             found: dict[str, torch.Tensor] = {}
-            weight_map = _weight_map(folder / index)
-            for file in sorted(set(weight_map.values())):
+            files = _weight_map(folder / index)
+            for file in sorted(set(files.values())):
                 if not (folder / file).is_file():
                     raise CheckpointError(f"{folder / file} is missing, although {index} names it")
                 found |= read(folder / file)
-            if lost := sorted(weight_map.keys() - found.keys()):
+            if lost := sorted(files.keys() - found.keys()):
                 raise CheckpointError(f"{folder / index} names tensors that no file has: {_some(lost)}")
             return found
         if single.is_file():
@@ -108,7 +109,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
         mapped = safe_open(path, framework="pt")
         return {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as safetensors: {printable(str(error), 300)}") from error
 
 
 def _pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -120,24 +121,19 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as tensors and nothing else: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as tensors and nothing else: {printable(reason, 300)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{path} is not a table of tensors; save the model with save_pretrained")
     return content
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    content: Any = None
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map")
-    return weight_map
+        return weight_map(index)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
-    return ", ".join(names[:_SOME]) + more
+    return printable(", ".join(names[:_SOME])) + more

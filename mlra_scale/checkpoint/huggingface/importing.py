@@ -24,6 +24,7 @@ from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.huggingface.gpt2_weights import GPT2Weights
 from mlra_scale.checkpoint.writer import write_weights
 from mlra_scale.config import ModelConfig
+from mlra_scale.config.json_text import printable, read_json_object
 from mlra_scale.model.parameters import ParameterTable
 
 _TOKENIZER_FILES = (
@@ -151,7 +152,7 @@ def _read_config(
         if getattr(config, name, wanted) != wanted
     ]
     if config.activation_function not in _GELU:
-        faults.append(f"activation_function is {config.activation_function!r}: here it is {' or '.join(_GELU)}")
+        faults.append(f"activation_function is {config.activation_function!a}: here it is {' or '.join(_GELU)}")
     if config.n_embd % config.n_head:
         faults.append(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
     if rank is not None and not 1 <= rank <= config.n_embd:
@@ -189,19 +190,24 @@ def _read_config(
 def _gpt2_config(path: Path) -> Any:
     from transformers import GPT2Config
 
+    if not path.is_file():
+        raise CheckpointError(f"{printable(str(path))} does not exist; name a folder in Hugging Face's format")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; name a folder in Hugging Face's format") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != GPT2Config.model_type:
-        kind = values.get("model_type") if isinstance(values, dict) else None
-        raise CheckpointError(f"{path}: model_type is {kind!r}; only gpt2 can be imported")
+        values = read_json_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if values.get("model_type") != GPT2Config.model_type:
+        raise CheckpointError(f"{path}: model_type is {values.get('model_type')!a}; only gpt2 can be imported")
     try:
-        return GPT2Config.from_dict(values)
+        config = GPT2Config.from_dict(values)
     except Exception as error:  # the library's checks have errors of their own kinds
-        raise CheckpointError(f"{path} is not sound: {str(error).splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is not sound: {printable(reason, 300)}") from error
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{path}: {name} is {value!a}; it must be a whole number from 1 on")
+    return config
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

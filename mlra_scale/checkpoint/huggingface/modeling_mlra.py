@@ -167,9 +167,22 @@ class MlraAttention(nn.Module):
             self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
 
     def forward(
-        self, hidden_BSD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+        self,
+        hidden_BSD: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the attention's contribution to the residual stream and, where they are computed, its weights."""
+        """Returns the attention's contribution to the residual stream and, where they are computed, its weights.
+
+        Args:
+            hidden_BSD: Hidden states after the layer norm.
+            attention_mask: As MlraModel makes it; None: causal, each token sees itself and all earlier ones.
+            past_key_values: Keys and values of earlier tokens, appended to.
+            **kwargs: Passed on to the implementation of attention.
+        """
+        # A static cache counts in a tensor of its own, which the update below changes: the sum is a copy.
+        num_past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) + 0
         query_BNSH, key_BNTH, value_BNTH = (
             projection(hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q, self.k, self.v)
@@ -177,6 +190,8 @@ class MlraAttention(nn.Module):
         query_BNSH, key_BNTH = self.q_norm(query_BNSH), self.k_norm(key_BNTH)
         if past_key_values is not None:
             key_BNTH, value_BNTH = past_key_values.update(key_BNTH, value_BNTH, self.layer_idx)
+        if attention_mask is None and self._needs_mask(hidden_BSD, past_key_values, num_past):
+            attention_mask = _causal_mask(hidden_BSD, key_BNTH.shape[2], num_past)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
@@ -191,6 +206,25 @@ class MlraAttention(nn.Module):
             **kwargs,
         )
         return self.o(mixed_BSNH.flatten(2)), weights_BNST
+
+    def _needs_mask(self, hidden_BSD: Tensor, past_key_values: Cache | None, num_past: int | Tensor) -> bool:
+        """Whether attention without a mask would not be causal."""
+        if getattr(past_key_values, "is_compileable", False):
+            return True  # keys of tokens to come are there already, and are zero
+        if hidden_BSD.shape[1] == 1:
+            return False
+        # sdpa without a mask is causal as if the first query stood at the first key; eager is not causal at all.
+        is_filled = not isinstance(num_past, int) or num_past > 0
+        return is_filled or self.config._attn_implementation == "eager"
+
+
+def _causal_mask(hidden_BSD: Tensor, num_keys: int, num_past: int | Tensor) -> Tensor:
+    """A mask [1, 1, S, T] to add to the logits: 0 up to the query's own position, the lowest number after it."""
+    keys_T = torch.arange(num_keys, device=hidden_BSD.device)
+    queries_S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device) + num_past
+    lowest = torch.finfo(hidden_BSD.dtype).min
+    hidden_ST = keys_T[None] > queries_S[:, None]
+    return torch.zeros_like(hidden_ST, dtype=hidden_BSD.dtype).masked_fill(hidden_ST, lowest)[None, None]
 
 
 def _projection(config: MlraConfig, name: str) -> nn.Module:
@@ -336,8 +370,10 @@ class MlraModel(MlraPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
-            position_ids = self._default_positions(embedded_BSD, attention_mask, past_key_values)
+            position_ids = _default_positions(embedded_BSD, attention_mask, past)
+        self._check_positions(position_ids, attention_mask, past)
         hidden_BSD = self.dropout(embedded_BSD + self.positions(position_ids))
         states: list[Tensor] = []
         weights: list[Tensor] = []
@@ -353,21 +389,28 @@ class MlraModel(MlraPreTrainedModel):
             attentions=tuple(weights) if has_weights else None,
         )
 
-    def _default_positions(
-        self, embedded_BSD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
-    ) -> Tensor:
-        """Positions [B or 1, S] of the new tokens, counted from the first token that is not padding."""
-        length = embedded_BSD.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            counted_BT = attention_mask.long().cumsum(-1) - 1
-            return counted_BT[:, -length:].clamp(min=0)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(past, int) and past + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{past + length} tokens do not fit: the model has {self.config.max_position_embeddings} positions "
-                "(max_position_embeddings)"
-            )
-        return (torch.arange(length, device=embedded_BSD.device) + past).unsqueeze(0)
+    def _check_positions(self, positions_BS: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> None:
+        """Refuses tokens beyond the last position, for which the look-up's own error names nothing."""
+        if torch.compiler.is_compiling() or positions_BS.is_meta:
+            return
+        limit = self.config.max_position_embeddings
+        longest = attention_mask.shape[-1] if attention_mask is not None else past + positions_BS.shape[1]
+        # Reading a position waits for a GPU: that is worth it only where so many tokens may be too many.
+        if positions_BS.is_cpu or (isinstance(longest, int) and longest > limit):
+            needed = int(positions_BS.max()) + 1
+            if needed > limit:
+                raise ValueError(
+                    f"{needed} tokens do not fit: the model has {limit} positions (max_position_embeddings)"
+                )
+
+
+def _default_positions(embedded_BSD: Tensor, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
+    """Positions [B or 1, S] of the new tokens, counted from the first token that is not padding."""
+    length = embedded_BSD.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        counted_BT = attention_mask.long().cumsum(-1) - 1
+        return counted_BT[:, -length:].clamp(min=0)
+    return (torch.arange(length, device=embedded_BSD.device) + past).unsqueeze(0)
 
 
 class MlraForCausalLM(MlraPreTrainedModel, GenerationMixin):

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml
+from mlra_scale.config.json_text import printable, read_json_object
 from mlra_scale.study.prediction.events import Numbers, Protocol, first_event
 from mlra_scale.study.prediction.windows import Run
 from mlra_scale.training.record import read_record
@@ -67,9 +68,17 @@ def read_runs(folder: Path, protocol: Protocol) -> SweptRuns:
     Raises:
         PredictionError: There is no result, or a record lacks what the analysis needs.
     """
+    try:
+        return _read_runs(folder, protocol)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = str(error) if str(folder) in str(error) else f"{folder} holds what no sweep wrote: {error!r}"
+        raise PredictionError(printable(reason)) from error
+
+
+def _read_runs(folder: Path, protocol: Protocol) -> SweptRuns:
     results = folder / "results.jsonl"
     # A cell that was run again is there again; its last line counts.
-    cells = {item["cell"]: item for item in read_record(results)}
+    cells = {item["cell"]: item for item in read_record(results, "cell")}
     if not cells:
         raise PredictionError(f"{results}: no results; give the output folder of tools/sweep.py")
     runs, early, left_out = [], [], []
@@ -79,7 +88,7 @@ def read_runs(folder: Path, protocol: Protocol) -> SweptRuns:
             left_out.append(LeftOut(cell, f"failed: {item.get('error')}"))
             continue
         run_directory = RunDirectory(folder / item["run"])
-        events = read_record(run_directory.events)
+        events = read_record(run_directory.events, "event")
         if any(event["event"].startswith("guard_") for event in events):
             left_out.append(LeftOut(cell, "the guard acted"))
             continue
@@ -91,7 +100,7 @@ def read_runs(folder: Path, protocol: Protocol) -> SweptRuns:
         else:
             runs.append(run)
     about = folder / "study.json"
-    known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    known = read_json_object(about) if about.is_file() else {}
     return SweptRuns(tuple(runs), tuple(early), poisoned, tuple(left_out), known)
 
 
@@ -109,7 +118,7 @@ def read_run(
     Raises:
         PredictionError: The loss of some step was not recorded, or there is no configuration.
     """
-    record = [item for item in read_record(run_directory.metrics) if item["step"] > 0]
+    record = [item for item in read_record(run_directory.metrics, "step") if item["step"] > 0]
     steps = [item["step"] for item in record if "loss" in item]
     if steps != list(range(1, len(steps) + 1)) or len(steps) != len(record):
         raise PredictionError(f"{run_directory.metrics}: the loss of every step is needed: train.log_every=1")
@@ -119,9 +128,9 @@ def read_run(
     is_stopped, record = is_stopped or finite < len(record), record[:finite]
     losses = _column([item["loss"] for item in record])
     try:
-        config = yaml_text.load(run_directory.config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PredictionError(f"{run_directory.config}: {error.strerror}") from None
+        config = stored_yaml.parse(stored_yaml.read_text(run_directory.config))
+    except ValueError as error:
+        raise PredictionError(f"{run_directory.config}: {error}") from None
     return Run(
         cell=result["cell"],
         variant=result["variant"],

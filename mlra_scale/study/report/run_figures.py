@@ -288,6 +288,8 @@ def _on_common_steps(first: Series, second: Series) -> tuple[Series, Series]:
 PROFILES = {
     "Gradient norm": ("gradients.layers.gradient_norm", "gradient norm"),
     "Gradient variance": ("gradients.layers.gradient_variance", "gradient variance"),
+    "Mean of gradients": ("gradients.layers.gradient_mean", "mean over elements"),
+    "Norm of weights": ("gradients.layers.weight_norm", "||weight||"),
     "Size of updates": ("gradients.layers.update_ratio", "||update|| / ||weight||"),
     "Spectral norm of q k": ("gradients.layers.qk_spectral_norm", "largest singular value"),
     "Spectral norm of o v": ("gradients.layers.ov_spectral_norm", "largest singular value"),

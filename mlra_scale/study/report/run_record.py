@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlra_scale.config import yaml_text
+from mlra_scale.config.json_text import parse_json
 from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -130,7 +130,7 @@ def read_lines(path: Path, notes: list[str], is_optional: bool = False) -> list[
     objects, num_bad = [], 0
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line) if line.strip() else None
+            value = parse_json(line, path.name, allow_nan=True) if line.strip() else None
         except ValueError:
             num_bad += number < len(lines)
             continue
@@ -147,7 +147,7 @@ def read_mapping(path: Path, notes: list[str]) -> Record:
     """Reads a YAML or JSON file that holds one mapping; {} and a note where that cannot be done."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-        value = json.loads(text) if path.suffix == ".json" else yaml_text.load(text)
+        value = parse_json(text, path.name, allow_nan=True) if path.suffix == ".json" else yaml_text.load(text)
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}.")
         return {}

@@ -11,7 +11,17 @@ from mlra_scale.config import yaml_text
 from mlra_scale.study.correlation import pearson, ranks, spearman_of_changes
 from mlra_scale.study.report import page, run_figures
 from mlra_scale.study.report.costs import costs_of, costs_section
-from mlra_scale.study.report.run_record import Record, RunRecord, at, is_number, moment, named, open_run, read_mapping
+from mlra_scale.study.report.run_record import (
+    Record,
+    RunRecord,
+    at,
+    is_number,
+    moment,
+    named,
+    number_or_nan,
+    open_run,
+    read_mapping,
+)
 from mlra_scale.study.report.sweep_results import STUDY
 from mlra_scale.study.report.written import Written, write_report
 from mlra_scale.study.verdicts import number
@@ -23,6 +33,8 @@ _FIGURES = {
     "TEV mean": ("tev_mean", "unit of the weights"),
     "TEV spread (standard deviation over tokens)": ("tev_std", "unit of the weights"),
     "norm of the mean embedding": ("mean_embedding_norm", "unit of the weights"),
+    "root mean square of embedding rows, mean": ("mean_row_rms", "unit of the weights"),
+    "peak memory of a device": ("memory_gib", "GiB"),
     "gradient norm, before clipping": ("gradient_norm", ""),
     "gradient variance, all parameters": ("gradients.kinds.all.gradient_variance", ""),
     "gradient variance, embedding": ("gradients.kinds.embedding.gradient_variance", ""),
@@ -87,9 +99,24 @@ def _what_ran(run: RunRecord) -> list[tuple[str, Any]]:
         ("layout", _layout(run, world)),
         ("precision", get("train.precision")),
         ("guard", None if get("guard") is None else "on" if get("guard.enabled") is True else "off"),
+        ("checkpoints", _checkpoints(run)),
         ("starts", f"{len(starts)}, the first {moment(starts[0].get('time'))} (UTC)" if starts else None),
         ("commit", _commit(run) or "not recorded"),
     ]
+
+
+def _checkpoints(run: RunRecord) -> str | None:
+    """What the checkpoints cost: how many, how large, how long training waited and how long the writing took."""
+    saves = run.events_named("checkpoint")
+    if not saves:
+        return None
+    size, waited, written = (
+        [number_or_nan(event.get(name)) for event in saves] for name in ("bytes", "stall_seconds", "write_seconds")
+    )
+    cost = (
+        f"training waited {number(sum(waited), 3)} s for them, and the last was written in {number(written[-1], 3)} s"
+    )
+    return f"{len(saves)}, the last of {number(size[-1] / 1e6, 3)} MB; {cost}"
 
 
 def _model(run: RunRecord) -> str | None:
@@ -216,8 +243,6 @@ def _events(run: RunRecord) -> list[str]:
 
 def _details(event: Record) -> str:
     hidden = {"time", "event", "step"}
-    if event.get("event") == "finished":
-        hidden |= set(event)
     return ", ".join(
         f"{key} {value}" for key, value in event.items() if key not in hidden and at(event, key) is not None
     )

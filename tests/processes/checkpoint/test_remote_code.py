@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from mlra_scale.checkpoint.huggingface import modeling_mlra
+from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, export_checkpoint
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from tests.parity.test_reference import make_reference
+from tests.support.gpt2_folders import tokenizer
+from tests.unit.checkpoint.huggingface.builders import checkpoint
 from tests.unit.checkpoint.huggingface.test_modeling import make_model, random_tokens
 
 
@@ -57,3 +60,29 @@ def _environment(tmp_path: Path) -> dict[str, str]:
     """No package of ours on the path, and a cache of its own for remote code."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return environment | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_tokenizer_asks_for_no_code_on_a_terminal(tmp_path: Path) -> None:
+    """As the model card has it; without the argument transformers 5 asks, since config.json names code."""
+    export_checkpoint(checkpoint(tmp_path / "checkpoint"), tmp_path / "out", ExportOptions("mlra"), None)
+    assert (
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=False)" in (tmp_path / "out" / "README.md").read_text()
+    )
+    code = (
+        "import sys\n"
+        "from transformers import AutoTokenizer\n"
+        "assert sys.stdin.isatty()\n"
+        "print('ids', AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)('Words').input_ids)\n"
+    )
+    terminal, stdin = os.openpty()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "out")],
+            capture_output=True, text=True, timeout=200, stdin=stdin, cwd=tmp_path, env=_environment(tmp_path),
+        )  # fmt: skip
+    finally:
+        os.close(stdin)
+        os.close(terminal)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"ids {tokenizer().tokenizer.encode('Words').ids}\n"
+    assert not (tmp_path / "modules").exists(), "no code was copied, so none was run"

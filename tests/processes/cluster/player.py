@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link, host_and_port
 
 PLAYS_VARIABLE = "TEST_PLAYS"
 RECORD_VARIABLE = "TEST_RECORD"
-DRY_RUN_VARIABLE = "TEST_DRY_RUN"
+CHECK_VARIABLE = "TEST_CHECK"
 _LONGEST = 40
 
 
@@ -62,9 +62,9 @@ class Player:
 
     def connect(self, name: str | None = None, **versions: str) -> Link:
         """Greets the job."""
-        host, port = self.job.rsplit(":", 1)
+        host, port = host_and_port(self.job)
         greeting = {"node": name or self.name, "token": os.environ[TOKEN_VARIABLE], "versions": versions}
-        link = Link(host, int(port), greeting)
+        link = Link(host, port, greeting)
         if name is None:
             self.link = link
         return link
@@ -123,8 +123,10 @@ def main() -> int:
     record = {"options": options, "command": command, "environment": dict(os.environ)}
     with open(f"{os.environ[RECORD_VARIABLE]}/srun.json", "w", encoding="ascii") as file:
         json.dump(record, file)
-    if "mlra_scale.train" in command:
-        return int(os.environ.get(DRY_RUN_VARIABLE, "0"))
+    if "mlra_scale.cluster.check" in command:
+        code = int(os.environ.get(CHECK_VARIABLE, "0"))
+        print("the plan" if code == 0 else "data.path = None: is required", file=sys.stderr if code else sys.stdout)
+        return code
     nodes = next(option for option in options if option.startswith("--nodelist=")).split("=", 1)[1].split(",")
     players = []
     for number, node in enumerate(nodes):

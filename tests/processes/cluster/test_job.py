@@ -1,8 +1,10 @@
 """From one attempt to the next, with stand-ins for Slurm's commands; tests/slurm has the real ones."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -10,20 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.cluster import attempt, job, slurm
+from mlra_scale.cluster import attempt, checking, job, slurm
 from mlra_scale.cluster.job import Job, main
 from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError
-from tests.processes.cluster.player import DRY_RUN_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
+from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
 SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
 SCONTROL = """#!/bin/sh
 case "$*" in
 *"show hostnames"*) printf 'a\\nb\\n' ;;
 *"show node"*) echo "NodeAddr=127.0.0.1 State=DOWN*" ;;
-*"show job"*) echo "JobId=41 JobState=$TEST_JOB_STATE Restarts=$TEST_RESTARTS ExcNodeList=(null)" ;;
+*"show job"*)
+    # Slurm is asked first at the job's start.
+    if [ -e "$TEST_RECORD/asked" ]; then restarts=$TEST_RESTARTS; else restarts=2; touch "$TEST_RECORD/asked"; fi
+    echo "JobId=41 JobState=$TEST_JOB_STATE Restarts=$restarts EndTime=$TEST_END_TIME ExcNodeList=(null)" ;;
 *) echo "$@" >> "$TEST_RECORD/scontrol"
    case "$*" in "$TEST_REFUSED"*) echo "refused" >&2; exit 1 ;; esac ;;
 esac
@@ -74,6 +79,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
         RECORD_VARIABLE: str(tmp_path),
         "TEST_JOB_STATE": "RUNNING",
         "TEST_RESTARTS": "2",
+        "TEST_END_TIME": "Unknown",
         "TEST_REFUSED": "nothing",
         "TEST_JOB": str(os.getpid()),
         "SLURM_JOB_ID": "41",
@@ -88,7 +94,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     for name, seconds in (("EVIDENCE", 1.0), ("END", 3.0), ("KILL", 1.5), ("SRUN", 0.5)):
         monkeypatch.setattr(attempt, f"_{name}_SECONDS", seconds)
     monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
     yield Desk(tmp_path, monkeypatch)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -180,8 +186,14 @@ def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) ->
     assert desk.orders == ["update JobId=41 NodeList=a", "requeue 41"] and desk.file.excluded == {}
 
 
-def test_what_the_dry_run_refuses_is_not_tried(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DRY_RUN_VARIABLE, "2")
+def test_what_the_check_refuses_is_not_tried(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(CHECK_VARIABLE, "2")
+    assert desk.job() == 2
+    assert "data.path" in capsys.readouterr().err
+    assert not desk.run.exists(), "a submission that was refused leaves nothing"
+    desk.run.mkdir()
     assert desk.job() == 2
     assert desk.file.state == "failed" and desk.file.attempts == [] and desk.orders == []
 
@@ -189,16 +201,16 @@ def test_what_the_dry_run_refuses_is_not_tried(desk: Desk, monkeypatch: pytest.M
 DONE = "me.connect(); me.end()"
 
 
-def test_a_dry_run_that_does_not_come_back_says_nothing_against_the_input(
+def test_a_check_that_does_not_come_back_says_nothing_against_the_input(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(checking, "_CHECK_SECONDS", 0.001)
     assert desk.job(a=DONE, b=DONE) == 0
     assert desk.ends == [("failed", ["a"]), ("done", ["a", "b"])]
 
 
-def test_a_dry_run_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DRY_RUN_VARIABLE, "1")
+def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHECK_VARIABLE, "1")
     assert desk.job("cluster.max_failures=1", a=DONE, b=DONE) == 1
     assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])]
 
@@ -221,14 +233,97 @@ def test_a_full_disk_under_the_output_does_not_end_the_job(desk: Desk, monkeypat
     assert desk.file.state == "done"
 
 
+@pytest.fixture
+def small_disk(desk: Desk) -> Iterator[Path]:
+    """The run directory on a disk of its own."""
+    desk.run.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(desk.run)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield desk.run
+    subprocess.run(["umount", "--lazy", str(desk.run)], check=True)
+
+
+FILL = """
+with open(me.logs.parent.parent / "filler", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+me.connect(); me.end(failure(0, 1, 0, 'odd'))
+"""
+
+
+def test_a_full_disk_at_a_restart_is_a_failure_that_counts(desk: Desk, small_disk: Path) -> None:
+    """And job.json, for which there is no room either, says how the job has ended."""
+    assert desk.job("cluster.max_failures=2", a=FILL, b="me.connect(); me.end()") == 1
+    file = desk.file
+    assert file.state == "failed" and file.reason.startswith("2 failures in a row")
+    assert desk.ends == [("failed", ["a", "b"]), ("failed", ["a", "b"])] and desk.orders == []
+    assert "No space left on device" in (file.attempts[1].reason or "") and file.attempts[1].ended is not None
+
+
+def test_a_full_disk_at_the_start_of_a_requeued_job_is_waited_for(
+    desk: Desk, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = "2026-01-01T00:00:00+00:00"
+    before = [Attempt(1, "41", ["a", "b"], 2, started=started, ended=started, end="preempted", has_progressed=True)]
+    JobFile(desk.run / "job.json", "41", state="preempted", attempts=before).write()
+    filler = desk.run / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    waits: list[float] = []
+    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_asked: waits.append(seconds))
+    assert desk.job() == 2
+    assert waits == [10.0, 60.0, 300.0] and "No space left on device" in capsys.readouterr().err
+    assert desk.file.state == "failed" and "No space left on device" in desk.file.reason
+    JobFile(desk.run / "job.json", "41", state="preempted", attempts=before).write()
+    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_asked: filler.unlink(missing_ok=True))
+    assert desk.job(a=DONE, b=DONE) == 0
+    assert desk.file.state == "done"
+
+
+def test_what_the_operating_system_refuses_is_a_failure_that_counts(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second attempt's folder is a file; then Slurm has no srun."""
+    (desk.run / "logs").mkdir(parents=True)
+    (desk.run / "logs" / "attempt-001").write_text("")
+    assert desk.job(a=DONE, b=DONE) == 0
+    assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])]
+    (desk.run.parent / "bin" / "srun").unlink()
+    monkeypatch.setenv("PATH", str(desk.run.parent / "bin") + os.pathsep + "/bin")
+    assert desk.job("cluster.max_failures=1") == 1
+    assert desk.file.state == "failed" and "srun" in desk.file.reason
+
+
+def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(running: attempt.Attempt) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(attempt.Attempt, "run", odd)
+    assert desk.job(a=DONE, b=DONE) == 1
+    assert desk.file.state == "failed" and desk.file.reason == "KeyError: 'odd'"
+    assert [(item.end, item.reason) for item in desk.file.attempts] == [("failed", "KeyError: 'odd'")]
+    monkeypatch.setattr(attempt.Attempt, "run", lambda running: sys.exit(3))
+    with pytest.raises(SystemExit):
+        desk.job(a=DONE, b=DONE)
+    assert desk.file.state == "failed" and desk.file.reason == "SystemExit: 3"
+
+
 @pytest.mark.parametrize(
-    ("state", "restarts", "refused", "code", "job_state", "orders"),
+    ("state", "restarts", "end_time", "refused", "code", "job_state", "orders"),
     [
-        ("COMPLETING", "3", "nothing", 0, "requeued", []),
-        ("COMPLETING", "2", "nothing", 0, "cancelled", []),
-        ("RUNNING", "2", "requeue", 1, "failed", ["requeue 41"]),
-        ("RUNNING", "2", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
-        ("TIMEOUT", "2", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
+        ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
+        ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
+        ("COMPLETING", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
+        ("CANCELLED", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "2", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
+        ("RUNNING", "2", "Unknown", "requeue", 1, "failed", ["requeue 41"]),
+        ("RUNNING", "2", "Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
+        ("TIMEOUT", "2", "Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
     ],
 )
 def test_what_slurm_makes_of_it(
@@ -236,6 +331,7 @@ def test_what_slurm_makes_of_it(
     monkeypatch: pytest.MonkeyPatch,
     state: str,
     restarts: str,
+    end_time: str,
     refused: str,
     code: int,
     job_state: str,
@@ -243,6 +339,7 @@ def test_what_slurm_makes_of_it(
 ) -> None:
     monkeypatch.setenv("TEST_JOB_STATE", state)
     monkeypatch.setenv("TEST_RESTARTS", restarts)
+    monkeypatch.setenv("TEST_END_TIME", end_time)
     monkeypatch.setenv("TEST_REFUSED", refused)
     assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == code
     assert desk.file.state == job_state and desk.orders == orders

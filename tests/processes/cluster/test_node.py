@@ -243,6 +243,7 @@ signal.alarm(60)
 job, folder, logs, settings = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 node._KILL_SECONDS, node._JOB_SECONDS, node._REPORT_SECONDS = settings["kill"], settings["job"], 0.2
 pulse = PulseSocket(folder)
+exec(settings.get("before", ""))
 arguments = argparse.Namespace(job=job, logs=logs, lost_seconds=settings["lost"])
 watch = node.Watch(arguments, "a", settings["node_rank"], pulse, lambda: node.descendants(os.getpid()))
 signal.signal(signal.SIGTERM, watch.ask_to_stop)
@@ -399,6 +400,8 @@ def test_the_run_directory_is_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(node, "_SECONDS_TO_SEE", 0.0)
     missing = f"does not see {tmp_path}, which the job has made: the run directory must be on a shared file system"
     assert folder_fault(tmp_path, "abc") == missing
+    (tmp_path / "nonce").write_bytes(b"\xff\xfe")
+    assert folder_fault(tmp_path, "abc") == missing
     (tmp_path / "nonce").write_text("another")
     assert folder_fault(tmp_path, "abc") == missing
     (tmp_path / "nonce").write_text("abc")
@@ -412,6 +415,51 @@ def test_a_run_directory_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     timer.start()
     assert folder_fault(tmp_path, "abc") == ""
     timer.join()
+
+
+def test_a_node_without_room_for_a_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    monkeypatch.setenv("SLURMD_NODENAME", "a")
+
+    def refuse(**options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    heard: list[Heard] = []
+    with contextlib.closing(Hub("secret")) as hub:
+        options = [f"--job=127.0.0.1:{hub.port}", *OPTIONS[1:], "--"]
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(node.main(options)))
+        thread.start()
+        while thread.is_alive():
+            heard += hub.poll(0.02)
+    assert codes == [1]
+    assert [item.message for item in heard if item.message and "ended" in item.message] == [
+        {"ended": {"failures": [], "bad_nodes": {"a": "has no room for a socket in /tmp: No space left on device"}}}
+    ]
+
+
+def test_a_full_disk_of_a_node_leaves_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tempfile.mkdtemp
+
+    def refuse(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
+        if dir == "/tmp":
+            raise OSError(28, "No space left on device")
+        return make(suffix, prefix, dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with node._private_folder() as folder:
+        assert folder.startswith("/dev/shm/")
+
+
+def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
+    """Nobody would see them stand still, or end them when the job says so."""
+    fails = "node.Watch._obey = lambda watch, message: 1 / 0 if message.get('order') == 'stacks' else None"
+    agent.start(before=fails)
+    agent.hub.send({"order": "stacks"})
+    assert agent.process.wait(20.0) == 1
+    assert wait_until(lambda: not agent.is_rank_there())
+    assert agent.calls == []
 
 
 def keys_heard(site: Site) -> list[str]:

@@ -267,6 +267,8 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
         ("preempted", "7 COMPLETING None", "preempted", None),
         ("requeued", "7 RUNNING None", "requeued", "the reason"),
         ("preempted", "", "vanished", "preempted, but not in the queue: Slurm knows job 7 no more"),
+        ("preempted", "7 CANCELLED None", "cancelled", "preempted, but not in the queue: Slurm has ended job 7"),
+        ("requeued", "7 CANCELLED None", "cancelled", "requeued, but not in the queue: Slurm has ended job 7"),
         ("running", "7 PENDING BeginTime", "queued (BeginTime)", "Slurm itself has queued the job again"),
         ("running", "7 SUSPENDED None", "suspended", None),
         ("done", "", "done", None),

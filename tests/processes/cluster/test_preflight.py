@@ -125,6 +125,11 @@ def test_nobody_is_blamed_where_all_is_well() -> None:
     assert blamed(["a", "b"], ["", ""], ["", ""]) == {}
 
 
+def four(*values: Any) -> Any:
+    """A case of four processes, whose start takes most of the time of these tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def examine(rank: int, world_size: int, plan: dict[str, Any]) -> tuple[dict[str, str], str, float, list[str]]:
     """Checks a world with a trouble; returns whom this rank blames, what it printed, for how long, and what is left."""
     patience, reduce = preflight._SECONDS_TO_SEE, dist.all_reduce
@@ -143,7 +148,7 @@ def examine(rank: int, world_size: int, plan: dict[str, Any]) -> tuple[dict[str,
     found: dict[str, str] = {}
     printed = io.StringIO()
     started = time.monotonic()
-    preflight._SECONDS_TO_SEE, dist.all_reduce = 0.5, all_reduce  # type: ignore[assignment]
+    preflight._SECONDS_TO_SEE, dist.all_reduce = 0.1, all_reduce  # type: ignore[assignment]
     write = Path.write_text
     try:
         if plan.get("cannot_write") == rank:
@@ -168,14 +173,13 @@ def verdicts(results: list[tuple[dict[str, str], str, float, list[str]]]) -> dic
     return results[0][0]
 
 
-@pytest.mark.parametrize("nodes", [["a", "b"], ["a", "a"], ["a", "a", "b", "b"], ["a", "b", "c", "d"]])
+@pytest.mark.parametrize("nodes", [["a", "b"], ["a", "a"], four(["a", "a", "b", "b"]), four(["a", "b", "c", "d"])])
 def test_good_nodes_pass(tmp_path: Path, worker_pool: Pools, nodes: list[str]) -> None:
     results = worker_pool(len(nodes)).run(examine, {"nodes": nodes, "folder": str(tmp_path)}, timeout=30.0)
     assert verdicts(results) == {}
     printed = [text for _, text, _, _ in results]
     assert printed[1:] == [""] * (len(nodes) - 1)
     assert printed[0].startswith(f"checks passed: {len(nodes)} rank(s) on {len(set(nodes))} node(s), cpu; a sum of 4 ")
-    assert all(seconds < 5.0 for _, _, seconds, _ in results)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +187,9 @@ def test_good_nodes_pass(tmp_path: Path, worker_pool: Pools, nodes: list[str]) -
     [
         (["a", "b"], "b", "b"),
         (["a", "b"], "a", "b"),
-        (["a", "a", "b", "b"], "b", "b"),
-        (["a", "b", "c", "d"], "a", "a"),
-        (["a", "b", "b", "c"], "b", "b"),
+        four(["a", "a", "b", "b"], "b", "b"),
+        four(["a", "b", "c", "d"], "a", "a"),
+        four(["a", "b", "b", "c"], "b", "b"),
     ],
 )
 def test_a_node_with_a_folder_of_its_own_is_named(
@@ -198,13 +202,14 @@ def test_a_node_with_a_folder_of_its_own_is_named(
     assert verdicts(worker_pool(len(nodes)).run(examine, plan, timeout=30.0)) == {named: SHARED}
 
 
-@pytest.mark.parametrize("nodes", [["a", "b"], ["a", "a", "b", "b"]])
+@pytest.mark.parametrize("nodes", [["a", "b"], four(["a", "a", "b", "b"])])
 def test_a_rank_that_reads_a_wrong_sum_is_named(tmp_path: Path, worker_pool: Pools, nodes: list[str]) -> None:
     plan = {"nodes": nodes, "folder": str(tmp_path), "reads_wrong": len(nodes) - 1}
     found = verdicts(worker_pool(len(nodes)).run(examine, plan, timeout=30.0))
     assert found == {"b": f"rank {len(nodes) - 1} got a wrong sum, and others the right one"}
 
 
+@pytest.mark.slow
 def test_a_rank_whose_part_is_missing_in_the_sum_is_named(tmp_path: Path, worker_pool: Pools) -> None:
     plan = {"nodes": ["a", "b", "c", "d"], "folder": str(tmp_path), "loses_its_part": 2}
     assert verdicts(worker_pool(4).run(examine, plan, timeout=30.0)) == {
@@ -237,7 +242,7 @@ def test_tokens_of_an_earlier_attempt_are_not_taken_for_these(tmp_path: Path, wo
     assert [found for found, *_ in results] == [{"b": SHARED}] * 2
 
 
-@pytest.mark.parametrize("nodes", [["a", "b"], ["a", "b", "c", "d"]])
+@pytest.mark.parametrize("nodes", [["a", "b"], four(["a", "b", "c", "d"])])
 def test_a_node_that_cannot_write_is_named(tmp_path: Path, worker_pool: Pools, nodes: list[str]) -> None:
     plan = {"nodes": nodes, "folder": str(tmp_path), "cannot_write": 1}
     found = verdicts(worker_pool(len(nodes)).run(examine, plan, timeout=30.0))

@@ -145,3 +145,10 @@ def test_a_node_that_does_not_listen_loses_some_beats_and_holds_nobody_up(pulse_
         assert time.monotonic() < deadline
         numbers = [message["number"] for message in pulse_socket.receive()]
         assert numbers == [*range(len(numbers))] and 0 < len(numbers) < sent
+
+
+def test_what_is_no_message_is_passed_over(tmp_path: Path) -> None:
+    with contextlib.closing(PulseSocket(tmp_path)) as pulse, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as rank:
+        for said in (b"", b"{", b"\xff\xfe", b"[" * 60_000, b"[1]", b"5", b'{"beat": {}}'):
+            rank.sendto(said, pulse.address)
+        assert pulse.receive() == [{"beat": {}}]

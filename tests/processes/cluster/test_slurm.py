@@ -1,7 +1,9 @@
 """What is read from Slurm's commands, with small stand-ins for them on PATH."""
 
 import contextlib
+import gzip
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -132,23 +134,36 @@ def test_nodes_that_slurm_has_given_up(scontrol: Scontrol, state: str, expected:
     assert slurm.is_given_up("n1") == expected
 
 
-def test_a_step_does_not_take_the_allocation_for_options() -> None:
-    kept = {"PATH": "/bin", "SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "2", "SLURM_CONF": "/x"}
-    dropped = [
-        "NTASKS",
-        "NPROCS",
-        "NNODES",
-        "NODELIST",
-        "NTASKS_PER_NODE",
-        "DISTRIBUTION",
-        "JOB_NUM_NODES",
-        "JOB_NODELIST",
-    ]
-    assert slurm.step_environment(kept | {f"SLURM_{name}": "64" for name in dropped}) == kept
+def input_variables() -> list[str]:
+    """Every variable that srun's manual names as an input; where there is no manual, those that were met."""
+    manual = Path("/usr/share/man/man1/srun.1.gz")
+    if not manual.exists():
+        return ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_NODE", "SLURM_NTASKS_PER_GPU", "SLURM_CPU_BIND", "SRUN_CONTAINER"]
+    text = gzip.decompress(manual.read_bytes()).decode(errors="replace")
+    section = text.split("INPUT ENVIRONMENT VARIABLES", 1)[1].split("OUTPUT ENVIRONMENT VARIABLES", 1)[0]
+    found = re.findall(r"^\\fB((?:SLURM|SLURMD|SRUN|PMI)_[A-Z0-9_]+)", section.replace("\\_", "_"), re.MULTILINE)
+    assert len(found) > 80
+    return found
+
+
+def test_srun_finds_no_options_in_its_environment() -> None:
+    """Neither of the allocation as it was nor of the shell that the job was submitted from."""
+    kept = {"PATH": "/bin", "SLURM_JOB_ID": "41", "SLURM_CONF": "/x", "SLURM_WORKING_CLUSTER": "c:h:1:2"}
+    names = set(input_variables()) - set(kept)
+    more = {"SLURM_TRES_PER_TASK", "SLURM_CPU_BIND_LIST", "SLURM_MEM_BIND_TYPE", "SLURM_CPUS_PER_TASK", "SBATCH_QOS"}
+    assert slurm.slurm_environment(kept | dict.fromkeys(names | more, "64")) == kept
 
 
 def test_a_step_gets_the_variables_of_the_user() -> None:
-    assert slurm.step_environment({"NPROCS": "4"}) == {"NPROCS": "4"}
+    theirs = {"NPROCS": "4", "NCCL_DEBUG": "INFO", "MLRA_PYTHON": "python3", "WANDB_MODE": "offline"}
+    assert slurm.slurm_environment(theirs) == theirs
+
+
+def test_the_command_line_of_a_step() -> None:
+    command = slurm.step_command(["n2", "n7"], "400G", "mask_cpu:0xff", ["--mem=1G", "-v"])
+    assert command[:5] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n2,n7"]
+    assert {"--mem=400G", "--cpu-bind=mask_cpu:0xff", "--overlap"} <= set(command)
+    assert command[-2:] == ["--mem=1G", "-v"], "what the user gives wins"
 
 
 def test_formats_of_the_user_do_not_reach_the_commands(scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +206,11 @@ ENVIRONMENT = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
 
 
 def test_the_allocation_is_read(scontrol: Scontrol) -> None:
-    scontrol(cases(show_hostnames="n1\nn2"))
-    assert Allocation.of(ENVIRONMENT) == Allocation("41", "mlra-scale", ("n1", "n2"), "n1", 0)
-    more = {**ENVIRONMENT, "SLURM_JOB_NAME": "deep", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "3"}
-    assert Allocation.of(more) == Allocation("41", "deep", ("n1", "n2"), "n2", 3)
+    """How often it was started is Slurm's word: the shell that it was submitted from may have a count of its own."""
+    scontrol(cases(show_hostnames="n1\nn2", show_job=JOB.format(excluded="(null)")))
+    assert Allocation.of(ENVIRONMENT) == Allocation("41", "mlra-scale", ("n1", "n2"), "n1", 2)
+    more = {**ENVIRONMENT, "SLURM_JOB_NAME": "deep", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "7"}
+    assert Allocation.of(more) == Allocation("41", "deep", ("n1", "n2"), "n2", 2)
 
 
 @pytest.mark.parametrize("present", [set(), {"SLURM_JOB_ID"}, {"SLURM_JOB_NODELIST"}])

@@ -1,8 +1,11 @@
 """A report is drawn without torch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+from mlra_scale.study.provenance import note_start
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -15,3 +18,10 @@ def test_a_report_loads_no_torch() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.split() == []
+
+
+def test_notes_of_a_study_have_a_version_and_older_ones_are_read(tmp_path: Path) -> None:
+    about = tmp_path / "study.json"
+    about.write_text(json.dumps({"name": "s", "started": "then", "ended": None}))
+    note_start(about, "s", [])
+    assert json.loads(about.read_text())["version"] == 2 and json.loads(about.read_text())["started"] == "then"

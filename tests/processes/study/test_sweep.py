@@ -1,11 +1,13 @@
 """A sweep with played runs: what it starts, skips and refuses, and what is there after every kind of end."""
 
+import errno
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from mlra_scale.config import ConfigError
 from mlra_scale.study import sweep as sweep_module
 from mlra_scale.study.grid import Cell, Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory, claim
-from mlra_scale.study.sweep import Sweep
+from mlra_scale.study.sweep import Running, Sweep
 from mlra_scale.study.sweep_text import Board, plan_text, summary_text
 from tests.processes.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
 from tests.support.tools import run_tool
@@ -195,15 +197,109 @@ def test_what_was_not_written_down_is_made_from_the_record(tmp_path: Path) -> No
     assert all(again.starts(cell.name) == 1 for cell in again.cells)
 
 
-def test_a_cell_that_another_sweep_runs_is_left_to_it(tmp_path: Path) -> None:
+def test_a_cell_that_another_sweep_runs_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And left to it where it ends with a result, a failure too."""
+    place = Place(tmp_path, [DONE, FAILED])
+    files = {cell.name: place.output.files(cell) for cell in place.cells}
+    locks = {name: claim(files[name]) for name in (f"dense-seed{DONE}", f"dense-seed{FAILED}")}
+    board = Board(place.cells, place.output)
+
+    def watch(running: Sequence[Running]) -> None:
+        """The other sweep ends its cells when this one has nothing else to do: one by a result, one by being killed."""
+        board.watch(running, place.sweep.held_elsewhere)
+        if len(place.told) >= 2 and locks:
+            (name, lock) = locks.popitem()
+            assert lock is not None and name in place.sweep.held_elsewhere
+            if name == f"dense-seed{FAILED}":
+                files[name].result.write_text(json.dumps({"cell": name, "state": "failed", "error": "there"}))
+            lock.close()
+
+    to_do = place.sweep.prepare(place.cells, ["sweep"])
+    assert place.sweep.run(to_do, 1, lambda result, seconds: place.told.append(result), watch) is None
+    assert place.sweep.held_elsewhere == {} and not locks
+    states = {name: result["state"] for name, result in place.results().items()}
+    assert states == {
+        f"dense-seed{DONE}": "done",
+        f"mlra-seed{DONE}": "done",
+        f"dense-seed{FAILED}": "failed",
+        f"mlra-seed{FAILED}": "failed",
+    }
+    assert place.starts(f"dense-seed{DONE}") == 1 and place.starts(f"dense-seed{FAILED}") == 0
+    assert f"waited for: dense-seed{DONE}" in capsys.readouterr().out
+
+
+def test_a_sweep_that_waits_can_be_stopped(tmp_path: Path) -> None:
     place = Place(tmp_path, [DONE])
     lock = claim(place.output.files(place.cells[0]))
     assert lock is not None
+
+    def watch(running: Sequence[Running]) -> None:
+        if place.told and place.sweep.held_elsewhere:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     with lock:
-        place.start()
-    assert place.sweep.held_elsewhere == ["dense-seed1"]
+        to_do = place.sweep.prepare(place.cells, ["sweep"])
+        stopped = place.sweep.run(to_do, 1, lambda result, seconds: place.told.append(result), watch)
+    assert stopped is signal.SIGTERM
+    assert list(place.results()) == ["mlra-seed1"] and [*place.sweep.held_elsewhere] == ["dense-seed1"]
+    assert "still at work elsewhere: dense-seed1" in summary_text(place.output, place.cells, place.sweep)
+
+
+def test_the_run_of_a_killed_sweep_is_taken_over(tmp_path: Path) -> None:
+    """Its sweep is gone, and its process keeps the cell until it ends."""
+    first = Place(tmp_path, [DONE])
+    first.sweep.prepare(first.cells, ["sweep"])
+    assert first.sweep._start(first.output.files(first.cells[0]), 0, [])
+    (running,) = first.sweep._running
+    running.process.send_signal(signal.SIGSTOP)
+    running.lock.close()
+    second = Place(tmp_path, [DONE])
+
+    def watch(_: Sequence[Running]) -> None:
+        if second.sweep.held_elsewhere:
+            running.process.send_signal(signal.SIGCONT)
+            running.process.poll()
+
+    to_do = second.sweep.prepare(second.cells, ["sweep"])
+    assert second.sweep.run(to_do, 1, lambda result, seconds: second.told.append(result), watch) is None
+    assert running.process.wait(30.0) == 0
+    assert {name: result["state"] for name, result in second.results().items()} == {
+        "dense-seed1": "done",
+        "mlra-seed1": "done",
+    }
+    assert second.starts("dense-seed1") == 1, "its result is made from its record"
+
+
+def test_a_result_that_cannot_be_written_does_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, [DONE])
+    write = sweep_module.write_result
+
+    def refuse(files: CellFiles, *rest: Any, **more: Any) -> None:
+        if files.cell.name == "dense-seed1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(files, *rest, **more)
+
+    monkeypatch.setattr(sweep_module, "write_result", refuse)
+    (tmp_path / "out").mkdir()
+    assert place.start() is None
+    assert list(place.results()) == ["mlra-seed1"] and place.sweep.interrupted == []
+    told = summary_text(place.output, place.cells, place.sweep)
+    assert "not written: dense-seed1: its result cannot be written: No space left on device" in told
+    monkeypatch.undo()
+    again = Sweep(place.study, place.cells, place.output)
+    again.run(again.prepare(place.cells, ["sweep"]), 1)
+    assert sorted(place.results()) == ["dense-seed1", "mlra-seed1"] and place.starts("dense-seed1") == 1
+
+
+def test_a_cell_whose_folder_cannot_be_made_is_named_and_the_others_run(tmp_path: Path) -> None:
+    place = Place(tmp_path, [DONE])
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    (tmp_path / "out" / "cells" / "dense-seed1").write_text("")
+    ran = run_tool("sweep", place.file, "--output", tmp_path / "out")
+    assert ran.code == 1 and "not written: dense-seed1: cannot be started" in ran.stdout
     assert list(place.results()) == ["mlra-seed1"]
-    assert "at work in another sweep: dense-seed1" in summary_text(place.output, place.cells, place.sweep)
 
 
 def test_a_run_keeps_its_cell_when_its_sweep_is_killed(tmp_path: Path) -> None:
@@ -226,14 +322,15 @@ def test_a_run_keeps_its_cell_when_its_sweep_is_killed(tmp_path: Path) -> None:
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(slot: int, ranks: int, gpus: list[str]) -> str | None:
-        return sweep_module._environment(slot, ranks, gpus).get("CUDA_VISIBLE_DEVICES")
+        return sweep_module._environment(slot, ranks, gpus, 240.0).get("CUDA_VISIBLE_DEVICES")
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [given(slot, 1, ["0", "1", "2"]) for slot in range(4)] == ["0", "1", "2", "0"]
     assert [given(slot, 2, ["0", "1", "2", "3", "4"]) for slot in range(3)] == ["0,1", "2,3", "0,1"]
     assert given(1, 1, ["0"]) is None and given(1, 2, ["0", "1", "2"]) is None and given(0, 1, []) is None
-    assert sweep_module._environment(0, 1, [])["OMP_NUM_THREADS"] == "1"
+    environment = sweep_module._environment(0, 1, [], 90.0)
+    assert environment["OMP_NUM_THREADS"] == "1" and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     assert sweep_module._gpus() == ["GPU-a", "GPU-b"]
 

@@ -67,7 +67,7 @@ def test_without_a_key_it_logs_offline_and_continues_under_the_same_id(tmp_path:
 
 def test_with_a_key_and_no_server_it_falls_back_to_offline(tmp_path: Path) -> None:
     # Port 9 of this machine refuses; a network that swallows packets ends at the same timeout.
-    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
     result = run_script("auto", tmp_path / "run", environment)
     assert result.stdout.startswith("wandb: cannot start online (") and result.stdout.endswith("mode offline\n")
     assert [row["_step"] for row in history(tmp_path / "run")] == [0, 1, 2]

@@ -171,7 +171,7 @@ def write_checkpoint(
         step: Of the checkpoint.
         layout: Of the ranks.
         values: Weights, and moments if there are any.
-        options: model, state, buffers, tokenizer, keep_last, keep_every.
+        options: model, state, buffers, tokenizer, keep_last, keep_every, tell.
     """
     layout, values = layout or Layout(), all_parts() if values is None else values
     model, save_id = options.get("model", MODEL), uuid4().hex
@@ -196,4 +196,5 @@ def write_checkpoint(
         reports.append(report)
     table = ParameterTable(model)
     manifest = describe(unfinished, save_id, step, reports, main, table, layout.topology(0))
-    return commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0))
+    tell = options.get("tell", lambda fault: None)
+    return commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0), tell=tell)

@@ -227,9 +227,12 @@ def test_a_manifest_that_is_not_sound_is_refused(tmp_path: Path) -> None:
     faults: dict[str, dict[str, Any]] = {
         "leads out of the folder": {"files": {**manifest.files, "../x": FileEntry(1, "")}},
         "File name too long": {"files": {**manifest.files, 300 * "x": FileEntry(1, "")}},
-        "a tensor-parallel degree of 'two'": {"layout": {"tensor": "two"}},
-        "a tensor-parallel degree of 0": {"layout": {"tensor": 0}},
-        r"blocks\.0\.attention\.q\.up\.weight of shape \(8, 4\), split over 3": {"layout": {"tensor": 3}},
+        "layout has tensor 'two'": {"layout": {**manifest.layout, "tensor": "two"}},
+        "layout has tensor 0": {"layout": {**manifest.layout, "tensor": 0}},
+        "layout has 5000000 tensor-parallel ranks": {"layout": {**manifest.layout, "tensor": 5_000_000}},
+        r"blocks\.0\.attention\.q\.up\.weight of shape \(8, 4\), split over 3": {
+            "layout": {**manifest.layout, "tensor": 3}
+        },
         "kind 'other' is not known": {"kind": "other"},
         "step '1' is no number": {"step": "1"},
         "Invalid isoformat string: 'yesterday'": {"created": "yesterday"},
@@ -239,8 +242,8 @@ def test_a_manifest_that_is_not_sound_is_refused(tmp_path: Path) -> None:
         r"final_norm\.bias of shape \(8,\), split .* along 1": {
             "parameters": {**manifest.parameters, "final_norm.bias": StoredParameter((8,), 1)}
         },
-        r"KeyError: 'tensor'": {"layout": {}},
-        r"KeyError: 'embedding\.weight'": {"parameters": {}},
+        r"'world_size' is missing": {"layout": {}},
+        r"config\.yaml makes \S+ \(\(.*stored is None": {"parameters": {}},
         r"config\.yaml makes embedding\.weight \(\(24, 8\), 0\), stored is \(\(24, 8\), 1\)": {
             "parameters": {**manifest.parameters, "embedding.weight": StoredParameter((24, 8), 1)}
         },
@@ -274,11 +277,25 @@ def test_another_format_or_version_says_so(tmp_path: Path) -> None:
     (folder / MANIFEST).write_bytes(whole)
     text = json.loads(whole)
     del text["checksum"]
-    text["version"] = 2
-    text["checksum"] = _checksum(text)
-    (folder / MANIFEST).write_text(json.dumps(text))
-    with pytest.raises(CheckpointError, match="has version 2 of the format, this program reads 1"):
-        Store.open(folder)
+    for version in (3, 0, "2", None, True):
+        text["version"] = version
+        (folder / MANIFEST).write_text(json.dumps(text | {"checksum": _checksum(text)}))
+        with pytest.raises(CheckpointError, match=f"has version {version!r} of the format, this program reads 1 to 2"):
+            Store.open(folder)
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    """What commit 3a017c2 wrote: version 1 in the manifest, none in config.yaml."""
+    folder = write_checkpoint(tmp_path, 1)
+    manifest = read_manifest(folder)
+    config = (folder / "config.yaml").read_text()
+    assert config.startswith("version: 2\n")
+    (folder / "config.yaml").write_text(config.partition("\n")[2])
+    files = {**manifest.files, "config.yaml": entry_of(folder / "config.yaml")}
+    (folder / MANIFEST).write_bytes(replace(manifest, files=files, version=1).to_json())
+    store = Store.open(folder)
+    assert (store.manifest.version, store.config) == (1, config_of())
+    assert store.manifest.notice == "the checkpoint has version 1 of the format and is read as version 2"
 
 
 def test_loading_into_an_engine(tmp_path: Path, one_process: Any) -> None:

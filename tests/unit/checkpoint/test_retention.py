@@ -1,8 +1,10 @@
 """Which checkpoints stay."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -226,3 +228,41 @@ def test_a_clock_that_goes_backwards_does_not_change_the_order(tmp_path: Path, m
     write(tmp_path, 20, 10)
     assert steps(complete_checkpoints(tmp_path)) == [20, 10]
     assert Store.open(tmp_path / checkpoint_name(10)).manifest.created == "2026-05-01T12:00:01.000000+00:00"
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ENOENT, errno.EACCES, errno.EIO])
+def test_a_complete_save_does_not_fail_for_what_cannot_be_removed(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS has its own reasons; the rest is as removable as before."""
+    write(tmp_path, 1, 2, 3)
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path, **options: Any) -> None:
+        if "00000001" in path.name:
+            raise OSError(code, os.strerror(code), str(path))
+        rmtree(path, **options)
+
+    told: list[str] = []
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    final = write_checkpoint(tmp_path, 4, keep_last=1, tell=told.append)
+    assert latest(tmp_path) == final and Store.open(final).verify() == []
+    assert steps(complete_checkpoints(tmp_path)) == [4], "2 and 3 are gone, 1 is hidden"
+    is_told = code in (errno.EACCES, errno.EIO)
+    assert [os.strerror(code) in text and "00000001" in text for text in told] == [True] * is_told
+    tidy(tmp_path)  # the next save's first act: what is in the way does not keep it from being made
+    write(tmp_path, 5)
+
+
+def test_a_replaced_save_that_cannot_be_cleared_away_is_no_fault_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        write(tmp_path, 1)
+    assert steps(complete_checkpoints(tmp_path)) == [1]

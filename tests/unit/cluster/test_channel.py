@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.cluster.channel import Heard, Hub, Link
+from mlra_scale.cluster import channel as module
+from mlra_scale.cluster.channel import Heard, Hub, Link, endpoint, host_and_port, listening_host
 
 TOKEN = "0123456789abcdef"
 
@@ -260,9 +261,19 @@ def test_whatever_strangers_say_is_not_heard_and_does_no_harm(said: list[tuple[b
         b'{"node": "b", "token": "' + b"9" * 100_000 + b'"}\n',
         b"9" * 100_000 + b"\n",
         '{"node": "b", "token": "\u00e9"}\n'.encode(),
+        b'{"node": "b", "token": "\\ud800"}\n',
+        b'{"node": "\\udfff", "token": "0123456789abcde\\udfff"}\n',
+        b'{"node": "b", "token": {"a": []}}\n',
+        b'{"token": "0123456789abcdef"}\n',
+        b'{"node": 5, "token": "0123456789abcdef"}\n',
         b"[" * 60_000 + b"\n",
+        b"[" * 9_000 + b"\n",
+        b'{"node": "b", "token": ' + b"9" * 9_000 + b"}\n",
     ],
-    ids=["number", "null", "list", "bytes", "long token", "long number", "not ascii", "deep"],
+    ids=[
+        *("number", "null", "list", "bytes", "long token", "long number", "not ascii", "surrogate"),
+        *("surrogates", "object", "no name", "name is a number", "deep", "deep and short", "digits"),
+    ],
 )
 def test_what_a_stranger_may_say(hub: Hub, said: bytes) -> None:
     with cut(link_to(hub)) as link:
@@ -275,7 +286,7 @@ def test_what_a_stranger_may_say(hub: Hub, said: bytes) -> None:
 
 
 def test_a_stranger_without_an_end_of_line_is_cut_off(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlra_scale.cluster.channel._LONGEST_LINE", 1000)
+    monkeypatch.setattr("mlra_scale.cluster.channel._LONGEST_GREETING", 1000)
     connection = stranger(hub)
     connection.sendall(b"x" * 2000)
     deadline = time.monotonic() + 5.0
@@ -295,6 +306,104 @@ def test_a_node_that_talks_nonsense_has_ended(hub: Hub) -> None:
         connection.sendall(b"\n")
         heard = drained(hub, connection)
     assert [item.message for item in heard] in ([{"node": "a"}, None], []), "both at once, or one after the other"
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the hub has ended a stranger's connection."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_strangers_are_few_at_a_time_and_nodes_come_through(hub: Hub) -> None:
+    """Whoever opens many connections loses the oldest of them."""
+    with contextlib.ExitStack() as stack, cut(link_to(hub)) as link:
+        crowd = [stack.enter_context(stranger(hub)) for _ in range(150)]
+        heard_until(hub, lambda heard: sum(map(is_closed, crowd)) == 150 - module._MAX_STRANGERS)
+        assert not any(map(is_closed, crowd[-module._MAX_STRANGERS :]))
+        with cut(link_to(hub, "b")):
+            assert [item.node for item in hear(hub, 1)] == ["b"]
+            link.send({"still": "here"})
+            assert hear(hub, 1) == [Heard("a", {"still": "here"})]
+
+
+def test_the_crowd_from_one_machine_makes_room_for_another(hub: Hub) -> None:
+    """127.0.0.2 is another machine's address to the hub."""
+    with contextlib.ExitStack() as stack:
+        alone = stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), 10.0, ("127.0.0.2", 0)))
+        hub.poll(1.0)
+        crowd = [stack.enter_context(stranger(hub)) for _ in range(module._MAX_STRANGERS + 8)]
+        heard_until(hub, lambda heard: sum(map(is_closed, crowd)) == 9)
+        assert not is_closed(alone)
+
+
+def test_a_stranger_without_a_word_is_cut_off_in_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STRANGER_SECONDS", 0.2)
+    with cut(link_to(hub)) as link, stranger(hub) as silent, stranger(hub) as slow:
+        slow.sendall(b'{"node": ')
+        heard = heard_until(hub, lambda heard: is_closed(silent) and is_closed(slow))
+        assert [item.message for item in heard] == [{"node": "a"}], "a member may be silent for as long as it likes"
+        link.send({"still": "here"})
+        assert hear(hub, 1) == [Heard("a", {"still": "here"})]
+
+
+def test_a_member_with_a_line_that_is_too_long_has_ended(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST_LINE", 20_000)
+    with cut(link_to(hub)) as link:
+        link.send({"long": "x" * 19_000})
+        assert len(hear(hub, 2)) == 2, "longer than a greeting may be"
+        link.send({"long": "x" * 30_000})
+        assert hear(hub, 1) == [Heard("a", None)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+def test_a_hub_listens_at_one_address(host: str) -> None:
+    if host == "::1" and not has_ipv6():
+        pytest.skip("needs IPv6")
+    with contextlib.closing(Hub(TOKEN, host)) as hub:
+        assert hub.address == host
+        name, port = host_and_port(endpoint(host, hub.port))
+        assert (name, port) == (host, hub.port)
+        with cut(Link(name, port, {"node": "a", "token": TOKEN}, patience=0.0)):
+            assert hear(hub, 1) == [Heard("a", {"node": "a"})]
+        if host != "127.0.0.2":
+            with pytest.raises(OSError, match="refused"):
+                Link("127.0.0.2", hub.port, {}, patience=0.0)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_hub_at_all_addresses_hears_both_families(hub: Hub) -> None:
+    hosts = ["127.0.0.1", *(["::1"] if has_ipv6() else [])]
+    for host in hosts:
+        with cut(Link(host, hub.port, {"node": host, "token": TOKEN}, patience=0.0)):
+            assert hear(hub, 1) == [Heard(host, {"node": host})]
+        assert hear(hub, 1) == [Heard(host, None)]
+
+
+@pytest.mark.parametrize(
+    ("host", "others", "expected"),
+    [
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", ["127.0.0.1"], "127.0.0.1"),
+        ("127.0.0.1", ["127.0.0.1", "192.0.2.7"], ""),  # a machine's own name is often its loopback
+        ("::1", ["192.0.2.7"], ""),
+        ("192.0.2.1", [], ""),  # of no machine
+        ("no-such-host.invalid", [], ""),
+    ],
+)
+def test_where_a_hub_listens(host: str, others: list[str], expected: str) -> None:
+    assert listening_host(host, others) == expected
 
 
 def test_silent_strangers_do_not_keep_nodes_out(hub: Hub) -> None:

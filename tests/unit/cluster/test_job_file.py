@@ -59,6 +59,7 @@ def test_its_keys_are_frozen(tmp_path: Path) -> None:
             "excluded",
             "first_counted",
             "attempts",
+            "version",
         ]
     )
     assert [*values["attempts"][0]] == (
@@ -120,6 +121,27 @@ def test_what_is_none_of_ours_is_refused(tmp_path: Path, text: str) -> None:
     assert path.read_text() == text
 
 
+def test_where_there_is_no_room_for_another_file_it_is_written_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has blanks at its end, so that the end of a job finds room in it."""
+    file = filled(tmp_path / "job.json")
+    file.become("running")
+    size = file.path.stat().st_size
+
+    def refuse(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    file.attempts[-1].reason = "x" * 2000
+    file.become("failed", "y" * 2000)
+    assert capsys.readouterr().err == ""
+    assert asdict(JobFile.read(file.path)) == asdict(file) and file.path.stat().st_size == size
+    file.become("done")
+    assert asdict(JobFile.read(file.path)) == asdict(file), "nothing is left of the longer text"
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_does_not_end_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +153,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_does_not_end_the_job(
 
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(Path, "replace", refuse)
-    file.become("done")
+    file.become("done", "more than there is room for: " + "x" * 20_000)
     assert "No space left on device" in capsys.readouterr().err
     assert JobFile.read(file.path).state == "running"

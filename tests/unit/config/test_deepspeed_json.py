@@ -37,7 +37,9 @@ def nested(path: str, key: str, value: object) -> dict[str, Any]:
 
 
 def example(kind: str) -> object:
-    return {"bool": True, "count": 5e8, "mapping": {}, "list": [], "0|1|2|3": 1}.get(kind, kind.split("|")[-1])
+    return {"bool": True, "count": 5e8, "positive count": 5e8, "mapping": {}, "list": [], "0|1|2|3": 1}.get(
+        kind, kind.split("|")[-1]
+    )
 
 
 ROWS = [(path, key, owner, note) for path, table in TABLES.items() for key, (owner, note) in table.items()]
@@ -81,7 +83,7 @@ def test_a_remedy_that_names_a_field_names_a_real_one() -> None:
         (
             {"zero_optimization": {"reduce_bucket_size": 0.5}},
             "zero_optimization.reduce_bucket_size",
-            "must be a whole number >= 0",
+            "must be a whole number >= 1",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
@@ -116,6 +118,10 @@ def test_the_tables_know_every_key_of_deepspeed() -> None:
     removed = set(deepspeed_runtime._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert removed <= set(TABLES[""])
     assert set(deepspeed_runtime._REMOVED_ZERO_CONFIG_KEYS) <= set(TABLES["zero_optimization"])
+    # What is said to be removed is what DeepSpeed says so of.
+    for path, theirs in (("", removed), ("zero_optimization", set(deepspeed_runtime._REMOVED_ZERO_CONFIG_KEYS))):
+        said = {key for key, (_, text) in TABLES[path].items() if text.startswith("DeepSpeed has removed it")}
+        assert said == theirs, said ^ theirs
     # Every name that DeepSpeed's own top-level getters look up.
     source = Path(deepspeed_runtime.__file__).read_text(encoding="utf-8")
     constants = vars(deepspeed_runtime)
@@ -123,6 +129,14 @@ def test_the_tables_know_every_key_of_deepspeed() -> None:
     looked_up |= set(re.findall(r"param_dict\.get\(['\"](\w+)['\"]", source))
     assert len(looked_up) > 15
     assert looked_up <= set(TABLES[""]), looked_up - set(TABLES[""])
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel_size", "seq_parallel_communication_data_type"])
+def test_sequence_parallelism_is_refused_with_the_field_that_does_it(key: str) -> None:
+    """DeepSpeed's is another one: Ulysses. Ours came later than the refusal, which said that there is none."""
+    (problem,) = check_deepspeed_keys({key: 2})
+    assert "set parallel.sequence_parallel" in problem.remedy and "Ulysses" in problem.remedy
+    assert load_config("debug", overrides=["parallel.sequence_parallel=true"]).parallel.sequence_parallel
 
 
 def parse(config: Config) -> Any:

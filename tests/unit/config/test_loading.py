@@ -69,6 +69,18 @@ def test_a_file_without_preset_needs_every_required_field(tmp_path: Path) -> Non
     ]
 
 
+def test_the_configuration_of_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Its preset is a note: it need not exist any more, and nothing in the file counts as named."""
+    config = load_config("debug", overrides=["train.steps=7"]).model_copy(update={"preset": "of-long-ago"})
+    file = write(tmp_path / "config.yaml", config.to_yaml())
+    loaded, named = load_named_config(overrides=["tev.every=3"], run_config=file)
+    assert loaded == config.model_copy(update={"tev": config.tev.model_copy(update={"every": 3})})
+    assert named == Named(frozenset({"tev.every"}), frozenset())
+    (tmp_path / "config.yaml").write_text("[")
+    with pytest.raises(ConfigError, match=r"--run-dir = '.*config.yaml': line 1"):
+        load_named_config(run_config=file)
+
+
 def test_nothing_to_start_from() -> None:
     (line,) = lines()
     assert line.startswith("--preset = None: give one of debug, laptop, ")
@@ -166,8 +178,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ('{\n  "zero_optimization": {\n    "stage" 1\n  }\n}', "is not valid JSON: line 3, column 13: "),
         ("{\n\n", "is not valid JSON: line 3, column 1: "),
         ("[]", "must be a JSON object: { ... }"),
-        ('{"a": 1, "a": 2}', "key 'a' is given twice; keep one of them"),
-        ('{"zero_optimization": {"reduce_bucket_size": Infinity}}', "Infinity is no JSON value; write a number"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice in one object; keep one of them"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": Infinity}}',
+            "has Infinity, which is no JSON value; write a finite number",
+        ),
     ],
 )
 def test_bad_deepspeed_files(tmp_path: Path, text: str, line: str) -> None:

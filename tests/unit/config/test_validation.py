@@ -49,7 +49,7 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "measures weights as they are stored",
         ),
         (
-            {"guard": {"enabled": True}},
+            {"guard": {"enabled": True}, "checkpoint": {"every": 0}},
             1,
             "checkpoint.every",
             "set it to the number of steps that you can afford to lose",

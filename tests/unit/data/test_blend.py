@@ -44,6 +44,10 @@ def test_every_data_set_is_read_in_its_own_order_without_gaps(weights: list[floa
         assert (mine == np.arange(len(mine))).all()
 
 
+def test_weights_near_the_largest_number_keep_their_proportions() -> None:
+    assert BlendPattern([1.5e308, 0.5e308]).proportions == [0.75, 0.25]
+
+
 def test_a_sample_is_located_by_itself() -> None:
     pattern = BlendPattern([5, 2, 1])
     samples = np.array([0, 1, BLOCK - 1, BLOCK, 10**12 + 12345])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import gc
 from pathlib import Path
 
 import pytest
 
 from mlra_scale.data.corpus_python import PythonCorpus, module_texts
+from mlra_scale.data.files import FileCounts, NotRead
+from mlra_scale.data.sources import PythonDocs
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def test_it_is_megabytes_of_text_in_a_fixed_order(corpus: PythonCorpus) -> None:
 
 
 def test_what_is_in_and_what_is_left_out(corpus: PythonCorpus) -> None:
-    names = set(corpus._modules)
+    names = set(corpus.modules)
     assert {"argparse", "json.decoder", "collections.__init__", "encodings.aliases"} <= names
     left_out = ("site-packages", "test.", "unittest.test.", "pydoc_data", "_sysconfigdata", "idlelib.idle_test")
     assert not [name for name in names if name.startswith(left_out) or ".tests." in name]
@@ -45,7 +48,9 @@ def test_docstrings_and_source_share_nothing(tmp_path: Path) -> None:
         '        """Only\n        text."""\n\n    def shared(self): "kept"; return 1\n\n'
         'def plain(x):\n    """Caf\u00e9 text."""\n    # a comment\n    return x  # \x0c form feed\n'
     )
-    english, code = module_texts("example", path)
+    texts = module_texts("example", path)
+    assert texts is not None
+    english, code = texts
     assert english.split("\n\n")[0] == "example"
     for heading in (
         "example\n\nModule text.\n\nMore.\n",
@@ -62,7 +67,9 @@ def test_docstrings_and_source_share_nothing(tmp_path: Path) -> None:
 
 def test_real_modules_stay_python_without_their_docstrings(corpus: PythonCorpus) -> None:
     for name in ("argparse", "typing", "turtle", "_pydecimal", "email.message"):
-        english, code = module_texts(name, corpus._modules[name])
+        texts = module_texts(name, corpus.modules[name])
+        assert texts is not None
+        english, code = texts
         ast.parse(code)
         assert len(english) > 5000 and english[200:400] not in code
 
@@ -70,4 +77,26 @@ def test_real_modules_stay_python_without_their_docstrings(corpus: PythonCorpus)
 def test_a_file_that_does_not_parse_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text("def (:\n")
-    assert module_texts("bad", path) == ("", "")
+    assert module_texts("bad", path) is None
+    path.write_bytes(b'# coding: ascii\n"""caf\xe9"""\n')
+    assert module_texts("bad", path) is None
+
+
+def test_a_module_that_does_not_parse_is_counted(tmp_path: Path) -> None:
+    source = PythonDocs()
+    modules = source._corpus.modules
+    for name in set(modules) - {"argparse", "this"}:
+        del modules[name]
+    source._corpus._names = [f"{kind} {name}" for name in modules for kind in ("docstrings", "source")]
+    modules["argparse"] = tmp_path / "argparse.py"
+    modules["argparse"].write_text("def (:\n")
+    assert len(list(source.documents())) == 1
+    assert source.files() == FileCounts(1, (), [NotRead("argparse", "not Python source of this version")])
+
+
+def test_parsing_leaves_the_garbage_collector_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    for text in ("def (:\n", "x = 1\n"):
+        path.write_text(text)
+        module_texts("bad", path)
+        assert gc.isenabled()

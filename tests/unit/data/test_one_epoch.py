@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from mlra_scale.data.index_cache import damaged_caches
 from mlra_scale.data.one_epoch import OneEpoch, SequenceRange, _NoTokenizer
 from tests.unit.data.builders import random_documents, whole_range, write_documents
 
@@ -129,6 +131,25 @@ def test_without_a_usable_cache_the_indices_stay_in_memory(tmp_path: Path, obsta
         else:
             samples.write_bytes(samples.read_bytes()[:50])
     assert (rows(OneEpoch(data_range, 16, cache_from=1)) == expected).all()
+
+
+def test_a_flipped_bit_in_a_cached_index_is_seen_and_mended(tmp_path: Path) -> None:
+    data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
+    expected, draw = rows(OneEpoch(data_range, 16)), random.Random(3)
+    OneEpoch(data_range, 16, cache_from=1)
+    for name in ("documents.npy", "samples.npy", "sha256.json"):
+        for _ in range(8):
+            (path,) = data_range.cache.glob(f"*/{name}")
+            content = bytearray(path.read_bytes())
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(content)
+            assert damaged_caches(data_range.cache)
+            assert (rows(OneEpoch(data_range, 16, cache_from=1)) == expected).all()
+            assert damaged_caches(data_range.cache) == []
+    # A folder as an earlier version left it has no sums: it is built anew.
+    (sums,) = data_range.cache.glob("*/sha256.json")
+    sums.unlink()
+    assert (rows(OneEpoch(data_range, 16, cache_from=1)) == expected).all() and sums.is_file()
 
 
 def digest_on_rank(rank: int, world_size: int, data_range: SequenceRange, cache_from: int) -> str:

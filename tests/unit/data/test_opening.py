@@ -147,6 +147,51 @@ def test_a_blend_has_its_weights(data: Path, bare: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("second", ["link", "slash", "copy"])
+def test_the_same_data_twice_in_a_blend_are_refused(data: Path, bare: Path, tmp_path: Path, second: str) -> None:
+    names = {"link": str(tmp_path / "link"), "slash": f"{data}/", "copy": str(tmp_path / "copy")}
+    (tmp_path / "link").symlink_to(data)
+    shutil.copytree(data, tmp_path / "copy")
+    config = config_for(None, f"data.blend={{{data}: 1, {bare}: 1, {names[second]}: 2}}")
+    (problem,) = check_data(config)
+    assert problem.value == names[second] and f"holds the same data as {data}; name them once" in problem.remedy
+    # A run that began with them, when that was not refused, goes on.
+    assert check_data(config, is_resumed=True) == []
+
+
+def test_weights_that_cannot_be_met_are_said(data: Path, bare: Path) -> None:
+    config = config_for(None, f"data.blend={{{data}: 1, {bare}: 1.0e-9}}")
+    (notice,) = open_datasets(config).notices
+    assert f"the weight of {bare} asks for 1e-09 of the samples and gets 1.53e-05" in notice
+    assert open_datasets(config_for(None, f"data.blend={{{data}: 0.7, {bare}: 0.3}}")).notices == ()
+
+
+def test_validation_on_the_data_that_are_trained_on_is_said(bare: Path) -> None:
+    (notice,) = open_datasets(config_for(bare, validation_path=bare)).notices
+    assert f"{bare} holds the data that are trained on" in notice
+
+
+def test_small_bare_data_are_known_by_all_their_tokens(tmp_path: Path) -> None:
+    # 500,000 tokens: a sample of 64 stretches, as for larger data, would not see the change.
+    prefix = write_documents(tmp_path / "set", [[1, 2, 3, 4] * 125_000, [5] * 40])
+    config = config_for(prefix)
+    before = identify_data(config)
+    content = bytearray(Path(f"{prefix}.bin").read_bytes())
+    content[2 * 6000] ^= 1
+    Path(f"{prefix}.bin").write_bytes(content)
+    after = identify_data(config)
+    assert after.mix.fingerprints != before.mix.fingerprints and list(after.earlier) == list(before.earlier)
+
+
+def test_a_folder_that_may_not_be_entered_is_refused(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    (problem,) = check_data(config_for(data))
+    assert problem.field == "data.path" and "Permission denied" in problem.remedy
+
+
 def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare: Path, tmp_path: Path) -> None:
     def fingerprint(path: Path, *overrides: str) -> str:
         config = config_for(path, *overrides)
@@ -169,7 +214,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "was not made, or not finished, by"),
-    "manifest is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    "manifest is no JSON": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
     "foreign manifest": (lambda d: (d / "manifest.json").write_text("{}"), "is not a manifest of tools/prepare_data"),
     "no train.bin": (lambda d: (d / "train.bin").unlink(), "train.bin does not exist"),
     "no validation.idx": (lambda d: (d / "validation.idx").unlink(), "validation.idx does not exist"),
@@ -192,9 +237,9 @@ def test_a_manifest_changed_by_hand_is_refused(data: Path) -> None:
     path = data / "manifest.json"
     content = json.loads(path.read_text())
     for change, message in (
-        ({"fingerprint": "0" * 64}, "was changed by hand"),
-        ({"version": 2}, "has version 2"),
-        ({"files": {}}, "lacks or garbles an entry"),
+        ({"fingerprint": "0" * 64}, "was changed after it was made"),
+        ({"version": 3}, "has version 3"),
+        ({"files": {}}, "was changed after it was made"),
     ):
         path.write_text(json.dumps(content | change))
         assert message in told(config_for(data))

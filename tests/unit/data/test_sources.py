@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from mlra_scale.data.errors import DataError
-from mlra_scale.data.sources import find_files, open_sources
+from mlra_scale.data.files import FileCounts, NotRead, find_files
+from mlra_scale.data.sources import open_sources
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites: \u00e4 \u00f6 \u00fc \U0001f642", "", "x" * 5000]
 
@@ -73,7 +75,107 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "in" / "**" / "*.jsonl*") == ["b", "c"]
     assert texts_of(tmp_path / "i*") == ["a", "b", "d", "c"]
     assert texts_of(tmp_path / "in" / "d.parquet", tmp_path / "in" / "a.txt") == ["d", "a"]
-    assert [file.name for file in find_files(str(tmp_path / "in" / "deep"))] == ["c.jsonl.gz"]
+    assert [file.name for file in find_files(str(tmp_path / "in" / "deep")).files] == ["c.jsonl.gz"]
+    # Every file that matched is read or named with the reason.
+    (source,) = open_sources([str(tmp_path / "in")], "text", "train", None)
+    assert len(list(source.documents())) == 4
+    assert source.files() == FileCounts(
+        4,
+        [],
+        [
+            NotRead(str(tmp_path / "in" / ".hidden"), "hidden"),
+            NotRead(str(tmp_path / "in" / "readme.md"), "of no known kind"),
+        ],
+    )
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+
+
+def packed(name: str, content: bytes) -> bytes:
+    """Compresses as the file's name says."""
+    ending = name.lower().rsplit(".")[-1]
+    return gzip.compress(content) if ending == "gz" else zstd(content) if ending == "zst" else content
+
+
+@pytest.mark.parametrize("kind", ["a.JSONL", "a.json", "a.json.gz", "a.jsonl.zst", "A.Jsonl.Zst", "a.JSON.GZ"])
+def test_every_way_to_write_json_lines(tmp_path: Path, kind: str) -> None:
+    content = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    # Both compressors may leave several streams one behind the other.
+    (tmp_path / kind).write_bytes(packed(kind, content[:60]) + packed(kind, content[60:]))
+    assert texts_of(tmp_path / kind) == texts_of(tmp_path) == TEXTS
+    (source,) = open_sources([str(tmp_path)], "text", "train", None)
+    assert sum(document.consumed for document in source.documents()) == source.total_bytes
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.zst"])
+def test_every_way_to_write_text_with_and_without_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    content = TEXTS[1].encode() * 50_000  # several stretches, with characters across their borders
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / name).write_bytes(packed(name, mark + content))
+        assert texts_of(tmp_path / name) == [content.decode()]
+
+
+def test_parquet_in_upper_case(tmp_path: Path) -> None:
+    assert texts_of(write_parquet(tmp_path / "A.PARQUET", TEXTS)) == TEXTS
+
+
+def test_links_fifos_and_loops(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", ["a"])
+    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
+    os.link(folder / "a.jsonl", folder / "c.jsonl")
+    for link in ("loop", "ring"):  # the standard library's ** goes around both, 2^40 times
+        (folder / "deep" / link).symlink_to(folder)
+    os.mkfifo(folder / "d.jsonl")  # opening it would wait for a writer for ever
+    (tmp_path / "elsewhere").symlink_to(folder)
+    for name in (folder, folder / "**", folder / "**" / "*", folder / "**" / "*.jsonl"):
+        matches = find_files(str(name))
+        assert matches.files == [folder / "a.jsonl"]
+        assert matches.not_read == [
+            NotRead(str(folder / "b.jsonl"), "the same file under a second name"),
+            NotRead(str(folder / "c.jsonl"), "the same file under a second name"),
+            NotRead(str(folder / "d.jsonl"), "not a regular file"),
+            NotRead(str(folder / "deep" / "loop"), "a link to a folder"),
+            NotRead(str(folder / "deep" / "ring"), "a link to a folder"),
+        ]
+    assert find_files(str(tmp_path / "else*")).files == [tmp_path / "elsewhere" / "a.jsonl"]
+    for other in (tmp_path / "elsewhere", folder / "c.jsonl", folder / "b.jsonl"):
+        with pytest.raises(DataError, match="belongs to two sources"):
+            texts_of(folder / "a.jsonl", other)
+    with pytest.raises(DataError, match="named twice"):
+        texts_of(folder, f"{folder}/")
+    (folder / "e.jsonl").symlink_to(folder / "gone")
+    with pytest.raises(DataError, match=r"e\.jsonl cannot be read: No such file"):
+        find_files(str(folder))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path: str) -> object:  # root, whom tests may run as, can list every folder
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for name in (tmp_path, tmp_path / "**" / "*.jsonl"):
+        with pytest.raises(DataError, match="closed cannot be read: Permission denied"):
+            find_files(str(name))
+
+
+def test_files_without_documents_and_beyond_the_end_are_counted(tmp_path: Path) -> None:
+    for name, texts in (("a", []), ("b", ["1", "2"]), ("c", ["3"]), ("d", ["4"])):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    (source,) = open_sources([str(tmp_path)], "text", "train", None)
+    stream = source.documents()
+    assert [next(stream).text for _ in range(3)] == ["1", "2", "3"]
+    beyond = [NotRead(str(tmp_path / "d.jsonl"), "beyond --max-bytes")]
+    assert source.files() == FileCounts(3, [str(tmp_path / "a.jsonl")], beyond)
 
 
 def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
@@ -101,17 +203,49 @@ LINES = {
     b'{"text": 7}': "line 3: field 'text' is int, not text",
     b'{"text": "\\ud800"}': "line 3: field 'text' holds half of a surrogate pair",
     b'{"text": "\xff"}': "line 3: not UTF-8 text",
+    b'{"text": "one", "text": "two"}': "line 3: there are several fields 'text'",
+    b"[" * 100_000: "line 3: not JSON",
 }
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
 def test_bad_lines_are_told_with_file_and_line(tmp_path: Path, line: bytes, suffix: str) -> None:
     content = b'\xef\xbb\xbf{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n'
     path = tmp_path / f"bad.{suffix}"
-    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    path.write_bytes(packed(suffix, content))
     with pytest.raises(DataError, match=rf"bad\.{suffix}, {LINES[line]}"):
         texts_of(path)
+
+
+def test_what_is_beside_the_text_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "score": NaN, "meta": {"text": "b"}, "n": 1, "n": 2}\r\n')
+    assert texts_of(path) == ["a"]
+
+
+def test_json_that_is_not_in_lines_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, message in (
+        (json.dumps([{"text": "a"}]), "line 1: a JSON object is wanted, this is list; write every document as"),
+        (json.dumps({"text": "a"}, indent=2), "line 1: not JSON .*; every line must hold one JSON object"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=rf"a\.json, {message}"):
+            texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["plain", "large", "view", "dictionary"])
+def test_parquet_text_that_is_not_utf_8(tmp_path: Path, kind: str) -> None:
+    types = {"plain": pyarrow.string(), "large": pyarrow.large_string(), "view": pyarrow.string_view()}
+    rows = [f"row {i}".encode() for i in range(300)] + [b"bad \xff\xfe bytes"]
+    binary = {"large": pyarrow.large_binary(), "view": pyarrow.binary_view()}.get(kind, pyarrow.binary())
+    column = pyarrow.array(rows, binary).view(types.get(kind, pyarrow.string()))
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, row 301: not UTF-8 text"):
+        texts_of(tmp_path / "a.parquet")
 
 
 def test_bad_files_are_told(tmp_path: Path) -> None:
@@ -131,6 +265,21 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             texts_of(path, field=field)
+    whole = zstd(b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(5000)))
+    for name, content, message in (
+        ("c.jsonl.zst", whole[:500], "Truncated compressed stream"),
+        ("c.jsonl.zst", b"(\xb5/\xfd", "Truncated compressed stream"),
+        ("c.jsonl.zst", whole + b"more", "decompress failed"),
+        ("c.txt.gz", gzip.compress(b"text")[:-3], "Compressed file ended before"),
+        ("c.parquet", b"", "file size is 0 bytes"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{name} cannot be read.*: .*{message}"):
+            texts_of(tmp_path / name)
+    double = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(double, tmp_path / "double.parquet")
+    with pytest.raises(DataError, match=r"double.parquet has several columns 'text'"):
+        texts_of(tmp_path / "double.parquet")
     table.write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet"):
         texts_of(table)
@@ -153,6 +302,12 @@ def test_hugging_face_data_sets_are_streamed(tmp_path: Path) -> None:
     assert texts_of(name) == TEXTS
     (source,) = open_sources([name], "text", "test", None)
     assert [d.text for d in source.documents()] == ["tested"] and "split test" in source.name
+    for other in (tmp_path, tmp_path / "set" / "data" / "*"):
+        with pytest.raises(DataError, match=r"jsonl belongs to two sources, hf:.* and "):
+            texts_of(other, name)
+    reason = "not in this split as the datasets library sees the folder"
+    others = [NotRead(str(tmp_path / "set" / "data" / "train.jsonl"), reason)]
+    assert source.files() == FileCounts(1, (), others)
     for wanted, field, split, message in (
         (name, "body", "train", r"row 1: there is no field 'body' \(fields: id, text\)"),
         (name, "id", "train", "row 1: field 'id' is int"),

@@ -11,9 +11,11 @@ import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from mlra_scale.data.encode import Encoder
 from mlra_scale.data.errors import DataError
+from mlra_scale.data.readers import Document
 from mlra_scale.data.tokenizer import (
     LoadedTokenizer,
     load_tokenizer,
@@ -22,6 +24,7 @@ from mlra_scale.data.tokenizer import (
     tokenizer_sha256,
     train_bpe,
 )
+from tests.support.foreign_tokenizers import begins_with_bos, save
 
 TEXTS = [
     "Hello world",
@@ -108,6 +111,72 @@ def test_text_that_spells_the_end_is_text(gpt2: LoadedTokenizer, trained: Loaded
         )
 
 
+END = "<|endoftext|>"
+
+
+def bare(model: str) -> Tokenizer:
+    """A tokenizer of another library, without special tokens of its own."""
+    if model == "words":
+        return Tokenizer(models.WordLevel({"<unk>": 0, "document": 1}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE() if model == "bytes" else models.Unigram())
+    corpus = [f"document {i} of gradient norms and deep layers {END}" for i in range(60)]
+    if model == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer: trainers.Trainer = trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def ends_of(path: Path, end: str | None = None) -> int:
+    """Prepares 40 documents that spell the end token, in two cases; returns how many end tokens come out."""
+    loaded = load_tokenizer([str(path)], end)
+    encoder = Encoder(loaded.tokenizer.to_str(), loaded.end_of_document_token, "int32")
+    spelled = f"{loaded.end_of_document} {loaded.end_of_document.upper()}"
+    chunk = encoder([Document(f"document {i} {spelled} ", 1) for i in range(40)])
+    assert tokenizer_sha256(loaded.tokenizer) == tokenizer_sha256(Tokenizer.from_file(str(path)))
+    return int((chunk.tokens == loaded.end_of_document_token).sum())
+
+
+@pytest.mark.parametrize("lowers", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("model", ["bytes", "words", "pieces"])
+def test_a_document_has_one_end_whatever_it_spells(
+    tmp_path: Path, model: str, special: bool, normalized: bool, lowers: bool
+) -> None:
+    tokenizer, path = bare(model), tmp_path / "tokenizer.json"
+    if lowers:
+        tokenizer.normalizer = normalizers.Lowercase()
+    if model == "words":
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    token = AddedToken(END, special=special, normalized=normalized)
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    tokenizer.save(str(path))
+    assert ends_of(path) == 40
+
+
+@pytest.mark.parametrize("case", ["a word", "a piece", "the unknown word"])
+def test_an_end_that_text_can_give_is_refused(tmp_path: Path, case: str) -> None:
+    """Tokens of the plain vocabulary: no setting keeps text from becoming them."""
+    path = tmp_path / "tokenizer.json"
+    if case == "a piece":
+        tokenizer, end = bare("bytes"), "e"
+    else:
+        unknown = END if case == "the unknown word" else "<unk>"
+        tokenizer, end = Tokenizer(models.WordLevel({unknown: 0, "document": 1, END: 2}, unk_token=unknown)), END
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    with pytest.raises(DataError, match=r"is to end documents, but .*begins with 'document 0 .*--end-of-document"):
+        ends_of(path, end)
+
+
 def test_training_gives_the_asked_size_and_the_same_tokens_again(trained: LoadedTokenizer) -> None:
     texts = [f"word{i % 97} and number {i * i % 1009}" for i in range(500)]
     checksums = {tokenizer_sha256(train_bpe(texts, 400).tokenizer) for _ in range(3)}
@@ -189,3 +258,14 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(DataError, match=message):
             load_tokenizer(names)
+
+
+def test_a_generic_tokenizer_is_saved_without_what_only_transformers_5_reads(tmp_path: Path) -> None:
+    """transformers 4.57 has no class TokenizersBackend."""
+    source = save(begins_with_bos(), tmp_path / "source", tokenizer_class="PreTrainedTokenizerFast")
+    loaded = load_tokenizer([str(source)])
+    save_tokenizer(loaded, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["eos_token"] == "</s>"
+    assert not settings.keys() & {"backend", "is_local", "local_files_only"}
+    assert tokenizer_sha256(load_tokenizer([str(tmp_path / "saved")]).tokenizer) == tokenizer_sha256(loaded.tokenizer)

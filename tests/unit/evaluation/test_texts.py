@@ -1,6 +1,7 @@
 """Texts and prepared data become documents: tokens, words and bytes of what is there, in pieces or not."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def test_files_lines_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "c.txt").write_text("")
     encoder = Encoder(tokenizer())
     assert len(list(next(documents_of_sources([str(tmp_path / "a.txt")], encoder)))) > 5
+    (tmp_path / "d.md").write_text("of no known kind")
+    notes: list[str] = []
+    list(documents_of_sources([str(tmp_path)], Encoder(tokenizer(), 0), note=notes.append))
+    assert notes == [f"{tmp_path}: 1 not read, of no known kind: {tmp_path / 'd.md'}"]
     assert gathered(documents_of_sources([str(tmp_path)], encoder)) == [
         expected("\r\n" + story),
         *map(expected, TEXT.splitlines()),
@@ -143,6 +148,20 @@ def test_prepared_data_are_the_texts_that_they_were_made_of(prepared: Path) -> N
             assert piece == Piece(loaded.tokenizer.encode(text).ids, len(text.split()), len(text.encode()))
             found[text] = split
     assert sorted(found) == sorted(source) and set(found.values()) == {"train", "validation"}
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 64_000_000])
+def test_damaged_data_are_not_evaluated(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
+) -> None:
+    monkeypatch.setattr("mlra_scale.data.indexed.WHOLE_BYTES", whole_bytes)
+    data = Path(shutil.copytree(prepared / "data", tmp_path / "data"))
+    loaded = load_tokenizer([str(data / "tokenizer")])
+    content = bytearray((data / "train.bin").read_bytes())
+    content[10] ^= 1
+    (data / "train.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.bin is damaged: .* at offset 0"):
+        gathered(documents_of_data(data, "train", Encoder(loaded), loaded))
 
 
 def test_joined_documents_keep_their_ends(prepared: Path) -> None:

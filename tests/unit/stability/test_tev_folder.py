@@ -174,12 +174,12 @@ def test_bad_paths_and_files(tmp_path: Path, refuse: Callable[..., str]) -> None
     assert "cannot be read as safetensors" in refuse(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "config.json").write_text("{")
-    assert "config.json cannot be read" in refuse(tmp_path)
+    assert "config.json is not valid JSON" in refuse(tmp_path)
 
 
 def test_bad_indices(tmp_path: Path, refuse: Callable[..., str]) -> None:
     write_index(tmp_path, "{")
-    assert "cannot be read" in refuse(tmp_path)
+    assert "is not valid JSON" in refuse(tmp_path)
     write_index(tmp_path, {"weights": {}})
     assert "no weight_map" in refuse(tmp_path)
     write_index(tmp_path, {"weight_map": {"wte.weight": "model-1.safetensors"}})

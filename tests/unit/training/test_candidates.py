@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,23 @@ from mlra_scale.training.run_directory import RunDirectory
 from tests.unit.checkpoint.builders import config_of, write_checkpoint
 
 
+def state_at(step: int) -> dict[str, Any]:
+    """The state of a run after a step, as far as a start looks at it."""
+    mix = {"names": ["d"], "fingerprints": ["f"], "weights": [1.0], "from_sample": 0}
+    return {
+        "progress": {"step": step, "consumed_samples": 2 * step, "consumed_tokens": 100 + step},
+        "engine": {"optimizer_step": step, "num_skipped": 0, "loss_scaler": None},
+        "windows": {},
+        "data": {"mixes": [mix], "validation": None, "tokenizer": None},
+    }
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "run")
     run.create(config_of())
     for step in (10, 20, 30):
-        write_checkpoint(run.checkpoints, step)
+        write_checkpoint(run.checkpoints, step, state=state_at(step))
     return run.path
 
 
@@ -53,7 +65,7 @@ def test_a_folder_prepared_for_the_checkpoints_is_no_run(run: RunDirectory, tmp_
     scratch.mkdir()
     new.checkpoints.symlink_to(scratch)
     assert choose(new, "none") == choose(new, "auto") == Choice(None)
-    write_checkpoint(scratch, 10)
+    write_checkpoint(scratch, 10, state=state_at(10))
     assert "holds another run" in refused(new, "none").remedy
     assert choose(new, "auto").checkpoint == at(new, 10)
 
@@ -112,6 +124,45 @@ def test_a_bad_checkpoint_gives_way_to_the_one_before(run: RunDirectory, damage:
     (rejected,) = choice.rejected
     assert rejected.path == at(run, 30) and reason in rejected.reason
     assert reason in refused(run, str(at(run, 30))).remedy, "a path that was named is not replaced by another"
+
+
+@pytest.mark.parametrize(
+    ("section", "bad", "reason"),
+    [
+        ("progress", {}, "'data' is missing"),
+        ("progress", {"step": "3"}, "has progress"),
+        ("progress", {"step": 1, "samples": 2}, "unexpected keyword argument"),
+        ("progress", [], "no object"),
+        ("engine", {}, "'optimizer_step' is missing"),
+        ("engine", {"optimizer_step": True, "num_skipped": 0}, "engine has optimizer_step True"),
+        ("windows", None, "windows is None"),
+        ("data", {"mixes": []}, "not a history of data"),
+        ("data", {"mixes": [], "validation": None, "tokenizer": None}, "not a history of data"),
+        ("data", {"mixes": [1], "validation": None, "tokenizer": None}, "not a mix of data sets"),
+        ("data", {"mixes": {"a": 1}, "validation": None, "tokenizer": None}, "not a mix of data sets"),
+    ],
+)
+def test_a_state_that_is_not_sound_is_passed_over(
+    run: RunDirectory, tmp_path: Path, section: str, bad: Any, reason: str
+) -> None:
+    """Sizes and checksums are right: only what is in it is not what a start needs."""
+    state = state_at(40) | {section: bad}
+    if section == "progress" and bad == {}:
+        del state["data"]
+    write_checkpoint(run.checkpoints, 40, state=state)
+    choice = choose(run, "auto")
+    assert choice.checkpoint == at(run, 30)
+    (rejected,) = choice.rejected
+    assert rejected.path == at(run, 40) and reason in rejected.reason and "state.json" in rejected.reason
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a\x00b", b"x" * 100_000])
+def test_a_note_of_where_a_branch_began_that_is_damaged_is_named(tmp_path: Path, content: bytes) -> None:
+    run = RunDirectory(tmp_path / "branch")
+    run.create(config_of())
+    (run.path / "started_from").write_bytes(content)
+    problem = refused(run, "auto")
+    assert problem.field == "--run-dir" and "started_from" in problem.remedy
 
 
 def test_bad_ones_are_passed_over_one_after_another(run: RunDirectory) -> None:
@@ -184,7 +235,7 @@ def test_the_command_that_began_a_branch_goes_on_with_it(run: RunDirectory, tmp_
     branch, command = RunDirectory(tmp_path / "branch"), str(run.path / part)
     branch.create(config_of(), at(run, 20))
     assert choose(branch, command) == Choice(at(run, 20)), "no checkpoint of its own yet"
-    write_checkpoint(branch.checkpoints, 40)
+    write_checkpoint(branch.checkpoints, 40, state=state_at(40))
     shutil.rmtree(run.path)
     assert choose(branch, command) == Choice(at(branch, 40))
     shutil.rmtree(branch.checkpoints)

@@ -47,3 +47,10 @@ def test_no_span_and_other_ranks_leave_nothing(tmp_path: Path) -> None:
     profiler = StepProfiler(ProfileConfig(start=1, stop=2), tmp_path / "profile", CPU, is_active=False)
     assert run(profiler, range(1, 4)) == {}
     assert not (tmp_path / "profile").exists()
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    profiler = StepProfiler(ProfileConfig(start=1, stop=2), tmp_path / "profile", CPU, is_active=True)
+    texts = run(profiler, range(1, 3))
+    assert "aten::mm" in texts[1] and "steps-1-1.json cannot be written (" in texts[1]

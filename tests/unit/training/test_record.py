@@ -1,11 +1,21 @@
+import errno
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from mlra_scale.training.record import EventLog, JsonLines, cut_record, read_record, write_atomically
+from mlra_scale.training.record import (
+    EventLog,
+    JsonLines,
+    RecordLost,
+    cut_record,
+    read_record,
+    replace_last,
+    write_atomically,
+)
 
 
 def write(path: Path, steps: Iterable[int]) -> None:
@@ -124,3 +134,115 @@ def test_lines_that_a_disk_refused_are_written_when_there_is_room_again(tmp_path
     lines.write({"step": 3})
     lines.close()
     assert [item["step"] for item in read_record(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NFS reports a full disk there, and the system forgets what it could not write."""
+    path, fsync = tmp_path / "metrics.jsonl", os.fsync
+    lines = JsonLines(path)
+    lines.write({"step": 1})
+    lines.sync()
+    lines.write({"step": 2})
+    os.truncate(path, 12 + 5)  # what the disk has of it, and as long as it has room for
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        patch.setattr(lines, "check", lambda: None)
+        lines.sync()
+        lines.write({"step": 3})
+        lines.sync()
+    told = capsys.readouterr().err
+    assert told == f"{path} cannot be written ({os.strerror(code)}); its lines are kept until it can\n", "once"
+    assert os.fsync is fsync
+    lines.sync()
+    lines.close()
+    assert [item["step"] for item in read_record(path)] == [1, 2, 3] and capsys.readouterr().err == ""
+
+
+def test_lines_that_are_lost_in_the_end_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    lines.write({"step": 1})
+    lines.close()
+    assert '(Disk quota exceeded); lost:\n{"step": 1}\n' in capsys.readouterr().err
+
+
+def test_many_lines_do_not_wait_for_a_checkpoint_to_be_on_disk(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        lines.write({"step": step, "text": "x" * 700_000})
+    assert len(lines._written) < 1_500_000, "they are in memory too"
+    lines.close()
+    assert len(read_record(tmp_path / "metrics.jsonl")) == 3
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def replaced(path: Path) -> None:
+    """As `sed -i` and most editors do it."""
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").rename(path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 3)
+
+
+@pytest.mark.parametrize(
+    ("act", "fault"),
+    [
+        (moved, r"is gone: it has been moved or removed \(what was opened is .*/elsewhere now\)$"),
+        (removed, "is gone: it has been moved or removed$"),
+        (replaced, "is another one than this run has opened: it has been replaced$"),
+        (cut, "has 3 bytes where this run has written 24: it has been cut$"),
+    ],
+)
+def test_a_file_that_another_program_has_taken_is_noticed_at_the_next_sync(
+    act: Callable[[Path], None], fault: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.write({"step": 1})
+    lines.sync()
+    lines.write({"step": 2})
+    act(path)
+    with pytest.raises(RecordLost, match=f"{path} {fault}"):
+        lines.sync()
+    lines.close()
+
+
+def test_the_last_line_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [0, 5])
+    replace_last(path, {"step": 5, "loss": math.nan, "validation_loss": 2.0})
+    assert read_record(path)[1:] == [{"step": 5, "loss": None, "validation_loss": 2.0}]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_not_its_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        write_atomically(tmp_path / "config.yaml", "train: {}")
+    assert refused.value.filename == str(tmp_path / "config.yaml")

@@ -1,6 +1,7 @@
 """Data of a resumed run: known by fingerprint, mixed anew only when somebody asked for it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,21 @@ def test_the_same_data_may_move() -> None:
     result = compared(was, identity({"x": 0.7, "y": 0.3}, "ab"))
     assert result == DataComparison((was.mix,))
     assert compared(was, identity({"x": 7, "y": 3}, "ab"), BLEND) == DataComparison((was.mix,))
+
+
+def test_a_checkpoint_of_version_1_knows_the_data_by_their_earlier_fingerprints() -> None:
+    was, now = identity({"a": 3, "b": 1}, validation="v"), identity({"a": 3, "b": 1}, ["A", "B"], validation="V")
+    assert len(compared(was, now).problems) == 3
+    now = replace(now, earlier={"a" * 20: "A" * 20, "b" * 20: "B" * 20, "v": "V"})
+    result = compared(was, now)
+    assert result.mixes == (now.mix,) and result.problems == []
+    assert list(map(str, result.changes)) == ["form of the data's fingerprints: 1 -> 2"]
+    # In another mix each data set goes on where it stopped: it is the same one.
+    other = replace(now, mix=replace(now.mix, weights=(1.0, 1.0)))
+    mixes = compared(was, other, BLEND).mixes
+    assert [mix.fingerprints for mix in mixes] == [now.mix.fingerprints] * 2
+    # Once converted, nothing is said any more.
+    assert compare_data(now, DataHistory.of(now, result.mixes), 100, NOTHING) == DataComparison((now.mix,))
 
 
 def test_another_mix_begins_at_the_next_sample() -> None:

@@ -1,10 +1,14 @@
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, preset
+from mlra_scale.config import Config, ConfigError, load_config, preset
+from mlra_scale.training.resume import read_stored
+from mlra_scale.training.rollbacks import read_rollbacks, write_rollbacks
 from mlra_scale.training.run_directory import RunDirectory, held
 
 
@@ -12,6 +16,78 @@ def test_the_stored_configuration_loads_back_equal(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create(preset("debug"))
     assert Config.from_yaml(run.config.read_text()) == preset("debug") and run.holds_a_run()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 5000, "nested too deeply"),
+        (b"\xff", "is not UTF-8 text (byte 0)"),
+        (b"a: &x [1]\nb: [*x, *x]", "aliases"),
+        (b"version: 3\n", "version = 3: the file was written by a newer program"),
+        (b"version: x\n", "version = 'x': must be a whole number from 1 to 2"),
+        (b'"\\x1b[2J": 1\n', r"\x1b[2J = 1: unknown key"),
+        (b"a: \x1b\n", "special characters are not allowed"),
+        (b"- " * 400, "model = None: is required|nested|must be a mapping"),
+        (b"x" * 2**21, "is larger than"),
+        (b"", "must be a mapping"),
+    ],
+)
+def test_a_damaged_configuration_is_one_error_that_names_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_stored(file)
+    (problem,) = caught.value.problems
+    assert str(file) in str(problem) and str(problem).isprintable()
+    assert any(part in str(problem) for part in reason.split("|")), str(problem)
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file=file)
+    assert all(str(problem).isprintable() for problem in caught.value.problems)
+
+
+def test_a_configuration_of_version_1_is_read(tmp_path: Path) -> None:
+    """Commit 3a017c2 wrote none."""
+    text = preset("debug").to_yaml()
+    assert text.startswith("version: 2\n")
+    (tmp_path / "config.yaml").write_text(text.partition("\n")[2])
+    assert read_stored(tmp_path / "config.yaml") == preset("debug") == load_config(config_file=tmp_path / "config.yaml")
+
+
+BAD: tuple[Any, ...] = (None, -1, [], 1.5)
+ROLLBACK: dict[str, Any] = {"step": 9, "to_step": 4, "skipped_from": 3, "skipped_to": 7, "reason": "loss inf"}
+
+
+def test_rollbacks_are_read_with_and_without_a_version(tmp_path: Path) -> None:
+    file = tmp_path / "guard.json"
+    assert read_rollbacks(file) == ()
+    write_rollbacks(file, [ROLLBACK])
+    assert json.loads(file.read_text()) == {"version": 2, "rollbacks": [ROLLBACK]}
+    assert read_rollbacks(file) == (ROLLBACK,)
+    file.write_text(json.dumps({"rollbacks": [ROLLBACK]}))
+    assert read_rollbacks(file) == (ROLLBACK,)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"rollbacks": {}}',
+        '{"rollbacks": [1]}',
+        '{"version": 3, "rollbacks": []}',
+        '{"version": "2", "rollbacks": []}',
+        *(json.dumps({"rollbacks": [{**ROLLBACK, key: bad}]}) for key in ROLLBACK for bad in BAD),
+        *(json.dumps({"rollbacks": [{k: v for k, v in ROLLBACK.items() if k != key}]}) for key in ROLLBACK),
+    ],
+)
+def test_a_damaged_record_of_the_guard_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "guard.json"
+    file.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        read_rollbacks(file)
+    assert str(caught.value).startswith(str(file)) and str(caught.value).isprintable()
 
 
 def test_where_a_branch_began_is_noted(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from mlra_scale.model.reference import ReferenceGPT
@@ -205,3 +205,50 @@ def test_too_many_tokens_are_told() -> None:
         model(random_tokens(1, 25))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+
+
+@each_attention
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_beyond_the_positions_is_told(attention: str, use_cache: bool) -> None:
+    """With the message of the forward pass, whether or not a mask or positions come along."""
+    model = make_model(make_reference(()), (), attention)
+    prompt = random_tokens(1, 20)
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    assert model.generate(prompt, max_new_tokens=5, **settings).shape == (1, 25), "the last one needs no position"
+    for more in ({}, {"attention_mask": torch.ones_like(prompt)}):
+        with pytest.raises(ValueError, match="25 tokens do not fit: the model has 24 positions"):
+            model.generate(prompt, max_new_tokens=6, **settings, **more)
+    with pytest.raises(ValueError, match="31 tokens do not fit: the model has 24 positions"):
+        model(prompt[:, :1], position_ids=torch.tensor([[30]]))
+    with pytest.raises(ValueError, match="25 tokens do not fit: the model has 24 positions"):
+        model(random_tokens(1, 25), attention_mask=torch.ones(1, 25, dtype=torch.long))
+
+
+def test_padding_does_not_count_as_positions() -> None:
+    model, tokens = make_model(make_reference(()), ()), random_tokens(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[:, :6] = 0
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits[:, 6:]
+        torch.testing.assert_close(logits, model(tokens[:, 6:]).logits, rtol=1e-10, atol=1e-10)
+
+
+@each_attention
+@pytest.mark.parametrize("cache", [None, DynamicCache, StaticCache], ids=["no cache", "dynamic", "static"])
+def test_attention_alone_is_causal(attention: str, cache: Any, tokens: torch.Tensor) -> None:
+    """Called without a mask, in one part or in several, it gives what the model's mask gives."""
+    model = make_model(make_reference(("q", "k", "v")), ("q", "k", "v"), attention)
+    hidden = torch.randn(3, 17, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    layer: Any = model.model.blocks[0].attention
+    allowed = torch.ones(17, 17, dtype=torch.bool).tril()
+    mask = torch.zeros(17, 17, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
+    with torch.no_grad():
+        expected, _ = layer(hidden, mask[None, None])
+        parts = [17] if cache is None else [5, 1, 7, 4]
+        more = {"max_cache_len": 20} if cache is StaticCache else {}
+        made = None if cache is None else cache(config=model.config, **more)
+        found = torch.cat([layer(part, past_key_values=made)[0] for part in hidden.split(parts, dim=1)], dim=1)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        later = hidden.clone()
+        later[:, 9:] += 1
+        assert torch.equal(layer(later)[0][:, :9], layer(hidden)[0][:, :9])

@@ -1,0 +1,220 @@
+"""The tokenizer of an export: written anew as plain files, read back, and compared with that of training.
+
+Nothing that another library serialized is passed through. tokenizer.json is what the tokenizers library writes of the
+tokenizer that training encoded with; tokenizer_config.json has a few keys that transformers 4 and 5 both read. A
+post-processor that adds tokens (a template such as `<s> $A`) stays only where the training text had those tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.huggingface.verification import VerificationError
+from mlra_scale.config import ModelConfig
+from mlra_scale.config.json_text import printable
+
+_PROBES = (
+    "",
+    "A word, and  two spaces.\n\n\tA tab: 12345 + x_1 == 'y';\r\n",
+    " na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642 \u00a0 IT'S mIxEd don't ",
+)
+"""Texts that every written tokenizer is compared on: spaces at both ends, case, digits, other scripts."""
+_OTHER_SPECIAL = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of special tokens; None where there is none.
+
+    Attributes:
+        begin: Begins a text.
+        end: Ends a text, and so generation.
+        padding: Fills batches.
+    """
+
+    begin: int | None = None
+    end: int | None = None
+    padding: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text and its tokens in training.
+
+    Attributes:
+        text: The text. It spells no special token.
+        tokens: Its ids, without the token that ends a document.
+        is_stored: Whether these very ids are in the training or validation data; else the tokenizer of training gave
+            them, because its decoding does not give every text back exactly.
+    """
+
+    text: str
+    tokens: Sequence[int]
+    is_stored: bool = True
+
+
+@dataclass(frozen=True)
+class WrittenTokenizer:
+    """What was written, and how the reader must encode.
+
+    Attributes:
+        special: Ids of the special tokens.
+        expected: The tokenizer as training applied it.
+        adds_tokens: Whether its post-processor was kept, since the training text has the tokens that it adds.
+        notes: What was left out, one sentence each.
+    """
+
+    special: SpecialTokens
+    expected: Tokenizer
+    adds_tokens: bool
+    notes: tuple[str, ...]
+
+
+def write_tokenizer(
+    source: Path,
+    folder: Path,
+    model: ModelConfig,
+    is_trained_here: bool,
+    end: int | None = None,
+    texts: Sequence[EncodedText] = (),
+) -> WrittenTokenizer:
+    """Writes a tokenizer's files into an export.
+
+    Args:
+        source: Folder of the tokenizer in Hugging Face's format.
+        folder: The export.
+        model: The model's configuration; it limits the length of the input.
+        is_trained_here: Whether this project trained the model, which encodes without post-processor; an imported one
+            keeps what it came with.
+        end: Id of the token that ends documents, where the configuration names it; None: the tokenizer's eos token.
+        texts: Texts of the training data with their ids; they tell whether a post-processor was applied.
+
+    Returns:
+        What `check_tokenizer` compares the written files with.
+
+    Raises:
+        CheckpointError: It cannot be loaded, has more tokens than the model, or lacks the token that ends documents.
+    """
+    original = load_tokenizer(source)
+    backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    largest = max(vocabulary.values())
+    if largest >= model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {source} has a token {largest}, the model has {model.vocab_size} tokens: they do not "
+            "belong together; name the tokenizer that the model was trained with"
+        )
+    named = {name: getattr(original, name, None) for name in ("bos_token", "eos_token", *_OTHER_SPECIAL)}
+    if end is not None:
+        named["eos_token"] = backend.id_to_token(end)
+        if named["eos_token"] is None:
+            raise CheckpointError(
+                f"the tokenizer of {source} has no token {end}, which ends documents (data.end_of_document_token); "
+                "name the tokenizer that the data were made with (--tokenizer)"
+            )
+    notes = []
+    adds_tokens = any(backend.num_special_tokens_to_add(is_pair=is_pair) > 0 for is_pair in (False, True))
+    if adds_tokens and is_trained_here and not _is_applied(backend, texts):
+        added = " ".join(printable(token, 40) for token in backend.encode("").tokens) or "special tokens"
+        notes.append(f"the tokenizer's post-processor ({added}) is left out: the training text has none of its tokens")
+        backend.post_processor = None
+        adds_tokens = False
+    if is_trained_here and not adds_tokens:
+        named["bos_token"] = named["eos_token"]  # in training a document begins after the token that ends another one
+    if getattr(original, "chat_template", None):
+        notes.append("the tokenizer's chat template is left out: the model was not trained on chats")
+    backend.save(str(folder / "tokenizer.json"))
+    if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
+        backend.model.save(str(folder))  # also as Megatron-LM, GPT-NeoX and OpenAI's own code read it
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is, in transformers 4 and 5
+        "model_max_length": model.max_positions,
+        "clean_up_tokenization_spaces": False,  # decoding gives the text back exactly
+        **{name: str(token) for name, token in named.items() if token is not None and str(token) in vocabulary},
+    }
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    ids = (vocabulary.get(str(settings.get(name))) for name in ("bos_token", "eos_token", "pad_token"))
+    return WrittenTokenizer(SpecialTokens(*ids), backend, adds_tokens, tuple(notes))
+
+
+def _is_applied(tokenizer: Tokenizer, texts: Sequence[EncodedText]) -> bool:
+    """Whether the post-processor is part of how the training text was encoded."""
+    stored = [text for text in texts if text.is_stored] if tokenizer.num_special_tokens_to_add(is_pair=False) else []
+    return bool(stored) and all(tokenizer.encode(text.text).ids == list(text.tokens) for text in stored)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Loads a tokenizer as a user of stock transformers does; code that lies in the folder is not run.
+
+    Args:
+        folder: A folder in Hugging Face's format.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not loaded.is_fast:
+            raise ValueError("it has no tokenizer.json (a fast tokenizer); convert it first")
+        return loaded
+    except Exception as error:  # the library raises many kinds; each means that this folder has no usable tokenizer
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}; name another one") from error
+
+
+def check_tokenizer(folder: Path, written: WrittenTokenizer, texts: Sequence[EncodedText] = ()) -> None:
+    """Loads the tokenizer of an export as its user does and compares it with that of training.
+
+    Args:
+        folder: The export.
+        written: What `write_tokenizer` returned.
+        texts: Texts with their ids in training; a plain call on each must give these.
+
+    Raises:
+        VerificationError: It does not load, or differs.
+    """
+    try:
+        loaded = load_tokenizer(folder)
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
+    expected = written.expected
+    if loaded.get_vocab() != expected.get_vocab(with_added_tokens=True):
+        raise VerificationError("the tokenizer reads back with other tokens than it was written with; use --tokenizer")
+    mine, theirs = (json.loads(tokenizer.to_str()) for tokenizer in (expected, loaded.backend_tokenizer))
+    for part in ("normalizer", "pre_tokenizer", "model", "decoder"):
+        if mine[part] != theirs[part]:
+            raise VerificationError(f"the {part} of the tokenizer reads back other than it was written")
+    probes = [EncodedText(text, expected.encode(text, add_special_tokens=written.adds_tokens).ids) for text in _PROBES]
+    for encoded in (*probes, *texts):
+        tokens = loaded(encoded.text, verbose=False).input_ids  # no word about texts longer than the model's input
+        if list(tokens) != list(encoded.tokens):
+            raise VerificationError(_difference(encoded, tokens, loaded))
+
+
+def _difference(encoded: EncodedText, tokens: Sequence[int], loaded: Any) -> str:
+    """Says where the ids of a text first differ."""
+    pairs = zip(encoded.tokens, tokens, strict=False)
+    shorter = min(len(tokens), len(encoded.tokens))
+    place = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
+
+    def shown(ids: Sequence[int]) -> str:
+        if place >= len(ids):
+            return "none"
+        return f"{ids[place]} ({printable(str(loaded.convert_ids_to_tokens(ids[place])), 40)})"
+
+    return (
+        f"its tokenizer is not that of training: at token {place} of the text {encoded.text[:60]!a} it gives "
+        f"{shown(tokens)}, training had {shown(encoded.tokens)}; name the tokenizer that the data were made with "
+        "(--tokenizer)"
+    )

@@ -1,0 +1,187 @@
+"""JSON from files that may be damaged or hostile: every fault is a ValueError that names the file.
+
+`json.loads` alone raises RecursionError for deep nesting, keeps the last of two equal keys, reads 1e999 as infinity,
+and takes a number with thousands of digits or half of a surrogate pair, which fail later and elsewhere. This module
+imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 64 * 1024**2
+"""Size up to which a JSON file is read, in bytes; the stored files of this project are far smaller."""
+
+MAX_DEPTH = 64
+"""How deeply objects and lists may be nested; the stored files of this project nest less than ten deep."""
+
+_LARGEST_INTEGER = 2**64
+
+
+def read_json(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: A regular file with UTF-8 text.
+        max_bytes: The size up to which it is read.
+        allow_nan: Whether NaN and infinities (also numbers such as 1e999) are allowed.
+
+    Returns:
+        Its value, as `parse_json` returns it.
+
+    Raises:
+        ValueError: It cannot be read, is larger, or is not sound; the message begins with the path.
+    """
+    return parse_json(read_bytes(path, max_bytes), printable(str(path)), allow_nan)
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object at its top; as `read_json` otherwise."""
+    value = read_json(path, max_bytes, allow_nan)
+    if not isinstance(value, dict):
+        raise ValueError(f"{printable(str(path))} must hold a JSON object {{...}}, not {_kind(value)}")
+    return value
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Reads a regular file whole.
+
+    Args:
+        path: The file.
+        max_bytes: The size up to which it is read.
+
+    Raises:
+        ValueError: It cannot be read, is no regular file (reading a pipe could wait for ever), or is larger.
+    """
+    where = printable(str(path))
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{where} is not a regular file")
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}") from None
+    if len(content) > max_bytes:
+        raise ValueError(f"{where} is larger than {max_bytes} bytes, which is too large for such a file")
+    return content
+
+
+def parse_json(content: str | bytes, where: str, allow_nan: bool = False) -> Any:
+    """Parses JSON text.
+
+    Args:
+        content: The text, or its bytes in UTF-8.
+        where: What the error message begins with: the path of the file, with a line number where it has lines.
+        allow_nan: Whether NaN and infinities (also numbers such as 1e999) are allowed.
+
+    Returns:
+        Plain Python values: no key twice in an object, nested up to MAX_DEPTH, integers of at most 64 bits, text that
+        can be encoded in UTF-8.
+
+    Raises:
+        ValueError: The text is not such a value; the message begins with `where`.
+    """
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_int=_integer,
+            parse_float=float if allow_nan else _finite,
+            parse_constant=float if allow_nan else _no_constant,
+        )
+        _check(value)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is not valid JSON: {place}: {printable(error.msg)}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    return value
+
+
+def printable(text: str, max_length: int | None = None) -> str:
+    r"""Returns text fit for a terminal: escape sequences, control and direction characters become \x1b, \u202e, ...
+
+    Args:
+        text: Text that comes from a file.
+        max_length: Longer text is cut in its middle; None: it is not.
+    """
+    if max_length is not None and len(text) > max_length:
+        text = f"{text[: max_length // 2]} ... {text[-(max_length // 2) :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key in counts if counts[key] > 1)
+        raise ValueError(f"has the key '{printable(twice, 80)}' twice in one object; keep one of them")
+    return values
+
+
+def _integer(text: str) -> int:
+    # Before int(), whose time grows with the square of the number of digits.
+    value = int(text) if len(text) <= 21 else _LARGEST_INTEGER
+    if abs(value) >= _LARGEST_INTEGER:
+        raise ValueError(f"has the integer {printable(text, 40)}, which does not fit 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"has the number {printable(text, 40)}, which is not finite; write a finite number")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"has {name}, which is no JSON value; write a finite number")
+
+
+def _check(value: Any) -> None:
+    """Checks depth and text of a parsed value, level by level: without recursion."""
+    level, depth = [value], 0
+    while level:
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item)
+            elif isinstance(item, (dict, list)) and depth == MAX_DEPTH:
+                raise ValueError(f"is nested more than {MAX_DEPTH} deep")
+            elif isinstance(item, dict):
+                following += item
+                following += item.values()
+            elif isinstance(item, list):
+                following += item
+        level, depth = following, depth + 1
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = printable(text, 80)
+            raise ValueError(f"has text with half of a surrogate pair: '{shown}'") from None
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,81 @@
+"""Stored configurations: the version of config.yaml, and how an older one is read.
+
+config.yaml begins with `version`; what has none was written before there was one and counts as version 1. A file that a
+person writes for `--config` needs none. Whoever renames or removes a field raises VERSION and adds to `_CONVERSIONS`
+what makes the older values the newer ones: a stored run is never refused for a field that it could not have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlra_scale.config import yaml_text
+from mlra_scale.config.json_text import read_bytes
+
+KEY = "version"
+VERSION = 2
+"""Version 2 is version 1 with the key `version`."""
+
+MAX_BYTES = 2**20
+"""Size up to which a configuration file is read, in bytes: parsing a larger one would take minutes."""
+
+Values = dict[str, Any]
+
+_CONVERSIONS: Mapping[int, Callable[[Values], Values]] = {1: lambda values: values}
+"""For every version before the current one: what turns its values into those of the next version."""
+
+
+def current_values(values: Any) -> tuple[Any, int]:
+    """Returns the values of a configuration file in the form of the current version.
+
+    Args:
+        values: The parsed file. What is no mapping is returned as it is, for the schema to refuse.
+
+    Returns:
+        The values without the key `version`, and the version that the file has.
+
+    Raises:
+        ValueError: The version is not a number, or is newer than this program.
+    """
+    if not isinstance(values, dict):
+        return values, VERSION
+    version = values.get(KEY, 1)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{KEY} = {version!r}: must be a whole number from 1 to {VERSION}")
+    if version > VERSION:
+        raise ValueError(
+            f"{KEY} = {version}: the file was written by a newer program, and this one reads versions up to {VERSION}; "
+            "use the program that wrote it"
+        )
+    values = {key: value for key, value in values.items() if key != KEY}
+    for older in range(version, VERSION):
+        values = _CONVERSIONS[older](values)
+    return values, version
+
+
+def with_version(values: Mapping[str, Any]) -> Values:
+    """Returns the values of a configuration file as they are stored."""
+    return {KEY: VERSION, **values}
+
+
+def read_text(path: Path) -> str:
+    """Reads the text of a stored configuration.
+
+    Raises:
+        ValueError: It cannot be read, is too large or not UTF-8; the message begins with the path.
+    """
+    try:
+        return read_bytes(path, MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def parse(text: str) -> Any:
+    """Parses the text of a configuration file; values as `current_values` returns them.
+
+    Raises:
+        ValueError: It is not YAML, or of a newer version.
+    """
+    return current_values(yaml_text.load(text))[0]

@@ -1,0 +1,124 @@
+"""Standard output and standard error are for people: what becomes of them never decides what becomes of the work."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+_WAIT_SECONDS = 5.0
+"""How long a non-blocking console that is full may take before a piece of text is dropped."""
+
+
+class _Unfailing(io.RawIOBase):
+    """Writes to a descriptor, and drops what the descriptor refuses: a closed pipe, a full disk, a lost terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def fileno(self) -> int:
+        """See io.RawIOBase."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """See io.RawIOBase."""
+        return os.isatty(self._descriptor)
+
+    def write(self, content: Any) -> int:
+        """See io.RawIOBase; always says that all of it was written."""
+        rest = memoryview(content).cast("B")
+        size = len(rest)
+        with contextlib.suppress(OSError):
+            while rest:
+                try:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                except BlockingIOError:
+                    if not select.select([], [self._descriptor], [], _WAIT_SECONDS)[1]:
+                        break
+        return size
+
+
+def make_unfailing() -> None:
+    """Lets no write to the console raise an error, for the rest of the process.
+
+    Characters that the console's encoding lacks are written as escapes. A descriptor 0, 1 or 2 that is closed is opened
+    on /dev/null: the next file would otherwise get its number, and what libraries print would go into that file.
+    """
+    _open_missing()
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _unfailing(getattr(sys, name), {"stdout": 1, "stderr": 2}[name]))
+
+
+def _open_missing() -> None:
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(opened, True)
+
+
+def _unfailing(stream: TextIO | None, descriptor: int) -> TextIO:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    buffered = io.BufferedWriter(_Unfailing(descriptor))
+    # Line by line on any console: a log of a run that is killed has its last lines.
+    return io.TextIOWrapper(buffered, encoding=encoding, errors="backslashreplace", line_buffering=True)
+
+
+def run_tool(main: Callable[[], int], has_side_effects: bool) -> int:
+    """Runs the main function of a command-line tool.
+
+    Args:
+        main: It; returns the exit code.
+        has_side_effects: Whether the tool leaves something behind: then the console never ends it. A tool that only
+            prints ends when nobody reads any more, and fails when its output cannot be written.
+
+    Returns:
+        The exit code: main's, 1 where the output could not be written, or 130 after Ctrl-C, SIGTERM or SIGHUP, of
+        which each has let the tool clear away what was unfinished.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    if has_side_effects:
+        make_unfailing()
+    else:
+        _open_missing()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:
+        _drop_the_rest()
+        return 0
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _drop_the_rest()
+        print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _drop_the_rest() -> None:
+    """Lets the interpreter's last flush go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

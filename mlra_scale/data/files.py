@@ -1,0 +1,202 @@
+"""Which files a path, a folder or a glob matches, and which of them are not read, with the reason."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlra_scale.data.errors import DataError
+
+COMPRESSIONS = (".gz", ".zst")
+# Kinds whose files may be compressed as a whole; .parquet compresses its own pages.
+_STREAMS = (".txt", ".jsonl", ".json")
+KNOWN_KINDS = ".txt, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
+
+
+@dataclass(frozen=True)
+class NotRead:
+    """A file or folder that a source matched and that is not read.
+
+    Attributes:
+        path: Its path.
+        reason: Why, in words that are the same for all files with this reason.
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass
+class Matches:
+    """What one name of a source matches.
+
+    Attributes:
+        files: The files to read, in reading order.
+        not_read: All others. A folder that is not searched counts as one.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    not_read: list[NotRead] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FileCounts:
+    """What became of the files that a source matched: each of them is read or not read.
+
+    Attributes:
+        read: Number of files that were read, the last one perhaps in part (--max-bytes).
+        without_documents: Paths of those that were read and hold no document.
+        not_read: All others.
+    """
+
+    read: int
+    without_documents: Sequence[str]
+    not_read: Sequence[NotRead]
+
+
+def kind_of(path: Path) -> str | None:
+    """Returns the ending that says how a file is read, without that of its compression and in lower case.
+
+    Returns:
+        ".txt", ".jsonl", ".json" or ".parquet"; None if the kind is not known.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return ".parquet"
+    stem = name[: -len(compression_of(path))] if compression_of(path) else name
+    return next((kind for kind in _STREAMS if stem.endswith(kind)), None)
+
+
+def compression_of(path: Path) -> str:
+    """Returns ".gz", ".zst" or "", whichever a file's name ends with."""
+    return next((ending for ending in COMPRESSIONS if path.name.lower().endswith(ending)), "")
+
+
+def find_files(name: str) -> Matches:
+    """Finds the files that a path, folder or glob matches.
+
+    Folders are searched at any depth, without links to folders and without hidden files and folders; so is ** in a
+    glob.
+
+    Args:
+        name: Path of a file or folder, or a glob.
+
+    Returns:
+        At least one file to read, in sorted order, and what is not read.
+
+    Raises:
+        DataError: There is no file to read, or a file cannot be looked at.
+    """
+    path, matches = Path(name), Matches()
+    if path.is_file() and kind_of(path) is None:
+        raise DataError(f"source {name} is of no known kind ({KNOWN_KINDS})")
+    try:
+        roots = [path] if path.exists() else _expand(name, matches)
+        if not roots:
+            raise DataError(
+                f"source {name} does not exist; a Hugging Face data set is written hf:NAME, "
+                "the embedded corpus python-docs"
+            )
+        _sort_out(_search(roots, matches), matches)
+    except OSError as error:
+        raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
+    matches.not_read = sorted(set(matches.not_read), key=lambda entry: entry.path)
+    if not matches.files:
+        others = f"; {describe(matches.not_read)}" if matches.not_read else ""
+        raise DataError(f"source {name} holds no file of a known kind ({KNOWN_KINDS}){others}")
+    return matches
+
+
+def describe(not_read: Sequence[NotRead], num_names: int = 3) -> str:
+    """Returns one line: how many were not read, for each reason with the first names."""
+    return "; ".join(
+        f"{len(paths):,} not read, {reason}: {', '.join(paths[:num_names])}"
+        + (f" and {len(paths) - num_names:,} more" if len(paths) > num_names else "")
+        for reason, paths in by_reason(not_read).items()
+    )
+
+
+def by_reason(not_read: Iterable[NotRead]) -> dict[str, list[str]]:
+    """Groups paths by the reason why they are not read."""
+    groups: dict[str, list[str]] = {}
+    for entry in not_read:
+        groups.setdefault(entry.reason, []).append(entry.path)
+    return groups
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Returns what two names of one file have in common, links of both kinds included (device, inode)."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _sort_out(found: Iterable[Path], matches: Matches) -> None:
+    """Sorts what was found into files to read and others."""
+    seen: set[tuple[int, int]] = set()
+    for file in sorted(found):
+        reason = None
+        if kind_of(file) is None:
+            reason = "of no known kind"
+        elif not stat.S_ISREG(file.stat().st_mode):
+            reason = "not a regular file"
+        elif (this := identity(file)) in seen:
+            reason = "the same file under a second name"
+        else:
+            seen.add(this)
+            matches.files.append(file)
+        if reason is not None:
+            matches.not_read.append(NotRead(str(file), reason))
+
+
+def _search(roots: Iterable[Path], matches: Matches) -> set[Path]:
+    """Returns the files among the roots and below the folders among them."""
+    found: set[Path] = set()
+    for root in roots:
+        if not root.is_dir():
+            found.add(root)
+            continue
+        for folder, entries in _walk(root, matches):
+            hidden = [Path(folder, entry) for entry in entries if entry.startswith(".")]
+            matches.not_read += (NotRead(str(path), "hidden") for path in hidden)
+            found.update(Path(folder, entry) for entry in entries if not entry.startswith("."))
+    return found
+
+
+def _walk(root: Path, matches: Matches) -> Iterable[tuple[str, list[str]]]:
+    """Yields every folder from the root on, with the names of its files. What is not searched is put down."""
+    for folder, subfolders, entries in os.walk(root, onerror=_raise):
+        for name in sorted(subfolders):
+            path = Path(folder, name)
+            if name.startswith("."):
+                matches.not_read.append(NotRead(str(path), "hidden"))
+            elif path.is_symlink():
+                matches.not_read.append(NotRead(str(path), "a link to a folder"))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield folder, entries
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _expand(pattern: str, matches: Matches) -> list[Path]:
+    """Expands a glob; ** follows no links, which the standard library's does, around loops as well."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return [Path(path) for path in glob.glob(pattern)]
+    position = parts.index("**")
+    head = "/".join(parts[:position]) or ("/" if pattern.startswith("/") else ".")
+    tail = [part for part in parts[position + 1 :] if part not in ("", "**")]
+    roots = [Path(path) for path in glob.glob(head) if os.path.isdir(path)]
+    if not tail:
+        return roots
+    found: list[Path] = []
+    for root in roots:
+        for folder, _ in _walk(root, matches):
+            below = _expand("/".join([glob.escape(folder), *tail]), matches)
+            found += (path for path in below if not (path.is_symlink() and path.is_dir()))  # put down by _walk
+    return found

@@ -1,0 +1,281 @@
+"""A prepared folder against its manifest: cheap checks whenever it is opened, and all of it for --verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlra_scale.data.blocks import BLOCK_BYTES, hash_blocks
+from mlra_scale.data.errors import DataError
+from mlra_scale.data.index_cache import damaged_caches
+from mlra_scale.data.indexed import WHOLE_BYTES, IndexedFiles, open_indexed, sha256_of_file
+from mlra_scale.data.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    VERSION,
+    Manifest,
+    content_fingerprint,
+    manifest_text,
+    read_manifest,
+)
+
+_REMEDY = "copy it from where it is whole, or prepare the data again"
+_TOKENS_AT_ONCE = 1 << 22
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder made by tools/prepare_data.py that its manifest describes.
+
+    Attributes:
+        manifest: The manifest.
+        files: The indexed data set of each split.
+    """
+
+    manifest: Manifest
+    files: dict[str, IndexedFiles]
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Opens a prepared folder and compares it with its manifest, but for the content of the .bin files.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The data sets. What is read of them is checked through `IndexedFiles.checked`.
+
+    Raises:
+        DataError: Something is missing, or is not what was prepared.
+    """
+    manifest = read_manifest(folder)
+    files = {split: _open_split(manifest, split) for split in SPLITS}
+    if manifest.version > 1:
+        for problem in _tokenizer_file_problems(manifest):
+            raise DataError(problem)
+    return Prepared(manifest, files)
+
+
+def _open_split(manifest: Manifest, split: str) -> IndexedFiles:
+    files, table, recorded = open_indexed(manifest.prefix(split)), manifest.blocks(split), manifest.files
+    if files.bin_bytes != (wanted := recorded[f"{split}.bin"]["bytes"]):
+        raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {wanted}; {_REMEDY}")
+    if files.index_sha256 != recorded[f"{split}.idx"]["sha256"]:
+        raise DataError(f"{files.prefix}.idx is not the file that its manifest describes; {_REMEDY}")
+    if table is not None and (problem := _file_problem(table, recorded[table.name])):
+        raise DataError(problem)
+    found = {"documents": files.num_documents, "tokens": files.num_tokens(0, len(files.sequence_lengths))}
+    entry = manifest.content["splits"][split]
+    if found != {name: entry[name] for name in found} or files.dtype.name != manifest.content["dtype"]:
+        raise DataError(
+            f"{manifest.path} was changed by hand: {files.prefix}.idx has {found['documents']} documents, "
+            f"{found['tokens']} tokens of {files.dtype.name}; {_REMEDY}"
+        )
+    return replace(files, table=table)
+
+
+def check_contents(prepared: Prepared) -> None:
+    """Checks what a start checks once, before training: small .bin files as a whole, and what version 1 did not record.
+
+    Args:
+        prepared: The folder.
+
+    Raises:
+        DataError: Something is not what was prepared.
+    """
+    for split, files in prepared.files.items():
+        if not files.is_small:
+            continue
+        if files.checked is not None:
+            files.checked.check_all()
+        elif problem := _file_problem(Path(f"{files.prefix}.bin"), prepared.manifest.files[f"{split}.bin"]):
+            raise DataError(problem)
+    if prepared.manifest.version == 1:
+        _check_tokenizer(prepared.manifest)
+        for files in prepared.files.values():
+            if (files.document_ends() != prepared.manifest.end_of_document_token).any():
+                raise _wrong_end(prepared.manifest, files)
+
+
+def notices_of(prepared: Prepared) -> list[str]:
+    """Returns what a user should know of a folder that is read all the same."""
+    if prepared.manifest.version == VERSION:
+        return []
+    return [
+        f"{prepared.manifest.folder} was prepared by an earlier version: what is read of .bin files of more than "
+        f"{WHOLE_BYTES // 10**6} MB is not checked; python tools/prepare_data.py --verify {prepared.manifest.folder} "
+        "checks all of it and adds the hashes for that"
+    ]
+
+
+def tokenizer_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns size and SHA-256 of the files of a folder's tokenizer, by their names in the folder."""
+    names = _tokenizer_names(folder)
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)} for name in names}
+
+
+def _tokenizer_names(folder: Path) -> list[str]:
+    """Names of what lies in the tokenizer's folder; hidden files, as file systems and desktops leave them, apart."""
+    place = folder / TOKENIZER_FOLDER
+    return sorted(f"{TOKENIZER_FOLDER}/{path.name}" for path in place.iterdir() if not path.name.startswith("."))
+
+
+def _tokenizer_file_problems(manifest: Manifest) -> list[str]:
+    folder = manifest.folder
+    recorded = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER_FOLDER}/")}
+    problems = [_file_problem(folder / name, entry) for name, entry in recorded.items()]
+    if (folder / TOKENIZER_FOLDER).is_dir():
+        extra = [name for name in _tokenizer_names(folder) if name not in recorded]
+        problems += [f"{folder / name} was not there when the data were prepared; remove it" for name in extra]
+    return [problem for problem in problems if problem]
+
+
+def _file_problem(path: Path, recorded: dict[str, Any]) -> str:
+    """Says what is wrong with a file; empty: nothing."""
+    if not path.is_file():
+        return f"{path} does not exist, its manifest names it; {_REMEDY}"
+    if (size := path.stat().st_size) != recorded["bytes"]:
+        return f"{path} has {size} bytes, its manifest says {recorded['bytes']}; {_REMEDY}"
+    if sha256_of_file(path) != recorded["sha256"]:
+        return f"{path} is damaged: it is not the file that its manifest describes; {_REMEDY}"
+    return ""
+
+
+def _check_tokenizer(manifest: Manifest) -> None:
+    """Raises DataError unless the tokenizer beside the data is the one that made them."""
+    from mlra_scale.data.tokenizer import load_tokenizer, tokenizer_sha256
+
+    path, entry = manifest.tokenizer_folder / "tokenizer.json", manifest.content["tokenizer"]
+    loaded = load_tokenizer([str(path)], entry["end_of_document_text"])
+    if tokenizer_sha256(loaded.tokenizer) != manifest.tokenizer_sha256:
+        raise DataError(f"{path} is damaged: it is not the tokenizer that made the data; {_REMEDY}")
+    found = (loaded.vocabulary_size, loaded.end_of_document_token)
+    if found != (manifest.vocabulary_size, manifest.end_of_document_token):
+        raise DataError(
+            f"{manifest.path} was changed by hand: {path} has {found[0]} tokens, and {found[1]} ends documents; "
+            f"{_REMEDY}"
+        )
+
+
+def _wrong_end(manifest: Manifest, files: IndexedFiles) -> DataError:
+    return DataError(
+        f"{manifest.path} does not fit {files.prefix}.bin: not every document ends with the token "
+        f"{manifest.end_of_document_token}; prepare the data again"
+    )
+
+
+def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Reads all of a prepared folder and compares it with its manifest; adds what an earlier version did not record.
+
+    Args:
+        folder: The folder.
+        say: Receives a line per file that is whole, and what was added.
+
+    Returns:
+        Everything that is wrong, one line each, with file and offset.
+
+    Raises:
+        DataError: There is no manifest, or it is damaged.
+    """
+    manifest = read_manifest(folder)
+    problems, tables = [], {}
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if name.endswith(".bin") and path.is_file() and path.stat().st_size == entry["bytes"]:
+            found, tables[name] = _verify_bin(manifest, path, entry)
+        else:
+            found = _file_problem(path, entry)
+        if found:
+            problems.append(found)
+        else:
+            say(f"{path}: {entry['bytes']:,} bytes, as prepared")
+    if manifest.version > 1:
+        problems += [problem for problem in _tokenizer_file_problems(manifest) if problem not in problems]
+    problems += [
+        f"{path} is damaged: an index that training keeps there; remove the folder {path.parent}, it is made again"
+        for path in damaged_caches(folder / "cache")
+    ]
+    if problems:
+        return problems
+    prepared = open_prepared(folder)
+    _check_tokenizer(manifest)
+    for files in prepared.files.values():
+        _check_tokens(manifest, files)
+    if manifest.version == 1:
+        _add_tables(manifest, tables, say)
+    return []
+
+
+def _verify_bin(manifest: Manifest, path: Path, recorded: dict[str, Any]) -> tuple[str, bytes]:
+    """Reads a .bin file; returns what is wrong with it, if anything, and the hashes of its blocks."""
+    hasher = hash_blocks(path)
+    table = manifest.blocks(path.stem)
+    expected = table.read_bytes() if table is not None and table.is_file() else b""
+    if hasher.sha256 == recorded["sha256"]:
+        return "", hasher.table
+    offsets = [
+        start // 32 * BLOCK_BYTES
+        for start in range(0, min(len(expected), len(hasher.table)), 32)
+        if expected[start : start + 32] != hasher.table[start : start + 32]
+    ]
+    more = f" and {len(offsets) - _SHOWN} more" if len(offsets) > _SHOWN else ""
+    where = f" (blocks of {BLOCK_BYTES} bytes at offset {', '.join(map(str, offsets[:_SHOWN]))}{more})"
+    return (
+        f"{path} is damaged: it is not the file that its manifest describes{where if offsets else ''}; {_REMEDY}",
+        b"",
+    )
+
+
+def _check_tokens(manifest: Manifest, files: IndexedFiles) -> None:
+    """Raises DataError unless every token is in the vocabulary and every document ends as the manifest says."""
+    if (files.document_ends(limit=files.num_documents) != manifest.end_of_document_token).any():
+        raise _wrong_end(manifest, files)
+    tokens = files.tokens()
+    for first in range(0, len(tokens), _TOKENS_AT_ONCE):
+        part = np.asarray(tokens[first : first + _TOKENS_AT_ONCE])
+        if (is_bad := (part < 0) | (part >= manifest.vocabulary_size)).any():
+            place = first + int(np.argmax(is_bad))
+            raise DataError(
+                f"{files.prefix}.bin holds the token {tokens[place]} at offset {place * files.dtype.itemsize}; "
+                f"the vocabulary has {manifest.vocabulary_size}; prepare the data again"
+            )
+
+
+def _add_tables(manifest: Manifest, tables: dict[str, bytes], say: Callable[[str], None]) -> None:
+    """Makes a folder of version 1 one of today's: block hashes, sums of the tokenizer's files, sum of the manifest."""
+    folder = manifest.folder
+    try:
+        for split in SPLITS:
+            _replace(folder / f"{split}.blocks", tables[f"{split}.bin"])
+        added = {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
+            for name in (f"{split}.blocks" for split in SPLITS)
+        }
+        files = manifest.files | added | tokenizer_files(folder)
+        fingerprint = content_fingerprint(files, manifest.tokenizer_sha256, manifest.end_of_document_token)
+        content = manifest.content | {"version": VERSION, "fingerprint": fingerprint, "files": files}
+        _replace(folder / MANIFEST_NAME, manifest_text(content).encode())
+    except OSError as error:
+        say(f"{folder} is whole; the hashes of its blocks could not be added: {error.strerror}")
+        return
+    say(f"{folder}: added the hashes of its blocks and the sums of its tokenizer; it has version {VERSION} now")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

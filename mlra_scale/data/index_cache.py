@@ -1,0 +1,105 @@
+"""Large indices of an epoch (one_epoch.py) in a folder beside the data: built once, checked at every start."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlra_scale.config.json_text import read_json_object
+from mlra_scale.data.indexed import sha256_of_file
+
+_NAMES = ("documents.npy", "samples.npy")
+_SUMS = "sha256.json"
+
+Indices = tuple[NDArray, NDArray]
+"""Document index and sample index of a GPTDataset."""
+
+
+def cached_indices(cache: Path, identity: str, build: Callable[[], Indices]) -> Indices | None:
+    """Returns indices memory-mapped from a cache; builds them where they are missing or damaged.
+
+    Args:
+        cache: The folder of all indices of a data set.
+        identity: What they are a function of.
+        build: Builds them.
+
+    Returns:
+        The indices; None where the folder cannot be used, and they have to stay in memory.
+    """
+    folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    try:
+        if not _is_whole(folder):
+            cache.mkdir(exist_ok=True)
+            with _locked(cache / "lock"):
+                if not _is_whole(folder):  # else: somebody else was first
+                    _write(folder, build())
+        documents, samples = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in _NAMES)
+    except (OSError, ValueError):  # read-only or full: the memory always works
+        return None
+    return documents, samples
+
+
+def damaged_caches(cache: Path) -> list[Path]:
+    """Returns the files of finished indices in a cache that are damaged; a later start builds them anew."""
+    # Folders without sums are unfinished, or of an earlier version: they are built anew as well.
+    folders = sorted(path.parent for path in cache.glob(f"*/{_SUMS}") if not path.parent.name.startswith("building-"))
+    return [folder / name for folder in folders for name in _damaged(folder)]
+
+
+def _is_whole(folder: Path) -> bool:
+    return folder.is_dir() and not _damaged(folder)
+
+
+def _damaged(folder: Path) -> list[str]:
+    """Names of the files that are not, or are not known to be, what was written."""
+    try:
+        sums = read_json_object(folder / _SUMS)
+        return [name for name in _NAMES if sha256_of_file(folder / name) != sums[name]]
+    except (OSError, ValueError, LookupError):
+        return [_SUMS]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock; the system releases it when its holder dies.
+
+    On a file system without locks everybody goes ahead: several builders then do the same work, and whoever renames
+    first wins.
+    """
+    with open(path, "wb") as stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _write(folder: Path, indices: Indices) -> None:
+    """Writes the indices so that `folder` appears whole or not at all; a damaged one there is replaced."""
+    temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        for name, array in zip(_NAMES, indices, strict=True):
+            with open(temporary / name, "wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+        sums = {name: sha256_of_file(temporary / name) for name in _NAMES}
+        (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    except OSError:
+        if not _is_whole(folder):  # else: somebody else was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

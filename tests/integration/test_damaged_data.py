@@ -1,0 +1,80 @@
+"""Data that change between two starts, or under a run, end it with exit code 2 and the name of the file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlra_scale.data.blocks import BLOCK_BYTES
+from mlra_scale.data.indexed import WHOLE_BYTES, open_indexed
+from mlra_scale.data.manifest import Manifest, manifest_text, read_manifest
+from mlra_scale.data.writer import SplitWriter
+from mlra_scale.training.exit_codes import ExitCode
+from tests.support.training_runs import Start, base_command, metrics, train
+
+
+@pytest.fixture
+def large(training_data: Path, tmp_path: Path) -> Path:
+    """The training data many times over: a train.bin whose content is checked only where it is read."""
+    folder = Path(shutil.copytree(training_data, tmp_path / "large"))
+    files = open_indexed(str(folder / "train"))
+    document = np.array(files.tokens())
+    writer = SplitWriter(folder / "train", files.dtype)
+    for _ in range(WHOLE_BYTES // document.nbytes + 1):
+        writer.add(document)
+    sums = writer.finish()
+    content = read_manifest(training_data).content
+    content["files"] |= sums
+    content["splits"]["train"] = {"documents": writer.documents, "tokens": writer.tokens}
+    for name in ("documents", "tokens"):
+        content[name] = sum(split[name] for split in content["splits"].values())
+    content["fingerprint"] = Manifest(folder, content).fingerprint
+    (folder / "manifest.json").write_text(manifest_text(content))
+    assert (folder / "train.bin").stat().st_size > WHOLE_BYTES
+    return folder
+
+
+def overwrite(path: Path) -> None:
+    """Replaces all tokens by others of the same vocabulary."""
+    np.roll(np.fromfile(path, np.uint16), 12_345).tofile(path)
+
+
+def test_tokens_that_were_overwritten_between_two_starts(start: Start, training_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(training_data, tmp_path / "data"))
+    start("run", f"data.path={data}", "train.steps=1")
+    overwrite(data / "train.bin")
+    refused = start("run", f"data.path={data}", "train.steps=2", "--resume", "auto", code=ExitCode.BAD_INPUT)
+    assert f"{data / 'train.bin'} is damaged" in refused.stderr and "at offset 0" in refused.stderr
+    assert [record["step"] for record in metrics(tmp_path / "run")][-1] == 1
+
+
+def test_tokens_of_a_large_file_that_were_overwritten(start: Start, large: Path, tmp_path: Path) -> None:
+    start("run", f"data.path={large}", "train.steps=1")
+    overwrite(large / "train.bin")
+    refused = start("run", f"data.path={large}", "train.steps=2", "--resume", "auto", code=ExitCode.BAD_INPUT)
+    assert f"{large / 'train.bin'} is damaged: its blocks of {BLOCK_BYTES} bytes at offset" in refused.stderr
+    assert [record["step"] for record in metrics(tmp_path / "run")][-1] == 1
+
+
+@pytest.mark.slow
+def test_a_damaged_block_ends_all_ranks(large: Path, tmp_path: Path) -> None:
+    overwrite(large / "train.bin")
+    ended = train(*base_command(tmp_path / "run", large, "train.steps=2"), num_processes=2, timeout=300)
+    # torchrun's own code is 1; its report names that of the first rank to end.
+    assert ended.code == 1 and "bad input (rank" in ended.stderr and "exitcode  : 2" in ended.stderr
+    assert f"{large / 'train.bin'} is damaged" in ended.stderr and "DataError" not in ended.stderr
+
+
+def test_a_run_on_data_of_an_earlier_version_says_so_once(start: Start, tmp_path: Path) -> None:
+    written = Path(__file__).resolve().parents[1] / "fixtures" / "written_by_3a017c2"
+    data = Path(shutil.copytree(written / "data", tmp_path / "data"))
+    begun = start("run", f"data.path={data}", "train.steps=1")
+    assert begun.stdout.count("was prepared by an earlier version") == 1
+    # Another end of documents, which a checkpoint of that version does not know, is refused as well.
+    content = json.loads((data / "manifest.json").read_text())
+    content["tokenizer"]["end_of_document_token"] = 7
+    (data / "manifest.json").write_text(json.dumps(content))
+    refused = start("run", f"data.path={data}", "--resume", "auto", "train.steps=2", code=ExitCode.BAD_INPUT)
+    assert f"{data / 'manifest.json'} was changed by hand" in refused.stderr

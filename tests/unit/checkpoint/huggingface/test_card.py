@@ -1,0 +1,90 @@
+"""The model card of a run that was resumed with other settings tells all of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.huggingface.card import model_card
+from mlra_scale.checkpoint.reader import Store
+
+WRITTEN = Path(__file__).resolve().parents[3] / "fixtures" / "written_by_3a017c2"
+
+
+@pytest.fixture
+def store() -> Store:
+    """A checkpoint of step 3, of before there was a history."""
+    return Store.open(WRITTEN / "zero3" / "checkpoints" / "step-00000003")
+
+
+def card_of(store: Store, *changes: tuple[int, str, Any, Any], **more: Any) -> str:
+    listed = [{"step": step, "field": field, "was": was, "now": now} for step, field, was, now in changes]
+    store.state["history"] = {"changes": listed, "begun_from": None, "known_from": 0, **more}
+    return model_card(store, "gpt2", "float32", None, None)
+
+
+def test_a_run_that_was_never_changed_has_plain_rows(store: Store) -> None:
+    card = card_of(store)
+    assert "changes below" not in card and "Changed in the course" not in card and "not recorded" not in card
+    assert "| precision | bf16 |" in card and "| saved with | mlra_scale " in card
+
+
+def test_every_change_is_told_with_its_step(store: Store) -> None:
+    card = card_of(
+        store,
+        (1, "optim.lr", 1e-3, 3e-4),
+        (1, "train.global_batch_size", 8, 16),
+        (2, "train.precision", "fp32", "bf16"),
+        (2, "data.blend", {"/home/me/web": 1.0}, {"/home/me/web": 0.5, "/home/me/books": 0.5}),
+        (2, "parallel.pipeline", 2, 1),
+        (2, "number of ranks", 4, 2),
+        (2, "optim.weight_decay", 0.1, 0.0),
+        (2, "model.residual_dropout", 0.0, 0.1),
+        (2, "train.steps", 6, 3),
+    )
+    for line in (
+        "| 2 | optim.lr | 0.001 | 0.0003 |",
+        "| 2 | train.global_batch_size | 8 | 16 |",
+        "| 3 | train.precision | fp32 | bf16 |",
+        "| 3 | data.blend | web: 1.0 | web: 0.5, books: 0.5 |",
+        "| 3 | parallel.pipeline | 2 | 1 |",
+        "| 3 | number of ranks | 4 | 2 |",
+        "| 3 | model.residual_dropout | 0.0 | 0.1 |",
+    ):
+        assert line in card, line
+    rows = {line.split(" | ")[0].strip("| "): line for line in card.splitlines() if line.startswith("| ")}
+    for name in ("batch", "precision", "learning rate", "Adam", "dropout", "layout", "data"):
+        assert "last of several: see the changes below" in rows[name], name
+    assert "/home/me" not in card, "where things lay is nobody's business"
+
+
+def test_what_does_not_change_the_model_is_not_told(store: Store) -> None:
+    card = card_of(
+        store,
+        (1, "data.path", "/home/me/a", "/home/me/b"),
+        (1, "train.log_every", 1, 10),
+        (1, "wandb.mode", "disabled", "online"),
+        (1, "checkpoint.every", None, 5),
+    )
+    assert "Changed in the course" not in card and "/home/me" not in card
+
+
+def test_what_is_not_recorded_is_not_claimed(store: Store) -> None:
+    card = model_card(store, "gpt2", "float32", None, None)
+    assert "Whether settings were changed before step 4 is not recorded in the checkpoint" in card
+    later = card_of(store, (2, "optim.lr", 1e-3, 3e-4), known_from=2)
+    assert "before step 3 is not recorded" in later and "| 3 | optim.lr | 0.001 | 0.0003 |" in later
+
+
+def test_the_weights_that_a_run_began_with_are_told(store: Store) -> None:
+    begun_from = {"checkpoint": "abc", "format": "gpt2", "folder": "/home/me/gpt2", "attention_rank": 384}
+    card = card_of(store, begun_from=begun_from)
+    assert "| began with weights: format | gpt2 |" in card and "| began with weights: folder | gpt2 |" in card
+
+
+@pytest.mark.parametrize("history", [{"changes": 1}, {"changes": [1]}, {"changes": [{"step": 1}]}, {"begun_from": [1]}])
+def test_a_history_that_is_not_sound_is_one_error(store: Store, history: dict[str, Any]) -> None:
+    store.state["history"] = history
+    with pytest.raises(CheckpointError, match=r"state\.json has a history that is not sound"):
+        model_card(store, "gpt2", "float32", None, None)

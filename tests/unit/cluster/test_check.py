@@ -1,0 +1,79 @@
+"""What would make a job refuse to start, all of it at once; tests/slurm has the launcher's own call."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.cluster.check import main
+from mlra_scale.cluster.job_file import JobFile
+
+Capture = pytest.CaptureFixture[str]
+
+
+def check(capsys: Capture, *training: str, nodes: int = 1, gpus: int = 1) -> tuple[int, str]:
+    """Checks as on a login node; returns the exit code and what was printed."""
+    code = main([f"--nodes={nodes}", f"--gpus-per-node={gpus}", "--", "--preset", "debug", *training])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_everything_is_told_at_once(tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "job.json").write_text("{")
+    overrides = ("parallel.world_size=64", "parallel.tensor=3")
+    code, said = check(capsys, "--run-dir", str(run), "--resume", "auto", *overrides, nodes=2)
+    assert code == 2 and said.startswith("mlra_scale.cluster.check: bad input\n  ")
+    for part in ("parallel.world_size = 64", "job.json", "--resume = 'auto'", "parallel.tensor", "data.path"):
+        assert part in said, said
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "job.json"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"),
+    [
+        ("train.stops=5", "train.stops"),
+        ("cluster.step_memory=lots", "cluster.step_memory"),
+        ("cluster.step_memory=-1", "cluster.step_memory"),
+        ("cluster.cpu_bind=cores", "cluster.cpu_bind"),
+        ("data.path=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_field_is_named(tmp_path: Path, capsys: Capture, argument: str, field: str) -> None:
+    code, said = check(capsys, "--run-dir", str(tmp_path / "run"), argument)
+    assert code == 2 and field in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_number_of_processes_is_named(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROCESSES_PER_NODE", "all")
+    code, said = check(capsys)
+    assert code == 2 and "PROCESSES_PER_NODE" in said
+
+
+@pytest.mark.parametrize("name", [".lock", ".job.lock"])
+def test_a_run_at_work_is_named(tmp_path: Path, capsys: Capture, name: str) -> None:
+    with (tmp_path / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, said = check(capsys, "--run-dir", str(tmp_path))
+    assert code == 2 and "another run is at work here" in said
+    assert "another run" not in check(capsys, "--run-dir", str(tmp_path))[1]
+
+
+def test_gpus_are_not_looked_for_on_a_login_node_nor_an_outer_job(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell may be one of a job with other GPUs, started by srun."""
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_GPUS": "0", "SLURM_GPUS_ON_NODE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    code, said = check(capsys, "--run-dir", str(tmp_path), "train.global_batch_size=16", nodes=4, gpus=2)
+    assert code == 2 and said.count("\n  ") == 1 and "data.path" in said, said
+
+
+def test_in_a_job_the_device_is_looked_for(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    JobFile(tmp_path / "job.json").write()
+    arguments = ["--nodes=1", "--processes=1", "--device=cuda", "--", "--preset", "debug", "--run-dir", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""What a node may say: whatever it is, the job goes on, and what it takes up is bounded and printable."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlra_scale.cluster.attempt import Attempt, Plan
+from mlra_scale.cluster.channel import Heard, Hub
+from mlra_scale.cluster.messages import NodeMessage, RankMessage, printable
+from mlra_scale.cluster.policy import EndKind
+
+BEAT = {"rank": 3, "local_rank": 1, "pid": 7, "doing": "training", "step": 4, "seconds": 0.5, "place": "f (x.py:1)"}
+RANK = {"beat": BEAT, "silence": 0, "state": "S (sleeping)"}
+FAILURE = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
+
+
+class QuietHub(Hub):
+    """Hears what a test gives it, and tells nobody anything."""
+
+    def __init__(self, heard: list[Heard]) -> None:
+        self._heard = heard
+
+    def poll(self, seconds: float) -> list[Heard]:
+        """See Hub."""
+        return self._heard
+
+    def send(self, message: dict[str, Any]) -> None:
+        """See Hub."""
+
+
+def attempt(said: list[str]) -> Attempt:
+    plan = Plan(
+        nodes=("a", "b"),
+        processes=1,
+        device="cpu",
+        master="127.0.0.1",
+        here="a",
+        job_address="127.0.0.1",
+        listening_host="127.0.0.1",
+        training=(),
+        logs=Path("logs"),
+        nonce="1",
+        memory="0",
+        cpu_bind="none",
+        srun=(),
+        python=("python3",),
+        start_seconds=30.0,
+        hang_seconds=30.0,
+        stop_seconds=30.0,
+        lost_seconds=30.0,
+    )
+    return Attempt(plan, lambda text: None, said.append, lambda: False, lambda step: None)
+
+
+def take(*messages: Any) -> tuple[str, str, dict[str, str], list[str]]:
+    """Lets an attempt hear messages of node a, and judges it; returns the verdict and what it said."""
+    said: list[str] = []
+    running = attempt(said)
+    for message in messages:
+        hub = QuietHub([Heard("a", message)])
+        running._hear(hub, 0.0)
+        running._watch(hub)
+    return *running._result(1), said
+
+
+def test_what_a_node_says_is_read() -> None:
+    message = NodeMessage.of(
+        {"node": "a", "pid": 5, "versions": {"torch": "2"}, "ranks": [RANK], "bad_nodes": {"b": "ECC"}, "more": [1]}
+    )
+    assert message.versions == {"torch": "2"} and message.bad_nodes == {"b": "ECC"} and message.ended is None
+    assert message.ranks is not None and message.ranks[0].silence == 0.0
+    assert vars(message.ranks[0].beat.as_beat()) == BEAT
+    ended = NodeMessage.of({"ended": {"failures": [FAILURE]}}).ended
+    assert ended is not None and ended.failures[0].model_dump() == FAILURE and ended.bad_nodes == {}
+    assert RankMessage.of({"beat": BEAT}).beat is not None
+
+
+@pytest.mark.parametrize(
+    ("message", "where"),
+    [
+        ({"versions": 5}, "versions"),
+        ({"versions": {"torch": [1]}}, "versions.torch"),
+        ({"ranks": {}}, "ranks"),
+        ({"ranks": [{**RANK, "silence": "long"}]}, "ranks.0.silence"),
+        ({"ranks": [{**RANK, "silence": math.nan}]}, "ranks.0.silence"),
+        ({"ranks": [{**RANK, "silence": math.inf}]}, "ranks.0.silence"),
+        ({"ranks": [{**RANK, "beat": {**BEAT, "step": "4"}}]}, "ranks.0.beat.step"),
+        ({"ranks": [{**RANK, "beat": {**BEAT, "step": 10**400}}]}, "ranks.0.beat.step"),
+        ({"ranks": [{**RANK, "beat": {**BEAT, "pid": 0}}]}, "ranks.0.beat.pid"),
+        ({"ranks": [{**RANK, "beat": {**BEAT, "pid": True}}]}, "ranks.0.beat.pid"),
+        ({"bad_nodes": ["b"]}, "bad_nodes"),
+        ({"bad_nodes": {"x": "of another job"}}, "bad_nodes"),
+        ({"ended": {}}, "ended.failures"),
+        ({"ended": {"failures": [{**FAILURE, "code": None}]}}, "ended.failures.0.code"),
+        ({"ended": {"failures": [], "bad_nodes": {"x,y": "of another job"}}}, "bad_nodes"),
+        ({"signalled": "yes"}, "signalled"),
+    ],
+)
+def test_what_has_the_wrong_form_is_named_once_and_taken_up_nowhere(message: dict[str, Any], where: str) -> None:
+    kind, _, bad_nodes, said = take(message, message)
+    assert kind == "failed" and bad_nodes == {}
+    assert len(said) == 1 and said[0].startswith(f"a said something that is not understood: {where}")
+
+
+def test_texts_are_printable_and_short() -> None:
+    assert printable("a\x1b[31m \n\t b \ud800\u0000") == "a?[31m b ??"
+    assert len(printable("x" * 10**6)) == 2000
+    *_, said = take({"bad_nodes": {"b": "\x1b]0;title\x07\ud800"}})
+    assert said == ["bad node b: ?]0;title??"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def spoiled(value: Any) -> st.SearchStrategy[Any]:
+    """The value, or with some of its parts replaced by whatever JSON can hold."""
+    if isinstance(value, dict):
+        whole: st.SearchStrategy[Any] = st.fixed_dictionaries({key: spoiled(item) for key, item in value.items()})
+    elif isinstance(value, list):
+        whole = st.tuples(*map(spoiled, value)).map(list)
+    else:
+        whole = st.just(value)
+    return st.one_of(whole, whole, whole, json_values)
+
+
+WHOLE = {
+    "versions": {"torch": "2.13.0"},
+    "ranks": [RANK],
+    "signalled": True,
+    "bad_nodes": {"b": "ECC"},
+    "ended": {"failures": [FAILURE, {**FAILURE, "rank": 1, "code": -9}], "bad_nodes": {"a": "ECC"}},
+}
+messages = st.lists(
+    st.sets(st.sampled_from(sorted(WHOLE)), min_size=1, max_size=2).flatmap(
+        lambda keys: spoiled({key: WHOLE[key] for key in keys})
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(messages)
+def test_whatever_a_node_says_the_job_goes_on(said: list[Any]) -> None:
+    """And its verdict can be written into job.json and onto a console."""
+    as_sent = [json.loads(json.dumps(message)) for message in said if isinstance(message, dict)]
+    kind, reason, bad_nodes, told = take(*as_sent)
+    assert kind in get_args(EndKind)
+    assert set(bad_nodes) <= {"a", "b"}
+    for text in (reason, *bad_nodes.values(), *told):
+        assert text.encode("utf-8") and text.isprintable()
+
+
+@settings(max_examples=50, deadline=None)
+@given(spoiled({"beat": BEAT, "bad_nodes": {"a": "ECC"}}))
+def test_whatever_a_rank_says_its_node_goes_on(said: Any) -> None:
+    if isinstance(said, dict):
+        with contextlib.suppress(ValueError):
+            RankMessage.of(json.loads(json.dumps(said)))

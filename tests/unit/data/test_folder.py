@@ -1,0 +1,297 @@
+"""Nothing in a prepared folder changes unseen: bit flips, swaps and edits anywhere, in both versions of folders."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlra_scale.data import DataError, check_data, identify_data, open_datasets
+from mlra_scale.data.blocks import BLOCK_BYTES
+from mlra_scale.data.folder import verify_folder
+from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest
+from mlra_scale.data.prepare import PrepareOptions, prepare
+from tests.unit.data.builders import config_for
+
+VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
+WORDS = ["the", "norm", "of", "a", "gradient", "and", "its", "layer", "deep", "rank", "low", "token"]
+FLIPS_PER_FILE = 24
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder whose train.bin has four blocks."""
+    folder = tmp_path_factory.mktemp("prepared")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(40, 900)))}) for _ in range(250)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    options = PrepareOptions(
+        folder / "data", [str(folder / "text.jsonl")], train_bpe=290, validation_fraction=0.1, progress=False
+    )
+    assert 3 * BLOCK_BYTES < prepare(options).files["train.bin"]["bytes"] < 5 * BLOCK_BYTES
+    return options.output
+
+
+@pytest.fixture
+def data(original: Path, tmp_path: Path) -> Path:
+    """A prepared folder that the test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "data"))
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder of version 1, as commit 3a017c2 made it, that the test may damage."""
+    return Path(shutil.copytree(VERSION_1, tmp_path / "old"))
+
+
+def problems(folder: Path) -> str:
+    return "\n".join(map(str, check_data(config_for(folder))))
+
+
+def flip(path: Path, byte: int, bit: int) -> None:
+    with open(path, "r+b") as stream:
+        stream.seek(byte)
+        value = stream.read(1)[0]
+        stream.seek(byte)
+        stream.write(bytes([value ^ 1 << bit]))
+
+
+def edited(path: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_flipped_bit_anywhere_is_refused_by_name(data: Path) -> None:
+    draw, names = random.Random(13), set()
+    for path in files_of(data):
+        size = path.stat().st_size
+        places = {(draw.randrange(size), draw.randrange(8)) for _ in range(FLIPS_PER_FILE)} | {(0, 0), (size - 1, 7)}
+        for byte, bit in sorted(places):
+            flip(path, byte, bit)
+            found = problems(data)
+            assert str(path) in found, f"bit {bit} of byte {byte} of {path.name} was not seen: {found!r}"
+            assert "\n" not in found
+            flip(path, byte, bit)
+        names.add(path.name)
+    assert {"train.bin", "train.idx", "train.blocks", "validation.bin", "manifest.json", "tokenizer.json"} <= names
+    assert problems(data) == ""
+
+
+def test_a_flipped_bit_in_a_folder_of_version_1(old: Path) -> None:
+    # Version 1 has no sums of the tokenizer's files, nor of the manifest. What decides tokens and order is compared all
+    # the same; what is not refused is the same training: texts about origin, and copies for other programs.
+    assert problems(old) == ""
+    before, draw, accepted = identify_data(config_for(old)), random.Random(5), set()
+    for path in files_of(old):
+        for _ in range(40):
+            byte, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+            flip(path, byte, bit)
+            if not (found := problems(old)):
+                accepted.add(path.name)
+                assert identify_data(config_for(old)) == before
+                manifest = read_manifest(old)
+                assert (manifest.vocabulary_size, manifest.end_of_document_token) == (512, 0)
+            else:
+                assert str(path) in found
+            flip(path, byte, bit)
+    assert accepted <= {"manifest.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
+
+
+def test_overwritten_tokens_are_refused(data: Path, old: Path) -> None:
+    for folder in (data, old):
+        tokens = np.fromfile(folder / "train.bin", np.uint16)
+        tokens[::-1].tofile(folder / "train.bin")
+        assert f"{folder / 'train.bin'} is damaged" in problems(folder)
+
+
+def swap_two_ids(content: Any) -> None:
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[100:102]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+
+def test_two_swapped_ids_of_a_tokenizer_are_refused(data: Path, old: Path) -> None:
+    for folder in (data, old):
+        path = folder / "tokenizer" / "tokenizer.json"
+        edited(path, swap_two_ids)
+        assert str(path) in problems(folder)
+
+
+@pytest.mark.parametrize("token", [1, 289, 511, 512, 2**31, 2**63, 10**30, -1, True, "0", 0.5, None])
+def test_another_end_of_document_token_is_refused(data: Path, old: Path, token: object) -> None:
+    for folder in (data, old):
+        path = folder / "manifest.json"
+        edited(path, lambda content: content["tokenizer"].update(end_of_document_token=token))
+        assert str(path) in problems(folder)
+
+
+def test_a_file_beside_the_tokenizer_is_refused(data: Path) -> None:
+    (data / "tokenizer" / ".nfs0001").write_text("of the file system")
+    assert problems(data) == ""
+    (data / "tokenizer" / "added_tokens.json").write_text("{}")
+    assert "added_tokens.json was not there when the data were prepared; remove it" in problems(data)
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+FOREIGN_MANIFESTS: dict[str, str] = {
+    "deep": '{"format": "mlra-scale-data", "version": 2, "x": ' + DEEP + "}",
+    "list": "[1, 2]",
+    "text": '"mlra-scale-data"',
+    "number of 5000 digits": '{"format": "mlra-scale-data", "version": ' + "1" * 5000 + "}",
+    "infinite version": '{"format": "mlra-scale-data", "version": 1e999}',
+    "version 1 of nothing": '{"format": "mlra-scale-data", "version": 1}',
+    "control characters": '{"format": "mlra-scale-data", "version": "\\u001b[2J\\u0007"}',
+    "lone surrogate": '{"format": "mlra-scale-data", "version": "\\ud800"}',
+    "true": '{"format": "mlra-scale-data", "version": true}',
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_MANIFESTS)
+def test_a_foreign_manifest_is_one_clean_sentence(data: Path, name: str) -> None:
+    (data / "manifest.json").write_text(FOREIGN_MANIFESTS[name])
+    found = problems(data)
+    assert str(data / "manifest.json") in found and found.isprintable() and len(found) < 600
+
+
+def test_entries_of_a_manifest_that_do_not_fit_are_refused(data: Path) -> None:
+    # A manifest with a right checksum of its own, as a program with a fault would write it.
+    content = read_manifest(data).content
+    changes: dict[str, Callable[[Any], object]] = {
+        "no tokenizer": lambda c: c.pop("tokenizer"),
+        "tokenizer is a list": lambda c: c.update(tokenizer=[1]),
+        "no split": lambda c: c["splits"].pop("validation"),
+        "negative count": lambda c: c["splits"]["train"].update(documents=-1),
+        "absurd count": lambda c: c["splits"]["train"].update(tokens=10**40),
+        "other documents": lambda c: c["splits"]["train"].update(documents=c["splits"]["train"]["documents"] + 1),
+        "other type": lambda c: c.update(dtype="int32"),
+        "no file": lambda c: c["files"].pop("train.bin"),
+        "no table": lambda c: c["files"].pop("train.blocks"),
+        "a file elsewhere": lambda c: c["files"].update({"../x": c["files"]["train.bin"]}),
+        "no sum": lambda c: c["files"]["train.idx"].update(sha256="x"),
+        "other fingerprint": lambda c: c.update(fingerprint="0" * 64),
+        "end outside the vocabulary": lambda c: c["tokenizer"].update(end_of_document_token=290),
+    }
+    for name, change in changes.items():
+        altered = json.loads(json.dumps(content))
+        change(altered)
+        (data / "manifest.json").write_text(manifest_text(altered))
+        assert str(data / "manifest.json") in problems(data), name
+
+
+def test_the_fingerprint_covers_the_end_of_documents(data: Path) -> None:
+    manifest = read_manifest(data)
+    others = [content_fingerprint(manifest.files, manifest.tokenizer_sha256, end) for end in (1, 2)]
+    assert len({manifest.fingerprint, *others}) == 3
+
+
+@pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlra_scale.data.indexed.WHOLE_BYTES", 0)
+
+
+@pytest.mark.usefixtures("nothing_is_small")
+def test_every_block_of_a_large_file_is_checked_when_it_is_read(data: Path) -> None:
+    whole = open_datasets(config_for(data)).train
+    some = range(0, whole.samples_per_epoch, 40)
+    expected = {first: whole.batch(first, 1).tokens_BS for first in some}
+    flip(data / "train.bin", 2 * BLOCK_BYTES + 77, 3)
+    config = config_for(data)
+    assert check_data(config) == []
+    read = open_datasets(config).train
+    messages, num_read = set(), 0
+    for first, tokens in expected.items():
+        try:
+            batch = read.batch(first, 1).tokens_BS
+        except DataError as error:
+            messages.add(str(error))
+        else:
+            num_read += 1
+            assert (batch == tokens).all()
+    (message,) = messages
+    assert f"{data / 'train.bin'} is damaged: its blocks of 65536 bytes at offset 131072 differ" in message
+    # Of four blocks one is damaged; a sample that ends in it is refused as well.
+    assert 0.6 < num_read / len(expected) < 0.8
+
+
+@pytest.mark.usefixtures("nothing_is_small")
+def test_threads_that_read_together_are_all_refused(data: Path) -> None:
+    for block in range(4):
+        flip(data / "train.bin", block * BLOCK_BYTES + 5, 0)
+    stream, refused = open_datasets(config_for(data)).train, []
+
+    def reader(first: int) -> None:
+        for sample in range(first, first + 50):
+            with pytest.raises(DataError, match=r"train\.bin is damaged"):
+                stream.batch(sample, 3)
+        refused.append(first)
+
+    threads = [threading.Thread(target=reader, args=(first,)) for first in range(0, 200, 50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(refused) == [0, 50, 100, 150]
+
+
+def test_verify_names_everything_that_is_damaged(data: Path) -> None:
+    said: list[str] = []
+    assert verify_folder(data, said.append) == []
+    assert any(str(data / "train.bin") in line for line in said)
+    flip(data / "train.bin", BLOCK_BYTES, 0)
+    flip(data / "train.bin", 3 * BLOCK_BYTES + 9, 7)
+    flip(data / "train.idx", 200, 1)
+    (data / "validation.blocks").unlink()
+    flip(data / "tokenizer" / "tokenizer.json", 500, 2)
+    found = verify_folder(data)
+    assert len(found) == 4
+    assert f"{data / 'train.bin'} is damaged" in found[0] and "at offset 65536, 196608)" in found[0]
+    for name, problem in zip(("train.idx", "validation.blocks", "tokenizer.json"), found[1:], strict=True):
+        assert name in problem
+
+
+def test_verify_checks_tokens_and_ends(data: Path) -> None:
+    manifest = read_manifest(data)
+    for entry, value, message in (
+        ("end_of_document_token", 5, "not every document ends with the token 5|another|has 290 tokens, and 0 ends"),
+        ("vocabulary_size", 200, "has 290 tokens, and 0 ends documents"),
+    ):
+        content = json.loads(json.dumps(manifest.content))
+        content["tokenizer"][entry] = value
+        fitting = Manifest(data, content)
+        content["fingerprint"] = fitting.fingerprint
+        (data / "manifest.json").write_text(manifest_text(content))
+        with pytest.raises(DataError, match=message):
+            verify_folder(data)
+
+
+def test_verify_makes_a_folder_of_version_1_one_of_today(old: Path) -> None:
+    before, config = identify_data(config_for(old)), config_for(old)
+    (notice,) = open_datasets(config).notices
+    assert f"{old} was prepared by an earlier version" in notice and f"--verify {old}" in notice
+    said: list[str] = []
+    assert verify_folder(old, said.append) == []
+    assert f"{old}: added the hashes of its blocks" in said[-1]
+    assert read_manifest(old).version == 2 and problems(old) == "" and open_datasets(config).notices == ()
+    assert identify_data(config) == before
+    flip(old / "tokenizer" / "merges.txt", 40, 1)
+    assert "merges.txt is damaged" in problems(old)
+
+
+def test_a_damaged_folder_of_version_1_gets_no_hashes(old: Path) -> None:
+    flip(old / "train.bin", 100_000, 4)
+    (found,) = verify_folder(old)
+    assert f"{old / 'train.bin'} is damaged" in found
+    assert read_manifest(old).version == 1 and not (old / "train.blocks").exists()

@@ -1,0 +1,97 @@
+"""The console never ends the work: closed pipes, full disks, encodings."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlra_scale import console
+
+
+@pytest.fixture
+def broken() -> Iterator[int]:
+    """A descriptor whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def stream(descriptor: int, encoding: str = "utf-8") -> io.TextIOWrapper:
+    plain = io.TextIOWrapper(io.FileIO(os.dup(descriptor), "w"), encoding=encoding)
+    unfailing = console._unfailing(plain, descriptor)
+    assert isinstance(unfailing, io.TextIOWrapper)
+    return unfailing
+
+
+def test_a_closed_pipe_takes_everything(broken: int) -> None:
+    with pytest.raises(BrokenPipeError):
+        os.write(broken, b"x")
+    shown = stream(broken)
+    for _ in range(3):
+        print("step 1", "x" * 100_000, file=shown, flush=True)
+    assert shown.fileno() == broken and not shown.isatty()
+
+
+def test_a_full_disk_takes_everything() -> None:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(OSError, match="No space left"):
+        os.write(descriptor, b"x")
+    print("step 1", file=stream(descriptor), flush=True)
+    os.close(descriptor)
+
+
+def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        print("runs/l\u00e4ufe \u2713", file=stream(file.fileno(), "ascii"))
+    assert (tmp_path / "log").read_bytes() == b"runs/l\\xe4ufe \\u2713\n", "at the end of the line, without a flush"
+
+
+def test_a_full_pipe_that_does_not_block_is_waited_for_and_then_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_WAIT_SECONDS", 0.05)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    print("x" * 1_000_000, file=stream(writer))
+    assert os.read(reader, 10) == b"x" * 10
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/full"])
+def test_a_tool_that_only_prints_says_that_nobody_got_it(
+    target: str, broken: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    descriptor = os.dup(broken) if target == "pipe" else os.open(target, os.O_WRONLY)
+    monkeypatch.setattr(console, "_drop_the_rest", lambda: None)  # of the test's own standard output
+
+    def main() -> int:
+        print("what was asked for", file=sys.stdout)
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False))))
+        code = console.run_tool(main, has_side_effects=False)
+    os.close(descriptor)
+    assert code == (0 if target == "pipe" else 1)
+    assert capsys.readouterr().err == (
+        "" if target == "pipe" else "standard output cannot be written: No space left on device\n"
+    )
+
+
+def test_an_interrupted_tool_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    assert console.run_tool(main, has_side_effects=False) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_error_of_a_file_is_not_one_of_the_console() -> None:
+    def main() -> int:
+        raise FileNotFoundError(2, "No such file or directory", "missing.txt")
+
+    with pytest.raises(FileNotFoundError):
+        console.run_tool(main, has_side_effects=False)
