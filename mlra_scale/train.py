@@ -11,7 +11,7 @@ if __name__ == "__main__":
     from mlra_scale.training.interruption import Interruption
 
     make_unfailing()
-    INTERRUPTION = Interruption().__enter__()
+    INTERRUPTION = Interruption().until_exit()
 
 import argparse
 import contextlib

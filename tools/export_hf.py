@@ -141,7 +141,8 @@ def _trained_with(named: Path | None, store: Store) -> LoadedTokenizer | None:
     if folder is None:
         return None
     loaded = load_tokenizer([str(folder)])
-    check_checksum(loaded, (store.state.get("data") or {}).get("tokenizer"))
+    recorded = (store.state.get("data") or {}).get("tokenizer")
+    check_checksum(loaded, None if recorded is None else str(recorded))
     return loaded
 
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from mlra_scale.cluster import slurm
 
@@ -37,9 +38,16 @@ def ended_by_slurm(allocation: slurm.Allocation) -> EndedBySlurm | None:
         return None
     has_requeued = slurm.number_of_restarts(fields) > allocation.num_requeues
     # While its processes end, a job in the queue and a cancelled one are both COMPLETING, also where it was cancelled
-    # after it had been queued again; only what will not run any more has an end.
-    is_queued_again = has_requeued and fields.get("EndTime", "Unknown") == "Unknown"
-    return EndedBySlurm(fields.get("JobState", "unknown"), is_queued_again)
+    # after it had been queued again; only that of one which will not run any more has an end that is past.
+    return EndedBySlurm(fields.get("JobState", "unknown"), has_requeued and not _is_past(fields.get("EndTime", "")))
+
+
+def _is_past(time: str) -> bool:
+    """Returns whether a time of Slurm's is past; that of a job in the queue is at least a minute ahead, or Unknown."""
+    try:
+        return datetime.fromisoformat(time) < datetime.now() + timedelta(seconds=30)
+    except ValueError:
+        return False
 
 
 def put_back(

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
     die_with_parent(int(os.environ[AGENT_VARIABLE]))
     make_unfailing()
-    INTERRUPTION = Interruption().__enter__()
+    INTERRUPTION = Interruption().until_exit()
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record

@@ -112,7 +112,7 @@ ZERO_KEYS: dict[str, tuple[str, str]] = {
     "stage": (YOURS, "0|1|2|3"),
     "contiguous_gradients": (YOURS, "bool"),
     "reduce_scatter": (YOURS, "bool"),
-    "reduce_bucket_size": (YOURS, "count"),
+    "reduce_bucket_size": (YOURS, "positive count"),
     "use_multi_rank_bucket_allreduce": (YOURS, "bool"),
     "allgather_partitions": (YOURS, "bool"),
     "allgather_bucket_size": (YOURS, "count"),
@@ -213,10 +213,11 @@ def _wrong_value(kind: str, value: Any) -> str | None:
         return "'auto' is for Hugging Face's trainer; give the value or leave the key out"
     if kind == "bool":
         return None if isinstance(value, bool) else "must be true or false"
-    if kind == "count":
+    if kind.endswith("count"):
+        least = 1 if kind == "positive count" else 0
         # DeepSpeed's own examples write 5e8, which JSON reads as a fraction.
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
-        return None if whole else "must be a whole number >= 0"
+        is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        return None if is_whole and value >= least else f"must be a whole number >= {least}"
     if kind == "mapping":
         return None if isinstance(value, dict) else "must be a mapping (in JSON: { ... })"
     if kind == "list":

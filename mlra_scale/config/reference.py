@@ -121,7 +121,7 @@ def _preset_rows() -> list[str]:
     return [*rows, ""]
 
 
-_KINDS = {"bool": "true or false", "count": "whole number >= 0"}
+_KINDS = {"bool": "true or false", "count": "whole number >= 0", "positive count": "whole number >= 1"}
 
 
 def _key_rows() -> list[str]:

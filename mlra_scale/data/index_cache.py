@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mlra_scale.config.json_text import read_json_object
 from mlra_scale.data.indexed import sha256_of_file
 
 _NAMES = ("documents.npy", "samples.npy")
@@ -62,9 +63,9 @@ def _is_whole(folder: Path) -> bool:
 def _damaged(folder: Path) -> list[str]:
     """Names of the files that are not, or are not known to be, what was written."""
     try:
-        sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+        sums = read_json_object(folder / _SUMS)
         return [name for name in _NAMES if sha256_of_file(folder / name) != sums[name]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError):
         return [_SUMS]
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mlra_scale.config.json_text import read_json_object
+from mlra_scale.config.json_text import printable, read_json
 from mlra_scale.data.counts import find_contradiction
 from mlra_scale.data.errors import DataError
 
@@ -25,8 +25,6 @@ SPLITS = ("train", "validation")
 FORMAT = "mlra-scale-data"
 VERSION = 2
 _OWN_SUM = "manifest_sha256"
-_LARGEST_BYTES = 1 << 28
-"""No manifest is larger; reading what is would take all memory."""
 _INDEXED = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx"))
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -201,14 +199,16 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_NAME}: it was not made, or not finished, by tools/prepare_data.py")
     try:
-        content = read_json_object(path, _LARGEST_BYTES)
+        content = read_json(path)
     except ValueError as error:
         raise DataError(f"{error}; copy it again, or prepare the data again") from error
-    if content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of tools/prepare_data.py")
     version = content.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise DataError(f"{path} has version {_shown(version)}; this program reads versions 1 to {VERSION}")
+        raise DataError(
+            f"{path} has version {printable(repr(version), 60)}; this program reads versions 1 to {VERSION}"
+        )
     # Version 1 had no sum of its own; a manifest that has one is checked, whatever its version says.
     if content.get(_OWN_SUM) != _own_sum(content) and not (version == 1 and _OWN_SUM not in content):
         raise DataError(f"{path} was changed after it was made: its checksum differs; copy or prepare the data again")
@@ -224,13 +224,15 @@ def _check_entries(path: Path, content: dict[str, Any]) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(
-            f"{path} lacks or garbles an entry ({_shown(where)}: {first['msg']}); prepare the data again"
+            f"{path} lacks or garbles an entry ({printable(where, 60)}: {first['msg']}); prepare the data again"
         ) from error
     needed = [*_INDEXED, *(f"{split}.blocks" for split in SPLITS if content["version"] > 1)]
     if missing := [name for name in needed if name not in known.files]:
         raise DataError(f"{path} lacks or garbles an entry (files.{missing[0]}); prepare the data again")
     if foreign := [name for name in known.files if name not in needed and not _is_of_tokenizer(name)]:
-        raise DataError(f"{path} lacks or garbles an entry (files has {_shown(foreign[0])}); prepare the data again")
+        raise DataError(
+            f"{path} lacks or garbles an entry (files has {printable(foreign[0], 60)}); prepare the data again"
+        )
     manifest = Manifest(path.parent, content)
     expected = manifest.fingerprint_of_version_1 if manifest.version == 1 else manifest.fingerprint
     if (
@@ -246,9 +248,3 @@ def _check_entries(path: Path, content: dict[str, Any]) -> None:
 def _is_of_tokenizer(name: str) -> bool:
     folder, _, file = name.partition("/")
     return folder == TOKENIZER_FOLDER and file not in ("", ".", "..") and "/" not in file
-
-
-def _shown(value: object) -> str:
-    """Returns a short form of a foreign value without control characters."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

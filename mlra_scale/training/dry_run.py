@@ -6,6 +6,7 @@ from dataclasses import replace
 from textwrap import wrap
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, zero_stage
+from mlra_scale.config.json_text import printable
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.cluster import GIB, named_cluster
 from mlra_scale.planning.layout import (
@@ -64,8 +65,8 @@ def _model_lines(config: Config) -> list[str]:
     flops = model.flops_per_token(config.train.sequence_length)
     tokens_per_step = config.train.global_batch_size * config.train.sequence_length
     return [
-        f"{config.preset or 'model'}: {model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
-        f"attention {attention}",
+        f"{printable(config.preset or 'model')}: {model.num_layers} layers, width {model.hidden_size}, "
+        f"{model.num_heads} heads, attention {attention}",
         f"parameters {model.num_parameters():,} (embedding {counts['embedding']:,}, positions {counts['positions']:,}, "
         f"rest {model.num_parameters() - ends:,}), tied head counted once",
         f"FLOPs per token {flops:.4g}, per step {flops * tokens_per_step:.4g}",

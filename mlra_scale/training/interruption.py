@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -169,6 +170,19 @@ class Interruption:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def until_exit(self) -> Interruption:
+        """Listens until the process has ended, for the module that is the process's main one.
+
+        A launcher ends all ranks when one ends. Python's own last act is to give signals their default effect: a rank
+        would then be reported as killed, instead of with the code that says why it ended.
+        """
+        atexit.register(self._ignore)  # the first to be registered is the last to run
+        return self.__enter__()
+
+    def _ignore(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is not threading.main_thread():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.config import Config, ConfigError, ModelConfig, Named, Problem, stored_yaml
+from mlra_scale.config.json_text import printable
 
 FREE = (
     "preset",
@@ -102,7 +103,7 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.field}: {_shown(self.was)} -> {_shown(self.now)}"
+        return printable(f"{self.field}: {_shown(self.was)} -> {_shown(self.now)}")
 
 
 @dataclass(frozen=True)

@@ -155,10 +155,9 @@ def test_the_card_of_a_resumed_run_tells_what_was_changed(
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    command: tuple[str, ...] = ("--preset", "debug", "--run-dir", str(copy), "--resume", "auto", *MODEL)
-    command += (f"data.path={data}", "train.steps=6", "optim.lr=1.5e-4")
-    command += ("train.global_batch_size=4", "train.log_every=2")
-    (finished,) = worker_pool(1).run(main_on_rank, command)
+    command = ("--preset", "debug", "--run-dir", str(copy), "--resume", "auto", f"data.path={data}", *MODEL)
+    changes = ("train.steps=6", "optim.lr=1.5e-4", "train.global_batch_size=4", "train.log_every=2")
+    (finished,) = worker_pool(1).run(main_on_rank, (*command, *changes))
     assert finished.code == 0, finished.stderr
     assert run_tool("export_hf", copy, tmp_path / "out", "--no-verify").code == 0
     card = (tmp_path / "out" / "README.md").read_text()

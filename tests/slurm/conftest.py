@@ -13,5 +13,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     reason = slurm_missing()
     if reason is not None:
         pytest.skip(f"needs Slurm: {reason}")
-    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=3) as started:
+    # Long enough for a save on a machine that is busy with other things; tests end their jobs by SIGKILL.
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=3, kill_wait=120) as started:
         yield started

@@ -110,7 +110,9 @@ class Submitted:
         self.wait_for_step(step)
 
     def _has_trained(self, number: int) -> bool:
-        return self.job_file()["attempts"][number - 1]["first_step_seconds"] is not None
+        # One that was stopped before it began counts too.
+        attempts = self.job_file()["attempts"][number - 1 :]
+        return any(attempt["first_step_seconds"] is not None for attempt in attempts)
 
     def rank_pids(self, node: str) -> list[int]:
         """Processes of the ranks on a node."""

@@ -118,6 +118,7 @@ def test_requeue_sigterm_and_time_limit_lose_nothing(
     job.wait_for_step(EARLY)
     cluster.run("scontrol", "requeue", job.job_id)
     job.wait_for_attempt(2, MIDDLE)
+    assert "Slurm has the job in state COMPLETING already: preempted" in job.text()
     cluster.run("scancel", "--signal=TERM", job.job_id)
     job.wait_for_attempt(3, LATE)
     # The file asks for SIGUSR1 600 s before the time limit. From now on less is left; Slurm looks every 30 s.
@@ -130,9 +131,9 @@ def test_requeue_sigterm_and_time_limit_lose_nothing(
     last = job.stop()
     assert int(cluster.job(job.job_id)["Restarts"]) >= 3
     assert set(job.ends()) == {"preempted"} and len(job.ends()) >= 4
-    # Each began where the one before it had stopped: no step was done twice.
+    # Each began where the one before it had stopped (one that was stopped before it began did nothing): no step twice.
     stops = [event["step"] for event in events(job.run) if event["event"] == "preempted"]
-    assert len(stops) == len(job.ends()) and stops[-1] == last
+    assert 4 <= len(stops) <= len(job.ends()) and stops[-1] == last
     assert [event["step"] for event in events(job.run) if event["event"] == "resume"] == stops[:-1]
     assert all(event["records_cut"] == 0 for event in events(job.run) if event["event"] == "resume")
     assert compared(job.run) == uninterrupted(reference, PIPELINE, ZERO1, last)

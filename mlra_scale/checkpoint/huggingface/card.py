@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlra_scale
+from mlra_scale.checkpoint.contents import STATE
+from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.config import Config, ModelConfig
@@ -174,8 +176,16 @@ _CHANGES_NOT_TOLD = (
 
 
 def _history(store: Store) -> dict[str, Any]:
-    history = store.state.get("history")
-    return history if isinstance(history, dict) else {}
+    """What training/history.py wrote; empty in checkpoints of before there was a history."""
+    history = store.state.get("history") or {}
+    changes = history.get("changes", [])
+    is_sound = isinstance(changes, list) and all(
+        isinstance(change, dict) and {"step", "field", "was", "now"} <= change.keys() and type(change["step"]) is int
+        for change in changes
+    )
+    if not (is_sound and isinstance(history.get("begun_from") or {}, dict)):
+        raise CheckpointError(f"{store.folder / STATE} has a history that is not sound; use another checkpoint")
+    return dict(history)
 
 
 def _told_changes(store: Store) -> list[dict[str, Any]]:
@@ -200,7 +210,7 @@ def _changes(store: Store) -> str:
             lines.append(f"| {change['step'] + 1:,} | {change['field']} | {was} | {now} |")
         parts.append("Changed in the course of the training:\n\n" + "\n".join(lines))
     known_from = history.get("known_from", store.step)
-    if known_from > 0:
+    if type(known_from) is int and known_from > 0:
         parts.append(
             f"Whether settings were changed before step {known_from + 1:,} is not recorded in the checkpoint; the "
             "first table has the last ones."

@@ -109,11 +109,6 @@ def import_gpt2(
     """
     config, model, notes = _read_config(folder, rank, projections, vocab_padding_multiple)
     weights = GPT2Weights(folder)
-    if model.num_layers > len(weights.names):  # before anything is built layer by layer
-        raise CheckpointError(
-            f"{folder / 'config.json'} says n_layer {model.num_layers}, but the weights are only {len(weights.names)} "
-            "tensors; restore the file that belongs to them"
-        )
     weights.check(_shapes(model), config.tie_word_embeddings)
     kept: list[KeptEnergy] = []
 

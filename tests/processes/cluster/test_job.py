@@ -317,6 +317,7 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
     ("state", "restarts", "end_time", "refused", "code", "job_state", "orders"),
     [
         ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
+        ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
         ("COMPLETING", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
         ("CANCELLED", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
         ("COMPLETING", "2", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),

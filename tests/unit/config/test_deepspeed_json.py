@@ -37,7 +37,9 @@ def nested(path: str, key: str, value: object) -> dict[str, Any]:
 
 
 def example(kind: str) -> object:
-    return {"bool": True, "count": 5e8, "mapping": {}, "list": [], "0|1|2|3": 1}.get(kind, kind.split("|")[-1])
+    return {"bool": True, "count": 5e8, "positive count": 5e8, "mapping": {}, "list": [], "0|1|2|3": 1}.get(
+        kind, kind.split("|")[-1]
+    )
 
 
 ROWS = [(path, key, owner, note) for path, table in TABLES.items() for key, (owner, note) in table.items()]
@@ -81,7 +83,7 @@ def test_a_remedy_that_names_a_field_names_a_real_one() -> None:
         (
             {"zero_optimization": {"reduce_bucket_size": 0.5}},
             "zero_optimization.reduce_bucket_size",
-            "must be a whole number >= 0",
+            "must be a whole number >= 1",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},

@@ -94,7 +94,8 @@ def test_a_tokenizer_without_limit_is_read(copy: Path) -> None:
 
 
 ABSURD: dict[str, tuple[dict[str, Any], str]] = {
-    "layers": ({"n_layer": 300_000_000}, "n_layer"),
+    "layers": ({"n_layer": 300_000_000}, "layer"),
+    "as many layers as are allowed": ({"n_layer": 10_000}, ""),
     "a layer too many": ({"n_layer": 3}, ""),
     "a layer too few": ({"n_layer": 1}, ""),
     "vocabulary": ({"vocab_size": 10**15}, ""),

@@ -75,6 +75,10 @@ def test_named_fields_are_taken_from_the_command_line() -> None:
     assert (result.config.train.steps, result.config.optim.decay_factors) == (40, False)
 
 
+def test_a_change_is_shown_without_what_a_terminal_obeys() -> None:
+    assert str(Change("data.path", "\x1b[2J", "b")) == r"data.path: \x1b[2J -> b"
+
+
 def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
     was = ["train.steps=40", "optim.lr=1e-4", "optim.warmup_steps=5", "train.precision=bf16", "checkpoint.every=3"]
     result = compared(was, [])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.huggingface.card import model_card
 from mlra_scale.checkpoint.reader import Store
 
@@ -80,3 +81,10 @@ def test_the_weights_that_a_run_began_with_are_told(store: Store) -> None:
     begun_from = {"checkpoint": "abc", "format": "gpt2", "folder": "/home/me/gpt2", "attention_rank": 384}
     card = card_of(store, begun_from=begun_from)
     assert "| began with weights: format | gpt2 |" in card and "| began with weights: folder | gpt2 |" in card
+
+
+@pytest.mark.parametrize("history", [{"changes": 1}, {"changes": [1]}, {"changes": [{"step": 1}]}, {"begun_from": [1]}])
+def test_a_history_that_is_not_sound_is_one_error(store: Store, history: dict[str, Any]) -> None:
+    store.state["history"] = history
+    with pytest.raises(CheckpointError, match=r"state\.json has a history that is not sound"):
+        model_card(store, "gpt2", "float32", None, None)
