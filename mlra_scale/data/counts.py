@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlra_scale.config.json_text import printable
 from mlra_scale.data.files import FileCounts, by_reason
 
 # The manifest names the first files of each kind; the numbers are complete.
@@ -58,7 +59,7 @@ def find_contradiction(content: dict[str, Any]) -> str | None:
         if source.get("files") is not None:
             files = source["files"]
             others = sum(group["files"] for group in files["not_read"])
-            sums.append((f"files of source {_printable(source['name'])}", files["matched"], files["read"] + others))
+            sums.append((f"files of source {printable(source['name'])}", files["matched"], files["read"] + others))
     return next(
         (f"it counts {whole} {what}, their parts {parts}" for what, whole, parts in sums if whole != parts), None
     )
@@ -72,9 +73,7 @@ def count_lines(content: dict[str, Any]) -> list[str]:
             continue
         files = source["files"]
         if files["matched"] != 1 or files["not_read"]:
-            lines.append(
-                f"  files       {files['read']:,} of {files['matched']:,} read of {_printable(source['name'])}"
-            )
+            lines.append(f"  files       {files['read']:,} of {files['matched']:,} read of {printable(source['name'])}")
         for group in files["not_read"]:
             lines.append(f"  not read    {group['files']:,} {group['reason']}: {_names(group)}")
         if files["without_documents"]["files"]:
@@ -93,9 +92,4 @@ def count_lines(content: dict[str, Any]) -> list[str]:
 def _names(group: dict[str, Any]) -> str:
     shown = group["names"][:_NUM_PRINTED]
     more = group["files"] - len(shown)
-    return ", ".join(map(_printable, shown)) + (f" and {more:,} more" if more else "")
-
-
-def _printable(name: str) -> str:
-    """Escapes control characters and bytes that are not UTF-8, which a file's name may hold and stdout refuses."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+    return ", ".join(map(printable, shown)) + (f" and {more:,} more" if more else "")
