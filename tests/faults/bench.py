@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from tests.slurm.cluster import SlurmCluster
 from tests.support.training_runs import make_data
 
 TIMEOUT = 300.0
+ALONE_SECONDS = 1.5
 DISK = "disk"
 """Name of the folder at which a disk of its own is mounted."""
 STEPS, EVERY = 8, 2
@@ -129,6 +131,13 @@ def start(
     marks = log.with_name(f"{log.name}.marks-{sum(1 for _ in log.parent.glob(f'{log.name}.marks-*'))}")
     armed: dict[str, Any] = {**variables(moments, marks)} if moments else {}
     launch = Forked([*training.arguments(run, resume), *more], training.num_ranks, log, **armed)
+    if code < 0:
+        deadline = time.monotonic() + TIMEOUT
+        while launch.is_running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # The other ranks live on for a moment, and then go as with a machine: they would wait for the dead one.
+        time.sleep(ALONE_SECONDS)
+        launch.end()
     launch.wait(TIMEOUT)
     output = launch.output()
     late = missed(moments, marks) if moments else []
