@@ -79,7 +79,7 @@ def test_cells_with_a_result_are_not_run_again(tmp_path: Path) -> None:
     assert first.results()["mlra-seed2"]["diverged_at"] == 3
     assert not list(tmp_path.glob("out/cells/*/checkpoints"))
     about = json.loads(first.output.about.read_text())
-    assert set(about) == {"name", "commit", "command", "hardware", "versions", "started", "ended"}
+    assert set(about) == {"version", "name", "commit", "command", "hardware", "versions", "started", "ended"}
     assert about["ended"] >= about["started"]
     before = first.output.results.read_bytes()
     again = Place(tmp_path, [DONE, DIVERGED, GAVE_UP])
