@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -269,6 +269,22 @@ def cut_record(path: Path, last_step: int) -> int:
     kept = [item for item in objects if item["step"] <= last_step]
     write_atomically(path, "".join(json.dumps(item) + "\n" for item in kept))
     return len(objects) - len(kept)
+
+
+def lost_from(records: Sequence[Mapping[str, Any]], step: int, log_every: int) -> int | None:
+    """Returns the first step of the record's end that a run must have recorded and that is not there; None: all is.
+
+    A record is on disk before the checkpoint of its last step. What is missing was taken away: the file was emptied,
+    replaced or removed between two starts.
+
+    Args:
+        records: What is there of the steps up to the checkpoint.
+        step: Of the checkpoint that the run continues from.
+        log_every: Steps between two recorded losses; the first step is recorded too.
+    """
+    last = max((record["step"] for record in records if "loss" in record), default=0)
+    due = 0 if step == 0 else max(1, step - step % log_every)
+    return last + 1 if last < due else None
 
 
 def replace_last(path: Path, record: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from mlra_scale.training.record import (
     RecordLost,
     check_same,
     cut_record,
+    lost_from,
     read_record,
     replace_last,
     set_aside,
@@ -119,6 +120,7 @@ class Report:
         if start.kind == "training":
             self._events.write("resume", step=progress.step, checkpoint=checkpoint, records_cut=num_cut)
             self.say(f"resumed from {checkpoint}: step {progress.step}, {progress.consumed_samples:,} samples read")
+            self._tell_lost_record()
         elif start.kind == "weights":
             self._events.write("initialized_from", checkpoint=checkpoint, records_cut=num_cut)
             self.say(f"begins with the weights of {checkpoint}")
@@ -130,6 +132,15 @@ class Report:
         for change in start.changes:
             self._events.write("changed", field=change.field, was=change.was, now=change.now)
             self.say(f"changed from here on: {change}")
+
+    def _tell_lost_record(self) -> None:
+        """Says that the end of the record, up to the checkpoint of this start, is missing."""
+        start, step = self._start, self._start.progress.step
+        every = [change.was for change in start.changes if change.field == "train.log_every"]
+        first = lost_from(self._records, step, max([self._config.train.log_every, *every]))
+        if first is not None and start.goes_on_in_place:
+            self._events.write("record_lost", first_step=first, last_step=step)
+            self.say(f"{self._run.metrics} has no losses of steps {first} to {step}: the file was changed since then")
 
     def say(self, text: str) -> None:
         """Prints to the console, above the progress bar."""

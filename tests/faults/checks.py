@@ -1,7 +1,9 @@
 """Training that is killed again and again, compared with the same training that nobody disturbed."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.checkpoint import Store
 from mlra_scale.checkpoint.retention import newest_complete
@@ -19,6 +21,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "zero3-tp2dp2": (4, ["parallel.tensor=2", 'deepspeed={"zero_optimization": {"stage": 3}}']),
 }
+CLOCK = ("seconds", "tokens_per_second", "memory_gib", "mfu", "measuring_seconds", "step_seconds")
+"""What the record holds of the clock and the machine."""
 CURVES = ("loss", "gradient_norm", "learning_rate", "consumed_samples")
 
 
@@ -80,12 +84,28 @@ def assert_way_back(run: Path) -> int:
     return store.step
 
 
+def assert_visible_is_whole(run: Path) -> None:
+    """Fails if a checkpoint under its own name is incomplete, or a line of the record, but for the last, is torn."""
+    for folder in sorted((run / "checkpoints").glob("step-*")):
+        assert Store.open(folder).verify() == [], folder
+    for name in ("metrics.jsonl", "events.jsonl", "rolled_back.jsonl"):
+        lines = (run / name).read_bytes().split(b"\n")[:-1] if (run / name).exists() else []
+        for line in lines:
+            json.loads(line)
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """The whole record of a run, measurements included, but for what depends on the clock."""
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in metrics(run)]
+
+
 def assert_as_undisturbed(run: Path, undisturbed: Path, steps: int) -> None:
     """Fails unless record and last checkpoint are those of the undisturbed run, bit by bit, each step once."""
     recorded = [record["step"] for record in metrics(run) if "loss" in record]
     assert recorded == list(range(1, steps + 1)), recorded
     for name in CURVES:
         assert curve(run, name) == curve(undisturbed, name), name
+    assert timeless(run) == timeless(undisturbed)
     assert_bitwise_equal(store_of(run, steps), store_of(undisturbed, steps))
     hidden = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
     assert hidden == [], f"left over: {hidden}"

@@ -2,10 +2,11 @@
 
 The environment variable FAULT says where: `kill POINT RANK N` kills that rank by SIGKILL when it reaches one of
 mlra_scale.checkpoint.points for the N-th time; `fail POINT RANK N` lets the operating system refuse there. FILE_LIMIT
-is a number of bytes beyond which the operating system lets no file grow.
+is a number of bytes beyond which the operating system lets no file grow. MOMENTS is that of moments.py.
 """
 
 import errno
+import importlib
 import os
 import resource
 import signal
@@ -77,6 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs the command line with the faults that the environment asks for."""
     if text := os.environ.get(VARIABLE):
         install(Fault.read(text))
+    if "MOMENTS" in os.environ:
+        importlib.import_module("tests.faults.armed.sitecustomize")
     if text := os.environ.get(LIMIT_VARIABLE):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(text), int(text)))
     return main(arguments)

@@ -2,7 +2,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from mlra_scale.training.record import (
     JsonLines,
     RecordLost,
     cut_record,
+    lost_from,
     read_record,
     replace_last,
     write_atomically,
@@ -54,6 +55,26 @@ def test_a_file_that_forgets_writes_nothing(tmp_path: Path) -> None:
     JsonLines(None).write({"step": 1})
     EventLog(None).write("start")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recorded", "step", "log_every", "first"),
+    [
+        (range(1, 7), 6, 1, None),
+        (range(1, 5), 6, 1, 5),
+        ([], 6, 1, 1),
+        ([], 0, 1, None),
+        ([1, 10, 20], 27, 10, None),
+        ([1, 10], 27, 10, 11),
+        ([1], 7, 10, None),
+        ([], 7, 10, 1),
+    ],
+)
+def test_a_record_whose_end_was_taken_away_is_noticed(
+    recorded: Sequence[int], step: int, log_every: int, first: int | None
+) -> None:
+    records = [{"step": 0, "tev_mean": 0.1}, *({"step": number, "loss": 1.0} for number in recorded)]
+    assert lost_from(records, step, log_every) == first
 
 
 def test_cut_removes_the_steps_after_the_checkpoint(tmp_path: Path) -> None:

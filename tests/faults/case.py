@@ -1,0 +1,157 @@
+"""What a fault is, and the chains of SIGKILLs that most of them are made of."""
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.bench import Bench, assert_sound, program, start
+from tests.faults.moments import Moment
+from tests.faults.processes import Program
+
+Act = Callable[[Bench, Path], object]
+"""Does it, in a folder of its own; an AssertionError says what was not as promised."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that is done to the project from outside, with what must come of it.
+
+    Attributes:
+        name: Of the case, unique.
+        done: What is done.
+        promise: What must come of it.
+        act: Does it.
+        num_kills: SIGKILLs in it; 0: a disturbance.
+        needs_slurm: Whether it is about the local Slurm cluster: such cases run one after the other.
+    """
+
+    name: str
+    done: str
+    promise: str
+    act: Act
+    num_kills: int = 0
+    needs_slurm: bool = False
+
+
+Kill = Moment | tuple[Moment, ...]
+SAME = "nothing that was reported is lost, nothing torn is visible, the end equals that of the undisturbed run bitwise"
+WHOLE = "no output, or a whole one; the same command then makes what the undisturbed one makes"
+
+
+def killed_runs(
+    name: str, layout: str, *kills: Kill, more: Sequence[str] = (), is_real: bool = False, **fields: int
+) -> Case:
+    """A training that is killed at each of these moments, continued after each, and compared at its end."""
+
+    def act(bench: Bench, place: Path) -> None:
+        training, number, failures = bench.training(layout, *more, **fields), 0, []
+        run = place / "run-0"
+        for kill in kills:
+            moments = kill if isinstance(kill, tuple) else (kill,)
+            try:
+                if is_real:
+                    code = program(training, run, resume=run.exists(), moments=moments).wait()
+                    assert code == -signal.SIGKILL or training.num_ranks > 1, code
+                else:
+                    start(training, run, resume=run.exists(), moments=moments, code=-signal.SIGKILL)
+                assert_sound(run)
+            except AssertionError as error:
+                failures.append(f"{moments[-1]}: {error}")
+                number += 1
+                run = place / f"run-{number}"
+        if run.exists():
+            bench.finish(training, run)
+        assert not failures, f"{len(failures)} of {len(kills)} kills:\n" + "\n".join(failures)
+
+    shown = ", ".join(str(kill if isinstance(kill, Moment) else kill[-1]).removeprefix("SIGKILL at ") for kill in kills)
+    return Case(name, f"{layout}: SIGKILL at {shown}", SAME, act, len(kills))
+
+
+def killed_commands(
+    name: str,
+    command: Callable[[Bench, Path], Sequence[str]],
+    *kills: Moment,
+    same: Callable[[Path, Path], None],
+    prepare: Callable[[Bench, Path], object] | None = None,
+    is_allowed: Callable[[Path], bool] = lambda output: not output.exists(),
+) -> Case:
+    """A command that makes a folder is killed at each of these moments, and then runs to its end.
+
+    Args:
+        name: Of the case.
+        command: The command line, for an output.
+        kills: When.
+        same: Fails unless an output (the first) is like that of the undisturbed command.
+        prepare: Puts at the output what is there before.
+        is_allowed: Whether what is at the output after a kill is as it was before.
+    """
+
+    def act(bench: Bench, place: Path) -> None:
+        failures, output, undisturbed = [], place / "killed" / "out", place / "undisturbed" / "out"
+        for path in (output, undisturbed):
+            path.parent.mkdir()
+            if prepare is not None:
+                prepare(bench, path)
+        run_to_end(command(bench, undisturbed), place / "undisturbed.log")
+        for kill in kills:
+            try:
+                code = Program(command(bench, output), place / "killed.log", moments=(kill,)).wait()
+                assert code == -signal.SIGKILL, code
+                if not is_allowed(output):
+                    same(output, undisturbed)
+            except AssertionError as error:
+                failures.append(f"{kill}: {error}")
+        if is_allowed(output):
+            run_to_end(command(bench, output), place / "killed.log")
+        same(output, undisturbed)
+        left = [path.name for path in output.parent.iterdir() if path.name.startswith(".")]
+        assert left == [path.name for path in undisturbed.parent.iterdir() if path.name.startswith(".")], left
+        assert not failures, f"{len(failures)} of {len(kills)} kills:\n" + "\n".join(failures)
+
+    shown = ", ".join(str(kill).removeprefix("SIGKILL at ") for kill in kills)
+    return Case(name, f"SIGKILL at {shown}", WHOLE, act, len(kills))
+
+
+def run_to_end(command: Sequence[str], log: Path, code: int = 0, timeout: float = 300.0, **options: Any) -> str:
+    """Runs a command line, which must end with this code and without a traceback; returns its output."""
+    started = Program(command, log, **options)
+    ended = started.wait(timeout)
+    output = started.output()
+    assert ended == code, f"code {ended}, not {code}\n{output[-1000:]}"
+    assert code not in (0, 2, 5) or "Traceback" not in output, output[-1000:]
+    return output
+
+
+def assert_refused(output: str, *parts: str) -> None:
+    """Fails unless a refusal is a few lines without a traceback that name these things."""
+    assert "Traceback" not in output and len(output) < 4000, output[-1000:]
+    for part in parts:
+        assert part in output, f"{part!r} is not named\n{output[-1000:]}"
+
+
+def digests(folder: Path, *without: str) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in without
+    }
+
+
+def flip(path: Path, offset: int | None = None) -> None:
+    """Flips a bit of a byte, by default of the one in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if offset is None else offset] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 120.0, what: str = "") -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {timeout:.0f} s: {what}"
+        time.sleep(0.02)

@@ -1,0 +1,269 @@
+"""SIGKILLs where the suites of saves and of random moments do not come: start, data, measurements, rollback, tools."""
+
+import shutil
+import signal
+from pathlib import Path
+
+from mlra_scale.checkpoint import Store
+from mlra_scale.training.record import read_record
+from tests.faults.bench import GUARDED, MEASURED, Bench
+from tests.faults.case import SAME, Case, digests, killed_commands, killed_runs, run_to_end
+from tests.faults.checks import timeless
+from tests.faults.moments import Moment
+from tests.faults.processes import Program, tool
+
+STEP = "call mlra_scale/training/trainer.py step_values"
+"""Once in each step, after its update."""
+
+
+def stopped_then(event: str, rank: int = 0, occurrence: int = 1) -> tuple[Moment, ...]:
+    """SIGTERM in a step, and SIGKILL in the save that it asked for."""
+    return Moment(STEP, 1, signal.SIGTERM), Moment(event, occurrence, rank=rank)
+
+
+TRAINING = (
+    killed_runs(
+        "kills while starting",
+        "single",
+        Moment("import torch"),
+        Moment(STEP, 5),
+        Moment("import torch"),
+        Moment("import mlra_scale.training.start"),
+        Moment("import deepspeed"),
+        Moment("import mlra_scale.training.trainer"),
+        is_real=True,
+    ),
+    killed_runs(
+        "kills while opening data",
+        "pipeline2",
+        Moment("open r */data/manifest.json"),
+        Moment("open r */data/train.idx", rank=1),
+        Moment(STEP, 3),
+        Moment("open r */data/train.bin"),
+        Moment("open r */data/validation.bin", rank=1),
+        Moment("call mlra_scale/data/opening.py *", 3),
+        Moment("call mlra_scale/data/opening.py *", 20, rank=1),
+        Moment("open r */data/tokenizer/*"),
+    ),
+    killed_runs(
+        "kills while measuring",
+        "single",
+        Moment("call mlra_scale/training/trainer.py evaluate"),
+        Moment("call mlra_scale/stability/activations.py *", 12),
+        Moment("call mlra_scale/stability/gradients.py *.before_step", 2),
+        Moment("call mlra_scale/parallel/zero_engine.py *eval_batch", 2),
+        Moment("call mlra_scale/stability/tev.py *", 3),
+        Moment("call mlra_scale/stability/spectral.py *", 9),
+        Moment("call mlra_scale/stability/gradients.py *.in_gate", 2),
+        Moment("call mlra_scale/training/trainer.py evaluate", 2),
+        more=MEASURED,
+    ),
+    killed_runs(
+        "kills while loading",
+        "zero3-dp2",
+        Moment(STEP, 5),
+        Moment("call mlra_scale/training/candidates.py *", 3),
+        Moment("call mlra_scale/checkpoint/manifest.py *", 4, rank=1),
+        Moment("call mlra_scale/checkpoint/reader.py Store.verify", rank=1),
+        Moment("call mlra_scale/checkpoint/loading.py load_checkpoint", rank=1),
+        Moment("call mlra_scale/checkpoint/reader.py Store.fill"),
+        Moment("call mlra_scale/training/record.py cut_record"),
+        Moment("rename */.metrics.jsonl.tmp *"),
+        Moment("rename */.config.yaml.tmp *"),
+        Moment("rename */*latest* *"),
+    ),
+    killed_runs(
+        "kills in a rollback",
+        "single",
+        Moment("call mlra_scale/training/guarding.py go_back"),
+        Moment("call mlra_scale/checkpoint/loading.py load_checkpoint", 2),
+        Moment("call mlra_scale/checkpoint/retention.py remove_after"),
+        Moment("rename *guard.json.tmp *"),
+        Moment("call mlra_scale/training/report.py *.went_back"),
+        Moment("open w */rolled_back.jsonl"),
+        more=GUARDED,
+        steps=16,
+    ),
+    killed_runs(
+        "kills in the save of a stop",
+        "pipeline2",
+        stopped_then("open w *rank-00001*", rank=1),
+        stopped_then("open w *manifest.json*"),
+        stopped_then("rename *unfinished*"),
+        stopped_then("rename *latest* *"),
+        stopped_then("call mlra_scale/training/stopping.py stopped_by_signal"),
+        stopped_then("call mlra_scale/parallel/topology.py destroy*", rank=1),
+        every=1000,
+    ),
+    killed_runs(
+        "kills in retention and at the end",
+        "pipeline2",
+        Moment("call mlra_scale/checkpoint/retention.py prune"),
+        Moment("rename */step-* */.*"),
+        Moment("remove rank-0000*"),
+        Moment("rmdir *"),
+        Moment("call mlra_scale/training/report.py *.finished"),
+        keep_last=1,
+    ),
+)
+
+
+def prepared(bench: Bench, output: Path) -> list[str]:
+    """Prepares a small data set."""
+    options = [
+        "--source=python-docs",
+        "--train-bpe=512",
+        "--max-bytes=100000",
+        "--validation-fraction=0.3",
+        "--workers=1",
+        "--quiet",
+    ]
+    return [*tool("prepare_data"), "--output", str(output), *options]
+
+
+def same_data(one: Path, other: Path) -> None:
+    """Fails unless every file is the same."""
+    assert digests(one) == digests(other)
+
+
+def trained(bench: Bench) -> str:
+    """A run directory."""
+    return str(bench.reference(bench.training()))
+
+
+def exported(bench: Bench) -> Path:
+    """A dense GPT-2 in Hugging Face's format."""
+    with bench.lock:
+        folder = bench.folder / "gpt2"
+        if not folder.exists():
+            run_to_end([*tool("export_hf"), trained(bench), str(folder)], bench.folder / "gpt2.log")
+        return folder
+
+
+def same_export(one: Path, other: Path) -> None:
+    """Fails unless all that a model reads is the same."""
+    assert digests(one, "README.md") == digests(other, "README.md")
+    assert (one / "README.md").exists() == (other / "README.md").exists()
+
+
+def same_checkpoint(one: Path, other: Path) -> None:
+    """Fails unless the weights are the same, and the checkpoint is whole."""
+    stores = [Store.open(path) for path in (one, other)]
+    assert [store.verify() for store in stores] == [[], []]
+    for name in stores[0].table:
+        assert stores[0].tensor(name).equal(stores[1].tensor(name)), name
+
+
+def same_report(one: Path, other: Path) -> None:
+    """Fails unless the same files are there, and the page is whole."""
+    assert sorted(digests(one)) == sorted(digests(other))
+    assert all(page.read_text().rstrip().endswith("</html>") for page in one.glob("*.html"))
+
+
+TOOLS = (
+    killed_commands(
+        "kills while preparing data",
+        prepared,
+        Moment("open w *train.bin"),
+        Moment("call mlra_scale/data/encode.py *", 20),
+        Moment("open w *validation.idx"),
+        Moment("open w *manifest.json*"),
+        Moment("call mlra_scale/data/output.py _sync_one", 4),
+        Moment("rename *.partial *"),
+        same=same_data,
+    ),
+    killed_commands(
+        "kills while replacing data",
+        lambda bench, output: [*prepared(bench, output), "--overwrite", "--seed", "1"],
+        Moment("open w *train.bin"),
+        Moment("rename * *.old"),
+        Moment("rename *.partial *"),
+        prepare=lambda bench, output: shutil.copytree(bench.data, output),
+        is_allowed=lambda output: not output.exists() or digests(output) == digests(output.parents[2] / "data"),
+        same=same_data,
+    ),
+    *(
+        killed_commands(
+            f"kills while exporting {name}",
+            lambda bench, output, name=name: [  # type: ignore[misc]
+                *tool("export_hf"),
+                trained(bench),
+                str(output),
+                "--format",
+                name,
+            ],
+            Moment("open w *config.json"),
+            Moment("import transformers*"),
+            Moment("call mlra_scale/checkpoint/huggingface/verification.py *", 3),
+            Moment("rename *"),
+            same=same_export,
+        )
+        for name in ("gpt2", "mlra")
+    ),
+    killed_commands(
+        "kills while importing",
+        lambda bench, output: [*tool("import_hf"), str(exported(bench)), str(output), "--rank", "8"],
+        Moment("open w *.safetensors*"),
+        Moment("open w *manifest.json*"),
+        Moment("rename *"),
+        same=same_checkpoint,
+    ),
+    killed_commands(
+        "kills while reporting",
+        lambda bench, output: [*tool("report"), trained(bench), "--output", str(output)],
+        Moment("mkdir *"),
+        Moment("open w *.png"),
+        Moment("rename *html*"),
+        same=same_report,
+        is_allowed=lambda output: not list(output.glob("*.html")),
+    ),
+)
+SWEEPS = ("undisturbed", "killed")
+SWEEP_KILLS = "SIGKILL of a cell, of the sweep when it has started a cell, and when it writes results.jsonl"
+STUDY = """
+name: two
+preset: debug
+data: {data}
+base:
+  model.num_layers: 2
+  model.hidden_size: 32
+  train.steps: 8
+  train.log_every: 1
+  checkpoint.every: 2
+variants:
+  mlra:
+axes:
+  optim.lr: [1e-3, 3e-3]
+seeds: [5]
+ranks: 1
+"""
+
+
+def killed_sweep(bench: Bench, place: Path) -> None:
+    """A cell is killed, the sweep is killed beside its running cells, and while it writes results."""
+    study = place / "two.yaml"
+    study.write_text(STUDY.format(data=bench.data))
+
+    def command(name: str) -> list[str]:
+        return [*tool("sweep"), str(study), "--output", str(place / name), "--jobs", "2"]
+
+    run_to_end(command("undisturbed"), place / "undisturbed.log")
+    line, log = command("killed"), place / "killed.log"
+    cell = Program(line, log, moments=[Moment(STEP, 3, program="mlra_scale.train")])
+    assert cell.wait() == 1, cell.output()[-1000:]
+    # Its cells live on, and the next one finds them.
+    beside = Program(line, log, moments=[Moment("spawn", 1, program="tools/sweep.py")])
+    assert beside.wait(end=False) == -signal.SIGKILL
+    writing = Program(line, log, moments=[Moment("rename * */results.jsonl", 1, program="tools/sweep.py")])
+    assert writing.wait(end=False) == -signal.SIGKILL
+    run_to_end(line, log)
+    beside.end()
+    writing.end()
+    one, other = ([item["cell"] for item in read_record(place / name / "results.jsonl")] for name in SWEEPS)
+    assert one == other
+    for path in sorted((place / "undisturbed").rglob("metrics.jsonl")):
+        killed = place / "killed" / path.relative_to(place / "undisturbed")
+        assert timeless(killed.parent) == timeless(path.parent), path.parent.name
+
+
+CASES = (*TRAINING, *TOOLS, Case("kills in a sweep", SWEEP_KILLS, SAME, killed_sweep, num_kills=3))

@@ -1,0 +1,238 @@
+"""Disturbances: run directories that vanish, move or are shared, and disks that are full or read-only."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tests.faults.bench import DISK, FLAT, Bench, assert_sound, program, start
+from tests.faults.case import SAME, Case, assert_refused, run_to_end
+from tests.faults.checks import Training, assert_as_undisturbed
+from tests.faults.kills import prepared, same_data, trained
+from tests.faults.moments import Moment
+from tests.faults.processes import TRAIN, Program, tool
+from tests.faults.stops import LONG, step_of, trains
+from tests.support.training_runs import events
+
+NOTICED = "the run stops at its next checkpoint, not with 0, in one message; what it has kept can be continued"
+RECORD = ("metrics.jsonl", "events.jsonl")
+
+
+def displaced(name: str, done: str, act: Callable[[Path], Path | None], layout: str = "single") -> Case:
+    """Something is done to the run directory of a running run; `act` returns where the run is then, if it is."""
+
+    def do(bench: Bench, place: Path) -> None:
+        training = bench.training(layout, *FLAT, steps=LONG, every=40)
+        run = place / "run"
+        launch = program(training, run)
+        trains(launch, run, 45)
+        left = act(run)
+        code, output = launch.wait(300.0), launch.output()
+        assert code != 0, output[-2000:]
+        assert output.count("stopped: ") == 1, output[-1000:]
+        message = output[output.index("stopped: ") :]
+        # What torchrun says of its ranks is its own.
+        assert_refused(message if training.num_ranks == 1 else message.splitlines()[0], str(run))
+        if left is not None:
+            step = assert_sound(left)
+            assert step >= 40
+            bench.finish(replace(training, steps=step + 2, every=40), left)
+
+    return Case(name, done, NOTICED, do)
+
+
+def deleted(run: Path) -> None:
+    """Removes it."""
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run, ignore_errors=True)
+
+
+def moved(run: Path) -> Path:
+    """Renames it."""
+    return run.rename(run.with_name("moved"))
+
+
+def replaced(run: Path) -> Path:
+    """Renames it, and makes another."""
+    moved_to = moved(run)
+    run.mkdir()
+    return moved_to
+
+
+def record_replaced(run: Path) -> None:
+    """Another file under the name of the record, as a rotation of logs leaves it."""
+    (run / "metrics.jsonl").rename(run / "metrics.jsonl.1")
+    (run / "metrics.jsonl").touch()
+
+
+def two_at_once(bench: Bench, place: Path) -> None:
+    """Two runs in one run directory at the same moment."""
+    training, run = bench.training(), place / "run"
+    launches = [Program(program_line(training, run), place / f"run-{number}.log", moments=()) for number in range(2)]
+    codes = [launch.wait() for launch in launches]
+    assert sorted(codes) == [0, 2], codes
+    assert_refused(launches[codes.index(2)].output(), str(run))
+    assert_as_undisturbed(run, bench.reference(training), training.steps)
+
+
+def program_line(training: Training, run: Path) -> list[str]:
+    """The command line of a training in one process."""
+    return [*TRAIN, *training.arguments(run)]
+
+
+@contextlib.contextmanager
+def disk(place: Path, size: int, options: str = "") -> Iterator[Path]:
+    """A disk of its own, of so many bytes."""
+    folder = place / DISK
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def resize(folder: Path, size: int | str) -> None:
+    """Changes the size of such a disk, or other options."""
+    option = f"size={size}" if isinstance(size, int) else size
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+
+def fill(folder: Path, left: int = 0) -> Path:
+    """Fills a disk up to some bytes."""
+    file = folder / "somebody else's"
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    if left:
+        os.truncate(file, max(0, file.stat().st_size - left))
+    return file
+
+
+def size_of(run: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+
+
+def full_at_save(bench: Bench, place: Path) -> None:
+    """The disk has room for the first checkpoint only."""
+    training = bench.training("zero1-dp2")
+    size = size_of(bench.reference(training) / "checkpoints") // 2
+    with disk(place, size + size // 2 + (1 << 18)) as folder:
+        run = folder / "run"
+        output = start(training, run, code=4)
+        assert_refused(output[output.index("stopped: ") :], "No space left on device", "--resume auto")
+        assert assert_sound(run) == 2
+        resize(folder, 10 * size)
+        bench.finish(training, run)
+
+
+def full_at_record(bench: Bench, place: Path) -> None:
+    """The disk fills up while nothing but the record is written, and is emptied before the save."""
+    training = bench.training("single", *FLAT, steps=LONG, every=200)
+    with disk(place, 64 << 20) as folder:
+        run = folder / "run"
+        launch = program(training, run)
+        trains(launch, run)
+        file = fill(folder)
+        before = step_of(run)
+        trains(launch, run, before)
+        # The record says nothing of it, the console does.
+        launch.wait_until(lambda: "No space left on device" in launch.output() or step_of(run) >= 195)
+        file.unlink()
+        launch.wait_until(lambda: any(event["event"] == "checkpoint" for event in events(run)))
+        launch.signal(15)
+        assert launch.wait() == 5, launch.output()[-2000:]
+        bench.finish(replace(training, steps=assert_sound(run) + 2), run)
+
+
+def full_at_start(bench: Bench, place: Path) -> None:
+    """A run is to be continued on a full disk."""
+    training = bench.training()
+    with disk(place, 64 << 20) as folder:
+        run = folder / "run"
+        start(training, run, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+        file = fill(folder)
+        before = [(run / name).read_bytes() for name in RECORD]
+        output = start(training, run, resume=True, code=2)
+        assert_refused(output[output.index("stopped: ") :], "No space left on device", str(run))
+        # The refusal itself may be an event.
+        assert (run / "metrics.jsonl").read_bytes() == before[0]
+        assert (run / "events.jsonl").read_bytes().startswith(before[1])
+        file.unlink()
+        bench.finish(training, run)
+
+
+def full_for_tool(name: str, command: Callable[[Bench, Path], list[str]], same: Callable[[Path, Path], None]) -> Case:
+    """A tool writes to a disk without room."""
+
+    def act(bench: Bench, place: Path) -> None:
+        good = place / "good" / "out"
+        run_to_end(command(bench, good), place / "good.log")
+        with disk(place, 16 << 20) as folder:
+            file = fill(folder, 64 << 10)
+            output = run_to_end(command(bench, folder / "out"), place / "full.log", code=2)
+            assert_refused(output, "No space left on device", "out")
+            assert list(folder.iterdir()) == [file], list(folder.iterdir())
+            file.unlink()
+            run_to_end(command(bench, folder / "out"), place / "full.log")
+            same(folder / "out", good)
+
+    return Case(name, "the disk of its output is full", "exit code 2, one message, nothing is left there", act)
+
+
+def read_only(bench: Bench, place: Path) -> None:
+    """The disk became read-only between two starts."""
+    training = bench.training()
+    with disk(place, 64 << 20) as folder:
+        run = folder / "run"
+        start(training, run, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+        resize(folder, "ro")
+        output = start(training, run, resume=True, code=2)
+        assert_refused(output[output.index("bad input") :], str(run))
+        resize(folder, "rw")
+        bench.finish(training, run)
+
+
+def linked(bench: Bench, place: Path) -> None:
+    """A link that leads to the run directory is what every start names."""
+    training, link = bench.training(), place / "link"
+    (place / "run").mkdir()
+    link.symlink_to(place / "run")
+    start(training, link, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+    link.unlink()
+    (place / "run").rename(place / "elsewhere")
+    link.symlink_to(place / "elsewhere")
+    bench.finish(training, link)
+
+
+def case(name: str, done: str, act: Callable[[Bench, Path], None], promise: str = SAME) -> Case:
+    """A case whose promise is the usual one."""
+    return Case(name, done, promise, act)
+
+
+REFUSED = "exit code 2, one message that names the directory and the reason, nothing is changed; then the same run"
+CASES = (
+    displaced("run directory deleted", "rm -r of the run directory under a run", deleted),
+    displaced("run directory moved", "mv of the run directory under a run", moved),
+    displaced("run directory moved, torchrun", "as before, two ranks under torchrun", moved, "zero1-dp2"),
+    displaced("run directory replaced", "mv, and an empty directory in its place", replaced),
+    displaced("record replaced", "mv of metrics.jsonl, and an empty file in its place", record_replaced),
+    case(
+        "two runs at once", "two commands at once in one new run directory", two_at_once, "one trains, one is refused"
+    ),
+    case("a linked run directory", "it is a link, and moves between two starts", linked),
+    case("disk full at a save", "a tmpfs that holds one checkpoint", full_at_save),
+    case("disk full at the record", "a tmpfs is filled under a run and emptied again", full_at_record),
+    case("disk full at a start", "a tmpfs is full when a run is to be continued", full_at_start, REFUSED),
+    case("read-only run directory", "its file system became read-only between two starts", read_only, REFUSED),
+    full_for_tool("disk full while preparing", prepared, same_data),
+    full_for_tool(
+        "disk full while exporting",
+        lambda bench, output: [*tool("export_hf"), trained(bench), str(output)],
+        lambda one, other: same_data(one, other),
+    ),
+)

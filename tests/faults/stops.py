@@ -1,0 +1,223 @@
+"""Disturbances: signals and terminals, and consoles that take nothing."""
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlra_scale.training.rollbacks import read_rollbacks
+from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
+from tests.faults.case import SAME, Case
+from tests.faults.checks import Training, assert_as_undisturbed, told_checkpoints
+from tests.faults.moments import Moment
+from tests.faults.processes import CTRL_C, Program
+from tests.support.training_runs import events
+
+LONG_EVALUATION = (
+    "evaluation.every=1",
+    "evaluation.batches=1000",
+    "train.global_batch_size=2",
+    "train.micro_batch_size=1",
+)
+LONG = 4000
+"""Steps of a run that is stopped long before."""
+SOON = 120.0
+"""Seconds in which a stop must be done, on a machine with much other work too."""
+SAVED = "it saves after the step and exits as preempted, names the checkpoint, and the continued run is the same"
+PREEMPTED = 5
+
+
+def step_of(run: Path) -> int:
+    """The last step that a run has recorded."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[-2:] if path.exists() else []
+    return max((int(found[1]) for line in lines if (found := re.match(r'\{"step": (\d+),.*\n', line))), default=-1)
+
+
+def trains(launch: Program, run: Path, steps: int = 3) -> None:
+    """Waits until a run has come to a step, and a random moment more."""
+    launch.wait_until(lambda: step_of(run) >= steps)
+    time.sleep(random.random() * 0.3)
+
+
+def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool = False) -> int:
+    """Fails unless a run ends soon, has saved its last step, and said so; returns that step.
+
+    Args:
+        launch: The running run.
+        run: Its directory.
+        training: What it trains.
+        is_back: Whether it goes back to an earlier step just then.
+    """
+    before, codes = 1 if is_back else step_of(run), (PREEMPTED,)
+    code, seconds = launch.wait(SOON), time.monotonic() - launch.signalled
+    output = launch.output()
+    assert code in (codes if training.num_ranks == 1 else (1, *codes)), f"code {code}\n{output[-1000:]}"
+    assert seconds < SOON, f"the stop took {seconds:.0f} s"
+    step = assert_sound(run)
+    assert step >= before, f"step {before} was done when the signal came, and the newest checkpoint is {step}"
+    assert step == max(0, step_of(run)) and told_checkpoints(run)[-1:] == [step] * (step > 0)
+    assert events(run)[-1]["event"] in ("stopped", "preempted")
+    if training.num_ranks == 1:
+        assert "Traceback" not in output, output[-1000:]
+    if not launch.is_hung_up:
+        assert f"step-{step:08d}" in output if step else "no checkpoint" in output, output[-1000:]
+    return step
+
+
+def stop(
+    name: str,
+    done: str,
+    act: Callable[[Program], object],
+    layout: str = "single",
+    is_saved: bool = True,
+    at: Moment | None = None,
+    more: Sequence[str] = (),
+    **options: Any,
+) -> Case:
+    """A run that something stops.
+
+    Args:
+        name: Of the case.
+        done: What is done, in words.
+        act: Does it when the run has done some steps; with `at` it is the moment that does.
+        layout: Of the run.
+        is_saved: Whether the stop asks for a save; else it kills.
+        at: When the run gets a signal.
+        more: Overrides.
+        options: Of Program.
+    """
+
+    def do(bench: Bench, place: Path) -> None:
+        is_guarded = GUARDED[0] in more
+        training = bench.training(layout, *FLAT, *more, steps=LONG, every=1000)
+        if is_guarded:
+            training = bench.training(layout, *more, steps=16)
+        run = place / "run"
+        launch = program(training, run, moments=() if at is None else (at,), **options)
+        try:
+            if at is None:
+                trains(launch, run)
+            else:
+                launch.wait_until(launch.is_hit)
+            launch.signalled = time.monotonic()
+            act(launch)
+            if is_saved:
+                assert_stopped(launch, run, training, is_back=is_guarded)
+            else:
+                launch.assert_nothing_is_left(SOON)
+                assert launch.wait(1.0) != 0
+                assert_sound(run)
+            if is_guarded:
+                # The guard may go back to the stop's checkpoint too, which the undisturbed run does not have.
+                assert read_rollbacks(run / "guard.json"), "the rollback is lost"
+            else:
+                bench.finish(replace(training, steps=assert_sound(run) + 2), run)
+        finally:
+            launch.end()
+
+    return Case(name, done, SAVED if is_saved else "it ends within seconds; " + SAME, do)
+
+
+def typed(times: int, pause: float = 0.05) -> Callable[[Program], None]:
+    """Presses Ctrl-C."""
+
+    def act(launch: Program) -> None:
+        for press in range(times):
+            time.sleep(pause * (press > 0))
+            launch.type(CTRL_C)
+
+    return act
+
+
+def sent(number: int) -> Callable[[Program], None]:
+    """Sends a signal."""
+    return lambda launch: launch.signal(number)
+
+
+def nothing(launch: Program) -> None:
+    """Does nothing."""
+
+
+def during(what: str, event: str, occurrence: int = 1, more: Sequence[str] = MEASURED, within: int = 0) -> Case:
+    """SIGTERM while something else than a step is done; `within`: so many events more must not come."""
+    moment = Moment(event, occurrence, signal.SIGTERM)
+    never = [Moment(event, occurrence + within, 0)] if within else []
+    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=moment, more=more, never=never)
+
+
+def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run") -> Case:
+    """A run whose console takes nothing, or not everything; `options`: of Program."""
+
+    def act(bench: Bench, place: Path) -> None:
+        training, run = bench.training(), place / folder
+        launch = program(training, run, **options())
+        code, output = launch.wait(), launch.output()
+        assert code == 0, f"code {code}\n{output[-1000:]}"
+        assert "cannot be written" not in output and str(run) not in output.replace(str(run) + "/", ""), output[-2000:]
+        assert_as_undisturbed(run, bench.reference(training), training.steps)
+
+    return Case(name, done, "exit code 0, and the run is the undisturbed one; nothing blames the run directory", act)
+
+
+def closed_pipe(num_lines: int) -> int:
+    """The writing end of a pipe whose reader leaves after so many lines, as `head` does."""
+    reading, writing = os.pipe()
+
+    def read() -> None:
+        with os.fdopen(reading, "rb", buffering=0) as file:
+            for _ in range(num_lines):
+                while file.read(1) not in (b"\n", b""):
+                    continue
+
+    threading.Thread(target=read, daemon=True).start()
+    return writing
+
+
+def without_streams() -> None:
+    """Closes stdout and stderr."""
+    os.close(1)
+    os.close(2)
+
+
+def full() -> int:
+    """A device without room."""
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+STOPS = (
+    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True),
+    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True),
+    stop("Ctrl-C twice", "Ctrl-C twice in a terminal", typed(2), is_saved=False, terminal=True),
+    stop("Ctrl-C twice, torchrun", "as before, torchrun", typed(2), "zero3-dp2", is_saved=False, terminal=True),
+    stop("terminal closed", "SIGHUP by closing the terminal", Program.hang_up, terminal=True),
+    stop("terminal closed, torchrun", "as before, torchrun", Program.hang_up, "zero1-dp2", terminal=True),
+    stop("SIGINT from outside", "kill -INT", sent(signal.SIGINT)),
+    stop("SIGTERM of torchrun", "kill -TERM of torchrun", sent(signal.SIGTERM), "pipeline2"),
+    during("evaluation", "call mlra_scale/parallel/zero_engine.py *eval_batch", 150, LONG_EVALUATION, within=8),
+    during("the probe before step 1", "call mlra_scale/stability/activations.py *", 20),
+    during("the probe after a step", "call mlra_scale/stability/activations.py *", 40),
+    during("the noise estimate", "call mlra_scale/stability/gradients.py *.before_step", 2),
+    during("a save", "open w *rank-00000*", 1, ("checkpoint.every=2",)),
+    during("a rollback", "call mlra_scale/training/guarding.py go_back", 1, GUARDED),
+)
+CONSOLES = (
+    console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),
+    console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}),
+    console("stdout is full", "stdout is /dev/full", lambda: {"stdout": full()}),
+    console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}),
+    console("no stdout", "the command is started without stdout and stderr", lambda: {"before": without_streams}),
+    console(
+        "an ASCII console",
+        "PYTHONIOENCODING=ascii, and a run directory whose name is not",
+        lambda: {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"},
+        "l\u00e4uft \u2603",
+    ),
+)
+CASES = (*STOPS, *CONSOLES)
