@@ -109,11 +109,12 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_indexed(prefix: str) -> IndexedFiles:
+def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
     """Opens PREFIX.bin and PREFIX.idx and checks that they are whole and belong together.
 
     Args:
         prefix: Path of the files without their suffix.
+        table: See IndexedFiles.
 
     Returns:
         The data set's index, memory-mapped.
@@ -153,7 +154,7 @@ def open_indexed(prefix: str) -> IndexedFiles:
     borders = buffer[pointers_end : pointers_end + 8 * num_borders].view(np.int64)
     _check_borders(index_path, borders, num_sequences)
     _check_sequences(prefix, lengths, pointers, dtype.itemsize, bin_bytes)
-    return IndexedFiles(prefix, dtype, lengths, pointers, borders, bin_bytes)
+    return IndexedFiles(prefix, dtype, lengths, pointers, borders, bin_bytes, table)
 
 
 def _check_borders(index_path: str, borders: NDArray[np.int64], num_sequences: int) -> None:

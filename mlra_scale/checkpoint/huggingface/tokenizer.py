@@ -53,7 +53,7 @@ class EncodedText:
         text: The text. It spells no special token.
         tokens: Its ids, without the token that ends a document.
         is_stored: Whether these very ids are in the training or validation data; else the tokenizer of training gave
-            them, because its decoding does not give every text back exactly.
+            them: decoding does not give every text back exactly, or the text is not from the data.
     """
 
     text: str
@@ -126,7 +126,12 @@ def write_tokenizer(
     adds_tokens = any(backend.num_special_tokens_to_add(is_pair=is_pair) > 0 for is_pair in (False, True))
     if adds_tokens and is_trained_here and not _is_applied(backend, texts):
         added = " ".join(printable(token, 40) for token in backend.encode("").tokens) or "special tokens"
-        notes.append(f"the tokenizer's post-processor ({added}) is left out: the training text has none of its tokens")
+        reason = (
+            "the training text has none of its tokens"
+            if any(text.is_stored for text in texts)
+            else "preparing data adds none of its tokens (no training text was compared; that of others may have them)"
+        )
+        notes.append(f"the tokenizer's post-processor ({added}) is left out: {reason}")
         backend.post_processor = None
         adds_tokens = False
     if is_trained_here and not adds_tokens:
