@@ -318,9 +318,9 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
     [
         ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
         ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
-        ("COMPLETING", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
-        ("CANCELLED", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
-        ("COMPLETING", "2", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
+        ("CANCELLED", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "2", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
         ("RUNNING", "2", "Unknown", "requeue", 1, "failed", ["requeue 41"]),
         ("RUNNING", "2", "Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("TIMEOUT", "2", "Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
