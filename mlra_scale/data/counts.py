@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlra_scale.config.json_text import printable
 from mlra_scale.data.files import FileCounts, by_reason
 
 # The manifest names the first files of each kind; the numbers are complete.
@@ -41,32 +42,24 @@ def _named(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def find_contradiction(content: dict[str, Any]) -> str | None:
-    """Checks that the counts of a manifest add up; entries that older manifests lack are not asked for.
+    """Checks that the counts of the sources add up; what older manifests lack is not asked for.
 
     Args:
-        content: The manifest.
+        content: The manifest, with entries of the right types.
 
     Returns:
         What does not add up, in one clause; None if all does.
-
-    Raises:
-        KeyError, TypeError: The manifest lacks an entry that every version has, or an entry has another type.
     """
     sources = content["sources"]
-    splits = [content["splits"][name] for name in content["splits"]]
-    sums = [
-        ("documents", content["documents"], sum(source["documents"] for source in sources)),
-        ("documents", content["documents"], sum(split["documents"] for split in splits)),
-        ("tokens", content["tokens"], sum(split["tokens"] for split in splits)),
-    ]
-    if all("empty_documents" in source for source in sources):
+    sums = [("documents", content["documents"], sum(source["documents"] for source in sources))]
+    if all(source.get("empty_documents") is not None for source in sources):
         empty = sum(source["empty_documents"] for source in sources)
         sums.append(("empty documents", content["empty_documents_left_out"], empty))
     for source in sources:
-        if "files" in source:
+        if source.get("files") is not None:
             files = source["files"]
             others = sum(group["files"] for group in files["not_read"])
-            sums.append((f"files of source {source['name']}", files["matched"], files["read"] + others))
+            sums.append((f"files of source {printable(source['name'])}", files["matched"], files["read"] + others))
     return next(
         (f"it counts {whole} {what}, their parts {parts}" for what, whole, parts in sums if whole != parts), None
     )
@@ -76,11 +69,11 @@ def count_lines(content: dict[str, Any]) -> list[str]:
     """Returns the lines of a summary about what was read and what was not; none where all was read."""
     lines = []
     for source in content["sources"]:
-        if "files" not in source:  # the hub's, or a manifest from before files were counted
+        if source.get("files") is None:  # the hub's, or a manifest from before files were counted
             continue
         files = source["files"]
         if files["matched"] != 1 or files["not_read"]:
-            lines.append(f"  files       {files['read']:,} of {files['matched']:,} read of {source['name']}")
+            lines.append(f"  files       {files['read']:,} of {files['matched']:,} read of {printable(source['name'])}")
         for group in files["not_read"]:
             lines.append(f"  not read    {group['files']:,} {group['reason']}: {_names(group)}")
         if files["without_documents"]["files"]:
@@ -99,4 +92,4 @@ def count_lines(content: dict[str, Any]) -> list[str]:
 def _names(group: dict[str, Any]) -> str:
     shown = group["names"][:_NUM_PRINTED]
     more = group["files"] - len(shown)
-    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+    return ", ".join(map(printable, shown)) + (f" and {more:,} more" if more else "")

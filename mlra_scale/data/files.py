@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlra_scale.config.json_text import printable
 from mlra_scale.data.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst")
@@ -114,7 +115,7 @@ def find_files(name: str) -> Matches:
 def describe(not_read: Sequence[NotRead], num_names: int = 3) -> str:
     """Returns one line: how many were not read, for each reason with the first names."""
     return "; ".join(
-        f"{len(paths):,} not read, {reason}: {', '.join(paths[:num_names])}"
+        f"{len(paths):,} not read, {reason}: {', '.join(map(printable, paths[:num_names]))}"
         + (f" and {len(paths) - num_names:,} more" if len(paths) > num_names else "")
         for reason, paths in by_reason(not_read).items()
     )

@@ -56,6 +56,29 @@ class _Split(_Entry):
     tokens: _Count
 
 
+class _Group(_Entry):
+    files: _Count
+    names: list[str]
+
+
+class _Unread(_Group):
+    reason: str
+
+
+class _SourceFiles(_Entry):
+    matched: _Count
+    read: _Count
+    without_documents: _Group
+    not_read: list[_Unread]
+
+
+class _Source(_Entry):
+    name: str
+    documents: _Count
+    empty_documents: _Count | None = None  # this and the next are missing in folders from before they were counted
+    files: _SourceFiles | None = None
+
+
 class _Content(_Entry):
     fingerprint: _Sum
     documents: _Count
@@ -64,6 +87,9 @@ class _Content(_Entry):
     tokenizer: _Tokenizer
     splits: dict[Literal["train", "validation"], _Split]
     files: dict[str, _File]
+    sources: list[_Source]
+    empty_documents_left_out: _Count
+    documents_without_tokens: _Count = 0
 
 
 @dataclass(frozen=True)
@@ -215,13 +241,7 @@ def _check_entries(path: Path, content: dict[str, Any]) -> None:
         or known.tokenizer.end_of_document_token >= known.tokenizer.vocabulary_size
     ):
         raise DataError(f"{path} was changed by hand: its entries do not fit each other; prepare the data again")
-    try:
-        contradiction = find_contradiction(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} lacks or garbles an entry (sources: {printable(str(error), 60)}); prepare the data again"
-        ) from error
-    if contradiction:
+    if contradiction := find_contradiction(content):
         raise DataError(f"{path} was changed by hand: {contradiction}; prepare the data again")
 
 

@@ -32,6 +32,7 @@ def test_the_pairs_cover_every_layout() -> None:
     assert {saved for saved, _ in PAIRS} == {loaded for _, loaded in PAIRS} == set(LAYOUTS)
 
 
+@pytest.mark.slow_except("tp2pp2-zero3-tp2dp2", "zero3-tp2dp2-pp2dp2")
 @pytest.mark.parametrize(("saved_in", "name"), PAIRS)
 def test_any_layout_goes_on_in_any_other(matrix: Matrix, saved_in: str, name: str) -> None:
     before, after = matrix.saved(saved_in), matrix.loaded(saved_in, name)
@@ -39,6 +40,7 @@ def test_any_layout_goes_on_in_any_other(matrix: Matrix, saved_in: str, name: st
     assert largest_difference(before, after) < 1e-6
 
 
+@pytest.mark.slow_except("tp2pp2-fp32", "zero3-tp2dp2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["tp2pp2", "zero1-dp2", "zero3-tp2dp2"])
 def test_the_same_layout_goes_on_bitwise(matrix: Matrix, name: str, precision: str) -> None:
@@ -48,6 +50,7 @@ def test_the_same_layout_goes_on_bitwise(matrix: Matrix, name: str, precision: s
     assert_same_run(before, after)
 
 
+@pytest.mark.slow_except("tp2pp2-fp32-zero3-tp2dp2-bf16")
 @pytest.mark.parametrize(
     ("saved_in", "was", "name", "precision"),
     [
@@ -62,6 +65,7 @@ def test_precisions_may_change(matrix: Matrix, saved_in: str, was: str, name: st
     assert 0.0 < largest_difference(before, after) < BF16_TOLERANCE
 
 
+@pytest.mark.slow_except("tp1-1-121")
 @pytest.mark.parametrize(("name", "multiple", "rows"), [("tp1", 1, 121), ("zero2-tp2", 50, 150)])
 def test_the_vocabulary_may_be_padded_otherwise(matrix: Matrix, name: str, multiple: int, rows: int) -> None:
     before = matrix.saved("tp2pp2")

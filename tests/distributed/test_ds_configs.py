@@ -46,6 +46,7 @@ def test_file_trains_to_the_oracles_losses(worker_pool: Pools, name: str) -> Non
     run_file(worker_pool, name, LAYOUTS[name])
 
 
+@pytest.mark.slow
 def test_offload_trains_to_the_oracles_losses(worker_pool: Pools) -> None:
     # DeepSpeed compiles its CPUAdam at first use: a minute or two, once per machine.
     run_file(worker_pool, OFFLOAD, Layout(data=2), timeout=420.0)

@@ -171,6 +171,7 @@ def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(
     assert [item["step"] for item in undone] == list(range(41, 49)) and {item["rollback"] for item in undone} == {1}
 
 
+@pytest.mark.slow_except("zero3 dp2")
 @pytest.mark.parametrize("layout", ["tp2pp2", "zero3 dp2"])
 def test_every_layout_decides_the_same(whole: Whole, alone: Path, layout: str) -> None:
     other = whole(layout)
@@ -179,6 +180,7 @@ def test_every_layout_decides_the_same(whole: Whole, alone: Path, layout: str) -
     assert ours == pytest.approx(theirs, rel=1e-4), "the weights are the same but for rounding"
 
 
+@pytest.mark.slow_except("one process")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_path: Path, layout: str) -> None:
     """Stopped while all is well, in the trouble, and behind the return: what is skipped stays skipped."""
@@ -196,6 +198,7 @@ def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_pat
         assert curve(folder, name) == curve(undisturbed, name), name
 
 
+@pytest.mark.slow_except("one process")
 @pytest.mark.parametrize("layout", ["one process", "zero3 dp2"])
 def test_in_bf16_a_loss_that_is_no_number_is_left_out_and_gone_back_from(run: Run, layout: str) -> None:
     """With the precision, and the guard on, as in the files of slurm/."""
@@ -212,6 +215,7 @@ def test_in_bf16_a_loss_that_is_no_number_is_left_out_and_gone_back_from(run: Ru
     assert bad == [25, 44, 45], "no update that was left out has spoilt what comes after it"
 
 
+@pytest.mark.slow_except("after the note")
 @pytest.mark.parametrize("death", ["after the note", "before the note"])
 def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp_path: Path, death: str) -> None:
     """After guard.json is written, its data stay skipped; before, the same trouble leads to the same return."""

@@ -87,6 +87,15 @@ def show(layout: Layout, what: str, losses: list[float], norms: list[float], not
     print(f"{layout!s:<26}{what:<12}" + "".join(f"{x:11.7f}" for x in losses + norms) + note)
 
 
+@pytest.mark.slow_except(
+    "tp1pp1dp1-zero0-mlra",
+    "tp1pp1dp2-zero0-dense",
+    "tp1pp1dp2-zero1-mlra",
+    "tp1pp1dp2-zero2-dense",
+    "tp2pp2dp1-zero1-mlra",
+    "tp2pp1dp2-zero3-mlra",
+    "tp1pp2dp2-zero1-dense",
+)
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=identify)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
@@ -135,6 +144,7 @@ def errors(record: Record, expected: ReferenceRun) -> tuple[float, float]:
     return float(loss), float(norm)
 
 
+@pytest.mark.slow_except("tp1pp1dp2-zero1-dense", "tp2pp2dp1-zero0-mlra", "tp2pp1dp2-zero3-mlra")
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize("layout", BF16_LAYOUTS, ids=identify)
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, attention: str) -> None:
@@ -167,6 +177,7 @@ FP16_LAYOUTS = [
 ]
 
 
+@pytest.mark.slow_except("tp1pp1dp2-zero3", "tp1pp2dp1-zero1")
 @pytest.mark.parametrize("layout", FP16_LAYOUTS, ids=identify)
 def test_fp16_errs_by_rounding_only(worker_pool: Pools, layout: Layout) -> None:
     weights, expected = oracle("mlra")
@@ -189,6 +200,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_except(
+    "tp2pp1dp1-zero0-o-factorised",
+    "tp2pp1dp1-zero0-z-loss",
+    "tp2pp1dp1-zero0-no-padding",
+    "tp2pp2dp1-zero1-k-dense",
+    "tp2pp2dp1-zero1-selective-checkpointing",
+    "tp2pp1dp2-zero3-masked-documents",
+    "tp2pp1dp2-zero3-checkpointing",
+    "tp2pp1dp2-zero3-odd-shapes",
+)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
     "layout",
@@ -221,6 +242,7 @@ def train_in_chunks(rank: int, world_size: int, config: Config, steps: int, weig
         return train(rank, world_size, config, steps, weights)
 
 
+@pytest.mark.slow_except("tp2pp1dp1-zero0-fp32", "tp1pp2dp1-zero1-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "layout",
@@ -242,6 +264,7 @@ def test_a_head_in_several_chunks_equals_the_oracle(worker_pool: Pools, layout: 
     assert_gradients_close(gradients, expected.gradients)
 
 
+@pytest.mark.slow_except("tp1pp1dp1-zero0-mlra")
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(data=2, stage=2), Layout(pipeline=2, stage=1)], ids=identify)
 def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
@@ -257,6 +280,7 @@ def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, at
 DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 
 
+@pytest.mark.slow_except("layout3-2-block", "layout5-1-none")
 @pytest.mark.parametrize(
     ("layout", "micro_batch_size", "checkpointing"),
     [
@@ -287,6 +311,7 @@ def test_dropout_masks_do_not_depend_on_the_layout(
     assert abs(expected.losses[0] - without.losses[0]) > 1e-3, "dropout did nothing"
 
 
+@pytest.mark.slow_except("tp1pp2dp1-zero0")
 @pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2), Layout(data=2, stage=3)], ids=identify)
 def test_evaluation_knows_no_dropout(worker_pool: Pools, layout: Layout) -> None:
     weights, without = oracle("mlra")
@@ -319,6 +344,7 @@ def test_a_missing_reduction_of_the_replicated_factor_is_caught(worker_pool: Poo
         assert_gradients_close(gradients, expected.gradients)
 
 
+@pytest.mark.slow_except("tp2pp1dp1-zero0", "tp1pp1dp2-zero3")
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, stage=3), Layout(data=2, stage=1)], ids=identify)
 def test_tev_of_gpt2s_vocabulary(worker_pool: Pools, layout: Layout) -> None:
     shape = {

@@ -56,6 +56,13 @@ CASES = [(model, *way, tensor) for model, tensor in (("mlra", 2), ("mlra", 4), (
 CASES += [("dense", "replicated", is_split, 2) for is_split in (False, True)]
 
 
+@pytest.mark.slow_except(
+    "mlra-replicated-False-2",
+    "mlra-merged-True-2",
+    "mlra-sharded-False-4",
+    "v-dense-merged-False-2",
+    "dense-replicated-True-2",
+)
 @pytest.mark.parametrize(("model", "plan", "is_split", "tensor"), CASES)
 def test_the_cost_model_counts_what_happens(
     worker_pool: Pools, model: str, plan: LowRankPlan, is_split: bool, tensor: int

@@ -85,6 +85,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow_except("tp1pp1dp2 zero1-bf16", "tp1pp1dp2 zero3-fp32", "tp1pp2dp1 zero0-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_plan_is_what_ranks_hold(worker_pool: Pools, layout: Layout, precision: str) -> None:
@@ -156,6 +157,7 @@ PEAKS = [
 ]
 
 
+@pytest.mark.slow_except("selective")
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
 def test_the_planned_peak_with_sequence_parallelism(worker_pool: Pools, checkpointing: str) -> None:
     layout = Layout(tensor=2)
@@ -166,6 +168,12 @@ def test_the_planned_peak_with_sequence_parallelism(worker_pool: Pools, checkpoi
         assert measured == pytest.approx(memory.device, rel=0.1), memory
 
 
+@pytest.mark.slow_except(
+    "tp1pp1dp1 zero0-4-none-fp32",
+    "tp1pp1dp2 zero2-1-block-fp32",
+    "tp1pp2dp1 zero1-4-selective-fp32",
+    "tp1pp1dp1 zero1-1-block-bf16",
+)
 @pytest.mark.parametrize(("layout", "micro_batch_size", "checkpointing", "precision"), PEAKS, ids=str)
 def test_the_planned_peak_is_that_of_all_tensors(
     worker_pool: Pools, layout: Layout, micro_batch_size: int, checkpointing: str, precision: str

@@ -71,6 +71,14 @@ def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor]) ->
     return worker_pool(config.parallel.world_size).run(train, config, STEPS, weights)
 
 
+@pytest.mark.slow_except(
+    "tp2pp1dp1 zero0-qk-norm-mlra",
+    "tp2pp1dp1 zero0-embedding-scale-dense",
+    "tp1pp2dp1 zero0-sigma-dense",
+    "tp1pp2dp1 zero0-layer-norm-scaling-mlra",
+    "tp2pp2dp1 zero1-all-o-factorised",
+    "tp2pp1dp2 zero3-all-mlra",
+)
 @pytest.mark.parametrize(("layout", "option", "attention"), CASES, ids=str)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str, attention: str) -> None:
     weights, expected = oracle(option, attention)
@@ -106,6 +114,7 @@ def test_options_change_what_is_computed() -> None:
     assert len(losses) == 5, losses
 
 
+@pytest.mark.slow_except("tp1pp1dp1 zero0-1-block-mlra", "tp2pp2dp1 zero0-1-block-dense")
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize(
     ("layout", "micro_batch_size", "checkpointing"),
@@ -141,6 +150,7 @@ def bf16_error(worker_pool: Pools, stage: int, engine: str) -> tuple[float, floa
     return max(losses), max(norms)
 
 
+@pytest.mark.slow_except("tp2pp1dp2 zero3")
 @pytest.mark.parametrize(
     "layout",
     [Layout(tensor=2), Layout(pipeline=2), Layout(data=2, stage=1), Layout(tensor=2, data=2, stage=3)],
@@ -208,6 +218,7 @@ def options_run(worker_pool: Pools, folder: Path, layout: Layout, attention: str
     return Run(layout, config, ranks)
 
 
+@pytest.mark.slow_except("pp2dp2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_goes_on_bitwise(worker_pool: Pools, tmp_path: Path, name: str, precision: str) -> None:
@@ -260,6 +271,7 @@ def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.nda
     return seen
 
 
+@pytest.mark.slow
 def test_rank_0_has_all_vectors_the_same_in_every_layout(worker_pool: Pools) -> None:
     (expected,) = worker_pool(1).run(spectra, in_layout(Layout(), "sigma", "o-factorised"))
     for layout in (Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, stage=3)):

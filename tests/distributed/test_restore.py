@@ -127,6 +127,7 @@ def interrupt(rank: int, world_size: int, config: Config) -> list[StepResult]:
     return results + expected
 
 
+@pytest.mark.slow_except("tp1pp1dp2-zero1-bf16", "tp2pp1dp1-zero2-fp32", "tp2pp2dp1-zero0-fp32", "tp2pp1dp2-zero3-fp16")
 @pytest.mark.parametrize(("layout", "precision"), CASES, ids=lambda value: str(value).replace(" ", "-"))
 def test_a_restored_engine_continues_bitwise(worker_pool: Pools, layout: Layout, precision: str) -> None:
     config = layout_config(layout, train__precision=precision, model__num_layers=2, **DROPOUT)
@@ -136,6 +137,7 @@ def test_a_restored_engine_continues_bitwise(worker_pool: Pools, layout: Layout,
         assert [r.loss_scale for r in reports[0]] == [1e30, 256.0, 256.0, 256.0, 512.0, 512.0]
 
 
+@pytest.mark.slow_except("bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_3_continues_bitwise_where_nothing_is_kept_whole(worker_pool: Pools, precision: str) -> None:
     # By default weights as small as these stay gathered, and all of them are updated as one group.
@@ -151,6 +153,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_offloaded_optimizer_continues_bitwise(worker_pool: Pools, name: str) -> None:
     # With this beta, the fourth power by multiplication in fp32 (as CPUAdam has it) is not that of `pow`.

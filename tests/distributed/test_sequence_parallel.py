@@ -94,6 +94,12 @@ def identify(value: Any) -> str:
     return str(value).replace(" ", "-")
 
 
+@pytest.mark.slow_except(
+    "tp2pp1dp1-zero0-v-dense-merged",
+    "tp2pp2dp1-zero0-masked-block",
+    "tp2pp1dp2-zero1-dense-replicated",
+    "tp2pp1dp2-zero3-options-replicated",
+)
 @pytest.mark.parametrize(("layout", "model", "more"), CASES, ids=identify)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, model: str, more: Options) -> None:
     weights, expected = oracle(model)
@@ -128,6 +134,7 @@ WHOLE: Options = {"parallel__sequence_parallel": False}
 SELECTIVE: Options = {"parallel__activation_checkpointing": "selective"}
 
 
+@pytest.mark.slow_except("mlra-selective")
 @pytest.mark.parametrize(
     ("model", "more"),
     [
@@ -154,6 +161,7 @@ def test_zero_3_that_keeps_nothing_gathered(worker_pool: Pools, model: str, more
 DROPOUT: Options = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 
 
+@pytest.mark.slow_except("tp2pp2dp1-zero0-block")
 @pytest.mark.parametrize(
     ("layout", "more"),
     [
@@ -187,6 +195,7 @@ def bf16_error(worker_pool: Pools, model: str, stage: int, engine: str) -> tuple
     return max(losses), max(norms)
 
 
+@pytest.mark.slow_except("tp2pp1dp2-zero3-mlra")
 @pytest.mark.parametrize(
     ("layout", "model"),
     [
@@ -233,6 +242,7 @@ def train_without_reduction(
         setattr(module, where, correct)
 
 
+@pytest.mark.slow_except("slice_linear-attention\\\\.q\\\\.down\\\\.weight")
 @pytest.mark.parametrize(
     ("where", "told"),
     [
@@ -272,6 +282,7 @@ def kept_bytes(rank: int, world_size: int, config: Config) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.slow_except("mlra")
 @pytest.mark.parametrize("model", ["mlra", "dense", "o-factorised"])
 def test_a_block_keeps_nothing_that_ranks_repeat(worker_pool: Pools, model: str) -> None:
     config = in_layout(Layout(tensor=4), model, model__hidden_size=64, train__micro_batch_size=4)
@@ -311,6 +322,7 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
     return Run(layout, config, ranks)
 
 
+@pytest.mark.slow_except("tp2-tp2pp2", "tp2pp2-zero3-tp2dp2")
 @pytest.mark.parametrize(("was", "now"), [(was, now) for was in SAVED for now in SAVED])
 def test_a_checkpoint_goes_on_with_another_split_and_plan(
     worker_pool: Pools, saved: Callable[[str], tuple[Run, Path]], was: str, now: str

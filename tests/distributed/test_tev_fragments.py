@@ -80,6 +80,7 @@ def measure(rank: int, world_size: int, tensor: int, seed: int, options: dict[st
             setattr(dist, name, function)
 
 
+@pytest.mark.slow_except("1-1", "2-1", "4-2")
 @pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 def test_any_owner_of_any_run(worker_pool: Pools, world_size: int, tensor: int) -> None:
     matrix = global_matrix()[:VOCABULARY].astype(np.float64)

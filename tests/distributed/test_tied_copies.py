@@ -34,6 +34,7 @@ def whole(pieces: list[Pieces]) -> torch.Tensor:
     return torch.cat([torch.stack(tensors) for _, tensors in in_order], dim=1)
 
 
+@pytest.mark.slow_except("2-1-fp32")
 @pytest.mark.parametrize(
     ("data", "stage", "precision"), [(3, 0, "fp32"), (2, 1, "fp32"), (3, 1, "fp32"), (3, 1, "bf16"), (3, 0, "bf16")]
 )

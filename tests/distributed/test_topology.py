@@ -21,6 +21,7 @@ def timeouts(rank: int, world_size: int, config: Any) -> list[timedelta]:
     return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
+@pytest.mark.slow_except("tp1pp2dp1 zero0")
 @pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(data=2, stage=3)], ids=str)
 def test_all_groups_have_the_configured_timeout(worker_pool: Callable[[int], WorkerPool], layout: Layout) -> None:
     config = layout_config(layout, parallel__timeout_minutes=7.0)

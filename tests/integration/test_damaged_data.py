@@ -30,6 +30,7 @@ def large(training_data: Path, tmp_path: Path) -> Path:
     content["splits"]["train"] = {"documents": writer.documents, "tokens": writer.tokens}
     for name in ("documents", "tokens"):
         content[name] = sum(split[name] for split in content["splits"].values())
+    content["sources"][0]["documents"] = content["documents"]
     content["fingerprint"] = Manifest(folder, content).fingerprint
     (folder / "manifest.json").write_text(manifest_text(content))
     assert (folder / "train.bin").stat().st_size > WHOLE_BYTES

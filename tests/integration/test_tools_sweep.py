@@ -109,7 +109,8 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
 
     ended = sweep(study, output)
     assert ended.code == 0, ended.stdout + ended.stderr
-    assert f"[1/2] {calm.name}: done" in ended.stdout and f"[2/2] {wild.name}: diverged at step" in ended.stdout
+    # In either order: how far the run is that was left alone depends on the machine.
+    assert f"{calm.name}: done" in ended.stdout and f"{wild.name}: diverged at step" in ended.stdout
     assert [event["event"] for event in events(files.run.path)].count("start") == 2
     assert [event["step"] for event in events(files.run.path) if event["event"] == "resume"] == [stopped_at]
     done, diverged = map(json.loads, directory.results.read_text().splitlines())

@@ -57,7 +57,7 @@ class WorkerPool:
         grace: seconds that the other ranks get to report once one rank has failed.
     """
 
-    def __init__(self, world_size: int, group_timeout: float = 60.0, grace: float = 5.0):
+    def __init__(self, world_size: int, group_timeout: float = 180.0, grace: float = 10.0):
         if world_size < 1:
             raise ValueError(f"world_size {world_size} is not positive")
         self.world_size = world_size
@@ -75,7 +75,7 @@ class WorkerPool:
         """Process ids of the living workers by rank; empty when the pool is down."""
         return [process.pid for process in self._processes if process.pid is not None]
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """Calls ``function(rank, world_size, *args)`` on every rank, with gloo as the default process group.
 
         Args:

@@ -12,12 +12,28 @@ import pickle
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import _lru_cache_wrapper
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+
+@dataclass
+class Frozen:
+    """What the collector no longer walks through.
+
+    Attributes:
+        num_modules: Modules that were loaded at the last freeze.
+        caches: DeepSpeed's methods with a cache among it: they keep engines, and a search for them would miss them.
+    """
+
+    num_modules: int = 0
+    caches: list[Any] = field(default_factory=list)
+
+
+_FROZEN = Frozen()
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,7 @@ def _run_case(case: Case, plan: WorkerPlan, store: Any, timeout: timedelta) -> t
         for part in case.function.split("."):
             function = getattr(function, part)
         arguments = pickle.loads(case.payload)
-        # The libraries are most of what a collection walks through, twice per case; they stay, so it need not.
-        gc.freeze()
+        _freeze_libraries()
         torch.manual_seed(0)
         dist.init_process_group(
             "gloo",
@@ -105,6 +120,8 @@ def _run_case(case: Case, plan: WorkerPlan, store: Any, timeout: timedelta) -> t
             world_size=plan.world_size,
             timeout=timeout,
         )
+        # A rank that closes its sockets while another one still connects makes that one fail.
+        dist.barrier()
         # Tensors travel by value: multiprocessing's own pickler would hand out file descriptors of this process.
         return "result", pickle.dumps(function(plan.rank, plan.world_size, *arguments))
     except BaseException as error:
@@ -113,6 +130,24 @@ def _run_case(case: Case, plan: WorkerPlan, store: Any, timeout: timedelta) -> t
         if isinstance(error, KeyboardInterrupt):
             raise
         return "error", text
+
+
+def _freeze_libraries() -> None:
+    """Takes the libraries out of what a collection walks through: they stay, and are most of it.
+
+    Only where there are new ones, and after a collection: what is frozen is never collected, nor found by _tear_down.
+    """
+    if len(sys.modules) == _FROZEN.num_modules:
+        return
+    gc.unfreeze()
+    gc.collect()
+    _FROZEN.caches = [thing for thing in gc.get_objects() if _is_cache_of_deepspeed(thing)]
+    _FROZEN.num_modules = len(sys.modules)
+    gc.freeze()
+
+
+def _is_cache_of_deepspeed(thing: Any) -> bool:
+    return type(thing) is _lru_cache_wrapper and str(thing.__module__).startswith("deepspeed.")
 
 
 def _tear_down() -> None:
@@ -159,8 +194,10 @@ def _destroy_engines() -> None:
                 thing.destroy()
         elif kind is OutputBackwardHookManager:
             thing.remove_hooks()
-        elif kind is _lru_cache_wrapper and str(thing.__module__).startswith("deepspeed."):
+        elif _is_cache_of_deepspeed(thing):
             thing.cache_clear()
+    for cache in _FROZEN.caches:
+        cache.cache_clear()
 
 
 def _reset_deepspeed() -> None:

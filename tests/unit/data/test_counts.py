@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -15,10 +16,8 @@ def content() -> dict[str, Any]:
     not_read = [NotRead(f"in/{i}.md", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
     return {
         "documents": 9,
-        "tokens": 70,
         "empty_documents_left_out": 3,
         "documents_without_tokens": 2,
-        "splits": {"train": {"documents": 8, "tokens": 60}, "validation": {"documents": 1, "tokens": 10}},
         "sources": [
             source_entry("in", "files", 7, 2, FileCounts(4, ["in/a.jsonl"], not_read)),
             source_entry("hf:x (split train)", "hugging-face", 2, 1, None),
@@ -48,12 +47,16 @@ def test_the_lines_of_a_summary() -> None:
     ]
 
 
+def test_names_that_are_no_text_can_be_printed() -> None:
+    odd = content()
+    odd["sources"][0]["name"] = os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
+    assert count_lines(odd)[0] == "  files       4 of 17 read of caf\\udce9 \\x1b[31m \u00e4"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: c.update(documents=10), "it counts 10 documents, their parts 9"),
-        (lambda c: c["splits"]["train"].update(documents=7), "it counts 9 documents, their parts 8"),
-        (lambda c: c["splits"]["train"].update(tokens=61), "it counts 70 tokens, their parts 71"),
         (lambda c: c.update(empty_documents_left_out=0), "it counts 0 empty documents, their parts 3"),
         (lambda c: c["sources"][0]["files"].update(read=5), "it counts 17 files of source in, their parts 18"),
         (lambda c: c["sources"][0]["files"]["not_read"].pop(), "it counts 17 files of source in, their parts 16"),
