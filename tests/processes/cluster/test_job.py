@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +208,15 @@ def test_a_check_that_does_not_come_back_says_nothing_against_the_input(
     monkeypatch.setattr(checking, "_CHECK_SECONDS", 0.001)
     assert desk.job(a=DONE, b=DONE) == 0
     assert desk.ends == [("failed", ["a"]), ("done", ["a", "b"])]
+
+
+def test_a_check_hears_the_stop_signal(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's KillWait is over long before the check's own limit."""
+    monkeypatch.setenv(CHECK_VARIABLE, "slow")
+    began = time.monotonic()
+    assert desk.job() == 0
+    assert time.monotonic() - began < 30
+    assert desk.file.state == "preempted" and desk.ends == [("preempted", ["a"])] and desk.orders == ["requeue 41"]
 
 
 def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
