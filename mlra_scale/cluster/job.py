@@ -164,7 +164,14 @@ class Job:
             )
         checked = self._checked if nodes == self._allocation.nodes else None
         if checked is None or checked.kind is not None:
-            checked = check_on_this_node(self._arguments, self._allocation, self._settings, self._config, len(nodes))
+            checked = check_on_this_node(
+                self._arguments,
+                self._allocation,
+                self._settings,
+                self._config,
+                len(nodes),
+                lambda: self.is_stop_asked,
+            )
         self._print(checked.plan.encode(errors="replace"))
         if (stopped := self._stopped_before()) is not None or checked.kind is None:
             return stopped
@@ -368,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, checked = RunDirectory(Path(parsed.run_dir).absolute()), None
         if not os.path.lexists(run.path):
             words, number = with_absolute_paths(arguments), len(allocation.nodes)
-            checked = check_on_this_node(words, allocation, settings, config, number)
+            checked = check_on_this_node(words, allocation, settings, config, number, lambda: bool(signals))
             if checked.kind == "bad_input":
                 print(checked.said, file=sys.stderr, flush=True)
                 return ExitCode.BAD_INPUT

@@ -29,8 +29,8 @@ class Datasets:
         mixes: The training data from the first sample on; the last mix is the one that is read.
         manifests: The manifests of the data sets that have one, in the order of the blend.
         num_train_tokens: Tokens of all training splits together.
-        have_checked_tokens: Whether all of it was written by tools/prepare_data.py, with no token beyond a manifest's
-            vocabulary.
+        is_checked: Whether all of it was checked at the start: prepared data whose .bin files are small. Otherwise a
+            rank may meet a token that the model does not have, or a damaged block, when it reads a batch.
         notices: What a user should know of the data, a line each.
     """
 
@@ -40,7 +40,7 @@ class Datasets:
     mixes: tuple[Mix, ...]
     manifests: tuple[Manifest, ...]
     num_train_tokens: int
-    have_checked_tokens: bool
+    is_checked: bool
     notices: tuple[str, ...]
 
 
@@ -129,7 +129,7 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
         mixes=mixes,
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
-        have_checked_tokens=all(part.manifest is not None for part in parts + validation_parts),
+        is_checked=all(part.is_checked for part in parts + validation_parts),
         notices=notices(config, parts, validation),
     )
 

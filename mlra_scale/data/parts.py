@@ -45,6 +45,11 @@ class Part:
         """The manifest; None for a bare prefix."""
         return None if self.prepared is None else self.prepared.manifest
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether all of its content is compared at every start with what was prepared."""
+        return self.prepared is not None and all(files.is_small for files, _, _ in (self.training, self.validation))
+
     def num_samples(self, split: str, sequence_length: int) -> int:
         """Returns how many whole samples a split has."""
         files, first, stop = self.training if split == "train" else self.validation

@@ -35,6 +35,7 @@ from mlra_scale.study.results import (
     write_result,
 )
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.interruption import OFTEN_IGNORED
 from mlra_scale.training.source import ROOT, commit
 
 _POLL_SECONDS = 0.5
@@ -81,7 +82,8 @@ class StopAsked:
 
     def __enter__(self) -> StopAsked:
         for number in _STOP_SIGNALS:
-            if signal.getsignal(number) is signal.SIG_IGN:
+            # Not SIGUSR1: slurm/sweep.sh ignores it until this process listens.
+            if number in OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # a parent wants it so: nohup, a shell's background job
             self._before[number] = signal.signal(number, self._note)
         return self

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,6 +210,15 @@ def test_a_check_that_does_not_come_back_says_nothing_against_the_input(
     assert desk.ends == [("failed", ["a"]), ("done", ["a", "b"])]
 
 
+def test_a_check_hears_the_stop_signal(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's KillWait is over long before the check's own limit."""
+    monkeypatch.setenv(CHECK_VARIABLE, "slow")
+    began = time.monotonic()
+    assert desk.job() == 0
+    assert time.monotonic() - began < 30
+    assert desk.file.state == "preempted" and desk.ends == [("preempted", ["a"])] and desk.orders == ["requeue 41"]
+
+
 def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHECK_VARIABLE, "1")
     assert desk.job("cluster.max_failures=1", a=DONE, b=DONE) == 1
@@ -318,9 +328,9 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
     [
         ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
         ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
-        ("COMPLETING", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
-        ("CANCELLED", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
-        ("COMPLETING", "2", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
+        ("CANCELLED", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "2", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
         ("RUNNING", "2", "Unknown", "requeue", 1, "failed", ["requeue 41"]),
         ("RUNNING", "2", "Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("TIMEOUT", "2", "Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
