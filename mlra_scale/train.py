@@ -121,7 +121,7 @@ def main(
 
 
 def _config_of_run(arguments: argparse.Namespace, run: RunDirectory | None) -> Path | None:
-    """Returns the config.yaml of the run directory where it alone says what to go on with: neither preset nor file."""
+    """Returns the config.yaml of the run directory where neither a preset nor a file is named."""
     is_alone = arguments.preset is None and arguments.config is None and arguments.resume != "none"
     return run.config if is_alone and run is not None and run.config.is_file() else None
 

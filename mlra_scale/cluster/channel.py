@@ -216,7 +216,7 @@ def listening_host(host: str, others: Iterable[str]) -> str:
         others: Theirs.
 
     Returns:
-        The address, if exactly this machine has it. Empty, for all addresses, where it cannot be told: the name is not
+        The address, if exactly this machine has it. Empty, for all addresses, where it cannot be found: the name is not
         known here, or means an address that this machine does not have, or means the loopback (as some distributions
         write a machine's own name into /etc/hosts) while other nodes are elsewhere.
     """

@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[], Job], signals: Sequence[int]) -> int:
-    """Runs the job alone in its run directory; whatever happens, job.json does not go on saying that it runs."""
+    """Runs the job alone in its run directory; whatever happens, job.json has the state in which it ended."""
     waits = list(_FILE_WAITS)
     while True:
         try:

@@ -52,7 +52,7 @@ def check_data(config: Config, is_resumed: bool = False) -> list[Problem]:
 
     Args:
         config: The configuration.
-        is_resumed: Whether a run goes on with these data; it may have begun with a blend that a new one may not have.
+        is_resumed: Whether a run continues with these data; it may have begun with a blend that a new one may not have.
 
     Returns:
         All problems; none if the data can be opened.

@@ -55,7 +55,7 @@ class Running:
         num_events: Events of earlier starts.
         log_size: Size of its log when it began.
         started: The clock then.
-        is_ending: Whether it was told to end at once.
+        is_ending: Whether a second signal asked it to end at once.
     """
 
     files: CellFiles

@@ -173,7 +173,7 @@ class Report:
         return None
 
     def _look_at_checkpoints(self) -> None:
-        """Says if the folder of checkpoints is another one than before: the run goes on, for it saves into this one."""
+        """Says if the folder of checkpoints is another one than before: the run continues and saves into this one."""
         before, path = self._checkpoints, self._run.checkpoints
         try:
             found = path.stat()

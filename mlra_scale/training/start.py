@@ -232,7 +232,7 @@ def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
 
 
 def _record_problems(run: RunDirectory) -> list[Problem]:
-    """Finds a damaged line of the record, which is cut where the run goes on; rank 0 alone cuts it, and looks here."""
+    """Finds a damaged line of the record, which rank 0 alone cuts, at the step where the run continues."""
     if os.environ.get("RANK", "0") != "0":
         return []
     try:
