@@ -85,6 +85,7 @@ def test_a_launched_run_of_two_processes_equals_one_process(start: Start, tmp_pa
     assert_same_curves(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow_except("parallel.pipeline=2")
 @pytest.mark.parametrize("layout", ["parallel.pipeline=2", 'deepspeed.zero_optimization={"stage": 2}'])
 def test_two_ranks_train_like_one(start: Start, tmp_path: Path, layout: str) -> None:
     arguments = ["train.steps=4", "evaluation.every=4"]
@@ -114,6 +115,7 @@ def test_validation_data_below_a_global_batch_are_told(start: Start, tmp_path: P
     assert re.search(r"validation data are [1-7] sample\(s\), less than a global batch of 8", result.stdout)
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_foreign_token_found_while_training_stops_all_ranks(start: Start, tmp_path: Path, num_processes: int) -> None:
     prefix = write_megatron_data(tmp_path / "foreign", num_documents=2000)
@@ -143,6 +145,7 @@ WILD = [
 ]
 
 
+@pytest.mark.slow_except("2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(
