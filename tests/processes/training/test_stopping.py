@@ -248,14 +248,18 @@ def test_a_run_directory_that_goes_ends_the_run(
 
 def test_a_forked_child_keeps_its_signals_to_itself() -> None:
     """Its handler would otherwise write into the pipe that it shares with its parent."""
-    with Interruption() as interruption:
-        interruption.limit(None)
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(30)
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.kill(pid, signal.SIGTERM)
-        _, status = os.waitpid(pid, 0)
-        assert os.WTERMSIG(status) == signal.SIGTERM, "the handler of before: the default"
-        time.sleep(0.2)
-        assert not interruption.is_stop_asked()
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before this one may have left another handler
+    try:
+        with Interruption() as interruption:
+            interruption.limit(None)
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(30)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM, "the handler of before"
+            time.sleep(0.2)
+            assert not interruption.is_stop_asked()
+    finally:
+        signal.signal(signal.SIGTERM, before)
