@@ -35,11 +35,10 @@ from mlra_scale.study.results import (
     write_result,
 )
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.interruption import OFTEN_IGNORED
+from mlra_scale.training.interruption import OFTEN_IGNORED, STOP_SIGNALS
 from mlra_scale.training.source import ROOT, commit
 
 _POLL_SECONDS = 0.5
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ERROR_CHARACTERS = 2000
 
 
@@ -81,7 +80,7 @@ class StopAsked:
         self.signal = self.signal or signal.Signals(number)
 
     def __enter__(self) -> StopAsked:
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             # Not SIGUSR1: slurm/sweep.sh ignores it until this process listens.
             if number in OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # a parent wants it so: nohup, a shell's background job

@@ -197,6 +197,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 save(rate, values.get("validation_loss"), step == last)
 
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
+        # Everything is saved: a signal ends what the summary and wandb still wait for.
+        interruption.limit(EXPENDABLE_SECONDS, f"all {last} steps are done and saved", ExitCode.DONE)
         report.finished(progress, throughput.mean, memory_gib)
     return progress
 

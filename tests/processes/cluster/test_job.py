@@ -1,12 +1,14 @@
 """From one attempt to the next, with stand-ins for Slurm's commands; tests/slurm has the real ones."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from mlra_scale.cluster.job import Job, main
 from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
-from mlra_scale.config import ConfigError
+from mlra_scale.config import ConfigError, load_config
 from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
 SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
@@ -217,6 +219,53 @@ def test_a_check_hears_the_stop_signal(desk: Desk, monkeypatch: pytest.MonkeyPat
     assert desk.job() == 0
     assert time.monotonic() - began < 30
     assert desk.file.state == "preempted" and desk.ends == [("preempted", ["a"])] and desk.orders == ["requeue 41"]
+
+
+def signal_once_handled(number: signal.Signals) -> threading.Thread:
+    """Sends this process a signal as soon as a job listens to it."""
+    before = signal.getsignal(number)
+
+    def send() -> None:
+        while signal.getsignal(number) is before:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_the_wait_for_another_job_hears_the_stop_signal(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes back to the queue, and leaves the other one's job.json alone."""
+    desk.run.mkdir()
+    with (desk.run / ".job.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        sender = signal_once_handled(signal.SIGUSR1)
+        assert desk.job() == 0
+        sender.join()
+    assert desk.orders == ["requeue 41"] and not (desk.run / "job.json").exists()
+    assert "stopped by a signal before it began" in capsys.readouterr().err
+
+
+def test_the_wait_for_slurm_hears_the_stop_signal(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its controller does not answer at the job's start."""
+    scontrol = desk.run.parent / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    sender = signal_once_handled(signal.SIGUSR1)
+    assert desk.job() == 1
+    sender.join()
+    assert "Unable to contact" in capsys.readouterr().err and not desk.run.exists()
+
+
+def test_a_run_that_is_resumed_alone_has_its_own_configuration(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As train.py resolves it: neither a preset nor a file is named."""
+    desk.run.mkdir()
+    overrides = ["train.steps=77", "train.device=cpu"]
+    (desk.run / "config.yaml").write_text(load_config("debug", overrides=overrides).to_yaml())
+    monkeypatch.setenv(PLAYS_VARIABLE, json.dumps({"a": DONE, "b": DONE}))
+    assert main(["--run-dir", str(desk.run), "--resume", "auto"]) == 0
+    assert desk.ends == [("done", ["a", "b"])] and desk.file.steps == 77
 
 
 def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
