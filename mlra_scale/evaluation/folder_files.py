@@ -42,7 +42,9 @@ def read_model_files(folder: Path) -> dict[str, Any]:
     most, where = _most_layers(folder), printable(str(folder / "config.json"))
     for section in (values, *(value for value in values.values() if isinstance(value, dict))):
         for name in _NUMBERS_OF_LAYERS:
-            number = section.get(name, 1)
+            number = section.get(name)
+            if number is None:  # other libraries write null for what a model does not have
+                continue
             if type(number) is not int or number < 1:
                 raise EvaluationError(f"{where}: {name} is {str(number)[:80]!a}; it must be a whole number from 1 on")
             if most is not None and number > most:

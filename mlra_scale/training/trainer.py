@@ -54,7 +54,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             data or a signal is saved.
     """
     config, plan, progress = start.config, start.plan, start.progress
-    datasets = open_datasets(config, start.mixes)
+    datasets = open_datasets(config, start.mixes, start.found)
     with muted():
         engine = build_engine(config, plan, topology)
     stops = Stops(interruption, topology)
