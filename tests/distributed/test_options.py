@@ -1,6 +1,6 @@
 """Model options in every layout: losses, every gradient, the weights and what carries over equal the oracle's.
 
-`pytest tests/distributed/test_options.py -s` prints the table.
+`pytest tests/distributed/test_options.py -m "" -s` prints the table.
 """
 
 from collections.abc import Callable

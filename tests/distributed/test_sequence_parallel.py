@@ -1,6 +1,6 @@
 """Sequence parallelism trains the same model: losses, norms, every gradient and the weights equal the oracle's.
 
-`pytest tests/distributed/test_sequence_parallel.py -s` prints the table.
+`pytest tests/distributed/test_sequence_parallel.py -m "" -s` prints the table.
 """
 
 from collections.abc import Callable
