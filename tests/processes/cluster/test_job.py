@@ -70,6 +70,15 @@ class Desk:
         return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Puts the handlers of signals back, which a job sets in the process of the tests."""
+    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     (tmp_path / "bin").mkdir()
@@ -97,10 +106,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     for name, seconds in (("EVIDENCE", 1.0), ("END", 3.0), ("KILL", 1.5), ("SRUN", 0.5)):
         monkeypatch.setattr(attempt, f"_{name}_SECONDS", seconds)
     monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
-    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
     yield Desk(tmp_path, monkeypatch)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -> None:
