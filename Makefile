@@ -69,6 +69,7 @@ quickstart:
 	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
 	run=runs/quickstart
 	for ((n = 2; ; n++)); do test -e $$run || break; run=runs/quickstart-$$n; done
+	export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240} # seconds to save in after Ctrl-C
 	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
 	    data.path=data/python-docs parallel.pipeline=$(PROCESSES)
 	echo

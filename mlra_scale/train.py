@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mlra_scale.config import (
     Config,
     ConfigError,
+    Named,
     Problem,
     batch_plan,
     load_named_config,
@@ -96,15 +97,12 @@ def main(
     try:
         arguments = build_parser().parse_intermixed_args(argv)
         run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
-        own = _config_of_run(arguments, run_directory)
-        config, named = load_named_config(
-            arguments.preset, arguments.config, arguments.ds_config, arguments.overrides, own
-        )
+        config, named, is_as_before = resolve(arguments)
         if arguments.dry_run:
             return _dry_run(config, rank, config.parallel.world_size or world_size)
         from mlra_scale.training.start import Asked
 
-        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before=own is not None)
+        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before)
         return _train(asked, rank, overseer, interruption)
     except ConfigError as error:
         # Whatever signal ends this rank meanwhile: the input is bad.
@@ -120,10 +118,28 @@ def main(
         return ExitCode.INTERRUPTED
 
 
-def _config_of_run(arguments: argparse.Namespace, run: RunDirectory | None) -> Path | None:
-    """Returns the config.yaml of the run directory where it alone says what to go on with: neither preset nor file."""
-    is_alone = arguments.preset is None and arguments.config is None and arguments.resume != "none"
-    return run.config if is_alone and run is not None and run.config.is_file() else None
+def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Config, Named, bool]:
+    """Builds the configuration that a command line asks for.
+
+    Args:
+        arguments: What the parser has read.
+        more: Further overrides.
+
+    Returns:
+        The configuration, which of its fields were named, and whether it is that of the run directory: where a run is
+        resumed and neither a preset nor a file is named.
+
+    Raises:
+        ConfigError: With everything that is wrong in all sources.
+    """
+    own = None
+    if arguments.preset is None and arguments.config is None and arguments.resume != "none" and arguments.run_dir:
+        own = RunDirectory(Path(arguments.run_dir)).config
+    own = own if own is not None and own.is_file() else None
+    config, named = load_named_config(
+        arguments.preset, arguments.config, arguments.ds_config, [*arguments.overrides, *more], own
+    )
+    return config, named, own is not None
 
 
 def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Interruption) -> int:

@@ -119,17 +119,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable[Document]:
     from mlra_scale.evaluation.texts import Encoder, documents_of_data, documents_of_sources, joined
 
+    def note(line: str) -> None:
+        print(f"evaluate: {line}", file=sys.stderr)
+
     encoder = Encoder(loaded, options.max_tokens)
     if options.data:
-        documents = documents_of_data(options.data, options.split or "validation", encoder, loaded)
+        documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, note)
     else:
         documents = documents_of_sources(
-            options.text,
-            encoder,
-            options.field,
-            options.split or "test",
-            options.config_name,
-            lambda line: print(f"evaluate: {line}", file=sys.stderr),
+            options.text, encoder, options.field, options.split or "test", options.config_name, note
         )
     return [joined(documents, encoder.end_of_document)] if options.join else documents
 

@@ -134,6 +134,7 @@ def _tokenizer(name: str | None, store: Store, stack: ExitStack) -> Path | None:
 
 def _trained_with(named: Path | None, store: Store) -> LoadedTokenizer | None:
     """Loads the tokenizer of training: the checkpoint's own copy, or the named one where there is none."""
+    from mlra_scale.checkpoint.huggingface.exporting import recorded_tokenizer
     from mlra_scale.data.tokenizer import load_tokenizer
     from mlra_scale.evaluation.verification_text import check_checksum
 
@@ -141,8 +142,7 @@ def _trained_with(named: Path | None, store: Store) -> LoadedTokenizer | None:
     if folder is None:
         return None
     loaded = load_tokenizer([str(folder)])
-    recorded = (store.state.get("data") or {}).get("tokenizer")
-    check_checksum(loaded, None if recorded is None else str(recorded))
+    check_checksum(loaded, recorded_tokenizer(store))
     return loaded
 
 

@@ -223,6 +223,8 @@ class Attempt:
                 self._blame(odd_ones({name: other.versions for name, other in self._nodes.items()}, versions()))
         if message.ranks is not None:
             node.ranks = [Seen(heard.node, rank.beat.as_beat(), rank.silence, rank.state) for rank in message.ranks]
+            # Not only where ranks are watched: a short run may end with the next message.
+            self._note_training(node.ranks)
         if message.signalled:
             self._stop(hub, f"{heard.node} was signalled")
         if message.bad_nodes is not None:
@@ -267,9 +269,7 @@ class Attempt:
             elif now - node.heard > patience:
                 self._lose(name, f"nothing was heard of it for {patience:.0f} s")
         seen = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
-        if any(rank.beat.doing in ("training", "evaluating", "saving", "going back") for rank in seen):
-            self._has_trained = True
-            self._told(max(rank.beat.step for rank in seen))
+        self._note_training(seen)
         if self._verdict is not None or self._kill_at is not None:
             return
         seconds, is_starting = hang_seconds(seen)
@@ -289,6 +289,11 @@ class Attempt:
             self._say(f"stacks are written to {plan.logs}/rank-*.stacks; the ranks are ended")
             hub.send({"order": "stacks"})
             self._kill_after(_STACKS_SECONDS)
+
+    def _note_training(self, seen: Sequence[Seen]) -> None:
+        if any(rank.beat.doing in ("training", "evaluating", "saving", "going back") for rank in seen):
+            self._has_trained = True
+            self._told(max(rank.beat.step for rank in seen))
 
     def _find_unstarted(self) -> None:
         """Names the nodes on which nothing was started: srun ends all tasks where it cannot start one of them."""

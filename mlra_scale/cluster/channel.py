@@ -24,7 +24,7 @@ _LONGEST_LINE = 1 << 20
 """Bytes of a member's line: a node with many ranks reports some hundred bytes of each."""
 _LONGEST_GREETING = 1 << 14
 _MAX_STRANGERS = 32
-"""Connections without a greeting at a time; a node sends its own at once."""
+"""Connections without a greeting at a time, beside one from each machine: many nodes may connect in one moment."""
 _STRANGER_SECONDS = 20.0
 """How long a connection may take to send its greeting."""
 _ACCEPTED_AT_ONCE = 64
@@ -166,10 +166,11 @@ class Hub:
         return heard
 
     def _end_oldest_stranger(self) -> None:
-        """Makes room: whoever opens many connections loses its own, and no node on another machine."""
+        """Makes room: whoever opens many connections loses its own. A machine's only one may be a node's: it stays."""
         counted = Counter(stranger.host for stranger in self._strangers.values())
         crowd = max(counted, key=lambda host: counted[host])
-        self._end(next(connection for connection, stranger in self._strangers.items() if stranger.host == crowd))
+        if counted[crowd] > 1:
+            self._end(next(connection for connection, stranger in self._strangers.items() if stranger.host == crowd))
 
     def _end(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
@@ -215,7 +216,7 @@ def listening_host(host: str, others: Iterable[str]) -> str:
         others: Theirs.
 
     Returns:
-        The address, if exactly this machine has it. Empty, for all addresses, where it cannot be told: the name is not
+        The address, if exactly this machine has it. Empty, for all addresses, where it cannot be found: the name is not
         known here, or means an address that this machine does not have, or means the loopback (as some distributions
         write a machine's own name into /etc/hosts) while other nodes are elsewhere.
     """

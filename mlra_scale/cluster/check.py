@@ -17,8 +17,8 @@ from pathlib import Path
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.overview import is_held
 from mlra_scale.cluster.settings import Settings
-from mlra_scale.config import Config, ConfigError, Problem, batch_plan, load_config, load_named_config
-from mlra_scale.train import build_parser
+from mlra_scale.config import Config, ConfigError, Problem, batch_plan
+from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
@@ -73,17 +73,15 @@ def checked(training: Sequence[str], nodes: int, processes: int, device: str, is
     from mlra_scale.training.start import Asked, prepare
 
     parsed = build_parser().parse_intermixed_args(training)
-    config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
+    config, _, _ = resolve(parsed)
     world_size = nodes * processes
     problems = world_problems(config, nodes, processes)
-    config, named = load_named_config(
-        parsed.preset, parsed.config, parsed.ds_config, [*parsed.overrides, *of_ranks(config, device, world_size)]
-    )
+    config, named, is_as_before = resolve(parsed, of_ranks(config, device, world_size))
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)
     try:
-        start = prepare(Asked(config, named, run, parsed.resume, world_size), is_here=not is_login)
+        start = prepare(Asked(config, named, run, parsed.resume, world_size, is_as_before), is_here=not is_login)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +16,9 @@ from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
 
 _CHECK_SECONDS = 300.0
+_POLL_SECONDS = 0.5
+_END_SECONDS = 5.0
+"""How long srun may take to end its task, before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,12 @@ class Checked:
 
 
 def check_on_this_node(
-    arguments: Sequence[str], allocation: Allocation, settings: Settings, config: Config, num_nodes: int
+    arguments: Sequence[str],
+    allocation: Allocation,
+    settings: Settings,
+    config: Config,
+    num_nodes: int,
+    is_stop_asked: Callable[[], bool],
 ) -> Checked:
     """Checks the start of the job, as a step of its own.
 
@@ -42,22 +52,14 @@ def check_on_this_node(
         settings: How its ranks are started.
         config: Its configuration.
         num_nodes: Nodes that the ranks will have.
+        is_stop_asked: Whether a signal has asked the job to stop: the check is then given up.
     """
     cluster = config.cluster
     command = step_command([allocation.here], cluster.step_memory, cluster.cpu_bind, settings.srun)
     command += [*settings.python, "-m", "mlra_scale.cluster.check", f"--nodes={num_nodes}"]
     command += [f"--processes={settings.processes}", f"--device={settings.device}", "--", *arguments]
     try:
-        result = subprocess.run(
-            command,
-            env=slurm_environment(os.environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_CHECK_SECONDS,
-            check=False,
-        )
+        result = _run(command, is_stop_asked)
     except (OSError, subprocess.SubprocessError) as error:
         return Checked("failed", f"the check of the start failed: {error}")
     if result.returncode == ExitCode.DONE:
@@ -69,3 +71,33 @@ def check_on_this_node(
         return Checked("bad_input", said)
     said = said or result.stderr.strip()
     return Checked("failed", f"the check of the start ended with exit code {result.returncode}: {said}")
+
+
+def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
+    """Runs a command until it ends, or a signal asks for a stop.
+
+    Raises:
+        subprocess.TimeoutExpired: It took too long, or a stop was asked for; it has been ended.
+    """
+    deadline = time.monotonic() + _CHECK_SECONDS
+    with subprocess.Popen(
+        command,
+        env=slurm_environment(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        while True:
+            try:
+                output, errors = process.communicate(timeout=min(_POLL_SECONDS, _CHECK_SECONDS))
+                return subprocess.CompletedProcess(command, process.returncode, output, errors)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() < deadline and not is_stop_asked():
+                    continue
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=_END_SECONDS)
+                process.kill()
+                raise subprocess.TimeoutExpired(command, _CHECK_SECONDS) from None

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,11 +33,11 @@ from mlra_scale.cluster.job_file import Attempt, JobFile, now
 from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.queue import ended_by_slurm, put_back
 from mlra_scale.cluster.settings import Settings
-from mlra_scale.config import Config, ConfigError, Problem, load_config, validate
-from mlra_scale.train import build_parser
+from mlra_scale.config import Config, ConfigError, Problem, validate
+from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Slurm's, and those of a terminal: inside salloc a file of slurm/ can be run by hand."""
@@ -86,7 +87,7 @@ class Job:
         self._arguments = with_absolute_paths(arguments)
         parsed = build_parser().parse_intermixed_args(self._arguments)
         self._run = RunDirectory(Path(parsed.run_dir))
-        self._config: Config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
+        self._config: Config = resolve(parsed)[0]
         self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
         self._signals = signals
         with _told_as_problems(self._run.path):
@@ -164,7 +165,14 @@ class Job:
             )
         checked = self._checked if nodes == self._allocation.nodes else None
         if checked is None or checked.kind is not None:
-            checked = check_on_this_node(self._arguments, self._allocation, self._settings, self._config, len(nodes))
+            checked = check_on_this_node(
+                self._arguments,
+                self._allocation,
+                self._settings,
+                self._config,
+                len(nodes),
+                lambda: self.is_stop_asked,
+            )
         self._print(checked.plan.encode(errors="replace"))
         if (stopped := self._stopped_before()) is not None or checked.kind is None:
             return stopped
@@ -223,16 +231,17 @@ class Job:
         (logs / "nonce").write_text(nonce, encoding="ascii")
         world_size = len(nodes) * settings.processes
         training = [*self._arguments, *of_ranks(self._config, settings.device, world_size)]
-        job_address = slurm.address(self._allocation.here)
+        address = partial(slurm.address, is_stop_asked=lambda: self.is_stop_asked)
+        job_address = address(self._allocation.here)
         hang_minutes = cluster.hang_minutes or self._config.parallel.timeout_minutes / 2
         return Plan(
             nodes=nodes,
             processes=settings.processes,
             device=self._device,
-            master=slurm.address(nodes[0]),
+            master=address(nodes[0]),
             here=self._allocation.here,
             job_address=job_address,
-            listening_host=listening_host(job_address, (slurm.address(node) for node in nodes)),
+            listening_host=listening_host(job_address, map(address, nodes)),
             training=tuple(training),
             logs=logs,
             nonce=nonce,
@@ -359,16 +368,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stop_signal in _STOP_SIGNALS:
         signal.signal(stop_signal, lambda number, frame: signals.append(number))
     try:
-        allocation, settings = slurm.Allocation.of(os.environ), Settings.of(os.environ)
+        allocation = slurm.Allocation.of(os.environ, lambda: bool(signals))
+        settings = Settings.of(os.environ)
         parsed = build_parser().parse_intermixed_args(arguments)
         if parsed.run_dir is None:
             raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
         # A mistake leaves nothing behind.
-        config = load_config(parsed.preset, parsed.config, parsed.ds_config, parsed.overrides)
+        config, _, _ = resolve(parsed)
         run, checked = RunDirectory(Path(parsed.run_dir).absolute()), None
         if not os.path.lexists(run.path):
             words, number = with_absolute_paths(arguments), len(allocation.nodes)
-            checked = check_on_this_node(words, allocation, settings, config, number)
+            checked = check_on_this_node(words, allocation, settings, config, number, lambda: bool(signals))
             if checked.kind == "bad_input":
                 print(checked.said, file=sys.stderr, flush=True)
                 return ExitCode.BAD_INPUT
@@ -383,11 +393,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[], Job], signals: Sequence[int]) -> int:
-    """Runs the job alone in its run directory; whatever happens, job.json does not go on saying that it runs."""
+    """Runs the job alone in its run directory; whatever happens, job.json has the state in which it ended."""
     waits = list(_FILE_WAITS)
     while True:
         try:
-            with held(run, _LOCK_SECONDS, ".job.lock"):
+            with held(run, _LOCK_SECONDS, ".job.lock", lambda: bool(signals)):
                 job = make_job()
                 try:
                     return job.run()
@@ -397,6 +407,8 @@ def _run(run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[],
                     if isinstance(error, Exception):
                         return code
                     raise
+        except WaitStopped as stopped:
+            return _put_back_unstarted(allocation, str(stopped))
         except ConfigError as error:
             # A full disk or a file server that is away; a mistake has no such cause. A job that has run is not ended
             # by it at once.
@@ -405,6 +417,15 @@ def _run(run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[],
                 raise
             print(f"{error}; tried again in {waits[0]:.0f} s", file=sys.stderr, flush=True)
             wait_for_stop(waits.pop(0), lambda: bool(signals))
+
+
+def _put_back_unstarted(allocation: slurm.Allocation, reason: str) -> int:
+    """Sends a job back to the queue that has no hold of its run directory, whose job.json it leaves alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(f"stopped by a signal before it began: {reason}", file=sys.stderr, flush=True)
+    if ended_by_slurm(allocation) is None:
+        put_back(allocation, (), allocation.nodes, (), print)
+    return 0
 
 
 def _note_failure(run: RunDirectory, allocation: slurm.Allocation, reason: str) -> None:

@@ -116,7 +116,7 @@ class Watch:
     def _watch(self) -> None:
         try:
             self._run()
-        except Exception:  # ranks that nobody watches must not go on: neither hears the other any more
+        except Exception:  # ranks that nobody watches must end: they and the job no longer hear each other
             traceback.print_exc()
             self._kill()
             os._exit(1)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.slurm import SlurmError, jobs_of_user
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml
 from mlra_scale.training.record import lines_from_end
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -328,7 +328,7 @@ def _read_job(path: Path) -> JobFile | None:
 
 
 def _read_steps(path: Path) -> int | None:
-    steps = _number(yaml_text.load(path.read_text(encoding="utf-8"))["train"]["steps"])
+    steps = _number(stored_yaml.parse(path.read_text(encoding="utf-8"))["train"]["steps"])
     return None if steps is None else int(steps)
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlra_scale.config import ConfigError, Problem
@@ -49,41 +49,47 @@ class Allocation:
     num_requeues: int
 
     @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Allocation:
+    def of(cls, environment: Mapping[str, str], is_stop_asked: Callable[[], bool] = lambda: False) -> Allocation:
         """Reads the environment of a batch script.
+
+        Args:
+            environment: Of the batch script.
+            is_stop_asked: See `_ask`.
 
         Raises:
             ConfigError: This is no Slurm job.
+            SlurmError: Slurm does not say what job it is.
         """
         missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name not in environment]
         if missing:
             remedy = "this is no Slurm job; submit slurm/*.sh with sbatch, or start python -m mlra_scale.train yourself"
             raise ConfigError([Problem(name, None, remedy) for name in missing])
-        nodes, job_id = hostnames(environment["SLURM_JOB_NODELIST"]), environment["SLURM_JOB_ID"]
+        job_id = environment["SLURM_JOB_ID"]
+        nodes = hostnames(environment["SLURM_JOB_NODELIST"], is_stop_asked)
         return cls(
             job_id=job_id,
             name=environment.get("SLURM_JOB_NAME", "mlra-scale"),
             nodes=tuple(nodes),
             here=environment.get("SLURMD_NODENAME", nodes[0]),
             # SLURM_RESTART_COUNT is set where it is not 0 only: a job that is submitted from a requeued one has its.
-            num_requeues=number_of_restarts(job_fields(job_id)),
+            num_requeues=number_of_restarts(job_fields(job_id, is_stop_asked)),
         )
 
 
-def hostnames(node_list: str) -> list[str]:
+def hostnames(node_list: str, is_stop_asked: Callable[[], bool] = lambda: False) -> list[str]:
     """Expands a node list such as n[1-3,7]."""
-    return _ask("scontrol", "show", "hostnames", node_list).split()
+    return _ask("scontrol", "show", "hostnames", node_list, is_stop_asked=is_stop_asked).split()
 
 
-def address(node: str) -> str:
+def address(node: str, is_stop_asked: Callable[[], bool] = lambda: False) -> str:
     """Returns the address at which other nodes reach a node, as Slurm knows it."""
-    fields = _fields(_ask("scontrol", "--oneliner", "show", "node", node))
+    fields = _fields(_ask("scontrol", "--oneliner", "show", "node", node, is_stop_asked=is_stop_asked))
     return fields.get("NodeAddr", node)
 
 
-def job_fields(job_id: str) -> dict[str, str]:
+def job_fields(job_id: str, is_stop_asked: Callable[[], bool] = lambda: False) -> dict[str, str]:
     """Returns what Slurm knows of a job: JobState, Reason, Restarts, ..."""
-    return _fields(_ask("scontrol", "--oneliner", "show", "job", job_id))
+    return _fields(_ask("scontrol", "--oneliner", "show", "job", job_id, is_stop_asked=is_stop_asked))
 
 
 def number_of_restarts(fields: Mapping[str, str]) -> int:
@@ -183,15 +189,31 @@ def _fields(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def _ask(*command: str, folder: str | None = None, patience: float | None = None) -> str:
-    """Runs a command of Slurm, again and again for a while where its controller does not answer."""
+def _ask(
+    *command: str,
+    folder: str | None = None,
+    patience: float | None = None,
+    is_stop_asked: Callable[[], bool] = lambda: False,
+) -> str:
+    """Runs a command of Slurm, again and again for a while where its controller does not answer.
+
+    Args:
+        command: Its words.
+        folder: Where it runs; None: here.
+        patience: Seconds for which it is repeated.
+        is_stop_asked: Whether a signal has asked for a stop: it is then not repeated. The way back to the queue, which
+            follows a stop, needs its answers all the same and does not give this.
+
+    Raises:
+        SlurmError: It failed.
+    """
     deadline = time.monotonic() + (_PATIENCE_SECONDS if patience is None else patience)
     while True:
         try:
             return _ask_once(command, folder)
         except SlurmError as error:
             is_passing = any(word in str(error) for word in _PASSING)
-            if not is_passing or time.monotonic() > deadline:
+            if not is_passing or time.monotonic() > deadline or is_stop_asked():
                 raise
         time.sleep(_SECONDS_BETWEEN)
 

@@ -22,6 +22,9 @@ MAX_DEPTH = 64
 """How deeply objects and lists may be nested; the stored files of this project nest less than ten deep."""
 
 _LARGEST_INTEGER = 2**64
+_NO_LIMIT = (b"1000000000000000019884624838656", b"Infinity")
+"""What transformers writes for "no limit": int(1e30) in tokenizer_config.json; in config.json of models with Mamba
+layers "time_step_limit": [0.0, Infinity]."""
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> Any:
@@ -43,10 +46,15 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -
 
 def read_json_object(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> dict[str, Any]:
     """Reads a JSON file that must hold an object at its top; as `read_json` otherwise."""
-    value = read_json(path, max_bytes, allow_nan)
-    if not isinstance(value, dict):
-        raise ValueError(f"{printable(str(path))} must hold a JSON object {{...}}, not {_kind(value)}")
-    return value
+    return _object(read_json(path, max_bytes, allow_nan), printable(str(path)))
+
+
+def read_foreign_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of transformers; as `read_json_object`, but "no limit" is read as 0 and not refused."""
+    where, content = printable(str(path)), read_bytes(path)
+    for text in _NO_LIMIT:
+        content = content.replace(text, b"0")
+    return _object(parse_json(content, where), where)
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
@@ -180,6 +188,12 @@ def _check_text(text: str) -> None:
         except UnicodeEncodeError:
             shown = printable(text, 80)
             raise ValueError(f"has text with half of a surrogate pair: '{shown}'") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold a JSON object {{...}}, not {_kind(value)}")
+    return value
 
 
 def _kind(value: Any) -> str:

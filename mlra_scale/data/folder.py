@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def _open_split(manifest: Manifest, split: str) -> IndexedFiles:
-    files, table, recorded = open_indexed(manifest.prefix(split)), manifest.blocks(split), manifest.files
+    table, recorded = manifest.blocks(split), manifest.files
+    files = open_indexed(manifest.prefix(split), table)
     if files.bin_bytes != (wanted := recorded[f"{split}.bin"]["bytes"]):
         raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {wanted}; {_REMEDY}")
     if files.index_sha256 != recorded[f"{split}.idx"]["sha256"]:
@@ -78,7 +79,7 @@ def _open_split(manifest: Manifest, split: str) -> IndexedFiles:
             f"{manifest.path} was changed by hand: {files.prefix}.idx has {found['documents']} documents, "
             f"{found['tokens']} tokens of {files.dtype.name}; {_REMEDY}"
         )
-    return replace(files, table=table)
+    return files
 
 
 def check_contents(prepared: Prepared) -> None:
@@ -122,9 +123,17 @@ def tokenizer_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tokenizer_names(folder: Path) -> list[str]:
-    """Names of what lies in the tokenizer's folder; hidden files, as file systems and desktops leave them, apart."""
+    """Names of the files in the tokenizer's folder; hidden ones, as file systems and desktops leave them, apart.
+
+    Files may lie deeper: transformers keeps further chat templates in a folder of their own.
+    """
     place = folder / TOKENIZER_FOLDER
-    return sorted(f"{TOKENIZER_FOLDER}/{path.name}" for path in place.iterdir() if not path.name.startswith("."))
+    names = [path.relative_to(place) for path in place.rglob("*") if not path.is_dir()]
+    return sorted(
+        f"{TOKENIZER_FOLDER}/{name.as_posix()}"
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+    )
 
 
 def _tokenizer_file_problems(manifest: Manifest) -> list[str]:

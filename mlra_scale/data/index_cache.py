@@ -83,7 +83,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, indices: Indices) -> None:
-    """Writes the indices so that `folder` appears whole or not at all; a damaged one there is replaced."""
+    """Writes the indices so that `folder` appears whole or not at all; a damaged one is replaced, a whole one stays."""
     temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
     try:
         temporary.chmod(0o755)
@@ -95,6 +95,8 @@ def _write(folder: Path, indices: Indices) -> None:
         for path in temporary.iterdir():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
+        if _is_whole(folder):  # somebody else was first, and may have mapped it
+            return
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(temporary, folder)

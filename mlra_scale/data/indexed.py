@@ -29,7 +29,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 WHOLE_BYTES = 64_000_000
 """A .bin file up to this size is checked as a whole at every start; of a larger one each block when it is read."""
 _SEQUENCES_AT_ONCE = 1 << 20
-"""Sequences that are checked together: bounds the memory for them."""
+"""Sequences or document borders that are checked together: bounds the memory for them."""
 _DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -109,11 +109,12 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_indexed(prefix: str) -> IndexedFiles:
+def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
     """Opens PREFIX.bin and PREFIX.idx and checks that they are whole and belong together.
 
     Args:
         prefix: Path of the files without their suffix.
+        table: See IndexedFiles.
 
     Returns:
         The data set's index, memory-mapped.
@@ -153,7 +154,7 @@ def open_indexed(prefix: str) -> IndexedFiles:
     borders = buffer[pointers_end : pointers_end + 8 * num_borders].view(np.int64)
     _check_borders(index_path, borders, num_sequences)
     _check_sequences(prefix, lengths, pointers, dtype.itemsize, bin_bytes)
-    return IndexedFiles(prefix, dtype, lengths, pointers, borders, bin_bytes)
+    return IndexedFiles(prefix, dtype, lengths, pointers, borders, bin_bytes, table)
 
 
 def _check_borders(index_path: str, borders: NDArray[np.int64], num_sequences: int) -> None:
@@ -163,18 +164,21 @@ def _check_borders(index_path: str, borders: NDArray[np.int64], num_sequences: i
     """
     if len(borders) == 0 or borders[0] != 0:
         raise DataError(f"{index_path} is damaged: its first document does not start at sequence 0")
-    if (is_outside := (borders < 0) | (borders > num_sequences)).any():
-        bad = int(np.argmax(is_outside))
-        raise DataError(
-            f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, the index has {num_sequences} "
-            "sequences; write the index again"
-        )
-    if (is_back := borders[1:] < borders[:-1]).any():
-        bad = int(np.argmax(is_back)) + 1
-        raise DataError(
-            f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, before document {bad - 1}, "
-            f"which starts at sequence {borders[bad - 1]} (of {num_sequences}); merge or write the index again"
-        )
+    for first in range(0, len(borders), _SEQUENCES_AT_ONCE):
+        part = borders[first : first + _SEQUENCES_AT_ONCE + 1]  # with the first border of the next part
+        if (is_outside := (part < 0) | (part > num_sequences)).any():
+            bad = first + int(np.argmax(is_outside))
+            raise DataError(
+                f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, the index has "
+                f"{num_sequences} sequences; write the index again"
+            )
+        if (is_back := part[1:] < part[:-1]).any():
+            bad = first + int(np.argmax(is_back)) + 1
+            raise DataError(
+                f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, before document "
+                f"{bad - 1}, which starts at sequence {borders[bad - 1]} (of {num_sequences}); merge or write the "
+                "index again"
+            )
     if borders[-1] != num_sequences:
         raise DataError(
             f"{index_path} is damaged: its last document ends at sequence {borders[-1]}, it has {num_sequences}"

@@ -246,5 +246,5 @@ def _check_entries(path: Path, content: dict[str, Any]) -> None:
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    folder, _, file = name.partition("/")
-    return folder == TOKENIZER_FOLDER and file not in ("", ".", "..") and "/" not in file
+    folder, *inner = name.split("/")
+    return folder == TOKENIZER_FOLDER and bool(inner) and not {"", ".", ".."} & set(inner) and "\0" not in name

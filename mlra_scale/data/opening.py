@@ -11,7 +11,7 @@ from mlra_scale.data.errors import DataError
 from mlra_scale.data.folder import check_contents
 from mlra_scale.data.manifest import Manifest
 from mlra_scale.data.mix import DataIdentity, Mix, SampleOrder
-from mlra_scale.data.parts import Part, check_blend, find_parts, notices
+from mlra_scale.data.parts import FoundParts, Part, check_blend, find_parts, notices
 
 if TYPE_CHECKING:
     from mlra_scale.data.one_epoch import SequenceRange
@@ -29,8 +29,8 @@ class Datasets:
         mixes: The training data from the first sample on; the last mix is the one that is read.
         manifests: The manifests of the data sets that have one, in the order of the blend.
         num_train_tokens: Tokens of all training splits together.
-        have_checked_tokens: Whether all of it was written by tools/prepare_data.py, with no token beyond a manifest's
-            vocabulary.
+        is_checked: Whether all of it was checked at the start: prepared data whose .bin files are small. Otherwise a
+            rank may meet a token that the model does not have, or a damaged block, when it reads a batch.
         notices: What a user should know of the data, a line each.
     """
 
@@ -40,11 +40,11 @@ class Datasets:
     mixes: tuple[Mix, ...]
     manifests: tuple[Manifest, ...]
     num_train_tokens: int
-    have_checked_tokens: bool
+    is_checked: bool
     notices: tuple[str, ...]
 
 
-def check_data(config: Config, is_resumed: bool = False) -> list[Problem]:
+def check_data(config: Config, is_resumed: bool = False, found: FoundParts | None = None) -> list[Problem]:
     """Finds everything that is wrong with data, tokenizer and manifest, without building anything heavy.
 
     Needs no process group, and no rank but its own. Content is compared with what was recorded, but for .bin files of
@@ -52,12 +52,13 @@ def check_data(config: Config, is_resumed: bool = False) -> list[Problem]:
 
     Args:
         config: The configuration.
-        is_resumed: Whether a run goes on with these data; it may have begun with a blend that a new one may not have.
+        is_resumed: Whether a run continues with these data; it may have begun with a blend that a new one may not have.
+        found: What find_parts returned for these data; None: they are found here.
 
     Returns:
         All problems; none if the data can be opened.
     """
-    parts, validation, problems = find_parts(config)
+    parts, validation, problems = _found(config, found)
     if parts:
         problems += _check_contents(parts + ([validation] if validation else []))
         problems += [] if is_resumed else check_blend(parts)
@@ -66,6 +67,13 @@ def check_data(config: Config, is_resumed: bool = False) -> list[Problem]:
     if config.data.tokenizer is not None:
         problems += _check_tokenizer(config, parts)
     return problems
+
+
+def _found(config: Config, found: FoundParts | None) -> tuple[list[Part], Part | None, list[Problem]]:
+    """Returns the data sets of a configuration; they are found anew where `found` has none, or those of other data."""
+    if found is None or found.data != config.data:
+        found = find_parts(config)
+    return found.parts, found.validation, list(found.problems)
 
 
 def _check_contents(parts: list[Part]) -> list[Problem]:
@@ -79,12 +87,13 @@ def _check_contents(parts: list[Part]) -> list[Problem]:
     return problems
 
 
-def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
+def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundParts | None = None) -> Datasets:
     """Opens the data; every rank can do so by itself, at any time, and gets the same samples.
 
     Args:
         config: The configuration.
         mixes: The history of mixes of a resumed run, the configuration's as the last; empty: there is none.
+        found: What find_parts returned for these data in this process; None: they are found here.
 
     Returns:
         The streams.
@@ -92,7 +101,7 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
     Raises:
         ConfigError: The data cannot be opened; what check_data finds, but for the tokenizer's problems and content.
     """
-    parts, validation, problems = find_parts(config)
+    parts, validation, problems = _found(config, found)
     if parts:
         problems += _check_tokens(config, parts + ([validation] if validation else []))
         problems += _check_lengths(config, parts, validation)
@@ -129,21 +138,22 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = ()) -> Datasets:
         mixes=mixes,
         manifests=tuple(part.manifest for part in parts if part.manifest is not None),
         num_train_tokens=sum(r.num_tokens for r in training_ranges),
-        have_checked_tokens=all(part.manifest is not None for part in parts + validation_parts),
+        is_checked=all(part.is_checked for part in parts + validation_parts),
         notices=notices(config, parts, validation),
     )
 
 
-def identify_data(config: Config) -> DataIdentity:
+def identify_data(config: Config, found: FoundParts | None = None) -> DataIdentity:
     """Returns what tells whether the data changed, cheaply; the data must pass check_data.
 
     Args:
         config: The configuration.
+        found: What find_parts returned for these data; None: they are found here.
 
     Returns:
         The identity. Its fingerprints change when the data do, not when they move, nor with seed or sequence length.
     """
-    parts, validation, problems = find_parts(config)
+    parts, validation, problems = _found(config, found)
     if problems:
         raise ConfigError(problems)
     return _identity(config, parts, validation)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mlra_scale.data.errors import DataError
 from mlra_scale.data.files import describe, kind_of
-from mlra_scale.data.folder import check_contents, open_prepared
+from mlra_scale.data.folder import check_contents, notices_of, open_prepared
 from mlra_scale.data.indexed import IndexedFiles
 from mlra_scale.data.manifest import SPLITS
 from mlra_scale.data.readers import characters, documents_of_file
@@ -115,7 +115,13 @@ def documents_of_sources(
                 yield _pieces(characters(file, _PIECE_BYTES), encoder)
 
 
-def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: LoadedTokenizer) -> Iterator[Document]:
+def documents_of_data(
+    folder: Path,
+    split: str,
+    encoder: Encoder,
+    loaded: LoadedTokenizer,
+    note: Callable[[str], None] = lambda line: None,
+) -> Iterator[Document]:
     """Opens a prepared folder: its documents without the token that ends each.
 
     Args:
@@ -123,6 +129,7 @@ def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: Loaded
         split: "train" or "validation".
         encoder: Counts, and says when it is enough.
         loaded: The model's tokenizer, which the data must have been made with.
+        note: Takes a line about data of an earlier version.
 
     Yields:
         The documents.
@@ -137,6 +144,8 @@ def documents_of_data(folder: Path, split: str, encoder: Encoder, loaded: Loaded
     manifest, files = prepared.manifest, prepared.files[split]
     if manifest.tokenizer_sha256 != tokenizer_sha256(loaded.tokenizer):
         raise DataError(f"{folder} was made with another tokenizer than the model's; evaluate the text itself (--text)")
+    for line in notices_of(prepared):
+        note(line)
     stored = files.tokens()
     for number in range(files.num_documents):
         if encoder.is_full:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 
 from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText
 from mlra_scale.config import Config, ConfigError
+from mlra_scale.data.folder import open_prepared
 from mlra_scale.data.indexed import IndexedFiles, open_indexed
-from mlra_scale.data.manifest import MANIFEST_NAME, read_manifest
+from mlra_scale.data.manifest import MANIFEST_NAME
 from mlra_scale.data.opening import open_datasets
 from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
 from mlra_scale.evaluation.errors import EvaluationError
@@ -97,8 +99,8 @@ def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: in
         end = data.end_of_document_token
         has_manifest = (Path(name) / MANIFEST_NAME).is_file()
         if has_manifest:
-            manifest = read_manifest(Path(name))
-            files, end = open_indexed(manifest.prefix("validation")), manifest.end_of_document_token
+            prepared = open_prepared(Path(name))
+            files, end = prepared.files["validation"], prepared.manifest.end_of_document_token
             if end != loaded.end_of_document_token:
                 raise EvaluationError(
                     f"the documents of {name} end with token {end}, the tokenizer {loaded.name} ends texts with "
@@ -145,14 +147,17 @@ def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]
 
 
 def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> list[EncodedText]:
-    """Returns the documents of a text whose sequences `text_tokens` gave, as `encoded_documents` does."""
+    """Returns the documents of a text whose sequences `text_tokens` gave, as `encoded_documents` does.
+
+    The text need not be in the data, so they say nothing of the tokens that the data hold.
+    """
     documents: list[list[int]] = [[]]
     for token in [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]:
         if token == loaded.end_of_document_token:
             documents.append([])
         else:
             documents[-1].append(token)
-    return encoded_documents(loaded, filter(None, documents))
+    return [replace(document, is_stored=False) for document in encoded_documents(loaded, filter(None, documents))]
 
 
 def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mlra_scale.config.json_text import printable, read_json_object
+from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
 from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
 
@@ -225,7 +225,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return read_json_object(file)
+        return read_foreign_json_object(file)
     except ValueError as error:
         raise FolderError(str(error)) from None
 

@@ -66,11 +66,15 @@ def note_start(path: Path, name: str, command: Sequence[str]) -> None:
     started = _now()
     if path.exists():
         try:
-            started = str(read_json_object(path)["started"])
+            about = read_json_object(path)
+            started, version = str(about["started"]), about.get("version", 1)
         except (ValueError, KeyError) as error:
             reason = str(error) if isinstance(error, ValueError) else "it lacks `started`"
             remedy = f"{reason}; remove the file, which only says where the study was run"
             raise ConfigError([Problem("--output", str(path), remedy)]) from None
+        if version not in range(1, VERSION + 1):
+            remedy = f"it has version {version!r}; this program reads versions 1 to {VERSION}: use a newer program"
+            raise ConfigError([Problem("--output", str(path), remedy)])
     about = {
         "version": VERSION,
         "name": name,

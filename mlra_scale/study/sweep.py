@@ -35,10 +35,10 @@ from mlra_scale.study.results import (
     write_result,
 )
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.interruption import OFTEN_IGNORED, STOP_SIGNALS
 from mlra_scale.training.source import ROOT, commit
 
 _POLL_SECONDS = 0.5
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ERROR_CHARACTERS = 2000
 
 
@@ -54,7 +54,7 @@ class Running:
         num_events: Events of earlier starts.
         log_size: Size of its log when it began.
         started: The clock then.
-        is_ending: Whether it was told to end at once.
+        is_ending: Whether a second signal asked it to end at once.
     """
 
     files: CellFiles
@@ -80,8 +80,9 @@ class StopAsked:
         self.signal = self.signal or signal.Signals(number)
 
     def __enter__(self) -> StopAsked:
-        for number in _STOP_SIGNALS:
-            if signal.getsignal(number) is signal.SIG_IGN:
+        for number in STOP_SIGNALS:
+            # Not SIGUSR1: slurm/sweep.sh ignores it until this process listens.
+            if number in OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # a parent wants it so: nohup, a shell's background job
             self._before[number] = signal.signal(number, self._note)
         return self

@@ -7,6 +7,7 @@ all files are compared by all ranks together, each with a share of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,14 +47,15 @@ def settle(asked: Asked, start: Start, topology: Topology) -> Start:
         topology: The mesh.
 
     Returns:
-        The start of all ranks.
+        The start of all ranks, with the data sets that this rank has found.
 
     Raises:
         StartRefused: There is no good checkpoint; on all ranks.
     """
     excluded: dict[Path, str] = {}
+    found = start.found
     while True:
-        start = _of_rank_0(start, topology)
+        start = replace(_of_rank_0(start, topology), found=found)
         if start.checkpoint is None:
             return start
         faults = faults_of(start.checkpoint, topology)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Read = Callable[[], list[Batch]]
 
 
+class BadData(TrainingStopped):
+    """Some rank has read data that cannot be trained on; raised on all ranks. The steps before can be saved."""
+
+
 def first_samples(plan: BatchPlan, data_rank: int, consumed_samples: int) -> list[int]:
     """Returns the global index of the first sample of each micro-batch of one data rank in one step.
 
@@ -49,44 +53,44 @@ def on_all_ranks(
     read: Read,
     progress: Progress,
     topology: Topology,
-    have_checked_tokens: bool,
+    is_checked: bool,
     before: Callable[[], None] = lambda: None,
 ) -> list[Batch]:
-    """Reads batches, and stops all ranks if one of them meets a token that the model does not have; collective.
+    """Reads batches, and stops all ranks if one of them cannot use what it has read; collective.
 
-    Without this a rank that stops would leave the others waiting for it. Data that tools/prepare_data.py wrote hold no
-    such tokens; only for others is a word exchanged among the ranks, one number per call. A prepared file that is found
-    damaged while it is read ends this rank; its launcher then ends the others.
+    That is a token that the model does not have, or a damaged block of a large prepared file. Without this the rank
+    would leave the others waiting for it, and the steps since the last checkpoint would be lost. One number is
+    exchanged per call, over gloo: a GPU is not waited for. Data that were checked as a whole at the start need no
+    exchange.
 
     Args:
         read: Reads this rank's batches.
         progress: The counters before the step, for the message.
         topology: The mesh.
-        have_checked_tokens: Whether every data set was written by tools/prepare_data.py.
+        is_checked: Whether all data were checked at the start (Datasets.is_checked).
         before: Called first.
 
     Raises:
-        TrainingStopped: Some rank's data are bad.
-        DataError: This rank's are, though they were written by tools/prepare_data.py: the files are damaged.
+        BadData: Some rank's data are bad; on all ranks.
     """
     before()
     batches, fault = [], ""
     try:
         batches = read()
     except DataError as error:
-        if have_checked_tokens and topology.world_size > 1:
-            raise
+        if is_checked and topology.world_size > 1:
+            raise  # changed after the check: the other ranks do not ask, and the launcher ends them
         fault = str(error)
-    if topology.world_size > 1 and not have_checked_tokens:
-        has_fault = torch.tensor(int(fault != ""), device=topology.device)
-        dist.all_reduce(has_fault, op=dist.ReduceOp.MAX)
+    if topology.world_size > 1 and not is_checked:
+        has_fault = torch.tensor(int(fault != ""))
+        dist.all_reduce(has_fault, op=dist.ReduceOp.MAX, group=topology.control_group)
         if has_fault.item():
             faults: list[str] = [""] * topology.world_size
-            dist.all_gather_object(faults, fault)
+            dist.all_gather_object(faults, fault, group=topology.control_group)
             fault = next(text for text in faults if text)
     if fault:
         values = {"step": progress.step + 1, "consumed_samples": progress.consumed_samples}
-        raise TrainingStopped(f"step {progress.step + 1}: {fault}", values, ExitCode.BAD_INPUT)
+        raise BadData(f"step {progress.step + 1}: {fault}", values, ExitCode.BAD_INPUT)
     return batches
 
 

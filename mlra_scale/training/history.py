@@ -46,7 +46,7 @@ class History:
             raise ValueError(f"not a history of changes: {error}") from error
 
     def followed_by(self, changes: Sequence[Change], step: int) -> History:
-        """Returns the history with the changes of a start that goes on after a step; before the first, none counts."""
+        """Returns the history with the changes of a start that continues from a step; before the first, none counts."""
         if step == 0:
             return self
         return replace(self, changes=(*self.changes, *((step, change) for change in changes)))

@@ -20,7 +20,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """They ask for a checkpoint and an end: what clusters send before they take a machine away, what a terminal sends when
 it closes, and Ctrl-C."""
 
-_OFTEN_IGNORED = (signal.SIGINT, signal.SIGHUP)
+OFTEN_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """A parent that has these ignored (a shell's background job, nohup) wants them to stay so. Under torchrun they do not:
 torchrun inherits and hands on that they are ignored, listens to them all the same, and passes them on."""
 
@@ -190,7 +190,7 @@ class Interruption:
         receiver, sender = os.pipe()
         os.set_blocking(sender, False)
         for number in STOP_SIGNALS:
-            is_ignored = number in _OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN
+            is_ignored = number in OFTEN_IGNORED and signal.getsignal(number) is signal.SIG_IGN
             if is_ignored and not _is_under_torchrun():
                 continue
             self._before[number] = signal.getsignal(number)

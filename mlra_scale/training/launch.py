@@ -114,7 +114,7 @@ def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interrupti
     except StartRefused as refusal:
         code, problems = ExitCode.BAD_INPUT, refusal.problems
     except TrainingStopped as stop:
-        # Told by rank 0's report.
+        # Printed by rank 0's report.
         code = stop.exit_code
     # A launcher ends all ranks when one ends: none may go before rank 0 has written everything, and from then on each
     # ends by itself, with the code that says why, rather than by a signal.

@@ -14,6 +14,7 @@ from mlra_scale.stability.activations import ActivationProbe
 from mlra_scale.stability.gradients import GradientStatistics
 from mlra_scale.stability.qk_clip import QkClip
 from mlra_scale.stability.tev import TevHook, TevStatistics
+from mlra_scale.training.feed import Read
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -116,14 +117,19 @@ class Measurements:
         every = self._config.activations.every
         return every > 0 and is_due(step, every, self._last)
 
-    def activations(self, step: int) -> dict[str, Any]:
-        """Measures activations on the probe batch, which is always the same; returns what is recorded of them."""
+    def activations(self, step: int, together: Callable[[Read], list[Batch]]) -> dict[str, Any]:
+        """Measures activations on the probe batch, which is always the same; returns what is recorded of them.
+
+        Args:
+            step: The step before.
+            together: Reads on all ranks (feed.on_all_ranks).
+        """
         if not self.are_activations_due(step):
             return {}
         if self._probe_batches is None:
             size, plan = self._plan.micro_batch_size, self._plan
-            firsts = (m * plan.data + self._engine.topology.data_rank for m in range(self._probe.num_micro_batches))
-            self._probe_batches = [self._validation.batch(first * size, size) for first in firsts]
+            firsts = [m * plan.data + self._engine.topology.data_rank for m in range(self._probe.num_micro_batches)]
+            self._probe_batches = together(lambda: [self._validation.batch(first * size, size) for first in firsts])
         with self._timed("activations"):
             return {"activations": self._probe.measure(self._probe_batches, self._hear_stop)}
 

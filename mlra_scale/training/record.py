@@ -44,7 +44,7 @@ class JsonLines:
     A file that was never opened (any rank but rank 0) takes lines and forgets them, so that callers need not ask. A
     disk that refuses a line, such as a full one, does not end the run: the line is kept and written as soon as that is
     possible. A network file system may refuse lines only when they are to be on disk (`sync`): they are kept as well.
-    Whether the run can go on is for its checkpoints to say, on all ranks alike.
+    Whether the run can continue is decided by its checkpoints, on all ranks alike.
     """
 
     def __init__(self, path: Path | None) -> None:

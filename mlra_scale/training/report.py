@@ -165,15 +165,17 @@ class Report:
             return None
         check_same(self._run.path, self._folder)
         self._look_at_checkpoints()
-        try:
-            self._metrics.sync()
-            self._events.sync()
-        except RecordLost as lost:
-            return str(lost)
-        return None
+        lost = []
+        for log in (self._metrics, self._events):
+            # Of one that is lost the other one still goes to disk.
+            try:
+                log.sync()
+            except RecordLost as error:
+                lost.append(str(error))
+        return "; ".join(lost) or None
 
     def _look_at_checkpoints(self) -> None:
-        """Says if the folder of checkpoints is another one than before: the run goes on, for it saves into this one."""
+        """Says if the folder of checkpoints is another one than before: the run continues and saves into this one."""
         before, path = self._checkpoints, self._run.checkpoints
         try:
             found = path.stat()

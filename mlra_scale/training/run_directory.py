@@ -23,7 +23,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -34,6 +34,10 @@ from mlra_scale.training.record import write_atomically
 
 _MAX_PATH_BYTES = 65536
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
+
+
+class WaitStopped(Exception):
+    """A signal asked for a stop while another run held the directory."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterator[None]:
+def held(
+    run: RunDirectory, seconds: float = 2.0, name: str = ".lock", is_stop_asked: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Makes the directory and keeps every other run out of it until the end of the block or of the process.
 
     Args:
@@ -147,9 +153,11 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
         seconds: How long to wait for another one, which may just be ending: killed, it is there for a moment more, and
             of a node that was lost a network file system keeps the lock for a minute or two.
         name: Of the file that is locked.
+        is_stop_asked: Whether a signal has asked for a stop, which ends the wait.
 
     Raises:
         ConfigError: Another run holds it, or nothing can be written there.
+        WaitStopped: Another run holds it, and a stop was asked for.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -158,10 +166,13 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
         except OSError as error:
             raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         try:
-            _lock(file, seconds)
+            _lock(file, seconds, is_stop_asked)
         except BlockingIOError:
             file.seek(0)
-            remedy = f"another run is at work here ({file.read().strip()}); wait for it, or name another directory"
+            fault = f"another run is at work here ({file.read().strip()})"
+            if is_stop_asked():
+                raise WaitStopped(f"{run.path}: {fault}") from None
+            remedy = f"{fault}; wait for it, or name another directory"
             raise ConfigError([Problem("--run-dir", str(run.path), remedy)]) from None
         except OSError as error:
             # Some cluster file systems are mounted without locks; that is no reason not to train.
@@ -176,13 +187,13 @@ def held(run: RunDirectory, seconds: float = 2.0, name: str = ".lock") -> Iterat
         yield
 
 
-def _lock(file: IO[str], seconds: float) -> None:
+def _lock(file: IO[str], seconds: float, is_stop_asked: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or is_stop_asked():
                 raise
             time.sleep(0.1)
 

@@ -14,6 +14,7 @@ from mlra_scale.checkpoint.manifest import read_complete_manifest
 from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
+from mlra_scale.data.parts import FoundParts, find_parts
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
 from mlra_scale.training.history import History
 from mlra_scale.training.launch import check_device, check_launcher, resolve_device
@@ -73,6 +74,7 @@ class Start:
         left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
             it is measured first.
         history: What the run changed so far, these changes included.
+        found: The data sets as this process has found them; None in what another process sent: it is not pickled.
     """
 
     config: Config
@@ -88,6 +90,10 @@ class Start:
     notice: str | None = None
     left_out: tuple[str, ...] = ()
     history: History = field(default_factory=History)
+    found: FoundParts | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "found": None}
 
     @property
     def checkpoint(self) -> Path | None:
@@ -149,8 +155,9 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     except ConfigError as error:
         problems += error.problems
     problems += check_device(config) if is_here else []
-    found = check_data(config, is_resumed=store is not None and store.kind == "training")
-    problems += found
+    found = find_parts(config)
+    data_problems = check_data(config, store is not None and store.kind == "training", found)
+    problems += data_problems
     changes, progress, history = list(compared.changes), Progress(), History()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
@@ -158,8 +165,8 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     left_out: tuple[str, ...] = ()
     if store is not None and store.kind == "training":
         progress, data, history = stored_place(store)
-        if not found:
-            about_data = compare_data(identify_data(config), data, progress.consumed_samples, named)
+        if not data_problems:
+            about_data = compare_data(identify_data(config, found), data, progress.consumed_samples, named)
             problems += about_data.problems
             changes += about_data.changes
             mixes = about_data.mixes
@@ -197,6 +204,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
         None if store is None else store.manifest.notice,
         left_out,
         history.followed_by(changes, progress.step),
+        found,
     )
 
 
@@ -232,7 +240,7 @@ def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
 
 
 def _record_problems(run: RunDirectory) -> list[Problem]:
-    """Finds a damaged line of the record, which is cut where the run goes on; rank 0 alone cuts it, and looks here."""
+    """Finds a damaged line of the record, which rank 0 alone cuts, at the step where the run continues."""
     if os.environ.get("RANK", "0") != "0":
         return []
     try:

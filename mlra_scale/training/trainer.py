@@ -18,7 +18,7 @@ from mlra_scale.stability.spikes import SpikeScores
 from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.feed import Feed, Read, on_all_ranks, read_batches
+from mlra_scale.training.feed import BadData, Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck
 from mlra_scale.training.guarding import approval, carry_out, decide
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
@@ -50,10 +50,11 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
 
     Raises:
         TrainingStopped: A loss or gradient norm was not finite, the guard has given up, the data are bad, a checkpoint
-            could not be written, or a signal asked for a stop (after its checkpoint); on all ranks on the same step.
+            could not be written, or a signal asked for a stop; on all ranks on the same step. What was done before bad
+            data or a signal is saved.
     """
     config, plan, progress = start.config, start.plan, start.progress
-    datasets = open_datasets(config, start.mixes)
+    datasets = open_datasets(config, start.mixes, start.found)
     with muted():
         engine = build_engine(config, plan, topology)
     stops = Stops(interruption, topology)
@@ -64,7 +65,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     throughput = Throughput(config, plan.world_size, topology.device)
     profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
     last, approve = config.train.steps, approval(guard, finite.approve, measurements.before_update)
-    together = partial(on_all_ranks, topology=topology, have_checked_tokens=datasets.have_checked_tokens)
+    together = partial(on_all_ranks, topology=topology, is_checked=datasets.is_checked)
 
     def measure_validation() -> dict[str, float]:
         # A batch of the evaluation is progress too.
@@ -76,7 +77,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
         if is_due(step, config.evaluation.every, last) and (step > 0 or config.evaluation.every > 0):
             passes["validation"] = measure_validation
         if measurements.are_activations_due(step):
-            passes["activations"] = partial(measurements.activations, step)
+            passes["activations"] = partial(measurements.activations, step, partial(together, progress=progress))
         return passes
 
     with (
@@ -94,13 +95,18 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if lost is not None:
                 raise record_lost(progress.step, lost, checkpoints.newest)
 
-        def stop(rate: float, validation_loss: float | None = None, left_out: Sequence[str] = ()) -> NoReturn:
+        def stop(
+            rate: float,
+            validation_loss: float | None = None,
+            left_out: Sequence[str] = (),
+            bad_data: BadData | None = None,
+        ) -> NoReturn:
             """Ends the run on all ranks; what was done since the last checkpoint is saved."""
             checkpoints.finish(progress.step)
             if progress != start.progress and checkpoints.newest_step != progress.step:
                 save(rate, validation_loss, True, left_out)
-            interruption.limit(EXPENDABLE_SECONDS)
-            raise stopped_by_signal(progress.step, checkpoints.newest, start.checkpoint)
+            interruption.limit(EXPENDABLE_SECONDS, code=ExitCode.PREEMPTED if bad_data is None else bad_data.exit_code)
+            raise bad_data or stopped_by_signal(progress.step, checkpoints.newest, start.checkpoint)
 
         checkpoints.load()
         guard.recall(start.rollbacks, progress.step)
@@ -116,27 +122,30 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 f"{plan.global_batch_size}: some are read more than once and weigh more in the validation loss"
             )
         left_out: tuple[str, ...] = ()
+        bad_data: BadData | None = None
         rate = learning_rate(progress.step, config.optim, last) if progress.step > 0 else 0.0
         if progress.step == 0 and not start.goes_on_in_place:  # otherwise it is in the record
             values = measurements.tev(0)
-            more, left_out = until_stop(passes_due(0))
+            more, left_out, bad_data = until_stop(passes_due(0))
             report.measured(progress, values | more | measurements.costs())
         elif start.left_out:
             passes = {name: measure for name, measure in passes_due(progress.step).items() if name in start.left_out}
-            values, left_out = until_stop(passes)
+            values, left_out, bad_data = until_stop(passes)
             if not left_out:
                 on_rank_0(partial(report.amend, progress, values), topology, progress.step, ExitCode.CHECKPOINT_FAILED)
                 if start.progress.step >= last:
                     checkpoints.save(progress, rate, values.get("validation_loss"), is_last=True)
         if left_out:
-            raise stopped_by_signal(progress.step, checkpoints.newest, start.checkpoint)
+            raise bad_data or stopped_by_signal(progress.step, checkpoints.newest, start.checkpoint)
         has_good_step = guard.good_step is not None and not start.is_good_step_lost
         if guard.is_enabled and (not has_good_step or start.rejected or not start.goes_on_in_place):
             # Something to go back to from the first step on.
             guard.begins_at(progress.step)
             if not start.goes_on_in_place:
-                report.sync()
-                checkpoints.save(progress, rate, None)
+                lost = on_rank_0(report.sync, topology, progress.step, ExitCode.CHECKPOINT_FAILED)
+                checkpoints.save(progress, rate, None, is_last=lost is not None)
+                if lost is not None:
+                    raise record_lost(progress.step, lost, checkpoints.newest)
 
         interruption.limit(None)  # From here on there is something to save.
         while progress.step < last:
@@ -145,11 +154,13 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             profiler.before(step)
             throughput.start()
             place = guard.place(progress.consumed_samples)
-            batches = together(partial(feed.take, place), progress)
             try:
+                batches = together(partial(feed.take, place), progress)
                 measurements.before_step(step, batches)
             except StopHeard:
                 stop(rate)
+            except BadData as error:
+                stop(rate, bad_data=error)
             rate = learning_rate(step, config.optim, last) * guard.rate_factor(step)
             result = engine.train_batch(batches, rate, approve, interruption.is_stop_asked)
             finite.check(step, result, place)
@@ -162,7 +173,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
                 values["spike_scores"] = spikes.values
-            more, left_out = until_stop(passes_due(step), result.is_stop_wanted)
+            more, left_out, bad_data = until_stop(passes_due(step), result.is_stop_wanted)
             values |= more | measurements.costs()
             is_stop = result.is_stop_wanted or bool(left_out)
             report.measured(progress, values)
@@ -178,14 +189,16 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if returned is not None:
                 progress = returned
                 if is_stop:
-                    stop(rate)
+                    stop(rate, bad_data=bad_data)
                 continue
             if is_stop and (step < last or left_out):
-                stop(rate, values.get("validation_loss"), left_out)
+                stop(rate, values.get("validation_loss"), left_out, bad_data)
             if is_due(step, config.checkpoint.every, last):
                 save(rate, values.get("validation_loss"), step == last)
 
         memory_gib = largest_over_ranks(peak_memory_bytes(topology.device) / _GIB, topology)
+        # Everything is saved: a signal ends what the summary and wandb still wait for.
+        interruption.limit(EXPENDABLE_SECONDS, f"all {last} steps are done and saved", ExitCode.DONE)
         report.finished(progress, throughput.mean, memory_gib)
     return progress
 
@@ -204,25 +217,27 @@ def begin(start: Start, checkpoints: Checkpoints, report: Report, guard: Guard) 
 
 def until_stop(
     passes: Mapping[str, Callable[[], dict[str, Any]]], is_stop: bool = False
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Measures what takes passes over data, until a signal asks for a stop; collective.
+) -> tuple[dict[str, Any], tuple[str, ...], BadData | None]:
+    """Measures what takes passes over data, until a signal asks for a stop or the data are bad; collective.
 
     Args:
         passes: By name, what measures; raises StopHeard on all ranks.
         is_stop: Whether a signal has asked already.
 
     Returns:
-        What was measured, and the names of what was left out.
+        What was measured, the names of what was left out, and what is wrong with the data.
     """
     values: dict[str, Any] = {}
     for number, measure in enumerate(passes.values()):
         if is_stop:
-            return values, tuple(passes)[number:]
+            return values, tuple(passes)[number:], None
         try:
             values |= measure()
         except StopHeard:
-            return values, tuple(passes)[number:]
-    return values, ()
+            return values, tuple(passes)[number:], None
+        except BadData as error:
+            return values, tuple(passes)[number:], error
+    return values, (), None
 
 
 def evaluate(

@@ -108,7 +108,7 @@ def open_wandb(config: Config, run_directory: RunDirectory, num_rollbacks: int =
 
     Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
     not answer within 15 s (WANDB_INIT_TIMEOUT) turns the run into an offline one: `wandb sync` sends it later. Where
-    not even that starts, the run goes on without wandb: metrics.jsonl is the record.
+    not even that starts, the run continues without wandb: metrics.jsonl is the record.
 
     Args:
         config: The run's configuration; it becomes wandb's config.

@@ -1,6 +1,6 @@
 """The activation probe measures the oracle's activations, in every layout and on the same samples.
 
-`pytest tests/distributed/test_activations.py -s` prints how far each layout is from what is allowed.
+`pytest tests/distributed/test_activations.py -m "" -s` prints how far each layout is from what is allowed.
 """
 
 import math

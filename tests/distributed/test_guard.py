@@ -276,6 +276,7 @@ def test_a_learning_rate_spike_is_survived(run: Run) -> None:
     print("last losses:", curve(guarded, "loss")[72], "guarded,", curve(unguarded, "loss")[72], "unguarded")
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_fp16_are_gone_back_from(run: Run) -> None:
     """At steps 31 to 34, as the limit says; a checkpoint after 32 is none to go back to. Spikes are none of it."""
     fp16 = ["train.precision=fp16", "train.max_consecutive_overflows=4", "train.steps=40"]

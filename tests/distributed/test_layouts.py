@@ -1,6 +1,6 @@
 """Every layout trains the same model: losses, gradient norms, every gradient and the weights equal the oracle's.
 
-`pytest tests/distributed/test_layouts.py -s` prints the tables.
+`pytest tests/distributed/test_layouts.py -m "" -s` prints the tables.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """What a rank really computes and sends for q, k and v, counted as it happens, is what the cost model says.
 
-`pytest tests/distributed/test_low_rank_costs.py -s` prints the table.
+`pytest tests/distributed/test_low_rank_costs.py -m "" -s` prints the table.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Replicated, sharded or merged: the plans of the low-rank projections train the same model, gradients included.
 
-`pytest tests/distributed/test_low_rank_plans.py -s` prints the tables.
+`pytest tests/distributed/test_low_rank_plans.py -m "" -s` prints the tables.
 """
 
 from collections.abc import Callable

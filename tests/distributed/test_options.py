@@ -1,6 +1,6 @@
 """Model options in every layout: losses, every gradient, the weights and what carries over equal the oracle's.
 
-`pytest tests/distributed/test_options.py -s` prints the table.
+`pytest tests/distributed/test_options.py -m "" -s` prints the table.
 """
 
 from collections.abc import Callable
@@ -232,6 +232,7 @@ def test_a_resumed_run_goes_on_bitwise(worker_pool: Pools, tmp_path: Path, name:
     assert_same_run(*runs)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_vectors_of_all_stages_and_goes_on_in_other_layouts(
     worker_pool: Pools, tmp_path: Path
 ) -> None:

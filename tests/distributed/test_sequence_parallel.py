@@ -1,6 +1,6 @@
 """Sequence parallelism trains the same model: losses, norms, every gradient and the weights equal the oracle's.
 
-`pytest tests/distributed/test_sequence_parallel.py -s` prints the table.
+`pytest tests/distributed/test_sequence_parallel.py -m "" -s` prints the table.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ WHOLE: Options = {"parallel__sequence_parallel": False}
 SELECTIVE: Options = {"parallel__activation_checkpointing": "selective"}
 
 
-@pytest.mark.slow_except("mlra-selective")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "more"),
     [
@@ -322,7 +322,7 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
     return Run(layout, config, ranks)
 
 
-@pytest.mark.slow_except("tp2-tp2pp2", "tp2pp2-zero3-tp2dp2")
+@pytest.mark.slow_except("tp2-tp2pp2")
 @pytest.mark.parametrize(("was", "now"), [(was, now) for was in SAVED for now in SAVED])
 def test_a_checkpoint_goes_on_with_another_split_and_plan(
     worker_pool: Pools, saved: Callable[[str], tuple[Run, Path]], was: str, now: str

@@ -74,6 +74,7 @@ def test_a_disk_that_fills_up(training: Training, reference: Path, small_disk: P
     goes_on(training, run, reference)
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(training: Training, reference: Path, tmp_path: Path) -> None:
     """As a quota does: the second half of the run may write no file as large as a rank's."""
     run = tmp_path / "run"
@@ -86,6 +87,7 @@ def test_a_limit_on_the_size_of_files(training: Training, reference: Path, tmp_p
     goes_on(whole, run, undisturbed(whole, tmp_path / "whole", Forked))
 
 
+@pytest.mark.slow_except("before-rename-0-2")
 @pytest.mark.parametrize(("point", "rank", "kept"), [("mid-file", 1, 2), ("before-rename", 0, 2), ("retention", 0, 4)])
 def test_a_fault_anywhere_in_a_save_ends_all_ranks_alike(
     training: Training, reference: Path, tmp_path: Path, point: str, rank: int, kept: int
@@ -97,6 +99,7 @@ def test_a_fault_anywhere_in_a_save_ends_all_ranks_alike(
     goes_on(training, run, reference)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(training: Training, reference: Path, tmp_path: Path) -> None:
     """A link that leads nowhere stands where the checkpoints should go: what refuses root as well."""
     run = tmp_path / "run"

@@ -34,15 +34,18 @@ def faults() -> list[Fault]:
     return [of_point[place % len(of_point)] for place, of_point in enumerate(ranks.values())]
 
 
+@pytest.mark.slow_except("mid-file-rank0", "before-latest-rank0", "retention-rank0")
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: f"{fault.point}-rank{fault.rank}")
 def test_a_kill_in_a_save_loses_nothing(fault: Fault, training: Training, reference: Path, tmp_path: Path) -> None:
     check(training, fault, tmp_path / "run", reference, Forked)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_very_first_save_begins_anew(training: Training, reference: Path, tmp_path: Path) -> None:
     assert check(training, Fault("mid-file", 1), tmp_path / "run", reference, Forked) == "went on from step 0"
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(training_data: Path, tmp_path: Path) -> None:
     training = Training(training_data, "zero3-dp2", steps=24, every=3, precision="bf16")
     num_runs, failures = kill(training, 3, tmp_path, Forked, random.Random(4), starting=1.0)

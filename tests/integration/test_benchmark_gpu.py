@@ -53,6 +53,7 @@ def test_it_refuses_with_a_reason(
     assert ended.value.code == 2 and problem in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_code_runs_on_a_cpu(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--json", str(report_file)]
@@ -81,6 +82,7 @@ def test_compiled_contenders_of_ours_compile() -> None:
     assert compiled == {"mlra_scale dense, compiled", "mlra_scale R=D/2, compiled"}
 
 
+@pytest.mark.slow
 def test_a_child_that_fails_is_told(tmp_path: Path) -> None:
     specification = {"shape": gpu.TINY, "name": "plain PyTorch", "precision": "fp8", "rounds": 2, "steps": 1}
     specification["products"] = [16]

@@ -15,6 +15,7 @@ from mlra_scale.model.low_rank_plan import Device
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_it_runs_and_reports(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.low_rank", "--quick", "--tensor", "2", "--counted", "2"]

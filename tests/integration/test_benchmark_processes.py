@@ -30,6 +30,7 @@ def test_results_come_by_rank() -> None:
     assert on_processes(2, summed, 0.5, timeout_s=60.0) == [(0, 2.0), (1, 2.0)]
 
 
+@pytest.mark.slow_except("dies-died")
 @pytest.mark.parametrize(("how", "message"), [("raises", "no good"), ("dies", "died"), ("hangs", "not done after 8 s")])
 def test_a_failure_is_told_and_nothing_is_left(how: str, message: str) -> None:
     others = set(multiprocessing.active_children())

@@ -33,6 +33,7 @@ def check_spread(ratio: Mapping[str, float]) -> None:
     assert -math.inf < ratio["min"] <= ratio["lower"] <= ratio["median"] <= ratio["upper"] <= ratio["max"] < math.inf
 
 
+@pytest.mark.slow
 def test_scaling_runs_and_reports_every_layout(tmp_path: Path) -> None:
     text, report = run_quick("scaling", tmp_path / "report.json")
     for expected in ("control: two single processes", "data: ZeRO 3 weak", "tensor: strong", "bubble", "plain loop"):
@@ -52,6 +53,7 @@ def test_scaling_runs_and_reports_every_layout(tmp_path: Path) -> None:
     assert next(iter(report["engines_against_plain_loop"]["tiny"])) == "plain loop"
 
 
+@pytest.mark.slow
 def test_growth_runs_and_reports_every_axis(tmp_path: Path) -> None:
     text, report = run_quick("growth", tmp_path / "report.json")
     assert [axis["axis"] for axis in report["axes"]] == ["depth", "vocabulary", "sequence length"]
@@ -64,6 +66,7 @@ def test_growth_runs_and_reports_every_axis(tmp_path: Path) -> None:
     assert report["axes"][0]["memory_line"]["largest_distance"] < 0.02
 
 
+@pytest.mark.slow
 def test_running_runs_and_reports_every_part(tmp_path: Path) -> None:
     text, report = run_quick("running", tmp_path / "report.json")
     for expected in ("prepare_data:", "start-up", "TEV", "waiting for the samples", "validation micro-batch"):
@@ -141,6 +144,7 @@ def test_a_line_is_found_and_what_bends_is_told() -> None:
 TURNS = [Turn("alone", (("a", "count"),)), Turn("both", (("bb", "count"), ("a", "count")))]
 
 
+@pytest.mark.slow
 def test_turns_are_taken_by_those_who_have_them() -> None:
     worlds = [World("a", 1, count_turns, ("a",)), World("bb", 2, count_turns, ("bb",))]
     results = take_turns(worlds, TURNS, rounds=2, timeout_s=200.0)

@@ -128,6 +128,7 @@ def test_peak_memory_is_exact_on_a_cpu() -> None:
     assert 16_000 <= started.peak_bytes < 16_500, "with the allocator's alignment"
 
 
+@pytest.mark.slow
 def test_stability_runs_and_reports_every_share(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.stability", "--quick", "--json", str(report_file)]
@@ -144,6 +145,7 @@ def test_the_variance_of_pieces_is_that_of_the_whole() -> None:
     assert variance_of_pieces(pieces) == pytest.approx(float(torch.cat(pieces).var(correction=0)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_guard_poisons_pairs_of_runs(training_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.guard", "labels", "--quick", "--jobs", "2", "--output", str(tmp_path)]
     data = [f"data.path={training_data}", "model.vocab_size=4096"]
@@ -166,6 +168,7 @@ def test_guard_poisons_pairs_of_runs(training_data: Path, tmp_path: Path) -> Non
     assert acted == {"guarded": True, "unguarded": False}
 
 
+@pytest.mark.slow
 def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     report_file, disk = tmp_path / "report.json", tmp_path / "disk"
     disk.mkdir()
@@ -182,6 +185,7 @@ def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_planner_predicts_and_measures_every_layout(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.planner", "--quick", "--json", str(report_file)]

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import export_memory
 
 
+@pytest.mark.slow
 def test_it_runs_and_judges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ def two_windows() -> str:
     return TEXT[: ends[-1]]
 
 
+@pytest.mark.slow
 def test_the_harness_finds_the_same(tmp_path: Path) -> None:
     import_gpt2(gpt2_folder(tmp_path / "gpt2"), tmp_path / "made", rank=16)
     exported = run_tool("export_hf", tmp_path / "made", tmp_path / "exported", "--no-verify")

@@ -25,6 +25,7 @@ LAYOUTS = {
 ZERO3 = ['deepspeed={"zero_optimization": {"stage": 3}}']
 
 
+@pytest.mark.slow_except("pipeline-tp2pp2-fp32", "zero1-dp2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_steps_equal_five_and_five_bitwise(start: Start, tmp_path: Path, layout: str, precision: str) -> None:
@@ -43,6 +44,7 @@ def test_ten_steps_equal_five_and_five_bitwise(start: Start, tmp_path: Path, lay
     assert_bitwise_equal(store_of(whole, 10), store_of(parts, 10))
 
 
+@pytest.mark.slow
 def test_model_options_are_resumed_bitwise_and_never_change(start: Start, tmp_path: Path) -> None:
     """Validations and an extra pass for the noise scale stand between the steps of the power iterations."""
     options = [f"model.{name}=true" for name in ("qk_norm", "sigma_reparam", "layer_norm_scaling")]
@@ -72,6 +74,7 @@ def test_model_options_are_resumed_bitwise_and_never_change(start: Start, tmp_pa
     assert "model.qk_norm = False: the run to be resumed has true" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pipeline-tp2pp2", "zero3-tp2dp2"])
 def test_qk_clip_is_resumed_bitwise_and_is_in_the_weights_of_an_export(
     start: Start, tmp_path: Path, layout: str
@@ -251,6 +254,7 @@ def test_everything_that_must_not_change_is_told_at_once(start: Start, tmp_path:
     assert [event["event"] for event in events(tmp_path / "run")] == ["start", "checkpoint", "finished"]
 
 
+@pytest.mark.slow_except("1")
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_resumed_run_takes_its_own_weight_decay(start: Start, tmp_path: Path, stage: int) -> None:
     """One step from the same checkpoint with another decay: the weights differ by -lr (new - old) w, and biases not."""
@@ -311,6 +315,7 @@ def test_a_new_run_begins_with_given_weights(start: Start, tmp_path: Path, train
     assert "model.num_heads = 2: the weights to begin with have 4" in refused.stderr
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_flipped_bit_in_the_weights_is_found_before_they_are_used(
     start: Start, tmp_path: Path, num_processes: int

@@ -57,6 +57,7 @@ def test_jobs_share_the_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
         assert all(line.endswith(("0,1,2,3", "4,5,6,7")) for line in lines)
 
 
+@pytest.mark.slow
 def test_large_jobs_can_be_checked(cluster: SlurmCluster) -> None:
     check = ("sbatch", "--test-only", "--nodes=16", "--gpus-per-node=8", "--wrap=true")
     assert cluster.run(*check, check=False).returncode != 0
@@ -92,6 +93,7 @@ def test_a_frozen_node_stands_still(cluster: SlurmCluster, tmp_path: Path) -> No
     cluster.kill_node("n3")
 
 
+@pytest.mark.slow
 def test_cancel_all_does_not_wait(cluster: SlurmCluster) -> None:
     for _ in range(2):
         cluster.wait_for(cluster.sbatch("--nodes=2", f"--wrap={ESCAPING}"), "RUNNING")
@@ -111,6 +113,7 @@ def test_nothing_is_left_after_stop(tmp_path: Path) -> None:
     assert processes_of(own.environment["SLURM_CONF"]) == []
 
 
+@pytest.mark.slow_except("9")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path, end: signal.Signals) -> None:
     program = f"""

@@ -26,6 +26,8 @@ OUTER = {
     "SRUN_CPUS_PER_TASK": "1",
 }
 """What a step of another job has in its environment, beside what salloc gives."""
+FOREIGN = [*(f"{name}={value}" for name, value in OUTER.items()), "SLURM_MEM_PER_CPU=10", "SLURM_NTASKS_PER_GPU=1"]
+"""Variables that no rank of a job which is submitted from there may see."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +41,14 @@ def calm(cluster: SlurmCluster) -> Iterator[None]:
 def python_that_tells(folder: Path) -> tuple[Path, Path]:
     """An interpreter that notes the step it runs in, and the file it notes it in."""
     python, notes = folder / "python", folder / "steps"
+    patterns = shlex.join(word for text in FOREIGN for word in ("-e", text))
     # One write, because nodes share the file.
     python.write_text(
         "#!/bin/bash\n"
         'step=$(scontrol --oneliner show step "$SLURM_JOB_ID.$SLURM_STEP_ID")\n'
-        f'echo "$step CpuBind=${{SLURM_CPU_BIND_TYPE:-}} Cores=$SLURM_CPUS_ON_NODE" >> {shlex.quote(str(notes))}\n'
+        f"foreign=$(env | grep -xF {patterns} | paste -sd,)\n"
+        'echo "$step CpuBind=${SLURM_CPU_BIND_TYPE:-} Cores=$SLURM_CPUS_ON_NODE Foreign=$foreign" '
+        f">> {shlex.quote(str(notes))}\n"
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
@@ -76,8 +81,8 @@ def test_a_job_from_inside_another_one_has_its_own_memory_and_cores(
     # The check of the start on the first node, then one task on each.
     assert [step["Nodes"] for step in steps] == ["1", "2", "2"]
     for step in steps:
-        assert "SLURM_MEM" not in str(step) and step["CpuBind"] == "none" and step["Cores"] == "2"
-        assert f"mem={3000 * int(step['Nodes'])}M" in step["TRES"] or "mem=0" in step["TRES"], step
+        assert (step["CpuBind"], step["Cores"], step["Foreign"]) == ("none", "2", ""), step
+        assert f"mem={3000 * int(step['Nodes'])}M" in step["TRES"].split(","), step
 
 
 @pytest.mark.parametrize(

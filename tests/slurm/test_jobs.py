@@ -66,6 +66,7 @@ def reference(
     return run
 
 
+@pytest.mark.slow
 def test_a_pipeline_over_two_nodes_is_the_run_without_slurm(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +112,23 @@ def uninterrupted(reference: Reference, overrides: tuple[str, ...], ds_config: s
     return compared(run, last_step)
 
 
+def test_a_requeue_loses_nothing(
+    cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, *ENDLESS, sbatch=("--nodes=2",), data=training_data)
+    job.wait_for_step(EARLY)
+    cluster.run("scontrol", "requeue", job.job_id)
+    job.wait_for_attempt(2, MIDDLE)
+    last = job.stop()
+    assert cluster.job(job.job_id)["NumNodes"] == "2" and job.ends() == ["preempted"] * 2
+    assert "checks passed: 2 rank(s) on 2 node(s)" in job.text()
+    stops = [event["step"] for event in events(job.run) if event["event"] == "preempted"]
+    assert stops[-1] == last
+    assert [event["step"] for event in events(job.run) if event["event"] == "resume"] == stops[:1]
+    assert compared(job.run) == uninterrupted(reference, PIPELINE, ZERO1, last)
+
+
+@pytest.mark.slow
 def test_requeue_sigterm_and_time_limit_lose_nothing(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:

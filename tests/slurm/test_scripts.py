@@ -64,6 +64,7 @@ def test_bash_and_shellcheck_find_nothing(path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.slow_except("pretrain_zero3.sh", "train_mlra_72L.sh")
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_the_plan_fits_the_documented_nodes(path: Path) -> None:
     ranks = int(directive(path, "nodes")) * int(directive(path, "gpus-per-node"))

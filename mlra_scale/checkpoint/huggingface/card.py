@@ -157,6 +157,7 @@ _FIELDS_OF_ROWS: dict[str, tuple[str, ...]] = {
 """Fields, or their beginnings, that a row of the card shows the last value of."""
 _CHANGES_NOT_TOLD = (
     "preset",
+    "form of the data's fingerprints",
     "data.path",
     "data.validation_path",
     "data.tokenizer",
@@ -172,7 +173,7 @@ _CHANGES_NOT_TOLD = (
     "evaluation.",
     "checkpoint.",
 )
-"""Changes that do not change the model: where things lie, what is measured and when."""
+"""Changes that do not change the model: where things lie, how they are recorded, what is measured and when."""
 
 
 def _history(store: Store) -> dict[str, Any]:

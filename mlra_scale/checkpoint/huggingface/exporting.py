@@ -145,10 +145,17 @@ def _write_tokenizer(
         return None
     documents = () if text is None else text.documents
     is_trained_here = store.config is not None
-    written = write_tokenizer(source, folder, store.model, is_trained_here, _special_tokens(store).end, documents)
+    end, is_prepared_here = _special_tokens(store).end, recorded_tokenizer(store) is not None
+    written = write_tokenizer(source, folder, store.model, is_trained_here, end, documents, is_prepared_here)
     for note in written.notes:
         say(note)
     return written
+
+
+def recorded_tokenizer(store: Store) -> str | None:
+    """Returns the checksum of the tokenizer that the manifests of the training data name; None: they have none."""
+    recorded = (store.state.get("data") or {}).get("tokenizer")
+    return None if recorded is None else str(recorded)
 
 
 def _special_tokens(store: Store) -> SpecialTokens:

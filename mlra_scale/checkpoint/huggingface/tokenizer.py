@@ -53,7 +53,7 @@ class EncodedText:
         text: The text. It spells no special token.
         tokens: Its ids, without the token that ends a document.
         is_stored: Whether these very ids are in the training or validation data; else the tokenizer of training gave
-            them, because its decoding does not give every text back exactly.
+            them: decoding does not give every text back exactly, or the text is not from the data.
     """
 
     text: str
@@ -85,6 +85,7 @@ def write_tokenizer(
     is_trained_here: bool,
     end: int | None = None,
     texts: Sequence[EncodedText] = (),
+    is_prepared_here: bool = True,
 ) -> WrittenTokenizer:
     """Writes a tokenizer's files into an export.
 
@@ -96,12 +97,14 @@ def write_tokenizer(
             keeps what it came with.
         end: Id of the token that ends documents, where the configuration names it; None: the tokenizer's eos token.
         texts: Texts of the training data with their ids; they tell whether a post-processor was applied.
+        is_prepared_here: Whether this project prepared the data, which applies no post-processor.
 
     Returns:
         What `check_tokenizer` compares the written files with.
 
     Raises:
-        CheckpointError: It cannot be loaded, has more tokens than the model, or lacks the token that ends documents.
+        CheckpointError: It cannot be loaded, has more tokens than the model, lacks the token that ends documents, or
+            nothing says whether training applied its post-processor.
     """
     original = load_tokenizer(source)
     backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
@@ -126,7 +129,20 @@ def write_tokenizer(
     adds_tokens = any(backend.num_special_tokens_to_add(is_pair=is_pair) > 0 for is_pair in (False, True))
     if adds_tokens and is_trained_here and not _is_applied(backend, texts):
         added = " ".join(printable(token, 40) for token in backend.encode("").tokens) or "special tokens"
-        notes.append(f"the tokenizer's post-processor ({added}) is left out: the training text has none of its tokens")
+        is_compared = any(text.is_stored for text in texts)
+        if not is_compared and not is_prepared_here:
+            raise CheckpointError(
+                f"the tokenizer of {source} has a post-processor ({added}), and nothing says whether training applied "
+                "it: the data were not made by tools/prepare_data.py, and none of their text was compared; verify on "
+                "the run's validation data (without --text and --no-verify) or, where the training text has none of "
+                "these tokens, name a copy of the tokenizer without its post-processor (--tokenizer)"
+            )
+        reason = (
+            "the training text has none of its tokens"
+            if is_compared
+            else "preparing data adds none of its tokens (no training text was compared; that of others may have them)"
+        )
+        notes.append(f"the tokenizer's post-processor ({added}) is left out: {reason}")
         backend.post_processor = None
         adds_tokens = False
     if is_trained_here and not adds_tokens:

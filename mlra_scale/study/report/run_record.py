@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from mlra_scale.config import yaml_text
+from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.run_directory import RunDirectory
@@ -105,7 +105,7 @@ def open_run(path: Path) -> RunRecord:
         What could be read.
     """
     run, record = RunDirectory(path), RunRecord(path)
-    record.config = read_mapping(run.config, record.notes)
+    record.config = read_mapping(run.config, record.notes, stored_yaml.parse)
     record.metrics = in_steps(read_lines(run.metrics, record.notes))
     record.rolled_back = in_steps(read_lines(run.rolled_back, record.notes, is_optional=True))
     record.events = read_lines(run.events, record.notes)
@@ -143,16 +143,24 @@ def read_lines(path: Path, notes: list[str], is_optional: bool = False) -> list[
     return objects
 
 
-def read_mapping(path: Path, notes: list[str]) -> Record:
-    """Reads a YAML or JSON file that holds one mapping; {} and a note where that cannot be done."""
+def read_mapping(path: Path, notes: list[str], parse_yaml: Callable[[str], Any] = yaml_text.load) -> Record:
+    """Reads a YAML or JSON file that holds one mapping; {} and a note where that cannot be done.
+
+    Args:
+        path: The file.
+        notes: Receives the note.
+        parse_yaml: Parses the text of a YAML file.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-        value = parse_json(text, path.name, allow_nan=True) if path.suffix == ".json" else yaml_text.load(text)
+        value = parse_json(text, path.name, allow_nan=True) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}.")
         return {}
-    except ValueError:
-        value = None
+    except ValueError as error:
+        reason = f"{error}" if path.suffix == ".json" else f"{path.name}: {error}"  # parse_json's names the file
+        notes.append(f"{reason}; the file is left out.")
+        return {}
     if not isinstance(value, dict):
         notes.append(f"{path.name} holds no mapping and is left out.")
         return {}

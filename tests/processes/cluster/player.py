@@ -124,6 +124,9 @@ def main() -> int:
     with open(f"{os.environ[RECORD_VARIABLE]}/srun.json", "w", encoding="ascii") as file:
         json.dump(record, file)
     if "mlra_scale.cluster.check" in command:
+        if os.environ.get(CHECK_VARIABLE) == "slow":
+            os.kill(int(os.environ["TEST_JOB"]), signal.SIGTERM)
+            time.sleep(_LONGEST)
         code = int(os.environ.get(CHECK_VARIABLE, "0"))
         print("the plan" if code == 0 else "data.path = None: is required", file=sys.stderr if code else sys.stdout)
         return code

@@ -1,12 +1,15 @@
 """From one attempt to the next, with stand-ins for Slurm's commands; tests/slurm has the real ones."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from mlra_scale.cluster.job import Job, main
 from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
-from mlra_scale.config import ConfigError
+from mlra_scale.config import ConfigError, load_config
 from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
 
 SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
@@ -67,6 +70,15 @@ class Desk:
         return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Puts the handlers of signals back, which a job sets in the process of the tests."""
+    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     (tmp_path / "bin").mkdir()
@@ -94,10 +106,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     for name, seconds in (("EVIDENCE", 1.0), ("END", 3.0), ("KILL", 1.5), ("SRUN", 0.5)):
         monkeypatch.setattr(attempt, f"_{name}_SECONDS", seconds)
     monkeypatch.setattr(slurm, "_SECONDS_BETWEEN", 0.0)
-    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
     yield Desk(tmp_path, monkeypatch)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -> None:
@@ -209,6 +218,62 @@ def test_a_check_that_does_not_come_back_says_nothing_against_the_input(
     assert desk.ends == [("failed", ["a"]), ("done", ["a", "b"])]
 
 
+def test_a_check_hears_the_stop_signal(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's KillWait is over long before the check's own limit."""
+    monkeypatch.setenv(CHECK_VARIABLE, "slow")
+    began = time.monotonic()
+    assert desk.job() == 0
+    assert time.monotonic() - began < 30
+    assert desk.file.state == "preempted" and desk.ends == [("preempted", ["a"])] and desk.orders == ["requeue 41"]
+
+
+def signal_once_handled(number: signal.Signals) -> threading.Thread:
+    """Sends this process a signal as soon as a job listens to it."""
+    before = signal.getsignal(number)
+
+    def send() -> None:
+        while signal.getsignal(number) is before:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_the_wait_for_another_job_hears_the_stop_signal(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes back to the queue, and leaves the other one's job.json alone."""
+    desk.run.mkdir()
+    with (desk.run / ".job.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        sender = signal_once_handled(signal.SIGUSR1)
+        assert desk.job() == 0
+        sender.join()
+    assert desk.orders == ["requeue 41"] and not (desk.run / "job.json").exists()
+    assert "stopped by a signal before it began" in capsys.readouterr().err
+
+
+def test_the_wait_for_slurm_hears_the_stop_signal(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its controller does not answer at the job's start."""
+    scontrol = desk.run.parent / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    sender = signal_once_handled(signal.SIGUSR1)
+    assert desk.job() == 1
+    sender.join()
+    assert "Unable to contact" in capsys.readouterr().err and not desk.run.exists()
+
+
+def test_a_run_that_is_resumed_alone_has_its_own_configuration(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As train.py resolves it: neither a preset nor a file is named."""
+    desk.run.mkdir()
+    overrides = ["train.steps=77", "train.device=cpu"]
+    (desk.run / "config.yaml").write_text(load_config("debug", overrides=overrides).to_yaml())
+    monkeypatch.setenv(PLAYS_VARIABLE, json.dumps({"a": DONE, "b": DONE}))
+    assert main(["--run-dir", str(desk.run), "--resume", "auto"]) == 0
+    assert desk.ends == [("done", ["a", "b"])] and desk.file.steps == 77
+
+
 def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHECK_VARIABLE, "1")
     assert desk.job("cluster.max_failures=1", a=DONE, b=DONE) == 1
@@ -318,9 +383,9 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
     [
         ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
         ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
-        ("COMPLETING", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
-        ("CANCELLED", "3", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
-        ("COMPLETING", "2", "2026-11-29T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
+        ("CANCELLED", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING", "2", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
         ("RUNNING", "2", "Unknown", "requeue", 1, "failed", ["requeue 41"]),
         ("RUNNING", "2", "Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("TIMEOUT", "2", "Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),

@@ -399,8 +399,8 @@ GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("job.json", b"", "job.json cannot be read (Expecting value"),
-        ("job.json", b'{"job_id": "7", "att', "job.json cannot be read (Unterminated string"),
+        ("job.json", b"", "job.json cannot be read ("),
+        ("job.json", b'{"job_id": "7", "att', "job.json cannot be read ("),
         ("job.json", b"[1, 2]", "job.json cannot be read ("),
         ("job.json", b"\xff\xfe", "job.json cannot be read ("),
         ("job.json", b"[" * 100_000, "job.json cannot be read ("),

@@ -219,3 +219,23 @@ def test_outside_of_a_job_all_that_is_missing_is_told(present: set[str]) -> None
         Allocation.of({name: ENVIRONMENT[name] for name in present})
     assert {problem.field for problem in caught.value.problems} == set(ENVIRONMENT) - present
     assert "sbatch" in str(caught.value)
+
+
+def test_a_stop_ends_the_wait_for_a_busy_controller(scontrol: Scontrol, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every question that a job asks before its ranks are at work."""
+    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 30.0)
+    calls = scontrol("echo 'Unable to contact slurm controller' >&2; exit 1")
+
+    def is_third() -> bool:
+        return len(calls.read_text().splitlines()) % 3 == 0
+
+    questions: list[Callable[[], object]] = [
+        lambda: Allocation.of(ENVIRONMENT, is_third),
+        lambda: slurm.hostnames("n1", is_third),
+        lambda: slurm.address("n1", is_third),
+        lambda: slurm.job_fields("41", is_third),
+    ]
+    for number, ask in enumerate(questions, start=1):
+        with pytest.raises(SlurmError, match="Unable to contact"):
+            ask()
+        assert len(calls.read_text().splitlines()) == 3 * number

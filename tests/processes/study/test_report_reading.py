@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from mlra_scale.config import ConfigError
 from mlra_scale.study.provenance import note_start
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,3 +28,11 @@ def test_notes_of_a_study_have_a_version_and_older_ones_are_read(tmp_path: Path)
     about.write_text(json.dumps({"name": "s", "started": "then", "ended": None}))
     note_start(about, "s", [])
     assert json.loads(about.read_text())["version"] == 2 and json.loads(about.read_text())["started"] == "then"
+
+
+def test_notes_of_a_newer_program_are_refused(tmp_path: Path) -> None:
+    about = tmp_path / "study.json"
+    about.write_text(json.dumps({"version": 3, "name": "s", "started": "then", "ended": None}))
+    with pytest.raises(ConfigError, match=r"it has version 3; this program reads versions 1 to 2"):
+        note_start(about, "s", [])
+    assert json.loads(about.read_text())["version"] == 3

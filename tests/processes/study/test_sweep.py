@@ -17,7 +17,7 @@ from mlra_scale.config import ConfigError
 from mlra_scale.study import sweep as sweep_module
 from mlra_scale.study.grid import Cell, Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory, claim
-from mlra_scale.study.sweep import Running, Sweep
+from mlra_scale.study.sweep import Running, StopAsked, Sweep
 from mlra_scale.study.sweep_text import Board, plan_text, summary_text
 from tests.processes.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
 from tests.support.tools import run_tool
@@ -79,7 +79,7 @@ def test_cells_with_a_result_are_not_run_again(tmp_path: Path) -> None:
     assert first.results()["mlra-seed2"]["diverged_at"] == 3
     assert not list(tmp_path.glob("out/cells/*/checkpoints"))
     about = json.loads(first.output.about.read_text())
-    assert set(about) == {"name", "commit", "command", "hardware", "versions", "started", "ended"}
+    assert set(about) == {"version", "name", "commit", "command", "hardware", "versions", "started", "ended"}
     assert about["ended"] >= about["started"]
     before = first.output.results.read_bytes()
     again = Place(tmp_path, [DONE, DIVERGED, GAVE_UP])
@@ -318,6 +318,20 @@ def test_a_run_keeps_its_cell_when_its_sweep_is_killed(tmp_path: Path) -> None:
     lock = claim(files)
     assert lock is not None
     lock.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "is_heard"), [(signal.SIGUSR1, True), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+)
+def test_only_what_a_terminal_sends_stays_ignored(number: signal.Signals, is_heard: bool) -> None:
+    """slurm/sweep.sh ignores SIGUSR1, Slurm's word before the time limit, until this process listens."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopAsked() as stop:
+            signal.raise_signal(number)
+            assert stop.signal == (number if is_heard else None)
+    finally:
+        signal.signal(number, before)
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a run tells: its record, its events, the console, and what rank 0 alone writes."""
 
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,6 +193,24 @@ def test_copies_that_differ_are_an_event(tmp_path: Path, capsys: pytest.CaptureF
     events = [event for event in read_record(tmp_path / "run" / "events.jsonl") if "cop" in event["event"]]
     assert [(event["step"], event["reason"]) for event in events] == [(2, "copies of x differ")]
     assert "copies of x differ" in capsys.readouterr().out
+
+
+def test_a_lost_record_leaves_no_event_unsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with report_of(tmp_path) as report:
+        report.start()
+        run, fsync, synced = RunDirectory(tmp_path / "run"), os.fsync, list[int]()
+
+        def noted(descriptor: int) -> None:
+            synced.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        events = run.events.stat().st_ino
+        run.metrics.unlink()
+        lost = report.sync()
+        assert lost is not None and lost.startswith(f"{run.metrics} is gone") and synced == [events]
+        run.events.unlink()
+        assert f"; {run.events} is gone" in (report.sync() or ""), "both are named"
 
 
 def guarded_run(folder: Path) -> RunDirectory:

@@ -248,14 +248,44 @@ def test_a_run_directory_that_goes_ends_the_run(
 
 def test_a_forked_child_keeps_its_signals_to_itself() -> None:
     """Its handler would otherwise write into the pipe that it shares with its parent."""
-    with Interruption() as interruption:
-        interruption.limit(None)
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(30)
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.kill(pid, signal.SIGTERM)
-        _, status = os.waitpid(pid, 0)
-        assert os.WTERMSIG(status) == signal.SIGTERM, "the handler of before: the default"
-        time.sleep(0.2)
-        assert not interruption.is_stop_asked()
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a test before this one may have left another handler
+    try:
+        with Interruption() as interruption:
+            interruption.limit(None)
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(30)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM, "the handler of before"
+            time.sleep(0.2)
+            assert not interruption.is_stop_asked()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+SLOW_WANDB = """
+import sys, time
+from mlra_scale.train import Interruption, main
+from mlra_scale.training import trainer
+from mlra_scale.training.wandb_log import WandbLog
+trainer.EXPENDABLE_SECONDS = 0.5
+def finish(log, code, summary=None):
+    print("wandb waits", flush=True)
+    time.sleep(3600)
+WandbLog.finish = finish
+sys.exit(main(interruption=Interruption().until_exit()))
+"""
+
+
+def test_a_signal_after_the_last_step_does_not_wait_for_wandb(
+    launch: Callable[..., Process], tmp_path: Path, data: Path
+) -> None:
+    run = tmp_path / "run"
+    process = launch([sys.executable, "-c", SLOW_WANDB, *command(run, data, "train.steps=2")[3:]])
+    process.wait_for("wandb waits")
+    process.send(signal.SIGTERM)
+    assert process.end() == ExitCode.DONE
+    assert "all 2 steps are done and saved" in process.output and "stops after this step" not in process.output
+    assert names(run)[-2:] == ["checkpoint", "finished"]

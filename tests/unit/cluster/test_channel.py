@@ -341,6 +341,22 @@ def test_the_crowd_from_one_machine_makes_room_for_another(hub: Hub) -> None:
         assert not is_closed(alone)
 
 
+def test_many_nodes_that_connect_in_one_moment_are_all_heard(hub: Hub) -> None:
+    """Their greetings are still on the way when the hub takes them in: none is ended for another."""
+    number = 2 * module._MAX_STRANGERS
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), 10.0, (f"127.0.1.{index}", 0)))
+            for index in range(1, number + 1)
+        ]
+        while len(hub._strangers) < number and not any(map(is_closed, nodes)):
+            hub.poll(1.0)
+        for index, node in enumerate(nodes):
+            node.setblocking(True)
+            node.sendall(f'{{"node": "{index}", "token": "{TOKEN}"}}\n'.encode())
+        assert {item.node for item in hear(hub, number)} == {str(index) for index in range(number)}
+
+
 def test_a_stranger_without_a_word_is_cut_off_in_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STRANGER_SECONDS", 0.2)
     with cut(link_to(hub)) as link, stranger(hub) as silent, stranger(hub) as slow:

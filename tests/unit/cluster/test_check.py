@@ -7,6 +7,7 @@ import pytest
 
 from mlra_scale.cluster.check import main
 from mlra_scale.cluster.job_file import JobFile
+from mlra_scale.config import load_config
 
 Capture = pytest.CaptureFixture[str]
 
@@ -77,3 +78,15 @@ def test_in_a_job_the_device_is_looked_for(tmp_path: Path, capsys: Capture, monk
     arguments = ["--nodes=1", "--processes=1", "--device=cuda", "--", "--preset", "debug", "--run-dir", str(tmp_path)]
     assert main(arguments) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_run_that_is_resumed_alone_is_checked_with_its_own_configuration(tmp_path: Path, capsys: Capture) -> None:
+    """As train.py resolves it: neither a preset nor a file is named."""
+    overrides = ["train.micro_batch_size=3", "parallel.world_size=2"]
+    (tmp_path / "config.yaml").write_text(load_config("debug", overrides=overrides).to_yaml())
+    alone = ["--", "--resume", "auto", "--run-dir", str(tmp_path)]
+    assert main(["--nodes=1", "--gpus-per-node=1", *alone]) == 2
+    said = capsys.readouterr().err
+    for part in ("parallel.world_size = 2", "train.micro_batch_size", "data.path"):
+        assert part in said, said
+    assert "--preset" not in said

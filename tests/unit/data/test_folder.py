@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlra_scale.data import DataError, check_data, identify_data, open_datasets
+from mlra_scale.data import DataError, check_data, identify_data, indexed, open_datasets
 from mlra_scale.data.blocks import BLOCK_BYTES
 from mlra_scale.data.folder import verify_folder
+from mlra_scale.data.indexed import sha256_of_file
 from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest
 from mlra_scale.data.prepare import PrepareOptions, prepare
+from tests.support.foreign_tokenizers import begins_with_bos, save
 from tests.unit.data.builders import config_for
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
@@ -137,11 +139,42 @@ def test_another_end_of_document_token_is_refused(data: Path, old: Path, token: 
         assert str(path) in problems(folder)
 
 
+def test_an_index_is_hashed_once_at_a_start_of_a_rank(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have gigabytes."""
+    hashed: list[str] = []
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(indexed, "sha256_of_file", counting)
+    open_datasets(config_for(data))
+    assert sorted(hashed) == ["train.idx", "validation.idx"]
+
+
 def test_a_file_beside_the_tokenizer_is_refused(data: Path) -> None:
     (data / "tokenizer" / ".nfs0001").write_text("of the file system")
     assert problems(data) == ""
     (data / "tokenizer" / "added_tokens.json").write_text("{}")
     assert "added_tokens.json was not there when the data were prepared; remove it" in problems(data)
+
+
+def test_files_in_folders_beside_the_tokenizer_are_recorded(tmp_path: Path) -> None:
+    """transformers keeps further chat templates in a folder of their own."""
+    templates = [{"name": name, "template": name} for name in ("default", "rag")]
+    save(begins_with_bos(), tmp_path / "tokenizer", tokenizer_class="PreTrainedTokenizerFast", chat_template=templates)
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"layer {i}"}) for i in range(100)))
+    options = PrepareOptions(
+        tmp_path / "data",
+        [str(tmp_path / "text.jsonl")],
+        [str(tmp_path / "tokenizer")],
+        validation_fraction=0.2,
+        progress=False,
+    )
+    (inner,) = (name for name in prepare(options).files if name.count("/") == 2)
+    assert problems(options.output) == "" and verify_folder(options.output) == []
+    flip(options.output / inner, 1, 0)
+    assert f"{options.output / inner} is damaged" in problems(options.output)
 
 
 DEEP = "[" * 200_000 + "]" * 200_000

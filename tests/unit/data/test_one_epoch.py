@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 import threading
@@ -13,6 +14,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from mlra_scale.data import index_cache
 from mlra_scale.data.index_cache import damaged_caches
 from mlra_scale.data.one_epoch import OneEpoch, SequenceRange, _NoTokenizer
 from tests.unit.data.builders import random_documents, whole_range, write_documents
@@ -150,6 +152,31 @@ def test_a_flipped_bit_in_a_cached_index_is_seen_and_mended(tmp_path: Path) -> N
     (sums,) = data_range.cache.glob("*/sha256.json")
     sums.unlink()
     assert (rows(OneEpoch(data_range, 16, cache_from=1)) == expected).all() and sums.is_file()
+
+
+def test_whole_indices_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without locks several ranks build at once: the later ones leave alone what the first may have mapped."""
+    data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
+    monkeypatch.setattr(index_cache.fcntl, "flock", no_locks)
+    build, mapped = OneEpoch._built_indices, list[OneEpoch]()
+
+    def slow_build(self: OneEpoch) -> tuple[np.ndarray, np.ndarray]:
+        if not mapped:  # meanwhile another rank builds them, and maps them
+            mapped.append(None)  # type: ignore[arg-type]
+            mapped[0] = OneEpoch(data_range, 16, cache_from=1)
+        return build(self)
+
+    monkeypatch.setattr(OneEpoch, "_built_indices", slow_build)
+    late = OneEpoch(data_range, 16, cache_from=1)
+    (samples,) = data_range.cache.glob("*/samples.npy")
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(data_range.cache) in line]
+    assert len(maps) >= 2 and not [line for line in maps if "(deleted)" in line]
+    assert (rows(late) == rows(mapped[0])).all() and samples.is_file()
+    assert not list(data_range.cache.glob("building-*"))
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 def digest_on_rank(rank: int, world_size: int, data_range: SequenceRange, cache_from: int) -> str:

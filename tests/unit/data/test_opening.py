@@ -13,6 +13,7 @@ import torch
 
 from mlra_scale.config import Config, ConfigError
 from mlra_scale.data import Datasets, check_data, identify_data, open_datasets
+from mlra_scale.data.parts import find_parts
 from mlra_scale.data.prepare import PrepareOptions, prepare
 from tests.unit.data.builders import config_for, random_documents, write_documents
 
@@ -63,6 +64,15 @@ def told(config: Config) -> str:
 
 def tokens(datasets: Datasets, first: int = 0, count: int = 64) -> torch.Tensor:
     return datasets.train.batch(first, count).tokens_BS
+
+
+def test_data_sets_that_were_found_for_other_data_are_not_used(data: Path, bare: Path) -> None:
+    found, other = find_parts(config_for(data)), config_for(bare)
+    assert identify_data(other, found) == identify_data(other) == open_datasets(other, (), found).identity
+    assert identify_data(config_for(data, "train.seed=7"), found) == identify_data(config_for(data))
+    refused, missing = config_for(data.parent / "missing"), check_data(config_for(data.parent / "missing"))
+    twice = find_parts(refused)
+    assert [check_data(refused, found=twice) for _ in range(2)] == [missing, missing] and len(missing) == 1
 
 
 def test_a_prepared_folder_opens(data: Path) -> None:

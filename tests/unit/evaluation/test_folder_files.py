@@ -93,6 +93,22 @@ def test_a_tokenizer_without_limit_is_read(copy: Path) -> None:
     assert evaluate(copy, "single").code == 0
 
 
+def test_an_infinite_limit_is_read(copy: Path) -> None:
+    """transformers writes "time_step_limit": [0.0, Infinity] into config.json of models with Mamba layers."""
+    path = copy / "single" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_step_limit": [0.0, float("inf")]}))
+    assert "Infinity" in path.read_text()
+    assert evaluate(copy, "single").code == 0 and run_tool("tev", copy / "single").code == 0
+
+
+def test_a_number_of_layers_that_is_null_is_absent(copy: Path) -> None:
+    """transformers writes null for what a model does not have."""
+    path = copy / "single" / "config.json"
+    values = json.loads(path.read_text()) | {"num_layers": None, "vision_config": {"num_hidden_layers": None}}
+    path.write_text(json.dumps(values))
+    assert evaluate(copy, "single").code == 0
+
+
 ABSURD: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"n_layer": 300_000_000}, "layer"),
     "as many layers as are allowed": ({"n_layer": 10_000}, ""),
@@ -108,6 +124,7 @@ ABSURD: dict[str, tuple[dict[str, Any], str]] = {
     "true": ({"n_layer": True}, ""),
     "list": ({"n_embd": [32]}, ""),
     "null": ({"vocab_size": None}, ""),
+    "no layers": ({"n_layer": None}, ""),
     "escape": ({"activation_function": "\x1b[31mred"}, ""),
     "kind": ({"model_type": "\x1b[2J"}, ""),
 }

@@ -18,6 +18,8 @@ from mlra_scale.evaluation.perplexity import Document, Piece
 from mlra_scale.evaluation.texts import Encoder, documents_of_data, documents_of_sources, joined
 from tests.support.gpt2_folders import TEXT, tokenizer
 
+VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
+
 
 def gathered(documents: Iterable[Document]) -> list[Piece]:
     """One piece for each document."""
@@ -162,6 +164,14 @@ def test_damaged_data_are_not_evaluated(
     (data / "train.bin").write_bytes(content)
     with pytest.raises(DataError, match=r"train\.bin is damaged: .* at offset 0"):
         gathered(documents_of_data(data, "train", Encoder(loaded), loaded))
+
+
+def test_data_of_an_earlier_version_are_read_with_one_line_of_notice(prepared: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(VERSION_1, tmp_path / "old"))
+    for data, words in ((old, [f"{old} was prepared by an earlier version"]), (prepared / "data", [])):
+        loaded, notes = load_tokenizer([str(data / "tokenizer")]), list[str]()
+        assert gathered(documents_of_data(data, "validation", Encoder(loaded), loaded, notes.append))
+        assert [note.partition(":")[0] for note in notes] == words
 
 
 def test_joined_documents_keep_their_ends(prepared: Path) -> None:

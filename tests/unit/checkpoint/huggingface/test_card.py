@@ -63,6 +63,7 @@ def test_what_does_not_change_the_model_is_not_told(store: Store) -> None:
     card = card_of(
         store,
         (1, "data.path", "/home/me/a", "/home/me/b"),
+        (1, "form of the data's fingerprints", 1, 2),
         (1, "train.log_every", 1, 10),
         (1, "wandb.mode", "disabled", "online"),
         (1, "checkpoint.every", None, 5),

@@ -126,6 +126,27 @@ def test_what_is_taken_out_is_said(tmp_path: Path, kind: str) -> None:
     assert "post-processor (<s>" in note and "is left out" in note and not written.adds_tokens
 
 
+@pytest.mark.parametrize("is_compared", [False, True])
+def test_what_was_not_compared_is_not_claimed(tmp_path: Path, is_compared: bool) -> None:
+    source = source_of(tmp_path / "source", "begins_with_bos")
+    (note,) = write(tmp_path, source, texts=[EncodedText(TEXT, trained_ids(source), is_stored=is_compared)]).notes
+    assert ("no training text was compared" in note) is not is_compared
+    assert ("the training text has none of its tokens" in note) is is_compared
+
+
+@pytest.mark.parametrize("is_stored", [None, False, True])
+def test_nothing_is_assumed_of_data_that_others_prepared(tmp_path: Path, is_stored: bool | None) -> None:
+    """Neither --no-verify (no texts) nor --text (not from the data) says whether training applied a post-processor."""
+    source = source_of(tmp_path / "source", "begins_with_bos")
+    texts = [] if is_stored is None else [EncodedText(TEXT, trained_ids(source), is_stored)]
+    if is_stored:
+        assert "the training text has none" in write(tmp_path, source, texts=texts, is_prepared_here=False).notes[0]
+    else:
+        with pytest.raises(CheckpointError, match=r"post-processor \(<s>\), and nothing says .* \(--tokenizer\)"):
+            write(tmp_path, source, texts=texts, is_prepared_here=False)
+        assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["begins_with_bos", "has_both"])
 def test_a_post_processor_whose_tokens_the_data_hold_is_kept(tmp_path: Path, kind: str) -> None:
     source = source_of(tmp_path / "source", kind)
