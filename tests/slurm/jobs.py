@@ -81,9 +81,14 @@ class Submitted:
         except (AssertionError, TimeoutError) as error:
             raise AssertionError(f"{error}\n{self.text()}") from error
 
-    def stop(self) -> int:
-        """Ends a run that has no end of its own, after a step and with a checkpoint; returns the last recorded step."""
-        self.cluster.run("scontrol", "update", f"JobId={self.job_id}", "Requeue=0")
+    def stop(self, may_requeue: bool = True) -> int:
+        """Ends a run that has no end of its own, after a step and with a checkpoint; returns the last recorded step.
+
+        Args:
+            may_requeue: Whether Slurm may queue the job again, and has to be kept from it first.
+        """
+        if may_requeue:
+            self.cluster.run("scontrol", "update", f"JobId={self.job_id}", "Requeue=0")
         self.cluster.run("scancel", "--signal=TERM", self.job_id)
         self.wait_for_end("FAILED")
         assert "cannot be queued again" in self.job_file()["reason"] and self.ends()[-1] == "preempted", self.text()
