@@ -35,7 +35,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tev.quantiles": st.lists(st.floats(0.0, 1.0), max_size=4),
     "wandb.tags": st.lists(PRINTABLE.filter(bool), max_size=3),
     "wandb.name": st.none() | PRINTABLE.filter(bool),
-    "deepspeed.zero_optimization.reduce_bucket_size": st.integers(0, 10**12) | st.just(5e8),
+    "deepspeed.zero_optimization.reduce_bucket_size": st.integers(1, 10**12) | st.just(5e8),
 }
 
 

@@ -96,7 +96,7 @@ class FakeEngine:
     def training_state(self) -> dict[str, Any]:
         return {"optimizer_step": self.num_updates}
 
-    def gradient_norm(self, batches: list[Any]) -> float:
+    def gradient_norm(self, batches: list[Any], between: Any = None) -> float:
         self.rehearsed.append(batches)
         return self.small_norm
 
