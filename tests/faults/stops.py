@@ -27,6 +27,7 @@ LONG_EVALUATION = (
 )
 LONG = 4000
 """Steps of a run that is stopped long before."""
+WITHOUT_STREAMS = ("bash", "-c", 'exec "$0" "$@" >&- 2>&-')
 SOON = 120.0
 """Seconds in which a stop must be done, on a machine with much other work too."""
 SAVED = "it saves after the step and exits as preempted, names the checkpoint, and the continued run is the same"
@@ -180,12 +181,6 @@ def closed_pipe(num_lines: int) -> int:
     return writing
 
 
-def without_streams() -> None:
-    """Closes stdout and stderr."""
-    os.close(1)
-    os.close(2)
-
-
 def full() -> int:
     """A device without room."""
     return os.open("/dev/full", os.O_WRONLY)
@@ -212,7 +207,7 @@ CONSOLES = (
     console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}),
     console("stdout is full", "stdout is /dev/full", lambda: {"stdout": full()}),
     console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}),
-    console("no stdout", "the command is started without stdout and stderr", lambda: {"before": without_streams}),
+    console("no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}),
     console(
         "an ASCII console",
         "PYTHONIOENCODING=ascii, and a run directory whose name is not",
