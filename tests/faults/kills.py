@@ -121,6 +121,18 @@ def prepared(bench: Bench, output: Path) -> list[str]:
     return [*tool("prepare_data"), "--output", str(output), *options]
 
 
+def killed_verification(bench: Bench, place: Path) -> None:
+    """`--verify` only reads: killed while it does, it has changed nothing, and then finds nothing."""
+    folder = place / "data"
+    shutil.copytree(bench.data, folder)
+    before, line, log = digests(folder), [*tool("prepare_data"), "--verify", str(folder)], place / "verify.log"
+    for event in VERIFYING:
+        assert Program(line, log, moments=[Moment(event)]).wait() == -signal.SIGKILL
+        assert digests(folder) == before
+    run_to_end(line, log)
+    assert digests(folder) == before
+
+
 def same_data(one: Path, other: Path) -> None:
     """Fails unless every file is the same."""
     assert digests(one) == digests(other)
@@ -218,6 +230,7 @@ TOOLS = (
         is_allowed=lambda output: not list(output.glob("*.html")),
     ),
 )
+UNCHANGED = "nothing is changed, and the same command then ends with 0"
 SWEEPS = ("undisturbed", "killed")
 SWEEP_KILLS = "SIGKILL of a cell, of the sweep when it has started a cell, and when it writes results.jsonl"
 STUDY = """
@@ -266,4 +279,12 @@ def killed_sweep(bench: Bench, place: Path) -> None:
         assert timeless(killed.parent) == timeless(path.parent), path.parent.name
 
 
-CASES = (*TRAINING, *TOOLS, Case("kills in a sweep", SWEEP_KILLS, SAME, killed_sweep, num_kills=3))
+VERIFYING = ("open r *manifest.json", "open r *train.bin")
+CASES = (
+    *TRAINING,
+    *TOOLS,
+    Case(
+        "kills while verifying data", f"SIGKILL at {', '.join(VERIFYING)}", UNCHANGED, killed_verification, num_kills=2
+    ),
+    Case("kills in a sweep", SWEEP_KILLS, SAME, killed_sweep, num_kills=3),
+)

@@ -175,16 +175,11 @@ def _server() -> Any:
     return context
 
 
-def die_with_parent() -> None:
-    """Lets the system kill this process when the one that started it ends."""
+def _rank(arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> None:
+    """What a forked process does."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _rank(arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> None:
-    """What a forked process does."""
-    die_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

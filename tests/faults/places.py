@@ -17,11 +17,13 @@ from tests.faults.processes import TRAIN, Program, tool
 from tests.faults.stops import LONG, step_of, trains
 from tests.support.training_runs import events
 
-NOTICED = "the run stops at its next checkpoint, not with 0, in one message; what it has kept can be continued"
+NOTICED = "the run stops at its next checkpoint, not with 0, in one message that names what is gone"
 RECORD = ("metrics.jsonl", "events.jsonl")
 
 
-def displaced(name: str, done: str, act: Callable[[Path], Path | None], layout: str = "single") -> Case:
+def displaced(
+    name: str, done: str, act: Callable[[Path], Path | None], layout: str = "single", is_kept: bool = True
+) -> Case:
     """Something is done to the run directory of a running run; `act` returns where the run is then, if it is."""
 
     def do(bench: Bench, place: Path) -> None:
@@ -36,12 +38,13 @@ def displaced(name: str, done: str, act: Callable[[Path], Path | None], layout: 
         message = output[output.index("stopped: ") :]
         # What torchrun says of its ranks is its own.
         assert_refused(message if training.num_ranks == 1 else message.splitlines()[0], str(run))
+        assert (left is not None) == is_kept
         if left is not None:
             step = assert_sound(left)
             assert step >= 40
             bench.finish(replace(training, steps=step + 2, every=40), left)
 
-    return Case(name, done, NOTICED, do)
+    return Case(name, done, f"{NOTICED}{', and what it has kept continues as if undisturbed' * is_kept}", do)
 
 
 def deleted(run: Path) -> None:
@@ -214,13 +217,13 @@ def case(name: str, done: str, act: Callable[[Bench, Path], None], promise: str 
     return Case(name, done, promise, act)
 
 
-REFUSED = "exit code 2, one message that names the directory and the reason, nothing is changed; then the same run"
+REFUSED = "exit code 2, one message that names the directory and the reason, the record is as it was; then the same run"
 CASES = (
-    displaced("run directory deleted", "rm -r of the run directory under a run", deleted),
+    displaced("run directory deleted", "rm -r of the run directory under a run", deleted, is_kept=False),
     displaced("run directory moved", "mv of the run directory under a run", moved),
     displaced("run directory moved, torchrun", "as before, two ranks under torchrun", moved, "zero1-dp2"),
     displaced("run directory replaced", "mv, and an empty directory in its place", replaced),
-    displaced("record replaced", "mv of metrics.jsonl, and an empty file in its place", record_replaced),
+    displaced("record replaced", "mv of metrics.jsonl, and an empty file in its place", record_replaced, is_kept=False),
     case(
         "two runs at once", "two commands at once in one new run directory", two_at_once, "one trains, one is refused"
     ),

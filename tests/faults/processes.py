@@ -1,13 +1,11 @@
 """Any command line as a process of its own: in a terminal or without, with a stdout that fails, armed with moments."""
 
 import contextlib
-import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 import uuid
@@ -15,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.launching import die_with_parent
 from tests.faults.moments import ARMED, Moment, missed, variables
 from tests.support.training_runs import ROOT, environment
 
@@ -46,7 +43,7 @@ class Program:
         stdout: Where its stdout goes instead of the log.
         stderr: Where its stderr goes instead of the log.
         never: Moments at which no process may come; they do nothing.
-        before: Runs in the new process before the command.
+        shell: What starts the command, which is added.
         extra: Further environment variables.
     """
 
@@ -59,7 +56,7 @@ class Program:
         stdout: int | None = None,
         stderr: int | None = None,
         never: Sequence[Moment] = (),
-        before: Callable[[], Any] | None = None,
+        shell: Sequence[str] = (),
         **extra: str,
     ) -> None:
         self.log, self._moments, self._never, self._master = log, list(moments), list(never), -1
@@ -73,13 +70,6 @@ class Program:
         env = environment(DS_ACCELERATOR="cpu", FAULTS_PROGRAM=self._id, **{**armed, **extra})
         file = log.open("ab")
 
-        def prepare() -> None:
-            die_with_parent()
-            if terminal:
-                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            if before is not None:
-                before()
-
         streams: dict[str, Any]
         if terminal:
             self._master, slave = pty.openpty()
@@ -87,9 +77,10 @@ class Program:
         else:
             streams = {"stdin": subprocess.DEVNULL, "stdout": stdout or file, "stderr": stderr or file}
         self.started = time.monotonic()
-        self._process = subprocess.Popen(
-            command, env=env, cwd=ROOT, start_new_session=True, preexec_fn=prepare, **streams
-        )
+        # By programs rather than by preexec_fn, which may lock up where several threads start processes. Each gives its
+        # place to the next: the process is that of the command.
+        line = ["setpriv", "--pdeathsig", "KILL", "setsid", *(["--ctty"] if terminal else []), *shell, *command]
+        self._process = subprocess.Popen(line, env=env, cwd=ROOT, **streams)
         if terminal:
             os.close(slave)
             self._reader = threading.Thread(target=self._read, args=(file,), daemon=True)

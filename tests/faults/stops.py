@@ -27,9 +27,14 @@ LONG_EVALUATION = (
 )
 LONG = 4000
 """Steps of a run that is stopped long before."""
+WITHOUT_STREAMS = ("bash", "-c", 'exec "$0" "$@" >&- 2>&-')
 SOON = 120.0
 """Seconds in which a stop must be done, on a machine with much other work too."""
 SAVED = "it saves after the step and exits as preempted, names the checkpoint, and the continued run is the same"
+TOO_EARLY = "it exits as preempted, says that there is no checkpoint, and the same run begins anew"
+ROLLED_BACK = (
+    "it exits as preempted with a sound checkpoint, and the rollback is in guard.json (equality is not claimed)"
+)
 PREEMPTED = 5
 
 
@@ -78,6 +83,7 @@ def stop(
     layout: str = "single",
     is_saved: bool = True,
     at: Moment | None = None,
+    promise: str = "",
     more: Sequence[str] = (),
     **options: Any,
 ) -> Case:
@@ -90,6 +96,7 @@ def stop(
         layout: Of the run.
         is_saved: Whether the stop asks for a save; else it kills.
         at: When the run gets a signal.
+        promise: What must come of it, where it is not what the other stops promise.
         more: Overrides.
         options: Of Program.
     """
@@ -122,7 +129,8 @@ def stop(
         finally:
             launch.end()
 
-    return Case(name, done, SAVED if is_saved else "it ends within seconds; " + SAME, do)
+    promise = promise or (SAVED if is_saved else f"all its processes end within {SOON:.0f} s; {SAME}")
+    return Case(name, done, promise, do)
 
 
 def typed(times: int, pause: float = 0.05) -> Callable[[Program], None]:
@@ -145,11 +153,13 @@ def nothing(launch: Program) -> None:
     """Does nothing."""
 
 
-def during(what: str, event: str, occurrence: int = 1, more: Sequence[str] = MEASURED, within: int = 0) -> Case:
-    """SIGTERM while something else than a step is done; `within`: so many events more must not come."""
+def during(
+    what: str, event: str, occurrence: int = 1, more: Sequence[str] = MEASURED, within: int = 0, **options: Any
+) -> Case:
+    """SIGTERM while something else than a step is done; `within`: this one of the next events must not come."""
     moment = Moment(event, occurrence, signal.SIGTERM)
     never = [Moment(event, occurrence + within, 0)] if within else []
-    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=moment, more=more, never=never)
+    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=moment, more=more, never=never, **options)
 
 
 def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run") -> Case:
@@ -180,12 +190,6 @@ def closed_pipe(num_lines: int) -> int:
     return writing
 
 
-def without_streams() -> None:
-    """Closes stdout and stderr."""
-    os.close(1)
-    os.close(2)
-
-
 def full() -> int:
     """A device without room."""
     return os.open("/dev/full", os.O_WRONLY)
@@ -200,19 +204,19 @@ STOPS = (
     stop("terminal closed, torchrun", "as before, torchrun", Program.hang_up, "zero1-dp2", terminal=True),
     stop("SIGINT from outside", "kill -INT", sent(signal.SIGINT)),
     stop("SIGTERM of torchrun", "kill -TERM of torchrun", sent(signal.SIGTERM), "pipeline2"),
-    during("evaluation", "call mlra_scale/parallel/zero_engine.py *eval_batch", 150, LONG_EVALUATION, within=8),
-    during("the probe before step 1", "call mlra_scale/stability/activations.py *", 20),
+    during("evaluation", "call mlra_scale/parallel/zero_engine.py *eval_batch", 150, LONG_EVALUATION, within=1),
+    during("the probe before step 1", "call mlra_scale/stability/activations.py *", 20, promise=TOO_EARLY),
     during("the probe after a step", "call mlra_scale/stability/activations.py *", 40),
     during("the noise estimate", "call mlra_scale/stability/gradients.py *.before_step", 2),
     during("a save", "open w *rank-00000*", 1, ("checkpoint.every=2",)),
-    during("a rollback", "call mlra_scale/training/guarding.py go_back", 1, GUARDED),
+    during("a rollback", "call mlra_scale/training/guarding.py go_back", 1, GUARDED, promise=ROLLED_BACK),
 )
 CONSOLES = (
     console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),
     console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}),
     console("stdout is full", "stdout is /dev/full", lambda: {"stdout": full()}),
     console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}),
-    console("no stdout", "the command is started without stdout and stderr", lambda: {"before": without_streams}),
+    console("no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}),
     console(
         "an ASCII console",
         "PYTHONIOENCODING=ascii, and a run directory whose name is not",
