@@ -24,6 +24,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 def test_72_layers_train_alike_in_a_pipeline_and_in_zero_3(
     worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path: Path
 ) -> None:
