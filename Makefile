@@ -15,6 +15,7 @@
 #   TORCH=cpu|cuda               default: the CUDA build of torch if nvidia-smi finds a GPU, else the CPU build
 #   TORCH="torch==2.12.1 ..."    or any arguments of pip install
 #   PYTEST_ARGS="-k tev -x"      more arguments for pytest
+#   TEST_PROCESSES=2             how many test files run at once; each process has its own pools of ranks (4 GB)
 #   BENCH="scaling growth"       which benchmarks: modules of benchmarks/
 #   BENCH_ARGS=--quick           arguments of each: --quick shows that they run
 SHELL := bash
@@ -28,6 +29,8 @@ PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 TORCH ?= auto
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
+IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile
 BENCH ?= step_time low_rank scaling growth running checkpoint stability planner
 BENCH_ARGS ?=
 INSTALL = $(PYTHON) tools/install.py --venv '$(VENV)' --torch '$(TORCH)'
@@ -90,11 +93,11 @@ quickstart:
 
 test:
 	@$(INSTALL) --extra dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-all:
 	@$(INSTALL) --extra dev
-	$(BIN)/python -m pytest -m "not nightly" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not nightly" $(PYTEST_ARGS)
 
 test-nightly:
 	@$(INSTALL) --extra dev

@@ -78,7 +78,7 @@ def shown(run: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in item.items() if key not in of_machine} for item in metrics(run)]
 
 
-@pytest.mark.slow_except("zero3-dp2", "pipeline2")
+@pytest.mark.slow_except("pipeline2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_a_stop_leaves_out_is_made_up_for(
     layout: str, tmp_path: Path, start: Start, interrupted: Callable[..., Finished]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from mlra_scale.study.grid import cells_of, load_study
 from mlra_scale.study.results import SweepDirectory
 from tests.support.training_runs import ROOT, Finished, Start, curve, environment, events, metrics
@@ -84,6 +86,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 200.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, training_data: Path, start: Start) -> None:
     study, output = write_study(tmp_path, training_data, "[3e-3, 10.0]"), tmp_path / "out"
     calm, wild = cells_of(load_study(study))

@@ -74,6 +74,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, training_data: Path) -> None:
     assert "metrics.jsonl" in summary and "--resume auto" in summary
 
 
+@pytest.mark.slow
 def test_a_launched_run_of_two_processes_equals_one_process(start: Start, tmp_path: Path, training_data: Path) -> None:
     arguments = ["train.steps=4", "evaluation.every=4"]
     start("one", *arguments)

@@ -129,6 +129,7 @@ def names(run: Path) -> list[str]:
     return [event["event"] for event in events(run)]
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_one_ctrl_c_in_a_terminal_saves_and_counts_once(
     num_processes: int, launch: Callable[..., Process], tmp_path: Path, data: Path
@@ -147,6 +148,7 @@ def test_one_ctrl_c_in_a_terminal_saves_and_counts_once(
     assert "Ctrl-C again ends it at once" in process.output and "is complete" in process.output
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_under_torchrun_too(launch: Callable[..., Process], tmp_path: Path, data: Path) -> None:
     """A rank that never comes to the end of its step: torchrun would wait for TORCH_ELASTIC_SHUTDOWN_TIMEOUT."""
     run = tmp_path / "run"
@@ -178,6 +180,7 @@ def _ranks_of(pid: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_saves(launch: Callable[..., Process], tmp_path: Path, data: Path) -> None:
     run = tmp_path / "run"
     process = launch(command(run, data), is_in_terminal=True)
@@ -187,6 +190,7 @@ def test_a_terminal_that_closes_saves(launch: Callable[..., Process], tmp_path: 
     assert names(run)[-2:] == ["checkpoint", "preempted"]
 
 
+@pytest.mark.slow_except("15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_ends_at_once(
     number: signal.Signals, launch: Callable[..., Process], tmp_path: Path, data: Path
@@ -226,6 +230,7 @@ def test_no_console_ends_a_run(tmp_path: Path, data: Path) -> None:
     assert curve(run, "validation_loss").keys() == set(range(9))
 
 
+@pytest.mark.slow_except("removed")
 @pytest.mark.parametrize("act", ["moved", "removed"])
 def test_a_run_directory_that_goes_ends_the_run(
     act: str, launch: Callable[..., Process], tmp_path: Path, data: Path

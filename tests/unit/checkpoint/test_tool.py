@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from mlra_scale.checkpoint import checkpoint_name, inspection, retention
+from mlra_scale.training import run_directory
 from mlra_scale.training.run_directory import RunDirectory, held
 from tests.unit.checkpoint.builders import MODEL, Layout, all_parts, write_checkpoint, write_tokenizer
 
@@ -167,6 +169,7 @@ def test_a_run_at_work_is_not_pruned(tmp_path: Path, tool: Tool, monkeypatch: py
     link = tmp_path.with_name(f"{tmp_path.name}-link")
     link.symlink_to(folder)
     with held(RunDirectory(tmp_path)), monkeypatch.context() as patch:
+        patch.setattr(run_directory, "held", partial(held, seconds=0.0))
         patch.chdir(folder)
         for path in (tmp_path, folder, Path(), Path(".."), link):
             code, out, err = tool("prune", path, "--keep-last", 1)
