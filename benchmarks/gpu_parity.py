@@ -77,8 +77,9 @@ def parity(cases: Sequence[Case], device: str, timeout_s: float) -> dict[str, di
         for attention in case.attentions:
             name, exact = f"{case.shape.name}: {attention}", tensors_of(reference, f"{attention}/fp32/")
             found[f"{name} fp32"] = compare_fp32(tensors_of(ours, f"{attention}/fp32/"), exact)
-            rounded = [tensors_of(tensors, f"{attention}/bf16/") for tensors in (ours, reference)]
-            found[f"{name} bf16"] = compare_bf16(*rounded, exact)
+            found[f"{name} bf16"] = compare_bf16(
+                tensors_of(ours, f"{attention}/bf16/"), tensors_of(reference, f"{attention}/bf16/"), exact
+            )
     return found
 
 

@@ -121,6 +121,11 @@ class ParallelConfig(Section):
         description="Tensor-parallel ranks split what is between attention and MLP along the sequence (activations and "
         "the work on them) instead of repeating it.",
     )
+    cluster_file: Text | None = Field(
+        None,
+        description="For the planner's estimates: a file of constants that `sbatch slurm/check.sh` has measured "
+        "(docs/cluster_check.md); null: those of a named cluster.",
+    )
     timeout_minutes: float = Field(10.0, gt=0.0, le=1440.0, description="After this long a stuck collective fails.")
     world_size: int | None = Field(
         None, ge=1, description="Expected number of ranks: checked at start, and used by --dry-run on one process."

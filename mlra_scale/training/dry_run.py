@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from textwrap import wrap
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, zero_stage
 from mlra_scale.config.json_text import printable
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.cluster import GIB, named_cluster
+from mlra_scale.planning.cluster_file import read_cluster_file
 from mlra_scale.planning.layout import (
     blocks_of_stage,
     data_groups,
@@ -163,8 +165,11 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def _estimate_lines(config: Config, plan: BatchPlan) -> list[str]:
-    """What the planner expects of a step on a cluster that many have, or on CPU cores where these are asked for."""
-    cluster = named_cluster("cpu" if config.train.device == "cpu" else "h100")
+    """What the planner expects of a step: on a cluster that was measured, or on one that many have, or on CPU cores."""
+    if config.parallel.cluster_file is not None:
+        cluster = read_cluster_file(Path(config.parallel.cluster_file), "parallel.cluster_file")
+    else:
+        cluster = named_cluster("cpu" if config.train.device == "cpu" else "h100")
     devices = min(cluster.devices_per_node, plan.world_size)
     cluster = replace(cluster, devices_per_node=devices, nodes=-(-plan.world_size // devices))
     time = step_time(config, plan, cluster)

@@ -89,9 +89,7 @@ def test_compiled_contenders_of_ours_compile() -> None:
 
 
 def test_ours_is_under_zero_1() -> None:
-    stages = {
-        name: config_for(gpu.TINY, name).deepspeed.get("zero_optimization", {}).get("stage") for name in gpu.NAMES
-    }
+    stages = {name: zero_stage(config_for(gpu.TINY, name)) for name in gpu.NAMES}
     assert {name for name, stage in stages.items() if stage == 1} == {name for name in stages if "mlra_scale" in name}
 
 

@@ -1,6 +1,11 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from mlra_scale.config import batch_plan, load_config
+from mlra_scale.config import ConfigError, batch_plan, load_config
+from mlra_scale.planning.cluster import named_cluster
+from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.training.dry_run import plan_report, short_report
 
 
@@ -50,3 +55,14 @@ def test_the_step_is_estimated_for_a_named_cluster_and_marked_as_such() -> None:
     assert "on 2 x 8 h100: step " in text and "MFU" in text and "bubble" in text
     assert "GB that a rank sends per step: tensor" in text and "datasheet" in text
     assert "on 1 x 1 cpu: step " in report_of("debug", 1, "train.device=cpu")
+
+
+def test_the_step_is_estimated_for_a_cluster_that_was_measured(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.json"
+    cluster = replace(named_cluster("h100"), name="our nodes", source="measured here", utilization=0.01)
+    write_cluster_file(file, cluster, ["utilization"])
+    text = report_of("gpt2-mlra-72l", 16, "parallel.tensor=2", f"parallel.cluster_file={file}")
+    assert "on 2 x 8 our nodes: step " in text and "(measured here)" in text
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=rf"parallel\.cluster_file {file}: format = None: must be"):
+        report_of("debug", 1, f"parallel.cluster_file={file}")
