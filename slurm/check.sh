@@ -25,4 +25,6 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     echo "$0: this is no Slurm job. Submit it: sbatch $0 ; on this machine alone: python -m benchmarks.check" >&2
     exit 2
 fi
+# The batch script's process needs no torch, which may be in a container only; it sets this anew for the others.
+export DS_ACCELERATOR=cpu
 exec python -u -m benchmarks.check --output "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"

@@ -16,7 +16,8 @@ from tests.support.training_runs import ROOT, environment
 FOLDER = ROOT / "slurm"
 SWEEP = FOLDER / "sweep.sh"
 SOURCED = [FOLDER / "environment.sh", FOLDER / "launch.sh"]
-FILES = sorted({*FOLDER.glob("*.sh")} - {SWEEP, *SOURCED})
+CHECK = FOLDER / "check.sh"
+FILES = sorted({*FOLDER.glob("*.sh")} - {SWEEP, CHECK, *SOURCED})
 NAMES = [path.name for path in FILES]
 
 
@@ -54,7 +55,7 @@ def test_twins_differ_in_the_model_only() -> None:
         ]
 
 
-@pytest.mark.parametrize("path", [*FILES, SWEEP, *SOURCED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*FILES, SWEEP, CHECK, *SOURCED], ids=lambda path: path.name)
 def test_bash_and_shellcheck_find_nothing(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], timeout=30, check=False).returncode == 0
     if shutil.which("shellcheck") is None:
