@@ -10,7 +10,7 @@ fails, or whose time is over, does not stop the next one; what a step had found 
 over, the steps that are left are reported as not run.
 
 What the cluster can do is written to FOLDER/cluster.json as soon as it is known, for `tools/plan.py --cluster-file` and
-`parallel.cluster_file`.
+`cluster.file`.
 
 Exit code: 0 if everything that was compared agrees and nothing failed; 1 otherwise; 2 for bad input.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,25 +14,23 @@ import torch.distributed as dist
 
 from benchmarks.contenders import LEARNING_RATE, Shape, config_of
 from benchmarks.layouts import samples
-from benchmarks.planner_calibration import link_of, overheads_of, rates_of
+from benchmarks.planner_calibration import host_costs, link_of, overheads_of, rates_of
 from benchmarks.planner_ranks import micro_batches
 from benchmarks.tensor_memory import recording
 from mlra_scale.config import Config, batch_plan, load_named_config
 from mlra_scale.data import Batch
 from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
-from mlra_scale.planning.cluster import GIB, Cluster, named_cluster, named_clusters
+from mlra_scale.planning.choice import choose
+from mlra_scale.planning.cluster import GIB, Cluster, cluster_of_device, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
 from mlra_scale.planning.memory import rank_memory
-from mlra_scale.planning.search import Candidate, changed, search
-from mlra_scale.planning.search import Engine as Settings
+from mlra_scale.planning.search import Candidate, changed
 
 if TYPE_CHECKING:
     from benchmarks.check import Task
 
-ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 5.0
 Write = Callable[[dict[str, Any]], None]
-ENGINES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
 
 SHAPE = Shape("agreement", num_layers=4, hidden_size=128, num_heads=8, batch_size=1, vocab_size=512)
 STEPS = 3
@@ -93,7 +90,7 @@ def base_of(task: Task, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {"name": "cpu", **sizes, "source": "measured by benchmarks.check; the rest as for the cluster 'cpu'"}
     device_name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    name = next((name for name in named_clusters() if name in device_name.lower()), "h100")
+    name = cluster_of_device(device_name) or "h100"
     source = f"measured by benchmarks.check on {device_name}; the rest as for the cluster '{name}'"
     return {"name": name, **sizes, "memory": float(memory), "source": source}
 
@@ -112,12 +109,13 @@ def rates(task: Task, write: Write) -> dict[str, Any]:
     latency = task.result_of("links").get("constants", {}).get("latency_intra", named.latency_intra)
     constants = {**found, **rate}
     write({"holds": None, "base": base, "constants": constants, "lines": _constant_lines(constants)})
+    constants |= host_costs(device) if device.type == "cuda" else {}
     constants |= overheads_of(changed(config, {"deepspeed": {}}), device, latency if task.world_size > 1 else 0.0)
     gathered: list[Any] = [None] * task.world_size
     dist.all_gather_object(gathered, constants)
     for name in constants:
         values = [each[name] for each in gathered]
-        is_time = name.endswith("overhead")
+        is_time = name.endswith("overhead") or name in ("launch", "wait")
         constants[name] = max(values) if is_time else min(values)
     return {"holds": None, "base": base, "constants": constants, "lines": _constant_lines(constants)}
 
@@ -126,7 +124,7 @@ def _constant_lines(constants: dict[str, Any]) -> list[str]:
     units = {"peak_flops": (1e12, "TFLOP/s"), "memory_bandwidth": (1e9, "GB/s"), "update_bandwidth": (1e9, "GB/s")}
     lines = []
     for name, value in constants.items():
-        factor, unit = units.get(name, (1e-6, "us") if name.endswith("overhead") else (1.0, ""))
+        factor, unit = units.get(name, (1.0, "") if name == "utilization" else (1e-6, "us"))
         values = value if isinstance(value, tuple) else (value,)
         lines.append(f"{name} {' '.join(f'{each / factor:.4g}' for each in values)} {unit}".rstrip())
     return lines
@@ -138,28 +136,15 @@ def configuration(task: Task) -> Config:
     return load_named_config(task.preset, None, None, overrides)[0]
 
 
-def cluster_of(task: Task, device: torch.device) -> Cluster:
-    """What is known of the cluster by now."""
-    file = Path(task.folder) / "cluster.json"
-    if file.exists():
-        return read_cluster_file(file)
-    base = base_of(task, device)
-    return replace(named_cluster(base.pop("name")), **base)
-
-
 def chosen(task: Task, device: torch.device) -> tuple[Candidate, Cluster]:
-    """The layout that the planner holds for the fastest here, with ZeRO 1 at least."""
+    """The layout that a job with parallel.layout=auto would run, by what is known of the cluster by now."""
     overrides = [*task.overrides, f"train.device={task.device}"]
     config, named = load_named_config(task.preset, None, None, overrides)
-    engines = [
-        Settings(f"ds_configs/{name}.json", json.loads((ROOT / "ds_configs" / f"{name}.json").read_text()), is_for)
-        for name, is_for in ENGINES.items()
-    ]
-    cluster = cluster_of(task, device)
-    found = search(config, named, cluster, engines)
-    if not found.feasible:
-        raise ValueError(f"{task.preset} fits into the memory of these devices in no layout; name a smaller --preset")
-    return found.feasible[0], cluster
+    file, base = Path(task.folder) / "cluster.json", base_of(task, device)
+    cluster = read_cluster_file(file) if file.exists() else named_cluster(base["name"])
+    sizes = {name: value for name, value in base.items() if name in ("nodes", "devices_per_node", "memory")}
+    choice = choose(config, named, replace(cluster, **sizes))
+    return choice.chosen, choice.cluster
 
 
 def training(task: Task, write: Write) -> dict[str, Any]:

@@ -181,6 +181,23 @@ def _topology(config: Config, device: torch.device) -> Topology:
     return build_topology(batch_plan(config, dist.get_world_size()), device, config.parallel.timeout_minutes)
 
 
+def host_costs(device: torch.device) -> dict[str, float]:
+    """Seconds in which the host starts one operation of a GPU, and in which it waits for one that is done."""
+    value = torch.zeros(1, device=device)
+    number = 1_000
+
+    def launch() -> None:
+        for _ in range(number):
+            value.add_(1.0)
+
+    def wait() -> None:
+        for _ in range(number):
+            value.item()
+
+    # What the device takes for an operation of one number is less than what the host takes to start it.
+    return {name: median_seconds(work, device) / number for name, work in (("launch", launch), ("wait", wait))}
+
+
 def _seconds_of(topology: Topology, configs: Sequence[Config]) -> list[float]:
     """Seconds of a step of engines of one mesh."""
     times = []

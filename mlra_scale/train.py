@@ -36,6 +36,7 @@ from mlra_scale.data.errors import DataError
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.layout import Devices, devices_unseen, settled
 from mlra_scale.training.run_directory import RunDirectory, held
 
 if TYPE_CHECKING:
@@ -94,15 +95,17 @@ def main(
         with Interruption() as listening:
             return main(argv, overseer, listening)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
     try:
         arguments = build_parser().parse_intermixed_args(argv)
         run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
         config, named, is_as_before = resolve(arguments)
         if arguments.dry_run:
-            return _dry_run(config, rank, config.parallel.world_size or world_size)
+            devices = devices_unseen(config, config.parallel.world_size or world_size, ranks_per_node)
+            return _dry_run(config, named, rank, devices)
         from mlra_scale.training.start import Asked
 
-        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before)
+        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before, ranks_per_node)
         return _train(asked, rank, overseer, interruption)
     except ConfigError as error:
         # Whatever signal ends this rank meanwhile: the input is bad.
@@ -162,11 +165,13 @@ def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Int
         return run(asked, start, overseer, interruption)
 
 
-def _dry_run(config: Config, rank: int, world_size: int) -> int:
-    """Prints the plan of a world that need not be there; data are checked if they are named."""
+def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
+    """Prints the plan for devices that need not be there; data are checked if they are named."""
     problems: list[Problem] = []
+    layout = None
     try:
-        validate(config, world_size)
+        config, layout = settled(config, named, devices)
+        validate(config, devices.number)
     except ConfigError as error:
         problems += error.problems
     if config.data.path is not None or config.data.blend is not None:
@@ -176,7 +181,7 @@ def _dry_run(config: Config, rank: int, world_size: int) -> int:
     if problems:
         raise ConfigError(problems)
     if rank == 0:
-        print(plan_report(config, batch_plan(config, world_size)))
+        print(plan_report(config, batch_plan(config, devices.number), layout, devices))
     return ExitCode.DONE
 
 

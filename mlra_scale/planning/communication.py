@@ -28,6 +28,9 @@ from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
 from mlra_scale.planning.memory import keeps_gathered, reuse_distance
 
+HOP = 0.2
+"""Latencies of a message that a ring takes to pass a chunk to the next rank, once it runs: assumed."""
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -35,25 +38,33 @@ class Traffic:
 
     Attributes:
         sent: Bytes.
-        messages: Collectives or messages, each of which waits at least for the latency.
+        messages: Messages and sums, which pass through a tree of the ranks.
+        rings: Gathers and scatters, which pass from rank to rank.
     """
 
     sent: float = 0.0
     messages: float = 0.0
+    rings: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent + other.sent, self.messages + other.messages)
+        return Traffic(self.sent + other.sent, self.messages + other.messages, self.rings + other.rings)
 
     def times(self, number: float) -> Traffic:
         """The same so many times."""
-        return Traffic(number * self.sent, number * self.messages)
+        return Traffic(number * self.sent, number * self.messages, number * self.rings)
 
     def seconds(self, cluster: Cluster, group: list[int]) -> float:
-        """Time of it in a group of ranks: bytes over bandwidth, and log2 of the ranks latencies per message."""
+        """Time of it in a group of ranks: bytes over bandwidth, and latencies.
+
+        A message waits for log2 of the ranks latencies, a ring for as many hops as there are other ranks, of HOP
+        latencies each; it is no faster than a message.
+        """
         if len(group) == 1:
             return 0.0
         bandwidth, latency = cluster.link(group)
-        return self.sent / bandwidth + self.messages * latency * ceil(log2(len(group)))
+        depth = ceil(log2(len(group)))
+        ring = max(depth, HOP * (len(group) - 1))
+        return self.sent / bandwidth + latency * (self.messages * depth + self.rings * ring)
 
 
 def all_reduce(nbytes: float, ranks: int) -> Traffic:
@@ -63,7 +74,7 @@ def all_reduce(nbytes: float, ranks: int) -> Traffic:
 
 def scatter_or_gather(nbytes: float, ranks: int) -> Traffic:
     """One reduce-scatter or all-gather of so many bytes altogether."""
-    return Traffic() if ranks == 1 else Traffic(nbytes * (ranks - 1) / ranks, 1)
+    return Traffic() if ranks == 1 else Traffic(nbytes * (ranks - 1) / ranks, rings=1)
 
 
 def tensor_traffic_of_block(config: Config, plan: BatchPlan) -> Traffic:
@@ -145,23 +156,20 @@ def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) ->
         gathered = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
         num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
         times = 2 - min(reuse_distance(config), num_weights) / num_weights
-        weights = Traffic(times * gathered.sent, times * num_blocks if plan.data > 1 else 0)
+        weights = Traffic(times * gathered.sent, rings=times * num_blocks if plan.data > 1 else 0)
     return gradients, weights
 
 
-def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> Traffic:
-    """What a rank sends to its data-parallel peers once a step."""
+def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
+    """Gradients that a rank sends to its data-parallel peers once a step, and updated weights likewise."""
     zero = zero_stage(config)
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
-    gradients, weights = communication_bytes(config) * num_weights, float(BYTES[config.train.precision] * num_weights)
-    if zero == 0:
-        return all_reduce(gradients, plan.data)
-    traffic = Traffic()
-    if zero == 1:
-        traffic += all_reduce(gradients, plan.data)
+    gradients = weights = Traffic()
+    if zero in (0, 1):
+        gradients = all_reduce(communication_bytes(config) * num_weights, plan.data)
     if zero in (1, 2):
-        traffic += scatter_or_gather(weights, plan.data)
-    return traffic
+        weights = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
+    return gradients, weights
 
 
 def communication_bytes(config: Config) -> float:

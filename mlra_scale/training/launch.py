@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
+from mlra_scale.training.layout import memory_of_node
 from mlra_scale.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -44,6 +46,22 @@ def check_device(config: Config) -> list[Problem]:
     return []
 
 
+def seen_device(kind: str, ranks_per_node: int) -> tuple[str | None, float | None]:
+    """Returns what the driver calls this process's device, and the bytes of its memory; None where there is none.
+
+    Args:
+        kind: "cpu" or "cuda".
+        ranks_per_node: Among them a node's memory is divided, for CPUs.
+    """
+    if kind == "cpu":
+        return None, memory_of_node() / ranks_per_node
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        return None, None  # check_device says so
+    properties = torch.cuda.get_device_properties(local_rank)
+    return properties.name, float(properties.total_memory)
+
+
 def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
     """Refuses to be one of many processes of which each would take itself for the only one.
 
@@ -65,6 +83,22 @@ def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
             )
             return [Problem(name, value, remedy)]
     return []
+
+
+def check_same_layout(start: Start, place: torch.device) -> None:
+    """Makes sure that the planner has chosen the same layout on every rank, each for its own device; collective.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    assert start.layout is not None
+    digest = int.from_bytes(hashlib.sha256(repr(start.layout.overrides).encode()).digest()[:7])
+    both = torch.tensor([digest, -digest], device=place)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if both[0] != -both[1]:
+        remedy = "the ranks have devices of different kinds or memory, for which the planner chooses differently; name "
+        remedy += "cluster.device and cluster.device_memory_gib, or the fields of the layout"
+        raise ConfigError([Problem("parallel.layout", "auto", remedy)])
 
 
 def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interruption) -> ExitCode:
@@ -102,6 +136,8 @@ def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interrupti
     overseer.beat("connecting", start.progress.step)
     place = initialize_distributed(device, minutes)
     overseer.check(place)
+    if start.layout is not None:
+        check_same_layout(start, place)
     overseer.beat("preparing", start.progress.step)
     topology = build_topology(start.plan, place, minutes)
     code, problems = ExitCode.DONE, []

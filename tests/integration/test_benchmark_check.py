@@ -85,11 +85,9 @@ def test_the_file_of_the_cluster_keeps_what_each_step_measured(tmp_path: Path) -
     assert not (tmp_path / "cluster.json").exists()
     checked._note_constants({"link_inter": 3e10}, dict(base))
     checked._note_constants({"zero_overhead": [0.0, 1.0, 2.0, 3.0], "utilization": 0.4}, dict(base))
-    expected = replace(
-        named_cluster("h100"),
-        **{**base, "name": "h100, measured", "link_inter": 3e10, "utilization": 0.4},
-        zero_overhead=(0.0, 1.0, 2.0, 3.0),
-    )
+    named = replace(named_cluster("h100"), name="h100, measured", source="here", nodes=3, devices_per_node=4)
+    overheads = (0.0, 1.0, 2.0, 3.0)
+    expected = replace(named, memory=1e11, link_inter=3e10, utilization=0.4, zero_overhead=overheads)
     assert read_cluster_file(tmp_path / "cluster.json") == expected
     measured = json.loads((tmp_path / "cluster.json").read_text())["measured"]
     assert measured == ["link_inter", "utilization", "zero_overhead"]

@@ -52,5 +52,5 @@ def test_two_nodes_are_checked_and_the_planner_reads_the_file(
     assert (found.block_overhead, found.peak_flops) != (named.block_overhead, named.peak_flops) or steps == ["links"]
     plan = run_tool("plan", "--preset", "debug", "--cluster-file", file, "--top", 1)
     assert plan.code == 0 and "cluster cpu, measured: 2 node(s) of 1 device(s)" in plan.stdout, plan.stderr
-    config = load_config("debug", overrides=[f"parallel.cluster_file={file}"])
+    config = load_config("debug", overrides=[f"cluster.file={file}", "train.device=cpu"])
     assert "on 2 x 1 cpu, measured: step " in plan_report(config, batch_plan(config, 2))

@@ -18,9 +18,8 @@ FIELDS = {
     "compile max_consecutive_overflows",
     "optim": "lr betas eps weight_decay decay_factors decay_embedding grad_clip schedule warmup_steps decay_steps "
     "min_lr_ratio",
-    "parallel": "tensor pipeline engine activation_checkpointing low_rank_plan sequence_parallel cluster_file "
-    "timeout_minutes "
-    "world_size",
+    "parallel": "layout tensor pipeline engine activation_checkpointing low_rank_plan sequence_parallel "
+    "timeout_minutes world_size",
     "tev": "every quantiles extremes",
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
@@ -31,8 +30,8 @@ FIELDS = {
     "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",
     "profile": "start stop",
-    "cluster": "elastic hang_minutes start_minutes stop_minutes max_failures max_preemptions lost_node_seconds "
-    "step_memory cpu_bind",
+    "cluster": "device device_memory_gib file elastic hang_minutes start_minutes stop_minutes max_failures "
+    "max_preemptions lost_node_seconds step_memory cpu_bind",
 }
 
 
