@@ -173,6 +173,8 @@ class Check:
         """The command of a step's processes, and their environment."""
         job, settings, ranks = self._allocation, self._settings, self.task.devices_per_node
         own = {"DS_ACCELERATOR": self.task.device}
+        if place == "all":
+            own["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as a job's ranks have it, before CUDA begins
         program = ["-u", "-m", "benchmarks.check", "--child", *arguments]
         if job is not None:
             nodes, ranks = (job.nodes, ranks) if place == "all" else ((job.here,), 1)

@@ -250,7 +250,9 @@ def layouts_of(world_size: int, devices_per_node: int) -> dict[str, dict[str, di
 def alone(task: Task, write: Write) -> dict[str, Any]:
     """Losses and gradient norms of one process, in fp32 and bf16, on the samples of all ranks."""
     device = device_of(task)
-    found = {precision: _trajectory({}, precision, task, device) for precision in ("fp32", "bf16")}
+    # As many samples at once as divide the batch: with a thousand ranks one by one would take minutes.
+    size = max(size for size in range(1, 65) if 2 * task.world_size % size == 0)
+    found = {precision: _trajectory({}, precision, task, device, size) for precision in ("fp32", "bf16")}
     return {"holds": None, "lines": [f"{name}: losses {values['losses']}" for name, values in found.items()], **found}
 
 
@@ -292,10 +294,10 @@ def difference(found: dict[str, list[float]], precision: str, expected: dict[str
 
 
 def _trajectory(
-    sections: dict[str, dict[str, Any]], precision: str, task: Task, device: torch.device
+    sections: dict[str, dict[str, Any]], precision: str, task: Task, device: torch.device, size: int = 1
 ) -> dict[str, list[float]]:
-    """Losses and gradient norms of the first steps of a layout."""
-    batch = {"global_batch_size": 2 * task.world_size, "micro_batch_size": 1, "device": task.device}
+    """Losses and gradient norms of the first steps of a layout, with micro-batches of a size."""
+    batch = {"global_batch_size": 2 * task.world_size, "micro_batch_size": size, "device": task.device}
     config = config_of(SHAPE, "mlra", precision, train=batch, **sections)
     with mesh(config, device) as topology:
         plan = batch_plan(config, topology.world_size)
@@ -308,7 +310,7 @@ def _trajectory(
 
 
 def _share(config: Config, topology: Topology, step: int) -> list[Batch]:
-    """This rank's micro-batches, each of one sample; which samples a step has does not depend on the layout."""
-    size = config.train.global_batch_size
-    numbers = range(step * size + topology.data_rank, (step + 1) * size, topology.data)
-    return [samples(SHAPE, [number]) for number in numbers]
+    """This rank's micro-batches; which samples a step has does not depend on the layout."""
+    batch, size = config.train.global_batch_size, config.train.micro_batch_size
+    starts = range(step * batch + topology.data_rank * size, (step + 1) * batch, topology.data * size)
+    return [samples(SHAPE, range(start, start + size)) for start in starts]

@@ -36,6 +36,9 @@ EVERYTHING = (
 )
 """Everything that a run can measure and do, in its first steps."""
 STOPPED_AFTER = 5
+ROUNDS = 3
+FEWEST_SECONDS = 20.0
+"""No contender is started when less is left: it would only import its libraries."""
 
 
 def parity(task: Task, write: Write) -> dict[str, Any]:
@@ -173,25 +176,34 @@ def _same_tensors(first: Path, second: Path) -> bool:
 
 def deep(task: Task, write: Write) -> dict[str, Any]:
     """72 layers: plain PyTorch, ours dense and at R = D/2 under ZeRO 1, compiled or not."""
-    return _contenders(task, "72 layers")
+    return _contenders(task, write, "72 layers")
 
 
 def xl(task: Task, write: Write) -> dict[str, Any]:
     """The same of gpt2-xl."""
-    return _contenders(task, "gpt2-xl")
+    return _contenders(task, write, "gpt2-xl")
 
 
-def _contenders(task: Task, model: str) -> dict[str, Any]:
+def _contenders(task: Task, write: Write, model: str) -> dict[str, Any]:
     from benchmarks import gpu
     from benchmarks.gpu_child import COMPILED, DENSE, MLRA, PLAIN
 
-    names = [kind + ending for ending in ("", COMPILED) for kind in (MLRA, DENSE, PLAIN)]
-    file = Path(task.folder) / f"contenders-{model.replace(' ', '-')}.json"  # written after each of them
-    words = ["--device", task.device, "--models", model, "--contenders", *names, "--no-parity", "--json", str(file)]
-    words += ["--rounds", "3", "--timeout", str(task.seconds / 2), *(["--quick"] if task.is_quick else [])]
-    gpu.main(words)
-    report = json.loads(file.read_text())
-    return {"holds": None, "lines": gpu.table_lines(report["models"][0], report["rounds"]), "report": report}
+    shape, end = gpu.TINY if task.is_quick else gpu.MODELS[model], time.monotonic() + task.seconds
+    names = [kind + ending for ending in ("", COMPILED) for kind in (MLRA, PLAIN, DENSE)]
+    products = (128,) if task.is_quick else gpu.PRODUCTS
+    values = {"precision": gpu.PRECISION, "rounds": ROUNDS, "steps": gpu.STEPS_PER_ROUND, "products": products}
+    with gpu.drawn_weights(shape, task.seconds) as weights:
+
+        def time_one(name: str) -> dict[str, Any]:
+            left = end - time.monotonic() - 1.0
+            if left < FEWEST_SECONDS:
+                return {"failed": "the time of this step is over", "told": ""}
+            return gpu.time_child(shape, values | {"weights": weights}, task.device, left, name)
+
+        for found in gpu.measure(shape, names, time_one):
+            result = {"holds": None, "lines": gpu.table_lines(found, ROUNDS), "report": found}
+            write(result)
+    return result
 
 
 def synchronizations(task: Task, write: Write) -> dict[str, Any]:
