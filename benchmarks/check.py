@@ -67,7 +67,7 @@ STEPS = (
     Step("links", 60, "check_ranks.links", "all", "ranks"),
     Step("rates", 60, "check_ranks.rates", "all"),
     Step("training", 150, "check_ranks.training", "all"),
-    Step("synchronizations", 60, "check_steps.synchronizations", needs="gpu"),
+    Step("synchronizations", 60, "check_ranks.synchronizations", needs="gpu"),
     Step("alone", 60, "check_ranks.alone"),
     Step("layouts", 120, "check_ranks.layouts", "all"),
     Step("72 layers", 240, "check_steps.deep", needs="gpu"),

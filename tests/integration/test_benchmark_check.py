@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -122,6 +123,31 @@ def test_what_differs_from_one_process_is_named() -> None:
     assert check_ranks.difference(trajectory(5.97, 5.009), "bf16", alone) == ""
     assert "losses 5.95" in check_ranks.difference(trajectory(5.95, 5.0), "bf16", alone)
     assert "losses 5.02 at step 2" in check_ranks.difference(trajectory(6.0, 5.02), "bf16", alone)
+
+
+def test_a_wait_is_noted_by_the_function_that_waits() -> None:
+    """torch warns in the innermost Python frame of what waits."""
+    names: dict[str, Any] = {"warnings": warnings}
+    for file, code in (
+        (
+            "/lib/deepspeed/accelerator/cuda.py",
+            "def hands_on(): warnings.warn('called a synchronizing CUDA operation')",
+        ),
+        ("/lib/deepspeed/runtime/utils.py", "def norm():\n    return hands_on()"),
+        ("/here/mlra_scale/parallel/engine.py", "class Engine:\n    def propose(self):\n        norm(); norm()"),
+    ):
+        exec(compile(code, file, "exec"), names)
+    with check_ranks.noted_waits() as found:
+        names["Engine"]().propose()
+        warnings.warn("something else", stacklevel=1)
+    assert found == {"deepspeed/runtime/utils.py:norm": 2}
+
+
+@pytest.mark.skipif(not check_ranks.WAITS.exists(), reason="tests/support/device is not there")
+def test_the_list_of_waits_is_that_of_the_traced_engines() -> None:
+    listed = check_ranks.known_waits()
+    assert listed["mlra_scale/parallel/engine.py:EngineBase._propose"] == 1
+    assert sum(listed.values()) >= len(listed)
 
 
 @pytest.mark.parametrize(
