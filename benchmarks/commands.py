@@ -24,10 +24,11 @@ class CommandFailed(RuntimeError):
 
     def __init__(self, what: str, output: str = "") -> None:
         super().__init__(f"{what}\n{output[-3000:]}".strip())
-        lines = [line.strip() for line in output.splitlines() if line.strip()]
-        # Compilers write advice behind their error.
+        lines = [re.sub(r"^\[rank\d+\]: ", "", line.strip()) for line in output.splitlines() if line.strip()]
+        # Compilers write advice behind their error, and launchers an error of their own that says nothing.
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
-        self.last_line = (named or lines or [what])[-1]
+        telling = [line for line in named if not line.endswith(":")]
+        self.last_line = (telling or named or lines or [what])[-1]
 
 
 def run_command(

@@ -122,6 +122,8 @@ def test_the_line_that_names_the_error_is_shown() -> None:
     advice = "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this especially)"
     error = "torch._inductor.exc.InductorError: CUDA out of memory. Tried to allocate 2 GiB"
     assert CommandFailed("it", f"Traceback (most recent call last):\n  here\n{error}\n\n{advice}\n").last_line == error
+    of_ranks = f"[rank1]: {error}\nW1129 Sending process 7 closing signal\ntorch.x.errors.ChildFailedError:\n====\n"
+    assert CommandFailed("it", of_ranks).last_line == error
     assert CommandFailed("it", "one\nKilled\n").last_line == "Killed"
     assert CommandFailed("it: exit code -9").last_line == "it: exit code -9"
 
