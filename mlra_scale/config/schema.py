@@ -195,6 +195,11 @@ class ClusterConfig(Section):
         "share of the node's memory on CPUs), and where none can be seen that of the device's data sheet.",
     )
 
+    file: Text | None = Field(
+        None,
+        description="Constants of the cluster that `sbatch slurm/check.sh` has measured (docs/cluster_check.md), which "
+        "the planner takes instead of those of a device; null: none.",
+    )
     elastic: bool = Field(
         False,
         description="Go on with fewer nodes where one is lost: the data-parallel degree shrinks, the global batch and "

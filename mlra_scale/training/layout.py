@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from mlra_scale.config import Config, Named
+from mlra_scale.config import Config, ConfigError, Named, Problem
 from mlra_scale.planning.choice import FIELDS, LayoutChoice, choose
 from mlra_scale.planning.cluster import GIB, Cluster, cluster_of_device, named_cluster
+from mlra_scale.planning.cluster_file import read_cluster_file
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,21 @@ def memory_of_node() -> float:
 
 
 def cluster_for(config: Config, devices: Devices) -> Cluster:
-    """Returns what the planner plans with: the named cluster of these devices, with their number and memory.
+    """Returns what the planner plans with: constants that were measured or those of these devices, and their number.
 
     Args:
-        config: cluster.device and cluster.device_memory_gib win over what is seen.
+        config: cluster.file, cluster.device and cluster.device_memory_gib win over what is seen.
         devices: What is there.
+
+    Raises:
+        ConfigError: cluster.file cannot be used.
     """
-    seen = None if devices.name is None else cluster_of_device(devices.name)
-    name = config.cluster.device or seen or ("cpu" if devices.kind == "cpu" else "h100")
-    cluster = named_cluster(name)
+    if config.cluster.file is not None:
+        cluster = _measured(config, devices.kind)
+    else:
+        seen = None if devices.name is None else cluster_of_device(devices.name)
+        name = config.cluster.device or seen or ("cpu" if devices.kind == "cpu" else "h100")
+        cluster = named_cluster(name)
     per_node = devices.per_node or cluster.devices_per_node
     per_node = max(number for number in range(1, per_node + 1) if devices.number % number == 0)
     given = config.cluster.device_memory_gib
@@ -63,6 +71,20 @@ def cluster_for(config: Config, devices: Devices) -> Cluster:
         devices_per_node=per_node,
         memory=cluster.memory if memory is None else memory,
     )
+
+
+def _measured(config: Config, kind: str) -> Cluster:
+    assert config.cluster.file is not None
+    cluster = read_cluster_file(Path(config.cluster.file), "cluster.file")
+    remedy = None
+    if config.cluster.device is not None:
+        remedy = f"holds the constants of a device, and so does cluster.device={config.cluster.device}; leave one out"
+    elif cluster.runs_ahead != (kind == "cuda"):
+        others = "GPUs" if cluster.runs_ahead else "CPUs"
+        remedy = f"was measured on {others}, and this is planned for {kind}; name a file of such devices, or none"
+    if remedy is not None:
+        raise ConfigError([Problem("cluster.file", config.cluster.file, remedy)])
+    return cluster
 
 
 def settled(config: Config, named: Named, devices: Devices) -> tuple[Config, LayoutChoice | None]:

@@ -17,7 +17,8 @@ from tests.support.training_runs import ROOT, environment
 FOLDER = ROOT / "slurm"
 SWEEP = FOLDER / "sweep.sh"
 SOURCED = [FOLDER / "environment.sh", FOLDER / "launch.sh"]
-FILES = sorted({*FOLDER.glob("*.sh")} - {SWEEP, *SOURCED})
+CHECK = FOLDER / "check.sh"
+FILES = sorted({*FOLDER.glob("*.sh")} - {SWEEP, CHECK, *SOURCED})
 NAMES = [path.name for path in FILES]
 
 
@@ -78,7 +79,7 @@ def test_a_named_layout_stays_and_is_compared_with_the_best() -> None:
     assert re.search(r"this layout takes \d+ % longer than the planner's\s+best", plan.stdout), plan.stdout
 
 
-@pytest.mark.parametrize("path", [*FILES, SWEEP, *SOURCED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*FILES, SWEEP, CHECK, *SOURCED], ids=lambda path: path.name)
 def test_bash_and_shellcheck_find_nothing(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], timeout=30, check=False).returncode == 0
     if shutil.which("shellcheck") is None:

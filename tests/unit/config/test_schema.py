@@ -30,7 +30,7 @@ FIELDS = {
     "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",
     "profile": "start stop",
-    "cluster": "device device_memory_gib elastic hang_minutes start_minutes stop_minutes max_failures "
+    "cluster": "device device_memory_gib file elastic hang_minutes start_minutes stop_minutes max_failures "
     "max_preemptions lost_node_seconds step_memory cpu_bind",
 }
 
