@@ -48,21 +48,21 @@ class Answers(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _tolist(self, tensor: torch.Tensor) -> Any:
-        return self._host(tensor, "tolist").tolist()
+        return self._read(tensor, "tolist", torch.Tensor.tolist)
 
     def _numpy(self, tensor: torch.Tensor, *, force: bool = False) -> Any:
         assert tensor.device.type == "cpu" or force, "numpy() of a tensor of the device"
-        return self._host(tensor, "numpy").numpy()
+        return self._read(tensor, "numpy", torch.Tensor.numpy)
 
-    def _host(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
-        """A plain tensor of the values that are known, or of meaningless ones; a wait, where they are the device's."""
+    def _read(self, tensor: torch.Tensor, kind: str, convert: Callable[[torch.Tensor], Any]) -> Any:
+        """Reads values that are known, or meaningless ones; a wait, where they are the device's."""
         if tensor.device.type == "cuda":
             self.trace.wait(kind)
         known = self.trace.values_of(tensor) if isinstance(tensor, FakeTensor) else tensor
         with _disable_current_modes():
-            if known is not None:
-                return known.detach().clone()
-            return torch.full(tuple(tensor.shape), unknown(tensor.dtype), dtype=tensor.dtype)
+            if known is None:
+                known = torch.full(tuple(tensor.shape), unknown(tensor.dtype), dtype=tensor.dtype)
+            return convert(known.detach().clone())
 
     def _pin_memory(self, tensor: torch.Tensor, *_: Any) -> torch.Tensor:
         return self.trace.pin(tensor.clone())

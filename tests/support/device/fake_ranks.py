@@ -7,6 +7,7 @@ messages (shapes, partitions) is made here, so that DeepSpeed's own code reads i
 from __future__ import annotations
 
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -51,6 +52,29 @@ def install(rank: int, world_size: int) -> Counter[int]:
         module.get_backend = get_backend  # type: ignore[attr-defined]
     distributed_c10d.is_nccl_available = lambda: True
     return created
+
+
+def exchange_objects(sends: Callable[[str, Any, int], None]) -> None:
+    """Has collectives of Python objects answer as if every rank had sent what this one sends.
+
+    Args:
+        sends: Is given the collective, its group, and the bytes that this rank sends.
+    """
+
+    def all_gather_object(gathered: list[Any], mine: Any, group: Any = None) -> None:
+        sends("all_gather_object", group, len(pickle.dumps(mine)))
+        gathered[:] = [mine] * len(gathered)
+
+    def gather_object(mine: Any, gathered: list[Any] | None = None, dst: int = 0, group: Any = None) -> None:
+        sends("gather_object", group, len(pickle.dumps(mine)))
+        if gathered is not None:
+            gathered[:] = [mine] * len(gathered)
+
+    def broadcast_object_list(values: list[Any], src: int = 0, group: Any = None) -> None:
+        sends("broadcast_object_list", group, len(pickle.dumps(values)))
+
+    for collective in (all_gather_object, gather_object, broadcast_object_list):
+        setattr(dist, collective.__name__, collective)
 
 
 def group_names(topology: Any) -> Callable[[dist.ProcessGroup], str]:

@@ -31,12 +31,12 @@ class TraceError(RuntimeError):
 
 
 @cache
-def trace(layout: Layout, fault: str | None = None) -> Report:
+def trace(layout: Layout, faults: str = "") -> Report:
     """Traces a layout in a process of its own.
 
     Args:
         layout: The layout.
-        fault: A fault of tests/support/device/faults.py to put in.
+        faults: Names of faults of tests/support/device/faults.py to put in, with commas between.
 
     Raises:
         TraceError: The process failed.
@@ -46,7 +46,7 @@ def trace(layout: Layout, fault: str | None = None) -> Report:
     environment |= {"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RANK": str(layout.rank), "WORLD_SIZE": str(layout.world_size)}
     environment |= {"LOCAL_RANK": str(layout.rank % 8), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(asdict(layout)), fault or ""]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(asdict(layout)), faults]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.support.device import cuda_stubs
+from tests.support.device import cuda_stubs, measured
 from tests.support.device.answers import Answers
+from tests.support.device.faults import FAULTS
 from tests.support.device.layouts import Layout
 from tests.support.device.report import PhaseReport, Report
 from tests.support.device.tracing import Phase, Trace
@@ -67,6 +68,7 @@ class TracedRank:
         place = initialize_distributed("cuda", 10.0)
         self.topology = build_topology(self.plan, place, 10.0)
         self.trace.group_of = fake_ranks.group_names(self.topology)
+        fake_ranks.exchange_objects(self.trace.sends_object)
         engine: Any = build_engine(self.config, self.plan, self.topology)
         self.engine = engine
         self.deepspeed_engine: Any = self.engine.deepspeed_engine
@@ -219,12 +221,14 @@ def _phase_report(phase: Phase) -> PhaseReport:
     )
 
 
-def main(layout_as_json: str, fault: str) -> None:
+def main(layout_as_json: str, faults: str) -> None:
     """Traces and prints the report."""
     layout = Layout(**json.loads(layout_as_json))
     layout = Layout(**{**vars(layout), "overrides": tuple(layout.overrides)})
     began = time.monotonic()
     rank = TracedRank(layout)
+    for name in filter(None, faults.split(",")):
+        FAULTS[name]()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(rank.trace)
@@ -234,6 +238,10 @@ def main(layout_as_json: str, fault: str) -> None:
                 work()
             rank.seconds[name] = time.monotonic() - began
         report = rank.report()
+        if layout.with_measurements:
+            report.results |= measured.trace_measurements(rank)
+            report.phases |= {name: _phase_report(phase) for name, phase in rank.trace.phases.items()}
+            rank.seconds["measurements"] = time.monotonic() - began
     from tests.support.device.running import MARK
 
     print(f"\n{MARK}{report.to_json()}")

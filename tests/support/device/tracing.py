@@ -33,6 +33,7 @@ HOST_BYTES = 1 << 16
 PROJECT = ("/mlra_scale/", "/deepspeed/", "/megatron/", "/tests/", "/benchmarks/", "/torch/optim/", "/transformers/")
 SKIPPED = ("/tests/support/device/", "/deepspeed/utils/nvtx.py", "/deepspeed/accelerator/", "/deepspeed/comm/")
 """The trace itself, and what only hands on."""
+FAULTS = "/tests/support/device/faults.py"
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_efficient_attention"}
 WAITING = {"nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount", "argwhere"}
 """Operators whose result has a size, or is a value, that the host must know."""
@@ -86,7 +87,7 @@ def frames(limit: int = 3) -> list[tuple[str, str]]:
     frame: Any = sys._getframe(1)
     while frame is not None and len(found) < limit:
         name = frame.f_code.co_filename
-        if not any(part in name for part in SKIPPED):
+        if not any(part in name for part in SKIPPED) or name.endswith(FAULTS):
             for part in PROJECT:
                 at = name.rfind(part)
                 if at >= 0 and not (part == "/torch/optim/" and found):
@@ -141,6 +142,12 @@ class Trace(TorchDispatchMode):
         found = frames()
         self._phase.waits[(kind, found[0][0], " < ".join(line for _, line in found))] += 1
 
+    def sends_object(self, collective: str, group: Any, size: int) -> None:
+        """Notes that this rank sends a Python object of so many bytes."""
+        site = frames(1)[0][0]
+        key = (collective, "world" if group is None else self.group_of(group), site)
+        self._phase.messages[key] = self._phase.messages.get(key, Message()) + Message(1, float(size))
+
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor of the host is page-locked."""
         storage = self._storages.get(tensor.untyped_storage()._cdata)
@@ -150,7 +157,8 @@ class Trace(TorchDispatchMode):
         """Notes that a tensor of the host is page-locked."""
         storage = self._storage(tensor)
         if not storage.pinned_bytes:
-            storage.pinned_bytes = tensor.untyped_storage().nbytes()
+            # torch's allocator of page-locked memory rounds up to a power of two.
+            storage.pinned_bytes = 1 << (tensor.untyped_storage().nbytes() - 1).bit_length()
             self.pinned += storage.pinned_bytes
             self._phase.host_peak = max(self._phase.host_peak, self.pinned)
         return tensor
