@@ -353,17 +353,22 @@ def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
 def logit_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes of the head and the loss at their peak, per micro-batch of T tokens.
 
-    Of a chunk of tokens (model/head_chunks.py) the logits, which become their softmax and its gradient in place: 4
-    bytes each, and in bf16 and fp16 e more. Beside it the final norm's output and its gradient, 2 e D per token, and
-    the head's weight gradient, e D V / t, or in fp32 and e for what is added to it where there are several chunks.
+    The larger of two moments of a chunk of tokens (model/head_chunks.py). First the logits, which become their softmax
+    and its gradient in place: 4 bytes each, and in bf16 and fp16 e more; with several chunks beside the sum of the
+    weight's gradients so far, 4 D V / t. Then the gradient, e per logit, beside this sum and the summand, e D V / t (in
+    fp32 they are one). At both moments the final norm's output and its gradient, 2 e D per token.
     """
     model, element = config.model, BYTES[config.train.precision]
     tokens, rows = plan.micro_batch_size * plan.sequence_length, model.padded_vocab_size // plan.tensor
     device = "cpu" if config.train.device == "cpu" else "cuda"
     chunks = num_chunks(tokens, rows, device, config.train.precision == "fp16")
-    logits = -(-tokens // chunks) * rows * (4 if element == 4 else 4 + element)
-    weight = rows * model.hidden_size * (element if chunks == 1 or element == 4 else 4 + element)
-    return stale_output_bytes(config, plan) + logits + weight + 2.0 * element * tokens * model.hidden_size
+    logits, weight = -(-tokens // chunks) * rows, rows * model.hidden_size
+    summed = 4 * weight if chunks > 1 else 0
+    if element == 4:
+        largest = 4 * logits + 4 * weight
+    else:
+        largest = max((4 + element) * logits + summed, element * (logits + weight) + summed)
+    return stale_output_bytes(config, plan) + largest + 2.0 * element * tokens * model.hidden_size
 
 
 def stale_output_bytes(config: Config, plan: BatchPlan) -> float:

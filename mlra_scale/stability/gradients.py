@@ -319,6 +319,7 @@ class GradientStatistics:
                 names.append(fragment.name)
                 row = measure(fragment.name, *(tensor[start : start + chunk] for tensor in tensors))
                 rows.append(row[None].to(device))
+            del fragment, tensors  # before the next fragment is converted
         return self.groups.membership(names, device), torch.cat(rows)
 
     def _num_real(self, name: str) -> int:
