@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,15 @@ class CommandFailed(RuntimeError):
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
         telling = [line for line in named if not line.endswith(":")]
         self.last_line = (telling or named or lines or [what])[-1]
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end this process as Ctrl-C does: `run_command` then ends what it has started."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def run_command(

@@ -6,8 +6,10 @@ tests/slurm/test_check.py runs it on two nodes.
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +21,8 @@ import pytest
 from benchmarks import check, check_ranks
 from benchmarks.check import STEPS, Check, Task
 from benchmarks.contenders import config_of
+from mlra_scale.cluster.family import descendants
+from mlra_scale.cluster.node import process_state
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.planning.cluster import named_cluster
@@ -67,6 +71,19 @@ def test_a_step_that_fails_or_has_no_time_does_not_stop_the_next(
     assert len(found["fp32"]["losses"]) == check_ranks.STEPS and found["fp32"] != found["bf16"]
     assert "ValueError" in (tmp_path / "layouts.log").read_text()
     assert "layouts: failed" in capsys.readouterr().out
+
+
+def test_nothing_is_left_when_it_is_ended(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--quick", "--steps", "alone", "--output", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.check", *words], cwd=ROOT)
+    deadline = time.monotonic() + 120.0
+    while not (children := descendants(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    # What it was killed with may wait for its new parent.
+    states = [process_state(pid) for pid in children]
+    assert children and set(states) <= {"", "Z (zombie)"}, states
 
 
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
