@@ -100,7 +100,7 @@ def run_child(device: str, what: str, specification: Mapping[str, Any], file: Pa
 def config_for(shape: Shape, name: str, precision: str = "bf16", **sections: Mapping[str, Any]) -> Config:
     """The configuration of a contender's model; of ours the real one, of others one of as many FLOPs.
 
-    Ours is under ZeRO 1, as on several GPUs: DeepSpeed's optimizer of stage 0 for bf16 handles each weight by itself.
+    Ours is under ZeRO 1, as on several GPUs.
 
     Args:
         shape: What is trained.

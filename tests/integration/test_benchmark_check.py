@@ -22,11 +22,11 @@ from benchmarks import check, check_ranks
 from benchmarks.check import STEPS, Check, Task
 from benchmarks.contenders import config_of
 from mlra_scale.cluster.family import descendants
-from mlra_scale.cluster.node import process_state
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
+from tests.support.leftovers import all_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,13 +81,7 @@ def test_nothing_is_left_when_it_is_ended(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    # Killed processes take a moment to end, and may wait for a new parent then.
-    deadline = time.monotonic() + 20.0
-    while (
-        left := [pid for pid in children if process_state(pid)[:1] not in ("", "Z")]
-    ) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert children and not left
+    assert children and all_end(children)
 
 
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
