@@ -85,7 +85,8 @@ def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interrupti
     device = resolve_device(start.config)
     quiet_libraries(device)
     torch.use_deterministic_algorithms(start.config.train.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which would be a kernel for every new tensor
+    # Or every new tensor costs a kernel that fills it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # DeepSpeed chooses its accelerator when it is imported, hence not at the top of this file.
     from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
     from mlra_scale.training.agreement import StartRefused, settle
