@@ -171,7 +171,12 @@ class BlockNorm(nn.LayerNorm):
     def __init__(self, context: ModelContext, block: int) -> None:
         super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
         self.context = context
-        self.factor = context.model.norm_factor(block)
+        self.factor: torch.Tensor | None = None
+        if context.model.layer_norm_scaling:
+            # A tensor: torch.compile would make every block's number part of a graph of its own. Neither a buffer nor a
+            # new floating-point tensor, which DeepSpeed would round to 16 bits. On the CPU, as every scalar may be.
+            zero = torch.zeros((), dtype=torch.int64, device="cpu")
+            self.factor = zero.double().fill_(context.model.norm_factor(block))
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         weight_D, bias_D = self._scaled(*on_slice(self.context, self.weight, self.bias))
@@ -188,7 +193,7 @@ class BlockNorm(nn.LayerNorm):
 
     def _scaled(self, weight_D: torch.Tensor, bias_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # On weight and bias, which are small and where an export has it, not on the output.
-        return (weight_D, bias_D) if self.factor == 1.0 else (weight_D * self.factor, bias_D * self.factor)
+        return (weight_D, bias_D) if self.factor is None else (weight_D * self.factor, bias_D * self.factor)
 
 
 class Block(nn.Module):

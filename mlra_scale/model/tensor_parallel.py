@@ -275,7 +275,7 @@ class _GatheredLinear(torch.autograd.Function):
         of_inputs: list[torch.Tensor | None] = [None] * len(kept)
         for source, dy, weight in zip(ctx.sources, gradients, weights, strict=True):
             before = of_inputs[source]
-            of_inputs[source] = dy @ weight if before is None else before + dy @ weight
+            of_inputs[source] = dy @ weight if before is None else before.add_(dy @ weight)
         summing = _start_summing_shares(ctx.group, _SEQUENCE, [dx for dx in of_inputs if dx is not None])
         wholes = kept if gathering is None else gathering()
         rows = [dy.flatten(0, -2) for dy in gradients]

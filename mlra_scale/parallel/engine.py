@@ -23,6 +23,11 @@ _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 """What changes in DeepSpeed's dynamic loss scaler; the rest of it is configuration."""
 
 
+def _unscaled(gradient: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A gradient in fp32; without a name in the caller, which would keep it while it converts the next one."""
+    return gradient.float() if scale is None else gradient.float() / scale
+
+
 class EngineBase(ABC):
     """What the two engines share: the gate before an update, ownership, checkpoints."""
 
@@ -92,8 +97,7 @@ class EngineBase(ABC):
         scale = self._loss_scale()
         for fragment in self.view.gradients():
             if self.owns(fragment.name):
-                values = fragment.values.float()
-                yield Fragment(fragment.name, fragment.start, values if scale is None else values / scale)
+                yield Fragment(fragment.name, fragment.start, _unscaled(fragment.values, scale))
 
     def weight_decay(self, name: str) -> float:
         """See Engine."""

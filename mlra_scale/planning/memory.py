@@ -110,20 +110,22 @@ class Moment:
 
     Attributes:
         gradients: Without the buffers of the reduction.
+        buffers: Those of the reduction, where they are there at this moment.
         activations: As in RankMemory.
         logits: As in RankMemory.
         temporary: As in RankMemory.
     """
 
     gradients: float
+    buffers: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
     temporary: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum of the four."""
-        return self.gradients + self.activations + self.logits + self.temporary
+        """Sum of the five."""
+        return self.gradients + self.buffers + self.activations + self.logits + self.temporary
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
@@ -138,7 +140,7 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
-        "gradients": peak.gradients + reduction_bytes(config, plan),
+        "gradients": peak.gradients + peak.buffers,
         "master": master_bytes(config, plan, num_weights),
         "moments": moment_bytes(config, plan, num_weights),
     }
@@ -179,14 +181,19 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     backward = backward_bytes(config, plan) + waiting
     reduced = reduced_bytes(config, plan, num_weights)  # of a bucket, which fills while activations go
     summing = embedding_gradient_bytes(config, plan) * num_embedding_gradients(config, plan, stage)
+    buffers = reduction_bytes(config, plan)
+    always = buffers if zero_stage(config) == 3 else 0.0
+    # A pipeline reduces after its last backward pass, the other engine in each.
+    passing, reducing = (0.0, buffers) if engine_kind(config) == "pipeline" else (buffers, always)
+    update = update_bytes(config, plan, num_weights)
     return [
-        Moment(early, kept, logits),
-        Moment(early, kept + recomputed, stale, backward),
-        Moment(whole, at_the_end + recomputed, stale, backward + reduced),
-        Moment(whole, at_the_end, stale, summing + reduced),
-        Moment(whole, temporary=joined_bytes(config, num_weights)),
-        Moment(reduced_at_once, temporary=flat_gradient_bytes(config, plan, num_weights)),
-        Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
+        Moment(early, always, kept, logits),
+        Moment(early, passing, kept + recomputed, stale, backward),
+        Moment(whole, passing, at_the_end + recomputed, stale, backward + reduced),
+        Moment(whole, passing, at_the_end, stale, summing + reduced),
+        Moment(whole, always, temporary=joined_bytes(config, num_weights)),
+        Moment(reduced_at_once, reducing, temporary=flat_gradient_bytes(config, plan, num_weights)),
+        Moment(update_gradient_bytes(config, plan, num_weights), always, temporary=update),
     ]
 
 
@@ -346,17 +353,22 @@ def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
 def logit_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes of the head and the loss at their peak, per micro-batch of T tokens.
 
-    Of a chunk of tokens (model/head_chunks.py) the logits, which become their softmax and its gradient in place: 4
-    bytes each, and in bf16 and fp16 e more. Beside it the final norm's output and its gradient, 2 e D per token, and
-    the head's weight gradient, e D V / t, or in fp32 and e for what is added to it where there are several chunks.
+    The larger of two moments of a chunk of tokens (model/head_chunks.py). First the logits, which become their softmax
+    and its gradient in place: 4 bytes each, and in bf16 and fp16 e more; with several chunks beside the sum of the
+    weight's gradients so far, 4 D V / t. Then the gradient, e per logit, beside this sum and the summand, e D V / t (in
+    fp32 they are one). At both moments the final norm's output and its gradient, 2 e D per token.
     """
     model, element = config.model, BYTES[config.train.precision]
     tokens, rows = plan.micro_batch_size * plan.sequence_length, model.padded_vocab_size // plan.tensor
     device = "cpu" if config.train.device == "cpu" else "cuda"
     chunks = num_chunks(tokens, rows, device, config.train.precision == "fp16")
-    logits = -(-tokens // chunks) * rows * (4 if element == 4 else 4 + element)
-    weight = rows * model.hidden_size * (element if chunks == 1 or element == 4 else 4 + element)
-    return stale_output_bytes(config, plan) + logits + weight + 2.0 * element * tokens * model.hidden_size
+    logits, weight = -(-tokens // chunks) * rows, rows * model.hidden_size
+    summed = 4 * weight if chunks > 1 else 0
+    if element == 4:
+        largest = 4 * logits + 4 * weight
+    else:
+        largest = max((4 + element) * logits + summed, element * (logits + weight) + summed)
+    return stale_output_bytes(config, plan) + largest + 2.0 * element * tokens * model.hidden_size
 
 
 def stale_output_bytes(config: Config, plan: BatchPlan) -> float:

@@ -275,6 +275,16 @@ def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, at
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
 
 
+def test_compiled_blocks_with_scaled_norms_share_their_graphs(worker_pool: Pools) -> None:
+    config = in_layout(Layout(), model__layer_norm_scaling=True, model__num_layers=4, train__compile=True)
+    weights = canonical_weights(config.model)
+    expected = reference_run(config, weights, 1)
+    ((record, num_compiled),) = worker_pool(1).run(train_compiled, config, weights)
+    assert num_compiled == 2, "one for training and one for evaluation"
+    np.testing.assert_allclose(record.losses, expected.losses, rtol=1e-6)
+    assert_gradients_close(assemble(table_of(config), 1, [record.gradients]), expected.gradients)
+
+
 DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 
 
