@@ -131,8 +131,8 @@ def main() -> int:
         code = int(os.environ.get(CHECK_VARIABLE, "0"))
         print("the plan" if code == 0 else "data.path = None: is required", file=sys.stderr if code else sys.stdout)
         if code == 0 and "parallel.layout=auto" in command and os.environ.get(LAYOUT_VARIABLE) != "silent":
-            nodes = next(word for word in command if word.startswith("--nodes=")).partition("=")[2]
-            print(f'layout of the ranks: ["train.micro_batch_size={nodes}"]')
+            asked = next(word for word in command if word.startswith("--nodes=")).partition("=")[2]
+            print(f'layout of the ranks: ["train.micro_batch_size={asked}"]')
         return code
     nodes = next(option for option in options if option.startswith("--nodelist=")).split("=", 1)[1].split(",")
     players = []
