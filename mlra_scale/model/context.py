@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from mlra_scale.config import ModelConfig
 from mlra_scale.megatron import ModelParallelConfig
+from mlra_scale.model.document_mask import DocumentMasks
 from mlra_scale.model.initialization import Initializer
 from mlra_scale.model.parameters import LowRankPlan
 
@@ -28,6 +29,7 @@ class ModelContext:
         has_compiled_blocks: Whether blocks run through torch.compile.
         low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
         has_sequence_parallel: Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
+        has_flex_attention: Whether attention within documents runs through flex_attention (document_mask.py).
     """
 
     model: ModelConfig
@@ -38,11 +40,14 @@ class ModelContext:
     has_compiled_blocks: bool = False
     low_rank_plan: LowRankPlan = "replicated"
     has_sequence_parallel: bool = False
+    has_flex_attention: bool = False
     initialize: Initializer = field(init=False)
     megatron: ModelParallelConfig = field(init=False)
+    document_masks: DocumentMasks = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.tensor_parallel > 1 or not self.has_sequence_parallel
+        object.__setattr__(self, "document_masks", DocumentMasks(self.has_flex_attention))
         object.__setattr__(self, "initialize", Initializer(self.model, self.seed, self.low_rank_plan))
         # Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed
         # moves them to the device and to the training precision.
