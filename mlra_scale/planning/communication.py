@@ -14,7 +14,8 @@ a gather and a reduce-scatter (k - 1) / k.
                the tied embedding, all-reduced between the first stage and the last
     data       ZeRO 0: all-reduce of c n once; 1: the same (DeepSpeed 0.19 sums whole buckets and takes its part) and
                gather of e n once; 2: all-reduce of c n per micro-batch, gather of e n once; 3: per micro-batch
-               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance)
+               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance);
+               with more than two data ranks the tied gradient of a pipeline's ends once more, by itself
 """
 
 from __future__ import annotations
@@ -128,9 +129,14 @@ def pipeline_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
 
 def tied_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
     """What the two stages that hold the tied embedding send for its gradient, once a step."""
+    return all_reduce(tied_gradient_bytes(config, plan, stage), 2)
+
+
+def tied_gradient_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+    """Bytes of the tied embedding's gradient, fp32, where two stages hold the weight; else 0."""
     if plan.pipeline == 1 or stage not in (0, plan.pipeline - 1):
-        return Traffic()
-    return all_reduce(4.0 * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor, 2)
+        return 0.0
+    return 4.0 * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
 
 
 def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
@@ -154,9 +160,11 @@ def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> Traffi
     zero = zero_stage(config)
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     gradients, weights = communication_bytes(config) * num_weights, float(BYTES[config.train.precision] * num_weights)
+    # The tied embedding's gradient is summed by itself first (PipelineEngine._reduce_tied_gradients).
+    tied = tied_gradient_bytes(config, plan, stage)
+    traffic = all_reduce(tied, plan.data) if tied and plan.data > 2 else Traffic()
     if zero == 0:
-        return all_reduce(gradients, plan.data)
-    traffic = Traffic()
+        return traffic + all_reduce(gradients, plan.data)
     if zero == 1:
         traffic += all_reduce(gradients, plan.data)
     if zero in (1, 2):

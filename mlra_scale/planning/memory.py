@@ -109,20 +109,22 @@ class Moment:
 
     Attributes:
         gradients: Without the buffers of the reduction.
+        buffers: Those of the reduction, where they are there at this moment.
         activations: As in RankMemory.
         logits: As in RankMemory.
         temporary: As in RankMemory.
     """
 
     gradients: float
+    buffers: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
     temporary: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum of the four."""
-        return self.gradients + self.activations + self.logits + self.temporary
+        """Sum of the five."""
+        return self.gradients + self.buffers + self.activations + self.logits + self.temporary
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
@@ -137,7 +139,7 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
-        "gradients": peak.gradients + reduction_bytes(config, plan),
+        "gradients": peak.gradients + peak.buffers,
         "master": master_bytes(config, plan, num_weights),
         "moments": moment_bytes(config, plan, num_weights),
     }
@@ -176,13 +178,18 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     backward = backward_bytes(config, plan) + waiting
     reduced = reduced_bytes(config, plan, num_weights)  # of a bucket, which fills while activations go
     summing = embedding_gradient_bytes(config, plan) * num_embedding_gradients(config, plan, stage)
+    buffers = reduction_bytes(config, plan)
+    always = buffers if zero_stage(config) == 3 else 0.0
+    # A pipeline reduces after its last backward pass, the other engine in each.
+    passing, reducing = (0.0, buffers) if engine_kind(config) == "pipeline" else (buffers, always)
+    update = update_bytes(config, plan, num_weights)
     return [
-        Moment(early, kept, logits),
-        Moment(early, kept + recomputed, stale, backward),
-        Moment(whole, at_the_end + recomputed, stale, backward + reduced),
-        Moment(whole, at_the_end, stale, summing + reduced),
-        Moment(whole, temporary=flat_gradient_bytes(config, plan, num_weights)),
-        Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
+        Moment(early, always, kept, logits),
+        Moment(early, passing, kept + recomputed, stale, backward),
+        Moment(whole, passing, at_the_end + recomputed, stale, backward + reduced),
+        Moment(whole, passing, at_the_end, stale, summing + reduced),
+        Moment(whole, reducing, temporary=flat_gradient_bytes(config, plan, num_weights)),
+        Moment(update_gradient_bytes(config, plan, num_weights), always, temporary=update),
     ]
 
 

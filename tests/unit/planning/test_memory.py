@@ -152,9 +152,18 @@ def test_buffers_of_the_reduction_have_the_size_of_the_file(
     config, plan = case(2, f"train.precision={precision}", stage=stage)
     config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": stage, **settings}}})
     assert reduction_bytes(config, plan) == expected
-    # They are shown with the gradients.
-    held = num_held(weights_of_stage(config.model, 1, 0), 1)
-    assert rank_memory(config, plan, 0).gradients == gradient_bytes(config, plan, held) + expected
+    # ZeRO 3 keeps them; otherwise they are there while the backward pass runs, and not at the loss.
+    is_kept = expected if stage == 3 else 0
+    at = [moment.buffers for moment in moments_of_a_step(config, plan, 0)]
+    assert at == [is_kept, expected, expected, expected, is_kept, is_kept]
+
+
+def test_a_pipeline_has_the_buffers_of_the_reduction_after_its_last_backward_pass() -> None:
+    config, plan = case(2, "train.precision=fp16", "parallel.pipeline=2", stage=1)
+    assert [moment.buffers for moment in moments_of_a_step(config, plan, 0)] == [0, 0, 0, 0, 4 * 500_000_000, 0]
+    # There they make the peak, and are shown with the gradients.
+    held = num_held(weights_of_stage(config.model, 2, 0), 1)
+    assert rank_memory(config, plan, 0).gradients == gradient_bytes(config, plan, held) + 4 * 500_000_000
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,16 @@ def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
     assert data_traffic_per_step(config, plan, 0).sent == (2 * 4 + 2) * weights / 2
 
 
+def test_the_ends_of_a_pipeline_sum_the_tied_gradient_once_more_over_many_data_ranks() -> None:
+    for data, times in ((2, 1), (4, 2)):
+        config, plan = case(3 * data, "parallel.pipeline=3")
+        sent = [data_traffic_per_step(config, plan, stage).sent for stage in range(3)]
+        held = [num_held(weights_of_stage(config.model, 3, stage), 1) for stage in range(3)]
+        tied = 4 * V * D * (times - 1)
+        each = 2 * (data - 1) / data
+        assert sent == pytest.approx([each * (4 * held[0] + tied), each * 4 * held[1], each * (4 * held[2] + tied)])
+
+
 def test_zero_3_gathers_twice_what_it_does_not_keep() -> None:
     config, plan = case(2, "deepspeed.zero_optimization.stage3_max_reuse_distance=0", stage=3)
     weights = num_held(weights_of_stage(config.model, 1, 0), 1)
