@@ -3,6 +3,8 @@
 Shape suffixes: B batch, S sequence (query), D hidden, N heads on this rank, H head dimension, R rank. D / TP is N H.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any

@@ -106,9 +106,7 @@ def allowed_by(mask: AttentionMask) -> torch.Tensor:
     return mask.mask_mod(sample_B[:, None, None, None], place_S[0], place_S[:, None], place_S)
 
 
-def attend_blocks(
-    q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor, mask: BlockMask
-) -> torch.Tensor:
+def attend_blocks(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor, mask: BlockMask) -> torch.Tensor:
     """Returns what heads read by flex_attention, [B, N, S, H]."""
     heads_BNSH: torch.Tensor = _compiled_flex_attention()(q_BNSH, k_BNSH, v_BNSH, block_mask=mask)
     return heads_BNSH

@@ -7,6 +7,8 @@ takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
 Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlra_scale.checkpoint.huggingface.training_side import distributed_of_one
 from mlra_scale.config import ModelConfig
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.document_mask import (
@@ -42,11 +43,13 @@ class Counted(TorchDispatchMode):
 def test_blocks_share_one_mask(checkpointing: Any, attention_dropout: float) -> None:
     model = ModelConfig(**MODEL, attention_dropout=attention_dropout)
     group = dist.ProcessGroup(dist.HashStore(), 0, 1)  # has no means to communicate
-    gpt = GPT(ModelContext(model, 1, group, has_document_mask=True, activation_checkpointing=checkpointing))
+    context = ModelContext(model, 1, group, has_document_mask=True, activation_checkpointing=checkpointing)
     samples = torch.arange(len(DOCUMENTS))
-    with Counted() as counted:
-        for documents in (DOCUMENTS.clone(), DOCUMENTS.clone()):
-            gpt(DOCUMENTS, DOCUMENTS, documents, samples, DOCUMENTS).backward()
+    with distributed_of_one():
+        gpt = GPT(context)
+        with Counted() as counted:
+            for documents in (DOCUMENTS.clone(), DOCUMENTS.clone()):
+                gpt(DOCUMENTS, DOCUMENTS, documents, samples, DOCUMENTS).backward()
     assert counted.names.count("tril") == 2, "one mask for each of two passes"
     assert not {"_local_scalar_dense", "nonzero"} & set(counted.names), "the host waits for the device"
 
@@ -63,11 +66,11 @@ def test_a_mask_lives_as_long_as_its_documents() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_additive_mask_gives_the_bits_of_a_boolean_one(dtype: torch.dtype) -> None:
-    heads = [torch.randn(2, 3, 8, 4, dtype=dtype, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(2, 3, 8, 4, dtype=dtype, requires_grad=True) for _ in range(3))
     found = []
     for mask in (allowed(DOCUMENTS), additive_mask(DOCUMENTS, dtype)):
-        output = functional.scaled_dot_product_attention(*heads, attn_mask=mask)
-        found.append([output, *torch.autograd.grad(output.square().sum(), heads)])
+        output = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        found.append([output, *torch.autograd.grad(output.square().sum(), [q, k, v])])
     for boolean, additive in zip(*found, strict=True):
         assert torch.equal(boolean, additive)
 
@@ -88,9 +91,9 @@ def test_flex_attention_reads_what_masked_attention_reads() -> None:
 
     generator = torch.Generator().manual_seed(2)
     documents = torch.randint(0, 2, (2, 200), generator=generator).cumsum(dim=1)
-    heads = [torch.randn(2, 3, 200, 16, generator=generator) for _ in range(3)]
-    expected = functional.scaled_dot_product_attention(*heads, attn_mask=allowed(documents))
-    torch.testing.assert_close(flex_attention(*heads, block_mask=block_mask(documents)), expected)
+    q, k, v = (torch.randn(2, 3, 200, 16, generator=generator) for _ in range(3))
+    expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed(documents))
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=block_mask(documents)), expected)
 
 
 def test_flex_attention_is_for_gpus_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
