@@ -241,7 +241,8 @@ class Config(Section):
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Profiler.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Failures on a cluster.")
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0."
+        default_factory=dict,
+        description="DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0, in bf16 1.",
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -48,21 +48,22 @@ def leaves_a_buffer() -> None:
             if getattr(module, "padding_bias_V", None) is not None:
                 module.register_buffer("left_behind", module.padding_bias_V.cpu(), persistent=False)
 
-    EngineBase._install = install_and_leave  # type: ignore[method-assign]
+    EngineBase._install = install_and_leave  # type: ignore[assignment, method-assign]
 
 
 def keeps_a_chunk() -> None:
     """The head's last chunk of logits lives until the next one is there."""
     from mlra_scale.model.loss import _Head
 
-    losses, kept = _Head.losses, []
+    losses = _Head.losses
+    kept: list[Any] = []
 
     def keeping(self: Any, *arguments: Any) -> Any:
         found = losses(self, *arguments)
         kept[:] = [found]
         return found
 
-    _Head.losses = keeping  # type: ignore[method-assign]
+    _Head.losses = keeping  # type: ignore[assignment, method-assign]
 
 
 def multiplies_in_fp32() -> None:

@@ -39,8 +39,7 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     from mlra_scale.stability import tev
     from mlra_scale.training.measuring import Measurements
 
-    values = dict.fromkeys(tev.TevStatistics.__dataclass_fields__, 1.0) | {"quantiles": {}, "highest": [], "lowest": []}
-    statistics = tev.TevStatistics(**values)  # type: ignore[arg-type]
+    statistics = tev.TevStatistics(1.0, 1.0, {}, 1.0, 1.0, 1, [], [])
     tev.combine = lambda *_: statistics
     engine, plan, config = rank.engine, rank.plan, rank.config
     validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])

@@ -76,6 +76,7 @@ class TracedRank:
         self.trace.received = fake_ranks.Neighbour(self.config, self.plan, self.topology, is_partitioned).says
         self.blocks = _blocks(self.engine.module)
         self._mark_blocks()
+        self.step_batches = self.batches()  # on a run, the feed's thread has them ready
 
     def batches(self) -> list[Any]:
         """The micro-batches of a step, as the feed hands them out."""
@@ -91,7 +92,7 @@ class TracedRank:
 
     def train(self) -> Any:
         """One step of training."""
-        return self.engine.train_batch(self.batches(), 1e-4, lambda proposal: True, lambda: False)
+        return self.engine.train_batch(self.step_batches, 1e-4, lambda proposal: True, lambda: False)
 
     def _mark_blocks(self) -> None:
         """Has the trace note where the blocks' passes begin and end."""
