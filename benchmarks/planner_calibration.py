@@ -7,6 +7,7 @@ model so small that there is nothing else.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.planner_ranks import LEARNING_RATE, Pair, micro_batches
+from benchmarks.planner_ranks import LEARNING_RATE, micro_batches, pair
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.low_rank_plan import BYTES
 from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
@@ -41,14 +42,14 @@ def calibrate(config: Config, timeout_s: float) -> Cluster:
         config: The shape at hand.
         timeout_s: Seconds that a part of it may take.
     """
-    pair = Pair("calibration", serve_constants, config, timeout_s=timeout_s)
-    found = pair.ask("measure")[0]
-    pair.close()
+    with pair("calibration", serve_constants, config, timeout_s) as ranks:
+        found = ranks.ask("measure")[0]
     return replace(named_cluster("cpu"), name="cpu, calibrated", source="measured before this run", **found)
 
 
 def serve_constants(commands: Iterator[Any], config: Config) -> Iterator[Any]:
     """All constants of two processes."""
+    logging.disable(logging.WARNING)
     yield "ready"
     next(commands)
     rates = rates_of(config, torch.device("cpu"))
@@ -236,9 +237,9 @@ def overheads_of(base: Config, device: torch.device, latency: float) -> dict[str
     by_stage = [0.0]
     for stage in (1, 2, 3):
         zero = changed(base, {"deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}})
-        pair = _seconds_of(topology, [tiny(zero, depth, ACCUMULATIONS[0]) for depth in DEPTHS])
+        times = _seconds_of(topology, [tiny(zero, depth, ACCUMULATIONS[0]) for depth in DEPTHS])
         gathers = latency if stage == 3 else 0.0
-        by_stage.append(max(0.0, (pair[1] - pair[0]) / (DEPTHS[1] - DEPTHS[0]) - block - gathers))
+        by_stage.append(max(0.0, (times[1] - times[0]) / (DEPTHS[1] - DEPTHS[0]) - block - gathers))
     found: dict[str, Any] = {
         "block_overhead": block,
         "micro_batch_overhead": max(0.0, micro_batch),

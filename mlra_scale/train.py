@@ -96,17 +96,17 @@ def main(
         with Interruption() as listening:
             return main(argv, overseer, listening)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
     try:
         arguments = build_parser().parse_intermixed_args(argv)
         run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
         config, named, is_as_before = resolve(arguments)
         if arguments.dry_run:
-            devices = devices_unseen(config, config.parallel.world_size or world_size, ranks_per_node)
-            return _dry_run(config, named, rank, devices)
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+            number = config.parallel.world_size or world_size
+            return _dry_run(config, named, rank, devices_unseen(config, number, per_node))
         from mlra_scale.training.start import Asked
 
-        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before, ranks_per_node)
+        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before)
         return _train(asked, rank, overseer, interruption)
     except ConfigError as error:
         # Whatever signal ends this rank meanwhile: the input is bad.

@@ -107,7 +107,9 @@ def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
     Raises:
         ConfigError: The validation accepts no layout, or none fits into the memory.
     """
-    found = search(config, named, cluster, engines())
+    # In bf16 no settings stand for ZeRO 1, whose files hold better ones.
+    tried = engines()[1:] if config.train.precision == "bf16" else engines()
+    found = search(config, named, cluster, tried)
     if not found.feasible:
         raise ConfigError([Problem("parallel.layout", config.parallel.layout, nothing_fits(found, cluster))])
     fixed = named.on_command_line | named.in_file

@@ -48,7 +48,7 @@ class Cluster:
         pipeline_overhead: Seconds of the pipeline engine's work per micro-batch, beside that of any engine.
         micro_batch_overhead: Seconds of an engine's own work per micro-batch.
         step_overhead: Seconds of an engine's own work per step.
-        launch: Seconds that the host needs to start one operation (host.py has what counts them).
+        launch: Seconds that the host needs to start one operation.
         wait: Seconds that a wait of the host for the device costs, such as `.item()`.
         runs_ahead: Whether the host launches while the device computes: overhead then counts only where it is longer
             than the computation, and reductions overlap with it (GPUs).

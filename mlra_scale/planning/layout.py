@@ -85,31 +85,13 @@ def num_weights_of_stage(
     return of_ends + of_block * len(blocks_of_stage(model.num_layers, plan.pipeline, stage))
 
 
-def num_tensors_of_stage(model: ModelConfig, plan: BatchPlan, stage: int) -> int:
-    """Returns how many weights, counted as tensors, a stage holds."""
-    num_ends, num_block = _tensors_of_ends_and_block(model, plan.pipeline, stage)
-    return num_ends + num_block * len(blocks_of_stage(model.num_layers, plan.pipeline, stage))
-
-
 @lru_cache(maxsize=4096)
 def _weights_of_ends_and_block(
     model: ModelConfig, tensor: int, num_stages: int, stage: int, low_rank_plan: LowRankPlan
 ) -> tuple[int, int]:
     """Numbers that a rank holds of what is in no block, and of one block."""
-    ends, block = _infos_of_ends_and_block(model, num_stages, stage, low_rank_plan)
-    return num_held(ends, tensor), num_held(block, tensor)
-
-
-@lru_cache(maxsize=4096)
-def _tensors_of_ends_and_block(model: ModelConfig, num_stages: int, stage: int) -> tuple[int, int]:
-    ends, block = _infos_of_ends_and_block(model, num_stages, stage, "replicated")
-    return len(ends), len(block)
-
-
-def _infos_of_ends_and_block(
-    model: ModelConfig, num_stages: int, stage: int, low_rank_plan: LowRankPlan
-) -> tuple[list[ParameterInfo], list[ParameterInfo]]:
     short = model.model_copy(update={"num_layers": 1})
     held = weights_of_stage(short, num_stages, stage, low_rank_plan)
     block = [info for info in ParameterTable(short, low_rank_plan).values() if info.name.startswith("blocks.")]
-    return [info for info in held if not info.name.startswith("blocks.")], block
+    ends = [info for info in held if not info.name.startswith("blocks.")]
+    return num_held(ends, tensor), num_held(block, tensor)

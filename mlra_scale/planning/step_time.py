@@ -17,8 +17,8 @@ tensor, p stages, m micro-batches, e bytes of a number. Per micro-batch, stage s
                  (10 D / t with sequence parallelism), twice that backward, half of it more with selective
                  checkpointing; logits are read and written 8 times in fp32; and where there are several micro-batches
                  12 bytes per weight for the sum of gradients
-    overhead     per block and per micro-batch (cluster.py). Where the device runs ahead of the host (GPUs), compute and
-                 elementwise or overhead, whichever is longer
+    overhead     per block and per micro-batch (cluster.py), and per operation that checkpointing starts again. Where
+                 the device runs ahead of the host (GPUs), compute and elementwise or overhead, whichever is longer
 
 and a step (1F1B, uneven stages: one micro-batch passes through all stages, the others follow the slowest)
 
@@ -29,7 +29,7 @@ Data-parallel traffic (communication.py) overlaps with nothing on CPUs. On GPUs 
 behind the backward pass of the micro-batch they belong to, two thirds of its compute, and together with ZeRO 3's
 gathers behind all of it, but for a tenth. Reductions at ZeRO 0, in bf16 at ZeRO 1 and in a pipeline begin when the last
 backward pass has ended, and updated weights are gathered after the update: they hide behind nothing. The update reads
-and writes 44 + e bytes per weight that a rank updates, the norm and clipping included; host.py has what slow paths add.
+and writes 44 + e bytes per weight that a rank updates, the norm and clipping included.
 
 MFU = useful FLOPs of the step (ModelConfig.flops_per_token: factored once, no recomputation, nothing repeated) over
 step * ranks * peak.
@@ -51,12 +51,15 @@ from mlra_scale.planning.communication import (
     tensor_traffic,
     tied_traffic,
 )
-from mlra_scale.planning.host import slow_path_seconds
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage
 from mlra_scale.planning.memory import sequence_split
 
 UPDATE_BYTES = 44
 """Read weight, gradient, two moments and write three of them; gradient norm: read; clipping: read and write."""
+WAITS = 2
+"""Waits of the host for the device in a step: the packed read, and DeepSpeed's norm (tests/device traces them)."""
+REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
+"""Operations of a block that checkpointing starts again."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
     pipeline = passage + (m - 1) * slowest
     reduction = max(reduction_seconds(config, plan, cluster, stage, times[stage]) for stage in first.values())
     update = max(update_seconds(config, plan, cluster, stage) for stage in first.values())
-    seconds = pipeline + reduction + update + cluster.step_overhead
+    seconds = pipeline + reduction + update + cluster.step_overhead + WAITS * cluster.wait
     useful = config.model.flops_per_token(plan.sequence_length) * plan.tokens_per_step
     return StepTime(
         seconds=seconds,
@@ -215,7 +218,8 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
     elementwise = elementwise_bytes(config, plan, stage) / cluster.memory_bandwidth
     elementwise += summing_seconds(config, plan, cluster, stage)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    overhead = num_blocks * (cluster.block_overhead + cluster.zero_overhead[zero_stage(config)])
+    again = REPEATED_LAUNCHES[config.parallel.activation_checkpointing] * cluster.launch
+    overhead = num_blocks * (cluster.block_overhead + cluster.zero_overhead[zero_stage(config)] + again)
     overhead += cluster.micro_batch_overhead + cluster.pipeline_overhead * (engine_kind(config) == "pipeline")
     if cluster.runs_ahead:
         overhead = max(0.0, overhead - compute - elementwise)
@@ -266,5 +270,4 @@ def update_seconds(config: Config, plan: BatchPlan, cluster: Cluster, stage: int
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     num_updated = num_weights / (plan.data if zero_stage(config) else 1)
     seconds = num_updated * (UPDATE_BYTES + BYTES[config.train.precision]) / cluster.update_bandwidth
-    seconds *= 10.0 if offload_optimizer(config) else 1.0
-    return seconds + slow_path_seconds(config, plan, cluster, stage, seconds)
+    return 10.0 * seconds if offload_optimizer(config) else seconds

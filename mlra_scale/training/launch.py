@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
-from mlra_scale.training.layout import memory_of_node
+from mlra_scale.training.layout import Devices, memory_of_node
 from mlra_scale.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -46,20 +46,23 @@ def check_device(config: Config) -> list[Problem]:
     return []
 
 
-def seen_device(kind: str, ranks_per_node: int) -> tuple[str | None, float | None]:
-    """Returns what the driver calls this process's device, and the bytes of its memory; None where there is none.
+def devices_here(number: int, kind: str, per_node: int | None = None) -> Devices:
+    """Returns the devices of a start of which one is this process's, or on its machine.
 
     Args:
+        number: Of all of them.
         kind: "cpu" or "cuda".
-        ranks_per_node: Among them a node's memory is divided, for CPUs.
+        per_node: Of a node; None: as torchrun says.
     """
+    if per_node is None and "LOCAL_WORLD_SIZE" in os.environ:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     if kind == "cpu":
-        return None, memory_of_node() / ranks_per_node
+        return Devices(number, per_node, kind, memory=memory_of_node() / (per_node or number))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        return None, None  # check_device says so
+        return Devices(number, per_node, kind)  # check_device says so
     properties = torch.cuda.get_device_properties(local_rank)
-    return properties.name, float(properties.total_memory)
+    return Devices(number, per_node, kind, properties.name, float(properties.total_memory))
 
 
 def check_launcher(environment: Mapping[str, str]) -> list[Problem]:

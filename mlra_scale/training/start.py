@@ -18,8 +18,8 @@ from mlra_scale.data.parts import FoundParts, find_parts
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
 from mlra_scale.training.history import History
-from mlra_scale.training.launch import check_device, check_launcher, resolve_device, seen_device
-from mlra_scale.training.layout import Devices, settled
+from mlra_scale.training.launch import check_device, check_launcher, devices_here, resolve_device
+from mlra_scale.training.layout import Devices, devices_unseen, settled
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
@@ -47,7 +47,7 @@ class Asked:
         resume: The value of --resume.
         world_size: Number of ranks.
         is_as_before: Whether the configuration is that of the run directory, with the fields that were named.
-        ranks_per_node: Number of ranks on each node; None: unknown.
+        ranks_per_node: Number of ranks on each node; None: as the launcher of this process says.
     """
 
     config: Config
@@ -225,11 +225,8 @@ def devices_of(asked: Asked, config: Config, is_here: bool) -> Devices:
         is_here: Whether this machine is one of those that the start is for.
     """
     if not is_here:
-        kind = "cpu" if config.train.device == "cpu" else "cuda"
-        return Devices(asked.world_size, asked.ranks_per_node, kind)
-    kind = resolve_device(config)
-    name, memory = seen_device(kind, asked.ranks_per_node or 1)
-    return Devices(asked.world_size, asked.ranks_per_node, kind, name, memory)
+        return devices_unseen(config, asked.world_size, asked.ranks_per_node)
+    return devices_here(asked.world_size, resolve_device(config), asked.ranks_per_node)
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
