@@ -134,7 +134,7 @@ def resume(task: Task, write: Write) -> dict[str, Any]:
     """A run, and two that resume from its middle: their records and checkpoints, bit by bit."""
     folder = Path(task.folder) / "resume"
     words = ["--ds-config", "ds_configs/zero1.json", "train.precision=bf16", "train.log_every=1", "train.steps=8"]
-    words += ["checkpoint.every=4", "tev.every=1"]
+    words += ["checkpoint.every=4", "tev.every=1", "train.deterministic=true"]
     runs = {name: folder / name for name in ("whole", "first", "second")}
     branch = ("--resume", str(runs["whole"] / "checkpoints" / "step-00000004"))
     _train(command_of(task, runs["whole"], *words))
