@@ -255,7 +255,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=0.0,
     )
     print(f"{task.world_size} rank(s), {task.device}, {arguments.minutes:g} minutes; results: {folder}", flush=True)
-    end_on_sigterm()
     check = Check(task, settings, allocation)
     is_good = check.run([step for step in STEPS if step.name in (arguments.steps or NAMES)], arguments.minutes)
     if check.cluster is not None:
@@ -282,4 +281,5 @@ def child(name: str, task: Task) -> int:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -196,7 +196,7 @@ def _contenders(task: Task, write: Write, model: str) -> dict[str, Any]:
         def time_one(name: str) -> dict[str, Any]:
             left = end - time.monotonic() - 1.0
             if left < FEWEST_SECONDS:
-                return {"failed": "the time of this step is over", "told": ""}
+                return {"failed": "the time of this step is over", "output": ""}
             return gpu.time_child(shape, values | {"weights": weights}, task.device, left, name)
 
         for found in gpu.measure(shape, names, time_one):

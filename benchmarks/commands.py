@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from mlra_scale.cluster.family import descendants
+
 GRACE_SECONDS = 5.0
 """Between SIGTERM, at which srun ends the tasks of a step on all nodes, and SIGKILL."""
 
@@ -50,7 +52,7 @@ def run_command(
         what: How an error names it.
         command: Its words.
         environment: Of the process.
-        timeout_s: Seconds after which it, and all that it has started in its session, is ended.
+        timeout_s: Seconds after which it, and all that it has started, is ended.
         log: Where its output goes; None: nowhere, but its end is part of an error.
 
     Raises:
@@ -76,11 +78,16 @@ def run_command(
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a process that still runs, and what is left of its session."""
+    """Ends a process that still runs, what it has started in whatever session, and what is left of its own session."""
+    family: list[int] = []
     if process.poll() is None:
+        family = descendants(process.pid)
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE_SECONDS)
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     # The number of a group stays taken for as long as one of its processes lives.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -103,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if problem := why_not(arguments.device, arguments.quick):
         parser.error(problem)
-    end_on_sigterm()
     report: dict[str, Any] = {
         "environment": environment_of(arguments.device),
         "rounds": 2 if arguments.quick else arguments.rounds,
@@ -196,7 +195,7 @@ def measure(shape: Shape, names: Sequence[str], time_one: Callable[[str], dict[s
 
 
 def time_child(shape: Shape, task: Mapping[str, Any], device: str, timeout_s: float, name: str) -> dict[str, Any]:
-    """What a contender reported from its process; `failed` with the reason, and `told`, if it failed."""
+    """What a contender reported from its process; `failed` with the reason, and `output`, if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         try:
@@ -204,7 +203,7 @@ def time_child(shape: Shape, task: Mapping[str, Any], device: str, timeout_s: fl
             found: dict[str, Any] = json.loads(file.read_text())
         except CommandFailed as error:
             print(error, file=sys.stderr)
-            return {"failed": error.last_line, "told": str(error)}
+            return {"failed": error.last_line, "output": str(error)}
     return found
 
 
@@ -307,4 +306,5 @@ def table_lines(result: dict[str, Any], rounds: int) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -129,13 +129,14 @@ def test_the_line_that_names_the_error_is_shown() -> None:
 
 
 def test_nothing_of_a_command_is_left_when_its_time_is_over(tmp_path: Path) -> None:
-    # A shell that does not hear SIGTERM, and a process that it has started.
-    script = "trap '' TERM; sleep 60 & echo $! > child; echo Error: here; sleep 60"
-    log = tmp_path / "log"
+    # A shell that does not hear SIGTERM, and processes that it has started, one in a session of its own.
+    script = "trap '' TERM; sleep 60 & echo $! > children; setsid sleep 60 & echo $! >> children"
+    script, log = f"{script}; echo Error: here; wait", tmp_path / "log"
     with pytest.raises(CommandFailed, match=r"^it: not done after 1 s$"):
         run_command("it", ["bash", "-c", f"cd {tmp_path} && {script}"], {"PATH": "/usr/bin:/bin"}, 1.0, log)
     assert log.read_text() == "Error: here\n"
-    assert all_end([int((tmp_path / "child").read_text())])
+    children = [int(line) for line in (tmp_path / "children").read_text().split()]
+    assert len(children) == 2 and all_end(children)
 
 
 def reported(seconds: Sequence[float], loss: float) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def reported(seconds: Sequence[float], loss: float) -> dict[str, Any]:
 def test_who_fails_or_differs_has_no_ratio_and_the_others_have() -> None:
     children = {
         "plain PyTorch": reported([0.2, 0.4, 0.3], 5.0),
-        "transformers": {"failed": "torch.OutOfMemoryError: CUDA out of memory", "told": "all of it"},
+        "transformers": {"failed": "torch.OutOfMemoryError: CUDA out of memory", "output": "all of it"},
         "mlra_scale dense": reported([0.15, 0.1, 0.4], 5.001),
         "mlra_scale R=D/2": reported([0.1, 0.1, 0.1], 6.0),
         "plain PyTorch, compiled": reported([0.1, 0.1, 0.1], 5.2),
@@ -175,7 +176,7 @@ def test_who_fails_or_differs_has_no_ratio_and_the_others_have() -> None:
         "failed: torch.OutOfMemoryError: CUDA out of memory" in text and "differs: loss nan at the first step" in text
     )
     json.dumps(last)
-    failed = {"plain PyTorch": {"failed": "no", "told": "no"}}
+    failed = {"plain PyTorch": {"failed": "no", "output": "no"}}
     assert "failed: no" in "\n".join(gpu.table_lines(gpu.evaluate(gpu.TINY, failed), 3))
 
 
