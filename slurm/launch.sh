@@ -1,10 +1,12 @@
 # shellcheck shell=bash
 # Starts a training as a Slurm job; sourced by the sbatch files of this folder, which set
-#   preset, ds_config, layout=(overrides)     what is trained unless the command line says otherwise
+#   preset                    what is trained unless the command line says otherwise
+#   ds_config                 DeepSpeed's settings; without it the planner chooses them with the rest of the layout
 #
 # Everything after the file's name goes to `python -m mlra_scale.train`: flags (--preset, --config, --ds-config,
 # --run-dir, --resume) and dotted overrides. Two more, on a login node and for the nodes that the file asks for:
-#   --dry-run                 the plan: mesh, batch, parameters, memory per rank
+#   --dry-run                 the plan: layout, batch, parameters, memory per rank, time of a step; for other GPUs than
+#                             H100 with cluster.device=a100 or h200
 #   --check                   the plan, and everything that would make the job refuse to start; exit code 2 if there is
 # Choices by environment (docs/slurm.md), beside those of environment.sh:
 #   MLRA_PYTHON="..."         interpreter on the nodes, a container's command in front of it:
@@ -27,8 +29,8 @@ for argument in "$@"; do
         given+=("$argument")
     fi
 done
-arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto)
-arguments+=(${layout[@]+"${layout[@]}"} ${given[@]+"${given[@]}"})
+arguments=(--preset "$preset" ${ds_config:+--ds-config "$ds_config"} --resume auto)
+arguments+=(parallel.layout=auto guard.enabled=true ${given[@]+"${given[@]}"})
 
 if [[ -n $wanted ]]; then
     # For the job that the file asks for, also from a shell that is inside another one (salloc).
@@ -38,7 +40,8 @@ if [[ -n $wanted ]]; then
         arguments=(--run-dir "runs/$(sbatch_value job-name)-check" "${arguments[@]}")
         exec python -m mlra_scale.cluster.check --nodes "$nodes" --gpus-per-node "$gpus" -- "${arguments[@]}"
     fi
-    ranks=$((nodes * ${PROCESSES_PER_NODE:-$gpus}))
+    export LOCAL_WORLD_SIZE=${PROCESSES_PER_NODE:-$gpus}
+    ranks=$((nodes * LOCAL_WORLD_SIZE))
     exec python -m mlra_scale.train "${arguments[@]}" --dry-run "parallel.world_size=$ranks" train.device=cuda
 fi
 

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python tools/plan.py --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json
   python tools/plan.py --preset gpt2-mlra-72l --cluster h100 parallel.tensor=2 train.micro_batch_size=4
   python tools/plan.py --preset laptop --cluster cpu
+  python tools/plan.py --preset gpt2-mlra-72l --cluster-file runs/check-1234/cluster.json --nodes 8
 
 Fields that are named, by an override or in the --config file, stay as they are; the rest of the layout is searched.
 What the estimates are made of, and their limits: docs/planning.md.
@@ -45,7 +46,13 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", help="starting point, as for mlra_scale.train")
     add("--config", metavar="FILE.yaml", help="fields that replace the preset's")
     add("--ds-config", metavar="FILE.json", help="DeepSpeed's own knobs; without it those of ds_configs/ are tried")
-    add("--cluster", default="h100", metavar="NAME", help="h100, a100 or cpu, which the rest changes (default: h100)")
+    start = result.add_mutually_exclusive_group()
+    start.add_argument(
+        "--cluster", default="h100", metavar="NAME", help="h100, a100 or cpu, which the rest changes (default: h100)"
+    )
+    start.add_argument(
+        "--cluster-file", type=Path, metavar="FILE", help="constants that sbatch slurm/check.sh has measured, instead"
+    )
     add("--nodes", type=_count, metavar="N", help="number of nodes (default: 1)")
     add("--devices-per-node", type=_count, metavar="M", help="devices, and ranks, of a node")
     add("--memory-gib", type=_positive, metavar="G", help="memory of a device")
@@ -92,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cluster = cluster_of(options)
         config, named = load_named_config(options.preset, options.config, options.ds_config, options.overrides)
-        if cluster.name == "cpu":
+        if not cluster.runs_ahead:
             config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
         found = search(config, named, cluster, engines())
         if not found.feasible:
@@ -110,10 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
-    """Returns the named cluster with what the command line replaces."""
+    """Returns the named cluster, or that of a file, with what the command line replaces."""
     from mlra_scale.planning.cluster import GIB, named_cluster
+    from mlra_scale.planning.cluster_file import read_cluster_file
 
-    cluster = named_cluster(options.cluster)
+    file = options.cluster_file
+    cluster = named_cluster(options.cluster) if file is None else read_cluster_file(file)
     given: dict[str, Any] = {
         "nodes": options.nodes,
         "devices_per_node": options.devices_per_node,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mlra_scale.cluster.check import LAYOUT
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, slurm_environment, step_command
 from mlra_scale.config import Config
@@ -29,11 +31,13 @@ class Checked:
         kind: bad_input: the message says what to change; failed: it could not be made; None: nothing is wrong.
         said: The message.
         plan: The plan of the run.
+        layout: Overrides that name the layout which the planner has chosen; none where everything was named.
     """
 
     kind: Literal["bad_input", "failed"] | None
     said: str = ""
     plan: str = ""
+    layout: tuple[str, ...] = ()
 
 
 def check_on_this_node(
@@ -63,7 +67,13 @@ def check_on_this_node(
     except (OSError, subprocess.SubprocessError) as error:
         return Checked("failed", f"the check of the start failed: {error}")
     if result.returncode == ExitCode.DONE:
-        return Checked(None, plan=result.stdout)
+        if config.parallel.layout == "manual":
+            return Checked(None, plan=result.stdout)
+        plan, _, layout = result.stdout.rpartition(LAYOUT)
+        try:
+            return Checked(None, plan=plan, layout=tuple(json.loads(layout)))
+        except ValueError:
+            return Checked("failed", f"the check of the start does not say which layout it has chosen: {layout[-200:]}")
     # srun ends with its task's exit code, and says so itself.
     lines = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
     said = "\n".join(lines).strip()

@@ -34,9 +34,10 @@ from mlra_scale.cluster.job_file import Attempt, JobFile, now
 from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.queue import ended_by_slurm, put_back
 from mlra_scale.cluster.settings import Settings
-from mlra_scale.config import Config, ConfigError, Problem, validate
+from mlra_scale.config import ConfigError, Problem, validate
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.layout import Devices, settled
 from mlra_scale.training.record import read_record, write_atomically
 from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
 
@@ -84,11 +85,12 @@ class Job:
         signals: Sequence[int] = (),
         checked: Checked | None = None,
     ) -> None:
-        self._allocation, self._settings, self._checked = allocation, settings, checked
+        self._allocation, self._settings = allocation, settings
+        self._checks = {} if checked is None or checked.kind is not None else {len(allocation.nodes): checked}
         self._arguments = with_absolute_paths(arguments)
         parsed = build_parser().parse_intermixed_args(self._arguments)
         self._run = RunDirectory(Path(parsed.run_dir))
-        self._config: Config = resolve(parsed)[0]
+        self._config, self._named, _ = resolve(parsed)
         self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
         self._signals = signals
         with _told_as_problems(self._run.path):
@@ -135,7 +137,7 @@ class Job:
             self._wait(seconds_before_restart(self._file.ends))
             self._say(f"goes on, on {len(decision.nodes)} node(s)")
             nodes, earlier = decision.nodes, self._file.ends
-            end = self._stopped_before() or self._attempt(nodes)
+            end = self._stopped_before() or self._check_again(nodes) or self._attempt(nodes)
 
     def _first_nodes(self) -> tuple[str, ...]:
         """Returns the nodes for the first attempt: all, or if fewer will do those that were not found to be bad."""
@@ -164,8 +166,8 @@ class Job:
             return self._refused(
                 "bad_node", f"Slurm has given nodes that were found to be bad: {' '.join(sorted(bad))}"
             )
-        checked = self._checked if nodes == self._allocation.nodes else None
-        if checked is None or checked.kind is not None:
+        checked = self._checks.get(len(nodes))
+        if checked is None:
             checked = check_on_this_node(
                 self._arguments,
                 self._allocation,
@@ -175,9 +177,17 @@ class Job:
                 lambda: self.is_stop_asked,
             )
         self._print(checked.plan.encode(errors="replace"))
-        if (stopped := self._stopped_before()) is not None or checked.kind is None:
+        if (stopped := self._stopped_before()) is not None:
             return stopped
-        return self._refused(checked.kind, checked.said)
+        if checked.kind is not None:
+            return self._refused(checked.kind, checked.said)
+        self._checks[len(nodes)] = checked
+        return None
+
+    def _check_again(self, nodes: Sequence[str]) -> End | None:
+        """Lets the planner choose a layout for another number of nodes than before; see `_check`."""
+        is_settled = self._config.parallel.layout == "manual" or len(nodes) in self._checks
+        return None if is_settled else self._check(nodes)
 
     def _refused(self, kind: EndKind, said: str) -> End:
         self._print(f"{said}\n".encode(errors="replace"))
@@ -230,7 +240,9 @@ class Job:
         nonce = secrets.token_hex(8)
         write_atomically(logs / "nonce", nonce)
         world_size = len(nodes) * settings.processes
-        training = [*self._arguments, *of_ranks(self._config, settings.device, world_size)]
+        checked = self._checks.get(len(nodes))
+        layout = () if checked is None else checked.layout
+        training = [*self._arguments, *layout, *of_ranks(self._config, settings.device, world_size)]
         address = partial(slurm.address, is_stop_asked=lambda: self.is_stop_asked)
         job_address = address(self._allocation.here)
         hang_minutes = cluster.hang_minutes or self._config.parallel.timeout_minutes / 2
@@ -289,10 +301,13 @@ class Job:
         return code
 
     def _divides_over(self, num_nodes: int) -> bool:
+        """Whether so many nodes can run the configuration, with some layout where the planner chooses it."""
         parallel = self._config.parallel.model_copy(update={"world_size": None})
         config = self._config.model_copy(update={"parallel": parallel})
+        number = num_nodes * self._settings.processes
         try:
-            validate(config, num_nodes * self._settings.processes, device=self._device)
+            config, _ = settled(config, self._named, Devices(number, self._settings.processes, self._device))
+            validate(config, number, device=self._device)
         except ConfigError:
             return False
         return True

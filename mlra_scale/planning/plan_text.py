@@ -30,7 +30,7 @@ def found_text(found: Found, cluster: Cluster, top: int) -> str:
             *cluster_lines(cluster),
             "",
             f"{len(found.feasible)} layouts fit; the {len(shown)} fastest by the estimate (not measured):",
-            *aligned([_TIME_HEADER, *(time_row(number, each) for number, each in enumerate(shown, start=1))]),
+            *aligned([TIME_HEADER, *(time_row(number, each) for number, each in enumerate(shown, start=1))]),
             "",
             f"memory of a rank of the largest stage, GiB ({cluster.usable_memory / GIB:.1f} usable):",
             *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in enumerate(shown, start=1))]),
@@ -40,7 +40,7 @@ def found_text(found: Found, cluster: Cluster, top: int) -> str:
     )
 
 
-_TIME_HEADER = (
+TIME_HEADER = (
     *("#", "tensor", "pipeline", "data", "ZeRO", "micro", "accum", "recompute", "low-rank", "seq.par."),
     *("step s", "tokens/s", "MFU %", "bubble %", "sent GB: tensor", "pipeline", "data"),
 )
@@ -132,11 +132,11 @@ def commands(candidate: Candidate, cluster: Cluster, start: Sequence[str], overr
         return [f"python -m mlra_scale.train {arguments}"]
     if cluster.nodes == 1:
         return [f"torchrun --nproc-per-node {cluster.devices_per_node} -m mlra_scale.train {arguments}"]
-    # The scripts have an engine's file of their own, which only an override takes back.
+    # The file leaves to the planner what is not named.
     nothing = ["deepspeed={}"] if not candidate.config.deepspeed else []
     job = shlex.join([*start, *engine, *nothing, *more])
     return [
-        f"sbatch --nodes {cluster.nodes} --gpus-per-node {cluster.devices_per_node} slurm/pretrain_zero3.sh {job}",
+        f"sbatch --nodes {cluster.nodes} --gpus-per-node {cluster.devices_per_node} slurm/train_mlra_72L.sh {job}",
         f"torchrun --nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node} --rdzv-backend c10d "
         f"--rdzv-endpoint HOST:29500 -m mlra_scale.train {arguments}",
     ]

@@ -20,6 +20,8 @@ from mlra_scale.planning.memory import RankMemory, rank_memory
 from mlra_scale.planning.step_time import StepTime, step_time
 
 LARGEST_MICRO_BATCH = 64
+CHECKPOINTING = ("none", "selective", "block")
+"""Values of parallel.activation_checkpointing, those that compute more again later."""
 MEMORY = "does not fit into the memory"
 
 
@@ -117,16 +119,32 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
         assert refused is not None
         raise refused
     feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
-    feasible.sort(key=lambda candidate: (candidate.time.seconds, candidate.memory.device))
+    feasible.sort(key=_order)
     return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device))
+
+
+def _order(candidate: Candidate) -> tuple[float, int, float]:
+    """Fastest first; of layouts that the estimate cannot tell apart the one that computes least again."""
+    recomputing = CHECKPOINTING.index(candidate.config.parallel.activation_checkpointing)
+    return candidate.time.seconds, recomputing, candidate.memory.device
 
 
 def evaluate(config: Config, cluster: Cluster, engine: Engine) -> Candidate:
     """Predicts memory and time of one valid configuration."""
     plan = batch_plan(config, cluster.world_size)
-    memories = [rank_memory(config, plan, stage) for stage in range(plan.pipeline)]
-    stage = max(range(plan.pipeline), key=lambda each: memories[each].device)
+    memories = {stage: rank_memory(config, plan, stage) for stage in heavy_stages(plan)}
+    stage = max(memories, key=lambda each: memories[each].device)
     return Candidate(config, plan, engine, memories[stage], stage, step_time(config, plan, cluster))
+
+
+def heavy_stages(plan: BatchPlan) -> list[int]:
+    """Returns the pipeline stages of which one needs most memory: both ends, and of those between the earliest.
+
+    Later ones hold no more blocks and fewer micro-batches, but some see a backward pass end while activations are at
+    their most, and then hold whole gradients: of these the earliest too.
+    """
+    last = plan.pipeline - 1
+    return sorted({0, min(1, last), min(max(0, plan.pipeline - plan.accumulation_steps + 1), last), last})
 
 
 def _combinations(
@@ -137,14 +155,14 @@ def _combinations(
     parallel, train = config.parallel, config.train
     degrees = [parallel.tensor] if "parallel.tensor" in fixed else _divisors(cluster.devices_per_node)
     stages = [parallel.pipeline] if "parallel.pipeline" in fixed else _divisors(cluster.world_size)
-    checkpointing = ["none", "selective", "block"]
+    checkpointing = list(CHECKPOINTING)
     if "parallel.activation_checkpointing" in fixed:
         checkpointing = [parallel.activation_checkpointing]
     sizes = [train.micro_batch_size]
     if "train.micro_batch_size" not in fixed:
         powers = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length())]
         sizes = sorted({*sizes, *(size for size in powers if size <= train.global_batch_size)})
-    if config.deepspeed or "deepspeed" in fixed:
+    if "deepspeed" in fixed:
         engines = [Engine(None, config.deepspeed)]
     for tensor, pipeline, engine in product(degrees, stages, engines):
         if tensor * pipeline > cluster.world_size or engine.for_pipelines not in (None, pipeline > 1):

@@ -19,6 +19,7 @@ from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link, host_an
 PLAYS_VARIABLE = "TEST_PLAYS"
 RECORD_VARIABLE = "TEST_RECORD"
 CHECK_VARIABLE = "TEST_CHECK"
+LAYOUT_VARIABLE = "TEST_LAYOUT"
 _LONGEST = 40
 
 
@@ -129,6 +130,9 @@ def main() -> int:
             time.sleep(_LONGEST)
         code = int(os.environ.get(CHECK_VARIABLE, "0"))
         print("the plan" if code == 0 else "data.path = None: is required", file=sys.stderr if code else sys.stdout)
+        if code == 0 and "parallel.layout=auto" in command and os.environ.get(LAYOUT_VARIABLE) != "silent":
+            asked = next(word for word in command if word.startswith("--nodes=")).partition("=")[2]
+            print(f'layout of the ranks: ["train.micro_batch_size={asked}"]')
         return code
     nodes = next(option for option in options if option.startswith("--nodelist=")).split("=", 1)[1].split(",")
     players = []

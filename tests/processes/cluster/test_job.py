@@ -21,7 +21,13 @@ from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError, load_config
-from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
+from tests.processes.cluster.player import (
+    CHECK_VARIABLE,
+    LAYOUT_VARIABLE,
+    PLAYS_VARIABLE,
+    RECORD_VARIABLE,
+    QuickHub,
+)
 
 SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
 SCONTROL = """#!/bin/sh
@@ -186,6 +192,25 @@ def test_an_elastic_job_goes_on_without_it(desk: Desk) -> None:
     assert desk.job("cluster.elastic=true", a=a, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
     assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
     assert "parallel.world_size=1" in json.loads((desk.run.parent / "srun.json").read_text())["command"]
+
+
+def test_the_layout_is_chosen_again_for_the_nodes_that_are_left(
+    desk: Desk, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """The check of the start has the choice, and every attempt the one for its number of nodes."""
+    a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
+    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
+    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=a, b=play) == 0
+    assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
+    command = json.loads((desk.run.parent / "srun.json").read_text())["command"]
+    assert "train.micro_batch_size=1" in command and "train.micro_batch_size=2" not in command
+    assert capfdbinary.readouterr().out.count(b"the plan") == 2
+
+
+def test_a_job_starts_no_ranks_whose_layout_is_unknown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAYOUT_VARIABLE, "silent")
+    assert desk.job("parallel.layout=auto", "cluster.max_failures=1", a=DONE, b=DONE) == 1
+    assert desk.ends == [("failed", ["a"])] and "does not say which layout" in desk.file.reason
 
 
 def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) -> None:

@@ -113,7 +113,7 @@ def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: in
     unit = 4 * num_held(weights_of_stage(config.model, 1, 0), 1) / 2
     scattered, gathered = data_traffic_per_micro_batch(config, plan, 0)
     assert (scattered.sent, gathered.sent) == (gradients * unit, weights * unit)
-    assert data_traffic_per_step(config, plan, 0).sent == once * unit
+    assert sum(traffic.sent for traffic in data_traffic_per_step(config, plan, 0)) == once * unit
     m = plan.accumulation_steps
     assert sent_per_step(config, plan) == {
         "tensor": 0.0,
@@ -125,7 +125,18 @@ def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: in
 def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
     config, plan = case(2, "train.precision=bf16", stage=1)
     weights = num_held(weights_of_stage(config.model, 1, 0), 1)
-    assert data_traffic_per_step(config, plan, 0).sent == (2 * 4 + 2) * weights / 2
+    gradients, gathered = data_traffic_per_step(config, plan, 0)
+    assert (gradients.sent, gathered.sent) == (2 * 4 * weights / 2, 2 * weights / 2)
+
+
+def test_the_ends_of_a_pipeline_sum_the_tied_gradient_once_more_over_many_data_ranks() -> None:
+    for data, times in ((2, 1), (4, 2)):
+        config, plan = case(3 * data, "parallel.pipeline=3")
+        sent = [data_traffic_per_step(config, plan, stage)[0].sent for stage in range(3)]
+        held = [num_held(weights_of_stage(config.model, 3, stage), 1) for stage in range(3)]
+        tied = 4 * V * D * (times - 1)
+        each = 2 * (data - 1) / data
+        assert sent == pytest.approx([each * (4 * held[0] + tied), each * 4 * held[1], each * (4 * held[2] + tied)])
 
 
 def test_zero_3_gathers_twice_what_it_does_not_keep() -> None:

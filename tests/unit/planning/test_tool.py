@@ -63,7 +63,7 @@ def test_tables_have_as_many_lines_as_asked_for() -> None:
 def test_several_nodes_are_started_by_sbatch_or_torchrun() -> None:
     ran = run_tool("plan", "--preset", "gpt2", "--nodes", 2, "--devices-per-node", 2, "parallel.pipeline=1")
     assert ran.code == 0, ran.stderr
-    assert "sbatch --nodes 2 --gpus-per-node 2 slurm/pretrain_zero3.sh --preset gpt2" in ran.stdout
+    assert "sbatch --nodes 2 --gpus-per-node 2 slurm/train_mlra_72L.sh --preset gpt2" in ran.stdout
     assert "torchrun --nnodes 2 --nproc-per-node 2" in ran.stdout
 
 

@@ -1,0 +1,91 @@
+"""Traces layouts on a GPU that is not there, and says what was found.
+
+python -m tests.device                     the names of the layouts
+python -m tests.device "ZeRO 3 x data 8"   everything that is known of one, or of all whose name contains this text
+    python -m tests.device NAME layers=4 ...   the same with other values of the layout (`changed`) or configuration
+python -m tests.device --json NAME         the report as JSON
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from tests.support.device import fake_cuda
+from tests.support.device.layouts import ALL, Layout
+from tests.support.device.report import PhaseReport, Report
+from tests.support.device.running import trace
+
+GIB = 2.0**30
+
+
+def changed(layout: Layout, overrides: list[str]) -> Layout:
+    """The layout with other values; `layers=`, `micro_batches=`, `world_size=`, `rank=`, `ds_config=` are its own."""
+    own = {"layers": "num_layers", "micro_batches": "num_micro_batches", "world_size": "world_size", "rank": "rank"}
+    for override in overrides:
+        name, value = override.split("=", 1)
+        if name in own:
+            layout = replace(layout, **{own[name]: int(value)})  # type: ignore[arg-type]
+        elif name == "ds_config":
+            layout = replace(layout, ds_config=value or None)
+        else:
+            layout = replace(layout, overrides=(*layout.overrides, override))
+    return layout
+
+
+def described(report: Report) -> str:
+    """A report as text."""
+    step, planned = report.step, report.planned_bytes
+    lines = [
+        f"{report.layout}: {' / '.join(report.engine)}, {report.num_blocks} blocks, {report.num_micro_batches} "
+        f"micro-batches, traced in {max(report.seconds.values()):.0f} s",
+        f"  peak {step.peak / GIB:.3f} GiB, planned {planned / GIB:.3f} ({step.peak / planned - 1:+.1%}); kept between "
+        f"steps {step.start / GIB:.3f}",
+        f"  kernels: {step.num_launches} a step; a block {report.block_launches[0]} forward, "
+        f"{report.block_launches[1]} backward, {report.between_launches} between two micro-batches: "
+        f"{report.launches_per_block:.1f} per block and micro-batch; a micro-batch {report.micro_batch_launches}",
+        f"  CUDA began with {report.began_cuda}",
+        *(f"  not on the device: {name}" for name in report.misplaced),
+        *(f"  planned to send as {kind}: {sent / GIB:.4f} GiB" for kind, sent in report.planned_sent.items()),
+    ]
+    return "\n".join([*lines, *phase_lines("step", step)])
+
+
+def phase_lines(name: str, phase: PhaseReport) -> list[str]:
+    """A phase as text."""
+    groups = sorted({group for _, group, *_ in phase.messages})
+    lines = [f"  {name}: the host waits {phase.num_waits} times"]
+    lines += [f"    {number:>5} x {kind}: {lines}" for kind, _, lines, number in phase.waits]
+    for group in groups:
+        number = sum(count for _, of, _, count, _ in phase.messages if of == group)
+        lines.append(f"    sent over {group}: {phase.sent(group) / GIB:.4f} GiB in {number} messages")
+    for title, found in (
+        ("product of fp32", phase.wide_products),
+        ("bytes computed on the host", phase.host_results),
+        ("misplaced", phase.misplaced),
+    ):
+        lines += [f"    {title}: {number} {site}" for site, number in found.items()]
+    lines += [f"    held at the peak: {held / GIB:.3f} GiB {site}" for site, held in phase.holders.items()]
+    lines.append(f"    kernels: {dict(list(phase.launches.items())[:14])}")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    is_json = "--json" in arguments
+    arguments = [argument for argument in arguments if argument != "--json"]
+    if not arguments:
+        print("\n".join(layout.name for layout in ALL))
+        return 0
+    if (reason := fake_cuda.missing()) is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    name, *overrides = arguments
+    for layout in [layout for layout in ALL if name in layout.name]:
+        report = trace(changed(layout, overrides))
+        print(report.to_json() if is_json else described(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Every layout traced on `cuda` without a GPU: placement, memory, bytes, waits of the host, kernels, types."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.device import fake_cuda
+from tests.support.device.checks import problems
+from tests.support.device.layouts import ALL, DAILY, DEEP, Layout
+from tests.support.device.running import trace
+
+pytestmark = pytest.mark.skipif(fake_cuda.missing() is not None, reason=str(fake_cuda.missing()))
+
+
+@pytest.mark.slow_except(*(layout.name for layout in DAILY))
+@pytest.mark.parametrize("layout", ALL, ids=lambda layout: layout.name)
+def test_a_layout_does_on_a_gpu_what_is_planned(layout: Layout) -> None:
+    assert problems(trace(layout)) == []
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", DEEP, ids=lambda layout: layout.name)
+def test_72_layers_do_what_is_planned(layout: Layout) -> None:
+    assert problems(trace(replace(layout, num_layers=72))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ZeRO 0 x data 8", "ZeRO 1 x data 8", "ZeRO 2 x data 8", "ZeRO 3 x data 8"])
+def test_waits_do_not_grow_with_the_parameters(name: str) -> None:
+    (layout,) = (layout for layout in ALL if layout.name == name)
+    fewer = trace(replace(layout, num_layers=layout.num_layers // 2))
+    assert trace(layout).num_parameters > fewer.num_parameters
+    assert trace(layout).step.num_waits == fewer.step.num_waits
