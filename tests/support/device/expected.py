@@ -5,7 +5,7 @@ Numbers are what the code does, rounded up: lower them when it does better.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MEMORY_TOLERANCE = 0.02
 """Share by which the traced peak may differ from planning.memory's."""
@@ -49,12 +49,85 @@ WAITS = (
 )
 
 
-@dataclass(frozen=True)
-class Launches:
-    """Kernels that a block may start in one micro-batch, forward and backward, with what lies between micro-batches."""
-
-    per_block: float
-
-
 LAUNCHES: dict[str, float] = {}
 """Kernels per block and micro-batch, by layout."""
+
+_MEMBERSHIP = Wait(
+    "copy cpu to cuda",
+    "mlra_scale/stability/gradients.py:Groups.membership",
+    2,
+    "which run is of which group, once for each of gradients, weights and updates",
+)
+_STEP = Wait("item", "mlra_scale/parallel/adam.py:AdamState.step", 1, "the number of updates, packed")
+_EVALUATION = Wait("item", "mlra_scale/parallel/zero_engine.py:ZeroEngine.eval_batch", 1, "the loss of a pass")
+_EVALUATIONS = (
+    _EVALUATION,
+    Wait("item", "mlra_scale/parallel/pipeline_engine.py:PipelineEngine.eval_batch", 1, _EVALUATION.reason),
+)
+MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
+    "noise scale": WAITS,
+    "gradient statistics": (
+        _MEMBERSHIP,
+        Wait(
+            "copy cuda to cpu",
+            "mlra_scale/stability/spectral.py:AttentionProducts._largest_singular_values",
+            4,
+            "two vectors of numbers of each of the two products",
+        ),
+        Wait(
+            "copy cpu to cuda",
+            "mlra_scale/stability/spectral.py:AttentionProducts._largest_singular_values",
+            2,
+            "the vector that the iterations of each product begin with",
+        ),
+    ),
+    "update statistics": (
+        replace(_MEMBERSHIP, number=1),
+        _STEP,
+        Wait("tolist", "mlra_scale/stability/gradients.py:GradientStatistics._report", 1, "all results, packed"),
+    ),
+    "TEV": (
+        Wait("copy cpu to cuda", "mlra_scale/stability/tev.py:report", 1, "where pieces of rows lie"),
+        Wait(
+            "item",
+            "mlra_scale/stability/tev.py:_all_gather",
+            1,
+            "the longest vector of all ranks, which sizes the gather",
+        ),
+        Wait("copy cuda to cpu", "mlra_scale/stability/tev.py:_all_gather", 1, "what the ranks have sent"),
+        Wait(
+            "copy cuda to cpu", "mlra_scale/stability/tev.py:TevHook.measure", 1, "TEV of every token, and column sums"
+        ),
+    ),
+    "QK-clip": (
+        *_EVALUATIONS,
+        Wait(
+            "copy cuda to cpu",
+            "mlra_scale/stability/qk_clip.py:QkClip._largest_logits",
+            1,
+            "the largest logit of every head",
+        ),
+        Wait(
+            "copy cpu to cuda",
+            "mlra_scale/parallel/fragments.py:scale_rows",
+            16,
+            "factors of a clipped block's rows: weights and biases of q and k",
+        ),
+    ),
+    "activations": (
+        *_EVALUATIONS,
+        Wait("copy cuda to cpu", "mlra_scale/stability/activations.py:Tally.values", 1, "all results, packed"),
+    ),
+    "evaluation": _EVALUATIONS,
+    "agreement of a save": (_STEP,),
+    "snapshot": (),
+    "writing": (
+        Wait(
+            "event.synchronize",
+            "mlra_scale/checkpoint/snapshot.py:Arrival.wait",
+            1,
+            "the writer's thread waits until the copies are complete; training does not",
+        ),
+    ),
+}
+"""The same for what is measured and saved, by phase (measured.py)."""
