@@ -166,8 +166,8 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
 def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Moment]:
     """Returns the moments of a step of which one is the peak.
 
-    In order: the loss; the backward pass of the last block and of the first; its end; adding up; reduction; update; with
-    attention dropout the last block's mask.
+    In order: the loss; the backward pass of the last block and of the first; its end; adding up; reduction; update; and
+    with attention dropout the last block's mask.
     """
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     whole = gradient_bytes(config, plan, num_weights)

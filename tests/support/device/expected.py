@@ -32,21 +32,40 @@ class Wait:
     reason: str
 
 
+_STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
+_PROPOSE = "mlra_scale/parallel/engine.py:EngineBase._propose"
 WAITS = (
     Wait(
         "tolist",
-        "mlra_scale/parallel/engine.py:EngineBase._propose",
+        _PROPOSE,
         1,
-        "the packed read of a step: loss, gradient norm and the wish to stop, on which finite check, guard and stop "
-        "decide",
+        "the packed read: loss, gradient norm and the wish to stop, on which finite check, guard and stop decide",
     ),
     Wait(
-        "item",
-        "deepspeed/runtime/utils.py:get_flattened_grad_norm",
+        "cuda.synchronize",
+        "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
         1,
-        "DeepSpeed reads its own gradient norm, with which it clips",
+        "ZeRO 3: DeepSpeed gathers the small weights that it keeps whole, after the update",
+    ),
+    Wait(
+        "stream.synchronize",
+        "mlra_scale/parallel/host_waits.py:DeviceOrdered.wait_on_host",
+        1,
+        "offload: the host's Adam reads gradients that the device has sent",
+    ),
+    Wait("copy cpu to cuda", _PROPOSE, 1, "offload: the norm of gradients that lie on the host"),
+    Wait(
+        "copy cpu to cuda",
+        f"{_STAGE_3}._reassign_or_swap_out_partitioned_parameters",
+        2,
+        "offload: updated weights, once for each of DeepSpeed's groups of sub_group_size weights",
     ),
 )
+"""Of a step of training."""
+HOST_RESULTS = {
+    f"mul_ {_STAGE_3}.unscale_and_clip_grads": "offload: gradients are clipped where Adam runs",
+}
+"""What the host computes by itself in a step."""
 
 
 LAUNCHES: dict[str, float] = {}

@@ -355,7 +355,7 @@ class Trace(TorchDispatchMode):
             return
         for tensor in results:
             if tensor.numel() * tensor.element_size() >= HOST_BYTES:
-                self._phase.host_results[f"{name} {frames(1)[0][1]}"] += tensor.numel() * tensor.element_size()
+                self._phase.host_results[f"{name} {frames(1)[0][0]}"] += tensor.numel() * tensor.element_size()
 
 
 def unknown(dtype: torch.dtype) -> float | int | bool:
