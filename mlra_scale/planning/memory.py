@@ -23,7 +23,8 @@ Training state (DeepSpeed 0.19 as our engines set it up):
     snapshot       host memory for asynchronous checkpoints: 12 bytes (fp32 weight, two moments) per weight that the
                    rank owns. Weights divided over d (ZeRO >= 1): n / d; else data rank 0 owns all n. The last stage's
                    copy of the tied embedding is the first stage's. Tensor rank 0 owns what is replicated over t, the
-                   others a little less than is shown
+                   others a little less than is shown. For a GPU the memory is page-locked, and torch's allocator rounds
+                   it up to a power of two (`pinned_bytes`)
 
 Activations kept for the backward pass, per token:
 
@@ -36,13 +37,16 @@ Activations kept for the backward pass, per token:
     checkpointed   e D instead, and one whole block again while it is recomputed
     selective      without the norms' outputs and GELU's: e (2 D + F / t) less
     end            e D for the final norm's input (last stage)
+    mask           masked documents: e S for the additive mask, which all blocks share; flex_attention (on GPUs with
+                   Triton, in 16 bits) keeps less, and is planned alike
     passed on      in a pipeline e D for what a stage has received, of which a copy enters its first block (of at least
                    two micro-batches), e D for what it has sent, and once e D for what is on its way
 
     sequence par.  what has no t above is divided by t, but with checkpointing or sigmaReparam, in a block, the norms'
                    outputs and the latents, which are gathered
 
-times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
+times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1. `train.device=auto` is
+planned as a GPU.
 
 Head and loss: `logit_bytes`. Temporary results: what the largest moment of the step adds to what is kept,
 
@@ -65,7 +69,9 @@ Left out: the allocator's fragments, communication buffers of the backends, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
 from mlra_scale.model.head_chunks import num_chunks
@@ -289,7 +295,21 @@ def snapshot_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     num_owned = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     if 0 < stage == plan.pipeline - 1:
         num_owned -= config.model.padded_vocab_size * config.model.hidden_size // plan.tensor
-    return 12.0 * num_owned / (plan.data if zero_stage(config) >= 1 else 1)
+    num_bytes = 12.0 * num_owned / (plan.data if zero_stage(config) >= 1 else 1)
+    return num_bytes if device_of(config) == "cpu" else pinned_bytes(num_bytes)
+
+
+def pinned_bytes(num_bytes: float) -> float:
+    """Bytes of host memory that torch takes for a page-locked tensor: the next power of two.
+
+    ATen/core/CachingHostAllocator.h of torch 2.13; `pinned_max_round_threshold_mb` in PYTORCH_ALLOC_CONF limits it.
+    """
+    return float(1 << (math.ceil(num_bytes) - 1).bit_length()) if num_bytes > 0 else 0.0
+
+
+def device_of(config: Config) -> Literal["cpu", "cuda"]:
+    """Returns the kind of device that is planned: `auto` is a GPU, for that is what plans are made for."""
+    return "cpu" if config.train.device == "cpu" else "cuda"
 
 
 def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
@@ -372,12 +392,19 @@ def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     end = hidden * ((stage == plan.pipeline - 1) + (stage == 0 and config.model.embedding_dropout > 0.0))
     flying = in_flight(config, plan, stage)
-    kept = flying * (num_blocks * kept_per_block(config, plan) + end)
+    kept = flying * (num_blocks * kept_per_block(config, plan) + end + mask_bytes(config, plan))
     if plan.pipeline == 1:
         return kept
     received = max(flying, min(2, plan.accumulation_steps)) * (stage > 0)
     sent = flying * (stage < plan.pipeline - 1)
     return kept + hidden * (received + sent + 1)
+
+
+def mask_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the mask of documents of one micro-batch (model/document_mask.py), which its blocks share."""
+    if config.data.document_attention != "masked":
+        return 0.0
+    return float(BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length**2)
 
 
 def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
@@ -397,8 +424,7 @@ def logit_bytes(config: Config, plan: BatchPlan) -> float:
     """
     model, element = config.model, BYTES[config.train.precision]
     tokens, rows = plan.micro_batch_size * plan.sequence_length, model.padded_vocab_size // plan.tensor
-    device = "cpu" if config.train.device == "cpu" else "cuda"
-    chunks = num_chunks(tokens, rows, device, config.train.precision == "fp16")
+    chunks = num_chunks(tokens, rows, device_of(config), config.train.precision == "fp16")
     logits, weight = -(-tokens // chunks) * rows, rows * model.hidden_size
     summed = 4 * weight if chunks > 1 else 0
     if element == 4:

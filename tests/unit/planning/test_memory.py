@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
@@ -10,6 +12,7 @@ from mlra_scale.planning.memory import (
     master_bytes,
     moment_bytes,
     moments_of_a_step,
+    pinned_bytes,
     rank_memory,
     reduction_bytes,
     weight_bytes,
@@ -183,9 +186,35 @@ def test_a_pipeline_has_the_buffers_of_the_reduction_after_its_last_backward_pas
     [("fp32", 0, 1, 1), ("fp32", 0, 2, 1), ("bf16", 0, 2, 2), ("fp32", 1, 2, 2), ("bf16", 3, 1, 4)],
 )
 def test_a_snapshot_holds_what_a_rank_owns(precision: str, stage: int, pipeline: int, divided_by: int) -> None:
-    config, plan = case(4, f"train.precision={precision}", f"parallel.pipeline={pipeline}", stage=stage)
+    options = (f"train.precision={precision}", f"parallel.pipeline={pipeline}", "train.device=cpu")
+    config, plan = case(4, *options, stage=stage)
     total = sum(rank_memory(config, plan, each).snapshot for each in range(pipeline))
     padding = config.model.padded_vocab_size - config.model.vocab_size
     assert padding == 0 and total == 12 * config.model.num_parameters() / divided_by
     off, _ = case(4, f"parallel.pipeline={pipeline}", "checkpoint.asynchronous=false", stage=stage)
     assert rank_memory(off, plan, 0).snapshot == 0.0
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_page_locked_memory_is_a_power_of_two(device: str) -> None:
+    config, plan = case(1, f"train.device={device}")
+    held = 12 * config.model.num_parameters()
+    assert held < rank_memory(config, plan, 0).snapshot == 2 ** math.ceil(math.log2(held))
+    assert [pinned_bytes(size) for size in (0, 1, 1024, 1025)] == [0, 1, 1024, 2048]
+
+
+def test_masked_documents_have_one_mask_for_all_blocks() -> None:
+    options = ("train.precision=bf16", "data.document_attention=masked", "parallel.pipeline=2")
+    (config, plan), (without, _) = case(2, *options), case(2, *options[::2])
+    num_in_flight = in_flight(config, plan, 0)
+    mask = 2 * plan.micro_batch_size * plan.sequence_length**2
+    assert num_in_flight > 1
+    masked, causal = (rank_memory(each, plan, 0).activations for each in (config, without))
+    assert masked - causal == num_in_flight * mask
+
+
+def test_the_head_is_planned_at_the_larger_of_its_two_moments() -> None:
+    config, plan = case(1, "train.precision=bf16", "train.device=cuda")
+    tokens, hidden = plan.micro_batch_size * plan.sequence_length, config.model.hidden_size
+    rows, around = config.model.padded_vocab_size, 4 * tokens * hidden
+    assert logit_bytes(config, plan) == around + max(6 * tokens * rows, 2 * rows * (tokens + hidden))
