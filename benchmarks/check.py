@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CommandFailed, run_command
+from benchmarks.commands import CommandFailed, end_on_sigterm, run_command
 from mlra_scale.cluster.attempt import free_port
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, address, slurm_environment, step_command
@@ -67,7 +67,7 @@ STEPS = (
     Step("links", 60, "check_ranks.links", "all", "ranks"),
     Step("rates", 60, "check_ranks.rates", "all"),
     Step("training", 150, "check_ranks.training", "all"),
-    Step("synchronizations", 60, "check_steps.synchronizations", needs="gpu"),
+    Step("synchronizations", 60, "check_ranks.synchronizations", needs="gpu"),
     Step("alone", 60, "check_ranks.alone"),
     Step("layouts", 120, "check_ranks.layouts", "all"),
     Step("72 layers", 240, "check_steps.deep", needs="gpu"),
@@ -255,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=0.0,
     )
     print(f"{task.world_size} rank(s), {task.device}, {arguments.minutes:g} minutes; results: {folder}", flush=True)
+    end_on_sigterm()
     check = Check(task, settings, allocation)
     is_good = check.run([step for step in STEPS if step.name in (arguments.steps or NAMES)], arguments.minutes)
     if check.cluster is not None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +34,7 @@ from mlra_scale.planning.search import Candidate, changed
 if TYPE_CHECKING:
     from benchmarks.check import Task
 
+WAITS = Path(__file__).resolve().parents[1] / "tests" / "support" / "device" / "expected.py"
 MINUTES = 5.0
 Write = Callable[[dict[str, Any]], None]
 
@@ -228,6 +234,65 @@ def profile(task: Task, write: Write) -> dict[str, Any]:
     return {"holds": None, "lines": lines, "busy": busy / seconds}
 
 
+def synchronizations(task: Task, write: Write) -> dict[str, Any]:
+    """Where the host waits for the device in a step, and how often, against the list that the traced tests keep."""
+    device, allowed = device_of(task), known_waits()
+    result: dict[str, Any] = {"holds": True, "lines": [], "waits": {}}
+    for name in ("ZeRO 1", "ZeRO 3", "pipeline engine"):
+        config = _configuration(layouts_of(1, 1)[name], "bf16", task, 1)
+        with mesh(config, device) as topology:
+            engine = build_engine(config, batch_plan(config, 1), topology)
+            batches = [_share(config, topology, step) for step in range(2 + STEPS)]
+            for batch in batches[:2]:
+                engine.train_batch(batch, LEARNING_RATE, lambda each: each.is_finite)
+            torch.cuda.set_sync_debug_mode("warn")
+            with noted_waits() as found:
+                for batch in batches[2:]:
+                    engine.train_batch(batch, LEARNING_RATE, lambda each: each.is_finite)
+            torch.cuda.set_sync_debug_mode("default")
+        for site, count in found.most_common():
+            is_known = count / STEPS <= allowed.get(site, 0)
+            result["holds"] = result["holds"] and is_known
+            known = "in the list" if is_known else f"NOT IN THE LIST more than {allowed.get(site, 0)} times"
+            result["lines"].append(f"{name}: {count / STEPS:g} per step, {known}: {site}")
+        result["waits"][name] = dict(found)
+        write(result)
+    return result
+
+
+def known_waits() -> dict[str, int]:
+    """Where the host may wait for the device, and how often in a step: the list of the tests that trace the engines."""
+    listed: dict[str, int] = {}
+    for wait in run_path(str(WAITS), run_name="waits")["WAITS"]:
+        listed[wait.site] = listed.get(wait.site, 0) + wait.number
+    return listed
+
+
+@contextlib.contextmanager
+def noted_waits() -> Iterator[Counter[str]]:
+    """Counts torch's warnings of waits for the device, by the innermost function of this package or DeepSpeed."""
+    found: Counter[str] = Counter()
+
+    def note(message: Warning | str, *more: Any) -> None:
+        if "synchronizing" in str(message):
+            found[next(_sites(sys._getframe(1)), "elsewhere")] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield found
+
+
+def _sites(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        name = frame.f_code.co_filename
+        at = max(name.rfind(package) for package in ("/mlra_scale/", "/deepspeed/", "/megatron/"))
+        # The list names who wants something of the device, not what hands it on.
+        if at >= 0 and not any(part in name for part in ("/deepspeed/accelerator/", "/deepspeed/comm/", "/nvtx.py")):
+            yield f"{name[at + 1 :]}:{frame.f_code.co_qualname}"
+        frame = frame.f_back
+
+
 def layouts_of(world_size: int, devices_per_node: int) -> dict[str, dict[str, dict[str, Any]]]:
     """Layouts that so many ranks can have, as sections of a configuration, by name."""
     zero = {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
@@ -297,8 +362,7 @@ def _trajectory(
     sections: dict[str, dict[str, Any]], precision: str, task: Task, device: torch.device, size: int = 1
 ) -> dict[str, list[float]]:
     """Losses and gradient norms of the first steps of a layout, with micro-batches of a size."""
-    batch = {"global_batch_size": 2 * task.world_size, "micro_batch_size": size, "device": task.device}
-    config = config_of(SHAPE, "mlra", precision, train=batch, **sections)
+    config = _configuration(sections, precision, task, size)
     with mesh(config, device) as topology:
         plan = batch_plan(config, topology.world_size)
         engine = build_engine(config, plan, topology)
@@ -307,6 +371,11 @@ def _trajectory(
             for step in range(STEPS)
         ]
     return {"losses": [each.loss for each in results], "norms": [each.gradient_norm for each in results]}
+
+
+def _configuration(sections: dict[str, dict[str, Any]], precision: str, task: Task, size: int) -> Config:
+    batch = {"global_batch_size": 2 * task.world_size, "micro_batch_size": size, "device": task.device}
+    return config_of(SHAPE, "mlra", precision, train=batch, **sections)
 
 
 def _share(config: Config, topology: Topology, step: int) -> list[Batch]:

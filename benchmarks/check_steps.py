@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,7 +134,7 @@ def resume(task: Task, write: Write) -> dict[str, Any]:
     """A run, and two that resume from its middle: their records and checkpoints, bit by bit."""
     folder = Path(task.folder) / "resume"
     words = ["--ds-config", "ds_configs/zero1.json", "train.precision=bf16", "train.log_every=1", "train.steps=8"]
-    words += ["checkpoint.every=4", "tev.every=1"]
+    words += ["checkpoint.every=4", "tev.every=1", "train.deterministic=true"]
     runs = {name: folder / name for name in ("whole", "first", "second")}
     branch = ("--resume", str(runs["whole"] / "checkpoints" / "step-00000004"))
     _train(command_of(task, runs["whole"], *words))
@@ -204,32 +203,3 @@ def _contenders(task: Task, write: Write, model: str) -> dict[str, Any]:
             result = {"holds": None, "lines": gpu.table_lines(found, ROUNDS), "report": found}
             write(result)
     return result
-
-
-def synchronizations(task: Task, write: Write) -> dict[str, Any]:
-    """Where the host waits for the device in a run that measures everything, against the list of known places."""
-    import warnings
-
-    import torch
-
-    from mlra_scale.train import main
-
-    found: Counter[str] = Counter()
-
-    def note(message: Warning | str, category: type[Warning], filename: str, line: int, *more: Any) -> None:
-        if "synchronizing" in str(message):
-            found[f"{_short(filename)}:{line}"] += 1
-
-    warnings.simplefilter("always")
-    warnings.showwarning = note  # type: ignore[assignment]
-    run, steps = Path(task.folder) / "synchronizations", 12
-    torch.cuda.set_sync_debug_mode("warn")
-    words = command_of(task, run, "--ds-config", "ds_configs/zero1.json", *EVERYTHING, f"train.steps={steps}")[3:]
-    code = main(words)
-    torch.cuda.set_sync_debug_mode("default")
-    lines = [f"{count:>6} {place}" for place, count in found.most_common()]
-    return {"holds": None, "lines": [f"exit code {code}; waits in {steps} steps:", *lines], "places": dict(found)}
-
-
-def _short(filename: str) -> str:
-    return filename.split("site-packages/")[-1].removeprefix(f"{ROOT}/")

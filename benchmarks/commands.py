@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +25,20 @@ class CommandFailed(RuntimeError):
 
     def __init__(self, what: str, output: str = "") -> None:
         super().__init__(f"{what}\n{output[-3000:]}".strip())
-        lines = [line.strip() for line in output.splitlines() if line.strip()]
-        # Compilers write advice behind their error.
+        lines = [re.sub(r"^\[rank\d+\]: ", "", line.strip()) for line in output.splitlines() if line.strip()]
+        # Compilers write advice behind their error, and launchers an error of their own that says nothing.
         named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
-        self.last_line = (named or lines or [what])[-1]
+        telling = [line for line in named if not line.endswith(":")]
+        self.last_line = (telling or named or lines or [what])[-1]
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end this process as Ctrl-C does: `run_command` then ends what it has started."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def run_command(

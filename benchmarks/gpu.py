@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commands import CommandFailed
+from benchmarks.commands import CommandFailed, end_on_sigterm
 from benchmarks.contenders import Shape
 from benchmarks.gpu_child import AGAIN, COMPILED, DENSE, MLRA, PLAIN, TRANSFORMERS, config_for, run_child
 from benchmarks.gpu_parity import CASES, QUICK_CASES, parity, parity_lines
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if problem := why_not(arguments.device, arguments.quick):
         parser.error(problem)
+    end_on_sigterm()
     report: dict[str, Any] = {
         "environment": environment_of(arguments.device),
         "rounds": 2 if arguments.quick else arguments.rounds,

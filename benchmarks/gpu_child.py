@@ -91,15 +91,16 @@ def run_child(device: str, what: str, specification: Mapping[str, Any], file: Pa
     text = json.dumps({**specification, "shape": dataclasses.asdict(specification["shape"])})
     command = [sys.executable, "-m", "benchmarks.gpu_child", "--device", device, what, text, str(file)]
     environment = {**os.environ, "DS_ACCELERATOR": device}  # not what the caller, on a GPU, chose for itself
-    run_command(f"{what} {text}", command, environment, timeout_s)
+    name = f"{what} of {specification.get('name', specification['shape'].name)}"
+    run_command(name, command, environment, timeout_s)
     if not file.exists():
-        raise CommandFailed(f"{what} {text}: it wrote no result")
+        raise CommandFailed(f"{name}: it wrote no result")
 
 
 def config_for(shape: Shape, name: str, precision: str = "bf16", **sections: Mapping[str, Any]) -> Config:
     """The configuration of a contender's model; of ours the real one, of others one of as many FLOPs.
 
-    Ours is under ZeRO 1, as on several GPUs: DeepSpeed's optimizer of stage 0 for bf16 handles each weight by itself.
+    Ours is under ZeRO 1, as on several GPUs.
 
     Args:
         shape: What is trained.

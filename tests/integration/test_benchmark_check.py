@@ -6,8 +6,11 @@ tests/slurm/test_check.py runs it on two nodes.
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +21,12 @@ import pytest
 from benchmarks import check, check_ranks
 from benchmarks.check import STEPS, Check, Task
 from benchmarks.contenders import config_of
+from mlra_scale.cluster.family import descendants
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
+from tests.support.leftovers import all_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +71,17 @@ def test_a_step_that_fails_or_has_no_time_does_not_stop_the_next(
     assert len(found["fp32"]["losses"]) == check_ranks.STEPS and found["fp32"] != found["bf16"]
     assert "ValueError" in (tmp_path / "layouts.log").read_text()
     assert "layouts: failed" in capsys.readouterr().out
+
+
+def test_nothing_is_left_when_it_is_ended(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--quick", "--steps", "alone", "--output", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.check", *words], cwd=ROOT)
+    deadline = time.monotonic() + 120.0
+    while not (children := descendants(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert children and all_end(children)
 
 
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
@@ -122,6 +138,31 @@ def test_what_differs_from_one_process_is_named() -> None:
     assert check_ranks.difference(trajectory(5.97, 5.009), "bf16", alone) == ""
     assert "losses 5.95" in check_ranks.difference(trajectory(5.95, 5.0), "bf16", alone)
     assert "losses 5.02 at step 2" in check_ranks.difference(trajectory(6.0, 5.02), "bf16", alone)
+
+
+def test_a_wait_is_noted_by_the_function_that_waits() -> None:
+    """torch warns in the innermost Python frame of what waits."""
+    names: dict[str, Any] = {"warnings": warnings}
+    for file, code in (
+        (
+            "/lib/deepspeed/accelerator/cuda.py",
+            "def hands_on(): warnings.warn('called a synchronizing CUDA operation')",
+        ),
+        ("/lib/deepspeed/runtime/utils.py", "def norm():\n    return hands_on()"),
+        ("/here/mlra_scale/parallel/engine.py", "class Engine:\n    def propose(self):\n        norm(); norm()"),
+    ):
+        exec(compile(code, file, "exec"), names)
+    with check_ranks.noted_waits() as found:
+        names["Engine"]().propose()
+        warnings.warn("something else", stacklevel=1)
+    assert found == {"deepspeed/runtime/utils.py:norm": 2}
+
+
+@pytest.mark.skipif(not check_ranks.WAITS.exists(), reason="tests/support/device is not there")
+def test_the_list_of_waits_is_that_of_the_traced_engines() -> None:
+    listed = check_ranks.known_waits()
+    assert listed["mlra_scale/parallel/engine.py:EngineBase._propose"] == 1
+    assert sum(listed.values()) >= len(listed)
 
 
 @pytest.mark.parametrize(
