@@ -33,6 +33,7 @@ from mlra_scale.config import (
     validate,
 )
 from mlra_scale.data.errors import DataError
+from mlra_scale.training.device_environment import set_device_environment
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Interruption
@@ -144,6 +145,7 @@ def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Co
 
 def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Interruption) -> int:
     """Checks everything, keeps other runs out of the directory, and trains."""
+    set_device_environment(asked.config, os.environ)
     from mlra_scale.training.candidates import choose
     from mlra_scale.training.launch import run
     from mlra_scale.training.overseer import Overseer

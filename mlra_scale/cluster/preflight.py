@@ -1,7 +1,7 @@
 """Checks of the nodes by the ranks themselves, before the first step: a bad node is named instead of being suffered.
 
 Alone, each rank asks its device for a product that it knows. Together they compare what they see of a shared folder,
-check that a sum over all of them is right, and measure how fast it is.
+check that a sum over all of them is right, measure how fast it is, and connect over gloo, as checkpoints will.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mlra_scale.config import ConfigError, Problem
+
 _SIZE = 256
 _BYTES_SUMMED = {"cuda": 256 << 20, "cpu": 4 << 20}
+_GLOO_SECONDS = 60.0
 _SECONDS_TO_SEE = 30.0
 """How long a shared file system may take to show one node what another wrote (NFS caches names for up to 30 s)."""
 
@@ -79,6 +83,7 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
 
     Raises:
         BadNodes: On all ranks.
+        ConfigError: On all ranks: they do not reach each other over gloo.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     facts: list[Any] = [None] * world_size
@@ -91,6 +96,7 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
     seconds = _seconds_of_sum(device)
     results: list[Any] = [None] * world_size
     dist.all_gather_object(results, fault)
+    _check_gloo(nodes)
     _remove_token(shared, rank)
     bad = blamed_for_sum(nodes, [of_rank[3] for of_rank in facts])
     bad |= blamed(nodes, [of_rank[1] for of_rank in facts], results)
@@ -105,6 +111,29 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
             f"{1000 * seconds:.1f} ms, {rate:.2f} GB/s over each rank's link",
             flush=True,
         )
+
+
+def _check_gloo(nodes: Sequence[str]) -> None:
+    """Makes a group of all ranks over gloo, as build_topology does, and lets them meet in it; collective."""
+    fault = ""
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_GLOO_SECONDS))
+        dist.barrier(group)
+        dist.destroy_process_group(group)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+    faults: list[Any] = [None] * len(nodes)
+    dist.all_gather_object(faults, fault)
+    found = {node: text for node, text in zip(nodes, faults, strict=True) if text}
+    if not found:
+        return
+    if len(found) < len(set(nodes)):
+        raise BadNodes({node: f"gloo does not connect its ranks: {text}" for node, text in found.items()}, True)
+    remedy = (
+        "is the interface over which gloo should connect the ranks, and does not: name one on which all nodes reach "
+        f"each other (`ip addr` lists them), in the environment of the job; {nodes[0]} says: {found[nodes[0]]}"
+    )
+    raise ConfigError([Problem("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME"), remedy)])
 
 
 def blamed(nodes: Sequence[str], own_faults: Sequence[str], seen_faults: Sequence[str]) -> dict[str, str]:

@@ -62,6 +62,18 @@ class TrainConfig(Section):
         description="Run the blocks through torch.compile (needs a compiler at run time; not with ZeRO 3, "
         "dropout or sigmaReparam).",
     )
+    deterministic: bool = Field(
+        False,
+        description="Refuse operations whose result depends on the order in which a GPU's threads finish, and take "
+        "slower ones instead: a resumed run continues bit by bit on a GPU only with it (not measured there). On CPUs "
+        "it always does.",
+    )
+    garbage_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between runs of Python's garbage collector, at the same step on all ranks; 0: whenever "
+        "each rank likes.",
+    )
     max_consecutive_overflows: int = Field(
         50,
         ge=1,

@@ -18,7 +18,7 @@ input is computed: the block then keeps nothing that is as long as the whole seq
 activation checkpointing only one block's activations are there at a time, and they are kept.
 
 On GPUs a collective that is started beside a matrix product runs before it only if CUDA_DEVICE_MAX_CONNECTIONS is 1, as
-training/launch.py has it; whether that pays was not measured.
+training/device_environment.py has it; whether that pays was not measured.
 
 Megatron's own functions are for CUDA only, and want the sequence as the first dimension. Its sum of what the ranks have
 computed is lost without an error where the summand is not contiguous: it sums a copy.

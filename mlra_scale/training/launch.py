@@ -84,10 +84,9 @@ def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interrupti
     """
     device = resolve_device(start.config)
     quiet_libraries(device)
-    if start.config.parallel.tensor > 1:
-        # Before CUDA begins: a GPU then starts things in the order they are given, so that a sum which is started
-        # beside a matrix product does run beside it (model/tensor_parallel.py).
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.use_deterministic_algorithms(start.config.train.deterministic)
+    # Or every new tensor costs a kernel that fills it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # DeepSpeed chooses its accelerator when it is imported, hence not at the top of this file.
     from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
     from mlra_scale.training.agreement import StartRefused, settle

@@ -29,6 +29,8 @@ FREE = (
     "data.tokenizer",
     "train.device",
     "train.compile",
+    "train.deterministic",
+    "train.garbage_every",
     "train.micro_batch_size",
     "parallel.",
     "cluster.",

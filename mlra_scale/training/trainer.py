@@ -20,6 +20,7 @@ from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.feed import BadData, Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck
+from mlra_scale.training.garbage import GarbageCollection
 from mlra_scale.training.guarding import approval, carry_out, decide
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
 from mlra_scale.training.measuring import Measurements, is_due
@@ -84,6 +85,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
         Report(start, is_main=topology.rank == 0) as report,
         Feed(datasets.train, plan, topology.data_rank, pins_memory=topology.device.type == "cuda") as feed,
         Checkpoints(start, engine, datasets, windows, report.saved) as checkpoints,
+        GarbageCollection(config.train.garbage_every) as garbage,
     ):
 
         def save(rate: float, validation_loss: float | None, is_last: bool, left_out: Sequence[str] = ()) -> None:
@@ -181,6 +183,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
+            garbage.after(step)
             actions = decide(guard, finite, step, place, result)
             if any(action.kind == "rollback" for action in actions):
                 interruption.limit(EXPENDABLE_SECONDS, "stopped while the guard took the run back: --resume auto does")

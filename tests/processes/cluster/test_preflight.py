@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mlra_scale.cluster import preflight
 from mlra_scale.cluster.preflight import BadNodes, blamed, blamed_for_sum, check_alone, check_together
+from mlra_scale.config import ConfigError
 from tests.support.pool import WorkerPool
 
 Pools = Callable[[int], WorkerPool]
@@ -229,6 +230,27 @@ def test_a_rank_whose_part_is_missing_in_the_sum_is_named(tmp_path: Path, worker
 )
 def test_who_is_to_blame_for_a_wrong_sum(wrong: list[list[int]], named: list[str]) -> None:
     assert sorted(blamed_for_sum(["a", "a", "b", "b"], wrong)) == named
+
+
+def meet_over(rank: int, world_size: int, interface: str, folder: str) -> list[str]:
+    """Checks a world whose ranks are to connect over an interface; returns what is wrong with which field."""
+    before, seconds = os.environ["GLOO_SOCKET_IFNAME"], preflight._GLOO_SECONDS
+    os.environ["GLOO_SOCKET_IFNAME"], preflight._GLOO_SECONDS = interface, 5.0
+    try:
+        check_together(torch.device("cpu"), f"n{rank}", Path(folder))
+    except ConfigError as error:
+        return [str(problem) for problem in error.problems]
+    finally:
+        os.environ["GLOO_SOCKET_IFNAME"], preflight._GLOO_SECONDS = before, seconds
+    return []
+
+
+def test_an_interface_over_which_gloo_does_not_connect_is_named(tmp_path: Path, worker_pool: Pools) -> None:
+    """No node is to blame: on all ranks one message names the variable to set."""
+    first, second = worker_pool(2).run(meet_over, "missing0", str(tmp_path), timeout=60.0)
+    assert first == second and len(first) == 1
+    assert first[0].startswith("GLOO_SOCKET_IFNAME") and "missing0" in first[0] and "n0 says: " in first[0]
+    assert worker_pool(2).run(meet_over, "lo", str(tmp_path), timeout=60.0) == [[], []]
 
 
 def test_tokens_of_an_earlier_attempt_are_not_taken_for_these(tmp_path: Path, worker_pool: Pools) -> None:

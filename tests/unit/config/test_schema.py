@@ -15,7 +15,7 @@ FIELDS = {
     "data": "path blend validation_path validation_fraction tokenizer document_attention reset_positions "
     "end_of_document_token seed",
     "train": "steps global_batch_size micro_batch_size sequence_length seed precision device log_every peak_tflops "
-    "compile max_consecutive_overflows",
+    "compile deterministic garbage_every max_consecutive_overflows",
     "optim": "lr betas eps weight_decay decay_factors decay_embedding grad_clip schedule warmup_steps decay_steps "
     "min_lr_ratio",
     "parallel": "tensor pipeline engine activation_checkpointing low_rank_plan sequence_parallel timeout_minutes "
