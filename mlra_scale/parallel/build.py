@@ -26,11 +26,9 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         The engine, weights initialized.
     """
     if config.train.compile:
-        # Blocks that differ in a number (scaled norms) are compiled one by one, for training and for evaluation; past
-        # its limits the compiler would quietly give up.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 2 * config.model.num_layers + 8)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * limits.recompile_limit)
+        # All blocks share their graphs, but there is one for training and one for evaluation of every shape of a map;
+        # past its limit the compiler would quietly give up.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     context = ModelContext(
         model=config.model,
         seed=config.train.seed,

@@ -128,12 +128,17 @@ def _joint_graph(overrides: list[str]) -> tuple[Any, list[Any]]:
     shape = (NUM_SAMPLES, LENGTH, config.model.hidden_size)
     hidden_BSD = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    def step(hidden_BSD: Any, gradient_BSD: Any, *weights: Any) -> list[Any]:
+    norms = [norm for norm in (block.attention_norm, block.mlp_norm) if norm.factor is not None]
+
+    def step(hidden_BSD: Any, gradient_BSD: Any, *rest: Any) -> list[Any]:
+        factors, weights = rest[: len(norms)], rest[len(norms) :]
+        for norm, factor in zip(norms, factors, strict=True):
+            norm.factor = factor
         output = torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (hidden_BSD,))
         return [output, *torch.autograd.grad(output, [hidden_BSD, *weights], gradient_BSD)]
 
     with _flash_attention():
-        inputs = [hidden_BSD, torch.empty_like(hidden_BSD), *weights]
+        inputs = [hidden_BSD, torch.empty_like(hidden_BSD), *(norm.factor for norm in norms), *weights]
         graph = make_fx(step, decomposition_table=select_decomp_table())(*inputs)
     graph.graph.eliminate_dead_code()
     return graph, [tensor.detach() for tensor in inputs]
