@@ -59,8 +59,8 @@ class TrainConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Run the blocks through torch.compile (needs a compiler at run time; not with tensor "
-        "parallelism, ZeRO 3, dropout or sigmaReparam).",
+        description="Run the blocks through torch.compile (needs a compiler at run time; not with ZeRO 3, "
+        "dropout or sigmaReparam).",
     )
     deterministic: bool = Field(
         False,

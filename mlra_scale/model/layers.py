@@ -7,6 +7,8 @@ takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
 Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
+from mlra_scale.model.document_mask import AttentionMask
 from mlra_scale.model.linear import column_linear, row_linear
 from mlra_scale.model.loss import head_loss
 from mlra_scale.model.randomness import dropout_hidden, key_of
@@ -219,21 +222,22 @@ class Block(nn.Module):
         # What observes attention from within is not to be compiled.
         is_compiled = self.context.has_compiled_blocks and self.attention.recorder is None
         residual = self._compiled if is_compiled else self._residual
+        mask = None if documents_BS is None else self.context.document_masks.of(documents_BS, hidden_BSD.dtype)
         if self.context.activation_checkpointing == "block" and torch.is_grad_enabled():
             # No generator state to preserve: dropout is keyed, so the recomputation draws the same masks.
             hidden_BSD = checkpoint(
-                residual, hidden_BSD, documents_BS, sample_ids_B, use_reentrant=False, preserve_rng_state=False
+                residual, hidden_BSD, mask, sample_ids_B, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            hidden_BSD = residual(hidden_BSD, documents_BS, sample_ids_B)
+            hidden_BSD = residual(hidden_BSD, mask, sample_ids_B)
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
     def _residual(
-        self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
+        self, hidden_BSD: torch.Tensor, mask: AttentionMask | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
         normed_BSD = self.attention_norm(hidden_BSD)
         with self.attention_norm.recomputing(hidden_BSD, normed_BSD):
-            attended_BSD = self.attention(normed_BSD, documents_BS, sample_ids_B)
+            attended_BSD = self.attention(normed_BSD, mask, sample_ids_B)
         hidden_BSD = hidden_BSD + self._dropout(attended_BSD, 0, sample_ids_B)
         normed_BSD = self.mlp_norm(hidden_BSD)
         with self.mlp_norm.recomputing(hidden_BSD, normed_BSD):

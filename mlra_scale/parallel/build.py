@@ -4,6 +4,7 @@ import torch
 
 from mlra_scale.config import BatchPlan, Config, engine_kind
 from mlra_scale.model.context import ModelContext
+from mlra_scale.model.document_mask import has_flex_attention
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.parallel.interface import Engine
 from mlra_scale.parallel.pipeline_engine import PipelineEngine
@@ -39,6 +40,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         has_compiled_blocks=config.train.compile,
         low_rank_plan=low_rank_plan(config, plan, topology.device.type),
         has_sequence_parallel=config.parallel.sequence_parallel,
+        has_flex_attention=has_flex_attention(topology.device.type, config.train.precision, config.model),
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
     return engine_class(config, plan, topology, context)

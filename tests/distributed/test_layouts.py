@@ -262,12 +262,32 @@ def test_a_head_in_several_chunks_equals_the_oracle(worker_pool: Pools, layout: 
     assert_gradients_close(gradients, expected.gradients)
 
 
-@pytest.mark.slow_except("tp1pp1dp1-zero0-mlra")
+COMPILED = [
+    Layout(),
+    Layout(data=2, stage=2),
+    Layout(pipeline=2, stage=1),
+    Layout(tensor=2),
+    Layout(tensor=2, pipeline=2, stage=1),
+    Layout(tensor=2, data=2, stage=1),
+    Layout(tensor=2, data=2, stage=2),
+]
+
+
+@pytest.mark.slow_except("tp1pp1dp1-zero0-mlra", "tp2pp1dp1-zero0-mlra")
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(data=2, stage=2), Layout(pipeline=2, stage=1)], ids=identify)
+@pytest.mark.parametrize("layout", COMPILED, ids=identify)
 def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
+    compare_compiled(worker_pool, layout, attention)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_sequence_parallelism_equal_the_oracle(worker_pool: Pools) -> None:
+    compare_compiled(worker_pool, Layout(tensor=2, data=2, stage=1), "mlra", parallel__sequence_parallel=True)
+
+
+def compare_compiled(worker_pool: Pools, layout: Layout, attention: str, **overrides: Any) -> None:
     weights, expected = oracle(attention)
-    config = in_layout(layout, model__attention=attention, train__compile=True)
+    config = in_layout(layout, model__attention=attention, train__compile=True, **overrides)
     records, num_compiled = zip(*worker_pool(layout.world_size).run(train_compiled, config, weights), strict=True)
     assert min(num_compiled) > 0, "nothing was compiled"
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)
@@ -275,6 +295,7 @@ def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, at
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_with_scaled_norms_share_their_graphs(worker_pool: Pools) -> None:
     config = in_layout(Layout(), model__layer_norm_scaling=True, model__num_layers=4, train__compile=True)
     weights = canonical_weights(config.model)
