@@ -10,7 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
@@ -109,8 +109,9 @@ class PipelineEngine(EngineBase):
         engine._bcast_pipe_scalar = partial(self._broadcast_scalar, engine)
         if not engine.is_pipe_partitioned:  # or what is sent is another shape, which a user's --ds-config has asked for
             self._agree_on_shapes(engine, context)
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: self._backward_pass}
         if topology.pipeline > 1 and topology.data > 2:
-            engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: self._reduce_tied_gradients}
+            engine._INSTRUCTION_MAP[ReduceTiedGrads] = self._reduce_tied_gradients
         is_copy = topology.is_last_stage and not topology.is_first_stage
         self._install(engine, named, tied_copies=frozenset({"embedding.weight"} if is_copy else ()))
 
@@ -138,6 +139,12 @@ class PipelineEngine(EngineBase):
             else:
                 named[f"{layer_names[int(owner)]}.{rest}"] = parameter
         return named
+
+    @staticmethod
+    def _backward_pass(engine: Any, buffer_id: int) -> None:
+        """DeepSpeed's own, after which the last stage too lets go of the micro-batch's outputs."""
+        engine._exec_backward_pass(buffer_id)
+        engine.pipe_buffers["outputs"][buffer_id] = None
 
     @staticmethod
     def _reduce_tied_gradients(engine: Any) -> None:
@@ -225,6 +232,8 @@ class PipelineEngine(EngineBase):
         self._forget_spectra()
         with self._called_between_steps(between):
             loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
+        outputs = self.deepspeed_engine.pipe_buffers["outputs"]
+        outputs[:] = [None] * len(outputs)
         return float(loss)
 
     def _feed(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:

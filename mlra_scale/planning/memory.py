@@ -186,7 +186,7 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     recomputed = recomputed_bytes(config, plan)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     at_the_end = kept - (num_blocks - 1) * kept_per_block(config, plan)
-    stale = stale_output_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
+    output = output_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
     logits = logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
     # The head's gradient of the tied embedding waits in autograd until the embedding's is there to be added.
     waiting = embedding_gradient_bytes(config, plan) if plan.pipeline == 1 else 0.0
@@ -201,9 +201,9 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     masking = [Moment(early, always, kept, temporary=dropout_bytes(config, plan))]
     return [
         Moment(early, always, kept, logits),
-        Moment(early, passing, kept + recomputed, stale, backward),
-        Moment(whole, passing, at_the_end + recomputed, stale, backward + reduced),
-        Moment(whole, passing, at_the_end, stale, summing + reduced),
+        Moment(early, passing, kept + recomputed, output, backward),
+        Moment(whole, passing, at_the_end + recomputed, output, backward + reduced),
+        Moment(whole, passing, at_the_end, output, summing + reduced),
         Moment(whole, always, temporary=joined_bytes(config, num_weights)),
         Moment(reduced_at_once, reducing, temporary=flat_gradient_bytes(config, plan, num_weights)),
         Moment(update_gradient_bytes(config, plan, num_weights), always, temporary=update),
@@ -257,8 +257,12 @@ def adds_up_flat(config: Config) -> bool:
 
 
 def joined_bytes(config: Config, num_weights: int) -> float:
-    """Bytes of the bf16 gradients that are joined before they are added to the flat buffers (gradient_sums.py)."""
-    return 2.0 * min(num_weights, 1 << 24) if adds_up_flat(config) else 0.0
+    """Bytes of the bf16 gradients that are joined before they are added to the flat buffers (gradient_sums.py).
+
+    A CPU converts them to fp32 before it adds, a GPU while it does.
+    """
+    element = 6.0 if config.train.device == "cpu" else 2.0
+    return element * min(num_weights, 1 << 24) if adds_up_flat(config) else 0.0
 
 
 def reduction_bytes(config: Config, plan: BatchPlan) -> float:
@@ -431,15 +435,15 @@ def logit_bytes(config: Config, plan: BatchPlan) -> float:
         largest = 4 * logits + 4 * weight
     else:
         largest = max((4 + element) * logits + summed, element * (logits + weight) + summed)
-    return stale_output_bytes(config, plan) + largest + 2.0 * element * tokens * model.hidden_size
+    return largest + 2.0 * element * tokens * model.hidden_size
 
 
-def stale_output_bytes(config: Config, plan: BatchPlan) -> float:
-    """Bytes of final hidden states that DeepSpeed's pipeline keeps of micro-batches that are done, in two buffers."""
+def output_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the final hidden state, which DeepSpeed's pipeline holds until the backward pass has ended."""
     if engine_kind(config) != "pipeline":
         return 0.0
     hidden = BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
-    return min(2, plan.accumulation_steps) * hidden / sequence_split(config, plan)
+    return hidden / sequence_split(config, plan)
 
 
 def backward_bytes(config: Config, plan: BatchPlan) -> float:
