@@ -101,7 +101,8 @@ def frames(limit: int = 3) -> list[tuple[str, str]]:
                 at = name.rfind(part)
                 if at >= 0 and not (part == "/torch/optim/" and found):
                     short = name[at + 1 :]
-                    found.append((f"{short}:{frame.f_code.co_qualname}", f"{short}:{frame.f_lineno}"))
+                    function = frame.f_code.co_qualname.split(".<locals>")[0]
+                    found.append((f"{short}:{function}", f"{short}:{frame.f_lineno}"))
                     break
         frame = frame.f_back
     return found or [("autograd", "autograd")]
