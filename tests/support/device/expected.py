@@ -109,9 +109,16 @@ _MEMBERSHIP = Wait(
 )
 _STEP = Wait("item", "mlra_scale/parallel/adam.py:AdamState.step", 1, "the number of updates, packed")
 _EVALUATION = Wait("item", "mlra_scale/parallel/zero_engine.py:ZeroEngine.eval_batch", 1, "the loss of a pass")
+_PIPELINE_PASS = "mlra_scale/parallel/pipeline_engine.py:PipelineEngine.eval_batch"
 _EVALUATIONS = (
     _EVALUATION,
-    Wait("item", "mlra_scale/parallel/pipeline_engine.py:PipelineEngine.eval_batch", 1, _EVALUATION.reason),
+    replace(_EVALUATION, site=_PIPELINE_PASS),
+    Wait(
+        "barrier",
+        "deepspeed/runtime/pipe/engine.py:PipelineEngine.eval_batch",
+        1,
+        "DeepSpeed lets no stage begin a pass before all have ended the one before",
+    ),
 )
 MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "noise scale": WAITS,
@@ -169,7 +176,14 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     ),
     "evaluation": _EVALUATIONS,
     "agreement of a save": (_STEP,),
-    "snapshot": (),
+    "snapshot": (
+        Wait(
+            "copy cpu to cuda",
+            "mlra_scale/checkpoint/copies.py:_weights",
+            1,
+            "at the first save: the numbers by which copies are condensed; the copies themselves are not waited for",
+        ),
+    ),
     "writing": (
         Wait(
             "event.synchronize",
