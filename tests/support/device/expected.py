@@ -34,6 +34,12 @@ class Wait:
 
 _STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
 _PROPOSE = "mlra_scale/parallel/engine.py:EngineBase._propose"
+_SMALL_WEIGHTS = Wait(
+    "cuda.synchronize",
+    "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
+    1,
+    "ZeRO 3: DeepSpeed gathers the small weights that it keeps whole, after the weights have changed",
+)
 WAITS = (
     Wait(
         "tolist",
@@ -41,12 +47,7 @@ WAITS = (
         1,
         "the packed read: loss, gradient norm and the wish to stop, on which finite check, guard and stop decide",
     ),
-    Wait(
-        "cuda.synchronize",
-        "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
-        1,
-        "ZeRO 3: DeepSpeed gathers the small weights that it keeps whole, after the update",
-    ),
+    _SMALL_WEIGHTS,
     Wait(
         "stream.synchronize",
         "mlra_scale/parallel/host_waits.py:DeviceOrdered.wait_on_host",
@@ -157,6 +158,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     ),
     "QK-clip": (
         *_EVALUATIONS,
+        _SMALL_WEIGHTS,
         Wait(
             "copy cuda to cpu",
             "mlra_scale/stability/qk_clip.py:QkClip._largest_logits",
