@@ -448,7 +448,10 @@ def backward_bytes(config: Config, plan: BatchPlan) -> float:
     stream = 0.0 if plan.pipeline > 1 else model.hidden_size / sequence_split(config, plan)
     passing = tokens * (model.ffn_size / plan.tensor + stream)
     if config.parallel.sequence_parallel:
-        passing += 4 * tokens * model.hidden_size  # gathered inputs and whole gradients, each with its packed copy
+        # The whole gradient of the stream. Gathered inputs and packed copies come when GELU's sides have gone, unless
+        # these are not kept.
+        whole = 1 if config.parallel.activation_checkpointing == "none" else 4
+        passing += whole * tokens * model.hidden_size
     return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
 
 

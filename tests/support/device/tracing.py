@@ -101,7 +101,8 @@ def frames(limit: int = 3) -> list[tuple[str, str]]:
                 at = name.rfind(part)
                 if at >= 0 and not (part == "/torch/optim/" and found):
                     short = name[at + 1 :]
-                    found.append((f"{short}:{frame.f_code.co_qualname}", f"{short}:{frame.f_lineno}"))
+                    function = frame.f_code.co_qualname.split(".<locals>")[0]
+                    found.append((f"{short}:{function}", f"{short}:{frame.f_lineno}"))
                     break
         frame = frame.f_back
     return found or [("autograd", "autograd")]
@@ -283,6 +284,11 @@ class Trace(TorchDispatchMode):
             if storage is not None:
                 storage.values = None
             self._remember(target, known)
+            return
+        if name in ("full", "new_full") and results[0].numel() == 1:
+            with _disable_current_modes():
+                known = torch.full((1,), args[-1])
+            self._remember(results[0], known)
             return
         if name in KEEPS_VALUES:
             if (
