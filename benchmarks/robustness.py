@@ -18,9 +18,10 @@ from mlra_scale.planning.cluster import GIB, Cluster, named_cluster
 from mlra_scale.planning.search import Candidate
 from mlra_scale.planning.step_time import step_time
 
-PRESETS = ("gpt2-mlra-72l", "gpt2-mlra-72l-wide")
 DEVICES = ("h100", "a100", "h200")
 NODES = (1, 2, 4, 8, 32)
+PRESETS = {"gpt2-mlra-72l": NODES, "gpt2-mlra-72l-wide": (*NODES, 64, 128)}
+"""The shipped jobs' models, and the numbers of nodes that the documentation shows."""
 CONSTANTS = ("utilization", "memory bandwidth", "links within a node", "links between nodes", "overheads")
 HEADER = (
     *("device", "nodes", "tensor x pipeline x data", "ZeRO", "micro-batch", "recompute", "GiB", "step, s", "MFU, %"),
@@ -31,15 +32,15 @@ HEADER = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table for each preset."""
     parser = argparse.ArgumentParser(prog="benchmarks.robustness", description="What the planner's choices hang on.")
-    parser.add_argument("--preset", nargs="+", default=PRESETS)
+    parser.add_argument("--preset", nargs="+", default=[*PRESETS])
     parser.add_argument("--device", nargs="+", default=DEVICES, choices=DEVICES)
-    parser.add_argument("--nodes", nargs="+", type=int, default=NODES)
+    parser.add_argument("--nodes", nargs="+", type=int, help="default: as in the documentation")
     arguments = parser.parse_args(argv)
     for preset in arguments.preset:
         config, named = load_named_config(preset, overrides=["parallel.layout=auto"])
         print(f"\n`{preset}`:\n\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
         for device in arguments.device:
-            for nodes in arguments.nodes:
+            for nodes in arguments.nodes or PRESETS.get(preset, NODES):
                 cluster = replace(named_cluster(device), nodes=nodes)
                 print(f"| {' | '.join(row(config, named, cluster))} |", flush=True)
     return 0

@@ -121,7 +121,7 @@ def _wide(attention: str) -> dict[str, Any]:
     """Deep and wide: the deep family's 72 layers and recipe at width 4096, with 32 heads as in Touvron et al. 2023.
 
     Its training state fits into no GPU, and over many nodes its batch is too small for data parallelism alone: tensor
-    and pipeline parallelism are needed (docs/planner.md). The peak rate is that of the 13 B model of Brown et al. 2020
+    and pipeline parallelism are needed (docs/planning.md). The peak rate is that of the 13 B model of Brown et al. 2020
     (GPT-3), table 2.1, the nearest in size.
 
     Args:

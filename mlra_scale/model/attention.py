@@ -19,6 +19,7 @@ from mlra_scale.model.linear import (
     LowRankInputProjection,
     LowRankOutputProjection,
     column_linear,
+    lowered_together,
     row_linear,
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
@@ -153,7 +154,7 @@ class SelfAttention(nn.Module):
         """q, k, v, [B, S, D / TP] each, of a stream that enters as a whole."""
         outputs = {}
         if self.context.low_rank_plan == "replicated" or not factorised:
-            lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
+            lowered = lowered_together(self.context, hidden_BSD, factorised)
             has_dense = len(factorised) < len(projections)
             replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered.values()]
             entered = enter_tensor_parallel(self.context, *replicated)

@@ -264,6 +264,39 @@ class LowRankInputProjection(nn.Module):
         return output_BSD
 
 
+def lowered_together(
+    context: ModelContext, hidden_BSD: torch.Tensor, projections: dict[str, LowRankInputProjection]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Returns what `lower` returns of projections with replicated down factors, by name.
+
+    In one process, or with sigmaReparam, it is `lower` itself; else the gradients of the hidden state are added up by
+    the products that compute them, instead of in passes of their own.
+    """
+    if context.tensor_parallel == 1 or context.model.sigma_reparam or not projections:
+        return {name: projection.lower(hidden_BSD) for name, projection in projections.items()}
+    latents = _Latents.apply(hidden_BSD, *[projection.down.weight for projection in projections.values()])
+    return {name: (latent, None) for name, latent in zip(projections, latents, strict=True)}
+
+
+class _Latents(torch.autograd.Function):
+    """Several linear maps of one input, whose gradient is summed by the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(functional.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        first, *others = [gradient.flatten(0, -2) for gradient in gradients]
+        dx = first @ weights[0]
+        for dy, weight in zip(others, weights[1:], strict=True):
+            dx = dx.addmm_(dy, weight)
+        rows = x.flatten(0, -2)
+        return dx.view(x.shape), *[dy.T @ rows for dy in (first, *others)]
+
+
 class LowRankOutputProjection(nn.Module):
     """Factorised output projection: the latent, not the output, is summed over TP (R instead of D numbers per token).
 

@@ -1,10 +1,12 @@
 """Which layout a job runs where its configuration leaves that open: `parallel.layout=auto`. Imports no torch.
 
-The fastest layout by the estimate, unless it depends too much on constants that were assumed. Each constant of the
-cluster is taken 30 % better and 30 % worse, one at a time. The loss of a layout under such a change is how much longer
-its step takes than that of the layout that is then the fastest. If the fastest layout loses more than LARGEST_LOSS
-under some change, the layout with the smallest worst loss is chosen instead. The memory of a device is known, not
-assumed: there is no loss for it, but FREE_SHARE of it stays free (cluster.py).
+The fastest layout by the estimate; of those within SAME of it the plainest one, with the lowest ZeRO stage, the least
+recomputation and the fewest tensor ranks and stages, because estimates do not tell them apart. It gives way if it
+depends too much on constants that were assumed. Each constant of the cluster is taken 30 % better and 30 % worse, one
+at a time. The loss of a layout under such a change is how much longer its step takes than that of the layout that is
+then the fastest. If the chosen layout loses more than LARGEST_LOSS under some change, the layout with the smallest
+worst loss is chosen instead. The memory of a device is known, not assumed: there is no loss for it, but FREE_SHARE of
+it stays free (cluster.py).
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from mlra_scale.config import Config, ConfigError, Named, Problem
+from mlra_scale.config import Config, ConfigError, Named, Problem, zero_stage
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.planning.cluster import FREE_SHARE, GIB, Cluster
 from mlra_scale.planning.plan_text import TIME_HEADER, aligned, nothing_fits, time_row
-from mlra_scale.planning.search import Candidate, Engine, Found, search
+from mlra_scale.planning.search import CHECKPOINTING, Candidate, Engine, Found, search
 from mlra_scale.planning.step_time import step_time
 
+SAME = 0.02
 LARGEST_LOSS = 0.15
 BETTER, WORSE = 1.3, 0.7
 OTHERS = 2
@@ -48,10 +51,10 @@ class LayoutChoice:
     Attributes:
         cluster: What it was chosen for.
         chosen: The layout.
-        fastest: The fastest layout by the estimate; nearly always the same.
+        fastest: The fastest layout by the estimate.
         others: The next best, fastest first.
         losses: Of the chosen layout, by changed constant.
-        losses_of_fastest: Of the fastest one.
+        losses_of_fragile: Of the layout that was not chosen because it loses too much; None: there is none.
         num_fitting: How many layouts fit.
         kept: Fields that were named and stayed as they were.
     """
@@ -61,7 +64,7 @@ class LayoutChoice:
     fastest: Candidate
     others: tuple[Candidate, ...]
     losses: Mapping[str, float]
-    losses_of_fastest: Mapping[str, float]
+    losses_of_fragile: Mapping[str, float] | None
     num_fitting: int
     kept: tuple[str, ...] = ()
 
@@ -131,11 +134,24 @@ def chosen_of(found: Found, cluster: Cluster) -> LayoutChoice:
         seconds = [step_time(each.config, each.plan, changed).seconds for each in pool]
         for index, each in enumerate(seconds):
             losses[index][name] = each / min(seconds) - 1.0
-    index = 0
-    if max(losses[0].values()) > LARGEST_LOSS:
+    near = [place for place, each in enumerate(pool) if each.time.seconds <= (1.0 + SAME) * fastest.time.seconds]
+    index, fragile = min(near, key=lambda place: plainness(pool[place])), None
+    if max(losses[index].values()) > LARGEST_LOSS:
+        fragile = losses[index]
         index = min(range(len(pool)), key=lambda place: max(losses[place].values()))
     others = [each for each in found.feasible[: OTHERS + 1] if each is not pool[index]][:OTHERS]
-    return LayoutChoice(cluster, pool[index], fastest, tuple(others), losses[index], losses[0], len(found.feasible))
+    return LayoutChoice(cluster, pool[index], fastest, tuple(others), losses[index], fragile, len(found.feasible))
+
+
+def plainness(candidate: Candidate) -> tuple[float, ...]:
+    """Orders layouts that take equally long: what is plainer has less that an estimate does not know."""
+    parallel = candidate.config.parallel
+    return (
+        zero_stage(candidate.config),
+        CHECKPOINTING.index(parallel.activation_checkpointing),
+        parallel.tensor * parallel.pipeline,
+        candidate.time.seconds,
+    )
 
 
 def changed_clusters(cluster: Cluster) -> dict[str, Cluster]:
@@ -182,12 +198,14 @@ def choice_lines(choice: LayoutChoice) -> list[str]:
         "chosen, and the next best, by estimates, not measured:",
         *aligned([TIME_HEADER, *rows]),
     ]
-    if choice.chosen is not choice.fastest:
-        change_of_fastest, largest = max(choice.losses_of_fastest.items(), key=lambda item: item[1])
+    if choice.losses_of_fragile is not None:
+        changed, largest = max(choice.losses_of_fragile.items(), key=lambda item: item[1])
         lines.append(
-            f"the fastest one is not chosen: with {change_of_fastest} it would take {100 * largest:.0f} % longer than "
-            "the layout that is the best then"
+            f"a faster one is not chosen: with {changed} it would take {100 * largest:.0f} % longer than the layout "
+            "that is the best then"
         )
+    elif choice.chosen is not choice.fastest:
+        lines.append(f"(within {100 * SAME:.0f} % the plainest layout is chosen: estimates do not tell them apart)")
     lines.append(f"the chosen one loses at most {100 * loss:.0f} % to another one ({change})")
     lines.append(f"the same by hand: {shlex.join(choice.overrides)}")
     return lines

@@ -18,7 +18,8 @@ Training state (DeepSpeed 0.19 as our engines set it up):
                    are reduced, in the type of communication), two with overlap_comm; none in bf16 with ZeRO 1
     master         fp32 copy of the weights: 4 n; none in fp32 without ZeRO; ZeRO >= 1: 4 n / d
     moments        Adam's two, fp32: 8 n; ZeRO >= 1: 8 n / d
-    (offload_optimizer moves master and moments to the host, offload_param the weights)
+    (offload_optimizer moves master and moments to the host, with ZeRO 2 and 3 the gradients too, offload_param the
+    weights)
     snapshot       host memory for asynchronous checkpoints: 12 bytes (fp32 weight, two moments) per weight that the
                    rank owns. Weights divided over d (ZeRO >= 1): n / d; else data rank 0 owns all n. The last stage's
                    copy of the tied embedding is the first stage's. Tensor rank 0 owns what is replicated over t, the
@@ -31,13 +32,15 @@ Activations kept for the backward pass, per token:
                    output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
                    reduction; none of q, k, v with the plan `merged`, which keeps e D^2 / t for each instead, whatever
                    the number of tokens); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is
-                   kept with attention dropout only: (4 + e) S N / t more
+                   kept with attention dropout only: (4 + 2 e) S N / t more, and while its mask is made three times
+                   8 S N / t; residual dropout keeps 2 e D
     checkpointed   e D instead, and one whole block again while it is recomputed
     selective      without the norms' outputs and GELU's: e (2 D + F / t) less
-    ends           e D for the embedding's output (first stage), e D for the final norm's input (last stage)
+    end            e D for the final norm's input (last stage)
     mask           masked documents: e S for the additive mask, which all blocks share; flex_attention (on GPUs with
                    Triton, in 16 bits) keeps less, and is planned alike
-    passed on      in a pipeline e D for what a stage received, and e D for what it sends (DeepSpeed's two buffers)
+    passed on      in a pipeline e D for what a stage has received, of which a copy enters its first block (of at least
+                   two micro-batches), e D for what it has sent, and once e D for what is on its way
 
     sequence par.  what has no t above is divided by t, but with checkpointing or sigmaReparam, in a block, the norms'
                    outputs and the latents, which are gathered
@@ -48,9 +51,10 @@ planned as a GPU.
 Head and loss: `logit_bytes`. Temporary results: what the largest moment of the step adds to what is kept,
 
     loss           nothing: it is in `logit_bytes`
-    backward       e (F / t + 2 D) per token, the gradients beside GELU and of the stream, and the gradient of the
-                   largest matrix before it is added to the kept one; on a single stage the head's gradient of the tied
-                   embedding, which waits for the look-up's; in the first block's with ZeRO 2 and 3 `reduced_bytes`
+    backward       e (F / t + D) per token, the gradients beside GELU and of the stream (in a pipeline e F / t: the
+                   stream's was received), and the gradient of the largest matrix before it is added to the kept one; on
+                   a single stage the head's gradient of the tied embedding, which waits for the look-up's; in the first
+                   block's with ZeRO 2 and 3 `reduced_bytes`
     its end        copies of the embedding's gradient (`num_embedding_gradients`); in bf16 with ZeRO 1 gradients that
                    are joined before they are added (`joined_bytes`)
     reduction      `flat_gradient_bytes`
@@ -60,8 +64,7 @@ Of these moments (`moments_of_a_step`) the one that needs most is shown. Kept gr
 where a step has more micro-batches than are in flight; else they grow while activations go.
 
 tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
-Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves; of dropout
-masks nothing is known here.
+Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves.
 """
 
 from __future__ import annotations
@@ -153,6 +156,8 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     on_host = ["master", "moments"] if offload_optimizer(config) else []
     on_host += ["weights"] if offload_param(config) else []
     host = sum(state[name] for name in on_host)
+    if has_gradients_on_host(config):
+        host += partitioned_gradient_bytes(config, plan, num_weights)
     state |= dict.fromkeys(on_host, 0.0)
     return RankMemory(
         **state,
@@ -167,7 +172,8 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
 def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Moment]:
     """Returns the moments of a step of which one is the peak.
 
-    In order: the loss; the backward pass of the last block and of the first; its end; adding up; reduction; update.
+    In order: the loss; the backward pass of the last block and of the first; its end; adding up; reduction; update; and
+    with attention dropout the last block's mask.
     """
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     whole = gradient_bytes(config, plan, num_weights)
@@ -192,6 +198,7 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
     # A pipeline reduces after its last backward pass, the other engine in each.
     passing, reducing = (0.0, buffers) if engine_kind(config) == "pipeline" else (buffers, always)
     update = update_bytes(config, plan, num_weights)
+    masking = [Moment(early, always, kept, temporary=dropout_bytes(config, plan))]
     return [
         Moment(early, always, kept, logits),
         Moment(early, passing, kept + recomputed, stale, backward),
@@ -200,6 +207,7 @@ def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Momen
         Moment(whole, always, temporary=joined_bytes(config, num_weights)),
         Moment(reduced_at_once, reducing, temporary=flat_gradient_bytes(config, plan, num_weights)),
         Moment(update_gradient_bytes(config, plan, num_weights), always, temporary=update),
+        *(masking if config.model.attention_dropout > 0.0 else []),
     ]
 
 
@@ -223,13 +231,24 @@ def reuse_distance(config: Config) -> int:
 
 
 def gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
-    """Bytes of the gradients."""
-    precision, stage = config.train.precision, zero_stage(config)
-    if stage >= 2:
-        return (2 if precision == "fp16" else 4) * num_weights / plan.data
+    """Bytes of the gradients on the device."""
+    if has_gradients_on_host(config):
+        return 0.0
+    if zero_stage(config) >= 2:
+        return partitioned_gradient_bytes(config, plan, num_weights)
     if adds_up_flat(config):
         return 6.0 * num_weights
-    return float(BYTES[precision] * num_weights)
+    return float(BYTES[config.train.precision] * num_weights)
+
+
+def has_gradients_on_host(config: Config) -> bool:
+    """Whether reduced gradients are kept on the host."""
+    return offload_optimizer(config) and zero_stage(config) >= 2
+
+
+def partitioned_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of a rank's share of the gradients with ZeRO 2 and 3."""
+    return (2 if config.train.precision == "fp16" else 4) * num_weights / plan.data
 
 
 def adds_up_flat(config: Config) -> bool:
@@ -309,9 +328,22 @@ def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
     width = 2 * model.hidden_size / split + norms + 4 * model.hidden_size / tensor + model.ffn_size / tensor + gelu
     width += 2 * model.hidden_size / tensor * model.qk_norm
     kept = BYTES[config.train.precision] * (width + num_latents * model.rank / split_of_gathered)
+    if model.residual_dropout > 0.0:
+        kept += BYTES[config.train.precision] * 2 * model.hidden_size / split
     if model.attention_dropout > 0.0:
-        kept += (4 + BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
+        kept += (4 + 2 * BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
     return kept
+
+
+def dropout_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes that the mask of attention weights adds while it is made, less what the rest of its block keeps later.
+
+    Three tensors of 64-bit integers, see model/randomness.py.
+    """
+    model, element, tokens = config.model, BYTES[config.train.precision], plan.micro_batch_size * plan.sequence_length
+    made = (24 - element) * plan.sequence_length * model.num_heads / plan.tensor
+    later = 2 * model.hidden_size + model.hidden_size / plan.tensor + 2 * model.ffn_size / plan.tensor
+    return max(0.0, tokens * (made - element * later))
 
 
 def sequence_split(config: Config, plan: BatchPlan) -> int:
@@ -358,9 +390,14 @@ def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     tokens = plan.micro_batch_size * plan.sequence_length
     hidden = tokens * BYTES[config.train.precision] * config.model.hidden_size / sequence_split(config, plan)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    ends = hidden * ((stage == 0) + (stage == plan.pipeline - 1)) + mask_bytes(config, plan)
-    passed_on = hidden * ((stage > 0) + (stage < plan.pipeline - 1)) * min(2, plan.accumulation_steps)
-    return in_flight(config, plan, stage) * (num_blocks * kept_per_block(config, plan) + ends) + passed_on
+    end = hidden * ((stage == plan.pipeline - 1) + (stage == 0 and config.model.embedding_dropout > 0.0))
+    flying = in_flight(config, plan, stage)
+    kept = flying * (num_blocks * kept_per_block(config, plan) + end + mask_bytes(config, plan))
+    if plan.pipeline == 1:
+        return kept
+    received = max(flying, min(2, plan.accumulation_steps)) * (stage > 0)
+    sent = flying * (stage < plan.pipeline - 1)
+    return kept + hidden * (received + sent + 1)
 
 
 def mask_bytes(config: Config, plan: BatchPlan) -> float:
@@ -408,7 +445,8 @@ def stale_output_bytes(config: Config, plan: BatchPlan) -> float:
 def backward_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's."""
     model, tokens = config.model, plan.micro_batch_size * plan.sequence_length
-    passing = tokens * (model.ffn_size / plan.tensor + 2 * model.hidden_size / sequence_split(config, plan))
+    stream = 0.0 if plan.pipeline > 1 else model.hidden_size / sequence_split(config, plan)
+    passing = tokens * (model.ffn_size / plan.tensor + stream)
     if config.parallel.sequence_parallel:
         passing += 4 * tokens * model.hidden_size  # gathered inputs and whole gradients, each with its packed copy
     return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
@@ -458,7 +496,7 @@ def reduced_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     """
     stage = zero_stage(config)
     if stage == 2:
-        return gradient_bytes(config, plan, num_weights)
+        return partitioned_gradient_bytes(config, plan, num_weights)
     if stage == 3:
         communication = BYTES[config.deepspeed.get("communication_data_type", "fp32")]
         bucket = config.deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)

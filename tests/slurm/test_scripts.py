@@ -51,6 +51,7 @@ def test_no_file_decides_what_the_planner_decides() -> None:
         assert not any("parallel." in line or "micro_batch" in line for line in lines), path
 
 
+@pytest.mark.slow_except("train_mlra_72L.sh-h100", "pretrain_zero3.sh-h100")
 @pytest.mark.parametrize("device", ["h100", "a100", "h200"])
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_a_file_runs_within_a_tenth_of_the_best_layout(path: Path, device: str) -> None:
@@ -89,6 +90,7 @@ def test_bash_and_shellcheck_find_nothing(path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.slow_except("train_mlra_72L.sh")
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_the_plan_fits_the_documented_nodes(path: Path) -> None:
     ranks = int(directive(path, "nodes")) * int(directive(path, "gpus-per-node"))

@@ -5,7 +5,7 @@ Numbers are what the code does, rounded up: lower them when it does better.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MEMORY_TOLERANCE = 0.02
 """Share by which the traced peak may differ from planning.memory's."""
@@ -32,29 +32,121 @@ class Wait:
     reason: str
 
 
+_STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
+_PROPOSE = "mlra_scale/parallel/engine.py:EngineBase._propose"
 WAITS = (
     Wait(
         "tolist",
-        "mlra_scale/parallel/engine.py:EngineBase._propose",
+        _PROPOSE,
         1,
-        "the packed read of a step: loss, gradient norm and the wish to stop, on which finite check, guard and stop "
-        "decide",
+        "the packed read: loss, gradient norm and the wish to stop, on which finite check, guard and stop decide",
     ),
     Wait(
-        "item",
-        "deepspeed/runtime/utils.py:get_flattened_grad_norm",
+        "cuda.synchronize",
+        "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
         1,
-        "DeepSpeed reads its own gradient norm, with which it clips",
+        "ZeRO 3: DeepSpeed gathers the small weights that it keeps whole, after the update",
+    ),
+    Wait(
+        "stream.synchronize",
+        "mlra_scale/parallel/host_waits.py:DeviceOrdered.wait_on_host",
+        1,
+        "offload: the host's Adam reads gradients that the device has sent",
+    ),
+    Wait("copy cpu to cuda", _PROPOSE, 1, "offload: the norm of gradients that lie on the host"),
+    Wait(
+        "copy cpu to cuda",
+        f"{_STAGE_3}._reassign_or_swap_out_partitioned_parameters",
+        2,
+        "offload: updated weights, once for each of DeepSpeed's groups of sub_group_size weights",
     ),
 )
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Kernels that a block may start in one micro-batch, forward and backward, with what lies between micro-batches."""
-
-    per_block: float
+"""Of a step of training."""
+HOST_RESULTS = {
+    f"mul_ {_STAGE_3}.unscale_and_clip_grads": "offload: gradients are clipped where Adam runs",
+}
+"""What the host computes by itself in a step."""
 
 
 LAUNCHES: dict[str, float] = {}
 """Kernels per block and micro-batch, by layout."""
+
+_MEMBERSHIP = Wait(
+    "copy cpu to cuda",
+    "mlra_scale/stability/gradients.py:Groups.membership",
+    2,
+    "which run is of which group, once for each of gradients, weights and updates",
+)
+_STEP = Wait("item", "mlra_scale/parallel/adam.py:AdamState.step", 1, "the number of updates, packed")
+_EVALUATION = Wait("item", "mlra_scale/parallel/zero_engine.py:ZeroEngine.eval_batch", 1, "the loss of a pass")
+_EVALUATIONS = (
+    _EVALUATION,
+    Wait("item", "mlra_scale/parallel/pipeline_engine.py:PipelineEngine.eval_batch", 1, _EVALUATION.reason),
+)
+MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
+    "noise scale": WAITS,
+    "gradient statistics": (
+        _MEMBERSHIP,
+        Wait(
+            "copy cuda to cpu",
+            "mlra_scale/stability/spectral.py:AttentionProducts._largest_singular_values",
+            4,
+            "two vectors of numbers of each of the two products",
+        ),
+        Wait(
+            "copy cpu to cuda",
+            "mlra_scale/stability/spectral.py:AttentionProducts._largest_singular_values",
+            2,
+            "the vector that the iterations of each product begin with",
+        ),
+    ),
+    "update statistics": (
+        replace(_MEMBERSHIP, number=1),
+        _STEP,
+        Wait("tolist", "mlra_scale/stability/gradients.py:GradientStatistics._report", 1, "all results, packed"),
+    ),
+    "TEV": (
+        Wait("copy cpu to cuda", "mlra_scale/stability/tev.py:report", 1, "where pieces of rows lie"),
+        Wait(
+            "item",
+            "mlra_scale/stability/tev.py:_all_gather",
+            1,
+            "the longest vector of all ranks, which sizes the gather",
+        ),
+        Wait("copy cuda to cpu", "mlra_scale/stability/tev.py:_all_gather", 1, "what the ranks have sent"),
+        Wait(
+            "copy cuda to cpu", "mlra_scale/stability/tev.py:TevHook.measure", 1, "TEV of every token, and column sums"
+        ),
+    ),
+    "QK-clip": (
+        *_EVALUATIONS,
+        Wait(
+            "copy cuda to cpu",
+            "mlra_scale/stability/qk_clip.py:QkClip._largest_logits",
+            1,
+            "the largest logit of every head",
+        ),
+        Wait(
+            "copy cpu to cuda",
+            "mlra_scale/parallel/fragments.py:scale_rows",
+            16,
+            "factors of a clipped block's rows: weights and biases of q and k",
+        ),
+    ),
+    "activations": (
+        *_EVALUATIONS,
+        Wait("copy cuda to cpu", "mlra_scale/stability/activations.py:Tally.values", 1, "all results, packed"),
+    ),
+    "evaluation": _EVALUATIONS,
+    "agreement of a save": (_STEP,),
+    "snapshot": (),
+    "writing": (
+        Wait(
+            "event.synchronize",
+            "mlra_scale/checkpoint/snapshot.py:Arrival.wait",
+            1,
+            "the writer's thread waits until the copies are complete; training does not",
+        ),
+    ),
+}
+"""The same for what is measured and saved, by phase (measured.py)."""

@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+MEASURED = (
+    "tev.every=1",
+    "gradients.every=1",
+    "gradients.noise_every=1",
+    "gradients.spectral_iterations=4",
+    "activations.every=1",
+    "qk_clip.threshold=100",
+    "qk_clip.samples=4",
+)
+"""Overrides that turn every measurement on."""
 PLANS = ("replicated", "sharded", "merged")
 
 
@@ -101,3 +111,12 @@ DAILY = tuple(LAYOUTS[name] for name in (f"{PIPELINE.name}, stage 0", "ZeRO 1 x 
 """Those of `make test`."""
 DEEP = (*_stages(PIPELINE, 0, 1, 3), LAYOUTS["ZeRO 1 x data 8"])
 """Those that are traced with 72 layers too."""
+MEASURING = tuple(
+    _with(layout, f"{layout.name}, measured", *MEASURED, with_measurements=True, num_micro_batches=micro_batches)
+    for layout, micro_batches in (
+        (replace(TENSOR, num_layers=2), 2),
+        (_stages(replace(PIPELINE, num_layers=4), 3)[0], 4),
+        (replace(LAYOUTS["ZeRO 3 x tensor 2 x data 4"], num_layers=2), 2),
+    )
+)
+"""Everything that is measured and saved."""

@@ -16,17 +16,6 @@ import torch
 if TYPE_CHECKING:
     from tests.support.device.traced import TracedRank
 
-MEASURED = (
-    "tev.every=1",
-    "gradients.every=1",
-    "gradients.noise_every=1",
-    "gradients.spectral_iterations=4",
-    "activations.every=1",
-    "qk_clip.threshold=100",
-    "qk_clip.samples=4",
-)
-"""Overrides that turn everything on."""
-
 
 def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     """Runs everything once, each as a phase of its own.

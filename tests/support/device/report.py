@@ -66,6 +66,8 @@ class Report:
         planned_bytes: planning.memory's peak.
         planned_sent: planning.communication's bytes of a step: tensor, pipeline, tied, data.
         began_cuda: What was asked of the device first, with CUDA_DEVICE_MAX_CONNECTIONS at that time.
+        groups: Process groups that the rank had a part in creating, by their number of ranks.
+        cpu_seconds: Of this process, by part of the start.
         results: Of the measurements.
     """
 
@@ -83,6 +85,8 @@ class Report:
     planned_bytes: float
     planned_sent: dict[str, float]
     began_cuda: list[tuple[str, str | None]] = field(default_factory=list)
+    groups: dict[str, int] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
     @property

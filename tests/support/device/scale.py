@@ -29,6 +29,7 @@ from mlra_scale.planning.memory import rank_memory
 from mlra_scale.stability.tev import HEADER, PIECE, TevRequest, combine
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Mesh:
         overrides: Of the configuration.
         ds_config: DeepSpeed's file.
         preset: The model.
+        save_seconds: CPU time that a save may take rank 0.
+        fragments_bytes: Size that fragments.json may have.
+        is_large: Whether it takes a minute to simulate.
     """
 
     name: str
@@ -48,6 +52,22 @@ class Mesh:
     overrides: tuple[str, ...]
     ds_config: str
     preset: str = "gpt2-mlra-72l"
+    save_seconds: float = 5.0
+    fragments_bytes: int = 2 * MIB
+    is_large: bool = False
+
+
+PIPELINE, ZERO_3 = "ds_configs/zero1_pipeline.json", "ds_configs/zero3.json"
+DEEP, DEEPER = "gpt2-mlra-72l", "gpt2-mlra-192l"
+MESHES = (
+    Mesh("72 layers, 2 x 4 x 128", 1024, ("parallel.tensor=2", "parallel.pipeline=4"), PIPELINE),
+    Mesh("72 layers, 2 x 4 x 512", 4096, ("parallel.tensor=2", "parallel.pipeline=4"), PIPELINE),
+    Mesh("192 layers, 4 x 8 x 32", 1024, ("parallel.tensor=4", "parallel.pipeline=8"), PIPELINE, DEEPER),
+    Mesh("192 layers, 4 x 8 x 128", 4096, ("parallel.tensor=4", "parallel.pipeline=8"), PIPELINE, DEEPER),
+    # Every weight is cut into a piece for every data rank.
+    Mesh("72 layers, ZeRO 3 x 1024", 1024, (), ZERO_3, DEEP, 60.0, 80 * MIB, True),
+    Mesh("192 layers, ZeRO 3 x 8 x 512", 4096, ("parallel.tensor=8",), ZERO_3, DEEPER, 600.0, 900 * MIB, True),
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tests.support.device.layouts import Layout
 from tests.support.device.report import PhaseReport, Report
 from tests.support.device.tracing import Phase, Trace
 
-HOLDERS_SHOWN = 12
+HOLDERS_SHOWN = 24
 
 
 def configured(layout: Layout) -> Any:
@@ -46,6 +47,7 @@ class TracedRank:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         self.began: list[tuple[str, str | None]] = []
         self.trace = Trace()
         cuda_stubs.install(layout.rank % cuda_stubs.NUM_DEVICES, self.trace.wait, self._begins)
@@ -63,13 +65,17 @@ class TracedRank:
         from mlra_scale.training.quiet import quiet_libraries
 
         quiet_libraries("cuda")
-        self.config = configured(self.layout)
-        self.plan = batch_plan(self.config, self.layout.world_size)
+        cuda_stubs.answer_for_cpu_adam()
+        with self._timed("configuration"):
+            self.config = configured(self.layout)
+            self.plan = batch_plan(self.config, self.layout.world_size)
         place = initialize_distributed("cuda", 10.0)
-        self.topology = build_topology(self.plan, place, 10.0)
+        with self._timed("process groups of the mesh"):
+            self.topology = build_topology(self.plan, place, 10.0)
         self.trace.group_of = fake_ranks.group_names(self.topology)
         fake_ranks.exchange_objects(self.trace.sends_object)
-        engine: Any = build_engine(self.config, self.plan, self.topology)
+        with self._timed("engine"):
+            engine: Any = build_engine(self.config, self.plan, self.topology)
         self.engine = engine
         self.deepspeed_engine: Any = self.engine.deepspeed_engine
         is_partitioned = getattr(self.deepspeed_engine, "is_pipe_partitioned", False)
@@ -77,6 +83,12 @@ class TracedRank:
         self.blocks = _blocks(self.engine.module)
         self._mark_blocks()
         self.step_batches = self.batches()  # on a run, the feed's thread has them ready
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.process_time()
+        yield
+        self.cpu_seconds[name] = time.process_time() - began
 
     def batches(self) -> list[Any]:
         """The micro-batches of a step, as the feed hands them out."""
@@ -145,6 +157,8 @@ class TracedRank:
             planned_bytes=rank_memory(self.config, self.plan, self.topology.pipeline_rank).device,
             planned_sent=_planned_sent(self.config, self.plan, self.topology.pipeline_rank),
             began_cuda=self.began[:3],
+            groups={str(size): number for size, number in sorted(self.groups.items())},
+            cpu_seconds=self.cpu_seconds,
         )
 
 
@@ -205,7 +219,6 @@ def _between(phase: Phase, is_first: bool) -> tuple[int, int]:
 
 
 def _phase_report(phase: Phase) -> PhaseReport:
-    holders = sorted(phase.holders.items(), key=lambda item: -item[1])[:HOLDERS_SHOWN]
     return PhaseReport(
         start=phase.start,
         peak=phase.peak,
@@ -218,7 +231,7 @@ def _phase_report(phase: Phase) -> PhaseReport:
         wide_products=dict(phase.wide_products),
         host_results=dict(phase.host_results),
         misplaced=dict(phase.misplaced),
-        holders=dict(holders),
+        holders=dict(phase.holders().most_common(HOLDERS_SHOWN)),
     )
 
 

@@ -53,7 +53,8 @@ class Phase:
         misplaced: What is not where it must be.
         start, peak, end: Bytes on the device.
         host_peak: Bytes of page-locked memory.
-        holders: By site: bytes at the peak.
+        journal: (site, bytes) of every storage that came or, with a minus, went; the first entries are what was there.
+        peak_place: Length of the journal at the peak.
         marks: (name, launches so far).
     """
 
@@ -67,9 +68,17 @@ class Phase:
     peak: int = 0
     end: int = 0
     host_peak: int = 0
-    holders: dict[str, int] = field(default_factory=dict)
+    journal: list[tuple[str, int]] = field(default_factory=list)
+    peak_place: int = 0
     marks: list[tuple[str, int]] = field(default_factory=list)
     num_launches: int = 0
+
+    def holders(self) -> Counter[str]:
+        """Returns who holds how many bytes at the peak, by the site that made them."""
+        found: Counter[str] = Counter()
+        for site, size in self.journal[: self.peak_place]:
+            found[site] += size
+        return found
 
 
 @dataclass
@@ -126,6 +135,8 @@ class Trace(TorchDispatchMode):
     def phase(self, name: str) -> Iterator[Phase]:
         """Counts what happens inside as the phase of a name."""
         before, self._phase = self._phase, Phase(start=self.live, peak=self.live, host_peak=self.pinned)
+        self._phase.journal = [(held.site, held.device_bytes) for held in self._storages.values()]
+        self._phase.peak_place = len(self._phase.journal)
         self.phases[name] = self._phase
         try:
             yield self._phase
@@ -186,6 +197,7 @@ class Trace(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         storage = self._storages.pop(key)
         self.live -= storage.device_bytes
+        self._phase.journal.append((storage.site, -storage.device_bytes))
         self.pinned -= storage.pinned_bytes
 
     def _allocated(self, tensor: torch.Tensor) -> None:
@@ -198,14 +210,9 @@ class Trace(TorchDispatchMode):
         storage.site = frames(1)[0][1]
         self.live += storage.device_bytes
         phase = self._phase
+        phase.journal.append((storage.site, storage.device_bytes))
         if self.live > phase.peak:
-            # Who holds what is looked at when the peak has grown by a hundredth.
-            if self.live > 1.01 * sum(phase.holders.values()):
-                holders: Counter[str] = Counter()
-                for held in self._storages.values():
-                    holders[held.site] += held.device_bytes
-                phase.holders = holders
-            phase.peak = self.live
+            phase.peak, phase.peak_place = self.live, len(phase.journal)
 
     def _remember(self, tensor: torch.Tensor, values: torch.Tensor | None) -> None:
         """Keeps the values of a whole tensor of a storage of its own."""
@@ -348,7 +355,7 @@ class Trace(TorchDispatchMode):
             return
         for tensor in results:
             if tensor.numel() * tensor.element_size() >= HOST_BYTES:
-                self._phase.host_results[f"{name} {frames(1)[0][1]}"] += tensor.numel() * tensor.element_size()
+                self._phase.host_results[f"{name} {frames(1)[0][0]}"] += tensor.numel() * tensor.element_size()
 
 
 def unknown(dtype: torch.dtype) -> float | int | bool:

@@ -9,6 +9,7 @@ from mlra_scale.config import Config, ConfigError, Named, load_config, load_name
 from mlra_scale.planning.choice import (
     FIELDS,
     LARGEST_LOSS,
+    SAME,
     LayoutChoice,
     changed_clusters,
     choice_lines,
@@ -44,14 +45,18 @@ def test_what_is_named_stays_and_the_rest_is_chosen() -> None:
     assert free.chosen.plan.tensor == 1 and fixed.chosen.plan.tensor == 2 and zero_stage(fixed.chosen.config) == 1
     config, named = load_named_config("gpt2", overrides=["parallel.tensor=2", "deepspeed.zero_optimization.stage=1"])
     found = search(config, named, NODE, engines())
-    assert fixed.chosen.time.seconds == min(each.time.seconds for each in found.feasible)
+    fastest = min(each.time.seconds for each in found.feasible)
+    assert fixed.fastest.time.seconds == fastest and fixed.chosen.time.seconds <= (1 + SAME) * fastest
     assert "kept as named: parallel.tensor, deepspeed" in "\n".join(choice_lines(fixed))
 
 
 def test_the_two_next_best_are_shown_with_estimates() -> None:
     choice = chosen(NODE)
-    seconds = [each.time.seconds for each in (choice.chosen, *choice.others)]
-    assert len(choice.others) == 2 and seconds == sorted(seconds)
+    seconds = sorted(each.time.seconds for each in (choice.chosen, *choice.others))
+    assert len(choice.others) == 2 and choice.chosen not in choice.others
+    config, named = load_named_config("gpt2")
+    found = search(config, named, NODE, engines()[1:])
+    assert seconds[0] == found.feasible[0].time.seconds and seconds[-1] <= (1 + SAME) * found.feasible[2].time.seconds
     text = "\n".join(choice_lines(choice))
     assert all(f"{each:.4g}" in text for each in seconds) and "not measured" in text
 
@@ -103,14 +108,38 @@ def test_a_choice_that_could_lose_much_gives_way_to_a_more_robust_one() -> None:
     pair = [evaluate(each.config, cluster, each.engine) for each in (data, stages)]
     assert pair[0].time.seconds < pair[1].time.seconds
     choice = chosen_of(Found(pair, Counter(), pair[0]), cluster)
-    assert choice.fastest is pair[0] and max(choice.losses_of_fastest.values()) > LARGEST_LOSS
-    assert choice.chosen is pair[1] and choice.worst[1] < max(choice.losses_of_fastest.values())
-    assert "the fastest one is not chosen: with links between nodes 30 % worse" in "\n".join(choice_lines(choice))
+    assert choice.fastest is pair[0] and choice.losses_of_fragile is not None
+    assert max(choice.losses_of_fragile.values()) > LARGEST_LOSS
+    assert choice.chosen is pair[1] and choice.worst[1] < max(choice.losses_of_fragile.values())
+    assert "a faster one is not chosen: with links between nodes 30 % worse" in "\n".join(choice_lines(choice))
     # Where it is the fastest by far it is chosen.
     cluster = _two_nodes(100 * fast)
     pair = [evaluate(each.config, cluster, each.engine) for each in (data, stages)]
     choice = chosen_of(Found(pair, Counter(), pair[0]), cluster)
     assert choice.chosen is choice.fastest is pair[0] and choice.worst[1] <= LARGEST_LOSS
+
+
+def test_of_layouts_that_cannot_be_told_apart_the_plainest_is_chosen() -> None:
+    """ZeRO 3 and ZeRO 1 of one model on fast links: which of them is a little faster depends on assumptions."""
+    cluster = replace(NODE, link_intra=1e15, latency_intra=0.0, zero_overhead=(0.0, 0.0, 0.0, 0.0))
+    overrides = ["train.precision=bf16", "train.micro_batch_size=16"]
+    candidates = [
+        evaluate(
+            load_config("gpt2", overrides=[*overrides, f"deepspeed.zero_optimization.stage={stage}"]),
+            cluster,
+            engines()[0],
+        )
+        for stage in (3, 2, 1)
+    ]
+    candidates.sort(key=lambda each: each.time.seconds)
+    assert candidates[-1].time.seconds < (1 + SAME) * candidates[0].time.seconds
+    choice = chosen_of(Found(candidates, Counter(), candidates[0]), cluster)
+    assert zero_stage(choice.chosen.config) == 1 and choice.fastest is candidates[0]
+    slow = replace(cluster, zero_overhead=(0.0, 0.1, 0.0, 0.0))
+    candidates = sorted(
+        (evaluate(each.config, slow, each.engine) for each in candidates), key=lambda each: each.time.seconds
+    )
+    assert zero_stage(chosen_of(Found(candidates, Counter(), candidates[0]), slow).chosen.config) == 2
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,13 @@ def test_state_of_a_rank_counts_its_own_weights() -> None:
         assert (memory.weights, memory.gradients, memory.moments) == (4 * held, 4 * held, 8 * held)
 
 
-def test_offloading_moves_master_and_moments_to_the_host() -> None:
+def test_offloading_moves_master_moments_and_gradients_to_the_host() -> None:
     config, plan = case(2, stage=2)
     offloaded, _ = case(2, stage=2, offload=True)
     before, after = rank_memory(config, plan, 0), rank_memory(offloaded, plan, 0)
     assert after.master == after.moments == 0.0
-    assert after.host == before.master + before.moments
+    held = num_held(weights_of_stage(config.model, 1, 0), 1)
+    assert after.host == before.master + before.moments + gradient_bytes(config, plan, held)
     assert after.device == before.device - after.host
 
 
@@ -75,6 +76,17 @@ def test_a_factorised_block_keeps_one_latent_per_projection_more() -> None:
     difference = block_bytes_per_token(mlra, plan) - block_bytes_per_token(dense, plan)
     assert difference == 4 * 1.5 * mlra.model.hidden_size
     assert block_bytes_per_token(dense, plan) == 4 * 16 * dense.model.hidden_size
+
+
+def test_dropout_keeps_masks_and_makes_them_from_64_bits() -> None:
+    plain, plan = case(2, "parallel.tensor=2", "model.attention=dense")
+    width, sequence, heads = plain.model.hidden_size, plan.sequence_length, plain.model.num_heads
+    residual, _ = case(2, "parallel.tensor=2", "model.attention=dense", "model.residual_dropout=0.1")
+    attention, _ = case(2, "parallel.tensor=2", "model.attention=dense", "model.attention_dropout=0.1")
+    kept = [block_bytes_per_token(config, plan) for config in (plain, residual, attention)]
+    assert kept[1] - kept[0] == 4 * 2 * width
+    assert kept[2] - kept[0] == (4 + 2 * 4) * sequence * heads / 2
+    assert len(moments_of_a_step(attention, plan, 0)) == len(moments_of_a_step(plain, plan, 0)) + 1
 
 
 def test_qk_norm_keeps_queries_and_keys_twice() -> None:
@@ -91,8 +103,8 @@ def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:
     assert block_bytes_per_token(plain, plan) == 4 * width * (4 + 12 / 4)
     assert block_bytes_per_token(split, plan) == 4 * width * 16 / 4
     before, after = (rank_memory(config, plan, 0).activations for config in (plain, split))
-    ends = 4 * width * (2 - 2 / 4)
-    assert before - after == tokens * (plain.model.num_layers * 4 * width * 3 + ends)
+    end = 4 * width * (1 - 1 / 4)
+    assert before - after == tokens * (plain.model.num_layers * 4 * width * 3 + end)
     split_mlra = ("parallel.tensor=4", "parallel.sequence_parallel=true", "parallel.low_rank_plan=replicated")
     mlra, _ = case(4, *split_mlra)
     assert block_bytes_per_token(mlra, plan) == 4 * width * (16 + 1.5) / 4
