@@ -68,7 +68,37 @@ HOST_RESULTS = {
 """What the host computes by itself in a step."""
 
 
-LAUNCHES: dict[str, float] = {}
+LAUNCHES: dict[str, float] = {
+    "tensor 2 x pipeline 4 x data 4, stage 0": 66,
+    "tensor 2 x pipeline 4 x data 4, stage 1": 54,
+    "tensor 2 x pipeline 4 x data 4, stage 3": 55,
+    "tensor 2 x pipeline 4 x data 4, sequence parallel, stage 0": 78,
+    "tensor 2 x pipeline 4 x data 4, sequence parallel, stage 1": 66,
+    "tensor 2 x pipeline 4 x data 4, sequence parallel, stage 3": 68,
+    "tensor 2 x pipeline 4 x data 4, masked, stage 0": 66,
+    "tensor 2 x pipeline 4 x data 4, masked, stage 1": 54,
+    "tensor 2 x pipeline 4 x data 4, masked, stage 3": 58,
+    "ZeRO 0 x data 8": 53,
+    "ZeRO 1 x data 8": 53,
+    "ZeRO 2 x data 8": 76,
+    "ZeRO 3 x data 8": 110,
+    "ZeRO 3 x tensor 2 x data 4": 109,
+    "ZeRO 3, offload x data 8": 90,
+    "one rank, pipeline engine": 60,
+    "several head chunks": 53,
+    "masked": 58,
+    "block checkpointing": 75,
+    "selective checkpointing": 60,
+    "fp16, ZeRO 2": 80,
+    "tensor 2, dropout": 207,
+    "tensor 2, options": 71,
+    "tensor 2, sigmaReparam": 253,
+    "tensor 2, factorised o": 66,
+    "tensor 2, dense": 54,
+    "tensor 2, plan replicated": 66,
+    "tensor 2, plan sharded": 68,
+    "tensor 2, plan merged": 58,
+}
 """Kernels per block and micro-batch, by layout."""
 
 _MEMBERSHIP = Wait(

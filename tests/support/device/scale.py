@@ -66,7 +66,6 @@ MESHES = (
     Mesh("192 layers, 4 x 8 x 128", 4096, ("parallel.tensor=4", "parallel.pipeline=8"), PIPELINE, DEEPER),
     # Every weight is cut into a piece for every data rank.
     Mesh("72 layers, ZeRO 3 x 1024", 1024, (), ZERO_3, DEEP, 60.0, 80 * MIB, True),
-    Mesh("192 layers, ZeRO 3 x 8 x 512", 4096, ("parallel.tensor=8",), ZERO_3, DEEPER, 600.0, 900 * MIB, True),
 )
 
 

@@ -284,6 +284,11 @@ class Trace(TorchDispatchMode):
                 storage.values = None
             self._remember(target, known)
             return
+        if name in ("full", "new_full") and results[0].numel() == 1:
+            with _disable_current_modes():
+                known = torch.full((1,), args[-1])
+            self._remember(results[0], known)
+            return
         if name in KEEPS_VALUES:
             if (
                 results
