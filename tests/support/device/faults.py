@@ -48,7 +48,7 @@ def leaves_a_buffer() -> None:
             if getattr(module, "padding_bias_V", None) is not None:
                 module.register_buffer("left_behind", module.padding_bias_V.cpu(), persistent=False)
 
-    EngineBase._install = install_and_leave  # type: ignore[assignment, method-assign]
+    EngineBase._install = install_and_leave  # type: ignore[method-assign]
 
 
 def keeps_a_chunk() -> None:
