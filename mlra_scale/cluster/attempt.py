@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -19,7 +20,7 @@ from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, endpoint
 from mlra_scale.cluster.failure import Failure
 from mlra_scale.cluster.hang import Seen, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.messages import FailedRank, NodeMessage
-from mlra_scale.cluster.slurm import slurm_environment, step_command
+from mlra_scale.cluster.slurm import SlurmError, hostnames, slurm_environment, step_command
 from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.training.exit_codes import ExitCode
 
@@ -33,9 +34,12 @@ _CONNECT_SECONDS = 300.0
 _MEET_SECONDS = 300.0
 """How long ranks may take, once all are there, to connect and to check each other."""
 _BROKEN_SECONDS = 2.0
-"""How long srun may take to end after a connection broke, if it ends because it could not start another agent."""
+"""How long srun may take to end after a connection broke or one of its tasks ended, if it ends with all tasks then;
+and how long the last words of a task may be on their way."""
 _KILL_SECONDS = 30.0
 """How long killed ranks and their nodes' agents may take to be gone."""
+_TASK_ENDED = re.compile(rb"srun: error: (\S+): tasks? [\d,-]+: (.+)")
+"""What srun says when tasks of it end badly, with the nodes that they ran on."""
 _SRUN_SECONDS = 3.0
 """How long srun may take to end when only nodes that are lost have not: it would wait until Slurm has given them up."""
 
@@ -131,6 +135,7 @@ class Attempt:
         self._killed_at: float | None = None
         self._pinged_at = 0.0
         self._has_trained = False
+        self._ended_tasks: list[tuple[float, str, str]] = []
 
     @property
     def failures(self) -> list[str]:
@@ -147,7 +152,7 @@ class Attempt:
         with contextlib.closing(Hub(token, self._plan.listening_host)) as hub:
             process = self._srun(hub.port, token)
             try:
-                output = threading.Thread(target=_pump, args=(process.stdout, self._console), daemon=True)
+                output = threading.Thread(target=self._pump, args=(process.stdout,), daemon=True)
                 output.start()
                 while True:
                     is_over = process.poll() is not None
@@ -260,6 +265,7 @@ class Attempt:
             hub.send({"order": "none" if self._stopping_since is None else "stop"})
         if self._is_stop_asked():
             self._stop(hub, "the job was signalled")
+        self._lose_unconnected()
         for name, node in self._nodes.items():
             patience = plan.lost_seconds if node.has_connected else _CONNECT_SECONDS
             if node.has_ended or node.is_lost:
@@ -294,6 +300,28 @@ class Attempt:
         if any(rank.beat.doing in ("training", "evaluating", "saving", "going back") for rank in seen):
             self._has_trained = True
             self._told(max(rank.beat.step for rank in seen))
+
+    def _pump(self, output: IO[bytes] | None) -> None:
+        """Passes srun's output on, line by line; for a thread of its own."""
+        assert output is not None
+        for line in output:
+            self._console(line)
+            if found := _TASK_ENDED.match(line):
+                nodes, reason = (group.decode(errors="replace").strip() for group in found.groups())
+                self._ended_tasks.append((time.monotonic(), nodes, reason))
+
+    def _lose_unconnected(self) -> None:
+        """Loses nodes whose agent has ended before it connected: srun alone notices, as no connection breaks."""
+        while self._ended_tasks and time.monotonic() - self._ended_tasks[0][0] > _BROKEN_SECONDS:
+            _, node_list, reason = self._ended_tasks.pop(0)
+            names = [node_list]
+            if node_list not in self._nodes:
+                with contextlib.suppress(SlurmError):
+                    names = hostnames(node_list, self._is_stop_asked)
+            for name in names:
+                node = self._nodes.get(name)
+                if node is not None and not (node.has_connected or node.has_ended or node.is_lost):
+                    self._lose(name, f"its agent ended before it connected ({reason})")
 
     def _find_unstarted(self) -> None:
         """Names the nodes on which nothing was started: srun ends all tasks where it cannot start one of them."""
@@ -399,9 +427,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _pump(source: IO[bytes] | None, sink: Callable[[bytes], None]) -> None:
-    assert source is not None
-    for line in source:
-        sink(line)

@@ -10,6 +10,7 @@ the nodes for that are left, else through the queue, without the nodes that were
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -36,7 +37,7 @@ from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import Config, ConfigError, Problem, validate
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.record import read_record
+from mlra_scale.training.record import read_record, write_atomically
 from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -212,8 +213,7 @@ class Job:
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             # A full disk, a file server that is away, Slurm's controller too, no descriptor or thread left: as with
             # a rank that fails, a later attempt may do better.
-            traceback.print_exc()
-            reason = " ".join(f"the job's own process failed: {type(error).__name__}: {error}".split())
+            reason = f"the job's own process failed: {_in_words(error)}"
             kind, bad_nodes = "preempted" if self.is_stop_asked else "failed", {}
         reason = self._reason_of_run(kind, attempt) or reason
         attempt.end, attempt.reason, attempt.ended, attempt.failures = kind, reason, now(), failures
@@ -228,7 +228,7 @@ class Job:
         logs = self._run.logs / f"attempt-{number:03d}"
         logs.mkdir(parents=True, exist_ok=True)
         nonce = secrets.token_hex(8)
-        (logs / "nonce").write_text(nonce, encoding="ascii")
+        write_atomically(logs / "nonce", nonce)
         world_size = len(nodes) * settings.processes
         training = [*self._arguments, *of_ranks(self._config, settings.device, world_size)]
         address = partial(slurm.address, is_stop_asked=lambda: self.is_stop_asked)
@@ -340,6 +340,13 @@ class Job:
             if self._console is None:
                 self._console = (self._run.logs / "console.log").open("ab", buffering=0)
             self._console.write(text)
+
+
+def _in_words(error: Exception) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    remedy = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{error.filename or 'an operation without a file'}: {error.strerror}{remedy}"
 
 
 def _is_event(event: Any) -> bool:

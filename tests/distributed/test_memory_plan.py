@@ -28,26 +28,26 @@ class Held:
     owned: int = 0
 
 
-def storages() -> dict[int, int]:
-    """Bytes of every storage that a Python object refers to, by address; activations are held by autograd alone."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a Python object refers to, by address; activations are held by autograd alone."""
     found = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
             for tensor in (thing, thing.grad if thing.is_leaf else None, getattr(thing, "ds_tensor", None)):
                 if tensor is not None:
                     storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
+                    found[storage.data_ptr()] = storage
     return found
 
 
 def measure(rank: int, world_size: int, config: Config) -> Held:
     """Trains two steps and looks between micro-batches, inside the backward pass and before the update."""
-    before = storages()
+    before = storages()  # kept, so that no address of theirs is given out again
     engine, plan = start(config, world_size)
     held = Held()
 
     def look(*_: Any, is_backward: bool = False) -> bool:
-        sizes = [size for address, size in storages().items() if address not in before]
+        sizes = [storage.nbytes() for address, storage in storages().items() if address not in before]
         buckets = sum(size for size in sizes if size in (2 * BUCKET, 4 * BUCKET))
         held.buckets = max(held.buckets, buckets)
         if not is_backward:

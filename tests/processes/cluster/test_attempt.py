@@ -469,6 +469,30 @@ def test_an_agent_that_cannot_be_started_is_lost_with_its_node(stage: Stage) -> 
     assert [*outcome.bad_nodes] == ["b"]
 
 
+@pytest.mark.parametrize("says", ["b: task 1: Killed", "b: tasks 1-2: Exited with exit code 127"])
+def test_an_agent_that_ends_before_it_connects_is_lost_with_its_node(
+    says: str, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No connection breaks; only srun says that its task has ended. Five minutes are for nodes that still start."""
+    monkeypatch.setattr(module, "_BROKEN_SECONDS", 0.2)
+    outcome = stage.run(
+        a="me.connect(); me.obey_kill()", b=f"time.sleep(0.2); print('srun: error: {says}', flush=True); os._exit(9)"
+    )
+    reason = says.split(": ", 2)[2]
+    assert outcome.kind == "lost_node" and outcome.seconds < 20
+    assert outcome.reason == f"node b is lost: its agent ended before it connected ({reason})"
+    assert outcome.bad_nodes == {"b": "was lost"}
+
+
+def test_what_srun_says_of_an_agent_that_has_connected_is_no_loss(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BROKEN_SECONDS", 0.0)
+    says = "print('srun: error: b: task 1: Exited with exit code 1', flush=True)"
+    outcome = stage.run(a="me.join(); time.sleep(0.5); me.end()", b=f"me.join(); {says}; time.sleep(0.5); me.end()")
+    assert outcome.kind == "done"
+
+
 def test_a_node_that_dies_while_others_still_start_is_the_lost_one(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -320,13 +320,18 @@ me.connect(); me.end(failure(0, 1, 0, 'odd'))
 """
 
 
-def test_a_full_disk_at_a_restart_is_a_failure_that_counts(desk: Desk, small_disk: Path) -> None:
+def test_a_full_disk_at_a_restart_is_a_failure_that_counts(
+    desk: Desk, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """And job.json, for which there is no room either, says how the job has ended."""
     assert desk.job("cluster.max_failures=2", a=FILL, b="me.connect(); me.end()") == 1
     file = desk.file
     assert file.state == "failed" and file.reason.startswith("2 failures in a row")
     assert desk.ends == [("failed", ["a", "b"]), ("failed", ["a", "b"])] and desk.orders == []
-    assert "No space left on device" in (file.attempts[1].reason or "") and file.attempts[1].ended is not None
+    reason = file.attempts[1].reason or ""
+    assert reason.startswith(f"the job's own process failed: {small_disk}/logs/attempt-002"), reason
+    assert reason.endswith("No space left on device; make room there") and file.attempts[1].ended is not None
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_a_full_disk_at_the_start_of_a_requeued_job_is_waited_for(
