@@ -42,13 +42,13 @@ def leaves_a_buffer() -> None:
 
     install = EngineBase._install
 
-    def install_and_leave(self: Any, *arguments: Any) -> None:
-        install(self, *arguments)
+    def install_and_leave(self: Any, *arguments: Any, **options: Any) -> None:
+        install(self, *arguments, **options)
         for module in self.module.modules():
             if getattr(module, "padding_bias_V", None) is not None:
                 module.register_buffer("left_behind", module.padding_bias_V.cpu(), persistent=False)
 
-    EngineBase._install = install_and_leave  # type: ignore[assignment, method-assign]
+    EngineBase._install = install_and_leave  # type: ignore[method-assign]
 
 
 def keeps_a_chunk() -> None:
