@@ -27,9 +27,16 @@ class Answers(TorchFunctionMode):
         self.trace = trace
         # FakeTensor has a method of its own, which reads one element after the other.
         FakeTensor.tolist = lambda tensor: self._tolist(tensor)  # type: ignore[assignment, method-assign]
+        run_backward: Any = torch.autograd._engine_run_backward
+
+        def run_answered(*arguments: Any, **options: Any) -> Any:
+            # A mode is off while the function runs that it was asked for; checkpointing computes again inside this one.
+            with self:
+                return run_backward(*arguments, **options)
+
+        torch.autograd._engine_run_backward = run_answered
         self._answers: dict[str, Callable[..., Any]] = {
             "numpy": self._numpy,
-            "backward": self._backward,
             "pin_memory": self._pin_memory,
             "is_pinned": lambda tensor, *_: self.trace.is_pinned(tensor),
             "scaled_dot_product_attention": _attention,
@@ -64,18 +71,6 @@ class Answers(TorchFunctionMode):
             if known is None:
                 known = torch.full(tuple(tensor.shape), unknown(tensor.dtype), dtype=tensor.dtype)
             return convert(known.detach().clone())
-
-    def _backward(
-        self,
-        tensor: torch.Tensor,
-        gradient: torch.Tensor | None = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        """As it is, but with these answers for what checkpointing computes again inside it."""
-        with self:
-            torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
     def _pin_memory(self, tensor: torch.Tensor, *_: Any) -> torch.Tensor:
         return self.trace.pin(tensor.clone())
