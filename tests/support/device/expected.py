@@ -96,9 +96,9 @@ LAUNCHES: dict[str, float] = {
     "tensor 2, sigmaReparam": 253,
     "tensor 2, factorised o": 66,
     "tensor 2, dense": 54,
-    "tensor 2, plan replicated": 66,
-    "tensor 2, plan sharded": 68,
-    "tensor 2, plan merged": 58,
+    "tensor 2, plan replicated": 53,
+    "tensor 2, plan sharded": 62,
+    "tensor 2, plan merged": 55,
 }
 """Kernels per block and micro-batch, by layout."""
 
