@@ -8,8 +8,8 @@ a gather and a reduce-scatter (k - 1) / k.
     tensor     per block and micro-batch, all-reduces: T R and T D forward (o, fc_out), T D backward (fc_in's input);
                q, k, v by their plan (model/low_rank_plan.py), dense ones T D backward. Checkpointing repeats the
                forward ones but for fc_out's. The embedding T D forward, the head's input T D backward. With sequence
-               parallelism a reduce-scatter and a gather stand for each sum, and what enters a block is gathered once
-               more backward
+               parallelism a reduce-scatter and a gather stand for each sum, what enters a block is gathered once more
+               backward, and the position embedding's gradient is summed
     pipeline   per micro-batch and neighbour e T D, forward one way and backward the other; once a step the gradient of
                the tied embedding, all-reduced between the first stage and the last
     data       ZeRO 0: all-reduce of c n once; 1: the same (DeepSpeed 0.19 sums whole buckets and takes its part) and
@@ -115,7 +115,12 @@ def tensor_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
     hidden *= config.model.hidden_size
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     num_ends = (stage == 0) + (stage == plan.pipeline - 1)
-    return tensor_traffic_of_block(config, plan).times(num_blocks) + all_reduce(hidden, plan.tensor).times(num_ends)
+    traffic = tensor_traffic_of_block(config, plan).times(num_blocks) + all_reduce(hidden, plan.tensor).times(num_ends)
+    if config.parallel.sequence_parallel and stage == 0:
+        # Ranks see other positions: the gradient of the position embedding is summed.
+        positions = float(BYTES[config.train.precision] * config.model.max_positions * config.model.hidden_size)
+        traffic += all_reduce(positions, plan.tensor)
+    return traffic
 
 
 def pipeline_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:

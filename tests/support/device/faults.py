@@ -42,8 +42,8 @@ def leaves_a_buffer() -> None:
 
     install = EngineBase._install
 
-    def install_and_leave(self: Any, *arguments: Any) -> None:
-        install(self, *arguments)
+    def install_and_leave(self: Any, *arguments: Any, **options: Any) -> None:
+        install(self, *arguments, **options)
         for module in self.module.modules():
             if getattr(module, "padding_bias_V", None) is not None:
                 module.register_buffer("left_behind", module.padding_bias_V.cpu(), persistent=False)

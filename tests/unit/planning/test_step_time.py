@@ -95,6 +95,15 @@ def test_tensor_parallel_blocks_reduce_twice_each_way() -> None:
     assert tensor_traffic(*case(1), 0).sent == 0.0
 
 
+def test_with_sequence_parallelism_the_first_stage_sums_the_gradient_of_positions() -> None:
+    overrides = ("parallel.pipeline=4", "parallel.tensor=2", "parallel.sequence_parallel=true")
+    config, plan = case(8, *overrides)
+    first, second = (tensor_traffic(config, plan, stage) for stage in (0, 1))
+    hidden = plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
+    positions = config.model.max_positions * config.model.hidden_size
+    assert first.sent - second.sent == 4 * (hidden + positions)
+
+
 def test_stages_send_the_hidden_state_to_every_neighbour() -> None:
     config, plan = case(4, "parallel.pipeline=4")
     sent = [pipeline_traffic(config, plan, stage).sent for stage in range(4)]
