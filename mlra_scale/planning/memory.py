@@ -11,7 +11,7 @@ Training state (DeepSpeed 0.19 as our engines set it up):
                    will use again within so many elements (1e9 unless the --ds-config file says otherwise)
     gradients      fp32: 4 n; bf16 with ZeRO 1 (without ZeRO there is no bf16): 4 n, in which micro-batches add up, and
                    2 n more at the end of a backward pass; fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d
-                   (fp16)
+                   (fp16; with ZeRO 2 at least 2 D V / t, for what a share touches is kept whole)
     reduction      shown with the gradients: ZeRO's buffers of reduce_bucket_size elements (5e8 unless the --ds-config
                    file says otherwise), whatever the size of the model. ZeRO 3: one in the type of communication.
                    ZeRO 1 and 2: one in compute precision while the backward pass runs (in a pipeline: while gradients
@@ -247,8 +247,15 @@ def has_gradients_on_host(config: Config) -> bool:
 
 
 def partitioned_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
-    """Bytes of a rank's share of the gradients with ZeRO 2 and 3."""
-    return (2 if config.train.precision == "fp16" else 4) * num_weights / plan.data
+    """Bytes of a rank's share of the gradients with ZeRO 2 and 3.
+
+    In fp16 ZeRO 2 keeps whole what the share touches: on the first rank the embedding.
+    """
+    if config.train.precision != "fp16":
+        return 4 * num_weights / plan.data
+    embedding = config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
+    touched = min(num_weights, embedding) if zero_stage(config) == 2 else 0.0
+    return 2 * max(num_weights / plan.data, touched)
 
 
 def adds_up_flat(config: Config) -> bool:
@@ -452,7 +459,10 @@ def backward_bytes(config: Config, plan: BatchPlan) -> float:
     stream = 0.0 if plan.pipeline > 1 else model.hidden_size / sequence_split(config, plan)
     passing = tokens * (model.ffn_size / plan.tensor + stream)
     if config.parallel.sequence_parallel:
-        passing += 4 * tokens * model.hidden_size  # gathered inputs and whole gradients, each with its packed copy
+        # The whole gradient of the stream. Gathered inputs and packed copies come when GELU's sides have gone, unless
+        # these are not kept.
+        whole = 1 if config.parallel.activation_checkpointing == "none" else 4
+        passing += whole * tokens * model.hidden_size
     return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
 
 

@@ -22,12 +22,3 @@ def test_a_layout_does_on_a_gpu_what_is_planned(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", DEEP, ids=lambda layout: layout.name)
 def test_72_layers_do_what_is_planned(layout: Layout) -> None:
     assert problems(trace(replace(layout, num_layers=72))) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ZeRO 0 x data 8", "ZeRO 1 x data 8", "ZeRO 2 x data 8", "ZeRO 3 x data 8"])
-def test_waits_do_not_grow_with_the_parameters(name: str) -> None:
-    (layout,) = (layout for layout in ALL if layout.name == name)
-    fewer = trace(replace(layout, num_layers=layout.num_layers // 2))
-    assert trace(layout).num_parameters > fewer.num_parameters
-    assert trace(layout).step.num_waits == fewer.step.num_waits

@@ -1,6 +1,4 @@
-"""What is measured and saved beside training steps, traced: waits that do not grow, no peak above the step's."""
-
-from dataclasses import replace
+"""What is measured and saved beside training steps, traced: listed waits only, and no peak above the step's."""
 
 import pytest
 
@@ -26,12 +24,5 @@ def test_measurements_wait_where_the_list_says_and_need_less_than_a_step(layout:
         if name != "noise scale":  # which is a pass of training
             assert phase.peak <= report.step.peak, name
     planned = report.results["planned_snapshot"]
-    assert report.phases["snapshot"].host_peak == pytest.approx(planned, rel=MEMORY_TOLERANCE)
-
-
-def test_waits_of_measurements_do_not_grow_with_the_layers() -> None:
-    layout = MEASURING[0]
-    fewer, more = trace(layout), trace(replace(layout, num_layers=2 * layout.num_layers))
-    for name in MEASURED_WAITS:
-        if name != "QK-clip":  # which copies a factor for every row that it scales
-            assert fewer.phases[name].num_waits == more.phases[name].num_waits, name
+    snapshot = report.phases["snapshot"]
+    assert snapshot.host_peak - snapshot.host_start == pytest.approx(planned, rel=MEMORY_TOLERANCE)

@@ -34,6 +34,12 @@ class Wait:
 
 _STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
 _PROPOSE = "mlra_scale/parallel/engine.py:EngineBase._propose"
+_SMALL_WEIGHTS = Wait(
+    "cuda.synchronize",
+    "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
+    1,
+    "ZeRO 3: DeepSpeed gathers the small weights that it keeps whole, after the weights have changed",
+)
 WAITS = (
     Wait(
         "tolist",
@@ -41,12 +47,7 @@ WAITS = (
         1,
         "the packed read: loss, gradient norm and the wish to stop, on which finite check, guard and stop decide",
     ),
-    Wait(
-        "cuda.synchronize",
-        "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
-        1,
-        "ZeRO 3: DeepSpeed gathers the small weights that it keeps whole, after the update",
-    ),
+    _SMALL_WEIGHTS,
     Wait(
         "stream.synchronize",
         "mlra_scale/parallel/host_waits.py:DeviceOrdered.wait_on_host",
@@ -109,9 +110,16 @@ _MEMBERSHIP = Wait(
 )
 _STEP = Wait("item", "mlra_scale/parallel/adam.py:AdamState.step", 1, "the number of updates, packed")
 _EVALUATION = Wait("item", "mlra_scale/parallel/zero_engine.py:ZeroEngine.eval_batch", 1, "the loss of a pass")
+_PIPELINE_PASS = "mlra_scale/parallel/pipeline_engine.py:PipelineEngine.eval_batch"
 _EVALUATIONS = (
     _EVALUATION,
-    Wait("item", "mlra_scale/parallel/pipeline_engine.py:PipelineEngine.eval_batch", 1, _EVALUATION.reason),
+    replace(_EVALUATION, site=_PIPELINE_PASS),
+    Wait(
+        "barrier",
+        "deepspeed/runtime/pipe/engine.py:PipelineEngine.eval_batch",
+        1,
+        "DeepSpeed lets no stage begin a pass before all have ended the one before",
+    ),
 )
 MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "noise scale": WAITS,
@@ -150,6 +158,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     ),
     "QK-clip": (
         *_EVALUATIONS,
+        _SMALL_WEIGHTS,
         Wait(
             "copy cuda to cpu",
             "mlra_scale/stability/qk_clip.py:QkClip._largest_logits",
@@ -169,7 +178,14 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     ),
     "evaluation": _EVALUATIONS,
     "agreement of a save": (_STEP,),
-    "snapshot": (),
+    "snapshot": (
+        Wait(
+            "copy cpu to cuda",
+            "mlra_scale/checkpoint/copies.py:_weights",
+            1,
+            "at the first save: the numbers by which copies are condensed; the copies themselves are not waited for",
+        ),
+    ),
     "writing": (
         Wait(
             "event.synchronize",

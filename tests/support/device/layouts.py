@@ -31,7 +31,7 @@ class Layout:
         preset: The preset.
         num_layers: Blocks of the whole model.
         num_micro_batches: Of a step, on every data rank.
-        with_measurements: Whether TEV, statistics, QK-clip, snapshot, save, evaluation and generation are traced too.
+        with_measurements: Whether TEV, statistics, QK-clip, snapshot and evaluation are traced too.
     """
 
     name: str
@@ -114,7 +114,7 @@ DEEP = (*_stages(PIPELINE, 0, 1, 3), LAYOUTS["ZeRO 1 x data 8"])
 MEASURING = tuple(
     _with(layout, f"{layout.name}, measured", *MEASURED, with_measurements=True, num_micro_batches=micro_batches)
     for layout, micro_batches in (
-        (replace(TENSOR, num_layers=2), 2),
+        (replace(TENSOR, num_layers=2, rank=1), 2),
         (_stages(replace(PIPELINE, num_layers=4), 3)[0], 4),
         (replace(LAYOUTS["ZeRO 3 x tensor 2 x data 4"], num_layers=2), 2),
     )

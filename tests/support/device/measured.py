@@ -1,4 +1,4 @@
-"""What happens beside training steps, traced: TEV, statistics, QK-clip, activations, snapshot, evaluation, generation.
+"""What happens beside training steps, traced: TEV, statistics, QK-clip, activations, snapshot, evaluation.
 
 The real parts run. Two functions that only calculate on the host with numbers that nobody knows here are answered:
 TEV's `combine`, which checks that every row was counted, and nothing else.

@@ -13,7 +13,7 @@ class PhaseReport:
 
     Attributes:
         start, peak, end: Bytes on the device.
-        host_peak: Bytes of page-locked memory.
+        host_start, host_peak: Bytes of page-locked memory.
         num_launches: Kernels.
         launches: The same by operator.
         waits: [kind, site, lines, number].
@@ -36,6 +36,7 @@ class PhaseReport:
     host_results: dict[str, int]
     misplaced: dict[str, int]
     holders: dict[str, int]
+    host_start: int = 0
 
     @property
     def num_waits(self) -> int:

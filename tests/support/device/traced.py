@@ -223,6 +223,7 @@ def _phase_report(phase: Phase) -> PhaseReport:
         start=phase.start,
         peak=phase.peak,
         end=phase.end,
+        host_start=phase.host_start,
         host_peak=phase.host_peak,
         num_launches=phase.num_launches,
         launches=dict(phase.launches.most_common()),

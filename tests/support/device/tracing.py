@@ -52,7 +52,7 @@ class Phase:
         host_results: By site: bytes of results that the host computed by itself.
         misplaced: What is not where it must be.
         start, peak, end: Bytes on the device.
-        host_peak: Bytes of page-locked memory.
+        host_start, host_peak: Bytes of page-locked memory.
         journal: (site, bytes) of every storage that came or, with a minus, went; the first entries are what was there.
         peak_place: Length of the journal at the peak.
         marks: (name, launches so far).
@@ -67,6 +67,7 @@ class Phase:
     start: int = 0
     peak: int = 0
     end: int = 0
+    host_start: int = 0
     host_peak: int = 0
     journal: list[tuple[str, int]] = field(default_factory=list)
     peak_place: int = 0
@@ -101,7 +102,8 @@ def frames(limit: int = 3) -> list[tuple[str, str]]:
                 at = name.rfind(part)
                 if at >= 0 and not (part == "/torch/optim/" and found):
                     short = name[at + 1 :]
-                    found.append((f"{short}:{frame.f_code.co_qualname}", f"{short}:{frame.f_lineno}"))
+                    function = frame.f_code.co_qualname.split(".<locals>")[0]
+                    found.append((f"{short}:{function}", f"{short}:{frame.f_lineno}"))
                     break
         frame = frame.f_back
     return found or [("autograd", "autograd")]
@@ -134,7 +136,8 @@ class Trace(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
         """Counts what happens inside as the phase of a name."""
-        before, self._phase = self._phase, Phase(start=self.live, peak=self.live, host_peak=self.pinned)
+        before, self._phase = self._phase, Phase(start=self.live, peak=self.live)
+        self._phase.host_start = self._phase.host_peak = self.pinned
         self._phase.journal = [(held.site, held.device_bytes) for held in self._storages.values()]
         self._phase.peak_place = len(self._phase.journal)
         self.phases[name] = self._phase
@@ -342,7 +345,7 @@ class Trace(TorchDispatchMode):
         key = (name, group_name, site)
         self._phase.messages[key] = self._phase.messages.get(key, Message()) + message
         wanted = "cpu" if group_name == "control" else "cuda"
-        for tensor in tensors:
+        for tensor in tensors if name != "barrier" else ():
             if _kind_of(tensor) != wanted:
                 self._phase.misplaced[f"{name} over {group_name} of a tensor on {_kind_of(tensor)}: {found[0][1]}"] += 1
         if name == "barrier" and group_name != "control":
