@@ -25,7 +25,7 @@ def train(rank: int, world_size: int, config: Config, elements_per_piece: int | 
     """
     ours, size = master.GradientSums, gradient_sums._ELEMENTS_PER_PIECE
     if elements_per_piece is None:
-        master.GradientSums = lambda optimizer: None  # type: ignore[assignment, misc]
+        master.GradientSums = lambda optimizer: None  # type: ignore[assignment, misc, return-value]
     else:
         gradient_sums._ELEMENTS_PER_PIECE = elements_per_piece
     try:
