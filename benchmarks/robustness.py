@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mlra_scale.config import Config, Named, load_named_config, zero_stage
-from mlra_scale.planning.choice import BETTER, WORSE, LayoutChoice, changed_clusters, choose
+from mlra_scale.planning.choice import BETTER, WORSE, LayoutChoice, changed_clusters, chosen_of, engines_for
 from mlra_scale.planning.cluster import GIB, Cluster, named_cluster
-from mlra_scale.planning.search import Candidate
+from mlra_scale.planning.search import Candidate, Found, search
 from mlra_scale.planning.step_time import step_time
 
 DEVICES = ("h100", "a100", "h200")
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def row(config: Config, named: Named, cluster: Cluster) -> tuple[str, ...]:
     """Returns the cells of one cluster."""
-    choice = choose(config, named, cluster)
+    found = search(config, named, cluster, engines_for(config))
+    choice = chosen_of(found, cluster)
     chosen = choice.chosen
     plan, time = chosen.plan, chosen.time
     change, loss = choice.worst
@@ -57,7 +58,7 @@ def row(config: Config, named: Named, cluster: Cluster) -> tuple[str, ...]:
         *(str(zero_stage(chosen.config)), str(plan.micro_batch_size), chosen.config.parallel.activation_checkpointing),
         *(f"{chosen.memory.device / GIB:.0f}", f"{time.seconds:.3g}", f"{100 * time.mfu:.0f}"),
         *cells(choice),
-        memory_cell(config, named, choice),
+        memory_cell(found, choice),
         f"{100 * loss:.0f} %" + (f" ({change})" if loss >= 0.005 else ""),
     )
 
@@ -75,13 +76,20 @@ def cells(choice: LayoutChoice) -> Iterator[str]:
         yield " / ".join(parts)
 
 
-def memory_cell(config: Config, named: Named, choice: LayoutChoice) -> str:
-    """Returns the same for devices with more or less memory; the choice is made again for them."""
+def memory_cell(found: Found, choice: LayoutChoice) -> str:
+    """Returns the same for devices with more or less memory."""
     parts = []
     for factor in (BETTER, WORSE):
-        cluster = replace(choice.cluster, memory=factor * choice.cluster.memory)
-        other = choose(config, named, cluster).chosen
-        parts.append(_change(other.time.seconds, choice.chosen, other.config != choice.chosen.config))
+        usable = replace(choice.cluster, memory=factor * choice.cluster.memory).usable_memory
+        fitting = [each for each in (*found.feasible, *found.too_large) if each.memory.device <= usable]
+        if not fitting:
+            parts.append("none fits")
+            continue
+        fastest = min(fitting, key=lambda each: each.time.seconds)
+        is_other = choice.chosen.memory.device > usable or fastest.time.seconds < choice.chosen.time.seconds * (
+            1 - 1e-9
+        )
+        parts.append(_change(fastest.time.seconds, choice.chosen, is_other))
     return " / ".join(parts)
 
 

@@ -10,8 +10,8 @@
 #
 # The planner chooses the layout for the nodes and GPUs that the job gets (parallel.layout=auto). A field that is named,
 # as in the second line, stays; the planner chooses the others. --dry-run compares a named layout with the fastest one. By
-# the planner's estimates data parallelism with ZeRO is the fastest for the 72 layers of width 1024, which fit into one
-# GPU; for those of width 4096 tensor parallelism is from 64 nodes on, with pipeline parallelism on 128 (docs/planning.md).
+# the planner's estimates data parallelism with ZeRO is the fastest for the 72 layers of width 1024, which fit into a GPU;
+# for those of width 4096 tensor parallelism is from 32 nodes on, with pipeline parallelism on 128 (docs/planning.md).
 #
 # What is below is for nodes of 8 GPUs; options of sbatch on the command line come before it. docs/slurm.md has the rest.
 #SBATCH --job-name=mlra-72l

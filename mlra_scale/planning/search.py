@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -78,6 +78,7 @@ class Found:
 
     Attributes:
         feasible: Layouts that fit, fastest first.
+        too_large: Layouts that do not, fastest first.
         left_out: How many combinations were left out, by reason.
         smallest: The valid layout that needs least memory, whether or not it fits.
     """
@@ -85,6 +86,7 @@ class Found:
     feasible: list[Candidate]
     left_out: Counter[str]
     smallest: Candidate
+    too_large: list[Candidate] = field(default_factory=list)
 
 
 def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Engine]) -> Found:
@@ -118,9 +120,10 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
             validate(config, cluster.world_size)
         assert refused is not None
         raise refused
+    valid.sort(key=_order)
     feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
-    feasible.sort(key=_order)
-    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device))
+    too_large = [candidate for candidate in valid if candidate.memory.device > cluster.usable_memory]
+    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device), too_large)
 
 
 def _order(candidate: Candidate) -> tuple[float, int, float]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
@@ -287,6 +287,7 @@ def test_every_stage_has_the_time_that_it_has_by_itself() -> None:
         assert sent_per_step(config, plan)["pipeline"] == max(sent)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([0, 1, 2, 3]),
     st.sampled_from(["peak_flops", "memory_bandwidth", "link_intra", "link_inter"]),
