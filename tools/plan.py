@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     from mlra_scale.config import Config, Named
     from mlra_scale.planning.cluster import Cluster
-    from mlra_scale.planning.search import Candidate, Engine, Found
+    from mlra_scale.planning.search import Candidate, Found
 
 EXAMPLES = """examples:
   python tools/plan.py --preset gpt2-mlra-72l --cluster h100 --nodes 4
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ds-config", metavar="FILE.json", help="DeepSpeed's own knobs; without it those of ds_configs/ are tried")
     start = result.add_mutually_exclusive_group()
     start.add_argument(
-        "--cluster", default="h100", metavar="NAME", help="h100, a100 or cpu, which the rest changes (default: h100)"
+        "--cluster", default="h100", metavar="NAME", help="h100 (default), a100, h200 or cpu, which the rest changes"
     )
     start.add_argument(
         "--cluster-file", type=Path, metavar="FILE", help="constants that sbatch slurm/check.sh has measured, instead"
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code."""
     options = parser().parse_intermixed_args(arguments)
     from mlra_scale.config import ConfigError, load_named_config
+    from mlra_scale.planning.choice import engines_for
     from mlra_scale.planning.plan_text import found_text, nothing_fits
     from mlra_scale.planning.search import search
 
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, named = load_named_config(options.preset, options.config, options.ds_config, options.overrides)
         if not cluster.runs_ahead:
             config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
-        found = search(config, named, cluster, engines())
+        found = search(config, named, cluster, engines_for(config))
         if not found.feasible:
             print(f"plan: {nothing_fits(found, cluster)}", file=sys.stderr)
             return 2
@@ -133,20 +134,6 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         "link_inter": options.link_gbps_inter and options.link_gbps_inter * 1e9 / 8,
     }
     return replace(cluster, **{name: value for name, value in given.items() if value is not None})
-
-
-def engines() -> list[Engine]:
-    """Returns no ZeRO, and what the files of ds_configs/ hold."""
-    from mlra_scale.planning.search import Engine
-
-    files = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
-    return [
-        Engine(None, {}),
-        *(
-            Engine(f"ds_configs/{name}.json", json.loads((ROOT / "ds_configs" / f"{name}.json").read_text()), is_for)
-            for name, is_for in files.items()
-        ),
-    ]
 
 
 def commands_of(best: Candidate, cluster: Cluster, options: argparse.Namespace) -> list[str]:

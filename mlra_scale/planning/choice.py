@@ -79,9 +79,21 @@ class LayoutChoice:
         return [*self.chosen.overrides(), f"deepspeed={json.dumps(self.chosen.config.deepspeed)}"]
 
 
+def engines_for(config: Config) -> tuple[Engine, ...]:
+    """Returns the engines' settings to choose from.
+
+    Args:
+        config: In bf16 no settings stand for ZeRO 1, whose files hold better ones.
+
+    Raises:
+        ConfigError: The folder is not where the project has it.
+    """
+    return engines()[1:] if config.train.precision == "bf16" else engines()
+
+
 @cache
 def engines() -> tuple[Engine, ...]:
-    """Returns the engines' settings to choose from: no ZeRO, and files of ds_configs/.
+    """Returns all settings: no ZeRO, and files of ds_configs/.
 
     Raises:
         ConfigError: The folder is not where the project has it.
@@ -110,9 +122,7 @@ def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
     Raises:
         ConfigError: The validation accepts no layout, or none fits into the memory.
     """
-    # In bf16 no settings stand for ZeRO 1, whose files hold better ones.
-    tried = engines()[1:] if config.train.precision == "bf16" else engines()
-    found = search(config, named, cluster, tried)
+    found = search(config, named, cluster, engines_for(config))
     if not found.feasible:
         raise ConfigError([Problem("parallel.layout", config.parallel.layout, nothing_fits(found, cluster))])
     fixed = named.on_command_line | named.in_file

@@ -227,8 +227,9 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
     gradient_seconds = gradients.seconds(cluster, groups["data"])
     data = gradient_seconds + weights.seconds(cluster, groups["data"])
     if _hides(config, cluster):
-        # Both share the links: together they hide behind the computation, gradients behind its backward pass.
-        busy = compute + elementwise
+        # Both share the links: together they hide behind the computation, gradients behind its backward pass; also
+        # while the device waits for the host.
+        busy = compute + elementwise + overhead
         data = max(_exposed(data, busy), gradient_seconds - 2 / 3 * busy)
     # What a stage receives takes as long as what it sends, and it waits for both.
     neighbours = pipeline_traffic(config, plan, stage).times(2)
@@ -251,7 +252,7 @@ def reduction_seconds(config: Config, plan: BatchPlan, cluster: Cluster, stage: 
     # DeepSpeed's bf16 optimizer of ZeRO 1 has no hooks: it reduces when the last backward pass has ended.
     is_late = zero_stage(config) == 0 or config.train.precision == "bf16"
     if _hides(config, cluster) and plan.pipeline == 1 and not is_late:
-        gradients = _exposed(gradients, 2 / 3 * (time.compute + time.elementwise))
+        gradients = _exposed(gradients, 2 / 3 * (time.compute + time.elementwise + time.overhead))
     return gradients + weights + tied_traffic(config, plan, stage).seconds(cluster, groups["ends"])
 
 

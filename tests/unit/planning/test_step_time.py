@@ -4,6 +4,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
 from mlra_scale.planning.cluster import Cluster, named_cluster
@@ -241,7 +243,7 @@ def test_gathers_and_scatters_of_zero_3_share_the_links() -> None:
     slow = replace(IDLE, devices_per_node=2, runs_ahead=True, link_intra=1e8, latency_intra=0.0)
     scattered, gathered = (each.seconds(slow, [0, 1]) for each in data_traffic_per_micro_batch(config, plan, 0))
     stage = step_time(config, plan, slow).stages[0]
-    busy = stage.compute + stage.elementwise
+    busy = stage.compute + stage.elementwise + stage.overhead
     assert stage.data == pytest.approx(scattered + gathered - busy), "the computation hides its own length once"
 
 
@@ -274,3 +276,27 @@ def test_every_stage_has_the_time_that_it_has_by_itself() -> None:
             m * pipeline_traffic(config, plan, each).sent + tied_traffic(config, plan, each).sent for each in stages
         ]
         assert sent_per_step(config, plan)["pipeline"] == max(sent)
+
+
+@given(
+    st.sampled_from([0, 1, 2, 3]),
+    st.sampled_from(["peak_flops", "memory_bandwidth", "link_intra", "link_inter"]),
+    st.floats(-6, 6),
+    st.floats(-6, 6),
+    st.floats(-6, 6),
+)
+def test_nothing_that_gets_slower_makes_a_step_faster(
+    stage: int, slower: str, links: float, rates: float, hosts: float
+) -> None:
+    """What runs beside something else hides behind it once: in no regime does more work take less time."""
+    config, plan = overlapping("bf16", stage) if stage else case(2, "train.precision=bf16")
+    cluster = replace(
+        named_cluster("h100"),
+        devices_per_node=1,
+        nodes=2,
+        link_inter=4e10 * 10**links,
+        memory_bandwidth=2.7e12 * 10**rates,
+        block_overhead=4e-4 * 10**hosts,
+    )
+    worse = replace(cluster, **{slower: 0.7 * getattr(cluster, slower)})
+    assert step_time(config, plan, worse).seconds >= step_time(config, plan, cluster).seconds * (1 - 1e-9)
