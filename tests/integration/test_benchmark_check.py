@@ -181,7 +181,8 @@ def test_it_refuses_with_a_reason(arguments: list[str], said: str, capsys: pytes
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(1900)
 def test_one_process_is_checked_whole(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--quick", "--minutes", "60", "--output", str(tmp_path), "data.seed=3"]
     result = subprocess.run(
@@ -190,7 +191,7 @@ def test_one_process_is_checked_whole(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=1800,
         check=False,
     )
     states = json.loads((tmp_path / "check.json").read_text())["states"]

@@ -129,7 +129,7 @@ def test_a_task_of_an_array_is_a_cell() -> None:
 
 def test_slurm_accepts_every_file_as_it_stands(cluster: SlurmCluster) -> None:
     cluster.start_nodes(max(int(directive(path, "nodes")) for path in FILES))
-    for path in FILES:
+    for path in (*FILES, CHECK):
         result = cluster.run("sbatch", "--test-only", f"slurm/{path.name}", "data.path=x", cwd=ROOT)
         assert "to start at" in result.stderr and " processors on nodes " in result.stderr, result.stderr
     more = cluster.run("sbatch", "--test-only", "--nodes=2", "--time=1:00:00", f"slurm/{FILES[0].name}", cwd=ROOT)
