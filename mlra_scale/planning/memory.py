@@ -264,8 +264,12 @@ def adds_up_flat(config: Config) -> bool:
 
 
 def joined_bytes(config: Config, num_weights: int) -> float:
-    """Bytes of the bf16 gradients that are joined before they are added to the flat buffers (gradient_sums.py)."""
-    return 2.0 * min(num_weights, 1 << 24) if adds_up_flat(config) else 0.0
+    """Bytes of the bf16 gradients that are joined before they are added to the flat buffers (gradient_sums.py).
+
+    A CPU converts them to fp32 first.
+    """
+    element = 6.0 if device_of(config) == "cpu" else 2.0
+    return element * min(num_weights, 1 << 24) if adds_up_flat(config) else 0.0
 
 
 def reduction_bytes(config: Config, plan: BatchPlan) -> float:
