@@ -268,7 +268,7 @@ def joined_bytes(config: Config, num_weights: int) -> float:
 
     A CPU converts them to fp32 before it adds, a GPU while it does.
     """
-    element = 6.0 if config.train.device == "cpu" else 2.0
+    element = 6.0 if device_of(config) == "cpu" else 2.0
     return element * min(num_weights, 1 << 24) if adds_up_flat(config) else 0.0
 
 
