@@ -106,7 +106,7 @@ def test_weights_that_were_drawn_once_are_those_that_a_model_draws() -> None:
 
 @pytest.mark.slow
 def test_a_child_that_fails_is_told(tmp_path: Path) -> None:
-    specification = {"shape": gpu.TINY, "name": "plain PyTorch", "precision": "fp8", "rounds": 2, "steps": 1}
+    specification = {"shape": gpu.TINY, "name": "mlra_scale dense", "precision": "fp8", "rounds": 2, "steps": 1}
     specification["products"] = [16]
     with pytest.raises(CommandFailed, match=r"exit code 1(?s:.)*train\.precision"):
         run_child("cpu", "time", specification, tmp_path / "file", timeout_s=120.0)
