@@ -53,7 +53,10 @@ def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
     """Returns the training's arguments with absolute paths at their end: a container may start elsewhere."""
     parsed = build_parser().parse_intermixed_args(arguments)
     paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
-    return [*arguments, *(word for flag, path in paths if path for word in (flag, str(Path(path).absolute())))]
+    words = [word for flag, path in paths if path for word in (flag, str(Path(path).absolute()))]
+    files = [value for name, _, value in (each.partition("=") for each in parsed.overrides) if name == "cluster.file"]
+    is_path = bool(files) and files[-1] not in ("", "null", "~")
+    return [*arguments, *words, *([f"cluster.file={Path(files[-1]).absolute()}"] if is_path else [])]
 
 
 def wait_for_stop(seconds: float, is_asked: Callable[[], bool]) -> None:
