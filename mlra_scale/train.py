@@ -37,7 +37,7 @@ from mlra_scale.training.device_environment import set_device_environment
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Interruption
-from mlra_scale.training.layout import Devices, devices_unseen, settled
+from mlra_scale.training.layout import Devices, devices_unseen, is_open, settled
 from mlra_scale.training.run_directory import RunDirectory, held
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Co
 
 def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Interruption) -> int:
     """Checks everything, keeps other runs out of the directory, and trains."""
-    set_device_environment(asked.config, os.environ)
+    set_device_environment(asked.config, os.environ, is_open(asked.config, asked.named))
     from mlra_scale.training.candidates import choose
     from mlra_scale.training.launch import run
     from mlra_scale.training.overseer import Overseer

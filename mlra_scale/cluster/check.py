@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.overview import is_held
@@ -25,7 +26,8 @@ from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
 
 LAYOUT = "layout of the ranks: "
-"""Beginning of the line, the last one, by which a job learns what the planner has chosen: a JSON list of overrides."""
+"""Beginning of the line by which a job learns what the planner has chosen, and for which devices: a JSON object with
+`overrides` (a list), `device` (what the driver calls one, or null) and `memory` (its bytes, or null)."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -46,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         if arguments.processes is not None:
-            plan, overrides = checked(arguments.training, arguments.nodes, arguments.processes, arguments.device)
-            print(plan if overrides is None else f"{plan}\n{LAYOUT}{json.dumps(overrides)}")
+            plan, layout = checked(arguments.training, arguments.nodes, arguments.processes, arguments.device)
+            print(plan if layout is None else f"{plan}\n{LAYOUT}{json.dumps(layout)}")
         else:
             settings = Settings.of({**_without_slurm(), "SLURM_GPUS_ON_NODE": str(arguments.gpus_per_node or 0)})
             plan, _ = checked(arguments.training, arguments.nodes, settings.processes, settings.device, is_login=True)
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def checked(
     training: Sequence[str], nodes: int, processes: int, device: str, is_login: bool = False
-) -> tuple[str, list[str] | None]:
+) -> tuple[str, dict[str, Any] | None]:
     """Checks the start of a job.
 
     Args:
@@ -72,7 +74,7 @@ def checked(
         is_login: Whether this is not a node of the job.
 
     Returns:
-        The plan of the run, and the overrides that name the layout which the planner has chosen; None with
+        The plan of the run, and what the job learns of the layout that the planner has chosen (see LAYOUT); None with
         parallel.layout=manual.
 
     Raises:
@@ -99,7 +101,8 @@ def checked(
     plan = plan_report(start.config, batch_plan(start.config, world_size), start.layout, devices)
     if start.config.parallel.layout == "manual":
         return plan, None
-    return plan, [] if start.layout is None else start.layout.overrides
+    overrides = [] if start.layout is None else start.layout.overrides
+    return plan, {"overrides": overrides, "device": devices.name, "memory": devices.memory}
 
 
 def of_ranks(config: Config, device: str, world_size: int) -> list[str]:

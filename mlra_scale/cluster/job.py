@@ -53,7 +53,10 @@ def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
     """Returns the training's arguments with absolute paths at their end: a container may start elsewhere."""
     parsed = build_parser().parse_intermixed_args(arguments)
     paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
-    return [*arguments, *(word for flag, path in paths if path for word in (flag, str(Path(path).absolute())))]
+    words = [word for flag, path in paths if path for word in (flag, str(Path(path).absolute()))]
+    files = [value for name, _, value in (each.partition("=") for each in parsed.overrides) if name == "cluster.file"]
+    is_path = bool(files) and files[-1] not in ("", "null", "~")
+    return [*arguments, *words, *([f"cluster.file={Path(files[-1]).absolute()}"] if is_path else [])]
 
 
 def wait_for_stop(seconds: float, is_asked: Callable[[], bool]) -> None:
@@ -87,6 +90,7 @@ class Job:
     ) -> None:
         self._allocation, self._settings = allocation, settings
         self._checks = {} if checked is None or checked.kind is not None else {len(allocation.nodes): checked}
+        self._too_few: set[int] = set()  # numbers of nodes that a check has refused
         self._arguments = with_absolute_paths(arguments)
         parsed = build_parser().parse_intermixed_args(self._arguments)
         self._run = RunDirectory(Path(parsed.run_dir))
@@ -117,8 +121,9 @@ class Job:
         """Runs attempts until the job ends here; returns the batch script's exit code."""
         allocation, cluster = self._allocation, self._config.cluster
         self._say(f"job {allocation.job_id} on {len(allocation.nodes)} node(s): {' '.join(allocation.nodes)}")
-        earlier, nodes = self._file.ends, self._first_nodes()
-        end = self._check(nodes) or self._attempt(nodes)
+        earlier = self._file.ends
+        nodes, end = self._checked(self._first_nodes())
+        end = end or self._attempt(nodes)
         while True:
             self._usable = [node for node in self._usable if node not in end.bad_nodes]
             decision = decide(
@@ -136,8 +141,10 @@ class Job:
                 return self._carry_out(decision, end)
             self._wait(seconds_before_restart(self._file.ends))
             self._say(f"goes on, on {len(decision.nodes)} node(s)")
-            nodes, earlier = decision.nodes, self._file.ends
-            end = self._stopped_before() or self._check_again(nodes) or self._attempt(nodes)
+            nodes, earlier, end = decision.nodes, self._file.ends, self._stopped_before()
+            if end is None and self._config.parallel.layout == "auto" and len(nodes) not in self._checks:
+                nodes, end = self._checked(nodes)  # another number than before: the planner chooses again
+            end = end or self._attempt(nodes)
 
     def _first_nodes(self) -> tuple[str, ...]:
         """Returns the nodes for the first attempt: all, or if fewer will do those that were not found to be bad."""
@@ -184,10 +191,21 @@ class Job:
         self._checks[len(nodes)] = checked
         return None
 
-    def _check_again(self, nodes: Sequence[str]) -> End | None:
-        """Lets the planner choose a layout for another number of nodes than before; see `_check`."""
-        is_settled = self._config.parallel.layout == "manual" or len(nodes) in self._checks
-        return None if is_settled else self._check(nodes)
+    def _checked(self, nodes: tuple[str, ...]) -> tuple[tuple[str, ...], End | None]:
+        """Returns the nodes that a check accepts, and what is wrong if there are none; see `_check`.
+
+        That nothing fits on a part of the allocation is the loss of nodes and no bad input: fewer nodes may still do
+        (over which the batch divides otherwise), and all of them will.
+        """
+        while True:
+            end, is_part = self._check(nodes), len(nodes) < len(self._allocation.nodes)
+            if end is None or end.kind != "bad_input" or not is_part or self._config.parallel.layout == "manual":
+                return nodes, end
+            self._too_few.add(len(nodes))
+            fewer = next((number for number in range(len(nodes) - 1, 0, -1) if self._divides_over(number)), 0)
+            if not fewer:
+                return (), self._refused("lost_node", f"the nodes that are left do not run it: {end.reason}")
+            nodes = nodes[:fewer]
 
     def _refused(self, kind: EndKind, said: str) -> End:
         self._print(f"{said}\n".encode(errors="replace"))
@@ -305,8 +323,13 @@ class Job:
         parallel = self._config.parallel.model_copy(update={"world_size": None})
         config = self._config.model_copy(update={"parallel": parallel})
         number = num_nodes * self._settings.processes
+        if num_nodes in self._too_few:
+            return False
+        # As the latest check has seen them; before the first one nobody knows.
+        seen = next(reversed(self._checks.values()), Checked(None))
+        devices = Devices(number, self._settings.processes, self._device, seen.device, seen.memory)
         try:
-            config, _ = settled(config, self._named, Devices(number, self._settings.processes, self._device))
+            config, _ = settled(config, self._named, devices)
             validate(config, number, device=self._device)
         except ConfigError:
             return False

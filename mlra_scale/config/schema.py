@@ -109,6 +109,17 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="Learning rate at the end of the decay, as a share.")
 
 
+LayoutField = Literal[
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.sequence_parallel",
+    "parallel.activation_checkpointing",
+    "train.micro_batch_size",
+    "deepspeed",
+]
+"""What parallel.layout=auto chooses."""
+
+
 class ParallelConfig(Section):
     """How the model is spread over ranks; the data-parallel degree is what remains of the world."""
 
@@ -117,6 +128,11 @@ class ParallelConfig(Section):
         description="auto: at every start the planner chooses tensor, pipeline, sequence_parallel, "
         "activation_checkpointing, train.micro_batch_size and the deepspeed section for the nodes, devices and memory "
         "that are there; fields that are named stay. The files of slurm/ set it. manual: nothing is chosen.",
+    )
+    named_layout_fields: Annotated[tuple[LayoutField, ...] | None, BeforeValidator(tuple_of_list)] = Field(
+        None,
+        description="Written by the planner: the fields of the layout that were named where it chose the others; they "
+        "stay where the run is resumed without naming them again. null: no choice was made.",
     )
     tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
     pipeline: int = Field(1, ge=1, description="Pipeline stages.")

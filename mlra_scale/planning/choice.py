@@ -17,27 +17,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 from mlra_scale.config import Config, ConfigError, Named, Problem, zero_stage
 from mlra_scale.config.json_text import read_json_object
+from mlra_scale.config.schema import LayoutField
 from mlra_scale.planning.cluster import FREE_SHARE, GIB, Cluster
 from mlra_scale.planning.plan_text import TIME_HEADER, aligned, nothing_fits, time_row
-from mlra_scale.planning.search import CHECKPOINTING, Candidate, Engine, Found, search
+from mlra_scale.planning.search import CHECKPOINTING, Candidate, Engine, Found, changed, search
 from mlra_scale.planning.step_time import step_time
 
 SAME = 0.02
 LARGEST_LOSS = 0.15
 BETTER, WORSE = 1.3, 0.7
 OTHERS = 2
-FIELDS = (
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.sequence_parallel",
-    "parallel.activation_checkpointing",
-    "train.micro_batch_size",
-    "deepspeed",
-)
+FIELDS: tuple[LayoutField, ...] = get_args(LayoutField)
 """What is chosen; a field that is named stays as it is."""
+RECORD = "parallel.named_layout_fields"
+"""Where the configuration with a chosen layout has which of them were named."""
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
@@ -75,6 +72,11 @@ class LayoutChoice:
 
     @property
     def overrides(self) -> list[str]:
+        """Dotted overrides that name the chosen layout, DeepSpeed's settings included, and say what was named of it."""
+        return [*self.by_hand, f"{RECORD}={json.dumps(self.kept)}"]
+
+    @property
+    def by_hand(self) -> list[str]:
         """Dotted overrides that name the chosen layout, DeepSpeed's settings included."""
         return [*self.chosen.overrides(), f"deepspeed={json.dumps(self.chosen.config.deepspeed)}"]
 
@@ -122,11 +124,24 @@ def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
     Raises:
         ConfigError: The validation accepts no layout, or none fits into the memory.
     """
-    found = search(config, named, cluster, engines_for(config))
+    kept = tuple(name for name in FIELDS if name in fixed_fields(config, named))
+    config = changed(config, {"parallel": {"named_layout_fields": kept}})
+    found = search(config, Named(frozenset(kept)), cluster, engines_for(config))
     if not found.feasible:
         raise ConfigError([Problem("parallel.layout", config.parallel.layout, nothing_fits(found, cluster))])
-    fixed = named.on_command_line | named.in_file
-    return replace(chosen_of(found, cluster), kept=tuple(name for name in FIELDS if name in fixed))
+    return replace(chosen_of(found, cluster), kept=kept)
+
+
+def fixed_fields(config: Config, named: Named) -> frozenset[str]:
+    """Returns the fields that a choice leaves as they are.
+
+    Args:
+        config: Where it comes from a run that the planner has chosen a layout for, it has the fields that were named
+            for that: they stay, and what the planner chose then is not taken for named, though it stands in a file.
+        named: What is named now.
+    """
+    record = config.parallel.named_layout_fields
+    return named.on_command_line | (named.in_file if record is None else frozenset[str](record))
 
 
 def chosen_of(found: Found, cluster: Cluster) -> LayoutChoice:
@@ -140,8 +155,8 @@ def chosen_of(found: Found, cluster: Cluster) -> LayoutChoice:
     # A layout that is slower by more than the largest change cannot become the fastest one.
     pool = [each for each in found.feasible if each.time.seconds <= fastest.time.seconds / WORSE]
     losses: list[dict[str, float]] = [{} for _ in pool]
-    for name, changed in changed_clusters(cluster).items():
-        seconds = [step_time(each.config, each.plan, changed).seconds for each in pool]
+    for name, other in changed_clusters(cluster).items():
+        seconds = [step_time(each.config, each.plan, other).seconds for each in pool]
         for index, each in enumerate(seconds):
             losses[index][name] = each / min(seconds) - 1.0
     near = [place for place, each in enumerate(pool) if each.time.seconds <= (1.0 + SAME) * fastest.time.seconds]
@@ -166,7 +181,7 @@ def plainness(candidate: Candidate) -> tuple[float, ...]:
 
 def changed_clusters(cluster: Cluster) -> dict[str, Cluster]:
     """Returns the cluster with each constant 30 % better and 30 % worse, by what was changed."""
-    changed = {}
+    clusters = {}
     for word, rate in (("better", BETTER), ("worse", WORSE)):
         cost = 2.0 - rate
         groups = {
@@ -193,8 +208,8 @@ def changed_clusters(cluster: Cluster) -> dict[str, Cluster]:
             | {"zero_overhead": tuple(cost * each for each in cluster.zero_overhead)},
         }
         for name, values in groups.items():
-            changed[f"{name} 30 % {word}"] = replace(cluster, **values)
-    return changed
+            clusters[f"{name} 30 % {word}"] = replace(cluster, **values)
+    return clusters
 
 
 def choice_lines(choice: LayoutChoice) -> list[str]:
@@ -209,15 +224,15 @@ def choice_lines(choice: LayoutChoice) -> list[str]:
         *aligned([TIME_HEADER, *rows]),
     ]
     if choice.losses_of_fragile is not None:
-        changed, largest = max(choice.losses_of_fragile.items(), key=lambda item: item[1])
+        constant, largest = max(choice.losses_of_fragile.items(), key=lambda item: item[1])
         lines.append(
-            f"a faster one is not chosen: with {changed} it would take {100 * largest:.0f} % longer than the layout "
+            f"a faster one is not chosen: with {constant} it would take {100 * largest:.0f} % longer than the layout "
             "that is the best then"
         )
     elif choice.chosen is not choice.fastest:
         lines.append(f"(within {100 * SAME:.0f} % the plainest layout is chosen: estimates do not tell them apart)")
     lines.append(f"the chosen one loses at most {100 * loss:.0f} % to another one ({change})")
-    lines.append(f"the same by hand: {shlex.join(choice.overrides)}")
+    lines.append(f"the same by hand: {shlex.join(choice.by_hand)}")
     return lines
 
 

@@ -204,5 +204,17 @@ def cluster_of_device(name: str) -> str | None:
     Args:
         name: What the driver calls the device, such as "NVIDIA H100 80GB HBM3".
     """
-    words = set(name.lower().replace("-", " ").split())
-    return None if words & _OTHER_PRODUCTS else next((device for device in _DEVICES if device in words), None)
+    return None if _words(name) & _OTHER_PRODUCTS else generation_of_device(name)
+
+
+def generation_of_device(name: str) -> str | None:
+    """Returns the named cluster with devices of the same generation, though of another product; None: there is none.
+
+    Args:
+        name: What the driver calls the device, such as "NVIDIA H100 PCIe".
+    """
+    return next((device for device in _DEVICES if device in _words(name)), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(name.lower().replace("-", " ").split())

@@ -23,6 +23,8 @@ LARGEST_MICRO_BATCH = 64
 CHECKPOINTING = ("none", "selective", "block")
 """Values of parallel.activation_checkpointing, those that compute more again later."""
 MEMORY = "does not fit into the memory"
+_STAGE_0 = {"zero_optimization": {"stage": 0}}
+"""Beside settings that were named no ZeRO is written out, so that they name the stage from then on."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def _combinations(
         powers = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length())]
         sizes = sorted({*sizes, *(size for size in powers if size <= train.global_batch_size)})
     if "deepspeed" in fixed:
-        engines = [Engine(None, config.deepspeed)]
+        engines = _engines_with(config.deepspeed, engines)
     for tensor, pipeline, engine in product(degrees, stages, engines):
         if tensor * pipeline > cluster.world_size or engine.for_pipelines not in (None, pipeline > 1):
             continue
@@ -184,6 +186,26 @@ def _combinations(
                 "train": {"micro_batch_size": size},
             }
             yield changed(config, sections | {"deepspeed": engine.settings}), engine
+
+
+def _engines_with(settings: dict[str, Any], engines: Sequence[Engine]) -> list[Engine]:
+    """Returns the engines to choose from where settings are named: those alone if they name the ZeRO stage."""
+    if not settings or "stage" in _section(settings, "zero_optimization"):
+        return [Engine(None, settings)]
+    return [Engine(each.file, _over(_STAGE_0 | each.settings, settings), each.for_pipelines) for each in engines]
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    section = settings.get(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _over(settings: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Puts settings that were named over others, section by section."""
+    sections = {
+        name: _over(_section(settings, name), value) for name, value in named.items() if isinstance(value, dict)
+    }
+    return settings | named | sections
 
 
 def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:

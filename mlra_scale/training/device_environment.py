@@ -11,14 +11,16 @@ from collections.abc import MutableMapping
 from mlra_scale.config import Config
 
 
-def set_device_environment(config: Config, environment: MutableMapping[str, str]) -> None:
+def set_device_environment(config: Config, environment: MutableMapping[str, str], is_layout_open: bool = False) -> None:
     """Sets what is not set already.
 
     Args:
         config: Of the run.
         environment: Of a process that has not touched its device.
+        is_layout_open: Whether the planner has yet to choose the layout, for which it looks at the device: it may
+            choose tensor parallelism.
     """
-    if config.parallel.tensor > 1:
+    if config.parallel.tensor > 1 or is_layout_open:
         # One queue to the device: it then starts things in the order in which they are given, so that a sum which is
         # started beside a matrix product does run beside it (model/tensor_parallel.py).
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -8,7 +8,7 @@ from mlra_scale.config import BatchPlan, Config, ConfigError, engine_kind, zero_
 from mlra_scale.config.json_text import printable
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.choice import LayoutChoice, choice_lines, comparison_line
-from mlra_scale.planning.cluster import GIB
+from mlra_scale.planning.cluster import GIB, Cluster
 from mlra_scale.planning.layout import (
     blocks_of_stage,
     data_groups,
@@ -47,6 +47,9 @@ def plan_report(
     ]
     if layout is not None:
         sections.insert(0, ("Layout, chosen by the planner", choice_lines(layout)))
+    elif config.parallel.layout == "auto":
+        nothing = "parallel.layout=auto has nothing to choose: every field of the layout is named"
+        sections.insert(0, ("Layout", [nothing]))
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
@@ -181,6 +184,8 @@ def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: L
             comparison = comparison_line(time.seconds, best(config, devices))
         except ConfigError as error:
             comparison = f"the planner has no layout to compare it with: {error.problems[0].remedy}"
+    if not_fitting := _not_fitting(config, plan, cluster):
+        comparison = f"{not_fitting}; {comparison}" if comparison else not_fitting
     return [
         f"on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}: step {time.seconds:.3g} s, "
         f"{plan.tokens_per_step / time.seconds:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, bubble "
@@ -190,6 +195,15 @@ def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: L
         *wrap(f"({cluster.source})", 112, subsequent_indent=" "),
         "(formulas: mlra_scale/planning/step_time.py; other layouts and clusters: python tools/plan.py)",
     ]
+
+
+def _not_fitting(config: Config, plan: BatchPlan, cluster: Cluster) -> str:
+    """Says that a layout does not fit into the memory of its devices; nothing if it does."""
+    need = max(rank_memory(config, plan, stage).device for stage in range(plan.pipeline))
+    if need <= cluster.usable_memory:
+        return ""
+    usable = max(0.0, cluster.usable_memory) / GIB
+    return f"it does not fit: {need / GIB:.2f} GiB of tensors, {usable:.2f} GiB of {cluster.memory / GIB:.2f} usable"
 
 
 def _gib(memory: RankMemory, name: str) -> str:

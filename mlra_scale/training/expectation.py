@@ -40,7 +40,7 @@ class Expectation:
             device: Of this rank.
         """
         devices = devices_here(plan.world_size, device.type)
-        if config.cluster.file is None and not devices.is_known():
+        if config.cluster.file is None and config.cluster.device is None and not devices.is_known():
             return cls()
         cluster = cluster_for(config, devices)
         return cls(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.config import Config, ConfigError, Named, Problem
-from mlra_scale.planning.choice import FIELDS, LayoutChoice, choose
-from mlra_scale.planning.cluster import GIB, Cluster, cluster_of_device, named_cluster
+from mlra_scale.config.json_text import printable
+from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choose
+from mlra_scale.planning.cluster import GIB, Cluster, cluster_of_device, generation_of_device, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
+from mlra_scale.planning.search import changed
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,33 @@ class Devices:
 
 
 def devices_unseen(config: Config, world_size: int, per_node: int | None = None) -> Devices:
-    """Returns the devices of a start that is planned on another machine: GPUs unless train.device is cpu."""
-    return Devices(world_size, per_node, "cpu" if config.train.device == "cpu" else "cuda")
+    """Returns the devices of a start that is planned on another machine: GPUs unless a field says cpu."""
+    is_cpu = config.train.device == "cpu" or (config.train.device == "auto" and config.cluster.device == "cpu")
+    return Devices(world_size, per_node, "cpu" if is_cpu else "cuda")
 
 
 def memory_of_node() -> float:
-    """Returns the bytes of this machine's memory."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """Returns the bytes of this machine's memory that this process may use: what a container or a job leaves of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits_of_groups(Path("/"))]
+    in_mib = os.environ.get("SLURM_MEM_PER_NODE", "")
+    if in_mib.isdecimal() and int(in_mib) > 0:
+        limits.append(int(in_mib) * 2**20)
+    return float(min(limits))
+
+
+def _limits_of_groups(root: Path) -> list[int]:
+    """Returns the limits in bytes that the control groups of this process have (version 2), and those around them."""
+    limits = []
+    with contextlib.suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+        mounted = root / "sys/fs/cgroup"
+        for folder in (mounted / own, *(mounted / own).parents):
+            with contextlib.suppress(OSError, ValueError):  # the root has no limit, and `max` is none
+                limits.append(int((folder / "memory.max").read_text()))
+            if folder == mounted:
+                break
+    return limits
 
 
 def cluster_for(config: Config, devices: Devices) -> Cluster:
@@ -53,14 +77,9 @@ def cluster_for(config: Config, devices: Devices) -> Cluster:
         devices: What is there.
 
     Raises:
-        ConfigError: cluster.file cannot be used.
+        ConfigError: cluster.file cannot be used, or cluster.device is of another kind than the devices.
     """
-    if config.cluster.file is not None:
-        cluster = _measured(config, devices.kind)
-    else:
-        seen = None if devices.name is None else cluster_of_device(devices.name)
-        name = config.cluster.device or seen or ("cpu" if devices.kind == "cpu" else "h100")
-        cluster = named_cluster(name)
+    cluster = _measured(config, devices.kind) if config.cluster.file is not None else _named(config, devices)
     per_node = devices.per_node or cluster.devices_per_node
     per_node = max(number for number in range(1, per_node + 1) if devices.number % number == 0)
     given = config.cluster.device_memory_gib
@@ -71,6 +90,20 @@ def cluster_for(config: Config, devices: Devices) -> Cluster:
         devices_per_node=per_node,
         memory=cluster.memory if memory is None else memory,
     )
+
+
+def _named(config: Config, devices: Devices) -> Cluster:
+    asked = config.cluster.device
+    if asked is not None and (asked == "cpu") != (devices.kind == "cpu"):
+        remedy = f"this is for {devices.kind} (train.device); name a device of that kind, or none"
+        raise ConfigError([Problem("cluster.device", asked, remedy)])
+    if asked is not None or devices.kind == "cpu":
+        return named_cluster(asked or "cpu")
+    cluster = named_cluster("h100" if devices.name is None else generation_of_device(devices.name) or "h100")
+    if devices.name is None or devices.is_known():
+        return cluster
+    name = f"{printable(devices.name)}, for which the planner has no constants: those of {cluster.name}"
+    return replace(cluster, name=f"({name})")
 
 
 def _measured(config: Config, kind: str) -> Cluster:
@@ -96,16 +129,38 @@ def settled(config: Config, named: Named, devices: Devices) -> tuple[Config, Lay
         devices: What is there.
 
     Returns:
-        With parallel.layout=manual, or where every field of the layout is named, the configuration as it is and None.
+        With parallel.layout=manual, and for the ranks of a job, which has chosen, the configuration as it is and None;
+        where every field of the layout is named, None too.
 
     Raises:
-        ConfigError: No layout is accepted by the validation, or none fits.
+        ConfigError: No layout is accepted by the validation, or none fits; or what is said of the cluster is wrong.
     """
-    fixed = named.on_command_line | named.in_file
-    if config.parallel.layout == "manual" or fixed >= set(FIELDS):
+    cluster = cluster_for(config, devices)
+    if not is_open(config, named):
         return config, None
-    choice = choose(config, named, cluster_for(config, devices))
-    return choice.chosen.config, choice
+    choice = choose(config, named, cluster)
+    is_chosen = choice.kept != FIELDS or choice.chosen.config.deepspeed != config.deepspeed
+    return choice.chosen.config, choice if is_chosen else None
+
+
+def is_open(config: Config, named: Named) -> bool:
+    """Whether the planner has to look at the layout: not where it is manual, or has been chosen for this start."""
+    return config.parallel.layout == "auto" and not named.on_command_line >= {*FIELDS, RECORD}
+
+
+def kept_layout(config: Config, named: Named, chosen: Config) -> tuple[Config, Named]:
+    """Returns a configuration with the layout of another one, and with it what counts as named: nothing is chosen.
+
+    Args:
+        config: As it was given.
+        named: What of it was named.
+        chosen: The configuration with a layout that the planner has chosen.
+    """
+    names = {name: name.partition(".") for name in (*FIELDS, RECORD) if name != "deepspeed"}
+    sections: dict[str, dict[str, Any]] = {"parallel": {}, "train": {}, "deepspeed": chosen.deepspeed}
+    for section, _, field in names.values():
+        sections[section][field] = getattr(getattr(chosen, section), field)
+    return changed(config, sections), Named(named.on_command_line | {*FIELDS, RECORD}, named.in_file)
 
 
 def best(config: Config, devices: Devices) -> LayoutChoice:
@@ -114,4 +169,5 @@ def best(config: Config, devices: Devices) -> LayoutChoice:
     Raises:
         ConfigError: No layout is accepted by the validation, or none fits.
     """
+    config = changed(config, {"parallel": {"named_layout_fields": None}})
     return choose(config, Named(), cluster_for(config, devices))

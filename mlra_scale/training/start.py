@@ -17,7 +17,6 @@ from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.data.parts import FoundParts, find_parts
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
-from mlra_scale.training.device_environment import set_device_environment
 from mlra_scale.training.history import History
 from mlra_scale.training.launch import check_device, check_launcher, devices_here, resolve_device
 from mlra_scale.training.layout import Devices, devices_unseen, settled
@@ -159,8 +158,6 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     problems += compared.problems
     try:
         config, layout = settled(config, asked.named, devices_of(asked, config, is_here))
-        if layout is not None and is_here:
-            set_device_environment(config, os.environ)  # of a layout that was not known before
         validate(config, asked.world_size, device=resolve_device(config))
     except ConfigError as error:
         problems += error.problems

@@ -65,7 +65,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     guard, spikes = Guard(config.guard, plan.global_batch_size), SpikeScores()
     windows: dict[str, Stateful] = {"finite": finite, "guard": guard, "spikes": spikes}
     throughput = Throughput(config, plan.world_size, topology.device)
-    expectation = Expectation.of(config, plan, topology.device)
+    # Only rank 0 says it, and reads the file of the cluster for it.
+    expectation = Expectation.of(config, plan, topology.device) if topology.rank == 0 else Expectation()
     profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
     last, approve = config.train.steps, approval(guard, finite.approve, measurements.before_update)
     together = partial(on_all_ranks, topology=topology, is_checked=datasets.is_checked)

@@ -45,7 +45,7 @@ def dry_run(path: Path, *arguments: str, **variables: str) -> subprocess.Complet
 def test_no_file_decides_what_the_planner_decides() -> None:
     """Every file of a training leaves the layout to it, but for ZeRO 3, which one of them is named for."""
     assert set(NAMES) >= {"train_mlra_72L.sh", "pretrain_zero3.sh"}
-    assert "parallel.layout=auto" in (FOLDER / "launch.sh").read_text()
+    assert "parallel.layout?=auto" in (FOLDER / "launch.sh").read_text()
     for path in FILES:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert not any("parallel." in line or "micro_batch" in line for line in lines), path
@@ -67,6 +67,15 @@ def test_a_file_runs_within_a_tenth_of_the_best_layout(path: Path, device: str) 
     fastest = best(config, devices).fastest
     assert chosen is not None and chosen.chosen.time.seconds <= 1.1 * fastest.time.seconds
     assert chosen.chosen.memory.device + chosen.cluster.reserved <= 0.9 * chosen.cluster.memory
+
+
+def test_a_manual_layout_of_a_file_stays(tmp_path: Path) -> None:
+    """What launch.sh sets itself is a default."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("parallel: {layout: manual, tensor: 8}\n")
+    result = dry_run(FOLDER / "train_mlra_72L.sh", "--dry-run", "--config", str(file))
+    assert result.returncode == 0, result.stderr
+    assert "chosen by the planner" not in result.stdout and "tensor 8 x pipeline 1 x data 4" in result.stdout
 
 
 def test_a_named_layout_stays_and_is_compared_with_the_best() -> None:

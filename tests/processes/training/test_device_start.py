@@ -49,8 +49,9 @@ def python(script: str, *arguments: str, **variables: str) -> subprocess.Complet
     [
         (["parallel.tensor=2", "train.deterministic=true"], ["1", ":4096:8"]),
         (["parallel.tensor=1"], [None, None]),
+        (["parallel.layout=auto"], ["1", None]),
     ],
-    ids=["tensor 2, deterministic", "one process"],
+    ids=["tensor 2, deterministic", "one process", "a layout that the planner has yet to choose"],
 )
 def test_what_cuda_reads_is_there_before_the_device_is_looked_at(
     tmp_path: Path, overrides: list[str], expected: list[str | None]

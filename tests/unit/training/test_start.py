@@ -9,7 +9,8 @@ import pytest
 from mlra_scale.config import Config, Named
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
-from mlra_scale.planning.choice import FIELDS
+from mlra_scale.planning.choice import FIELDS, RECORD
+from mlra_scale.training.agreement import _as_chosen
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start import Asked, Start, prepare
 
@@ -70,6 +71,12 @@ def test_a_resumed_start_chooses_its_layout_again_and_tells_what_differs_from_th
     assert told == {field: pair for field, pair in expected.items() if pair[0] != pair[1]} and told
     received = pickle.loads(pickle.dumps(start))
     assert received.layout == start.layout
+    # If the checkpoint then turns out to be damaged, the layout stays that of the process groups.
+    larger = Config.model_validate(config.to_dict() | {"cluster": {"device_memory_gib": 400.0}})
+    asked = Asked(larger, named, run, "auto", 2, ranks_per_node=2)
+    again = prepare(_as_chosen(asked, start), is_here=False)
+    assert again.layout is None and again.plan == start.plan
+    assert again.config.parallel == start.config.parallel and again.config.deepspeed == start.config.deepspeed
 
 
 def test_what_a_job_has_chosen_is_not_chosen_again(tmp_path: Path) -> None:
@@ -78,6 +85,6 @@ def test_what_a_job_has_chosen_is_not_chosen_again(tmp_path: Path) -> None:
     values = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
     values |= {"data": {"path": str(place / "data")}, "parallel": values["parallel"] | {"layout": "auto"}}
     config = Config.model_validate(values)
-    asked = Asked(config, Named(frozenset({"data.path", *FIELDS})), RunDirectory(place / "new"), "none", 2)
+    asked = Asked(config, Named(frozenset({"data.path", *FIELDS, RECORD})), RunDirectory(place / "new"), "none", 2)
     start = prepare(asked, is_here=False)
     assert start.layout is None and start.config == config
