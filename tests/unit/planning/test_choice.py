@@ -165,7 +165,8 @@ def test_nothing_that_fits_is_one_error_with_a_remedy() -> None:
 def test_a_named_layout_is_compared_with_the_best() -> None:
     best = chosen(NODE)
     line = comparison_line(1.5 * best.chosen.time.seconds, best)
-    assert "takes 50 % longer than the planner's best" in line and "parallel.layout=auto" in line
+    assert "takes 50 % longer than the planner's choice" in line and "parallel.layout=auto" in line
+    assert "takes 10 % less than" in comparison_line(0.9 * best.chosen.time.seconds, best)
     assert "is as fast as" in comparison_line(best.chosen.time.seconds, best)
 
 
