@@ -5,11 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import load_named_config
+from mlra_scale.config import load_named_config, zero_stage
+from mlra_scale.planning.choice import choose
+from mlra_scale.planning.cluster import named_cluster
+from mlra_scale.planning.search import Candidate
 from mlra_scale.training.layout import Devices, best, settled
 from tests.slurm.cluster import SlurmCluster
 from tests.support.training_runs import ROOT, environment
@@ -67,6 +71,41 @@ def test_a_file_runs_within_a_tenth_of_the_best_layout(path: Path, device: str) 
     fastest = best(config, devices).fastest
     assert chosen is not None and chosen.chosen.time.seconds <= 1.1 * fastest.time.seconds
     assert chosen.chosen.memory.device + chosen.cluster.reserved <= 0.9 * chosen.cluster.memory
+
+
+def numbers_of(path: Path, pattern: str) -> list[int]:
+    """The numbers that a file's header says."""
+    header = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# "))
+    found = re.search(pattern, header)
+    assert found is not None, (path, pattern)
+    return [int(each) for each in found.groups()]
+
+
+def chosen_on(preset: str, nodes: int) -> Candidate:
+    """The planner's choice on nodes of 8 H100."""
+    config, named = load_named_config(preset, overrides=["parallel.layout=auto"])
+    return choose(config, named, replace(named_cluster("h100"), nodes=nodes)).chosen
+
+
+def test_the_header_says_what_is_chosen_for_the_narrow_model() -> None:
+    pattern = r"over all GPUs \((\d+) nodes\), else pipeline parallelism \((\d+) nodes: (\d+) stages\)"
+    whole, odd, stages = numbers_of(FOLDER / "train_mlra_72L.sh", pattern)
+    plan, other = chosen_on("gpt2-mlra-72l", whole).plan, chosen_on("gpt2-mlra-72l", odd).plan
+    assert (plan.tensor, plan.pipeline, plan.data) == (1, 1, 8 * whole)
+    assert (other.tensor, other.pipeline) == (1, stages)
+
+
+@pytest.mark.slow
+def test_the_headers_say_what_is_chosen_for_the_wide_model() -> None:
+    first, most = numbers_of(
+        FOLDER / "train_mlra_72L.sh", r"from (\d+) nodes of H100 on, and pipeline parallelism too on (\d+)"
+    )
+    few, many = numbers_of(FOLDER / "pretrain_zero3.sh", r"on (\d+) nodes and still on (\d+), there with tensor")
+    chosen = {nodes: chosen_on("gpt2-mlra-72l-wide", nodes) for nodes in {8, first, most, few, many}}
+    assert chosen[8].plan.tensor == chosen[few].plan.tensor == 1 < chosen[first].plan.tensor
+    assert chosen[first].plan.pipeline == 1 < chosen[most].plan.pipeline and chosen[most].plan.tensor > 1
+    assert zero_stage(chosen[few].config) == zero_stage(chosen[many].config) == 3
+    assert chosen[many].plan.tensor > 1 and chosen[many].plan.pipeline == 1
 
 
 def test_a_named_layout_stays_and_is_compared_with_the_best() -> None:
