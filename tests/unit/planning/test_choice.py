@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, validate, zero_stage
+from mlra_scale.config import Config, ConfigError, load_config, load_named_config, validate, zero_stage
 from mlra_scale.planning.choice import (
     FIELDS,
     LARGEST_LOSS,
@@ -208,4 +208,3 @@ def test_configurations_of_before_load_as_manual() -> None:
     values = load_config("debug").to_dict()
     del values["parallel"]["layout"], values["cluster"]["device"], values["cluster"]["device_memory_gib"]
     assert Config.from_dict(values).parallel.layout == "manual"
-    assert Named() == Named(frozenset(), frozenset())
