@@ -149,6 +149,21 @@ def test_the_plan_fits_the_documented_nodes(path: Path) -> None:
     assert f"{2 * ranks} rank(s)" in more.stdout, more.stderr
 
 
+@pytest.mark.parametrize("variable", ["MLRA_NODES", "PROCESSES_PER_NODE"])
+@pytest.mark.parametrize("value", ["abc", "-2", "0"])
+def test_a_number_that_is_none_is_refused_in_one_line(variable: str, value: str) -> None:
+    plan = dry_run(FOLDER / "train_mlra_72L.sh", "--dry-run", **{variable: value})
+    assert plan.returncode == 2 and plan.stdout == ""
+    assert f"{variable} = '{value}'" in plan.stderr and plan.stderr.count("\n") == 1
+
+
+def test_a_device_that_is_named_is_planned_for() -> None:
+    command = ["--dry-run", "--preset", "laptop", "train.device=cpu"]
+    plan = dry_run(FOLDER / "train_mlra_72L.sh", *command, MLRA_NODES="1", PROCESSES_PER_NODE="2")
+    assert plan.returncode == 0, plan.stderr
+    assert "1 x 2 cpu" in plan.stdout and "h100" not in plan.stdout, plan.stdout
+
+
 def test_outside_of_a_job_only_the_plan_is_shown() -> None:
     result = dry_run(FILES[0], "train.steps=5")
     assert result.returncode == 2 and "Submit it: sbatch" in result.stderr
