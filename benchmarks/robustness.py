@@ -1,4 +1,4 @@
-"""Which layouts the shipped jobs run by the planner's estimates, and what hangs on its constants, as tables for docs.
+"""Which layouts the shipped jobs run by the planner's estimates, and how far they depend on its constants, as tables.
 
     python -m benchmarks.robustness [--preset NAME ...] [--device NAME ...] [--nodes N ...]
 
@@ -31,7 +31,9 @@ HEADER = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table for each preset."""
-    parser = argparse.ArgumentParser(prog="benchmarks.robustness", description="What the planner's choices hang on.")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.robustness", description="How far the planner's choices depend on its constants."
+    )
     parser.add_argument("--preset", nargs="+", default=[*PRESETS])
     parser.add_argument("--device", nargs="+", default=DEVICES, choices=DEVICES)
     parser.add_argument("--nodes", nargs="+", type=int, help="default: as in the documentation")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Says in ten minutes whether these nodes can be trained on: do layouts agree with one process, how fast are the links, do
-# memory and time of a step keep to the plan. It writes what it has measured into a file that the planner reads.
+# memory and time of a step agree with the plan. It writes what it has measured into a file that the planner reads.
 #
 #   sbatch slurm/check.sh
 #   sbatch --nodes 8 slurm/check.sh --preset gpt2-mlra-96l --output /shared/check

@@ -36,14 +36,19 @@ arguments+=('parallel.layout?=auto' 'guard.enabled?=true' ${given[@]+"${given[@]
 if [[ -n $wanted ]]; then
     # For the job that the file asks for, also from a shell that is inside another one (salloc).
     nodes=${MLRA_NODES:-$(sbatch_value nodes)} gpus=$(sbatch_value gpus-per-node)
+    per_node=${PROCESSES_PER_NODE:-$gpus}
+    if ! [[ $nodes =~ ^[1-9][0-9]{0,5}$ && $per_node =~ ^[1-9][0-9]{0,5}$ ]]; then
+        echo "$0: MLRA_NODES = '$nodes' and PROCESSES_PER_NODE = '$per_node' must be whole numbers from 1 on" >&2
+        exit 2
+    fi
     if [[ $wanted == --check ]]; then
         # The run directory of a job that has no number yet is a new one.
         arguments=(--run-dir "runs/$(sbatch_value job-name)-check" "${arguments[@]}")
         exec python -m mlra_scale.cluster.check --nodes "$nodes" --gpus-per-node "$gpus" -- "${arguments[@]}"
     fi
-    export LOCAL_WORLD_SIZE=${PROCESSES_PER_NODE:-$gpus}
+    export LOCAL_WORLD_SIZE=$per_node
     ranks=$((nodes * LOCAL_WORLD_SIZE))
-    exec python -m mlra_scale.train "${arguments[@]}" --dry-run "parallel.world_size=$ranks" train.device=cuda
+    exec python -m mlra_scale.train train.device=cuda "${arguments[@]}" --dry-run "parallel.world_size=$ranks"
 fi
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then

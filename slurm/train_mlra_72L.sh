@@ -9,9 +9,10 @@
 #   bash slurm/train_mlra_72L.sh --check data.path=/shared/data/mine     the plan, and all that is wrong with it
 #
 # The planner chooses the layout for the nodes and GPUs that the job gets (parallel.layout=auto). A field that is named,
-# as in the second line, stays; the planner chooses the others. --dry-run compares a named layout with the fastest one. By
-# the planner's estimates data parallelism with ZeRO is the fastest for the 72 layers of width 1024, which fit into a GPU;
-# for those of width 4096 tensor parallelism is from 32 nodes on, with pipeline parallelism on 128 (docs/planning.md).
+# as in the second line, stays; the planner chooses the others. --dry-run compares a named layout with the planner's
+# choice. For the 72 layers of width 1024, which fit into a GPU, that is data parallelism with ZeRO where the batch divides
+# over all GPUs (4 nodes), else pipeline parallelism (3 nodes: 3 stages). For those of width 4096 it has tensor parallelism
+# from 32 nodes of H100 on, and pipeline parallelism too on 128. All by estimates (docs/planning.md).
 #
 # What is below is for nodes of 8 GPUs; options of sbatch on the command line come before it. docs/slurm.md has the rest.
 #SBATCH --job-name=mlra-72l

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="plan.py",
         description="Every layout of a preset that passes the validation and fits into the memory: memory per rank by "
-        "component, step time, MFU, bubble and communication as estimates, and the command of the fastest.",
+        "component, step time, MFU, bubble and communication as estimates, and the command of the planner's choice.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code."""
     options = parser().parse_intermixed_args(arguments)
     from mlra_scale.config import ConfigError, load_named_config
-    from mlra_scale.planning.choice import engines_for
+    from mlra_scale.planning.choice import chosen_of, engines_for
     from mlra_scale.planning.plan_text import found_text, nothing_fits
     from mlra_scale.planning.search import search
 
@@ -106,14 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not found.feasible:
             print(f"plan: {nothing_fits(found, cluster)}", file=sys.stderr)
             return 2
-        lines = commands_of(found.feasible[0], cluster, options)
+        chosen = chosen_of(found, cluster).chosen
+        lines = commands_of(chosen, cluster, options)
     except ConfigError as error:
         print("\n".join(["plan: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
         return 2
-    print(found_text(found, cluster, options.top))
-    print("\n".join(["", "the fastest:", *(f"  {line}" for line in lines)]))
+    print(found_text(found, cluster, chosen, options.top))
+    print("\nthe planner's choice (*), which parallel.layout=auto runs:")
+    print("\n".join(f"  {line}" for line in lines))
     if options.json is not None:
-        return write(options.json, found, cluster, lines)
+        return write(options.json, found, cluster, chosen, lines)
     return 0
 
 
@@ -160,13 +162,14 @@ def reload(best: Candidate, options: argparse.Namespace) -> tuple[Config, Named]
     return loaded
 
 
-def write(path: Path, found: Found, cluster: Cluster, lines: list[str]) -> int:
+def write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines: list[str]) -> int:
     """Writes everything that was found; returns the exit code."""
     from mlra_scale.planning.plan_text import plain
 
     values = {
         "cluster": asdict(cluster),
         "layouts": [plain(candidate) for candidate in found.feasible],
+        "chosen": next(index for index, each in enumerate(found.feasible) if each is chosen),
         "left_out": dict(found.left_out),
         "commands": lines,
     }

@@ -127,7 +127,8 @@ class ParallelConfig(Section):
         "manual",
         description="auto: at every start the planner chooses tensor, pipeline, sequence_parallel, "
         "activation_checkpointing, train.micro_batch_size and the deepspeed section for the nodes, devices and memory "
-        "that are there; fields that are named stay. The files of slurm/ set it. manual: nothing is chosen.",
+        "that are there; fields that are named stay. The files of slurm/ that start a training set it, sweep.sh does "
+        "not. manual: nothing is chosen.",
     )
     named_layout_fields: Annotated[tuple[LayoutField, ...] | None, BeforeValidator(tuple_of_list)] = Field(
         None,
@@ -219,6 +220,7 @@ class ClusterConfig(Section):
     device_memory_gib: float | None = Field(
         None,
         gt=0.0,
+        lt=1e6,
         description="Memory of a device in GiB that the planner may plan with; null: what the device has (a rank's "
         "share of the node's memory on CPUs), and where none can be seen that of the device's data sheet.",
     )

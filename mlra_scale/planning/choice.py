@@ -243,12 +243,15 @@ def comparison_line(seconds: float, best: LayoutChoice) -> str:
         seconds: The estimate of a step of the named layout.
         best: The planner's choice where nothing is named.
     """
-    fastest = best.chosen
-    layout = " ".join(fastest.overrides())
-    zero = "" if fastest.engine.file is None else f" with {fastest.engine.file}"
-    more = seconds / fastest.time.seconds - 1.0
-    verdict = f"takes {100 * more:.0f} % longer than" if more > 0.005 else "is as fast as"
+    chosen = best.chosen
+    layout = " ".join(chosen.overrides())
+    zero = "" if chosen.engine.file is None else f" with {chosen.engine.file}"
+    more = seconds / chosen.time.seconds - 1.0
+    if abs(more) <= 0.005:
+        verdict = "is as fast as"
+    else:
+        verdict = f"takes {100 * abs(more):.0f} % {'longer' if more > 0 else 'less'} than"
     return (
-        f"by these estimates this layout {verdict} the planner's best, {fastest.time.seconds:.3g} s: {layout}{zero} "
+        f"by these estimates this layout {verdict} the planner's choice, {chosen.time.seconds:.3g} s: {layout}{zero} "
         "(parallel.layout=auto)"
     )

@@ -32,6 +32,14 @@ _MAY_BE_ZERO = {
     *("micro_batch_overhead", "step_overhead", "launch", "wait"),
 }
 """Numbers that may be 0; all others are divided by."""
+_BYTES, _RATES, _SECONDS = (2.0**20, 2.0**60), (1e3, 1e21), (0.0, 1e3)
+_BOUNDS = {
+    **dict.fromkeys(("memory", "reserved"), _BYTES),
+    **dict.fromkeys(("peak_flops", "memory_bandwidth", "update_bandwidth", "link_intra", "link_inter"), _RATES),
+    "utilization": (1e-6, 1.0),
+}
+"""Smallest and largest value by field, far beyond any device; outside of them estimates over- or underflow. All other
+numbers are seconds. Those of _MAY_BE_ZERO may be 0 as well."""
 
 
 def read_cluster_file(path: Path, source: str = "--cluster-file") -> Cluster:
@@ -126,14 +134,23 @@ def _fault(name: str, kind: str, value: Any) -> str | None:
         is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10**6
         return None if is_count else "must be a whole number from 1 to 1000000"
     least = "0 or more" if name in _MAY_BE_ZERO else "above 0"
+    low, high = _BOUNDS.get(name, _SECONDS)
     if kind.startswith("tuple"):
         length = kind.count("float")
         is_row = isinstance(value, list) and len(value) == length
         is_row = is_row and all(_is_number(each, name) for each in value)
-        return None if is_row else f"must be a list of {length} finite numbers, each {least}"
+        is_row = is_row and all(_is_within(each, low, high) for each in value)
+        return None if is_row else f"must be a list of {length} finite numbers, each {least} and at most {high:g}"
     if name == "utilization":
-        return None if _is_number(value, name) and value <= 1 else "must be a number above 0 and at most 1"
-    return None if _is_number(value, name) else f"must be a finite number {least}"
+        is_share = _is_number(value, name) and _is_within(value, low, high)
+        return None if is_share else f"must be a number above 0 and at most 1, and no less than {low:g}"
+    if not _is_number(value, name):
+        return f"must be a finite number {least}"
+    return None if _is_within(value, low, high) else f"must be from {low:g} to {high:g}"
+
+
+def _is_within(value: float, low: float, high: float) -> bool:
+    return value == 0 or low <= value <= high
 
 
 def _is_number(value: Any, name: str) -> bool:

@@ -16,24 +16,27 @@ from mlra_scale.planning.search import Candidate, Found
 COMPONENTS = ("weights", "gradients", "master", "moments", "activations", "logits", "temporary")
 
 
-def found_text(found: Found, cluster: Cluster, top: int) -> str:
+def found_text(found: Found, cluster: Cluster, chosen: Candidate, top: int) -> str:
     """Returns the tables of the fastest layouts and what was left out.
 
     Args:
         found: A search that found some.
         cluster: What it was for.
+        chosen: The planner's choice among them, which is marked, and shown wherever it stands.
         top: How many layouts to show.
     """
-    shown = found.feasible[:top]
+    numbered = [(f"{number}{'*' * (each is chosen)}", each) for number, each in enumerate(found.feasible, start=1)]
+    shown = [*numbered[:top], *(each for each in numbered[top:] if each[1] is chosen)]
     return "\n".join(
         [
             *cluster_lines(cluster),
             "",
-            f"{len(found.feasible)} layouts fit; the {len(shown)} fastest by the estimate (not measured):",
-            *aligned([TIME_HEADER, *(time_row(number, each) for number, each in enumerate(shown, start=1))]),
+            f"{len(found.feasible)} layouts fit; the {min(top, len(numbered))} fastest by the estimate (not measured), "
+            "and the planner's choice (*):",
+            *aligned([TIME_HEADER, *(time_row(number, each) for number, each in shown)]),
             "",
             f"memory of a rank of the largest stage, GiB ({cluster.usable_memory / GIB:.1f} usable):",
-            *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in enumerate(shown, start=1))]),
+            *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in shown)]),
             "",
             *left_out_lines(found),
         ]
@@ -58,7 +61,7 @@ def cluster_lines(cluster: Cluster) -> list[str]:
     ]
 
 
-def time_row(number: int, candidate: Candidate) -> tuple[str, ...]:
+def time_row(number: int | str, candidate: Candidate) -> tuple[str, ...]:
     """Returns a layout's line in the table of times."""
     plan, time = candidate.plan, candidate.time
     factorised = any(candidate.config.model.is_factorised(name) for name in "qkv")
@@ -76,7 +79,7 @@ def time_row(number: int, candidate: Candidate) -> tuple[str, ...]:
     )
 
 
-def memory_row(number: int, candidate: Candidate) -> tuple[str, ...]:
+def memory_row(number: int | str, candidate: Candidate) -> tuple[str, ...]:
     """Returns a layout's line in the table of memory."""
     memory = candidate.memory
     parts = [getattr(memory, name) / GIB for name in COMPONENTS]

@@ -13,7 +13,7 @@ from mlra_scale.training.launch import devices_here
 from mlra_scale.training.layout import cluster_for
 
 FIRST, LAST = 6, 20
-"""Steps of this start whose time counts; the first ones compile, warm up and fill caches."""
+"""Steps of this start whose time counts, but for those with measurements; the first ones compile and fill caches."""
 TOLERANCE = 0.25
 
 
@@ -28,6 +28,7 @@ class Expectation:
 
     seconds: float | None = None
     place: str = ""
+    _num_steps: int = 0
     _times: list[float] = field(default_factory=list)
 
     @classmethod
@@ -48,24 +49,28 @@ class Expectation:
             f"{cluster.nodes} x {cluster.devices_per_node} {cluster.name}",
         )
 
-    def after_step(self, seconds: float) -> str | None:
+    def after_step(self, seconds: float, is_plain: bool = True) -> str | None:
         """Takes the time of a step that the host has measured; returns what there is to say, once.
 
         Args:
-            seconds: From the start of the step to its end, waits of the host not added.
+            seconds: From the start of the step to its end, without the wait for its data, which is no part of the
+                estimate.
+            is_plain: Whether nothing was measured in it (TEV, gradients, QK-clip), which is none either.
         """
-        if self.seconds is None or len(self._times) >= LAST:
+        self._num_steps += 1
+        if self.seconds is None or self._num_steps > LAST:
             return None
-        self._times.append(seconds)
-        if len(self._times) < LAST:
+        if self._num_steps >= FIRST and is_plain:
+            self._times.append(seconds)
+        if self._num_steps < LAST or not self._times:
             return None
-        measured = statistics.median(self._times[FIRST - 1 :])
+        measured = statistics.median(self._times)
         share = measured / self.seconds - 1.0
         compared = f"{100 * abs(share):.0f} % {'longer' if share > 0 else 'shorter'} than"
         text = (
-            f"a step takes {measured:.3g} s (median of {LAST - FIRST + 1} steps), {compared} the planner's estimate of "
-            f"{self.seconds:.3g} s for {self.place}"
+            f"a step takes {measured:.3g} s (median of {len(self._times)} step(s), without waits for data), {compared} "
+            f"the planner's estimate of {self.seconds:.3g} s for {self.place}"
         )
         if abs(share) <= TOLERANCE:
             return text
-        return f"warning: {text}: its constants are not those of these nodes; sbatch slurm/check.sh measures them"
+        return f"warning: {text}: its constants may not be those of these nodes; sbatch slurm/check.sh measures them"

@@ -85,6 +85,12 @@ class Throughput:
         """Starts the clock of a step."""
         self._started = time.perf_counter()
 
+    @property
+    def so_far(self) -> float:
+        """Seconds since the clock of this step was started."""
+        assert self._started is not None, "so_far without start()"
+        return time.perf_counter() - self._started
+
     def stop(self, num_tokens: int) -> float:
         """Stops the clock of a step.
 

@@ -161,6 +161,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             place = guard.place(progress.consumed_samples)
             try:
                 batches = together(partial(feed.take, place), progress)
+                waited = throughput.so_far
                 measurements.before_step(step, batches)
             except StopHeard:
                 stop(rate)
@@ -175,7 +176,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
 
             values = measurements.after_update(step, result, rate, batches, place)
             seconds = throughput.stop(plan.tokens_per_step)
-            if (compared := expectation.after_step(seconds)) is not None:
+            if (compared := expectation.after_step(seconds - waited, not measurements.has_measured)) is not None:
                 report.say(compared)
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)

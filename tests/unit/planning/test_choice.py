@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, validate, zero_stage
+from mlra_scale.config import Config, ConfigError, load_config, load_named_config, validate, zero_stage
 from mlra_scale.planning.choice import (
     FIELDS,
     LARGEST_LOSS,
@@ -165,7 +165,8 @@ def test_nothing_that_fits_is_one_error_with_a_remedy() -> None:
 def test_a_named_layout_is_compared_with_the_best() -> None:
     best = chosen(NODE)
     line = comparison_line(1.5 * best.chosen.time.seconds, best)
-    assert "takes 50 % longer than the planner's best" in line and "parallel.layout=auto" in line
+    assert "takes 50 % longer than the planner's choice" in line and "parallel.layout=auto" in line
+    assert "takes 10 % less than" in comparison_line(0.9 * best.chosen.time.seconds, best)
     assert "is as fast as" in comparison_line(best.chosen.time.seconds, best)
 
 
@@ -207,4 +208,3 @@ def test_configurations_of_before_load_as_manual() -> None:
     values = load_config("debug").to_dict()
     del values["parallel"]["layout"], values["cluster"]["device"], values["cluster"]["device_memory_gib"]
     assert Config.from_dict(values).parallel.layout == "manual"
-    assert Named() == Named(frozenset(), frozenset())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.config import ConfigError
+from mlra_scale.config import ConfigError, load_config
 from mlra_scale.planning.cluster import Cluster, named_cluster, named_clusters
 from mlra_scale.planning.cluster_file import read_cluster_file, write_cluster_file
 from tests.support.tools import run_tool
@@ -77,6 +77,25 @@ def test_every_number_is_checked(tmp_path: Path) -> None:
         if field.type in ("float", "int"):
             with pytest.raises(ConfigError, match=rf"cluster\.{field.name} = -1"):
                 read_cluster_file(written(tmp_path, set_field(field.name, -1)))
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e300])
+def test_finite_numbers_that_no_device_has_are_refused(tmp_path: Path, value: float) -> None:
+    """With them a step would take no time, or infinitely long; seconds may be as short as they like."""
+    for field in fields(Cluster):
+        is_time = any(word in field.name for word in ("latency", "overhead", "launch", "wait"))
+        if field.type == "float" and not (value < 1 and is_time):
+            with pytest.raises(ConfigError, match=rf"cluster\.{field.name} = "):
+                read_cluster_file(written(tmp_path, set_field(field.name, value)))
+    if value > 1:
+        with pytest.raises(ConfigError, match=r"cluster\.zero_overhead = .*: must be a list of 4 .* at most 1000"):
+            read_cluster_file(written(tmp_path, set_field("zero_overhead", [0.0, 0.0, 0.0, value])))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e6", "1e300"])
+def test_memory_of_a_device_that_cannot_be_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.device_memory_gib"):
+        load_config("debug", overrides=[f"cluster.device_memory_gib={value}"])
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mlra_scale.training.expectation import FIRST, LAST, Expectation
 
 def lines(expectation: Expectation, *seconds: float) -> list[str]:
     """What is said after each of these steps."""
-    return [said for said in map(expectation.after_step, seconds) if said is not None]
+    return [said for each in seconds if (said := expectation.after_step(each)) is not None]
 
 
 def test_the_estimate_is_compared_once_after_twenty_steps_without_the_first_ones() -> None:
@@ -23,8 +23,19 @@ def test_the_estimate_is_compared_once_after_twenty_steps_without_the_first_ones
     assert lines(expectation, *slow, *usual[:-1]) == []
     (said,) = lines(expectation, 1.1, *usual, *usual)
     assert (
-        said == "a step takes 1.1 s (median of 15 steps), 10 % longer than the planner's estimate of 1 s for 4 x 8 h100"
+        said == "a step takes 1.1 s (median of 15 step(s), without waits for data), 10 % longer than the planner's "
+        "estimate of 1 s for 4 x 8 h100"
     )
+
+
+def test_steps_with_measurements_do_not_count() -> None:
+    """Two of three steps measure something, and take three times as long."""
+    expectation = Expectation(1.0, "4 x 8 h100")
+    steps = [(1.0, True) if step % 3 == 0 else (3.0, False) for step in range(1, LAST + 1)]
+    (text,) = [said for step in steps if (said := expectation.after_step(*step)) is not None]
+    assert text.startswith("a step takes 1 s (median of 5 step(s), without waits for data), 0 % ")
+    busy = Expectation(1.0, "4 x 8 h100")
+    assert [busy.after_step(3.0, is_plain=False) for _ in range(2 * LAST)] == [None] * (2 * LAST)
 
 
 @pytest.mark.parametrize(("measured", "warned"), [(1.24, False), (1.26, True), (0.76, False), (0.74, True)])
