@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mlra_scale.config import ModelConfig
 
@@ -54,20 +54,24 @@ class DocumentMasks:
 
     def __init__(self, has_blocks: bool) -> None:
         self.has_blocks = has_blocks
-        self._masks: Any = WeakTensorKeyDictionary()
+        # By storage, and by the part of it that the ids are: ZeRO 3's hooks give each module another view of the ids.
+        self._masks: Any = WeakIdKeyDictionary()
 
     def of(self, documents_BS: torch.Tensor, dtype: torch.dtype) -> AttentionMask:
-        """Returns the mask of a micro-batch; the same object for the same tensor of ids, which nobody writes again.
+        """Returns the mask of a micro-batch; the same object for the same ids in memory, which nobody writes again.
 
         Args:
             documents_BS: The document of each token.
             dtype: Type of queries and keys.
         """
-        mask: AttentionMask | None = self._masks.get(documents_BS)
-        if mask is None:
-            mask = block_mask(documents_BS) if self.has_blocks else additive_mask(documents_BS, dtype)
-            self._masks[documents_BS] = mask
-        return mask
+        storage = documents_BS.untyped_storage()
+        masks: dict[Any, AttentionMask] | None = self._masks.get(storage)
+        if masks is None:
+            masks = self._masks[storage] = {}
+        part = documents_BS.storage_offset(), documents_BS.shape, documents_BS.stride(), dtype
+        if part not in masks:
+            masks[part] = block_mask(documents_BS) if self.has_blocks else additive_mask(documents_BS, dtype)
+        return masks[part]
 
 
 def allowed(documents_BS: torch.Tensor) -> torch.Tensor:

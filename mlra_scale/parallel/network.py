@@ -16,14 +16,23 @@ import psutil
 def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
     """Names the interface for gloo, unless the environment does or the ranks do not say where they meet.
 
+    On several hosts it is never the loopback interface, which the first host may have for its own name.
+
     Args:
         environment: Of a rank, with MASTER_ADDR and WORLD_SIZE as launchers set them.
     """
-    if "GLOO_SOCKET_IFNAME" in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
+    if "GLOO_SOCKET_IFNAME" in environment or environment.get("WORLD_SIZE", "1") == "1":
         return
     name = interface_towards(environment.get("MASTER_ADDR", ""))
-    if name is not None:
+    spans_hosts = environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]
+    if name is not None and not (spans_hosts and is_loopback(name)):
         environment["GLOO_SOCKET_IFNAME"] = name
+
+
+def is_loopback(name: str) -> bool:
+    """Returns whether an interface reaches this host alone: that of a host's own name, on Debian."""
+    stats = psutil.net_if_stats().get(name)
+    return stats is not None and "loopback" in stats.flags.split(",")
 
 
 def interface_towards(host: str) -> str | None:

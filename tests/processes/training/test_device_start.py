@@ -96,6 +96,8 @@ def test_gloo_gets_the_interface_over_which_the_ranks_meet() -> None:
         {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"},
         {"WORLD_SIZE": "2", "MASTER_ADDR": "no.such.host.invalid"},
         {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"},
+        # Two hosts, of which the first knows itself by its loopback address.
+        {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.1.1"},
     ):
         environment = dict(given)
         set_gloo_interface(environment)

@@ -58,6 +58,8 @@ def test_a_mask_lives_as_long_as_its_documents() -> None:
     masks, documents = DocumentMasks(has_blocks=False), DOCUMENTS.clone()
     first = masks.of(documents, torch.float32)
     assert masks.of(documents, torch.float32) is first
+    assert masks.of(documents.detach(), torch.float32) is first, "another view of the same ids, as ZeRO 3's hooks make"
+    assert masks.of(documents[:1], torch.float32) is not first
     assert masks.of(DOCUMENTS.clone(), torch.float32) is not first
     del documents
     gc.collect()
