@@ -5,7 +5,10 @@ runs dry until the host has started the next micro-batch. What follows needs the
 current stream waits, and the host goes ahead. Memory that the reduction has read is given back after that wait, to
 work that comes later on the same stream.
 
-The host waits by itself where it reads numbers: those of a step's proposal, and offloaded gradients.
+The host waits by itself where it reads numbers: those of a step's proposal, and offloaded gradients. DeepSpeed's flow
+control of ZeRO 3 stays: before a weight is fetched or a bucket of gradients is reduced, the host waits if more than two
+earlier ones are unfinished, so that memory stays bounded (`__max_ongoing_fetch_events` of its
+PartitionedParameterCoordinator, `max_param_reduce_events` of its optimizer).
 """
 
 from collections.abc import Callable

@@ -44,12 +44,10 @@ def described(report: Report) -> str:
         f"micro-batches, traced in {max(report.seconds.values()):.0f} s",
         f"  peak {step.peak / GIB:.3f} GiB, planned {planned / GIB:.3f} ({step.peak / planned - 1:+.1%}); kept between "
         f"steps {step.start / GIB:.3f}",
-        f"  kernels: {step.num_launches} a step; a block {report.block_launches[0]} forward, "
-        f"{report.block_launches[1]} backward, {report.between_launches} between two micro-batches: "
+        f"  kernels: {step.num_launches} a step; a block {report.block_launches[0]:g} forward, "
+        f"{report.block_launches[1]:g} backward, {report.between_launches} between two micro-batches: "
         f"{report.launches_per_block:.1f} per block and micro-batch; a micro-batch {report.micro_batch_launches}",
-        f"  CUDA began with {report.began_cuda}",
-        f"  seconds of CPU: { ({name: round(seconds, 2) for name, seconds in report.cpu_seconds.items()}) }; process "
-        f"groups by number of ranks: {report.groups}",
+        f"  process groups by number of ranks: {report.groups}",
         *(f"  not on the device: {name}" for name in report.misplaced),
         *(f"  planned to send as {kind}: {sent / GIB:.4f} GiB" for kind, sent in report.planned_sent.items()),
     ]
@@ -62,7 +60,10 @@ def described(report: Report) -> str:
 def phase_lines(name: str, phase: PhaseReport) -> list[str]:
     """A phase as text."""
     groups = sorted({group for _, group, *_ in phase.messages})
-    lines = [f"  {name}: the host waits {phase.num_waits} times; peak {phase.peak / GIB:.3f} GiB"]
+    lines = [
+        f"  {name}: the host waits {phase.num_waits} times, and at most {phase.num_flow_control} times because it is "
+        f"too far ahead; peak {phase.peak / GIB:.3f} GiB"
+    ]
     lines += [f"    {number:>5} x {kind}: {lines}" for kind, _, lines, number in phase.waits]
     for group in groups:
         number = sum(count for _, of, _, count, _ in phase.messages if of == group)
@@ -92,6 +93,7 @@ def write(folder: Path | None) -> None:
                 file.write_text(reports[-1].to_json(), encoding="utf-8")
     document.write("layouts", document.layouts_table(reports))
     document.write("waits", document.waits_table())
+    document.write("flow control", document.flow_control_table())
     document.write("measured waits", document.measured_table())
 
 

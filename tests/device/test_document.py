@@ -12,6 +12,7 @@ def test_the_document_names_every_layout() -> None:
 def test_the_document_has_the_lists_of_waits() -> None:
     remedy = "run python -m tests.device --write"
     assert document.written("waits") == document.waits_table(), remedy
+    assert document.written("flow control") == document.flow_control_table(), remedy
     assert document.written("measured waits") == document.measured_table(), remedy
 
 

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.skipif(fake_cuda.missing() is not None, reason=str(fake
 SMALL = replace(TENSOR, name="small", num_layers=2, num_micro_batches=3)
 TOGETHER = {
     "reads_a_value": "for item in tests/support/device/faults.py",
+    "waits_if_behind": "for event.synchronize in tests/support/device/faults.py",
+    "gathers_from_all": "bytes are sent in a step over ",
     "copies_from_host": "for copy cpu to cuda in tests/support/device/faults.py",
     "leaves_a_buffer": "left_behind is not on the device",
     "multiplies_in_fp32": "matrix products of fp32: mm tests/support/device/faults.py",

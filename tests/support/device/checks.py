@@ -21,6 +21,7 @@ def problems(report: Report) -> list[str]:
         *waits(report),
         *launches(report),
         *types(report),
+        *groups(report),
     ]
 
 
@@ -48,12 +49,16 @@ def memory(report: Report) -> Iterator[str]:
 
 
 def messages(report: Report) -> Iterator[str]:
-    """Kinds of messages whose bytes are not the planned ones."""
+    """Kinds of messages whose bytes are not the planned ones, and bytes in groups that the planner does not know."""
     for kind, planned in report.planned_sent.items():
         sent = report.step.sent(GROUPS[kind])
         if abs(sent - planned) > expected.BYTES_TOLERANCE * max(planned, MIB):
             change = f" ({sent / planned - 1.0:+.1%})" if planned else ""
             yield f"{kind}: {sent / MIB:.2f} MiB are sent in a step, and planned are {planned / MIB:.2f}{change}"
+    others = {group for _, group, *_ in report.step.messages} - set(GROUPS.values())
+    if (sent := report.step.sent(*others)) > expected.MAX_OTHER_BYTES:
+        most = expected.MAX_OTHER_BYTES
+        yield f"{sent:.0f} bytes are sent in a step over {', '.join(sorted(others))}; {most} at most"
 
 
 def waits(report: Report) -> Iterator[str]:
@@ -61,16 +66,32 @@ def waits(report: Report) -> Iterator[str]:
     yield from unlisted(report.step, expected.WAITS)
     is_zero_3 = "Stage3" in report.engine[1]
     most = expected.MAX_WAITS_ZERO_3 if is_zero_3 else expected.MAX_WAITS
+    if "offload" in report.layout:
+        most = expected.MAX_WAITS_OFFLOAD
     if report.step.num_waits > most:
         yield f"the host waits {report.step.num_waits} times in a step; {most} at most"
+    yield from flow_control(report)
+
+
+def flow_control(report: Report) -> Iterator[str]:
+    """Flow control that is not seen where ZeRO 3 has it, is elsewhere, or is more than its sites can have."""
+    is_zero_3 = "Stage3" in report.engine[1]
+    if is_zero_3 != (report.step.num_flow_control > 0):
+        yield f"flow control lets the host wait {report.step.num_flow_control} times in a step"
+    for wait in expected.FLOW_CONTROL:
+        most = wait.number * report.num_parameters * report.num_micro_batches
+        number = sum(count for kind, site, _, count in report.step.waits if (kind, site) == (wait.kind, wait.site))
+        if number > most:
+            yield f"flow control lets the host wait {number} times in {wait.site}; {most} at most"
 
 
 def unlisted(phase: PhaseReport, allowed: tuple[expected.Wait, ...]) -> Iterator[str]:
-    """Waits that a list does not have, or not as often."""
+    """Waits that a list does not have, or not as often; flow control is none of them."""
     limits = {(wait.kind, wait.site): wait.number for wait in allowed}
     found: dict[tuple[str, str], int] = {}
     for kind, site, _, number in phase.waits:
-        found[kind, site] = found.get((kind, site), 0) + number
+        if not expected.is_flow_control(kind, site):
+            found[kind, site] = found.get((kind, site), 0) + number
     for (kind, site), number in found.items():
         limit = limits.get((kind, site), 0)
         if number > limit:
@@ -95,3 +116,10 @@ def types(report: Report) -> Iterator[str]:
     """Matrix products of fp32 in a step of 16 bits."""
     for site, number in report.step.wide_products.items():
         yield f"{number} matrix products of fp32: {site}"
+
+
+def groups(report: Report) -> Iterator[str]:
+    """Another number of process groups than the recorded one."""
+    number, recorded = sum(report.groups.values()), expected.PROCESS_GROUPS.get(report.mesh)
+    if number != recorded:
+        yield f"{number} process groups are created, and {recorded} are recorded; by number of ranks: {report.groups}"

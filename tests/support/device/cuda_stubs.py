@@ -50,22 +50,32 @@ TYPED_TENSORS = {
 }
 
 
-class _Event:
-    """An event: always over, and what waits for it on the host is reported."""
+class Event:
+    """An event of a device that is behind: not over until the host has waited for it, or for the whole device.
+
+    What the host waits for is reported.
+    """
 
     report: Waits
+    num_recorded = num_over = 0
+    """Of all events: how many were recorded, and up to which of these the device is done."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._number = 0
 
-    def record(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None:
+        Event.num_recorded += 1
+        self._number = Event.num_recorded
 
     def wait(self, *_: Any) -> None: ...
 
     def query(self) -> bool:
-        return True
+        return self._number <= Event.num_over
 
     def synchronize(self) -> None:
-        self.report("event.synchronize")
+        if not self.query():
+            self.report("event.synchronize")
+        self._number = 0
 
     def elapsed_time(self, _: Any) -> float:
         return 1.0
@@ -86,13 +96,15 @@ class _Stream:
     def wait_event(self, _: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
+        event = event or Event()
+        event.record()
+        return event
 
     def synchronize(self) -> None:
         self.report("stream.synchronize")
 
     def query(self) -> bool:
-        return True
+        return False
 
     def __enter__(self) -> _Stream:
         return self
@@ -111,29 +123,23 @@ class _Device:
     def __exit__(self, *_: object) -> None: ...
 
 
-def install(local_rank: int, report: Waits, began: Callable[[str], None] = lambda _: None) -> None:
+def install(local_rank: int, report: Waits) -> None:
     """Has torch.cuda answer.
 
     Args:
         local_rank: The device of this process.
         report: Is given every wait of the host.
-        began: Is given what would create the CUDA context.
     """
     cuda: Any = torch.cuda
-    _Event.report = _Stream.report = staticmethod(report)
+    Event.report = _Stream.report = staticmethod(report)
     current = [0]
 
     def set_device(device: Any) -> None:
-        began("set_device")
         current[0] = device if isinstance(device, int) else torch.device(device).index or 0
 
-    def properties(_: Any = None) -> SimpleNamespace:
-        began("get_device_properties")
-        return PROPERTIES
-
-    def is_bf16_supported(including_emulation: bool = True) -> bool:
-        began("is_bf16_supported")
-        return True
+    def synchronize(_: Any = None) -> None:
+        report("cuda.synchronize")
+        Event.num_over = Event.num_recorded
 
     def empty_cache() -> None:
         report("empty_cache")
@@ -142,13 +148,13 @@ def install(local_rank: int, report: Waits, began: Callable[[str], None] = lambd
     stream.device = torch.device("cuda", local_rank)
     answers: dict[str, Any] = {
         # Streams and events: DeepSpeed and Megatron order copies and reductions by them.
-        "Event": _Event,
+        "Event": Event,
         "Stream": _Stream,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "stream": lambda stream: contextlib.nullcontext(stream),
         "set_stream": lambda stream: None,
-        "synchronize": lambda device=None: report("cuda.synchronize"),
+        "synchronize": synchronize,
         # The device: DeepSpeed's accelerator and our start look at it.
         "is_available": lambda: True,
         "device_count": lambda: NUM_DEVICES,
@@ -160,10 +166,10 @@ def install(local_rank: int, report: Waits, began: Callable[[str], None] = lambd
         "_maybe_exchange_device": lambda device: 0,
         "_lazy_init": lambda: None,
         "is_initialized": lambda: False,
-        "get_device_properties": properties,
+        "get_device_properties": lambda device=None: PROPERTIES,
         "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
         "get_device_name": lambda device=None: PROPERTIES.name,
-        "is_bf16_supported": is_bf16_supported,
+        "is_bf16_supported": lambda including_emulation=True: True,
         "is_current_stream_capturing": lambda: False,
         # The allocator: the trace keeps its own account.
         **dict.fromkeys(

@@ -44,7 +44,7 @@ def row_of(report: Report) -> list[str]:
         f"{sum(sent[kind] for kind in ends) / GIB:.3f}",
         f"{sent['data'] / GIB:.3f}",
         f"{planned['tensor'] / GIB:.3f}, {sum(planned[kind] for kind in ends) / GIB:.3f}, {planned['data'] / GIB:.3f}",
-        str(step.num_waits),
+        str(step.num_waits) + (f", flow control {step.num_flow_control}" if step.num_flow_control else ""),
         f"{report.launches_per_block:.1f}",
         f"{expected.LAUNCHES.get(report.layout, 0):g}",
     ]
@@ -59,6 +59,13 @@ def waits_table() -> str:
     """The table of the places where the host waits in a step of training."""
     header = ("kind", "where", "per step, at most", "why")
     return _table(header, [[wait.kind, f"`{wait.site}`", str(wait.number), wait.reason] for wait in expected.WAITS])
+
+
+def flow_control_table() -> str:
+    """The table of the places where the host waits if it is too far ahead."""
+    header = ("kind", "where", "per parameter and micro-batch, at most", "why")
+    rows = [[wait.kind, f"`{wait.site}`", str(wait.number), wait.reason] for wait in expected.FLOW_CONTROL]
+    return _table(header, rows)
 
 
 def measured_table() -> str:

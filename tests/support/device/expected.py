@@ -11,8 +11,10 @@ MEMORY_TOLERANCE = 0.02
 """Share by which the traced peak may differ from planning.memory's."""
 BYTES_TOLERANCE = 0.01
 """Share by which bytes sent may differ from planning.communication's."""
-MAX_WAITS, MAX_WAITS_ZERO_3 = 3, 8
-"""Waits of the host in one step, all together: ZeRO 0 to 2 and pipelines, and ZeRO 3 and offload."""
+MAX_WAITS, MAX_WAITS_ZERO_3, MAX_WAITS_OFFLOAD = 1, 2, 6
+"""Waits of the host in one step, all together but for flow control: ZeRO 0 to 2 and pipelines, ZeRO 3, offload."""
+MAX_OTHER_BYTES = 1024
+"""What a rank may send in one step in all groups of which the planner counts nothing: the packed read and its like."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,30 @@ WAITS = (
     ),
 )
 """Of a step of training."""
+FLOW_CONTROL = (
+    Wait(
+        "event.synchronize",
+        "deepspeed/runtime/zero/partitioned_param_coordinator.py:PartitionedParameterCoordinator._fetch_sub_module_impl",
+        2,
+        "ZeRO 3: before a weight is fetched, in the forward and in the backward pass, the weight fetched three before "
+        "it must be there",
+    ),
+    Wait(
+        "event.synchronize",
+        f"{_STAGE_3}.__reduce_and_partition_ipg_grads",
+        1,
+        "ZeRO 3: before a bucket of gradients is reduced, the bucket three before it must be reduced",
+    ),
+)
+"""Where the host waits only if it is more than two fetches, or buckets, ahead of the device, so that memory stays
+bounded. `number` is per parameter and micro-batch here. An event of the trace is not over until it is waited for."""
+
+
+def is_flow_control(kind: str, site: str) -> bool:
+    """Whether a wait is one of FLOW_CONTROL."""
+    return any((wait.kind, wait.site) == (kind, site) for wait in FLOW_CONTROL)
+
+
 HOST_RESULTS = {
     f"mul_ {_STAGE_3}.unscale_and_clip_grads": "offload: gradients are clipped where Adam runs",
 }
@@ -82,9 +108,10 @@ LAUNCHES: dict[str, float] = {
     "ZeRO 0 x data 8": 53,
     "ZeRO 1 x data 8": 53,
     "ZeRO 2 x data 8": 76,
-    "ZeRO 3 x data 8": 88,
-    "ZeRO 3 x tensor 2 x data 4": 109,
-    "ZeRO 3, offload x data 8": 90,
+    "ZeRO 3 x data 8": 107,
+    "ZeRO 3, masked": 108,
+    "ZeRO 3 x tensor 2 x data 4": 110,
+    "ZeRO 3, offload x data 8": 240,
     "one rank, pipeline engine": 55,
     "several head chunks": 53,
     "masked": 53,
@@ -101,6 +128,8 @@ LAUNCHES: dict[str, float] = {
     "tensor 2, plan merged": 55,
 }
 """Kernels per block and micro-batch, by layout."""
+PROCESS_GROUPS = {(2, 4, 4): 239, (1, 1, 8): 95, (2, 1, 4): 74, (1, 1, 1): 23}
+"""Process groups that a rank has a part in creating, by tensor-parallel, pipeline and data-parallel ranks."""
 
 _MEMBERSHIP = Wait(
     "copy cpu to cuda",

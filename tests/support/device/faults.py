@@ -26,6 +26,30 @@ def reads_a_value() -> None:
     _changed_output(watched)
 
 
+def waits_if_behind() -> None:
+    """Every block waits for what it has just started, unless that is already done."""
+
+    def watched(output_BSD: torch.Tensor) -> torch.Tensor:
+        done = torch.cuda.Event()
+        done.record()
+        if not done.query():
+            done.synchronize()
+        return output_BSD
+
+    _changed_output(watched)
+
+
+def gathers_from_all() -> None:
+    """Every feed-forward layer's output is summed over all ranks, in no group of the mesh."""
+    import torch.distributed as dist
+
+    def summed(output_BSD: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(output_BSD.detach().clone())
+        return output_BSD
+
+    _changed_output(summed)
+
+
 def mixes_devices() -> None:
     """Every block adds a tensor that was left on the host."""
     _changed_output(lambda output_BSD: output_BSD + torch.zeros(output_BSD.size(-1), dtype=output_BSD.dtype))
@@ -97,6 +121,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
         reads_a_value,
+        waits_if_behind,
+        gathers_from_all,
         mixes_devices,
         copies_from_host,
         leaves_a_buffer,

@@ -91,6 +91,7 @@ ALL: tuple[Layout, ...] = (
     _zero(1),
     _zero(2),
     _zero(3),
+    _zero(3, "ZeRO 3, masked", "data.document_attention=masked"),
     _zero(3, "ZeRO 3 x tensor 2 x data 4", "parallel.tensor=2"),
     _zero(3, "ZeRO 3, offload x data 8", ds_config="ds_configs/zero3_offload.json"),
     _zero(1, "one rank, pipeline engine", "parallel.engine=pipeline", world_size=1),

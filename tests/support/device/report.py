@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tests.support.device.expected import is_flow_control
+
 
 @dataclass
 class PhaseReport:
@@ -40,8 +42,13 @@ class PhaseReport:
 
     @property
     def num_waits(self) -> int:
-        """How often the host waits for the device."""
-        return sum(number for *_, number in self.waits)
+        """How often the host waits for the device, without flow control."""
+        return sum(number for kind, site, _, number in self.waits if not is_flow_control(kind, site))
+
+    @property
+    def num_flow_control(self) -> int:
+        """How often the host waits because it is too far ahead (expected.FLOW_CONTROL), if the device is behind."""
+        return sum(number for kind, site, _, number in self.waits if is_flow_control(kind, site))
 
     def sent(self, *groups: str) -> float:
         """Bytes that the rank sends in groups of these names."""
@@ -61,14 +68,13 @@ class Report:
         num_parameters: Parameters (tensors) of this rank.
         misplaced: Parameters and buffers that are not on the device.
         phases: By name; `step` is the second step of training.
-        block_launches: Kernels of a block in the middle: forward, backward.
+        block_launches: Kernels of a block in the middle, or with ZeRO 3 of the mean block: forward, backward.
         between_launches: Kernels between the blocks' backward pass and the next forward pass.
         micro_batch_launches: Kernels of a micro-batch in the middle of the step.
         planned_bytes: planning.memory's peak.
         planned_sent: planning.communication's bytes of a step: tensor, pipeline, tied, data.
-        began_cuda: What was asked of the device first, with CUDA_DEVICE_MAX_CONNECTIONS at that time.
+        mesh: Tensor-parallel, pipeline and data-parallel ranks.
         groups: Process groups that the rank had a part in creating, by their number of ranks.
-        cpu_seconds: Of this process, by part of the start.
         results: Of the measurements.
     """
 
@@ -80,14 +86,13 @@ class Report:
     num_parameters: int
     misplaced: list[str]
     phases: dict[str, PhaseReport]
-    block_launches: tuple[int, int]
+    block_launches: tuple[float, float]
     between_launches: int
     micro_batch_launches: int
     planned_bytes: float
     planned_sent: dict[str, float]
-    began_cuda: list[tuple[str, str | None]] = field(default_factory=list)
-    groups: dict[str, int] = field(default_factory=dict)
-    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    mesh: tuple[int, int, int]
+    groups: dict[str, int]
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -109,4 +114,5 @@ class Report:
         """The inverse."""
         values = json.loads(text)
         values["phases"] = {name: PhaseReport(**phase) for name, phase in values["phases"].items()}
+        values["mesh"] = tuple(values["mesh"])
         return cls(**values)

@@ -6,11 +6,9 @@ python -m tests.support.device.traced LAYOUT_AS_JSON [FAULT]     (running.py doe
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -47,13 +45,8 @@ class TracedRank:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-        self.began: list[tuple[str, str | None]] = []
         self.trace = Trace()
-        cuda_stubs.install(layout.rank % cuda_stubs.NUM_DEVICES, self.trace.wait, self._begins)
-
-    def _begins(self, what: str) -> None:
-        self.began.append((what, os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+        cuda_stubs.install(layout.rank % cuda_stubs.NUM_DEVICES, self.trace.wait)
 
     def build(self) -> None:
         """Configuration, groups and engine, as a start makes them."""
@@ -66,16 +59,13 @@ class TracedRank:
 
         quiet_libraries("cuda")
         cuda_stubs.answer_for_cpu_adam()
-        with self._timed("configuration"):
-            self.config = configured(self.layout)
-            self.plan = batch_plan(self.config, self.layout.world_size)
+        self.config = configured(self.layout)
+        self.plan = batch_plan(self.config, self.layout.world_size)
         place = initialize_distributed("cuda", 10.0)
-        with self._timed("process groups of the mesh"):
-            self.topology = build_topology(self.plan, place, 10.0)
+        self.topology = build_topology(self.plan, place, 10.0)
         self.trace.group_of = fake_ranks.group_names(self.topology)
         fake_ranks.exchange_objects(self.trace.sends_object)
-        with self._timed("engine"):
-            engine: Any = build_engine(self.config, self.plan, self.topology)
+        engine: Any = build_engine(self.config, self.plan, self.topology)
         self.engine = engine
         self.deepspeed_engine: Any = self.engine.deepspeed_engine
         is_partitioned = getattr(self.deepspeed_engine, "is_pipe_partitioned", False)
@@ -83,12 +73,6 @@ class TracedRank:
         self.blocks = _blocks(self.engine.module)
         self._mark_blocks()
         self.step_batches = self.batches()  # on a run, the feed's thread has them ready
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        began = time.process_time()
-        yield
-        self.cpu_seconds[name] = time.process_time() - began
 
     def batches(self) -> list[Any]:
         """The micro-batches of a step, as the feed hands them out."""
@@ -109,30 +93,27 @@ class TracedRank:
     def _mark_blocks(self) -> None:
         """Has the trace note where the blocks' passes begin and end."""
         middle = len(self.blocks) // 2
-        first, of_middle = self.blocks[0], self.blocks[middle]
+        first, of_middle, last = self.blocks[0], self.blocks[middle], self.blocks[-1]
 
         def is_forward() -> bool:
             return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
-        def hooked(module: Any, begin: str, end: str) -> None:
+        def hooked(begins_in: Any, ends_in: Any, name: str) -> None:
             def before(_: Any, inputs: Any) -> None:
                 if is_forward():
-                    self.trace.mark(begin)
-                    _on_gradient(inputs, lambda: self.trace.mark(f"{begin} backward"))
+                    self.trace.mark(f"{name} begins")
+                    _on_gradient(inputs, lambda: self.trace.mark(f"{name} begins backward"))
 
             def after(_: Any, inputs: Any, outputs: Any) -> None:
                 if is_forward():
-                    self.trace.mark(end)
-                    _on_gradient(outputs, lambda: self.trace.mark(f"{end} backward"))
+                    self.trace.mark(f"{name} ends")
+                    _on_gradient(outputs, lambda: self.trace.mark(f"{name} ends backward"))
 
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after)
+            begins_in.register_forward_pre_hook(before)
+            ends_in.register_forward_hook(after)
 
-        hooked(of_middle, "middle begins", "middle ends")
-        first.register_forward_pre_hook(lambda *_: self.trace.mark("blocks begin") if is_forward() else None)
-        first.register_forward_pre_hook(
-            lambda _, inputs: _on_gradient(inputs, lambda: self.trace.mark("blocks are back")) if is_forward() else None
-        )
+        hooked(of_middle, of_middle, "middle")
+        hooked(first, last, "all")
 
     def report(self) -> Report:
         """Everything that was noted."""
@@ -141,7 +122,10 @@ class TracedRank:
         module, step = self.engine.module, self.trace.phases["step"]
         named = [*module.named_parameters(), *module.named_buffers()]
         optimizer = type(self.deepspeed_engine.optimizer).__name__
-        between, of_micro_batch = _between(step, self.topology.is_first_stage)
+        between, of_micro_batch = _between(step, self.plan.accumulation_steps)
+        # Of ZeRO 3 the mean of all blocks: a bucket of gradients is flushed in some of them.
+        passes = _pass_launches(step, "all") if "Stage3" in optimizer else _pass_launches(step, "middle")
+        num_blocks = len(self.blocks) if "Stage3" in optimizer else 1
         return Report(
             layout=self.layout.name,
             engine=(type(self.deepspeed_engine).__name__, optimizer),
@@ -151,14 +135,13 @@ class TracedRank:
             num_parameters=len(list(module.parameters())),
             misplaced=[name for name, value in named if value.device.type != "cuda"],
             phases={name: _phase_report(phase) for name, phase in self.trace.phases.items()},
-            block_launches=_block_launches(step),
+            block_launches=(passes[0] / num_blocks, passes[1] / num_blocks),
             between_launches=between,
             micro_batch_launches=of_micro_batch,
             planned_bytes=rank_memory(self.config, self.plan, self.topology.pipeline_rank).device,
             planned_sent=_planned_sent(self.config, self.plan, self.topology.pipeline_rank),
-            began_cuda=self.began[:3],
+            mesh=(self.plan.tensor, self.plan.pipeline, self.plan.data),
             groups={str(size): number for size, number in sorted(self.groups.items())},
-            cpu_seconds=self.cpu_seconds,
         )
 
 
@@ -191,31 +174,34 @@ def _planned_sent(config: Any, plan: Any, stage: int) -> dict[str, float]:
     }
 
 
-def _block_launches(phase: Phase) -> tuple[int, int]:
-    """Kernels of the middle block's last forward and backward pass."""
+def _pass_launches(phase: Phase, of: str) -> tuple[int, int]:
+    """Kernels of the last forward and backward pass of the middle block, or of all blocks."""
     last: dict[str, int] = {}
     found = [0, 0]
     for name, number in phase.marks:
         last[name] = number
-        if name == "middle ends":
-            found[0] = number - last["middle begins"]
-        elif name == "middle begins backward":
-            found[1] = number - last["middle ends backward"]
+        if name == f"{of} ends":
+            found[0] = number - last[f"{of} begins"]
+        elif name == f"{of} begins backward":
+            found[1] = number - last[f"{of} ends backward"]
+    assert min(found) > 0, f"no passes of the blocks were seen: {phase.marks}"
     return found[0], found[1]
 
 
-def _between(phase: Phase, is_first: bool) -> tuple[int, int]:
+def _between(phase: Phase, num_micro_batches: int) -> tuple[int, int]:
     """Kernels between the blocks' backward pass and the next forward pass, and those from forward pass to forward pass.
 
     Both near the end of the step, where a pipeline does one of each in turns, and before gradients are reduced.
     """
-    begins = [number for name, number in phase.marks if name == "blocks begin"]
-    backs = [number for name, number in phase.marks if name == "blocks are back"]
-    if len(begins) < 2:
+    begins = [number for name, number in phase.marks if name == "all begins"]
+    backs = [number for name, number in phase.marks if name == "all begins backward"]
+    assert len(begins) == len(backs) == num_micro_batches, f"not every micro-batch was seen: {phase.marks}"
+    if num_micro_batches < 2:
         return 0, 0
     earlier, later = begins[-2], begins[-1]
     between = [later - number for number in backs if earlier < number <= later]
-    return (between[-1] if between else 0), later - earlier
+    assert between, f"no backward pass between the last two forward passes: {phase.marks}"
+    return between[-1], later - earlier
 
 
 def _phase_report(phase: Phase) -> PhaseReport:
