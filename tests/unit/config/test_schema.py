@@ -18,8 +18,8 @@ FIELDS = {
     "compile deterministic garbage_every max_consecutive_overflows",
     "optim": "lr betas eps weight_decay decay_factors decay_embedding grad_clip schedule warmup_steps decay_steps "
     "min_lr_ratio",
-    "parallel": "layout named_layout_fields tensor pipeline engine activation_checkpointing low_rank_plan sequence_parallel "
-    "timeout_minutes world_size",
+    "parallel": "layout named_layout_fields tensor pipeline engine activation_checkpointing low_rank_plan "
+    "sequence_parallel timeout_minutes world_size",
     "tev": "every quantiles extremes",
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
