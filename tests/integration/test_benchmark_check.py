@@ -158,7 +158,6 @@ def test_a_wait_is_noted_by_the_function_that_waits() -> None:
     assert found == {"deepspeed/runtime/utils.py:norm": 2}
 
 
-@pytest.mark.skipif(not check_ranks.WAITS.exists(), reason="tests/support/device is not there")
 def test_the_list_of_waits_is_that_of_the_traced_engines() -> None:
     listed = check_ranks.known_waits()
     assert listed["mlra_scale/parallel/engine.py:EngineBase._propose"] >= 1

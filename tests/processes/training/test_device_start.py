@@ -109,7 +109,7 @@ def test_the_interface_is_that_of_the_address_and_not_of_the_hosts_name() -> Non
     names = [name for _, name in socket.if_nameindex() if name != "lo"]
     own = {name: address for name in names if (address := address_of(name)) is not None}
     if not own:
-        pytest.skip("this machine has no address but the loopback's")
+        pytest.skip("needs a network interface beside the loopback")
     for name, address in own.items():
         assert interface_towards(address) == name
 

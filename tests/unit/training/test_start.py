@@ -67,8 +67,8 @@ def test_a_resumed_start_chooses_its_layout_again_and_tells_what_differs_from_th
         for field in FIELDS
         for section, _, name in [field.partition(".")]
     }
-    told = {change.field: (change.was, change.now) for change in start.changes if change.field in FIELDS}
-    assert told == {field: pair for field, pair in expected.items() if pair[0] != pair[1]} and told
+    reported = {change.field: (change.was, change.now) for change in start.changes if change.field in FIELDS}
+    assert reported == {field: pair for field, pair in expected.items() if pair[0] != pair[1]} and reported
     received = pickle.loads(pickle.dumps(start))
     assert received.layout == start.layout
     # If the checkpoint then turns out to be damaged, the layout stays that of the process groups.
