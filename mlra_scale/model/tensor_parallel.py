@@ -385,16 +385,8 @@ def _weight_gradients(ctx: Any, x: torch.Tensor, dy: torch.Tensor) -> tuple[torc
     return dy.T @ x.flatten(0, -2), dy.sum(dim=0) if ctx.has_bias else None
 
 
-class _SliceLinear(torch.autograd.Function):
+class _SliceLinear(_SummedLinear):
     """A linear map of this rank's positions: gradients of weight and bias are summed while that of x is computed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, group: dist.ProcessGroup, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.group, ctx.has_bias = group, bias is not None
-        ctx.save_for_backward(x, weight)
-        return functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
