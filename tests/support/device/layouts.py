@@ -83,10 +83,13 @@ OPTIONS = (
     "model.embedding_scale=sqrt_width",
     "model.z_loss=1e-4",
 )
-ALL: tuple[Layout, ...] = (
+WITH_PIPELINE: tuple[Layout, ...] = (
     *_stages(PIPELINE, 0, 1, 3),
     *_stages(SEQUENCE, 0, 1, 3),
     *_stages(_with(PIPELINE, f"{PIPELINE.name}, masked", "data.document_attention=masked"), 0, 1, 3),
+    _zero(1, "one rank, pipeline engine", "parallel.engine=pipeline", world_size=1),
+)
+WITHOUT_PIPELINE: tuple[Layout, ...] = (
     _zero(0),
     _zero(1),
     _zero(2),
@@ -94,7 +97,6 @@ ALL: tuple[Layout, ...] = (
     _zero(3, "ZeRO 3, masked", "data.document_attention=masked"),
     _zero(3, "ZeRO 3 x tensor 2 x data 4", "parallel.tensor=2"),
     _zero(3, "ZeRO 3, offload x data 8", ds_config="ds_configs/zero3_offload.json"),
-    _zero(1, "one rank, pipeline engine", "parallel.engine=pipeline", world_size=1),
     _zero(1, "several head chunks", "train.micro_batch_size=12"),
     _zero(1, "masked", "data.document_attention=masked"),
     _zero(1, "block checkpointing", "parallel.activation_checkpointing=block"),
@@ -107,6 +109,7 @@ ALL: tuple[Layout, ...] = (
     _with(TENSOR, "tensor 2, dense", preset="gpt2-72l"),
     *(_with(TENSOR, f"tensor 2, plan {plan}", f"parallel.low_rank_plan={plan}") for plan in PLANS),
 )
+ALL = (*WITH_PIPELINE, *WITHOUT_PIPELINE)
 LAYOUTS = {layout.name: layout for layout in ALL}
 DAILY = tuple(LAYOUTS[name] for name in (f"{PIPELINE.name}, stage 0", "ZeRO 1 x data 8", "ZeRO 3 x tensor 2 x data 4"))
 """Those of `make test`."""
