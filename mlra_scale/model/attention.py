@@ -110,6 +110,12 @@ class SelfAttention(nn.Module):
         output = self.o(heads_BSD)
         return output[0] if isinstance(output, tuple) else output
 
+    def read_parameters(self) -> list[nn.Parameter]:
+        """Parameters of q, k and v that `forward` reads without calling the modules that own them."""
+        if self.context.tensor_parallel == 1:
+            return []
+        return [parameter for projection in (self.q, self.k, self.v) for parameter in projection.parameters()]
+
     def _project(self, hidden_BSD: torch.Tensor) -> list[torch.Tensor]:
         """q, k, v of this rank's heads, [B, N, S, H] each.
 

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan, Config, zero_stage
+from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.gpt import GPT
+from mlra_scale.model.gpt import GPT, OutputHead
 from mlra_scale.parallel.engine import EngineBase
 from mlra_scale.parallel.interface import Between, MicroBatch
 from mlra_scale.parallel.mpu import ModelParallelUnit
@@ -31,6 +32,8 @@ class ZeroEngine(EngineBase):
             mpu=unit,
         ):
             model = GPT(context)
+        if zero_stage(config) == 3:
+            _register_read_parameters(model)
         named = dict(model.named_parameters())
         assert set(named) == set(self.table), set(named) ^ set(self.table)
         optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
@@ -80,3 +83,16 @@ class ZeroEngine(EngineBase):
         return self._on_device(
             batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B, batch.targets_BS
         )
+
+
+def _register_read_parameters(model: GPT) -> None:
+    """Registers with ZeRO 3 the weights that a module reads without calling their owner.
+
+    DeepSpeed finds such a weight by itself only where it is not gathered when it is first read. Small weights
+    (stage3_param_persistence_threshold) are gathered then. DeepSpeed finds them in a later pass, and refuses that pass,
+    because it differs from the one that it has recorded.
+    """
+    for module in model.modules():
+        if isinstance(module, SelfAttention | OutputHead):
+            for parameter in module.read_parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
