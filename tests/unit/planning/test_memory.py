@@ -183,7 +183,6 @@ def test_a_pipeline_has_the_buffers_of_the_reduction_after_its_last_backward_pas
         0,
     ]
     # There they make the peak, and are shown with the gradients.
-    held = num_held(weights_of_stage(config.model, 2, 0), 1)
     assert rank_memory(config, plan, 0).gradients == gradient_bytes(Stage(config, plan, 0)) + 4 * 500_000_000
 
 
