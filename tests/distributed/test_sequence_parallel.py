@@ -147,7 +147,7 @@ def test_dropout_masks_do_not_depend_on_the_split(worker_pool: Pools, layout: La
     assert_same_under_dropout(worker_pool, config, STEPS, **MODELS["masked"])
 
 
-@pytest.mark.slow_except("tp2pp1dp2-zero3-mlra")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "model"),
     [
@@ -227,7 +227,7 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
     return Run(layout, config, ranks)
 
 
-@pytest.mark.slow_except("tp2-tp2pp2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("was", "now"), [(was, now) for was in SAVED for now in SAVED])
 def test_a_checkpoint_goes_on_with_another_split_and_plan(
     worker_pool: Pools, saved: Callable[[str], tuple[Run, Path]], was: str, now: str
