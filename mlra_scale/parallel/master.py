@@ -250,7 +250,11 @@ class PartitionedView(_MappedView):
 
 
 class Stage3View(MasterView):
-    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank."""
+    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank.
+
+    Data rank r holds elements r s to (r + 1) s of the rank's tensor-parallel shard, flattened row by row; s is the
+    number of elements over the number of data ranks, rounded up. A piece may begin and end inside a row.
+    """
 
     def __init__(self, optimizer: Any, named: NamedParameters, data_rank: int) -> None:
         super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
