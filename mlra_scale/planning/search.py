@@ -177,7 +177,7 @@ def _combinations(
             splits = [parallel.sequence_parallel]
         for is_split, recomputing, size in product(splits, checkpointing, sizes):
             layout = {"tensor": tensor, "pipeline": pipeline, "sequence_parallel": is_split}
-            sections = {
+            sections: dict[str, dict[str, Any]] = {
                 "parallel": {**layout, "activation_checkpointing": recomputing},
                 "train": {"micro_batch_size": size},
                 "deepspeed": engine.settings,

@@ -3,7 +3,6 @@
 `pytest tests/distributed/test_layouts.py -m "" -s` prints the numbers.
 """
 
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -223,7 +222,7 @@ COMPILED = [
     *(Layout(), Layout(data=2, stage=2), Layout(pipeline=2, stage=1), Layout(tensor=2)),
     *(Layout(tensor=2, pipeline=2, stage=1), Layout(tensor=2, data=2, stage=1), Layout(tensor=2, data=2, stage=2)),
 ]
-COMPILED_CASES = [
+COMPILED_CASES: list[tuple[Layout, Options, Options]] = [
     (layout, {"model__attention": attention}, {}) for layout in COMPILED for attention in ("mlra", "dense")
 ]
 COMPILED_CASES += [(Layout(tensor=2, data=2, stage=1), {}, {"parallel__sequence_parallel": True})]
@@ -232,7 +231,7 @@ COMPILED_CASES += [(Layout(), {"model__layer_norm_scaling": True, "model__num_la
 
 @pytest.mark.slow_except("tp2pp1dp1-zero0-mlra-replicated")
 @pytest.mark.parametrize(("layout", "model", "split"), COMPILED_CASES, ids=identify)
-def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, model: Any, split: Any) -> None:
+def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, model: Options, split: Options) -> None:
     weights, expected = oracle(steps=1, **model)
     config = in_layout(layout, train__compile=True, **model, **split)
     records, num_compiled = zip(*worker_pool(layout.world_size).run(train_compiled, config, weights), strict=True)

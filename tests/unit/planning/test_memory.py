@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 
@@ -155,7 +156,7 @@ def test_only_the_last_stage_has_logits_and_the_first_most_activations() -> None
     ],
 )
 def test_buffers_of_the_reduction_have_the_size_of_the_file(
-    precision: str, zero: int, settings: dict[str, object], expected: int
+    precision: str, zero: int, settings: dict[str, Any], expected: int
 ) -> None:
     of = stage(2, f"train.precision={precision}", zero=zero, **settings)
     assert reduction_bytes(of) == expected
