@@ -17,32 +17,28 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 
 _IGNORED = -100
 
 
 class LanguageModel(Protocol):
-    """What perplexity needs of a model."""
+    """What perplexity needs of a model: number of tokens, longest input, and logits."""
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        ...
+    def vocab_size(self) -> int: ...
 
     @property
-    def max_positions(self) -> int:
-        """Longest input."""
-        ...
+    def max_positions(self) -> int: ...
 
     def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
-        """Logits of the next token at the last `keep` positions, [B, keep, V]; positions count from 0 in each row."""
+        """Returns the logits of the next token at the last `keep` positions, [B, keep, V]; rows start at position 0."""
         ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a document.
+    """A part of a document.
 
     Attributes:
         tokens: Its tokens.
@@ -60,11 +56,11 @@ Document = Iterable[Piece]
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens that pass the model together.
+    """Tokens of one forward pass: at least two, of which the last one is predicted only.
 
     Attributes:
-        tokens: The tokens, at least two; the last one is predicted only.
-        num_new: How many of them, at the end, are scored here.
+        tokens: The tokens.
+        num_new: How many of them, at the end, this window scores.
     """
 
     tokens: list[int]
@@ -73,7 +69,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was counted and summed up.
+    """The sums over a text, and the measures made of them.
 
     Attributes:
         num_documents: Documents with at least one token.
@@ -111,10 +107,11 @@ class Perplexity:
 
 
 def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator[Window]:
-    """Cuts a stream of tokens into overlapping windows; holds no more than one window and one piece of it.
+    """Cuts a stream of tokens into overlapping windows; at most one window and one piece are in memory.
 
     The windows are those of Hugging Face's guide to the perplexity of fixed-length models: they begin at 0, stride,
-    2 stride, ..., each is `size` long (the last one ends with the stream), and each scores what none before it held.
+    2 stride, ..., each is `size` long (the last one ends with the stream), and each scores the tokens that no earlier
+    one held.
 
     Args:
         pieces: The tokens, in pieces of any length.
@@ -181,15 +178,7 @@ def perplexity(
 
 
 def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Fills in and checks window and stride.
-
-    Args:
-        model: The model.
-        window: Tokens of a window or None.
-        stride: Distance of the windows or None.
-
-    Returns:
-        Window and stride.
+    """Returns window and stride, with defaults for None: the longest input, and half a window.
 
     Raises:
         EvaluationError: They do not fit the model or each other.
@@ -210,14 +199,9 @@ def checked_window(model: LanguageModel, window: int | None, stride: int | None)
 
 
 def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> float:
-    """Scores windows together.
+    """Returns the sum over the new tokens of some windows of -ln p(token | tokens before it in the window).
 
-    Args:
-        model: The model.
-        batch: The windows; shorter ones are padded at the end, which a causal model does not see.
-
-    Returns:
-        Sum over their new tokens of -ln p(token | tokens before it in the window).
+    Shorter windows are padded at the end, which does not influence a causal model.
     """
     longest = max(len(window.tokens) for window in batch) - 1
     keep = longest - min(len(window.tokens) - 1 - window.num_new for window in batch)
@@ -238,7 +222,7 @@ def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> fl
 
 
 class _Counter:
-    """Counts documents, words and bytes as they stream by, and checks the tokens."""
+    """Counts documents, words and bytes of a stream, and checks the tokens."""
 
     def __init__(self, vocab_size: int, start_token: int | None) -> None:
         self.num_documents = self.num_read = self.num_words = self.num_bytes = 0

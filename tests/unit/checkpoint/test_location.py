@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
-from mlra_scale.checkpoint.location import checkpoint_at
+from mlra_scale.checkpoint.retention import checkpoint_at
 from tests.support.gpt2_folders import gpt2_folder
 
 

@@ -11,16 +11,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import entry_of
+from mlra_scale.checkpoint.files import CheckpointError, entry_of
 from mlra_scale.checkpoint.huggingface import exporting
+from mlra_scale.checkpoint.huggingface.configuration import model_from_store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
-from mlra_scale.checkpoint.huggingface.loading import model_from_store
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
-from mlra_scale.checkpoint.huggingface.verification import Comparison, Verification, VerificationError
+from mlra_scale.checkpoint.huggingface.verification import LogitComparison, Verification, VerificationError
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.checkpoint.writer import write_weights
+from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from mlra_scale.model.reference import ReferenceGPT
 from tests.support.gpt2_folders import gpt2_folder, tokenizer
@@ -481,7 +480,7 @@ def test_text_that_the_model_cannot_read_is_refused(
 def test_the_figures_of_a_comparison() -> None:
     expected = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, -12.0]])
     actual = expected + torch.tensor([[0.0, 0.0, 0.03], [0.0, -0.04, 0.0]])
-    comparison = Comparison()
+    comparison = LogitComparison()
     comparison.add(expected, actual, torch.tensor([2, 0]))
     p, q = expected.double().softmax(-1), actual.double().softmax(-1)
     assert comparison.max_difference == pytest.approx(0.04) and comparison.largest_logit == 12.0
