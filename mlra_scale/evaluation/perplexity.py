@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -23,7 +23,7 @@ _IGNORED = -100
 
 
 class LanguageModel(Protocol):
-    """What perplexity needs of a model: number of tokens, longest input, and logits."""
+    """What perplexity needs of a model: number of tokens, longest input, and `logits` as of models.OpenedModel."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -31,20 +31,12 @@ class LanguageModel(Protocol):
     @property
     def max_positions(self) -> int: ...
 
-    def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
-        """Returns the logits of the next token at the last `keep` positions, [B, keep, V]; rows start at position 0."""
-        ...
+    def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document.
-
-    Attributes:
-        tokens: Its tokens.
-        num_words: Words (runs of characters that are not white space) that begin in it.
-        num_bytes: Bytes of its text in UTF-8.
-    """
+    """A part of a document: its tokens, words (runs without white space) that begin in it, and bytes in UTF-8."""
 
     tokens: Sequence[int]
     num_words: int
@@ -54,14 +46,8 @@ class Piece:
 Document = Iterable[Piece]
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens of one forward pass: at least two, of which the last one is predicted only.
-
-    Attributes:
-        tokens: The tokens.
-        num_new: How many of them, at the end, this window scores.
-    """
+class Window(NamedTuple):
+    """Tokens of one forward pass, of which the last is predicted only and the last `num_new` are scored."""
 
     tokens: list[int]
     num_new: int
@@ -111,15 +97,12 @@ def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator
 
     The windows are those of Hugging Face's guide to the perplexity of fixed-length models: they begin at 0, stride,
     2 stride, ..., each is `size` long (the last one ends with the stream), and each scores the tokens that no earlier
-    one held.
+    one held. A stream of fewer than two tokens gives none.
 
     Args:
         pieces: The tokens, in pieces of any length.
         size: Tokens of a window, at least 2.
         stride: Distance of the windows, 1 to size - 1.
-
-    Yields:
-        The windows; none for a stream of fewer than two tokens.
     """
     assert 1 <= stride < size, (size, stride)
     held: list[int] = []
@@ -151,11 +134,8 @@ def perplexity(
         documents: The documents, each a stream of pieces.
         window: Tokens of a window; None: the model's longest input.
         stride: Distance of the windows; None: half a window.
-        batch_size: Windows that pass the model at once.
-        start_token: Put before every document as context, so that its first token is scored too; None: it is not.
-
-    Returns:
-        The sums.
+        batch_size: Windows of one forward pass.
+        start_token: Context put before every document, so that its first token is scored too; None: it is not.
 
     Raises:
         EvaluationError: Window or stride do not fit the model, a token is not the model's, or nothing can be scored.
