@@ -1,7 +1,8 @@
 """Failpoints: the steps of a save at which tests let a rank fail or die.
 
-In production `reached` does nothing. Code calls `failpoints.reached(NAME)`; a test replaces the function
-(`failpoints.reached = ...`) by one that raises, waits or kills the process at the step that it wants.
+In production `reached` does nothing. Code calls `failpoints.reached(NAME)`, and a test replaces the function
+(`failpoints.reached = ...`) by one that raises an error, waits, or kills the process.
+The text of each failpoint is the list of what a fault at this step may leave behind.
 """
 
 from __future__ import annotations

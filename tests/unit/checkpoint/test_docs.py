@@ -45,6 +45,6 @@ def test_the_keys_of_the_manifest_are_documented(tmp_path: Path) -> None:
 
 
 def test_every_point_is_reached_by_name() -> None:
-    """points.py lists what the code reaches, and the code reaches what it lists."""
+    """failpoints.py lists what the code reaches, and the code reaches what it lists."""
     code = "".join(path.read_text() for path in sorted((ROOT / "mlra_scale" / "checkpoint").glob("*.py")))
-    assert set(re.findall(r'points\.reached\("([a-z-]+)"\)', code)) == set(FAILPOINTS)
+    assert set(re.findall(r'failpoints\.reached\("([a-z-]+)"\)', code)) == set(FAILPOINTS)

@@ -15,7 +15,6 @@ from mlra_scale.checkpoint import (
     complete_checkpoints,
     latest,
     newest_complete,
-    points,
     prune,
     retention,
 )
@@ -186,7 +185,7 @@ def test_what_is_half_removed_is_hidden(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(points, "reached", reached)
+        patch.setattr(failpoints, "reached", reached)
         prune(tmp_path, 1, 0)
     assert steps(checkpoint_folders(tmp_path)) == [2]
     assert (tmp_path / ".removed-step-00000001").is_dir()
