@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, failpoints, latest
 from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.parallel.fragments import Fragment
-from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of, write_tokenizer
+from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of
 
 ONE = Layout()
 
@@ -275,33 +275,25 @@ def test_a_full_disk_names_the_file(tmp_path: Path, one_process: Any, monkeypatc
     assert visible(tmp_path) == ["latest", "step-00000001"] and hidden(tmp_path) == []
 
 
-def test_too_little_host_memory_is_told(tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["host memory", "state", "tokenizer"])
+def test_what_cannot_be_saved_is_reported(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     saver, engine = saver_of(tmp_path, one_process), engine_of(one_process)
-    huge = Fragment("positions.weight", 0, torch.empty(1).expand(2**46))
-    monkeypatch.setattr(engine, "owned_fragments", lambda with_moments: [huge])
-    save(saver, engine, 1)
-    with pytest.raises(CheckpointError, match=r"2\.81e\+05 GB of host memory .*set checkpoint\.asynchronous=false"):
-        saver.finish()
-
-
-def test_what_is_not_json_is_told(tmp_path: Path, one_process: Any) -> None:
-    saver = saver_of(tmp_path, one_process)
-    saver.save(engine_of(one_process), 1, {"x": object()}, {}, config_of().to_yaml(), None)
-    with pytest.raises(CheckpointError, match="not JSON serializable"):
+    state: dict[str, Any] = {}
+    tokenizer = None
+    if what == "host memory":
+        huge = Fragment("positions.weight", 0, torch.empty(1).expand(2**46))
+        monkeypatch.setattr(engine, "owned_fragments", lambda with_moments: [huge])
+        message = r"2\.81e\+05 GB of host memory .*set checkpoint\.asynchronous=false"
+    elif what == "state":
+        state, message = {"x": object()}, "not JSON serializable"
+    else:
+        tokenizer, message = tmp_path / "gone", "gone cannot be"
+    saver.save(engine, 1, state, {}, config_of().to_yaml(), tokenizer)
+    with pytest.raises(CheckpointError, match=message):
         saver.finish()
     assert visible(tmp_path) == hidden(tmp_path) == []
-
-
-def test_a_tokenizer_that_has_gone_is_told(tmp_path: Path, one_process: Any) -> None:
-    saver = saver_of(tmp_path / "run", one_process)
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    saver.save(engine_of(one_process), 1, {}, {}, config_of().to_yaml(), tokenizer)
-    saver.finish()
-    stored = Store.open(tmp_path / "run" / "step-00000001").tokenizer_folder
-    assert stored is not None and (stored / "tokenizer.json").is_file()
-    saver.save(engine_of(one_process), 2, {}, {}, config_of().to_yaml(), tmp_path / "gone")
-    with pytest.raises(CheckpointError, match="gone cannot be"):
-        saver.finish()
 
 
 def test_abandoning_needs_nobody_and_does_not_wait(
