@@ -33,7 +33,7 @@ POSITIONS_AT_ONCE = 64
 
 
 class _NoInitializer(Initializer):
-    """Leaves new weights uninitialized: those of a store replace them."""
+    """Leaves new weights as they are: those of a store take their place."""
 
     def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
         return lambda tensor: None
@@ -41,7 +41,7 @@ class _NoInitializer(Initializer):
 
 @dataclass(frozen=True)
 class _Context(ModelContext):
-    """A context whose layers are built without initialization, so that their memory is never written."""
+    """A context whose layers are built without values: their memory is never touched."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
