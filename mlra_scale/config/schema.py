@@ -1,6 +1,5 @@
 """The configuration schema: every choice a run is made of, each with its meaning, its range and its default.
 
-The models are frozen and strict: an integer field takes no text and no fraction, a key that is not here is an error.
 Rules that join several fields, or the number of processes, are in `validation.py`.
 """
 
@@ -8,13 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
-from mlra_scale.config.section import Beta, Positive, Section, Tag, Text, tuple_of_list
-from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
+from mlra_scale.config.section import (
+    ActivationsConfig,
+    GradientsConfig,
+    GuardConfig,
+    Positive,
+    Probability,
+    QkClipConfig,
+    Section,
+    Tag,
+    TevConfig,
+    Text,
+)
 
 
 class DataConfig(Section):
@@ -86,8 +95,8 @@ class OptimConfig(Section):
     """AdamW and the learning-rate schedule."""
 
     lr: float = Field(gt=0.0, le=10.0, description="Peak learning rate.")
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(tuple_of_list)] = Field(
-        (0.9, 0.95), description="Decay rates of Adam's two moments."
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.95), strict=False, description="Decay rates of Adam's two moments."
     )
     eps: float = Field(1e-8, gt=0.0, le=1.0, description="Epsilon of Adam.")
     weight_decay: float = Field(0.1, ge=0.0, lt=10.0, description="Decoupled weight decay; never on biases and norms.")
@@ -130,7 +139,7 @@ class ParallelConfig(Section):
         "that are there; fields that are named stay. The files of slurm/ that start a training set it, sweep.sh does "
         "not. manual: nothing is chosen.",
     )
-    named_layout_fields: Annotated[tuple[LayoutField, ...] | None, BeforeValidator(tuple_of_list)] = Field(
+    named_layout_fields: Annotated[tuple[LayoutField, ...], Field(strict=False)] | None = Field(
         None,
         description="Written by the planner: the fields of the layout that were named where it chose the others; they "
         "stay where the run is resumed without naming them again. null: no choice was made.",
@@ -197,9 +206,7 @@ class WandbConfig(Section):
     )
     project: Text = Field("mlra-scale", description="Project name.")
     name: Text | None = Field(None, description="Run name; null: the run directory's name.")
-    tags: Annotated[tuple[Tag, ...], BeforeValidator(tuple_of_list)] = Field(
-        (), description="Tags of the run, of 64 characters at most."
-    )
+    tags: tuple[Tag, ...] = Field((), strict=False, description="Tags of the run, of 64 characters at most.")
 
 
 class ProfileConfig(Section):
@@ -310,13 +317,7 @@ class Config(Section):
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
-        """Builds a configuration from plain values.
-
-        Args:
-            values: Nested mappings as `to_dict` returns them; fields with a default may be left out.
-
-        Returns:
-            The configuration, every field checked for type and range.
+        """Builds a configuration from nested mappings as `to_dict` returns them; defaults may be left out.
 
         Raises:
             ConfigError: With every wrong, unknown or missing field.
@@ -329,12 +330,6 @@ class Config(Section):
     @classmethod
     def from_yaml(cls, text: str) -> Config:
         """Reads what `to_yaml` wrote.
-
-        Args:
-            text: The YAML document.
-
-        Returns:
-            The configuration.
 
         Raises:
             ConfigError: The text is not YAML, or a field is wrong.

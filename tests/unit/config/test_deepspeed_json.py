@@ -19,7 +19,7 @@ from mlra_scale.config import (
     validate,
     zero_stage,
 )
-from mlra_scale.config.deepspeed_keys import OURS, REFUSED, TABLES, YOURS, check_deepspeed_keys
+from mlra_scale.config.deepspeed_json import OURS, REFUSED, TABLES, YOURS, check_deepspeed_keys
 
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
