@@ -35,10 +35,11 @@ from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_be
 from mlra_scale.cluster.queue import ended_by_slurm, put_back
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, Problem, validate
+from mlra_scale.files import write_atomically
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.layout import Devices, settled
-from mlra_scale.training.record import read_record, write_atomically
+from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlra_scale.config.json_text import read_json_object
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import write_atomically
 
 VERSION = 2
 _BLOCK_BYTES = 4096
@@ -127,8 +127,6 @@ class JobFile:
             write_atomically(self.path, f"{text}{' ' * blanks}\n")
         except OSError as error:
             fault = error.strerror
-            with contextlib.suppress(OSError):
-                self.path.with_name(f".{self.path.name}.tmp").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 fault = "" if self._write_over(text) else fault
             if fault:

@@ -1,6 +1,7 @@
 """mlra_scale/cluster/overview.py and tools/jobs.py: what is shown of runs, and what of damaged ones."""
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
@@ -236,7 +237,7 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
     with held(run):
         pass
     with (tmp_path / ".lock").open("rb") as other:
-        overview.fcntl.flock(other, overview.fcntl.LOCK_SH)
+        fcntl.flock(other, fcntl.LOCK_SH)
         assert overview.is_held(run) is False
     with held(run):
         pass
@@ -244,7 +245,7 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
     def refuse(*arguments: Any) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(overview.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_events(tmp_path, START)
     row = only_row(tmp_path)
     assert row.state == "unknown" and "its lock cannot be tested" in (row.last_error or "")
