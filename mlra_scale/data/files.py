@@ -8,14 +8,22 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.config.json_text import printable
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 
 COMPRESSIONS = (".gz", ".zst")
 # Kinds whose files may be compressed as a whole; .parquet compresses its own pages.
 _STREAMS = (".txt", ".jsonl", ".json")
 KNOWN_KINDS = ".txt, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
+
+
+BEYOND = "beyond --max-bytes"
+"""Reason why a file after the cap is not read."""
+_NUM_NAMES = 10
+"""How many names of files of each kind a manifest has; its numbers are complete."""
+_NUM_PRINTED = 3
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,22 @@ class FileCounts:
     without_documents: Sequence[str]
     not_read: Sequence[NotRead]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the manifest's entry: every number, and the first names."""
+
+        def named(paths: Sequence[str]) -> dict[str, Any]:
+            return {"files": len(paths), "names": list(paths[:_NUM_NAMES])}
+
+        return {
+            "matched": self.read + len(self.not_read),
+            "read": self.read,
+            "without_documents": named(self.without_documents),
+            "not_read": [{"reason": reason} | named(paths) for reason, paths in _by_reason(self.not_read).items()],
+        }
+
 
 def kind_of(path: Path) -> str | None:
-    """Returns the ending that says how a file is read, without that of its compression and in lower case.
-
-    Returns:
-        ".txt", ".jsonl", ".json" or ".parquet"; None if the kind is not known.
-    """
+    """Returns how a file is read: ".txt", ".jsonl", ".json" or ".parquet"; None if the kind is not known."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         return ".parquet"
@@ -82,9 +99,6 @@ def find_files(name: str) -> Matches:
 
     Folders are searched at any depth, without links to folders and without hidden files and folders; so is ** in a
     glob.
-
-    Args:
-        name: Path of a file or folder, or a glob.
 
     Returns:
         At least one file to read, in sorted order, and what is not read.
@@ -112,17 +126,21 @@ def find_files(name: str) -> Matches:
     return matches
 
 
-def describe(not_read: Sequence[NotRead], num_names: int = 3) -> str:
+def describe(not_read: Sequence[NotRead]) -> str:
     """Returns one line: how many were not read, for each reason with the first names."""
     return "; ".join(
-        f"{len(paths):,} not read, {reason}: {', '.join(map(printable, paths[:num_names]))}"
-        + (f" and {len(paths) - num_names:,} more" if len(paths) > num_names else "")
-        for reason, paths in by_reason(not_read).items()
+        f"{len(paths):,} not read, {reason}: {shown_names(paths, len(paths))}"
+        for reason, paths in _by_reason(not_read).items()
     )
 
 
-def by_reason(not_read: Iterable[NotRead]) -> dict[str, list[str]]:
-    """Groups paths by the reason why they are not read."""
+def shown_names(names: Sequence[str], count: int) -> str:
+    """Returns the first names of a list for a terminal, and how many of `count` more there are."""
+    more = f" and {count - _NUM_PRINTED:,} more" if count > _NUM_PRINTED else ""
+    return ", ".join(map(printable, names[:_NUM_PRINTED])) + more
+
+
+def _by_reason(not_read: Iterable[NotRead]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for entry in not_read:
         groups.setdefault(entry.reason, []).append(entry.path)
@@ -139,18 +157,15 @@ def _sort_out(found: Iterable[Path], matches: Matches) -> None:
     """Sorts what was found into files to read and others."""
     seen: set[tuple[int, int]] = set()
     for file in sorted(found):
-        reason = None
         if kind_of(file) is None:
-            reason = "of no known kind"
+            matches.not_read.append(NotRead(str(file), "of no known kind"))
         elif not stat.S_ISREG(file.stat().st_mode):
-            reason = "not a regular file"
-        elif (this := identity(file)) in seen:
-            reason = "the same file under a second name"
+            matches.not_read.append(NotRead(str(file), "not a regular file"))
+        elif identity(file) in seen:
+            matches.not_read.append(NotRead(str(file), "the same file under a second name"))
         else:
-            seen.add(this)
+            seen.add(identity(file))
             matches.files.append(file)
-        if reason is not None:
-            matches.not_read.append(NotRead(str(file), reason))
 
 
 def _search(roots: Iterable[Path], matches: Matches) -> set[Path]:
@@ -168,7 +183,7 @@ def _search(roots: Iterable[Path], matches: Matches) -> set[Path]:
 
 
 def _walk(root: Path, matches: Matches) -> Iterable[tuple[str, list[str]]]:
-    """Yields every folder from the root on, with the names of its files. What is not searched is put down."""
+    """Yields every folder from the root on, with the names of its files. What is not searched goes to `matches`."""
     for folder, subfolders, entries in os.walk(root, onerror=_raise):
         for name in sorted(subfolders):
             path = Path(folder, name)
@@ -199,5 +214,5 @@ def _expand(pattern: str, matches: Matches) -> list[Path]:
     for root in roots:
         for folder, _ in _walk(root, matches):
             below = _expand("/".join([glob.escape(folder), *tail]), matches)
-            found += (path for path in below if not (path.is_symlink() and path.is_dir()))  # put down by _walk
+            found += (path for path in below if not (path.is_symlink() and path.is_dir()))  # in `matches` already
     return found

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.manifest import MANIFEST_NAME
 from mlra_scale.files import new_folder
 

@@ -53,8 +53,7 @@ class Study(Section):
         default_factory=dict, description="Fields that every variant is run over, with their values."
     )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        strict=False,
-        description="Values of train.seed; every variant is run with each, and runs are paired by it."
+        strict=False, description="Values of train.seed; every variant is run with each, and runs are paired by it."
     )
     ranks: int = Field(1, ge=1, description="Processes of each run.")
     checkpoints: Literal["discard", "keep"] = Field(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.indexed import open_indexed
 from tests.unit.data.builders import random_documents, write_documents
 

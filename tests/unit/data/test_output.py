@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.output import atomic_folder
 
 

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.files import FileCounts, NotRead, find_files
 from mlra_scale.data.sources import open_sources
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.mix import Mix, SampleOrder
 from mlra_scale.data.one_epoch import OneEpoch
 from mlra_scale.data.stream import Batch, SampleStream
