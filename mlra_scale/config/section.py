@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class TevConfig(Section):
-    """Token embedding variability: how often and what of its distribution."""
+    """Token embedding variability: how often it is measured, and which parts of its distribution are recorded."""
 
     every: int = Field(10, ge=0, description="Steps between measurements; 0: off.")
     quantiles: tuple[Quantile, ...] = Field(
@@ -52,17 +52,17 @@ class GradientsConfig(Section):
 
 
 class ActivationsConfig(Section):
-    """What a probe batch shows of the activations, outside the hot path."""
+    """Statistics of the activations of a probe batch, outside the hot path."""
 
     every: int = Field(0, ge=0, description="Steps between probes; 0: off.")
-    samples: int = Field(4, ge=1, description="The first so many samples of the validation data are the probe batch.")
+    samples: int = Field(4, ge=1, description="Size of the probe batch, the first samples of the validation data.")
     saturation: float = Field(
         0.99, gt=0.0, lt=1.0, description="A row of attention weights whose largest is above this is saturated."
     )
 
 
 class QkClipConfig(Section):
-    """QK-clip: heads whose attention logits grow too large get smaller query and key weights, after an update."""
+    """QK-clip: after an update, query and key weights of heads with too large attention logits are scaled down."""
 
     threshold: float | None = Field(
         None,
@@ -70,44 +70,42 @@ class QkClipConfig(Section):
         description="A head whose largest attention logit is above this is scaled down to it (Kimi K2: 100); null: "
         "off.",
     )
-    every: int = Field(
-        1, ge=1, description="Steps between clips; each costs a forward pass over the samples that are looked at."
-    )
+    every: int = Field(1, ge=1, description="Steps between clips; each costs a forward pass over `samples` samples.")
     samples: int | None = Field(
-        None, ge=1, description="The first so many samples of the step's global batch are looked at; null: all."
+        None,
+        ge=1,
+        description="How many of the first samples of the step's global batch are examined; null: all.",
     )
 
 
 class GuardConfig(Section):
-    """What is done about instability; off, a run computes exactly what it would compute without."""
+    """Reaction to instability; when it is off, it does not change the computation."""
 
-    enabled: bool = Field(False, description="Skip bad updates, then lower the rate, then go back to a checkpoint.")
-    window: int = Field(128, ge=8, description="Steps whose loss and gradient norm say what is usual.")
-    min_window: int = Field(64, ge=4, description="Steps before anything is judged; at most window.")
+    enabled: bool = Field(False, description="Skip bad updates, then lower the rate, then roll back to a checkpoint.")
+    window: int = Field(128, ge=8, description="Number of last steps for mean and deviation of loss and gradient norm.")
+    min_window: int = Field(64, ge=4, description="Steps in the window before an update is judged; at most window.")
     sigmas: float = Field(
-        6.0, gt=0.0, description="An update is bad if its loss or gradient norm is so many deviations above the mean."
+        6.0, gt=0.0, description="An update is bad if its loss or gradient norm is this many deviations above the mean."
     )
     calm_steps: int = Field(
-        50, ge=1, description="An episode is over after so many steps in a row without a bad update."
+        50, ge=1, description="An episode ends after this many steps in a row without a bad update."
     )
     max_skips: int = Field(
         3, ge=0, description="Bad updates left out in one episode before the learning rate is lowered."
     )
-    rate_factor: float = Field(0.5, gt=0.0, lt=1.0, description="What the learning rate is lowered by.")
-    rate_steps: int = Field(
-        200, ge=1, description="Steps over which it comes back to the schedule, in a straight line."
-    )
+    rate_factor: float = Field(0.5, gt=0.0, lt=1.0, description="Factor by which the learning rate is lowered.")
+    rate_steps: int = Field(200, ge=1, description="Steps over which it returns to the schedule, in a straight line.")
     max_lowerings: int = Field(
-        1, ge=0, description="Lowerings in one episode; after so many and max_skips bad updates more the run goes back."
+        1, ge=0, description="Lowerings in one episode; after them and max_skips more bad updates the run rolls back."
     )
     divergence: float | None = Field(
         1.0,
         gt=0.0,
-        description="The run goes back if the mean loss of the last divergence_steps steps is so much (nats) above the "
-        "lowest such mean; null: never for that.",
+        description="The run rolls back if the mean loss of the last divergence_steps steps is this much (nats) above "
+        "the lowest such mean; null: never for that.",
     )
     divergence_steps: int = Field(32, ge=2, description="Steps of the mean above.")
     skip_before: int = Field(
-        50, ge=0, description="Steps before the trouble whose data are skipped too after the run went back."
+        50, ge=0, description="Steps before the bad updates whose data are skipped too after a rollback."
     )
-    max_rollbacks: int = Field(3, ge=0, description="Times that the run goes back; once more, and it stops.")
+    max_rollbacks: int = Field(3, ge=0, description="Number of rollbacks; where one more is needed, the run stops.")

@@ -276,8 +276,8 @@ def _stability(config: Config, world_size: int) -> Failures:
     if guard.enabled and config.checkpoint.every == 0:
         yield (
             "checkpoint.every",
-            "leaves the guard nothing to go back to but where the run began (guard.enabled is true); set it to the "
-            "number of steps that you can afford to lose, or guard.enabled=false",
+            "leaves the guard no checkpoint to roll back to but the start of the run (guard.enabled is true); set it "
+            "to the number of steps that you can afford to lose, or guard.enabled=false",
         )
     data = world_size // (parallel.tensor * parallel.pipeline)
     if config.gradients.noise_every > 0 and train.global_batch_size < 2 * data * train.micro_batch_size:

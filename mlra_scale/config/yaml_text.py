@@ -15,7 +15,6 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
@@ -57,12 +56,13 @@ for _name, (_pattern, _first_characters) in _SCALARS.items():
 
 
 class _Composer(Composer):
-    """Refuses aliases, which can make a value that contains itself, and tags, which make other kinds of values."""
+    """Refuses references, which can make a value that contains itself, and tags, which make other kinds of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.parser.peek_event()
-        if isinstance(event, AliasEvent):
-            raise ComposerError(None, None, "aliases (*name) are not used here; write the value", event.start_mark)
+        if event.anchor is not None:
+            message = "anchors (&name) and aliases (*name) are not used here; write the value"
+            raise ComposerError(None, None, message, event.start_mark)
         if event.ctag is not None:
             raise ComposerError(None, None, "tags (!name) are not used here; quote text", event.start_mark)
         return super().compose_node(parent, index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def find_files(name: str) -> Matches:
     """Finds the files that a path, folder or glob matches.
 
     Folders are searched at any depth, without links to folders and without hidden files and folders; so is ** in a
-    glob.
+    glob. (The standard library's ** follows links, around loops as well.)
 
     Returns:
         At least one file to read, in sorted order, and what is not read.
@@ -110,13 +110,16 @@ def find_files(name: str) -> Matches:
     if path.is_file() and kind_of(path) is None:
         raise DataError(f"source {name} is of no known kind ({KNOWN_KINDS})")
     try:
-        roots = [path] if path.exists() else _expand(name, matches)
+        if path.exists():
+            roots, tail = [path], ""
+        else:
+            roots, tail = _expand(name)
         if not roots:
             raise DataError(
                 f"source {name} does not exist; a Hugging Face data set is written hf:NAME, "
                 "the embedded corpus python-docs"
             )
-        _sort_out(_search(roots, matches), matches)
+        _sort_out({file for root in roots for file in _search(root, tail, matches)}, matches)
     except OSError as error:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
     matches.not_read = sorted(set(matches.not_read), key=lambda entry: entry.path)
@@ -124,6 +127,66 @@ def find_files(name: str) -> Matches:
         others = f"; {describe(matches.not_read)}" if matches.not_read else ""
         raise DataError(f"source {name} holds no file of a known kind ({KNOWN_KINDS}){others}")
     return matches
+
+
+def _expand(pattern: str) -> tuple[list[Path], str]:
+    """Returns what a glob matches; with **, the folders before it, and the part of the pattern behind it."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return [Path(path) for path in glob.glob(pattern)], ""
+    position = parts.index("**")
+    head = "/".join(parts[:position]) or ("/" if pattern.startswith("/") else ".")
+    tail = "/".join(part for part in parts[position + 1 :] if part not in ("", "**"))
+    return [Path(path) for path in glob.glob(head) if os.path.isdir(path)], tail
+
+
+def _search(root: Path, tail: str, matches: Matches) -> Iterator[Path]:
+    """Yields a file, or the files below a folder of which the path, or a folder on it, ends as `tail` says.
+
+    What is hidden, and links to folders, go to `matches`.
+    """
+    if not root.is_dir():
+        yield root
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        below = Path(folder).relative_to(root)
+        is_whole = not tail or any(part.match(tail) for part in (below, *below.parents))
+        for name in subfolders:
+            if name.startswith("."):
+                matches.not_read.append(NotRead(os.path.join(folder, name), "hidden"))
+            elif os.path.islink(os.path.join(folder, name)):
+                matches.not_read.append(NotRead(os.path.join(folder, name), "a link to a folder"))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                if is_whole:
+                    matches.not_read.append(NotRead(os.path.join(folder, name), "hidden"))
+            elif is_whole or (below / name).match(tail):
+                yield Path(folder, name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _sort_out(found: Iterable[Path], matches: Matches) -> None:
+    """Sorts what was found into files to read and others."""
+    seen: set[tuple[int, int]] = set()
+    for file in sorted(found):
+        if kind_of(file) is None:
+            matches.not_read.append(NotRead(str(file), "of no known kind"))
+        elif not stat.S_ISREG(file.stat().st_mode):
+            matches.not_read.append(NotRead(str(file), "not a regular file"))
+        elif identity(file) in seen:
+            matches.not_read.append(NotRead(str(file), "the same file under a second name"))
+        else:
+            seen.add(identity(file))
+            matches.files.append(file)
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Returns what two names of one file have in common, links of both kinds included (device, inode)."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def describe(not_read: Sequence[NotRead]) -> str:
@@ -145,74 +208,3 @@ def _by_reason(not_read: Iterable[NotRead]) -> dict[str, list[str]]:
     for entry in not_read:
         groups.setdefault(entry.reason, []).append(entry.path)
     return groups
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """Returns what two names of one file have in common, links of both kinds included (device, inode)."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def _sort_out(found: Iterable[Path], matches: Matches) -> None:
-    """Sorts what was found into files to read and others."""
-    seen: set[tuple[int, int]] = set()
-    for file in sorted(found):
-        if kind_of(file) is None:
-            matches.not_read.append(NotRead(str(file), "of no known kind"))
-        elif not stat.S_ISREG(file.stat().st_mode):
-            matches.not_read.append(NotRead(str(file), "not a regular file"))
-        elif identity(file) in seen:
-            matches.not_read.append(NotRead(str(file), "the same file under a second name"))
-        else:
-            seen.add(identity(file))
-            matches.files.append(file)
-
-
-def _search(roots: Iterable[Path], matches: Matches) -> set[Path]:
-    """Returns the files among the roots and below the folders among them."""
-    found: set[Path] = set()
-    for root in roots:
-        if not root.is_dir():
-            found.add(root)
-            continue
-        for folder, entries in _walk(root, matches):
-            hidden = [Path(folder, entry) for entry in entries if entry.startswith(".")]
-            matches.not_read += (NotRead(str(path), "hidden") for path in hidden)
-            found.update(Path(folder, entry) for entry in entries if not entry.startswith("."))
-    return found
-
-
-def _walk(root: Path, matches: Matches) -> Iterable[tuple[str, list[str]]]:
-    """Yields every folder from the root on, with the names of its files. What is not searched goes to `matches`."""
-    for folder, subfolders, entries in os.walk(root, onerror=_raise):
-        for name in sorted(subfolders):
-            path = Path(folder, name)
-            if name.startswith("."):
-                matches.not_read.append(NotRead(str(path), "hidden"))
-            elif path.is_symlink():
-                matches.not_read.append(NotRead(str(path), "a link to a folder"))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield folder, entries
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _expand(pattern: str, matches: Matches) -> list[Path]:
-    """Expands a glob; ** follows no links, which the standard library's does, around loops as well."""
-    parts = pattern.split("/")
-    if "**" not in parts:
-        return [Path(path) for path in glob.glob(pattern)]
-    position = parts.index("**")
-    head = "/".join(parts[:position]) or ("/" if pattern.startswith("/") else ".")
-    tail = [part for part in parts[position + 1 :] if part not in ("", "**")]
-    roots = [Path(path) for path in glob.glob(head) if os.path.isdir(path)]
-    if not tail:
-        return roots
-    found: list[Path] = []
-    for root in roots:
-        for folder, _ in _walk(root, matches):
-            below = _expand("/".join([glob.escape(folder), *tail]), matches)
-            found += (path for path in below if not (path.is_symlink() and path.is_dir()))  # in `matches` already
-    return found

@@ -71,17 +71,19 @@ class _SourceFiles(_Entry):
     without_documents: _Group
     not_read: list[_Unread]
 
-    @model_validator(mode="after")
-    def _adds_up(self) -> _SourceFiles:
-        _check_sum("files", self.matched, self.read + sum(group.files for group in self.not_read))
-        return self
-
 
 class _Source(_Entry):
     name: str
     documents: _Count
     empty_documents: _Count | None = None  # this and the next are missing in folders from before they were counted
     files: _SourceFiles | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> _Source:
+        if (files := self.files) is not None:
+            not_read = sum(group.files for group in files.not_read)
+            _check_sum(f"files of source {printable(self.name)}", files.matched, files.read + not_read)
+        return self
 
 
 class _Content(_Entry):
@@ -245,10 +247,9 @@ def read_manifest(folder: Path) -> Manifest:
         _Content.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = printable(".".join(map(str, first["loc"])), 60)
-        raise DataError(
-            f"{path} lacks or garbles an entry ({where}{': ' * bool(where)}{first['msg']}); prepare the data again"
-        ) from error
+        where = printable(".".join(map(str, first["loc"])) or "its entries", 60)
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} lacks or garbles an entry ({where}: {reason}); prepare the data again") from error
     manifest = Manifest(folder, content)
     if content["fingerprint"] != (manifest.fingerprint_of_version_1 if version == 1 else manifest.fingerprint):
         raise DataError(f"{path} was changed by hand: its fingerprint is not that of its files; prepare the data again")

@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import pytest
 
-from mlra_scale.data.encode import encode_in_order
 from mlra_scale.data import DataError
+from mlra_scale.data.encode import encode_in_order
 from mlra_scale.data.readers import Document
 from mlra_scale.data.tokenizer import LoadedTokenizer, train_bpe
 

@@ -165,7 +165,9 @@ def test_bad_sections_in_files(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
-    assert lines(preset="debug", config_file=missing) == [f"--config = '{missing}': cannot be read: No such file or directory"]
+    assert lines(preset="debug", config_file=missing) == [
+        f"--config = '{missing}': cannot be read: No such file or directory"
+    ]
     assert lines(preset="debug", config_file=tmp_path)[0].endswith("cannot be read: Is a directory")
     binary = tmp_path / "binary"
     binary.write_bytes(b"a\xff")

@@ -10,8 +10,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from mlra_scale.config import Config, load_config
-from mlra_scale.data.indexed import open_indexed
-from mlra_scale.data.one_epoch import SequenceRange
+from mlra_scale.data.indexed import SequenceRange, open_indexed
 
 
 def write_documents(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> Path:
@@ -33,9 +32,7 @@ def random_documents(count: int, mean: int, seed: int = 0, vocabulary: int = 500
 def whole_range(prefix: Path, cache: Path | None = None) -> SequenceRange:
     """All sequences of a data set."""
     files = open_indexed(str(prefix))
-    stop = len(files.sequence_lengths)
-    num_tokens = files.num_tokens(0, stop)
-    return SequenceRange(str(prefix), 0, stop, num_tokens, files.index_sha256, cache or Path(f"{prefix}.cache"))
+    return SequenceRange(files, 0, len(files.sequence_lengths), cache or Path(f"{prefix}.cache"))
 
 
 def config_for(path: Path | None, *overrides: str, **fields: Any) -> Config:
