@@ -36,10 +36,10 @@ def write_parquet(path: Path, texts: Sequence[object], field: str = "text") -> P
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "A.PARQUET"])
 @pytest.mark.parametrize("field", ["text", "body"])
 def test_files_of_rows(tmp_path: Path, name: str, field: str) -> None:
-    write = write_parquet if name.endswith("parquet") else write_jsonl
+    write = write_parquet if name.lower().endswith("parquet") else write_jsonl
     path = write(tmp_path / name, TEXTS, field)
     assert texts_of(path, field=field) == TEXTS
     (source,) = open_sources([str(path)], field, "train", None)
@@ -115,10 +115,6 @@ def test_every_way_to_write_text_with_and_without_a_byte_order_mark(tmp_path: Pa
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / name).write_bytes(packed(name, mark + content))
         assert texts_of(tmp_path / name) == [content.decode()]
-
-
-def test_parquet_in_upper_case(tmp_path: Path) -> None:
-    assert texts_of(write_parquet(tmp_path / "A.PARQUET", TEXTS)) == TEXTS
 
 
 def test_links_fifos_and_loops(tmp_path: Path) -> None:
