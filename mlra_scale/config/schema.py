@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
@@ -129,6 +129,12 @@ LayoutField = Literal[
 """The fields that parallel.layout=auto chooses."""
 
 
+def _without_sharded(value: Any) -> Any:
+    if value == "sharded":
+        raise ValueError(f"{stored_yaml.NO_SHARDED}; use auto, replicated or merged")
+    return value
+
+
 class ParallelConfig(Section):
     """How the model is spread over ranks; the data-parallel degree is what remains of the world."""
 
@@ -154,11 +160,11 @@ class ParallelConfig(Section):
         description="Activations that the backward pass computes again. selective: layer norms and GELU, a "
         "third of what a block keeps; block: everything but each block's input.",
     )
-    low_rank_plan: Literal["auto", "replicated", "sharded", "merged"] = Field(
+    low_rank_plan: Annotated[Literal["auto", "replicated", "merged"], BeforeValidator(_without_sharded)] = Field(
         "auto",
         description="How tensor-parallel ranks share factorised q, k, v. replicated: every rank computes the whole "
-        "latents; sharded: a part each, gathered; merged: each forms its slice of the product first; auto: the fastest "
-        "by a cost model (mlra_scale/model/low_rank_plan.py).",
+        "latents; merged: each forms its slice of the product first; auto: the faster one by a cost model "
+        "(mlra_scale/model/low_rank_plan.py).",
     )
     sequence_parallel: bool = Field(
         False,

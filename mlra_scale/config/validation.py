@@ -113,13 +113,7 @@ def _layout(config: Config) -> Failures:
             f"the padded vocabulary of {model.padded_vocab_size} rows is not divisible by it; choose "
             "model.vocab_padding_multiple divisible by every tensor-parallel degree you want to use",
         )
-    if parallel.low_rank_plan == "sharded" and model.attention == "mlra" and model.rank % tensor:
-        yield (
-            "parallel.low_rank_plan",
-            f"splits the rank {model.rank} (model.attention_rank), which is not divisible by parallel.tensor {tensor}; "
-            "use replicated, merged or auto",
-        )
-    if parallel.low_rank_plan in ("sharded", "merged") and model.sigma_reparam:
+    if parallel.low_rank_plan == "merged" and model.sigma_reparam:
         yield (
             "parallel.low_rank_plan",
             "takes factors apart that model.sigma_reparam scales together; use replicated or auto",
@@ -146,12 +140,6 @@ def _sequence_parallel(config: Config) -> Failures:
             "parallel.sequence_parallel",
             f"train.sequence_length {length} is not divisible by parallel.tensor {parallel.tensor}; set it to false, "
             f"or the length to {length - length % parallel.tensor or parallel.tensor}",
-        )
-    if parallel.low_rank_plan == "sharded" and config.model.attention == "mlra":
-        yield (
-            "parallel.low_rank_plan",
-            "splits the ranks of the latents, while with parallel.sequence_parallel the latents' work is split by "
-            "positions already, at less communication; use replicated, merged or auto",
         )
     for key in SEQUENCE_PARALLEL_FORBIDS:
         if section_at(config.deepspeed, "pipeline").get(key) is True:

@@ -103,8 +103,6 @@ parallel.sequence_parallel=true
     parallel.sequence_parallel: parallel.tensor is 1; set it to false, or parallel.tensor to 2 or more
 parallel.sequence_parallel=true parallel.tensor=4 train.sequence_length=63 @4
     parallel.sequence_parallel: 63 is not divisible by parallel.tensor 4; set it to false, or the length to 60
-parallel.sequence_parallel=true parallel.tensor=2 parallel.low_rank_plan=sharded @2
-    parallel.low_rank_plan: use replicated, merged or auto
 parallel.sequence_parallel=true parallel.tensor=2 parallel.pipeline=2 deepspeed.pipeline.pipe_partitioned=true deepspeed.pipeline.grad_partitioned=false @4
     deepspeed.pipeline.pipe_partitioned: parallel.sequence_parallel splits them; leave it out
 cluster.hang_minutes=5.0 parallel.timeout_minutes=5.0
