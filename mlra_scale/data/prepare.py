@@ -35,6 +35,7 @@ from mlra_scale.data.manifest import (
     manifest_text,
     read_manifest,
 )
+from mlra_scale.data.manifest import summary as summary  # until the command line takes it from there
 from mlra_scale.data.output import atomic_folder, check_free
 from mlra_scale.data.readers import Document
 from mlra_scale.data.sources import Source, open_sources
