@@ -6,6 +6,7 @@ of time or of place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
@@ -36,10 +37,10 @@ from mlra_scale.data.manifest import (
     read_manifest,
 )
 from mlra_scale.data.manifest import summary as summary  # until the command line takes it from there
-from mlra_scale.data.output import atomic_folder, check_free
 from mlra_scale.data.readers import Document
 from mlra_scale.data.sources import Source, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe
+from mlra_scale.files import new_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -170,7 +171,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     sources = open_sources(options.sources, options.field, options.hf_split, options.hf_config)
     corpus = Corpus(sources, options)
     try:
-        with atomic_folder(options.output, options.overwrite) as folder:
+        with output_folder(options.output, options.overwrite) as folder:
             tokenizer = _tokenizer(corpus, options)
             save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
             checksum = tokenizer_sha256(tokenizer.tokenizer)
@@ -182,6 +183,33 @@ def prepare(options: PrepareOptions) -> Manifest:
     except OSError as error:
         raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
     return read_manifest(options.output)
+
+
+@contextlib.contextmanager
+def output_folder(final: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty temporary folder, which becomes `final` at the end and is removed after an error.
+
+    Raises:
+        DataError: `final` exists and may not be replaced, or another run is building it.
+    """
+    final = final.absolute()
+    check_free(final, overwrite)
+    with new_folder(final, busy=DataError(f"another run is building {final.name} right now")) as partial:
+        check_free(final, overwrite)  # another run may have made it meanwhile
+        yield partial
+
+
+def check_free(final: Path, overwrite: bool) -> None:
+    """Raises DataError if the folder cannot be made; a cheap check before any work."""
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise DataError(f"{final} exists and is not a folder; choose another --output")
+    if (final / MANIFEST_NAME).is_file():
+        if not overwrite:
+            raise DataError(f"{final} holds a finished data set; give --overwrite to replace it")
+    elif any(final.iterdir()):
+        raise DataError(f"{final} exists and was not made by this tool (no {MANIFEST_NAME}); choose another --output")
 
 
 def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:

@@ -173,7 +173,7 @@ def test_the_split_belongs_to_seed_and_index(tmp_path: Path) -> None:
     assert small != validation("--validation-fraction", 0.1, "--seed", 1)
 
 
-def test_empty_documents_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["", " \n", *texts(200)])
     assert run("--output", tmp_path / "set", "--source", source, *TRAIN_BPE) == 0
     assert "left out    2 empty documents" in capsys.readouterr().out
@@ -342,7 +342,7 @@ def test_verify_needs_no_other_option_and_says_what_is_damaged(
     assert code == 2 and f"{tmp_path} has no manifest.json" in err
 
 
-def test_the_hub_out_of_reach_is_told_soon_once_and_with_a_remedy(tmp_path: Path) -> None:
+def test_the_hub_out_of_reach_is_reported_soon_once_and_with_a_remedy(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -372,7 +372,7 @@ def test_the_hub_out_of_reach_is_told_soon_once_and_with_a_remedy(tmp_path: Path
     assert not (tmp_path / "set").exists()
 
 
-def test_a_finished_data_set_is_kept_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_data_set_is_kept_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = write_jsonl(tmp_path / "a.jsonl", texts(100)), tmp_path / "set"
     choice = ["--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE]
     assert run(*choice) == 0

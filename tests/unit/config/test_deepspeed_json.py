@@ -53,8 +53,8 @@ def test_every_row_of_the_table(path: str, key: str, owner: str, note: str) -> N
         assert "Hugging Face" in remedies(nested(path, key, "auto"))[field]
         assert remedies(nested(path, key, None))[field].startswith("must be ")
     else:
-        told = remedies(nested(path, key, True))
-        assert told == {
+        found = remedies(nested(path, key, True))
+        assert found == {
             field: {OURS: "does not belong among DeepSpeed's keys: ", REFUSED: "cannot be used: "}[owner] + note
         }
 

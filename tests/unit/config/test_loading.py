@@ -212,7 +212,7 @@ def test_bad_deepspeed_files(tmp_path: Path, text: str, line: str) -> None:
     assert found.startswith("--ds-config = ") and ": " + line in found
 
 
-def test_all_sources_are_told_at_once(tmp_path: Path) -> None:
+def test_problems_of_all_sources_are_reported_together(tmp_path: Path) -> None:
     file = write(tmp_path / "c.yaml", "train: {steps: x}")
     json = write(tmp_path / "d.json", '{"train_batch_size": 8}')
     found = lines(preset="debgu", config_file=file, ds_config_file=json, overrides=["optim.lrr=1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from mlra_scale.config import Config, load_config
 from mlra_scale.data.indexed import SequenceRange, open_indexed
+from mlra_scale.data.prepare import PrepareOptions, prepare
 
 
 def write_documents(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> Path:
@@ -40,3 +42,10 @@ def config_for(path: Path | None, *overrides: str, **fields: Any) -> Config:
     named = [] if path is None else [f"data.path={path}"]
     named += [f"data.{name}={value}" for name, value in fields.items()]
     return load_config("debug", None, None, ["train.sequence_length=16", *named, *overrides])
+
+
+def prepare_texts(output: Path, texts: Sequence[str], **options: Any) -> Path:
+    """Prepares a data set of texts, a document each, with their JSON lines beside it; returns its folder."""
+    source = output.with_suffix(".jsonl")
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return prepare(PrepareOptions(output, [str(source)], progress=False, **options)).folder

@@ -1,4 +1,4 @@
-"""Sources: every kind of input gives its texts, and every defect is told with file and line."""
+"""Sources: every kind of input gives its texts, and every defect is an error with file and line."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ LINES = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 @pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
-def test_bad_lines_are_told_with_file_and_line(tmp_path: Path, line: bytes, suffix: str) -> None:
+def test_bad_lines_are_refused_with_file_and_line(tmp_path: Path, line: bytes, suffix: str) -> None:
     content = b'\xef\xbb\xbf{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n'
     path = tmp_path / f"bad.{suffix}"
     path.write_bytes(packed(suffix, content))
@@ -244,7 +244,7 @@ def test_parquet_text_that_is_not_utf_8(tmp_path: Path, kind: str) -> None:
         texts_of(tmp_path / "a.parquet")
 
 
-def test_bad_files_are_told(tmp_path: Path) -> None:
+def test_bad_files_are_refused(tmp_path: Path) -> None:
     text, table, packed, foreign = (tmp_path / name for name in ("a.txt", "a.parquet", "a.jsonl.gz", "b.jsonl.gz"))
     text.write_bytes(b"one\ntwo\n\xff\n")
     write_parquet(table, ["a", None])
@@ -281,7 +281,7 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
         texts_of(table)
 
 
-def test_a_file_that_vanishes_is_told(tmp_path: Path) -> None:
+def test_a_file_that_vanishes_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     (source,) = open_sources([str(path)], "text", "train", None)
     path.unlink()
