@@ -1,20 +1,7 @@
 """Named starting points. Depth is the dial of the deep family; everything else there is derived in one function.
 
-Parameter counts (real vocabulary, tied head once; `ModelConfig.num_parameters`), all at rank D/2, where MLRA and its
-dense twin have equally many:
-
-    debug                            236,928
-    laptop                         5,299,456
-    gpt2-mlra-48l, gpt2-48l      657,132,544
-    gpt2-mlra-72l, gpt2-72l      959,441,920
-    gpt2-mlra-96l, gpt2-96l    1,261,751,296
-    gpt2-mlra-192l, gpt2-192l  2,470,988,800
-    gpt2-mlra-72l-wide, gpt2-72l-wide
-                              14,709,403,648
-    gpt2                         124,439,808
-    gpt2-medium                  354,823,168
-    gpt2-large                   774,030,080
-    gpt2-xl                    1,557,611,200
+docs/configuration.md has a table of all presets with their number of parameters. All MLRA presets have rank D/2, where
+MLRA and its dense twin have equally many.
 """
 
 from __future__ import annotations
