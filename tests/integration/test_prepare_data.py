@@ -18,7 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -171,12 +170,6 @@ def test_the_split_belongs_to_seed_and_index(tmp_path: Path) -> None:
     small = validation("--validation-fraction", 0.1)
     assert 10 < len(small) < 60 and small == validation("--validation-fraction", 0.1)
     assert small != validation("--validation-fraction", 0.1, "--seed", 1)
-
-
-def test_empty_documents_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["", " \n", *texts(200)])
-    assert run("--output", tmp_path / "set", "--source", source, *TRAIN_BPE) == 0
-    assert "left out    2 empty documents" in capsys.readouterr().out
 
 
 def test_files_that_are_not_read_are_said_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,28 +422,3 @@ def is_zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
         return False
-
-
-def test_a_data_set_of_megatrons_builder_reads_unchanged(tmp_path: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(1, 300, size=rng.integers(1, 200)).tolist() for _ in range(80)]
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs_text_document.bin"), dtype=np.int32)
-    for document in documents:
-        builder.add_document(np.array(document), [len(document)])
-    builder.finalize(str(tmp_path / "theirs_text_document.idx"))
-    before = digests(tmp_path)
-    overrides = [f"data.path={tmp_path / 'theirs_text_document'}", "data.validation_fraction=0.1"]
-    config = load_config("debug", None, None, overrides)
-    assert check_data(config) == []
-    opened = open_datasets(config)
-    stream, length = opened.train, config.train.sequence_length
-    # Every training token but the tail comes back, in documents.
-    read = stream.batch(0, stream.samples_per_epoch)
-    train_tokens = [token for document in documents[:72] for token in document]
-    assert opened.num_train_tokens == len(train_tokens)
-    assert stream.samples_per_epoch == (len(train_tokens) - 1) // length
-    wanted, found = np.bincount(train_tokens, minlength=300), np.bincount(read.tokens_BS.ravel(), minlength=300)
-    assert (found <= wanted).all() and (wanted - found).sum() <= length
-    assert digests(tmp_path) == before

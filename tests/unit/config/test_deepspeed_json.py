@@ -131,14 +131,6 @@ def test_the_tables_know_every_key_of_deepspeed() -> None:
     assert looked_up <= set(TABLES[""]), looked_up - set(TABLES[""])
 
 
-@pytest.mark.parametrize("key", ["sequence_parallel_size", "seq_parallel_communication_data_type"])
-def test_sequence_parallelism_is_refused_with_the_field_that_does_it(key: str) -> None:
-    """DeepSpeed's is another one: Ulysses. Ours came later than the refusal, which said that there is none."""
-    (problem,) = check_deepspeed_keys({key: 2})
-    assert "set parallel.sequence_parallel" in problem.remedy and "Ulysses" in problem.remedy
-    assert load_config("debug", overrides=["parallel.sequence_parallel=true"]).parallel.sequence_parallel
-
-
 def parse(config: Config) -> Any:
     """What DeepSpeed makes of the mapping on one rank."""
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -129,10 +129,7 @@ def test_a_shorter_run_of_a_preset_has_a_shorter_warmup(tmp_path: Path) -> None:
         ("train.steps.x=3", "train.steps.x = 3: 'steps' is a value and has no fields"),
         ("optim.lr=[", "optim.lr = '[': is not YAML: line 1, column 2: "),
         ("preset=gpt2", "preset = 'gpt2': a preset is where values start from, not an override; use --preset"),
-        ("train.steps='8'", "train.steps = '8': must be an integer, not text"),
-        ("train.steps=8.5", "train.steps = 8.5: must be an integer, not a fraction"),
         ("train.steps=", "train.steps = None: must be an integer, not null"),
-        ("optim.lr=auto", "optim.lr = 'auto': must be a number, not the text 'auto'"),
         (
             "data.blend={a: 1, a: 2}",
             "data.blend = '{a: 1, a: 2}': is not YAML: line 1, column 8: key 'a' is given twice",

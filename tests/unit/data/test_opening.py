@@ -81,13 +81,14 @@ def test_a_prepared_folder_opens(data: Path) -> None:
 
 def test_a_bare_prefix_opens_and_its_last_documents_validate(bare: Path) -> None:
     config = config_for(bare, validation_fraction=0.1, end_of_document_token=0)
+    before = {path.name: path.read_bytes() for path in bare.parent.iterdir()}
     assert check_data(config) == []
     opened = open_datasets(config)
     assert opened.manifests == ()
     lengths = [len(document) for document in random_documents(200, 30)]
     assert opened.num_train_tokens == sum(lengths[:180])
     assert opened.validation.samples_per_epoch == (sum(lengths[180:]) - 1) // 16
-    assert not Path(f"{bare}.cache").exists()
+    assert {path.name: path.read_bytes() for path in bare.parent.iterdir()} == before  # and no cache beside them
 
 
 def test_sequences_of_one_document_stay_on_one_side(tmp_path: Path) -> None:
