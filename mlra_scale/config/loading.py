@@ -73,7 +73,9 @@ def load_named_config(
         given, name = _read_mapping(run_config, "--run-dir", stored_yaml.parse, problems), None
         in_file: frozenset[str] = frozenset()
     else:
-        given = _read_mapping(Path(config_file), "--config", stored_yaml.parse, problems) if config_file else {}
+        given = {}
+        if config_file is not None:
+            given = _read_mapping(Path(config_file), "--config", stored_yaml.parse, problems)
         in_file = frozenset(_field_names(given))
         name = _choose_preset(preset, given, problems)
         if name is None and config_file is None:

@@ -40,26 +40,29 @@ def validate(config: Config, world_size: int, device: str | None = None) -> None
     Raises:
         ConfigError: With every problem found.
     """
-    values = config.to_dict()
+    failures = chain(
+        _model(config),
+        _layout(config),
+        _sequence_parallel(config),
+        _engine(config),
+        _compile(config),
+        _precision(config, device or config.train.device),
+        _schedule(config),
+        _data(config),
+        _stability(config, world_size),
+        _cluster(config),
+    )
+    problems = [Problem(field, _value_at(config, field), remedy) for field, remedy in failures]
+    problems += [*batch_problems(config, world_size), *check_deepspeed_keys(config.deepspeed)]
+    if problems:
+        raise ConfigError(problems)
 
-    def problems(failures: Failures) -> list[Problem]:
-        return [Problem(field, _value_at(values, field), remedy) for field, remedy in failures]
 
-    found = [
-        *problems(chain(_model(config), _layout(config), _sequence_parallel(config))),
-        *batch_problems(config, world_size),
-        *problems(chain(_engine(config), _compile(config), _precision(config, device or config.train.device))),
-        *problems(chain(_schedule(config), _data(config), _stability(config, world_size), _cluster(config))),
-        *check_deepspeed_keys(config.deepspeed),
-    ]
-    if found:
-        raise ConfigError(found)
-
-
-def _value_at(values: Any, path: str) -> Any:
+def _value_at(config: Config, path: str) -> Any:
+    value: Any = config
     for part in path.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _divisors(number: int, limit: int = 64) -> str:

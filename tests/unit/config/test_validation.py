@@ -188,9 +188,9 @@ def test_all_problems_are_reported_together() -> None:
         "model.attention_rank",
         "parallel.tensor",
         "parallel.pipeline",
-        "train.global_batch_size",
         "deepspeed.zero_optimization.stage",
         "optim.warmup_steps",
+        "train.global_batch_size",
         "deepspeed.fp16",
     ]
     with pytest.raises(ConfigError) as caught:
