@@ -113,9 +113,9 @@ _Constructor.add_constructor("tag:yaml.org,2002:str", _Constructor.construct_yam
 _Representer.add_representer(float, _Representer.represent_float)
 
 
-def _yaml() -> YAML:
+def _yaml() -> Any:
     """Returns a reader and writer for one document: ruamel.yaml's keep state after an error."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.Resolver, yaml.Composer = _Resolver, _Composer
     yaml.Constructor, yaml.Representer = _Constructor, _Representer
     yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False

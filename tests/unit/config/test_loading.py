@@ -53,8 +53,8 @@ def test_a_stored_plan_that_was_removed_is_read_as_auto(tmp_path: Path, caplog: 
     """Files of runs have it since version 2 or before; on the command line it is refused with the reason."""
     stored = "version: 2\npreset: debug\nparallel: {tensor: 2, low_rank_plan: sharded}\n"
     stored_yaml._notice_sharded.cache_clear()
-    for sources in ({"config_file": write(tmp_path / "c.yaml", stored)},) * 2:
-        config = load_config(**sources)
+    for _ in range(2):
+        config = load_config(config_file=write(tmp_path / "c.yaml", stored))
         assert (config.parallel.low_rank_plan, config.parallel.tensor) == ("auto", 2)
     (said,) = caplog.messages
     assert said == (
