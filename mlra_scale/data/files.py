@@ -147,6 +147,7 @@ def _search(root: Path, tail: str, matches: Matches) -> Iterator[Path]:
     """
     if not root.is_dir():
         yield root
+        return
     for folder, subfolders, names in os.walk(root, onerror=_raise):
         below = Path(folder).relative_to(root)
         is_whole = not tail or any(part.match(tail) for part in (below, *below.parents))
