@@ -151,7 +151,7 @@ def problems(config: Config, world_size: int = 1, device: str | None = None) -> 
 LINES = RULES.strip().split("\n")
 
 
-@pytest.mark.parametrize(("overrides", "failure"), zip(LINES[::2], LINES[1::2], strict=True))
+@pytest.mark.parametrize(("overrides", "failure"), list(zip(LINES[::2], LINES[1::2], strict=True)))
 def test_each_rule(overrides: str, failure: str) -> None:
     field, _, remedy = failure.strip().partition(": ")
     found = problems(*debug(overrides))
