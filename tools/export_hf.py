@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from mlra_scale.checkpoint.errors import CheckpointError
     from mlra_scale.checkpoint.huggingface.verification import VerificationError
-    from mlra_scale.data import DataError
+    from mlra_scale.data.errors import DataError
     from mlra_scale.evaluation.errors import EvaluationError
 
     try:

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
     from mlra_scale.checkpoint.errors import CheckpointError
-    from mlra_scale.data import DataError
+    from mlra_scale.data.errors import DataError
     from mlra_scale.evaluation.errors import EvaluationError
 
     try:

@@ -17,7 +17,7 @@ import torch
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.location import checkpoint_at
 from mlra_scale.config.json_text import printable
-from mlra_scale.data import DataError
+from mlra_scale.data.errors import DataError
 from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
 from mlra_scale.evaluation.errors import EvaluationError
 from mlra_scale.evaluation.folder_files import check_tokenizer_files, read_model_files, reason_of
