@@ -25,12 +25,11 @@ With sigmaReparam the scale of a matrix does not change what the model computes,
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.parameters import LowRankPlan, ParameterInfo, ParameterTable
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 from mlra_scale.model.randomness import keyed_generator
 
 
@@ -111,16 +110,3 @@ def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
         state[name] = torch.empty(info.shape)
         fill_initial_values(state[name], model, info, seed)
     return state
-
-
-class Initializer:
-    """Hands out, per canonical name, a function that fills a global tensor in place (Megatron's `init_method`)."""
-
-    def __init__(self, model: ModelConfig, seed: int, low_rank_plan: LowRankPlan = "replicated") -> None:
-        self.model = model
-        self.seed = seed
-        self.table = ParameterTable(model, low_rank_plan)
-
-    def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
-        info = self.table[name]
-        return lambda tensor: fill_initial_values(tensor, self.model, info, self.seed)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mlra_scale.model.block import Block
 from mlra_scale.model.context import Stream
-from mlra_scale.model.layers import Block
 from mlra_scale.model.tensor_parallel import whole_hidden
 
 LOGITS_AT_ONCE = 2**25

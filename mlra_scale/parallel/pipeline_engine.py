@@ -16,10 +16,11 @@ from torch import nn
 
 from mlra_scale.config import BatchPlan, Config
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.layers import Layer, TokenEmbedding, model_layers
-from mlra_scale.parallel.engine import EngineBase
-from mlra_scale.parallel.interface import Between, MicroBatch
+from mlra_scale.model.embedding import TokenEmbedding
+from mlra_scale.model.gpt import Layer, model_layers
+from mlra_scale.parallel.engine import Engine
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
+from mlra_scale.parallel.step import Between, MicroBatch
 from mlra_scale.parallel.topology import Topology
 
 
@@ -78,7 +79,7 @@ def _with_a_group_of_its_own(tied: nn.Parameter | None, groups: list[dict[str, A
     return [group for group in found if group["params"]]
 
 
-class PipelineEngine(EngineBase):
+class PipelineEngine(Engine):
     """DeepSpeed's pipeline engine around the layer list (see parallel.engine.Engine)."""
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
@@ -102,9 +103,9 @@ class PipelineEngine(EngineBase):
             groups = _with_a_group_of_its_own(named.get("embedding.weight"), groups)
         optimizer = build_optimizer(config, groups)
         engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
+            model=module, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
-        # The loss is summed in EngineBase._propose; DeepSpeed would sum and send it once more, with a copy that waits.
+        # The loss is summed in Engine._propose; DeepSpeed would sum and send it once more, with a copy that waits.
         engine._aggregate_total_loss = lambda: None
         engine._bcast_pipe_scalar = partial(self._broadcast_scalar, engine)
         if not engine.is_pipe_partitioned:  # or what is sent is another shape, which a user's --ds-config has asked for
@@ -188,7 +189,7 @@ class PipelineEngine(EngineBase):
         dist.broadcast(total, engine._loss_stage_global_rank(), group=engine.mpu.get_pipe_parallel_group())
         return total
 
-    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None) -> None:
         with self._called_between_steps(between):
             self.deepspeed_engine.train_batch(data_iter=self._feed(batches))
 

@@ -1,4 +1,4 @@
-"""Replicated, sharded or merged: the plans of the low-rank projections train the same model, gradients included.
+"""Replicated or merged: the plans of the low-rank projections train the same model, gradients included.
 
 `pytest tests/distributed/test_low_rank_plans.py -m "" -s` prints the tables.
 """
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mlra_scale.model.low_rank_plan import PLANS
-from mlra_scale.model.parameters import LowRankPlan, ParameterTable
+from mlra_scale.model.low_rank_plan import PLANS, LowRankPlan
+from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.steps import Record, train
 from tests.distributed.test_layouts import COMMON, STEPS, oracle
 from tests.support.layouts import Layout, assemble, canonical_weights, layout_config
@@ -23,13 +23,10 @@ CASES: list[tuple[LowRankPlan, Layout]] = [
     ("replicated", Layout(tensor=2)),
     ("replicated", Layout(tensor=2, pipeline=2)),
     ("replicated", Layout(tensor=2, data=2, stage=3)),
-    ("sharded", Layout(tensor=2)),
     ("merged", Layout(tensor=2)),
-    ("sharded", Layout(tensor=4)),
+    ("replicated", Layout(tensor=4)),
     ("merged", Layout(tensor=4)),
-    ("sharded", Layout(tensor=2, pipeline=2)),
     ("merged", Layout(tensor=2, pipeline=2)),
-    ("sharded", Layout(tensor=2, data=2, stage=3)),
     ("merged", Layout(tensor=2, data=2, stage=3)),
 ]
 
@@ -43,7 +40,7 @@ def test_every_plan_equals_the_oracle(worker_pool: Pools, plan: LowRankPlan, lay
     first = records[0]
     np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=1e-6)
-    table = ParameterTable(config.model, plan)
+    table = ParameterTable(config.model)
     worst = assert_gradients_close(
         assemble(table, layout.tensor, [record.gradients for record in records]), expected.gradients
     )
@@ -65,5 +62,5 @@ def test_with_a_dense_value_projection(worker_pool: Pools, plan: LowRankPlan) ->
     expected = reference_run(layout_config(Layout(), model__qk_norm=True, **only), weights, STEPS)
     records: list[Record] = worker_pool(2).run(train, config, STEPS, weights)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
-    gradients = assemble(ParameterTable(config.model, plan), 2, [record.gradients for record in records])
+    gradients = assemble(ParameterTable(config.model), 2, [record.gradients for record in records])
     assert_gradients_close(gradients, expected.gradients)

@@ -3,17 +3,20 @@
 `pytest tests/distributed/test_sequence_parallel.py -m "" -s` prints the table.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from mlra_scale.config import Config, batch_plan
-from mlra_scale.planning.memory import block_bytes_per_token
+from mlra_scale.planning.layout import Stage
+from mlra_scale.planning.memory_activations import block_bytes_per_token
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
 from tests.distributed.steps import Record, train
 from tests.distributed.test_layouts import errors
@@ -226,20 +229,23 @@ def train_without_reduction(
     """A defect that the gradient test exists for: a parameter's gradient stays that of this rank's positions."""
     from torch.nn import functional
 
-    from mlra_scale.model import layers, linear
+    from mlra_scale.model import embedding, linear, norm, tensor_parallel
 
-    module: Any = {"on_slice": layers, "slice_linear": linear, "leave_tensor_parallel": linear}[where]
-    correct = getattr(module, where)
+    users = {
+        "on_slice": [embedding, norm],
+        "slice_linear": [linear],
+        "leave_tensor_parallel": [tensor_parallel],
+    }
+    correct = getattr(tensor_parallel, where)
     defective = {
         "on_slice": lambda context, *parameters: list(parameters),
         "slice_linear": lambda context, x, weight, bias: functional.linear(x, weight, bias),
         "leave_tensor_parallel": lambda context, partial_BSD, bias_D: correct(context, partial_BSD) + bias_D,
     }
-    setattr(module, where, defective[where])
-    try:
+    with contextlib.ExitStack() as patches:
+        for module in users[where]:
+            patches.enter_context(mock.patch.object(module, where, defective[where]))
         return train(rank, world_size, config, 1, weights)
-    finally:
-        setattr(module, where, correct)
 
 
 @pytest.mark.slow_except("slice_linear-attention\\\\.q\\\\.down\\\\.weight")
@@ -290,7 +296,7 @@ def test_a_block_keeps_nothing_that_ranks_repeat(worker_pool: Pools, model: str)
     plan = batch_plan(config, 4)
     split_bytes, whole_bytes = (max(worker_pool(4).run(kept_bytes, each)) for each in (config, whole))
     tokens = plan.micro_batch_size * plan.sequence_length
-    planned = [tokens * block_bytes_per_token(each, plan) for each in (config, whole)]
+    planned = [tokens * block_bytes_per_token(Stage(each, plan, 0)) for each in (config, whole)]
     print(f"{model:<14}kept {split_bytes:,} of {whole_bytes:,} bytes, planned {planned[0]:,.0f} of {planned[1]:,.0f}")
     # The plan leaves out what norms and attention keep of a position beside its width.
     assert whole_bytes - split_bytes == pytest.approx(planned[1] - planned[0], rel=0.05)
@@ -300,7 +306,7 @@ def test_a_block_keeps_nothing_that_ranks_repeat(worker_pool: Pools, model: str)
 SAVED = {
     "tp2": (Layout(tensor=2, stage=1), True, "replicated"),
     "tp2pp2": (Layout(tensor=2, pipeline=2), True, "merged"),
-    "zero3-tp2dp2": (Layout(tensor=2, data=2, stage=3), False, "sharded"),
+    "zero3-tp2dp2": (Layout(tensor=2, data=2, stage=3), False, "replicated"),
 }
 
 
