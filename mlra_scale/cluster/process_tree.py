@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""Processes: what one has started, what state it is in, and how one ends with the process that started it (Linux)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
-AGENT_VARIABLE = "MLRA_SCALE_AGENT"
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Lets the kernel kill this process when its parent ends, however that may be killed (Linux).
+    """Lets the kernel kill this process when its parent ends.
 
     A rank that outlives its node's agent would keep its device and the run directory's lock from the next attempt.
 
     Args:
-        parent: The process that has started this one; whoever has adopted it meanwhile is another one.
+        parent: The process that started this one. If it has ended already, this process has another parent, and ends.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -28,7 +27,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Returns the processes that a process has started, and those that they have, as far as they have not left it."""
+    """Returns the children of a process, theirs, and so on; not those that another process has adopted."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -40,3 +39,18 @@ def descendants(pid: int) -> list[int]:
     for each in found:
         found += children.get(each, [])
     return found
+
+
+def process_state(pid: int) -> str:
+    """Returns a process's state as the kernel names it, such as `T (stopped)`; empty where there is no such process."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("State:"):
+                return line.split(":", 1)[1].strip()
+    return ""
+
+
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """Sends a signal to a process that may have ended, and whose number may be another user's by now."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""The table of runs as text for people, and as objects for programs."""
+"""The list of runs as text for people, and as objects for programs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.cluster.job_file import Attempt, JobFile
-from mlra_scale.cluster.overview import Run, one_line, timestamp
+from mlra_scale.cluster.job_file import JobAttempt, JobFile
+from mlra_scale.cluster.messages import printable
+from mlra_scale.cluster.runs import RunRow, timestamp
 from mlra_scale.training.run_directory import RunDirectory
 
+_HEADER = ["RUN", "STATE", "JOB", "NODES x RANKS", "STEP", "LOSS", "TEV", "TOKENS/S", "RESTARTS", "AGE"]
 _LEAST_ROOM = 30
 """Columns without which an error has a line of its own."""
 
 
-def as_json(runs: Sequence[Run]) -> dict[str, Any]:
+def as_json(runs: Sequence[RunRow]) -> dict[str, Any]:
     """Returns the rows for programs."""
     return {"runs": [_fields(run) for run in runs]}
 
 
-def _fields(run: Run) -> dict[str, Any]:
+def _fields(run: RunRow) -> dict[str, Any]:
     return {name: value for name, value in vars(run).items() if name != "job"}
 
 
-def table(runs: Sequence[Run], width: int | None = None) -> str:
+def table(runs: Sequence[RunRow], width: int | None = None) -> str:
     """Returns the rows for people.
 
     Args:
@@ -36,33 +38,31 @@ def table(runs: Sequence[Run], width: int | None = None) -> str:
     room = 0 if width is None else width - len(head) - 2
     lines = [f"{head}  LAST ERROR" if width is None or room >= _LEAST_ROOM else head]
     for row, run in zip(rows, runs, strict=True):
-        if width is None or not run.trouble:
-            lines.append(f"{row}  {run.trouble}".rstrip())
+        trouble = printable("; ".join(filter(None, [*run.unreadable, run.last_error])))
+        if width is None or not trouble:
+            lines.append(f"{row}  {trouble}".rstrip())
         elif room >= _LEAST_ROOM:
-            lines.append(f"{row}  {_cut(run.trouble, room)}")
+            lines.append(f"{row}  {_cut(trouble, room)}")
         else:
-            lines += [row, f"    {_cut(run.trouble, width - 4)}"]
+            lines += [row, f"    {_cut(trouble, width - 4)}"]
     return "\n".join(lines)
 
 
-_HEADER = ["RUN", "STATE", "JOB", "NODES x RANKS", "STEP", "LOSS", "TEV", "TOKENS/S", "RESTARTS", "AGE"]
-
-
-def _cells(run: Run) -> list[str]:
+def _cells(run: RunRow) -> list[str]:
     def shown(value: Any, format: str = "") -> str:
         return "-" if value is None else f"{value:{format}}"
 
     return [
-        one_line(run.name),
-        one_line(f"{run.state} ({run.waits_for})" if run.waits_for else run.state),
-        one_line(shown(run.job_id)),
+        printable(run.name),
+        printable(f"{run.state} ({run.waits_for})" if run.waits_for else run.state),
+        printable(shown(run.job_id)),
         f"{run.nodes} x {run.ranks // run.nodes}" if run.nodes and run.ranks else shown(run.ranks),
         f"{shown(run.step)}/{shown(run.steps)}",
         shown(run.loss, ".4f"),
         "-" if run.tev_mean is None else f"{run.tev_mean:.5f} +- {shown(run.tev_std, '.5f')}",
         shown(run.tokens_per_second, ",.0f"),
         f"{run.restarts} ({run.requeues} requeued)" if run.requeues else str(run.restarts),
-        "-" if run.age_seconds is None else _duration(run.age_seconds),
+        _duration(run.age_seconds),
     ]
 
 
@@ -71,25 +71,27 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
 
 
-def _cut(text: str, room: int | None) -> str:
-    return text if room is None or len(text) <= room else f"{text[: max(0, room - 3)]}..."
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: max(0, room - 3)]}..."
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     for size, unit, longest in ((1, "s", 100), (60, "min", 100 * 60), (3600, "h", 48 * 3600)):
         if seconds < longest:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86400:.0f} d"
 
 
-def attempts_as_json(run: Run, now: float) -> dict[str, Any]:
+def attempts_as_json(run: RunRow, now: float) -> dict[str, Any]:
     """Returns the run with all its attempts, and the nodes that it does not use any more."""
     job = run.job or JobFile(RunDirectory(Path(run.path)).job)
     attempts = [
@@ -99,7 +101,7 @@ def attempts_as_json(run: Run, now: float) -> dict[str, Any]:
     return {**_fields(run), "reason": job.reason or None, "attempts": attempts, **more}
 
 
-def _seconds_of(attempt: Attempt, run: Run, now: float) -> float | None:
+def _seconds_of(attempt: JobAttempt, run: RunRow, now: float) -> float | None:
     """How long an attempt took, or has taken so far; None where its end is not known."""
     started, ended = timestamp(attempt.started), timestamp(attempt.ended)
     if ended is None and attempt.ended is None and run.state in ("pending", "running", "suspended"):
@@ -107,31 +109,31 @@ def _seconds_of(attempt: Attempt, run: Run, now: float) -> float | None:
     return None if started is None or ended is None else max(0.0, round(ended - started, 1))
 
 
-def attempts_as_text(run: Run, now: float) -> str:
+def attempts_as_text(run: RunRow, now: float) -> str:
     """Returns the attempts of a run as lines for people, every reason in full."""
     lines = table([run]).splitlines()
     if run.job is None:
         return "\n".join([*lines, "no attempts are recorded: it was not started as a job of a cluster"])
     rows = [["ATTEMPT", "STARTED", "DURATION", "FIRST STEP AFTER", "END", "PROGRESSED", "RANKS", "NODES"]]
     for attempt in run.job.attempts:
-        seconds, first = _seconds_of(attempt, run, now), attempt.first_step_seconds
+        first = attempt.first_step_seconds
         rows.append(
             [
                 str(attempt.number),
-                one_line(attempt.started),
-                "-" if seconds is None else _duration(seconds),
+                printable(attempt.started),
+                _duration(_seconds_of(attempt, run, now)),
                 "-" if first is None else f"{first:.1f} s",
-                one_line(attempt.end or "-"),
+                printable(attempt.end or "-"),
                 "yes" if attempt.has_progressed else "no",
                 str(attempt.num_ranks),
-                one_line(" ".join(attempt.nodes)),
+                printable(" ".join(attempt.nodes)),
             ]
         )
     head, *texts = _aligned(rows, left=0)
     lines += ["", head]
     for attempt, text in zip(run.job.attempts, texts, strict=True):
-        lines += [text, *(f"    {one_line(reason)}" for reason in [attempt.reason or "", *attempt.failures] if reason)]
+        lines += [text, *(f"    {printable(reason)}" for reason in [attempt.reason, *attempt.failures] if reason)]
     if run.job.excluded:
         lines += ["", "nodes that are not used any more"]
-        lines += [f"    {one_line(f'{node}: {reason}')}" for node, reason in run.job.excluded.items()]
+        lines += [f"    {printable(f'{node}: {reason}')}" for node, reason in run.job.excluded.items()]
     return "\n".join(lines)
