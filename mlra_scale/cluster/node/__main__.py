@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with folder as path, contextlib.closing(HeartbeatSocket(Path(path))) as heartbeats:
         lost_job = LostJob(arguments.lost_seconds, arguments.logs, node_rank)
         link = connect(arguments.job, node)
-        watch = Watch(link, node, heartbeats, lost_job, partial(descendants, os.getpid()))
+        watch = Watch(link, heartbeats, lost_job, partial(descendants, os.getpid()))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, watch.ask_to_stop)
         os.environ |= {

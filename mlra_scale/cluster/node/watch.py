@@ -84,7 +84,6 @@ class Watch:
 
     Args:
         link: To the job.
-        node: This node's name.
         heartbeats: Where those of the ranks arrive.
         lost_job: What to do without the job.
         processes: Returns the processes that have been started here; to be killed with the ranks among them.
@@ -93,12 +92,11 @@ class Watch:
     def __init__(
         self,
         link: Link,
-        node: str,
         heartbeats: HeartbeatSocket,
         lost_job: LostJob,
         processes: Callable[[], Iterable[int]],
     ) -> None:
-        self._link, self._node, self._socket = link, node, heartbeats
+        self._link, self._socket = link, heartbeats
         self._lost_job, self._processes = lost_job, processes
         self._ranks: dict[int, tuple[Heartbeat, float]] = {}
         self._stopped: set[int] = set()
