@@ -9,7 +9,6 @@ DeepSpeed's JSON; on a login node not the GPUs, which are elsewhere, but whether
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlra_scale.cluster.job_file import read_job_file
+from mlra_scale.cluster.process_tree import end_process
 from mlra_scale.cluster.runs import is_held
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, slurm_environment, step_command
@@ -164,10 +164,7 @@ def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> subproces
             except subprocess.TimeoutExpired:
                 if time.monotonic() < deadline and not is_stop_asked():
                     continue
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=_END_SECONDS)
-                process.kill()
+                end_process(process, _END_SECONDS)
                 raise subprocess.TimeoutExpired(command, _CHECK_SECONDS) from None
 
 

@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
@@ -54,3 +56,13 @@ def send_signal(pid: int, number: signal.Signals) -> None:
     """Sends a signal to a process that may have ended, and whose number may be another user's by now."""
     with contextlib.suppress(OSError):
         os.kill(pid, number)
+
+
+def end_process(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Ends a child, by force if it takes longer than so many seconds; one that has ended already is left alone."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

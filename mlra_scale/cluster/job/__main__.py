@@ -18,7 +18,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -56,7 +58,7 @@ class Job:
         arguments: Of the training.
         allocation: From Slurm.
         settings: From the launcher.
-        signals: Those that have come, which ask for a stop; handlers add to it.
+        is_stop_asked: Whether a signal has asked the job to stop.
         check: What a check of the start on all nodes of the allocation has found; None: it was not made.
 
     Raises:
@@ -68,7 +70,7 @@ class Job:
         arguments: Sequence[str],
         allocation: slurm.Allocation,
         settings: Settings,
-        signals: Sequence[int] = (),
+        is_stop_asked: Callable[[], bool] = lambda: False,
         check: CheckResult | None = None,
     ) -> None:
         self._allocation, self._settings = allocation, settings
@@ -79,7 +81,7 @@ class Job:
         self._run = RunDirectory(Path(parsed.run_dir))
         self._config, self._named, _ = resolve(parsed)
         self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
-        self._signals = signals
+        self._is_stop_asked = is_stop_asked
         try:
             self._run.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -101,10 +103,6 @@ class Job:
         file.console = str(self._run.logs / "console.log")
         file.become("pending")
 
-    def is_stop_asked(self) -> bool:
-        """Returns whether a signal has asked the job to stop."""
-        return bool(self._signals)
-
     def run(self) -> int:
         """Runs attempts until the job ends here; returns the batch script's exit code."""
         allocation = self._allocation
@@ -120,13 +118,13 @@ class Job:
                 len(nodes) or len(allocation.nodes),
                 self._divides_over,
                 self._config.cluster,
-                self.is_stop_asked(),
+                self._is_stop_asked(),
             )
             if decision.action != "restart":
                 return self._carry_out(decision, end)
             if seconds := seconds_before_restart(self._file.ends):
                 self._say(f"waits {seconds:.0f} s before it starts again")
-                wait_for_stop(seconds, self.is_stop_asked)
+                wait_for_stop(seconds, self._is_stop_asked)
             self._say(f"restarts on {len(decision.nodes)} node(s)")
             nodes, end = decision.nodes, self._stopped_before()
             if end is None and self._config.parallel.layout == "auto" and len(nodes) not in self._checks:
@@ -185,7 +183,7 @@ class Job:
             return self._refused("bad_node", message)
         number, allocation = len(nodes), self._allocation
         check = self._checks.get(number) or check_on_this_node(
-            self._arguments, allocation, self._settings, self._config, number, self.is_stop_asked
+            self._arguments, allocation, self._settings, self._config, number, self._is_stop_asked
         )
         self._print(check.plan.encode(errors="replace"))
         if (stopped := self._stopped_before()) is not None:
@@ -196,7 +194,7 @@ class Job:
         return None
 
     def _stopped_before(self) -> End | None:
-        return self._refused("preempted", "stopped by a signal before it began") if self.is_stop_asked() else None
+        return self._refused("preempted", "stopped by a signal before it began") if self._is_stop_asked() else None
 
     def _refused(self, kind: EndKind, message: str) -> End:
         self._print(f"{message}\n".encode(errors="replace"))
@@ -225,16 +223,15 @@ class Job:
 
         self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
         try:
-            running = Attempt(self._plan(nodes, number), self._print, self._say, self.is_stop_asked, on_progress)
-            end = running.run()
-            attempt.failures = running.failures
+            plan = self._plan(nodes, number)
+            end = Attempt(plan, self._print, self._say, self._is_stop_asked, on_progress).run()
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             # A full disk, a file server or Slurm's controller that does not answer, no descriptor or thread left: as
             # with a rank that fails, a later attempt may succeed.
-            kind: EndKind = "preempted" if self.is_stop_asked() else "failed"
+            kind: EndKind = "preempted" if self._is_stop_asked() else "failed"
             end = End(kind, f"the job's own process failed: {_in_words(error)}")
-        end = End(end.kind, self._reason_of_run(end.kind, attempt) or end.reason, end.bad_nodes)
-        attempt.end, attempt.reason, attempt.ended = end.kind, end.reason, now()
+        end = replace(end, reason=self._reason_of_run(end.kind, attempt) or end.reason)
+        attempt.end, attempt.reason, attempt.ended, attempt.failures = end.kind, end.reason, now(), [*end.failures]
         attempt.has_progressed = num_checkpoints(self._run) > checkpoints_before
         self._file.excluded |= end.bad_nodes if end.kind == "bad_node" else {}
         self._file.write()
@@ -250,7 +247,7 @@ class Job:
         return AttemptPlan(
             nodes=nodes,
             here=here,
-            addresses={node: slurm.address(node, self.is_stop_asked) for node in dict.fromkeys((here, *nodes))},
+            addresses={node: slurm.address(node, self._is_stop_asked) for node in dict.fromkeys((here, *nodes))},
             device=self._device,
             training=tuple(training),
             logs=self._run.logs / f"attempt-{number:03d}",
@@ -351,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if check.kind == "bad_input":
                 print(check.message, file=sys.stderr, flush=True)
                 return ExitCode.BAD_INPUT
-        return _run_alone(run, allocation, lambda: Job(arguments, allocation, settings, signals, check), is_stop_asked)
+        make_job = partial(Job, arguments, allocation, settings, is_stop_asked, check)
+        return _run_alone(run, allocation, make_job, is_stop_asked)
     except ConfigError as error:
         lines = "\n".join(f"  {problem}" for problem in error.problems)
         print(f"mlra_scale.cluster.job: bad input\n{lines}", file=sys.stderr, flush=True)
@@ -390,18 +388,13 @@ def _run_alone(
             # not. A job that has run before is not ended by it at once.
             is_passing = isinstance(error.__cause__, OSError) and allocation.num_requeues > 0
             if not is_passing or is_stop_asked() or not waits:
-                _note_failure(run, allocation, str(error))
+                with contextlib.suppress(OSError, ValueError):
+                    file = JobFile.read(run.job)
+                    if file.job_id == allocation.job_id and file.attempts:
+                        file.become("failed", " ".join(str(error).split()))
                 raise
             print(f"{error}; tried again in {waits[0]:.0f} s", file=sys.stderr, flush=True)
             wait_for_stop(waits.pop(0), is_stop_asked)
-
-
-def _note_failure(run: RunDirectory, allocation: slurm.Allocation, reason: str) -> None:
-    """Writes into job.json that this job has failed, if it is about this job."""
-    with contextlib.suppress(OSError, ValueError):
-        file = JobFile.read(run.job)
-        if file.job_id == allocation.job_id and file.attempts:
-            file.become("failed", " ".join(reason.split()))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, endpoint, free_port, listening_host
 from mlra_scale.cluster.job.policy import End, EndKind, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
+from mlra_scale.cluster.process_tree import end_process
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import SlurmError, hostnames, slurm_environment, step_command
 from mlra_scale.cluster.versions import odd_ones, versions
@@ -25,6 +26,12 @@ from mlra_scale.config import ClusterConfig
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import write_atomically
 
+_FINAL: dict[ExitCode, EndKind] = {
+    ExitCode.BAD_INPUT: "bad_input",
+    ExitCode.NON_FINITE: "non_finite",
+    ExitCode.UNSTABLE: "unstable",
+}
+"""Exit codes of ranks after which another attempt would end alike."""
 _EVIDENCE_SECONDS = 5.0
 """After the first rank has failed, how long the others may take to report their own errors, before they are killed."""
 _END_SECONDS = 60.0
@@ -55,9 +62,9 @@ class AttemptPlan:
         addresses: At which other nodes reach these nodes and `here`, by name.
         device: `cuda` or `cpu`.
         training: Arguments of the training.
-        logs: Folder of this attempt's logs.
+        logs: Folder for the logs of this attempt.
         settings: How ranks are started.
-        cluster: Memory and cores of the ranks, and how long their start and stop and a silent node may take.
+        cluster: Memory and cores of the ranks, and how long their start, their stop and silence may take.
         hang_seconds: No progress for so long is a hang.
     """
 
@@ -118,11 +125,6 @@ class Attempt:
         self._pinged_at = 0.0
         self._ended_tasks: list[tuple[float, str, str]] = []
 
-    @property
-    def failures(self) -> list[str]:
-        """What single ranks ended with, the cause first."""
-        return [str(failure) for failure in self._ordered_failures()]
-
     def run(self) -> End:
         """Starts the ranks and waits for their end.
 
@@ -149,9 +151,8 @@ class Attempt:
                 output.join(10.0)
             finally:
                 # After an error of this loop; the next attempt must not meet the ranks of this one.
-                if process.poll() is None:
-                    _end(process)
-        return self._end_of_attempt(process.returncode)
+                end_process(process, _SRUN_SECONDS)
+        return replace(self._judge(process.returncode), failures=tuple(map(str, self._ordered_failures())))
 
     def _srun(self, port: int, token: str, nonce: str) -> subprocess.Popen[bytes]:
         plan, settings, cluster = self._plan, self._plan.settings, self._plan.cluster
@@ -359,13 +360,13 @@ class Attempt:
             return
         have_ended = all(node.has_ended or node.is_lost for node in self._nodes.values())
         if have_ended or now - self._killed_at > _KILL_SECONDS:
-            _end(process)
+            end_process(process, _SRUN_SECONDS)
 
     def _ordered_failures(self) -> list[RankFailure]:
         """The cause first: a rank that was killed, then the earliest; ranks that the job has killed come last."""
         return sorted(self._failures, key=lambda failure: (failure.is_ordered, failure.code >= 0, failure.time))
 
-    def _end_of_attempt(self, srun_code: int) -> End:
+    def _judge(self, srun_code: int) -> End:
         failures = self._ordered_failures()
         cause = str(failures[0]) if failures else ""
         if all(node.has_reported for node in self._nodes.values()) and not failures and not self._bad_nodes:
@@ -377,19 +378,13 @@ class Attempt:
             # The first node has found nothing wrong: a file or a device is missing on these only.
             bad = {failure.node: f"{failure}; see its log in {self._plan.logs}" for failure in refused}
             return End("bad_node", "; ".join(bad.values()), bad)
-        final: dict[int, EndKind] = {
-            ExitCode.BAD_INPUT: "bad_input",
-            ExitCode.NON_FINITE: "non_finite",
-            ExitCode.UNSTABLE: "unstable",
-        }
-        for code, kind in final.items():
+        for code, kind in _FINAL.items():
             if found := [str(failure) for failure in failures if failure.code == code]:
                 return End(kind, found[0])
         if any(failure.code == ExitCode.PREEMPTED for failure in failures):
             return End("preempted", "stopped by a signal, with a checkpoint")
         if self._stopping_since is not None:
-            reason = f"stopped by a signal, without a checkpoint of its last step ({cause or 'killed'})"
-            return End("preempted", reason)
+            return End("preempted", f"stopped by a signal, without a checkpoint of its last step ({cause or 'killed'})")
         lost = {name: "was lost" for name, node in self._nodes.items() if node.is_lost}
         if self._verdict is not None:
             return End(*self._verdict, lost)
@@ -399,13 +394,3 @@ class Attempt:
                 f"nothing was heard of {', '.join(unheard)}" if unheard else "the nodes did not report why"
             )
         return End("failed", cause, lost)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends srun, and with it its tasks; by force where it waits for nodes that are lost."""
-    process.terminate()
-    try:
-        process.wait(_SRUN_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

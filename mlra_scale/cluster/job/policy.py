@@ -111,11 +111,13 @@ class End:
         kind: Of what kind.
         reason: In words, naming rank and node where they are known.
         bad_nodes: Nodes that must not be used again, by name, with the reason.
+        failures: How single ranks ended, the cause first.
     """
 
     kind: EndKind
     reason: str
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Stage:
         started = time.monotonic()
         end = attempt.run()
         outcome.kind, outcome.reason, outcome.bad_nodes = end.kind, end.reason, dict(end.bad_nodes)
-        outcome.seconds, outcome.failures = time.monotonic() - started, attempt.failures
+        outcome.seconds, outcome.failures = time.monotonic() - started, [*end.failures]
         return outcome
 
 

@@ -60,7 +60,7 @@ def take(*messages: Any) -> tuple[str, str, Any, list[str]]:
         hub = QuietHub([Heard("a", message)])
         running._hear(hub, 0.0)
         running._watch(hub)
-    end = running._end_of_attempt(1)
+    end = running._judge(1)
     return end.kind, end.reason, end.bad_nodes, said
 
 
