@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -53,11 +52,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def folder_fault(folder: Path, nonce: str) -> str:
+def folder_fault(folder: Path, node: str, nonce: str) -> str:
     """Returns what is wrong with the run directory as this node sees it; empty: nothing.
+
+    The node writes the nonce into a file of its own, for which the first rank looks (rank/preflight.py).
 
     Args:
         folder: Of this attempt's logs.
+        node: This node's name.
         nonce: What the job has written into the file of this name there.
     """
     deadline = time.monotonic() + _SECONDS_TO_SEE
@@ -68,7 +70,11 @@ def folder_fault(folder: Path, nonce: str) -> str:
         if time.monotonic() > deadline:
             return f"does not see {folder}, which the job has made: the run directory must be on a shared file system"
         time.sleep(0.5)
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"cannot write to {folder}"
+    try:
+        (folder / f"nonce-{node}").write_text(nonce)
+    except OSError as error:
+        return f"cannot write to {folder}: {error.strerror}"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,50 +82,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node_rank = int(os.environ.get("SLURM_PROCID", "0"))  # one task per node; SLURM_NODEID counts lost nodes too
-    try:
-        folder = _private_folder()
-    except OSError as error:
-        link = connect(arguments.job, node)
-        fault = f"has no room for a socket in /tmp: {error.strerror}"
-        link.send({"ended": Ended(failures=[], bad_nodes={node: fault}).model_dump()})
-        link.close()
-        return 1
-    with folder as path, contextlib.closing(HeartbeatSocket(Path(path))) as heartbeats:
-        lost_job = LostJob(arguments.lost_seconds, arguments.logs, node_rank)
-        link = connect(arguments.job, node)
-        watch = Watch(link, heartbeats, lost_job, partial(descendants, os.getpid()))
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, watch.ask_to_stop)
-        os.environ |= {
-            HEARTBEAT_VARIABLE: heartbeats.address,
-            LOGS_VARIABLE: str(arguments.logs),
-            NODE_VARIABLE: node,
-            DEVICE_VARIABLE: arguments.device,
-            AGENT_VARIABLE: str(os.getpid()),
-            # What NCCL was doing when ranks stopped hearing of each other: one file per rank, beside the logs.
-            "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
-            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
-        }
-        with contextlib.suppress(ConfigError):  # the ranks report it
-            set_device_environment(resolve(build_parser().parse_intermixed_args(arguments.training))[0], os.environ)
-        bad_nodes = {node: fault} if (fault := folder_fault(arguments.logs, arguments.nonce)) else {}
-        failures = [] if bad_nodes else run_ranks(arguments, node, node_rank)
-        watch.report_end(Ended(failures=failures, bad_nodes=bad_nodes))
+    heartbeats = HeartbeatSocket()
+    lost_job = LostJob(arguments.lost_seconds, arguments.logs, node_rank)
+    watch = Watch(connect(arguments.job, node), heartbeats, lost_job, partial(descendants, os.getpid()))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, watch.ask_to_stop)
+    os.environ |= {
+        HEARTBEAT_VARIABLE: heartbeats.address,
+        LOGS_VARIABLE: str(arguments.logs),
+        NODE_VARIABLE: node,
+        DEVICE_VARIABLE: arguments.device,
+        AGENT_VARIABLE: str(os.getpid()),
+        # What NCCL was doing when ranks stopped hearing of each other: one file per rank, beside the logs.
+        "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
+    }
+    with contextlib.suppress(ConfigError):  # the ranks report it
+        set_device_environment(resolve(build_parser().parse_intermixed_args(arguments.training))[0], os.environ)
+    bad_nodes = {node: fault} if (fault := folder_fault(arguments.logs, node, arguments.nonce)) else {}
+    failures = [] if bad_nodes else run_ranks(arguments, node, node_rank)
+    watch.report_end(Ended(failures=failures, bad_nodes=bad_nodes))
+    heartbeats.close()
     return 1 if failures or bad_nodes else 0
-
-
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """Makes a folder for the ranks' socket on this node, with a short path: in memory where the disk is full.
-
-    Raises:
-        OSError: There is no room in either.
-    """
-    try:
-        return tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/tmp", ignore_cleanup_errors=True)
-    except OSError:
-        if not os.path.isdir("/dev/shm"):
-            raise
-        return tempfile.TemporaryDirectory(prefix="mlra-scale-", dir="/dev/shm", ignore_cleanup_errors=True)
 
 
 def run_ranks(arguments: argparse.Namespace, node: str, node_rank: int) -> list[RankFailure]:

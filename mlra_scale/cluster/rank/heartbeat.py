@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from types import FrameType
 from typing import Any
 
 _SECONDS_BETWEEN = 1.0
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group of a sender, as the kernel adds them to a message."""
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 
 
@@ -25,7 +28,7 @@ class HeartbeatSender:
     """A rank's end; without an address it does nothing.
 
     Args:
-        address: The node's socket; None: no node listens.
+        address: Of the node's socket; None: no node listens.
         rank: Global rank.
         local_rank: Its number on the node.
     """
@@ -50,7 +53,7 @@ class HeartbeatSender:
         if self._socket is not None and self._address is not None:
             # A node that does not read for a second loses some messages, and an ended one all; the rank continues.
             with contextlib.suppress(OSError):
-                self._socket.sendto(json.dumps(values).encode("ascii"), self._address)
+                self._socket.sendto(json.dumps(values).encode("ascii"), f"\0{self._address}")
 
     def _run(self) -> None:
         while True:
@@ -71,36 +74,33 @@ class HeartbeatSender:
 
 
 class HeartbeatSocket:
-    """The node's end.
+    """The node's end: a socket without a file (Linux), which needs no room on a disk. It ignores other users."""
 
-    Args:
-        folder: A short-lived private directory on the node's own disk.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.address = str(folder / "heartbeats")
+    def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.address)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.bind("")  # to a name that the kernel chooses; it begins with a null byte
         self._socket.setblocking(False)
+        self.address: str = self._socket.getsockname()[1:].decode()
 
     def receive(self) -> list[dict[str, Any]]:
         """Returns all messages that have arrived; what is no JSON object is ignored."""
         received: list[dict[str, Any]] = []
         while True:
             try:
-                message = json.loads(self._socket.recv(1 << 16))
+                content, credentials, _, _ = self._socket.recvmsg(1 << 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+                message = json.loads(content)
             except BlockingIOError:
                 return received
             except (ValueError, RecursionError):
                 continue
-            if isinstance(message, dict):
+            (_, uid, _) = _CREDENTIALS.unpack(credentials[0][2])
+            if isinstance(message, dict) and uid == os.getuid():
                 received.append(message)
 
     def close(self) -> None:
         """Removes the socket."""
         self._socket.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.address)
 
 
 def _location(frame: FrameType | None) -> str:

@@ -80,13 +80,13 @@ def _computes_right(device: torch.device) -> bool:
 def check_together(device: torch.device, node: str, shared: Path) -> None:
     """Checks what only all ranks together can; collective over the default group.
 
-    That every node sees what the job writes into the folder, its agent has checked; here the first rank looks for what
-    every node writes.
+    Each node's agent has checked that the node sees what the job writes into the folder. Here the first rank looks for
+    what every node has written there.
 
     Args:
         device: Of this rank.
         node: Its name.
-        shared: A folder that all nodes must see alike.
+        shared: The folder of the attempt's logs, which all nodes must see alike.
 
     Raises:
         BadNodes: On all ranks.
@@ -94,18 +94,16 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = _gathered((node, _write_token(shared, node, rank), name, _wrong_parts(device)))
+    facts = _gathered((node, name, _wrong_parts(device)))
     nodes = [of_rank[0] for of_rank in facts]
-    faults = {of_rank[0]: of_rank[1] for of_rank in facts if of_rank[1]}
     unseen = _gathered(_unseen_nodes(shared, nodes) if rank == 0 else [])[0]
     seconds = _seconds_of_sum(device)
     _check_gloo(nodes)
-    _remove_token(shared, rank)
-    bad = blamed_for_sum(nodes, [of_rank[3] for of_rank in facts]) | (faults or blamed_for_folder(nodes, unseen))
+    bad = blamed_for_sum(nodes, [of_rank[2] for of_rank in facts]) | blamed_for_folder(nodes, unseen)
     if bad:
         raise BadNodes(bad, True)
     if rank == 0:
-        devices = sorted({of_rank[2] for of_rank in facts})
+        devices = sorted({of_rank[1] for of_rank in facts})
         rate = 2 * (world_size - 1) / world_size * _BYTES_SUMMED[device.type] / seconds / 1e9 if seconds else 0.0
         print(
             f"checks passed: {world_size} rank(s) on {len(set(nodes))} node(s), "
@@ -228,44 +226,23 @@ def blamed_for_sum(nodes: Sequence[str], wrong: Sequence[Sequence[int]]) -> dict
     }
 
 
-def _token(shared: Path, rank: int) -> Path:
-    return shared / f".seen-{rank:05d}"
-
-
-def _write_token(shared: Path, node: str, rank: int) -> str:
-    """Writes this rank's file; returns what is wrong, empty: nothing."""
-    try:
-        _token(shared, rank).write_text(f"{node}\n", encoding="utf-8")
-    except OSError as error:
-        return f"cannot write to {shared}: {error.strerror}"
-    return ""
-
-
 def _unseen_nodes(shared: Path, nodes: Sequence[str]) -> list[str]:
-    """Returns the nodes whose files this rank does not see."""
+    """Returns the nodes whose files (node/__main__.py) this rank does not see."""
 
-    def is_there(rank: int, node: str) -> bool:
+    def is_there(node: str) -> bool:
         try:
-            return _token(shared, rank).read_text(encoding="utf-8").strip() == node
+            return (shared / f"nonce-{node}").read_bytes() == (shared / "nonce").read_bytes()
         except OSError:
             return False
 
-    first_ranks = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
     deadline = time.monotonic() + _SECONDS_TO_SEE
     while True:
-        unseen = [node for node, rank in first_ranks.items() if not is_there(rank, node)]
+        unseen = [node for node in dict.fromkeys(nodes) if not is_there(node)]
         if not unseen or time.monotonic() > deadline:
             return unseen
         with contextlib.suppress(OSError):
             os.listdir(shared)  # makes NFS look again
         time.sleep(0.5)
-
-
-def _remove_token(shared: Path, rank: int) -> None:
-    try:
-        _token(shared, rank).unlink(missing_ok=True)
-    except OSError as error:
-        print(f"{_token(shared, rank)} stays: {error.strerror}", flush=True)
 
 
 def _wrong_parts(device: torch.device) -> list[int]:

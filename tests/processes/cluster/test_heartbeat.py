@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +47,7 @@ KINDS = ("loops", "waits", "stopped", "kept")
 
 @pytest.fixture
 def node() -> Iterator[HeartbeatSocket]:
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(HeartbeatSocket(Path(folder))) as node:
+    with contextlib.closing(HeartbeatSocket()) as node:
         yield node
 
 
@@ -127,7 +126,6 @@ def test_a_rank_continues_without_its_node(node: HeartbeatSocket, sender: Heartb
     without.begin("training", 3)
     without.send(bad_nodes={})
     node.close()
-    assert not Path(node.address).exists()
     sender.send(number=1)
 
 
@@ -149,5 +147,14 @@ def test_a_node_that_does_not_read_loses_messages_and_delays_no_rank(
 def test_what_is_no_message_is_ignored(node: HeartbeatSocket) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as rank:
         for content in (b"", b"{", b"\xff\xfe", b"[" * 60_000, b"[1]", b"5", b'{"heartbeat": {}}'):
-            rank.sendto(content, node.address)
+            rank.sendto(content, f"\0{node.address}")
     assert node.receive() == [{"heartbeat": {}}]
+
+
+def test_messages_of_other_users_are_ignored(
+    node: HeartbeatSocket, sender: HeartbeatSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender.send(number=1)
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    assert node.receive() == []

@@ -92,7 +92,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.hub = Hub("secret")
-        self.heartbeats = HeartbeatSocket(folder)
+        self.heartbeats = HeartbeatSocket()
         self.said: list[Heard] = []
         self.ranks: list[subprocess.Popen[str]] = []
         self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
@@ -227,9 +227,9 @@ from mlra_scale.cluster.node import watch as module
 from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 signal.alarm(60)
-job, folder, logs, settings = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+job, logs, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 module._KILL_SECONDS, module._JOB_SECONDS, module._REPORT_SECONDS = settings["kill"], settings["job"], 0.2
-heartbeats = HeartbeatSocket(folder)
+heartbeats = HeartbeatSocket()
 exec(settings.get("before", ""))
 lost_job = module.LostJob(settings["lost"], logs, settings["node_rank"])
 watch = module.Watch(module.connect(job, "a"), heartbeats, lost_job, lambda: descendants(os.getpid()))
@@ -274,8 +274,7 @@ class Agent:
     def start(self, **more: Any) -> None:
         """Starts it, and waits until it has been heard, its rank too."""
         settings = {"kill": 30.0, "job": 0.2, "lost": 30.0, "node_rank": 0, "has_rank": True, "is_stuck": False} | more
-        private = self._stack.enter_context(tempfile.TemporaryDirectory())
-        command = [sys.executable, "-c", AGENT, f"127.0.0.1:{self.hub.port}", private, str(self.attempt)]
+        command = [sys.executable, "-c", AGENT, f"127.0.0.1:{self.hub.port}", str(self.attempt)]
         command += [json.dumps({"play": RANK, **settings})]
         self.process = self._stack.enter_context(subprocess.Popen(command))
         self._stack.callback(self.process.kill)
@@ -388,44 +387,22 @@ def test_a_later_node_queues_a_lost_job_too(agent: Agent) -> None:
 def test_a_run_directory_that_is_not_shared_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "_SECONDS_TO_SEE", 0.0)
     missing = f"does not see {tmp_path}, which the job has made: the run directory must be on a shared file system"
-    assert folder_fault(tmp_path, "abc") == missing
-    (tmp_path / "nonce").write_bytes(b"\xff\xfe")
-    assert folder_fault(tmp_path, "abc") == missing
-    (tmp_path / "nonce").write_text("another")
-    assert folder_fault(tmp_path, "abc") == missing
+    for content in (None, b"\xff\xfe", b"another"):
+        if content is not None:
+            (tmp_path / "nonce").write_bytes(content)
+        assert folder_fault(tmp_path, "a", "abc") == missing
     (tmp_path / "nonce").write_text("abc")
-    assert folder_fault(tmp_path, "abc") == ""
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert folder_fault(tmp_path, "abc") == f"cannot write to {tmp_path}"
+    assert folder_fault(tmp_path, "a", "abc") == ""
+    assert (tmp_path / "nonce-a").read_text() == "abc", "for the first rank"
+    (tmp_path / "nonce-b").mkdir()
+    assert folder_fault(tmp_path, "b", "abc") == f"cannot write to {tmp_path}: Is a directory"
 
 
 def test_a_run_directory_that_appears_late_is_waited_for(tmp_path: Path) -> None:
     timer = threading.Timer(0.7, (tmp_path / "nonce").write_text, ("abc",))
     timer.start()
-    assert folder_fault(tmp_path, "abc") == ""
+    assert folder_fault(tmp_path, "a", "abc") == ""
     timer.join()
-
-
-def test_a_node_without_room_for_a_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-    monkeypatch.setenv("SLURMD_NODENAME", "a")
-
-    def refuse(**options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
-    heard: list[Heard] = []
-    with contextlib.closing(Hub("secret")) as hub:
-        options = [f"--job=127.0.0.1:{hub.port}", *OPTIONS[1:], "--"]
-        codes: list[int] = []
-        thread = threading.Thread(target=lambda: codes.append(node.main(options)))
-        thread.start()
-        while thread.is_alive():
-            heard += hub.poll(0.02)
-    assert codes == [1]
-    assert [item.message for item in heard if item.message and "ended" in item.message] == [
-        {"ended": {"failures": [], "bad_nodes": {"a": "has no room for a socket in /tmp: No space left on device"}}}
-    ]
 
 
 @pytest.mark.parametrize(("tensor", "expected"), [(2, "1"), (1, None)])
@@ -468,19 +445,6 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
     assert given == [expected]
 
 
-def test_a_node_with_a_full_disk_keeps_its_socket_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = tempfile.mkdtemp
-
-    def refuse(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
-        if dir == "/tmp":
-            raise OSError(28, "No space left on device")
-        return make(suffix, prefix, dir)
-
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with node._private_folder() as folder:
-        assert folder.startswith("/dev/shm/")
-
-
 def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
     """Nobody would see them stand still, or end them when the job says so."""
     fails = "module.Watch._obey = lambda watch, message: 1 / 0 if message.get('order') == 'stacks' else None"
@@ -515,7 +479,7 @@ def test_a_report_of_a_rank_just_before_the_end_is_not_lost(make_site: Sites, mo
         """The rank has sent it, and torchrun has reported its end, since the ranks were read."""
         monkeypatch.undo()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as rank:
-            rank.sendto(b'{"bad_nodes": {"a": "ECC"}}', site.heartbeats.address)
+            rank.sendto(b'{"bad_nodes": {"a": "ECC"}}', f"\0{site.heartbeats.address}")
         site.watch._end = Ended(failures=[])
         return receive()
 
