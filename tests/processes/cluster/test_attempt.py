@@ -382,15 +382,12 @@ def test_a_stop_before_the_ranks_can_save(stage: Stage) -> None:
     stage.is_stop_asked = has_trained
     play = """
         number = int(me.name == "b")
-        me.join()
-        me.report(rank(number))
-        me.wait_for("stop")
+        me.join(); me.report(rank(number)); me.wait_for("stop")
         me.end(failure(number, -10, number))
     """
     outcome = stage.run(a=play, b=play)
-    assert outcome.kind == "preempted"
     reason = "stopped by a signal, without a checkpoint of its last step (rank 0 on a was killed by SIGUSR1)"
-    assert outcome.reason == reason
+    assert (outcome.kind, outcome.reason) == ("preempted", reason)
     assert len(outcome.said) == 1, "it is no failure"
 
 
@@ -444,12 +441,11 @@ def test_input_that_is_bad_on_other_nodes_only_is_a_fault_of_these_nodes(stage: 
 
 
 def test_a_node_without_the_run_directory_is_bad(stage: Stage) -> None:
-    """Its agent has started no rank."""
-    b = "me.join(); me.link.send({'ended': {'failures': [], 'bad_nodes': {'b': 'does not see it'}}}); sys.exit(1)"
+    """Its agent has started no rank; the attempt is not done, even if all agents end like this."""
+    b = "me.join(); me.link.send({'ended': {'failures': [], 'bad_nodes': {me.name: 'does not see it'}}}); sys.exit(1)"
     outcome = stage.run(a=KILLED, b=b)
     assert (outcome.kind, outcome.bad_nodes) == ("bad_node", {"b": "does not see it"})
-    alone = "me.join(); me.link.send({'ended': {'failures': [], 'bad_nodes': {me.name: 'does not see it'}}})"
-    assert stage.run(a=alone, b=alone).kind == "bad_node", "and not done"
+    assert stage.run(a=b, b=b).kind == "bad_node"
 
 
 def test_the_agent_beside_the_job_is_not_a_lost_node(stage: Stage) -> None:

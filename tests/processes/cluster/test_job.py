@@ -131,13 +131,8 @@ def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -
     """
     assert desk.job(a=play, b=play) == 0
     file = desk.file
-    assert (file.state, file.reason, file.job_id, file.name, file.num_requeues) == (
-        "done",
-        "all steps are done",
-        "41",
-        "deep",
-        2,
-    )
+    assert (file.state, file.reason) == ("done", "all steps are done")
+    assert (file.job_id, file.name, file.num_requeues) == ("41", "deep", 2)
     assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])] and desk.orders == []
     first, second = file.attempts
     assert first.reason == "rank 0 on a ended with exit code 1 (FAILED): ValueError: odd" and len(first.failures) == 2
@@ -181,33 +176,29 @@ def test_a_signal_to_the_job_sends_it_back_to_the_queue(desk: Desk) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "it is Slurm's way of ending the script now"
 
 
+ENDED = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
 BAD = "me.connect(); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(0, 6))"
 
 
 def test_a_bad_node_is_excluded(desk: Desk) -> None:
-    assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
+    assert desk.job(a=BAD, b=ENDED) == 0
     assert desk.file.excluded == {"b": "wrong sum"} and desk.file.state == "requeued"
     assert desk.orders == ["requeue 41", "update JobId=41 ExcNodeList=b"]
 
 
-def test_an_elastic_job_continues_without_a_bad_node(desk: Desk) -> None:
-    a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
-    assert desk.job("cluster.elastic=true", a=a, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
-    assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
-    assert "parallel.world_size=1" in json.loads((desk.run.parent / "srun.json").read_text())["command"]
-
-
-def test_the_layout_is_chosen_again_for_the_nodes_that_are_left(
-    desk: Desk, capfdbinary: pytest.CaptureFixture[bytes]
+@pytest.mark.parametrize("layout", ["manual", "auto"])
+def test_an_elastic_job_continues_without_a_bad_node(
+    desk: Desk, capfdbinary: pytest.CaptureFixture[bytes], layout: str
 ) -> None:
-    """The check of the start has the choice, and every attempt the one for its number of nodes."""
+    """With parallel.layout=auto on the layout that a check has chosen for the nodes that are left."""
     a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
-    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
-    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=a, b=play) == 0
+    assert desk.job("cluster.elastic=true", f"parallel.layout={layout}", a=a, b=ENDED) == 0
     assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
     command = json.loads((desk.run.parent / "srun.json").read_text())["command"]
-    assert "train.micro_batch_size=1" in command and "train.micro_batch_size=2" not in command
-    assert capfdbinary.readouterr().out.count(b"the plan") == 2
+    assert "parallel.world_size=1" in command
+    if layout == "auto":
+        assert "train.micro_batch_size=1" in command and "train.micro_batch_size=2" not in command
+        assert capfdbinary.readouterr().out.count(b"the plan") == 2
 
 
 def test_a_check_that_refuses_fewer_nodes_sends_the_job_back_to_the_queue(
@@ -215,8 +206,7 @@ def test_a_check_that_refuses_fewer_nodes_sends_the_job_back_to_the_queue(
 ) -> None:
     """What fits the memory of all nodes need not fit that of those that are left: the input is not bad."""
     monkeypatch.setenv(CHECK_VARIABLE, "too few")
-    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
-    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=BAD, b=play) == 0
+    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=BAD, b=ENDED) == 0
     assert desk.file.state == "requeued" and [end for end, _ in desk.ends] == ["bad_node", "lost_node"]
     assert "data.path = None" in desk.file.reason
 
@@ -257,10 +247,16 @@ def test_the_line_of_the_layout_is_read_alone_and_its_shape_is_checked(printed: 
         assert found.kind == "failed" and "does not say which layout" in found.message
 
 
-def test_a_job_starts_no_ranks_whose_layout_is_unknown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAYOUT_VARIABLE, "silent")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [(LAYOUT_VARIABLE, "silent", "does not say which layout"), (CHECK_VARIABLE, "1", "ended with exit code 1")],
+)
+def test_a_check_that_fails_counts_as_a_failure_and_starts_no_ranks(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
     assert desk.job("parallel.layout=auto", "cluster.max_failures=1", a=DONE, b=DONE) == 1
-    assert desk.ends == [("failed", ["a"])] and "does not say which layout" in desk.file.reason
+    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])] and message in desk.file.reason
 
 
 def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) -> None:
@@ -345,12 +341,6 @@ def test_a_run_that_is_resumed_alone_has_its_own_configuration(desk: Desk, monke
     monkeypatch.setenv(PLAYS_VARIABLE, json.dumps({"a": DONE, "b": DONE}))
     assert main(["--run-dir", str(desk.run), "--resume", "auto"]) == 0
     assert desk.ends == [("done", ["a", "b"])] and desk.file.steps == 77
-
-
-def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CHECK_VARIABLE, "1")
-    assert desk.job("cluster.max_failures=1", a=DONE, b=DONE) == 1
-    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])]
 
 
 class Full:
@@ -457,35 +447,26 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("state", "restarts", "end_time", "refused", "code", "job_state", "orders"),
+    ("slurms", "refused", "code", "state", "orders"),
     [
-        ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
-        ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
-        ("COMPLETING", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
-        ("CANCELLED", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
-        ("COMPLETING", "2", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
-        ("RUNNING", "2", "Unknown", "requeue", 1, "failed", ["requeue 41"]),
-        ("RUNNING", "2", "Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
-        ("TIMEOUT", "2", "Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
+        ("COMPLETING 3 Unknown", "nothing", 0, "requeued", []),
+        ("COMPLETING 3 2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
+        ("COMPLETING 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
+        ("CANCELLED 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING 2 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("RUNNING 2 Unknown", "requeue", 1, "failed", ["requeue 41"]),
+        ("RUNNING 2 Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
+        ("TIMEOUT 2 Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
     ],
 )
 def test_the_state_of_a_job_that_slurm_ends_or_refuses_to_queue(
-    desk: Desk,
-    monkeypatch: pytest.MonkeyPatch,
-    state: str,
-    restarts: str,
-    end_time: str,
-    refused: str,
-    code: int,
-    job_state: str,
-    orders: list[str],
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, slurms: str, refused: str, code: int, state: str, orders: list[str]
 ) -> None:
-    monkeypatch.setenv("TEST_JOB_STATE", state)
-    monkeypatch.setenv("TEST_RESTARTS", restarts)
-    monkeypatch.setenv("TEST_END_TIME", end_time)
+    for name, value in zip(("JOB_STATE", "RESTARTS", "END_TIME"), slurms.split(), strict=True):
+        monkeypatch.setenv(f"TEST_{name}", value)
     monkeypatch.setenv("TEST_REFUSED", refused)
-    assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == code
-    assert desk.file.state == job_state and desk.orders == orders
+    assert desk.job(a=BAD, b=ENDED) == code
+    assert desk.file.state == state and desk.orders == orders
 
 
 def test_attempts_that_were_killed_with_their_job_get_an_end(desk: Desk) -> None:
@@ -499,9 +480,8 @@ def test_attempts_that_were_killed_with_their_job_get_an_end(desk: Desk) -> None
     allocation = Allocation("41", "deep", ("a",), "a", 1)
     Job(["--run-dir", str(desk.run), "--preset", "debug"], allocation, Settings(1, "cpu", (), ("python",)))
     settled = desk.file.attempts
-    assert [attempt.end for attempt in settled] == ["failed"] * 3 and settled[
-        0
-    ].reason == "killed together with its job"
+    assert [attempt.end for attempt in settled] == ["failed"] * 3
+    assert settled[0].reason == "killed together with its job"
     assert [attempt.has_progressed for attempt in settled[1:]] == [True, False]
 
 

@@ -324,28 +324,23 @@ def test_slurm_that_does_not_answer_is_a_remark(tmp_path: Path, slurm: Slurm, to
     assert json.loads(tool(tmp_path, "--json")[1])["runs"][0]["state"] == "running"
 
 
-def test_a_job_that_ends_while_slurm_is_asked_has_not_vanished(tmp_path: Path, slurm: Slurm) -> None:
-    write_job(tmp_path / "x", "running")
-    file = tmp_path / "x" / "job.json"
-    slurm(f"file = {str(file)!r}\ntext = open(file).read()\nopen(file, 'w').write(text.replace('running', 'done'))")
-    row = only_row(tmp_path)
-    assert (row.state, row.last_error) == ("done", None)
-
-
-def test_a_job_of_another_user_has_not_vanished(tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_slurm_does_not_know_has_vanished_unless_something_speaks_against_it(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_job(tmp_path / "x", "running")
     slurm("")
     assert only_row(tmp_path).state == "vanished"
-    monkeypatch.setattr(module.os, "getuid", lambda: 4_000_001)
-    assert only_row(tmp_path).state == "running"
-
-
-def test_a_job_whose_process_is_at_work_has_not_vanished(tmp_path: Path, slurm: Slurm) -> None:
-    write_job(tmp_path / "x", "running")
-    slurm("")
     with held(RunDirectory(tmp_path / "x")):
         row = only_row(tmp_path)
-    assert row.state == "running" and row.last_error == "Slurm no longer knows job 7, and yet a process is at work here"
+    at_work = "Slurm no longer knows job 7, and yet a process is at work here"
+    assert (row.state, row.last_error) == ("running", at_work)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "getuid", lambda: 4_000_001)
+        assert only_row(tmp_path).state == "running", "a job of another user"
+    file = tmp_path / "x" / "job.json"
+    slurm(f"file = {str(file)!r}\ntext = open(file).read()\nopen(file, 'w').write(text.replace('running', 'done'))")
+    row = only_row(tmp_path)
+    assert (row.state, row.last_error) == ("done", None), "it has ended while Slurm was asked"
 
 
 class CountingFile(io.FileIO):
@@ -360,7 +355,7 @@ class CountingFile(io.FileIO):
 
 
 def test_a_huge_record_is_read_at_its_end_only(tmp_path: Path) -> None:
-    """Of 50 MB, whose beginning would be told as damaged if it were read."""
+    """Of 50 MB, whose beginning would be named as damaged if it were read."""
     path = tmp_path / "metrics.jsonl"
     with path.open("wb") as file:
         for _ in range(50):
@@ -398,7 +393,7 @@ GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "fault"),
     [
         ("job.json", b"", "job.json cannot be read ("),
         ("job.json", b'{"job_id": "7", "att', "job.json cannot be read ("),
@@ -424,7 +419,7 @@ GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
         ("config.yaml", b"model: 1\n", "config.yaml cannot be read ("),
     ],
 )
-def test_damage_is_named_in_the_row(tmp_path: Path, tool: Tool, name: str, content: Any, told: str) -> None:
+def test_damage_is_named_in_the_row(tmp_path: Path, tool: Tool, name: str, content: Any, fault: str) -> None:
     damaged = tmp_path / "damaged"
     write_events(damaged, START)
     write_record(damaged, {"step": 9, "loss": 1.5})
@@ -438,9 +433,9 @@ def test_damage_is_named_in_the_row(tmp_path: Path, tool: Tool, name: str, conte
     code, out, err = tool(tmp_path)
     assert (code, err) == (0, "") and len(out.splitlines()) == 3
     (line,) = [line for line in out.splitlines() if line.startswith("damaged ")]
-    assert told in line
+    assert fault in line
     row = next(run for run in json.loads(tool(tmp_path, "--json")[1])["runs"] if run["name"] == "damaged")
-    assert len(row["unreadable"]) == 1 and row["unreadable"][0].startswith(told)
+    assert len(row["unreadable"]) == 1 and row["unreadable"][0].startswith(fault)
     # The other files are shown as ever.
     assert row["loss"] == (None if content is None and name == "metrics.jsonl" else 1.5)
     assert row["steps"] == (None if name == "config.yaml" else 20)
