@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 import mlra_scale
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, copy_file, sync_folder, write_file
+from mlra_scale.checkpoint.files import FileEntry, copy_file, write_file
 from mlra_scale.config import ConfigError, ModelConfig
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.problems import problems_of
+from mlra_scale.files import sync
 
 STATE = "state.json"
 BUFFERS = "state.safetensors"
@@ -59,7 +60,7 @@ def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: P
             if not source.is_file() or source.suffix not in _TOKENIZER_SUFFIXES:
                 continue
             files[f"{TOKENIZER}/{source.name}"] = copy_file(source, target / source.name)
-        sync_folder(target)
+        sync(target)
     return files
 
 

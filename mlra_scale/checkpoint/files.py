@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.files import name_errors
 
 CHUNK_BYTES = 8 * 2**20
 
@@ -59,43 +60,13 @@ def _remedy(error: OSError, path: Path, action: str) -> str:
     return f"see to the disk of {path.parent}"
 
 
-@contextlib.contextmanager
-def errors_named(path: Path) -> Iterator[None]:
-    """Gives the file's name to errors of the operating system that have none: those of writing and of waiting."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
 def write_file(path: Path, content: bytes) -> FileEntry:
     """Writes a new file and waits until it is on disk."""
-    with errors_named(path), path.open("xb") as file:
+    with name_errors(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old or the new content, and waits until it is on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_file(partial, content)
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk."""
-    with errors_named(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def entry_of(path: Path) -> FileEntry:
@@ -131,6 +102,6 @@ def checksum_fault(path: Path, entry: FileEntry) -> str | None:
 
 def copy_file(source: Path, target: Path) -> FileEntry:
     """Copies a file, waits until the copy is on disk, and returns what was written."""
-    with faults_told("read", source), errors_named(source):
+    with faults_told("read", source), name_errors(source):
         content = source.read_bytes()
     return write_file(target, content)

@@ -10,10 +10,11 @@ from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+from mlra_scale import files
 from mlra_scale.checkpoint import points
 from mlra_scale.checkpoint.contents import now
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import faults_told, replace_file, sync_folder
+from mlra_scale.checkpoint.files import faults_told
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 
 LATEST = "latest"
@@ -43,7 +44,7 @@ def latest(folder: Path) -> Path | None:
 
 def set_latest(folder: Path, checkpoint: Path) -> None:
     """Makes `latest` name a checkpoint of the folder, at once and for good."""
-    replace_file(folder / LATEST, f"{checkpoint.name}\n".encode("ascii"))
+    files.write_atomically(folder / LATEST, f"{checkpoint.name}\n")
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -157,7 +158,7 @@ def _remove(folder: Path, paths: list[Path]) -> None:
             with faults_told("removed", path):
                 # Hidden first: what is half removed is no longer called a checkpoint.
                 hidden = _hide(path)
-                sync_folder(folder)
+                files.sync(folder)
                 points.reached("retention")
                 _clear_away(hidden)
         except CheckpointError as fault:
@@ -170,17 +171,7 @@ def _remove(folder: Path, paths: list[Path]) -> None:
 def put_in_place(unfinished: Path, final: Path) -> None:
     """Gives a complete folder its name; a checkpoint of the same step makes way and is removed afterwards."""
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    is_replacing = os.path.lexists(final)  # a symbolic link that leads nowhere is in the way too
-    if is_replacing:
-        os.rename(final, replaced)
-    try:
-        os.rename(unfinished, final)
-    except OSError:
-        if is_replacing:
-            os.rename(replaced, final)
-        raise
-    sync_folder(final.parent)
-    if is_replacing:
+    if files.put_in_place(unfinished, final, replaced):
         # The new one is complete; what is left of the old one is for the next save to clear away.
         with contextlib.suppress(OSError):
             _clear_away(_hide(replaced))

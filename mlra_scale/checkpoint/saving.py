@@ -18,13 +18,14 @@ from mlra_scale.checkpoint import points, retention
 from mlra_scale.checkpoint.contents import BUFFERS, library_versions, write_small_files
 from mlra_scale.checkpoint.copies import Digests, RankCopies
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault, sync_folder, write_file
+from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, Run, joined, line_of, parse
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
 from mlra_scale.checkpoint.retention import next_created
 from mlra_scale.checkpoint.snapshot import Named
 from mlra_scale.checkpoint.writer import write_safetensors
 from mlra_scale.config import Config, engine_kind, zero_stage
+from mlra_scale.files import sync
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
@@ -255,7 +256,7 @@ def commit(
                     f"{fault}, as rank 0 sees it; checkpoints must lie on a disk that all ranks share"
                 )
         write_file(unfinished / MANIFEST, manifest.to_json())
-        sync_folder(unfinished)
+        sync(unfinished)
         points.reached("before-rename")
         retention.put_in_place(unfinished, final)
         points.reached("before-latest")

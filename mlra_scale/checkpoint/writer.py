@@ -33,10 +33,11 @@ from mlra_scale.checkpoint.contents import (
     write_small_files,
 )
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, errors_named, faults_told, sync_folder, write_file
+from mlra_scale.checkpoint.files import CHUNK_BYTES, FileEntry, faults_told, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, joined, line_of
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
 from mlra_scale.config import stored_yaml, yaml_text
+from mlra_scale.files import name_errors, sync
 from mlra_scale.model.parameters import ParameterTable
 
 DTYPES = {
@@ -85,7 +86,7 @@ def write_safetensors(
     header = _header(specs, metadata)
     announced = iter(specs.items())
     middle = len(header) + sum(map(num_bytes, specs.values())) // 2
-    with errors_named(path), path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+    with name_errors(path), path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         points.reached("file-open")
         output = _Output(file, hashing, middle)
         output.write(memoryview(header))
@@ -213,9 +214,9 @@ def write_weights(
                 parameters={name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()},
             )
             write_file(unfinished / MANIFEST, manifest.to_json())
-            sync_folder(unfinished)
+            sync(unfinished)
             unfinished.rename(folder)
-            sync_folder(folder.parent)
+            sync(folder.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise

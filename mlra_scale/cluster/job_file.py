@@ -17,7 +17,8 @@ from pydantic.dataclasses import dataclass
 from mlra_scale.cluster.messages import first_error
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import read_json_object
-from mlra_scale.training.record import read_record, write_atomically
+from mlra_scale.files import write_atomically
+from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
 
 VERSION = 2
@@ -131,8 +132,6 @@ class JobFile:
         try:
             write_atomically(self.path, f"{text}{' ' * blanks}\n")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self.path.with_name(f".{self.path.name}.tmp").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 if self._overwrite(text):
                     return

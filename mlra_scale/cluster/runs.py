@@ -6,7 +6,6 @@ together with its node cannot record that in its job.json. What cannot be read i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.messages import first_error, printable
 from mlra_scale.cluster.slurm import SlurmError, jobs_of_user
 from mlra_scale.config import stored_yaml
+from mlra_scale.files import lock
 from mlra_scale.training.record import lines_from_end
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -202,14 +202,14 @@ def is_held(directory: RunDirectory, name: str = ".lock") -> bool | None:
     """
     try:
         with (directory.path / name).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            refusal = lock(file.fileno(), is_shared=True)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
     except OSError:
         return None
-    return False
+    return False if refusal is None else None
 
 
 def _with_slurms_state(run: RunRow, queue: dict[str, tuple[str, str]], now: float) -> RunRow:

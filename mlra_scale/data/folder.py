@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from mlra_scale.data.manifest import (
     manifest_text,
     read_manifest,
 )
+from mlra_scale.files import write_atomically
 
 _REMEDY = "copy it from where it is whole, or prepare the data again"
 _TOKENS_AT_ONCE = 1 << 22
@@ -262,7 +262,7 @@ def _add_tables(manifest: Manifest, tables: dict[str, bytes], say: Callable[[str
     folder = manifest.folder
     try:
         for split in SPLITS:
-            _replace(folder / f"{split}.blocks", tables[f"{split}.bin"])
+            write_atomically(folder / f"{split}.blocks", tables[f"{split}.bin"])
         added = {
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
             for name in (f"{split}.blocks" for split in SPLITS)
@@ -270,21 +270,8 @@ def _add_tables(manifest: Manifest, tables: dict[str, bytes], say: Callable[[str
         files = manifest.files | added | tokenizer_files(folder)
         fingerprint = content_fingerprint(files, manifest.tokenizer_sha256, manifest.end_of_document_token)
         content = manifest.content | {"version": VERSION, "fingerprint": fingerprint, "files": files}
-        _replace(folder / MANIFEST_NAME, manifest_text(content).encode())
+        write_atomically(folder / MANIFEST_NAME, manifest_text(content).encode())
     except OSError as error:
         say(f"{folder} is whole; the hashes of its blocks could not be added: {error.strerror}")
         return
     say(f"{folder}: added the hashes of its blocks and the sums of its tokenizer; it has version {VERSION} now")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

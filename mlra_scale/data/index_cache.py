@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.data.indexed import sha256_of_file
+from mlra_scale.files import lock, sync
 
 _NAMES = ("documents.npy", "samples.npy")
 _SUMS = "sha256.json"
@@ -77,8 +78,7 @@ def _locked(path: Path) -> Iterator[None]:
     first wins.
     """
     with open(path, "wb") as stream:
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        lock(stream.fileno(), math.inf)
         yield
 
 
@@ -93,8 +93,7 @@ def _write(folder: Path, indices: Indices) -> None:
         sums = {name: sha256_of_file(temporary / name) for name in _NAMES}
         (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
         for path in temporary.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            sync(path)
         if _is_whole(folder):  # somebody else was first, and may have mapped it
             return
         if folder.exists():

@@ -20,6 +20,7 @@ from typing import Any
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import printable, read_json_object
 from mlra_scale.config.problems import nearest
+from mlra_scale.files import write_atomically
 from mlra_scale.planning.cluster import Cluster
 
 FORMAT = "mlra-scale cluster 1"
@@ -81,9 +82,7 @@ def write_cluster_file(path: Path, cluster: Cluster, measured: Collection[str]) 
     problems = list(_problems(json.loads(text)))
     if problems:
         raise ConfigError(problems)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
 
 
 def _as_field(value: Any) -> Any:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from pathlib import Path
 import torch
 
 from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import sync_folder
 from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
 from mlra_scale.checkpoint.huggingface.folder import write_configuration
 from mlra_scale.checkpoint.huggingface.shards import write_shards
@@ -30,6 +26,7 @@ from mlra_scale.checkpoint.huggingface.tokenizer import (
 )
 from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.files import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -105,7 +102,8 @@ def export_checkpoint(
         raise CheckpointError(f"{target} lies in the checkpoint, and would be removed with it; name another output")
     if text is not None:
         _check_text(text, store)
-    with _faults_told(target), _unfinished(target) as folder:
+    busy = CheckpointError(f"another export to {target} is at work; wait for it or name another output")
+    with _faults_told(target), new_folder(target, busy) as folder:
         began = time.monotonic()
         tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, text, say)
         special = _special_tokens(store) if tokenizer is None else tokenizer.special
@@ -133,8 +131,6 @@ def export_checkpoint(
             None if text is None else text.description,
         )
         (folder / _CARD).write_text(card, encoding="utf-8")
-        _to_disk(folder)
-        _give_name(folder, target)
     return verification
 
 
@@ -214,73 +210,3 @@ def _faults_told(target: Path) -> Iterator[None]:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def _unfinished(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside the target, which is gone at the end unless it got its name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.unfinished")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            _lock(lock, target)
-        for entry in folder.iterdir():  # of an export that was killed
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _lock(descriptor: int, target: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"another export to {target} is at work; wait for it or name another output") from None
-
-
-def _to_disk(folder: Path) -> None:
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
-
-
-def _give_name(folder: Path, target: Path) -> None:
-    """Renames the finished folder; an export that is there already and it change places at one stroke.
-
-    What is replaced is then where the unfinished one was, and is removed with it.
-    """
-    if not target.exists():
-        folder.rename(target)
-    elif not _exchanged(folder, target):
-        # The file system cannot exchange: for a moment there is neither.
-        old = target.with_name(f".{target.name}.replaced")
-        target.rename(old)
-        try:
-            folder.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(target.parent)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Lets two paths change places (Linux); returns False where that cannot be done."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(code, os.strerror(code), str(other))

@@ -23,8 +23,8 @@ from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import SlurmError, hostnames, slurm_environment, step_command
 from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.config import ClusterConfig
+from mlra_scale.files import write_atomically
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.record import write_atomically
 
 _FINAL: dict[ExitCode, EndKind] = {
     ExitCode.BAD_INPUT: "bad_input",

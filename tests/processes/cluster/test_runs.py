@@ -1,6 +1,7 @@
 """mlra_scale/cluster/runs.py and tools/jobs.py: what is shown of runs, and what of damaged ones."""
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
@@ -237,7 +238,7 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
     with held(run):
         pass
     with (tmp_path / ".lock").open("rb") as other:
-        module.fcntl.flock(other, module.fcntl.LOCK_SH)
+        fcntl.flock(other, fcntl.LOCK_SH)
         assert module.is_held(run) is False
     with held(run):
         pass
@@ -245,7 +246,7 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
     def refuse(*arguments: Any) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     write_events(tmp_path, START)
     row = only_row(tmp_path)
     assert row.state == "unknown" and "its lock cannot be tested" in (row.last_error or "")

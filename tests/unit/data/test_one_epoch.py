@@ -14,7 +14,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from mlra_scale.data import index_cache
 from mlra_scale.data.index_cache import damaged_caches
 from mlra_scale.data.one_epoch import OneEpoch, SequenceRange, _NoTokenizer
 from tests.unit.data.builders import random_documents, whole_range, write_documents
@@ -157,7 +156,7 @@ def test_a_flipped_bit_in_a_cached_index_is_seen_and_mended(tmp_path: Path) -> N
 def test_whole_indices_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without locks several ranks build at once: the later ones leave alone what the first may have mapped."""
     data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
-    monkeypatch.setattr(index_cache.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     build, mapped = OneEpoch._built_indices, list[OneEpoch]()
 
     def slow_build(self: OneEpoch) -> tuple[np.ndarray, np.ndarray]:

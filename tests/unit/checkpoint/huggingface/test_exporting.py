@@ -402,15 +402,6 @@ def test_an_export_is_replaced_only_on_request_and_by_a_good_one(
     assert "modeling_mlra.py" in files_of(target) and files_of(tmp_path) == {"out"}
 
 
-def test_an_export_is_replaced_where_folders_cannot_change_places(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "_exchanged", lambda one, other: False)
-    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
-    export_checkpoint(store, tmp_path / "out", ExportOptions("mlra", is_replacing=True), random_text())
-    assert "modeling_mlra.py" in files_of(tmp_path / "out") and files_of(tmp_path) == {"out"}
-
-
 def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
@@ -447,7 +438,7 @@ def test_a_weight_that_a_type_cannot_hold_is_told(
 
 
 def test_the_rest_of_a_killed_export_is_cleared_away(tmp_path: Path, store: Store) -> None:
-    rest = tmp_path / ".out.unfinished"
+    rest = tmp_path / ".out.partial"
     (rest / "folder").mkdir(parents=True)
     (rest / "model-00001-of-00009.safetensors").write_bytes(b"half")
     export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
