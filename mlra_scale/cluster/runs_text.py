@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlra_scale import console
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.cluster.messages import printable
 from mlra_scale.cluster.runs import RunRow, timestamp
@@ -34,7 +35,7 @@ def table(runs: Sequence[RunRow], width: int | None = None) -> str:
         width: Of the terminal: errors are cut to it, and stand in a line of their own where there is no room beside
             the other columns. None: nothing is cut.
     """
-    head, *rows = _aligned([_HEADER, *(_cells(run) for run in runs)], left=2)
+    head, *rows = console.table(_HEADER, map(_cells, runs), left=2, width=None).splitlines()
     room = 0 if width is None else width - len(head) - 2
     lines = [f"{head}  LAST ERROR" if width is None or room >= _LEAST_ROOM else head]
     for row, run in zip(rows, runs, strict=True):
@@ -48,33 +49,22 @@ def table(runs: Sequence[RunRow], width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _cells(run: RunRow) -> list[str]:
-    def shown(value: Any, format: str = "") -> str:
-        return "-" if value is None else f"{value:{format}}"
+def _shown(value: Any, format: str = "", unit: str = "") -> str:
+    return "-" if value is None else f"{value:{format}}{unit}"
 
+
+def _cells(run: RunRow) -> list[str]:
     return [
         printable(run.name),
         printable(f"{run.state} ({run.waits_for})" if run.waits_for else run.state),
-        printable(shown(run.job_id)),
-        f"{run.nodes} x {run.ranks // run.nodes}" if run.nodes and run.ranks else shown(run.ranks),
-        f"{shown(run.step)}/{shown(run.steps)}",
-        shown(run.loss, ".4f"),
-        "-" if run.tev_mean is None else f"{run.tev_mean:.5f} +- {shown(run.tev_std, '.5f')}",
-        shown(run.tokens_per_second, ",.0f"),
+        printable(_shown(run.job_id)),
+        f"{run.nodes} x {run.ranks // run.nodes}" if run.nodes and run.ranks else _shown(run.ranks),
+        f"{_shown(run.step)}/{_shown(run.steps)}",
+        _shown(run.loss, ".4f"),
+        "-" if run.tev_mean is None else f"{run.tev_mean:.5f} +- {_shown(run.tev_std, '.5f')}",
+        _shown(run.tokens_per_second, ",.0f"),
         f"{run.restarts} ({run.requeues} requeued)" if run.requeues else str(run.restarts),
         _duration(run.age_seconds),
-    ]
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Returns rows of cells as lines, the first columns flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
     ]
 
 
@@ -114,22 +104,21 @@ def attempts_as_text(run: RunRow, now: float) -> str:
     lines = table([run]).splitlines()
     if run.job is None:
         return "\n".join([*lines, "no attempts are recorded: it was not started as a job of a cluster"])
-    rows = [["ATTEMPT", "STARTED", "DURATION", "FIRST STEP AFTER", "END", "PROGRESSED", "RANKS", "NODES"]]
-    for attempt in run.job.attempts:
-        first = attempt.first_step_seconds
-        rows.append(
-            [
-                str(attempt.number),
-                printable(attempt.started),
-                _duration(_seconds_of(attempt, run, now)),
-                "-" if first is None else f"{first:.1f} s",
-                printable(attempt.end or "-"),
-                "yes" if attempt.has_progressed else "no",
-                str(attempt.num_ranks),
-                printable(" ".join(attempt.nodes)),
-            ]
-        )
-    head, *texts = _aligned(rows, left=0)
+    headers = ["ATTEMPT", "STARTED", "DURATION", "FIRST STEP AFTER", "END", "PROGRESSED", "RANKS", "NODES"]
+    rows = [
+        [
+            str(attempt.number),
+            printable(attempt.started),
+            _duration(_seconds_of(attempt, run, now)),
+            _shown(attempt.first_step_seconds, ".1f", " s"),
+            printable(attempt.end or "-"),
+            "yes" if attempt.has_progressed else "no",
+            str(attempt.num_ranks),
+            printable(" ".join(attempt.nodes)),
+        ]
+        for attempt in run.job.attempts
+    ]
+    head, *texts = console.table(headers, rows, left=0, width=None).splitlines()
     lines += ["", head]
     for attempt, text in zip(run.job.attempts, texts, strict=True):
         lines += [text, *(f"    {printable(reason)}" for reason in [attempt.reason, *attempt.failures] if reason)]
