@@ -145,7 +145,7 @@ def test_all_end_well(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"--nodelist=a,b", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--no-kill"} <= set(srun["options"])
     assert {"--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none", "--mem=64G"} <= set(srun["options"])
     assert srun["options"][-1] == "--label", "what the user gives wins"
-    assert srun["command"][:7] == [*stage.plan.python, "-u", "-m", "mlra_scale.cluster.node"]
+    assert srun["command"][:7] == [*stage.plan.settings.python, "-u", "-m", "mlra_scale.cluster.node"]
     arguments = parse(srun["command"][7:])
     assert arguments.training == list(TRAINING) and arguments.logs == stage.plan.logs
     assert (stage.plan.logs / "nonce").read_text() == arguments.nonce
