@@ -26,7 +26,7 @@ from typing import IO
 
 from mlra_scale.cluster import slurm
 from mlra_scale.cluster.check import CheckResult, check_on_this_node, overrides_of_ranks, with_absolute_paths
-from mlra_scale.cluster.job.attempt import Attempt, AttemptPlan
+from mlra_scale.cluster.job.attempt import AttemptRunner, AttemptPlan
 from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.job_file import JobAttempt, JobFile, events_since, now, num_checkpoints, read_job_file
 from mlra_scale.cluster.settings import Settings
@@ -224,7 +224,7 @@ class Job:
         self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
         try:
             plan = self._plan(nodes, number)
-            end = Attempt(plan, self._print, self._say, self._is_stop_asked, on_progress).run()
+            end = AttemptRunner(plan, self._print, self._say, self._is_stop_asked, on_progress).run()
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             # A full disk, a file server or Slurm's controller that does not answer, no descriptor or thread left: as
             # with a rank that fails, a later attempt may succeed.

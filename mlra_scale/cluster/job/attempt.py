@@ -93,8 +93,8 @@ class _Node:
     was_misunderstood: bool = False
 
 
-class Attempt:
-    """One start of all ranks, from srun to its end; for one thread.
+class AttemptRunner:
+    """Runs one start of all ranks, from srun to its end; for one thread.
 
     Args:
         plan: What to start.

@@ -15,7 +15,7 @@ import pytest
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
 from mlra_scale.cluster.job import attempt as module
-from mlra_scale.cluster.job.attempt import Attempt, AttemptPlan
+from mlra_scale.cluster.job.attempt import AttemptRunner, AttemptPlan
 from mlra_scale.cluster.node.__main__ import parse
 from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.settings import Settings
@@ -73,7 +73,7 @@ class Stage:
             hang_seconds=30.0,
         )
         self.is_stop_asked: Callable[[Outcome], bool] = lambda outcome: False
-        self.before: Callable[[Attempt], None] = lambda attempt: None
+        self.before: Callable[[AttemptRunner], None] = lambda attempt: None
 
     def limit(self, **values: float) -> None:
         """Changes fields of the configuration's section `cluster`."""
@@ -85,7 +85,7 @@ class Stage:
         self._monkeypatch.setenv(
             PLAYS_VARIABLE, json.dumps({node: textwrap.dedent(play) for node, play in plays.items()})
         )
-        attempt = Attempt(
+        attempt = AttemptRunner(
             self.plan,
             outcome.console.append,
             outcome.said.append,
@@ -170,11 +170,11 @@ def test_nodes_that_have_ipv6_addresses_only(stage: Stage) -> None:
 
 
 def test_ranks_do_not_outlive_an_error_of_the_job(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(attempt: Attempt, hub: Hub) -> None:
+    def odd(attempt: AttemptRunner, hub: Hub) -> None:
         if (stage.plan.logs.parent / "b.here").exists():
             raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(Attempt, "_watch", odd)
+    monkeypatch.setattr(AttemptRunner, "_watch", odd)
     play = """
         with open(f"{os.environ['TEST_RECORD']}/{me.name}.pid", "w") as file:
             file.write(str(os.getpid()))
@@ -267,7 +267,7 @@ def test_a_node_that_never_connects_is_lost(stage: Stage) -> None:
     """It has five minutes, as a container may have to be fetched."""
     stage.limit(lost_node_seconds=1.0)
 
-    def age(attempt: Attempt) -> None:
+    def age(attempt: AttemptRunner) -> None:
         attempt._nodes["b"].heard -= 299.2
 
     stage.before = age

@@ -433,14 +433,14 @@ def test_what_the_operating_system_refuses_is_a_failure_that_counts(
 
 
 def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(running: attempt.Attempt) -> None:
+    def odd(running: attempt.AttemptRunner) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(attempt.Attempt, "run", odd)
+    monkeypatch.setattr(attempt.AttemptRunner, "run", odd)
     assert desk.job(a=DONE, b=DONE) == 1
     assert desk.file.state == "failed" and desk.file.reason == "KeyError: 'odd'"
     assert [(item.end, item.reason) for item in desk.file.attempts] == [("failed", "KeyError: 'odd'")]
-    monkeypatch.setattr(attempt.Attempt, "run", lambda running: sys.exit(3))
+    monkeypatch.setattr(attempt.AttemptRunner, "run", lambda running: sys.exit(3))
     with pytest.raises(SystemExit):
         desk.job(a=DONE, b=DONE)
     assert desk.file.state == "failed" and desk.file.reason == "SystemExit: 3"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.cluster.channel import Heard, Hub
-from mlra_scale.cluster.job.attempt import Attempt, AttemptPlan
+from mlra_scale.cluster.job.attempt import AttemptRunner, AttemptPlan
 from mlra_scale.cluster.job.policy import EndKind
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankMessage, printable
 from mlra_scale.cluster.settings import Settings
@@ -37,7 +37,7 @@ class QuietHub(Hub):
         """See Hub."""
 
 
-def attempt(said: list[str]) -> Attempt:
+def attempt(said: list[str]) -> AttemptRunner:
     plan = AttemptPlan(
         nodes=("a", "b"),
         here="a",
@@ -49,7 +49,7 @@ def attempt(said: list[str]) -> Attempt:
         cluster=ClusterConfig(),
         hang_seconds=30.0,
     )
-    return Attempt(plan, lambda output: None, said.append, lambda: False, lambda: None)
+    return AttemptRunner(plan, lambda output: None, said.append, lambda: False, lambda: None)
 
 
 def take(*messages: Any) -> tuple[str, str, Any, list[str]]:
