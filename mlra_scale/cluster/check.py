@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -252,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan, _ = check(arguments.training, arguments.nodes, settings.processes, settings.device, is_login=True)
             print(f"{plan}\n\nchecked: the job would be accepted, as far as a login node can see")
     except ConfigError as error:
-        lines = "\n".join(f"  {problem}" for problem in error.problems)
-        print(f"mlra_scale.cluster.check: bad input\n{lines}", file=sys.stderr, flush=True)
+        print(f"mlra_scale.cluster.check: bad input\n{textwrap.indent(str(error), '  ')}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT
     return ExitCode.DONE
 

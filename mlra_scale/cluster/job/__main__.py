@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from typing import IO
 
 from mlra_scale.cluster import slurm
 from mlra_scale.cluster.check import CheckResult, check_on_this_node, overrides_of_ranks, with_absolute_paths
-from mlra_scale.cluster.job.attempt import AttemptRunner, AttemptPlan
+from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
 from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.job_file import JobAttempt, JobFile, events_since, now, num_checkpoints, read_job_file
 from mlra_scale.cluster.settings import Settings
@@ -351,8 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_job = partial(Job, arguments, allocation, settings, is_stop_asked, check)
         return _run_alone(run, allocation, make_job, is_stop_asked)
     except ConfigError as error:
-        lines = "\n".join(f"  {problem}" for problem in error.problems)
-        print(f"mlra_scale.cluster.job: bad input\n{lines}", file=sys.stderr, flush=True)
+        print(f"mlra_scale.cluster.job: bad input\n{textwrap.indent(str(error), '  ')}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT
     except slurm.SlurmError as error:
         print(f"mlra_scale.cluster.job: {error}", file=sys.stderr, flush=True)

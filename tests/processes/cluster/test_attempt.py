@@ -15,7 +15,7 @@ import pytest
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub
 from mlra_scale.cluster.job import attempt as module
-from mlra_scale.cluster.job.attempt import AttemptRunner, AttemptPlan
+from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
 from mlra_scale.cluster.node.__main__ import parse
 from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.settings import Settings
