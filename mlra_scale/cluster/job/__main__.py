@@ -1,10 +1,9 @@
 """The job: starts attempts, and does what follows when one has ended.
 
-`python -m mlra_scale.cluster.job ARGUMENTS OF THE TRAINING`, inside a Slurm allocation; slurm/launch.sh calls it.
-
-SIGUSR1 (from sbatch's --signal, before the time limit) and SIGTERM (preemption, scontrol requeue) make all ranks save
-after the same step; the job then goes back to the queue. After a failure it restarts at once in its allocation where
-enough nodes are left, else through the queue, without the nodes that were found to be bad.
+slurm/launch.sh runs `python -m mlra_scale.cluster.job ARGUMENTS OF THE TRAINING` inside a Slurm allocation. SIGUSR1
+(from sbatch's --signal, before the time limit) and SIGTERM (preemption, scontrol requeue) make all ranks save after the
+same step; the job then goes back to the queue. After a failure it restarts at once in its allocation where enough nodes
+are left, else through the queue, without the nodes that were found to be bad.
 """
 
 from __future__ import annotations
