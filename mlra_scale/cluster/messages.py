@@ -133,13 +133,6 @@ class RankMessage(_Message):
     bad_nodes: dict[_Text, _Text] | None = None
 
 
-class Ended(_Message):
-    """How all ranks of a node ended."""
-
-    failures: list[RankFailure]
-    bad_nodes: dict[_Text, _Text] = {}
-
-
 class NodeMessage(_Message):
     """A message of a node to its job.
 
@@ -148,11 +141,11 @@ class NodeMessage(_Message):
         ranks: What its ranks do.
         signalled: Whether the node received a signal that asks for a stop.
         bad_nodes: Nodes that cannot be used, with the reason.
-        ended: How its ranks ended.
+        failures: How ranks of it failed; given when all its ranks have ended.
     """
 
     versions: dict[_Text, _Text] | None = None
     ranks: list[RankStatus] | None = None
     signalled: bool = False
     bad_nodes: dict[_Text, _Text] | None = None
-    ended: Ended | None = None
+    failures: list[RankFailure] | None = None

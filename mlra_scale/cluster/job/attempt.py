@@ -216,8 +216,7 @@ class AttemptRunner:
         return all(node.versions is not None for node in self._nodes.values())
 
     def _take(self, hub: Hub, heard: Heard, node: _Node, message: NodeMessage) -> None:
-        unknown = {*(message.bad_nodes or {}), *(message.ended.bad_nodes if message.ended else ())} - {*self._nodes}
-        if unknown:
+        if unknown := {*(message.bad_nodes or {})} - {*self._nodes}:
             raise ValueError(f"bad_nodes: {', '.join(sorted(unknown))} is not of this attempt")
         if message.versions is not None:
             node.versions = message.versions
@@ -229,12 +228,10 @@ class AttemptRunner:
             self._note_progress(node.ranks)
         if message.signalled:
             self._stop(hub, f"{heard.node} was signalled")
-        if message.bad_nodes is not None:
-            self._blame(message.bad_nodes)
-        if message.ended is not None:
+        if message.failures is not None:
             node.has_ended = node.has_reported = True
-            self._take_failures(heard.node, message.ended.failures)
-            self._blame(message.ended.bad_nodes)
+            self._take_failures(heard.node, message.failures)
+        self._blame(message.bad_nodes or {})
 
     def _take_failures(self, name: str, failures: Sequence[RankFailure]) -> None:
         if not failures:

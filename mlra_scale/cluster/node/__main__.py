@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.cluster.messages import Ended, RankFailure, printable
+from mlra_scale.cluster.messages import NodeMessage, RankFailure, printable
 from mlra_scale.cluster.node.watch import LostJob, Watch, connect
 from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_device_environment(resolve(build_parser().parse_intermixed_args(arguments.training))[0], os.environ)
     bad_nodes = {node: fault} if (fault := folder_fault(arguments.logs, node, arguments.nonce)) else {}
     failures = [] if bad_nodes else run_ranks(arguments, node, node_rank)
-    watch.report_end(Ended(failures=failures, bad_nodes=bad_nodes))
+    watch.report_end(NodeMessage(failures=failures, bad_nodes=bad_nodes))
     heartbeats.close()
     return 1 if failures or bad_nodes else 0
 

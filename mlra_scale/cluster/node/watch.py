@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link, host_and_port
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
-from mlra_scale.cluster.messages import Ended, Heartbeat, RankMessage, RankStatus
+from mlra_scale.cluster.messages import Heartbeat, NodeMessage, RankMessage, RankStatus
 from mlra_scale.cluster.process_tree import process_state, send_signal
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
@@ -102,7 +102,7 @@ class Watch:
         self._stopped: set[int] = set()
         self._stop = threading.Event()
         self._kill_at: float | None = None
-        self._end: Ended | None = None
+        self._end: NodeMessage | None = None
         self._has_ended = threading.Event()
         self._has_lost_job = False
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -112,7 +112,7 @@ class Watch:
         """The handler of signals that ask for a stop; the job decides how long that may take."""
         self._stop.set()
 
-    def report_end(self, end: Ended) -> None:
+    def report_end(self, end: NodeMessage) -> None:
         """Reports to the job how the ranks ended, and waits until the report is on its way."""
         self._end = end
         self._has_ended.wait(30.0)
@@ -137,7 +137,7 @@ class Watch:
                 self._obey(message)
             now = time.monotonic()
             if end is not None:
-                self._link.send({"ended": end.model_dump()})
+                self._link.send(end.model_dump(exclude_unset=True))
                 self._link.close()
                 self._has_ended.set()
                 return

@@ -89,7 +89,7 @@ class Player:
 
     def end(self, *failures: dict[str, Any]) -> None:
         """Tells how the ranks ended, and ends."""
-        self.link.send({"ended": {"failures": failures}})
+        self.link.send({"failures": failures})
         self.link.close()
         sys.exit(1 if failures else 0)
 

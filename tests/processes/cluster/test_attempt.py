@@ -131,7 +131,7 @@ def test_all_end_well(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
         print(f"hello from {me.name}\\n", end="", flush=True)  # in one write: both nodes print into one pipe
         me.report(rank(int(me.name == "b"), step=1, phase="preparing"))
         me.report(rank(int(me.name == "b"), step=7))
-        me.connect("x").send({"ended": {"failures": [failure(5, 2)]}})  # of no node of this attempt
+        me.connect("x").send({"failures": [failure(5, 2)]})  # of no node of this attempt
         me.wait_for("none")
         time.sleep(0.3)
         me.end()
@@ -442,7 +442,7 @@ def test_input_that_is_bad_on_other_nodes_only_is_a_fault_of_these_nodes(stage: 
 
 def test_a_node_without_the_run_directory_is_bad(stage: Stage) -> None:
     """Its agent has started no rank; the attempt is not done, even if all agents end like this."""
-    b = "me.join(); me.link.send({'ended': {'failures': [], 'bad_nodes': {me.name: 'does not see it'}}}); sys.exit(1)"
+    b = "me.join(); me.link.send({'failures': [], 'bad_nodes': {me.name: 'does not see it'}}); sys.exit(1)"
     outcome = stage.run(a=KILLED, b=b)
     assert (outcome.kind, outcome.bad_nodes) == ("bad_node", {"b": "does not see it"})
     assert stage.run(a=b, b=b).kind == "bad_node"

@@ -20,7 +20,7 @@ import pytest
 
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub
 from mlra_scale.cluster.job_file import JobAttempt
-from mlra_scale.cluster.messages import Ended, RankFailure
+from mlra_scale.cluster.messages import NodeMessage, RankFailure
 from mlra_scale.cluster.node import __main__ as node
 from mlra_scale.cluster.node import watch as watch_module
 from mlra_scale.cluster.node.__main__ import folder_fault, parse
@@ -130,7 +130,7 @@ class Site:
             rank.wait()
             if rank.stdout is not None:
                 rank.stdout.close()
-        ending = threading.Thread(target=self.watch.report_end, args=(Ended(failures=[]),))  # ends its thread
+        ending = threading.Thread(target=self.watch.report_end, args=(NodeMessage(failures=[]),))  # ends its thread
         ending.start()
         while ending.is_alive():
             self.hub.poll(0.02)
@@ -222,7 +222,7 @@ def test_an_order_to_kill_ends_the_ranks_even_stopped_ones(make_site: Sites) -> 
 AGENT = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from mlra_scale.cluster.messages import Ended, RankFailure
+from mlra_scale.cluster.messages import NodeMessage, RankFailure
 from mlra_scale.cluster.node import watch as module
 from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
@@ -243,7 +243,7 @@ if settings["has_rank"]:
     code = rank.wait()
 if settings["is_stuck"]:
     time.sleep(60)  # as in a rendezvous that never ends
-watch.report_end(Ended(failures=[RankFailure(rank=0, code=code, time=0.0, message="")]))
+watch.report_end(NodeMessage(failures=[RankFailure(rank=0, code=code, time=0.0, message="")]))
 sys.exit(1)
 """
 
@@ -456,19 +456,21 @@ def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
 
 
 def ends_after_bad_nodes(site: Site) -> bool:
-    keys = [key for heard in site.said for key in heard.message or {} if key in ("bad_nodes", "ended")]
-    return keys == ["bad_nodes", "ended"] and site.messages("bad_nodes") == [{"a": "ECC"}]
+    keys = [key for heard in site.said for key in heard.message or {} if key in ("bad_nodes", "failures")]
+    return keys == ["bad_nodes", "failures"] and site.messages("bad_nodes") == [{"a": "ECC"}]
 
 
 def test_the_end_is_reported_after_what_the_ranks_reported(make_site: Sites) -> None:
     site = make_site()
     assert site.start_rank("ECC").wait(10.0) == 0
     site.hear_until(lambda: False, 0.3)  # torchrun takes a moment to notice
-    end = Ended(failures=[RankFailure(rank=0, code=1, time=0.0, message="odd")])
+    end = NodeMessage(failures=[RankFailure(rank=0, code=1, time=0.0, message="odd")])
     ending = threading.Thread(target=site.watch.report_end, args=(end,))
     ending.start()
-    assert site.hear_until(lambda: site.messages("ended"))
-    assert ends_after_bad_nodes(site) and [Ended.of(ended) for ended in site.messages("ended")] == [end]
+    assert site.hear_until(lambda: site.messages("failures"))
+    assert ends_after_bad_nodes(site) and [
+        NodeMessage.of({"failures": failures}) for failures in site.messages("failures")
+    ] == [end]
 
 
 def test_a_report_of_a_rank_just_before_the_end_is_not_lost(make_site: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,9 +482,9 @@ def test_a_report_of_a_rank_just_before_the_end_is_not_lost(make_site: Sites, mo
         monkeypatch.undo()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as rank:
             rank.sendto(b'{"bad_nodes": {"a": "ECC"}}', f"\0{site.heartbeats.address}")
-        site.watch._end = Ended(failures=[])
+        site.watch._end = NodeMessage(failures=[])
         return receive()
 
     monkeypatch.setattr(site.link, "receive", receive_late)
-    assert site.hear_until(lambda: site.messages("ended"))
+    assert site.hear_until(lambda: site.messages("failures"))
     assert ends_after_bad_nodes(site)

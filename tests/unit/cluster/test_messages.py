@@ -68,11 +68,10 @@ def test_messages_are_read() -> None:
     message = NodeMessage.of(
         {"node": "a", "pid": 5, "versions": {"torch": "2"}, "ranks": [RANK], "bad_nodes": {"b": "ECC"}, "more": [1]}
     )
-    assert message.versions == {"torch": "2"} and message.bad_nodes == {"b": "ECC"} and message.ended is None
+    assert message.versions == {"torch": "2"} and message.bad_nodes == {"b": "ECC"} and message.failures is None
     assert message.ranks is not None and message.ranks[0].silence == 0.0
     assert message.ranks[0].heartbeat.model_dump() == HEARTBEAT
-    ended = NodeMessage.of({"ended": {"failures": [FAILURE]}}).ended
-    assert ended is not None and ended.failures == [RankFailure(**FAILURE)] and ended.bad_nodes == {}
+    assert NodeMessage.of({"failures": [FAILURE]}).failures == [RankFailure(**FAILURE)]
     assert RankMessage.of({"heartbeat": HEARTBEAT}).heartbeat is not None
 
 
@@ -91,9 +90,9 @@ def test_messages_are_read() -> None:
         ({"ranks": [{**RANK, "heartbeat": {**HEARTBEAT, "pid": True}}]}, "ranks.0.heartbeat.pid"),
         ({"bad_nodes": ["b"]}, "bad_nodes"),
         ({"bad_nodes": {"x": "of another job"}}, "bad_nodes"),
-        ({"ended": {}}, "ended.failures"),
-        ({"ended": {"failures": [{**FAILURE, "code": None}]}}, "ended.failures.0.code"),
-        ({"ended": {"failures": [], "bad_nodes": {"x,y": "of another job"}}}, "bad_nodes"),
+        ({"failures": {}}, "failures"),
+        ({"failures": [{**FAILURE, "code": None}]}, "failures.0.code"),
+        ({"failures": [], "bad_nodes": {"x,y": "of another job"}}, "bad_nodes"),
         ({"signalled": "yes"}, "signalled"),
     ],
 )
@@ -133,7 +132,7 @@ WHOLE = {
     "ranks": [RANK],
     "signalled": True,
     "bad_nodes": {"b": "ECC"},
-    "ended": {"failures": [FAILURE, {**FAILURE, "rank": 1, "code": -9}], "bad_nodes": {"a": "ECC"}},
+    "failures": [FAILURE, {**FAILURE, "rank": 1, "code": -9}],
 }
 messages = st.lists(
     st.sets(st.sampled_from(sorted(WHOLE)), min_size=1, max_size=2).flatmap(
