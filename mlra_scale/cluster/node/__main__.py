@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, printable
-from mlra_scale.cluster.node.watch import LostJob, Watch, connect
+from mlra_scale.cluster.node.watch import Watch, connect
 from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
@@ -83,23 +83,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     node_rank = int(os.environ.get("SLURM_PROCID", "0"))  # one task per node; SLURM_NODEID counts lost nodes too
     heartbeats = HeartbeatSocket()
-    lost_job = LostJob(arguments.lost_seconds, arguments.logs, node_rank)
-    watch = Watch(connect(arguments.job, node), heartbeats, lost_job, partial(descendants, os.getpid()))
+    link, logs = connect(arguments.job, node), arguments.logs
+    watch = Watch(link, heartbeats, logs, node_rank, arguments.lost_seconds, partial(descendants, os.getpid()))
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, watch.ask_to_stop)
     os.environ |= {
         HEARTBEAT_VARIABLE: heartbeats.address,
-        LOGS_VARIABLE: str(arguments.logs),
+        LOGS_VARIABLE: str(logs),
         NODE_VARIABLE: node,
         DEVICE_VARIABLE: arguments.device,
         AGENT_VARIABLE: str(os.getpid()),
         # What NCCL was doing when ranks stopped hearing of each other: one file per rank, beside the logs.
-        "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{logs}/nccl-rank-",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{logs}/nccl-rank-",
     }
     with contextlib.suppress(ConfigError):  # the ranks report it
         set_device_environment(resolve(build_parser().parse_intermixed_args(arguments.training))[0], os.environ)
-    bad_nodes = {node: fault} if (fault := folder_fault(arguments.logs, node, arguments.nonce)) else {}
+    bad_nodes = {node: fault} if (fault := folder_fault(logs, node, arguments.nonce)) else {}
     failures = [] if bad_nodes else run_ranks(arguments, node, node_rank)
     watch.report_end(NodeMessage(failures=failures, bad_nodes=bad_nodes))
     heartbeats.close()

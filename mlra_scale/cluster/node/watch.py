@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -42,50 +41,15 @@ def connect(job: str, node: str) -> Link:
     return Link(host, port, {"node": node, "token": token, "pid": os.getpid(), "versions": versions()})
 
 
-@dataclass(frozen=True)
-class LostJob:
-    """What a node does without its job.
-
-    Attributes:
-        seconds: A job that was silent for so long is lost.
-        logs: Folder of this attempt's logs, in the run directory.
-        node_rank: The node's number: of several nodes, the first queues the job again.
-    """
-
-    seconds: float
-    logs: Path
-    node_rank: int
-
-    def queue_again(self, is_stop_asked: Callable[[], bool]) -> None:
-        """Sends the job back to the queue if its process is lost with the job's first node.
-
-        With --no-kill Slurm would leave such a job on the nodes that are left until its time limit. Where only the
-        batch script has ended, Slurm ends the job and signals this process; where the job continues without this node,
-        it has begun another attempt.
-        """
-        time.sleep(_JOB_SECONDS + 2.0 * self.node_rank)
-        if any(attempt.ended is not None for attempt in self._attempts()[-1:]):
-            time.sleep(_RESTART_SECONDS)  # the job may be waiting before it starts again
-        attempts, job_id = self._attempts(), os.environ.get("SLURM_JOB_ID")
-        is_newest = not attempts or self.logs.name == f"attempt-{attempts[-1].number:03d}"
-        if job_id is not None and not is_stop_asked() and is_newest:
-            with contextlib.suppress(SlurmError):
-                requeue(job_id)
-
-    def _attempts(self) -> list[JobAttempt]:
-        try:
-            return JobFile.read(self.logs.parents[1] / "job.json").attempts
-        except (OSError, ValueError):
-            return []
-
-
 class Watch:
     """Listens to the ranks and to the job.
 
     Args:
         link: To the job.
         heartbeats: Where those of the ranks arrive.
-        lost_job: What to do without the job.
+        logs: Folder of this attempt's logs, in the run directory.
+        node_rank: The node's number.
+        lost_seconds: A job that was silent for so long is lost.
         processes: Returns the processes that have been started here; to be killed with the ranks among them.
     """
 
@@ -93,11 +57,14 @@ class Watch:
         self,
         link: Link,
         heartbeats: HeartbeatSocket,
-        lost_job: LostJob,
+        logs: Path,
+        node_rank: int,
+        lost_seconds: float,
         processes: Callable[[], Iterable[int]],
     ) -> None:
         self._link, self._socket = link, heartbeats
-        self._lost_job, self._processes = lost_job, processes
+        self._logs, self._node_rank, self._lost_seconds = logs, node_rank, lost_seconds
+        self._processes = processes
         self._ranks: dict[int, tuple[Heartbeat, float]] = {}
         self._stopped: set[int] = set()
         self._stop = threading.Event()
@@ -141,7 +108,7 @@ class Watch:
                 self._link.close()
                 self._has_ended.set()
                 return
-            if not self._link.is_open or now - last_heard > self._lost_job.seconds:
+            if not self._link.is_open or now - last_heard > self._lost_seconds:
                 self._leave_lost_job()
             if self._stop.is_set():
                 self._stop_ranks()
@@ -196,7 +163,26 @@ class Watch:
             os._exit(1)  # there is nothing to wait for
 
     def _leave_lost_job(self) -> NoReturn:
+        """Ends the ranks, and sends the job back to the queue if its process is lost with the job's first node.
+
+        With --no-kill Slurm would leave such a job on the nodes that are left until its time limit. Where only the
+        batch script has ended, Slurm ends the job and signals this process; where the job continues without this node,
+        it has begun another attempt.
+        """
         self._has_lost_job = True
         self._kill()
-        self._lost_job.queue_again(self._stop.is_set)
+        time.sleep(_JOB_SECONDS + 2.0 * self._node_rank)  # of several nodes, the first queues the job again
+        if any(attempt.ended is not None for attempt in self._attempts()[-1:]):
+            time.sleep(_RESTART_SECONDS)  # the job may be waiting before it starts again
+        attempts, job_id = self._attempts(), os.environ.get("SLURM_JOB_ID")
+        is_newest = not attempts or self._logs.name == f"attempt-{attempts[-1].number:03d}"
+        if job_id is not None and not self._stop.is_set() and is_newest:
+            with contextlib.suppress(SlurmError):
+                requeue(job_id)
         os._exit(1)
+
+    def _attempts(self) -> list[JobAttempt]:
+        try:
+            return JobFile.read(self._logs.parents[1] / "job.json").attempts
+        except (OSError, ValueError):
+            return []

@@ -24,7 +24,7 @@ from mlra_scale.cluster.messages import NodeMessage, RankFailure
 from mlra_scale.cluster.node import __main__ as node
 from mlra_scale.cluster.node import watch as watch_module
 from mlra_scale.cluster.node.__main__ import folder_fault, parse
-from mlra_scale.cluster.node.watch import LostJob, Watch, connect
+from mlra_scale.cluster.node.watch import Watch, connect
 from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.versions import versions
@@ -97,7 +97,7 @@ class Site:
         self.ranks: list[subprocess.Popen[str]] = []
         self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
         pids = lambda: [rank.pid for rank in self.ranks]  # noqa: E731
-        self.watch = Watch(self.link, self.heartbeats, LostJob(30.0, folder, 1), pids)
+        self.watch = Watch(self.link, self.heartbeats, folder, 1, 30.0, pids)
 
     def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RANK, self.heartbeats.address, str(len(self.ranks)), *arguments]
@@ -231,8 +231,8 @@ job, logs, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 module._KILL_SECONDS, module._JOB_SECONDS, module._REPORT_SECONDS = settings["kill"], settings["job"], 0.2
 heartbeats = HeartbeatSocket()
 exec(settings.get("before", ""))
-lost_job = module.LostJob(settings["lost"], logs, settings["node_rank"])
-watch = module.Watch(module.connect(job, "a"), heartbeats, lost_job, lambda: descendants(os.getpid()))
+link, node_rank = module.connect(job, "a"), settings["node_rank"]
+watch = module.Watch(link, heartbeats, logs, node_rank, settings["lost"], lambda: descendants(os.getpid()))
 signal.signal(signal.SIGTERM, watch.ask_to_stop)
 # Half a minute is half a second here.
 patient = watch._has_ended.wait
