@@ -163,6 +163,8 @@ class Hub:
 
     def close(self) -> None:
         """Ends all connections, after what was sent over them as far as nodes take it at once."""
+        if self._loop.is_closed():
+            return
 
         async def end() -> None:
             self._server.close()
