@@ -98,6 +98,7 @@ def test_the_report_of_a_run(run_folder: Path) -> None:
     assert "num_layers: 12" in page
 
 
+@pytest.mark.slow
 def test_a_page_asks_for_nothing_and_runs_nothing(run_folder: Path, sweep_folder: Path) -> None:
     for folder in (run_folder, sweep_folder):
         page = page_of(folder)
@@ -113,6 +114,7 @@ def test_the_same_folder_gives_the_same_report(run_folder: Path, tmp_path: Path)
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_a_sweep_states_the_true_difference_and_not_the_null(sweep_folder: Path) -> None:
     check_images(sweep_folder)
     page = page_of(sweep_folder)
