@@ -2,7 +2,7 @@
 
 `bash slurm/FILE --check ARGUMENTS` runs this on a login node, for the nodes that the file asks for. The job runs it on
 its first node (`check_on_this_node`), by the interpreter and in the container of the ranks, for the nodes that it has.
-It checks what each rank checks at its start (training/start.py): configuration, data, run directory, checkpoint and
+It checks what each rank checks at its start (training/start): configuration, data, run directory, checkpoint and
 DeepSpeed's JSON; on a login node not the GPUs, which are elsewhere, but whether a run is at work in the run directory.
 """
 
