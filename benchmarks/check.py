@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import CommandFailed, end_on_sigterm, run_command
-from mlra_scale.cluster.attempt import free_port
+from mlra_scale.cluster.channel import free_port
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, address, slurm_environment, step_command
 from mlra_scale.config import ConfigError
+from mlra_scale.files import write_atomically
 from mlra_scale.planning.cluster import Cluster, named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
-from mlra_scale.training.record import write_atomically
 
 FEWEST_SECONDS = 15.0
 """No step is started when less is left: its imports alone take that long."""

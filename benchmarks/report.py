@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import write_atomically
 
 
 def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:

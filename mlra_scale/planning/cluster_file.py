@@ -22,6 +22,7 @@ from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import printable, read_json_object
 from mlra_scale.config.problems import REQUIRED, nearest, problems_of
 from mlra_scale.config.section import Section
+from mlra_scale.files import write_atomically
 from mlra_scale.planning.cluster import Cluster
 
 FORMAT = "mlra-scale cluster 1"
@@ -66,9 +67,7 @@ def write_cluster_file(path: Path, cluster: Cluster, measured: Collection[str]) 
     content = {"format": FORMAT, "measured": sorted(measured), "cluster": asdict(cluster)}
     if problems := list(_problems(content)):
         raise ConfigError(problems)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[Problem]:

@@ -16,7 +16,6 @@ any time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -27,11 +26,12 @@ from typing import IO, Any, Literal
 
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import parse_json, read_json_object
+from mlra_scale.files import lock, write_atomically
 from mlra_scale.study.grid import Cell, Study, load_study
 from mlra_scale.study.provenance import note_end
 from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.record import finite_or_none, lines_from_end, read_record, write_atomically
+from mlra_scale.training.record import finite_or_none, lines_from_end, read_record
 from mlra_scale.training.resume import FREE, flat, is_in, read_stored
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -132,7 +132,7 @@ class SweepDirectory:
             remedy = f"cannot be written ({error.strerror}); name another folder"
             raise ConfigError([Problem("--output", str(self.path), remedy)]) from error
         with file:
-            _lock(file, fcntl.LOCK_EX)
+            lock(file.fileno(), math.inf)
             yield
 
     def read_study(self) -> Study | None:
@@ -170,22 +170,12 @@ class SweepDirectory:
         return results
 
 
-def _lock(file: IO[Any], kind: int) -> None:
-    """Takes a lock; on a file system without locks there is none, and the cells of a sweep are then started once."""
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # mounted without locks, as some file systems of clusters are
-
-
 def claim(files: CellFiles) -> IO[Any] | None:
     """Makes the directory of a cell and takes its lock; returns the open file that holds it, or None if it is held."""
     files.run.path.mkdir(parents=True, exist_ok=True)
     file = files.lock.open("a", encoding="ascii")
     try:
-        _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())  # without locks, as some cluster file systems are, the cells of a sweep are started once
     except BlockingIOError:
         file.close()
         return None

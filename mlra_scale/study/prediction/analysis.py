@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from mlra_scale.files import write_atomically
 from mlra_scale.study.prediction.alarms import halves, sound, summarize
 from mlra_scale.study.prediction.areas import comparable, interval, resampled_counts, roc_area, roc_areas
 from mlra_scale.study.prediction.events import Protocol
 from mlra_scale.study.prediction.runs import SweptRuns, read_runs
 from mlra_scale.study.prediction.text import as_markdown
 from mlra_scale.study.prediction.windows import COMPARISONS, SIGNALS, Comparison, Windows, comparison_keys, cut_windows
-from mlra_scale.training.record import write_atomically
 
 PRIMARY = ("tev_mean", "tev_std")
 DECISIVE: tuple[Comparison, ...] = ("matched", "twins")

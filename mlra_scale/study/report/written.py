@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import write_atomically
 
 HTML = "report.html"
 
