@@ -29,7 +29,7 @@ from benchmarks.processes import Ranks
 from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of
 from mlra_scale.config import Config, batch_plan, validate
-from mlra_scale.planning.search import Candidate, Engine, changed, evaluate
+from mlra_scale.planning.search import Candidate, EngineSettings, changed, evaluate
 
 SHAPE = Shape("D=256 L=12", num_layers=12, hidden_size=256, num_heads=4, batch_size=4)
 """As large as lets the engines of all layouts, two processes each, stay in the memory of a machine of 16 GB."""
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
     cluster = calibrate(config_of(shape, "mlra", "fp32"), TIMEOUT_S)
     report["cluster"] = asdict(cluster)
-    predictions = [evaluate(configuration(shape, layout), cluster, Engine(None, {})) for layout in layouts]
+    predictions = [evaluate(configuration(shape, layout), cluster, EngineSettings(None, {})) for layout in layouts]
     measured = measure([layout.name for layout in layouts], [each.config for each in predictions], rounds)
     report["layouts"] = rows_of(layouts, predictions, measured)
     report |= agreement(report["layouts"])

@@ -1,5 +1,8 @@
 """Causal multi-head self-attention, dense or with low-rank projections (MLRA).
 
+A variant with weights of its own needs a field in config/model_config.py (which also counts its parameters), their
+names, shapes and sharding in parameters.py, their initial scale in initialization.py, and its computation here.
+
 Shape suffixes: B batch, S sequence (query), D hidden, N heads on this rank, H head dimension, R rank. D / TP is N H.
 """
 

@@ -8,8 +8,7 @@ of this rank's positions. The first layer takes (tokens_BS, positions_BS, docume
 Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,31 +19,32 @@ from mlra_scale.model.embedding import PositionEmbedding, TokenEmbedding
 from mlra_scale.model.norm import FinalNorm
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One entry of the layer list.
 
     Attributes:
         name: Canonical prefix of the layer's parameters.
-        module_class: Class of the module that `build` makes.
-        build: Makes the module.
+        module_class: Class of its module.
+        arguments: What the class is called with.
     """
 
     name: str
     module_class: type[nn.Module]
-    build: Callable[[], nn.Module]
+    arguments: tuple[Any, ...]
+
+    def build(self) -> nn.Module:
+        """Makes the module."""
+        return self.module_class(*self.arguments)
 
 
 def model_layers(context: ModelContext) -> list[Layer]:
     """The layers in order, without the head, which is `TokenEmbedding.logits` of the first one."""
-    layers = [
-        Layer("embedding", TokenEmbedding, lambda: TokenEmbedding(context)),
-        Layer("positions", PositionEmbedding, lambda: PositionEmbedding(context)),
+    return [
+        Layer("embedding", TokenEmbedding, (context,)),
+        Layer("positions", PositionEmbedding, (context,)),
+        *(Layer(f"blocks.{index}", Block, (context, index)) for index in range(context.model.num_layers)),
+        Layer("final_norm", FinalNorm, (context,)),
     ]
-    for index in range(context.model.num_layers):
-        layers.append(Layer(f"blocks.{index}", Block, lambda index=index: Block(context, index)))  # type: ignore[misc]
-    layers.append(Layer("final_norm", FinalNorm, lambda: FinalNorm(context)))
-    return layers
 
 
 class OutputHead(nn.Module):

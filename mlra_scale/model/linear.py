@@ -95,7 +95,7 @@ class ColumnLinear(ColumnParallelLinear):
         self.spectral_norm = spectral_norm
         self.gain = _gain(spectral_norm)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.spectral_norm is not None and self.gain is not None:
             if self.enters_alone:
                 (x,) = enter_tensor_parallel(self.context, x)
@@ -132,7 +132,7 @@ class RowLinear(RowParallelLinear):
         self.spectral_norm = spectral_norm
         self.gain = None if is_down else _gain(spectral_norm)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.spectral_norm is not None and self.gain is not None:
             scale = self.spectral_norm.scale(self.gain, self.weight)
             return leave_tensor_parallel(self.context, scaled_linear(x, self.weight, scale), self.bias)

@@ -71,5 +71,5 @@ class FinalNorm(BlockNorm):
     def __init__(self, context: ModelContext) -> None:
         super().__init__(context, block=None)
 
-    def forward(self, stream: Stream) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, stream: Stream) -> torch.Tensor:
         return super().forward(self.context.unpack(stream)[0])

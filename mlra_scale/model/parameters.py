@@ -1,7 +1,7 @@
 """The parameter table: canonical name, global shape and sharding of every weight. Imports no torch.
 
-One table, read by initialization, engines, checkpoints, export, gradient statistics and parity tests. Names and
-shapes are those of the global (unsharded) tensors, whatever the layout.
+Initialization, engines, checkpoints, export, gradient statistics and parity tests read this one table. Names and shapes
+are those of the global (unsharded) tensors, whatever the layout.
 """
 
 import math

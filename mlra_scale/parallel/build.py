@@ -27,7 +27,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
     """
     if config.train.compile:
         # All blocks share their graphs, but there is one for training and one for evaluation of every shape of a map;
-        # past its limit the compiler would quietly give up.
+        # above its limit the compiler would stop compiling without an error.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     context = ModelContext(
         model=config.model,

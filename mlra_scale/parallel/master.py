@@ -22,7 +22,7 @@ from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.gradient_sums import GradientSums
 from mlra_scale.parallel.host_waits import DeviceOrdered, order_stage2_on_device, order_stage3_on_device
 
-Named = Mapping[str, nn.Parameter]
+NamedParameters = Mapping[str, nn.Parameter]
 
 
 class MasterView(ABC):
@@ -35,7 +35,7 @@ class MasterView(ABC):
 
     is_replicated_over_data = False
 
-    def __init__(self, optimizer: Any, named: Named, inner: Any, masters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, optimizer: Any, named: NamedParameters, inner: Any, masters: Sequence[torch.Tensor]) -> None:
         """Looks into DeepSpeed's optimizer (`inner`: the one that it wraps) with its fp32 tensors."""
         self.optimizer = optimizer
         self.named = named
@@ -43,7 +43,7 @@ class MasterView(ABC):
 
     @abstractmethod
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
-        """Yields fragments of the fp32 weights (views, not copies), with Adam's moments if asked for."""
+        """Yields fragments of the fp32 weights (views, not copies), with Adam's moments if requested."""
 
     @abstractmethod
     def gradients(self) -> Iterator[Fragment]:
@@ -74,7 +74,7 @@ class MasterView(ABC):
         """Gives the model the changed fp32 weights in its own precision; collective."""
 
 
-def master_view(optimizer: Any, named: Named, data_rank: int, device: torch.device) -> MasterView:
+def master_view(optimizer: Any, named: NamedParameters, data_rank: int, device: torch.device) -> MasterView:
     """Returns the view that fits DeepSpeed's optimizer; also mends what that does (see the classes).
 
     Args:
@@ -125,7 +125,7 @@ class ReplicatedView(MasterView):
 
     is_replicated_over_data = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, named: Named) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, named: NamedParameters) -> None:
         super().__init__(optimizer, named, optimizer, list(named.values()))
         self._step = optimizer.step
 
@@ -194,7 +194,7 @@ class Bf16View(_MappedView):
     update are done here.
     """
 
-    def __init__(self, optimizer: BF16_Optimizer, named: Named) -> None:
+    def __init__(self, optimizer: BF16_Optimizer, named: NamedParameters) -> None:
         super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_groups_flat_partition)
         GradientSums(optimizer)
 
@@ -214,7 +214,7 @@ class Bf16View(_MappedView):
 class PartitionedView(_MappedView):
     """ZeRO 1 and 2, but for bf16 with ZeRO 1."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, named: Named) -> None:
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, named: NamedParameters) -> None:
         super().__init__(optimizer, named, optimizer.optimizer, optimizer.single_partition_of_fp32_groups)
         self._step = optimizer.step
         self._known = _KnownNorm(optimizer)
@@ -250,9 +250,13 @@ class PartitionedView(_MappedView):
 
 
 class Stage3View(MasterView):
-    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank."""
+    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank.
 
-    def __init__(self, optimizer: Any, named: Named, data_rank: int) -> None:
+    Data rank r holds elements r s to (r + 1) s of the rank's tensor-parallel shard, flattened row by row; s is the
+    number of elements over the number of data ranks, rounded up. A piece may begin and end inside a row.
+    """
+
+    def __init__(self, optimizer: Any, named: NamedParameters, data_rank: int) -> None:
         super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
         self.data_rank = data_rank
         self._step = optimizer.step

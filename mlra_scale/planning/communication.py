@@ -1,21 +1,7 @@
 """What ranks send to each other in a step, by kind, from the layout. Imports no torch; every function is pure.
 
-T tokens of a micro-batch, D width, R rank of a factorised o (else D), n weights that a rank holds, t tensor, d data
-ranks, m micro-batches, e bytes of a number in compute precision, c in communication of gradients (fp32 unless the
---ds-config file says otherwise). Bytes that one rank sends; of k ranks an all-reduce sends 2 (k - 1) / k of the tensor,
-a gather and a reduce-scatter (k - 1) / k.
-
-    tensor     per block and micro-batch, all-reduces: T R and T D forward (o, fc_out), T D backward (fc_in's input);
-               q, k, v by their plan (model/low_rank_plan.py), dense ones T D backward. Checkpointing repeats the
-               forward ones but for fc_out's. The embedding T D forward, the head's input T D backward. With sequence
-               parallelism a reduce-scatter and a gather stand for each sum, what enters a block is gathered once more
-               backward, and the position embedding's gradient is summed
-    pipeline   per micro-batch and neighbour e T D, forward one way and backward the other; once a step the gradient of
-               the tied embedding, all-reduced between the first stage and the last
-    data       ZeRO 0: all-reduce of c n once; 1: the same (DeepSpeed 0.19 sums whole buckets and takes its part) and
-               gather of e n once; 2: all-reduce of c n per micro-batch, gather of e n once; 3: per micro-batch
-               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance);
-               with more than two data ranks the tied gradient of a pipeline's ends once more, by itself
+Bytes that one rank sends: of k ranks an all-reduce sends 2 (k - 1) / k of the tensor, a gather and a reduce-scatter
+(k - 1) / k.
 """
 
 from __future__ import annotations
@@ -79,7 +65,11 @@ def scatter_or_gather(nbytes: float, ranks: int) -> Traffic:
 
 
 def tensor_traffic_of_block(stage: Stage) -> Traffic:
-    """What a block sends for one micro-batch, forward and backward, with what checkpointing repeats."""
+    """What a block sends for one micro-batch, forward and backward, with what checkpointing repeats.
+
+    Sums of the outputs of o (of its latents where it is factorised) and fc_out forward, and of the gradient of fc_in's
+    input backward; q, k, v by their plan (low_rank_plan.py), dense ones the gradient of their input.
+    """
     plan, model, ranks = stage.plan, stage.model, stage.plan.tensor
     if ranks == 1:
         return Traffic()
@@ -119,7 +109,7 @@ def gathers_again(stage: Stage) -> bool:
 
 
 def tensor_traffic(stage: Stage) -> Traffic:
-    """What a rank of a stage sends to its tensor-parallel peers for one micro-batch."""
+    """What a rank of a stage sends to its tensor-parallel peers for one micro-batch: blocks, embedding and head."""
     ranks = stage.plan.tensor
     ends = all_reduce(float(stage.hidden), ranks).times(stage.is_first + stage.is_last)
     traffic = tensor_traffic_of_block(stage).times(stage.num_blocks) + ends
@@ -150,7 +140,11 @@ def tied_gradient_bytes(stage: Stage) -> float:
 
 
 def data_traffic_per_micro_batch(stage: Stage) -> tuple[Traffic, Traffic]:
-    """Gradients that a rank sends to its data-parallel peers with every micro-batch, and weights likewise."""
+    """Gradients that a rank sends to its data-parallel peers with every micro-batch, and weights likewise.
+
+    ZeRO 2: gradients are all-reduced (DeepSpeed 0.19 sums whole buckets and takes its part). ZeRO 3: gradients are
+    reduced and scattered; weights are gathered, and once more what is not kept (stage3_max_reuse_distance).
+    """
     num_weights, ranks = stage.num_weights, stage.plan.data
     gradient = float(communication_bytes(stage.config)) * num_weights
     if stage.zero == 2:
@@ -164,7 +158,7 @@ def data_traffic_per_micro_batch(stage: Stage) -> tuple[Traffic, Traffic]:
 
 
 def data_traffic_per_step(stage: Stage) -> tuple[Traffic, Traffic]:
-    """Gradients that a rank sends to its data-parallel peers once a step, and updated weights likewise."""
+    """Gradients that a rank sends to its data-parallel peers once a step (ZeRO 0, 1), and updated weights (1, 2)."""
     ranks = stage.plan.data
     gradients = weights = Traffic()
     # The tied embedding's gradient is summed by itself first (PipelineEngine._reduce_tied_gradients).

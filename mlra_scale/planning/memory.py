@@ -1,22 +1,10 @@
 """Memory of one rank by component, from stated formulas. Imports no torch.
 
 The state of training (memory_state.py) is there all the time; activations, logits and temporary results
-(memory_activations.py) come and go within a step. The peak is that of the phase of a step that needs most:
+(memory_activations.py) come and go within a step. The peak is that of the phase of a step that needs most
+(`phases_of_a_step`). `train.device=auto` is planned as a GPU.
 
-    loss           the logits are there, with all activations of the micro-batches in flight
-    backward       of the last block and of the first: gradients beside GELU and of the stream, and the gradient of the
-                   largest matrix before it is added to the kept one; on a single stage the head's gradient of the tied
-                   embedding, which waits for the look-up's; in the first block's with ZeRO 2 and 3 `reduced_bytes`
-    its end        copies of the embedding's gradient (`num_embedding_gradients`)
-    adding up      in bf16 with ZeRO 1: gradients that are joined before they are added (`joined_bytes`)
-    reduction      `flat_gradient_bytes`
-    update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1)
-    dropout mask   of the last block's attention weights, where they are dropped
-
-Kept gradients are there in all of them where a step has more micro-batches than are in flight; else they grow while
-activations go.
-
-tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
+tests/distributed/test_memory_plan.py compares this with every tensor that ranks on CPUs hold.
 Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves.
 """
 
@@ -145,7 +133,11 @@ def rank_memory(config: Config, plan: BatchPlan, stage_index: int) -> RankMemory
 
 
 def phases_of_a_step(stage: Stage) -> dict[str, PeakPhase]:
-    """Returns the phases of a step by name, of which one is the peak."""
+    """Returns the phases of a step by name, of which one is the peak.
+
+    Whole gradients are there in all of them where a step has more micro-batches than are in flight; else they grow
+    while activations go.
+    """
     whole, kept_early = gradient_bytes(stage), early_gradient_bytes(stage)
     # With as many micro-batches in flight as there are in all, no backward pass has ended when they are at their most.
     has_ended = stage.plan.accumulation_steps > stage.num_in_flight

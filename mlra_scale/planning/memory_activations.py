@@ -1,27 +1,7 @@
 """Memory of activations, logits and temporary results on one rank. Imports no torch.
 
-Letters: t tensor-parallel degree, e bytes of a number in compute precision, S sequence, N heads, D hidden, F MLP width,
-R rank, f number of factorised projections, V padded vocabulary. Kept for the backward pass, per token:
-
-    block          e (4 D + 4 D / t + 2 F / t + f R): inputs of both norms, their outputs, q k v and the attention's
-                   output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
-                   reduction; none of q, k, v with the plan `merged`, which keeps e D^2 / t for each instead, whatever
-                   the number of tokens); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is
-                   kept with attention dropout only: (4 + 2 e) S N / t more, and while its mask is made three times
-                   8 S N / t; residual dropout keeps 2 e D
-    checkpointed   e D instead, and one whole block again while it is recomputed
-    selective      without the norms' outputs and GELU's: e (2 D + F / t) less
-    end            e D for the final norm's input (last stage)
-    mask           masked documents: e S for the additive mask, which all blocks share; flex_attention (on GPUs with
-                   Triton, in 16 bits) keeps less, and is planned alike
-    passed on      in a pipeline e D for what a stage has received, of which a copy enters its first block (of at least
-                   two micro-batches), e D for what it has sent, and once e D for what is on its way
-
-    sequence par.  what has no t above is divided by t, but with checkpointing or sigmaReparam, in a block, the norms'
-                   outputs and the latents, which are gathered
-
-times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1. `train.device=auto` is
-planned as a GPU.
+In the formulas t is the tensor-parallel degree, e the bytes of a number in compute precision, S the sequence, N heads,
+D hidden, F MLP width, R rank, f the number of factorised projections, V the padded vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +12,14 @@ from mlra_scale.planning.memory_state import device_of
 
 
 def block_bytes_per_token(stage: Stage) -> float:
-    """Bytes that one block keeps of one token for its backward pass."""
+    """Bytes that one block keeps of one token for its backward pass.
+
+    e (4 D + 4 D / t + 2 F / t + f R): inputs and outputs of both norms; q, k, v and the attention's output; both sides
+    of GELU; a latent per factorised projection (replicated over t; with the plan `merged` of o only). Selective
+    checkpointing keeps no output of norms and GELU. QK-norm adds q and k before it, residual dropout 2 e D, attention
+    dropout the attention matrix with its mask. With sequence parallelism what has no t is divided by t, but not the
+    norms' outputs and the latents where gathered inputs are kept.
+    """
     model, tensor, element, split = stage.model, stage.plan.tensor, stage.element, stage.split
     split_of_gathered = 1 if stage.keeps_gathered else split
     num_latents = sum(model.is_factorised(name) for name in ("o" if stage.low_rank_plan == "merged" else "qkvo"))
@@ -68,7 +55,7 @@ def kept_per_block(stage: Stage) -> float:
 
 
 def whole_block_bytes(stage: Stage) -> float:
-    """Bytes of all that a block without checkpointing keeps of one micro-batch."""
+    """Bytes that a block without checkpointing keeps of one micro-batch; with the plan `merged` the products too."""
     merged = 0.0
     if stage.low_rank_plan == "merged":
         num_products = sum(stage.model.is_factorised(name) for name in "qkv")
@@ -86,7 +73,11 @@ def recomputed_bytes(stage: Stage) -> float:
 
 
 def activation_bytes(stage: Stage) -> float:
-    """Bytes of the activations that a stage keeps for its backward passes, without what is recomputed and logits."""
+    """Bytes of the activations that a stage keeps for its backward passes, without what is recomputed and logits.
+
+    For each micro-batch in flight: blocks, masks, the final norm's input. A pipeline also keeps what a stage has
+    received (its first block gets a copy, of at least two micro-batches), what it has sent, and one in transfer.
+    """
     hidden, in_flight = stage.hidden / stage.split, stage.num_in_flight
     end = hidden * (stage.is_last + (stage.is_first and stage.model.embedding_dropout > 0.0))
     kept = in_flight * (stage.num_blocks * kept_per_block(stage) + end + mask_bytes(stage))
@@ -98,7 +89,7 @@ def activation_bytes(stage: Stage) -> float:
 
 
 def mask_bytes(stage: Stage) -> float:
-    """Bytes of the mask of documents of one micro-batch (model/document_mask.py), which its blocks share."""
+    """Bytes of the additive mask of documents of one micro-batch, which its blocks share; flex_attention needs less."""
     if stage.config.data.document_attention != "masked":
         return 0.0
     return float(stage.element * stage.plan.micro_batch_size * stage.plan.sequence_length**2)

@@ -1,28 +1,7 @@
 """Memory of the state of training on one rank: weights, gradients, master weights, Adam's moments. Imports no torch.
 
-Letters: n weights that the rank holds (its stage and tensor shard), d data-parallel degree, t tensor-parallel degree,
-e bytes of a number in compute precision (fp32 4, bf16 and fp16 2), D hidden, V padded vocabulary. DeepSpeed 0.19 as our
-engines set it up:
-
-    component      bytes
-    weights        e n; ZeRO 3: e n / d, and gathered e min(n, stage3_max_reuse_distance): DeepSpeed keeps whole what it
-                   will use again within so many elements (1e9 unless the --ds-config file says otherwise)
-    gradients      fp32: 4 n; bf16 with ZeRO 1 (without ZeRO there is no bf16): 4 n, in which micro-batches add up, and
-                   2 n more at the end of a backward pass; fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d
-                   (fp16; with ZeRO 2 at least 2 D V / t, for what a share touches is kept whole)
-    reduction      shown with the gradients: ZeRO's buffers of reduce_bucket_size elements (5e8 unless the --ds-config
-                   file says otherwise), whatever the size of the model. ZeRO 3: one in the type of communication.
-                   ZeRO 1 and 2: one in compute precision while the backward pass runs (in a pipeline: while gradients
-                   are reduced, in the type of communication), two with overlap_comm; none in bf16 with ZeRO 1
-    master         fp32 copy of the weights: 4 n; none in fp32 without ZeRO; ZeRO >= 1: 4 n / d
-    moments        Adam's two, fp32: 8 n; ZeRO >= 1: 8 n / d
-    (offload_optimizer moves master and moments to the host, with ZeRO 2 and 3 the gradients too, offload_param the
-    weights)
-    snapshot       host memory for asynchronous checkpoints: 12 bytes (fp32 weight, two moments) per weight that the
-                   rank owns. Weights divided over d (ZeRO >= 1): n / d; else data rank 0 owns all n. The last stage's
-                   copy of the tied embedding is the first stage's. Tensor rank 0 owns what is replicated over t, the
-                   others a little less than is shown. For a GPU the memory is page-locked, and torch's allocator rounds
-                   it up to a power of two (`pinned_bytes`)
+In the formulas n is the number of weights that the rank holds (its stage and tensor shard), d the data-parallel degree
+and e the bytes of a number in compute precision. They describe DeepSpeed 0.19 as our engines set it up.
 """
 
 from __future__ import annotations
@@ -36,20 +15,20 @@ from mlra_scale.planning.layout import Stage
 
 
 def weight_bytes(stage: Stage) -> float:
-    """Bytes of the weights in compute precision."""
+    """Bytes of the weights in compute precision: e n; with ZeRO 3 e n / d, and e times what is gathered and kept."""
     if stage.zero < 3:
         return float(stage.element * stage.num_weights)
     return stage.element * (stage.num_weights / stage.plan.data + min(stage.num_weights, reuse_distance(stage.config)))
 
 
 def reuse_distance(config: Config) -> int:
-    """Weights within which ZeRO 3 keeps what it has gathered and will use again."""
+    """Weights within which ZeRO 3 keeps whole what it will use again; 1e9 unless the --ds-config file differs."""
     distance: int = config.deepspeed["zero_optimization"].get("stage3_max_reuse_distance", 1_000_000_000)
     return distance
 
 
 def gradient_bytes(stage: Stage) -> float:
-    """Bytes of the gradients on the device."""
+    """Bytes of the gradients on the device: e n, in bf16 with ZeRO 1 4 n of sums and 2 n that are added to them."""
     if has_gradients_on_host(stage):
         return 0.0
     if stage.zero >= 2:
@@ -63,7 +42,7 @@ def has_gradients_on_host(stage: Stage) -> bool:
 
 
 def partitioned_gradient_bytes(stage: Stage) -> float:
-    """Bytes of a rank's share of the gradients with ZeRO 2 and 3.
+    """Bytes of a rank's share of the gradients with ZeRO 2 and 3: 4 n / d, in fp16 2 n / d.
 
     In fp16 ZeRO 2 keeps whole what the share touches: on the first rank the embedding.
     """
@@ -83,7 +62,12 @@ def joined_bytes(stage: Stage) -> float:
 
 
 def reduction_bytes(stage: Stage) -> float:
-    """Bytes of the buffers through which ZeRO reduces gradients."""
+    """Bytes of the buffers through which ZeRO reduces gradients, shown with the gradients.
+
+    They have reduce_bucket_size elements (5e8 unless the --ds-config file differs), whatever the size of the model.
+    ZeRO 3: one in the type of communication. ZeRO 1 and 2: one in compute precision, two with overlap_comm; in a
+    pipeline one in the type of communication. None in bf16 with ZeRO 1.
+    """
     if stage.zero == 0 or stage.adds_up_flat:
         return 0.0
     zero = stage.config.deepspeed["zero_optimization"]
@@ -158,19 +142,24 @@ def update_bytes(stage: Stage) -> float:
 
 
 def master_bytes(stage: Stage) -> float:
-    """Bytes of the fp32 copy of the weights."""
+    """Bytes of the fp32 copy of the weights: 4 n, with ZeRO 4 n / d; none in fp32 without ZeRO."""
     if stage.zero == 0:
         return 0.0 if stage.config.train.precision == "fp32" else 4.0 * stage.num_weights
     return 4.0 * stage.num_weights / stage.plan.data
 
 
 def moment_bytes(stage: Stage) -> float:
-    """Bytes of Adam's two moments."""
+    """Bytes of Adam's two moments in fp32: 8 n, with ZeRO 8 n / d."""
     return 8.0 * stage.num_weights / (stage.plan.data if stage.zero >= 1 else 1)
 
 
 def snapshot_bytes(stage: Stage) -> float:
-    """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint."""
+    """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint.
+
+    12 bytes (fp32 weight, two moments) per weight that the rank owns: with ZeRO n / d, else data rank 0 owns all n. The
+    last stage's copy of the tied embedding belongs to the first stage. Tensor rank 0 owns the replicated weights, the
+    other tensor ranks a little less than is shown. For a GPU the memory is page-locked.
+    """
     if not stage.config.checkpoint.asynchronous:
         return 0.0
     num_owned = stage.num_weights

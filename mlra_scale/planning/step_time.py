@@ -1,38 +1,19 @@
 """Time of one optimizer step, from stated formulas. Imports no torch; every function is pure.
 
-T tokens of a micro-batch, S sequence, D width, F MLP width, R rank, V padded vocabulary, L_s blocks of stage s, t
-tensor, p stages, m micro-batches, e bytes of a number. Per micro-batch, stage s takes
-
-    f_s  = compute + elementwise + tensor-parallel collectives + neighbours + overhead,    seconds
-    compute      (matrix products + attention) / sustained rate. Per block and forward pass, FLOPs of one rank:
-                   q, k, v   2 T D^2 / t each dense; factorised as their plan computes them (model/low_rank_plan.py:
-                             with `replicated` every rank repeats the down projection)
-                   o         2 T D^2 / t dense; 2 T R D (1 + 1 / t) factorised, 4 T R D / t with sequence parallelism
-                   MLP       4 T D F / t
-                   attention 2 T S D / t, the causal half of q k^T and a v
-                 The backward pass takes twice as much, attention 2.5 times (it forms q k^T again); checkpointing one
-                 forward pass more but for fc_out, whose input is the last that is kept. The last stage adds the head,
-                 3 * 2 T D V / t.
-    elementwise  bytes / memory bandwidth: norms, residual sums, GELU, biases: e T (10 D + 4 D / t + 2 F / t) forward
-                 (10 D / t with sequence parallelism), twice that backward, half of it more with selective
-                 checkpointing; logits are read and written 8 times in fp32; and where there are several micro-batches
-                 12 bytes per weight for the sum of gradients
-    overhead     per block and per micro-batch (cluster.py), and per operation that checkpointing starts again. Where
-                 the device runs ahead of the host (GPUs), compute and elementwise or overhead, whichever is longer
-
-and a step (1F1B, uneven stages: one micro-batch passes through all stages, the others follow the slowest)
+Letters: T tokens of a micro-batch, S sequence, D width, F MLP width, R rank, V padded vocabulary, t tensor, p stages, m
+micro-batches, e bytes of a number. A micro-batch takes f_s seconds in stage s (StageTime). A step of 1F1B with uneven
+stages (one micro-batch passes through all stages, the others follow the slowest) takes
 
     step = sum of f_s over stages + (m - 1) max f_s + exposed reduction + update + overhead of a step
     bubble share = 1 - m max f_s / (sum f_s + (m - 1) max f_s)        ((p - 1) / (m + p - 1) for equal stages)
 
+MFU is useful FLOPs of the step (ModelConfig.flops_per_token: factored once, no recomputation, nothing repeated) over
+step * ranks * peak.
+
 Data-parallel traffic (communication.py) overlaps with nothing on CPUs. On GPUs with `overlap_comm` reductions hide
 behind the backward pass of the micro-batch they belong to, two thirds of its compute, and together with ZeRO 3's
 gathers behind all of it, but for a tenth. Reductions at ZeRO 0, in bf16 at ZeRO 1 and in a pipeline begin when the last
-backward pass has ended, and updated weights are gathered after the update: they hide behind nothing. The update reads
-and writes 44 + e bytes per weight that a rank updates, the norm and clipping included.
-
-MFU = useful FLOPs of the step (ModelConfig.flops_per_token: factored once, no recomputation, nothing repeated) over
-step * ranks * peak.
+backward pass has ended, and updated weights are gathered after the update: they hide behind nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +36,8 @@ from mlra_scale.planning.communication import (
 from mlra_scale.planning.layout import Stage
 
 UPDATE_BYTES = 44
-"""Read weight, gradient, two moments and write three of them; gradient norm: read; clipping: read and write."""
+"""Per weight, beside its copy in compute precision: read weight, gradient, two moments and write three of them;
+gradient norm: read; clipping: read and write."""
 WAITS = 2
 """Waits of the host for the device in a step: the packed read, and DeepSpeed's norm (tests/device traces them)."""
 REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
@@ -162,7 +144,12 @@ def sent_per_step(stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def block_flops(stage: Stage) -> tuple[float, float]:
-    """FLOPs of one rank in the forward pass of one block: matrix products, and attention."""
+    """FLOPs of one rank in the forward pass of one block: matrix products, and attention.
+
+    q, k, v: 2 T D^2 / t each dense, factorised ones by their plan (low_rank_plan.py); o: 2 T D^2 / t dense, factorised
+    2 T R D (1 + 1 / t), 4 T R D / t with sequence parallelism; MLP: 4 T D F / t; attention: 2 T S D / t, the causal
+    half of q k^T and a v.
+    """
     model, t, T = stage.model, stage.plan.tensor, stage.tokens
     D, R = model.hidden_size, model.rank
     shape = shape_of(stage.config, stage.plan)
@@ -175,7 +162,11 @@ def block_flops(stage: Stage) -> tuple[float, float]:
 
 
 def computed_flops(stage: Stage) -> float:
-    """FLOPs that one rank of a stage computes for one micro-batch, forward and backward, repeated ones included."""
+    """FLOPs that one rank of a stage computes for one micro-batch, forward and backward, repeated ones included.
+
+    The backward pass takes twice the products of the forward pass, and 2.5 times attention (it computes q k^T again);
+    checkpointing repeats the forward pass but for fc_out, whose input is kept. The last stage adds the head.
+    """
     products, attention = block_flops(stage)
     model, t = stage.model, stage.plan.tensor
     block = 3.0 * products + 3.5 * attention
@@ -187,7 +178,11 @@ def computed_flops(stage: Stage) -> float:
 
 
 def elementwise_bytes(stage: Stage) -> float:
-    """Bytes that one rank of a stage moves in its own memory for one micro-batch, matrix products aside."""
+    """Bytes that one rank of a stage moves in its own memory for one micro-batch, matrix products aside.
+
+    Norms, residual sums, GELU and biases: e T (10 D + 4 D / t + 2 F / t) forward (10 D / t with sequence parallelism),
+    twice that backward, and what checkpointing repeats. Logits are read and written 8 times in fp32.
+    """
     model, t = stage.model, stage.plan.tensor
     stream = 10 * model.hidden_size / stage.split
     forward = stage.element * stage.tokens * (stream + 4 * model.hidden_size / t + 2 * model.ffn_size / t)

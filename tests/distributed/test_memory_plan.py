@@ -104,9 +104,9 @@ def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
     plan = batch_plan(config, layout.world_size)
     ranks = worker_pool(layout.world_size).run(measure, config)
     of_stage = layout.tensor * layout.data
-    for stage in range(layout.pipeline):
-        owned = max(held.owned for held in ranks[stage * of_stage : (stage + 1) * of_stage])
-        assert owned == pytest.approx(rank_memory(config, plan, stage).snapshot, rel=0.1)
+    for index in range(layout.pipeline):
+        owned = max(held.owned for held in ranks[index * of_stage : (index + 1) * of_stage])
+        assert owned == pytest.approx(rank_memory(config, plan, index).snapshot, rel=0.1)
     for rank, held in enumerate(ranks):
         stage = Stage(config, plan, rank // of_stage)
         memory = rank_memory(config, plan, stage.index)

@@ -98,7 +98,7 @@ def test_tensor_parallel_blocks_reduce_twice_each_way() -> None:
     assert tensor_traffic_of_block(Stage(latents, plan, 0)).sent == 3 * hidden + 3 * 4 * T * R
     # And both ends one of the hidden state: the embedding's output, the gradient of the head's input.
     assert tensor_traffic(Stage(config, plan, 0)).sent == 4 * 4 * hidden + 2 * hidden
-    assert tensor_traffic(*case(1), 0).sent == 0.0
+    assert tensor_traffic(Stage(*case(1), 0)).sent == 0.0
 
 
 def test_with_sequence_parallelism_the_first_stage_sums_the_gradient_of_positions() -> None:
