@@ -97,14 +97,10 @@ def check_on_this_node(
     num_nodes: int,
     is_stop_asked: Callable[[], bool],
 ) -> CheckResult:
-    """Checks the start of the job, as a step of its own.
+    """Checks the start of the job on some number of its nodes, as a step of its own on this node.
 
     Args:
         arguments: Of the training, with absolute paths.
-        allocation: The job.
-        settings: How its ranks are started.
-        config: Its configuration.
-        num_nodes: Nodes that the ranks will have.
         is_stop_asked: Whether a signal has asked the job to stop: the check is then ended.
     """
     cluster = config.cluster
@@ -129,11 +125,7 @@ def check_on_this_node(
 
 
 def read_output(output: str) -> CheckResult:
-    """Reads the plan and the layout that a check has printed; what follows the line of the layout is ignored.
-
-    Args:
-        output: Of a check that found nothing wrong, with parallel.layout=auto.
-    """
+    """Reads what a check with parallel.layout=auto has printed; text after the line of the layout is ignored."""
     plan, _, rest = output.rpartition(_LAYOUT)
     line = rest.partition("\n")[0]
     try:
@@ -176,8 +168,7 @@ def check(
 
     Args:
         training: Arguments of the training, as they were given.
-        nodes: Number of nodes.
-        processes: Ranks on each of them.
+        nodes: Their number, with `processes` ranks on each.
         device: Of the ranks, where the configuration leaves it open: `cpu` or `cuda`.
         is_login: Whether this is not a node of the job.
 
