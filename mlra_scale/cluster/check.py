@@ -97,11 +97,9 @@ def check_on_this_node(
     num_nodes: int,
     is_stop_asked: Callable[[], bool],
 ) -> CheckResult:
-    """Checks the start of the job on some number of its nodes, as a step of its own on this node.
+    """Checks the start of the job on so many nodes, as a step of its own on this node.
 
-    Args:
-        arguments: Of the training, with absolute paths.
-        is_stop_asked: Whether a signal has asked the job to stop: the check is then ended.
+    The arguments of the training have absolute paths. A stop that is asked for ends the check.
     """
     cluster = config.cluster
     command = step_command([allocation.here], cluster.step_memory, cluster.cpu_bind, settings.srun)
@@ -168,7 +166,8 @@ def check(
 
     Args:
         training: Arguments of the training, as they were given.
-        nodes: Their number, with `processes` ranks on each.
+        nodes: Number of nodes.
+        processes: Ranks on each of them.
         device: Of the ranks, where the configuration leaves it open: `cpu` or `cuda`.
         is_login: Whether this is not a node of the job.
 

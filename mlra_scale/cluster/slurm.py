@@ -151,7 +151,8 @@ def put_back(
     """Puts the job back into the queue; Slurm then ends this process's batch script.
 
     Args:
-        lost: Nodes of the job that are dead.
+        allocation: The job.
+        lost: Nodes of it that are dead.
         usable: Nodes of it that can still be used.
         excluded: Nodes that it must not get again.
         say: Prints a line for the user.
