@@ -327,10 +327,8 @@ class AttemptRunner:
         self._nodes[name].has_ended |= is_here
         self._nodes[name].is_lost |= not is_here
         if self._verdict is None and self._kill_at is None:
-            if is_here:
-                self._verdict = ("failed", f"the agent of {name} ended without a report ({why})")
-            else:
-                self._verdict = ("lost_node", f"node {name} is lost: {why}")
+            lost, ended = f"node {name} is lost: {why}", f"the agent of {name} ended without a report ({why})"
+            self._verdict = ("failed", ended) if is_here else ("lost_node", lost)
             self._say(self._verdict[1])
         self._kill_after(0.0)
 
