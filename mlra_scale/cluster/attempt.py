@@ -297,7 +297,7 @@ class Attempt:
             self._kill_after(_STACKS_SECONDS)
 
     def _note_training(self, seen: Sequence[Seen]) -> None:
-        if any(rank.beat.doing in ("training", "evaluating", "saving", "going back") for rank in seen):
+        if any(rank.beat.doing in ("training", "evaluating", "saving", "rolling back") for rank in seen):
             self._has_trained = True
             self._told(max(rank.beat.step for rank in seen))
 

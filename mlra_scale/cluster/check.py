@@ -1,7 +1,7 @@
 """Everything that a job's start would refuse, found before the job is queued and again before its ranks start.
 
 `bash slurm/FILE --check ARGUMENTS` calls this on a login node, for the nodes that the file asks for; the job calls it
-on its first node, for those that it has. What is looked at is what each rank looks at (training/start.py):
+on its first node, for those that it has. What is looked at is what each rank looks at (training/start/request.py):
 configuration, data, run directory, checkpoint and DeepSpeed's JSON; on a login node also whether a run is at work in
 the run directory, and not the GPUs, which are elsewhere.
 """
@@ -19,11 +19,11 @@ from typing import Any
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.overview import is_held
 from mlra_scale.cluster.settings import Settings
-from mlra_scale.config import Config, ConfigError, Problem, batch_plan
+from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.train import build_parser, resolve
-from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start.dry_run import plan_report
 
 LAYOUT = "layout of the ranks: "
 """Beginning of the line by which a job learns what the planner has chosen, and for which devices: a JSON object with
@@ -80,28 +80,28 @@ def checked(
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from mlra_scale.training.start import Asked, devices_of, prepare
+    from mlra_scale.training.start.request import LaunchRequest, devices_of, resolve_run
 
     parsed = build_parser().parse_intermixed_args(training)
     config, _, _ = resolve(parsed)
     world_size = nodes * processes
     problems = world_problems(config, nodes, processes)
-    config, named, is_as_before = resolve(parsed, of_ranks(config, device, world_size))
+    config, named, is_stored_config = resolve(parsed, of_ranks(config, device, world_size))
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)
-    asked = Asked(config, named, run, parsed.resume, world_size, is_as_before, processes)
+    request = LaunchRequest(config, named, run, parsed.resume, world_size, is_stored_config, processes)
     try:
-        start = prepare(asked, is_here=not is_login)
+        resolved = resolve_run(request, is_here=not is_login)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    devices = devices_of(asked, start.config, not is_login)
-    plan = plan_report(start.config, batch_plan(start.config, world_size), start.layout, devices)
-    if start.config.parallel.layout == "manual":
+    devices = devices_of(request, resolved.config, not is_login)
+    plan = plan_report(resolved.config, resolved.plan, resolved.layout, devices)
+    if resolved.config.parallel.layout == "manual":
         return plan, None
-    overrides = [] if start.layout is None else start.layout.overrides
+    overrides = [] if resolved.layout is None else resolved.layout.overrides
     return plan, {"overrides": overrides, "device": devices.name, "memory": devices.memory}
 
 

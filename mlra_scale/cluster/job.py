@@ -38,9 +38,10 @@ from mlra_scale.config import ConfigError, Problem, validate
 from mlra_scale.files import write_atomically
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.layout import Devices, settled
 from mlra_scale.training.record import read_record
-from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
+from mlra_scale.training.run_directory import RunDirectory, WaitStopped, run_lock
+from mlra_scale.training.start.device import Devices
+from mlra_scale.training.start.layout import resolve_layout
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Slurm's, and those of a terminal: inside salloc a file of slurm/ can be run by hand."""
@@ -330,7 +331,7 @@ class Job:
         seen = next(reversed(self._checks.values()), Checked(None))
         devices = Devices(number, self._settings.processes, self._device, seen.device, seen.memory)
         try:
-            config, _ = settled(config, self._named, devices)
+            config, _ = resolve_layout(config, self._named, devices)
             validate(config, number, device=self._device)
         except ConfigError:
             return False
@@ -443,7 +444,7 @@ def _run(run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[],
     waits = list(_FILE_WAITS)
     while True:
         try:
-            with held(run, _LOCK_SECONDS, ".job.lock", lambda: bool(signals)):
+            with run_lock(run, _LOCK_SECONDS, ".job.lock", lambda: bool(signals)):
                 job = make_job()
                 try:
                     return job.run()

@@ -32,7 +32,7 @@ from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
 from mlra_scale.config import ConfigError
 from mlra_scale.train import build_parser, resolve
-from mlra_scale.training.device_environment import set_device_environment
+from mlra_scale.training.start.device import set_device_environment
 
 STACKS_VARIABLE = "MLRA_SCALE_STACKS_FOLDER"
 NODE_VARIABLE = "MLRA_SCALE_NODE"

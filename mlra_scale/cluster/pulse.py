@@ -32,7 +32,7 @@ class Beat:
         local_rank: Its place on the node.
         pid: Its process.
         doing: `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`,
-            `going back`, `ending`.
+            `rolling back`, `ending`.
         step: The step that it is at.
         seconds: Since it began what it does.
         place: Where its main thread is: innermost function of this package, and innermost function of all.

@@ -28,10 +28,10 @@ from mlra_scale.cluster.node import DEVICE_VARIABLE, NODE_VARIABLE, STACKS_VARIA
 from mlra_scale.cluster.preflight import BadNodes, check_alone, check_together
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Pulse
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.overseer import Overseer
+from mlra_scale.training.watchdog import Watchdog
 
 
-class NodeOverseer(Overseer):
+class NodeWatchdog(Watchdog):
     """Tells the node what its rank does, and examines the ranks before they train.
 
     Args:
@@ -46,12 +46,12 @@ class NodeOverseer(Overseer):
     def __init__(self, pulse: Pulse, node: str, shared: Path) -> None:
         self._pulse, self._node, self._shared = pulse, node, shared
 
-    def beat(self, doing: str, step: int) -> None:
-        """See Overseer."""
-        self._pulse.beat(doing, step)
+    def heartbeat(self, phase: str, step: int) -> None:
+        """See Watchdog."""
+        self._pulse.beat(phase, step)
 
     def check(self, device: torch.device) -> None:
-        """See Overseer.
+        """See Watchdog.
 
         Raises:
             BadNodes: Some node cannot be used; on all ranks.
@@ -81,7 +81,7 @@ def main() -> None:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
             check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
-            code = train.main(sys.argv[1:], NodeOverseer(pulse, node, shared), INTERRUPTION)
+            code = train.main(sys.argv[1:], NodeWatchdog(pulse, node, shared), INTERRUPTION)
         except BadNodes as error:
             if rank == 0 or not error.is_common:
                 print(f"bad node: {error}", file=sys.stderr, flush=True)

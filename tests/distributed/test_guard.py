@@ -12,11 +12,13 @@ import pytest
 
 from benchmarks.guard import Poison, poisoned
 from mlra_scale.checkpoint import Store, complete_checkpoints, latest
-from mlra_scale.training import guarding, start
-from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.log.report import Report
+from mlra_scale.training.loop.checkpoints import Checkpoints
+from mlra_scale.training.loop.session import Session
 from mlra_scale.training.record import read_record
-from mlra_scale.training.report import Report
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start import request
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
@@ -65,11 +67,11 @@ DATA = Poison(labels=SHUFFLED, tokens=REPEATED, vocab_size=512, batch=BATCH)
 
 def deadly(*arguments: Any) -> Any:
     """Something after which the process is gone."""
-    go_back(*arguments)
+    roll_back(*arguments)
     raise MemoryError("killed")
 
 
-go_back = guarding.go_back
+roll_back = Session.roll_back
 
 
 save = Checkpoints.save
@@ -92,15 +94,15 @@ def injected(poison: str) -> Iterator[None]:
         stack.enter_context(poisoned(POISONS.get(poison, DATA)))
         if poison == "fp16":
             allow_fp16_on_cpu()
-            stack.enter_context(mock.patch.object(start, "resolve_device", return_value="cuda"))
+            stack.enter_context(mock.patch.object(request, "resolve_device", return_value="cuda"))
         if poison == "order":
             calls: list[str] = []
             stack.enter_context(mock.patch.object(Report, "sync", lambda report: calls.append("sync")))
             stack.enter_context(mock.patch.object(Checkpoints, "save", after_a_sync(calls)))
         if poison == "after the note":
-            stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
+            stack.enter_context(mock.patch.object(Session, "roll_back", deadly))
         if poison == "before the note":
-            stack.enter_context(mock.patch.object(guarding, "write_rollbacks", side_effect=MemoryError("killed")))
+            stack.enter_context(mock.patch.object(RunDirectory, "write_rollbacks", side_effect=MemoryError("killed")))
         yield
 
 

@@ -20,7 +20,7 @@ from mlra_scale.cluster import overview, overview_text
 from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.training import record
 from mlra_scale.training.record import EventLog, JsonLines, lines_from_end
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.run_directory import RunDirectory, run_lock
 
 ROOT = Path(__file__).resolve().parents[3]
 NOW = float(int(time.time()) + 86400)
@@ -224,7 +224,7 @@ def test_numbers_of_a_run_started_by_hand(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_held_is_a_run_at_work(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    with held(run):
+    with run_lock(run):
         write_events(tmp_path, START)
         assert only_row(tmp_path).state == "running" and overview.is_held(run) is True
     assert only_row(tmp_path).state == "unknown" and overview.is_held(run) is False
@@ -234,12 +234,12 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
     """Neither a run afterwards, nor another such test at the same time; and it cannot always be made."""
     run = RunDirectory(tmp_path)
     assert overview.is_held(run) is False and not (tmp_path / ".lock").exists()
-    with held(run):
+    with run_lock(run):
         pass
     with (tmp_path / ".lock").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         assert overview.is_held(run) is False
-    with held(run):
+    with run_lock(run):
         pass
 
     def refuse(*arguments: Any) -> None:
@@ -343,7 +343,7 @@ def test_a_job_of_somebody_else_has_not_vanished(tmp_path: Path, slurm: Slurm, m
 def test_a_job_whose_process_is_at_work_has_not_vanished(tmp_path: Path, slurm: Slurm) -> None:
     write_job(tmp_path / "x", "running")
     slurm("")
-    with held(RunDirectory(tmp_path / "x")):
+    with run_lock(RunDirectory(tmp_path / "x")):
         row = only_row(tmp_path)
     assert row.state == "running" and row.last_error == "Slurm knows job 7 no more, and yet a process is at work here"
 

@@ -1,0 +1,183 @@
+"""What is recorded of a training step: loss, throughput, MFU, memory; and its time beside the planner's estimate."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mlra_scale.config import BatchPlan, Config
+from mlra_scale.planning.step_time import step_time
+from mlra_scale.stability.watcher import Step, Watcher
+from mlra_scale.training.start.device import devices_here
+from mlra_scale.training.start.layout import cluster_for
+
+if TYPE_CHECKING:
+    from mlra_scale.parallel.interface import StepResult
+
+GIB = 2.0**30
+FIRST_COMPARED, LAST_COMPARED = 6, 20
+"""Steps of this start whose time is compared with the estimate; the first ones compile and fill caches."""
+TOLERANCE = 0.25
+_logger = logging.getLogger(__name__)
+
+_PEAK_TFLOPS_16_BIT: tuple[tuple[str, float], ...] = (
+    ("B200", 2250.0),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.4),
+    ("A100", 312.0),
+    ("A30", 165.0),
+    ("A40", 149.7),
+    ("A10", 125.0),
+    ("L40S", 362.05),
+    ("L4", 121.0),
+)
+"""Dense bf16 tensor-core peak in TFLOP/s by words of the device's name, the more special name first.
+
+Source: the 'BFLOAT16 Tensor Core' rows, without sparsity, of NVIDIA's data sheets of these products (HGX B200 for the
+B200). Where a sheet gives only the number with sparsity, it is halved.
+"""
+
+
+def peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Returns the peak of one device in TFLOP/s, for MFU: `train.peak_tflops`, or that of the table.
+
+    None where it is not known: CPUs, devices that are not in the table, and fp32, whose peak depends on TF32.
+    """
+    if config.train.peak_tflops is not None:
+        return config.train.peak_tflops
+    if device.type != "cuda" or config.train.precision == "fp32":
+        return None
+    return peak_of_device_name(torch.cuda.get_device_name(device))
+
+
+def peak_of_device_name(name: str) -> float | None:
+    """Returns the dense 16-bit peak in TFLOP/s of a device, or None if it is not in the table."""
+    words = name.replace("-", " ").split()
+    for part, peak in _PEAK_TFLOPS_16_BIT:
+        if all(word in words for word in part.split()):
+            return peak
+    return None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Returns this process's peak memory: that of the device on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """The planner's estimate of a step.
+
+    Attributes:
+        seconds: Of the step.
+        devices: What it is for, such as `4 x 8 h100`.
+    """
+
+    seconds: float
+    devices: str
+
+
+def estimate_step(config: Config, plan: BatchPlan, device: torch.device) -> StepEstimate | None:
+    """Returns the estimate for the devices of this process; None where the planner has no constants for them."""
+    devices = devices_here(plan.world_size, device.type)
+    if config.cluster.file is None and config.cluster.device is None and not devices.is_known():
+        return None
+    cluster = cluster_for(config, devices)
+    name = f"{cluster.nodes} x {cluster.devices_per_node} {cluster.name}"
+    return StepEstimate(step_time(config, plan, cluster).seconds, name)
+
+
+class StepMetrics(Watcher):
+    """Measures throughput without evaluation and checkpoints, and returns the values of logged steps.
+
+    Args:
+        config: The configuration of the run.
+        plan: Its batch plan.
+        device: This rank's device.
+        compares: Whether the first steps are compared, once, with the planner's estimate.
+    """
+
+    name = "step"
+
+    def __init__(self, config: Config, plan: BatchPlan, device: torch.device, compares: bool = False) -> None:
+        self._tokens_per_step, self._device = plan.tokens_per_step, device
+        self._estimate = estimate_step(config, plan, device) if compares else None
+        self._flops_per_token = config.model.flops_per_token(config.train.sequence_length)
+        peak = peak_tflops(config, device)
+        self._peak_flops = None if peak is None else peak * 1e12 * plan.world_size
+        self._seconds = self._seconds_since_log = 0.0
+        self._steps = self._steps_since_log = 0
+        self._compared: list[float] = []
+
+    def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
+        seconds = time.perf_counter() - step.started
+        self._seconds += seconds
+        self._seconds_since_log += seconds
+        self._steps += 1
+        self._steps_since_log += 1
+        self._compare(seconds - step.read_seconds, is_plain=not step.measuring_seconds)
+        if not step.is_logged:
+            return {}
+        values: dict[str, Any] = {
+            "loss": result.loss,
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": step.learning_rate,
+            **self._throughput(),
+            "memory_gib": peak_memory_bytes(self._device) / GIB,
+        }
+        if result.loss_scale is not None:
+            values |= {"loss_scale": result.loss_scale, "overflow": result.overflow}
+        return values
+
+    @property
+    def mean_tokens_per_second(self) -> float:
+        """Over all steps of this start, the first and slowest included."""
+        return self._steps * self._tokens_per_step / self._seconds if self._seconds > 0 else 0.0
+
+    def _throughput(self) -> dict[str, float]:
+        """Returns tokens_per_second and, where a peak is known, mfu since the last call."""
+        seconds, tokens = self._seconds_since_log, self._steps_since_log * self._tokens_per_step
+        rate = tokens / seconds if seconds > 0 else 0.0
+        self._seconds_since_log, self._steps_since_log = 0.0, 0
+        values = {"tokens_per_second": rate}
+        if self._peak_flops is not None:
+            values["mfu"] = rate * self._flops_per_token / self._peak_flops
+        return values
+
+    def _compare(self, seconds: float, is_plain: bool) -> None:
+        """Compares the first steps with the estimate, which includes neither waits for data nor measurements."""
+        estimate = self._estimate
+        if estimate is None or self._steps > LAST_COMPARED:
+            return
+        if self._steps >= FIRST_COMPARED and is_plain:
+            self._compared.append(seconds)
+        if self._steps < LAST_COMPARED or not self._compared:
+            return
+        measured = statistics.median(self._compared)
+        share = measured / estimate.seconds - 1.0
+        difference = f"{100 * abs(share):.0f} % {'longer' if share > 0 else 'shorter'} than"
+        text = (
+            f"a step takes {measured:.3g} s (median of {len(self._compared)} step(s), without waits for data), "
+            f"{difference} the planner's estimate of {estimate.seconds:.3g} s for {estimate.devices}"
+        )
+        if abs(share) <= TOLERANCE:
+            _logger.info(text)
+        else:
+            _logger.warning(
+                f"{text}: its constants may not be those of these nodes; sbatch slurm/check.sh measures them"
+            )
