@@ -43,55 +43,23 @@ class WaitStopped(Exception):
     """A signal requested a stop while another run held the lock of the directory."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RunDirectory:
-    """The paths of one run.
-
-    Attributes:
-        path: The directory; it need not exist yet.
-    """
+    """The paths of one run; the directory at `path` need not exist yet."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def rolled_back(self) -> Path:
-        return self.path / "rolled_back.jsonl"
-
-    @property
-    def guard(self) -> Path:
-        return self.path / "guard.json"
-
-    @property
-    def job(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def wandb(self) -> Path:
-        return self.path / "wandb"
-
-    @property
-    def profile(self) -> Path:
-        return self.path / "profile"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def __post_init__(self) -> None:
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.rolled_back = self.path / "rolled_back.jsonl"
+        self.guard = self.path / "guard.json"
+        self.job = self.path / "job.json"
+        self.logs = self.path / "logs"
+        self.wandb = self.path / "wandb"
+        self.profile = self.path / "profile"
+        self.checkpoints = self.path / "checkpoints"
 
     def holds_a_run(self) -> bool:
         """Returns whether a run was started here; an empty checkpoints folder, or a link to one, is no run."""

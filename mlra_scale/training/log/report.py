@@ -91,7 +91,7 @@ class Report:
         self._records = read_record(directory.metrics)
         self._metrics, self._events = JsonLines(directory.metrics), EventLog(directory.events)
         self._is_open = True
-        self.event("start", step=self._step, world_size=run.plan.world_size, commit=commit())
+        self._events.event("start", step=self._step, world_size=run.plan.world_size, commit=commit())
         self.say(short_report(run.config, run.plan, resolve_device(run.config)))
         if run.layout is not None:
             self.say("\n".join(choice_lines(run.layout)))
@@ -109,31 +109,30 @@ class Report:
         for rejected in resume.rejected:
             self.say(_note_fallback(self._events, rejected, checkpoint))
         if resume.kind == "training":
-            self.event("resume", step=self._step, checkpoint=checkpoint, records_cut=num_cut)
-            samples = f"{resume.progress.consumed_samples:,} samples read"
-            self.say(f"resumed from {checkpoint}: step {self._step}, {samples}")
+            text = f"resumed from {checkpoint}: step {self._step}, {resume.progress.consumed_samples:,} samples read"
+            self.note("resume", text, step=self._step, checkpoint=checkpoint, records_cut=num_cut)
             if resume.is_in_place:
                 self._report_lost_record(resume.changes)
         elif resume.kind == "weights":
-            self.event("initialized_from", checkpoint=checkpoint, records_cut=num_cut)
-            self.say(f"begins with the weights of {checkpoint}")
+            text = f"begins with the weights of {checkpoint}"
+            self.note("initialized_from", text, checkpoint=checkpoint, records_cut=num_cut)
         elif num_cut > 0:
-            self.event("begun_anew", records_cut=num_cut)
-            self.say(f"the run here was stopped before its first checkpoint: it begins anew, from step {self._step}")
+            text = f"the run here was stopped before its first checkpoint: it begins anew, from step {self._step}"
+            self.note("begun_anew", text, records_cut=num_cut)
         if resume.notice is not None:
             self.say(resume.notice)
         for change in resume.changes:
-            self.event("changed", field=change.field, was=change.was, now=change.now)
-            self.say(f"changed from here on: {change}")
+            text = f"changed from here on: {change}"
+            self.note("changed", text, field=change.field, was=change.was, now=change.now)
 
     def _report_lost_record(self, changes: Sequence[Change]) -> None:
-        """Reports that the end of the record, up to the checkpoint of this start, is missing."""
+        """Reports that lines before the checkpoint of this start are missing at the end of the record."""
         every = [change.was for change in changes if change.field == "train.log_every"]
         first = first_lost_step(self._records, self._step, max([self._run.config.train.log_every, *every]))
         if first is not None:
-            self.event("record_lost", first_step=first, last_step=self._step)
             steps = f"steps {first} to {self._step}"
-            self.say(f"{self._directory.metrics} has no losses of {steps}: the file was changed since then")
+            text = f"{self._directory.metrics} has no losses of {steps}: the file was changed since then"
+            self.note("record_lost", text, first_step=first, last_step=self._step)
 
     def say(self, text: str) -> None:
         """Prints to the console, above the progress bar."""
@@ -141,9 +140,10 @@ class Report:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def event(self, name: str, **values: Any) -> None:
-        """Appends to events.jsonl."""
-        self._events.event(name, **values)
+    def note(self, event: str, text: str, **values: Any) -> None:
+        """Appends to events.jsonl, and prints."""
+        self._events.event(event, **values)
+        self.say(text)
 
     def sync(self) -> str | None:
         """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it.
@@ -175,8 +175,8 @@ class Report:
         except OSError:
             self._checkpoints = None
         if before is not None and self._checkpoints != before:
-            self.event("checkpoints_replaced", path=str(path))
-            self.say(f"{path} was moved, removed or replaced: its earlier checkpoints are no longer there")
+            text = f"{path} was moved, removed or replaced: its earlier checkpoints are no longer there"
+            self.note("checkpoints_replaced", text, path=str(path))
 
     def record(
         self, progress: Progress, values: Mapping[str, Any], measuring_seconds: Mapping[str, float] | None = None
@@ -234,7 +234,7 @@ class Report:
 
     def on_saved(self, save: FinishedSave) -> None:
         """Records a checkpoint that is complete."""
-        self.event(
+        self._events.event(
             "checkpoint",
             step=save.step,
             path=str(save.path),
@@ -243,11 +243,11 @@ class Report:
             write_seconds=round(save.write_seconds, 4),
         )
         if save.drift is not None:
-            self.event("copies_differ", step=save.step, reason=save.drift)
-            self.say(f"step {save.step}: {save.drift}; the owner's copy was saved")
+            text = f"step {save.step}: {save.drift}; the owner's copy was saved"
+            self.note("copies_differ", text, step=save.step, reason=save.drift)
         if save.not_removed is not None:
-            self.event("not_removed", step=save.step, reason=save.not_removed)
-            self.say(f"step {save.step}: the checkpoint is complete, but of earlier ones {save.not_removed}")
+            text = f"step {save.step}: the checkpoint is complete, but of earlier ones {save.not_removed}"
+            self.note("not_removed", text, step=save.step, reason=save.not_removed)
 
     def on_guard_actions(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
         """Reports the guard's decisions, except a rollback, which is reported when it is done.
@@ -261,10 +261,10 @@ class Report:
             if action.kind == "rollback":
                 continue
             more = {"factor": factor, "until": until} if action.kind == "lower_rate" else {}
-            self.event(f"guard_{action.kind}", step=action.step, reason=action.reason, **more)
             self._wandb.log(action.step, {f"guard/{action.kind}": more.get("factor", 1)})
             outcomes = {"skip": "update skipped", "lower_rate": f"learning rate times {factor:g}"}
-            self.say(f"guard, step {action.step}: {outcomes.get(action.kind, 'gives up')}: {action.reason}")
+            text = f"guard, step {action.step}: {outcomes.get(action.kind, 'gives up')}: {action.reason}"
+            self.note(f"guard_{action.kind}", text, step=action.step, reason=action.reason, **more)
 
     def on_rollback(self, action: Action, number: int, progress: Progress, factor: float, until: int | None) -> None:
         """Cuts the record back to the checkpoint of a rollback; for rank 0.
@@ -277,20 +277,19 @@ class Report:
             until: See `on_guard_actions`.
         """
         assert action.skipped is not None
-        self.event(
+        start, stop = action.skipped
+        lowered = "" if until is None else f", learning rate times {factor:g}"
+        self.note(
             "guard_rollback",
+            f"guard, step {action.step}: back to step {progress.step}, samples {start:,} to {stop - 1:,} are not read "
+            f"again{lowered}: {action.reason}",
             step=action.step,
             to_step=progress.step,
-            skipped_from=action.skipped[0],
-            skipped_to=action.skipped[1],
+            skipped_from=start,
+            skipped_to=stop,
             factor=factor,
             until=until,
             reason=action.reason,
-        )
-        lowered = "" if until is None else f", learning rate times {factor:g}"
-        self.say(
-            f"guard, step {action.step}: back to step {progress.step}, samples {action.skipped[0]:,} to "
-            f"{action.skipped[1] - 1:,} are not read again{lowered}: {action.reason}"
         )
         self._metrics.close()
         cut_record(self._directory.metrics, progress.step, self._directory.rolled_back, number)
@@ -307,7 +306,7 @@ class Report:
             return
         seconds = time.perf_counter() - self._started
         summary = summary_of(self._records, progress.step, seconds, tokens_per_second, peak_memory_gib)
-        self.event("finished", **summary)
+        self._events.event("finished", **summary)
         self._wandb.finish(ExitCode.DONE, {key: value for key, value in summary.items() if value is not None})
         self._close_bar()
         directory = self._directory
@@ -341,16 +340,16 @@ class Report:
             code = error.exit_code
             reason = "; ".join([str(error), *getattr(error, "__notes__", [])])
             name = "preempted" if code == ExitCode.PREEMPTED else "stopped"
-            self.event(name, exit_code=int(code), reason=reason, **error.values)
+            self._events.event(name, exit_code=int(code), reason=reason, **error.values)
             if self._is_main:
                 print(f"stopped: {reason}", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
             code = ExitCode.INTERRUPTED
-            self.event("interrupted", step=self._step, exit_code=int(code))
+            self._events.event("interrupted", step=self._step, exit_code=int(code))
         elif error is not None:
             code = ExitCode.FAILED
             reason = f"{type(error).__name__}: {error}"[:2000]
-            self.event("failed", step=self._step, exit_code=int(code), reason=reason)
+            self._events.event("failed", step=self._step, exit_code=int(code), reason=reason)
         self._metrics.close()
         self._events.close()
         if self._folder is not None:

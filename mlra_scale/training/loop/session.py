@@ -34,14 +34,6 @@ class Session:
     """The parts of a run at work, and its position.
 
     Attributes:
-        run: The run as resolved.
-        topology: The mesh.
-        datasets: What it reads.
-        guard: Decides where steps read, and on rollbacks.
-        report: Records and prints.
-        checkpoints: Saves and loads.
-        interruption: Of this process.
-        watchdog: Receives heartbeats.
         progress: The counters.
         learning_rate: Of the last step.
     """

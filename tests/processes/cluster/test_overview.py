@@ -105,7 +105,8 @@ def write_events(path: Path, *events: str | dict[str, Any]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     log = EventLog(path / "events.jsonl")
     for event in events:
-        log.write(**({"event": event} if isinstance(event, str) else event))
+        name, values = (event, {}) if isinstance(event, str) else (event["event"], event)
+        log.event(name, **{key: value for key, value in values.items() if key != "event"})
     log.close()
 
 

@@ -42,7 +42,7 @@ def report_of(folder: Path, is_main: bool = True, **fields: Any) -> Report:
 def test_ranks_other_than_the_first_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path, is_main=False) as report:
         report.record(Progress(1, 8, 512), VALUES)
-        report.event("checkpoint")
+        report.note("checkpoint", "saved")
         report.finish(Progress(4, 32, 2048), 10.0, 0.5)
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
