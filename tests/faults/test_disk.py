@@ -87,7 +87,7 @@ def test_a_limit_on_the_size_of_files(training: Training, reference: Path, tmp_p
     goes_on(whole, run, undisturbed(whole, tmp_path / "whole", Forked))
 
 
-@pytest.mark.slow_except("before-rename-0-2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "rank", "kept"), [("mid-file", 1, 2), ("before-rename", 0, 2), ("retention", 0, 4)])
 def test_a_fault_anywhere_in_a_save_ends_all_ranks_alike(
     training: Training, reference: Path, tmp_path: Path, point: str, rank: int, kept: int
@@ -111,6 +111,7 @@ def test_a_folder_that_cannot_be_written(training: Training, reference: Path, tm
     goes_on(training, run, reference)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_still_full_at_the_next_start(training_data: Path, small_disk: Path) -> None:
     """Rank 0 alone writes before the first step; the other rank learns what stands in the way."""
     run, log = small_disk / "run", small_disk.with_suffix(".log")

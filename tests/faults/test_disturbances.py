@@ -10,7 +10,7 @@ from tests.faults.case import Case
 from tests.faults.disturbances import CASES
 from tests.slurm.cluster import slurm_missing
 
-DAILY = ("kills in a rollback", "all tokens overwritten", "record lost")
+DAILY = ("all tokens overwritten", "record lost")
 """Cases of a few seconds, of which each has another kind of promise."""
 
 

@@ -34,7 +34,7 @@ def faults() -> list[Fault]:
     return [of_point[place % len(of_point)] for place, of_point in enumerate(ranks.values())]
 
 
-@pytest.mark.slow_except("mid-file-rank0", "before-latest-rank0", "retention-rank0")
+@pytest.mark.slow_except("mid-file-rank0")
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: f"{fault.point}-rank{fault.rank}")
 def test_a_kill_in_a_save_loses_nothing(fault: Fault, training: Training, reference: Path, tmp_path: Path) -> None:
     check(training, fault, tmp_path / "run", reference, Forked)
