@@ -106,14 +106,7 @@ def merged_moments(membership_GF: Tensor, moments_F3: Tensor, extra_G: Tensor) -
 
 @dataclass(frozen=True)
 class AdamWUpdate:
-    """The last update of AdamW.
-
-    Attributes:
-        learning_rate: Of that update.
-        betas: Decay rates of the moments.
-        eps: Epsilon.
-        step: Number of updates so far, this one included.
-    """
+    """The last update of AdamW; `step` is the number of updates so far, this one included."""
 
     learning_rate: float
     betas: tuple[float, float]

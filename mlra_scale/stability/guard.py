@@ -54,12 +54,7 @@ class Action:
 class _Episode:
     """A time of trouble: from its first bad update until `calm_steps` have passed without one.
 
-    Attributes:
-        first_step: Step of the first bad update.
-        first_sample: First sample of that step.
-        last_step: Step of the last one.
-        skips: Bad updates since the rate was last lowered.
-        lowerings: How often the rate was lowered.
+    `skips` counts the bad updates since the rate was last lowered, `lowerings` how often it was lowered.
     """
 
     first_step: int

@@ -172,13 +172,7 @@ class ConfigComparison:
 
 
 def compare(config: Config, named: Named, stored: Config) -> ConfigComparison:
-    """Compares the configuration of this start with a stored one, field by field.
-
-    Args:
-        config: Of this start.
-        named: Which of its fields a person named, and where.
-        stored: Of the run to be continued.
-    """
+    """Compares the configuration of this start, and what of it was named, with that of the run to be continued."""
     now, was = flat(config.to_dict()), flat(stored.to_dict())
     keep_stored_data(now, was, named)
     changes, problems = [], []
@@ -202,13 +196,7 @@ def compare(config: Config, named: Named, stored: Config) -> ConfigComparison:
 
 
 def keep_stored_data(now: dict[str, Any], was: Mapping[str, Any], named: Named) -> None:
-    """Keeps the data of the run where a start does not name any.
-
-    Args:
-        now: Flat fields of this start; changed in place.
-        was: Flat fields of the run.
-        named: What this start names.
-    """
+    """Keeps the data of the run (`was`) where a start (`now`, changed in place) does not name any."""
     names = named.on_command_line | named.in_file
     if not names & {"data.path", "data.blend"}:
         now["data.path"], now["data.blend"] = was["data.path"], was["data.blend"]

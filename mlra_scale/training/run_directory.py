@@ -88,12 +88,7 @@ class RunDirectory:
         return Path(text)
 
     def create(self, config: Config, checkpoint: Path | None = None) -> None:
-        """Makes the directory and writes the resolved configuration into it.
-
-        Args:
-            config: The configuration of this start.
-            checkpoint: Where the run begins or resumes; the path of another run's checkpoint is stored.
-        """
+        """Makes the directory; writes the configuration and the checkpoint of another run that this one begins from."""
         self.path.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             (self.path / "started_from").unlink(missing_ok=True)  # of an earlier run of which all else was removed

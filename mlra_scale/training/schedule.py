@@ -27,12 +27,7 @@ class Progress:
     consumed_tokens: int = 0
 
     def after(self, plan: BatchPlan, first_sample: int | None = None) -> Progress:
-        """Returns the counters one step later.
-
-        Args:
-            plan: The batch plan.
-            first_sample: Where the step read its samples; None: at `consumed_samples`.
-        """
+        """Returns the counters after a step that read its samples from `first_sample` (None: `consumed_samples`)."""
         first = self.consumed_samples if first_sample is None else first_sample
         return Progress(self.step + 1, first + plan.global_batch_size, self.consumed_tokens + plan.tokens_per_step)
 

@@ -79,11 +79,7 @@ class Report:
         self._step = run.resume.progress.step
 
     def open(self, num_rollbacks: int = 0) -> None:
-        """Makes the run directory, cuts the record back to the resumed step and opens everything; for rank 0.
-
-        Args:
-            num_rollbacks: Of the guard, so far.
-        """
+        """Makes the run directory, cuts the record back to the resumed step and opens everything; for rank 0."""
         run, resume, directory = self._run, self._run.resume, self._directory
         directory.create(run.config, resume.checkpoint)
         self._folder = os.open(directory.path, os.O_RDONLY | os.O_DIRECTORY)

@@ -80,10 +80,6 @@ class Checkpoints:
     def roll_back(self, step: int, heartbeat: Callable[[], None]) -> Progress:
         """Loads an earlier checkpoint of this run, and makes `latest` name it; collective.
 
-        Args:
-            step: Of the checkpoint.
-            heartbeat: Called between the parts of it that take time.
-
         Returns:
             The counters to continue with.
 

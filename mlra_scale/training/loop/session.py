@@ -132,10 +132,7 @@ class Session:
         return self.read(read)
 
     def next_step(self, next_batches: Callable[[int], list[Batch]]) -> Step:
-        """Reads the data of the next step.
-
-        Args:
-            next_batches: Reads this rank's micro-batches of the step that starts at a sample.
+        """Reads the data of the next step by `next_batches`, which takes its first sample.
 
         Raises:
             BadData: Some rank's data are bad; on all ranks.
@@ -210,12 +207,7 @@ class Session:
         return TrainingStopped(f"{when}, as a signal asked: {left}", values, ExitCode.PREEMPTED)
 
     def after_step(self, step: Step, measured: PassResult, is_stop: bool) -> None:
-        """Does what follows a step: a rollback, a stop or a checkpoint.
-
-        Args:
-            step: The step.
-            measured: By the passes after it.
-            is_stop: Whether some rank was asked to stop.
+        """Does what follows a step: a rollback, a stop (`is_stop`: some rank was asked to) or a checkpoint.
 
         Raises:
             TrainingStopped: The run ends here, or a checkpoint cannot be written or read; on all ranks.

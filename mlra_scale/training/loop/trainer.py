@@ -42,7 +42,9 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
         engine = build_engine(config, plan, topology)
     finite = FiniteCheck(config.train, ends_run=not config.guard.enabled)
     guard = Guard(config.guard, plan.global_batch_size, finite.overflow_fault)
-    tev, metrics = TevWatcher(engine, config), StepMetrics(config, plan, device, compares=is_main)
+    report = Report(run, is_main)
+    say = report.say if is_main else None
+    tev, metrics = TevWatcher(engine, config), StepMetrics(config, plan, device, say)
     garbage = GarbageCollection(config.train.garbage_every)
     watchers = Watchers(
         finite,  # first: after a step that ends the run nothing is measured; the guard needs its count of overflows
@@ -52,11 +54,11 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
         QkClip(engine, config.model, config.qk_clip, plan),
         tev,
         metrics,  # after the measurements, whose time is part of the step's
-        StepProfiler(config.profile, run.directory.profile, device, config.train.steps, is_active=is_main),
+        StepProfiler(config.profile, run.directory.profile, device, config.train.steps, say),
         garbage,  # last: the others have dropped their tensors
     )
     with (
-        Report(run, is_main) as report,
+        report,
         Prefetcher(datasets.train, plan, topology.data_rank, pins_memory=device.type == "cuda") as prefetcher,
         Checkpoints(run, engine, datasets, watchers, report.on_saved) as checkpoints,
         garbage,

@@ -107,13 +107,7 @@ def devices_elsewhere(config: Config, world_size: int, per_node: int | None = No
 
 
 def devices_here(number: int, kind: str, per_node: int | None = None) -> Devices:
-    """Returns the devices of a start of which one is on this machine.
-
-    Args:
-        number: Of all of them.
-        kind: "cpu" or "cuda".
-        per_node: Of a node; None: as the launcher says.
-    """
+    """Returns the devices of a start of which one is on this machine; `per_node` None: as the launcher says."""
     launcher = Launcher.of(os.environ)
     per_node = per_node or launcher.local_world_size
     if kind == "cpu":
@@ -155,12 +149,9 @@ def check_device(config: Config) -> list[Problem]:
 
 
 def set_device_environment(config: Config, environment: MutableMapping[str, str], is_layout_open: bool = False) -> None:
-    """Sets the variables of CUDA's libraries that are not set already.
+    """Sets the variables of CUDA's libraries that are not set already, in a process that has not touched its device.
 
-    Args:
-        config: Of the run.
-        environment: Of a process that has not touched its device.
-        is_layout_open: Whether the planner, which looks at the device, may still choose tensor parallelism.
+    With `is_layout_open` the planner, which looks at the device, may still choose tensor parallelism.
     """
     if config.parallel.tensor > 1 or is_layout_open:
         # One hardware queue starts kernels in the order of their launch: a sum that is launched before a matrix

@@ -56,13 +56,7 @@ def plan_report(
 
 
 def short_report(config: Config, plan: BatchPlan, resolved_device: str) -> str:
-    """Returns the lines that a run prints before its first step.
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        resolved_device: "cpu" or "cuda".
-    """
+    """Returns the lines that a run prints before its first step; `resolved_device` is "cpu" or "cuda"."""
     lines = [*_model_lines(config), *_batch_lines(config, plan), _layout_line(config, plan)]
     lines += _low_rank_lines(config, plan, resolved_device)
     return "\n".join(lines)

@@ -20,12 +20,6 @@ from mlra_scale.training.watchdog import Watchdog
 def launch(request: LaunchRequest, run: ResolvedRun, watchdog: Watchdog, interruption: Interruption) -> ExitCode:
     """Starts the process groups, trains, and ends them; an existing default group is used and left running.
 
-    Args:
-        request: What the command line asks for.
-        run: What it resolved to on this rank.
-        watchdog: Checks the ranks before they train, and receives heartbeats.
-        interruption: Of this process.
-
     Returns:
         How the run ended; the same on every rank.
 

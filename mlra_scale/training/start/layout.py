@@ -18,9 +18,7 @@ from mlra_scale.training.start.device import Devices
 def cluster_for(config: Config, devices: Devices) -> Cluster:
     """Returns the planner's constants, measured or of these devices, with the number of the devices.
 
-    Args:
-        config: cluster.file, cluster.device and cluster.device_memory_gib override what is seen.
-        devices: The devices of the start.
+    cluster.file, cluster.device and cluster.device_memory_gib override what is seen.
 
     Raises:
         ConfigError: cluster.file cannot be used, or cluster.device is of another kind than the devices.
@@ -67,12 +65,7 @@ def _measured(config: Config, kind: str) -> Cluster:
 
 
 def resolve_layout(config: Config, named: Named, devices: Devices) -> tuple[Config, LayoutChoice | None]:
-    """Returns the configuration with its layout, and how the planner chose it.
-
-    Args:
-        config: The configuration as given.
-        named: Which of its fields were named: those of the layout stay as they are.
-        devices: The devices of the start.
+    """Returns the configuration with its layout, and how the planner chose it; named fields stay as they are.
 
     Returns:
         The choice is None where there was nothing to choose: parallel.layout is manual, every field of the layout is
@@ -95,13 +88,7 @@ def is_layout_open(config: Config, named: Named) -> bool:
 
 
 def with_layout_of(chosen: Config, config: Config, named: Named) -> tuple[Config, Named]:
-    """Returns a configuration with the layout of another one, whose fields count as named from then on.
-
-    Args:
-        chosen: The configuration with the layout that the planner chose.
-        config: The configuration as given.
-        named: Which of its fields were named.
-    """
+    """Returns a configuration with the layout of `chosen`, whose fields count as named from then on."""
     sections: dict[str, dict[str, Any]] = {"parallel": {}, "train": {}, "deepspeed": chosen.deepspeed}
     for name in (*FIELDS, RECORD):
         section, _, field = name.partition(".")

@@ -110,8 +110,7 @@ class ResolvedRun:
     """A run as a start will carry it out.
 
     Attributes:
-        config: The configuration to continue with.
-        plan: Its batch plan.
+        config: The configuration to continue with; `plan` is its batch plan.
         directory: The run directory.
         resume: Where the run starts.
         layout: How the planner chose the layout; None: there was nothing to choose.
@@ -188,18 +187,7 @@ def _continued(
     changes: list[Change],
     data: tuple[Config, FoundParts, Named] | None,
 ) -> ResumePoint:
-    """Returns where the run of a checkpoint continues.
-
-    Args:
-        resume: With the checkpoint.
-        request: What the command line asks for.
-        store: The checkpoint.
-        changes: Of the configuration.
-        data: The configuration, its data sets and what was named; None: the data cannot be compared.
-
-    Raises:
-        ConfigError: With everything that is wrong.
-    """
+    """Returns where the run of a checkpoint continues; `data` is None where the data cannot be compared."""
     problems: list[Problem] = []
     progress, stored_data, history = read_progress(store)
     if data is not None:
@@ -249,24 +237,14 @@ def _gathering(problems: list[Problem], resume: str = "") -> Iterator[None]:
 
 
 def devices_of(request: LaunchRequest, config: Config, is_here: bool) -> Devices:
-    """Returns the devices of a start, as far as this process can see them.
-
-    Args:
-        request: What the command line asks for.
-        config: Its configuration.
-        is_here: Whether this machine is one of those that the start is for.
-    """
+    """Returns the devices of a start; those of another machine (not `is_here`) as far as the configuration says."""
     if not is_here:
         return devices_elsewhere(config, request.world_size, request.ranks_per_node)
     return devices_here(request.world_size, resolve_device(config), request.ranks_per_node)
 
 
 def _compare_configs(request: LaunchRequest, store: Store | None) -> tuple[ConfigComparison, Named]:
-    """Compares the configuration with the checkpoint's and, where the run directory has its own, with that one.
-
-    Returns:
-        The comparison, and the fields that count as named.
-    """
+    """Compares the configuration with the checkpoint's and the run directory's; returns what counts as named too."""
     config, named, run = request.config, request.named, request.run
     begun = ConfigComparison(config)
     is_resumed = run is not None and request.resume != "none" and run.holds_a_run()

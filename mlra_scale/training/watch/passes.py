@@ -98,12 +98,9 @@ class DataPasses:
         return tuple(names)
 
     def run(self, names: Sequence[str], measuring_seconds: dict[str, float], is_stop: bool = False) -> PassResult:
-        """Makes passes until a stop is requested or the data are bad.
+        """Makes passes until a stop is requested (`is_stop`: it was already) or the data are bad.
 
-        Args:
-            names: Of the passes.
-            measuring_seconds: Receives the time of the activation probe.
-            is_stop: Whether a stop was requested already.
+        `measuring_seconds` receives the time of the activation probe.
         """
         values: dict[str, Any] = {}
         passes = {"validation": self._measure_validation, "activations": self._measure_activations}
@@ -138,7 +135,7 @@ def evaluate(
     stream: SampleStream,
     max_batches: int,
     plan: BatchPlan,
-    read_collectively: Callable[[Read], list[Batch]],
+    read: Callable[[Read], list[Batch]],
     between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
@@ -148,13 +145,13 @@ def evaluate(
         stream: Validation samples.
         max_batches: Most global batches to read. No sample is read twice, unless the data set is smaller than one.
         plan: The batch plan.
-        read_collectively: Reads batches on all ranks.
+        read: Reads batches on all ranks (Session.read).
         between: See Engine.eval_batch.
     """
     num_batches = min(max_batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
     total = 0.0
     for index in range(num_batches):
-        read = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
-        total += engine.eval_batch(read_collectively(read), between)
+        batches = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
+        total += engine.eval_batch(read(batches), between)
     loss = total / num_batches
     return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}

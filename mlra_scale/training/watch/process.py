@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +17,29 @@ if TYPE_CHECKING:
     from mlra_scale.parallel.interface import StepResult
 
 _ROWS = 15
-_logger = logging.getLogger(__name__)
 
 
 class StepProfiler(Watcher):
-    """Profiles the steps start ... stop - 1; leaves a trace file, and a table of the heaviest operations in the log.
+    """Profiles the steps start ... stop - 1; leaves a trace file, and prints a table of the heaviest operations.
 
     Args:
         config: First step, and first step that is no longer profiled; start None for no profile.
         folder: Where the trace is written.
         device: Activity of a GPU is recorded on a GPU only.
         last_step: The run's last step, at which a profile ends too.
-        is_active: False on ranks that do not profile.
+        say: Prints; None on ranks that do not profile.
     """
 
     def __init__(
-        self, config: ProfileConfig, folder: Path, device: torch.device, last_step: int, is_active: bool = True
+        self,
+        config: ProfileConfig,
+        folder: Path,
+        device: torch.device,
+        last_step: int,
+        say: Callable[[str], None] | None,
     ) -> None:
-        self._start, self._stop, self._last = config.start if is_active else None, config.stop, last_step
+        self._start, self._stop, self._last = None if say is None else config.start, config.stop, last_step
+        self._say = say or (lambda text: None)
         self._folder = folder
         self._is_cuda = device.type == "cuda"
         self._profile: profiler.profile | None = None
@@ -69,7 +73,7 @@ class StepProfiler(Watcher):
             outcome = f"{trace} cannot be written ({error})"
         order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
         operations = profile.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=48)
-        _logger.info("%s\nprofile of steps %d to %d: %s", operations, self._first_step, step, outcome)
+        self._say(f"{operations}\nprofile of steps {self._first_step} to {step}: {outcome}")
 
     def _is_over(self, step: int) -> bool:
         return self._stop is not None and step >= self._stop

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ GIB = 2.0**30
 FIRST_COMPARED, LAST_COMPARED = 6, 20
 """Steps of this start whose time is compared with the estimate; the first ones compile and fill caches."""
 TOLERANCE = 0.25
-_logger = logging.getLogger(__name__)
 
 _PEAK_TFLOPS_16_BIT: tuple[tuple[str, float], ...] = (
     ("B200", 2250.0),
@@ -109,14 +107,17 @@ class StepMetrics(Watcher):
         config: The configuration of the run.
         plan: Its batch plan.
         device: This rank's device.
-        compares: Whether the first steps are compared, once, with the planner's estimate.
+        say: Prints how the first steps compare with the planner's estimate, once; None: they are not compared.
     """
 
     name = "step"
 
-    def __init__(self, config: Config, plan: BatchPlan, device: torch.device, compares: bool = False) -> None:
+    def __init__(
+        self, config: Config, plan: BatchPlan, device: torch.device, say: Callable[[str], None] | None = None
+    ) -> None:
         self._tokens_per_step, self._device = plan.tokens_per_step, device
-        self._estimate = estimate_step(config, plan, device) if compares else None
+        self._say = say or (lambda text: None)
+        self._estimate = None if say is None else estimate_step(config, plan, device)
         self._flops_per_token = config.model.flops_per_token(config.train.sequence_length)
         peak = peak_tflops(config, device)
         self._peak_flops = None if peak is None else peak * 1e12 * plan.world_size
@@ -175,9 +176,8 @@ class StepMetrics(Watcher):
             f"a step takes {measured:.3g} s (median of {len(self._compared)} step(s), without waits for data), "
             f"{difference} the planner's estimate of {estimate.seconds:.3g} s for {estimate.devices}"
         )
-        if abs(share) <= TOLERANCE:
-            _logger.info(text)
-        else:
-            _logger.warning(
-                f"{text}: its constants may not be those of these nodes; sbatch slurm/check.sh measures them"
+        if abs(share) > TOLERANCE:
+            text = (
+                f"warning: {text}: its constants may not be those of these nodes; sbatch slurm/check.sh measures them"
             )
+        self._say(text)

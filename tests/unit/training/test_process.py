@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,37 +17,32 @@ CPU = torch.device("cpu")
 
 
 RESULT: Any = None
-Messages = list[logging.LogRecord]
 
 
-@pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Messages:
-    monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)
-    caplog.set_level(logging.INFO, "mlra_scale")
-    return caplog.records
+def profiler_of(
+    folder: Path, last: int, span: tuple[int, int] | None = None, is_main: bool = True
+) -> tuple[StepProfiler, list[str]]:
+    """A profiler, and what it prints."""
+    config, printed = ProfileConfig() if span is None else ProfileConfig(start=span[0], stop=span[1]), list[str]()
+    return StepProfiler(config, folder / "profile", CPU, last, printed.append if is_main else None), printed
 
 
-def profiler_of(folder: Path, last: int, span: tuple[int, int] | None = None, is_active: bool = True) -> StepProfiler:
-    config = ProfileConfig() if span is None else ProfileConfig(start=span[0], stop=span[1])
-    return StepProfiler(config, folder / "profile", CPU, last, is_active)
-
-
-def run(profiler: StepProfiler, steps: range, messages: Messages) -> dict[int, str]:
+def run(profiler_and_printed: tuple[StepProfiler, list[str]], steps: range) -> dict[int, str]:
     """Does a matrix product per step and returns {step: text} of the steps that ended a profile."""
-    texts = {}
+    texts, (profiler, printed) = {}, profiler_and_printed
     for number in steps:
         step = Step(number, False, 0)
         profiler.before_step(step)
         torch.ones(8, 8) @ torch.ones(8, 8)
         profiler.after_step(step, RESULT)
-        if messages:
-            texts[number] = messages.pop().getMessage()
+        if printed:
+            texts[number] = printed.pop()
     return texts
 
 
-def test_the_trace_covers_the_span(tmp_path: Path, messages: Messages) -> None:
+def test_the_trace_covers_the_span(tmp_path: Path) -> None:
     profiler = profiler_of(tmp_path, 6, (2, 4))
-    texts = run(profiler, range(1, 7), messages)
+    texts = run(profiler, range(1, 7))
     assert list(texts) == [3]
     (trace,) = (tmp_path / "profile").iterdir()
     assert trace.name == "steps-2-3.json" and str(trace) in texts[3] and "aten::mm" in texts[3]
@@ -56,27 +50,27 @@ def test_the_trace_covers_the_span(tmp_path: Path, messages: Messages) -> None:
     assert names.count("aten::matmul") == 2
 
 
-def test_a_run_that_ends_inside_the_span_still_leaves_a_trace(tmp_path: Path, messages: Messages) -> None:
+def test_a_run_that_ends_inside_the_span_still_leaves_a_trace(tmp_path: Path) -> None:
     profiler = profiler_of(tmp_path, 3, (2, 9))
-    assert list(run(profiler, range(1, 4), messages)) == [3]
+    assert list(run(profiler, range(1, 4))) == [3]
     assert (tmp_path / "profile" / "steps-2-3.json").exists()
 
 
-def test_a_run_resumed_behind_the_span_does_not_profile(tmp_path: Path, messages: Messages) -> None:
+def test_a_run_resumed_behind_the_span_does_not_profile(tmp_path: Path) -> None:
     profiler = profiler_of(tmp_path, 6, (2, 4))
-    assert run(profiler, range(4, 8), messages) == {}
+    assert run(profiler, range(4, 8)) == {}
 
 
-def test_no_span_and_other_ranks_leave_nothing(tmp_path: Path, messages: Messages) -> None:
-    for profiler in (profiler_of(tmp_path, 3), profiler_of(tmp_path, 3, (1, 2), is_active=False)):
-        assert run(profiler, range(1, 4), messages) == {}
+def test_no_span_and_other_ranks_leave_nothing(tmp_path: Path) -> None:
+    for profiler in (profiler_of(tmp_path, 3), profiler_of(tmp_path, 3, (1, 2), is_main=False)):
+        assert run(profiler, range(1, 4)) == {}
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, messages: Messages) -> None:
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("in the way")
     profiler = profiler_of(tmp_path, 2, (1, 2))
-    texts = run(profiler, range(1, 3), messages)
+    texts = run(profiler, range(1, 3))
     assert "aten::mm" in texts[1] and "steps-1-1.json cannot be written (" in texts[1]
 
 

@@ -1,6 +1,5 @@
 """Step metrics: throughput, MFU, memory, their console lines, and the comparison with the planner's estimate."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,13 +47,6 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
-
-
-@pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)
-    caplog.set_level(logging.INFO, "mlra_scale")
-    return caplog.records
 
 
 @pytest.mark.parametrize(
@@ -123,53 +115,48 @@ def test_lines() -> None:
     assert [duration(seconds) for seconds in (0.4, 59.6, 3600.0, 90061.0)] == ["0:00", "1:00", "1:00:00", "25:01:01"]
 
 
-def compared_with(seconds: float, devices: str, monkeypatch: pytest.MonkeyPatch) -> StepMetrics:
-    """Metrics that compare steps with this estimate."""
-    config = load_config("debug")
+def compared_with(seconds: float, devices: str, monkeypatch: pytest.MonkeyPatch) -> tuple[StepMetrics, list[str]]:
+    """Metrics that compare steps with this estimate, and what they print."""
+    config, printed = load_config("debug"), list[str]()
     monkeypatch.setattr(step_metrics, "estimate_step", lambda *_: StepEstimate(seconds, devices))
-    return StepMetrics(config, batch_plan(config, 1), CPU, compares=True)
+    return StepMetrics(config, batch_plan(config, 1), CPU, printed.append), printed
 
 
 def test_the_estimate_is_compared_once_after_twenty_steps_without_the_first_ones(
-    clock: Clock, messages: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics = compared_with(1.0, "4 x 8 h100", monkeypatch)
+    metrics, printed = compared_with(1.0, "4 x 8 h100", monkeypatch)
     for seconds in [50.0] * (FIRST_COMPARED - 1) + [3.1] * (LAST_COMPARED - FIRST_COMPARED):
         clock.step(metrics, seconds, waited=2.0)
-    assert messages == []
+    assert printed == []
     for _ in range(LAST_COMPARED):
         clock.step(metrics, 1.1)
-    (message,) = messages
-    assert message.levelno == logging.INFO
-    assert (
-        message.getMessage() == "a step takes 1.1 s (median of 15 step(s), without waits for data), 10 % longer than "
-        "the planner's estimate of 1 s for 4 x 8 h100"
-    )
+    assert printed == [
+        "a step takes 1.1 s (median of 15 step(s), without waits for data), 10 % longer than the planner's estimate of "
+        "1 s for 4 x 8 h100"
+    ]
 
 
-def test_steps_with_measurements_do_not_count(
-    clock: Clock, messages: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_with_measurements_do_not_count(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three steps measure something, and take three times as long."""
-    metrics, busy = (compared_with(1.0, "4 x 8 h100", monkeypatch) for _ in range(2))
+    (metrics, printed), (busy, nothing) = (compared_with(1.0, "4 x 8 h100", monkeypatch) for _ in range(2))
     for number in range(1, LAST_COMPARED + 1):
         clock.step(metrics, *((1.0, 0.0, True) if number % 3 == 0 else (3.0, 0.0, False)))
         clock.step(busy, 3.0, is_plain=False)
-    (message,) = messages
-    assert message.getMessage().startswith("a step takes 1 s (median of 5 step(s), without waits for data), 0 % ")
+    (text,) = printed
+    assert text.startswith("a step takes 1 s (median of 5 step(s), without waits for data), 0 % ") and nothing == []
 
 
 @pytest.mark.parametrize(("measured", "warned"), [(1.24, False), (1.26, True), (0.76, False), (0.74, True)])
 def test_more_than_a_quarter_off_is_a_warning(
-    clock: Clock, messages: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, measured: float, warned: bool
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, measured: float, warned: bool
 ) -> None:
-    metrics = compared_with(1.0, "1 x 8 h200", monkeypatch)
+    metrics, printed = compared_with(1.0, "1 x 8 h200", monkeypatch)
     for _ in range(LAST_COMPARED):
         clock.step(metrics, measured)
-    (message,) = messages
-    assert (message.levelno == logging.WARNING) is warned
-    assert message.getMessage().endswith("slurm/check.sh measures them") is warned
-    assert ("shorter than" if measured < 1 else "longer than") in message.getMessage()
+    (text,) = printed
+    assert text.startswith("warning: ") == warned and text.endswith("slurm/check.sh measures them") == warned
+    assert ("shorter than" if measured < 1 else "longer than") in text and "\n" not in text
 
 
 def test_cpus_are_compared_only_where_they_were_measured(tmp_path: Path) -> None:
