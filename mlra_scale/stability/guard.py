@@ -8,7 +8,7 @@ From the loss and the gradient norm of a step, which are the same on every rank,
 4. After a number of rollbacks it gives up.
 An overflow of fp16 gradients is none of these, since the loss scale is then lowered; a long row of them leads to 3.
 
-This file decides; training/loop/guarding.py carries it out. All decisions are arithmetic over numbers that the ranks
+This file decides; training/loop/session.py carries it out. All decisions are arithmetic over numbers that the ranks
 share, so every layout decides alike, and the state is stored in checkpoints.
 """
 
