@@ -100,7 +100,7 @@ def test_a_line_that_was_cut_short_does_not_spoil_the_next(tmp_path: Path) -> No
     for whole in ("", '{"event": "start"}\n'):
         path.write_text(whole + '{"event": "stop')
         log = EventLog(path)
-        log.write("resume")
+        log.event("resume")
         log.close()
         found = [event["event"] for event in read_record(path)]
         assert found == [*(["start"] if whole else []), "resume"]
@@ -196,7 +196,7 @@ def test_many_lines_do_not_wait_for_a_checkpoint_to_be_on_disk(tmp_path: Path) -
     lines = JsonLines(tmp_path / "metrics.jsonl")
     for step in range(3):
         lines.write({"step": step, "text": "x" * 700_000})
-    assert len(lines._written) < 1_500_000, "they are in memory too"
+    assert len(lines._unsynced) < 1_500_000, "they are in memory too"
     lines.close()
     assert len(read_record(tmp_path / "metrics.jsonl")) == 3
 
