@@ -35,12 +35,17 @@ from mlra_scale.config import (
 from mlra_scale.console import set_up_logging
 from mlra_scale.data.errors import DataError
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.interruption import Interruption, Watchdog
+from mlra_scale.training.log.console import silence_libraries
 from mlra_scale.training.run_directory import RunDirectory, run_lock
-from mlra_scale.training.start.device import Devices, Launcher, devices_elsewhere, set_device_environment
-from mlra_scale.training.start.dry_run import plan_report
-from mlra_scale.training.start.layout import is_layout_open, resolve_layout
-from mlra_scale.training.watchdog import Watchdog
+from mlra_scale.training.start.device import (
+    Devices,
+    Launcher,
+    devices_elsewhere,
+    resolve_device,
+    set_device_environment,
+)
+from mlra_scale.training.start.plan import is_layout_open, plan_report, resolve_layout
 
 if TYPE_CHECKING:
     from mlra_scale.training.start.request import LaunchRequest  # imports torch, which --dry-run does not need
@@ -152,7 +157,6 @@ def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: 
     """Checks everything, locks the run directory, and trains."""
     set_device_environment(request.config, os.environ, is_layout_open(request.config, request.named))
     from mlra_scale.training.log.report import report_nothing_to_do
-    from mlra_scale.training.start.launch import launch
     from mlra_scale.training.start.request import resolve_run
     from mlra_scale.training.start.resume_choice import choose_checkpoint
 
@@ -166,6 +170,10 @@ def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: 
             if rank == 0:
                 report_nothing_to_do(run)
             return ExitCode.DONE
+        silence_libraries(resolve_device(run.config))
+        # This imports DeepSpeed, which chooses its accelerator when it is imported.
+        from mlra_scale.training.loop.trainer import launch
+
         return launch(request, run, watchdog, interruption)
 
 

@@ -23,7 +23,7 @@ from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.start.dry_run import plan_report
+from mlra_scale.training.start.plan import plan_report
 
 LAYOUT = "layout of the ranks: "
 """Beginning of the line by which a job learns what the planner has chosen, and for which devices: a JSON object with

@@ -41,7 +41,7 @@ from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory, WaitStopped, run_lock
 from mlra_scale.training.start.device import Devices
-from mlra_scale.training.start.layout import resolve_layout
+from mlra_scale.training.start.plan import resolve_layout
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Slurm's, and those of a terminal: inside salloc a file of slurm/ can be run by hand."""

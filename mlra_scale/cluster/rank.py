@@ -28,7 +28,7 @@ from mlra_scale.cluster.node import DEVICE_VARIABLE, NODE_VARIABLE, STACKS_VARIA
 from mlra_scale.cluster.preflight import BadNodes, check_alone, check_together
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Pulse
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.watchdog import Watchdog
+from mlra_scale.training.interruption import Watchdog
 
 
 class NodeWatchdog(Watchdog):

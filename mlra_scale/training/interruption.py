@@ -1,4 +1,7 @@
-"""Signals that request a stop: each of them saves a checkpoint first, and a second Ctrl-C ends the process at once."""
+"""What reaches a run from outside: signals that request a stop, and the watchdog that supervises a rank.
+
+Each signal saves a checkpoint first; a second Ctrl-C ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,13 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlra_scale.training.exit_codes import ExitCode
+
+if TYPE_CHECKING:  # importing an engine imports DeepSpeed
+    import torch
+
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """Sent by clusters before they take a machine away, by a terminal that closes, and by Ctrl-C."""
@@ -208,3 +215,24 @@ class Interruption:
         self._restore()
         signal.set_wakeup_fd(before)
         os.close(sender)  # which ends the thread
+
+
+class Watchdog:
+    """Does nothing. A cluster job passes a subclass to `train.main`.
+
+    Attributes:
+        lock_seconds: How long to wait for another run that still holds the lock of the run directory.
+    """
+
+    lock_seconds = 2.0
+
+    def heartbeat(self, phase: str, step: int) -> None:
+        """Reports progress; called often, so it must be cheap compared with a step.
+
+        Args:
+            phase: What the rank does from now on, such as `training`.
+            step: Its present step.
+        """
+
+    def check(self, device: torch.device) -> None:
+        """Checks all ranks together, once, as soon as they can communicate; collective."""

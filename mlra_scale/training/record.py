@@ -1,4 +1,4 @@
-"""The record of a run: append-only JSON lines that survive a crash and hold each step once."""
+"""The record of a run: append-only JSON lines that survive a crash and hold each step once; and which code wrote it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import logging
 import math
 import os
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import mlra_scale
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.files import write_atomically
 
@@ -272,3 +274,25 @@ def first_lost_step(records: Sequence[Mapping[str, Any]], step: int, log_every: 
     last = max((record["step"] for record in records if "loss" in record), default=0)
     due = 0 if step == 0 else max(1, step - step % log_every)
     return last + 1 if last < due else None
+
+
+ROOT = Path(mlra_scale.__file__).resolve().parents[1]
+_SECONDS = 10.0
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with "+changes" behind it if files differ from it; None outside of git."""
+    name = output_of(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    if name is None:
+        return None
+    changes = output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return name.strip() + ("+changes" if changes else "")
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """Returns what a command prints; None where it is missing, fails or does not end."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -12,7 +12,7 @@ from tests.faults.checks import timeless
 from tests.faults.moments import Moment
 from tests.faults.processes import Program, tool
 
-STEP = "call mlra_scale/training/watch/step_metrics.py *._throughput"
+STEP = "call mlra_scale/training/watch/step_watchers.py *._throughput"
 """Once in each step, after its update."""
 
 

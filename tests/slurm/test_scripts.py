@@ -15,7 +15,7 @@ from mlra_scale.planning.choice import choose
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.search import Candidate
 from mlra_scale.training.start.device import Devices
-from mlra_scale.training.start.layout import best_layout, resolve_layout
+from mlra_scale.training.start.plan import best_layout, resolve_layout
 from tests.slurm.cluster import SlurmCluster
 from tests.support.training_runs import ROOT, environment
 

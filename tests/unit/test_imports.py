@@ -46,7 +46,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
     ("training", "parallel"): {"", "fragments", "interface", "topology"},
     # What runs leave behind; none of these loads torch.
-    ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory", "source"},
+    ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory"},
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {

@@ -15,13 +15,14 @@ from mlra_scale.checkpoint.saver import FinishedSave
 from mlra_scale.planning.choice import choice_lines
 from mlra_scale.stability.guard import Action
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
-from mlra_scale.training.log.lines import summary_lines, summary_of, tev_line, train_line, validation_line
+from mlra_scale.training.log.console import summary_lines, summary_of, tev_line, train_line, validation_line
 from mlra_scale.training.log.wandb_log import WandbLog, open_wandb
 from mlra_scale.training.record import (
     EventLog,
     JsonLines,
     RecordLost,
     check_same,
+    commit,
     cut_record,
     first_lost_step,
     read_record,
@@ -29,9 +30,8 @@ from mlra_scale.training.record import (
 )
 from mlra_scale.training.resume import Change
 from mlra_scale.training.schedule import Progress
-from mlra_scale.training.source import commit
 from mlra_scale.training.start.device import resolve_device
-from mlra_scale.training.start.dry_run import short_report
+from mlra_scale.training.start.plan import short_report
 from mlra_scale.training.start.request import ResolvedRun
 from mlra_scale.training.start.resume_choice import Rejected
 

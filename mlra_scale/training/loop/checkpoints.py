@@ -18,11 +18,11 @@ from mlra_scale.data import Datasets
 from mlra_scale.parallel.interface import Engine
 from mlra_scale.stability.watcher import Watchers
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
-from mlra_scale.training.log.libraries import suppressed_output
+from mlra_scale.training.log.console import suppressed_output
 from mlra_scale.training.schedule import Progress
 from mlra_scale.training.start.agreement import checkpoint_faults, on_rank_0
 from mlra_scale.training.start.request import ResolvedRun
-from mlra_scale.training.start.resumed_data import DataHistory
+from mlra_scale.training.start.resume_choice import DataHistory
 
 
 class Checkpoints:

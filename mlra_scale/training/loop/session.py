@@ -17,7 +17,7 @@ from mlra_scale.stability.guard import Action, Guard
 from mlra_scale.stability.tev import TevWatcher
 from mlra_scale.stability.watcher import Step, is_due
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
-from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
+from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption, Watchdog
 from mlra_scale.training.log.report import Report
 from mlra_scale.training.loop.batches import BadData, Read, read_collectively
 from mlra_scale.training.loop.checkpoints import Checkpoints
@@ -25,8 +25,7 @@ from mlra_scale.training.schedule import Progress, learning_rate
 from mlra_scale.training.start.agreement import on_rank_0
 from mlra_scale.training.start.request import ResolvedRun
 from mlra_scale.training.watch.passes import DataPasses, PassResult
-from mlra_scale.training.watch.step_metrics import GIB, peak_memory_bytes
-from mlra_scale.training.watchdog import Watchdog
+from mlra_scale.training.watch.step_watchers import GIB, peak_memory_bytes
 
 
 @dataclass

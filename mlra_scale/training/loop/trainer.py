@@ -1,30 +1,36 @@
-"""The training loop, with one path for both engines."""
+"""The training loop, with one path for both engines, and the process groups in which it runs."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 
+import torch
+import torch.distributed as dist
+
+from mlra_scale.config import ConfigError, Problem
 from mlra_scale.data import open_datasets
-from mlra_scale.parallel import Topology, build_engine
+from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
+from mlra_scale.planning.choice import LayoutChoice
 from mlra_scale.stability.gradients import GradientStatistics
 from mlra_scale.stability.guard import Guard
 from mlra_scale.stability.qk_clip import QkClip
 from mlra_scale.stability.spikes import SpikeScores
 from mlra_scale.stability.tev import TevWatcher
 from mlra_scale.stability.watcher import Watchers
-from mlra_scale.training.interruption import Interruption
-from mlra_scale.training.log.libraries import suppressed_output
-from mlra_scale.training.log.report import Report
+from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
+from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption, Watchdog
+from mlra_scale.training.log.console import suppressed_output
+from mlra_scale.training.log.report import Report, report_nothing_to_do
 from mlra_scale.training.loop.batches import BadData, Prefetcher
 from mlra_scale.training.loop.checkpoints import Checkpoints
 from mlra_scale.training.loop.session import Session
 from mlra_scale.training.schedule import Progress
-from mlra_scale.training.start.request import ResolvedRun
-from mlra_scale.training.watch.finite import FiniteCheck
+from mlra_scale.training.start.agreement import StartRefused, agree_on_checkpoint
+from mlra_scale.training.start.device import resolve_device
+from mlra_scale.training.start.request import LaunchRequest, ResolvedRun
 from mlra_scale.training.watch.passes import DataPasses, StopRequested, raise_if_stopped
-from mlra_scale.training.watch.process import GarbageCollection, StepProfiler
-from mlra_scale.training.watch.step_metrics import StepMetrics
-from mlra_scale.training.watchdog import Watchdog
+from mlra_scale.training.watch.step_watchers import FiniteCheck, GarbageCollection, StepMetrics, StepProfiler
 
 
 def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchdog: Watchdog) -> Progress:
@@ -81,3 +87,64 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
             session.after_step(step, measured, result.is_stop_wanted)
         session.end(metrics.mean_tokens_per_second)
     return session.progress
+
+
+def launch(request: LaunchRequest, run: ResolvedRun, watchdog: Watchdog, interruption: Interruption) -> ExitCode:
+    """Starts the process groups, trains, and ends them; an existing default group is used and left running.
+
+    Returns:
+        How the run ended; the same on every rank.
+
+    Raises:
+        ConfigError: On rank 0, if the checkpoints turned out to be bad; the other ranks return BAD_INPUT.
+    """
+    torch.use_deterministic_algorithms(run.config.train.deterministic)
+    # Otherwise a kernel fills every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    owns_group = not dist.is_initialized()
+    minutes, checkpoint = run.config.parallel.timeout_minutes, run.resume.checkpoint
+    left = "there is no checkpoint" if checkpoint is None else f"the checkpoint {checkpoint} is as it was"
+    interruption.limit(EXPENDABLE_SECONDS, f"stopped before the first step of this start: {left}")
+    watchdog.heartbeat("connecting", run.resume.progress.step)
+    device = initialize_distributed(resolve_device(run.config), minutes)
+    watchdog.check(device)
+    if run.layout is not None:
+        check_same_layout(run.layout, device)
+    watchdog.heartbeat("preparing", run.resume.progress.step)
+    topology = build_topology(run.plan, device, minutes)
+    code, problems = ExitCode.DONE, []
+    try:
+        run = agree_on_checkpoint(request, run, topology)
+        if not run.is_done:
+            fit(run, topology, interruption, watchdog)
+        elif topology.rank == 0:
+            report_nothing_to_do(run)
+    except StartRefused as refusal:
+        code, problems = ExitCode.BAD_INPUT, refusal.problems
+    except TrainingStopped as stop:  # printed by rank 0's report
+        code = stop.exit_code
+    # A launcher ends all ranks when one ends: none may end before rank 0 has written everything. From here on each ends
+    # by itself, with the exit code that gives the reason, and not by a signal.
+    dist.barrier()
+    interruption.limit(EXPENDABLE_SECONDS, code=code)
+    if owns_group:
+        destroy_topology(topology)
+        dist.destroy_process_group()
+    if problems and topology.rank == 0:
+        raise ConfigError(problems)
+    return code
+
+
+def check_same_layout(layout: LayoutChoice, device: torch.device) -> None:
+    """Makes sure that the planner chose the same layout on every rank, each for its own device; collective.
+
+    Raises:
+        ConfigError: It did not.
+    """
+    digest = int.from_bytes(hashlib.sha256(repr(layout.overrides).encode()).digest()[:7])
+    both = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if both[0] != -both[1]:
+        remedy = "the ranks have devices of different kinds or memory, for which the planner chooses differently; name "
+        remedy += "cluster.device and cluster.device_memory_gib, or the fields of the layout"
+        raise ConfigError([Problem("parallel.layout", "auto", remedy)])

@@ -18,7 +18,7 @@ from mlra_scale.config import ConfigError, Problem
 from mlra_scale.parallel import Topology
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.record import RecordLost
-from mlra_scale.training.start.layout import with_layout_of
+from mlra_scale.training.start.plan import with_layout_of
 from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolve_run
 
 T = TypeVar("T")

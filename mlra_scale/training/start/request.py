@@ -39,9 +39,14 @@ from mlra_scale.training.start.device import (
     devices_here,
     resolve_device,
 )
-from mlra_scale.training.start.layout import resolve_layout
-from mlra_scale.training.start.resume_choice import Rejected, ResumeChoice, choose_checkpoint, read_progress
-from mlra_scale.training.start.resumed_data import compare_data
+from mlra_scale.training.start.plan import resolve_layout
+from mlra_scale.training.start.resume_choice import (
+    Rejected,
+    ResumeChoice,
+    choose_checkpoint,
+    compare_data,
+    read_progress,
+)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from mlra_scale.config import batch_plan, load_config
 from mlra_scale.stability.guard import Action
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.log import report as report_module
-from mlra_scale.training.log.libraries import suppressed_output
+from mlra_scale.training.log.console import suppressed_output
 from mlra_scale.training.log.report import Report, report_nothing_to_do
 from mlra_scale.training.log.wandb_log import WandbLog
-from mlra_scale.training.record import read_record
+from mlra_scale.training.record import commit, read_record
 from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
-from mlra_scale.training.source import commit
 from mlra_scale.training.start.request import ResolvedRun, ResumePoint
 from mlra_scale.training.start.resume_choice import Rejected
 from tests.support.study_folders import write_run

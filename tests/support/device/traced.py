@@ -55,7 +55,7 @@ class TracedRank:
         self.groups = fake_ranks.install(self.layout.rank, self.layout.world_size)
         from mlra_scale.config import batch_plan
         from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
-        from mlra_scale.training.log.libraries import silence_libraries
+        from mlra_scale.training.log.console import silence_libraries
 
         silence_libraries("cuda")
         cuda_stubs.answer_for_cpu_adam()

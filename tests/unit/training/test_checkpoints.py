@@ -18,7 +18,7 @@ from mlra_scale.training.loop import checkpoints
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
 from mlra_scale.training.start.request import ResolvedRun, ResumePoint
-from mlra_scale.training.watch.finite import FiniteCheck
+from mlra_scale.training.watch.step_watchers import FiniteCheck
 
 
 class FullDisk:

@@ -7,8 +7,7 @@ from mlra_scale.config import ConfigError, batch_plan, load_config, load_named_c
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.training.start.device import Devices
-from mlra_scale.training.start.dry_run import plan_report, short_report
-from mlra_scale.training.start.layout import resolve_layout
+from mlra_scale.training.start.plan import plan_report, resolve_layout, short_report
 
 
 def report_of(preset: str, world_size: int, *overrides: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 from mlra_scale.config import load_config
 from mlra_scale.stability.watcher import Step
 from mlra_scale.training.exit_codes import TrainingStopped
-from mlra_scale.training.watch.finite import FiniteCheck
+from mlra_scale.training.watch.step_watchers import FiniteCheck
 
 
 def check_of(precision: str, ends_run: bool = True, **fields: int) -> FiniteCheck:

@@ -8,8 +8,7 @@ from mlra_scale.cluster.job import with_absolute_paths
 from mlra_scale.config import Config, ConfigError, Named, batch_plan, load_config, load_named_config, zero_stage
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines
 from mlra_scale.training.start.device import Devices
-from mlra_scale.training.start.dry_run import plan_report
-from mlra_scale.training.start.layout import best_layout, cluster_for, resolve_layout, with_layout_of
+from mlra_scale.training.start.plan import best_layout, cluster_for, plan_report, resolve_layout, with_layout_of
 
 GIB = 2.0**30
 H100 = Devices(4, 4, "cuda", "NVIDIA H100 80GB HBM3", 79.1 * GIB)

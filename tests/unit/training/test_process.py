@@ -11,7 +11,7 @@ import torch
 
 from mlra_scale.config import ProfileConfig
 from mlra_scale.stability.watcher import Step
-from mlra_scale.training.watch.process import GarbageCollection, StepProfiler
+from mlra_scale.training.watch.step_watchers import GarbageCollection, StepProfiler
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 
-from mlra_scale.training.log.libraries import silence_libraries
+from mlra_scale.training.log.console import silence_libraries
 
 
 def test_only_known_warnings_are_silenced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mlra_scale.config import Named
 from mlra_scale.data.mix import DataIdentity, Mix
-from mlra_scale.training.start.resumed_data import DataComparison, DataHistory, compare_data
+from mlra_scale.training.start.resume_choice import DataComparison, DataHistory, compare_data
 
 NOTHING, BLEND = Named(), Named(frozenset({"data.blend"}))
 

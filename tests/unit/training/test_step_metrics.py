@@ -12,9 +12,9 @@ from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.stability.watcher import Step
-from mlra_scale.training.log.lines import duration, train_line, validation_line
-from mlra_scale.training.watch import step_metrics
-from mlra_scale.training.watch.step_metrics import (
+from mlra_scale.training.log.console import duration, train_line, validation_line
+from mlra_scale.training.watch import step_watchers
+from mlra_scale.training.watch.step_watchers import (
     FIRST_COMPARED,
     LAST_COMPARED,
     StepEstimate,
@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(step_watchers.time, "perf_counter", lambda: self.now)
 
     def step(self, metrics: StepMetrics, seconds: float, waited: float = 0.0, is_plain: bool = True) -> dict[str, Any]:
         """Does a logged step; returns what is recorded."""
@@ -118,7 +118,7 @@ def test_lines() -> None:
 def compared_with(seconds: float, devices: str, monkeypatch: pytest.MonkeyPatch) -> tuple[StepMetrics, list[str]]:
     """Metrics that compare steps with this estimate, and what they print."""
     config, printed = load_config("debug"), list[str]()
-    monkeypatch.setattr(step_metrics, "estimate_step", lambda *_: StepEstimate(seconds, devices))
+    monkeypatch.setattr(step_watchers, "estimate_step", lambda *_: StepEstimate(seconds, devices))
     return StepMetrics(config, batch_plan(config, 1), CPU, printed.append), printed
 
 
