@@ -50,7 +50,7 @@ def signalled_main(
                 os.kill(os.getpid(), number)
         raise_if_stopped(*arguments)
 
-    trainer.raise_if_stopped = signal_and_raise
+    trainer.raise_if_stopped = signal_and_raise  # type: ignore[assignment]
     try:
         return main_on_rank(rank, world_size, arguments), num_calls
     finally:

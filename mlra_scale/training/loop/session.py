@@ -175,7 +175,7 @@ class Session:
                 f"step {step}: {lost}. The run stops, since nobody would find what it records next; the checkpoint "
                 f"{self.checkpoints.newest} is complete. See what became of the file, and continue with --resume auto"
             )
-            values = {"step": step, "checkpoint": str(self.checkpoints.newest)}
+            values: dict[str, int | str | None] = {"step": step, "checkpoint": str(self.checkpoints.newest)}
             raise TrainingStopped(message, values, ExitCode.CHECKPOINT_FAILED)
 
     def stop(
