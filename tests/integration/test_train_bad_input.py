@@ -224,7 +224,7 @@ def test_in_a_process_of_its_own(tmp_path: Path, training_data: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_a_launcher_it_is_told_once(tmp_path: Path, training_data: Path) -> None:
+def test_under_a_launcher_it_is_reported_once(tmp_path: Path, training_data: Path) -> None:
     arguments = ["--preset", "debug", "--run-dir", str(tmp_path / "run"), "parallel.tensor=3"]
     result = train(*arguments, f"data.path={training_data}", num_processes=2)
     assert result.code == 1, "torchrun's own, whatever the workers' is"

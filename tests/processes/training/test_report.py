@@ -98,7 +98,7 @@ def test_an_end_before_the_first_step_is_an_event_of_a_run_that_is_there(tmp_pat
     assert (last["event"], last["reason"], last["exit_code"]) == ("stopped", "cannot be read", 4)
 
 
-def test_nothing_to_do_tells_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_done_reports_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path) as report:
         report.open()
     config, run = load_config("debug", overrides=["train.steps=4"]), RunDirectory(tmp_path / "run")
@@ -126,7 +126,7 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
     assert [record["step"] for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
 
 
-def test_lines_that_go_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_removed_lines_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         with report_of(tmp_path) as report:
             report.open()
@@ -137,7 +137,7 @@ def test_lines_that_go_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert event["records_cut"] == 2
 
 
-def test_where_a_run_goes_on_and_what_differs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_a_run_resumes_and_its_changes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields: dict[str, Any] = {
         "checkpoint": Path("step-1"),
         "rejected": (Rejected(Path("step-2"), "is missing"),),
@@ -166,7 +166,7 @@ def test_where_a_run_goes_on_and_what_differs_is_told(tmp_path: Path, capsys: py
     assert events[4] == {"time": "", "event": "changed", "field": "number of ranks", "was": 4, "now": 2}
 
 
-def test_a_run_that_begins_with_given_weights_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_begins_with_given_weights_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path, kind="weights", checkpoint=tmp_path / "imported") as report:
         report.open()
     assert f"begins with the weights of {tmp_path / 'imported'}" in capsys.readouterr().out
@@ -174,7 +174,7 @@ def test_a_run_that_begins_with_given_weights_says_so(tmp_path: Path, capsys: py
     assert RunDirectory(tmp_path / "run").origin() == tmp_path / "imported"
 
 
-def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_suppressed_output_is_shown_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with suppressed_output():
         print("chatter")
     with pytest.raises(ValueError, match="broken"), suppressed_output():
@@ -225,7 +225,9 @@ def guarded_run(folder: Path) -> RunDirectory:
     return RunDirectory(folder / "run")
 
 
-def test_what_the_guard_does_is_told_with_its_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decisions_of_the_guard_are_reported_with_the_learning_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = {event["event"]: event for event in read_record(guarded_run(tmp_path).events) if "guard" in event["event"]}
     assert list(found) == ["guard_skip", "guard_lower_rate", "guard_rollback", "guard_give_up"]
     assert (found["guard_lower_rate"]["factor"], found["guard_lower_rate"]["until"]) == (0.5, 203)

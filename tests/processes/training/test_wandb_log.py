@@ -237,7 +237,7 @@ log.finish(0, {"loss_last": 0.125})
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find wandb's service process")
-def test_a_run_whose_service_is_asked_to_end_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_service_is_asked_to_end_continues(tmp_path: Path) -> None:
     """A cluster that asks a job to stop asks all of its processes; the last steps come after that, and none is lost."""
     result = run_script("offline", tmp_path / "run", {}, script=TERMINATED_SERVICE)
     assert result.stdout == "mode offline\n" * 2 and "INFO (rank 0): wandb: started again\n" in result.stderr

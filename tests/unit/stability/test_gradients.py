@@ -273,7 +273,7 @@ def test_an_overflow_leaves_the_noise_scale_out(small: float, large: float) -> N
     assert measure(engine, config(noise_every=5), norm=large) == {}
 
 
-def test_nothing_is_measured_of_a_gradient_that_is_no_number() -> None:
+def test_nothing_is_measured_of_a_gradient_that_is_not_finite() -> None:
     statistics = GradientStatistics(FakeEngine(), config(every=1, spectral_iterations=2))  # type: ignore[arg-type]
     statistics.before_step(step_of(1))
     statistics.before_update(proposal(norm=math.nan))

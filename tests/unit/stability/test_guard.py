@@ -84,7 +84,7 @@ class Run:
         return [action.kind for action in self.actions]
 
 
-def test_a_bad_update_is_left_out() -> None:
+def test_a_bad_update_is_skipped() -> None:
     run = Run(max_skips=5)
     run.calm(20)
     (action,) = run.train(9.0)
@@ -122,7 +122,7 @@ def test_after_skips_the_rate_is_lowered_for_a_while() -> None:
     assert factors[1:] == [0.5, 0.75, 1.0, 1.0]
 
 
-def test_then_the_run_goes_back_and_skips_the_data() -> None:
+def test_then_the_run_rolls_back_and_skips_the_data() -> None:
     run = Run()
     run.calm(25)  # checkpoints at 0, 10, 20; trouble from step 26 on
     while "rollback" not in run.kinds:
@@ -137,7 +137,7 @@ def test_then_the_run_goes_back_and_skips_the_data() -> None:
     assert run.first_samples == [160, 168, 176, 31 * BATCH, 32 * BATCH], "three steps as before, then past the window"
 
 
-def test_checkpoints_in_trouble_are_not_gone_back_to() -> None:
+def test_no_rollback_leads_to_a_checkpoint_of_an_episode() -> None:
     run = Run(every=1)
     run.calm(20)
     run.train(9.0)
@@ -182,7 +182,7 @@ def test_a_run_without_a_checkpoint_gives_up() -> None:
     assert [action.kind for action in judge(guard, 1, 0, math.nan, 1.0)[1]] == ["skip", "give_up"]
 
 
-def test_a_loss_that_leaves_slowly_is_gone_back_from() -> None:
+def test_a_loss_that_diverges_slowly_leads_to_a_rollback() -> None:
     run = Run(divergence=0.5, divergence_steps=8)
     run.calm(40)
     for step in range(100):
@@ -201,7 +201,7 @@ def test_values_that_rise_for_good_become_usual() -> None:
         assert number < 25 or run.step in run.applied, "the norm has doubled, and that is all"
 
 
-def test_a_row_of_overflows_is_gone_back_from_only_when_it_is_hopeless() -> None:
+def test_only_a_long_row_of_overflows_leads_to_a_rollback() -> None:
     run = Run(every=5)
     run.calm(20)
     guard = run.guard
@@ -328,7 +328,7 @@ def test_from_an_earlier_checkpoint_only_the_data_stay_skipped() -> None:
     assert again.good_step == 7
 
 
-def test_what_a_run_began_from_has_no_trouble_when_it_goes_back_there() -> None:
+def test_the_checkpoint_that_a_run_began_from_has_no_episode_after_a_rollback() -> None:
     """Though the checkpoint was saved in the middle of it."""
     run = Run(every=1)
     run.calm(20)

@@ -28,7 +28,7 @@ BAD = [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)]
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("loss", "gradient_norm"), BAD)
-def test_a_value_that_is_no_number_is_not_applied_and_stops(precision: str, loss: float, gradient_norm: float) -> None:
+def test_a_value_that_is_not_finite_is_not_applied_and_stops(precision: str, loss: float, gradient_norm: float) -> None:
     check = check_of(precision)
     assert not check.before_update(proposal(loss, gradient_norm))
     with pytest.raises(TrainingStopped) as stop:
@@ -55,7 +55,7 @@ def test_fp16_ends_only_after_a_row_of_overflows() -> None:
     assert "train.max_consecutive_overflows" in str(stop.value)
 
 
-def test_a_row_of_overflows_goes_on_after_a_resume() -> None:
+def test_a_row_of_overflows_continues_after_a_resume() -> None:
     check, resumed = (check_of("fp16", max_consecutive_overflows=3) for _ in range(2))
     overflow = result(math.inf, math.nan, overflow=True)
     for step in (1, 2):
@@ -67,7 +67,9 @@ def test_a_row_of_overflows_goes_on_after_a_resume() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("loss", "gradient_norm"), BAD)
-def test_under_a_guard_it_is_not_applied_and_the_run_goes_on(precision: str, loss: float, gradient_norm: float) -> None:
+def test_under_a_guard_it_is_not_applied_and_the_run_continues(
+    precision: str, loss: float, gradient_norm: float
+) -> None:
     check = check_of(precision, ends_run=False)
     assert not check.before_update(proposal(loss, gradient_norm))
     check.after_step(Step(12, True, 96), result(loss, gradient_norm))

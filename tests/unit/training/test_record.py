@@ -33,7 +33,7 @@ def test_lines_are_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
     lines.close()
 
 
-def test_what_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_null_and_the_file_stays_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
     lines.write({"step": 1, "loss": math.nan, "quantiles": {"0.5": math.inf}, "tokens": [(3, -math.inf)]})
@@ -42,7 +42,7 @@ def test_what_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> No
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == expected
 
 
-def test_events_show_what_is_no_number_as_text(tmp_path: Path) -> None:
+def test_events_show_numbers_that_are_not_finite_as_text(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.event("stopped", step=7, loss=math.nan, gradient_norm=math.inf)
     log.close()

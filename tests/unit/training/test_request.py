@@ -51,7 +51,7 @@ def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     assert run.parts is not None and received.parts is None and received == run and len(sent) < 100_000
 
 
-def test_a_resumed_start_chooses_its_layout_again_and_tells_what_differs_from_the_run(tmp_path: Path) -> None:
+def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_path: Path) -> None:
     place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
     run = RunDirectory(place / "zero3")
     stored = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()

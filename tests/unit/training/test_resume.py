@@ -172,7 +172,7 @@ def test_what_changes_before_the_first_step_is_no_change() -> None:
     assert History().followed_by([LR], 0) == History()
 
 
-def test_a_run_that_goes_back_does_the_steps_with_the_present_settings() -> None:
+def test_after_a_rollback_the_steps_have_the_present_settings() -> None:
     history = History().followed_by([LR], 10).followed_by([BATCH], 20).after_rollback_to(15)
     assert history.changes == ((10, LR), (15, BATCH))
 
@@ -183,6 +183,6 @@ def test_an_old_checkpoint_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("stored", [[], {"changes": [{}]}, {"changes": 3}, {"changes": [], "known_from": "x"}])
-def test_a_garbled_history_is_told(stored: Any) -> None:
+def test_a_garbled_history_is_an_error(stored: Any) -> None:
     with pytest.raises(ValueError, match="not a history of changes"):
         History.of({"history": stored}, 3)

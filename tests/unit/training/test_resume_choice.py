@@ -172,7 +172,7 @@ def test_bad_ones_are_passed_over_one_after_another(run: RunDirectory) -> None:
     assert [item.path for item in choice.rejected] == [at(run, 30), at(run, 20)]
 
 
-def test_a_pointer_that_is_lost_is_told(run: RunDirectory) -> None:
+def test_a_missing_pointer_is_reported(run: RunDirectory) -> None:
     (run.checkpoints / "latest").unlink()
     choice = choose_checkpoint(run, "auto")
     assert choice.checkpoint == at(run, 30)
@@ -191,7 +191,7 @@ def test_checkpoints_that_are_all_bad_are_no_reason_to_begin_anew(run: RunDirect
     assert choose_checkpoint(run, "auto") == ResumeChoice(None), "stopped before its first checkpoint"
 
 
-def test_what_a_run_went_back_from_comes_last(run: RunDirectory) -> None:
+def test_checkpoints_of_an_abandoned_branch_come_last(run: RunDirectory) -> None:
     """The latest is 20, since the run was continued from there: 30 belongs to a branch that was given up."""
     (run.checkpoints / "latest").write_text(f"{checkpoint_name(20)}\n")
     assert choose_checkpoint(run, "auto") == ResumeChoice(at(run, 20))
@@ -230,7 +230,7 @@ def test_a_branch_that_has_no_checkpoint_yet_begins_again_where_it_began(run: Ru
 
 
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/step-00000020"])
-def test_the_command_that_began_a_branch_goes_on_with_it(run: RunDirectory, tmp_path: Path, part: str) -> None:
+def test_the_command_that_began_a_branch_continues_it(run: RunDirectory, tmp_path: Path, part: str) -> None:
     """A queue starts the same command line again, wherever the run that it branched from has come to in between."""
     branch, command = RunDirectory(tmp_path / "branch"), str(run.path / part)
     branch.create(config_of(), at(run, 20))

@@ -117,7 +117,7 @@ def test_a_directory_on_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pyte
                 pytest.fail("held")
 
 
-def test_a_held_directory_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:
+def test_a_locked_directory_refuses_others_until_it_is_unlocked(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "new" / "run")
     with run_lock(run):
         assert not run.holds_a_run()
@@ -127,7 +127,7 @@ def test_a_held_directory_keeps_others_out_until_it_is_left(tmp_path: Path) -> N
         pass
 
 
-def test_a_file_system_without_locks_is_told_and_used(
+def test_a_file_system_without_locks_is_reported_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object) -> None:
