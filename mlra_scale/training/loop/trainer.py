@@ -78,8 +78,9 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
                 watchers.before_step(step)
             except (StopRequested, BadData) as reason:
                 session.stop(reason if isinstance(reason, BadData) else None)
-            rate, is_stop_requested = step.learning_rate, interruption.is_stop_requested
-            result = engine.train_batch(step.batches, rate, watchers.before_update, is_stop_requested)
+            result = engine.train_batch(
+                step.batches, step.learning_rate, watchers.before_update, interruption.is_stop_requested
+            )
             values = watchers.after_step(step, result)
             session.count(step)
             measured = passes.run(passes.due(step.number), step.measuring_seconds, result.is_stop_wanted)

@@ -27,6 +27,34 @@ if TYPE_CHECKING:  # importing an engine imports DeepSpeed
     from mlra_scale.parallel.interface import StepResult, UpdateProposal
 
 
+GIB = 2.0**30
+_PROFILE_ROWS = 15
+FIRST_COMPARED, LAST_COMPARED = 6, 20
+"""Steps of this start whose time is compared with the estimate; the first ones compile and fill caches."""
+TOLERANCE = 0.25
+
+_PEAK_TFLOPS_16_BIT: tuple[tuple[str, float], ...] = (
+    ("B200", 2250.0),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.4),
+    ("A100", 312.0),
+    ("A30", 165.0),
+    ("A40", 149.7),
+    ("A10", 125.0),
+    ("L40S", 362.05),
+    ("L4", 121.0),
+)
+"""Dense bf16 tensor-core peak in TFLOP/s by words of the device's name, the more special name first.
+
+Source: the 'BFLOAT16 Tensor Core' rows, without sparsity, of NVIDIA's data sheets of these products (HGX B200 for the
+B200). Where a sheet gives only the number with sparsity, it is halved.
+"""
+
+
 class FiniteCheck(Watcher):
     """Refuses updates that are not finite, and ends the run after one.
 
@@ -92,33 +120,6 @@ class FiniteCheck(Watcher):
 
     def load_state(self, state: Mapping[str, int]) -> None:
         self._overflows = state["overflows"]
-
-
-GIB = 2.0**30
-FIRST_COMPARED, LAST_COMPARED = 6, 20
-"""Steps of this start whose time is compared with the estimate; the first ones compile and fill caches."""
-TOLERANCE = 0.25
-
-_PEAK_TFLOPS_16_BIT: tuple[tuple[str, float], ...] = (
-    ("B200", 2250.0),
-    ("H200 NVL", 835.5),
-    ("H200", 989.4),
-    ("GH200", 989.4),
-    ("H100 NVL", 835.5),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.4),
-    ("A100", 312.0),
-    ("A30", 165.0),
-    ("A40", 149.7),
-    ("A10", 125.0),
-    ("L40S", 362.05),
-    ("L4", 121.0),
-)
-"""Dense bf16 tensor-core peak in TFLOP/s by words of the device's name, the more special name first.
-
-Source: the 'BFLOAT16 Tensor Core' rows, without sparsity, of NVIDIA's data sheets of these products (HGX B200 for the
-B200). Where a sheet gives only the number with sparsity, it is halved.
-"""
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:
@@ -256,9 +257,6 @@ class StepMetrics(Watcher):
         self._say(text)
 
 
-_ROWS = 15
-
-
 class StepProfiler(Watcher):
     """Profiles the steps start ... stop - 1; leaves a trace file, and prints a table of the heaviest operations.
 
@@ -312,7 +310,7 @@ class StepProfiler(Watcher):
         except (OSError, RuntimeError) as error:  # on one rank only; a profile must not end the run
             outcome = f"{trace} cannot be written ({error})"
         order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
-        operations = profile.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=48)
+        operations = profile.key_averages().table(sort_by=order, row_limit=_PROFILE_ROWS, max_name_column_width=48)
         self._say(f"{operations}\nprofile of steps {self._first_step} to {step}: {outcome}")
 
     def _is_over(self, step: int) -> bool:
