@@ -2,7 +2,7 @@
 
 Every field of the configuration is in one of three classes.
 
-FREE fields say where and how a run computes (layout, machine, places of files); a start may change them. NAMED fields
+FREE fields say where and how a run computes (layout, machine, paths of files); a start may change them. NAMED fields
 change the run itself. Such a difference counts only if the field is named on the command line: one that comes from a
 preset's default is ignored, and the run keeps its own value; one that comes from the configuration file is refused,
 because an edited file may be a mistake. All other fields are the run's identity (architecture, seeds, sequence length,
@@ -23,7 +23,7 @@ from mlra_scale.config.json_text import printable
 FREE = (
     "preset",
     "model.vocab_padding_multiple",
-    # Places of the data; whether they are the same data is decided by their fingerprints.
+    # Paths of the data; whether they are the same data is decided by their fingerprints.
     "data.path",
     "data.validation_path",
     "data.tokenizer",
@@ -183,7 +183,7 @@ def compare(config: Config, named: Named, stored: Config) -> ConfigComparison:
             if name != "data.blend":  # compare_data compares the mix by what its data sets hold
                 changes.append(Change(name, was[name], now[name]))
         elif name == "data.blend" and was[name] is not None and now[name] is not None:
-            continue  # from the configuration file: perhaps only the places differ
+            continue  # from the configuration file: perhaps only the paths differ
         elif not is_in(NAMED, name):
             remedy = f"the run to be resumed has {_shown(was[name])}; leave it so, or start a new run"
             problems.append(Problem(name, now[name], remedy))

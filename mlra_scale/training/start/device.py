@@ -18,7 +18,7 @@ from mlra_scale.planning.cluster import cluster_of_device
 
 @dataclass(frozen=True)
 class Launcher:
-    """This process's place among those of its launcher; the defaults are those of a single process.
+    """The position of this process among those of its launcher; the defaults are those of a single process.
 
     Attributes:
         rank: Of all ranks.
