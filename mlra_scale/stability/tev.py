@@ -103,8 +103,7 @@ def report(request: TevRequest, cut: CutMoments) -> RankReport:
         header[0].fill_(tev.numel())  # an assignment would copy from the host, and wait
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
-    rows_and_counts = cut.column_sum_D.new_tensor([cut.piece_rows, cut.piece_counts]).view(2, -1).T
-    gathered = torch.cat([header, torch.cat([rows_and_counts, cut.piece_moments_P2], dim=1).flatten()])
+    rows_and_counts = torch.tensor([cut.piece_rows, cut.piece_counts], dtype=header.dtype, device=header.device)
     if not request.needs_values:
         return RankReport(gathered, cut.column_sum_D)
     values = cut.column_sum_D.new_zeros(request.num_tokens)
