@@ -104,6 +104,8 @@ def report(request: TevRequest, cut: CutMoments) -> RankReport:
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
     rows_and_counts = torch.tensor([cut.piece_rows, cut.piece_counts], dtype=header.dtype, device=header.device)
+    pieces = torch.cat([rows_and_counts.view(2, -1).T, cut.piece_moments_P2], dim=1)
+    gathered = torch.cat([header, pieces.flatten()])
     if not request.needs_values:
         return RankReport(gathered, cut.column_sum_D)
     values = cut.column_sum_D.new_zeros(request.num_tokens)
