@@ -21,7 +21,7 @@ import pytest
 from benchmarks import check, check_ranks
 from benchmarks.check import STEPS, Check, Task
 from benchmarks.contenders import config_of
-from mlra_scale.cluster.family import descendants
+from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.planning.cluster import named_cluster
@@ -161,7 +161,7 @@ def test_a_wait_is_noted_by_the_function_that_waits() -> None:
 
 def test_the_list_of_waits_is_that_of_the_traced_engines() -> None:
     listed = check_ranks.known_waits()
-    assert listed["mlra_scale/parallel/engine.py:EngineBase._propose"] >= 1
+    assert listed["mlra_scale/parallel/engine.py:Engine._propose"] >= 1
     assert sum(listed.values()) >= len(listed)
 
 
