@@ -196,7 +196,7 @@ def _nobody_else(folder: Path) -> Any:
     """Keeps a run out of its directory while checkpoints are removed, and refuses where one is at work."""
     from mlra_scale.checkpoint import CheckpointError
     from mlra_scale.config import ConfigError
-    from mlra_scale.training.run_directory import RunDirectory, held
+    from mlra_scale.training.run_directory import RunDirectory, run_lock
 
     # The folder may be given as ".", and it or the run directory's entry for it may be a symbolic link.
     parents = {Path(os.path.abspath(folder)).parent.resolve(), folder.resolve().parent}
@@ -204,7 +204,7 @@ def _nobody_else(folder: Path) -> Any:
         try:
             for parent in parents:
                 if (parent / ".lock").exists():
-                    stack.enter_context(held(RunDirectory(parent)))
+                    stack.enter_context(run_lock(RunDirectory(parent)))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         yield

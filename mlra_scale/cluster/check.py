@@ -26,11 +26,11 @@ from mlra_scale.cluster.process_tree import end_process
 from mlra_scale.cluster.runs import is_held
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, slurm_environment, step_command
-from mlra_scale.config import Config, ConfigError, Problem, batch_plan
+from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.train import build_parser, resolve
-from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start.plan import plan_report
 
 _LAYOUT = "layout of the ranks: "
 """Beginning of the line after the plan that holds a ChosenLayout as JSON."""
@@ -177,7 +177,7 @@ def check(
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from mlra_scale.training.start import Asked, devices_of, prepare
+    from mlra_scale.training.start.request import LaunchRequest, devices_of, resolve_run
 
     parsed = build_parser().parse_intermixed_args(training)
     config, _, _ = resolve(parsed)
@@ -186,22 +186,22 @@ def check(
     if config.parallel.world_size not in (None, world_size) and not config.cluster.elastic:
         remedy = f"the job has {nodes} node(s) for {processes} rank(s) each; correct one"
         problems.append(Problem("parallel.world_size", config.parallel.world_size, remedy))
-    config, named, is_as_before = resolve(parsed, overrides_of_ranks(config, device, world_size))
+    config, named, is_stored_config = resolve(parsed, overrides_of_ranks(config, device, world_size))
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)
-    asked = Asked(config, named, run, parsed.resume, world_size, is_as_before, processes)
+    request = LaunchRequest(config, named, run, parsed.resume, world_size, is_stored_config, processes)
     try:
-        start = prepare(asked, is_here=not is_login)
+        resolved = resolve_run(request, is_here=not is_login)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    devices = devices_of(asked, start.config, not is_login)
-    plan = plan_report(start.config, batch_plan(start.config, world_size), start.layout, devices)
-    if start.config.parallel.layout == "manual":
+    devices = devices_of(request, resolved.config, not is_login)
+    plan = plan_report(resolved.config, resolved.plan, resolved.layout, devices)
+    if resolved.config.parallel.layout == "manual":
         return plan, None
-    overrides = [] if start.layout is None else list(start.layout.overrides)
+    overrides = [] if resolved.layout is None else list(resolved.layout.overrides)
     return plan, ChosenLayout(overrides=overrides, device=devices.name, memory=devices.memory)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.faults.bench import DISK, FLAT, Bench, assert_sound, program, start
 from tests.faults.case import SAME, Case, assert_refused, run_to_end
 from tests.faults.checks import Training, assert_as_undisturbed
-from tests.faults.kills import prepared, same_data, trained
+from tests.faults.kills import STEP, prepared, same_data, trained
 from tests.faults.moments import Moment
 from tests.faults.processes import TRAIN, Program, tool
 from tests.faults.stops import LONG, step_of, trains
@@ -157,7 +157,7 @@ def full_at_start(bench: Bench, place: Path) -> None:
     training = bench.training()
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
-        start(training, run, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+        start(training, run, code=-9, moments=(Moment(STEP, 5),))
         file = fill(folder)
         before = [(run / name).read_bytes() for name in RECORD]
         output = start(training, run, resume=True, code=2)
@@ -192,7 +192,7 @@ def read_only(bench: Bench, place: Path) -> None:
     training = bench.training()
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
-        start(training, run, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+        start(training, run, code=-9, moments=(Moment(STEP, 5),))
         resize(folder, "ro")
         output = start(training, run, resume=True, code=2)
         assert_refused(output[output.index("bad input") :], str(run))
@@ -205,7 +205,7 @@ def linked(bench: Bench, place: Path) -> None:
     training, link = bench.training(), place / "link"
     (place / "run").mkdir()
     link.symlink_to(place / "run")
-    start(training, link, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+    start(training, link, code=-9, moments=(Moment(STEP, 5),))
     link.unlink()
     (place / "run").rename(place / "elsewhere")
     link.symlink_to(place / "elsewhere")
