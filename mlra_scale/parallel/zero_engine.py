@@ -107,8 +107,8 @@ def _register_read_parameters(model: GPT) -> None:
     """Tells ZeRO 3 of the weights that a module reads without calling their owner.
 
     DeepSpeed finds such a weight by itself only where it is not gathered when it is first read. Small weights
-    (stage3_param_persistence_threshold) are gathered then, and found in a later pass, which is an error: the pass differs
-    from the one that DeepSpeed has recorded.
+    (stage3_param_persistence_threshold) are gathered then. DeepSpeed finds them in a later pass, and refuses that pass,
+    because it differs from the one that it has recorded.
     """
     for module in model.modules():
         if isinstance(module, SelfAttention | OutputHead):
