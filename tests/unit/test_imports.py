@@ -62,7 +62,7 @@ def package_files() -> list[Path]:
 
 
 def python_files() -> list[Path]:
-    folders = (PACKAGE, *SCRIPT_FOLDERS, "tests")
+    folders = (PACKAGE, *SCRIPT_FOLDERS, "docs", "tests")
     return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -191,7 +191,7 @@ def test_the_package_imports_no_script_and_no_test() -> None:
         describe(file, line, name)
         for file in package_files()
         for line, name in imports_of(file)
-        if name.split(".")[0] in {*SCRIPT_FOLDERS, "tests"}
+        if name.split(".")[0] in {*SCRIPT_FOLDERS, "docs", "tests"}
     ]
     assert not problems, "\n".join(problems)
 

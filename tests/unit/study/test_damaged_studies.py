@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from docs.studies.predict.analysis import predict
+from docs.studies.predict.runs import PredictionError
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.overview import look
 from mlra_scale.config import ConfigError
 from mlra_scale.study.grid import cells_of, load_study
-from mlra_scale.study.prediction.analysis import predict
-from mlra_scale.study.prediction.runs import PredictionError
 from mlra_scale.study.provenance import note_end, note_start
 from mlra_scale.study.report.run_record import open_run
 from mlra_scale.study.report.sweep_results import open_sweep

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.study.prediction.areas import Field, comparable, interval, resampled_counts, roc_area, roc_areas
+from docs.studies.predict.areas import Field, comparable, interval, resampled_counts, roc_area, roc_areas
 
 
 def field_of(keys: list[int], is_positive: list[bool], units: list[int]) -> Field:
