@@ -51,6 +51,9 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data"},
     "matplotlib": {"study"},
     "PIL": {"study"},
+    "pandas": {"study"},
+    "scipy": {"study"},
+    "jinja2": {"study"},
     "wandb": {"training"},
 }
 CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "yaml", PACKAGE}

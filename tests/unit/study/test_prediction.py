@@ -277,7 +277,7 @@ def test_the_same_sweep_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
-def test_what_cannot_be_read_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_read_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "no results; give the output folder of tools/sweep.py" in capsys.readouterr().err
     metrics = next((folder / "cells").glob("plain-*seed0/metrics.jsonl"))

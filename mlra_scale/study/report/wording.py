@@ -1,19 +1,17 @@
-"""Sentences about differences and correlations that say no more than their intervals do."""
+"""Numbers as text, and sentences about differences and correlations that claim no more than their intervals do."""
 
 from __future__ import annotations
 
 import math
 
-from mlra_scale.study.correlation import MIN_UNITS, Correlation
-from mlra_scale.study.statistics import LEVEL, Mean
+from mlra_scale.study.report.statistics import LEVEL, MIN_RUNS, Correlation, Mean
 
 MIN_PAIRS = 3
-"""With fewer seeds no claim is made."""
-_ERROR_SHARE = 1.0 - LEVEL
+"""With fewer pairs no claim is made."""
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Returns a number with so many significant digits, in the notation that is short to read; '-' for nan."""
+    """Returns a number with so many significant digits, in the shorter notation; '-' for nan."""
     if math.isnan(value):
         return "-"
     if math.isinf(value):
@@ -21,17 +19,17 @@ def number(value: float, digits: int = 3) -> str:
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
+    decimals = digits - 1 - (_exponent(value) if value else 0)
     return f"{value:.{max(0, decimals)}f}"
 
 
-def together(*values: float, error: float) -> list[str]:
-    """Writes numbers to the second significant digit of an error, so that none tells more than is known."""
+def to_error_digits(*values: float, error: float) -> list[str]:
+    """Returns numbers rounded to the second significant digit of an error."""
     if not math.isfinite(error) or error <= 0.0:
         return [number(value) for value in values]
     place = 1 - _exponent(error)
     if 1e-3 <= max(error, *map(abs, values)) < 1e6:
-        # Adding 0 makes the zero that -0.001 may be rounded to a plain one.
+        # Adding 0 turns -0.0 into 0.0.
         return [f"{round(value, place) + 0.0:.{max(0, place)}f}" for value in values]
     return [number(value, max(1, _exponent(value) + place + 1)) if value else "0" for value in values]
 
@@ -41,16 +39,15 @@ def _exponent(value: float) -> int:
 
 
 def with_error(mean: Mean) -> str:
-    """Returns 'value +- standard error', or the value alone where there is none."""
+    """Returns 'value +- standard error', or the value alone if there is no error."""
     if mean.n < 2 or not math.isfinite(mean.error):
         return number(mean.value)
-    value, error = together(mean.value, mean.error, error=mean.error)
-    return f"{value} +- {error}"
+    return " +- ".join(to_error_digits(mean.value, mean.error, error=mean.error))
 
 
 def interval(mean: Mean) -> str:
-    """Returns 'low to high', or a dash where there is no interval."""
-    return " to ".join(together(mean.low, mean.high, error=mean.error)) if mean.n > 1 else "-"
+    """Returns 'low to high', or '-' if there is no interval."""
+    return " to ".join(to_error_digits(mean.low, mean.high, error=mean.error)) if mean.n > 1 else "-"
 
 
 def p_text(p: float) -> str:
@@ -60,31 +57,28 @@ def p_text(p: float) -> str:
     return "< 1e-6" if p < 1e-6 else f"= {number(p, 2)}"
 
 
-def takes_part(difference: Mean) -> bool:
-    """Returns whether a difference can be claimed at all, and so counts among the comparisons."""
+def is_claimable(difference: Mean) -> bool:
+    """Returns whether a claim can be made about a difference; only such differences count as comparisons."""
     return difference.n >= MIN_PAIRS and difference.has_spread
 
 
 def is_supported(difference: Mean, adjusted_p: float) -> bool:
-    """Returns whether a difference may be named: its interval excludes 0, and still does after Holm's adjustment."""
-    return takes_part(difference) and difference.excludes_zero and adjusted_p < _ERROR_SHARE
+    """Returns whether a difference is claimed: its interval excludes 0 and its adjusted p-value is below 1 - LEVEL."""
+    return is_claimable(difference) and difference.excludes_zero and adjusted_p < 1.0 - LEVEL
 
 
-def verdict(difference: Mean, adjusted_p: float, comparisons: int) -> str:
-    """Says what a paired difference supports.
+def verdict(difference: Mean, adjusted_p: float, num_comparisons: int) -> str:
+    """Returns a sentence, without its full stop, about what a paired difference supports.
 
     Args:
         difference: The mean of paired differences.
-        adjusted_p: Its p-value after Holm's adjustment; read only where the difference takes part.
-        comparisons: How many comparisons were adjusted for.
-
-    Returns:
-        A sentence without its full stop.
+        adjusted_p: Its p-value after Holm's adjustment; used only if the difference is claimable.
+        num_comparisons: Number of comparisons in the adjustment.
     """
     n, shown = difference.n, with_error(difference)
     level = f"{100 * LEVEL:.0f} % interval"
     if n == 0:
-        return "no pair was finished, so no claim is made"
+        return "no pair is finished, so no claim is made"
     if n < MIN_PAIRS:
         return f"no claim is made with fewer than {MIN_PAIRS} pairs: {shown}, n = {n}"
     if not difference.has_spread:
@@ -92,20 +86,19 @@ def verdict(difference: Mean, adjusted_p: float, comparisons: int) -> str:
         return f"no claim is made: the difference is {same} in each of the {n} pairs, so its error is unknown"
     if not difference.excludes_zero:
         return f"no difference is supported: {shown} ({level} {interval(difference)}), n = {n}"
-    adjusted = f"Holm-adjusted p {p_text(adjusted_p)} over {comparisons} comparison{'s' * (comparisons != 1)}"
+    adjusted = f"Holm-adjusted p {p_text(adjusted_p)} over {num_comparisons} comparison{'s' * (num_comparisons != 1)}"
     if not is_supported(difference, adjusted_p):
         return (
             f"no difference is supported: {shown} ({level} {interval(difference)}) excludes 0 when taken alone, but "
             f"{adjusted}, n = {n}"
         )
-    size, _ = together(abs(difference.value), difference.error, error=difference.error)
-    _, error = together(difference.value, difference.error, error=difference.error)
+    size = " +- ".join(to_error_digits(abs(difference.value), difference.error, error=difference.error))
     word = "lower" if difference.value < 0 else "higher"
-    return f"{word} by {size} +- {error}; the {level} {interval(difference)} excludes 0, {adjusted}, n = {n}"
+    return f"{word} by {size}; the {level} {interval(difference)} excludes 0, {adjusted}, n = {n}"
 
 
-def coefficient(found: Correlation) -> str:
-    """Returns a coefficient with its interval, '0.62 (0.30 to 0.81)'; '-' where there is none."""
+def coefficient_text(found: Correlation) -> str:
+    """Returns a coefficient with its interval, '0.62 (0.30 to 0.81)'; '-' if there is none."""
     if math.isnan(found.value):
         return "-"
     value, low, high = (f"{round(part, 2) + 0.0:.2f}" for part in (found.value, found.low, found.high))
@@ -113,9 +106,9 @@ def coefficient(found: Correlation) -> str:
 
 
 def correlation_verdict(found: Correlation) -> str:
-    """Says what a coefficient supports; a sentence without its full stop."""
-    if found.units < MIN_UNITS:
-        return f"none given: fewer than {MIN_UNITS} runs"
+    """Returns a sentence, without its full stop, about what a coefficient supports."""
+    if found.runs < MIN_RUNS:
+        return f"none given: fewer than {MIN_RUNS} runs"
     if math.isnan(found.value):
         return "undefined: one of the two does not vary"
     if math.isnan(found.low):
