@@ -42,7 +42,7 @@ class Study(Section):
     name: Text = Field(description="Name of the study; its results go to runs/NAME unless --output says otherwise.")
     description: str = Field("", description="The question of the study.")
     preset: Text = Field(description="The preset that every run starts from.")
-    data: Text | None = Field(None, description="Data of every run (data.path); null: other fields say.")
+    data: Text | None = Field(None, description="Data of every run (data.path); null: set by other fields.")
     base: Fields = Field(default_factory=dict, description="Fields that differ from the preset, in every run.")
     variants: Annotated[dict[Text, Fields], _NONE_IS_EMPTY] = Field(description="What is compared: fields by variant.")
     axes: Annotated[dict[Text, list[Any]], _NONE_IS_EMPTY] = Field(

@@ -100,7 +100,7 @@ class Sweep:
         directory: Its output folder.
 
     Attributes:
-        locked_elsewhere: Cells that another process holds, each with the result that it had when this was noticed.
+        locked_elsewhere: Cells that another process holds, each with its result at that time.
         unwritten: Cells that could not be started, or whose result could not be written, with the reason.
         interrupted: Cells that were stopped before their end.
         bad_input: Why no further cell was started: the first run refused its input.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mlra_scale.study.report.comparisons import learning_rates
-from mlra_scale.study.report.records import Record, at, is_number, log10_or_nan, number_or_nan, read_metrics
+from mlra_scale.study.report.records import Record, log10_or_nan, read_metrics, series
 from mlra_scale.study.report.statistics import (
     KINDS,
     MIN_RUNS,
@@ -35,6 +36,9 @@ PAIRS = ((TEV, VARIANCE), (TEV, LOSS), (VARIANCE, LOSS))
 MAX_STEPS = 30
 """Steps per run: neighbouring steps are nearly equal, and a bootstrap over all of them would take minutes."""
 
+Fixed = tuple[str, list[str], pd.DataFrame]
+"""What is held fixed: in words, as columns, and the table of values."""
+
 
 class Association(NamedTuple):
     """Two variables, what is held fixed (in words), and Spearman's and Pearson's coefficient."""
@@ -53,70 +57,61 @@ def final_values(sweep: SweepRecord) -> pd.DataFrame:
 
 def values_over_steps(sweep: SweepRecord) -> pd.DataFrame:
     """Returns the values at up to MAX_STEPS steps per run, with the column `step`; only steps that two runs share."""
-    cells = sweep.in_state("done")[["cell", "variant", "setting", "rate", "run"]]
-    rows = [
-        {**cell, **values} for cell in cells.to_dict("records") for values in _spread(read_metrics(cell.pop("run")))
-    ]
-    found = pd.DataFrame(rows, columns=["cell", "variant", "setting", "rate", "step", TEV, VARIANCE, LOSS])
+    tables = [pd.DataFrame(columns=["step", TEV, VARIANCE, LOSS, "cell", "variant", "setting", "rate"])]
+    for cell in sweep.in_state("done")[["cell", "variant", "setting", "rate", "run"]].to_dict("records"):
+        tables.append(_values_over_steps(read_metrics(cell.pop("run"))).assign(**cell))
+    found = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     return found[found.groupby("step").step.transform("size") > 1].reset_index(drop=True)
 
 
-def _spread(records: Sequence[Record]) -> Iterator[dict[str, float]]:
-    """Yields the values of evenly spread steps at which TEV and gradient variance were measured."""
-    found = []
-    for record in records:
-        variance = log10_or_nan(at(record, "gradients.kinds.embedding.gradient_variance"))
-        if is_number(tev := record.get("tev_mean")) and not math.isnan(variance):
-            loss = number_or_nan(record.get("loss"))
-            found.append({"step": int(record["step"]), TEV: float(tev), VARIANCE: variance, LOSS: loss})
-    count = min(MAX_STEPS, len(found))
-    for index in np.unique(np.linspace(0, max(0, len(found) - 1), count).round().astype(int)):
-        yield found[index]
+def _values_over_steps(records: Sequence[Record]) -> pd.DataFrame:
+    """Returns the values at evenly spread steps of those at which TEV and gradient variance were measured."""
+    variance = series(records, "gradients.kinds.embedding.gradient_variance").map(log10_or_nan)
+    columns = {TEV: series(records, "tev_mean"), VARIANCE: variance, LOSS: series(records, "loss")}
+    table = pd.DataFrame(columns).dropna(subset=[TEV, VARIANCE]).rename_axis("step").reset_index()
+    return table.iloc[np.unique(np.linspace(0, len(table) - 1, min(MAX_STEPS, len(table))).round().astype(int))]
 
 
 def of_finished_runs(sweep: SweepRecord) -> list[Association]:
     """Returns the associations of final values over runs."""
     seen, rates = final_values(sweep), learning_rates(sweep)
-    other_axes = [axis_name(axis) for axis in sweep.axes if axis != LEARNING_RATE]
-    rows: list[Association | None] = []
-    for pair in PAIRS:
-        rows.append(_associate(seen, pair, "nothing"))
-        if rates:
-            rows.append(_associate(seen, pair, "learning rate", ["rate"]))
-            rows += [_associate(seen[seen.rate == rate], pair, f"learning rate {value_text(rate)}") for rate in rates]
-        if other_axes:
-            names = "every axis" if LEARNING_RATE in sweep.axes else " and ".join(other_axes)
-            rows.append(_associate(seen, pair, names, ["setting"]))
-        if len(sweep.variants) > 1:
-            names = "every axis and the variant" if sweep.axes else "the variant"
-            rows.append(_associate(seen, pair, names, ["setting", "variant"]))
-    return [row for row in rows if row is not None]
+    fixed: list[Fixed] = [("nothing", [], seen)]
+    if rates:
+        fixed.append(("learning rate", ["rate"], seen))
+        fixed += [(f"learning rate {value_text(rate)}", [], seen[seen.rate == rate]) for rate in rates]
+    if other_axes := [axis_name(axis) for axis in sweep.axes if axis != LEARNING_RATE]:
+        words = "every axis" if LEARNING_RATE in sweep.axes else " and ".join(other_axes)
+        fixed.append((words, ["setting"], seen))
+    if len(sweep.variants) > 1:
+        words = "every axis and the variant" if sweep.axes else "the variant"
+        fixed.append((words, ["setting", "variant"], seen))
+    return _associate(fixed)
 
 
 def within_steps(sweep: SweepRecord, seen: pd.DataFrame) -> list[Association]:
     """Returns the associations of `values_over_steps`, the step held fixed: all values change during training."""
-    fixed = {"step": ["step"]}
+    fixed: list[Fixed] = [("step", ["step"], seen)]
     if learning_rates(sweep):
-        fixed["step and learning rate"] = ["step", "rate"]
+        fixed.append(("step and learning rate", ["step", "rate"], seen))
     if len(sweep.variants) > 1:
-        fixed["step, every axis and the variant"] = ["step", "setting", "variant"]
-    rows = [_associate(seen, pair, words, columns) for pair in PAIRS for words, columns in fixed.items()]
-    return [row for row in rows if row is not None]
+        fixed.append(("step, every axis and the variant", ["step", "setting", "variant"], seen))
+    return _associate(fixed)
+
+
+def _associate(fixed: Sequence[Fixed]) -> list[Association]:
+    """Returns the associations of all pairs of variables, without those that fewer than MIN_RUNS runs have."""
+    found = []
+    for (first, second), (words, columns, table) in itertools.product(PAIRS, fixed):
+        seen = table.dropna(subset=[first, second])
+        if seen.cell.nunique() >= MIN_RUNS:
+            groups = seen.groupby(columns, dropna=False).ngroup().to_numpy() if columns else None
+            x, y, runs = seen[first].to_numpy(), seen[second].to_numpy(), pd.factorize(seen.cell)[0]
+            coefficients = tuple(correlation(kind, x, y, runs, groups) for kind in KINDS)
+            found.append(Association(first, second, words, coefficients))
+    return found
 
 
 def within_runs(seen: pd.DataFrame) -> Mean:
     """Returns Spearman's coefficient of the changes of TEV and gradient variance in each run, averaged over runs."""
     values = [spearman_of_changes(own[TEV], own[VARIANCE]) for _, own in seen.groupby("cell")]
     return mean_of([value for value in values if not math.isnan(value)])
-
-
-def _associate(
-    seen: pd.DataFrame, pair: tuple[str, str], fixed: str, columns: Sequence[str] = ()
-) -> Association | None:
-    """Returns one association, or None if fewer than MIN_RUNS runs have both values."""
-    seen = seen.dropna(subset=[*pair])
-    if seen.cell.nunique() < MIN_RUNS:
-        return None
-    groups = seen.groupby([*columns], dropna=False).ngroup().to_numpy() if columns else None
-    x, y, runs = seen[pair[0]].to_numpy(), seen[pair[1]].to_numpy(), pd.factorize(seen.cell)[0]
-    return Association(*pair, fixed, tuple(correlation(kind, x, y, runs, groups) for kind in KINDS))

@@ -95,7 +95,7 @@ def _compare(sweep: SweepRecord, measure: Measure, first: str, second: str) -> l
     settings, found = sweep.settings(), []
     for setting in settings:
         mean = mean_of(difference[difference.index.get_level_values("setting") == setting].dropna())
-        counts = sorted(Counter(why for (place, _), why in missing.items() if place == setting).items())
+        counts = sorted(Counter(why for (where, _), why in missing.items() if where == setting).items())
         left_out = tuple(f"{_plural(count, 'pair')} ({why})" for why, count in counts)
         found.append(PairedComparison(measure, first, second, setting, mean, left_out))
     # Runs of one seed are not independent: their differences are averaged first, over settings that all seeds have.
@@ -193,17 +193,17 @@ def _sensitivity(setting: str, variant: str, cells: pd.DataFrame, rates: list[fl
 
 
 def has_outcome(cells: pd.DataFrame) -> pd.Series:
-    """Returns which runs were stable or diverged; a run that failed for other reasons says nothing on stability."""
+    """Returns which runs were stable or diverged; a run that failed for other reasons has no outcome."""
     return cells.state.isin(["done", "diverged"])
 
 
 def _compare_sensitivities(sweep: SweepRecord, pairs: list[tuple[str, str]]) -> list[PairedComparison]:
-    by_place = {(item.variant, item.setting): item for item in sensitivities(sweep)}
+    found_of = {(item.variant, item.setting): item for item in sensitivities(sweep)}
     found = []
     for (first, second), setting in itertools.product(pairs, sweep.settings(LEARNING_RATE)):
-        if (first, setting) not in by_place or (second, setting) not in by_place:
+        if (first, setting) not in found_of or (second, setting) not in found_of:
             continue
-        sides = [by_place[first, setting], by_place[second, setting]]
+        sides = [found_of[first, setting], found_of[second, setting]]
         seeds = sorted(sides[0].by_seed.keys() & sides[1].by_seed.keys())
         difference = mean_of([sides[0].by_seed[seed] - sides[1].by_seed[seed] for seed in seeds])
         missing = max(item.num_seeds for item in sides) - len(seeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,100 +17,51 @@ from mlra_scale.study.report.records import Array, Keys, Record, RunRecord, bloc
 Kind = Literal["free", "linear", "share"]
 
 
-class Panel(NamedTuple):
-    """One plot of curves over steps.
-
-    Attributes:
-        title: What it shows.
-        unit: The label of the y axis.
-        needs: What has to be set for it to be measured.
-        curves: Where the values of each curve are in a record, by the name of the curve.
-        kind: The scale (style.choose_scale); shares are drawn in per cent.
-    """
-
-    title: str
-    unit: str
-    needs: str
-    curves: Mapping[str, str]
-    kind: Kind = "free"
-
-
-_NORM = "gradients.layers.gradient_norm"
-_VARIANCE = "gradients.layers.gradient_variance"
-_OVER_SHALLOW: dict[Keys, Callable[[Array], Any]] = {_NORM: np.linalg.norm, _VARIANCE: np.mean}
-"""What reduces a list over blocks to one number for the shallow blocks."""
-_TEV_UNIT = "TEV\n(unit of the weights)"
+_LOGGED, _ACTIVATIONS, _TEV_UNIT = "a logged step", "activations.every", "TEV\n(unit of the weights)"
 TEV_MEAN, TEV_SPREAD, EVENTS = "TEV: mean and spread over tokens", "TEV: its distribution over tokens", "Events"
-PANELS = (
-    Panel(
-        "Loss",
-        "loss\n(nats per token)",
-        "a logged step (train.log_every)",
-        {"training": "loss", "validation": "validation_loss"},
-    ),
-    Panel(TEV_MEAN, _TEV_UNIT, "tev.every", {"mean over tokens": "tev_mean"}, "linear"),
-    Panel(TEV_SPREAD, _TEV_UNIT, "tev.every and tev.quantiles", {}, "linear"),
-    Panel("Learning rate", "learning rate", "a logged step", {"learning rate": "learning_rate"}),
-    Panel(
-        "Gradient norm, before clipping",
-        "gradient norm",
-        "a logged step; by kind: gradients.every",
-        {
-            "all parameters": "gradient_norm",
-            "embedding": "gradients.kinds.embedding.gradient_norm",
-            "shallow blocks": _NORM,
-        },
-    ),
-    Panel(
-        "Gradient variance over elements",
-        "gradient variance",
-        "gradients.every",
-        {
-            "all parameters": "gradients.kinds.all.gradient_variance",
-            "embedding": "gradients.kinds.embedding.gradient_variance",
-            "shallow blocks": _VARIANCE,
-        },
-    ),
-    Panel("Gradient noise scale", "noise scale\n(samples)", "gradients.noise_every", {"noise scale": "noise.scale"}),
-    Panel(
-        "Activations: variance of the residual stream",
-        "variance,\nlargest of blocks",
-        "activations.every",
-        {"residual variance": "activations.max_residual_variance"},
-    ),
-    Panel(
-        "Activations: attention logits",
-        "largest logit",
-        "activations.every",
-        {"largest attention logit": "activations.max_logit"},
-    ),
-    Panel(
-        "Activations: attention entropy",
-        "entropy (nats),\nlowest of blocks",
-        "activations.every",
-        {"attention entropy": "activations.min_attention_entropy"},
-        "linear",
-    ),
-    Panel(
-        "Activations: saturated attention rows",
-        "share (%),\nlargest of blocks",
-        "activations.every",
-        {"saturated rows": "activations.max_saturated_share"},
-        "share",
-    ),
-    Panel(
-        "Spike scores",
-        "share of steps (%)",
-        "a logged step of a run that records spike scores",
-        {
-            "loss, OLMo 2": "spike_scores.loss_olmo2",
-            "gradient, OLMo 2": "spike_scores.gradient_olmo2",
-            "loss, OLMo-core": "spike_scores.loss_olmo_core",
-            "gradient, OLMo-core": "spike_scores.gradient_olmo_core",
-        },
-        "share",
-    ),
+_NORMS, _VARIANCES = "Gradient norm, before clipping", "Gradient variance over elements"
+_STREAM, _LOGITS = "Activations: variance of the residual stream", "Activations: attention logits"
+_ENTROPY, _SATURATION = "Activations: attention entropy", "Activations: saturated attention rows"
+PANELS: dict[str, tuple[str, str, Kind]] = {
+    "Loss": ("loss\n(nats per token)", f"{_LOGGED} (train.log_every)", "free"),
+    TEV_MEAN: (_TEV_UNIT, "tev.every", "linear"),
+    TEV_SPREAD: (_TEV_UNIT, "tev.every and tev.quantiles", "linear"),
+    "Learning rate": ("learning rate", _LOGGED, "free"),
+    _NORMS: ("gradient norm", f"{_LOGGED}; by kind: gradients.every", "free"),
+    _VARIANCES: ("gradient variance", "gradients.every", "free"),
+    "Gradient noise scale": ("noise scale\n(samples)", "gradients.noise_every", "free"),
+    _STREAM: ("variance,\nlargest of blocks", _ACTIVATIONS, "free"),
+    _LOGITS: ("largest logit", _ACTIVATIONS, "free"),
+    _ENTROPY: ("entropy (nats),\nlowest of blocks", _ACTIVATIONS, "linear"),
+    _SATURATION: ("share (%),\nlargest of blocks", _ACTIVATIONS, "share"),
+    "Spike scores": ("share of steps (%)", f"{_LOGGED} of a run that records spike scores", "share"),
+}
+"""By title: the label of the y axis, what has to be set for it to be measured, the scale; shares are in per cent."""
+_BLOCK_NORMS, _BLOCK_VARIANCES = "gradients.layers.gradient_norm", "gradients.layers.gradient_variance"
+_OVER_SHALLOW: dict[Keys, Callable[[Array], Any]] = {_BLOCK_NORMS: np.linalg.norm, _BLOCK_VARIANCES: np.mean}
+"""What reduces a list over blocks to one number for the shallow blocks."""
+CURVES = (
+    ("Loss", "training", "loss"),
+    ("Loss", "validation", "validation_loss"),
+    (TEV_MEAN, "mean over tokens", "tev_mean"),
+    ("Learning rate", "learning rate", "learning_rate"),
+    (_NORMS, "all parameters", "gradient_norm"),
+    (_NORMS, "embedding", "gradients.kinds.embedding.gradient_norm"),
+    (_NORMS, "shallow blocks", _BLOCK_NORMS),
+    (_VARIANCES, "all parameters", "gradients.kinds.all.gradient_variance"),
+    (_VARIANCES, "embedding", "gradients.kinds.embedding.gradient_variance"),
+    (_VARIANCES, "shallow blocks", _BLOCK_VARIANCES),
+    ("Gradient noise scale", "noise scale", "noise.scale"),
+    (_STREAM, "residual variance", "activations.max_residual_variance"),
+    (_LOGITS, "largest attention logit", "activations.max_logit"),
+    (_ENTROPY, "attention entropy", "activations.min_attention_entropy"),
+    (_SATURATION, "saturated rows", "activations.max_saturated_share"),
+    ("Spike scores", "loss, OLMo 2", "spike_scores.loss_olmo2"),
+    ("Spike scores", "gradient, OLMo 2", "spike_scores.gradient_olmo2"),
+    ("Spike scores", "loss, OLMo-core", "spike_scores.loss_olmo_core"),
+    ("Spike scores", "gradient, OLMo-core", "spike_scores.gradient_olmo_core"),
 )
+"""The panel of each curve, its name, and where its values are in a record."""
 
 
 def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
@@ -119,30 +70,26 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
     Returns:
         The figure as PNG, None if there is nothing to draw, and a sentence for each panel that is missing.
     """
-    missing, levels, rows = [], _quantile_levels(run), event_rows(run)
-    panels = []
-    for panel in PANELS:
-        if levels if panel.title == TEV_SPREAD else any(_is_there(run.metrics, keys) for keys in panel.curves.values()):
-            panels.append(panel)
-        else:
-            missing.append(f"{panel.title}: not measured (needs {panel.needs}).")
+    levels, rows = _quantile_levels(run), event_rows(run)
+    measured = {panel for panel, _, keys in CURVES if _is_there(run.metrics, keys)}
+    measured |= {TEV_SPREAD} if levels else set()
+    missing = [f"{title}: not measured (needs {PANELS[title][1]})." for title in PANELS if title not in measured]
     if not rows:
         missing.append("Events: none but starts and checkpoints.")
-    if not panels and not rows:
+    titles = [*(title for title in PANELS if title in measured), *[EVENTS] * bool(rows)]
+    if not titles:
         return None, missing
-    heights = [1.5] * len(panels) + [0.45 + 0.24 * len(rows)] * bool(rows)
-    titles = [panel.title for panel in panels] + [EVENTS] * bool(rows)
+    heights = [1.5 if title != EVENTS else 0.45 + 0.24 * len(rows) for title in titles]
     with style.drawing():
         figure = style.new_figure(sum(heights) + 0.3 * len(heights) + 0.4)
         grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, panel in zip(grid, panels, strict=False):
-            if panel.title == TEV_SPREAD:
+        for axes, title in zip(grid, titles, strict=True):
+            if title == EVENTS:
+                _draw_events(axes, run, rows)
+            elif title == TEV_SPREAD:
                 _draw_quantiles(axes, {level: run.series(("tev_quantiles", level)) for level in levels})
             else:
-                _draw_panel(axes, run, panel)
-        if rows:
-            _draw_events(grid[-1], run, rows)
-        for axes, title in zip(grid, titles, strict=True):
+                _draw_panel(axes, run, title)
             axes.set_title(title)
             _mark_guard(axes, run)
             style.legend_beside(axes)
@@ -168,15 +115,17 @@ def _finish_step_axis(grid: list[Axes], run: RunRecord) -> None:
     grid[0].tick_params(axis="x", labeltop=len(grid) > 3, labelbottom=len(grid) == 1)
 
 
-def _draw_panel(axes: Axes, run: RunRecord, panel: Panel) -> None:
-    factor = 100.0 if panel.kind == "share" else 1.0
+def _draw_panel(axes: Axes, run: RunRecord, title: str) -> None:
+    unit, _, kind = PANELS[title]
+    factor = 100.0 if kind == "share" else 1.0
     rollbacks: dict[str, list[Record]] = {}
     for record in run.rolled_back:
         rollbacks.setdefault(str(record.get("rollback")), []).append(record)
     drawn, has_undone = [], False
-    if panel.title == TEV_MEAN:
+    if title == TEV_MEAN:
         drawn += _draw_band(axes, run)
-    for index, (name, keys) in enumerate(panel.curves.items()):
+    curves = [(name, keys) for panel, name, keys in CURVES if panel == title]
+    for index, (name, keys) in enumerate(curves):
         how = style.look(index)
         for records in rollbacks.values():
             if (values := factor * _read(records, keys)).notna().any():
@@ -189,7 +138,7 @@ def _draw_panel(axes: Axes, run: RunRecord, panel: Panel) -> None:
     if has_undone:
         undone = {key: style.UNDONE[key] for key in ("color", "ls", "lw")}
         axes.plot([], [], label=style.label("rolled back: not part of the run"), **undone)
-    style.choose_scale(axes, np.concatenate(drawn), panel.unit, panel.kind)
+    style.choose_scale(axes, np.concatenate(drawn), unit, kind)
 
 
 def _draw_band(axes: Axes, run: RunRecord) -> list[pd.Series]:
@@ -291,8 +240,8 @@ def _mark_guard(axes: Axes, run: RunRecord) -> None:
 
 _SATURATED, _RESIDUAL = "Saturated rows", "Residual stream"
 PROFILES = {
-    "Gradient norm": (_NORM, "gradient norm"),
-    "Gradient variance": (_VARIANCE, "gradient variance"),
+    "Gradient norm": (_BLOCK_NORMS, "gradient norm"),
+    "Gradient variance": (_BLOCK_VARIANCES, "gradient variance"),
     "Mean of gradients": ("gradients.layers.gradient_mean", "mean over elements"),
     "Norm of weights": ("gradients.layers.weight_norm", "||weight||"),
     "Size of updates": ("gradients.layers.update_ratio", "||update|| / ||weight||"),

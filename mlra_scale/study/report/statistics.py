@@ -56,7 +56,7 @@ class Mean:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
+        """Whether the interval excludes 0."""
         return self.has_spread and (self.low > 0.0 or self.high < 0.0)
 
 
@@ -129,7 +129,7 @@ class Correlation:
 
     @property
     def is_supported(self) -> bool:
-        """Whether the interval lies on one side of 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0.0 or self.high < 0.0
 
 

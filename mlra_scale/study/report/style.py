@@ -131,7 +131,7 @@ def label(text: str, width: int = 26) -> str:
 def curve(axes: Axes, steps: Any, values: Any, how: Look, name: str | None = None) -> None:
     """Draws a curve with gaps at nan.
 
-    A marker is at each of up to 40 points, at every n-th of more, and at each point that stands alone.
+    A marker is at each of up to 40 points, at every n-th of more, and at each point without a neighbour.
     """
     steps, values = np.asarray(steps), np.asarray(values)
     padded = np.concatenate([[False], is_there := np.isfinite(values), [False]])

@@ -15,7 +15,6 @@ from mlra_scale.study.report import style
 from mlra_scale.study.report.associations import LOSS, PAIRS, TEV, VARIANCE
 from mlra_scale.study.report.comparisons import PairedComparison
 from mlra_scale.study.report.records import is_number, number_or_nan
-from mlra_scale.study.report.statistics import mean_of
 from mlra_scale.study.report.sweep_record import (
     LEARNING_RATE,
     Measure,
@@ -43,9 +42,9 @@ def axis_figure(sweep: SweepRecord, axis: str, measure: Measure) -> bytes | None
         The figure as PNG, or None if the axis has fewer than two numbers or nothing was measured.
     """
     values = [float(value) for value in sweep.axes.get(axis, []) if is_number(value)]
-    place = sweep.cells.axis_values.map(lambda axes: number_or_nan(axes.get(axis)))
+    numbers = sweep.cells.axis_values.map(lambda axes: number_or_nan(axes.get(axis)))
     others = sweep.cells.axis_values.map(lambda axes: setting_text(axes, without=axis))
-    cells = sweep.cells.assign(place=place, others=others)[place.notna()]
+    cells = sweep.cells.assign(number=numbers, others=others)[numbers.notna()]
     if len(values) < 2 or not cells[measure.name].notna().any():
         return None
     settings = [setting for setting in sweep.settings(axis) if (cells.others == setting).any()]
@@ -54,8 +53,14 @@ def axis_figure(sweep: SweepRecord, axis: str, measure: Measure) -> bytes | None
     with style.drawing():
         figure, plots, leftmost = style.grid_of(settings, 2.5, sharey=True)
         for axes, setting in zip(plots, settings, strict=True):
-            _draw_means(axes, sweep.variants, values, cells[cells.others == setting], measure, is_log)
-            _draw_diverged(axes, sweep.variants, values, cells[cells.others == setting], diverging, is_log)
+            for index, variant in enumerate(sweep.variants):
+                own = cells[(cells.others == setting) & (cells.variant == variant)]
+                x_of = dict(zip(values, _beside(values, index, len(sweep.variants), is_log), strict=True))
+                own = own.assign(x=own.number.map(x_of))
+                _draw_means(axes, own, list(x_of.values()), measure, style.look(index))
+                if variant in diverging:
+                    height = 1.0 - (diverging.index(variant) + 0.5) * _CROSS_HEIGHT
+                    _draw_diverged(axes, own.x[own.state == "diverged"], height, style.look(index))
             _finish_axis(axes, axis, values, is_log)
             if len(settings) == 1 and setting != "the one setting":
                 axes.set_title(style.label(setting, 60))
@@ -70,54 +75,32 @@ def axis_figure(sweep: SweepRecord, axis: str, measure: Measure) -> bytes | None
         return style.as_png(figure)
 
 
-def _draw_means(
-    axes: Axes, variants: list[str], values: list[float], cells: pd.DataFrame, measure: Measure, is_log: bool
-) -> None:
-    """Draws every run as a small open marker, and means with standard errors."""
-    for index, variant in enumerate(variants):
-        look, points = style.look(index), []
-        for value, x in zip(values, _beside(values, index, len(variants), is_log), strict=True):
-            found = cells[measure.name][(cells.variant == variant) & (cells.place == value)].dropna()
-            open_marker = {
-                "ls": "",
-                "marker": look["marker"],
-                "ms": 3,
-                "mfc": "white",
-                "mec": look["color"],
-                "mew": 0.7,
-            }
-            axes.plot([x] * len(found), found, **open_marker)
-            mean = mean_of(found)
-            points.append((x, mean.value, mean.error if mean.n > 1 else 0.0))
-        x_values, means, errors = np.array(points).T
-        axes.errorbar(x_values, means, errors, capsize=2.5, lw=1.3, **look)
+def _draw_means(axes: Axes, cells: pd.DataFrame, x: list[float], measure: Measure, look: style.Look) -> None:
+    """Draws every run of a variant as a small open marker, and means with standard errors."""
+    marker = {"marker": look["marker"], "mec": look["color"], "mfc": "white", "ms": 3, "mew": 0.7}
+    axes.plot(cells.x, cells[measure.name], ls="", **marker)
+    by_x = cells.groupby("x")[measure.name]
+    axes.errorbar(x, by_x.mean().reindex(x), by_x.sem().reindex(x).fillna(0.0), capsize=2.5, lw=1.3, **look)
 
 
-def _draw_diverged(
-    axes: Axes, variants: list[str], values: list[float], cells: pd.DataFrame, diverging: list[str], is_log: bool
-) -> None:
-    """Draws crossed-out markers at the upper edge, with the number of runs that diverged: they have no final value."""
-    across = axes.get_xaxis_transform()
-    for row, variant in enumerate(diverging):
-        index, height = variants.index(variant), 1.0 - (row + 0.5) * _CROSS_HEIGHT
-        color, marker = style.look(index)["color"], style.look(index)["marker"]
-        how: dict[str, Any] = {"ls": "", "transform": across, "clip_on": False, "mec": color}
-        for value, x in zip(values, _beside(values, index, len(variants), is_log), strict=True):
-            here = cells[(cells.variant == variant) & (cells.place == value)]
-            if num_diverged := int((here.state == "diverged").sum()):
-                axes.plot([x], [height], marker=marker, ms=8, mfc="white", mew=0.8, **how)
-                axes.plot([x], [height], marker="x", ms=5, mew=1.4, **how)
-                beside: dict[str, Any] = {"xycoords": across, "xytext": (6, -3), "textcoords": "offset points"}
-                axes.annotate(str(num_diverged), (x, height), fontsize=7, color=color, **beside)
+def _draw_diverged(axes: Axes, x: pd.Series, height: float, look: style.Look) -> None:
+    """Draws a crossed-out marker at the upper edge, with the number of runs that diverged: they have no final value."""
+    across, color = axes.get_xaxis_transform(), look["color"]
+    how: dict[str, Any] = {"ls": "", "transform": across, "clip_on": False, "mec": color}
+    beside: dict[str, Any] = {"xycoords": across, "xytext": (6, -3), "textcoords": "offset points"}
+    for x_value, count in x.value_counts().items():
+        axes.plot([x_value], [height], marker=look["marker"], ms=8, mfc="white", mew=0.8, **how)
+        axes.plot([x_value], [height], marker="x", ms=5, mew=1.4, **how)
+        axes.annotate(str(count), (x_value, height), fontsize=7, color=color, **beside)
 
 
 def _finish_axis(axes: Axes, axis: str, values: list[float], is_log: bool) -> None:
     if is_log:
         axes.set_xscale("log")
     # Values whose labels would overlap the one before have none.
-    places, kept = np.log(values) if is_log else np.array(values), [0]
+    positions, kept = np.log(values) if is_log else np.array(values), [0]
     for index in range(1, len(values)):
-        if places[index] - places[kept[-1]] >= (places[-1] - places[0]) / 7:
+        if positions[index] - positions[kept[-1]] >= (positions[-1] - positions[0]) / 7:
             kept.append(index)
     axes.xaxis.set_major_locator(FixedLocator([values[index] for index in kept]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -128,8 +111,8 @@ def _finish_axis(axes: Axes, axis: str, values: list[float], is_log: bool) -> No
 
 def _beside(values: list[float], index: int, count: int, is_log: bool) -> list[float]:
     """Returns x values moved a little sideways, so that variants of equal value do not hide each other."""
-    places = np.log(values) if is_log else np.array(values)
-    moved = places + 0.06 * (index - (count - 1) / 2) * np.diff(places).min()
+    positions = np.log(values) if is_log else np.array(values)
+    moved = positions + 0.06 * (index - (count - 1) / 2) * np.diff(positions).min()
     return (np.exp(moved) if is_log else moved).tolist()
 
 
@@ -202,9 +185,9 @@ def scatter_figure(sweep: SweepRecord, seen: pd.DataFrame) -> bytes | None:
     rates = np.unique(seen.rate.dropna())
     # The lightest shade is not white: the edge of a marker is visible.
     shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, max(1, rates.size)))
-    place = {rate: index for index, rate in enumerate(rates)}
+    index_of = {rate: index for index, rate in enumerate(rates)}
     # Values at different rates are far apart: each of a few rates has its own row of plots.
-    row_of = place if 1 < rates.size <= _MAX_RATE_ROWS and seen.rate.notna().all() else {}
+    row_of = index_of if 1 < rates.size <= _MAX_RATE_ROWS and seen.rate.notna().all() else {}
     rows = max(1, len(row_of))
     with style.drawing():
         figure = style.new_figure(0.4 + 2.7 * rows)
@@ -213,7 +196,7 @@ def scatter_figure(sweep: SweepRecord, seen: pd.DataFrame) -> bytes | None:
             x, y = (LOSS, VARIANCE) if (first, second) == (VARIANCE, LOSS) else (first, second)
             for run in seen.to_dict("records"):
                 how = {"ls": "", "marker": style.look(sweep.variants.index(run["variant"]))["marker"], "ms": 6}
-                fill = shades[place[run["rate"]]] if run["rate"] in place else "0.5"
+                fill = shades[index_of[run["rate"]]] if run["rate"] in index_of else "0.5"
                 axes = grid[row_of.get(run["rate"], 0), column]
                 axes.plot(run[x], run[y], mfc=fill, mec="black", mew=0.6, **how)
             for axes in grid[:, column]:

@@ -97,12 +97,12 @@ class SweepRecord:
 
     def settings(self, without: str = "") -> list[str]:
         """Returns all settings, an axis left out, in the order of their values."""
-        places = {axis: list(map(value_text, values)) for axis, values in self.axes.items() if axis != without}
+        orders = {axis: list(map(value_text, values)) for axis, values in self.axes.items() if axis != without}
 
-        def place(axes: Mapping[str, Any]) -> tuple[int, ...]:
-            return tuple(found.index(value_text(axes[axis])) if axis in axes else -1 for axis, found in places.items())
+        def position(axes: Mapping[str, Any]) -> tuple[int, ...]:
+            return tuple(order.index(value_text(axes[axis])) if axis in axes else -1 for axis, order in orders.items())
 
-        return list(dict.fromkeys(setting_text(axes, without) for axes in sorted(self.cells.axis_values, key=place)))
+        return list(dict.fromkeys(setting_text(axes, without) for axes in sorted(self.cells.axis_values, key=position)))
 
 
 def is_sweep(path: Path) -> bool:

@@ -27,11 +27,11 @@ def to_error_digits(*values: float, error: float) -> list[str]:
     """Returns numbers rounded to the second significant digit of an error."""
     if not math.isfinite(error) or error <= 0.0:
         return [number(value) for value in values]
-    place = 1 - _exponent(error)
+    decimals = 1 - _exponent(error)
     if 1e-3 <= max(error, *map(abs, values)) < 1e6:
         # Adding 0 turns -0.0 into 0.0.
-        return [f"{round(value, place) + 0.0:.{max(0, place)}f}" for value in values]
-    return [number(value, max(1, _exponent(value) + place + 1)) if value else "0" for value in values]
+        return [f"{round(value, decimals) + 0.0:.{max(0, decimals)}f}" for value in values]
+    return [number(value, max(1, _exponent(value) + decimals + 1)) if value else "0" for value in values]
 
 
 def _exponent(value: float) -> int:
