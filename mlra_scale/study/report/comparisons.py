@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -72,17 +71,21 @@ class PairedComparison:
 def compare(sweep: SweepRecord) -> list[PairedComparison]:
     """Compares every two variants in every setting by every measure that was recorded, measure by measure."""
     pairs = [(later, earlier) for earlier, later in itertools.combinations(sweep.variants, 2)]
+    tables = [(measure, sweep.cells, sweep.settings()) for measure in MEASURES]
+    tables.append((SENSITIVITY, sensitivities(sweep), sweep.settings(LEARNING_RATE)))
     found: list[PairedComparison] = []
-    for measure in MEASURES:
-        if sweep.cells[measure.name].notna().any():
-            found += _adjusted([item for pair in pairs for item in _compare(sweep, measure, *pair)])
-    return found + _adjusted(_compare_sensitivities(sweep, pairs))
+    for measure, cells, settings in tables:
+        if cells[measure.name].notna().any():
+            found += _adjusted([item for pair in pairs for item in _compare(measure, cells, settings, *pair)])
+    return found
 
 
-def _compare(sweep: SweepRecord, measure: Measure, first: str, second: str) -> list[PairedComparison]:
+def _compare(
+    measure: Measure, cells: pd.DataFrame, settings: Sequence[str], first: str, second: str
+) -> list[PairedComparison]:
     """Compares two variants in every setting, and in the mean over settings if there are several."""
     sides = {
-        name: sweep.cells[sweep.cells.variant == name]
+        name: cells[cells.variant == name]
         .drop_duplicates(["setting", "seed"], keep="last")
         .set_index(["setting", "seed"])[["state", measure.name]]
         .set_axis(["state", "value"], axis=1)
@@ -92,7 +95,7 @@ def _compare(sweep: SweepRecord, measure: Measure, first: str, second: str) -> l
     difference = pairs[first].value - pairs[second].value
     states = pairs.xs("state", axis=1, level=1)
     missing = {key: _why_missing(states.loc[key], measure) for key in difference.index[difference.isna()]}
-    settings, found = sweep.settings(), []
+    found = []
     for setting in settings:
         mean = mean_of(difference[difference.index.get_level_values("setting") == setting].dropna())
         counts = sorted(Counter(why for (where, _), why in missing.items() if where == setting).items())
@@ -101,7 +104,7 @@ def _compare(sweep: SweepRecord, measure: Measure, first: str, second: str) -> l
     # Runs of one seed are not independent: their differences are averaged first, over settings that all seeds have.
     by_seed = difference.unstack("setting").dropna(how="all")
     complete = by_seed.dropna(axis=1)
-    if len(by_seed) > 0 and complete.shape[1] > 1:
+    if measure is not SENSITIVITY and len(by_seed) > 0 and complete.shape[1] > 1:
         setting = f"mean over {complete.shape[1]} of {len(settings)} settings, per seed"
         few = len(settings) - complete.shape[1]
         left_out = (f"{_plural(few, 'setting')} without a pair of every seed",) if few else ()
@@ -132,29 +135,6 @@ def _adjusted(items: list[PairedComparison]) -> list[PairedComparison]:
     return result
 
 
-class Sensitivity(NamedTuple):
-    """The learning-rate sensitivity of one variant in one setting of the other axes.
-
-    Attributes:
-        variant: The variant.
-        setting: The setting.
-        by_seed: The sensitivity of each seed that has all learning rates.
-        num_incomplete: Number of seeds that lack a run.
-        num_undefined: Number of seeds of which no run ended below its initial loss.
-    """
-
-    variant: str
-    setting: str
-    by_seed: dict[str, float]
-    num_incomplete: int
-    num_undefined: int
-
-    @property
-    def num_seeds(self) -> int:
-        """Number of all seeds."""
-        return len(self.by_seed) + self.num_incomplete + self.num_undefined
-
-
 def learning_rates(sweep: SweepRecord) -> list[float]:
     """Returns the learning rates of the sweep, sorted; [] if there is only one."""
     rates = sorted(float(value) for value in sweep.axes.get(LEARNING_RATE, []) if is_number(value))
@@ -167,54 +147,29 @@ def are_log_spaced(rates: Sequence[float]) -> bool:
     return bool(steps.size == 0 or steps.max() <= 1.15 * steps.min())
 
 
-def sensitivities(sweep: SweepRecord) -> list[Sensitivity]:
-    """Returns the learning-rate sensitivity of every setting and variant; [] if there is one rate."""
-    rates = learning_rates(sweep)
-    if not rates:
-        return []
+def sensitivities(sweep: SweepRecord) -> pd.DataFrame:
+    """Returns the learning-rate sensitivity by setting of the other axes, variant and seed.
+
+    Returns:
+        The columns setting, variant, seed, SENSITIVITY.name, and state: done, or why there is no value. No rows if
+        there is one learning rate.
+    """
+    rates, rows = learning_rates(sweep), []
     cells = sweep.cells.assign(setting=[setting_text(axes, LEARNING_RATE) for axes in sweep.cells.axis_values])
-    groups = dict(list(cells.groupby(["setting", "variant"])))
-    order = [(setting, variant) for setting in sweep.settings(LEARNING_RATE) for variant in sweep.variants]
-    return [_sensitivity(*key, groups[key], rates) for key in order if key in groups]
-
-
-def _sensitivity(setting: str, variant: str, cells: pd.DataFrame, rates: list[float]) -> Sensitivity:
-    by_seed, num_incomplete, num_undefined = {}, 0, 0
-    for seed, own in cells.groupby("seed"):
+    for key, own in cells.groupby(["setting", "variant", "seed"]) if rates else ():
         runs = own[has_outcome(own) & own.initial_loss.notna() & own.rate.notna()].drop_duplicates("rate", keep="last")
-        value = learning_rate_sensitivity(runs[FINAL_LOSS], runs.initial_loss)
+        value, state = learning_rate_sensitivity(runs[FINAL_LOSS], runs.initial_loss), "done"
         if len(runs) < len(rates):
-            num_incomplete += 1
+            value, state = math.nan, "without all learning rates"
         elif math.isnan(value):
-            num_undefined += 1
-        else:
-            by_seed[str(seed)] = value
-    return Sensitivity(variant, setting, by_seed, num_incomplete, num_undefined)
+            state = "undefined: no run ended below its initial loss"
+        rows.append((*key, value, state))
+    return pd.DataFrame(rows, columns=["setting", "variant", "seed", SENSITIVITY.name, "state"])
 
 
 def has_outcome(cells: pd.DataFrame) -> pd.Series:
     """Returns which runs were stable or diverged; a run that failed for other reasons has no outcome."""
     return cells.state.isin(["done", "diverged"])
-
-
-def _compare_sensitivities(sweep: SweepRecord, pairs: list[tuple[str, str]]) -> list[PairedComparison]:
-    found_of = {(item.variant, item.setting): item for item in sensitivities(sweep)}
-    found = []
-    for (first, second), setting in itertools.product(pairs, sweep.settings(LEARNING_RATE)):
-        if (first, setting) not in found_of or (second, setting) not in found_of:
-            continue
-        sides = [found_of[first, setting], found_of[second, setting]]
-        seeds = sorted(sides[0].by_seed.keys() & sides[1].by_seed.keys())
-        difference = mean_of([sides[0].by_seed[seed] - sides[1].by_seed[seed] for seed in seeds])
-        missing = max(item.num_seeds for item in sides) - len(seeds)
-        reasons = {
-            "a learning rate is missing": any(item.num_incomplete for item in sides),
-            "no run ended below its initial loss": any(item.num_undefined for item in sides),
-        }
-        why = " or ".join(reason for reason, holds in reasons.items() if holds) or "not in both"
-        left_out = (f"{_plural(missing, 'seed')} ({why})",) if missing else ()
-        found.append(PairedComparison(SENSITIVITY, first, second, setting, difference, left_out))
-    return found
 
 
 def stability_table(sweep: SweepRecord) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -170,15 +171,14 @@ def file_text(name: str) -> str:
 
 
 def _sensitivities(sweep: SweepRecord) -> dict[str, Any]:
-    rates, rows = comparisons.learning_rates(sweep), []
-    for item in comparisons.sensitivities(sweep):
-        remarks = {
-            "without all learning rates": item.num_incomplete,
-            "undefined: no run ended below its initial loss": item.num_undefined,
-        }
-        left_out = "; ".join(f"{count} seed(s) {why}" for why, count in remarks.items() if count)
-        mean = mean_of(list(item.by_seed.values()))
-        rows.append((item.setting, item.variant, wording.with_error(mean), mean.n, left_out))
+    table, rates, rows = comparisons.sensitivities(sweep), comparisons.learning_rates(sweep), []
+    for setting, variant in itertools.product(sweep.settings(LEARNING_RATE), sweep.variants):
+        own = table[(table.setting == setting) & (table.variant == variant)]
+        if len(own):
+            mean = mean_of(own[comparisons.SENSITIVITY.name].dropna())
+            left_out = own.state[own.state != "done"].value_counts().sort_index(ascending=False).items()
+            remarks = "; ".join(f"{count} seed(s) {why}" for why, count in left_out)
+            rows.append((setting, variant, wording.with_error(mean), mean.n, remarks))
     return {
         "sensitivities": without_repeats(rows),
         "rates": [value_text(rate) for rate in rates],
@@ -187,15 +187,13 @@ def _sensitivities(sweep: SweepRecord) -> dict[str, Any]:
 
 
 def _stability(sweep: SweepRecord) -> dict[str, Any]:
-    table, totals = comparisons.stability_table(sweep), []
-    for variant in sweep.variants:
-        cells = sweep.cells[sweep.cells.variant == variant]
-        totals.append((variant, int((cells.state == "diverged").sum()), int(comparisons.has_outcome(cells).sum())))
+    table = comparisons.stability_table(sweep)
+    totals = table.groupby("variant")[["diverged", "outcomes"]].sum().reindex(sweep.variants)
     rows = [
         (row.variant, row.setting, f"{row.diverged} of {row.outcomes}", row.failed or "", wording.number(row.spikes, 2))
         for row in table.itertuples()
     ]
-    return {"stability": rows, "divergences": totals}
+    return {"stability": rows, "divergences": list(totals.itertuples())}
 
 
 def _associations(sweep: SweepRecord, images: Images) -> dict[str, Any]:

@@ -124,21 +124,26 @@ def rate_lines(variant: str, by_rate: dict[float, list[float | None]], **more: A
 def test_learning_rate_sensitivity_is_that_of_each_seed() -> None:
     lines = rate_lines("a", {1e-3: [5.0, 5.5], 1e-2: [6.0, 5.0], 1e-1: [8.0, None]})
     lines.append(cell_of("a", {"optim.lr": 1e-1}, 2, state="diverged", final_loss=None, initial_loss=10.0))
-    (found,) = sensitivities(sweep_of(lines))
+    found = sensitivities(sweep_of(lines))
     # Seed 1: 0, 1, 3 above its best; seed 2: 0.5, 0, 10 - 5.
-    assert found.by_seed == pytest.approx({"1": 4 / 3, "2": 5.5 / 3})
-    assert (found.num_incomplete, found.num_undefined) == (0, 0)
+    assert found[SENSITIVITY.name].tolist() == pytest.approx([4 / 3, 5.5 / 3])
+    assert found.seed.tolist() == ["1", "2"] and found.state.tolist() == ["done", "done"]
 
 
 def test_seeds_without_all_rates_and_without_any_success_are_left_out() -> None:
     lines = rate_lines("a", {1e-3: [5.0, 5.5, 20.0], 1e-2: [6.0, None, 30.0]})
-    (found,) = sensitivities(sweep_of(lines))
-    assert found.by_seed == pytest.approx({"1": 0.5})
-    assert (found.num_incomplete, found.num_undefined) == (1, 1)
+    lines += rate_lines("b", {1e-3: [5.0, 5.5, 6.0], 1e-2: [6.0, 6.0, 6.0]})
+    found = sensitivities(sweep_of(lines)).set_index(["variant", "seed"])
+    assert found[SENSITIVITY.name].loc["a"].dropna().to_dict() == pytest.approx({"1": 0.5})
+    undefined = "undefined: no run ended below its initial loss"
+    assert found.state.loc["a"].tolist() == ["done", "without all learning rates", undefined]
+    comparison = compare(sweep_of(lines))[-1]
+    assert (comparison.measure, comparison.difference.n) == (SENSITIVITY, 1)
+    assert comparison.left_out == (f"1 pair (a {undefined})", "1 pair (a without all learning rates)")
 
 
 def test_one_rate_has_no_sensitivity() -> None:
-    assert sensitivities(sweep_of(rate_lines("a", {1e-3: [5.0, 5.5]}))) == []
+    assert sensitivities(sweep_of(rate_lines("a", {1e-3: [5.0, 5.5]}))).empty
 
 
 def test_spacing_of_rates() -> None:
