@@ -1,9 +1,12 @@
 """The models that benchmarks compare: one shape, the same weights, one way to do a training step each."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.baseline_gpt2 import BaselineGPT2, decay_groups
-from mlra_scale.config import Config, batch_plan
+from mlra_scale.config import Config, ModelConfig, batch_plan
 from mlra_scale.data import Batch
+from mlra_scale.model import initialization
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 from mlra_scale.parallel import Engine, Topology, build_engine, build_topology, destroy_topology, initialize_distributed
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -100,6 +105,38 @@ def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}
     return Config.from_dict(values)
+
+
+def draw_weights(shape: Shape, attentions: Sequence[str] = ("dense", "mlra")) -> dict[str, Tensor]:
+    """Initial weights by canonical name, with as many threads as there are cores.
+
+    Those that models of several kinds of attention have in common are equal.
+    """
+    drawn: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        running = []
+        for attention in attentions:
+            config = config_of(shape, attention, "fp32")
+            for name, info in ParameterTable(config.model).items():
+                if name not in drawn:
+                    drawn[name] = torch.empty(info.shape)
+                    arguments = (drawn[name], config.model, info, config.train.seed)
+                    running.append(pool.submit(initialization.fill_initial_values, *arguments))
+        for task in running:
+            task.result()
+    return drawn
+
+
+@contextmanager
+def given_weights(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Engines that are built inside start from these weights, of `draw_weights`, and draw none."""
+
+    def fill(tensor: Tensor, model: ModelConfig, info: ParameterInfo, seed: int) -> None:
+        with torch.no_grad():
+            tensor.copy_(weights[info.name])
+
+    with mock.patch.object(initialization, "fill_initial_values", fill):
+        yield
 
 
 def build_ours(

@@ -1,12 +1,13 @@
 """One GPU: utilisation in bf16 against what its matrix products reach, against other trainers, and parity with a CPU.
 
     python -m benchmarks.gpu [--dry-run] [--models "72 layers" gpt2-xl] [--contenders NAME ...] [--batch B]
-        [--rounds N] [--timeout S] [--no-parity] [--json FILE]
+        [--rounds N] [--timeout S] [--no-parity | --parity-only] [--json FILE]
     python -m benchmarks.gpu --device cpu --quick
 
-For 72 layers of width 1024 and for gpt2-xl: our trainer, dense and MLRA at R = D/2, plain PyTorch and transformers'
-GPT2LMHeadModel, each compiled and not, one after another, each in a process of its own with the whole device. All have
-a vocabulary of 50304, so that nobody pays for an odd number of columns. A contender that fails (memory too small, an
+For 72 layers of width 1024 and for gpt2-xl: our trainer under ZeRO 1, dense and MLRA at R = D/2, plain PyTorch and
+transformers' GPT2LMHeadModel, each compiled and not, one after another, each in a process of its own with the whole
+device. All have a vocabulary of 50304, so that nobody pays for an odd number of columns. The initial weights of a shape
+are drawn once. A contender that fails (memory too small, an
 error of the compiler, not done in time) is reported with its reason, and the others go on; the file of --json is
 written after each of them.
 
@@ -21,23 +22,21 @@ plain PyTorch's (or, without that, than the first dense one's) is reported as di
 MFU is ModelConfig.flops_per_token (factors counted once, no recomputation) times tokens/s over the best rate of square
 matrix products that was measured in the same run, so it does not depend on a data sheet. The aim is 50 % or better.
 
-Parity: losses and every gradient of small models on the GPU against a CPU, in fp32 to a tolerance, and in bf16 no
-further from the CPU's fp32 than twice what the CPU's own bf16 is. The exit code is 1 if it does not hold or could not
-be computed.
+Parity (benchmarks/gpu_parity.py): losses and every gradient of small models on the GPU against a CPU, in fp32 to a
+tolerance, and in bf16 no further from the CPU's fp32 than twice what the CPU's own bf16 is. One model is small; another
+has a document mask, and its head takes the tokens in several chunks. The exit code is 1 if it does not hold or could
+not be computed.
 
 No GPU: `--dry-run` prints what would be run, with FLOPs and predicted memory; `--device cpu --quick` runs the same
 code at a tiny size.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import os
-import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,14 +45,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from benchmarks.contenders import COMPILED_BLOCKS, Shape, config_of
-from benchmarks.gpu_child import AGAIN, COMPILED, DENSE, MLRA, PLAIN, TRANSFORMERS
-from benchmarks.gpu_parity import compare_bf16, compare_fp32, tensors_of
+from benchmarks.commands import CommandFailed, end_on_sigterm
+from benchmarks.contenders import Shape
+from benchmarks.gpu_child import AGAIN, COMPILED, DENSE, MLRA, PLAIN, TRANSFORMERS, config_for, run_child
+from benchmarks.gpu_parity import CASES, QUICK_CASES, parity, parity_lines
 from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import TOLERANCE, environment_of
-from mlra_scale.config import Config, batch_plan
+from mlra_scale.config import batch_plan
 from mlra_scale.planning.memory import rank_memory
 
 VOCAB = 50304
@@ -62,28 +61,11 @@ MODELS = {
     "gpt2-xl": Shape("gpt2-xl", 48, 1600, 25, batch_size=8, sequence_length=1024, vocab_size=VOCAB),
 }
 TINY = Shape("tiny", 2, 32, 2, batch_size=2, sequence_length=16, vocab_size=256)
-PARITY = Shape("parity", 4, 128, 4, batch_size=2, sequence_length=64, vocab_size=512)
 KINDS = (PLAIN, TRANSFORMERS, DENSE, MLRA)
 NAMES = (*KINDS, *(kind + COMPILED for kind in KINDS), PLAIN + AGAIN)
 STEPS_PER_ROUND = 3
 PRODUCTS = (4096, 8192, 16384)
 PRECISION = "bf16"
-
-
-class ChildFailed(RuntimeError):
-    """A process of this benchmark failed; the text is all that it told.
-
-    Args:
-        what: Which, and how it ended.
-        stderr: What it wrote.
-    """
-
-    def __init__(self, what: str, stderr: str = "") -> None:
-        super().__init__(f"{what}\n{stderr[-3000:]}".strip())
-        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-        # Compilers write advice behind their error.
-        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
-        self.last_line = (named or lines or [what])[-1]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, metavar="B", help="sequences per step (default: 8)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of a contender (default: 900)")
-    parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with a CPU")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--no-parity", action="store_true", help="leave out the comparison with a CPU")
+    parts.add_argument("--parity-only", action="store_true", help="nothing but the comparison with a CPU")
     return parser
 
 
@@ -128,9 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     models: list[dict[str, Any]] = []
     products = (128, 256) if arguments.quick else PRODUCTS
     task = {"precision": PRECISION, "rounds": report["rounds"], "steps": STEPS_PER_ROUND, "products": products}
-    for shape in shapes:
-        for result in measure(shape, names, partial(time_child, shape, task, arguments.device, arguments.timeout)):
-            write_report(arguments, report | {"models": [*models, result]})
+    for shape in [] if arguments.parity_only else shapes:
+        with drawn_weights(shape, arguments.timeout) as weights:
+            time_one = partial(time_child, shape, task | {"weights": weights}, arguments.device, arguments.timeout)
+            for result in measure(shape, names, time_one):
+                write_report(arguments, report | {"models": [*models, result]})
         models.append(result)
         print("\n".join(["", *table_lines(result, report["rounds"])]), flush=True)
     report["models"] = models
@@ -144,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_parity(report: dict[str, Any], arguments: argparse.Namespace) -> bool:
     """Puts parity into the report and prints it; returns whether it holds."""
     try:
-        found = parity(TINY if arguments.quick else PARITY, arguments.device, arguments.timeout)
-    except ChildFailed as error:
+        found = parity(QUICK_CASES if arguments.quick else CASES, arguments.device, arguments.timeout)
+    except CommandFailed as error:
         report["parity_failed"] = error.last_line
         print(f"\nparity failed: {error.last_line}", flush=True)
         print(error, file=sys.stderr)
@@ -165,10 +151,16 @@ def why_not(device: str, is_quick: bool) -> str | None:
     return None
 
 
-def config_for(shape: Shape, name: str) -> Config:
-    """The configuration of a contender's model; of ours the real one, of others one of as many FLOPs."""
-    sections = COMPILED_BLOCKS if name in (DENSE + COMPILED, MLRA + COMPILED) else {}
-    return config_of(shape, "mlra" if name.startswith(MLRA) else "dense", PRECISION, **sections)
+@contextlib.contextmanager
+def drawn_weights(shape: Shape, timeout_s: float) -> Iterator[str | None]:
+    """A file with the initial weights of a shape, dense and MLRA; None where it cannot be made: each draws its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        try:
+            run_child("cpu", "weights", {"shape": shape}, file, timeout_s)
+        except CommandFailed as error:
+            print(f"{shape.name}: the weights are drawn by each contender: {error.last_line}", flush=True)
+        yield str(file) if file.exists() else None
 
 
 def flops_per_step(shape: Shape, name: str) -> float:
@@ -203,15 +195,15 @@ def measure(shape: Shape, names: Sequence[str], time_one: Callable[[str], dict[s
 
 
 def time_child(shape: Shape, task: Mapping[str, Any], device: str, timeout_s: float, name: str) -> dict[str, Any]:
-    """What a contender reported from its process; `failed` with the reason, and `told`, if it failed."""
+    """What a contender reported from its process; `failed` with the reason, and `output`, if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         try:
             run_child(device, "time", {**task, "shape": shape, "name": name}, file, timeout_s)
             found: dict[str, Any] = json.loads(file.read_text())
-        except ChildFailed as error:
+        except CommandFailed as error:
             print(error, file=sys.stderr)
-            return {"failed": error.last_line, "told": str(error)}
+            return {"failed": error.last_line, "output": str(error)}
     return found
 
 
@@ -271,63 +263,6 @@ def differences(first_loss: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def run_child(device: str, what: str, specification: dict[str, Any], file: Path, timeout_s: float) -> None:
-    """Runs benchmarks.gpu_child.
-
-    Raises:
-        ChildFailed: It failed, took too long, or did not write its file.
-    """
-    text = json.dumps({**specification, "shape": dataclasses.asdict(specification["shape"])})
-    command = [sys.executable, "-m", "benchmarks.gpu_child", "--device", device, what, text, str(file)]
-    environment = {**os.environ, "DS_ACCELERATOR": device}  # not what this process, on a GPU, chose for itself
-    # A file and not a pipe, and a session of its own: compilers start processes that would hold the pipe open, and that
-    # must not outlive a child that is ended.
-    with tempfile.TemporaryFile("w+", errors="replace") as stderr:
-        child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
-        )
-        try:
-            code = child.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            raise ChildFailed(f"{what} {text}: not done after {timeout_s:g} s") from None
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        stderr.seek(0)
-        if code != 0:
-            raise ChildFailed(f"{what} {text}: exit code {code}", stderr.read())
-        if not file.exists():
-            raise ChildFailed(f"{what} {text}: it wrote no result", stderr.read())
-
-
-def parity(shape: Shape, device: str, timeout_s: float) -> dict[str, dict[str, Any]]:
-    """Compares losses and gradients of a device with a CPU's.
-
-    Args:
-        shape: A small model.
-        device: "cuda"; "cpu" compares a CPU with itself.
-        timeout_s: Seconds for each of the two.
-
-    Returns:
-        By attention and precision: relative differences of the loss and of the gradients, their bounds, and whether
-        they hold.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / "reference", Path(folder) / "device"]
-        for place, file in zip(("cpu", device), files, strict=True):
-            run_child(place, "gradients", {"shape": shape}, file, timeout_s)
-        reference, ours = (load_file(file) for file in files)
-    found = {}
-    for attention in ("dense", "mlra"):
-        exact = tensors_of(reference, f"{attention}/fp32/")
-        found[f"{attention} fp32"] = compare_fp32(tensors_of(ours, f"{attention}/fp32/"), exact)
-        found[f"{attention} bf16"] = compare_bf16(
-            tensors_of(ours, f"{attention}/bf16/"), tensors_of(reference, f"{attention}/bf16/"), exact
-        )
-    return found
-
-
 def dry_run_lines(shapes: Sequence[Shape], names: Sequence[str]) -> list[str]:
     """What would be run, as text."""
     lines = []
@@ -343,7 +278,7 @@ def dry_run_lines(shapes: Sequence[Shape], names: Sequence[str]) -> list[str]:
             is_ours = name.startswith((DENSE, MLRA))
             memory = f"{predicted_bytes(shape, name) / 2**30:>15.2f}{'' if is_ours else ' and activations'}"
             lines.append(f"{name:32}{parameters:>15,}{flops_per_step(shape, name) / 1e12:>16.2f}{memory}")
-    lines += ["", "then losses and gradients of a small model, dense and MLRA, fp32 and bf16, against a CPU"]
+    lines += ["", "then losses and gradients of small models, dense and MLRA, fp32 and bf16, against a CPU"]
     return lines
 
 
@@ -370,16 +305,6 @@ def table_lines(result: dict[str, Any], rounds: int) -> list[str]:
     return lines
 
 
-def parity_lines(found: dict[str, dict[str, Any]], device: str) -> list[str]:
-    """Parity as text."""
-    lines = [f"{device} against cpu, relative differences (bounds); fp32 gradients: the worst, as a share of its bound"]
-    for name, row in found.items():
-        lines.append(
-            f"{name:12} loss {row['loss']:.2e} ({row['loss_bound']:.2e})   gradient {row['gradient']:.2e} "
-            f"({row['gradient_bound']:.2e})  {'holds' if row['holds'] else 'DOES NOT HOLD'}  {row['worst']}"
-        )
-    return lines
-
-
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -167,6 +167,14 @@ def _in_turns(actions: dict[str, Callable[[], Any]], rounds: int, repeats: int) 
     return seconds
 
 
+def _added_product_flops(_: object, left: tuple[int, int], right: tuple[int, int], **__: object) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+PRODUCTS = {torch.ops.aten.addmm_: _added_product_flops}
+"""For FlopCounterMode, which by itself does not count a product that is added in place."""
+
+
 class SentNumbers(TorchDispatchMode):
     """Adds up how many numbers this rank sends in collectives, by the rings' shares: (t - 1) / t, all-reduce twice."""
 
@@ -200,7 +208,7 @@ def count(shape: Shape, tokens: int, parts: Sequence[int]) -> dict[str, tuple[fl
     found = {}
     for plan in plans_of(group.size(), parts):
         projections = Projections(shape, plan, tokens, group)
-        with FlopCounterMode(display=False) as flops, SentNumbers(group.size()) as sent:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as flops, SentNumbers(group.size()) as sent:
             projections.run()
         found[str(plan)] = (float(flops.get_total_flops()), sent.numbers)
     return found

@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks.contenders import Shape, config_of
 from benchmarks.planner_calibration import calibrate
-from benchmarks.planner_ranks import RANKS, Memory, Pair, serve_layout
+from benchmarks.planner_ranks import RANKS, Memory, pair, serve_layout
+from benchmarks.processes import Ranks
 from benchmarks.report import add_common, check_common, write_report
 from benchmarks.step_time import environment_of
 from mlra_scale.config import Config, batch_plan, validate
@@ -107,10 +108,10 @@ def configuration(shape: Shape, layout: Layout) -> Config:
 
 def measure(names: Sequence[str], configs: Sequence[Config], rounds: int) -> list[tuple[list[float], Memory]]:
     """Returns seconds of a step by round, and memory, of every layout; of the rank that needs most."""
-    pairs: list[Pair] = []
+    pairs: list[Ranks] = []
     try:
         for name, config in zip(names, configs, strict=True):
-            pairs.append(Pair(name, serve_layout, config, timeout_s=TIMEOUT_S))
+            pairs.append(pair(name, serve_layout, config, TIMEOUT_S))
         seconds: list[list[float]] = [[] for _ in pairs]
         for turn in range(rounds + 1):
             for offset in range(len(pairs)):
@@ -119,12 +120,12 @@ def measure(names: Sequence[str], configs: Sequence[Config], rounds: int) -> lis
                 if turn:  # the first one warms up
                     seconds[index].append(answer)
         memories = []
-        for pair in pairs:
-            memories.append(max(pair.ask("memory"), key=lambda memory: memory.tensors))
-            pair.close()
+        for ranks in pairs:
+            memories.append(max(ranks.ask("memory"), key=lambda memory: memory.tensors))
+            ranks.close()
     finally:
-        for pair in pairs:
-            pair.close()
+        for ranks in pairs:
+            ranks.close()
     return list(zip(seconds, memories, strict=True))
 
 

@@ -33,9 +33,11 @@ from mlra_scale.config import (
     validate,
 )
 from mlra_scale.data.errors import DataError
+from mlra_scale.training.device_environment import set_device_environment
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.layout import Devices, devices_unseen, is_open, settled
 from mlra_scale.training.run_directory import RunDirectory, held
 
 if TYPE_CHECKING:
@@ -99,7 +101,9 @@ def main(
         run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
         config, named, is_as_before = resolve(arguments)
         if arguments.dry_run:
-            return _dry_run(config, rank, config.parallel.world_size or world_size)
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+            number = config.parallel.world_size or world_size
+            return _dry_run(config, named, rank, devices_unseen(config, number, per_node))
         from mlra_scale.training.start import Asked
 
         asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before)
@@ -144,6 +148,7 @@ def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Co
 
 def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Interruption) -> int:
     """Checks everything, keeps other runs out of the directory, and trains."""
+    set_device_environment(asked.config, os.environ, is_open(asked.config, asked.named))
     from mlra_scale.training.candidates import choose
     from mlra_scale.training.launch import run
     from mlra_scale.training.overseer import Overseer
@@ -162,11 +167,13 @@ def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Int
         return run(asked, start, overseer, interruption)
 
 
-def _dry_run(config: Config, rank: int, world_size: int) -> int:
-    """Prints the plan of a world that need not be there; data are checked if they are named."""
+def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
+    """Prints the plan for devices that need not be there; data are checked if they are named."""
     problems: list[Problem] = []
+    layout = None
     try:
-        validate(config, world_size)
+        config, layout = settled(config, named, devices)
+        validate(config, devices.number)
     except ConfigError as error:
         problems += error.problems
     if config.data.path is not None or config.data.blend is not None:
@@ -176,7 +183,7 @@ def _dry_run(config: Config, rank: int, world_size: int) -> int:
     if problems:
         raise ConfigError(problems)
     if rank == 0:
-        print(plan_report(config, batch_plan(config, world_size)))
+        print(plan_report(config, batch_plan(config, devices.number), layout, devices))
     return ExitCode.DONE
 
 

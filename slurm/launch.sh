@@ -1,10 +1,12 @@
 # shellcheck shell=bash
 # Starts a training as a Slurm job; sourced by the sbatch files of this folder, which set
-#   preset, ds_config, layout=(overrides)     what is trained unless the command line says otherwise
+#   preset                    what is trained unless the command line says otherwise
+#   ds_config                 DeepSpeed's settings; without it the planner chooses them with the rest of the layout
 #
 # Everything after the file's name goes to `python -m mlra_scale.train`: flags (--preset, --config, --ds-config,
 # --run-dir, --resume) and dotted overrides. Two more, on a login node and for the nodes that the file asks for:
-#   --dry-run                 the plan: mesh, batch, parameters, memory per rank
+#   --dry-run                 the plan: layout, batch, parameters, memory per rank, time of a step; for other GPUs than
+#                             H100 with cluster.device=a100 or h200
 #   --check                   the plan, and everything that would make the job refuse to start; exit code 2 if there is
 # Choices by environment (docs/slurm.md), beside those of environment.sh:
 #   MLRA_PYTHON="..."         interpreter on the nodes, a container's command in front of it:
@@ -27,19 +29,26 @@ for argument in "$@"; do
         given+=("$argument")
     fi
 done
-arguments=(--preset "$preset" --ds-config "$ds_config" --resume auto)
-arguments+=(${layout[@]+"${layout[@]}"} ${given[@]+"${given[@]}"})
+arguments=(--preset "$preset" ${ds_config:+--ds-config "$ds_config"} --resume auto)
+# With ?= they hold where neither the command line nor a --config file names the field.
+arguments+=('parallel.layout?=auto' 'guard.enabled?=true' ${given[@]+"${given[@]}"})
 
 if [[ -n $wanted ]]; then
     # For the job that the file asks for, also from a shell that is inside another one (salloc).
     nodes=${MLRA_NODES:-$(sbatch_value nodes)} gpus=$(sbatch_value gpus-per-node)
+    per_node=${PROCESSES_PER_NODE:-$gpus}
+    if ! [[ $nodes =~ ^[1-9][0-9]{0,5}$ && $per_node =~ ^[1-9][0-9]{0,5}$ ]]; then
+        echo "$0: MLRA_NODES = '$nodes' and PROCESSES_PER_NODE = '$per_node' must be whole numbers from 1 on" >&2
+        exit 2
+    fi
     if [[ $wanted == --check ]]; then
         # The run directory of a job that has no number yet is a new one.
         arguments=(--run-dir "runs/$(sbatch_value job-name)-check" "${arguments[@]}")
         exec python -m mlra_scale.cluster.check --nodes "$nodes" --gpus-per-node "$gpus" -- "${arguments[@]}"
     fi
-    ranks=$((nodes * ${PROCESSES_PER_NODE:-$gpus}))
-    exec python -m mlra_scale.train "${arguments[@]}" --dry-run "parallel.world_size=$ranks" train.device=cuda
+    export LOCAL_WORLD_SIZE=$per_node
+    ranks=$((nodes * LOCAL_WORLD_SIZE))
+    exec python -m mlra_scale.train train.device=cuda "${arguments[@]}" --dry-run "parallel.world_size=$ranks"
 fi
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then

@@ -18,13 +18,14 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     from mlra_scale.config import Config, Named
     from mlra_scale.planning.cluster import Cluster
-    from mlra_scale.planning.search import Candidate, Engine, Found
+    from mlra_scale.planning.search import Candidate, Found
 
 EXAMPLES = """examples:
   python tools/plan.py --preset gpt2-mlra-72l --cluster h100 --nodes 4
   python tools/plan.py --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json
   python tools/plan.py --preset gpt2-mlra-72l --cluster h100 parallel.tensor=2 train.micro_batch_size=4
   python tools/plan.py --preset laptop --cluster cpu
+  python tools/plan.py --preset gpt2-mlra-72l --cluster-file runs/check-1234/cluster.json --nodes 8
 
 Fields that are named, by an override or in the --config file, stay as they are; the rest of the layout is searched.
 What the estimates are made of, and their limits: docs/planning.md.
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="plan.py",
         description="Every layout of a preset that passes the validation and fits into the memory: memory per rank by "
-        "component, step time, MFU, bubble and communication as estimates, and the command of the fastest.",
+        "component, step time, MFU, bubble and communication as estimates, and the command of the planner's choice.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +46,13 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", help="starting point, as for mlra_scale.train")
     add("--config", metavar="FILE.yaml", help="fields that replace the preset's")
     add("--ds-config", metavar="FILE.json", help="DeepSpeed's own knobs; without it those of ds_configs/ are tried")
-    add("--cluster", default="h100", metavar="NAME", help="h100, a100 or cpu, which the rest changes (default: h100)")
+    start = result.add_mutually_exclusive_group()
+    start.add_argument(
+        "--cluster", default="h100", metavar="NAME", help="h100 (default), a100, h200 or cpu, which the rest changes"
+    )
+    start.add_argument(
+        "--cluster-file", type=Path, metavar="FILE", help="constants that sbatch slurm/check.sh has measured, instead"
+    )
     add("--nodes", type=_count, metavar="N", help="number of nodes (default: 1)")
     add("--devices-per-node", type=_count, metavar="M", help="devices, and ranks, of a node")
     add("--memory-gib", type=_positive, metavar="G", help="memory of a device")
@@ -86,34 +93,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code."""
     options = parser().parse_intermixed_args(arguments)
     from mlra_scale.config import ConfigError, load_named_config
+    from mlra_scale.planning.choice import chosen_of, engines_for
     from mlra_scale.planning.plan_text import found_text, nothing_fits
     from mlra_scale.planning.search import search
 
     try:
         cluster = cluster_of(options)
         config, named = load_named_config(options.preset, options.config, options.ds_config, options.overrides)
-        if cluster.name == "cpu":
+        if not cluster.runs_ahead:
             config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
-        found = search(config, named, cluster, engines())
+        found = search(config, named, cluster, engines_for(config))
         if not found.feasible:
             print(f"plan: {nothing_fits(found, cluster)}", file=sys.stderr)
             return 2
-        lines = commands_of(found.feasible[0], cluster, options)
+        chosen = chosen_of(found, cluster).chosen
+        lines = commands_of(chosen, cluster, options)
     except ConfigError as error:
         print("\n".join(["plan: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
         return 2
-    print(found_text(found, cluster, options.top))
-    print("\n".join(["", "the fastest:", *(f"  {line}" for line in lines)]))
+    print(found_text(found, cluster, chosen, options.top))
+    print("\nthe planner's choice (*), which parallel.layout=auto runs:")
+    print("\n".join(f"  {line}" for line in lines))
     if options.json is not None:
-        return write(options.json, found, cluster, lines)
+        return write(options.json, found, cluster, chosen, lines)
     return 0
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
-    """Returns the named cluster with what the command line replaces."""
+    """Returns the named cluster, or that of a file, with what the command line replaces."""
     from mlra_scale.planning.cluster import GIB, named_cluster
+    from mlra_scale.planning.cluster_file import read_cluster_file
 
-    cluster = named_cluster(options.cluster)
+    file = options.cluster_file
+    cluster = named_cluster(options.cluster) if file is None else read_cluster_file(file)
     given: dict[str, Any] = {
         "nodes": options.nodes,
         "devices_per_node": options.devices_per_node,
@@ -124,20 +136,6 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         "link_inter": options.link_gbps_inter and options.link_gbps_inter * 1e9 / 8,
     }
     return replace(cluster, **{name: value for name, value in given.items() if value is not None})
-
-
-def engines() -> list[Engine]:
-    """Returns no ZeRO, and what the files of ds_configs/ hold."""
-    from mlra_scale.planning.search import Engine
-
-    files = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
-    return [
-        Engine(None, {}),
-        *(
-            Engine(f"ds_configs/{name}.json", json.loads((ROOT / "ds_configs" / f"{name}.json").read_text()), is_for)
-            for name, is_for in files.items()
-        ),
-    ]
 
 
 def commands_of(best: Candidate, cluster: Cluster, options: argparse.Namespace) -> list[str]:
@@ -164,13 +162,14 @@ def reload(best: Candidate, options: argparse.Namespace) -> tuple[Config, Named]
     return loaded
 
 
-def write(path: Path, found: Found, cluster: Cluster, lines: list[str]) -> int:
+def write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines: list[str]) -> int:
     """Writes everything that was found; returns the exit code."""
     from mlra_scale.planning.plan_text import plain
 
     values = {
         "cluster": asdict(cluster),
         "layouts": [plain(candidate) for candidate in found.feasible],
+        "chosen": next(index for index, each in enumerate(found.feasible) if each is chosen),
         "left_out": dict(found.left_out),
         "commands": lines,
     }

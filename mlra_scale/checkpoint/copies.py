@@ -67,11 +67,12 @@ class RankCopies:
 
 def copied_parameters(engine: Engine) -> frozenset[str]:
     """Returns the parameters that some rank holds without being their owner; collective, the same on every rank."""
-    names = {fragment.name for fragment in engine.held_fragments()}
-    mine = sorted(name for name in names if not engine.owns(name))
-    gathered: list[list[str]] = [[] for _ in range(engine.topology.world_size)]
-    dist.all_gather_object(gathered, mine, group=engine.topology.control_group)
-    return frozenset().union(*gathered)
+    names = sorted(engine.table)
+    held = {fragment.name for fragment in engine.held_fragments()}
+    # A number per parameter, added up on the way: names of every rank on every rank would be megabytes of thousands.
+    is_copied = torch.tensor([name in held and not engine.owns(name) for name in names], dtype=torch.int32)
+    dist.all_reduce(is_copied, op=dist.ReduceOp.MAX, group=engine.topology.control_group)
+    return frozenset(name for name, is_one in zip(names, is_copied.tolist(), strict=True) if is_one)
 
 
 def digests_on_device(

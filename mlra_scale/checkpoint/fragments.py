@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mlra_scale.checkpoint.errors import CheckpointError
 from mlra_scale.checkpoint.manifest import Manifest, StoredParameter
@@ -24,9 +24,8 @@ FRAGMENTS = "fragments.json"
 Run = tuple[str, int, int]
 
 
-@dataclass(frozen=True)
-class StoredFragment:
-    """A run of elements of one parameter in one file.
+class StoredFragment(NamedTuple):
+    """A run of elements of one parameter in one file; with ZeRO 3 there are millions on thousands of ranks.
 
     Attributes:
         file: Name of the file in the checkpoint's folder.
@@ -69,11 +68,12 @@ def parse(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment
         for file, entry in parse_json(content, "the file").items():
             if file not in manifest.files:
                 raise ValueError(f"the manifest does not list {file}")
+            tensor_rank = entry["tensor_rank"]
             for name, start, numel in entry["runs"]:
-                if not all(type(value) is int for value in (start, numel, entry["tensor_rank"])):
+                if type(start) is not int or type(numel) is not int or type(tensor_rank) is not int:
                     raise ValueError(f"{name} has a run from {start!r} of {numel!r} elements")
                 is_split = manifest.parameters[name].shard_dim is not None
-                found.append(StoredFragment(file, name, start, numel, entry["tensor_rank"] if is_split else 0))
+                found.append(StoredFragment(file, name, start, numel, tensor_rank if is_split else 0))
         faults = _coverage_faults(found, manifest.parameters, manifest.tensor)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(

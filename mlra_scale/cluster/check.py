@@ -9,10 +9,12 @@ the run directory, and not the GPUs, which are elsewhere.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.cluster.overview import is_held
@@ -22,6 +24,10 @@ from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
+
+LAYOUT = "layout of the ranks: "
+"""Beginning of the line by which a job learns what the planner has chosen, and for which devices: a JSON object with
+`overrides` (a list), `device` (what the driver calls one, or null) and `memory` (its bytes, or null)."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         if arguments.processes is not None:
-            print(checked(arguments.training, arguments.nodes, arguments.processes, arguments.device))
+            plan, layout = checked(arguments.training, arguments.nodes, arguments.processes, arguments.device)
+            print(plan if layout is None else f"{plan}\n{LAYOUT}{json.dumps(layout)}")
         else:
             settings = Settings.of({**_without_slurm(), "SLURM_GPUS_ON_NODE": str(arguments.gpus_per_node or 0)})
-            print(checked(arguments.training, arguments.nodes, settings.processes, settings.device, is_login=True))
-            print("\nchecked: the job would be accepted, as far as a login node can see")
+            plan, _ = checked(arguments.training, arguments.nodes, settings.processes, settings.device, is_login=True)
+            print(f"{plan}\n\nchecked: the job would be accepted, as far as a login node can see")
     except ConfigError as error:
         lines = "\n".join(f"  {problem}" for problem in error.problems)
         print(f"mlra_scale.cluster.check: bad input\n{lines}", file=sys.stderr, flush=True)
@@ -54,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitCode.DONE
 
 
-def checked(training: Sequence[str], nodes: int, processes: int, device: str, is_login: bool = False) -> str:
+def checked(
+    training: Sequence[str], nodes: int, processes: int, device: str, is_login: bool = False
+) -> tuple[str, dict[str, Any] | None]:
     """Checks the start of a job.
 
     Args:
@@ -65,12 +74,13 @@ def checked(training: Sequence[str], nodes: int, processes: int, device: str, is
         is_login: Whether this is not a node of the job.
 
     Returns:
-        The plan of the run.
+        The plan of the run, and what the job learns of the layout that the planner has chosen (see LAYOUT); None with
+        parallel.layout=manual.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from mlra_scale.training.start import Asked, prepare
+    from mlra_scale.training.start import Asked, devices_of, prepare
 
     parsed = build_parser().parse_intermixed_args(training)
     config, _, _ = resolve(parsed)
@@ -80,13 +90,19 @@ def checked(training: Sequence[str], nodes: int, processes: int, device: str, is
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)
+    asked = Asked(config, named, run, parsed.resume, world_size, is_as_before, processes)
     try:
-        start = prepare(Asked(config, named, run, parsed.resume, world_size, is_as_before), is_here=not is_login)
+        start = prepare(asked, is_here=not is_login)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    return plan_report(start.config, batch_plan(start.config, world_size))
+    devices = devices_of(asked, start.config, not is_login)
+    plan = plan_report(start.config, batch_plan(start.config, world_size), start.layout, devices)
+    if start.config.parallel.layout == "manual":
+        return plan, None
+    overrides = [] if start.layout is None else start.layout.overrides
+    return plan, {"overrides": overrides, "device": devices.name, "memory": devices.memory}
 
 
 def of_ranks(config: Config, device: str, world_size: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mlra_scale.cluster.check import LAYOUT
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, slurm_environment, step_command
 from mlra_scale.config import Config
@@ -29,11 +31,17 @@ class Checked:
         kind: bad_input: the message says what to change; failed: it could not be made; None: nothing is wrong.
         said: The message.
         plan: The plan of the run.
+        layout: Overrides that name the layout which the planner has chosen; none where everything was named.
+        device: What the driver calls the devices that the layout was chosen for; None: it was not said.
+        memory: Bytes of one of them; None: it was not said.
     """
 
     kind: Literal["bad_input", "failed"] | None
     said: str = ""
     plan: str = ""
+    layout: tuple[str, ...] = ()
+    device: str | None = None
+    memory: float | None = None
 
 
 def check_on_this_node(
@@ -63,7 +71,9 @@ def check_on_this_node(
     except (OSError, subprocess.SubprocessError) as error:
         return Checked("failed", f"the check of the start failed: {error}")
     if result.returncode == ExitCode.DONE:
-        return Checked(None, plan=result.stdout)
+        if config.parallel.layout == "manual":
+            return Checked(None, plan=result.stdout)
+        return accepted(result.stdout)
     # srun ends with its task's exit code, and says so itself.
     lines = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
     said = "\n".join(lines).strip()
@@ -71,6 +81,26 @@ def check_on_this_node(
         return Checked("bad_input", said)
     said = said or result.stderr.strip()
     return Checked("failed", f"the check of the start ended with exit code {result.returncode}: {said}")
+
+
+def accepted(output: str) -> Checked:
+    """Reads the plan and the layout from what a check has printed; whatever follows the line of the layout is ignored.
+
+    Args:
+        output: Of a check that found nothing wrong, with parallel.layout=auto.
+    """
+    plan, _, rest = output.rpartition(LAYOUT)
+    line = rest.partition("\n")[0]
+    try:
+        said = json.loads(line)
+        overrides, device, memory = said["overrides"], said["device"], said["memory"]
+    except (ValueError, TypeError, KeyError):
+        overrides, device, memory = None, None, None
+    is_list = isinstance(overrides, list) and all(isinstance(each, str) for each in overrides)
+    is_memory = memory is None or (isinstance(memory, (int, float)) and memory > 0)
+    if is_list and is_memory and (device is None or isinstance(device, str)):
+        return Checked(None, plan=plan, layout=tuple(overrides), device=device, memory=memory)
+    return Checked("failed", f"the check of the start does not say which layout it has chosen: {line[-200:]}")
 
 
 def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> subprocess.CompletedProcess[str]:

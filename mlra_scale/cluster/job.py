@@ -34,9 +34,10 @@ from mlra_scale.cluster.job_file import Attempt, JobFile, now
 from mlra_scale.cluster.policy import Decision, End, EndKind, decide, seconds_before_restart
 from mlra_scale.cluster.queue import ended_by_slurm, put_back
 from mlra_scale.cluster.settings import Settings
-from mlra_scale.config import Config, ConfigError, Problem, validate
+from mlra_scale.config import ConfigError, Problem, validate
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.layout import Devices, settled
 from mlra_scale.training.record import read_record, write_atomically
 from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
 
@@ -52,7 +53,10 @@ def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
     """Returns the training's arguments with absolute paths at their end: a container may start elsewhere."""
     parsed = build_parser().parse_intermixed_args(arguments)
     paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
-    return [*arguments, *(word for flag, path in paths if path for word in (flag, str(Path(path).absolute())))]
+    words = [word for flag, path in paths if path for word in (flag, str(Path(path).absolute()))]
+    files = [value for name, _, value in (each.partition("=") for each in parsed.overrides) if name == "cluster.file"]
+    is_path = bool(files) and files[-1] not in ("", "null", "~")
+    return [*arguments, *words, *([f"cluster.file={Path(files[-1]).absolute()}"] if is_path else [])]
 
 
 def wait_for_stop(seconds: float, is_asked: Callable[[], bool]) -> None:
@@ -84,11 +88,13 @@ class Job:
         signals: Sequence[int] = (),
         checked: Checked | None = None,
     ) -> None:
-        self._allocation, self._settings, self._checked = allocation, settings, checked
+        self._allocation, self._settings = allocation, settings
+        self._checks = {} if checked is None or checked.kind is not None else {len(allocation.nodes): checked}
+        self._too_few: set[int] = set()  # numbers of nodes that a check has refused
         self._arguments = with_absolute_paths(arguments)
         parsed = build_parser().parse_intermixed_args(self._arguments)
         self._run = RunDirectory(Path(parsed.run_dir))
-        self._config: Config = resolve(parsed)[0]
+        self._config, self._named, _ = resolve(parsed)
         self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
         self._signals = signals
         with _told_as_problems(self._run.path):
@@ -115,8 +121,9 @@ class Job:
         """Runs attempts until the job ends here; returns the batch script's exit code."""
         allocation, cluster = self._allocation, self._config.cluster
         self._say(f"job {allocation.job_id} on {len(allocation.nodes)} node(s): {' '.join(allocation.nodes)}")
-        earlier, nodes = self._file.ends, self._first_nodes()
-        end = self._check(nodes) or self._attempt(nodes)
+        earlier = self._file.ends
+        nodes, end = self._checked(self._first_nodes())
+        end = end or self._attempt(nodes)
         while True:
             self._usable = [node for node in self._usable if node not in end.bad_nodes]
             decision = decide(
@@ -134,8 +141,10 @@ class Job:
                 return self._carry_out(decision, end)
             self._wait(seconds_before_restart(self._file.ends))
             self._say(f"goes on, on {len(decision.nodes)} node(s)")
-            nodes, earlier = decision.nodes, self._file.ends
-            end = self._stopped_before() or self._attempt(nodes)
+            nodes, earlier, end = decision.nodes, self._file.ends, self._stopped_before()
+            if end is None and self._config.parallel.layout == "auto" and len(nodes) not in self._checks:
+                nodes, end = self._checked(nodes)  # another number than before: the planner chooses again
+            end = end or self._attempt(nodes)
 
     def _first_nodes(self) -> tuple[str, ...]:
         """Returns the nodes for the first attempt: all, or if fewer will do those that were not found to be bad."""
@@ -164,8 +173,8 @@ class Job:
             return self._refused(
                 "bad_node", f"Slurm has given nodes that were found to be bad: {' '.join(sorted(bad))}"
             )
-        checked = self._checked if nodes == self._allocation.nodes else None
-        if checked is None or checked.kind is not None:
+        checked = self._checks.get(len(nodes))
+        if checked is None:
             checked = check_on_this_node(
                 self._arguments,
                 self._allocation,
@@ -175,9 +184,28 @@ class Job:
                 lambda: self.is_stop_asked,
             )
         self._print(checked.plan.encode(errors="replace"))
-        if (stopped := self._stopped_before()) is not None or checked.kind is None:
+        if (stopped := self._stopped_before()) is not None:
             return stopped
-        return self._refused(checked.kind, checked.said)
+        if checked.kind is not None:
+            return self._refused(checked.kind, checked.said)
+        self._checks[len(nodes)] = checked
+        return None
+
+    def _checked(self, nodes: tuple[str, ...]) -> tuple[tuple[str, ...], End | None]:
+        """Returns the nodes that a check accepts, and what is wrong if there are none; see `_check`.
+
+        That nothing fits on a part of the allocation is the loss of nodes and no bad input: fewer nodes may still do
+        (over which the batch divides otherwise), and all of them will.
+        """
+        while True:
+            end, is_part = self._check(nodes), len(nodes) < len(self._allocation.nodes)
+            if end is None or end.kind != "bad_input" or not is_part or self._config.parallel.layout == "manual":
+                return nodes, end
+            self._too_few.add(len(nodes))
+            fewer = next((number for number in range(len(nodes) - 1, 0, -1) if self._divides_over(number)), 0)
+            if not fewer:
+                return (), self._refused("lost_node", f"the nodes that are left do not run it: {end.reason}")
+            nodes = nodes[:fewer]
 
     def _refused(self, kind: EndKind, said: str) -> End:
         self._print(f"{said}\n".encode(errors="replace"))
@@ -230,7 +258,9 @@ class Job:
         nonce = secrets.token_hex(8)
         write_atomically(logs / "nonce", nonce)
         world_size = len(nodes) * settings.processes
-        training = [*self._arguments, *of_ranks(self._config, settings.device, world_size)]
+        checked = self._checks.get(len(nodes))
+        layout = () if checked is None else checked.layout
+        training = [*self._arguments, *layout, *of_ranks(self._config, settings.device, world_size)]
         address = partial(slurm.address, is_stop_asked=lambda: self.is_stop_asked)
         job_address = address(self._allocation.here)
         hang_minutes = cluster.hang_minutes or self._config.parallel.timeout_minutes / 2
@@ -289,10 +319,18 @@ class Job:
         return code
 
     def _divides_over(self, num_nodes: int) -> bool:
+        """Whether so many nodes can run the configuration, with some layout where the planner chooses it."""
         parallel = self._config.parallel.model_copy(update={"world_size": None})
         config = self._config.model_copy(update={"parallel": parallel})
+        number = num_nodes * self._settings.processes
+        if num_nodes in self._too_few:
+            return False
+        # As the latest check has seen them; before the first one nobody knows.
+        seen = next(reversed(self._checks.values()), Checked(None))
+        devices = Devices(number, self._settings.processes, self._device, seen.device, seen.memory)
         try:
-            validate(config, num_nodes * self._settings.processes, device=self._device)
+            config, _ = settled(config, self._named, devices)
+            validate(config, number, device=self._device)
         except ConfigError:
             return False
         return True

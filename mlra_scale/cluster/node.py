@@ -30,6 +30,9 @@ from mlra_scale.cluster.messages import RankMessage
 from mlra_scale.cluster.pulse import PULSE_VARIABLE, Beat, PulseSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
+from mlra_scale.config import ConfigError
+from mlra_scale.train import build_parser, resolve
+from mlra_scale.training.device_environment import set_device_environment
 
 STACKS_VARIABLE = "MLRA_SCALE_STACKS_FOLDER"
 NODE_VARIABLE = "MLRA_SCALE_NODE"
@@ -276,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "TORCH_FR_DUMP_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
             "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{arguments.logs}/nccl-rank-",
         }
+        with contextlib.suppress(ConfigError):  # which the ranks report
+            set_device_environment(resolve(build_parser().parse_intermixed_args(arguments.training))[0], os.environ)
         bad_nodes = {node: fault} if (fault := folder_fault(arguments.logs, arguments.nonce)) else {}
         failures = [] if bad_nodes else _launch(arguments, node_rank)
         watch.ended(failures=failures, bad_nodes=bad_nodes)

@@ -1,23 +1,30 @@
 """Checks of the nodes by the ranks themselves, before the first step: a bad node is named instead of being suffered.
 
 Alone, each rank asks its device for a product that it knows. Together they compare what they see of a shared folder,
-check that a sum over all of them is right, and measure how fast it is.
+check that a sum over all of them is right, measure how fast it is, and connect over gloo, as checkpoints will.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from mlra_scale.config import ConfigError, Problem
 
 _SIZE = 256
 _BYTES_SUMMED = {"cuda": 256 << 20, "cpu": 4 << 20}
+_GLOO_SECONDS = 60.0
+_MEETINGS = itertools.count()
 _SECONDS_TO_SEE = 30.0
 """How long a shared file system may take to show one node what another wrote (NFS caches names for up to 30 s)."""
 
@@ -79,6 +86,7 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
 
     Raises:
         BadNodes: On all ranks.
+        ConfigError: On all ranks: no two nodes reach each other over gloo.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     facts: list[Any] = [None] * world_size
@@ -91,6 +99,7 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
     seconds = _seconds_of_sum(device)
     results: list[Any] = [None] * world_size
     dist.all_gather_object(results, fault)
+    _check_gloo(nodes)
     _remove_token(shared, rank)
     bad = blamed_for_sum(nodes, [of_rank[3] for of_rank in facts])
     bad |= blamed(nodes, [of_rank[1] for of_rank in facts], results)
@@ -105,6 +114,85 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
             f"{1000 * seconds:.1f} ms, {rate:.2f} GB/s over each rank's link",
             flush=True,
         )
+
+
+def _check_gloo(nodes: Sequence[str]) -> None:
+    """Makes a group of all ranks over gloo, as build_topology does, and lets them meet in it; collective.
+
+    Where one node is not reached, ranks of all nodes fail. Then nodes meet in pairs, which tells who is to blame.
+    """
+    faults = _faults_over_gloo(None, len(nodes))
+    found = {node: text for node, text in zip(nodes, faults, strict=True) if text}
+    if not found:
+        return
+
+    def connect(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        ranks = [[nodes.index(node) for node in pair] for pair in pairs]
+        mine = next((pair for pair in ranks if dist.get_rank() in pair), [])
+        failed = _faults_over_gloo(mine, len(nodes))
+        return [not any(failed[rank] for rank in pair) for pair in ranks]
+
+    unreached = unreached_of(list(dict.fromkeys(nodes)), connect)
+    if unreached:
+        text = "gloo does not connect it with other nodes (GLOO_SOCKET_IFNAME): "
+        raise BadNodes({node: f"{text}{found.get(node, 'its ranks time out')}" for node in unreached}, True)
+    if len(found) < len(set(nodes)):
+        raise BadNodes({node: f"gloo does not connect its ranks: {text}" for node, text in found.items()}, True)
+    remedy = (
+        "is the interface over which gloo should connect the ranks, and does not: name one on which all nodes reach "
+        f"each other (`ip addr` lists them), in the environment of the job; {nodes[0]} says: {found[nodes[0]]}"
+    )
+    raise ConfigError([Problem("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME"), remedy)])
+
+
+def _faults_over_gloo(ranks: Sequence[int] | None, world_size: int) -> list[str]:
+    """Lets ranks meet over gloo and returns what failed, by rank; collective over all ranks.
+
+    Args:
+        ranks: The group of this rank, which others call with too; empty: none; None: all ranks.
+        world_size: Number of all ranks.
+    """
+    fault, timeout, number = "", timedelta(seconds=_GLOO_SECONDS), next(_MEETINGS)
+    try:
+        if ranks is None:
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+        elif ranks:
+            # Names that new_group makes may differ between ranks after it has failed.
+            store = dist.PrefixStore(f"pair-{number}-{ranks[0]}-{ranks[1]}", _get_default_store())
+            pair = dist.ProcessGroupGloo(store, [*ranks].index(dist.get_rank()), len(ranks), timeout)
+            pair.barrier().wait()  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+    faults: list[Any] = [None] * world_size
+    dist.all_gather_object(faults, fault)
+    return faults
+
+
+def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, str]]], list[bool]]) -> list[str]:
+    """Finds the nodes that do not connect with others, in few rounds of pairs that meet at the same time.
+
+    Args:
+        nodes: All nodes.
+        connect: Says of disjoint pairs which of them connect.
+
+    Returns:
+        Nodes that do not connect with one that does with another; empty where there is none, or where no pair connects.
+    """
+    good: list[str] = []
+    for shift in range(3 if len(nodes) > 2 else len(nodes) - 1):
+        turned = [*nodes[shift:], *nodes[:shift]]
+        pairs = list(zip(turned[::2], turned[1::2], strict=False))
+        good = [node for pair, is_met in zip(pairs, connect(pairs), strict=True) if is_met for node in pair]
+        if good:
+            break
+    suspects, bad = [node for node in nodes if node not in good], []
+    while good and suspects:
+        pairs = list(zip(suspects, good, strict=False))
+        bad += [pair[0] for pair, is_met in zip(pairs, connect(pairs), strict=True) if not is_met]
+        suspects = suspects[len(pairs) :]
+    return bad
 
 
 def blamed(nodes: Sequence[str], own_faults: Sequence[str], seen_faults: Sequence[str]) -> dict[str, str]:

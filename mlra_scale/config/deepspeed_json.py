@@ -16,9 +16,15 @@ SEQUENCE_PARALLEL_FORBIDS = ("pipe_partitioned", "grad_partitioned")
 
 
 def zero_stage(config: Config) -> int:
-    """Returns the ZeRO stage, 0 to 3; 0 when the DeepSpeed section does not name one."""
+    """Returns the ZeRO stage that runs, 0 to 3.
+
+    It is the one that the DeepSpeed section names, else 0; bf16 has 1 instead of 0. DeepSpeed's optimizer for bf16
+    without ZeRO waits for the device once per parameter, starts four times the kernels of ZeRO 1's, and adds
+    micro-batches up in bf16.
+    """
     zero = config.deepspeed.get("zero_optimization", {})
-    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+    stage = int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+    return max(stage, 1) if config.train.precision == "bf16" else stage
 
 
 def _offload_device(config: Config, name: str) -> str:
@@ -54,15 +60,16 @@ def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     merged["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
     merged["gradient_accumulation_steps"] = plan.accumulation_steps
     merged["gradient_clipping"] = config.optim.grad_clip
-    if config.parallel.sequence_parallel:
-        # Or DeepSpeed would take a stage's output for the same on all tensor-parallel ranks, and send a part from each.
-        merged["pipeline"] = {**merged.get("pipeline", {}), **dict.fromkeys(SEQUENCE_PARALLEL_FORBIDS, False)}
+    if config.parallel.tensor > 1:
+        # By default each tensor-parallel rank would send a part of a stage's output, with a description that the host
+        # reads: blocking copies in every micro-batch. With sequence parallelism the outputs differ, and must be sent.
+        merged["pipeline"] = {**dict.fromkeys(SEQUENCE_PARALLEL_FORBIDS, False), **merged.get("pipeline", {})}
     if precision == "bf16":
         merged["bf16"] = {"enabled": True}
-        if zero_stage(config) > 0:
-            # Micro-batches add up in fp32. Stage 0 has no such choice: DeepSpeed refuses the mix there; and fp16 has
-            # none, for in a pipeline DeepSpeed 0.19.8 then gets the sum wrong (loss off by 2e-4 instead of 1e-5).
-            merged["data_types"] = {"grad_accum_dtype": "fp32"}
+        merged["zero_optimization"] = {**merged.get("zero_optimization", {}), "stage": zero_stage(config)}
+        # Micro-batches add up in fp32. fp16 has no such choice, for in a pipeline DeepSpeed 0.19.8 then gets the sum
+        # wrong (loss off by 2e-4 instead of 1e-5).
+        merged["data_types"] = {"grad_accum_dtype": "fp32"}
     elif precision == "fp16":
         merged["fp16"] = {"enabled": True, "loss_scale": 0}
     if precision != "fp32":

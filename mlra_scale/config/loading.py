@@ -56,7 +56,8 @@ def load_named_config(
         preset: Name of a preset, or None. A config file may name one instead.
         config_file: YAML file with some or all fields; the `config.yaml` of a run directory is one.
         ds_config_file: JSON file with DeepSpeed's own knobs; replaces the `deepspeed` section as a whole.
-        overrides: "section.field=value" each, the value read as YAML.
+        overrides: "section.field=value" each, the value read as YAML. "section.field?=value" is a default: it holds
+            where neither the file nor an override has the field, and does not count as named.
         run_config: The `config.yaml` of the run that is to be continued, where neither preset nor config file is given.
             Every field of it is resolved, its preset is a note, and none of its fields counts as named.
 
@@ -81,7 +82,12 @@ def load_named_config(
         given["deepspeed"] = _read_json(Path(ds_config_file), problems)
     on_command_line = {"deepspeed"} if ds_config_file is not None else set()
     for text in overrides:
-        on_command_line |= _apply_override(given, text, problems)
+        if not _is_default(text):
+            on_command_line |= _apply_override(given, text, problems)
+    for text in filter(_is_default, overrides):
+        path, _, value = text.partition("?=")
+        if path not in set(_field_names(given)):
+            _apply_override(given, f"{path}={value}", problems)
     values: dict[str, Any] = {}
     if name is not None:
         try:
@@ -102,6 +108,10 @@ def load_named_config(
     if problems:
         raise ConfigError(problems)
     return config, Named(frozenset(on_command_line), in_file)
+
+
+def _is_default(override: str) -> bool:
+    return override.partition("=")[0].endswith("?")
 
 
 def _field_names(values: dict[str, Any]) -> Iterator[str]:

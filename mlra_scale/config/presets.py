@@ -9,6 +9,8 @@ dense twin have equally many:
     gpt2-mlra-72l, gpt2-72l      959,441,920
     gpt2-mlra-96l, gpt2-96l    1,261,751,296
     gpt2-mlra-192l, gpt2-192l  2,470,988,800
+    gpt2-mlra-72l-wide, gpt2-72l-wide
+                              14,709,403,648
     gpt2                         124,439,808
     gpt2-medium                  354,823,168
     gpt2-large                   774,030,080
@@ -115,6 +117,23 @@ def _deep(num_layers: int, attention: str) -> dict[str, Any]:
     }
 
 
+def _wide(attention: str) -> dict[str, Any]:
+    """Deep and wide: the deep family's 72 layers and recipe at width 4096, with 32 heads as in Touvron et al. 2023.
+
+    Its training state fits into no GPU, and over many nodes its batch is too small for data parallelism alone: tensor
+    and pipeline parallelism are needed (docs/planning.md). The peak rate is that of the 13 B model of Brown et al. 2020
+    (GPT-3), table 2.1, the nearest in size.
+
+    Args:
+        attention: "mlra" or "dense".
+    """
+    values = _deep(72, attention)
+    values["model"] |= {"hidden_size": 4096, "num_heads": 32}
+    values["train"] |= {"micro_batch_size": 1}
+    values["optim"] |= {"lr": 1e-4}
+    return values
+
+
 def _classic(num_layers: int, hidden_size: int, num_heads: int, lr: float, micro_batch_size: int) -> dict[str, Any]:
     """The four shapes of Radford et al. 2019, dense; peak rates as Brown et al. 2020 (GPT-3), table 2.1, has them."""
     return {
@@ -141,6 +160,7 @@ def _all_presets() -> dict[str, dict[str, Any]]:
     presets = {"debug": _debug(), "laptop": _laptop()}
     presets |= {f"gpt2-mlra-{depth}l": _deep(depth, "mlra") for depth in DEEP_LAYERS}
     presets |= {f"gpt2-{depth}l": _deep(depth, "dense") for depth in DEEP_LAYERS}
+    presets |= {"gpt2-mlra-72l-wide": _wide("mlra"), "gpt2-72l-wide": _wide("dense")}
     presets["gpt2"] = _classic(12, 768, 12, lr=6e-4, micro_batch_size=16)
     presets["gpt2-medium"] = _classic(24, 1024, 16, lr=3e-4, micro_batch_size=16)
     presets["gpt2-large"] = _classic(36, 1280, 20, lr=2.5e-4, micro_batch_size=8)

@@ -44,8 +44,9 @@ set it; what this trainer cannot keep its promises with is refused with the reas
 """
 
 _DERIVED = """Derived and added by `deepspeed_config`: the three batch keys, `gradient_clipping`, `bf16` or `fp16`,
-`data_types.grad_accum_dtype` (fp32 in bf16 runs from ZeRO stage 1 on; stage 0 has no choice), `communication_data_type`
-(fp32 in bf16 and fp16 runs unless the file says otherwise), `zero_allow_untested_optimizer`,
+`data_types.grad_accum_dtype` (fp32 in bf16 runs), `zero_optimization.stage` (1 instead of 0 in bf16 runs),
+`communication_data_type` (fp32 in bf16 and fp16 runs unless the file says otherwise), `pipeline.pipe_partitioned` and
+`pipeline.grad_partitioned` (false unless the file says otherwise), `zero_allow_untested_optimizer`,
 `zero_force_ds_cpu_optimizer` with offload, and quiet printing and timers.
 """
 

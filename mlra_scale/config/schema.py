@@ -59,8 +59,20 @@ class TrainConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Run the blocks through torch.compile (needs a compiler at run time; not with tensor "
-        "parallelism, ZeRO 3, dropout or sigmaReparam).",
+        description="Run the blocks through torch.compile (needs a compiler at run time; not with ZeRO 3, "
+        "dropout or sigmaReparam).",
+    )
+    deterministic: bool = Field(
+        False,
+        description="Refuse operations whose result depends on the order in which a GPU's threads finish, and take "
+        "slower ones instead: a resumed run continues bit by bit on a GPU only with it (not measured there). On CPUs "
+        "it always does.",
+    )
+    garbage_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between runs of Python's garbage collector, at the same step on all ranks; 0: whenever "
+        "each rank likes.",
     )
     max_consecutive_overflows: int = Field(
         50,
@@ -97,9 +109,32 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="Learning rate at the end of the decay, as a share.")
 
 
+LayoutField = Literal[
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.sequence_parallel",
+    "parallel.activation_checkpointing",
+    "train.micro_batch_size",
+    "deepspeed",
+]
+"""What parallel.layout=auto chooses."""
+
+
 class ParallelConfig(Section):
     """How the model is spread over ranks; the data-parallel degree is what remains of the world."""
 
+    layout: Literal["auto", "manual"] = Field(
+        "manual",
+        description="auto: at every start the planner chooses tensor, pipeline, sequence_parallel, "
+        "activation_checkpointing, train.micro_batch_size and the deepspeed section for the nodes, devices and memory "
+        "that are there; fields that are named stay. The files of slurm/ that start a training set it, sweep.sh does "
+        "not. manual: nothing is chosen.",
+    )
+    named_layout_fields: Annotated[tuple[LayoutField, ...] | None, BeforeValidator(tuple_of_list)] = Field(
+        None,
+        description="Written by the planner: the fields of the layout that were named where it chose the others; they "
+        "stay where the run is resumed without naming them again. null: no choice was made.",
+    )
     tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
     pipeline: int = Field(1, ge=1, description="Pipeline stages.")
     engine: Literal["auto", "pipeline", "zero"] = Field(
@@ -175,8 +210,26 @@ class ProfileConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What a job on a cluster does when something goes wrong; read by the launcher of slurm/, not by the training."""
+    """What a job on a cluster does when something goes wrong, for the launcher of slurm/; and the planner's cluster."""
 
+    device: Literal["h100", "a100", "h200", "cpu"] | None = Field(
+        None,
+        description="Device whose constants the planner takes; null: the one that is there, and where none can be seen "
+        "(a login node) h100, or cpu with train.device=cpu.",
+    )
+    device_memory_gib: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1e6,
+        description="Memory of a device in GiB that the planner may plan with; null: what the device has (a rank's "
+        "share of the node's memory on CPUs), and where none can be seen that of the device's data sheet.",
+    )
+
+    file: Text | None = Field(
+        None,
+        description="Constants of the cluster that `sbatch slurm/check.sh` has measured (docs/cluster_check.md), which "
+        "the planner takes instead of those of a device; null: none.",
+    )
     elastic: bool = Field(
         False,
         description="Go on with fewer nodes where one is lost: the data-parallel degree shrinks, the global batch and "
@@ -239,9 +292,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Profiler.")
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Failures on a cluster.")
+    cluster: ClusterConfig = Field(
+        default_factory=ClusterConfig, description="Failures on a cluster; the planner's cluster."
+    )
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0."
+        default_factory=dict,
+        description="DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0, in bf16 1.",
     )
 
     def to_dict(self) -> dict[str, Any]:

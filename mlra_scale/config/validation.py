@@ -212,13 +212,6 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
             "cpu",
             f"works with ZeRO stage 3 only, not {stage}; set zero_optimization.stage to 3 or take it out",
         )
-    if config.train.compile and parallel.tensor > 1:
-        yield Problem(
-            "train.compile",
-            True,
-            f"is not for parallel.tensor {parallel.tensor}: compiled together with the sums over tensor ranks, blocks "
-            "got wrong gradients (docs/performance.md); use parallel.tensor=1, or leave it out",
-        )
     if config.train.compile and stage == 3:
         yield Problem(
             "train.compile",

@@ -3,6 +3,8 @@
 Shape suffixes: B batch, S sequence (query), D hidden, N heads on this rank, H head dimension, R rank. D / TP is N H.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +14,12 @@ from torch import nn
 from torch.nn import functional
 
 from mlra_scale.model.context import ModelContext
+from mlra_scale.model.document_mask import AttentionMask, allowed_by, attend_blocks
 from mlra_scale.model.linear import (
     LowRankInputProjection,
     LowRankOutputProjection,
     column_linear,
+    lowered_together,
     row_linear,
 )
 from mlra_scale.model.randomness import dropout_attention, key_of
@@ -75,26 +79,33 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm(context, f"{name}.k_norm") if model.qk_norm else None
 
     def forward(
-        self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
+        self, hidden_BSD: torch.Tensor, mask: AttentionMask | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
         """Returns the attention's contribution to the residual stream: [B, S, D], as `hidden_BSD` is given.
 
         That is equal on all TP ranks, or with sequence parallelism of this rank's positions.
+
+        Args:
+            hidden_BSD: The hidden state.
+            mask: See document_mask.py; None: causal.
+            sample_ids_B: Global index of each sample, where attention weights are dropped.
         """
         q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
-        mask_B1SS = None if documents_BS is None else _document_mask(documents_BS)
         if self.recorder is not None:
-            self.recorder(q_BNSH, k_BNSH, mask_B1SS)
+            self.recorder(q_BNSH, k_BNSH, None if mask is None else allowed_by(mask))
         probability = self.context.model.attention_dropout if self.training else 0.0
         if probability > 0.0:
             assert sample_ids_B is not None
-            weights_BNSS = torch.softmax(_logits(q_BNSH, k_BNSH, mask_B1SS), dim=-1).to(v_BNSH.dtype)
+            assert mask is None or isinstance(mask, torch.Tensor)
+            weights_BNSS = torch.softmax(_logits(q_BNSH, k_BNSH, mask), dim=-1).to(v_BNSH.dtype)
             weights_BNSS = dropout_attention(weights_BNSS, probability, self.dropout_key, sample_ids_B, self.first_head)
             heads_BNSH = weights_BNSS @ v_BNSH
-        else:
+        elif mask is None or isinstance(mask, torch.Tensor):
             heads_BNSH = functional.scaled_dot_product_attention(
-                q_BNSH, k_BNSH, v_BNSH, attn_mask=mask_B1SS, is_causal=mask_B1SS is None
+                q_BNSH, k_BNSH, v_BNSH, attn_mask=mask, is_causal=mask is None
             )
+        else:
+            heads_BNSH = attend_blocks(q_BNSH, k_BNSH, v_BNSH, mask)
         heads_BSD = heads_BNSH.transpose(1, 2).flatten(2)
         output = self.o(heads_BSD)
         return output[0] if isinstance(output, tuple) else output
@@ -143,7 +154,7 @@ class SelfAttention(nn.Module):
         """q, k, v, [B, S, D / TP] each, of a stream that enters as a whole."""
         outputs = {}
         if self.context.low_rank_plan == "replicated" or not factorised:
-            lowered = {name: p.lower(hidden_BSD) for name, p in factorised.items()}
+            lowered = lowered_together(self.context, hidden_BSD, factorised)
             has_dense = len(factorised) < len(projections)
             replicated = ([hidden_BSD] if has_dense else []) + [latent for latent, _ in lowered.values()]
             entered = enter_tensor_parallel(self.context, *replicated)
@@ -176,16 +187,11 @@ def _input_projection(context: ModelContext, name: str, projection: str) -> nn.M
     return column_linear(context, f"{name}.{projection}")
 
 
-def _document_mask(documents_BS: torch.Tensor) -> torch.Tensor:
-    """Boolean [B, 1, S, S]: True where the key is not later than the query and of the same document."""
-    same = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    return same.tril().unsqueeze(1)
-
-
 def _logits(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, mask_B1SS: torch.Tensor | None) -> torch.Tensor:
-    """Scaled attention logits in fp32, [B, N, S, S]; -inf where attention is not allowed."""
+    """Scaled attention logits in fp32, [B, N, S, S], with an additive mask; -inf where attention is not allowed."""
     logits_BNSS = (q_BNSH @ k_BNSH.transpose(-1, -2)).float() / math.sqrt(q_BNSH.size(-1))
-    if mask_B1SS is None:
-        size = logits_BNSS.size(-1)
-        mask_B1SS = torch.ones(size, size, dtype=torch.bool, device=logits_BNSS.device).tril()
-    return logits_BNSS.masked_fill(~mask_B1SS, float("-inf"))
+    if mask_B1SS is not None:
+        return logits_BNSS + mask_B1SS
+    size = logits_BNSS.size(-1)
+    causal_SS = torch.ones(size, size, dtype=torch.bool, device=logits_BNSS.device).tril()
+    return logits_BNSS.masked_fill(~causal_SS, float("-inf"))

@@ -1,13 +1,15 @@
 """What every layer needs to know besides its inputs, handed down explicitly instead of through globals."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from mlra_scale.config import ModelConfig
 from mlra_scale.megatron import ModelParallelConfig
+from mlra_scale.model.document_mask import DocumentMasks
 from mlra_scale.model.initialization import Initializer
 from mlra_scale.model.parameters import LowRankPlan
 
@@ -28,6 +30,11 @@ class ModelContext:
         has_compiled_blocks: Whether blocks run through torch.compile.
         low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
         has_sequence_parallel: Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
+        has_flex_attention: Whether attention within documents runs through flex_attention (document_mask.py).
+        initialize: Makes initial weights.
+        megatron: Megatron's configuration of the layers.
+        document_masks: The masks of documents in use.
+        apply: Applies a torch.autograd.Function that communicates, never within a compiled graph.
     """
 
     model: ModelConfig
@@ -38,11 +45,18 @@ class ModelContext:
     has_compiled_blocks: bool = False
     low_rank_plan: LowRankPlan = "replicated"
     has_sequence_parallel: bool = False
+    has_flex_attention: bool = False
     initialize: Initializer = field(init=False)
     megatron: ModelParallelConfig = field(init=False)
+    document_masks: DocumentMasks = field(init=False)
+    apply: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.tensor_parallel > 1 or not self.has_sequence_parallel
+        # Compiled blocks are compiled between their collectives: what a graph has of them is the compiler's to order.
+        apply = torch.compiler.disable(_apply) if self.has_compiled_blocks else _apply
+        object.__setattr__(self, "apply", apply)
+        object.__setattr__(self, "document_masks", DocumentMasks(self.has_flex_attention))
         object.__setattr__(self, "initialize", Initializer(self.model, self.seed, self.low_rank_plan))
         # Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed
         # moves them to the device and to the training precision.
@@ -104,6 +118,10 @@ class ModelContext:
         documents_BS = stream[1] if self.has_document_mask else None
         sample_ids_B = stream[-1] if self.has_dropout else None
         return stream[0], documents_BS, sample_ids_B
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
 
 Stream = torch.Tensor | tuple[torch.Tensor, ...]

@@ -7,6 +7,8 @@ takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
 Shape suffixes: B batch, S sequence, D hidden, F feed-forward, V vocabulary on this rank.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext, Stream
+from mlra_scale.model.document_mask import AttentionMask
 from mlra_scale.model.linear import column_linear, row_linear
 from mlra_scale.model.loss import head_loss
 from mlra_scale.model.randomness import dropout_hidden, key_of
@@ -171,7 +174,12 @@ class BlockNorm(nn.LayerNorm):
     def __init__(self, context: ModelContext, block: int) -> None:
         super().__init__(context.model.hidden_size, eps=context.model.layer_norm_eps)
         self.context = context
-        self.factor = context.model.norm_factor(block)
+        self.factor: torch.Tensor | None = None
+        if context.model.layer_norm_scaling:
+            # A tensor: torch.compile would make every block's number part of a graph of its own. Neither a buffer nor a
+            # new floating-point tensor, which DeepSpeed would round to 16 bits. On the CPU, as every scalar may be.
+            zero = torch.zeros((), dtype=torch.int64, device="cpu")
+            self.factor = zero.double().fill_(context.model.norm_factor(block))
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         weight_D, bias_D = self._scaled(*on_slice(self.context, self.weight, self.bias))
@@ -188,7 +196,7 @@ class BlockNorm(nn.LayerNorm):
 
     def _scaled(self, weight_D: torch.Tensor, bias_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # On weight and bias, which are small and where an export has it, not on the output.
-        return (weight_D, bias_D) if self.factor == 1.0 else (weight_D * self.factor, bias_D * self.factor)
+        return (weight_D, bias_D) if self.factor is None else (weight_D * self.factor, bias_D * self.factor)
 
 
 class Block(nn.Module):
@@ -214,21 +222,22 @@ class Block(nn.Module):
         # What observes attention from within is not to be compiled.
         is_compiled = self.context.has_compiled_blocks and self.attention.recorder is None
         residual = self._compiled if is_compiled else self._residual
+        mask = None if documents_BS is None else self.context.document_masks.of(documents_BS, hidden_BSD.dtype)
         if self.context.activation_checkpointing == "block" and torch.is_grad_enabled():
             # No generator state to preserve: dropout is keyed, so the recomputation draws the same masks.
             hidden_BSD = checkpoint(
-                residual, hidden_BSD, documents_BS, sample_ids_B, use_reentrant=False, preserve_rng_state=False
+                residual, hidden_BSD, mask, sample_ids_B, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            hidden_BSD = residual(hidden_BSD, documents_BS, sample_ids_B)
+            hidden_BSD = residual(hidden_BSD, mask, sample_ids_B)
         return self.context.pack(hidden_BSD, documents_BS, sample_ids_B)
 
     def _residual(
-        self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
+        self, hidden_BSD: torch.Tensor, mask: AttentionMask | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
         normed_BSD = self.attention_norm(hidden_BSD)
         with self.attention_norm.recomputing(hidden_BSD, normed_BSD):
-            attended_BSD = self.attention(normed_BSD, documents_BS, sample_ids_B)
+            attended_BSD = self.attention(normed_BSD, mask, sample_ids_B)
         hidden_BSD = hidden_BSD + self._dropout(attended_BSD, 0, sample_ids_B)
         normed_BSD = self.mlp_norm(hidden_BSD)
         with self.mlp_norm.recomputing(hidden_BSD, normed_BSD):

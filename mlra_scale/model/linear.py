@@ -25,7 +25,13 @@ from torch.nn import functional
 from mlra_scale.megatron import ColumnParallelLinear, RowParallelLinear
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.spectral import SpectralNorm, scaled_linear
-from mlra_scale.model.tensor_parallel import leave_tensor_parallel, on_slice, slice_linear
+from mlra_scale.model.tensor_parallel import (
+    leave_tensor_parallel,
+    linear_sum,
+    on_slice,
+    slice_linear,
+    summed_linear,
+)
 
 
 class ReplicatedLinear(nn.Module):
@@ -53,12 +59,19 @@ class ReplicatedLinear(nn.Module):
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Megatron's column-parallel map; in one process the bias is part of the matrix product, not a pass of its own."""
+    """Megatron's column-parallel map, with the bias in the matrix product instead of a pass of its own.
+
+    weight and bias as in `column_linear`
+    """
+
+    def __init__(self, context: ModelContext, *shape: int, **options: Any) -> None:
+        super().__init__(*shape, **options)
+        self.context = context
+        self.sums_input_gradient = not options["disable_grad_reduce"]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if self.tp_group.size() > 1:
-            output, _ = super().forward(x)
-            return output, None
+        if self.sums_input_gradient and self.context.tensor_parallel > 1:
+            return summed_linear(self.context, x, self.weight, self.bias), None
         return functional.linear(x, self.weight, self.bias), None
 
 
@@ -75,6 +88,8 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         if self.context.tensor_parallel == 1:
             return functional.linear(x, self.weight, self.bias), None
+        if not self.context.has_sequence_parallel:
+            return linear_sum(self.context, x, self.weight, self.bias), None
         return leave_tensor_parallel(self.context, functional.linear(x, self.weight), self.bias), None
 
 
@@ -160,9 +175,9 @@ def column_linear(
     """y = x W^T (+ b) with W [out, in] and b [out] sharded over TP on dim 0.
 
     The caller takes the input in (`enter_tensor_parallel`), so that several projections share one collective; or, of a
-    map that stands alone, Megatron sums the input's gradient while it computes the weight's (`sums_input_gradient`).
+    map that stands alone, the input's gradient is summed while the weight's is computed (`sums_input_gradient`).
     """
-    build: Any = ColumnLinear
+    build: Any = partial(ColumnLinear, context)
     if context.model.sigma_reparam:
         build = partial(SpectralColumnLinear, spectral_norm or SpectralNorm(context, name))
     out_features, in_features = context.initialize.table[f"{name}.weight"].shape
@@ -247,6 +262,39 @@ class LowRankInputProjection(nn.Module):
         """Returns this rank's heads of the projection, [B, S, D / TP]."""
         output_BSD, _ = self.up(latent_BSR) if image_R is None else self.up(latent_BSR, image_R)
         return output_BSD
+
+
+def lowered_together(
+    context: ModelContext, hidden_BSD: torch.Tensor, projections: dict[str, LowRankInputProjection]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Returns what `lower` returns of projections with replicated down factors, by name.
+
+    In one process, or with sigmaReparam, it is `lower` itself; else the gradients of the hidden state are added up by
+    the products that compute them, instead of in passes of their own.
+    """
+    if context.tensor_parallel == 1 or context.model.sigma_reparam or not projections:
+        return {name: projection.lower(hidden_BSD) for name, projection in projections.items()}
+    latents = _Latents.apply(hidden_BSD, *[projection.down.weight for projection in projections.values()])
+    return {name: (latent, None) for name, latent in zip(projections, latents, strict=True)}
+
+
+class _Latents(torch.autograd.Function):
+    """Several linear maps of one input, whose gradient is summed by the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(functional.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        first, *others = [gradient.flatten(0, -2) for gradient in gradients]
+        dx = first @ weights[0]
+        for dy, weight in zip(others, weights[1:], strict=True):
+            dx = dx.addmm_(dy, weight)
+        rows = x.flatten(0, -2)
+        return dx.view(x.shape), *[dy.T @ rows for dy in (first, *others)]
 
 
 class LowRankOutputProjection(nn.Module):

@@ -102,6 +102,40 @@ class _Head:
         gradient_CV.scatter_add_(-1, columns_C.unsqueeze(-1), -is_here_C.to(gradient_CV).unsqueeze(-1))
         return gradient_CV.to(self.weight_VD.dtype)
 
+    def add_gradients(
+        self,
+        hidden_CD: torch.Tensor,
+        targets_C: torch.Tensor,
+        hidden_gradient_CD: torch.Tensor,
+        weight_gradient_VD: torch.Tensor | None,
+        num_chunks: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes the loss of a chunk and its share of the gradients.
+
+        Args:
+            hidden_CD: What enters the head.
+            targets_C: Global token ids.
+            hidden_gradient_CD: Receives the gradient of `hidden_CD`.
+            weight_gradient_VD: The sum of the chunks before, which this one is added to; None for the first chunk.
+            num_chunks: Number of chunks; the gradients of several are summed in fp32.
+
+        Returns:
+            The sum of the losses, and the sum of the weight's gradients.
+        """
+        losses_C, exponentials_CV, *rest = self.losses(hidden_CD, targets_C)
+        gradient_CV = self.gradient(exponentials_CV, *rest)
+        del exponentials_CV  # in bf16 and fp16 twice the size of the gradient
+        torch.mm(gradient_CV, self.weight_VD, out=hidden_gradient_CD)
+        if weight_gradient_VD is None:
+            weight_gradient_VD = torch.mm(gradient_CV.t(), hidden_CD)
+            if num_chunks > 1:
+                weight_gradient_VD = weight_gradient_VD.float()
+        elif weight_gradient_VD.dtype == gradient_CV.dtype:
+            weight_gradient_VD.addmm_(gradient_CV.t(), hidden_CD)
+        else:
+            weight_gradient_VD += gradient_CV.t() @ hidden_CD
+        return losses_C.sum(), weight_gradient_VD
+
 
 class _HeadLoss(torch.autograd.Function):
     """(hidden [T, D], weight [V, D]) -> mean loss; both gradients are formed on the way forward.
@@ -123,23 +157,17 @@ class _HeadLoss(torch.autograd.Function):
         num_tokens = targets_T.numel()
         chunks = list(head.chunks(num_tokens))
         ctx.num_tokens, ctx.gradients = num_tokens, None
-        if has_backward:
-            # Sums of several chunks are kept in fp32.
-            weight_type = weight_VD.dtype if len(chunks) == 1 else torch.float32
-            hidden_gradient_TD, weight_gradient_VD = torch.empty_like(hidden_TD), weight_VD.new_empty(0)
-        for number, chunk in enumerate(chunks):
-            losses_C, *rest = head.losses(hidden_TD[chunk], targets_T[chunk])
-            total += losses_C.sum()
-            if not has_backward:
+        hidden_gradient_TD = torch.empty_like(hidden_TD) if has_backward else None
+        weight_gradient_VD = None
+        for chunk in chunks:
+            if hidden_gradient_TD is None:
+                total += head.losses(hidden_TD[chunk], targets_T[chunk])[0].sum()
                 continue
-            gradient_CV = head.gradient(*rest)
-            torch.mm(gradient_CV, head.weight_VD, out=hidden_gradient_TD[chunk])
-            if number == 0:
-                weight_gradient_VD = torch.mm(gradient_CV.t(), hidden_TD[chunk]).to(weight_type)
-            elif weight_type == gradient_CV.dtype:
-                weight_gradient_VD.addmm_(gradient_CV.t(), hidden_TD[chunk])
-            else:
-                weight_gradient_VD += gradient_CV.t() @ hidden_TD[chunk]
+            # All that is as large as a chunk's logits is local to this call, so that it is freed before the next chunk.
+            loss, weight_gradient_VD = head.add_gradients(
+                hidden_TD[chunk], targets_T[chunk], hidden_gradient_TD[chunk], weight_gradient_VD, len(chunks)
+            )
+            total += loss
         if has_backward:
             ctx.gradients = [hidden_gradient_TD, weight_gradient_VD]
         return total / num_tokens

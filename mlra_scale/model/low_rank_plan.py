@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from mlra_scale.config import BatchPlan, Config
@@ -186,5 +187,10 @@ def low_rank_plan(config: Config, plan: BatchPlan, device_type: str | None = Non
         return asked
     if not any(config.model.is_factorised(name) for name in "qkv"):
         return "replicated"
-    shape, device = shape_of(config, plan), CPU_CORE if (device_type or config.train.device) == "cpu" else H100
-    return min(possible_plans(config, plan), key=lambda name: seconds(name, shape, device))
+    device = CPU_CORE if (device_type or config.train.device) == "cpu" else H100
+    return _fastest(tuple(possible_plans(config, plan)), shape_of(config, plan), device)
+
+
+@lru_cache(maxsize=4096)
+def _fastest(possible: tuple[LowRankPlan, ...], shape: Shape, device: Device) -> LowRankPlan:
+    return min(possible, key=lambda name: seconds(name, shape, device))

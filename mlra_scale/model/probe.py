@@ -60,10 +60,12 @@ class Heads:
     def logits(self, num_samples: int | None = None) -> Iterator[LogitPiece]:
         """Yields the attention logits of the first samples (None: of all) piece by piece.
 
+        A caller that deletes a piece before it takes the next one holds a single piece at a time.
+
         The product is taken in fp32 whatever the type of queries and keys: a fused kernel does not round logits to 16
         bits either.
         """
-        num_heads, size, head_dim = self.q_BNSH.shape[1:]
+        num_heads, size = self.q_BNSH.shape[1:3]
         heads_at_once = max(1, LOGITS_AT_ONCE // size**2)
         if self.mask_B1SS is None:
             allowed_SS = torch.ones(size, size, dtype=torch.bool, device=self.q_BNSH.device).tril_()
@@ -72,9 +74,14 @@ class Heads:
                 allowed_SS = self.mask_B1SS[sample, 0]
             for first_head in range(0, num_heads, heads_at_once):
                 some = slice(first_head, first_head + heads_at_once)
-                q_NSH, k_NSH = self.q_BNSH[sample, some].float(), self.k_BNSH[sample, some].float()
-                logits_NSS = (q_NSH @ k_NSH.transpose(-1, -2)).div_(math.sqrt(head_dim))
-                yield LogitPiece(sample, first_head, logits_NSS.masked_fill_(~allowed_SS, -math.inf), allowed_SS)
+                # Without a name here: this generator would keep the piece while it makes the next one.
+                yield LogitPiece(sample, first_head, self._piece(sample, some, allowed_SS), allowed_SS)
+
+    def _piece(self, sample: int, heads: slice, allowed_SS: torch.Tensor) -> torch.Tensor:
+        """Logits of some heads on one sample, [N, S, S] in fp32."""
+        q_NSH, k_NSH = self.q_BNSH[sample, heads].float(), self.k_BNSH[sample, heads].float()
+        logits_NSS = (q_NSH @ k_NSH.transpose(-1, -2)).div_(math.sqrt(q_NSH.size(-1)))
+        return logits_NSS.masked_fill_(~allowed_SS, -math.inf)
 
 
 SeeHeads = Callable[[int, Heads], None]

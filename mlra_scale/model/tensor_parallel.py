@@ -18,9 +18,12 @@ input is computed: the block then keeps nothing that is as long as the whole seq
 activation checkpointing only one block's activations are there at a time, and they are kept.
 
 On GPUs a collective that is started beside a matrix product runs before it only if CUDA_DEVICE_MAX_CONNECTIONS is 1, as
-training/launch.py has it; whether that pays was not measured.
+training/device_environment.py has it; whether that pays was not measured.
 
-Megatron's own functions are for CUDA only, and want the sequence as the first dimension.
+Megatron's own functions are for CUDA only, and want the sequence as the first dimension. Its sum of what the ranks have
+computed is lost without an error where the summand is not contiguous: it sums a copy.
+
+Operations with collectives go through `ModelContext.apply`, which keeps them out of compiled graphs.
 
 Shape suffixes: B batch, S sequence, D hidden.
 """
@@ -55,7 +58,7 @@ def copy_to_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> li
     """
     if context.tensor_parallel == 1:
         return list(tensors)
-    return list(_Copy.apply(context.tensor_group, *tensors))
+    return list(context.apply(_Copy, context.tensor_group, *tensors))
 
 
 def on_slice(context: ModelContext, *parameters: torch.Tensor) -> list[torch.Tensor]:
@@ -82,7 +85,7 @@ def enter_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list
         [B, S, ...] each.
     """
     if context.has_sequence_parallel:
-        return list(_Gather.apply(context.tensor_group, _SEQUENCE, *tensors))
+        return list(context.apply(_Gather, context.tensor_group, _SEQUENCE, *tensors))
     return copy_to_tensor_parallel(context, *tensors)
 
 
@@ -103,8 +106,42 @@ def gathered_linear(
     """
     sources, weights, biases = zip(*maps, strict=True)
     keeps_gathered = context.activation_checkpointing == "block"
-    outputs = _GatheredLinear.apply(context.tensor_group, keeps_gathered, sources, *inputs, *weights, *biases)
+    outputs = context.apply(_GatheredLinear, context.tensor_group, keeps_gathered, sources, *inputs, *weights, *biases)
     return list(outputs)
+
+
+def summed_linear(
+    context: ModelContext, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A column-parallel map that takes its input in: its gradient is summed while those of the weight are computed.
+
+    Args:
+        context: The model's context, without sequence parallelism.
+        x: Replicated, [B, S, in].
+        weight: This rank's rows, [out / TP, in].
+        bias: [out / TP].
+
+    Returns:
+        [B, S, out / TP].
+    """
+    y: torch.Tensor = context.apply(_SummedLinear, context.tensor_group, x, weight, bias)
+    return y
+
+
+def linear_sum(context: ModelContext, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A row-parallel map: the sum over ranks of x W^T, + b, which the first rank adds within its matrix product.
+
+    Args:
+        context: The model's context, without sequence parallelism.
+        x: [B, S, in / TP].
+        weight: This rank's columns, [out, in / TP].
+        bias: Replicated, [out]; its gradient is whole on every rank.
+
+    Returns:
+        [B, S, out], the same on every rank.
+    """
+    y: torch.Tensor = context.apply(_LinearSum, context.tensor_group, x, weight, bias)
+    return y
 
 
 def leave_tensor_parallel(
@@ -122,9 +159,10 @@ def leave_tensor_parallel(
         [B, S, D], or of this rank's positions.
     """
     if context.has_sequence_parallel:
-        output: torch.Tensor = _ScatterSum.apply(context.tensor_group, partial_BSD, bias_D)
+        output: torch.Tensor = context.apply(_ScatterSum, context.tensor_group, partial_BSD, bias_D)
         return output
-    total: torch.Tensor = reduce_from_tensor_model_parallel_region(partial_BSD, group=context.tensor_group)
+    whole = partial_BSD.contiguous()  # or Megatron would return the summand
+    total: torch.Tensor = reduce_from_tensor_model_parallel_region(whole, group=context.tensor_group)
     return total if bias_D is None else total + bias_D
 
 
@@ -135,7 +173,7 @@ def slice_linear(
 
     Unlike a weight that went through `on_slice`, this one may be freed between the passes (ZeRO-3).
     """
-    y: torch.Tensor = _SliceLinear.apply(context.tensor_group, x, weight, bias)
+    y: torch.Tensor = context.apply(_SliceLinear, context.tensor_group, x, weight, bias)
     return y
 
 
@@ -153,7 +191,7 @@ def gather_latents(context: ModelContext, *latents: torch.Tensor) -> list[torch.
     """
     if context.tensor_parallel == 1:
         return list(latents)
-    return list(_Gather.apply(context.tensor_group, -1, *latents))
+    return list(context.apply(_Gather, context.tensor_group, -1, *latents))
 
 
 def own_positions(context: ModelContext, whole_BS: torch.Tensor) -> torch.Tensor:
@@ -275,7 +313,7 @@ class _GatheredLinear(torch.autograd.Function):
         of_inputs: list[torch.Tensor | None] = [None] * len(kept)
         for source, dy, weight in zip(ctx.sources, gradients, weights, strict=True):
             before = of_inputs[source]
-            of_inputs[source] = dy @ weight if before is None else before + dy @ weight
+            of_inputs[source] = dy @ weight if before is None else before.add_(dy @ weight)
         summing = _start_summing_shares(ctx.group, _SEQUENCE, [dx for dx in of_inputs if dx is not None])
         wholes = kept if gathering is None else gathering()
         rows = [dy.flatten(0, -2) for dy in gradients]
@@ -301,8 +339,8 @@ class _ScatterSum(torch.autograd.Function):
         return None, whole_BSD, whole_BSD.flatten(0, -2).sum(dim=0) if ctx.has_bias else None
 
 
-class _SliceLinear(torch.autograd.Function):
-    """A linear map of this rank's positions: gradients of weight and bias are summed while that of x is computed."""
+class _SummedLinear(torch.autograd.Function):
+    """A linear map of a replicated input: its gradient is summed over the ranks beside a matrix product."""
 
     @staticmethod
     def forward(
@@ -311,6 +349,44 @@ class _SliceLinear(torch.autograd.Function):
         ctx.group, ctx.has_bias = group, bias is not None
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = (gradients[0] @ weight).contiguous()
+        work = dist.all_reduce(dx, group=ctx.group, async_op=True)
+        dweight, dbias = _weight_gradients(ctx, x, gradients[0])
+        work.wait()
+        return None, dx, dweight, dbias
+
+
+class _LinearSum(torch.autograd.Function):
+    """A linear map whose output is summed over the ranks; the bias, of rank 0, has the gradient of all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight)
+        y = functional.linear(x, weight, bias if group.rank() == 0 else None).contiguous()
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return None, gradients[0] @ weight, *_weight_gradients(ctx, x, gradients[0])
+
+
+def _weight_gradients(ctx: Any, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of a linear map's weight and bias."""
+    dy = dy.flatten(0, -2)
+    return dy.T @ x.flatten(0, -2), dy.sum(dim=0) if ctx.has_bias else None
+
+
+class _SliceLinear(_SummedLinear):
+    """A linear map of this rank's positions: gradients of weight and bias are summed while that of x is computed."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

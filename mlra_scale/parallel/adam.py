@@ -27,8 +27,11 @@ class AdamState:
         return self.optimizer.state.get(master, {})
 
     def step(self) -> int:
-        """Number of updates that the moments have seen."""
-        return max(int(self.of(master).get("step", 0)) for master in self.masters)
+        """Number of updates that the moments have seen: of the tensor that has seen most."""
+        steps = [self.of(master).get("step", 0) for master in self.masters]
+        if all(torch.is_tensor(step) for step in steps):
+            return int(torch.stack(steps).max())  # one read of the device, however many tensors there are
+        return max(int(step) for step in steps)
 
     def create(self) -> None:
         """Makes what is missing, as it is right before the first update."""

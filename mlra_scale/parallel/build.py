@@ -4,6 +4,7 @@ import torch
 
 from mlra_scale.config import BatchPlan, Config, engine_kind
 from mlra_scale.model.context import ModelContext
+from mlra_scale.model.document_mask import has_flex_attention
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.parallel.interface import Engine
 from mlra_scale.parallel.pipeline_engine import PipelineEngine
@@ -25,11 +26,9 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         The engine, weights initialized.
     """
     if config.train.compile:
-        # Blocks that differ in a number (scaled norms) are compiled one by one, for training and for evaluation; past
-        # its limits the compiler would quietly give up.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 2 * config.model.num_layers + 8)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * limits.recompile_limit)
+        # All blocks share their graphs, but there is one for training and one for evaluation of every shape of a map;
+        # past its limit the compiler would quietly give up.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     context = ModelContext(
         model=config.model,
         seed=config.train.seed,
@@ -39,6 +38,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         has_compiled_blocks=config.train.compile,
         low_rank_plan=low_rank_plan(config, plan, topology.device.type),
         has_sequence_parallel=config.parallel.sequence_parallel,
+        has_flex_attention=has_flex_attention(topology.device.type, config.train.precision, config.model),
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
     return engine_class(config, plan, topology, context)

@@ -15,12 +15,17 @@ from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
 from mlra_scale.parallel.fragments import Fragment, scale_rows
 from mlra_scale.parallel.interface import BeforeUpdate, Between, MicroBatch, StepResult, UpdateProposal
-from mlra_scale.parallel.master import MasterView, ReplicatedView, master_view, mend_loss_scaling
+from mlra_scale.parallel.master import Bf16View, MasterView, ReplicatedView, master_view, mend_loss_scaling
 from mlra_scale.parallel.optimizer import has_weight_decay
 from mlra_scale.parallel.topology import Topology
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in DeepSpeed's dynamic loss scaler; the rest of it is configuration."""
+
+
+def _unscaled(gradient: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A gradient in fp32; without a name in the caller, which would keep it while it converts the next one."""
+    return gradient.float() if scale is None else gradient.float() / scale
 
 
 class EngineBase(ABC):
@@ -34,8 +39,7 @@ class EngineBase(ABC):
         self.num_skipped = 0
         self.settings = deepspeed_config(config, plan)
         if zero_stage(config) == 0:
-            # Left to DeepSpeed, stage 0 clips before the gate, and each pipeline stage by a norm of its own.
-            self.settings["gradient_clipping"] = 0.0
+            self.settings["gradient_clipping"] = 0.0  # see ReplicatedView.update
         self.deepspeed_engine: Any = None
         self.view: MasterView
         self._before_update: BeforeUpdate | None = None
@@ -57,19 +61,16 @@ class EngineBase(ABC):
         """
         self.deepspeed_engine = deepspeed_engine
         self.module = deepspeed_engine.module
-        self.view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank)
-        if not isinstance(self.view, ReplicatedView):  # which clips by itself
-            deepspeed_engine.optimizer.clip_grad = self.config.optim.grad_clip
-        if zero_stage(self.config) == 0 and self.topology.data == 1:
+        if self.config.train.precision == "fp16":
+            mend_loss_scaling(deepspeed_engine.optimizer)
+        self.view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank, self.topology.device)
+        if isinstance(self.view, ReplicatedView | Bf16View) and self.topology.data == 1:
             # DeepSpeed would copy all gradients into one buffer, to reduce them over a single rank.
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
         self._spectral_norms = spectral_norms(self.module)
-        if self.config.train.precision == "fp16":
-            mend_loss_scaling(deepspeed_engine.optimizer)
         self._initial_loss_scaler = self._loss_scaler_state()
-        self._update = deepspeed_engine.optimizer.step
         deepspeed_engine.optimizer.step = self._gated_update
         for name, parameter in named.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -96,8 +97,7 @@ class EngineBase(ABC):
         scale = self._loss_scale()
         for fragment in self.view.gradients():
             if self.owns(fragment.name):
-                values = fragment.values.float()
-                yield Fragment(fragment.name, fragment.start, values if scale is None else values / scale)
+                yield Fragment(fragment.name, fragment.start, _unscaled(fragment.values, scale))
 
     def weight_decay(self, name: str) -> float:
         """See Engine."""
@@ -188,32 +188,38 @@ class EngineBase(ABC):
             norms = torch.stack(torch._foreach_norm(values, dtype=torch.float32))
             squares = (norms.to(squares) / (self._loss_scale() or 1.0)).square().sum()
         wants_stop = self._wants_stop is not None and self._wants_stop()
-        stop = torch.tensor(float(wants_stop), dtype=torch.float64, device=squares.device)
+        stop = torch.full_like(squares, float(wants_stop))  # a fill, where torch.tensor would be a copy that waits
         packed = torch.stack([self._local_loss().double() / self._num_micro_batches, squares, stop])
         dist.all_reduce(packed)
         loss, square, num_stops = packed.tolist()
         self._is_stop_wanted = num_stops > 0
         return UpdateProposal(loss, square**0.5)
 
-    def _gated_update(self, *args: Any, **kwargs: Any) -> None:
+    def _gated_update(self) -> None:
         """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
         self._proposal = proposal = self._propose()
         if self._is_rehearsal:
             self.view.skip_update()
             return
+        limit = self.config.optim.grad_clip
         is_finite = proposal.is_finite
         if not is_finite and self.config.train.precision == "fp16":
-            self._update(*args, **kwargs)  # DeepSpeed finds the overflow itself and lowers the loss scale
+            self.view.update(math.inf, limit)  # lowers the loss scale instead
             self._was_applied = False
             return
         is_wanted = self._before_update is None or self._before_update(proposal)
         self._was_applied = is_finite and is_wanted
-        if not self._was_applied:
+        if self._was_applied:
+            self.view.update(proposal.gradient_norm, limit)
+        else:
             self.view.skip_update()
-            return
-        if isinstance(self.view, ReplicatedView):
-            self.view.clip(proposal.gradient_norm, self.config.optim.grad_clip)
-        self._update(*args, **kwargs)
+
+    def _on_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Copies tensors of a batch to the device, from pinned memory, so that the host does not wait for it."""
+        device = self.topology.device
+        if device.type == "cuda":
+            tensors = tuple(tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in tensors)
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.deepspeed_engine.optimizer.param_groups:

@@ -57,7 +57,7 @@ class StepResult:
         loss: Mean loss of the global batch before the update.
         gradient_norm: Global L2 norm of its gradient, before clipping.
         applied: Whether the weights were updated.
-        overflow: Whether fp16 gradients overflowed, so that DeepSpeed lowered the loss scale instead of updating.
+        overflow: Whether fp16 gradients overflowed, so that the loss scale was lowered instead of an update.
         loss_scale: fp16 loss scale used in this step, else None.
         is_stop_wanted: Whether some rank wanted to stop after this step.
     """
@@ -102,7 +102,7 @@ class Engine(Protocol):
             batches: As many micro-batches as gradients are accumulated over.
             learning_rate: Learning rate of this update.
             before_update: Called on every rank with the same proposal; False leaves the update out on all ranks. Not
-                called when fp16 gradients overflow: DeepSpeed then leaves the update out by itself.
+                called when fp16 gradients overflow: the update is then left out, and the loss scale lowered.
             wants_stop: Asked on every rank before the update; one that says yes is enough for all to learn of it. It
                 changes nothing in the step.
         """

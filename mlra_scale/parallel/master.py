@@ -1,12 +1,13 @@
 """Where DeepSpeed keeps the fp32 weights, moments and gradients: one view per kind of optimizer wrapper.
 
-DeepSpeed 0.19 wraps torch's optimizer in one of four ways, depending on ZeRO stage and precision. Each class below
-knows some of them and offers the same: this rank's fragments of the fp32 weights with their moments, its fragments of
-the gradient before the update, how to leave an update out, how to make the model follow changed weights, and whether
-the copies are replicated over data ranks. All of it relies on DeepSpeed's inner attributes and is covered by
-tests/distributed.
+DeepSpeed 0.19 wraps torch's optimizer in one of several ways, depending on ZeRO stage and precision. Each class below
+knows one of them and offers the same: this rank's fragments of the fp32 weights with their moments, its fragments of
+the gradient before the update, the update with a gradient norm that is known already, how to leave an update out, how
+to make the model follow changed weights, and whether the copies are replicated over data ranks. All of it relies on
+DeepSpeed's inner attributes and is covered by tests/distributed.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -14,13 +15,14 @@ from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from mlra_scale.parallel.adam import AdamState
 from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.gradient_sums import GradientSums
+from mlra_scale.parallel.host_waits import DeviceOrdered, order_stage2_on_device, order_stage3_on_device
 
 Named = Mapping[str, nn.Parameter]
 
@@ -43,6 +45,16 @@ class MasterView(Protocol):
         """Puts the optimizer back to before its first update."""
         ...
 
+    def update(self, gradient_norm: float, limit: float) -> None:
+        """Updates the weights. DeepSpeed would find the norm itself: by more kernels, sums over ranks and host reads.
+
+        Args:
+            gradient_norm: Global L2 norm of the gradient, without the loss scale. Where it is not finite (fp16), the
+                loss scale is lowered instead.
+            limit: The gradient is scaled down to this norm; 0: never.
+        """
+        ...
+
     def skip_update(self) -> None:
         """Drops the gradients so that no update takes place; weights, moments and loss scale stay as they are."""
         ...
@@ -52,37 +64,27 @@ class MasterView(Protocol):
         ...
 
 
-def master_view(optimizer: Any, named: Named, data_rank: int) -> MasterView:
-    """Returns the view that fits DeepSpeed's optimizer.
+def master_view(optimizer: Any, named: Named, data_rank: int, device: torch.device) -> MasterView:
+    """Returns the view that fits DeepSpeed's optimizer; also mends what that does (see the classes).
 
     Args:
         optimizer: `engine.optimizer` of the DeepSpeed engine.
         named: This rank's parameters by canonical name.
         data_rank: Coordinate on the data axis.
+        device: Where this rank computes.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if device.type == "cuda":
+            order_stage3_on_device(optimizer)
         return Stage3View(optimizer, named, data_rank)
-    if isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer):
+    if isinstance(optimizer, BF16_Optimizer):
+        return Bf16View(optimizer, named)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        if device.type == "cuda":
+            order_stage2_on_device(optimizer)
         return PartitionedView(optimizer, named)
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        _undo_rehearsal(optimizer)
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
-        return ReplicatedView(optimizer, named, masters)
     assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
-    return ReplicatedView(optimizer, named, {})
-
-
-@torch.no_grad()
-def _undo_rehearsal(optimizer: FP16_UnfusedOptimizer) -> None:
-    """Takes back the update with zero gradients by which this wrapper allocates Adam's state.
-
-    It decays the masters once and counts as a step, so that the first real update would be 0.73 of its size.
-    """
-    optimizer.optimizer.state.clear()
-    for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        for low, high in zip(lows, highs, strict=True):
-            high.copy_(low)
+    return ReplicatedView(optimizer, named)
 
 
 def mend_loss_scaling(optimizer: Any) -> None:
@@ -109,31 +111,31 @@ def mend_loss_scaling(optimizer: Any) -> None:
 
 
 class ReplicatedView:
-    """ZeRO stage 0: every data rank holds everything; the masters are the parameters themselves or copies of them."""
+    """ZeRO stage 0 in fp32: every data rank holds everything, and the masters are the parameters themselves."""
 
     is_replicated_over_data = True
 
-    def __init__(self, optimizer: Any, named: Named, masters: dict[int, torch.Tensor]) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, named: Named) -> None:
         self.named = named
-        self.masters = masters
-        updated = [masters.get(id(parameter), parameter) for parameter in named.values()]
-        self.adam = AdamState(optimizer.optimizer if masters else optimizer, updated)
-        if masters:
-            self._unscale_and_clip = optimizer.unscale_and_clip_grads
+        self.adam = AdamState(optimizer, list(named.values()))
+        self._step = optimizer.step
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """See MasterView."""
         for name, parameter in self.named.items():
-            master = self.masters.get(id(parameter), parameter)
-            state = self.adam.of(master) if with_moments else {}
-            yield Fragment(name, 0, master.detach().view(-1), *_moments(state, 0, master.numel()))
+            state = self.adam.of(parameter) if with_moments else {}
+            yield Fragment(name, 0, parameter.detach().view(-1), *_moments(state, 0, parameter.numel()))
 
     def gradients(self) -> Iterator[Fragment]:
         """See MasterView."""
         for name, parameter in self.named.items():
             assert parameter.grad is not None, name
             yield Fragment(name, 0, parameter.grad.view(-1))
+
+    def update(self, gradient_norm: float, limit: float) -> None:
+        """See MasterView. DeepSpeed would clip before the gate, and each pipeline stage by a norm of its own."""
+        _clip([parameter.grad for parameter in self.named.values() if parameter.grad is not None], gradient_norm, limit)
+        self._step()
 
     def skip_update(self) -> None:
         """See MasterView. The engine zeroes the gradients after every step."""
@@ -142,40 +144,19 @@ class ReplicatedView:
         """See MasterView."""
         self.adam.forget()
 
-    def clip(self, gradient_norm: float, limit: float) -> None:
-        """Clips this update's gradients by the true global norm, which DeepSpeed does not know at stage 0.
-
-        DeepSpeed would clip fp32 gradients before the gate; for bf16 parameters under tensor parallelism it takes the
-        norm of the first rank's shards for that of the whole.
-        """
-        if self.masters:
-            scaled_norm = gradient_norm * self.optimizer.loss_scale_config.cur_scale
-            self.optimizer.clip_grad = limit
-            self.optimizer.unscale_and_clip_grads = lambda _norm, apply_scale=True: self._unscale_and_clip(
-                scaled_norm, apply_scale
-            )
-        elif limit > 0.0 and gradient_norm > limit:
-            gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, limit / (gradient_norm + 1e-6))
-
     def publish(self) -> None:
-        """See MasterView."""
-        for parameter in self.named.values():
-            if id(parameter) in self.masters:
-                parameter.data.copy_(self.masters[id(parameter)].data)
+        """See MasterView. The masters are what the model computes with."""
 
 
-class PartitionedView:
-    """ZeRO 1 and 2, the bf16 optimizer of stage 1 included: flat fp32 partitions, split over data ranks."""
+class _MappedView:
+    """What ZeRO 1 and 2 have in common: flat fp32 partitions, split over data ranks."""
 
     is_replicated_over_data = False
 
-    def __init__(self, optimizer: Any, named: Named) -> None:
+    def __init__(self, optimizer: Any, named: Named, masters: list[torch.Tensor]) -> None:
         self.optimizer = optimizer
         self.named = named
-        self.is_bf16 = isinstance(optimizer, BF16_Optimizer)
-        flats = optimizer.fp32_groups_flat_partition if self.is_bf16 else optimizer.single_partition_of_fp32_groups
-        self.adam = AdamState(optimizer.optimizer, flats)
+        self.adam = AdamState(optimizer.optimizer, masters)
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """See MasterView."""
@@ -187,30 +168,12 @@ class PartitionedView:
 
     def gradients(self) -> Iterator[Fragment]:
         """See MasterView."""
-        if not self.is_bf16:
-            self.optimizer._wait_for_offload_copies()  # which DeepSpeed does only inside its step
         groups: dict[int, _Pieces] = {}
         for name, mapping in self._mappings():
             group, where = mapping.param_group_index, mapping.hp_fragment_address
             if group not in groups:
                 groups[group] = _Pieces(self._flat_gradients(group))
             yield Fragment(name, mapping.lp_fragment_address.start, groups[group].narrow(where.start, where.numel))
-
-    def skip_update(self) -> None:
-        """See MasterView."""
-        optimizer = self.optimizer
-        if self.is_bf16:
-            return  # the engine zeroes both kinds of gradients after every step
-        # What the wrapper itself does when it meets an overflow, without touching the loss scale.
-        optimizer.micro_step_id = -1
-        optimizer.zero_grad(set_to_none=True)
-        optimizer._release_preflattened_grad_buffers()
-        if optimizer.cpu_offload:
-            optimizer.reset_cpu_buffers()
-        else:
-            for group in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[group] = None
-                optimizer.all_grad_tensors[group] = None
 
     def forget_moments(self) -> None:
         """See MasterView."""
@@ -232,11 +195,76 @@ class PartitionedView:
 
     def _flat_gradients(self, group: int) -> list[torch.Tensor]:
         """The group's gradient partition as consecutive pieces."""
-        if self.is_bf16:
-            return [self.optimizer.fp32_groups_gradient_flat_partition[group]]
+        raise NotImplementedError
+
+
+class Bf16View(_MappedView):
+    """bf16 with ZeRO 1: micro-batches add up in flat fp32 buffers of all of the rank's parameters.
+
+    DeepSpeed's optimizer holds the buffers, reduces them and gathers the weights; adding up (GradientSums) and the
+    update are done here.
+    """
+
+    def __init__(self, optimizer: BF16_Optimizer, named: Named) -> None:
+        super().__init__(optimizer, named, optimizer.fp32_groups_flat_partition)
+        GradientSums(optimizer)
+
+    def update(self, gradient_norm: float, limit: float) -> None:
+        """See MasterView."""
+        gradients = self.optimizer.fp32_groups_gradient_flat_partition
+        _clip(gradients, gradient_norm, limit)
+        for master, gradient in zip(self.adam.masters, gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.optimizer.step()
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+        self.publish()
+
+    def skip_update(self) -> None:
+        """See MasterView. The engine zeroes the gradients after every step."""
+
+    def _flat_gradients(self, group: int) -> list[torch.Tensor]:
+        return [self.optimizer.fp32_groups_gradient_flat_partition[group]]
+
+
+class PartitionedView(_MappedView):
+    """ZeRO 1 and 2, but for bf16 with ZeRO 1."""
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, named: Named) -> None:
+        super().__init__(optimizer, named, optimizer.single_partition_of_fp32_groups)
+        self._step = optimizer.step
+        self._known = _KnownNorm(optimizer)
+        optimizer.scaled_global_norm = lambda norm_type=2: self._known.scaled
+        optimizer.update_offload_overflow_tracker_for_param_grad = lambda parameter: None
+
+    def gradients(self) -> Iterator[Fragment]:
+        """See MasterView."""
+        self.optimizer._wait_for_offload_copies()  # which DeepSpeed does only inside its step
+        return super().gradients()
+
+    def update(self, gradient_norm: float, limit: float) -> None:
+        """See MasterView."""
+        self._known.set(gradient_norm, limit)
+        self._step()
+
+    def skip_update(self) -> None:
+        """See MasterView."""
+        optimizer = self.optimizer
+        # What the wrapper itself does when it meets an overflow, without touching the loss scale.
+        optimizer.micro_step_id = -1
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+        else:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+
+    def _flat_gradients(self, group: int) -> list[torch.Tensor]:
         if self.optimizer.cpu_offload:
             return [self.optimizer.single_partition_of_fp32_groups[group].grad]
-        return self.optimizer.averaged_gradients[group]
+        pieces: list[torch.Tensor] = self.optimizer.averaged_gradients[group]
+        return pieces
 
 
 class Stage3View:
@@ -249,6 +277,14 @@ class Stage3View:
         self.named = named
         self.data_rank = data_rank
         self.adam = AdamState(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
+        self._step = optimizer.step
+        self._known = _KnownNorm(optimizer)
+        optimizer._get_norm_groups = lambda: [self._known.scaled]
+        self._places = {
+            id(parameter): (group, index)
+            for group, parameters in enumerate(optimizer.fp16_groups)
+            for index, parameter in enumerate(parameters)
+        }
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
         """See MasterView."""
@@ -260,9 +296,23 @@ class Stage3View:
             yield Fragment(name, start, flat.detach().narrow(0, offset, length), *moments)
 
     def gradients(self) -> Iterator[Fragment]:
-        """See MasterView."""
+        """See MasterView. Offloaded gradients are on the host, and it waits for them."""
+        optimizer = self.optimizer
+        if optimizer.offload_optimizer and isinstance(optimizer.reduce_and_partition_stream, DeviceOrdered):
+            optimizer.reduce_and_partition_stream.wait_on_host()
         for name, parameter, start, length in self._pieces():
-            yield Fragment(name, start, self.optimizer.get_local_fp32_grad_for_param(parameter)[:length])
+            if optimizer.offload_optimizer:
+                group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                gradient = optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, length)
+            else:
+                group, index = self._places[id(parameter)]
+                gradient = optimizer.averaged_gradients[group][index].view(-1)[:length]
+            yield Fragment(name, start, gradient)
+
+    def update(self, gradient_norm: float, limit: float) -> None:
+        """See MasterView."""
+        self._known.set(gradient_norm, limit)
+        self._step()
 
     def skip_update(self) -> None:
         """See MasterView."""
@@ -291,6 +341,33 @@ class Stage3View:
             length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
             if length > 0:
                 yield name, parameter, start, length
+
+
+class _KnownNorm:
+    """Tells a ZeRO optimizer the gradient norm and whether there is an overflow, instead of having it look.
+
+    Attributes:
+        scaled: The norm times the loss scale; on the host, where DeepSpeed's update then finds it without a wait.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.scaled = torch.tensor(math.nan)
+        optimizer.check_overflow = self._check_overflow
+
+    def set(self, gradient_norm: float, limit: float) -> None:
+        """Sets what the next update works with (see MasterView.update)."""
+        self.scaled = torch.tensor(gradient_norm * self._optimizer.loss_scale, dtype=torch.float32)
+        self._optimizer.clip_grad = limit
+
+    def _check_overflow(self, partition_gradients: bool = True) -> None:
+        self._optimizer.overflow = not math.isfinite(self.scaled)
+
+
+def _clip(gradients: list[torch.Tensor], gradient_norm: float, limit: float) -> None:
+    """Scales gradients down, in place, so that their global norm is at most the limit; 0: never."""
+    if 0.0 < limit < gradient_norm:
+        torch._foreach_mul_(gradients, limit / (gradient_norm + 1e-6))
 
 
 def _moments(state: Mapping[str, Any], start: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

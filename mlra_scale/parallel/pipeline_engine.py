@@ -3,13 +3,14 @@
 import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
@@ -103,8 +104,14 @@ class PipelineEngine(EngineBase):
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
+        # The loss is summed in EngineBase._propose; DeepSpeed would sum and send it once more, with a copy that waits.
+        engine._aggregate_total_loss = lambda: None
+        engine._bcast_pipe_scalar = partial(self._broadcast_scalar, engine)
+        if not engine.is_pipe_partitioned:  # or what is sent is another shape, which a user's --ds-config has asked for
+            self._agree_on_shapes(engine, context)
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: self._backward_pass}
         if topology.pipeline > 1 and topology.data > 2:
-            engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: self._reduce_tied_gradients}
+            engine._INSTRUCTION_MAP[ReduceTiedGrads] = self._reduce_tied_gradients
         is_copy = topology.is_last_stage and not topology.is_first_stage
         self._install(engine, named, tied_copies=frozenset({"embedding.weight"} if is_copy else ()))
 
@@ -134,6 +141,12 @@ class PipelineEngine(EngineBase):
         return named
 
     @staticmethod
+    def _backward_pass(engine: Any, buffer_id: int) -> None:
+        """DeepSpeed's own, after which the last stage too lets go of the micro-batch's outputs."""
+        engine._exec_backward_pass(buffer_id)
+        engine.pipe_buffers["outputs"][buffer_id] = None
+
+    @staticmethod
     def _reduce_tied_gradients(engine: Any) -> None:
         """Stands in for DeepSpeed's ReduceTiedGrads, so that both copies of the tied embedding stay equal bit by bit.
 
@@ -150,6 +163,30 @@ class PipelineEngine(EngineBase):
             dist.all_reduce(total, group=data_group)
             dist.all_reduce(total, group=group)
             gradient.copy_(total if engine.grid.get_data_parallel_rank() == 0 else torch.zeros_like(total))
+
+    def _agree_on_shapes(self, engine: Any, context: ModelContext) -> None:
+        """Makes the buffers in which a stage receives; DeepSpeed's stages would send each other the shapes first.
+
+        The receiver would read them with a dozen waits for the device.
+        """
+        plan = self.plan
+        engine.first_output_send = False
+        if self.topology.is_first_stage:
+            return
+        length = plan.sequence_length // (plan.tensor if context.has_sequence_parallel else 1)
+        hidden = ([plan.micro_batch_size, length, context.model.hidden_size], next(engine.module.parameters()).dtype)
+        documents = ([plan.micro_batch_size, plan.sequence_length], torch.int64)
+        sample_ids = ([plan.micro_batch_size], torch.int64)
+        sent = [hidden] + [documents] * context.has_document_mask + [sample_ids] * context.has_dropout
+        buffers = [engine._allocate_or_extend_buffers(index, *what) for index, what in enumerate(sent)]
+        engine.pipe_recv_buf = tuple(buffers) if len(buffers) > 1 else buffers[0]
+
+    @staticmethod
+    def _broadcast_scalar(engine: Any, scalar: torch.Tensor | None) -> torch.Tensor:
+        """Stands in for DeepSpeed's broadcast of the loss of an evaluation, without a copy that waits."""
+        total = torch.zeros((), device=engine.device) if scalar is None else scalar.detach().float().clone()
+        dist.broadcast(total, engine._loss_stage_global_rank(), group=engine.mpu.get_pipe_parallel_group())
+        return total
 
     def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
         with self._called_between_steps(between):
@@ -195,10 +232,20 @@ class PipelineEngine(EngineBase):
         self._forget_spectra()
         with self._called_between_steps(between):
             loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
+        outputs = self.deepspeed_engine.pipe_buffers["outputs"]
+        outputs[:] = [None] * len(outputs)
         return float(loss)
 
-    @staticmethod
-    def _feed(batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-        """What DeepSpeed's pipeline draws: (inputs of the first layer, labels of the loss) per micro-batch."""
+    def _feed(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
+        """What DeepSpeed's pipeline draws per micro-batch: inputs of the first stage, labels of the last.
+
+        They are on the device: DeepSpeed's own copy would be of unpinned memory, and wait.
+        """
         for batch in batches:
-            yield (batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B), batch.targets_BS
+            inputs: tuple[torch.Tensor, ...] = ()
+            targets_BS = None
+            if self.topology.is_first_stage:
+                inputs = self._on_device(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B)
+            if self.topology.is_last_stage:
+                (targets_BS,) = self._on_device(batch.targets_BS)
+            yield inputs, targets_BS

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan
 from mlra_scale.megatron import parallel_state
+from mlra_scale.parallel.network import set_gloo_interface
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
             os.environ.setdefault(name, value)
+        set_gloo_interface(os.environ)
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes))
-    # DeepSpeed would compile a shared-memory all-reduce for CPU inference at the first start; training never calls it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would look which of its kernels it can build, warn on every rank of seven that need nvcc, and compile an
+    # all-reduce in shared memory for inference on CPUs; training calls none of them.
+    deepspeed.ops.__compatible_ops__ = {}
     # Adopts the running process group; DeepSpeed keeps its own handle on it.
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)

@@ -77,11 +77,6 @@ class ZeroEngine(EngineBase):
         return (total[0] / total[1]).item()
 
     def _inputs(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-        tensors = (
-            batch.tokens_BS,
-            batch.positions_BS,
-            batch.documents_BS,
-            batch.sample_ids_B,
-            batch.targets_BS,
+        return self._on_device(
+            batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B, batch.targets_BS
         )
-        return tuple(tensor.to(self.topology.device, non_blocking=True) for tensor in tensors)

@@ -15,6 +15,13 @@ from mlra_scale.config.problems import nearest
 from mlra_scale.model.low_rank_plan import CPU_CORE, H100
 
 GIB = 2.0**30
+FREE_SHARE = 0.1
+"""Share of a device's memory that no plan uses: memory.py counts tensors, and not the allocator's fragments."""
+
+_DEVICES = ("h200", "h100", "a100")
+"""Words of a device's name that are the named cluster with such devices."""
+_OTHER_PRODUCTS = {"pcie", "nvl", "mig"}
+"""Words of a device's name that stand for another product: other peak or links, or a part of a device."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Cluster:
         nodes: Number of nodes.
         devices_per_node: Devices (ranks) of a node.
         memory: Bytes of one device.
-        reserved: Bytes of it that tensors cannot have: context, libraries, communication buffers, fragments.
+        reserved: Bytes of it that tensors cannot have: context, libraries, communication buffers.
         peak_flops: Peak of one device in FLOP/s, the denominator of MFU.
         utilization: Share of the peak that matrix products of usual sizes reach.
         memory_bandwidth: Bytes per second that a device reads and writes in norms, GELU, sums and softmax.
@@ -41,6 +48,8 @@ class Cluster:
         pipeline_overhead: Seconds of the pipeline engine's work per micro-batch, beside that of any engine.
         micro_batch_overhead: Seconds of an engine's own work per micro-batch.
         step_overhead: Seconds of an engine's own work per step.
+        launch: Seconds that the host needs to start one operation.
+        wait: Seconds that a wait of the host for the device costs, such as `.item()`.
         runs_ahead: Whether the host launches while the device computes: overhead then counts only where it is longer
             than the computation, and reductions overlap with it (GPUs).
     """
@@ -64,6 +73,8 @@ class Cluster:
     pipeline_overhead: float
     micro_batch_overhead: float
     step_overhead: float
+    launch: float
+    wait: float
     runs_ahead: bool
 
     @property
@@ -78,8 +89,8 @@ class Cluster:
 
     @property
     def usable_memory(self) -> float:
-        """Bytes of one device that tensors can have."""
-        return self.memory - self.reserved
+        """Bytes of one device that a plan may give to tensors; FREE_SHARE of the device stays free."""
+        return (1.0 - FREE_SHARE) * self.memory - self.reserved
 
     def link(self, group: Sequence[int]) -> tuple[float, float]:
         """Returns bandwidth (bytes/s that each rank sends) and latency (s) of collectives of a group of ranks.
@@ -116,10 +127,12 @@ def named_clusters() -> dict[str, Cluster]:
         latency_intra=1e-5,
         latency_inter=2e-5,
         block_overhead=4e-4,
-        zero_overhead=(0.0, 1e-4, 1e-4, 6e-4),
+        zero_overhead=(0.0, 3e-4, 5e-4, 4e-3),
         pipeline_overhead=1e-3,
         micro_batch_overhead=1e-3,
         step_overhead=5e-3,
+        launch=5e-6,
+        wait=3e-5,
         runs_ahead=True,
     )
     h100 = replace(
@@ -133,6 +146,15 @@ def named_clusters() -> dict[str, Cluster]:
         update_bandwidth=2.7e12,
         link_intra=H100.bandwidth,
         link_inter=4e10,
+    )
+    h200 = replace(
+        h100,
+        name="h200",
+        source="NVIDIA H200 SXM datasheet: 989 TFLOP/s dense bf16, 141 GB at 4.8 TB/s, NVLink 4 of 900 GB/s in both "
+        "directions; 400 Gbit/s network per GPU. Assumed: half the peak in matrix products, 0.78 of a link, overheads",
+        memory=141e9,
+        memory_bandwidth=3.85e12,
+        update_bandwidth=3.85e12,
     )
     cpu = Cluster(
         name="cpu",
@@ -154,16 +176,18 @@ def named_clusters() -> dict[str, Cluster]:
         pipeline_overhead=2e-3,
         micro_batch_overhead=2e-3,
         step_overhead=5e-3,
+        launch=0.0,
+        wait=0.0,
         runs_ahead=False,
     )
-    return {cluster.name: cluster for cluster in (h100, a100, cpu)}
+    return {cluster.name: cluster for cluster in (h100, a100, h200, cpu)}
 
 
 def named_cluster(name: str) -> Cluster:
     """Returns a cluster by its name.
 
     Args:
-        name: "h100", "a100" or "cpu".
+        name: "h100", "a100", "h200" or "cpu".
 
     Raises:
         ConfigError: There is no such cluster.
@@ -172,3 +196,25 @@ def named_cluster(name: str) -> Cluster:
     if name not in clusters:
         raise ConfigError([Problem("--cluster", name, "is no named cluster" + nearest(name, clusters))])
     return clusters[name]
+
+
+def cluster_of_device(name: str) -> str | None:
+    """Returns the named cluster that has such devices; None: the planner has no constants for them.
+
+    Args:
+        name: What the driver calls the device, such as "NVIDIA H100 80GB HBM3".
+    """
+    return None if _words(name) & _OTHER_PRODUCTS else generation_of_device(name)
+
+
+def generation_of_device(name: str) -> str | None:
+    """Returns the named cluster with devices of the same generation, though of another product; None: there is none.
+
+    Args:
+        name: What the driver calls the device, such as "NVIDIA H100 PCIe".
+    """
+    return next((device for device in _DEVICES if device in _words(name)), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(name.lower().replace("-", " ").split())

@@ -8,13 +8,14 @@ a gather and a reduce-scatter (k - 1) / k.
     tensor     per block and micro-batch, all-reduces: T R and T D forward (o, fc_out), T D backward (fc_in's input);
                q, k, v by their plan (model/low_rank_plan.py), dense ones T D backward. Checkpointing repeats the
                forward ones but for fc_out's. The embedding T D forward, the head's input T D backward. With sequence
-               parallelism a reduce-scatter and a gather stand for each sum, and what enters a block is gathered once
-               more backward
+               parallelism a reduce-scatter and a gather stand for each sum, what enters a block is gathered once more
+               backward, and the position embedding's gradient is summed
     pipeline   per micro-batch and neighbour e T D, forward one way and backward the other; once a step the gradient of
                the tied embedding, all-reduced between the first stage and the last
     data       ZeRO 0: all-reduce of c n once; 1: the same (DeepSpeed 0.19 sums whole buckets and takes its part) and
                gather of e n once; 2: all-reduce of c n per micro-batch, gather of e n once; 3: per micro-batch
-               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance)
+               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance);
+               with more than two data ranks the tied gradient of a pipeline's ends once more, by itself
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
 from mlra_scale.planning.memory import keeps_gathered, reuse_distance
 
+HOP = 0.2
+"""Latencies of a message that a ring takes to pass a chunk to the next rank, once it runs: assumed."""
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -35,25 +39,33 @@ class Traffic:
 
     Attributes:
         sent: Bytes.
-        messages: Collectives or messages, each of which waits at least for the latency.
+        messages: Messages and sums, which pass through a tree of the ranks.
+        rings: Gathers and scatters, which pass from rank to rank.
     """
 
     sent: float = 0.0
     messages: float = 0.0
+    rings: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent + other.sent, self.messages + other.messages)
+        return Traffic(self.sent + other.sent, self.messages + other.messages, self.rings + other.rings)
 
     def times(self, number: float) -> Traffic:
         """The same so many times."""
-        return Traffic(number * self.sent, number * self.messages)
+        return Traffic(number * self.sent, number * self.messages, number * self.rings)
 
     def seconds(self, cluster: Cluster, group: list[int]) -> float:
-        """Time of it in a group of ranks: bytes over bandwidth, and log2 of the ranks latencies per message."""
+        """Time of it in a group of ranks: bytes over bandwidth, and latencies.
+
+        A message waits for log2 of the ranks latencies, a ring for as many hops as there are other ranks, of HOP
+        latencies each; it is no faster than a message.
+        """
         if len(group) == 1:
             return 0.0
         bandwidth, latency = cluster.link(group)
-        return self.sent / bandwidth + self.messages * latency * ceil(log2(len(group)))
+        depth = ceil(log2(len(group)))
+        ring = max(depth, HOP * (len(group) - 1))
+        return self.sent / bandwidth + latency * (self.messages * depth + self.rings * ring)
 
 
 def all_reduce(nbytes: float, ranks: int) -> Traffic:
@@ -63,7 +75,7 @@ def all_reduce(nbytes: float, ranks: int) -> Traffic:
 
 def scatter_or_gather(nbytes: float, ranks: int) -> Traffic:
     """One reduce-scatter or all-gather of so many bytes altogether."""
-    return Traffic() if ranks == 1 else Traffic(nbytes * (ranks - 1) / ranks, 1)
+    return Traffic() if ranks == 1 else Traffic(nbytes * (ranks - 1) / ranks, rings=1)
 
 
 def tensor_traffic_of_block(config: Config, plan: BatchPlan) -> Traffic:
@@ -114,7 +126,12 @@ def tensor_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
     hidden *= config.model.hidden_size
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     num_ends = (stage == 0) + (stage == plan.pipeline - 1)
-    return tensor_traffic_of_block(config, plan).times(num_blocks) + all_reduce(hidden, plan.tensor).times(num_ends)
+    traffic = tensor_traffic_of_block(config, plan).times(num_blocks) + all_reduce(hidden, plan.tensor).times(num_ends)
+    if config.parallel.sequence_parallel and stage == 0:
+        # Ranks see other positions: the gradient of the position embedding is summed.
+        positions = float(BYTES[config.train.precision] * config.model.max_positions * config.model.hidden_size)
+        traffic += all_reduce(positions, plan.tensor)
+    return traffic
 
 
 def pipeline_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
@@ -128,9 +145,14 @@ def pipeline_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
 
 def tied_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
     """What the two stages that hold the tied embedding send for its gradient, once a step."""
+    return all_reduce(tied_gradient_bytes(config, plan, stage), 2)
+
+
+def tied_gradient_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+    """Bytes of the tied embedding's gradient, fp32, where two stages hold the weight; else 0."""
     if plan.pipeline == 1 or stage not in (0, plan.pipeline - 1):
-        return Traffic()
-    return all_reduce(4.0 * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor, 2)
+        return 0.0
+    return 4.0 * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
 
 
 def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
@@ -145,23 +167,24 @@ def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) ->
         gathered = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
         num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
         times = 2 - min(reuse_distance(config), num_weights) / num_weights
-        weights = Traffic(times * gathered.sent, times * num_blocks if plan.data > 1 else 0)
+        weights = Traffic(times * gathered.sent, rings=times * num_blocks if plan.data > 1 else 0)
     return gradients, weights
 
 
-def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> Traffic:
-    """What a rank sends to its data-parallel peers once a step."""
+def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
+    """Gradients that a rank sends to its data-parallel peers once a step, and updated weights likewise."""
     zero = zero_stage(config)
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
-    gradients, weights = communication_bytes(config) * num_weights, float(BYTES[config.train.precision] * num_weights)
-    if zero == 0:
-        return all_reduce(gradients, plan.data)
-    traffic = Traffic()
-    if zero == 1:
-        traffic += all_reduce(gradients, plan.data)
+    gradients = weights = Traffic()
+    # The tied embedding's gradient is summed by itself first (PipelineEngine._reduce_tied_gradients).
+    tied = tied_gradient_bytes(config, plan, stage)
+    if tied and plan.data > 2:
+        gradients += all_reduce(tied, plan.data)
+    if zero in (0, 1):
+        gradients += all_reduce(communication_bytes(config) * num_weights, plan.data)
     if zero in (1, 2):
-        traffic += scatter_or_gather(weights, plan.data)
-    return traffic
+        weights = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
+    return gradients, weights
 
 
 def communication_bytes(config: Config) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from mlra_scale.config import BatchPlan, ModelConfig
 from mlra_scale.model.parameters import LowRankPlan, ParameterInfo, ParameterTable
 
@@ -79,10 +81,17 @@ def num_weights_of_stage(
     model: ModelConfig, plan: BatchPlan, stage: int, low_rank_plan: LowRankPlan = "replicated"
 ) -> int:
     """Returns `num_held` of `weights_of_stage` without a table of every block: all blocks have equally many weights."""
-    short = model.model_copy(update={"num_layers": 1})
-    infos = ParameterTable(short, low_rank_plan).values()
-    of_block = num_held([info for info in infos if info.name.startswith("blocks.")], plan.tensor)
-    of_ends = num_held(weights_of_stage(short, plan.pipeline, stage, low_rank_plan), plan.tensor)
-    if 0 in blocks_of_stage(1, plan.pipeline, stage):
-        of_ends -= of_block
+    of_ends, of_block = _weights_of_ends_and_block(model, plan.tensor, plan.pipeline, stage, low_rank_plan)
     return of_ends + of_block * len(blocks_of_stage(model.num_layers, plan.pipeline, stage))
+
+
+@lru_cache(maxsize=4096)
+def _weights_of_ends_and_block(
+    model: ModelConfig, tensor: int, num_stages: int, stage: int, low_rank_plan: LowRankPlan
+) -> tuple[int, int]:
+    """Numbers that a rank holds of what is in no block, and of one block."""
+    short = model.model_copy(update={"num_layers": 1})
+    held = weights_of_stage(short, num_stages, stage, low_rank_plan)
+    block = [info for info in ParameterTable(short, low_rank_plan).values() if info.name.startswith("blocks.")]
+    ends = [info for info in held if not info.name.startswith("blocks.")]
+    return num_held(ends, tensor), num_held(block, tensor)

@@ -9,19 +9,22 @@ Training state (DeepSpeed 0.19 as our engines set it up):
     component      bytes
     weights        e n; ZeRO 3: e n / d, and gathered e min(n, stage3_max_reuse_distance): DeepSpeed keeps whole what it
                    will use again within so many elements (1e9 unless the --ds-config file says otherwise)
-    gradients      fp32: 4 n; bf16: 2 n without ZeRO (twice that in a pipeline: a flat copy), (2 + 4) n with ZeRO 1
-                   (micro-batches add up in fp32); fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d (fp16)
+    gradients      fp32: 4 n; bf16 with ZeRO 1 (without ZeRO there is no bf16): 4 n, in which micro-batches add up, and
+                   2 n more at the end of a backward pass; fp16: 2 n; ZeRO 2 and 3: 4 n / d (bf16 and fp32), 2 n / d
+                   (fp16; with ZeRO 2 at least 2 D V / t, for what a share touches is kept whole)
     reduction      shown with the gradients: ZeRO's buffers of reduce_bucket_size elements (5e8 unless the --ds-config
                    file says otherwise), whatever the size of the model. ZeRO 3: one in the type of communication.
                    ZeRO 1 and 2: one in compute precision while the backward pass runs (in a pipeline: while gradients
                    are reduced, in the type of communication), two with overlap_comm; none in bf16 with ZeRO 1
     master         fp32 copy of the weights: 4 n; none in fp32 without ZeRO; ZeRO >= 1: 4 n / d
     moments        Adam's two, fp32: 8 n; ZeRO >= 1: 8 n / d
-    (offload_optimizer moves master and moments to the host, offload_param the weights)
+    (offload_optimizer moves master and moments to the host, with ZeRO 2 and 3 the gradients too, offload_param the
+    weights)
     snapshot       host memory for asynchronous checkpoints: 12 bytes (fp32 weight, two moments) per weight that the
-                   rank owns. Weights divided over d (ZeRO >= 1; bf16 in a pipeline): n / d; else data rank 0 owns all
-                   n. The last stage's copy of the tied embedding is the first stage's. Tensor rank 0 owns what is
-                   replicated over t, the others a little less than is shown
+                   rank owns. Weights divided over d (ZeRO >= 1): n / d; else data rank 0 owns all n. The last stage's
+                   copy of the tied embedding is the first stage's. Tensor rank 0 owns what is replicated over t, the
+                   others a little less than is shown. For a GPU the memory is page-locked, and torch's allocator rounds
+                   it up to a power of two (`pinned_bytes`)
 
 Activations kept for the backward pass, per token:
 
@@ -29,39 +32,46 @@ Activations kept for the backward pass, per token:
                    output, both sides of GELU, one latent per factorised projection (replicated over t; o's after the
                    reduction; none of q, k, v with the plan `merged`, which keeps e D^2 / t for each instead, whatever
                    the number of tokens); with QK-norm q and k before it, 2 D / t more. The S x S attention matrix is
-                   kept with attention dropout only: (4 + e) S N / t more
+                   kept with attention dropout only: (4 + 2 e) S N / t more, and while its mask is made three times
+                   8 S N / t; residual dropout keeps 2 e D
     checkpointed   e D instead, and one whole block again while it is recomputed
     selective      without the norms' outputs and GELU's: e (2 D + F / t) less
-    ends           e D for the embedding's output (first stage), e D for the final norm's input (last stage)
-    passed on      in a pipeline e D for what a stage received, and e D for what it sends (DeepSpeed's two buffers)
+    end            e D for the final norm's input (last stage)
+    mask           masked documents: e S for the additive mask, which all blocks share; flex_attention (on GPUs with
+                   Triton, in 16 bits) keeps less, and is planned alike
+    passed on      in a pipeline e D for what a stage has received, of which a copy enters its first block (of at least
+                   two micro-batches), e D for what it has sent, and once e D for what is on its way
 
     sequence par.  what has no t above is divided by t, but with checkpointing or sigmaReparam, in a block, the norms'
                    outputs and the latents, which are gathered
 
-times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1.
+times the micro-batches in flight: min(accumulation steps, stages - stage) in a pipeline, else 1. `train.device=auto` is
+planned as a GPU.
 
 Head and loss: `logit_bytes`. Temporary results: what the largest moment of the step adds to what is kept,
 
     loss           nothing: it is in `logit_bytes`
-    backward       e (F / t + 2 D) per token, the gradients beside GELU and of the stream, and the gradient of the
-                   largest matrix before it is added to the kept one; on a single stage the head's gradient of the tied
-                   embedding, which waits for the look-up's; in the first block's with ZeRO 2 and 3 `reduced_bytes`
-    its end        copies of the embedding's gradient (`num_embedding_gradients`)
+    backward       e (F / t + D) per token, the gradients beside GELU and of the stream (in a pipeline e F / t: the
+                   stream's was received), and the gradient of the largest matrix before it is added to the kept one; on
+                   a single stage the head's gradient of the tied embedding, which waits for the look-up's; in the first
+                   block's with ZeRO 2 and 3 `reduced_bytes`
+    its end        copies of the embedding's gradient (`num_embedding_gradients`); in bf16 with ZeRO 1 gradients that
+                   are joined before they are added (`joined_bytes`)
     reduction      `flat_gradient_bytes`
-    update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1); in bf16
-                   without ZeRO: the gradient in fp32, 4 n
+    update         ZeRO >= 1: the gradient of the rank's share in one piece, 4 n / d (not in bf16 with ZeRO 1)
 
 Of these moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
 where a step has more micro-batches than are in flight; else they grow while activations go.
 
 tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
-Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves; of dropout
-masks nothing is known here.
+Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, offload_param, zero_stage
 from mlra_scale.model.head_chunks import num_chunks
@@ -109,20 +119,22 @@ class Moment:
 
     Attributes:
         gradients: Without the buffers of the reduction.
+        buffers: Those of the reduction, where they are there at this moment.
         activations: As in RankMemory.
         logits: As in RankMemory.
         temporary: As in RankMemory.
     """
 
     gradients: float
+    buffers: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
     temporary: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum of the four."""
-        return self.gradients + self.activations + self.logits + self.temporary
+        """Sum of the five."""
+        return self.gradients + self.buffers + self.activations + self.logits + self.temporary
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
@@ -137,13 +149,15 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
     peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
     state = {
         "weights": weight_bytes(config, plan, num_weights),
-        "gradients": peak.gradients + reduction_bytes(config, plan),
+        "gradients": peak.gradients + peak.buffers,
         "master": master_bytes(config, plan, num_weights),
         "moments": moment_bytes(config, plan, num_weights),
     }
     on_host = ["master", "moments"] if offload_optimizer(config) else []
     on_host += ["weights"] if offload_param(config) else []
     host = sum(state[name] for name in on_host)
+    if has_gradients_on_host(config):
+        host += partitioned_gradient_bytes(config, plan, num_weights)
     state |= dict.fromkeys(on_host, 0.0)
     return RankMemory(
         **state,
@@ -158,31 +172,42 @@ def rank_memory(config: Config, plan: BatchPlan, stage: int) -> RankMemory:
 def moments_of_a_step(config: Config, plan: BatchPlan, stage: int) -> list[Moment]:
     """Returns the moments of a step of which one is the peak.
 
-    In order: the loss; the backward pass of the last block and of the first; its end; reduction; update.
+    In order: the loss; the backward pass of the last block and of the first; its end; adding up; reduction; update; and
+    with attention dropout the last block's mask.
     """
     num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     whole = gradient_bytes(config, plan, num_weights)
     # With as many micro-batches in flight as there are in all, no backward pass has ended when they are at their most.
     has_ended = plan.accumulation_steps > in_flight(config, plan, stage)
-    early = whole if has_ended else early_gradient_bytes(config, plan, num_weights)
+    kept_early = early_gradient_bytes(config, num_weights)
+    early = whole if has_ended and not adds_up_flat(config) else kept_early
+    reduced_at_once = kept_early if adds_up_flat(config) else whole
     kept = activation_bytes(config, plan, stage)
     recomputed = recomputed_bytes(config, plan)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
     at_the_end = kept - (num_blocks - 1) * kept_per_block(config, plan)
-    stale = stale_output_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
+    output = output_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
     logits = logit_bytes(config, plan) if stage == plan.pipeline - 1 else 0.0
     # The head's gradient of the tied embedding waits in autograd until the embedding's is there to be added.
     waiting = embedding_gradient_bytes(config, plan) if plan.pipeline == 1 else 0.0
     backward = backward_bytes(config, plan) + waiting
     reduced = reduced_bytes(config, plan, num_weights)  # of a bucket, which fills while activations go
     summing = embedding_gradient_bytes(config, plan) * num_embedding_gradients(config, plan, stage)
+    buffers = reduction_bytes(config, plan)
+    always = buffers if zero_stage(config) == 3 else 0.0
+    # A pipeline reduces after its last backward pass, the other engine in each.
+    passing, reducing = (0.0, buffers) if engine_kind(config) == "pipeline" else (buffers, always)
+    update = update_bytes(config, plan, num_weights)
+    masking = [Moment(early, always, kept, temporary=dropout_bytes(config, plan))]
     return [
-        Moment(early, kept, logits),
-        Moment(early, kept + recomputed, stale, backward),
-        Moment(whole, at_the_end + recomputed, stale, backward + reduced),
-        Moment(whole, at_the_end, stale, summing + reduced),
-        Moment(whole, temporary=flat_gradient_bytes(config, plan, num_weights)),
-        Moment(update_gradient_bytes(config, plan, num_weights), temporary=update_bytes(config, plan, num_weights)),
+        Moment(early, always, kept, logits),
+        Moment(early, passing, kept + recomputed, output, backward),
+        Moment(whole, passing, at_the_end + recomputed, output, backward + reduced),
+        Moment(whole, passing, at_the_end, output, summing + reduced),
+        Moment(whole, always, temporary=joined_bytes(config, num_weights)),
+        Moment(reduced_at_once, reducing, temporary=flat_gradient_bytes(config, plan, num_weights)),
+        Moment(update_gradient_bytes(config, plan, num_weights), always, temporary=update),
+        *(masking if config.model.attention_dropout > 0.0 else []),
     ]
 
 
@@ -206,21 +231,51 @@ def reuse_distance(config: Config) -> int:
 
 
 def gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
-    """Bytes of the gradients."""
-    precision, stage = config.train.precision, zero_stage(config)
-    if stage >= 2:
-        return (2 if precision == "fp16" else 4) * num_weights / plan.data
-    if precision == "bf16" and stage == 1:
+    """Bytes of the gradients on the device."""
+    if has_gradients_on_host(config):
+        return 0.0
+    if zero_stage(config) >= 2:
+        return partitioned_gradient_bytes(config, plan, num_weights)
+    if adds_up_flat(config):
         return 6.0 * num_weights
-    if precision == "bf16" and engine_kind(config) == "pipeline":
-        return 4.0 * num_weights
-    return float(BYTES[precision] * num_weights)
+    return float(BYTES[config.train.precision] * num_weights)
+
+
+def has_gradients_on_host(config: Config) -> bool:
+    """Whether reduced gradients are kept on the host."""
+    return offload_optimizer(config) and zero_stage(config) >= 2
+
+
+def partitioned_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+    """Bytes of a rank's share of the gradients with ZeRO 2 and 3.
+
+    In fp16 ZeRO 2 keeps whole what the share touches: on the first rank the embedding.
+    """
+    if config.train.precision != "fp16":
+        return 4 * num_weights / plan.data
+    embedding = config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
+    touched = min(num_weights, embedding) if zero_stage(config) == 2 else 0.0
+    return 2 * max(num_weights / plan.data, touched)
+
+
+def adds_up_flat(config: Config) -> bool:
+    """Whether micro-batches add up in flat fp32 buffers, and gradients go as soon as they are added (bf16, ZeRO 1)."""
+    return config.train.precision == "bf16" and zero_stage(config) == 1
+
+
+def joined_bytes(config: Config, num_weights: int) -> float:
+    """Bytes of the bf16 gradients that are joined before they are added to the flat buffers (gradient_sums.py).
+
+    A CPU converts them to fp32 before it adds, a GPU while it does.
+    """
+    element = 6.0 if device_of(config) == "cpu" else 2.0
+    return element * min(num_weights, 1 << 24) if adds_up_flat(config) else 0.0
 
 
 def reduction_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes of the buffers through which ZeRO reduces gradients."""
     stage, precision = zero_stage(config), config.train.precision
-    if stage == 0 or (stage == 1 and precision == "bf16"):
+    if stage == 0 or adds_up_flat(config):
         return 0.0
     zero = config.deepspeed["zero_optimization"]
     if not zero.get("contiguous_gradients", True):
@@ -251,8 +306,21 @@ def snapshot_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     num_owned = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
     if 0 < stage == plan.pipeline - 1:
         num_owned -= config.model.padded_vocab_size * config.model.hidden_size // plan.tensor
-    is_divided = zero_stage(config) >= 1 or (config.train.precision == "bf16" and engine_kind(config) == "pipeline")
-    return 12.0 * num_owned / (plan.data if is_divided else 1)
+    num_bytes = 12.0 * num_owned / (plan.data if zero_stage(config) >= 1 else 1)
+    return num_bytes if device_of(config) == "cpu" else pinned_bytes(num_bytes)
+
+
+def pinned_bytes(num_bytes: float) -> float:
+    """Bytes of host memory that torch takes for a page-locked tensor: the next power of two.
+
+    ATen/core/CachingHostAllocator.h of torch 2.13; `pinned_max_round_threshold_mb` in PYTORCH_ALLOC_CONF limits it.
+    """
+    return float(1 << (math.ceil(num_bytes) - 1).bit_length()) if num_bytes > 0 else 0.0
+
+
+def device_of(config: Config) -> Literal["cpu", "cuda"]:
+    """Returns the kind of device that is planned: `auto` is a GPU, for that is what plans are made for."""
+    return "cpu" if config.train.device == "cpu" else "cuda"
 
 
 def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
@@ -271,9 +339,22 @@ def block_bytes_per_token(config: Config, plan: BatchPlan) -> float:
     width = 2 * model.hidden_size / split + norms + 4 * model.hidden_size / tensor + model.ffn_size / tensor + gelu
     width += 2 * model.hidden_size / tensor * model.qk_norm
     kept = BYTES[config.train.precision] * (width + num_latents * model.rank / split_of_gathered)
+    if model.residual_dropout > 0.0:
+        kept += BYTES[config.train.precision] * 2 * model.hidden_size / split
     if model.attention_dropout > 0.0:
-        kept += (4 + BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
+        kept += (4 + 2 * BYTES[config.train.precision]) * config.train.sequence_length * model.num_heads / tensor
     return kept
+
+
+def dropout_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes that the mask of attention weights adds while it is made, less what the rest of its block keeps later.
+
+    Three tensors of 64-bit integers, see model/randomness.py.
+    """
+    model, element, tokens = config.model, BYTES[config.train.precision], plan.micro_batch_size * plan.sequence_length
+    made = (24 - element) * plan.sequence_length * model.num_heads / plan.tensor
+    later = 2 * model.hidden_size + model.hidden_size / plan.tensor + 2 * model.ffn_size / plan.tensor
+    return max(0.0, tokens * (made - element * later))
 
 
 def sequence_split(config: Config, plan: BatchPlan) -> int:
@@ -320,9 +401,21 @@ def activation_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
     tokens = plan.micro_batch_size * plan.sequence_length
     hidden = tokens * BYTES[config.train.precision] * config.model.hidden_size / sequence_split(config, plan)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    ends = hidden * ((stage == 0) + (stage == plan.pipeline - 1))
-    passed_on = hidden * ((stage > 0) + (stage < plan.pipeline - 1)) * min(2, plan.accumulation_steps)
-    return in_flight(config, plan, stage) * (num_blocks * kept_per_block(config, plan) + ends) + passed_on
+    end = hidden * ((stage == plan.pipeline - 1) + (stage == 0 and config.model.embedding_dropout > 0.0))
+    flying = in_flight(config, plan, stage)
+    kept = flying * (num_blocks * kept_per_block(config, plan) + end + mask_bytes(config, plan))
+    if plan.pipeline == 1:
+        return kept
+    received = max(flying, min(2, plan.accumulation_steps)) * (stage > 0)
+    sent = flying * (stage < plan.pipeline - 1)
+    return kept + hidden * (received + sent + 1)
+
+
+def mask_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the mask of documents of one micro-batch (model/document_mask.py), which its blocks share."""
+    if config.data.document_attention != "masked":
+        return 0.0
+    return float(BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length**2)
 
 
 def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
@@ -335,48 +428,54 @@ def in_flight(config: Config, plan: BatchPlan, stage: int) -> int:
 def logit_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes of the head and the loss at their peak, per micro-batch of T tokens.
 
-    Of a chunk of tokens (model/head_chunks.py) the logits, which become their softmax and its gradient in place: 4
-    bytes each, and in bf16 and fp16 e more. Beside it the final norm's output and its gradient, 2 e D per token, and
-    the head's weight gradient, e D V / t, or in fp32 and e for what is added to it where there are several chunks.
+    The larger of two moments of a chunk of tokens (model/head_chunks.py). First the logits, which become their softmax
+    and its gradient in place: 4 bytes each, and in bf16 and fp16 e more; with several chunks beside the sum of the
+    weight's gradients so far, 4 D V / t. Then the gradient, e per logit, beside this sum and the summand, e D V / t (in
+    fp32 they are one). At both moments the final norm's output and its gradient, 2 e D per token.
     """
     model, element = config.model, BYTES[config.train.precision]
     tokens, rows = plan.micro_batch_size * plan.sequence_length, model.padded_vocab_size // plan.tensor
-    device = "cpu" if config.train.device == "cpu" else "cuda"
-    chunks = num_chunks(tokens, rows, device, config.train.precision == "fp16")
-    logits = -(-tokens // chunks) * rows * (4 if element == 4 else 4 + element)
-    weight = rows * model.hidden_size * (element if chunks == 1 or element == 4 else 4 + element)
-    return stale_output_bytes(config, plan) + logits + weight + 2.0 * element * tokens * model.hidden_size
+    chunks = num_chunks(tokens, rows, device_of(config), config.train.precision == "fp16")
+    logits, weight = -(-tokens // chunks) * rows, rows * model.hidden_size
+    summed = 4 * weight if chunks > 1 else 0
+    if element == 4:
+        largest = 4 * logits + 4 * weight
+    else:
+        largest = max((4 + element) * logits + summed, element * (logits + weight) + summed)
+    return largest + 2.0 * element * tokens * model.hidden_size
 
 
-def stale_output_bytes(config: Config, plan: BatchPlan) -> float:
-    """Bytes of final hidden states that DeepSpeed's pipeline keeps of micro-batches that are done, in two buffers."""
+def output_bytes(config: Config, plan: BatchPlan) -> float:
+    """Bytes of the final hidden state, which DeepSpeed's pipeline holds until the backward pass has ended."""
     if engine_kind(config) != "pipeline":
         return 0.0
     hidden = BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
-    return min(2, plan.accumulation_steps) * hidden / sequence_split(config, plan)
+    return hidden / sequence_split(config, plan)
 
 
 def backward_bytes(config: Config, plan: BatchPlan) -> float:
     """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's."""
     model, tokens = config.model, plan.micro_batch_size * plan.sequence_length
-    passing = tokens * (model.ffn_size / plan.tensor + 2 * model.hidden_size / sequence_split(config, plan))
+    stream = 0.0 if plan.pipeline > 1 else model.hidden_size / sequence_split(config, plan)
+    passing = tokens * (model.ffn_size / plan.tensor + stream)
     if config.parallel.sequence_parallel:
-        passing += 4 * tokens * model.hidden_size  # gathered inputs and whole gradients, each with its packed copy
+        # The whole gradient of the stream. Gathered inputs and packed copies come when GELU's sides have gone, unless
+        # these are not kept.
+        whole = 1 if config.parallel.activation_checkpointing == "none" else 4
+        passing += whole * tokens * model.hidden_size
     return BYTES[config.train.precision] * (passing + model.ffn_size * model.hidden_size / plan.tensor)
 
 
-def early_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
+def early_gradient_bytes(config: Config, num_weights: int) -> float:
     """Bytes of gradients that are there before the first backward pass of a step: buffers that are never given back."""
-    if config.train.precision != "bf16" or zero_stage(config) >= 2:
-        return 0.0
-    if zero_stage(config) == 1:
-        return 4.0 * num_weights
-    return 2.0 * num_weights if engine_kind(config) == "pipeline" else 0.0
+    return 4.0 * num_weights if adds_up_flat(config) else 0.0
 
 
 def update_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     """Bytes of gradients that are left when the update begins: ZeRO 1 has then reduced them to its share."""
-    if zero_stage(config) == 1 and config.train.precision != "bf16":
+    if adds_up_flat(config):
+        return early_gradient_bytes(config, num_weights)
+    if zero_stage(config) == 1:
         return BYTES[config.train.precision] * num_weights / plan.data
     return gradient_bytes(config, plan, num_weights)
 
@@ -400,7 +499,7 @@ def num_embedding_gradients(config: Config, plan: BatchPlan, stage: int) -> int:
     The head's, the look-up's and their sum where one stage has both; the look-up's alone on the first of several.
     """
     copies = 3 if plan.pipeline == 1 else 1 if stage == 0 else 0
-    becomes_the_kept_one = plan.accumulation_steps == 1 and zero_stage(config) < 2
+    becomes_the_kept_one = adds_up_flat(config) or (plan.accumulation_steps == 1 and zero_stage(config) < 2)
     return max(0, copies - becomes_the_kept_one)
 
 
@@ -411,7 +510,7 @@ def reduced_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     """
     stage = zero_stage(config)
     if stage == 2:
-        return gradient_bytes(config, plan, num_weights)
+        return partitioned_gradient_bytes(config, plan, num_weights)
     if stage == 3:
         communication = BYTES[config.deepspeed.get("communication_data_type", "fp32")]
         bucket = config.deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)
@@ -422,12 +521,7 @@ def reduced_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
 def flat_gradient_bytes(config: Config, plan: BatchPlan, num_weights: int) -> float:
     """Bytes that the reduction over data ranks adds where it takes all gradients (at most 5e8) in one piece.
 
-    That is without ZeRO, where bf16 is converted as well, and in bf16 with ZeRO 1, even for a single data rank.
+    That is without ZeRO, and in bf16 with ZeRO 1; not for a single data rank.
     """
-    precision, stage = config.train.precision, zero_stage(config)
-    num = min(num_weights, 500_000_000)
-    if precision == "bf16" and stage == 1:
-        return 4.0 * num
-    if stage > 0 or plan.data == 1:
-        return 0.0
-    return num * (4.0 if precision == "fp32" else 4.0 + BYTES[precision])
+    takes_all = zero_stage(config) == 0 or adds_up_flat(config)
+    return 4.0 * min(num_weights, 500_000_000) if takes_all and plan.data > 1 else 0.0

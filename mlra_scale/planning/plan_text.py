@@ -16,31 +16,34 @@ from mlra_scale.planning.search import Candidate, Found
 COMPONENTS = ("weights", "gradients", "master", "moments", "activations", "logits", "temporary")
 
 
-def found_text(found: Found, cluster: Cluster, top: int) -> str:
+def found_text(found: Found, cluster: Cluster, chosen: Candidate, top: int) -> str:
     """Returns the tables of the fastest layouts and what was left out.
 
     Args:
         found: A search that found some.
         cluster: What it was for.
+        chosen: The planner's choice among them, which is marked, and shown wherever it stands.
         top: How many layouts to show.
     """
-    shown = found.feasible[:top]
+    numbered = [(f"{number}{'*' * (each is chosen)}", each) for number, each in enumerate(found.feasible, start=1)]
+    shown = [*numbered[:top], *(each for each in numbered[top:] if each[1] is chosen)]
     return "\n".join(
         [
             *cluster_lines(cluster),
             "",
-            f"{len(found.feasible)} layouts fit; the {len(shown)} fastest by the estimate (not measured):",
-            *aligned([_TIME_HEADER, *(time_row(number, each) for number, each in enumerate(shown, start=1))]),
+            f"{len(found.feasible)} layouts fit; the {min(top, len(numbered))} fastest by the estimate (not measured), "
+            "and the planner's choice (*):",
+            *aligned([TIME_HEADER, *(time_row(number, each) for number, each in shown)]),
             "",
             f"memory of a rank of the largest stage, GiB ({cluster.usable_memory / GIB:.1f} usable):",
-            *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in enumerate(shown, start=1))]),
+            *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in shown)]),
             "",
             *left_out_lines(found),
         ]
     )
 
 
-_TIME_HEADER = (
+TIME_HEADER = (
     *("#", "tensor", "pipeline", "data", "ZeRO", "micro", "accum", "recompute", "low-rank", "seq.par."),
     *("step s", "tokens/s", "MFU %", "bubble %", "sent GB: tensor", "pipeline", "data"),
 )
@@ -58,7 +61,7 @@ def cluster_lines(cluster: Cluster) -> list[str]:
     ]
 
 
-def time_row(number: int, candidate: Candidate) -> tuple[str, ...]:
+def time_row(number: int | str, candidate: Candidate) -> tuple[str, ...]:
     """Returns a layout's line in the table of times."""
     plan, time = candidate.plan, candidate.time
     factorised = any(candidate.config.model.is_factorised(name) for name in "qkv")
@@ -76,7 +79,7 @@ def time_row(number: int, candidate: Candidate) -> tuple[str, ...]:
     )
 
 
-def memory_row(number: int, candidate: Candidate) -> tuple[str, ...]:
+def memory_row(number: int | str, candidate: Candidate) -> tuple[str, ...]:
     """Returns a layout's line in the table of memory."""
     memory = candidate.memory
     parts = [getattr(memory, name) / GIB for name in COMPONENTS]
@@ -132,11 +135,11 @@ def commands(candidate: Candidate, cluster: Cluster, start: Sequence[str], overr
         return [f"python -m mlra_scale.train {arguments}"]
     if cluster.nodes == 1:
         return [f"torchrun --nproc-per-node {cluster.devices_per_node} -m mlra_scale.train {arguments}"]
-    # The scripts have an engine's file of their own, which only an override takes back.
+    # The file leaves to the planner what is not named.
     nothing = ["deepspeed={}"] if not candidate.config.deepspeed else []
     job = shlex.join([*start, *engine, *nothing, *more])
     return [
-        f"sbatch --nodes {cluster.nodes} --gpus-per-node {cluster.devices_per_node} slurm/pretrain_zero3.sh {job}",
+        f"sbatch --nodes {cluster.nodes} --gpus-per-node {cluster.devices_per_node} slurm/train_mlra_72L.sh {job}",
         f"torchrun --nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node} --rdzv-backend c10d "
         f"--rdzv-endpoint HOST:29500 -m mlra_scale.train {arguments}",
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -20,7 +20,11 @@ from mlra_scale.planning.memory import RankMemory, rank_memory
 from mlra_scale.planning.step_time import StepTime, step_time
 
 LARGEST_MICRO_BATCH = 64
+CHECKPOINTING = ("none", "selective", "block")
+"""Values of parallel.activation_checkpointing, those that compute more again later."""
 MEMORY = "does not fit into the memory"
+_STAGE_0 = {"zero_optimization": {"stage": 0}}
+"""Beside settings that were named no ZeRO is written out, so that they name the stage from then on."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Found:
 
     Attributes:
         feasible: Layouts that fit, fastest first.
+        too_large: Layouts that do not, fastest first.
         left_out: How many combinations were left out, by reason.
         smallest: The valid layout that needs least memory, whether or not it fits.
     """
@@ -83,6 +88,7 @@ class Found:
     feasible: list[Candidate]
     left_out: Counter[str]
     smallest: Candidate
+    too_large: list[Candidate] = field(default_factory=list)
 
 
 def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Engine]) -> Found:
@@ -116,17 +122,34 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
             validate(config, cluster.world_size)
         assert refused is not None
         raise refused
+    valid.sort(key=_order)
     feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
-    feasible.sort(key=lambda candidate: (candidate.time.seconds, candidate.memory.device))
-    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device))
+    too_large = [candidate for candidate in valid if candidate.memory.device > cluster.usable_memory]
+    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device), too_large)
+
+
+def _order(candidate: Candidate) -> tuple[float, int, float]:
+    """Fastest first; of layouts that the estimate cannot tell apart the one that computes least again."""
+    recomputing = CHECKPOINTING.index(candidate.config.parallel.activation_checkpointing)
+    return candidate.time.seconds, recomputing, candidate.memory.device
 
 
 def evaluate(config: Config, cluster: Cluster, engine: Engine) -> Candidate:
     """Predicts memory and time of one valid configuration."""
     plan = batch_plan(config, cluster.world_size)
-    memories = [rank_memory(config, plan, stage) for stage in range(plan.pipeline)]
-    stage = max(range(plan.pipeline), key=lambda each: memories[each].device)
+    memories = {stage: rank_memory(config, plan, stage) for stage in heavy_stages(plan)}
+    stage = max(memories, key=lambda each: memories[each].device)
     return Candidate(config, plan, engine, memories[stage], stage, step_time(config, plan, cluster))
+
+
+def heavy_stages(plan: BatchPlan) -> list[int]:
+    """Returns the pipeline stages of which one needs most memory: both ends, and of those between the earliest.
+
+    Later ones hold no more blocks and fewer micro-batches, but some see a backward pass end while activations are at
+    their most, and then hold whole gradients: of these the earliest too.
+    """
+    last = plan.pipeline - 1
+    return sorted({0, min(1, last), min(max(0, plan.pipeline - plan.accumulation_steps + 1), last), last})
 
 
 def _combinations(
@@ -137,15 +160,15 @@ def _combinations(
     parallel, train = config.parallel, config.train
     degrees = [parallel.tensor] if "parallel.tensor" in fixed else _divisors(cluster.devices_per_node)
     stages = [parallel.pipeline] if "parallel.pipeline" in fixed else _divisors(cluster.world_size)
-    checkpointing = ["none", "selective", "block"]
+    checkpointing = list(CHECKPOINTING)
     if "parallel.activation_checkpointing" in fixed:
         checkpointing = [parallel.activation_checkpointing]
     sizes = [train.micro_batch_size]
     if "train.micro_batch_size" not in fixed:
         powers = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length())]
         sizes = sorted({*sizes, *(size for size in powers if size <= train.global_batch_size)})
-    if config.deepspeed or "deepspeed" in fixed:
-        engines = [Engine(None, config.deepspeed)]
+    if "deepspeed" in fixed:
+        engines = _engines_with(config.deepspeed, engines)
     for tensor, pipeline, engine in product(degrees, stages, engines):
         if tensor * pipeline > cluster.world_size or engine.for_pipelines not in (None, pipeline > 1):
             continue
@@ -163,6 +186,26 @@ def _combinations(
                 "train": {"micro_batch_size": size},
             }
             yield changed(config, sections | {"deepspeed": engine.settings}), engine
+
+
+def _engines_with(settings: dict[str, Any], engines: Sequence[Engine]) -> list[Engine]:
+    """Returns the engines to choose from where settings are named: those alone if they name the ZeRO stage."""
+    if not settings or "stage" in _section(settings, "zero_optimization"):
+        return [Engine(None, settings)]
+    return [Engine(each.file, _over(_STAGE_0 | each.settings, settings), each.for_pipelines) for each in engines]
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    section = settings.get(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _over(settings: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Puts settings that were named over others, section by section."""
+    sections = {
+        name: _over(_section(settings, name), value) for name, value in named.items() if isinstance(value, dict)
+    }
+    return settings | named | sections
 
 
 def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:

@@ -17,8 +17,8 @@ tensor, p stages, m micro-batches, e bytes of a number. Per micro-batch, stage s
                  (10 D / t with sequence parallelism), twice that backward, half of it more with selective
                  checkpointing; logits are read and written 8 times in fp32; and where there are several micro-batches
                  12 bytes per weight for the sum of gradients
-    overhead     per block and per micro-batch (cluster.py). Where the device runs ahead of the host (GPUs), compute and
-                 elementwise or overhead, whichever is longer
+    overhead     per block and per micro-batch (cluster.py), and per operation that checkpointing starts again. Where
+                 the device runs ahead of the host (GPUs), compute and elementwise or overhead, whichever is longer
 
 and a step (1F1B, uneven stages: one micro-batch passes through all stages, the others follow the slowest)
 
@@ -26,9 +26,10 @@ and a step (1F1B, uneven stages: one micro-batch passes through all stages, the 
     bubble share = 1 - m max f_s / (sum f_s + (m - 1) max f_s)        ((p - 1) / (m + p - 1) for equal stages)
 
 Data-parallel traffic (communication.py) overlaps with nothing on CPUs. On GPUs with `overlap_comm` reductions hide
-behind the backward pass of the micro-batch they belong to, two thirds of its compute, and ZeRO 3's gathers behind all
-of it, but for a tenth. The update reads and writes 44 + e bytes per weight that a rank updates, the norm and clipping
-included.
+behind the backward pass of the micro-batch they belong to, two thirds of its compute, and together with ZeRO 3's
+gathers behind all of it, but for a tenth. Reductions at ZeRO 0, in bf16 at ZeRO 1 and in a pipeline begin when the last
+backward pass has ended, and updated weights are gathered after the update: they hide behind nothing. The update reads
+and writes 44 + e bytes per weight that a rank updates, the norm and clipping included.
 
 MFU = useful FLOPs of the step (ModelConfig.flops_per_token: factored once, no recomputation, nothing repeated) over
 step * ranks * peak.
@@ -37,6 +38,7 @@ step * ranks * peak.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlra_scale.config import BatchPlan, Config, engine_kind, offload_optimizer, zero_stage
 from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan, multiply_adds, shape_of
@@ -54,6 +56,10 @@ from mlra_scale.planning.memory import sequence_split
 
 UPDATE_BYTES = 44
 """Read weight, gradient, two moments and write three of them; gradient norm: read; clipping: read and write."""
+WAITS = 2
+"""Waits of the host for the device in a step: the packed read, and DeepSpeed's norm (tests/device traces them)."""
+REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
+"""Operations of a block that checkpointing starts again."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,15 @@ def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
         cluster: What it would run on; its ranks are placed in order, tensor ranks next to each other.
     """
     m, stages = plan.accumulation_steps, range(plan.pipeline)
-    times = tuple(stage_time(config, plan, cluster, stage) for stage in stages)
+    alike = [_alike(config, plan, cluster, stage) for stage in stages]
+    first = {kind: stage for stage, kind in reversed(list(enumerate(alike)))}
+    time_of = {kind: stage_time(config, plan, cluster, stage) for kind, stage in first.items()}
+    times = tuple(time_of[kind] for kind in alike)
     slowest, passage = max(time.total for time in times), sum(time.total for time in times)
     pipeline = passage + (m - 1) * slowest
-    reduction = max(reduction_seconds(config, plan, cluster, stage, times[stage]) for stage in stages)
-    update = max(update_seconds(config, plan, cluster, stage) for stage in stages)
-    seconds = pipeline + reduction + update + cluster.step_overhead
+    reduction = max(reduction_seconds(config, plan, cluster, stage, times[stage]) for stage in first.values())
+    update = max(update_seconds(config, plan, cluster, stage) for stage in first.values())
+    seconds = pipeline + reduction + update + cluster.step_overhead + WAITS * cluster.wait
     useful = config.model.flops_per_token(plan.sequence_length) * plan.tokens_per_step
     return StepTime(
         seconds=seconds,
@@ -132,13 +141,22 @@ def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
     )
 
 
+def _alike(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) -> tuple[Any, ...]:
+    """Returns what the time of a stage depends on: stages with the same value take equally long."""
+    links = [cluster.link(group) for group in groups_of(plan, stage).values()]
+    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
+    return stage == 0, stage == plan.pipeline - 1, num_blocks, *links
+
+
 def sent_per_step(config: Config, plan: BatchPlan) -> dict[str, float]:
     """Bytes that a rank sends per step, by kind; of the stage that sends most of it."""
-    m, stages = plan.accumulation_steps, range(plan.pipeline)
+    m = plan.accumulation_steps
+    stages = sorted({0, 1, plan.pipeline - 1} & set(range(plan.pipeline)))  # later ones hold no more than the second
     per_micro_batch = [data_traffic_per_micro_batch(config, plan, stage) for stage in stages]
+    per_step = [data_traffic_per_step(config, plan, stage) for stage in stages]
     data = [
-        m * (gradients.sent + weights.sent) + data_traffic_per_step(config, plan, stage).sent
-        for stage, (gradients, weights) in enumerate(per_micro_batch)
+        m * sum(traffic.sent for traffic in often) + sum(traffic.sent for traffic in once)
+        for often, once in zip(per_micro_batch, per_step, strict=True)
     ]
     return {
         "tensor": max(m * tensor_traffic(config, plan, stage).sent for stage in stages),
@@ -200,16 +218,19 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
     elementwise = elementwise_bytes(config, plan, stage) / cluster.memory_bandwidth
     elementwise += summing_seconds(config, plan, cluster, stage)
     num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    overhead = num_blocks * (cluster.block_overhead + cluster.zero_overhead[zero_stage(config)])
+    again = REPEATED_LAUNCHES[config.parallel.activation_checkpointing] * cluster.launch
+    overhead = num_blocks * (cluster.block_overhead + cluster.zero_overhead[zero_stage(config)] + again)
     overhead += cluster.micro_batch_overhead + cluster.pipeline_overhead * (engine_kind(config) == "pipeline")
     if cluster.runs_ahead:
         overhead = max(0.0, overhead - compute - elementwise)
     gradients, weights = data_traffic_per_micro_batch(config, plan, stage)
     gradient_seconds = gradients.seconds(cluster, groups["data"])
-    weight_seconds = weights.seconds(cluster, groups["data"])
+    data = gradient_seconds + weights.seconds(cluster, groups["data"])
     if _hides(config, cluster):
-        gradient_seconds = _exposed(gradient_seconds, 2 / 3 * (compute + elementwise))
-        weight_seconds = _exposed(weight_seconds, compute + elementwise)
+        # Both share the links: together they hide behind the computation, gradients behind its backward pass; also
+        # while the device waits for the host.
+        busy = compute + elementwise + overhead
+        data = max(_exposed(data, busy), gradient_seconds - 2 / 3 * busy)
     # What a stage receives takes as long as what it sends, and it waits for both.
     neighbours = pipeline_traffic(config, plan, stage).times(2)
     return StageTime(
@@ -217,7 +238,7 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
         elementwise=elementwise,
         tensor=tensor_traffic(config, plan, stage).seconds(cluster, groups["tensor"]),
         pipeline=neighbours.seconds(cluster, groups["pipeline"]),
-        data=gradient_seconds + weight_seconds,
+        data=data,
         overhead=overhead,
     )
 
@@ -225,10 +246,14 @@ def stage_time(config: Config, plan: BatchPlan, cluster: Cluster, stage: int) ->
 def reduction_seconds(config: Config, plan: BatchPlan, cluster: Cluster, stage: int, time: StageTime) -> float:
     """Seconds of what data ranks, and the ends of a pipeline, send once a step, as far as it is not hidden."""
     groups = groups_of(plan, stage)
-    seconds = data_traffic_per_step(config, plan, stage).seconds(cluster, groups["data"])
-    if _hides(config, cluster) and plan.pipeline == 1:
-        seconds = _exposed(seconds, 2 / 3 * (time.compute + time.elementwise))
-    return seconds + tied_traffic(config, plan, stage).seconds(cluster, groups["ends"])
+    gradients, weights = (
+        traffic.seconds(cluster, groups["data"]) for traffic in data_traffic_per_step(config, plan, stage)
+    )
+    # DeepSpeed's bf16 optimizer of ZeRO 1 has no hooks: it reduces when the last backward pass has ended.
+    is_late = zero_stage(config) == 0 or config.train.precision == "bf16"
+    if _hides(config, cluster) and plan.pipeline == 1 and not is_late:
+        gradients = _exposed(gradients, 2 / 3 * (time.compute + time.elementwise + time.overhead))
+    return gradients + weights + tied_traffic(config, plan, stage).seconds(cluster, groups["ends"])
 
 
 def _exposed(seconds: float, hidden_behind: float) -> float:

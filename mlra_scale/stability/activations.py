@@ -54,9 +54,9 @@ class Tally:
     """
 
     def __init__(self, num_layers: int, num_ranks: int = 1, rank: int = 0, device: torch.device | None = None) -> None:
-        sizes = [1, num_layers + 1, num_layers, num_layers, num_layers, num_ranks * num_layers]
-        self.packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        parts = self.packed.split(sizes)
+        self._sizes = [1, num_layers + 1, num_layers, num_layers, num_layers, num_ranks * num_layers]
+        self.packed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        parts = self.packed.split(self._sizes)
         self.tokens_1, self.residual_P, self.entropy_L, self.saturated_L, self.open_L, largest = parts
         self.largest_KL = largest.view(num_ranks, num_layers)
         self.rank = rank
@@ -69,7 +69,7 @@ class Tally:
 
     def begin(self, block: int) -> None:
         """Says that this rank holds heads of a block."""
-        self.largest_KL[self.rank, block] = -math.inf
+        self.largest_KL[self.rank, block].fill_(-math.inf)  # an assignment would copy from the host, and wait
 
     def add_heads(self, heads: Heads, num_samples: int, saturation: float) -> None:
         """Counts the attention of one block on the first samples of a micro-batch."""
@@ -91,15 +91,13 @@ class Tally:
         Args:
             num_heads: Heads of a block, over all tensor-parallel ranks.
         """
-        tokens, residual_P, entropy_L, saturated_L, open_L, largest = (
-            part.cpu().numpy()
-            for part in (self.tokens_1, self.residual_P, self.entropy_L, self.saturated_L, self.open_L, self.largest_KL)
-        )
+        parts = self.packed.cpu().split(self._sizes)  # one read of the device
+        tokens, residual_P, entropy_L, saturated_L, open_L, largest = (part.numpy() for part in parts)
         assert tokens[0] > 0
         variance_P = residual_P / tokens
         entropy_L = entropy_L / (tokens * num_heads)
         share_L = saturated_L / np.maximum(open_L, 1)
-        largest_L = largest.max(axis=0)
+        largest_L = largest.reshape(self.largest_KL.shape).max(axis=0)
         return {
             "residual_variance": variance_P.tolist(),
             "attention_entropy": entropy_L.tolist(),

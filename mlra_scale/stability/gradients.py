@@ -221,7 +221,7 @@ class GradientStatistics:
 
         def moments(name: str, values: Tensor) -> Tensor:
             mean, std = row_moments(values[None])
-            count = std.new_tensor([values.numel()])
+            count = std.new_full((1,), values.numel())  # written by the device: a copy would wait for it
             return torch.cat([count, mean, count * std.square()])
 
         def square(name: str, values: Tensor) -> Tensor:
@@ -280,15 +280,18 @@ class GradientStatistics:
     def _report(self, found: _InGate, update_square_G: Tensor) -> dict[str, Any]:
         square_G = found.m2_G + found.count_G * found.mean_G.square()
         ratio_G = (update_square_G / found.weight_square_G).sqrt()
+        variance_G, weight_norm_G = found.m2_G / found.count_G, found.weight_square_G.sqrt()
+        packed_6G = torch.stack([found.count_G, square_G.sqrt(), found.mean_G, variance_G, weight_norm_G, ratio_G])
+        counts, norms, means, variances, weight_norms, ratios = packed_6G.tolist()  # one read of the device
         values: dict[str, list[float | None]] = {
-            "gradient_norm": square_G.sqrt().tolist(),
-            "gradient_mean": found.mean_G.tolist(),
-            "gradient_variance": (found.m2_G / found.count_G).tolist(),
-            "weight_norm": found.weight_square_G.sqrt().tolist(),
+            "gradient_norm": norms,
+            "gradient_mean": means,
+            "gradient_variance": variances,
+            "weight_norm": weight_norms,
             # Weights that are all zero have no such ratio.
-            "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratio_G.tolist()],
+            "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios],
         }
-        report = self.groups.report(found.count_G.tolist(), values)
+        report = self.groups.report(counts, values)
         report["layers"] |= found.spectral
         return report
 
@@ -316,6 +319,7 @@ class GradientStatistics:
                 names.append(fragment.name)
                 row = measure(fragment.name, *(tensor[start : start + chunk] for tensor in tensors))
                 rows.append(row[None].to(device))
+            del fragment, tensors  # before the next fragment is converted
         return self.groups.membership(names, device), torch.cat(rows)
 
     def _num_real(self, name: str) -> int:

@@ -82,6 +82,7 @@ class QkClip:
                 first = first_here + piece.first_head
                 found = largest_LN[heads.block, first : first + len(piece.logits_NSS)]
                 found.copy_(torch.maximum(found, piece.logits_NSS.amax(dim=(1, 2))))
+                del piece  # before the next one is made
 
         with observe(self._engine.module, see_heads):
             self._engine.eval_batch(batches)

@@ -96,7 +96,7 @@ def report(request: TevRequest, cut: CutMoments) -> RankReport:
     if cut.whole:
         tev = torch.cat([rows.std_K for rows in cut.whole])
         mean = torch.cat([rows.mean_K for rows in cut.whole])
-        header[0] = tev.numel()
+        header[0].fill_(tev.numel())  # an assignment would copy from the host, and wait
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
     places = cut.column_sum_D.new_tensor([cut.piece_rows, cut.piece_counts]).view(2, -1).T
@@ -217,7 +217,7 @@ def _all_gather(mine: Tensor) -> list[np.ndarray]:
     """Collects vectors whose lengths differ between ranks; shorter ones are followed by zeros."""
     if not dist.is_initialized():
         return [mine.cpu().numpy()]
-    longest = torch.tensor([mine.numel()], device=mine.device)
+    longest = torch.full((1,), mine.numel(), device=mine.device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     padded = torch.zeros(int(longest), dtype=mine.dtype, device=mine.device)
     padded[: mine.numel()] = mine

@@ -18,6 +18,7 @@ from mlra_scale.config import ConfigError, Problem
 from mlra_scale.parallel import Topology
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.finite import TrainingStopped
+from mlra_scale.training.layout import kept_layout
 from mlra_scale.training.record import RecordLost
 from mlra_scale.training.start import Asked, Start, prepare
 
@@ -65,7 +66,7 @@ def settle(asked: Asked, start: Start, topology: Topology) -> Start:
         problems: list[Problem] = []
         if topology.rank == 0:
             try:
-                start = prepare(asked, excluded)
+                start = prepare(_as_chosen(asked, start), excluded)
             except ConfigError as error:
                 problems = error.problems
         problems = _of_rank_0(problems, topology)
@@ -116,6 +117,14 @@ def on_rank_0(work: Callable[[], T], topology: Topology, step: int, exit_code: E
     if fault is not None:
         raise TrainingStopped(fault, {"step": step}, exit_code)
     return result
+
+
+def _as_chosen(asked: Asked, start: Start) -> Asked:
+    """Returns what is asked for with the layout of this start, whose process groups exist: it is not chosen again."""
+    if start.layout is None:
+        return asked
+    config, named = kept_layout(asked.config, asked.named, start.config)
+    return replace(asked, config=config, named=named)
 
 
 def _faults(checkpoint: Path, topology: Topology) -> list[str]:

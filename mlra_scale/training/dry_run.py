@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from textwrap import wrap
 
-from mlra_scale.config import BatchPlan, Config, engine_kind, zero_stage
+from mlra_scale.config import BatchPlan, Config, ConfigError, engine_kind, zero_stage
 from mlra_scale.config.json_text import printable
 from mlra_scale.model.low_rank_plan import low_rank_plan
-from mlra_scale.planning.cluster import GIB, named_cluster
+from mlra_scale.planning.choice import LayoutChoice, choice_lines, comparison_line
+from mlra_scale.planning.cluster import GIB, Cluster
 from mlra_scale.planning.layout import (
     blocks_of_stage,
     data_groups,
@@ -20,25 +20,36 @@ from mlra_scale.planning.layout import (
 from mlra_scale.planning.memory import RankMemory, held_weights, rank_memory
 from mlra_scale.planning.plan_text import COMPONENTS, aligned
 from mlra_scale.planning.step_time import step_time
+from mlra_scale.training.layout import Devices, best, cluster_for, devices_unseen
 
 _GROUPS_SHOWN = 8
 
 
-def plan_report(config: Config, plan: BatchPlan) -> str:
+def plan_report(
+    config: Config, plan: BatchPlan, layout: LayoutChoice | None = None, devices: Devices | None = None
+) -> str:
     """Returns the whole plan of a run.
 
     Args:
         config: A validated configuration.
         plan: Its batch plan; the ranks need not exist.
+        layout: How its layout was chosen; None: everything was named.
+        devices: What it is for; None: what can be said without seeing them.
     """
-    sections = (
+    devices = devices or devices_unseen(config, plan.world_size)
+    sections = [
         ("Model", _model_lines(config)),
         ("Batch", _batch_lines(config, plan)),
         ("Mesh", _mesh_lines(config, plan)),
         ("Parameters per rank", _parameter_lines(config, plan)),
         ("Memory per rank, GiB", _memory_lines(config, plan)),
-        ("Estimate of a step, not measured", _estimate_lines(config, plan)),
-    )
+        ("Estimate of a step, not measured", _estimate_lines(config, plan, devices, layout)),
+    ]
+    if layout is not None:
+        sections.insert(0, ("Layout, chosen by the planner", choice_lines(layout)))
+    elif config.parallel.layout == "auto":
+        nothing = "parallel.layout=auto has nothing to choose: every field of the layout is named"
+        sections.insert(0, ("Layout", [nothing]))
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
@@ -162,21 +173,37 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
     ]
 
 
-def _estimate_lines(config: Config, plan: BatchPlan) -> list[str]:
-    """What the planner expects of a step on a cluster that many have, or on CPU cores where these are asked for."""
-    cluster = named_cluster("cpu" if config.train.device == "cpu" else "h100")
-    devices = min(cluster.devices_per_node, plan.world_size)
-    cluster = replace(cluster, devices_per_node=devices, nodes=-(-plan.world_size // devices))
+def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: LayoutChoice | None) -> list[str]:
+    """What the planner expects of a step on these devices, and how that compares with its best layout."""
+    cluster = cluster_for(config, devices)
     time = step_time(config, plan, cluster)
     sent = ", ".join(f"{kind} {nbytes / 1e9:.3g}" for kind, nbytes in time.sent.items())
+    comparison = ""
+    if layout is None or layout.kept:
+        try:
+            comparison = comparison_line(time.seconds, best(config, devices))
+        except ConfigError as error:
+            comparison = f"the planner has no layout to compare it with: {error.problems[0].remedy}"
+    if not_fitting := _not_fitting(config, plan, cluster):
+        comparison = f"{not_fitting}; {comparison}" if comparison else not_fitting
     return [
         f"on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}: step {time.seconds:.3g} s, "
         f"{plan.tokens_per_step / time.seconds:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, bubble "
         f"{100 * time.bubble:.1f} %",
         f"GB that a rank sends per step: {sent}",
+        *wrap(comparison, 112),
         *wrap(f"({cluster.source})", 112, subsequent_indent=" "),
         "(formulas: mlra_scale/planning/step_time.py; other layouts and clusters: python tools/plan.py)",
     ]
+
+
+def _not_fitting(config: Config, plan: BatchPlan, cluster: Cluster) -> str:
+    """Says that a layout does not fit into the memory of its devices; nothing if it does."""
+    need = max(rank_memory(config, plan, stage).device for stage in range(plan.pipeline))
+    if need <= cluster.usable_memory:
+        return ""
+    usable = max(0.0, cluster.usable_memory) / GIB
+    return f"it does not fit: {need / GIB:.2f} GiB of tensors, {usable:.2f} GiB of {cluster.memory / GIB:.2f} usable"
 
 
 def _gib(memory: RankMemory, name: str) -> str:

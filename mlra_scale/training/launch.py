@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
+from mlra_scale.training.layout import Devices, memory_of_node
 from mlra_scale.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -44,6 +46,25 @@ def check_device(config: Config) -> list[Problem]:
     return []
 
 
+def devices_here(number: int, kind: str, per_node: int | None = None) -> Devices:
+    """Returns the devices of a start of which one is this process's, or on its machine.
+
+    Args:
+        number: Of all of them.
+        kind: "cpu" or "cuda".
+        per_node: Of a node; None: as torchrun says.
+    """
+    if per_node is None and "LOCAL_WORLD_SIZE" in os.environ:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    if kind == "cpu":
+        return Devices(number, per_node, kind, memory=memory_of_node() / (per_node or number))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        return Devices(number, per_node, kind)  # check_device says so
+    properties = torch.cuda.get_device_properties(local_rank)
+    return Devices(number, per_node, kind, properties.name, float(properties.total_memory))
+
+
 def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
     """Refuses to be one of many processes of which each would take itself for the only one.
 
@@ -67,6 +88,22 @@ def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
     return []
 
 
+def check_same_layout(start: Start, place: torch.device) -> None:
+    """Makes sure that the planner has chosen the same layout on every rank, each for its own device; collective.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    assert start.layout is not None
+    digest = int.from_bytes(hashlib.sha256(repr(start.layout.overrides).encode()).digest()[:7])
+    both = torch.tensor([digest, -digest], device=place)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if both[0] != -both[1]:
+        remedy = "the ranks have devices of different kinds or memory, for which the planner chooses differently; name "
+        remedy += "cluster.device and cluster.device_memory_gib, or the fields of the layout"
+        raise ConfigError([Problem("parallel.layout", "auto", remedy)])
+
+
 def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interruption) -> ExitCode:
     """Starts the process groups, trains, and ends them; a default group that is running already is used and left.
 
@@ -84,10 +121,9 @@ def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interrupti
     """
     device = resolve_device(start.config)
     quiet_libraries(device)
-    if start.config.parallel.tensor > 1:
-        # Before CUDA begins: a GPU then starts things in the order they are given, so that a sum which is started
-        # beside a matrix product does run beside it (model/tensor_parallel.py).
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.use_deterministic_algorithms(start.config.train.deterministic)
+    # Or every new tensor costs a kernel that fills it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # DeepSpeed chooses its accelerator when it is imported, hence not at the top of this file.
     from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
     from mlra_scale.training.agreement import StartRefused, settle
@@ -102,6 +138,8 @@ def run(asked: Asked, start: Start, overseer: Overseer, interruption: Interrupti
     overseer.beat("connecting", start.progress.step)
     place = initialize_distributed(device, minutes)
     overseer.check(place)
+    if start.layout is not None:
+        check_same_layout(start, place)
     overseer.beat("preparing", start.progress.step)
     topology = build_topology(start.plan, place, minutes)
     code, problems = ExitCode.DONE, []

@@ -57,6 +57,11 @@ class Measurements:
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether something was measured since the last call of `costs`."""
+        return bool(self._seconds)
+
     def costs(self) -> dict[str, Any]:
         """Returns what is recorded of this rank's time for the measurements since the last call, in seconds by name.
 

@@ -85,11 +85,20 @@ class Throughput:
         """Starts the clock of a step."""
         self._started = time.perf_counter()
 
-    def stop(self, num_tokens: int) -> None:
+    @property
+    def so_far(self) -> float:
+        """Seconds since the clock of this step was started."""
+        assert self._started is not None, "so_far without start()"
+        return time.perf_counter() - self._started
+
+    def stop(self, num_tokens: int) -> float:
         """Stops the clock of a step.
 
         Args:
             num_tokens: Tokens of the step, over all ranks.
+
+        Returns:
+            Seconds of the step.
         """
         assert self._started is not None, "stop() without start()"
         seconds = time.perf_counter() - self._started
@@ -98,6 +107,7 @@ class Throughput:
         self._total_seconds += seconds
         self._tokens += num_tokens
         self._total_tokens += num_tokens
+        return seconds
 
     def since_last(self) -> dict[str, float]:
         """Returns tokens_per_second and, where a peak is known, mfu since the last call."""

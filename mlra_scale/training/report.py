@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlra_scale.checkpoint.saver import FinishedSave
+from mlra_scale.planning.choice import choice_lines
 from mlra_scale.stability.guard import Action
 from mlra_scale.training.dry_run import short_report
 from mlra_scale.training.exit_codes import ExitCode
@@ -99,6 +100,8 @@ class Report:
         self._is_open = True
         self._events.write("start", step=progress.step, world_size=self._plan.world_size, commit=commit())
         self.say(short_report(self._config, self._plan, resolve_device(self._config)))
+        if start.layout is not None:
+            self.say("\n".join(choice_lines(start.layout)))
         self._tell_origin(num_cut)
         if num_cut > 0:
             self.say(f"removed from {self._run.metrics.name}: {num_cut} line(s) of steps that are done again")

@@ -29,6 +29,8 @@ FREE = (
     "data.tokenizer",
     "train.device",
     "train.compile",
+    "train.deterministic",
+    "train.garbage_every",
     "train.micro_batch_size",
     "parallel.",
     "cluster.",
@@ -133,7 +135,7 @@ def compare(config: Config, named: Named, stored: Config) -> Comparison:
     keep_stored_data(now, was, named)
     changes, problems = [], []
     for name in was:
-        if was[name] == now[name]:
+        if was[name] == now[name] or name == "parallel.named_layout_fields":  # a note, written by the planner
             continue
         if is_in(FREE, name) or (name in named.on_command_line and is_in(NAMED, name)):
             # The mix of data sets is compared by what they hold, by compare_data.

@@ -15,9 +15,11 @@ from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
 from mlra_scale.data.parts import FoundParts, find_parts
+from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.candidates import Choice, Rejected, choose, stored_place
 from mlra_scale.training.history import History
-from mlra_scale.training.launch import check_device, check_launcher, resolve_device
+from mlra_scale.training.launch import check_device, check_launcher, devices_here, resolve_device
+from mlra_scale.training.layout import Devices, devices_unseen, settled
 from mlra_scale.training.progress import Progress
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
@@ -45,6 +47,7 @@ class Asked:
         resume: The value of --resume.
         world_size: Number of ranks.
         is_as_before: Whether the configuration is that of the run directory, with the fields that were named.
+        ranks_per_node: Number of ranks on each node; None: as the launcher of this process says.
     """
 
     config: Config
@@ -53,6 +56,7 @@ class Asked:
     resume: str
     world_size: int
     is_as_before: bool = False
+    ranks_per_node: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Start:
         left_out: What was due after the step of the checkpoint and was not measured, because a signal asked for a stop:
             it is measured first.
         history: What the run changed so far, these changes included.
+        layout: How the planner has chosen the layout; None: everything was named.
         found: The data sets as this process has found them; None in what another process sent: it is not pickled.
     """
 
@@ -90,6 +95,7 @@ class Start:
     notice: str | None = None
     left_out: tuple[str, ...] = ()
     history: History = field(default_factory=History)
+    layout: LayoutChoice | None = None
     found: FoundParts | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,9 +154,10 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     except CheckpointError as error:
         problems.append(Problem("--resume", asked.resume, str(error)))
     compared, named = _compared(asked, store)
-    config = compared.config
+    config, layout = compared.config, None
     problems += compared.problems
     try:
+        config, layout = settled(config, asked.named, devices_of(asked, config, is_here))
         validate(config, asked.world_size, device=resolve_device(config))
     except ConfigError as error:
         problems += error.problems
@@ -158,7 +165,7 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
     found = find_parts(config)
     data_problems = check_data(config, store is not None and store.kind == "training", found)
     problems += data_problems
-    changes, progress, history = list(compared.changes), Progress(), History()
+    changes, progress, history = _changes(compared, config, store), Progress(), History()
     mixes: tuple[Mix, ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost = False
@@ -204,8 +211,22 @@ def prepare(asked: Asked, excluded: Mapping[Path, str] | None = None, is_here: b
         None if store is None else store.manifest.notice,
         left_out,
         history.followed_by(changes, progress.step),
+        layout,
         found,
     )
+
+
+def devices_of(asked: Asked, config: Config, is_here: bool) -> Devices:
+    """Returns the devices of a start, as far as this process can see them.
+
+    Args:
+        asked: What the command line asks for.
+        config: Its configuration.
+        is_here: Whether this machine is one of those that the start is for.
+    """
+    if not is_here:
+        return devices_unseen(config, asked.world_size, asked.ranks_per_node)
+    return devices_here(asked.world_size, resolve_device(config), asked.ranks_per_node)
 
 
 def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
@@ -237,6 +258,16 @@ def _compared(asked: Asked, store: Store | None) -> tuple[Comparison, Named]:
     if store.config is None:
         return replace(begun, problems=compare_model(begun.config, store.model)), named
     return compare(begun.config, named, store.config), named
+
+
+def _changes(compared: Comparison, config: Config, store: Store | None) -> list[Change]:
+    """Returns what differs from the run so far, with the layout as it was chosen for this start."""
+    changes = list(compared.changes)
+    if config is compared.config or store is None or store.config is None:
+        return changes
+    was, now = flat(store.config.to_dict()), flat(config.to_dict())
+    others = [change for change in changes if change.field not in FIELDS]
+    return [*others, *(Change(name, was[name], now[name]) for name in FIELDS if was[name] != now[name])]
 
 
 def _record_problems(run: RunDirectory) -> list[Problem]:

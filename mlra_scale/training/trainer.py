@@ -18,8 +18,10 @@ from mlra_scale.stability.spikes import SpikeScores
 from mlra_scale.training.agreement import on_rank_0
 from mlra_scale.training.checkpoints import Checkpoints, Stateful
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.expectation import Expectation
 from mlra_scale.training.feed import BadData, Feed, Read, on_all_ranks, read_batches
 from mlra_scale.training.finite import FiniteCheck
+from mlra_scale.training.garbage import GarbageCollection
 from mlra_scale.training.guarding import approval, carry_out, decide
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption
 from mlra_scale.training.measuring import Measurements, is_due
@@ -63,6 +65,8 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
     guard, spikes = Guard(config.guard, plan.global_batch_size), SpikeScores()
     windows: dict[str, Stateful] = {"finite": finite, "guard": guard, "spikes": spikes}
     throughput = Throughput(config, plan.world_size, topology.device)
+    # Only rank 0 says it, and reads the file of the cluster for it.
+    expectation = Expectation.of(config, plan, topology.device) if topology.rank == 0 else Expectation()
     profiler = StepProfiler(config.profile, start.run.profile, topology.device, is_active=topology.rank == 0)
     last, approve = config.train.steps, approval(guard, finite.approve, measurements.before_update)
     together = partial(on_all_ranks, topology=topology, is_checked=datasets.is_checked)
@@ -84,6 +88,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
         Report(start, is_main=topology.rank == 0) as report,
         Feed(datasets.train, plan, topology.data_rank, pins_memory=topology.device.type == "cuda") as feed,
         Checkpoints(start, engine, datasets, windows, report.saved) as checkpoints,
+        GarbageCollection(config.train.garbage_every) as garbage,
     ):
 
         def save(rate: float, validation_loss: float | None, is_last: bool, left_out: Sequence[str] = ()) -> None:
@@ -156,6 +161,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             place = guard.place(progress.consumed_samples)
             try:
                 batches = together(partial(feed.take, place), progress)
+                waited = throughput.so_far
                 measurements.before_step(step, batches)
             except StopHeard:
                 stop(rate)
@@ -169,7 +175,9 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
                 spikes.update(result.loss, result.gradient_norm)
 
             values = measurements.after_update(step, result, rate, batches, place)
-            throughput.stop(plan.tokens_per_step)
+            seconds = throughput.stop(plan.tokens_per_step)
+            if (compared := expectation.after_step(seconds - waited, not measurements.has_measured)) is not None:
+                report.say(compared)
             if step == 1 or is_due(step, config.train.log_every, last):
                 values |= step_values(result, rate, throughput.since_last(), topology.device)
                 values["spike_scores"] = spikes.values
@@ -181,6 +189,7 @@ def fit(start: Start, topology: Topology, interruption: Interruption, overseer: 
             if (profile := profiler.after(step, last)) is not None:
                 report.say(profile)
             checkpoints.poll(step)
+            garbage.after(step)
             actions = decide(guard, finite, step, place, result)
             if any(action.kind == "rollback" for action in actions):
                 interruption.limit(EXPENDABLE_SECONDS, "stopped while the guard took the run back: --resume auto does")

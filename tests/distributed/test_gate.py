@@ -16,7 +16,7 @@ from tests.support.pool import WorkerPool
 
 Pools = Callable[[int], WorkerPool]
 
-# One layout per wrapper: plain AdamW, the unfused 16-bit one, ZeRO 1 and 2, the bf16 one, ZeRO 3, and both pipelines.
+# One layout per wrapper: plain AdamW, the bf16 one, ZeRO 1 and 2, ZeRO 3, and both pipelines.
 WRAPPERS = [
     (Layout(tensor=2), "fp32"),
     (Layout(tensor=2), "bf16"),

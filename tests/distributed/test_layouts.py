@@ -121,16 +121,15 @@ BF16_LAYOUTS = [layout for layout in LAYOUTS if layout.world_size > 1]
 
 
 @cache
-def bf16_error(worker_pool: Pools, attention: str, stage: int, engine: str) -> tuple[float, float]:
+def bf16_error(worker_pool: Pools, attention: str, engine: str) -> tuple[float, float]:
     """Largest error that one bf16 process shows against fp32 in loss and gradient norm, over the steps of four models.
 
-    One process of the same engine and stage: at stage 0 DeepSpeed adds micro-batches up in bf16, above in fp32. Four
-    models, because in one of them the rounding errors may cancel by luck.
+    One process of the same engine. Four models, because in one of them the rounding errors may cancel by luck.
     """
     found = []
     for seed in range(3, 7):
         weights, expected = oracle(attention, seed)
-        config = in_layout(Layout(stage=stage, engine=engine), model__attention=attention, train__precision="bf16")
+        config = in_layout(Layout(engine=engine), model__attention=attention, train__precision="bf16")
         (record,) = run(worker_pool, config, weights)
         found.append(errors(record, expected))
     losses, norms = zip(*found, strict=True)
@@ -149,9 +148,8 @@ def errors(record: Record, expected: ReferenceRun) -> tuple[float, float]:
 @pytest.mark.parametrize("layout", BF16_LAYOUTS, ids=identify)
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, attention: str) -> None:
     weights, expected = oracle(attention)
-    allowed_loss, allowed_norm = bf16_error(
-        worker_pool, attention, min(layout.stage, 1), "pipeline" if layout.pipeline > 1 else "zero"
-    )
+    kind = "pipeline" if layout.pipeline > 1 else "zero"
+    allowed_loss, allowed_norm = bf16_error(worker_pool, attention, kind)
     config = in_layout(layout, model__attention=attention, train__precision="bf16")
     records = run(worker_pool, config, weights)
     final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
@@ -255,7 +253,7 @@ def test_a_head_in_several_chunks_equals_the_oracle(worker_pool: Pools, layout: 
     records = worker_pool(layout.world_size).run(train_in_chunks, config, STEPS, weights)
     if precision == "bf16":
         kind = "pipeline" if layout.pipeline > 1 else "zero"
-        allowed_loss, allowed_norm = bf16_error(worker_pool, "mlra", min(layout.stage, 1), kind)
+        allowed_loss, allowed_norm = bf16_error(worker_pool, "mlra", kind)
         loss, norm = errors(records[0], expected)
         assert loss <= 2 * allowed_loss and norm <= 2 * allowed_norm
         return
@@ -264,17 +262,48 @@ def test_a_head_in_several_chunks_equals_the_oracle(worker_pool: Pools, layout: 
     assert_gradients_close(gradients, expected.gradients)
 
 
-@pytest.mark.slow_except("tp1pp1dp1-zero0-mlra")
+COMPILED = [
+    Layout(),
+    Layout(data=2, stage=2),
+    Layout(pipeline=2, stage=1),
+    Layout(tensor=2),
+    Layout(tensor=2, pipeline=2, stage=1),
+    Layout(tensor=2, data=2, stage=1),
+    Layout(tensor=2, data=2, stage=2),
+]
+
+
+@pytest.mark.slow_except("tp1pp1dp1-zero0-mlra", "tp2pp1dp1-zero0-mlra")
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(data=2, stage=2), Layout(pipeline=2, stage=1)], ids=identify)
+@pytest.mark.parametrize("layout", COMPILED, ids=identify)
 def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
+    compare_compiled(worker_pool, layout, attention)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_sequence_parallelism_equal_the_oracle(worker_pool: Pools) -> None:
+    compare_compiled(worker_pool, Layout(tensor=2, data=2, stage=1), "mlra", parallel__sequence_parallel=True)
+
+
+def compare_compiled(worker_pool: Pools, layout: Layout, attention: str, **overrides: Any) -> None:
     weights, expected = oracle(attention)
-    config = in_layout(layout, model__attention=attention, train__compile=True)
+    config = in_layout(layout, model__attention=attention, train__compile=True, **overrides)
     records, num_compiled = zip(*worker_pool(layout.world_size).run(train_compiled, config, weights), strict=True)
     assert min(num_compiled) > 0, "nothing was compiled"
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)
     table = table_of(config)
     assert_gradients_close(assemble(table, layout.tensor, [r.gradients for r in records]), expected.gradients)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_scaled_norms_share_their_graphs(worker_pool: Pools) -> None:
+    config = in_layout(Layout(), model__layer_norm_scaling=True, model__num_layers=4, train__compile=True)
+    weights = canonical_weights(config.model)
+    expected = reference_run(config, weights, 1)
+    ((record, num_compiled),) = worker_pool(1).run(train_compiled, config, weights)
+    assert num_compiled == 2, "one for training and one for evaluation"
+    np.testing.assert_allclose(record.losses, expected.losses, rtol=1e-6)
+    assert_gradients_close(assemble(table_of(config), 1, [record.gradients]), expected.gradients)
 
 
 DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.low_rank_ranks import SentNumbers
+from benchmarks.low_rank_ranks import PRODUCTS, SentNumbers
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.low_rank_plan import PLANS, multiply_adds, numbers_sent, shape_of
 from mlra_scale.model.parameters import LowRankPlan
@@ -43,9 +43,9 @@ def count(rank: int, world_size: int, config: Config) -> Cost:
     length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
     hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)
     with SentNumbers(plan.tensor) as sent:
-        with FlopCounterMode(display=False) as forward:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as forward:
             q_BNSH, k_BNSH, v_BNSH = attention._project(hidden_BSD)
-        with FlopCounterMode(display=False) as backward:
+        with FlopCounterMode(display=False, custom_mapping=PRODUCTS) as backward:
             (q_BNSH.square().sum() + k_BNSH.square().sum() + v_BNSH.square().sum()).backward()
     return Cost(forward.get_total_flops() / 2, backward.get_total_flops() / 2, sent.numbers)
 

@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.commands import CommandFailed, run_command
+from benchmarks.contenders import config_of, draw_weights, given_weights
+from benchmarks.gpu_child import config_for, run_child
 from benchmarks.gpu_parity import compare_bf16, compare_fp32
+from mlra_scale.model.initialization import initial_state
+from tests.support.leftovers import all_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,39 +76,67 @@ def test_the_same_code_runs_on_a_cpu(tmp_path: Path) -> None:
     assert set(model["ratios"]) == {"mlra_scale R=D/2 / plain PyTorch"} and model["product_flops"] > 0.0
     for name, item in model["contenders"].items():
         assert len(item["seconds_per_step"]) == 2 and 0.0 < model["mfu"][name] < 1.0 and item["first_loss"] > 0.0
-        assert item["peak_bytes"] > 12 * gpu.config_for(gpu.TINY, name).model.num_parameters()
+        assert item["peak_bytes"] > 12 * config_for(gpu.TINY, name).model.num_parameters()
     for name, row in report["parity"].items():
         assert row["holds"] and (row["gradient"] == 0.0 or name.endswith("bf16"))
-    assert 0.0 < report["parity"]["dense bf16"]["gradient"] < 0.1
+    assert 0.0 < report["parity"]["small: dense bf16"]["gradient"] < 0.1
+    assert {name.split(":")[0] for name in report["parity"]} == {"small", "masked, head chunks"}
 
 
 def test_compiled_contenders_of_ours_compile() -> None:
-    compiled = {name for name in gpu.NAMES if gpu.config_for(gpu.TINY, name).train.compile}
+    compiled = {name for name in gpu.NAMES if config_for(gpu.TINY, name).train.compile}
     assert compiled == {"mlra_scale dense, compiled", "mlra_scale R=D/2, compiled"}
+
+
+def test_ours_is_under_zero_1() -> None:
+    ours = [config_for(gpu.TINY, name) for name in gpu.NAMES if "mlra_scale" in name]
+    assert len(ours) == 4 and {config.deepspeed["zero_optimization"]["stage"] for config in ours} == {1}
+
+
+def test_weights_that_were_drawn_once_are_those_that_a_model_draws() -> None:
+    drawn = draw_weights(gpu.TINY)
+    for attention in ("dense", "mlra"):
+        model = config_of(gpu.TINY, attention, "fp32").model
+        own = initial_state(model, 1234)
+        assert all(torch.equal(drawn[name], value) for name, value in own.items())
+    with given_weights({name: value + 1.0 for name, value in drawn.items()}):
+        shifted = initial_state(model, 1234)
+    assert all(torch.equal(shifted[name], value + 1.0) for name, value in own.items())
 
 
 @pytest.mark.slow
 def test_a_child_that_fails_is_told(tmp_path: Path) -> None:
-    specification = {"shape": gpu.TINY, "name": "plain PyTorch", "precision": "fp8", "rounds": 2, "steps": 1}
+    specification = {"shape": gpu.TINY, "name": "mlra_scale dense", "precision": "fp8", "rounds": 2, "steps": 1}
     specification["products"] = [16]
-    with pytest.raises(gpu.ChildFailed, match=r"exit code 1(?s:.)*train\.precision"):
-        gpu.run_child("cpu", "time", specification, tmp_path / "file", timeout_s=120.0)
+    with pytest.raises(CommandFailed, match=r"exit code 1(?s:.)*train\.precision"):
+        run_child("cpu", "time", specification, tmp_path / "file", timeout_s=120.0)
 
 
 def test_a_child_that_is_not_done_in_time_is_ended() -> None:
     task = {"precision": "bf16", "rounds": 2, "steps": 1, "products": [16]}
     found = gpu.time_child(gpu.TINY, task, "cpu", 0.2, "plain PyTorch")
-    assert gpu.state_of(found).startswith("failed: time {") and found["failed"].endswith("not done after 0.2 s")
+    assert gpu.state_of(found) == "failed: time of plain PyTorch: not done after 0.2 s"
 
 
 def test_the_line_that_names_the_error_is_shown() -> None:
     advice = "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this especially)"
     error = "torch._inductor.exc.InductorError: CUDA out of memory. Tried to allocate 2 GiB"
-    assert (
-        gpu.ChildFailed("it", f"Traceback (most recent call last):\n  here\n{error}\n\n{advice}\n").last_line == error
-    )
-    assert gpu.ChildFailed("it", "one\nKilled\n").last_line == "Killed"
-    assert gpu.ChildFailed("it: exit code -9").last_line == "it: exit code -9"
+    assert CommandFailed("it", f"Traceback (most recent call last):\n  here\n{error}\n\n{advice}\n").last_line == error
+    of_ranks = f"[rank1]: {error}\nW1129 Sending process 7 closing signal\ntorch.x.errors.ChildFailedError:\n====\n"
+    assert CommandFailed("it", of_ranks).last_line == error
+    assert CommandFailed("it", "one\nKilled\n").last_line == "Killed"
+    assert CommandFailed("it: exit code -9").last_line == "it: exit code -9"
+
+
+def test_nothing_of_a_command_is_left_when_its_time_is_over(tmp_path: Path) -> None:
+    # A shell that does not hear SIGTERM, and processes that it has started, one in a session of its own.
+    script = "trap '' TERM; sleep 60 & echo $! > children; setsid sleep 60 & echo $! >> children"
+    script, log = f"{script}; echo Error: here; wait", tmp_path / "log"
+    with pytest.raises(CommandFailed, match=r"^it: not done after 1 s$"):
+        run_command("it", ["bash", "-c", f"cd {tmp_path} && {script}"], {"PATH": "/usr/bin:/bin"}, 1.0, log)
+    assert log.read_text() == "Error: here\n"
+    children = [int(line) for line in (tmp_path / "children").read_text().split()]
+    assert len(children) == 2 and all_end(children)
 
 
 def reported(seconds: Sequence[float], loss: float) -> dict[str, Any]:
@@ -113,7 +146,7 @@ def reported(seconds: Sequence[float], loss: float) -> dict[str, Any]:
 def test_who_fails_or_differs_has_no_ratio_and_the_others_have() -> None:
     children = {
         "plain PyTorch": reported([0.2, 0.4, 0.3], 5.0),
-        "transformers": {"failed": "torch.OutOfMemoryError: CUDA out of memory", "told": "all of it"},
+        "transformers": {"failed": "torch.OutOfMemoryError: CUDA out of memory", "output": "all of it"},
         "mlra_scale dense": reported([0.15, 0.1, 0.4], 5.001),
         "mlra_scale R=D/2": reported([0.1, 0.1, 0.1], 6.0),
         "plain PyTorch, compiled": reported([0.1, 0.1, 0.1], 5.2),
@@ -143,7 +176,7 @@ def test_who_fails_or_differs_has_no_ratio_and_the_others_have() -> None:
         "failed: torch.OutOfMemoryError: CUDA out of memory" in text and "differs: loss nan at the first step" in text
     )
     json.dumps(last)
-    failed = {"plain PyTorch": {"failed": "no", "told": "no"}}
+    failed = {"plain PyTorch": {"failed": "no", "output": "no"}}
     assert "failed: no" in "\n".join(gpu.table_lines(gpu.evaluate(gpu.TINY, failed), 3))
 
 
@@ -170,7 +203,14 @@ def test_parity_that_cannot_be_computed_is_told(tmp_path: Path, capsys: pytest.C
         report["parity_failed"].endswith("not done after 0.2 s")
         and "failed" in report["models"][0]["contenders"]["plain PyTorch"]
     )
-    assert "parity failed: gradients {" in capsys.readouterr().out
+    assert "parity failed: gradients of small: not done" in capsys.readouterr().out
+
+
+def test_parity_alone_leaves_the_rest_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "add_parity", lambda report, arguments: report.update(parity={}) or True)
+    assert gpu.main(["--device", "cpu", "--quick", "--parity-only", "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["models"] == [] and report["parity"] == {}
 
 
 def test_parity_is_judged() -> None:

@@ -1,10 +1,11 @@
 """The plan that --dry-run prints against the engines that are really built."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import batch_plan
+from mlra_scale.config import Config, batch_plan
 from mlra_scale.planning.layout import (
     blocks_of_stage,
     data_groups,
@@ -15,6 +16,7 @@ from mlra_scale.planning.layout import (
 )
 from tests.support.layouts import Layout, layout_config
 from tests.support.pool import WorkerPool
+from tests.support.training_runs import Finished, main_on_rank
 
 
 def build(rank: int, world_size: int, layout: Layout, num_layers: int) -> dict[str, object]:
@@ -56,3 +58,35 @@ def test_ranks_hold_what_the_plan_says(
             (tensor_groups(plan), pipeline_groups(plan), data_groups(plan)), found["groups"], strict=True
         ):
             assert theirs in ours and rank in theirs
+
+
+def with_a_field_of_its_own(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:
+    """Trains with a field that only this rank has."""
+    field = f"parallel.activation_checkpointing={('none', 'block')[rank]}"
+    return main_on_rank(rank, world_size, (*arguments, field))
+
+
+def test_ranks_for_which_the_planner_chooses_differently_refuse_to_train(
+    worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path: Path
+) -> None:
+    """Started by torchrun each rank chooses by itself, for the device that it has."""
+    arguments = ["--preset", "debug", "--run-dir", str(tmp_path / "run"), "parallel.layout=auto", "train.device=cpu"]
+    arguments += [f"data.path={training_data}", "train.steps=2"]
+    finished: list[Finished] = worker_pool(2).run(with_a_field_of_its_own, tuple(arguments))
+    assert [result.code for result in finished] == [2, 2]
+    assert "parallel.layout = 'auto': the ranks have devices of different kinds" in finished[0].stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_start_by_torchrun_chooses_and_tells_its_layout(
+    worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--preset", "debug", "--run-dir", str(run), "parallel.layout=auto", "train.device=cpu"]
+    arguments += [f"data.path={training_data}", "train.steps=2", "evaluation.batches=1"]
+    finished: list[Finished] = worker_pool(2).run(main_on_rank, tuple(arguments))
+    assert [result.code for result in finished] == [0, 0], finished[0].stderr[-3000:]
+    assert "chosen, and the next best, by estimates, not measured:" in finished[0].stdout
+    stored = Config.from_yaml((run / "config.yaml").read_text())
+    assert stored.parallel.layout == "auto"
+    assert f"parallel.tensor={stored.parallel.tensor}" in finished[0].stdout

@@ -36,6 +36,7 @@ TP2_PP2 = ("parallel.tensor=2", "parallel.pipeline=2", "train.steps=8")
 TP2_DP2 = ("parallel.tensor=2", "train.steps=8")
 ZERO3 = "ds_configs/zero3.json"
 ZERO1 = "ds_configs/zero1_pipeline.json"
+WITH_ZERO1 = ("--ds-config", ZERO1)
 
 Reference = Callable[..., Path]
 
@@ -71,7 +72,14 @@ def test_a_pipeline_over_two_nodes_is_the_run_without_slurm(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
     job = submit(
-        cluster, tmp_path, "train_mlra_72L.sh", *TP2_PP2, sbatch=("--nodes=2",), processes=2, data=training_data
+        cluster,
+        tmp_path,
+        "train_mlra_72L.sh",
+        *WITH_ZERO1,
+        *TP2_PP2,
+        sbatch=("--nodes=2",),
+        processes=2,
+        data=training_data,
     )
     record = job.wait_for_end()
     assert record["NumNodes"] == "2" and record["Restarts"] == "0"
@@ -115,7 +123,16 @@ def uninterrupted(reference: Reference, overrides: tuple[str, ...], ds_config: s
 def test_a_requeue_loses_nothing(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, *ENDLESS, sbatch=("--nodes=2",), data=training_data)
+    job = submit(
+        cluster,
+        tmp_path,
+        "train_mlra_72L.sh",
+        *WITH_ZERO1,
+        *PIPELINE,
+        *ENDLESS,
+        sbatch=("--nodes=2",),
+        data=training_data,
+    )
     job.wait_for_step(EARLY)
     cluster.run("scontrol", "requeue", job.job_id)
     job.wait_for_attempt(2, MIDDLE)
@@ -132,7 +149,16 @@ def test_a_requeue_loses_nothing(
 def test_requeue_sigterm_and_time_limit_lose_nothing(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, *ENDLESS, sbatch=("--nodes=2",), data=training_data)
+    job = submit(
+        cluster,
+        tmp_path,
+        "train_mlra_72L.sh",
+        *WITH_ZERO1,
+        *PIPELINE,
+        *ENDLESS,
+        sbatch=("--nodes=2",),
+        data=training_data,
+    )
     job.wait_for_step(EARLY)
     cluster.run("scontrol", "requeue", job.job_id)
     job.wait_for_attempt(2, MIDDLE)
@@ -165,7 +191,9 @@ def test_a_killed_and_a_stopped_rank_are_named_and_the_run_goes_on(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
     overrides = (*PIPELINE, *ENDLESS, "cluster.hang_minutes=0.5")
-    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *overrides, sbatch=("--nodes=2",), data=training_data)
+    job = submit(
+        cluster, tmp_path, "train_mlra_72L.sh", *WITH_ZERO1, *overrides, sbatch=("--nodes=2",), data=training_data
+    )
     job.wait_for_step(EARLY)
     second = job.nodes()[1]
     killed_at = timed(lambda: job.signal_rank(second, signal.SIGKILL))
@@ -276,7 +304,14 @@ def test_what_is_wrong_is_told_once_and_not_queued_again(
     cluster: SlurmCluster, training_data: Path, tmp_path: Path, name: str, overrides: list[str], told: str
 ) -> None:
     job = submit(
-        cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, *overrides, sbatch=("--nodes=2",), data=training_data
+        cluster,
+        tmp_path,
+        "train_mlra_72L.sh",
+        *WITH_ZERO1,
+        *PIPELINE,
+        *overrides,
+        sbatch=("--nodes=2",),
+        data=training_data,
     )
     record = job.wait_for_end("FAILED")
     assert record["Restarts"] == "0" and record["ExitCode"] == "2:0", job.text()
@@ -292,7 +327,14 @@ def test_a_run_directory_that_cannot_be_made_is_told_and_not_queued_again(
     (tmp_path / "a file").write_text("")
     folder = tmp_path / run
     job = submit(
-        cluster, tmp_path, "train_mlra_72L.sh", *PIPELINE, sbatch=("--nodes=2",), data=training_data, run=folder
+        cluster,
+        tmp_path,
+        "train_mlra_72L.sh",
+        *WITH_ZERO1,
+        *PIPELINE,
+        sbatch=("--nodes=2",),
+        data=training_data,
+        run=folder,
     )
     record = job.wait_for_end("FAILED")
     assert record["Restarts"] == "0" and record["ExitCode"] == "2:0"
@@ -322,7 +364,9 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(
     def one(name: str) -> Submitted:
         sbatch = ("--nodes=2", "--nodelist=n1,n2")
         overrides = (*PIPELINE, *ENDLESS)
-        return submit(cluster, tmp_path / name, "train_mlra_72L.sh", *overrides, sbatch=sbatch, data=training_data)
+        return submit(
+            cluster, tmp_path / name, "train_mlra_72L.sh", *WITH_ZERO1, *overrides, sbatch=sbatch, data=training_data
+        )
 
     jobs = [one("first"), one("second")]
     for job in jobs:

@@ -16,12 +16,19 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.cluster import attempt, checking, job, slurm
+from mlra_scale.cluster.checking import Checked
 from mlra_scale.cluster.job import Job, main
 from mlra_scale.cluster.job_file import Attempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError, load_config
-from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, QuickHub
+from tests.processes.cluster.player import (
+    CHECK_VARIABLE,
+    LAYOUT_VARIABLE,
+    PLAYS_VARIABLE,
+    RECORD_VARIABLE,
+    QuickHub,
+)
 
 SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
 SCONTROL = """#!/bin/sh
@@ -186,6 +193,71 @@ def test_an_elastic_job_goes_on_without_it(desk: Desk) -> None:
     assert desk.job("cluster.elastic=true", a=a, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
     assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
     assert "parallel.world_size=1" in json.loads((desk.run.parent / "srun.json").read_text())["command"]
+
+
+def test_the_layout_is_chosen_again_for_the_nodes_that_are_left(
+    desk: Desk, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """The check of the start has the choice, and every attempt the one for its number of nodes."""
+    a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
+    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
+    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=a, b=play) == 0
+    assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
+    command = json.loads((desk.run.parent / "srun.json").read_text())["command"]
+    assert "train.micro_batch_size=1" in command and "train.micro_batch_size=2" not in command
+    assert capfdbinary.readouterr().out.count(b"the plan") == 2
+
+
+def test_a_check_that_refuses_fewer_nodes_sends_the_job_back_to_the_queue(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits the memory of all nodes need not fit that of those that are left: the input is not bad."""
+    monkeypatch.setenv(CHECK_VARIABLE, "too few")
+    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
+    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=BAD, b=play) == 0
+    assert desk.file.state == "requeued" and [end for end, _ in desk.ends] == ["bad_node", "lost_node"]
+    assert "data.path = None" in desk.file.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "expected"),
+    [("NVIDIA A100-SXM4-40GB", 39.4, []), ("NVIDIA H100 80GB HBM3", 79.1, [2]), ("NVIDIA H200", 139.8, [1, 2])],
+)
+def test_fewer_nodes_are_judged_by_the_devices_that_the_check_has_seen(
+    desk: Desk, device: str, gib: float, expected: list[int]
+) -> None:
+    allocation = Allocation("41", "deep", ("a", "b", "c"), "a", 1)
+    arguments = ["--run-dir", str(desk.run), "--preset", "gpt2-mlra-72l-wide", "parallel.layout=auto"]
+    checked = Checked(None, device=device, memory=gib * 2**30)
+    it = Job(arguments, allocation, Settings(4, "cuda", (), ("python",)), checked=checked)
+    assert [number for number in (1, 2) if it._divides_over(number)] == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "is_layout"),
+    [
+        ('{"overrides": ["a=1"], "device": "NVIDIA H200", "memory": 1e9}\nslurm: job ends', True),
+        ('["a=1"]', False),
+        ('{"overrides": "a=1", "device": null, "memory": null}', False),
+        ('{"overrides": [1], "device": null, "memory": null}', False),
+        ('{"overrides": [], "device": 3, "memory": null}', False),
+        ('{"overrides": [], "device": null, "memory": "much"}', False),
+        ("", False),
+    ],
+)
+def test_the_line_of_the_layout_is_read_alone_and_its_shape_is_checked(said: str, is_layout: bool) -> None:
+    found = checking.accepted(f"the plan\nlayout of the ranks: {said}\n")
+    assert (found.kind is None) == is_layout
+    if is_layout:
+        assert found == Checked(None, "", "the plan\n", ("a=1",), "NVIDIA H200", 1e9)
+    else:
+        assert found.kind == "failed" and "does not say which layout" in found.said
+
+
+def test_a_job_starts_no_ranks_whose_layout_is_unknown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAYOUT_VARIABLE, "silent")
+    assert desk.job("parallel.layout=auto", "cluster.max_failures=1", a=DONE, b=DONE) == 1
+    assert desk.ends == [("failed", ["a"])] and "does not say which layout" in desk.file.reason
 
 
 def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) -> None:

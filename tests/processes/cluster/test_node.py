@@ -439,6 +439,46 @@ def test_a_node_without_room_for_a_socket_is_named(tmp_path: Path, monkeypatch: 
     ]
 
 
+@pytest.mark.parametrize(("tensor", "expected"), [(2, "1"), (1, None)])
+def test_ranks_get_what_cuda_reads_when_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: int, expected: str | None
+) -> None:
+    """A rank looks at its device before it reads the configuration."""
+    (tmp_path / "nonce").write_text("n")
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    given: list[str | None] = []
+
+    def launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any]]:
+        given.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        return []
+
+    monkeypatch.setattr(node, "_launch", launch)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+    with contextlib.closing(Hub("secret")) as hub:
+        is_over = threading.Event()
+
+        def listen() -> None:
+            while not is_over.is_set():
+                hub.poll(0.02)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        replaced = {"--job": f"127.0.0.1:{hub.port}", "--logs": str(tmp_path), "--nonce": "n", "--device": "cuda"}
+        kept = [option for option in OPTIONS if option.split("=")[0] not in replaced]
+        options = [*kept, *(f"{name}={value}" for name, value in replaced.items())]
+        try:
+            assert node.main([*options, "--", "--preset", "debug", f"parallel.tensor={tensor}"]) == 0
+        finally:
+            is_over.set()
+            thread.join()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert given == [expected]
+
+
 def test_a_full_disk_of_a_node_leaves_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     make = tempfile.mkdtemp
 

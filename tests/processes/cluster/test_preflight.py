@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.cluster import preflight
-from mlra_scale.cluster.preflight import BadNodes, blamed, blamed_for_sum, check_alone, check_together
+from mlra_scale.cluster.preflight import BadNodes, blamed, blamed_for_sum, check_alone, check_together, unreached_of
+from mlra_scale.config import ConfigError
 from tests.support.pool import WorkerPool
 
 Pools = Callable[[int], WorkerPool]
@@ -229,6 +230,56 @@ def test_a_rank_whose_part_is_missing_in_the_sum_is_named(tmp_path: Path, worker
 )
 def test_who_is_to_blame_for_a_wrong_sum(wrong: list[list[int]], named: list[str]) -> None:
     assert sorted(blamed_for_sum(["a", "a", "b", "b"], wrong)) == named
+
+
+def meet_over(rank: int, world_size: int, interface: str, folder: str, only: int | None = None) -> list[str]:
+    """Checks a world whose ranks, or one, are to connect over an interface; returns what is wrong with what."""
+    before, seconds = os.environ["GLOO_SOCKET_IFNAME"], preflight._GLOO_SECONDS
+    preflight._GLOO_SECONDS = 5.0 if only is None else 3.0
+    if only in (None, rank):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        check_together(torch.device("cpu"), f"n{rank}", Path(folder))
+    except ConfigError as error:
+        return [str(problem) for problem in error.problems]
+    except BadNodes as error:
+        assert error.is_common
+        return [str(error)]
+    finally:
+        os.environ["GLOO_SOCKET_IFNAME"], preflight._GLOO_SECONDS = before, seconds
+    return []
+
+
+def test_an_interface_over_which_gloo_does_not_connect_is_named(tmp_path: Path, worker_pool: Pools) -> None:
+    """No node is to blame: on all ranks one message names the variable to set."""
+    first, second = worker_pool(2).run(meet_over, "missing0", str(tmp_path), timeout=60.0)
+    assert first == second and len(first) == 1
+    assert first[0].startswith("GLOO_SOCKET_IFNAME") and "missing0" in first[0] and "n0 says: " in first[0]
+    assert worker_pool(2).run(meet_over, "lo", str(tmp_path), timeout=60.0) == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [0, 2])
+def test_one_node_that_gloo_does_not_reach_is_named(tmp_path: Path, worker_pool: Pools, bad: int) -> None:
+    """All ranks fail to connect; the job can do without one node."""
+    results = worker_pool(4).run(meet_over, "missing0", str(tmp_path), bad, timeout=120.0)
+    assert results == [results[0]] * 4 and len(results[0]) == 1
+    assert results[0][0].startswith(f"n{bad}: gloo does not connect it with other nodes") and ";" not in results[0][0]
+    assert worker_pool(4).run(meet_over, "lo", str(tmp_path), timeout=60.0) == [[]] * 4
+
+
+@pytest.mark.parametrize("number", [3, 4, 5, 8, 9])
+def test_pairs_of_nodes_tell_which_are_not_reached(number: int) -> None:
+    nodes = [f"n{node}" for node in range(number)]
+    for bad in ({"n0"}, {"n1"}, {nodes[-1]}, set(nodes), {"n0", "n1"} if number > 4 else {"n2"}):
+
+        def connect(pairs: Sequence[tuple[str, str]], bad: set[str] = bad) -> list[bool]:
+            assert len({node for pair in pairs for node in pair}) == 2 * len(pairs), "disjoint"
+            return [not bad & {*pair} for pair in pairs]
+
+        assert set(unreached_of(nodes, connect)) == (bad if len(bad) < number else set())
+    assert unreached_of(nodes, lambda pairs: [True] * len(pairs)) == []
+    assert unreached_of(["n0"], lambda pairs: []) == [] == unreached_of(["n0", "n1"], lambda pairs: [False])
 
 
 def test_tokens_of_an_earlier_attempt_are_not_taken_for_these(tmp_path: Path, worker_pool: Pools) -> None:

@@ -123,7 +123,7 @@ def test_only_the_bytes_that_are_asked_for_are_read(tmp_path: Path) -> None:
     store.manifest.parameters["embedding.weight"] = replace(  # type: ignore[index]
         manifest.parameters["embedding.weight"], shape=shape
     )
-    store._by_name["embedding.weight"] = [replace(store._by_name["embedding.weight"][0], numel=numel)]
+    store._by_name["embedding.weight"] = [store._by_name["embedding.weight"][0]._replace(numel=numel)]
     before = file_pages()
     middle = store.rows("embedding.weight", rows // 2, rows // 2 + 16)
     fragment = Fragment("embedding.weight", numel // 4 - 5000, torch.ones(10_000))

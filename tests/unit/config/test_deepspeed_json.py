@@ -188,13 +188,16 @@ def test_the_shipped_files() -> None:
                 validate(pipeline, 32)
 
 
-def test_without_a_file_it_is_stage_0_in_one_type() -> None:
-    config = load_config("debug", overrides=["train.precision=bf16"])
-    assert zero_stage(config) == 0
+@pytest.mark.parametrize("overrides", [[], ["deepspeed.zero_optimization.stage=0"]], ids=["no file", "stage 0"])
+def test_bf16_without_zero_takes_the_optimizer_of_stage_1(overrides: list[str]) -> None:
+    """DeepSpeed's optimizer for bf16 at stage 0 waits for the device once per parameter and sums in bf16."""
+    config = load_config("debug", overrides=["train.precision=bf16", *overrides])
+    assert zero_stage(config) == 1
     parsed = parse(config)
-    # Stage 0 raises on a mix of types (DeepSpeedEngine._do_optimizer_sanity_check).
-    assert parsed.grad_accum_dtype is None
-    assert parsed.zero_enabled is False
+    assert parsed.grad_accum_dtype == "fp32"
+    assert parsed.zero_enabled is True and parsed.zero_optimization_stage == 1
+    fp32 = load_config("debug", overrides=overrides)
+    assert zero_stage(fp32) == 0 and parse(fp32).zero_enabled is False
 
 
 def test_the_users_communication_type_stays() -> None:
@@ -203,13 +206,17 @@ def test_the_users_communication_type_stays() -> None:
     assert deepspeed_config(config, batch_plan(config, 1))["communication_data_type"] == "bf16"
 
 
-def test_sequence_parallelism_sends_every_ranks_own_part_from_stage_to_stage() -> None:
+def test_stages_send_whole_activations_unless_a_file_names_parts() -> None:
     def pipeline(*overrides: str) -> object:
-        config = load_config("debug", overrides=["parallel.tensor=2", "parallel.pipeline=2", *overrides])
+        config = load_config("debug", overrides=["parallel.pipeline=2", *overrides])
         return deepspeed_config(config, batch_plan(config, 4)).get("pipeline")
 
     assert pipeline() is None
-    assert pipeline("parallel.sequence_parallel=true") == {"pipe_partitioned": False, "grad_partitioned": False}
+    whole = {"pipe_partitioned": False, "grad_partitioned": False}
+    assert pipeline("parallel.tensor=2") == whole
+    assert pipeline("parallel.tensor=2", "parallel.sequence_parallel=true") == whole
+    named = pipeline("parallel.tensor=2", "deepspeed.pipeline.pipe_partitioned=true")
+    assert named == {"pipe_partitioned": True, "grad_partitioned": False}
 
 
 def test_the_configuration_is_not_changed() -> None:

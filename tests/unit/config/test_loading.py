@@ -221,3 +221,18 @@ def test_what_was_named_and_where_is_known(tmp_path: Path) -> None:
     for source in ({"overrides": ["deepspeed.zero_optimization.stage=1"]}, {"ds_config_file": ZERO1}):
         _, named = load_named_config("debug", **source)
         assert named == Named(frozenset({"deepspeed"}))
+
+
+def test_a_default_holds_where_nothing_else_names_the_field(tmp_path: Path) -> None:
+    """Preset, default, file, command line: later ones win, and a default is not named."""
+    default = ["parallel.layout?=auto", "guard.enabled?=true"]
+    config, named = load_named_config("debug", overrides=default)
+    assert config.parallel.layout == "auto" and config.guard.enabled and named.on_command_line == frozenset()
+    config, named = load_named_config("debug", overrides=[*default, "parallel.layout=manual"])
+    assert config.parallel.layout == "manual" and named.on_command_line == {"parallel.layout"}
+    file = tmp_path / "mine.yaml"
+    file.write_text("parallel: {layout: manual}\nguard: {enabled: false}\n")
+    config, _ = load_named_config("debug", file, overrides=default)
+    assert config.parallel.layout == "manual" and not config.guard.enabled
+    with pytest.raises(ConfigError, match=r"unknown key 'layuot'"):
+        load_named_config("debug", overrides=["parallel.layuot?=auto"])

@@ -19,6 +19,8 @@ PARAMETERS = {
     "gpt2-72l": 959_441_920,
     "gpt2-96l": 1_261_751_296,
     "gpt2-192l": 2_470_988_800,
+    "gpt2-mlra-72l-wide": 14_709_403_648,
+    "gpt2-72l-wide": 14_709_403_648,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
@@ -111,9 +113,9 @@ def test_operations_per_token(model: ModelConfig) -> None:
     assert width == model.head_dim * model.num_heads
 
 
-@pytest.mark.parametrize("depth", DEEP_LAYERS)
-def test_a_twin_differs_in_its_attention_only(depth: int) -> None:
-    mlra, dense = preset(f"gpt2-mlra-{depth}l"), preset(f"gpt2-{depth}l")
+@pytest.mark.parametrize("name", [*(f"{depth}l" for depth in DEEP_LAYERS), "72l-wide"])
+def test_a_twin_differs_in_its_attention_only(name: str) -> None:
+    mlra, dense = preset(f"gpt2-mlra-{name}"), preset(f"gpt2-{name}")
     assert mlra.model.attention == "mlra"
     assert dense.model.num_parameters() == mlra.model.num_parameters()
     assert mlra.model.model_copy(update={"attention": "dense"}) == dense.model
@@ -130,6 +132,13 @@ def test_depth_is_the_only_dial_of_the_deep_family() -> None:
         same_but_micro_batch = {"micro_batch_size": first.train.micro_batch_size}
         assert config.train.model_copy(update=same_but_micro_batch) == first.train
         assert config.optim == first.optim
+
+
+def test_the_wide_model_differs_from_the_deep_one_in_width_and_rate() -> None:
+    deep, wide = preset("gpt2-mlra-72l"), preset("gpt2-mlra-72l-wide")
+    assert wide.model == deep.model.model_copy(update={"hidden_size": 4096, "num_heads": 32})
+    assert wide.train == deep.train.model_copy(update={"micro_batch_size": 1})
+    assert wide.optim == deep.optim.model_copy(update={"lr": 1e-4})
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -15,11 +15,11 @@ FIELDS = {
     "data": "path blend validation_path validation_fraction tokenizer document_attention reset_positions "
     "end_of_document_token seed",
     "train": "steps global_batch_size micro_batch_size sequence_length seed precision device log_every peak_tflops "
-    "compile max_consecutive_overflows",
+    "compile deterministic garbage_every max_consecutive_overflows",
     "optim": "lr betas eps weight_decay decay_factors decay_embedding grad_clip schedule warmup_steps decay_steps "
     "min_lr_ratio",
-    "parallel": "tensor pipeline engine activation_checkpointing low_rank_plan sequence_parallel timeout_minutes "
-    "world_size",
+    "parallel": "layout named_layout_fields tensor pipeline engine activation_checkpointing low_rank_plan "
+    "sequence_parallel timeout_minutes world_size",
     "tev": "every quantiles extremes",
     "gradients": "every noise_every spectral_iterations",
     "activations": "every samples saturation",
@@ -30,8 +30,8 @@ FIELDS = {
     "checkpoint": "every keep_last keep_every asynchronous differing_copies",
     "wandb": "mode project name tags",
     "profile": "start stop",
-    "cluster": "elastic hang_minutes start_minutes stop_minutes max_failures max_preemptions lost_node_seconds "
-    "step_memory cpu_bind",
+    "cluster": "device device_memory_gib file elastic hang_minutes start_minutes stop_minutes max_failures "
+    "max_preemptions lost_node_seconds step_memory cpu_bind",
 }
 
 

@@ -158,7 +158,6 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "deepspeed.zero_optimization.offload_param",
             "ZeRO stage 3 only, not 2",
         ),
-        ({"train": {"compile": True}, "parallel": {"tensor": 2}}, 2, "train.compile", "use parallel.tensor=1"),
         ({"train": {"compile": True}, "model": {"sigma_reparam": True}}, 1, "train.compile", "leave one of them out"),
         (
             {"train": {"compile": True}, "model": {"residual_dropout": 0.1}},
@@ -238,6 +237,7 @@ def test_each_rule(sections: dict[str, dict[str, Any]], world_size: int, field: 
         ({"model": {"qk_norm": True}, "gradients": {"spectral_iterations": 3}}, 1),
         ({"model": {"layer_norm_scaling": True}, "qk_clip": {"threshold": 90.0}}, 1),
         ({"parallel": {"sequence_parallel": True, "tensor": 2}, "model": {"attention": "dense"}}, 2),
+        ({"train": {"compile": True}, "parallel": {"tensor": 2}}, 4),
         ({"parallel": {"sequence_parallel": True, "tensor": 2, "pipeline": 2}, "model": {"sigma_reparam": True}}, 4),
         ({"parallel": {"tensor": 2, "pipeline": 2}, "deepspeed": {"pipeline": {"pipe_partitioned": True}}}, 4),
     ],

@@ -28,6 +28,7 @@ def test_every_named_cluster_says_where_its_numbers_are_from() -> None:
     assert {name: bool(cluster.source) for name, cluster in named_clusters().items()} == {
         "h100": True,
         "a100": True,
+        "h200": True,
         "cpu": True,
     }
 

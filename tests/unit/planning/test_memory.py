@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
@@ -10,6 +12,7 @@ from mlra_scale.planning.memory import (
     master_bytes,
     moment_bytes,
     moments_of_a_step,
+    pinned_bytes,
     rank_memory,
     reduction_bytes,
     weight_bytes,
@@ -33,12 +36,12 @@ def case(
         ("fp32", 1, (4, 4, 1, 2)),
         ("fp32", 2, (4, 1, 1, 2)),
         ("fp32", 3, (1 + 4, 1, 1, 2)),
-        ("bf16", 0, (2, 2, 4, 8)),
+        ("bf16", 0, (2, 6, 1, 2)),  # is ZeRO 1
         ("bf16", 1, (2, 6, 1, 2)),
         ("bf16", 2, (2, 1, 1, 2)),
         ("bf16", 3, (0.5 + 2, 1, 1, 2)),
         ("fp16", 1, (2, 2, 1, 2)),
-        ("fp16", 2, (2, 0.5, 1, 2)),
+        ("fp16", 2, (2, 2, 1, 2)),  # whole what a rank's share touches
         ("fp16", 3, (0.5 + 2, 0.5, 1, 2)),
     ],
 )
@@ -56,12 +59,13 @@ def test_state_of_a_rank_counts_its_own_weights() -> None:
         assert (memory.weights, memory.gradients, memory.moments) == (4 * held, 4 * held, 8 * held)
 
 
-def test_offloading_moves_master_and_moments_to_the_host() -> None:
+def test_offloading_moves_master_moments_and_gradients_to_the_host() -> None:
     config, plan = case(2, stage=2)
     offloaded, _ = case(2, stage=2, offload=True)
     before, after = rank_memory(config, plan, 0), rank_memory(offloaded, plan, 0)
     assert after.master == after.moments == 0.0
-    assert after.host == before.master + before.moments
+    held = num_held(weights_of_stage(config.model, 1, 0), 1)
+    assert after.host == before.master + before.moments + gradient_bytes(config, plan, held)
     assert after.device == before.device - after.host
 
 
@@ -72,6 +76,17 @@ def test_a_factorised_block_keeps_one_latent_per_projection_more() -> None:
     difference = block_bytes_per_token(mlra, plan) - block_bytes_per_token(dense, plan)
     assert difference == 4 * 1.5 * mlra.model.hidden_size
     assert block_bytes_per_token(dense, plan) == 4 * 16 * dense.model.hidden_size
+
+
+def test_dropout_keeps_masks_and_makes_them_from_64_bits() -> None:
+    plain, plan = case(2, "parallel.tensor=2", "model.attention=dense")
+    width, sequence, heads = plain.model.hidden_size, plan.sequence_length, plain.model.num_heads
+    residual, _ = case(2, "parallel.tensor=2", "model.attention=dense", "model.residual_dropout=0.1")
+    attention, _ = case(2, "parallel.tensor=2", "model.attention=dense", "model.attention_dropout=0.1")
+    kept = [block_bytes_per_token(config, plan) for config in (plain, residual, attention)]
+    assert kept[1] - kept[0] == 4 * 2 * width
+    assert kept[2] - kept[0] == (4 + 2 * 4) * sequence * heads / 2
+    assert len(moments_of_a_step(attention, plan, 0)) == len(moments_of_a_step(plain, plan, 0)) + 1
 
 
 def test_qk_norm_keeps_queries_and_keys_twice() -> None:
@@ -88,8 +103,8 @@ def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:
     assert block_bytes_per_token(plain, plan) == 4 * width * (4 + 12 / 4)
     assert block_bytes_per_token(split, plan) == 4 * width * 16 / 4
     before, after = (rank_memory(config, plan, 0).activations for config in (plain, split))
-    ends = 4 * width * (2 - 2 / 4)
-    assert before - after == tokens * (plain.model.num_layers * 4 * width * 3 + ends)
+    end = 4 * width * (1 - 1 / 4)
+    assert before - after == tokens * (plain.model.num_layers * 4 * width * 3 + end)
     split_mlra = ("parallel.tensor=4", "parallel.sequence_parallel=true", "parallel.low_rank_plan=replicated")
     mlra, _ = case(4, *split_mlra)
     assert block_bytes_per_token(mlra, plan) == 4 * width * (16 + 1.5) / 4
@@ -152,9 +167,18 @@ def test_buffers_of_the_reduction_have_the_size_of_the_file(
     config, plan = case(2, f"train.precision={precision}", stage=stage)
     config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": stage, **settings}}})
     assert reduction_bytes(config, plan) == expected
-    # They are shown with the gradients.
-    held = num_held(weights_of_stage(config.model, 1, 0), 1)
-    assert rank_memory(config, plan, 0).gradients == gradient_bytes(config, plan, held) + expected
+    # ZeRO 3 keeps them; otherwise they are there while the backward pass runs, and not at the loss.
+    is_kept = expected if stage == 3 else 0
+    at = [moment.buffers for moment in moments_of_a_step(config, plan, 0)]
+    assert at == [is_kept, expected, expected, expected, is_kept, is_kept, is_kept]
+
+
+def test_a_pipeline_has_the_buffers_of_the_reduction_after_its_last_backward_pass() -> None:
+    config, plan = case(2, "train.precision=fp16", "parallel.pipeline=2", stage=1)
+    assert [moment.buffers for moment in moments_of_a_step(config, plan, 0)] == [0, 0, 0, 0, 0, 4 * 500_000_000, 0]
+    # There they make the peak, and are shown with the gradients.
+    held = num_held(weights_of_stage(config.model, 2, 0), 1)
+    assert rank_memory(config, plan, 0).gradients == gradient_bytes(config, plan, held) + 4 * 500_000_000
 
 
 @pytest.mark.parametrize(
@@ -162,9 +186,35 @@ def test_buffers_of_the_reduction_have_the_size_of_the_file(
     [("fp32", 0, 1, 1), ("fp32", 0, 2, 1), ("bf16", 0, 2, 2), ("fp32", 1, 2, 2), ("bf16", 3, 1, 4)],
 )
 def test_a_snapshot_holds_what_a_rank_owns(precision: str, stage: int, pipeline: int, divided_by: int) -> None:
-    config, plan = case(4, f"train.precision={precision}", f"parallel.pipeline={pipeline}", stage=stage)
+    options = (f"train.precision={precision}", f"parallel.pipeline={pipeline}", "train.device=cpu")
+    config, plan = case(4, *options, stage=stage)
     total = sum(rank_memory(config, plan, each).snapshot for each in range(pipeline))
     padding = config.model.padded_vocab_size - config.model.vocab_size
     assert padding == 0 and total == 12 * config.model.num_parameters() / divided_by
     off, _ = case(4, f"parallel.pipeline={pipeline}", "checkpoint.asynchronous=false", stage=stage)
     assert rank_memory(off, plan, 0).snapshot == 0.0
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_page_locked_memory_is_a_power_of_two(device: str) -> None:
+    config, plan = case(1, f"train.device={device}")
+    held = 12 * config.model.num_parameters()
+    assert held < rank_memory(config, plan, 0).snapshot == 2 ** math.ceil(math.log2(held))
+    assert [pinned_bytes(size) for size in (0, 1, 1024, 1025)] == [0, 1, 1024, 2048]
+
+
+def test_masked_documents_have_one_mask_for_all_blocks() -> None:
+    options = ("train.precision=bf16", "data.document_attention=masked", "parallel.pipeline=2")
+    (config, plan), (without, _) = case(2, *options), case(2, *options[::2])
+    num_in_flight = in_flight(config, plan, 0)
+    mask = 2 * plan.micro_batch_size * plan.sequence_length**2
+    assert num_in_flight > 1
+    masked, causal = (rank_memory(each, plan, 0).activations for each in (config, without))
+    assert masked - causal == num_in_flight * mask
+
+
+def test_the_head_is_planned_at_the_larger_of_its_two_moments() -> None:
+    config, plan = case(1, "train.precision=bf16", "train.device=cuda")
+    tokens, hidden = plan.micro_batch_size * plan.sequence_length, config.model.hidden_size
+    rows, around = config.model.padded_vocab_size, 4 * tokens * hidden
+    assert logit_bytes(config, plan) == around + max(6 * tokens * rows, 2 * rows * (tokens + hidden))

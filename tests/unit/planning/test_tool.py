@@ -1,12 +1,15 @@
 """tools/plan.py as a person runs it."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import load_config, validate
+from mlra_scale.config import load_config, load_named_config, validate
+from mlra_scale.planning.choice import choose
+from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.train import build_parser
 from tests.support.tools import ROOT, run_tool
 
@@ -20,12 +23,12 @@ def loaded_from(command: str) -> tuple[list[str], object]:
     return words, load_config(options.preset, options.config, file, options.overrides)
 
 
-def test_the_command_trains_the_first_layout(tmp_path: Path) -> None:
+def test_the_command_trains_the_chosen_layout(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     ran = run_tool("plan", "--preset", "laptop", "--cluster", "cpu", "--json", file, "data.path=here")
     assert ran.code == 0, ran.stderr
     plan = json.loads(file.read_text())
-    best, (command,) = plan["layouts"][0], plan["commands"]
+    best, (command,) = plan["layouts"][plan["chosen"]], plan["commands"]
     words, config = loaded_from(command)
     assert command in ran.stdout and words[:3] == ["torchrun", "--nproc-per-node", "2"]
     validate(config, 2, "cpu")  # type: ignore[arg-type]
@@ -55,15 +58,33 @@ def test_every_number_of_a_layout_is_there(tmp_path: Path) -> None:
 def test_tables_have_as_many_lines_as_asked_for() -> None:
     ran = run_tool("plan", "--preset", "laptop", "--cluster", "cpu", "--top", 3)
     assert ran.code == 0
-    assert "the 3 fastest by the estimate (not measured)" in ran.stdout
-    assert sum(line.split()[:1] == ["3"] for line in ran.stdout.splitlines()) == 2, "times and memory"
+    assert "the 3 fastest by the estimate (not measured), and the planner's choice (*):" in ran.stdout
+    assert sum(line.split()[:1] in (["3"], ["3*"]) for line in ran.stdout.splitlines()) == 2, "times and memory"
     assert "left out:" in ran.stdout
+
+
+def test_the_marked_layout_and_its_command_are_what_a_job_runs(tmp_path: Path) -> None:
+    """Also where that is not the fastest layout, and is not among those that are listed."""
+    config, named = load_named_config("gpt2-mlra-72l", overrides=["parallel.layout=auto"])
+    choice = choose(config, named, named_cluster("h100"))
+    assert choice.chosen is not choice.fastest
+    file = tmp_path / "plan.json"
+    ran = run_tool("plan", "--preset", "gpt2-mlra-72l", "--cluster", "h100", "--top", 1, "--json", file)
+    assert ran.code == 0, ran.stderr
+    plan = json.loads(file.read_text())
+    marked = [line.split()[0] for line in ran.stdout.splitlines() if re.match(r" *\d+\* ", line)]
+    assert marked == [f"{plan['chosen'] + 1}*"] * 2, "times and memory"
+    _, loaded = loaded_from(plan["commands"][0])
+    assert loaded.parallel.tensor == choice.chosen.plan.tensor  # type: ignore[attr-defined]
+    assert loaded.deepspeed == choice.chosen.config.deepspeed  # type: ignore[attr-defined]
+    assert loaded.train.micro_batch_size == choice.chosen.plan.micro_batch_size  # type: ignore[attr-defined]
+    assert plan["layouts"][plan["chosen"]]["step_seconds"] == pytest.approx(choice.chosen.time.seconds)
 
 
 def test_several_nodes_are_started_by_sbatch_or_torchrun() -> None:
     ran = run_tool("plan", "--preset", "gpt2", "--nodes", 2, "--devices-per-node", 2, "parallel.pipeline=1")
     assert ran.code == 0, ran.stderr
-    assert "sbatch --nodes 2 --gpus-per-node 2 slurm/pretrain_zero3.sh --preset gpt2" in ran.stdout
+    assert "sbatch --nodes 2 --gpus-per-node 2 slurm/train_mlra_72L.sh --preset gpt2" in ran.stdout
     assert "torchrun --nnodes 2 --nproc-per-node 2" in ran.stdout
 
 

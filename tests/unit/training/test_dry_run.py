@@ -1,7 +1,13 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from mlra_scale.config import batch_plan, load_config
+from mlra_scale.config import ConfigError, batch_plan, load_config, load_named_config
+from mlra_scale.planning.cluster import named_cluster
+from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.training.dry_run import plan_report, short_report
+from mlra_scale.training.layout import Devices, settled
 
 
 def report_of(preset: str, world_size: int, *overrides: str) -> str:
@@ -50,3 +56,36 @@ def test_the_step_is_estimated_for_a_named_cluster_and_marked_as_such() -> None:
     assert "on 2 x 8 h100: step " in text and "MFU" in text and "bubble" in text
     assert "GB that a rank sends per step: tensor" in text and "datasheet" in text
     assert "on 1 x 1 cpu: step " in report_of("debug", 1, "train.device=cpu")
+
+
+def test_the_step_is_estimated_for_a_cluster_that_was_measured(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.json"
+    cluster = replace(named_cluster("h100"), name="our nodes", source="measured here", utilization=0.01)
+    write_cluster_file(file, cluster, ["utilization"])
+    text = report_of("gpt2-mlra-72l", 16, "parallel.tensor=2", f"cluster.file={file}")
+    assert "on 2 x 8 our nodes: step " in text and "(measured here)" in text
+    for overrides, said in (
+        (["train.device=cpu"], "was measured on GPUs, and this is planned for cpu; name a file of such"),
+        (["cluster.device=h200"], "and so does cluster.device=h200; leave one out"),
+    ):
+        with pytest.raises(ConfigError, match=rf"cluster\.file = '{file}': .*{said}"):
+            report_of("debug", 1, f"cluster.file={file}", *overrides)
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=rf"cluster\.file {file}: format = None: must be"):
+        report_of("debug", 1, f"cluster.file={file}")
+
+
+def test_the_planner_chooses_by_what_was_measured(tmp_path: Path) -> None:
+    """Where tensor parallelism is cheap it splits what does not fit, and where links are slow it does not."""
+    config, named = load_named_config("gpt2-mlra-72l", None, None, ["parallel.layout=auto"])
+    chosen = {}
+    for name, bandwidth in (("fast", 1e12), ("slow", 1e8)):
+        cluster = replace(named_cluster("h100"), memory=24e9, link_intra=bandwidth, link_inter=bandwidth)
+        write_cluster_file(tmp_path / name, cluster, ["link_intra"])
+        section = config.cluster.model_copy(update={"file": str(tmp_path / name)})
+        given = config.model_copy(update={"cluster": section})
+        choice = settled(given, named, Devices(8, 8, "cuda"))[1]
+        assert choice is not None
+        chosen[name] = choice
+    assert chosen["fast"].cluster.link_intra == 1e12 and chosen["slow"].cluster.memory == 24e9
+    assert chosen["fast"].overrides != chosen["slow"].overrides

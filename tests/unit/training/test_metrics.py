@@ -61,7 +61,9 @@ def test_throughput_counts_only_the_time_of_steps(monkeypatch: pytest.MonkeyPatc
     assert values["tokens_per_second"] == 256.0
     assert values["mfu"] == pytest.approx(256.0 * config.model.flops_per_token(64) / 2e12)
     throughput.start()
-    now[0] += 1.0
+    now[0] += 0.25
+    assert throughput.so_far == 0.25
+    now[0] += 0.75
     throughput.stop(512)
     assert throughput.since_last()["tokens_per_second"] == 512.0
     assert throughput.mean == 3 * 512 / 5.0

@@ -9,6 +9,8 @@ import pytest
 from mlra_scale.config import Config, Named
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
+from mlra_scale.planning.choice import FIELDS, RECORD
+from mlra_scale.training.agreement import _as_chosen
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start import Asked, Start, prepare
 
@@ -47,3 +49,42 @@ def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     sent = pickle.dumps(start)
     received = pickle.loads(sent)
     assert start.found is not None and received.found is None and received == start and len(sent) < 100_000
+
+
+def test_a_resumed_start_chooses_its_layout_again_and_tells_what_differs_from_the_run(tmp_path: Path) -> None:
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    run = RunDirectory(place / "zero3")
+    stored = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
+    values = stored | {"data": {"path": str(place / "data")}, "parallel": stored["parallel"] | {"layout": "auto"}}
+    config = Config.model_validate(values)
+    named = Named(frozenset({"data.path", "parallel.layout", "parallel.activation_checkpointing"}))
+    start = prepare(Asked(config, named, run, "auto", 2, ranks_per_node=2), is_here=False)
+    assert start.layout is not None and start.layout.kept == ("parallel.activation_checkpointing",)
+    assert start.config == start.layout.chosen.config and start.plan.world_size == 2
+    now = start.config.to_dict()
+    expected = {
+        field: (stored[section].get(name) if name else stored[section], now[section][name] if name else now[section])
+        for field in FIELDS
+        for section, _, name in [field.partition(".")]
+    }
+    reported = {change.field: (change.was, change.now) for change in start.changes if change.field in FIELDS}
+    assert reported == {field: pair for field, pair in expected.items() if pair[0] != pair[1]} and reported
+    received = pickle.loads(pickle.dumps(start))
+    assert received.layout == start.layout
+    # If the checkpoint then turns out to be damaged, the layout stays that of the process groups.
+    larger = Config.model_validate(config.to_dict() | {"cluster": {"device_memory_gib": 400.0}})
+    asked = Asked(larger, named, run, "auto", 2, ranks_per_node=2)
+    again = prepare(_as_chosen(asked, start), is_here=False)
+    assert again.layout is None and again.plan == start.plan
+    assert again.config.parallel == start.config.parallel and again.config.deepspeed == start.config.deepspeed
+
+
+def test_what_a_job_has_chosen_is_not_chosen_again(tmp_path: Path) -> None:
+    """Ranks get the layout as overrides: no rank plans."""
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    values = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
+    values |= {"data": {"path": str(place / "data")}, "parallel": values["parallel"] | {"layout": "auto"}}
+    config = Config.model_validate(values)
+    asked = Asked(config, Named(frozenset({"data.path", *FIELDS, RECORD})), RunDirectory(place / "new"), "none", 2)
+    start = prepare(asked, is_here=False)
+    assert start.layout is None and start.config == config

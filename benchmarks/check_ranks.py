@@ -1,0 +1,385 @@
+"""The steps of benchmarks/check.py that all ranks do together, or one alone. check_steps.py says what results are."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from runpy import run_path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.contenders import LEARNING_RATE, Shape, config_of
+from benchmarks.layouts import samples
+from benchmarks.planner_calibration import host_costs, link_of, overheads_of, rates_of
+from benchmarks.planner_ranks import micro_batches
+from benchmarks.tensor_memory import recording
+from mlra_scale.config import Config, batch_plan, load_named_config
+from mlra_scale.data import Batch
+from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
+from mlra_scale.planning.choice import choose
+from mlra_scale.planning.cluster import GIB, Cluster, cluster_of_device, named_cluster
+from mlra_scale.planning.cluster_file import read_cluster_file
+from mlra_scale.planning.memory import rank_memory
+from mlra_scale.planning.search import Candidate, changed
+
+if TYPE_CHECKING:
+    from benchmarks.check import Task
+
+WAITS = Path(__file__).resolve().parents[1] / "tests" / "support" / "device" / "expected.py"
+MINUTES = 5.0
+Write = Callable[[dict[str, Any]], None]
+
+SHAPE = Shape("agreement", num_layers=4, hidden_size=128, num_heads=8, batch_size=1, vocab_size=512)
+STEPS = 3
+LOSS_BOUND, NORM_BOUND = 1e-5, 1e-3
+"""Relative, in fp32, between layouts and one process. Sums in another order change a norm by more than a mean."""
+BF16_BOUND = 2.0**-9
+"""Relative, or twice what one process differs from its own fp32 by: a loss can be right by chance."""
+
+
+def device_of(task: Task) -> torch.device:
+    """Starts the process group, and returns this rank's device."""
+    torch.set_num_threads(1)
+    return initialize_distributed(task.device, MINUTES)
+
+
+@contextlib.contextmanager
+def mesh(config: Config, device: torch.device) -> Iterator[Topology]:
+    """The groups of a layout, for as long as its engines are in use."""
+    topology = build_topology(batch_plan(config, dist.get_world_size()), device, MINUTES)
+    try:
+        yield topology
+    finally:
+        destroy_topology(topology)
+
+
+def links(task: Task, write: Write) -> dict[str, Any]:
+    """Bandwidth and latency of all-reduces within nodes, and between nodes from all ranks at once."""
+    device, ranks, per_node = device_of(task), task.world_size, task.devices_per_node
+    num_bytes = 4 << 20 if device.type == "cpu" else 256 << 20
+    places = {
+        "intra": [list(range(first, first + per_node)) for first in range(0, ranks, per_node)],
+        "inter": [list(range(local, ranks, per_node)) for local in range(per_node)],
+    }
+    constants: dict[str, float] = {}
+    lines = []
+    for name, groups in places.items():
+        if len(groups[0]) == 1:
+            continue
+        group, _ = dist.new_subgroups_by_enumeration(groups)
+        found = torch.tensor(link_of(group, device, num_bytes), dtype=torch.float64, device=device)
+        # The slowest group decides what a step takes.
+        slowest = found * torch.tensor([1.0, -1.0], dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MIN)
+        bandwidth, latency = float(slowest[0]), -float(slowest[1])
+        constants |= {f"link_{name}": bandwidth, f"latency_{name}": latency}
+        where = "within a node" if name == "intra" else "between nodes"
+        lines.append(
+            f"{dist.get_backend()} {where}, {len(groups)} group(s) of {len(groups[0])} at once, the slowest: "
+            f"{8 * bandwidth / 1e9:.4g} Gbit/s sent by each rank, {1e6 * latency:.1f} us latency"
+        )
+    return {"holds": None, "constants": constants, "base": base_of(task, device), "lines": lines}
+
+
+def base_of(task: Task, device: torch.device) -> dict[str, Any]:
+    """The named cluster with such devices, with the nodes and the memory that are really there."""
+    sizes = {"nodes": task.world_size // task.devices_per_node, "devices_per_node": task.devices_per_node}
+    if device.type == "cpu":
+        return {"name": "cpu", **sizes, "source": "measured by benchmarks.check; the rest as for the cluster 'cpu'"}
+    device_name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    name = cluster_of_device(device_name) or "h100"
+    source = f"measured by benchmarks.check on {device_name}; the rest as for the cluster '{name}'"
+    return {"name": name, **sizes, "memory": float(memory), "source": source}
+
+
+def rates(task: Task, write: Write) -> dict[str, Any]:
+    """Rates of matrix products and everything else at the preset's sizes, and engines' overheads; the worst rank's."""
+    device, config = device_of(task), configuration(task)
+    found = rates_of(config, device)
+    peak = max(found.pop("peak_flops"), 1.0)
+    base = base_of(task, device)
+    named = named_cluster(base["name"])
+    if device.type == "cpu":
+        rate = {"peak_flops": peak, "utilization": 1.0}
+    else:
+        rate = {"peak_flops": max(named.peak_flops, peak), "utilization": min(1.0, peak / named.peak_flops)}
+    latency = task.result_of("links").get("constants", {}).get("latency_intra", named.latency_intra)
+    constants = {**found, **rate}
+    write({"holds": None, "base": base, "constants": constants, "lines": _constant_lines(constants)})
+    constants |= host_costs(device) if device.type == "cuda" else {}
+    constants |= overheads_of(changed(config, {"deepspeed": {}}), device, latency if task.world_size > 1 else 0.0)
+    gathered: list[Any] = [None] * task.world_size
+    dist.all_gather_object(gathered, constants)
+    for name in constants:
+        values = [each[name] for each in gathered]
+        is_time = name.endswith("overhead") or name in ("launch", "wait")
+        constants[name] = max(values) if is_time else min(values)
+    return {"holds": None, "base": base, "constants": constants, "lines": _constant_lines(constants)}
+
+
+def _constant_lines(constants: dict[str, Any]) -> list[str]:
+    units = {"peak_flops": (1e12, "TFLOP/s"), "memory_bandwidth": (1e9, "GB/s"), "update_bandwidth": (1e9, "GB/s")}
+    lines = []
+    for name, value in constants.items():
+        factor, unit = units.get(name, (1.0, "") if name == "utilization" else (1e-6, "us"))
+        values = value if isinstance(value, tuple) else (value,)
+        lines.append(f"{name} {' '.join(f'{each / factor:.4g}' for each in values)} {unit}".rstrip())
+    return lines
+
+
+def configuration(task: Task) -> Config:
+    """The preset that is trained where the plan is compared."""
+    overrides = [*task.overrides, f"train.device={task.device}"]
+    return load_named_config(task.preset, None, None, overrides)[0]
+
+
+def chosen(task: Task, device: torch.device) -> tuple[Candidate, Cluster]:
+    """The layout that a job with parallel.layout=auto would run, by what is known of the cluster by now."""
+    overrides = [*task.overrides, f"train.device={task.device}"]
+    config, named = load_named_config(task.preset, None, None, overrides)
+    file, base = Path(task.folder) / "cluster.json", base_of(task, device)
+    cluster = read_cluster_file(file) if file.exists() else named_cluster(base["name"])
+    sizes = {name: value for name, value in base.items() if name in ("nodes", "devices_per_node", "memory")}
+    choice = choose(config, named, replace(cluster, **sizes))
+    return choice.chosen, choice.cluster
+
+
+def training(task: Task, write: Write) -> dict[str, Any]:
+    """Steps of the preset in the planner's layout: memory and time against the plan."""
+    device = device_of(task)
+    candidate, cluster = chosen(task, device)
+    config, plan = candidate.config, candidate.plan
+    with mesh(config, device) as topology:
+        planned = rank_memory(config, plan, topology.pipeline_rank).device
+        step, peak, reserved = _started(config, topology)
+        seconds = [_timed(step, number, device) for number in range(2, 5)]
+        numbers = torch.tensor([peak, planned, peak / planned, reserved], dtype=torch.float64, device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    most, most_planned, ratio, reserved = numbers.tolist()
+    middle = sorted(seconds)[1]
+    mfu = candidate.time.mfu * candidate.time.seconds / middle
+    lines = [
+        f"{task.preset}: {' '.join(candidate.overrides())} {candidate.engine.file}",
+        f"memory of the rank that is furthest above its plan: {ratio:.3f} of it; the largest {most / GIB:.2f} GiB, "
+        f"planned {most_planned / GIB:.2f}",
+        f"step {middle:.3f} s, planned {candidate.time.seconds:.3f} ({middle / candidate.time.seconds:.2f} of it)",
+        f"{plan.tokens_per_step / middle:,.0f} tokens/s, MFU {100 * mfu:.1f} %",
+    ]
+    constants = {"reserved": reserved} if device.type == "cuda" else {}
+    found = {"seconds": seconds, "planned_seconds": candidate.time.seconds, "peak": most, "planned_peak": most_planned}
+    return {"holds": 0.9 <= ratio <= 1.1, "lines": lines, "constants": constants, "cluster": cluster.name, **found}
+
+
+def _started(config: Config, topology: Topology) -> tuple[Callable[[int], float], float, float]:
+    """A training step, the peak bytes of tensors of its second one, and what the device holds beside tensors."""
+    plan, device = batch_plan(config, topology.world_size), topology.device
+
+    def step(number: int) -> float:
+        return engine.train_batch(micro_batches(config, plan, number), LEARNING_RATE, lambda each: each.is_finite).loss
+
+    if device.type == "cpu":
+        with recording() as memory:
+            engine = build_engine(config, plan, topology)
+            step(0)
+            with memory.span("second"):
+                step(1)
+        return step, memory.peaks["second"], 0.0
+    before = torch.cuda.memory_allocated(device)
+    engine = build_engine(config, plan, topology)
+    step(0)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(1)
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return step, peak - before, max(0.0, float(total - free - peak))
+
+
+def _timed(step: Callable[[int], float], number: int, device: torch.device) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    step(number)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def profile(task: Task, write: Write) -> dict[str, Any]:
+    """The heaviest operations of a step of the preset, of one process, and the share of it in which the GPU works."""
+    device = device_of(task)
+    alone = replace(task, world_size=1, devices_per_node=1)
+    candidate, _ = chosen(replace(alone, overrides=(*task.overrides, "train.global_batch_size=8")), device)
+    with mesh(candidate.config, device) as topology:
+        step, _, _ = _started(candidate.config, topology)
+        with torch.profiler.profile() as recorded:
+            begin = time.perf_counter()
+            step(2)
+            torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - begin
+        averages = recorded.key_averages()
+        busy = sum(row.self_device_time_total for row in averages) / 1e6
+        recorded.export_chrome_trace(str(Path(task.folder) / "profile-trace.json"))
+    table = averages.table(sort_by="self_device_time_total", row_limit=15, max_name_column_width=60)
+    lines = [f"the GPU works {100 * busy / seconds:.0f} % of a profiled step of {seconds:.3f} s", *table.splitlines()]
+    return {"holds": None, "lines": lines, "busy": busy / seconds}
+
+
+def synchronizations(task: Task, write: Write) -> dict[str, Any]:
+    """Where the host waits for the device in a step, and how often, against the list that the traced tests keep."""
+    device, allowed = device_of(task), known_waits()
+    result: dict[str, Any] = {"holds": True, "lines": [], "waits": {}}
+    for name in ("ZeRO 1", "ZeRO 3", "pipeline engine"):
+        config = _configuration(layouts_of(1, 1)[name], "bf16", task, 1)
+        with mesh(config, device) as topology:
+            engine = build_engine(config, batch_plan(config, 1), topology)
+            batches = [_share(config, topology, step) for step in range(2 + STEPS)]
+            for batch in batches[:2]:
+                engine.train_batch(batch, LEARNING_RATE, lambda each: each.is_finite)
+            torch.cuda.set_sync_debug_mode("warn")
+            with noted_waits() as found:
+                for batch in batches[2:]:
+                    engine.train_batch(batch, LEARNING_RATE, lambda each: each.is_finite)
+            torch.cuda.set_sync_debug_mode("default")
+        for site, count in found.most_common():
+            is_known = count / STEPS <= allowed.get(site, 0)
+            result["holds"] = result["holds"] and is_known
+            known = "in the list" if is_known else f"NOT IN THE LIST more than {allowed.get(site, 0)} times"
+            result["lines"].append(f"{name}: {count / STEPS:g} per step, {known}: {site}")
+        result["waits"][name] = dict(found)
+        write(result)
+    return result
+
+
+def known_waits() -> dict[str, int]:
+    """Where the host may wait for the device, and how often in a step: the list of the tests that trace the engines."""
+    listed: dict[str, int] = {}
+    for wait in run_path(str(WAITS), run_name="waits")["WAITS"]:
+        listed[wait.site] = listed.get(wait.site, 0) + wait.number
+    return listed
+
+
+@contextlib.contextmanager
+def noted_waits() -> Iterator[Counter[str]]:
+    """Counts torch's warnings of waits for the device, by the innermost function of this package or DeepSpeed."""
+    found: Counter[str] = Counter()
+
+    def note(message: Warning | str, *more: Any) -> None:
+        if "synchronizing" in str(message):
+            found[next(_sites(sys._getframe(1)), "elsewhere")] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield found
+
+
+def _sites(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        name = frame.f_code.co_filename
+        at = max(name.rfind(package) for package in ("/mlra_scale/", "/deepspeed/", "/megatron/"))
+        # The list names who wants something of the device, not what hands it on.
+        if at >= 0 and not any(part in name for part in ("/deepspeed/accelerator/", "/deepspeed/comm/", "/nvtx.py")):
+            yield f"{name[at + 1 :]}:{frame.f_code.co_qualname}"
+        frame = frame.f_back
+
+
+def layouts_of(world_size: int, devices_per_node: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Layouts that so many ranks can have, as sections of a configuration, by name."""
+    zero = {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
+    found: dict[str, dict[str, dict[str, Any]]] = {"ZeRO 0": {}}
+    for stage in (1, 2, 3):
+        found[f"ZeRO {stage}"] = {"deepspeed": {"zero_optimization": {"stage": stage, **zero}}}
+    found["pipeline engine"] = {"parallel": {"engine": "pipeline"}}
+    degrees = [(2, 1), (1, 2), (2, 2), (2, 4), (devices_per_node, 1)]
+    for tensor, pipeline in dict.fromkeys(degrees):
+        is_possible = world_size % (tensor * pipeline) == 0 and SHAPE.num_heads % tensor == 0
+        if tensor * pipeline > 1 and is_possible:
+            found[f"tensor {tensor} x pipeline {pipeline}"] = {"parallel": {"tensor": tensor, "pipeline": pipeline}}
+            if tensor > 1 and pipeline == 1:
+                parallel = {"tensor": tensor, "sequence_parallel": True}
+                found[f"tensor {tensor}, sequence parallel"] = {"parallel": parallel}
+                found[f"tensor {tensor}, ZeRO 3"] = {"parallel": {"tensor": tensor}, **found["ZeRO 3"]}
+    return found
+
+
+def alone(task: Task, write: Write) -> dict[str, Any]:
+    """Losses and gradient norms of one process, in fp32 and bf16, on the samples of all ranks."""
+    device = device_of(task)
+    # As many samples at once as divide the batch: with a thousand ranks one by one would take minutes.
+    size = max(size for size in range(1, 65) if 2 * task.world_size % size == 0)
+    found = {precision: _trajectory({}, precision, task, device, size) for precision in ("fp32", "bf16")}
+    return {"holds": None, "lines": [f"{name}: losses {values['losses']}" for name, values in found.items()], **found}
+
+
+def layouts(task: Task, write: Write) -> dict[str, Any]:
+    """Losses and gradient norms of layouts of all ranks, against those of one process."""
+    expected = task.result_of("alone")
+    if not {"fp32", "bf16"} <= expected.keys():
+        raise ValueError("the step 'alone', which this one is compared with, has no result; run both")
+    device = device_of(task)
+    result: dict[str, Any] = {"holds": True, "lines": [], "layouts": {}}
+    for name, sections in layouts_of(task.world_size, task.devices_per_node).items():
+        for precision in ("fp32", "bf16"):
+            found = _trajectory(sections, precision, task, device)
+            fault = difference(found, precision, expected)
+            result["layouts"][f"{name}, {precision}"] = {**found, "fault": fault}
+            result["lines"].append(f"{name + ', ' + precision + ':':34}{fault or 'agrees with one process'}")
+            result["holds"] = result["holds"] and not fault
+            write(result)
+    return result
+
+
+def difference(found: dict[str, list[float]], precision: str, expected: dict[str, Any]) -> str:
+    """Says what differs from one process by more than it may; empty: nothing.
+
+    Args:
+        found: Losses and gradient norms of a layout by step.
+        precision: Of the layout.
+        expected: Of one process, by precision.
+    """
+    exact, own = expected["fp32"], expected[precision]
+    for kind, bound in (("losses", LOSS_BOUND), ("norms", NORM_BOUND)):
+        for step, (value, one, reference) in enumerate(zip(found[kind], own[kind], exact[kind], strict=True), start=1):
+            allowed = bound * abs(reference)
+            if precision == "bf16":
+                allowed = max(2 * abs(one - reference), (BF16_BOUND if kind == "losses" else 0.05) * abs(reference))
+            if not abs(value - reference) <= allowed:
+                return f"DIFFERS: {kind} {value!r} at step {step}, one process has {one!r} ({reference!r} in fp32)"
+    return ""
+
+
+def _trajectory(
+    sections: dict[str, dict[str, Any]], precision: str, task: Task, device: torch.device, size: int = 1
+) -> dict[str, list[float]]:
+    """Losses and gradient norms of the first steps of a layout, with micro-batches of a size."""
+    config = _configuration(sections, precision, task, size)
+    with mesh(config, device) as topology:
+        plan = batch_plan(config, topology.world_size)
+        engine = build_engine(config, plan, topology)
+        results = [
+            engine.train_batch(_share(config, topology, step), LEARNING_RATE, lambda each: each.is_finite)
+            for step in range(STEPS)
+        ]
+    return {"losses": [each.loss for each in results], "norms": [each.gradient_norm for each in results]}
+
+
+def _configuration(sections: dict[str, dict[str, Any]], precision: str, task: Task, size: int) -> Config:
+    batch = {"global_batch_size": 2 * task.world_size, "micro_batch_size": size, "device": task.device}
+    return config_of(SHAPE, "mlra", precision, train=batch, **sections)
+
+
+def _share(config: Config, topology: Topology, step: int) -> list[Batch]:
+    """This rank's micro-batches; which samples a step has does not depend on the layout."""
+    batch, size = config.train.global_batch_size, config.train.micro_batch_size
+    starts = range(step * batch + topology.data_rank * size, (step + 1) * batch, topology.data * size)
+    return [samples(SHAPE, range(start, start + size)) for start in starts]

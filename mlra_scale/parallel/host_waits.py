@@ -1,0 +1,66 @@
+"""Keeps DeepSpeed's ZeRO optimizers from holding the host up until the device is done.
+
+After each micro-batch ZeRO 2 and 3 let the host wait for the stream on which gradients are reduced; the device then
+runs dry until the host has started the next micro-batch. What follows needs the order only, so here the device's
+current stream waits, and the host goes ahead. Memory that the reduction has read is given back after that wait, to
+work that comes later on the same stream.
+
+The host waits by itself where it reads numbers: those of a step's proposal, and offloaded gradients. DeepSpeed's flow
+control of ZeRO 3 stays: before a weight is fetched or a bucket of gradients is reduced, the host waits if more than two
+earlier ones are unfinished, so that memory stays bounded (`__max_ongoing_fetch_events` of its
+PartitionedParameterCoordinator, `max_param_reduce_events` of its optimizer).
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+class DeviceOrdered(torch.cuda.Stream):
+    """The same stream, on which `synchronize` makes the device's current stream wait instead of the host."""
+
+    def synchronize(self) -> None:
+        """Orders what comes next on the current stream after all that is on this one."""
+        torch.cuda.current_stream().wait_stream(self)
+
+    def wait_on_host(self) -> None:
+        """Waits until the device has done all that is on this stream."""
+        super().synchronize()
+
+
+def order_stage3_on_device(optimizer: Any) -> None:
+    """Lets ZeRO 3's reduction be waited for by the device; on CUDA."""
+    stream = optimizer.reduce_and_partition_stream
+    optimizer.reduce_and_partition_stream = DeviceOrdered(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
+
+
+def order_stage2_on_device(optimizer: Any) -> None:
+    """Lets the reduction of ZeRO 1 and 2 with overlap_comm be waited for by the device; on CUDA."""
+    if not optimizer.overlap_comm:
+        return
+    for name in ("independent_gradient_partition_epilogue", "reduce_ipg_grads"):
+        setattr(optimizer, name, _ordered(getattr(optimizer, name), optimizer.reduction_stream))
+
+
+def _ordered(method: Callable[..., Any], stream: torch.cuda.Stream) -> Callable[..., Any]:
+    """The method, in which DeepSpeed's `get_accelerator().synchronize()` means: after this stream."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        accelerator = get_accelerator()
+        before = accelerator.__dict__.get("synchronize")
+        accelerator.synchronize = lambda device_index=None: torch.cuda.current_stream().wait_stream(stream)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            if before is None:
+                del accelerator.synchronize
+            else:
+                accelerator.synchronize = before
+
+    return call

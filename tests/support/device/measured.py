@@ -1,0 +1,86 @@
+"""What happens beside training steps, traced: TEV, statistics, QK-clip, activations, snapshot, evaluation.
+
+The real parts run. Two functions that only calculate on the host with numbers that nobody knows here are answered:
+TEV's `combine`, which checks that every row was counted, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tests.support.device.traced import TracedRank
+
+
+def trace_measurements(rank: TracedRank) -> dict[str, Any]:
+    """Runs everything once, each as a phase of its own.
+
+    Returns:
+        planned_snapshot: Bytes of host memory that the planner counts for a checkpoint's copy.
+    """
+    from mlra_scale.parallel import StepResult
+    from mlra_scale.planning.memory import rank_memory
+    from mlra_scale.stability import tev
+    from mlra_scale.training.measuring import Measurements
+
+    statistics = tev.TevStatistics(1.0, 1.0, {}, 1.0, 1.0, 1, [], [])
+    tev.combine = lambda *_: statistics
+    engine, plan, config = rank.engine, rank.plan, rank.config
+    validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])
+    measurements = Measurements(engine, config, plan, validation)
+    batches, phase = rank.batches(), rank.trace.phase
+
+    def approve(proposal: Any) -> bool:
+        with phase("gradient statistics"):
+            measurements.before_update(proposal)
+        return True
+
+    with phase("noise scale"):
+        measurements.before_step(1, batches)
+    with phase("measured step"):
+        result: StepResult = engine.train_batch(batches, 1e-4, approve, lambda: False)
+    with phase("update statistics"):
+        measurements._gradients.after_update(result, 1e-4)
+    with phase("TEV"):
+        measurements.tev(1)
+    with phase("QK-clip"):
+        measurements._clip.apply(batches, 0)
+        _scale_some_rows(rank)
+    with phase("activations"):
+        measurements.activations(1, lambda read: read())
+    with phase("evaluation"):
+        engine.eval_batch(batches)
+    _snapshot(rank)
+    return {"planned_snapshot": rank_memory(config, plan, rank.topology.pipeline_rank).snapshot}
+
+
+def _scale_some_rows(rank: TracedRank) -> None:
+    """What QK-clip does where a head is above the threshold, in the first two blocks."""
+    from mlra_scale.stability.qk_clip import row_factors
+
+    model = rank.config.model
+    rank.engine.scale_rows(row_factors(torch.full((2, model.num_heads), 0.5).double(), model, rank.engine.table))
+
+
+def _snapshot(rank: TracedRank) -> None:
+    """The part of an asynchronous save for which training waits, and what the writer then waits for."""
+    from mlra_scale.checkpoint.copies import copied_parameters
+    from mlra_scale.checkpoint.saver import Saver
+    from mlra_scale.checkpoint.saving import RankShare
+
+    saver = Saver(Path("unused"), rank.topology, keep_last=1, keep_every=0, asynchronous=True)
+    share = RankShare("rank-00000.safetensors", rank.topology.tensor_rank)
+    with rank.trace.phase("agreement of a save"):
+        saver._copied = copied_parameters(rank.engine)
+        rank.engine.buffers()
+        rank.engine.training_state()
+    arrived: Callable[[], None]
+    with rank.trace.phase("snapshot"):
+        arrived = saver._snapshot(rank.engine, share, is_background=True)
+    with rank.trace.phase("writing"):
+        arrived()

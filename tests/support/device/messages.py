@@ -1,0 +1,54 @@
+"""Bytes of a message, as the planner counts them: what one rank of k sends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_iter
+
+
+@dataclass(frozen=True)
+class Message:
+    """Messages of a kind.
+
+    Attributes:
+        number: How many.
+        sent: Bytes that this rank sends in them.
+    """
+
+    number: int = 0
+    sent: float = 0.0
+
+    def __add__(self, other: Message) -> Message:
+        return Message(self.number + other.number, self.sent + other.sent)
+
+
+def _nbytes(value: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_iter(value) if isinstance(leaf, torch.Tensor))
+
+
+def message_of(name: str, args: Sequence[Any]) -> tuple[Message, dist.ProcessGroup]:
+    """Returns the message of a c10d operator, and its group.
+
+    An all-reduce of k ranks sends 2 (k - 1) / k of the tensor; a gather, a reduce-scatter and a broadcast
+    (k - 1) / k of the whole; of a pair, one sends all, and receiving sends nothing.
+    """
+    group = next(
+        dist.ProcessGroup.unbox(value)
+        for value in args
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type())
+    )
+    size = group.size()
+    if name in ("recv_", "recv_any_source_"):
+        return Message(), group
+    if name == "send":
+        return Message(1, float(_nbytes(args[0]))), group
+    if name == "barrier":
+        return Message(1), group
+    whole = max(_nbytes(args[0]), _nbytes(args[1]))
+    times = 2 if name.startswith("allreduce") else 1
+    return Message(1, times * whole * (size - 1) / size), group

@@ -1,0 +1,250 @@
+"""One rank of a layout on a device that is not there: builds the real engine, trains two steps, reports.
+
+python -m tests.support.device.traced LAYOUT_AS_JSON [FAULT]     (running.py does that)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.support.device import cuda_stubs, measured
+from tests.support.device.answers import Answers
+from tests.support.device.faults import FAULTS
+from tests.support.device.layouts import Layout
+from tests.support.device.report import PhaseReport, Report
+from tests.support.device.tracing import Phase, Trace
+
+HOLDERS_SHOWN = 24
+
+
+def configured(layout: Layout) -> Any:
+    """The validated configuration of a layout."""
+    from mlra_scale.config import validate
+    from mlra_scale.config.loading import load_named_config
+
+    base = ["train.device=cuda", "data.path=x", f"model.num_layers={layout.num_layers}", *layout.overrides]
+    config, _ = load_named_config(layout.preset, None, layout.ds_config, base)
+    ranks = config.parallel.tensor * config.parallel.pipeline
+    batch = layout.num_micro_batches * config.train.micro_batch_size * layout.world_size // ranks
+    config, _ = load_named_config(layout.preset, None, layout.ds_config, [*base, f"train.global_batch_size={batch}"])
+    validate(config, layout.world_size, device="cuda")
+    return config
+
+
+class TracedRank:
+    """The rank: its engine, and what is noted of it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.seconds: dict[str, float] = {}
+        self.trace = Trace()
+        cuda_stubs.install(layout.rank % cuda_stubs.NUM_DEVICES, self.trace.wait)
+
+    def build(self) -> None:
+        """Configuration, groups and engine, as a start makes them."""
+        from tests.support.device import fake_ranks
+
+        self.groups = fake_ranks.install(self.layout.rank, self.layout.world_size)
+        from mlra_scale.config import batch_plan
+        from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
+        from mlra_scale.training.quiet import quiet_libraries
+
+        quiet_libraries("cuda")
+        cuda_stubs.answer_for_cpu_adam()
+        self.config = configured(self.layout)
+        self.plan = batch_plan(self.config, self.layout.world_size)
+        place = initialize_distributed("cuda", 10.0)
+        self.topology = build_topology(self.plan, place, 10.0)
+        self.trace.group_of = fake_ranks.group_names(self.topology)
+        fake_ranks.exchange_objects(self.trace.sends_object)
+        engine: Any = build_engine(self.config, self.plan, self.topology)
+        self.engine = engine
+        self.deepspeed_engine: Any = self.engine.deepspeed_engine
+        is_partitioned = getattr(self.deepspeed_engine, "is_pipe_partitioned", False)
+        self.trace.received = fake_ranks.Neighbour(self.config, self.plan, self.topology, is_partitioned).says
+        self.blocks = _blocks(self.engine.module)
+        self._mark_blocks()
+        self.step_batches = self.batches()  # on a run, the feed's thread has them ready
+
+    def batches(self) -> list[Any]:
+        """The micro-batches of a step, as the feed hands them out."""
+        from mlra_scale.data import Batch
+
+        shape = (self.plan.micro_batch_size, self.plan.sequence_length)
+
+        def micro_batch() -> Batch:
+            tokens, targets, positions, documents = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+            return Batch(tokens, targets, positions, documents, torch.zeros(shape[0], dtype=torch.int64)).pinned()
+
+        return [micro_batch() for _ in range(self.plan.accumulation_steps)]
+
+    def train(self) -> Any:
+        """One step of training."""
+        return self.engine.train_batch(self.step_batches, 1e-4, lambda proposal: True, lambda: False)
+
+    def _mark_blocks(self) -> None:
+        """Has the trace note where the blocks' passes begin and end."""
+        middle = len(self.blocks) // 2
+        first, of_middle, last = self.blocks[0], self.blocks[middle], self.blocks[-1]
+
+        def is_forward() -> bool:
+            return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+
+        def hooked(begins_in: Any, ends_in: Any, name: str) -> None:
+            def before(_: Any, inputs: Any) -> None:
+                if is_forward():
+                    self.trace.mark(f"{name} begins")
+                    _on_gradient(inputs, lambda: self.trace.mark(f"{name} begins backward"))
+
+            def after(_: Any, inputs: Any, outputs: Any) -> None:
+                if is_forward():
+                    self.trace.mark(f"{name} ends")
+                    _on_gradient(outputs, lambda: self.trace.mark(f"{name} ends backward"))
+
+            begins_in.register_forward_pre_hook(before)
+            ends_in.register_forward_hook(after)
+
+        hooked(of_middle, of_middle, "middle")
+        hooked(first, last, "all")
+
+    def report(self) -> Report:
+        """Everything that was noted."""
+        from mlra_scale.planning.memory import rank_memory
+
+        module, step = self.engine.module, self.trace.phases["step"]
+        named = [*module.named_parameters(), *module.named_buffers()]
+        optimizer = type(self.deepspeed_engine.optimizer).__name__
+        between, of_micro_batch = _between(step, self.plan.accumulation_steps)
+        # Of ZeRO 3 the mean of all blocks: a bucket of gradients is flushed in some of them.
+        passes = _pass_launches(step, "all") if "Stage3" in optimizer else _pass_launches(step, "middle")
+        num_blocks = len(self.blocks) if "Stage3" in optimizer else 1
+        return Report(
+            layout=self.layout.name,
+            engine=(type(self.deepspeed_engine).__name__, optimizer),
+            seconds=self.seconds,
+            num_micro_batches=self.plan.accumulation_steps,
+            num_blocks=len(self.blocks),
+            num_parameters=len(list(module.parameters())),
+            misplaced=[name for name, value in named if value.device.type != "cuda"],
+            phases={name: _phase_report(phase) for name, phase in self.trace.phases.items()},
+            block_launches=(passes[0] / num_blocks, passes[1] / num_blocks),
+            between_launches=between,
+            micro_batch_launches=of_micro_batch,
+            planned_bytes=rank_memory(self.config, self.plan, self.topology.pipeline_rank).device,
+            planned_sent=_planned_sent(self.config, self.plan, self.topology.pipeline_rank),
+            mesh=(self.plan.tensor, self.plan.pipeline, self.plan.data),
+            groups={str(size): number for size, number in sorted(self.groups.items())},
+        )
+
+
+def _blocks(module: Any) -> list[Any]:
+    from mlra_scale.model.layers import Block
+
+    return [child for child in module.modules() if isinstance(child, Block)]
+
+
+def _on_gradient(values: Any, call: Any) -> None:
+    """Calls when the gradient of the first of these tensors is there."""
+    value = values
+    while isinstance(value, tuple):
+        value = value[0]
+    if value.requires_grad:
+        value.register_hook(lambda gradient: call())
+
+
+def _planned_sent(config: Any, plan: Any, stage: int) -> dict[str, float]:
+    from mlra_scale.planning import communication as planned
+
+    gradients, weights = planned.data_traffic_per_micro_batch(config, plan, stage)
+    micro_batches = plan.accumulation_steps
+    per_step = sum(traffic.sent for traffic in planned.data_traffic_per_step(config, plan, stage))
+    return {
+        "tensor": micro_batches * planned.tensor_traffic(config, plan, stage).sent,
+        "pipeline": micro_batches * planned.pipeline_traffic(config, plan, stage).sent,
+        "tied": planned.tied_traffic(config, plan, stage).sent,
+        "data": micro_batches * (gradients.sent + weights.sent) + per_step,
+    }
+
+
+def _pass_launches(phase: Phase, of: str) -> tuple[int, int]:
+    """Kernels of the last forward and backward pass of the middle block, or of all blocks."""
+    last: dict[str, int] = {}
+    found = [0, 0]
+    for name, number in phase.marks:
+        last[name] = number
+        if name == f"{of} ends":
+            found[0] = number - last[f"{of} begins"]
+        elif name == f"{of} begins backward":
+            found[1] = number - last[f"{of} ends backward"]
+    assert min(found) > 0, f"no passes of the blocks were seen: {phase.marks}"
+    return found[0], found[1]
+
+
+def _between(phase: Phase, num_micro_batches: int) -> tuple[int, int]:
+    """Kernels between the blocks' backward pass and the next forward pass, and those from forward pass to forward pass.
+
+    Both near the end of the step, where a pipeline does one of each in turns, and before gradients are reduced.
+    """
+    begins = [number for name, number in phase.marks if name == "all begins"]
+    backs = [number for name, number in phase.marks if name == "all begins backward"]
+    assert len(begins) == len(backs) == num_micro_batches, f"not every micro-batch was seen: {phase.marks}"
+    if num_micro_batches < 2:
+        return 0, 0
+    earlier, later = begins[-2], begins[-1]
+    between = [later - number for number in backs if earlier < number <= later]
+    assert between, f"no backward pass between the last two forward passes: {phase.marks}"
+    return between[-1], later - earlier
+
+
+def _phase_report(phase: Phase) -> PhaseReport:
+    return PhaseReport(
+        start=phase.start,
+        peak=phase.peak,
+        end=phase.end,
+        host_start=phase.host_start,
+        host_peak=phase.host_peak,
+        num_launches=phase.num_launches,
+        launches=dict(phase.launches.most_common()),
+        waits=[(*key, number) for key, number in phase.waits.most_common()],
+        messages=[(*key, message.number, message.sent) for key, message in phase.messages.items()],
+        wide_products=dict(phase.wide_products),
+        host_results=dict(phase.host_results),
+        misplaced=dict(phase.misplaced),
+        holders=dict(phase.holders().most_common(HOLDERS_SHOWN)),
+    )
+
+
+def main(layout_as_json: str, faults: str) -> None:
+    """Traces and prints the report."""
+    layout = Layout(**json.loads(layout_as_json))
+    layout = Layout(**{**vars(layout), "overrides": tuple(layout.overrides)})
+    began = time.monotonic()
+    rank = TracedRank(layout)
+    for name in filter(None, faults.split(",")):
+        FAULTS[name]()
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(rank.trace)
+        stack.enter_context(Answers(rank.trace))
+        for name, work in (("build", rank.build), ("first step", rank.train), ("step", rank.train)):
+            with rank.trace.phase(name):
+                work()
+            rank.seconds[name] = time.monotonic() - began
+        report = rank.report()
+        if layout.with_measurements:
+            report.results |= measured.trace_measurements(rank)
+            report.phases |= {name: _phase_report(phase) for name, phase in rank.trace.phases.items()}
+            rank.seconds["measurements"] = time.monotonic() - began
+    from tests.support.device.running import MARK
+
+    print(f"\n{MARK}{report.to_json()}")
+    sys.stdout.flush()
+    dist.destroy_process_group()
