@@ -27,7 +27,7 @@ from mlra_scale.parallel.engine import EngineBase
 from mlra_scale.study.grid import Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import Sweep
-from mlra_scale.study.sweep_text import Board, summary_text
+from mlra_scale.study.sweep_text import Progress, summary_text
 from mlra_scale.training import feed, trainer
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "guard.yaml"
@@ -177,12 +177,12 @@ def run(study: Study, poison: str, place: int, output: Path, jobs: int, argument
     cells, directory = cells_of(study), SweepDirectory(output)
     sweep = PoisonedSweep((poison, place), study, cells, directory)
     to_do = sweep.prepare(cells, ["-m", "benchmarks.guard", *arguments])
-    board = Board(to_do, directory)
-    board.say(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")
+    progress = Progress(to_do, directory)
+    progress.print(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")
     try:
-        stopped = sweep.run(to_do, jobs, board.told, board.watch)
+        stopped = sweep.run(to_do, jobs, progress.on_result, progress.on_poll)
     finally:
-        board.close()
+        progress.close()
     print(summary_text(directory, cells, sweep), flush=True)
     return int(stopped is not None or any(not directory.files(cell).is_done() for cell in cells))
 

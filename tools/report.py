@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   python tools/report.py runs/small --output reports/small
 
 What is in a report, and how each number is computed: docs/report.md.
-exit codes: 0; 2 there is no run and no sweep, the report cannot be written, or matplotlib is not installed
+exit codes: 0; 2 there is no run and no sweep, the report cannot be written, or the extra `report` is not installed
 """
 
 
@@ -37,27 +37,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
-    from mlra_scale.study.report.sweep_results import is_sweep
+    try:
+        from mlra_scale.study.report.run_report import report_run
+        from mlra_scale.study.report.sweep_record import is_sweep
+        from mlra_scale.study.report.sweep_report import report_sweep
+    except ImportError as error:
+        return _refuse(f"reports need more libraries ({error}); install them with: pip install 'mlra-scale[report]'")
     from mlra_scale.training.run_directory import RunDirectory
 
     path: Path = options.path
     if not is_sweep(path) and not RunDirectory(path).holds_a_run():
         return _refuse(f"{path}: neither a run directory nor a sweep's output folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        return _refuse(f"figures need matplotlib ({error}); install it with: pip install 'mlra-scale[report]'")
-    from mlra_scale.study.report.run_report import report_run
-    from mlra_scale.study.report.sweep_report import report_sweep
-
     output = options.output or path / "report"
     try:
-        written = (report_sweep if is_sweep(path) else report_run)(path, output)
+        paths = (report_sweep if is_sweep(path) else report_run)(path, output)
     except OSError as error:
         return _refuse(f"{output} cannot be written ({error.strerror})")
-    print(written.html)
-    for image in written.images:
-        print(image)
+    print("\n".join(map(str, paths)))
     return 0
 
 

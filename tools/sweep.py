@@ -23,10 +23,10 @@ EXAMPLES = """examples:
   python tools/sweep.py docs/studies/small.yaml --output runs/short --jobs 2 train.steps=30 --only 'mlra-*'
   python tools/sweep.py docs/studies/small.yaml --cell 7        one cell, as slurm/sweep.sh runs it
 
-The same command continues where it was stopped, with the cells that have no result yet or failed. Cells that are at
-work elsewhere (another sweep, or a run whose sweep was killed) are waited for.
-exit codes: 0 every cell that was asked for has a result; 1 cells failed or have none; 2 bad input; 5 stopped by a
-signal; 130 stopped by Ctrl-C
+The same command continues a stopped sweep: it runs the cells that have no result or failed, and waits for cells that
+another process runs (another sweep, or a run whose sweep was killed).
+exit codes: 0 every chosen cell has a result; 1 cells failed or have none; 2 bad input; 5 stopped by a signal; 130
+stopped by Ctrl-C
 """
 
 
@@ -34,16 +34,16 @@ def parser() -> argparse.ArgumentParser:
     """Returns the command line."""
     result = argparse.ArgumentParser(
         prog="sweep.py",
-        description="Runs every cell of a study (variants x axes x seeds) as a training run of its own, and collects "
-        "one line per cell in OUTPUT/results.jsonl. Every configuration is checked before the first cell starts.",
+        description="Runs every cell of a study (variants x axes x seeds) as a training run and collects one line per "
+        "cell in OUTPUT/results.jsonl. Every configuration is checked before the first cell starts.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("study", type=Path, metavar="STUDY.yaml", help="the study (docs/studies/README.md says what is in it)")
-    add("--output", type=Path, metavar="DIR", help="where all of it goes (default: runs/NAME of the study)")
-    add("--jobs", type=_count, default=1, metavar="N", help="cells that are run at once (default: 1)")
-    add("--dry-run", action="store_true", help="list the cells and what they take, and stop")
+    add("study", type=Path, metavar="STUDY.yaml", help="the study (format: docs/studies/README.md)")
+    add("--output", type=Path, metavar="DIR", help="output folder (default: runs/NAME of the study)")
+    add("--jobs", type=_count, default=1, metavar="N", help="number of cells that are run at once (default: 1)")
+    add("--dry-run", action="store_true", help="list the cells and their sizes, and stop")
     add("--cell", metavar="INDEX|NAME", help="run this cell only")
     add("--only", metavar="PATTERN", help="run cells with such names only, such as 'mlra-L48-*'")
     add("overrides", nargs="*", metavar="section.field=value", help="single fields, for every cell")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:
-    """Returns the cells that are asked for.
+    """Returns the chosen cells.
 
     Args:
         cells: The whole grid.
         wanted: The index or the name of one; None: all.
-        pattern: What their names look like; None: anything.
+        pattern: A pattern that their names match; None: any name.
 
     Raises:
         ConfigError: There is none.
@@ -100,7 +100,9 @@ def choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> li
         return chosen
     chosen = [cell for cell in cells if pattern is None or fnmatchcase(cell.name, pattern)]
     if not chosen:
-        raise ConfigError([Problem("--only", pattern, f"fits none of the {len(cells)} cells, such as {cells[0].name}")])
+        raise ConfigError(
+            [Problem("--only", pattern, f"matches none of the {len(cells)} cells, such as {cells[0].name}")]
+        )
     return chosen
 
 
@@ -115,23 +117,23 @@ def show(study: Study, cells: list[Cell], chosen: list[Cell], output: SweepDirec
 def run(
     study: Study, cells: list[Cell], chosen: list[Cell], output: SweepDirectory, jobs: int, command: Sequence[str]
 ) -> int:
-    """Runs cells and tells of them; returns the exit code."""
+    """Runs cells and prints their results; returns the exit code."""
     from mlra_scale.study.sweep import Sweep
-    from mlra_scale.study.sweep_text import Board, summary_text
+    from mlra_scale.study.sweep_text import Progress, summary_text
 
     sweep = Sweep(study, cells, output)
     to_do = sweep.prepare(chosen, command)
-    board = Board(to_do, output)
-    board.say(f"{study.name}: {len(to_do)} of {len(chosen)} cells to do, {jobs} at once, output {output.path}")
+    progress = Progress(to_do, output)
+    progress.print(f"{study.name}: {len(to_do)} of {len(chosen)} cells to do, {jobs} at once, output {output.path}")
     if stale := output.stale(cells):
-        board.say(f"of an earlier grid, and not in results.jsonl: {len(stale)} cells, such as {stale[0]}")
+        progress.print(f"results of an earlier grid, not in results.jsonl: {len(stale)} cells, such as {stale[0]}")
     try:
-        stopped_by = sweep.run(to_do, jobs, board.told, lambda running: board.watch(running, sweep.held_elsewhere))
+        stopped_by = sweep.run(to_do, jobs, progress.on_result, progress.on_poll)
     finally:
-        board.close()
+        progress.close()
     print(summary_text(output, cells, sweep), flush=True)
     if sweep.bad_input is not None:
-        print(f"sweep: no more cells were started, since the first one says: {sweep.bad_input}", file=sys.stderr)
+        print(f"sweep: no more cells were started: the first one refused its input: {sweep.bad_input}", file=sys.stderr)
         return 2
     if stopped_by is not None:
         return 130 if stopped_by == signal.SIGINT else 5

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import pytest
 from mlra_scale.config import ConfigError
 from mlra_scale.study import sweep as sweep_module
 from mlra_scale.study.grid import Cell, Study, cells_of, load_study
-from mlra_scale.study.results import CellFiles, SweepDirectory, claim
-from mlra_scale.study.sweep import Running, StopAsked, Sweep
-from mlra_scale.study.sweep_text import Board, plan_text, summary_text
+from mlra_scale.study.results import CellFiles, SweepDirectory
+from mlra_scale.study.sweep import RunningCell, StopSignals, Sweep
+from mlra_scale.study.sweep_text import Progress, plan_text, summary_text
 from tests.processes.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
 from tests.support.tools import run_tool
 
@@ -51,11 +51,11 @@ class Place:
         self.cells: list[Cell] = cells_of(self.study)
         self.output = SweepDirectory(folder / "out")
         self.sweep = Sweep(self.study, self.cells, self.output)
-        self.told: list[dict[str, Any]] = []
+        self.seen: list[dict[str, Any]] = []
 
     def start(self, jobs: int = 1) -> signal.Signals | None:
         to_do = self.sweep.prepare(self.cells, ["sweep"])
-        return self.sweep.run(to_do, jobs, lambda result, seconds: self.told.append(result))
+        return self.sweep.run(to_do, jobs, lambda result, seconds: self.seen.append(result))
 
     def results(self) -> dict[str, dict[str, Any]]:
         lines = map(json.loads, self.output.results.read_text().splitlines())
@@ -84,7 +84,7 @@ def test_cells_with_a_result_are_not_run_again(tmp_path: Path) -> None:
     before = first.output.results.read_bytes()
     again = Place(tmp_path, [DONE, DIVERGED, GAVE_UP])
     again.start()
-    assert again.told == [] and first.output.results.read_bytes() == before
+    assert again.seen == [] and first.output.results.read_bytes() == before
     assert json.loads(first.output.about.read_text()) == about
     assert all(again.starts(cell.name) == 1 for cell in again.cells)
 
@@ -93,7 +93,7 @@ def test_a_study_may_grow(tmp_path: Path) -> None:
     Place(tmp_path, [DONE]).start()
     grown = Place(tmp_path, [DIVERGED, DONE])
     grown.start()
-    assert [result["cell"] for result in grown.told] == ["dense-seed2", "mlra-seed2"]
+    assert [result["cell"] for result in grown.seen] == ["dense-seed2", "mlra-seed2"]
     assert list(grown.results()) == ["dense-seed2", "mlra-seed2", "dense-seed1", "mlra-seed1"]
 
 
@@ -106,17 +106,17 @@ def test_failed_cells_are_errors_that_are_tried_again(tmp_path: Path) -> None:
     assert errors[FAILED].startswith("exit code 1: Traceback") and errors[FAILED].endswith(
         "RuntimeError: no such thing"
     )
-    assert errors[KILLED] == "killed by SIGKILL: it has printed nothing"
+    assert errors[KILLED] == "killed by SIGKILL: no output"
     assert errors[STOPPED] == "exit code 4: the disk is full"
     assert [results[f"mlra-seed{seed}"]["state"] for seed in errors] == ["done", "failed", "failed", "failed"]
-    # They go on from their checkpoints.
+    # They continue from their checkpoints.
     assert (place.output.path / "cells" / "mlra-seed3" / "checkpoints").exists()
     assert not (place.output.path / "cells" / "mlra-seed1" / "checkpoints").exists()
     text = summary_text(place.output, place.cells, place.sweep)
     assert "8 of 8 cells have a result (2 done, 6 failed)" in text and "failed: dense-seed6: see " in text
     Place(tmp_path, [DONE, FAILED, KILLED, STOPPED]).start()
     assert [place.starts(f"mlra-seed{seed}") for seed in errors] == [1, 2, 2, 2]
-    # Only what the newest start has printed is told of it.
+    # The error holds the output of the newest start only.
     assert place.results()["mlra-seed3"]["error"].count("Traceback") == 1
 
 
@@ -124,13 +124,13 @@ def test_bad_input_of_the_first_cell_starts_no_more(tmp_path: Path) -> None:
     place = Place(tmp_path, [BAD_INPUT, DONE])
     place.start()
     assert place.sweep.bad_input is not None and "there is no such folder" in place.sweep.bad_input
-    assert [result["state"] for result in place.told] == ["failed"]
+    assert [result["state"] for result in place.seen] == ["failed"]
     assert place.starts("dense-seed1") == 0
     # Where others have trained, it is that cell's own.
     later = Place(tmp_path, [DONE, BAD_INPUT])
     later.start()
     assert later.sweep.bad_input is None
-    assert [result["state"] for result in later.told] == ["done", "done", "failed", "failed"]
+    assert [result["state"] for result in later.seen] == ["done", "done", "failed", "failed"]
 
 
 def test_a_changed_cell_is_refused(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_a_stop_asks_the_runs_and_the_next_start_goes_on(tmp_path: Path) -> None
     assert place.start(jobs=2) is signal.SIGINT
     thread.join()
     assert sorted(place.sweep.interrupted) == [f"dense-seed{ENDLESS}", f"mlra-seed{ENDLESS}"]
-    assert place.told == [] and place.results() == {}
+    assert place.seen == [] and place.results() == {}
     for variant in ("dense", "mlra"):
         events = (place.output.path / "cells" / f"{variant}-seed{ENDLESS}" / "events.jsonl").read_text()
         assert '"preempted"' in events, "it was asked, not killed"
-    assert "the same command goes on with them" in summary_text(place.output, place.cells, place.sweep)
+    assert "the same command continues them" in summary_text(place.output, place.cells, place.sweep)
     assert json.loads(place.output.about.read_text())["ended"] is None
     assert [cell.seed for cell in place.sweep.prepare(place.cells, ["sweep"])] == [ENDLESS, ENDLESS, DONE, DONE]
     # Handlers are those of before.
@@ -201,22 +201,22 @@ def test_a_cell_that_another_sweep_runs_is_waited_for(tmp_path: Path, capsys: py
     """And left to it where it ends with a result, a failure too."""
     place = Place(tmp_path, [DONE, FAILED])
     files = {cell.name: place.output.files(cell) for cell in place.cells}
-    locks = {name: claim(files[name]) for name in (f"dense-seed{DONE}", f"dense-seed{FAILED}")}
-    board = Board(place.cells, place.output)
+    locks = {name: files[name].lock() for name in (f"dense-seed{DONE}", f"dense-seed{FAILED}")}
+    progress = Progress(place.cells, place.output)
 
-    def watch(running: Sequence[Running]) -> None:
+    def watch(running: Sequence[RunningCell], locked: Collection[str]) -> None:
         """The other sweep ends its cells when this one has nothing else to do: one by a result, one by being killed."""
-        board.watch(running, place.sweep.held_elsewhere)
-        if len(place.told) >= 2 and locks:
+        progress.on_poll(running, locked)
+        if len(place.seen) >= 2 and locks:
             (name, lock) = locks.popitem()
-            assert lock is not None and name in place.sweep.held_elsewhere
+            assert lock is not None and name in place.sweep.locked_elsewhere
             if name == f"dense-seed{FAILED}":
                 files[name].result.write_text(json.dumps({"cell": name, "state": "failed", "error": "there"}))
             lock.close()
 
     to_do = place.sweep.prepare(place.cells, ["sweep"])
-    assert place.sweep.run(to_do, 1, lambda result, seconds: place.told.append(result), watch) is None
-    assert place.sweep.held_elsewhere == {} and not locks
+    assert place.sweep.run(to_do, 1, lambda result, seconds: place.seen.append(result), watch) is None
+    assert place.sweep.locked_elsewhere == {} and not locks
     states = {name: result["state"] for name, result in place.results().items()}
     assert states == {
         f"dense-seed{DONE}": "done",
@@ -225,24 +225,24 @@ def test_a_cell_that_another_sweep_runs_is_waited_for(tmp_path: Path, capsys: py
         f"mlra-seed{FAILED}": "failed",
     }
     assert place.starts(f"dense-seed{DONE}") == 1 and place.starts(f"dense-seed{FAILED}") == 0
-    assert f"waited for: dense-seed{DONE}" in capsys.readouterr().out
+    assert f"waiting for dense-seed{DONE}" in capsys.readouterr().out
 
 
 def test_a_sweep_that_waits_can_be_stopped(tmp_path: Path) -> None:
     place = Place(tmp_path, [DONE])
-    lock = claim(place.output.files(place.cells[0]))
+    lock = place.output.files(place.cells[0]).lock()
     assert lock is not None
 
-    def watch(running: Sequence[Running]) -> None:
-        if place.told and place.sweep.held_elsewhere:
+    def watch(running: Sequence[RunningCell], locked: Collection[str]) -> None:
+        if place.seen and place.sweep.locked_elsewhere:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with lock:
         to_do = place.sweep.prepare(place.cells, ["sweep"])
-        stopped = place.sweep.run(to_do, 1, lambda result, seconds: place.told.append(result), watch)
+        stopped = place.sweep.run(to_do, 1, lambda result, seconds: place.seen.append(result), watch)
     assert stopped is signal.SIGTERM
-    assert list(place.results()) == ["mlra-seed1"] and [*place.sweep.held_elsewhere] == ["dense-seed1"]
-    assert "still at work elsewhere: dense-seed1" in summary_text(place.output, place.cells, place.sweep)
+    assert list(place.results()) == ["mlra-seed1"] and [*place.sweep.locked_elsewhere] == ["dense-seed1"]
+    assert "still run by another process: dense-seed1" in summary_text(place.output, place.cells, place.sweep)
 
 
 def test_the_run_of_a_killed_sweep_is_taken_over(tmp_path: Path) -> None:
@@ -255,13 +255,13 @@ def test_the_run_of_a_killed_sweep_is_taken_over(tmp_path: Path) -> None:
     running.lock.close()
     second = Place(tmp_path, [DONE])
 
-    def watch(_: Sequence[Running]) -> None:
-        if second.sweep.held_elsewhere:
+    def watch(running_cells: Sequence[RunningCell], locked: Collection[str]) -> None:
+        if second.sweep.locked_elsewhere:
             running.process.send_signal(signal.SIGCONT)
             running.process.poll()
 
     to_do = second.sweep.prepare(second.cells, ["sweep"])
-    assert second.sweep.run(to_do, 1, lambda result, seconds: second.told.append(result), watch) is None
+    assert second.sweep.run(to_do, 1, lambda result, seconds: second.seen.append(result), watch) is None
     assert running.process.wait(30.0) == 0
     assert {name: result["state"] for name, result in second.results().items()} == {
         "dense-seed1": "done",
@@ -285,8 +285,8 @@ def test_a_result_that_cannot_be_written_does_not_end_the_sweep(
     (tmp_path / "out").mkdir()
     assert place.start() is None
     assert list(place.results()) == ["mlra-seed1"] and place.sweep.interrupted == []
-    told = summary_text(place.output, place.cells, place.sweep)
-    assert "not written: dense-seed1: its result cannot be written: No space left on device" in told
+    summary = summary_text(place.output, place.cells, place.sweep)
+    assert "not written: dense-seed1: its result cannot be written: No space left on device" in summary
     monkeypatch.undo()
     again = Sweep(place.study, place.cells, place.output)
     again.run(again.prepare(place.cells, ["sweep"]), 1)
@@ -302,24 +302,6 @@ def test_a_cell_whose_folder_cannot_be_made_is_named_and_the_others_run(tmp_path
     assert list(place.results()) == ["mlra-seed1"]
 
 
-def test_a_run_keeps_its_cell_when_its_sweep_is_killed(tmp_path: Path) -> None:
-    place = Place(tmp_path, [ENDLESS])
-    files = place.output.files(place.cells[0])
-    place.sweep.prepare(place.cells, ["sweep"])
-    place.sweep._start(files, 0, [])
-    (running,) = place.sweep._running
-    try:
-        # What is left of a sweep that was killed: its run.
-        running.lock.close()
-        assert claim(files) is None
-    finally:
-        running.process.kill()
-        running.process.wait()
-    lock = claim(files)
-    assert lock is not None
-    lock.close()
-
-
 @pytest.mark.parametrize(
     ("number", "is_heard"), [(signal.SIGUSR1, True), (signal.SIGTERM, True), (signal.SIGHUP, False)]
 )
@@ -327,7 +309,7 @@ def test_only_what_a_terminal_sends_stays_ignored(number: signal.Signals, is_hea
     """slurm/sweep.sh ignores SIGUSR1, Slurm's word before the time limit, until this process listens."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with StopAsked() as stop:
+        with StopSignals() as stop:
             signal.raise_signal(number)
             assert stop.signal == (number if is_heard else None)
     finally:
@@ -378,9 +360,9 @@ def test_the_plan_lists_cells_and_estimates_what_is_left(tmp_path: Path) -> None
 
 def test_every_ended_cell_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Place(tmp_path, [DONE, DIVERGED, FAILED])
-    board = Board(place.cells, place.output)
-    place.sweep.run(place.sweep.prepare(place.cells, ["sweep"]), 1, board.told, board.watch)
-    board.close()
+    progress = Progress(place.cells, place.output)
+    place.sweep.run(place.sweep.prepare(place.cells, ["sweep"]), 1, progress.on_result, progress.on_poll)
+    progress.close()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[0].startswith("[1/6] dense-seed1: done, loss 6.5000, ") and lines[0].endswith(" left")
@@ -404,7 +386,7 @@ def test_the_tool_runs_one_cell_or_some(tmp_path: Path) -> None:
     for arguments, message in (
         (("--cell", 4), "--cell = '4': is no cell of this study; the indices are 0 to 3"),
         (("--cell", "mlra-seed2"), "did you mean 'mlra-seed3'?"),
-        (("--only", "x*"), "--only = 'x*': fits none of the 4 cells"),
+        (("--only", "x*"), "--only = 'x*': matches none of the 4 cells"),
         (("train.steps=7",), "cell mlra-seed1: train.steps = 7: the cell ran with 5"),
         (("train.stepz=7",), "did you mean 'steps'?"),
     ):
@@ -413,9 +395,3 @@ def test_the_tool_runs_one_cell_or_some(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written" in run_tool("sweep", place.file, "--output", tmp_path / "file").stderr
     assert run_tool("sweep", place.file, "--jobs", 0).code == 2
-
-
-def test_the_tool_says_what_the_first_cell_refuses(tmp_path: Path) -> None:
-    place = Place(tmp_path, [BAD_INPUT])
-    ran = run_tool("sweep", place.file, "--output", tmp_path / "out")
-    assert ran.code == 2 and "no more cells were started" in ran.stderr and "there is no such folder" in ran.stderr

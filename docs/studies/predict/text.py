@@ -30,7 +30,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     """Returns the analysis as Markdown.
 
     Args:
-        result: From `prediction.analyse`.
+        result: From `analysis.analyse`.
     """
     lines = ["# Does TEV warn before a spike or a divergence?", "", *_summary(result), "", *_events(result)]
     for comparison in result["comparisons"]:

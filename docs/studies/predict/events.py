@@ -1,4 +1,4 @@
-"""What counts as an event of a run: a spike or a divergence of its loss (docs/studies/predict.md)."""
+"""What counts as an event of a run: a spike or a divergence of its loss (docs/studies/predict/README.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Protocol:
-    """The numbers that docs/studies/predict.md fixed before any run; their meaning stands there."""
+    """The numbers that docs/studies/predict/README.md fixed before any run; their meaning stands there."""
 
     trailing: int = 32
     minimum_trailing: int = 16

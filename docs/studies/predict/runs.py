@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from docs.studies.predict.events import Numbers, Protocol, first_event
+from docs.studies.predict.windows import Run
 from mlra_scale.config import stored_yaml
 from mlra_scale.config.json_text import printable, read_json_object
-from mlra_scale.study.prediction.events import Numbers, Protocol, first_event
-from mlra_scale.study.prediction.windows import Run
 from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.study.prediction.events import Event, Numbers, Protocol
+from docs.studies.predict.events import Event, Numbers, Protocol
 
 SERIES = ("tev_mean", "tev_std", "gradient_norm", "shallow_gradient_variance", "largest_logit", "loss")
 """What is measured; the first two are the primary ones."""

@@ -1,4 +1,4 @@
-"""Does anything warn of a spike or a divergence? The analysis that docs/studies/predict.md fixed before any run."""
+"""Whether any signal precedes a loss spike or a divergence: the analysis that README.md fixed before any run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mlra_scale.study.prediction.alarms import halves, sound, summarize
-from mlra_scale.study.prediction.areas import comparable, interval, resampled_counts, roc_area, roc_areas
-from mlra_scale.study.prediction.events import Protocol
-from mlra_scale.study.prediction.runs import SweptRuns, read_runs
-from mlra_scale.study.prediction.text import as_markdown
-from mlra_scale.study.prediction.windows import COMPARISONS, SIGNALS, Comparison, Windows, comparison_keys, cut_windows
+from docs.studies.predict.alarms import halves, sound, summarize
+from docs.studies.predict.areas import comparable, interval, resampled_counts, roc_area, roc_areas
+from docs.studies.predict.events import Protocol
+from docs.studies.predict.runs import SweptRuns, read_runs
+from docs.studies.predict.text import as_markdown
+from docs.studies.predict.windows import COMPARISONS, SIGNALS, Comparison, Windows, comparison_keys, cut_windows
 from mlra_scale.training.record import write_atomically
 
 PRIMARY = ("tev_mean", "tev_std")

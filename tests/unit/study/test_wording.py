@@ -1,4 +1,4 @@
-"""Sentences: no word of a difference that the interval does not support."""
+"""Sentences claim no difference that the interval does not support."""
 
 import math
 
@@ -6,62 +6,65 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.study.correlation import Correlation
-from mlra_scale.study.statistics import holm, mean_of
-from mlra_scale.study.verdicts import (
-    coefficient,
+pytest.importorskip("scipy", reason="needs scipy (the extra report)")
+
+from mlra_scale.study.report.statistics import Correlation, holm, mean_of
+from mlra_scale.study.report.wording import (
+    coefficient_text,
     correlation_verdict,
+    is_claimable,
     is_supported,
     number,
     p_text,
-    takes_part,
     verdict,
     with_error,
 )
 
 
-def said(values: list[float], adjusted_p: float | None = None, comparisons: int = 1) -> str:
+def text_of(values: list[float], adjusted_p: float | None = None, comparisons: int = 1) -> str:
     mean = mean_of(values)
     return verdict(mean, mean.p if adjusted_p is None else adjusted_p, comparisons)
 
 
 def test_a_difference_is_stated_with_everything_that_supports_it() -> None:
-    assert said([-0.19, -0.2, -0.21, -0.2], comparisons=12) == (
+    assert text_of([-0.19, -0.2, -0.21, -0.2], comparisons=12) == (
         "lower by 0.2000 +- 0.0041; the 95 % interval -0.2130 to -0.1870 excludes 0, Holm-adjusted p = 1.9e-5 over "
         "12 comparisons, n = 4"
     )
-    assert said([0.19, 0.2, 0.21]).startswith("higher by 0.2000 +- 0.0058; the 95 % interval 0.1752 to 0.2248 excludes")
+    assert text_of([0.19, 0.2, 0.21]).startswith(
+        "higher by 0.2000 +- 0.0058; the 95 % interval 0.1752 to 0.2248 excludes"
+    )
 
 
 def test_no_difference_is_stated_with_its_error() -> None:
-    assert said([-0.07, -0.01, -0.01]) == (
+    assert text_of([-0.07, -0.01, -0.01]) == (
         "no difference is supported: -0.030 +- 0.020 (95 % interval -0.116 to 0.056), n = 3"
     )
 
 
 def test_a_difference_that_is_one_of_many_is_not_named() -> None:
-    text = said([-0.19, -0.2, -0.21], adjusted_p=0.08, comparisons=60)
+    text = text_of([-0.19, -0.2, -0.21], adjusted_p=0.08, comparisons=60)
     assert text.startswith("no difference is supported: -0.2000 +- 0.0058")
     assert "excludes 0 when taken alone, but Holm-adjusted p = 0.080 over 60 comparisons, n = 3" in text
 
 
 @pytest.mark.parametrize("values", [[], [-0.2], [-0.2, -0.21]])
 def test_fewer_than_three_pairs_make_no_claim(values: list[float]) -> None:
-    text = said(values)
+    text = text_of(values)
     assert "no claim is made" in text and "supported" not in text and "lower" not in text
-    assert not takes_part(mean_of(values))
+    assert not is_claimable(mean_of(values))
 
 
 def test_equal_differences_make_no_claim() -> None:
-    assert said([0.0] * 5) == "no claim is made: the difference is 0 in each of the 5 pairs, so its error is unknown"
-    assert "no claim is made: the difference is 0.100" in said([0.1] * 5)
+    assert text_of([0.0] * 5) == "no claim is made: the difference is 0 in each of the 5 pairs, so its error is unknown"
+    assert "no claim is made: the difference is 0.100" in text_of([0.1] * 5)
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), max_size=7), st.integers(1, 40))
-def test_lower_and_higher_are_said_exactly_where_the_interval_says_so(values: list[float], others: int) -> None:
+def test_lower_and_higher_are_claimed_exactly_where_the_interval_supports_it(values: list[float], others: int) -> None:
     mean = mean_of(values)
-    adjusted = holm([mean.p if takes_part(mean) else 1.0, *[0.5] * (others - 1)])[0]
+    adjusted = holm([mean.p if is_claimable(mean) else 1.0, *[0.5] * (others - 1)])[0]
     text = verdict(mean, adjusted, others)
     named = text.startswith(("lower", "higher"))
     assert named == is_supported(mean, adjusted)
@@ -103,8 +106,8 @@ def test_p_values_are_not_more_precise_than_they_are() -> None:
 
 
 def test_correlations_are_named_where_their_interval_excludes_zero() -> None:
-    def of(value: float, low: float, high: float, units: int = 20) -> Correlation:
-        return Correlation("Spearman", value, low, high, units, units)
+    def of(value: float, low: float, high: float, runs: int = 20) -> Correlation:
+        return Correlation("Spearman", runs, runs, value, low, high)
 
     nan = math.nan
     assert correlation_verdict(of(0.6, 0.2, 0.8)) == "positive: the interval excludes 0"
@@ -112,6 +115,6 @@ def test_correlations_are_named_where_their_interval_excludes_zero() -> None:
     assert correlation_verdict(of(0.6, -0.1, 0.8)) == "none supported: the interval includes 0"
     assert correlation_verdict(of(0.6, nan, nan)) == "no claim: no interval could be drawn"
     assert correlation_verdict(of(nan, nan, nan)) == "undefined: one of the two does not vary"
-    assert correlation_verdict(of(nan, nan, nan, units=3)) == "none given: fewer than 5 runs"
-    assert coefficient(of(0.6, -0.001, 0.8)) == "0.60 (0.00 to 0.80)"
-    assert coefficient(of(nan, nan, nan)) == "-"
+    assert correlation_verdict(of(nan, nan, nan, runs=3)) == "none given: fewer than 5 runs"
+    assert coefficient_text(of(0.6, -0.001, 0.8)) == "0.60 (0.00 to 0.80)"
+    assert coefficient_text(of(nan, nan, nan)) == "-"

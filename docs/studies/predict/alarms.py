@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.study.prediction.events import Numbers
-from mlra_scale.study.prediction.windows import Run, Windows
+from docs.studies.predict.events import Numbers
+from docs.studies.predict.windows import Run, Windows
 
 
 @dataclass(frozen=True)

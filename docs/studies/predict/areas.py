@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.study.prediction.events import Numbers
+from docs.studies.predict.events import Numbers
 
 _CHUNK = 200
 """So many resamples are worked on at once."""
