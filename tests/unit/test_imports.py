@@ -36,7 +36,18 @@ ROOMS: dict[str, set[str]] = {
     "study": {"config", "training"},
     "train": {"config", "data", "training"},
     "cluster": {"config", "training", "train"},
-    "cli": {"config", "data", "stability", "checkpoint", "planning", "evaluation", "training", "study", "cluster"},
+    "cli": {
+        "config",
+        "data",
+        "stability",
+        "checkpoint",
+        "planning",
+        "evaluation",
+        "training",
+        "study",
+        "cluster",
+        "train",
+    },
 }
 # Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
