@@ -24,15 +24,7 @@ def test_every_command_has_its_help(name: str, capsys: pytest.CaptureFixture[str
     except SystemExit as left:
         code = left.code
     shown = capsys.readouterr().out
-    assert (
-        code == 0
-        and f"usage: mlra-scale {name} " in shown
-        and f"examples:\n  mlra-scale {name}"
-        in shown.replace(
-            "  # no network needed: the documentation and sources that come with Python, and a BPE trained on them\n",
-            "",
-        )
-    )
+    assert code == 0 and f"usage: mlra-scale {name} " in shown and f"\n  mlra-scale {name}" in shown
     assert "%(prog)s" not in shown and "--help" in shown
 
 
