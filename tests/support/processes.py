@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.training_runs import ROOT, environment
+from tests.support.training_runs import ROOT, Finished, environment
 
 PYTHON = sys.executable
 TRAIN = (PYTHON, "-m", "mlra_scale.train")
@@ -55,7 +56,7 @@ class Program:
         stderr: int | None = None,
         **extra: str,
     ) -> None:
-        self.log, self._master, self._id = log, -1, uuid.uuid4().hex
+        self.log, self._master, self._seen, self._id = log, -1, 0, uuid.uuid4().hex
         log.parent.mkdir(parents=True, exist_ok=True)
         self._start = log.stat().st_size if log.exists() else 0
         env = environment(DS_ACCELERATOR="cpu", TEST_PROGRAM=self._id, **extra)
@@ -104,9 +105,14 @@ class Program:
             time.sleep(0.02)
 
     def wait_for(self, pattern: str) -> None:
-        """Waits until it prints something that the pattern matches, from now on."""
-        printed = len(self.output())
-        self.wait_until(lambda: re.search(pattern, self.output()[printed:]))
+        """Waits until it prints something that the pattern matches, after what the last such call has found."""
+
+        def is_printed() -> bool:
+            found = re.search(pattern, self.output()[self._seen :])
+            self._seen += found.end() if found else 0
+            return found is not None
+
+        self.wait_until(is_printed)
 
     def type(self, keys: bytes) -> None:
         """Types into its terminal."""
@@ -139,21 +145,23 @@ class Program:
             if end:
                 self.end()
 
-    def left(self) -> dict[int, dict[str, str]]:
-        """The living processes that it has started, in whatever session, with their environment variables."""
+    def left(self) -> dict[int, tuple[int, dict[str, str]]]:
+        """Parent and environment of every living process that it has started, in whatever session, by process id."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 pairs = (item.partition(b"=") for item in (folder / "environ").read_bytes().split(b"\0"))
                 variables = {key.decode(): value.decode(errors="replace") for key, _, value in pairs}
-                is_zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-                if variables.get("TEST_PROGRAM") == self._id and not is_zombie:
-                    found[int(folder.name)] = variables
+                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                if variables.get("TEST_PROGRAM") == self._id and state != "Z":
+                    found[int(folder.name)] = int(parent), variables
         return found
 
     def ranks(self) -> dict[int, int]:
         """The process id of every rank that torchrun or `mlra-scale train` has started and that lives."""
-        return {int(variables["RANK"]): pid for pid, variables in self.left().items() if "RANK" in variables}
+        found = {pid: (parent, variables) for pid, (parent, variables) in self.left().items() if "RANK" in variables}
+        # A rank's own children have its variables too.
+        return {int(variables["RANK"]): pid for pid, (parent, variables) in found.items() if parent not in found}
 
     def assert_nothing_is_left(self, seconds: float) -> None:
         """Fails if processes that it started live on after so long."""
@@ -174,3 +182,23 @@ class Program:
         if self._master >= 0:
             self._reader.join(timeout=2.0)
             self.hang_up()
+
+
+def train(*arguments: str, num_processes: int = 1, timeout: float = 180.0, **extra: str) -> Finished:
+    """Runs `mlra_scale.train` with these arguments and waits for its end.
+
+    Args:
+        arguments: Of the command line.
+        num_processes: 1: plain python; more: torchrun.
+        timeout: Seconds until everything that was started is killed and the test fails.
+        extra: Further environment variables.
+
+    Returns:
+        Exit code (that of torchrun is 1 whatever the workers' is) and output.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        log, output, errors = (Path(name) / file for file in ("log", "stdout", "stderr"))
+        with output.open("wb") as stdout, errors.open("wb") as stderr:
+            begin = TRAIN if num_processes == 1 else torchrun(num_processes)
+            program = Program([*begin, *arguments], log, stdout=stdout.fileno(), stderr=stderr.fileno(), **extra)
+        return Finished(program.wait(timeout), output.read_text(), errors.read_text())
