@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -40,7 +41,12 @@ def test_without_a_command(arguments: list[str], code: int, part: str, capsys: p
 
 def test_nproc_is_taken_out_and_all_else_is_left_to_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr("os.execv", lambda program, command: called.append(command) or exit(0))  # type: ignore[func-returns-value]
+
+    def execute(program: str, command: list[str]) -> NoReturn:
+        called.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execv", execute)
     arguments = ["--preset", "debug", "a.b=3", "--resume", "auto", "--", "c.d=4"]
     with pytest.raises(SystemExit):
         COMMANDS["train"].main(["--nproc", "1", *arguments])
