@@ -83,7 +83,7 @@ TRAINING = (
         Moment("call mlra_scale/training/report.py *.went_back"),
         Moment("open w */rolled_back.jsonl"),
         more=GUARDED,
-        tier="",
+        tier="slow",
         steps=16,
     ),
     killed_runs(

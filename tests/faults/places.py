@@ -222,7 +222,7 @@ CASES = (
     Case("a linked run directory", "it is a link, and moves between two starts", SAME, linked),
     Case("disk full at a save", "a tmpfs that holds one checkpoint", SAME, full_at_save, tier="", needs="mount"),
     Case("disk full at the record", "a tmpfs is filled under a run", SAME, full_at_record, needs="mount"),
-    Case("disk full at a start", "a tmpfs is full at a start", REFUSED, full_at_start, tier="", needs="mount"),
+    Case("disk full at a start", "a tmpfs is full at a start", REFUSED, full_at_start, tier="slow", needs="mount"),
     Case("read-only run directory", "a tmpfs became read-only", REFUSED, read_only, tier="", needs="mount"),
     full_for_tool("disk full while preparing", prepared, same_data),
     full_for_tool(

@@ -204,15 +204,11 @@ def in_turn() -> list[Moment]:
     return [same[place % len(same)] for place, same in enumerate(by_point)]
 
 
-DAILY = ("mid-file", "before-latest", "retention")
 SCHEDULES = (("pipeline2", (1, 2)), ("zero3-dp2", (1, 2)), ("tp2pp2", (2,)))
 """Layouts, and the saves in which their ranks die."""
 FULL = {"signal": 0, "error": errno.ENOSPC}
 CASES = (
-    *(
-        killed_save("pipeline2", kill, forked, "" if kill.event.removeprefix("point ") in DAILY else "slow")
-        for kill in in_turn()
-    ),
+    *(killed_save("pipeline2", kill, forked, "" if kill.event == "point mid-file" else "slow") for kill in in_turn()),
     killed_save("pipeline2", Moment("point mid-file", 1, rank=1), forked, "slow"),
     random_kills("zero3-dp2", "bf16", 3, forked, starting=1.0, tier="slow", steps=24, every=3),
     *(
@@ -230,7 +226,7 @@ CASES = (
         )
     ),
     refused_save("no space in a file", 2, "zero1-dp2", "slow", [Moment("point mid-file", 2, rank=1, **FULL)]),
-    refused_save("no space before the rename", 2, "zero1-dp2", "", [Moment("point before-rename", 2, **FULL)]),
+    refused_save("no space before the rename", 2, "zero1-dp2", "slow", [Moment("point before-rename", 2, **FULL)]),
     refused_save("no space in retention", 4, "zero1-dp2", "slow", [Moment("point retention", 1, **FULL)]),
     refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", **{FILE_LIMIT: "100000"}),
     Case("no folder of checkpoints", "a link that leads nowhere", REFUSED, folder_missing, tier="slow"),

@@ -128,6 +128,7 @@ def test_the_line_that_names_the_error_is_shown() -> None:
     assert CommandFailed("it: exit code -9").last_line == "it: exit code -9"
 
 
+@pytest.mark.slow
 def test_nothing_of_a_command_is_left_when_its_time_is_over(tmp_path: Path) -> None:
     # A shell that does not hear SIGTERM, and processes that it has started, one in a session of its own.
     script = "trap '' TERM; sleep 60 & echo $! > children; setsid sleep 60 & echo $! >> children"
@@ -180,6 +181,7 @@ def test_who_fails_or_differs_has_no_ratio_and_the_others_have() -> None:
     assert "failed: no" in "\n".join(gpu.table_lines(gpu.evaluate(gpu.TINY, failed), 3))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "report.json"
 

@@ -56,6 +56,7 @@ def test_plain_pytorch_and_transformers_take_the_same_steps() -> None:
     )
 
 
+@pytest.mark.slow
 def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.step_time", "--quick", "--profile", "--device", "cpu"]

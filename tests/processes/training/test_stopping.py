@@ -113,6 +113,7 @@ def test_a_signal_before_training_ends_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_console_ends_a_run(tmp_path: Path, data: Path) -> None:
     """A full disk, a reader that has gone, and no standard streams at all; names that ASCII lacks."""
     run = tmp_path / "l\u00e4ufe"
@@ -139,7 +140,7 @@ def test_no_console_ends_a_run(tmp_path: Path, data: Path) -> None:
     assert curve(run, "validation_loss").keys() == set(range(9))
 
 
-@pytest.mark.slow_except("removed")
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["moved", "removed"])
 def test_a_run_directory_that_goes_ends_the_run(
     act: str, launch: Callable[..., Program], tmp_path: Path, data: Path
@@ -193,6 +194,7 @@ sys.exit(main(interruption=Interruption().until_exit()))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_does_not_wait_for_wandb(
     launch: Callable[..., Program], tmp_path: Path, data: Path
 ) -> None:
