@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlra_scale.cli.evaluate import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(COMMAND.start("python tools/evaluate.py"))
+    sys.exit(COMMAND.start(prog="evaluate.py"))

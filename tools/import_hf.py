@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlra_scale.cli.import_ import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(COMMAND.start("python tools/import_hf.py"))
+    sys.exit(COMMAND.start(prog="import_hf.py"))

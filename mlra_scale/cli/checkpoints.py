@@ -14,11 +14,11 @@ from mlra_scale.cli.command import Command, refuse
 from mlra_scale.cli.options import count, json_output
 
 EXAMPLES = """examples:
-  %(prog)s list runs/first
-  %(prog)s verify runs/first
-  %(prog)s describe runs/first/checkpoints/step-00000100
-  %(prog)s diff runs/first runs/two --moments
-  %(prog)s prune runs/first --keep-last 2 --keep-every 1000 --dry-run
+  PROG list runs/first
+  PROG verify runs/first
+  PROG describe runs/first/checkpoints/step-00000100
+  PROG diff runs/first runs/two --moments
+  PROG prune runs/first --keep-last 2 --keep-every 1000 --dry-run
 
 exit codes: 0 all is well; 1 verify found damage, or diff found a difference; 2 bad input
 """
@@ -212,6 +212,7 @@ def _size(size: int) -> str:
 
 
 COMMAND = Command(
+    name="checkpoints",
     summary="list, verify, describe, compare and prune checkpoints",
     description="Lists, verifies, describes, compares and prunes checkpoints. No process group, no GPU.",
     examples=EXAMPLES,

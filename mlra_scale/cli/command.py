@@ -16,9 +16,10 @@ class Command:
     """A command of the command line.
 
     Attributes:
+        name: What stands after `mlra-scale`.
         summary: One line for `mlra-scale --help`.
         description: The first paragraph of the command's own help.
-        examples: The end of its help; %(prog)s stands for the beginning of a command line.
+        examples: The end of its help; PROG stands for the beginning of a command line.
         add_arguments: Adds its options to a parser.
         run: Does the work; returns the exit code. Its options hold the arguments as they were given, too.
         parents: Parsers whose options it shares with other commands.
@@ -27,6 +28,7 @@ class Command:
         handles_signals: Whether it handles signals itself.
     """
 
+    name: str
     summary: str
     description: str
     examples: str
@@ -37,35 +39,39 @@ class Command:
     has_side_effects: bool = False
     handles_signals: bool = False
 
-    def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
-        """Returns its parser."""
+    def parser(self, prog: str) -> argparse.ArgumentParser:
+        """Returns its parser; `prog` is `mlra-scale NAME`, or the name of a file of tools/."""
         parser = argparse.ArgumentParser(
             prog=prog,
             description=textwrap.fill(self.description, 100),
-            epilog=self.examples,
+            epilog=self.examples_of(prog),
             parents=self.parents,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_arguments(parser)
         return parser
 
-    def main(self, arguments: Sequence[str], prog: str | None = None) -> int:
+    def examples_of(self, prog: str) -> str:
+        """Returns the examples as they are typed."""
+        return self.examples.replace("PROG", f"python tools/{prog}" if prog.endswith(".py") else prog)
+
+    def main(self, arguments: Sequence[str], prog: str = "") -> int:
         """Parses the arguments and runs the command; returns the exit code.
 
         Args:
             arguments: Those after the command's name.
-            prog: The beginning of the command line, for its help and errors.
+            prog: Name of the program in help and errors; "": `mlra-scale NAME`.
 
         Raises:
             SystemExit: From argparse, after its help or for a wrong command line (exit code 2).
         """
-        parser = self.parser(prog)
+        parser = self.parser(prog or f"mlra-scale {self.name}")
         options = (parser.parse_intermixed_args if self.is_intermixed else parser.parse_args)(arguments)
         options.arguments = [*arguments]
         return self.run(options)
 
-    def start(self, prog: str, arguments: Sequence[str] | None = None) -> int:
-        """Runs the command as the main function of a process; returns the exit code."""
+    def start(self, arguments: Sequence[str] | None = None, prog: str = "") -> int:
+        """Runs the command as the main function of a process; see `main`."""
         words = sys.argv[1:] if arguments is None else arguments
         if self.handles_signals:
             make_unfailing()

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from mlra_scale.evaluation.perplexity import Document
 
 EXAMPLES = """examples:
-  %(prog)s runs/first --data data/python-docs
-  %(prog)s exported/first --text book.txt --stride 256
-  %(prog)s gpt2 --text 'test/*.jsonl' --field text --dtype bfloat16 --batch-size 8 --json
+  PROG runs/first --data data/python-docs
+  PROG exported/first --text book.txt --stride 256
+  PROG gpt2 --text 'test/*.jsonl' --field text --dtype bfloat16 --batch-size 8 --json
 
 Each document is scored by itself: no context crosses from one to the next. A .txt file is one document, so is each
 line of a .jsonl file and each document of prepared data. docs/evaluation.md has the formulas.
@@ -135,6 +135,7 @@ def _as_text(content: dict[str, Any]) -> str:
 
 
 COMMAND = Command(
+    name="evaluate",
     summary="measure a model's perplexity on text",
     description="Perplexity per token and per word, and bits per byte, with a sliding window.",
     examples=EXAMPLES,

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from mlra_scale.data.tokenizer import LoadedTokenizer
 
 EXAMPLES = """examples:
-  %(prog)s runs/first exported/first
-  %(prog)s runs/first/checkpoints/step-00000200 exported/first-bf16 --dtype bfloat16
-  %(prog)s runs/first exported/first-mlra --format mlra --text book.txt
+  PROG runs/first exported/first
+  PROG runs/first/checkpoints/step-00000200 exported/first-bf16 --dtype bfloat16
+  PROG runs/first exported/first-mlra --format mlra --text book.txt
 
 exit code: 0 exported (and verified, unless --no-verify), 1 the verification failed, 2 wrong input or a damaged
 checkpoint. With 1 and 2 there is no output folder.
@@ -157,6 +157,7 @@ def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokeniz
 
 
 COMMAND = Command(
+    name="export",
     summary="write a checkpoint as a Hugging Face folder, and verify it",
     description="Writes a checkpoint as a folder that Hugging Face transformers loads, as stock GPT-2 (factorised "
     "projections merged) or with its factors and code of its own. The folder is then loaded and its logits are "

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from mlra_scale.evaluation.generation import Text
 
 EXAMPLES = """examples:
-  %(prog)s runs/first --prompt 'Return a list of'
-  %(prog)s exported/first --prompts prompts.txt --greedy --json
-  echo 'The module' | %(prog)s runs/first/checkpoints/step-00000200 --temperature 0.7 --top-p 0.9
+  PROG runs/first --prompt 'Return a list of'
+  PROG exported/first --prompts prompts.txt --greedy --json
+  echo 'The module' | PROG runs/first/checkpoints/step-00000200 --temperature 0.7 --top-p 0.9
 
 An empty prompt is the beginning of a document.
 """
@@ -107,6 +107,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 COMMAND = Command(
+    name="generate",
     summary="write text with a model",
     description="Writes on from prompts with a checkpoint or a Hugging Face folder.",
     examples=EXAMPLES,

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from mlra_scale.checkpoint.huggingface.importing import Imported
 
 EXAMPLES = """examples:
-  %(prog)s gpt2 imported/gpt2                      # dense, every weight as it is
-  %(prog)s gpt2 imported/gpt2-r384 --rank 384      # q, k, v become products of two factors
-  %(prog)s gpt2 imported/gpt2-o --rank 384 --factorise q,k,v,o --json
+  PROG gpt2 imported/gpt2                      # dense, every weight as it is
+  PROG gpt2 imported/gpt2-r384 --rank 384      # q, k, v become products of two factors
+  PROG gpt2 imported/gpt2-o --rank 384 --factorise q,k,v,o --json
 
 FOLDER is on this machine; where the hub is reachable, 'hf download gpt2 --local-dir gpt2' fetches one.
 """
@@ -118,6 +118,7 @@ def _energy_table(made: Imported) -> list[str]:
 
 
 COMMAND = Command(
+    name="import",
     summary="turn a Hugging Face GPT-2 folder into a checkpoint to train from",
     description="Writes a GPT2LMHeadModel as a checkpoint of weights: dense exactly as it is, or with attention "
     "projections factorised by their singular value decomposition, so that a trained GPT-2 goes on as MLRA.",

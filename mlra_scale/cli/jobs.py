@@ -15,11 +15,11 @@ from mlra_scale.cli.command import Command, refuse
 from mlra_scale.cli.options import json_output, positive
 
 EXAMPLES = """examples:
-  %(prog)s
-  %(prog)s runs --watch 30
-  %(prog)s runs/first /scratch/runs --json
-  %(prog)s --attempts first
-  %(prog)s runs/first --attempts
+  PROG
+  PROG runs --watch 30
+  PROG runs/first /scratch/runs --json
+  PROG --attempts first
+  PROG runs/first --attempts
 
 exit codes: 0; 2 no runs found
 """
@@ -77,6 +77,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
+    name="jobs",
     summary="list training runs, what each is doing and what went wrong last",
     description="A table of training runs, the newest start first. Where Slurm is, it is asked once about their jobs: "
     "one that it does not know any more has vanished, whatever its files say.",

@@ -24,18 +24,8 @@ from mlra_scale.cli import (
 from mlra_scale.cli.command import Command
 
 COMMANDS: dict[str, Command] = {
-    "prepare": prepare.COMMAND,
-    "plan": plan.COMMAND,
-    "train": train.COMMAND,
-    "jobs": jobs.COMMAND,
-    "report": report.COMMAND,
-    "checkpoints": checkpoints.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "generate": generate.COMMAND,
-    "export": export.COMMAND,
-    "import": import_.COMMAND,
-    "tev": tev.COMMAND,
-    "sweep": sweep.COMMAND,
+    module.COMMAND.name: module.COMMAND
+    for module in (prepare, plan, train, jobs, report, checkpoints, evaluate, generate, export, import_, tev, sweep)
 }
 
 
@@ -59,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line as the main function of a process; returns the exit code."""
     options = parser().parse_args(arguments)
-    return COMMANDS[options.command].start(f"mlra-scale {options.command}", options.arguments)
+    return COMMANDS[options.command].start(options.arguments)
 
 
 if __name__ == "__main__":

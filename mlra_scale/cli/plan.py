@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = """examples:
-  %(prog)s --preset gpt2-mlra-72l --cluster h100 --nodes 4
-  %(prog)s --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json
-  %(prog)s --preset gpt2-mlra-72l --cluster h100 parallel.tensor=2 train.micro_batch_size=4
-  %(prog)s --preset laptop --cluster cpu
-  %(prog)s --preset gpt2-mlra-72l --cluster-file runs/check-1234/cluster.json --nodes 8
+  PROG --preset gpt2-mlra-72l --cluster h100 --nodes 4
+  PROG --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json
+  PROG --preset gpt2-mlra-72l --cluster h100 parallel.tensor=2 train.micro_batch_size=4
+  PROG --preset laptop --cluster cpu
+  PROG --preset gpt2-mlra-72l --cluster-file runs/check-1234/cluster.json --nodes 8
 
 Fields that are named, by an override or in the --config file, stay as they are; the rest of the layout is searched.
 What the estimates are made of, and their limits: docs/planning.md.
@@ -149,6 +149,7 @@ def _write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines:
 
 
 COMMAND = Command(
+    name="plan",
     summary="rank the layouts that a cluster could run, with memory, step time and communication",
     description="Every layout of a preset that passes the validation and fits into the memory: memory per rank by "
     "component, step time, MFU, bubble and communication as estimates, and the command of the planner's choice.",

@@ -16,18 +16,18 @@ from mlra_scale.cli.options import seed, text_fields
 
 EXAMPLES = """examples:
   # no network needed: the documentation and sources that come with Python, and a BPE trained on them
-  %(prog)s --output data/python-docs --train-bpe 4096
+  PROG --output data/python-docs --train-bpe 4096
 
   # local files of mixed kinds with GPT-2's tokenizer files
-  %(prog)s --output data/mine --source 'corpus/**/*.jsonl.gz' --source notes/ \\
+  PROG --output data/mine --source 'corpus/**/*.jsonl.gz' --source notes/ \\
       --field text --tokenizer gpt2/vocab.json gpt2/merges.txt --workers 8
 
   # a Hugging Face data set, streamed, with a tokenizer by name
-  %(prog)s --output data/wikitext --source hf:Salesforce/wikitext \\
+  PROG --output data/wikitext --source hf:Salesforce/wikitext \\
       --config-name wikitext-103-raw-v1 --split train --tokenizer gpt2
 
   # compare every byte of a finished data set with what was recorded when it was made
-  %(prog)s --verify data/wikitext
+  PROG --verify data/wikitext
 """
 
 
@@ -152,6 +152,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
+    name="prepare",
     summary="turn text into a data set with its tokenizer",
     description="Turns text into Megatron indexed data sets (train, validation) with tokenizer and manifest.",
     examples=EXAMPLES,

@@ -8,8 +8,8 @@ from pathlib import Path
 from mlra_scale.cli.command import Command, refuse
 
 EXAMPLES = """examples:
-  %(prog)s runs/first
-  %(prog)s runs/small --output reports/small
+  PROG runs/first
+  PROG runs/small --output reports/small
 
 What is in a report, and how each number is computed: docs/report.md.
 exit codes: 0; 2 there is no run and no sweep, the report cannot be written, or the extra `report` is not installed
@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
+    name="report",
     summary="write a report of a run or of a sweep: one HTML page with its figures",
     description="One HTML file with everything inside, and its figures as PNG files, of a run directory or of a "
     "sweep's output folder; both may still be at work.",

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from mlra_scale.study.results import SweepDirectory
 
 EXAMPLES = """examples:
-  %(prog)s docs/studies/small.yaml --dry-run
-  %(prog)s docs/studies/small.yaml --jobs 2
-  %(prog)s docs/studies/small.yaml --output runs/short --jobs 2 train.steps=30 --only 'mlra-*'
-  %(prog)s docs/studies/small.yaml --cell 7        one cell, as slurm/sweep.sh runs it
+  PROG docs/studies/small.yaml --dry-run
+  PROG docs/studies/small.yaml --jobs 2
+  PROG docs/studies/small.yaml --output runs/short --jobs 2 train.steps=30 --only 'mlra-*'
+  PROG docs/studies/small.yaml --cell 7        one cell, as slurm/sweep.sh runs it
 
 The same command continues a stopped sweep: it runs the cells that have no result or failed, and waits for cells that
 another process runs (another sweep, or a run whose sweep was killed).
@@ -118,6 +118,7 @@ def _run_cells(
 
 
 COMMAND = Command(
+    name="sweep",
     summary="run a study, a grid of training runs",
     description="Runs every cell of a study (variants x axes x seeds) as a training run and collects one line per "
     "cell in OUTPUT/results.jsonl. Every configuration is checked before the first cell starts.",

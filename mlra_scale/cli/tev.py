@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from mlra_scale.stability.tev_folder import EmbeddingReport, FolderReport
 
 EXAMPLES = """examples:
-  %(prog)s checkpoints/gpt2
-  %(prog)s checkpoints/gpt2 --extremes 10
-  %(prog)s checkpoints/odd-names --tensor encoder.table.weight --json
+  PROG checkpoints/gpt2
+  PROG checkpoints/gpt2 --extremes 10
+  PROG checkpoints/odd-names --tensor encoder.table.weight --json
 """
 
 
@@ -91,6 +91,7 @@ def _lines(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> 
 
 
 COMMAND = Command(
+    name="tev",
     summary="report the token embedding variability (TEV) of a Hugging Face checkpoint",
     description="Token embedding variability of a checkpoint: for each token the population standard deviation "
     "(ddof 0) of its embedding, then mean, spread and quantiles over the tokens. Only the embedding is read.",

@@ -11,9 +11,9 @@ from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count
 
 EXAMPLES = """examples:
-  %(prog)s --preset laptop --run-dir runs/first data.path=data/python-docs
-  %(prog)s --nproc 2 --preset laptop --run-dir runs/two data.path=data/python-docs parallel.pipeline=2
-  %(prog)s --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.world_size=32
+  PROG --preset laptop --run-dir runs/first data.path=data/python-docs
+  PROG --nproc 2 --preset laptop --run-dir runs/two data.path=data/python-docs parallel.pipeline=2
+  PROG --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.world_size=32
 
 Training on several machines is started by torchrun on each of them, or by slurm/*.sh.
 exit codes: 0 done; 1 an error; 2 bad input; 3 the loss is not finite; 4 a checkpoint could not be written; 5 stopped by
@@ -24,18 +24,19 @@ a signal after a checkpoint; 7 the guard gave up; 130 a second Ctrl-C; 128 and i
 class _TrainCommand(Command):
     """Leaves all options but --nproc to `mlra_scale.train`, which parses and checks them on every rank."""
 
-    def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
+    def parser(self, prog: str) -> argparse.ArgumentParser:
         """Returns the parser whose help lists the options of both."""
         from mlra_scale.train import build_parser
 
         parser = build_parser()
-        parser.prog, parser.epilog = prog or parser.prog, self.examples
+        parser.prog, parser.epilog = prog, self.examples_of(prog)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         self.add_arguments(parser)
         return parser
 
-    def main(self, arguments: Sequence[str], prog: str | None = None) -> int:
+    def main(self, arguments: Sequence[str], prog: str = "") -> int:
         """Takes --nproc out of the arguments and runs the training with the others."""
+        prog = prog or f"mlra-scale {self.name}"
         parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
         self.add_arguments(parser)
         options, options.arguments = parser.parse_known_args(arguments)
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 COMMAND = _TrainCommand(
+    name="train",
     summary="train a model, on one process or with --nproc on several",
     description="",
     examples=EXAMPLES,

@@ -25,7 +25,7 @@ def run_tool(name: str, *arguments: object) -> Ran:
     """Runs the command of tools/NAME.py with these arguments; argparse's own exits become exit codes as well."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            code = COMMANDS[NAMES.get(name, name)].main([str(argument) for argument in arguments])
+            code = COMMANDS[NAMES.get(name, name)].main([str(argument) for argument in arguments], f"{name}.py")
         except SystemExit as left:
             assert isinstance(left.code, int)
             code = left.code
