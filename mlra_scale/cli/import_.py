@@ -121,7 +121,7 @@ COMMAND = Command(
     name="import",
     summary="turn a Hugging Face GPT-2 folder into a checkpoint to train from",
     description="Writes a GPT2LMHeadModel as a checkpoint of weights: dense exactly as it is, or with attention "
-    "projections factorised by their singular value decomposition, so that a trained GPT-2 goes on as MLRA.",
+    "projections factorised by their singular value decomposition, so that a trained GPT-2 continues as MLRA.",
     examples=EXAMPLES,
     add_arguments=add_arguments,
     run=run,

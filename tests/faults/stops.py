@@ -16,7 +16,7 @@ from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, pro
 from tests.faults.case import SAME, Case
 from tests.faults.launching import Armed
 from tests.faults.moments import Moment
-from tests.faults.training import Training, assert_as_undisturbed, told_checkpoints
+from tests.faults.training import Training, assert_as_undisturbed, reported_checkpoints
 from tests.support.processes import CTRL_C, Program
 from tests.support.training_runs import events
 
@@ -67,7 +67,7 @@ def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool
     assert code in ((PREEMPTED,) if training.num_ranks == 1 else (1, PREEMPTED)), f"code {code}\n{output[-1000:]}"
     step = assert_sound(run)
     assert step >= before, f"step {before} was done when the signal came, and the newest checkpoint is {step}"
-    assert step == max(0, step_of(run)) and told_checkpoints(run)[-1:] == [step] * (step > 0)
+    assert step == max(0, step_of(run)) and reported_checkpoints(run)[-1:] == [step] * (step > 0)
     assert events(run)[-1]["event"] in ("stopped", "preempted")
     if training.num_ranks == 1:
         assert "Traceback" not in output, output[-1000:]

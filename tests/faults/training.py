@@ -60,7 +60,7 @@ class Training:
         return [*fixed, *SMALL, *LAYOUTS[self.layout][1], *self.more, *(["--resume", "auto"] if resume else [])]
 
 
-def told_checkpoints(run: Path) -> list[int]:
+def reported_checkpoints(run: Path) -> list[int]:
     """Steps of the checkpoints that the run said were complete."""
     if not (run / "events.jsonl").exists():
         return []
@@ -68,19 +68,21 @@ def told_checkpoints(run: Path) -> list[int]:
 
 
 def assert_way_back(run: Path) -> int:
-    """Fails unless what was told to be complete is there and sound.
+    """Fails unless what was reported as complete is there and sound.
 
     Returns:
-        The step of the newest complete checkpoint; 0 where none was told and none is there.
+        The step of the newest complete checkpoint; 0 where none was reported and none is there.
     """
     newest = newest_complete(run / "checkpoints")
-    told = told_checkpoints(run)
+    reported = reported_checkpoints(run)
     if newest is None:
-        assert not told, f"checkpoints {told} were told, and none is complete"
+        assert not reported, f"checkpoints {reported} were reported, and none is complete"
         return 0
     store = Store.open(newest)
     assert store.verify() == []
-    assert not told or store.step >= told[-1], f"checkpoint {told[-1]} was told, the newest is {store.step}"
+    assert not reported or store.step >= reported[-1], (
+        f"checkpoint {reported[-1]} was reported, the newest is {store.step}"
+    )
     return store.step
 
 
