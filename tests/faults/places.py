@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import DISK, FLAT, Bench, assert_sound, program, start
 from tests.faults.case import SAME, Case, assert_refused, run_to_end
 from tests.faults.kills import STEP, prepared, same_data, trained
@@ -19,13 +20,30 @@ from tests.support.processes import TRAIN, Program, tool
 from tests.support.training_runs import events
 
 NOTICED = "the run stops at its next checkpoint, not with 0, in one message that names what is gone"
+GONE = "is gone: it has been moved or removed"
 RECORD = ("metrics.jsonl", "events.jsonl")
 
 
 def displaced(
-    name: str, done: str, act: Callable[[Path], Path | None], layout: str = "single", is_kept: bool = True
+    name: str,
+    done: str,
+    act: Callable[[Path], Path | None],
+    layout: str = "single",
+    is_kept: bool = True,
+    said: str = "",
+    tier: str = "nightly",
 ) -> Case:
-    """Something is done to the run directory of a running run; `act` returns where the run is then, if it is."""
+    """Something is done to the run directory of a running run.
+
+    Args:
+        name: Of the case.
+        done: What is done, in words.
+        act: Does it; returns where the run is then, if it is.
+        layout: Of the run.
+        is_kept: Whether it is somewhere.
+        said: Part of the message.
+        tier: Of the case.
+    """
 
     def do(bench: Bench, place: Path) -> None:
         training = bench.training(layout, *FLAT, steps=LONG, every=40)
@@ -33,19 +51,24 @@ def displaced(
         launch = program(training, run)
         trains(launch, run, 45)
         left = act(run)
-        code, output = launch.wait(300.0), launch.output()
-        assert code != 0, output[-2000:]
+        exists = run.exists()
+        code, output = launch.wait(), launch.output()
+        assert code == (ExitCode.CHECKPOINT_FAILED if training.num_ranks == 1 else 1), output[-2000:]
         assert output.count("stopped: ") == 1, output[-1000:]
         message = output[output.index("stopped: ") :]
         # What torchrun says of its ranks is its own.
-        assert_refused(message if training.num_ranks == 1 else message.splitlines()[0], str(run))
+        assert_refused(message if training.num_ranks == 1 else message.splitlines()[0], str(run), said)
+        assert run.exists() == exists, "nothing is put in its place"
         assert (left is not None) == is_kept
         if left is not None:
+            assert str(left) + " now" in message or exists, "where it is now"
+            assert events(left)[-1]["event"] == "stopped"
             step = assert_sound(left)
             assert step >= 40
             bench.finish(replace(training, steps=step + 2, every=40), left)
 
-    return Case(name, done, f"{NOTICED}{', and what it has kept continues as if undisturbed' * is_kept}", do)
+    promise = f"{NOTICED}{', and what it has kept continues as if undisturbed' * is_kept}"
+    return Case(name, done, promise, do, tier=tier)
 
 
 def deleted(run: Path) -> None:
@@ -213,8 +236,10 @@ def linked(bench: Bench, place: Path) -> None:
 
 REFUSED = "exit code 2, one message that names the directory and the reason, the record is as it was; then the same run"
 CASES = (
-    displaced("run directory deleted", "rm -r of the run directory under a run", deleted, is_kept=False),
-    displaced("run directory moved", "mv of the run directory under a run", moved),
+    displaced(
+        "run directory deleted", "rm -r of the run directory under a run", deleted, is_kept=False, said=GONE, tier=""
+    ),
+    displaced("run directory moved", "mv of the run directory under a run", moved, said=GONE, tier="slow"),
     displaced("run directory moved, torchrun", "as before, two ranks under torchrun", moved, "zero1-dp2"),
     displaced("run directory replaced", "mv, and an empty directory in its place", replaced),
     displaced("record replaced", "mv of metrics.jsonl, and an empty file in its place", record_replaced, is_kept=False),

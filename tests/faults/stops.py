@@ -68,7 +68,8 @@ def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool
     step = assert_sound(run)
     assert step >= before, f"step {before} was done when the signal came, and the newest checkpoint is {step}"
     assert step == max(0, step_of(run)) and reported_checkpoints(run)[-1:] == [step] * (step > 0)
-    assert events(run)[-1]["event"] in ("stopped", "preempted")
+    names = [event["event"] for event in events(run)]
+    assert names[-1] in ("stopped", "preempted") and (is_back or not step or names[-2:] == ["checkpoint", "preempted"])
     if training.num_ranks == 1:
         assert "Traceback" not in output, output[-1000:]
     if not is_hung_up:
@@ -85,6 +86,7 @@ def stop(
     at: Moment | None = None,
     promise: str = "",
     more: Sequence[str] = (),
+    tier: str = "nightly",
     **options: Any,
 ) -> Case:
     """A run that something stops.
@@ -98,6 +100,7 @@ def stop(
         at: When the run gets a signal.
         promise: What must come of it, where it is not what the other stops promise.
         more: Overrides.
+        tier: Of the case.
         options: Of bench.program.
     """
 
@@ -116,6 +119,8 @@ def stop(
             act(launch)
             if is_saved:
                 assert_stopped(launch, run, training, is_back=is_guarded, is_hung_up=act is Program.hang_up)
+                is_typed = "terminal" in options and act is not Program.hang_up
+                assert not is_typed or "Ctrl-C again ends it at once" in launch.output()
             else:
                 launch.assert_nothing_is_left(SOON)
                 assert launch.wait(1.0) != 0
@@ -129,7 +134,7 @@ def stop(
             launch.end()
 
     promise = promise or (SAVED if is_saved else f"all its processes end within {SOON:.0f} s; {SAME}")
-    return Case(name, done, promise, do)
+    return Case(name, done, promise, do, tier=tier)
 
 
 def typed(times: int, pause: float = 0.05) -> Callable[[Program], None]:
@@ -161,7 +166,9 @@ def during(
     return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=moment, more=more, never=never, **options)
 
 
-def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run") -> Case:
+def console(
+    name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run", tier: str = "nightly"
+) -> Case:
     """A run whose console takes nothing, or not everything; `options`: of bench.program."""
 
     def act(bench: Bench, place: Path) -> None:
@@ -172,7 +179,8 @@ def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder:
         assert "cannot be written" not in output and str(run) not in output.replace(str(run) + "/", ""), output[-2000:]
         assert_as_undisturbed(run, bench.reference(training), training.steps)
 
-    return Case(name, done, "exit code 0, and the run is the undisturbed one; nothing blames the run directory", act)
+    promise = "exit code 0, and the run is the undisturbed one; nothing blames the run directory"
+    return Case(name, done, promise, act, tier=tier)
 
 
 def closed_pipe(num_lines: int) -> int:
@@ -195,11 +203,11 @@ def full() -> int:
 
 
 STOPS = (
-    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True),
-    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True),
+    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True, tier="slow"),
+    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True, tier=""),
     stop("Ctrl-C twice", "Ctrl-C twice in a terminal", typed(2), is_saved=False, terminal=True),
     stop("Ctrl-C twice, torchrun", "as before, torchrun", typed(2), "zero3-dp2", is_saved=False, terminal=True),
-    stop("terminal closed", "SIGHUP by closing the terminal", Program.hang_up, terminal=True),
+    stop("terminal closed", "SIGHUP by closing the terminal", Program.hang_up, terminal=True, tier="slow"),
     stop("terminal closed, torchrun", "as before, torchrun", Program.hang_up, "zero1-dp2", terminal=True),
     stop("SIGINT from outside", "kill -INT", sent(signal.SIGINT)),
     stop("SIGTERM of torchrun", "kill -TERM of torchrun", sent(signal.SIGTERM), "pipeline2"),
@@ -212,15 +220,18 @@ STOPS = (
 )
 CONSOLES = (
     console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),
-    console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}),
+    console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}, tier="slow"),
     console("stdout is full", "stdout is /dev/full", lambda: {"stdout": full()}),
-    console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}),
-    console("no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}),
+    console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}, tier=""),
+    console(
+        "no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}, tier="slow"
+    ),
     console(
         "an ASCII console",
         "PYTHONIOENCODING=ascii, and a run directory whose name is not",
         lambda: {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"},
         "l\u00e4uft \u2603",
+        tier="slow",
     ),
 )
 CASES = (*STOPS, *CONSOLES)
