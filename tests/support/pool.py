@@ -1,7 +1,7 @@
 """Pools of ranks for multi-process tests, one per world size, that serve all tests of a session.
 
-A process that has imported torch, DeepSpeed and Megatron costs about ten seconds. A case runs on every rank in a
-process group of its own; what fails on any rank fails the test at once, see benchmarks/ranks.py.
+A process that has imported torch, DeepSpeed and Megatron costs about ten seconds. A function runs on every rank in
+a process group of its own; what fails on any rank fails the test at once, see benchmarks/ranks.py.
 """
 
 import pickle
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.ranks import Ranks
-from tests.support.worker import Case, serve_cases
+from tests.support.worker import Call, serve_calls
 
 WORKER_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 START_TIMEOUT, CLEAN_UP_TIMEOUT = 180.0, 60.0
@@ -32,7 +32,7 @@ class WorkerPool:
         self.world_size = world_size
         self._group_timeout, self._grace = group_timeout, grace
         self._ranks: Ranks | None = None
-        self._cases = 0
+        self._calls = 0
 
     @property
     def pids(self) -> list[int]:
@@ -45,7 +45,7 @@ class WorkerPool:
         Args:
             function: a function at module level of an importable module (a test module will do).
             args: picklable arguments, the same for every rank.
-            timeout: seconds for the whole case; start-up of the processes does not count.
+            timeout: seconds for the whole call; start-up of the processes does not count.
 
         Returns:
             The results by rank.
@@ -59,7 +59,7 @@ class WorkerPool:
             self._ranks = Ranks(
                 f"pool of {self.world_size}",
                 self.world_size,
-                serve_cases,
+                serve_calls,
                 self._group_timeout,
                 timeout_s=START_TIMEOUT,
                 environment=WORKER_ENVIRONMENT,
@@ -67,11 +67,11 @@ class WorkerPool:
                 joins_group=False,
             )
         assert self._ranks is not None
-        self._cases += 1
+        self._calls += 1
         name = f"{function.__module__}.{function.__qualname__}"
-        case = Case(self._cases, pickle.dumps((function, args)), tuple(sys.path))
+        call = Call(self._calls, pickle.dumps((function, args)), tuple(sys.path))
         try:
-            return [pickle.loads(result) for result in self._ranks.ask(case, name, timeout)]
+            return [pickle.loads(result) for result in self._ranks.ask(call, name, timeout)]
         finally:
             if self.pids:
                 self._ranks.receive(f"cleaning up after {name}", CLEAN_UP_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What a rank of a test pool does: run cases one after another, each in a fresh process group and clean globals.
+"""What a rank of a test pool does: run functions one after another, each in a fresh process group and clean globals.
 
 Nothing here imports torch at module level: the environment of the process has to be set first.
 """
@@ -34,7 +34,7 @@ _FROZEN = Frozen()
 
 
 @dataclass(frozen=True)
-class Case:
+class Call:
     """One function to call on every rank; ``payload`` is the pickled function and tuple of its arguments."""
 
     number: int
@@ -42,16 +42,16 @@ class Case:
     search_path: tuple[str, ...]
 
 
-def serve_cases(cases: Iterator[Case], group_timeout: float) -> Iterator[Any]:
-    """Answers when it is ready, then twice for each case: its pickled result, and when all that it left is gone."""
+def serve_calls(calls: Iterator[Call], group_timeout: float) -> Iterator[Any]:
+    """Answers when it is ready, then twice for each call: its pickled result, and when all that it left is gone."""
     import torch.distributed as dist
 
     timeout = timedelta(seconds=group_timeout)
     store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     environment, directory = dict(os.environ), os.getcwd()
     yield "ready"
-    for case in cases:
-        yield _run_case(case, dist.PrefixStore(f"case{case.number}", store), timeout)
+    for call in calls:
+        yield _run(call, dist.PrefixStore(f"call{call.number}", store), timeout)
         _tear_down()
         os.environ.clear()
         os.environ.update(environment)
@@ -59,15 +59,15 @@ def serve_cases(cases: Iterator[Case], group_timeout: float) -> Iterator[Any]:
         yield "clean"
 
 
-def _run_case(case: Case, store: Any, timeout: timedelta) -> Any:
+def _run(call: Call, store: Any, timeout: timedelta) -> Any:
     import torch
     import torch.distributed as dist
 
-    print(f"--- case {case.number}", flush=True)
+    print(f"--- call {call.number}", flush=True)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        sys.path[:] = case.search_path
-        function, arguments = pickle.loads(case.payload)
+        sys.path[:] = call.search_path
+        function, arguments = pickle.loads(call.payload)
         _freeze_libraries()
         torch.manual_seed(0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
