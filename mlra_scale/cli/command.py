@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlra_scale.console import make_unfailing, run_tool
+from mlra_scale.console import make_unfailing, run_tool, set_up_logging
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Command:
     def start(self, arguments: Sequence[str] | None = None, prog: str = "") -> int:
         """Runs the command as the main function of a process; see `main`."""
         words = sys.argv[1:] if arguments is None else arguments
+        set_up_logging()
         if self.handles_signals:
             make_unfailing()
             return self.main(words, prog)
