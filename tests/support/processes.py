@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.support.training_runs import ROOT, Finished, environment
 
 PYTHON = sys.executable
@@ -147,15 +149,12 @@ class Program:
 
     def left(self) -> dict[int, tuple[int, dict[str, str]]]:
         """Parent and environment of every living process that it has started, in whatever session, by process id."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                pairs = (item.partition(b"=") for item in (folder / "environ").read_bytes().split(b"\0"))
-                variables = {key.decode(): value.decode(errors="replace") for key, _, value in pairs}
-                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                if variables.get("TEST_PROGRAM") == self._id and state != "Z":
-                    found[int(folder.name)] = int(parent), variables
-        return found
+        return {
+            process.pid: (process.info["ppid"], process.info["environ"])
+            for process in psutil.process_iter(["ppid", "environ", "status"])
+            if (process.info["environ"] or {}).get("TEST_PROGRAM") == self._id
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+        }
 
     def ranks(self) -> dict[int, int]:
         """The process id of every rank that torchrun or `mlra-scale train` has started and that lives."""
