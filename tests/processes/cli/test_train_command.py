@@ -11,7 +11,7 @@ from mlra_scale.training.exit_codes import ExitCode
 from tests.support.processes import CTRL_C, PYTHON, Program
 from tests.support.training_runs import base_command, curve, events
 
-SMALL = ("model.num_layers=1", "model.hidden_size=32", "evaluation.batches=1", "checkpoint.every=0")
+SMALL = ("model.num_layers=2", "model.hidden_size=32", "evaluation.batches=1", "checkpoint.every=0")
 
 
 def program(run: Path, data: Path, *arguments: str, num_ranks: int = 2, terminal: bool = False) -> Program:
@@ -32,7 +32,7 @@ def test_bad_input_is_one_error_with_its_own_exit_code(num_ranks: int, tmp_path:
     launched = program(tmp_path / "run", training_data, "train.stepz=3", num_ranks=num_ranks)
     assert launched.wait() == ExitCode.BAD_INPUT
     lines = launched.output().splitlines()
-    assert lines[0] == "mlra_scale.train: bad input" and len(lines) == 2 and "train.steps" in lines[1], lines
+    assert lines[0] == "mlra_scale.train: bad input" and len(lines) == 2 and "train.stepz = 3" in lines[1], lines
     assert not (tmp_path / "run").exists()
 
 
