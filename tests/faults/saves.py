@@ -17,6 +17,7 @@ from mlra_scale.checkpoint.points import POINTS
 from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import Bench, log_of, program, start
 from tests.faults.case import SAME, Case, assert_refused
+from tests.faults.kills import STEP
 from tests.faults.launching import FILE_LIMIT, Armed, Forked
 from tests.faults.moments import Moment
 from tests.faults.training import LAYOUTS, Training, assert_as_undisturbed, assert_way_back
@@ -25,6 +26,7 @@ from tests.support.training_runs import curve, events
 STEPS, EVERY = 6, 2
 FIELDS = {"steps": STEPS, "every": EVERY, "keep_last": 1}
 """Three saves, each of which removes the one before."""
+FULL = {"signal": 0, "error": errno.ENOSPC}
 EARLY = 0.1
 """Share of the kills that may come before the first step of a start, while the checkpoint is being loaded."""
 Launch = Armed | Forked
@@ -157,11 +159,10 @@ def refused_save(
     """
 
     def act(bench: Bench, place: Path) -> None:
-        training, run = bench.training(layout, "optim.schedule=constant", **FIELDS), place / "run"
+        training, run = bench.training(layout, "checkpoint.asynchronous=false", **FIELDS), place / "run"
         if extra:
-            # Earlier saves were allowed to write as much as they wanted.
-            first = bench.training(layout, "optim.schedule=constant", **FIELDS | {"steps": kept})
-            start(first, run)
+            # Earlier saves may write as much as they want.
+            start(training, run, code=-signal.SIGKILL, moments=[Moment(STEP, kept + 1)])
         output = start(training, run, resume=run.exists(), code=ExitCode.CHECKPOINT_FAILED, moments=moments, **extra)
         assert_save_refused(output, run, said or "No space left on device")
         assert assert_way_back(run) == kept, "the one before is as it was"
@@ -173,6 +174,9 @@ def refused_save(
 REFUSED = (
     "all ranks end with code 4 after the same step, one message says why, the continued run is the undisturbed one"
 )
+
+
+KEPT_ON = "the run continues and says so once; the next save removes what is left"
 
 
 def assert_save_refused(output: str, run: Path, *parts: str) -> None:
@@ -197,6 +201,15 @@ def folder_missing(bench: Bench, place: Path) -> None:
     bench.finish(training, run)
 
 
+def not_removed(bench: Bench, place: Path) -> None:
+    """An earlier checkpoint cannot be removed: the new one is none the worse."""
+    training, run = bench.training("zero1-dp2", **FIELDS), place / "run"
+    output = start(training, run, moments=[Moment("point retention", 1, **FULL)])
+    assert output.count("the checkpoint is complete, but of earlier ones") == 1 and "No space left on device" in output
+    assert [event["step"] for event in events(run) if event["event"] == "not_removed"] == [2 * EVERY]
+    assert_as_undisturbed(run, bench.reference(training), training.steps)
+
+
 def in_turn() -> list[Moment]:
     """One kill at every point, in the second save, the ranks taking turns where all of them pass it."""
     kills = kills_at_points(2, saves=(2,))
@@ -206,7 +219,6 @@ def in_turn() -> list[Moment]:
 
 SCHEDULES = (("pipeline2", (1, 2)), ("zero3-dp2", (1, 2)), ("tp2pp2", (2,)))
 """Layouts, and the saves in which their ranks die."""
-FULL = {"signal": 0, "error": errno.ENOSPC}
 CASES = (
     *(killed_save("pipeline2", kill, forked, "" if kill.event == "point mid-file" else "slow") for kill in in_turn()),
     killed_save("pipeline2", Moment("point mid-file", 1, rank=1), forked, "slow"),
@@ -227,7 +239,7 @@ CASES = (
     ),
     refused_save("no space in a file", 2, "zero1-dp2", "slow", [Moment("point mid-file", 2, rank=1, **FULL)]),
     refused_save("no space before the rename", 2, "zero1-dp2", "slow", [Moment("point before-rename", 2, **FULL)]),
-    refused_save("no space in retention", 4, "zero1-dp2", "slow", [Moment("point retention", 1, **FULL)]),
+    Case("no space in retention", "ENOSPC when a checkpoint is removed", KEPT_ON, not_removed, tier="slow"),
     refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", **{FILE_LIMIT: "100000"}),
     Case("no folder of checkpoints", "a link that leads nowhere", REFUSED, folder_missing, tier="slow"),
 )
