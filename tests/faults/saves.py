@@ -159,7 +159,8 @@ def refused_save(
     """
 
     def act(bench: Bench, place: Path) -> None:
-        training, run = bench.training(layout, "checkpoint.asynchronous=false", **FIELDS), place / "run"
+        waits = ("checkpoint.asynchronous=false",) if extra else ()
+        training, run = bench.training(layout, *waits, **FIELDS), place / "run"
         if extra:
             # Earlier saves may write as much as they want.
             start(training, run, code=-signal.SIGKILL, moments=[Moment(STEP, kept + 1)])
