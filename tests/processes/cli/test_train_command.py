@@ -24,7 +24,7 @@ def test_two_processes_train_one_run(tmp_path: Path, training_data: Path) -> Non
     launched = program(run, training_data, "train.steps=3", "parallel.pipeline=2")
     assert launched.wait() == 0, launched.output()
     assert list(curve(run, "loss")) == [1, 2, 3] and events(run)[-1]["event"] == "finished"
-    assert launched.output().count("step 3/3") == 1, "one rank prints"
+    assert launched.output().count("done: step 3/3") == 1, "one rank prints"
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
