@@ -169,7 +169,7 @@ def cell_text(cell: Any) -> str:
     if isinstance(cell, Mapping):
         return "{median:.3f} [{lower:.3f} {upper:.3f}] ({min:.3f} {max:.3f})".format(**cell)
     if isinstance(cell, float):
-        return f"{cell:,.1f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+        return f"{cell:,.1f}" if abs(cell) >= 1000 else f"{cell:.5g}"
     return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 

@@ -220,8 +220,8 @@ def table_of(shape: Shape, pipelined: Sequence[int], results: Results) -> Table:
     control = ratios(slowdown, [1.0] * len(slowdown))
     rows.append(["control: two single processes at once", "one: ZeRO 0", median_of(seconds[CONTROL], 1e3), None, None])
     title = (
-        f"{shape.name}, MLRA, fp32, micro-batches of {shape.batch_size} x {shape.sequence_length} tokens (of one sample "
-        "where m is given); share of the ideal rate"
+        f"{shape.name}, MLRA, fp32, micro-batches of {shape.batch_size} x {shape.sequence_length} tokens "
+        "(of one sample where m is given); share of the ideal rate"
     )
     note = f"the control takes {control['median']:.3f} times as long as one process alone"
     return Table(title, ["two processes", "against", "ms", "of ideal", "beside a busy neighbour"], rows, note)
