@@ -57,6 +57,16 @@ class PairedComparison:
         return is_supported(self.difference, self.adjusted_p)
 
     @property
+    def sign(self) -> int:
+        """-1 if the first variant is lower, else 1."""
+        return -1 if self.difference.value < 0 else 1
+
+    @property
+    def family(self) -> tuple[str, bool]:
+        """What its p-value is adjusted for: the comparisons of one measure, means over settings apart."""
+        return self.measure.name, self.is_mean
+
+    @property
     def names(self) -> str:
         """The two variants."""
         return f"{self.first} - {self.second}"
