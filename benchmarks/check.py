@@ -172,22 +172,22 @@ class Check:
             return "failed: it wrote no result"
         return {None: "measured", True: "agrees", False: "DIFFERS"}[found.get("holds")]
 
-    def _command(self, place: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    def _command(self, on: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         """Returns the command of a step's processes, and their environment."""
         job, settings, ranks = self._allocation, self._settings, self.task.devices_per_node
         own = {"DS_ACCELERATOR": self.task.device}
-        if place == "all":
+        if on == "all":
             own["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as a job's ranks have it, before CUDA begins
         program = ["-u", "-m", "benchmarks.check", "--child", *arguments]
         if job is not None:
-            nodes, ranks = (job.nodes, ranks) if place == "all" else ((job.here,), 1)
-            if place == "all":
+            nodes, ranks = (job.nodes, ranks) if on == "all" else ((job.here,), 1)
+            if on == "all":
                 own |= {"MASTER_ADDR": address(nodes[0]), "MASTER_PORT": str(free_port())}
             options = [f"--ntasks={len(nodes) * ranks}", f"--ntasks-per-node={ranks}", "--distribution=block"]
             options += ["--kill-on-bad-exit=1", "--unbuffered", *settings.srun]
             words = [*step_command(nodes, "0", "none", options), *settings.python, *program]
             return words, slurm_environment(os.environ) | own
-        if place == "all" and ranks > 1:
+        if on == "all" and ranks > 1:
             program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program[1:]]
         return [*settings.python, *program], {**os.environ, **own}
 

@@ -41,7 +41,7 @@ BF16_BOUND = 2.0**-9
 
 
 def chosen(task: Task, device: torch.device) -> tuple[Candidate, Cluster]:
-    """Returns the layout that a job with parallel.layout=auto would run, by the constants that are known by now."""
+    """Returns the layout that a job with parallel.layout=auto would run, by the constants measured so far."""
     overrides = [*task.overrides, f"train.device={task.device}"]
     config, named = load_named_config(task.preset, None, None, overrides)
     file, base = Path(task.folder) / "cluster.json", base_of(task, device)
@@ -159,7 +159,7 @@ def synchronizations(task: Task, write: Write) -> dict[str, Any]:
 
 
 def known_waits() -> dict[str, int]:
-    """Returns how often the host may wait in a step, by place: the list of the tests that trace the engines."""
+    """Returns how often the host may wait in a step, by function: the list of the tests that trace the engines."""
     listed: dict[str, int] = {}
     for wait in run_path(str(WAITS), run_name="waits")["WAITS"]:
         listed[wait.site] = listed.get(wait.site, 0) + wait.number

@@ -73,8 +73,8 @@ def random_batch(seed: int, size: int, length: int, vocab_size: int) -> Batch:
 def one_process_mesh(device: str) -> Iterator[Topology]:
     """The mesh of a single process, for as long as engines are in use."""
     shape = Shape("mesh", num_layers=1, hidden_size=8, num_heads=1, batch_size=1)
-    place = initialize_distributed(device, timeout_minutes=10.0)
-    topology = build_topology(batch_plan(config_of(shape, "dense", "fp32"), 1), place, timeout_minutes=10.0)
+    on_device = initialize_distributed(device, timeout_minutes=10.0)
+    topology = build_topology(batch_plan(config_of(shape, "dense", "fp32"), 1), on_device, timeout_minutes=10.0)
     try:
         yield topology
     finally:

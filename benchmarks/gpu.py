@@ -4,7 +4,7 @@
 
 For 72 layers of width 1024 and for gpt2-xl: our trainer under ZeRO 1, dense and MLRA at R = D/2, plain PyTorch and
 transformers' GPT2LMHeadModel, each compiled and not, one after another, each in a process of its own with the whole
-device. All have a vocabulary of 50304, so that nobody pays for an odd number of columns. The initial weights of a model
+device. All have a vocabulary of 50304, so that none pays for an odd number of columns. The initial weights of a model
 are drawn once. A contender that fails (memory too small, an error of the compiler, not done in time) is reported with
 its reason, and the next one begins; the result is written after each of them. Rounds of two processes are not of the
 same time and are not paired: a ratio is that of the medians, with the extremes of each. Plain PyTorch runs twice, and

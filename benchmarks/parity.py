@@ -91,8 +91,8 @@ def compare(case: Case, device: str, timeout_s: float) -> dict[str, dict[str, An
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         files = [Path(folder) / "reference", Path(folder) / "device"]
         running = [
-            pool.submit(run_child, place, "parity.gradients", case.shape, arguments, file, timeout_s)
-            for place, file in zip(("cpu", device), files, strict=True)
+            pool.submit(run_child, kind, "parity.gradients", case.shape, arguments, file, timeout_s)
+            for kind, file in zip(("cpu", device), files, strict=True)
         ]
         for child in running:
             child.result()

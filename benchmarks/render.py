@@ -49,10 +49,10 @@ def draw(report: dict[str, Any], file: Path) -> None:
     for axes, (table, column) in zip(
         figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True
     ):
-        for place, row in enumerate(rows):
+        for line, row in enumerate(rows):
             if isinstance(spread := row[column], dict):
-                axes.plot([spread["lower"], spread["upper"]], [place, place], color="#0072b2", lw=3, alpha=0.5)
-                axes.plot(spread["median"], place, "o", color="#111111", ms=4)
+                axes.plot([spread["lower"], spread["upper"]], [line, line], color="#0072b2", lw=3, alpha=0.5)
+                axes.plot(spread["median"], line, "o", color="#111111", ms=4)
         axes.axvline(1.0, color="0.4", lw=0.8, ls="--")
         axes.set_yticks(range(len(rows)), [str(row[0]) for row in rows])
         axes.set_title(table["headers"][column], fontsize=9, loc="left")
