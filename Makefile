@@ -69,14 +69,13 @@ help:
 quickstart:
 	@$(INSTALL)
 	installed=$$SECONDS
-	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
+	test -e data/python-docs || $(BIN)/mlra-scale prepare --source python-docs --train-bpe 4096 --output data/python-docs
 	run=runs/quickstart
 	for ((n = 2; ; n++)); do test -e $$run || break; run=runs/quickstart-$$n; done
-	export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240} # seconds to save in after Ctrl-C
-	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
-	    data.path=data/python-docs parallel.pipeline=$(PROCESSES)
+	$(BIN)/mlra-scale train --nproc $(PROCESSES) --preset laptop --run-dir $$run data.path=data/python-docs \
+	    parallel.pipeline=$(PROCESSES)
 	echo
-	$(BIN)/python tools/export_hf.py $$run $$run/exported --format gpt2
+	$(BIN)/mlra-scale export $$run $$run/exported --format gpt2
 	echo
 	echo "a sample, by stock transformers alone:"
 	$(BIN)/python -c "$$SAMPLE" $$run/exported
@@ -84,11 +83,11 @@ quickstart:
 	echo "quickstart: installation $$installed s; data, training, export and sample $$((SECONDS - installed)) s. Next:"
 	echo "  source $(BIN)/activate"
 	echo "  less $$run/metrics.jsonl                 # the record: loss, gradient norm, TEV; one JSON object per line"
-	echo "  python tools/generate.py $$run --prompt 'Return a list of'"
-	echo "  python tools/evaluate.py $$run --data data/python-docs --max-tokens 20000"
-	echo "  python tools/export_hf.py $$run exported/quickstart-mlra --format mlra    # with its factors, and code of its own"
-	echo "  python tools/prepare_data.py --help      # your own text"
-	echo "  python -m mlra_scale.train --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.pipeline=4 \\"
+	echo "  mlra-scale generate $$run --prompt 'Return a list of'"
+	echo "  mlra-scale evaluate $$run --data data/python-docs --max-tokens 20000"
+	echo "  mlra-scale export $$run exported/quickstart-mlra --format mlra    # with its factors, and code of its own"
+	echo "  mlra-scale prepare --help                # your own text"
+	echo "  mlra-scale train --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.pipeline=4 \\"
 	echo "      parallel.world_size=32               # what a deep model would take on 32 devices"
 
 test:
@@ -110,9 +109,9 @@ lint:
 
 study:
 	@$(INSTALL) --extra report
-	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
-	$(BIN)/python tools/sweep.py docs/studies/small.yaml --jobs 2
-	$(BIN)/python tools/report.py runs/small
+	test -e data/python-docs || $(BIN)/mlra-scale prepare --source python-docs --train-bpe 4096 --output data/python-docs
+	$(BIN)/mlra-scale sweep docs/studies/small.yaml --jobs 2
+	$(BIN)/mlra-scale report runs/small
 
 bench:
 	@$(INSTALL)

@@ -12,23 +12,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
 
+from mlra_scale.console import table as text_table
 from mlra_scale.study.provenance import hardware, versions
 from mlra_scale.training.record import write_atomically
 from mlra_scale.training.source import commit
 
-_LINE_BELOW_HEADERS = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-
 Thing = TypeVar("Thing")
-Cell = str | int | float | None | dict[str, float]
+Value = str | int | float | None | dict[str, float]
 
 
 @dataclass
@@ -44,7 +39,7 @@ class Table:
 
     title: str
     headers: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[Value]]
     note: str = ""
 
 
@@ -175,15 +170,9 @@ def cell_text(cell: Any) -> str:
 
 def text_of(table: Table) -> str:
     """Returns a table as plain text."""
-    shown = RichTable(title=table.title, title_justify="left", title_style="", box=_LINE_BELOW_HEADERS, pad_edge=False)
-    for number, header in enumerate(table.headers):
-        shown.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*map(cell_text, row))
-    buffer = StringIO()
-    Console(file=buffer, width=160, markup=False, highlight=False, color_system=None).print(shown)
-    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-    return "\n".join([*lines, *([table.note] if table.note else [])]).strip("\n")
+    rows = [list(map(cell_text, row)) for row in table.rows]
+    parts = [table.title, "", text_table(table.headers, rows, width=None), *([table.note] if table.note else [])]
+    return "\n".join(parts)
 
 
 def seconds_of(action: Callable[[], Any], clock: Callable[[], float]) -> float:

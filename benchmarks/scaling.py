@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from benchmarks.contenders import LEARNING_RATE, Shape, config_of
 from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated, words_of
-from benchmarks.processes import Ranks
+from benchmarks.ranks import Ranks
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.data import Batch
 from mlra_scale.parallel import Topology, build_engine, build_topology, initialize_distributed

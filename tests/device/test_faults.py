@@ -23,6 +23,7 @@ TOGETHER = {
 """Fault, and the words in which the trace complains."""
 
 
+@pytest.mark.slow
 def test_faults_are_found() -> None:
     found = problems(trace(SMALL, ",".join(TOGETHER)))
     before = problems(trace(SMALL))

@@ -171,7 +171,7 @@ def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(
     assert [item["step"] for item in undone] == list(range(41, 49)) and {item["rollback"] for item in undone} == {1}
 
 
-@pytest.mark.slow_except("zero3 dp2")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2pp2", "zero3 dp2"])
 def test_every_layout_decides_the_same(whole: Whole, alone: Path, layout: str) -> None:
     other = whole(layout)
@@ -180,7 +180,7 @@ def test_every_layout_decides_the_same(whole: Whole, alone: Path, layout: str) -
     assert ours == pytest.approx(theirs, rel=1e-4), "the weights are the same but for rounding"
 
 
-@pytest.mark.slow_except("one process")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_path: Path, layout: str) -> None:
     """Stopped while all is well, in the trouble, and behind the return: what is skipped stays skipped."""
@@ -198,7 +198,7 @@ def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_pat
         assert curve(folder, name) == curve(undisturbed, name), name
 
 
-@pytest.mark.slow_except("one process")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one process", "zero3 dp2"])
 def test_in_bf16_a_loss_that_is_no_number_is_left_out_and_gone_back_from(run: Run, layout: str) -> None:
     """With the precision, and the guard on, as in the files of slurm/."""
@@ -230,6 +230,7 @@ def test_killed_in_a_return_the_run_comes_to_the_same(run: Run, alone: Path, tmp
         assert curve(folder, name) == curve(alone, name), name
 
 
+@pytest.mark.slow
 def test_no_checkpoint_of_undone_steps_is_left(run: Run, tmp_path: Path) -> None:
     """One of step 46, in the trouble, was there when the run went back to 44."""
     folder = tmp_path / "run"
@@ -240,6 +241,7 @@ def test_no_checkpoint_of_undone_steps_is_left(run: Run, tmp_path: Path) -> None
     assert left[-1] == "step-00000044" and latest(folder / "checkpoints") == folder / "checkpoints" / left[-1]
 
 
+@pytest.mark.slow
 def test_a_good_checkpoint_that_somebody_has_removed_is_done_without(run: Run, tmp_path: Path) -> None:
     """The run finds out when it starts: from then on it would go back to where it started."""
     folder = tmp_path / "run"
@@ -256,6 +258,7 @@ def test_the_record_is_on_disk_before_every_checkpoint(run: Run) -> None:
     assert [event["step"] for event in events(folder) if event["event"] == "checkpoint"] == [0, 8, 9]
 
 
+@pytest.mark.slow
 def test_qk_clip_looks_at_the_samples_that_were_read_past_what_is_skipped(run: Run) -> None:
     """And does nothing to weights whose update was left out."""
     folder = run("one process", *GUARD, "qk_clip.threshold=0.01", "qk_clip.samples=4", "train.steps=60")
@@ -268,6 +271,7 @@ def test_qk_clip_looks_at_the_samples_that_were_read_past_what_is_skipped(run: R
     assert all(clip["largest_logit"] is not None and clip["clipped_heads"] > 0 for clip in after), after
 
 
+@pytest.mark.slow
 def test_a_learning_rate_spike_is_survived(run: Run) -> None:
     guarded = run("one process", *GUARD, "guard.divergence=1.0", "guard.divergence_steps=8", poison="rate")
     unguarded = run("one process", poison="rate")
@@ -289,6 +293,7 @@ def test_weights_that_overflow_fp16_are_gone_back_from(run: Run) -> None:
     assert metrics(folder)[-1]["step"] == 40 and not metrics(folder)[-1]["overflow"]
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_made_smaller_on_purpose_is_no_instability(run: Run, tmp_path: Path) -> None:
     """Its gradients are noisier, and their norm higher, for good."""
     folder, watch = tmp_path / "run", [*GUARD, "guard.min_window=16", "train.micro_batch_size=2"]
@@ -308,6 +313,7 @@ def test_it_gives_up_with_a_report(run: Run) -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_a_guard_a_run_is_what_it_was(run: Run, tmp_path: Path) -> None:
     """Its thresholds out of reach, an enabled guard changes no digit."""
     watched = run("one process", *GUARD, "guard.sigmas=1e9", "guard.divergence=null", poison="none")

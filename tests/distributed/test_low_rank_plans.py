@@ -34,7 +34,7 @@ CASES: list[tuple[LowRankPlan, Layout]] = [
 ]
 
 
-@pytest.mark.slow_except("sharded-tp2pp1dp1-zero0", "replicated-tp2pp2dp1-zero0", "merged-tp2pp1dp2-zero3")
+@pytest.mark.slow_except("replicated-tp2pp2dp1-zero0", "merged-tp2pp1dp2-zero3")
 @pytest.mark.parametrize(("plan", "layout"), CASES, ids=lambda part: str(part).replace(" ", "-"))
 def test_every_plan_equals_the_oracle(worker_pool: Pools, plan: LowRankPlan, layout: Layout) -> None:
     weights, expected = oracle("mlra")
@@ -53,7 +53,7 @@ def test_every_plan_equals_the_oracle(worker_pool: Pools, plan: LowRankPlan, lay
     print(f"{plan:<12}{layout!s:<20}loss {first.losses[-1]:.7f}   worst gradient {worst:.2f} of what is allowed")
 
 
-@pytest.mark.slow_except("merged")
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_with_a_dense_value_projection(worker_pool: Pools, plan: LowRankPlan) -> None:
     """One of q, k, v may be dense: it enters by the hidden state."""

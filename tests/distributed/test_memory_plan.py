@@ -161,7 +161,7 @@ PEAKS = [
 ]
 
 
-@pytest.mark.slow_except("selective")
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
 def test_the_planned_peak_with_sequence_parallelism(worker_pool: Pools, checkpointing: str) -> None:
     layout = Layout(tensor=2)
@@ -173,8 +173,6 @@ def test_the_planned_peak_with_sequence_parallelism(worker_pool: Pools, checkpoi
 
 
 @pytest.mark.slow_except(
-    "tp1pp1dp1 zero0-4-none-fp32",
-    "tp1pp1dp2 zero2-1-block-fp32",
     "tp1pp2dp1 zero1-4-selective-fp32",
     "tp1pp1dp1 zero1-1-block-bf16",
 )

@@ -195,7 +195,7 @@ def bf16_error(worker_pool: Pools, model: str, stage: int, engine: str) -> tuple
     return max(losses), max(norms)
 
 
-@pytest.mark.slow_except("tp2pp1dp2-zero3-mlra")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "model"),
     [
@@ -322,7 +322,7 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
     return Run(layout, config, ranks)
 
 
-@pytest.mark.slow_except("tp2-tp2pp2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("was", "now"), [(was, now) for was in SAVED for now in SAVED])
 def test_a_checkpoint_goes_on_with_another_split_and_plan(
     worker_pool: Pools, saved: Callable[[str], tuple[Run, Path]], was: str, now: str

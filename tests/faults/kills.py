@@ -8,9 +8,10 @@ from mlra_scale.checkpoint import Store
 from mlra_scale.training.record import read_record
 from tests.faults.bench import GUARDED, MEASURED, Bench
 from tests.faults.case import SAME, Case, digests, killed_commands, killed_runs, run_to_end
-from tests.faults.checks import timeless
+from tests.faults.launching import Armed
 from tests.faults.moments import Moment
-from tests.faults.processes import Program, tool
+from tests.faults.training import timeless
+from tests.support.processes import tool
 
 STEP = "call mlra_scale/training/trainer.py step_values"
 """Once in each step, after its update."""
@@ -82,6 +83,7 @@ TRAINING = (
         Moment("call mlra_scale/training/report.py *.went_back"),
         Moment("open w */rolled_back.jsonl"),
         more=GUARDED,
+        tier="slow",
         steps=16,
     ),
     killed_runs(
@@ -127,7 +129,7 @@ def killed_verification(bench: Bench, place: Path) -> None:
     shutil.copytree(bench.data, folder)
     before, line, log = digests(folder), [*tool("prepare_data"), "--verify", str(folder)], place / "verify.log"
     for event in VERIFYING:
-        assert Program(line, log, moments=[Moment(event)]).wait() == -signal.SIGKILL
+        assert Armed(line, log, moments=[Moment(event)]).wait() == -signal.SIGKILL
         assert digests(folder) == before
     run_to_end(line, log)
     assert digests(folder) == before
@@ -262,12 +264,12 @@ def killed_sweep(bench: Bench, place: Path) -> None:
 
     run_to_end(command("undisturbed"), place / "undisturbed.log")
     line, log = command("killed"), place / "killed.log"
-    cell = Program(line, log, moments=[Moment(STEP, 3, program="mlra_scale.train")])
+    cell = Armed(line, log, moments=[Moment(STEP, 3, program="mlra_scale.train")])
     assert cell.wait() == 1, cell.output()[-1000:]
     # Its cells live on, and the next one finds them.
-    beside = Program(line, log, moments=[Moment("spawn", 1, program="tools/sweep.py")])
+    beside = Armed(line, log, moments=[Moment("spawn", 1, program="tools/sweep.py")])
     assert beside.wait(end=False) == -signal.SIGKILL
-    writing = Program(line, log, moments=[Moment("rename * */results.jsonl", 1, program="tools/sweep.py")])
+    writing = Armed(line, log, moments=[Moment("rename * */results.jsonl", 1, program="tools/sweep.py")])
     assert writing.wait(end=False) == -signal.SIGKILL
     run_to_end(line, log)
     beside.end()

@@ -15,15 +15,17 @@ ARMED = Path(__file__).resolve().parent / "armed"
 
 @dataclass(frozen=True)
 class Moment:
-    """When a process gets a signal.
+    """When a process gets a signal, or an error of the operating system.
 
     Attributes:
         event: Pattern of fnmatch for "import MODULE", "open r|w PATH", "rename FROM TO", "remove PATH", "rmdir PATH",
-            "mkdir PATH", "truncate PATH", "spawn" or "call FILE.py QUALNAME" (FILE.py without wildcards).
+            "mkdir PATH", "truncate PATH", "spawn", "call FILE.py QUALNAME" (FILE.py without wildcards) or "point NAME",
+            one of mlra_scale.checkpoint.points.
         occurrence: Which of those events.
-        signal: What the process gets.
+        signal: What the process gets; 0: nothing.
         rank: Of the process; the variable RANK, 0 without it.
         program: Part of the process's command line.
+        error: Error number that a point raises instead of the signal; 0: none.
     """
 
     event: str
@@ -31,20 +33,43 @@ class Moment:
     signal: int = signal.SIGKILL
     rank: int = 0
     program: str = ""
+    error: int = 0
 
     def __str__(self) -> str:
         times = f", time {self.occurrence}" if self.occurrence > 1 else ""
-        name = signal.Signals(self.signal).name if self.signal else "nothing"
+        name = signal.Signals(self.signal).name if self.signal and not self.error else "nothing"
         return f"{name} at {self.event}{times}{f', rank {self.rank}' * (self.rank > 0)}"
 
 
-def variables(moments: Sequence[Moment], marks: Path) -> dict[str, str]:
-    """The environment that arms processes; `marks`: a new folder, where each moment leaves a file when it has come."""
-    marks.mkdir(parents=True)
-    listed = [asdict(moment) | {"mark": str(marks / str(place))} for place, moment in enumerate(moments)]
-    return {"MOMENTS": json.dumps(listed)}
+class Trap:
+    """Moments for the processes of one command, and whether they have come.
 
+    Args:
+        moments: Moments that must come.
+        log: The log of the command: beside it lie the marks that each moment leaves when it has come.
+        never: Moments at which no process may come; they do nothing.
+    """
 
-def missed(moments: Sequence[Moment], marks: Path) -> list[str]:
-    """Moments that have not come."""
-    return [str(moment) for place, moment in enumerate(moments) if not (marks / str(place)).exists()]
+    def __init__(self, moments: Sequence[Moment], log: Path, never: Sequence[Moment] = ()) -> None:
+        self._moments, self._never = list(moments), list(never)
+        number = sum(1 for _ in log.parent.glob(f"{log.name}.marks-*"))
+        self._marks = log.with_name(f"{log.name}.marks-{number}")
+
+    def variables(self) -> dict[str, str]:
+        """The environment that arms processes."""
+        if not (moments := [*self._moments, *self._never]):
+            return {}
+        self._marks.mkdir(parents=True)
+        listed = [asdict(moment) | {"mark": str(self._marks / str(place))} for place, moment in enumerate(moments)]
+        return {"MOMENTS": json.dumps(listed)}
+
+    def missed(self) -> list[str]:
+        """The moments that have not come."""
+        return [str(moment) for place, moment in enumerate(self._moments) if not (self._marks / str(place)).exists()]
+
+    def check(self, output: str) -> None:
+        """Fails if a moment has not come, or one that must never come has."""
+        assert not (late := self.missed()), f"did not come to {late}\n{output[-1000:]}"
+        marks = [self._marks / str(len(self._moments) + place) for place in range(len(self._never))]
+        come = [str(moment) for moment, mark in zip(self._never, marks, strict=True) if mark.exists()]
+        assert not come, f"came to {come}"

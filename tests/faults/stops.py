@@ -14,9 +14,10 @@ from typing import Any
 from mlra_scale.training.rollbacks import read_rollbacks
 from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
 from tests.faults.case import SAME, Case
-from tests.faults.checks import Training, assert_as_undisturbed, told_checkpoints
+from tests.faults.launching import Armed
 from tests.faults.moments import Moment
-from tests.faults.processes import CTRL_C, Program
+from tests.faults.training import Training, assert_as_undisturbed, told_checkpoints
+from tests.support.processes import CTRL_C, Program
 from tests.support.training_runs import events
 
 LONG_EVALUATION = (
@@ -51,7 +52,7 @@ def trains(launch: Program, run: Path, steps: int = 3) -> None:
     time.sleep(random.random() * 0.3)
 
 
-def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool = False) -> int:
+def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool, is_hung_up: bool) -> int:
     """Fails unless a run ends soon, has saved its last step, and said so; returns that step.
 
     Args:
@@ -59,19 +60,18 @@ def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool
         run: Its directory.
         training: What it trains.
         is_back: Whether it goes back to an earlier step just then.
+        is_hung_up: Whether its terminal was closed, so that nobody reads what it says.
     """
-    before, codes = 1 if is_back else step_of(run), (PREEMPTED,)
-    code, seconds = launch.wait(SOON), time.monotonic() - launch.signalled
-    output = launch.output()
-    assert code in (codes if training.num_ranks == 1 else (1, *codes)), f"code {code}\n{output[-1000:]}"
-    assert seconds < SOON, f"the stop took {seconds:.0f} s"
+    before = 1 if is_back else step_of(run)
+    code, output = launch.wait(SOON), launch.output()
+    assert code in ((PREEMPTED,) if training.num_ranks == 1 else (1, PREEMPTED)), f"code {code}\n{output[-1000:]}"
     step = assert_sound(run)
     assert step >= before, f"step {before} was done when the signal came, and the newest checkpoint is {step}"
     assert step == max(0, step_of(run)) and told_checkpoints(run)[-1:] == [step] * (step > 0)
     assert events(run)[-1]["event"] in ("stopped", "preempted")
     if training.num_ranks == 1:
         assert "Traceback" not in output, output[-1000:]
-    if not launch.is_hung_up:
+    if not is_hung_up:
         assert f"step-{step:08d}" in output if step else "no checkpoint" in output, output[-1000:]
     return step
 
@@ -79,7 +79,7 @@ def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool
 def stop(
     name: str,
     done: str,
-    act: Callable[[Program], object],
+    act: Callable[[Armed], object],
     layout: str = "single",
     is_saved: bool = True,
     at: Moment | None = None,
@@ -98,7 +98,7 @@ def stop(
         at: When the run gets a signal.
         promise: What must come of it, where it is not what the other stops promise.
         more: Overrides.
-        options: Of Program.
+        options: Of bench.program.
     """
 
     def do(bench: Bench, place: Path) -> None:
@@ -112,11 +112,10 @@ def stop(
             if at is None:
                 trains(launch, run)
             else:
-                launch.wait_until(launch.is_hit)
-            launch.signalled = time.monotonic()
+                launch.wait_until(lambda: not launch.trap.missed())
             act(launch)
             if is_saved:
-                assert_stopped(launch, run, training, is_back=is_guarded)
+                assert_stopped(launch, run, training, is_back=is_guarded, is_hung_up=act is Program.hang_up)
             else:
                 launch.assert_nothing_is_left(SOON)
                 assert launch.wait(1.0) != 0
@@ -163,7 +162,7 @@ def during(
 
 
 def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run") -> Case:
-    """A run whose console takes nothing, or not everything; `options`: of Program."""
+    """A run whose console takes nothing, or not everything; `options`: of bench.program."""
 
     def act(bench: Bench, place: Path) -> None:
         training, run = bench.training(), place / folder

@@ -61,6 +61,7 @@ def test_every_step_of_the_table_has_its_function() -> None:
     assert [name for name in names if f"| `{name}` |" not in document] == []
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_has_no_time_does_not_stop_the_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,25 +2,19 @@
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks import checkpoint, render, scaling, step_time
 from benchmarks.contenders import PlainGPT2, Shape, Step, TransformersGPT2, config_of, step_of_module
 from benchmarks.harness import Report, Table, ratios, rotated, text_of
-from benchmarks.processes import Ranks
 from benchmarks.tensor_memory import start
 from mlra_scale.data import Batch
 from mlra_scale.model.parameters import ParameterTable
@@ -131,6 +125,7 @@ def test_plain_pytorch_and_transformers_take_the_same_steps() -> None:
     assert sizes[0] == sizes[1] == config_of(SHAPE, "dense", "fp32").model.num_parameters()
 
 
+@pytest.mark.slow
 def test_step_time_runs_and_reports_every_ratio(tmp_path: Path) -> None:
     text, report = run_quick("step_time", tmp_path / "report.json", "--profile", "--device", "cpu")
     for expected in ("device: cpu", "threads: 1 of", "torch ", "plain PyTorch again", "TEV once", "aten::mm"):
@@ -239,35 +234,3 @@ def test_ideal_scaling_is_one_and_other_losses_are_not_reported() -> None:
     results["tensor: strong"] = [[{"seconds": 0.5, "loss": 3.001}] * 2] * 2
     with pytest.raises(SystemExit, match="tensor: strong does not compute what one: ZeRO 0 computes"):
         scaling.check_losses(scaling.TINY, results)
-
-
-def serve_sums(commands: Iterator[float]) -> Iterator[tuple[int, float]]:
-    for offset in (0.5, *commands):
-        values = torch.tensor([dist.get_rank() + offset])
-        dist.all_reduce(values)
-        yield dist.get_rank(), float(values)
-
-
-def serve_badly(commands: Iterator[str], rank: int, how: str) -> Iterator[None]:
-    if dist.get_rank() == rank:
-        if how == "raises":
-            raise ValueError("no good")
-        if how == "dies":
-            os._exit(3)
-    time.sleep(60.0)
-    yield
-
-
-def test_answers_of_ranks_come_by_rank() -> None:
-    with Ranks("sums", 2, serve_sums, timeout_s=60.0) as ranks:
-        assert ranks.first == [(0, 2.0), (1, 2.0)] and ranks.ask(1.0) == [(0, 3.0), (1, 3.0)]
-
-
-@pytest.mark.slow_except("dies-died")
-@pytest.mark.parametrize(("how", "message"), [("raises", "no good"), ("dies", "died"), ("hangs", "not done after 8 s")])
-def test_a_rank_that_fails_is_named_and_nothing_is_left(how: str, message: str) -> None:
-    others = set(multiprocessing.active_children())
-    ranks = 2 if how == "hangs" else 1  # a process costs seconds to start
-    with pytest.raises(RuntimeError, match=message):
-        Ranks("bad", ranks, serve_badly, ranks - 1, how, timeout_s=8.0 if how == "hangs" else 50.0)
-    assert set(multiprocessing.active_children()) <= others

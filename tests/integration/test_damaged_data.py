@@ -51,6 +51,7 @@ def test_tokens_that_were_overwritten_between_two_starts(start: Start, training_
     assert [record["step"] for record in metrics(tmp_path / "run")][-1] == 1
 
 
+@pytest.mark.slow
 def test_tokens_of_a_large_file_that_were_overwritten(start: Start, large: Path, tmp_path: Path) -> None:
     start("run", f"data.path={large}", "train.steps=1")
     overwrite(large / "train.bin")
@@ -59,6 +60,7 @@ def test_tokens_of_a_large_file_that_were_overwritten(start: Start, large: Path,
     assert [record["step"] for record in metrics(tmp_path / "run")][-1] == 1
 
 
+@pytest.mark.slow
 def test_a_block_found_damaged_while_training_costs_no_step(start: Start, large: Path, tmp_path: Path) -> None:
     """Every rank stops after the last good step and saves; the mended file continues as if nothing had happened."""
     whole = (large / "train.bin").read_bytes()

@@ -35,7 +35,7 @@ def watched_main(rank: int, world_size: int, arguments: tuple[str, ...]) -> tupl
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.slow_except("pipeline2-bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_deterministic_run_collects_garbage_in_step(
     tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool], layout: str

@@ -76,6 +76,7 @@ def test_a_plain_call_gives_the_ids_of_the_data(run: Path, data: Path, tmp_path:
     assert loaded.bos_token_id == loaded.eos_token_id == 1
 
 
+@pytest.mark.slow
 def test_the_harness_finds_our_bits_per_byte(run: Path, tmp_path: Path) -> None:
     """By the recipe of docs/evaluation.md; with <s> before each text they were a tenth higher."""
     pytest.importorskip("lm_eval", reason=NEED)

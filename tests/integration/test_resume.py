@@ -25,7 +25,7 @@ LAYOUTS = {
 ZERO3 = ['deepspeed={"zero_optimization": {"stage": 3}}']
 
 
-@pytest.mark.slow_except("pipeline-tp2pp2-fp32", "zero1-dp2-bf16")
+@pytest.mark.slow_except("zero1-dp2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_steps_equal_five_and_five_bitwise(start: Start, tmp_path: Path, layout: str, precision: str) -> None:
@@ -98,6 +98,7 @@ def test_qk_clip_is_resumed_bitwise_and_is_in_the_weights_of_an_export(
     assert result.code == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_other_layout(start: Start, tmp_path: Path) -> None:
     """From a pipeline to ZeRO 3, to one rank, to another batch per rank; in between, nothing has to be converted."""
     fixed = ["optim.schedule=constant", *DROPOUT, *SMALL]
@@ -118,6 +119,7 @@ def test_a_run_goes_on_under_any_other_layout(start: Start, tmp_path: Path) -> N
     assert {"parallel.tensor", "deepspeed", "train.micro_batch_size"} <= {event["field"] for event in changed}
 
 
+@pytest.mark.slow
 def test_from_fp32_to_bf16(start: Start, tmp_path: Path) -> None:
     fixed = ["optim.schedule=constant", *SMALL]
     start("whole", "train.steps=6", *fixed)
@@ -127,6 +129,7 @@ def test_from_fp32_to_bf16(start: Start, tmp_path: Path) -> None:
     assert losses == pytest.approx(expected, rel=2e-3) and losses[6] != expected[6]
 
 
+@pytest.mark.slow
 def test_another_global_batch_reads_on_where_the_data_were_left(start: Start, tmp_path: Path) -> None:
     start("run", "train.steps=3", *SMALL)
     start("run", "train.steps=5", "train.global_batch_size=16", *SMALL, "--resume", "auto")
@@ -134,6 +137,7 @@ def test_another_global_batch_reads_on_where_the_data_were_left(start: Start, tm
     assert samples == [8, 16, 24, 40, 56]
 
 
+@pytest.mark.slow
 def test_a_guarded_run_that_goes_on_from_its_first_checkpoint_tells_step_0_once(start: Start, tmp_path: Path) -> None:
     fixed = [*SMALL, "train.steps=3", "guard.enabled=true", "checkpoint.every=2", "checkpoint.keep_last=9"]
     start("run", *fixed)
@@ -144,6 +148,7 @@ def test_a_guarded_run_that_goes_on_from_its_first_checkpoint_tells_step_0_once(
     assert [record["step"] for record in metrics(run)] == [0, 1, 2, 3] and metrics(run)[0] == before[0]
 
 
+@pytest.mark.slow
 def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:
     fixed = ["train.steps=8", "checkpoint.every=3", "checkpoint.keep_last=3", "optim.schedule=constant"]
     start("run", *fixed)
@@ -155,6 +160,7 @@ def test_going_back_cuts_the_record(start: Start, tmp_path: Path) -> None:
     assert resumed[0]["step"] == 3 and resumed[0]["records_cut"] == 5
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> None:
     start("run", "train.steps=2")
     run = tmp_path / "run"
@@ -166,6 +172,7 @@ def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> No
         assert events(run)[-1]["event"] == "finished" and events(run)[-1]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_run_directory_alone_says_what_goes_on(
     start: Start, tmp_path: Path, worker_pool: Callable[[int], WorkerPool]
 ) -> None:
@@ -205,6 +212,7 @@ def test_the_run_directory_alone_says_what_goes_on(
     assert f"--run-dir = '{run / 'config.yaml'}': line 1" in stderr
 
 
+@pytest.mark.slow
 def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> None:
     start("trunk", "train.steps=3")
     before = sorted(path for path in (tmp_path / "trunk").rglob("*"))
@@ -218,6 +226,7 @@ def test_a_branch_in_a_directory_of_its_own(start: Start, tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_a_branch_keeps_what_it_was_begun_with_before_its_first_checkpoint(
     start: Start, tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool]
 ) -> None:
@@ -254,7 +263,7 @@ def test_everything_that_must_not_change_is_told_at_once(start: Start, tmp_path:
     assert [event["event"] for event in events(tmp_path / "run")] == ["start", "checkpoint", "finished"]
 
 
-@pytest.mark.slow_except("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_resumed_run_takes_its_own_weight_decay(start: Start, tmp_path: Path, stage: int) -> None:
     """One step from the same checkpoint with another decay: the weights differ by -lr (new - old) w, and biases not."""
@@ -271,6 +280,7 @@ def test_a_resumed_run_takes_its_own_weight_decay(start: Start, tmp_path: Path, 
         torch.testing.assert_close(more.tensor(name) - same.tensor(name), expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_path: Path, training_data: Path) -> None:
     other = write_megatron_data(tmp_path / "counting")
     blend = json.dumps({str(training_data): 0.7, str(other): 0.3})
@@ -281,6 +291,7 @@ def test_a_blend_with_megatrons_own_data_continues_in_order(start: Start, tmp_pa
     assert curve(tmp_path / "parts", "loss") == curve(tmp_path / "whole", "loss")
 
 
+@pytest.mark.slow
 def test_another_mix_of_data_from_here_on(start: Start, tmp_path: Path, training_data: Path) -> None:
     """Named, it is taken from the next sample on and kept from then on; a run stopped within it goes on bitwise."""
     other = write_megatron_data(tmp_path / "counting")
@@ -297,6 +308,7 @@ def test_another_mix_of_data_from_here_on(start: Start, tmp_path: Path, training
     assert changed == ["data.path", "train.steps", "data.blend", "train.steps"]
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_with_given_weights(start: Start, tmp_path: Path, training_data: Path) -> None:
     start("trunk", "train.steps=3", *SMALL)
     trunk = store_of(tmp_path / "trunk", 3)
@@ -315,7 +327,7 @@ def test_a_new_run_begins_with_given_weights(start: Start, tmp_path: Path, train
     assert "model.num_heads = 2: the weights to begin with have 4" in refused.stderr
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_flipped_bit_in_the_weights_is_found_before_they_are_used(
     start: Start, tmp_path: Path, num_processes: int

@@ -78,7 +78,7 @@ def shown(run: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in item.items() if key not in of_machine} for item in metrics(run)]
 
 
-@pytest.mark.slow_except("pipeline2")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_a_stop_leaves_out_is_made_up_for(
     layout: str, tmp_path: Path, start: Start, interrupted: Callable[..., Finished]
@@ -106,6 +106,7 @@ def test_what_a_stop_leaves_out_is_made_up_for(
     assert events(tmp_path / "parts")[-1]["reason"] == "already at train.steps=6", "it was made up for once"
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_step_says_that_there_is_no_checkpoint(
     tmp_path: Path, start: Start, interrupted: Callable[..., Finished]
 ) -> None:

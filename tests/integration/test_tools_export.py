@@ -63,6 +63,7 @@ def refused(code: int, *arguments: object) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_its_newest_checkpoint_and_is_verified_on_its_own_data(run: Path, tmp_path: Path) -> None:
     result = exported(run, tmp_path / "out")
     assert f"checkpoint {checkpoint_at(run)}: " in result.stdout and f"step-{STEPS:08d}" in result.stdout

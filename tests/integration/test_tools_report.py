@@ -98,6 +98,7 @@ def test_the_report_of_a_run(run_folder: Path) -> None:
     assert "num_layers: 12" in page
 
 
+@pytest.mark.slow
 def test_a_page_asks_for_nothing_and_runs_nothing(run_folder: Path, sweep_folder: Path) -> None:
     for folder in (run_folder, sweep_folder):
         page = page_of(folder)

@@ -139,6 +139,7 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
     assert refused.code == 2 and f"cell {calm.name}: optim.weight_decay = 0.1: the cell ran with 9.0" in refused.stderr
 
 
+@pytest.mark.slow
 def test_ranks_of_a_cell(tmp_path: Path, training_data: Path) -> None:
     """torchrun's exit code does not say why a run ended: the events tell diverged runs from failed ones."""
     study, output = write_study(tmp_path, training_data, "[10.0]", steps=30, ranks=2), tmp_path / "out"

@@ -11,15 +11,8 @@ import pytest
 
 from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
-from tests.support.training_runs import (
-    Start,
-    base_command,
-    curve,
-    events,
-    metrics,
-    train,
-    write_megatron_data,
-)
+from tests.support.processes import train
+from tests.support.training_runs import Start, base_command, curve, events, metrics, write_megatron_data
 from tests.support.wandb_reader import history
 
 
@@ -86,7 +79,7 @@ def test_a_launched_run_of_two_processes_equals_one_process(start: Start, tmp_pa
     assert_same_curves(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.slow_except("parallel.pipeline=2")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["parallel.pipeline=2", 'deepspeed.zero_optimization={"stage": 2}'])
 def test_two_ranks_train_like_one(start: Start, tmp_path: Path, layout: str) -> None:
     arguments = ["train.steps=4", "evaluation.every=4"]
@@ -129,7 +122,7 @@ def write_foreign_tokens(prefix: Path) -> Path:
     return prefix
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_foreign_token_found_while_training_stops_all_ranks(start: Start, tmp_path: Path, num_processes: int) -> None:
     prefix = write_foreign_tokens(tmp_path / "foreign")
@@ -144,6 +137,7 @@ def test_a_foreign_token_found_while_training_stops_all_ranks(start: Start, tmp_
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{stopped['step'] - 1:08d}"
 
 
+@pytest.mark.slow
 def test_bad_data_found_in_an_evaluation_cost_no_step(start: Start, tmp_path: Path) -> None:
     data, bad = write_megatron_data(tmp_path / "counting"), write_foreign_tokens(tmp_path / "foreign")
     arguments = [f"data.path={data}", f"data.validation_path={bad}", "train.steps=2", "activations.every=2"]
@@ -167,7 +161,7 @@ WILD = [
 ]
 
 
-@pytest.mark.slow_except("2-bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(

@@ -66,6 +66,7 @@ def with_a_field_of_its_own(rank: int, world_size: int, arguments: tuple[str, ..
     return main_on_rank(rank, world_size, (*arguments, field))
 
 
+@pytest.mark.slow
 def test_ranks_for_which_the_planner_chooses_differently_refuse_to_train(
     worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path: Path
 ) -> None:

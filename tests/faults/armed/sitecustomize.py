@@ -27,6 +27,10 @@ def text_of(event: str, arguments: Sequence[Any]) -> str | None:
     return "spawn" if event == "subprocess.Popen" else None
 
 
+POINTS = "mlra_scale/checkpoint/points.py"
+"""Each of its calls names a point of a save; to a moment that is "point NAME"."""
+
+
 def waiting(moment: dict[str, Any]) -> Happened:
     """Returns what to call with every event in words, until the moment has come."""
     count, lock = 0, threading.Lock()
@@ -44,6 +48,8 @@ def waiting(moment: dict[str, Any]) -> Happened:
                 os.close(os.open(moment["mark"], os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return
+            if moment["error"]:
+                raise OSError(moment["error"], os.strerror(moment["error"]))
             os.kill(os.getpid(), moment["signal"])
 
     return happened
@@ -51,14 +57,18 @@ def waiting(moment: dict[str, Any]) -> Happened:
 
 def watch_calls(moments: Sequence[dict[str, Any]]) -> None:
     """Waits for calls, from the first import of one of the files on: before, every call of a library would be seen."""
-    watched = [(moment["event"].split()[1], waiting(moment)) for moment in moments]
+    watched = [
+        (POINTS if moment["event"].startswith("point ") else moment["event"].split()[1], waiting(moment))
+        for moment in moments
+    ]
 
     def called(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
             code = frame.f_code
             for file, happened in watched:
                 if code.co_filename.endswith(file):
-                    happened(f"call {file} {code.co_qualname}")
+                    is_point = file == POINTS and code.co_name == "reached"
+                    happened(f"point {frame.f_locals['point']}" if is_point else f"call {file} {code.co_qualname}")
 
     def begin() -> None:
         threading.setprofile(called)
@@ -97,8 +107,8 @@ def main() -> None:
         for moment in json.loads(os.environ.get("MOMENTS", "[]"))
         if moment["program"] in command and str(moment["rank"]) == rank and not os.path.exists(moment["mark"])
     ]
-    watch_calls([moment for moment in moments if moment["event"].startswith("call ")])
-    watch_system([moment for moment in moments if not moment["event"].startswith("call ")])
+    watch_calls([moment for moment in moments if moment["event"].startswith(("call ", "point "))])
+    watch_system([moment for moment in moments if not moment["event"].startswith(("call ", "point "))])
 
 
 main()

@@ -65,6 +65,7 @@ def test_without_a_key_it_logs_offline_and_continues_under_the_same_id(tmp_path:
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_with_a_key_and_no_server_it_falls_back_to_offline(tmp_path: Path) -> None:
     # Port 9 of this machine refuses; a network that swallows packets ends at the same timeout.
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
@@ -223,6 +224,7 @@ log.finish(0, {"loss_last": 0.125})
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find wandb's service process")
 def test_a_run_whose_service_is_asked_to_end_goes_on(tmp_path: Path) -> None:
     """A cluster that asks a job to stop asks all of its processes; the last steps come after that, and none is lost."""

@@ -1,4 +1,4 @@
-"""Training that is killed again and again, compared with the same training that nobody disturbed."""
+"""A short training, what must be true of its run directory at any moment, and what at its end."""
 
 import json
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Attacks the command lines from outside, and prints a table of what came of it.
 
-    python -m tests.faults.disturbances [--only PART_OF_NAME ...] [--jobs N] [--keep FOLDER] [--list]
+    python -m tests.faults [--only PART_OF_NAME ...] [--jobs N] [--keep FOLDER] [--list]
 
-SIGKILLs at moments that `every_point` and `random_kills` do not come to, and disturbances of every kind: signals,
+SIGKILLs at every point of a save, at random moments and at chosen ones, and disturbances of every kind: signals,
 terminals, disks, damaged and replaced files, strangers at a job's port. Real processes of the real command lines on
 tiny models. The exit code is 1 if a promise was not kept. `--keep` leaves all files in a folder.
 """
@@ -20,11 +20,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import damage, jobs, kills, places, stops
 from tests.faults.bench import Bench
 from tests.faults.case import Case
-
-CASES: tuple[Case, ...] = (*kills.CASES, *stops.CASES, *damage.CASES, *places.CASES, *jobs.CASES)
+from tests.faults.cases import CASES
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def run(cases: Sequence[Case], folder: Path, num_jobs: int) -> list[Outcome]:
     bench, slurm = Bench(folder), threading.Lock()
 
     def one(case: Case) -> Outcome:
-        with slurm if case.needs_slurm else nullcontext():
+        with slurm if case.needs == "slurm" else nullcontext():
             outcome = attempt(case, bench)
         word = "FAILED" if outcome.reason else "kept"
         print(f"{word:6} {outcome.seconds:5.0f} s  {case.name}", flush=True)
@@ -88,11 +86,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="tests.faults.disturbances", description="Attacks from outside.")
+    parser = argparse.ArgumentParser(prog="tests.faults", description="Attacks from outside.")
     parser.add_argument("--only", nargs="+", metavar="PART", help="cases with one of these in their names")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="cases at once (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder in which everything stays")
-    parser.add_argument("--list", action="store_true", help="say what there is, and stop")
+    parser.add_argument("--list", action="store_true", help="list the cases, and stop")
     options = parser.parse_args(argv)
     cases = [case for case in CASES if not options.only or any(part in case.name for part in options.only)]
     if options.list:
