@@ -69,8 +69,8 @@ class Step:
 STEPS = (
     Step("parity", 120, "parity.parity"),
     Step("smoke", 120, "check_steps.smoke"),
-    Step("links", 60, "check_ranks.links", "all", "ranks"),
-    Step("rates", 60, "check_ranks.rates", "all"),
+    Step("links", 60, "calibration.links", "all", "ranks"),
+    Step("rates", 60, "calibration.rates", "all"),
     Step("training", 150, "check_ranks.training", "all"),
     Step("synchronizations", 60, "check_ranks.synchronizations", needs="gpu"),
     Step("alone", 60, "check_ranks.alone"),

@@ -24,7 +24,6 @@ from mlra_scale.study.report.sweep_record import (
     open_sweep,
     value_text,
 )
-from mlra_scale.study.report.wording import MIN_PAIRS
 
 _ABOUT = ("commit", "command", "hardware", "versions")
 _LOSSES = (*MEASURES[:2], comparisons.SENSITIVITY)
@@ -79,7 +78,7 @@ def report_sweep(path: Path, output: Path) -> list[Path]:
         within_runs=associations.within_runs(over_steps),
         costs=costs_table(costs),
         notes=sweep.notes,
-        min_pairs=MIN_PAIRS,
+        min_pairs=comparisons.MIN_PAIRS,
         min_runs=MIN_RUNS,
     )
 
