@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,13 +91,13 @@ class Report:
 
 def environment_of(device: str) -> dict[str, Any]:
     """Returns what numbers are measured on."""
-    machine = hardware()
+    machine, found = hardware(), {**versions(), "transformers": version("transformers")}
     name = torch.cuda.get_device_name() if device == "cuda" else machine["cpu"]
     return {
         "device": f"{device} ({name})",
         "threads": f"{torch.get_num_threads()} of {machine['cores']} cores",
         "load average at start": f"{os.getloadavg()[0]:.1f}",
-        "versions": ", ".join(f"{library} {version}" for library, version in versions().items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in found.items()),
     }
 
 
