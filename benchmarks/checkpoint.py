@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
     report = Report.begin("benchmarks.checkpoint", words, arguments.device)
     report.environment["disk"] = file_system_of(arguments.folder)
+    print(f"disk: {report.environment['disk']}", flush=True)
     shape = TINY if arguments.quick else SHAPE
     with one_process_mesh(arguments.device) as topology, tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         costs = Costs(shape, topology, precision, Path(name))

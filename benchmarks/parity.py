@@ -101,8 +101,8 @@ def compare(case: Case, device: str, timeout_s: float) -> dict[str, dict[str, An
     for attention in case.attentions:
         name, exact = f"{case.shape.name}: {attention}", _tensors(reference, f"{attention}/fp32/")
         found[f"{name} fp32"] = compare_fp32(_tensors(ours, f"{attention}/fp32/"), exact)
-        bf16 = [_tensors(tensors, f"{attention}/bf16/") for tensors in (ours, reference)]
-        found[f"{name} bf16"] = compare_bf16(*bf16, exact)
+        ours_bf16, cpu_bf16 = (_tensors(tensors, f"{attention}/bf16/") for tensors in (ours, reference))
+        found[f"{name} bf16"] = compare_bf16(ours_bf16, cpu_bf16, exact)
     return found
 
 

@@ -130,6 +130,7 @@ def measure(shape: Shape, worlds: Mapping[str, tuple[int, dict[str, Work]]], rou
             for name, (size, works) in worlds.items()
         }
         pool = stack.enter_context(ThreadPoolExecutor(2))
+        turns: list[tuple[tuple[str, str], ...]]
         turns = [((world, work),) for world, (_, works) in worlds.items() if world != "neighbour" for work in works]
         turns.append((("one", "ZeRO 0"), ("neighbour", "ZeRO 0")))  # at the same time
         results: Results = {}

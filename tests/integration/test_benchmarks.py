@@ -228,7 +228,8 @@ def test_ideal_scaling_is_one_and_other_losses_are_not_reported() -> None:
     results = ideal_results()
     scaling.check_losses(scaling.TINY, results)
     table = scaling.table_of(scaling.TINY, (2, 4), results)
-    *rows, control = table.rows
+    rows: list[Any] = table.rows
+    *rows, control = rows
     for row in rows:
         assert row[3]["median"] == pytest.approx(1.0) and row[4]["median"] == pytest.approx(1.5), row
     assert control[2] == pytest.approx(1500.0) and "1.500 times as long" in table.note
