@@ -30,7 +30,8 @@ VENV ?= .venv
 TORCH ?= auto
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
-IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile
+# In the order of the folders: tests that wait run beside tests that compute.
+IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 BENCH ?= step_time scaling checkpoint
 BENCH_ARGS ?=
 INSTALL = $(PYTHON) tools/install.py --venv '$(VENV)' --torch '$(TORCH)'

@@ -171,7 +171,7 @@ def train_around_a_probe(
     return losses
 
 
-@pytest.mark.slow_except("tp1pp1dp2-zero3")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(data=2, stage=3)], ids=identify)
 def test_a_probe_changes_nothing_in_the_training(worker_pool: Pools, layout: Layout) -> None:
     config, pool = probe_config(layout, "checkpointing-dropout"), worker_pool(layout.world_size)

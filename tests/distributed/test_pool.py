@@ -135,6 +135,7 @@ def test_death_in_a_case_is_reported_at_once(own_pool: WorkerPool) -> None:
     assert "last words" in failure.value.problems[1]
 
 
+@pytest.mark.slow
 def test_death_between_cases_is_reported(own_pool: WorkerPool) -> None:
     own_pool.run(add_ranks, 0.0)
     os.kill(own_pool.pids[0], signal.SIGKILL)

@@ -411,6 +411,7 @@ def test_a_finished_data_set_is_kept_unless_told(tmp_path: Path, capsys: pytest.
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set"]
 
 
+@pytest.mark.slow_except("SIGKILL")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, name: str) -> None:
     source, out = tmp_path / "a.jsonl", tmp_path / "set"

@@ -114,6 +114,7 @@ def test_the_same_folder_gives_the_same_report(run_folder: Path, tmp_path: Path)
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_a_sweep_states_the_true_difference_and_not_the_null(sweep_folder: Path) -> None:
     check_images(sweep_folder)
     page = page_of(sweep_folder)
