@@ -99,7 +99,7 @@ def report(request: TevRequest, cut: CutMoments) -> RankReport:
         header[0].fill_(tev.numel())  # an assignment would copy from the host, and wait
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
-    places = cut.column_sum_D.new_tensor([cut.piece_rows, cut.piece_counts]).view(2, -1).T
+    places = torch.tensor([cut.piece_rows, cut.piece_counts], dtype=header.dtype, device=header.device).view(2, -1).T
     gathered = torch.cat([header, torch.cat([places, cut.piece_moments_P2], dim=1).flatten()])
     if not request.needs_values:
         return RankReport(gathered, cut.column_sum_D)
