@@ -6,7 +6,7 @@
 # make lint         ruff and mypy
 # make study        the small study of docs/studies (18 runs, an estimated ten minutes on 2 cores) and its report
 # make bench        the benchmarks of docs/performance.md on this machine, each a ratio within one run (up to an hour), or
-#                   some of them: make bench BENCH="scaling growth"; the results lie in runs/bench
+#                   some of them: make bench BENCH="scaling checkpoint"; the results lie in runs/bench
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
 # Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
@@ -16,7 +16,7 @@
 #   TORCH="torch==2.12.1 ..."    or any arguments of pip install
 #   PYTEST_ARGS="-k tev -x"      more arguments for pytest
 #   TEST_PROCESSES=2             how many test files run at once; each process has its own pools of ranks (4 GB)
-#   BENCH="scaling growth"       which benchmarks: modules of benchmarks/
+#   BENCH="scaling checkpoint"       which benchmarks: modules of benchmarks/
 #   BENCH_ARGS=--quick           arguments of each: --quick shows that they run
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,7 +32,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 # In the order of the folders: tests that wait run beside tests that compute.
 IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-BENCH ?= step_time low_rank scaling growth running checkpoint stability planner
+BENCH ?= step_time scaling checkpoint
 BENCH_ARGS ?=
 INSTALL = $(PYTHON) tools/install.py --venv '$(VENV)' --torch '$(TORCH)'
 BIN := $(VENV)/bin

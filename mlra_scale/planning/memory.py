@@ -63,7 +63,7 @@ Head and loss: `logit_bytes`. Temporary results: what the largest moment of the 
 Of these moments (`moments_of_a_step`) the one that needs most is shown. Kept gradients are there in all of them
 where a step has more micro-batches than are in flight; else they grow while activations go.
 
-tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
+tests/distributed/test_memory_plan.py compares this with every tensor that ranks on CPUs hold.
 Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves.
 """
 

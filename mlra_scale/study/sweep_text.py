@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mlra_scale.console import table
 from mlra_scale.study.grid import Cell, Study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import RunningCell, Sweep
@@ -29,25 +30,24 @@ def plan_text(study: Study, cells: Sequence[Cell], chosen: Sequence[Cell], outpu
         jobs: Number of cells that would be run at once.
     """
     files = {cell.index: output.files(cell) for cell in cells}
-    width = max(len(cell.name) for cell in chosen)
     factors = [f"{len(study.variants)} variant(s)", *(f"{len(values)} {axis}" for axis, values in study.axes.items())]
-    lines = [
-        f"{study.name}: {len(cells)} cells = {' x '.join([*factors, f'{len(study.seeds)} seed(s)'])}",
-        f"preset {study.preset}, {study.ranks} process(es) a cell, output {output.path}",
-        "",
-        f"{'#':>4}  {'cell':<{width}}  {'parameters':>13}  {'steps':>7}  {'tokens':>13}  {'TFLOP':>10}  state",
+    rows = [
+        (
+            *(str(cell.index), cell.name, f"{cell.config.model.num_parameters():,}", f"{cell.config.train.steps:,}"),
+            *(f"{cell.tokens:,}", f"{cell.flops / 1e12:,.2f}", _state(files[cell.index])),
+        )
+        for cell in chosen
     ]
-    for cell in chosen:
-        parameters, steps = cell.config.model.num_parameters(), cell.config.train.steps
-        numbers = f"{parameters:>13,}  {steps:>7,}  {cell.tokens:>13,}  {cell.flops / 1e12:>10,.2f}"
-        lines.append(f"{cell.index:>4}  {cell.name:<{width}}  {numbers}  {_state(files[cell.index])}")
     to_do = [cell for cell in chosen if not files[cell.index].is_done()]
     tokens, flops = sum(cell.tokens for cell in to_do), sum(cell.flops for cell in to_do)
     largest = max((cell.config.model.num_parameters() for cell in to_do), default=0) * _CHECKPOINT_BYTES / _MIB
     fate = "are removed when its result is written" if study.checkpoints == "discard" else "stay"
     return "\n".join(
         [
-            *lines,
+            f"{study.name}: {len(cells)} cells = {' x '.join([*factors, f'{len(study.seeds)} seed(s)'])}",
+            f"preset {study.preset}, {study.ranks} process(es) a cell, output {output.path}",
+            "",
+            table(("#", "cell", "parameters", "steps", "tokens", "TFLOP", "state"), rows, left=2),
             "",
             f"to do: {len(to_do)} of {len(chosen)} cells, {tokens:,} tokens, {flops / 1e12:,.2f} TFLOP",
             f"disk: a checkpoint takes {largest:,.0f} MiB at most; those of a cell {fate}",

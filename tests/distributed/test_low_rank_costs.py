@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.low_rank_ranks import PRODUCTS, SentNumbers
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.low_rank_plan import PLANS, multiply_adds, numbers_sent, shape_of
 from mlra_scale.model.parameters import LowRankPlan
+from tests.support.counting import PRODUCTS, SentNumbers
 from tests.support.layouts import Layout, layout_config, start
 from tests.support.pool import WorkerPool
 

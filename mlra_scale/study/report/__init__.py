@@ -1,5 +1,5 @@
 """Reports of a run or of a sweep: one HTML file that needs nothing else, and its figures as PNG files.
 
 records.py and sweep_record.py read what was recorded; statistics.py, comparisons.py and associations.py compute;
-wording.py says what the numbers support; *_figures.py draw; run_report.py and sweep_report.py fill the templates.
+wording.py writes numbers; *_figures.py draw; run_report.py and sweep_report.py fill the templates.
 """

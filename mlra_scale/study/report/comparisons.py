@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 
 from mlra_scale.study.report.records import is_number
-from mlra_scale.study.report.statistics import Mean, holm, learning_rate_sensitivity, mean_of
+from mlra_scale.study.report.statistics import LEVEL, Mean, holm, learning_rate_sensitivity, mean_of
 from mlra_scale.study.report.sweep_record import FINAL_LOSS, LEARNING_RATE, MEASURES, Measure, SweepRecord, setting_text
-from mlra_scale.study.report.wording import is_claimable, is_supported, verdict
+from mlra_scale.study.report.wording import interval, number, p_text, to_error_digits, with_error
 
+MIN_PAIRS = 3
+"""With fewer pairs no claim is made."""
 SENSITIVITY = Measure("learning-rate sensitivity", "nats per token", "")
 
 
@@ -48,13 +50,23 @@ class PairedComparison:
 
     @property
     def is_claimable(self) -> bool:
-        """Whether a claim can be made."""
-        return is_claimable(self.difference)
+        """Whether a claim can be made; only such differences count as comparisons."""
+        return self.difference.n >= MIN_PAIRS and self.difference.has_spread
 
     @property
     def is_supported(self) -> bool:
-        """Whether a difference is claimed."""
-        return is_supported(self.difference, self.adjusted_p)
+        """Whether a difference is claimed: its interval excludes 0, and its adjusted p-value is below 1 - LEVEL."""
+        return self.is_claimable and self.difference.excludes_zero and self.adjusted_p < 1.0 - LEVEL
+
+    @property
+    def sign(self) -> int:
+        """-1 if the first variant is lower, else 1."""
+        return -1 if self.difference.value < 0 else 1
+
+    @property
+    def family(self) -> tuple[str, bool]:
+        """What its p-value is adjusted for: the comparisons of one measure, means over settings apart."""
+        return self.measure.name, self.is_mean
 
     @property
     def names(self) -> str:
@@ -63,9 +75,29 @@ class PairedComparison:
 
     @property
     def statement(self) -> str:
-        """What it supports, and what is missing."""
+        """A sentence about what it supports, and what is missing."""
         missing = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
-        return f"{verdict(self.difference, self.adjusted_p, self.num_adjusted)}{missing}."
+        return f"{self._verdict()}{missing}."
+
+    def _verdict(self) -> str:
+        difference, n, shown = self.difference, self.difference.n, with_error(self.difference)
+        ends = f"{100 * LEVEL:.0f} % interval {interval(difference)}"
+        if n == 0:
+            return "no pair is finished, so no claim is made"
+        if n < MIN_PAIRS:
+            return f"no claim is made with fewer than {MIN_PAIRS} pairs: {shown}, n = {n}"
+        if not difference.has_spread:
+            same = "0" if difference.value == 0.0 else number(difference.value)
+            return f"no claim is made: the difference is {same} in each of the {n} pairs, so its error is unknown"
+        if not difference.excludes_zero:
+            return f"no difference is supported: {shown} ({ends}), n = {n}"
+        count = f"{self.num_adjusted} comparison{'s' * (self.num_adjusted != 1)}"
+        adjusted = f"Holm-adjusted p {p_text(self.adjusted_p)} over {count}"
+        if not self.is_supported:
+            alone = "excludes 0 when taken alone"
+            return f"no difference is supported: {shown} ({ends}) {alone}, but {adjusted}, n = {n}"
+        size = " +- ".join(to_error_digits(abs(difference.value), difference.error, error=difference.error))
+        return f"{'lower' if self.sign < 0 else 'higher'} by {size}; the {ends} excludes 0, {adjusted}, n = {n}"
 
 
 def compare(sweep: SweepRecord) -> list[PairedComparison]:

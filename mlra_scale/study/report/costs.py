@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from mlra_scale.study.report.records import Record, series
-from mlra_scale.study.report.wording import number
 
 _NAMES = {
     "tev": "TEV",
@@ -61,11 +60,10 @@ def costs_table(runs: Sequence[Costs]) -> dict[str, Any] | None:
         )
         if not found.empty:
             times, once[key], of_step, share = found.median()
-            rows.append((name, int(times), number(once[key], 3), f"{100 * of_step:.1f} %", f"{100 * share:.2f} %"))
+            rows.append((name, int(times), once[key], of_step, share))
     return {
-        "head": ("measurement", "times per run", "seconds each", "of a step, each", "of the time of all steps"),
         "rows": rows,
         "ratio": once["tev"] / once["gradients"] if once.get("gradients", 0.0) > 0 and "tev" in once else None,
         "num_runs": len(runs),
-        "step": number(float(np.median([run.step_seconds for run in runs])), 3),
+        "step_seconds": float(np.median([run.step_seconds for run in runs])),
     }

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from mlra_scale.study.report import wording
+from mlra_scale.study.report.records import event_text, number_or_nan, time_text
+from mlra_scale.study.report.sweep_record import value_text
 from mlra_scale.training.record import write_atomically
 
 HTML = "report.html"
 Images = dict[str, bytes | None]
 """PNG files by name; None for a figure with nothing to draw."""
+
+_FILTERS: dict[str, Any] = {
+    "base64": lambda png: base64.b64encode(png).decode("ascii"),
+    # The header of a PNG file holds its size.
+    "png_width": lambda png: int.from_bytes(png[16:20], "big"),
+    "png_height": lambda png: int.from_bytes(png[20:24], "big"),
+    "finite": number_or_nan,
+    **{of.__name__: of for of in (event_text, time_text, value_text)},
+    **{of.__name__: of for of in (wording.number, wording.with_error, wording.interval, wording.p_text)},
+    **{of.__name__: of for of in (wording.coefficient_text, wording.correlation_verdict)},
+}
 
 
 def write_report(output: Path, template: str, images: Images, **values: Any) -> list[Path]:
@@ -35,10 +48,7 @@ def write_report(output: Path, template: str, images: Images, **values: Any) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
-    # The header of a PNG file holds its size.
-    environment.filters["png_width"] = lambda png: int.from_bytes(png[16:20], "big")
-    environment.filters["png_height"] = lambda png: int.from_bytes(png[20:24], "big")
+    environment.filters |= _FILTERS
     content = environment.get_template(template).render(**values)
     output.mkdir(parents=True, exist_ok=True)
     for name, png in images.items():
@@ -48,9 +58,3 @@ def write_report(output: Path, template: str, images: Images, **values: Any) -> 
             (output / name).write_bytes(png)
     write_atomically(output / HTML, content)
     return [output / HTML, *(output / name for name, png in images.items() if png is not None)]
-
-
-def without_repeats(rows: Sequence[Sequence[object]]) -> list[Sequence[object]]:
-    """Returns rows whose first cell is empty if it equals the one above."""
-    above = [None, *(row[0] for row in rows)]
-    return [("", *row[1:]) if row[0] == last else row for row, last in zip(rows, above, strict=False)]

@@ -166,6 +166,12 @@ def time_text(value: Any) -> str:
     return value[:19].replace("T", " ") if isinstance(value, str) else ""
 
 
+def event_text(event: Record) -> str:
+    """Returns the values of an event beside its time, name and step."""
+    hidden = {"time", "event", "step"}
+    return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden and value is not None)
+
+
 def at(mapping: Mapping[str, Any], keys: Keys, default: Any = None) -> Any:
     """Returns the value at these keys, or the default if there is none."""
     value: Any = mapping

@@ -12,7 +12,6 @@ from mlra_scale.study.report import run_figures
 from mlra_scale.study.report.costs import costs_of, costs_table
 from mlra_scale.study.report.page import write_report
 from mlra_scale.study.report.records import (
-    Record,
     RunRecord,
     is_number,
     number_or_nan,
@@ -58,7 +57,6 @@ def report_run(path: Path, output: Path) -> list[Path]:
     over_time, not_drawn = run_figures.time_figure(run)
     over_blocks = run_figures.profile_figure(run)
     rows, not_measured, remarks = _measures(run)
-    listed = [event for event in run.events if event.get("event") not in ("start", "checkpoint")]
     found = costs_of(run.metrics)
     return write_report(
         output,
@@ -76,11 +74,8 @@ def report_run(path: Path, output: Path) -> list[Path]:
         over_blocks=over_blocks,
         costs=costs_table([found] if found else []),
         event_counts=Counter(str(event.get("event")) for event in run.events),
-        events=[
-            (time_text(event.get("time")), event.get("event"), event.get("step", ""), event_text(event))
-            for event in listed[-_MAX_EVENTS:]
-        ],
-        num_events=len(listed),
+        events=[event for event in run.events if event.get("event") not in ("start", "checkpoint")],
+        max_events=_MAX_EVENTS,
         notes=run.notes,
         config=yaml_text.dump(run.config) if run.config else "",
     )
@@ -165,8 +160,7 @@ def _measures(run: RunRecord) -> tuple[list[tuple[object, ...]], list[str], list
         if finite.empty:
             missing.append(name)
             continue
-        shown = (number(float(value), 4) for value in (finite.iloc[0], finite.iloc[-1], finite.min(), finite.max()))
-        rows.append((name, *shown, unit, finite.size))
+        rows.append((name, finite, unit))
     if run.rolled_back:
         numbers = {record.get("rollback") for record in run.rolled_back}
         remarks.append(
@@ -188,9 +182,3 @@ def _tev_and_gradients(run: RunRecord) -> str:
         f"from one measurement to the next, over {tev.size} steps. Steps of one run are not independent observations: "
         "no interval, and no claim."
     )
-
-
-def event_text(event: Record) -> str:
-    """Returns the values of an event beside its time, name and step."""
-    hidden = {"time", "event", "step"}
-    return ", ".join(f"{key} {value}" for key, value in event.items() if key not in hidden and value is not None)

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -22,26 +23,7 @@ from mlra_scale.study.report.wording import number
 
 _WIDTH, _DPI = 9.0, 130
 """Width of a figure in inches, and dots per inch."""
-_RC: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.88",
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-}
+_SETTINGS = Path(__file__).with_name("templates") / "report.mplstyle"
 Look = dict[str, Any]
 """Keyword arguments of Axes.plot: color, ls, marker, ..."""
 
@@ -75,9 +57,7 @@ def look(index: int) -> Look:
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draws with the settings of this module instead of the user's own."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+    with mpl.rc_context(rc=mpl.rc_params_from_file(_SETTINGS, use_default_template=True)):
         yield
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from mlra_scale.study.report import style
 from mlra_scale.study.report.associations import LOSS, PAIRS, TEV, VARIANCE
-from mlra_scale.study.report.comparisons import PairedComparison
+from mlra_scale.study.report.comparisons import MIN_PAIRS, PairedComparison
 from mlra_scale.study.report.records import is_number, number_or_nan
 from mlra_scale.study.report.sweep_record import (
     LEARNING_RATE,
@@ -23,7 +23,6 @@ from mlra_scale.study.report.sweep_record import (
     setting_text,
     value_text,
 )
-from mlra_scale.study.report.wording import MIN_PAIRS
 
 _MAX_RATE_ROWS = 4
 _CROSS_HEIGHT = 0.06

@@ -1,13 +1,10 @@
-"""Numbers as text, and sentences about differences and correlations that claim no more than their intervals do."""
+"""Numbers, means and correlations as text that claims no more than the intervals do."""
 
 from __future__ import annotations
 
 import math
 
-from mlra_scale.study.report.statistics import LEVEL, MIN_RUNS, Correlation, Mean
-
-MIN_PAIRS = 3
-"""With fewer pairs no claim is made."""
+from mlra_scale.study.report.statistics import MIN_RUNS, Correlation, Mean
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -55,46 +52,6 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return "is undefined"
     return "< 1e-6" if p < 1e-6 else f"= {number(p, 2)}"
-
-
-def is_claimable(difference: Mean) -> bool:
-    """Returns whether a claim can be made about a difference; only such differences count as comparisons."""
-    return difference.n >= MIN_PAIRS and difference.has_spread
-
-
-def is_supported(difference: Mean, adjusted_p: float) -> bool:
-    """Returns whether a difference is claimed: its interval excludes 0 and its adjusted p-value is below 1 - LEVEL."""
-    return is_claimable(difference) and difference.excludes_zero and adjusted_p < 1.0 - LEVEL
-
-
-def verdict(difference: Mean, adjusted_p: float, num_comparisons: int) -> str:
-    """Returns a sentence, without its full stop, about what a paired difference supports.
-
-    Args:
-        difference: The mean of paired differences.
-        adjusted_p: Its p-value after Holm's adjustment; used only if the difference is claimable.
-        num_comparisons: Number of comparisons in the adjustment.
-    """
-    n, shown = difference.n, with_error(difference)
-    level = f"{100 * LEVEL:.0f} % interval"
-    if n == 0:
-        return "no pair is finished, so no claim is made"
-    if n < MIN_PAIRS:
-        return f"no claim is made with fewer than {MIN_PAIRS} pairs: {shown}, n = {n}"
-    if not difference.has_spread:
-        same = "0" if difference.value == 0.0 else number(difference.value)
-        return f"no claim is made: the difference is {same} in each of the {n} pairs, so its error is unknown"
-    if not difference.excludes_zero:
-        return f"no difference is supported: {shown} ({level} {interval(difference)}), n = {n}"
-    adjusted = f"Holm-adjusted p {p_text(adjusted_p)} over {num_comparisons} comparison{'s' * (num_comparisons != 1)}"
-    if not is_supported(difference, adjusted_p):
-        return (
-            f"no difference is supported: {shown} ({level} {interval(difference)}) excludes 0 when taken alone, but "
-            f"{adjusted}, n = {n}"
-        )
-    size = " +- ".join(to_error_digits(abs(difference.value), difference.error, error=difference.error))
-    word = "lower" if difference.value < 0 else "higher"
-    return f"{word} by {size}; the {level} {interval(difference)} excludes 0, {adjusted}, n = {n}"
 
 
 def coefficient_text(found: Correlation) -> str:

@@ -14,8 +14,8 @@ from mlra_scale.cluster.overview import look
 from mlra_scale.config import ConfigError
 from mlra_scale.study.grid import cells_of, load_study
 from mlra_scale.study.provenance import note_end, note_start
-from mlra_scale.study.report.records import open_run
-from mlra_scale.study.report.run_report import checkpoints_text, event_text
+from mlra_scale.study.report.records import event_text, open_run
+from mlra_scale.study.report.run_report import checkpoints_text
 from mlra_scale.study.report.sweep_record import open_sweep
 from mlra_scale.study.results import CellFiles, SweepDirectory, changes_of, ending_of, events_of, result_of
 from mlra_scale.training.record import cut_record, read_record

@@ -8,22 +8,19 @@ from hypothesis import strategies as st
 
 pytest.importorskip("scipy", reason="needs scipy (the extra report)")
 
+from mlra_scale.study.report.comparisons import SENSITIVITY, PairedComparison
 from mlra_scale.study.report.statistics import Correlation, holm, mean_of
-from mlra_scale.study.report.wording import (
-    coefficient_text,
-    correlation_verdict,
-    is_claimable,
-    is_supported,
-    number,
-    p_text,
-    verdict,
-    with_error,
-)
+from mlra_scale.study.report.wording import coefficient_text, correlation_verdict, number, p_text, with_error
+
+
+def comparison(values: list[float], adjusted_p: float | None = None, comparisons: int = 1) -> PairedComparison:
+    mean = mean_of(values)
+    p = mean.p if adjusted_p is None else adjusted_p
+    return PairedComparison(SENSITIVITY, "a", "b", "s", mean, (), adjusted_p=p, num_adjusted=comparisons)
 
 
 def text_of(values: list[float], adjusted_p: float | None = None, comparisons: int = 1) -> str:
-    mean = mean_of(values)
-    return verdict(mean, mean.p if adjusted_p is None else adjusted_p, comparisons)
+    return comparison(values, adjusted_p, comparisons).statement.removesuffix(".")
 
 
 def test_a_difference_is_stated_with_everything_that_supports_it() -> None:
@@ -52,7 +49,7 @@ def test_a_difference_that_is_one_of_many_is_not_named() -> None:
 def test_fewer_than_three_pairs_make_no_claim(values: list[float]) -> None:
     text = text_of(values)
     assert "no claim is made" in text and "supported" not in text and "lower" not in text
-    assert not is_claimable(mean_of(values))
+    assert not comparison(values).is_claimable
 
 
 def test_equal_differences_make_no_claim() -> None:
@@ -64,10 +61,10 @@ def test_equal_differences_make_no_claim() -> None:
 @given(st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), max_size=7), st.integers(1, 40))
 def test_lower_and_higher_are_claimed_exactly_where_the_interval_supports_it(values: list[float], others: int) -> None:
     mean = mean_of(values)
-    adjusted = holm([mean.p if is_claimable(mean) else 1.0, *[0.5] * (others - 1)])[0]
-    text = verdict(mean, adjusted, others)
+    adjusted = holm([mean.p if comparison(values).is_claimable else 1.0, *[0.5] * (others - 1)])[0]
+    text = text_of(values, adjusted, others)
     named = text.startswith(("lower", "higher"))
-    assert named == is_supported(mean, adjusted)
+    assert named == comparison(values, adjusted, others).is_supported
     if named:
         assert mean.n >= 3 and (mean.low > 0 or mean.high < 0) and adjusted < 0.05
         assert text.startswith("lower") == (mean.value < 0)
