@@ -27,7 +27,7 @@ def text_of(event: str, arguments: Sequence[Any]) -> str | None:
     return "spawn" if event == "subprocess.Popen" else None
 
 
-POINTS = "mlra_scale/checkpoint/points.py"
+POINTS = "mlra_scale/checkpoint/failpoints.py"
 """Each of its calls names a point of a save; to a moment that is "point NAME"."""
 
 
@@ -68,7 +68,7 @@ def watch_calls(moments: Sequence[dict[str, Any]]) -> None:
             for file, happened in watched:
                 if code.co_filename.endswith(file):
                     is_point = file == POINTS and code.co_name == "reached"
-                    happened(f"point {frame.f_locals['point']}" if is_point else f"call {file} {code.co_qualname}")
+                    happened(f"point {frame.f_locals['name']}" if is_point else f"call {file} {code.co_qualname}")
 
     def begin() -> None:
         threading.setprofile(called)
