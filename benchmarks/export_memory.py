@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlra_scale.checkpoint import Store
-from mlra_scale.checkpoint.writer import write_weights
+from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.config import ModelConfig
 from mlra_scale.model.parameters import ParameterTable
 
 if TYPE_CHECKING:
-    from mlra_scale.checkpoint.contents import Part
+    from mlra_scale.checkpoint.fragments import Part
 
 LIMIT_BYTES = 2e9
 SHAPE = {"num_layers": 48, "hidden_size": 1600, "num_heads": 25, "vocab_size": 50257, "max_positions": 1024}

@@ -136,8 +136,8 @@ def _exchange(one: Path, other: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
         return True
-    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL):
-        return False
+    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+        return False  # EPERM: of a container that forbids unknown system calls
     raise OSError(code, os.strerror(code), str(other))
 
 

@@ -69,9 +69,9 @@ def _count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.data.errors import DataError
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         content = measure(options)
@@ -117,12 +117,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable[Document]:
-    from mlra_scale.evaluation.texts import Encoder, documents_of_data, documents_of_sources, joined
+    from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, joined
 
     def note(line: str) -> None:
         print(f"evaluate: {line}", file=sys.stderr)
 
-    encoder = Encoder(loaded, options.max_tokens)
+    encoder = PieceEncoder(loaded, options.max_tokens)
     if options.data:
         documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, note)
     else:

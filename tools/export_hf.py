@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     # Megatron's import says what it does without; nothing here would use it.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.verification import VerificationError
     from mlra_scale.data.errors import DataError
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         with ExitStack() as stack:
@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(options: argparse.Namespace, stack: ExitStack) -> None:
     """Checks the checkpoint, gets the text, and exports."""
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.exporting import DTYPES, ExportOptions, check_target, export_checkpoint
-    from mlra_scale.checkpoint.location import checkpoint_at
     from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.checkpoint.retention import checkpoint_at
 
     check_target(options.output, options.force)
     store = Store.open(checkpoint_at(options.checkpoint))
@@ -148,7 +148,7 @@ def _trained_with(named: Path | None, store: Store) -> LoadedTokenizer | None:
 
 def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokenizer | None) -> VerificationText:
     from mlra_scale.checkpoint.huggingface.exporting import VerificationText
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
     from mlra_scale.evaluation.verification_text import (
         documents_of_sequences,
         text_tokens,

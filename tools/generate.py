@@ -64,9 +64,9 @@ def _seed(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.data.errors import DataError
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         for place, text in enumerate(write(options)):
@@ -103,7 +103,7 @@ def write(options: argparse.Namespace) -> Iterator[Text]:
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         if options.prompt is not None:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line.parse_args(arguments)
     if options.factorise and options.rank is None:
         command_line.error("--factorise needs --rank R")
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 
     try:

@@ -1,8 +1,8 @@
 """The training command line with a fault in it: `python -m tests.faults.dying ...` takes the same arguments.
 
 The environment variable FAULT says where: `kill POINT RANK N` kills that rank by SIGKILL when it reaches one of
-mlra_scale.checkpoint.points for the N-th time; `fail POINT RANK N` lets the operating system refuse there. FILE_LIMIT
-is a number of bytes beyond which the operating system lets no file grow. MOMENTS is that of moments.py.
+mlra_scale.checkpoint.failpoints for the N-th time; `fail POINT RANK N` lets the operating system refuse there.
+FILE_LIMIT is a number of bytes beyond which the operating system lets no file grow. MOMENTS is that of moments.py.
 """
 
 import errno
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlra_scale.checkpoint import points
+from mlra_scale.checkpoint import failpoints
 from mlra_scale.train import main
 
 VARIABLE = "FAULT"
@@ -27,7 +27,7 @@ class Fault:
     """What happens to a rank.
 
     Attributes:
-        point: One of points.POINTS.
+        point: One of failpoints.FAILPOINTS.
         rank: Whose fault it is.
         occurrence: How often the rank has reached the point then.
         action: "kill", or "fail": an error of the disk.
@@ -55,7 +55,7 @@ def dies_at(fault: Fault) -> str:
 
 def install(fault: Fault) -> None:
     """Puts the fault where it belongs, if it is this rank's."""
-    assert fault.point in points.POINTS, fault
+    assert fault.point in failpoints.FAILPOINTS, fault
     if int(os.environ.get("RANK", "0")) != fault.rank:
         return
     count, lock = 0, threading.Lock()
@@ -71,7 +71,7 @@ def install(fault: Fault) -> None:
         if is_now:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    points.reached = reached
+    failpoints.reached = reached
 
 
 def run(arguments: Sequence[str]) -> int:

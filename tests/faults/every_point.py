@@ -2,7 +2,7 @@
 
     python -m tests.faults.every_point [--layout pipeline2 ...] [--saves 1 2] [--precision bf16]
 
-For every point of mlra_scale/checkpoint/points.py, every rank that passes it and the first and the second save of a
+For every point of mlra_scale/checkpoint/failpoints.py, every rank that passes it and the first and the second save of a
 run: torchrun starts the real command line, the rank dies by SIGKILL at the point, `--resume auto` starts again and ends
 the run. Losses, gradient norms and the last checkpoint must be those of the undisturbed run, bit by bit.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from tests.faults.checks import LAYOUTS, Training, assert_as_undisturbed, assert_way_back
 from tests.faults.dying import Fault, dies_at
 from tests.faults.launching import Launch, Torchrun
@@ -33,7 +33,7 @@ def training_of(data: Path, layout: str, precision: str = "fp32") -> Training:
 
 def faults_of(num_ranks: int, saves: Sequence[int] = (1, 2)) -> Iterator[Fault]:
     """Every point with every rank that passes it, at every one of the given saves."""
-    for point, who in POINTS.items():
+    for point, who in FAILPOINTS.items():
         for rank in range(num_ranks) if who.startswith("every rank") else (0,):
             # The first removal belongs to the second save.
             for save in (1,) if point == "retention" else saves:

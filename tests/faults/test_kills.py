@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from tests.faults.checks import Training
 from tests.faults.dying import Fault
 from tests.faults.every_point import check, faults_of, training_of, undisturbed
@@ -30,7 +30,7 @@ def reference(training: Training, tmp_path_factory: pytest.TempPathFactory) -> P
 def faults() -> list[Fault]:
     """One for every point, in the second save, the ranks taking turns where all of them pass it."""
     found = list(faults_of(2, saves=(2,)))
-    ranks = {point: [fault for fault in found if fault.point == point] for point in POINTS}
+    ranks = {point: [fault for fault in found if fault.point == point] for point in FAILPOINTS}
     return [of_point[place % len(of_point)] for place, of_point in enumerate(ranks.values())]
 
 

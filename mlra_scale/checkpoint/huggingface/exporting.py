@@ -1,4 +1,4 @@
-"""Exports a checkpoint to a Hugging Face folder that is verified before it gets its name."""
+"""Exporting a checkpoint to a Hugging Face folder, which is verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ from pathlib import Path
 
 import torch
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
-from mlra_scale.checkpoint.huggingface.folder import write_configuration
-from mlra_scale.checkpoint.huggingface.shards import write_shards
-from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors
-from mlra_scale.checkpoint.huggingface.tokenizer import (
-    EncodedText,
-    SpecialTokens,
-    WrittenTokenizer,
-    check_tokenizer,
-    write_tokenizer,
-)
+from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens, write_configuration
+from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors, write_shards
+from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText, WrittenTokenizer, check_tokenizer, write_tokenizer
 from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
 from mlra_scale.checkpoint.reader import Store
 from mlra_scale.files import new_folder
@@ -31,7 +24,7 @@ from mlra_scale.files import new_folder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 MIN_VERIFIED_TOKENS = 16
-"""In one sequence: of a single token neither attention nor positions would tell anything."""
+"""Of one sequence: with a single token the logits depend on no attention and no further position."""
 _CARD = "README.md"
 
 
@@ -41,8 +34,8 @@ class VerificationText:
 
     Attributes:
         tokens_NS: Token ids, one more per sequence than are passed to the models.
-        description: Where they are from, for the model card: "the validation data", "FILE".
-        documents: Texts with their ids in training, which the exported tokenizer must give too.
+        description: Its source, for the model card: "the validation data", "FILE".
+        documents: Texts with their ids in training, which the exported tokenizer must reproduce.
     """
 
     tokens_NS: torch.Tensor
@@ -52,14 +45,14 @@ class VerificationText:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export.
+    """Options of an export.
 
     Attributes:
         export_format: "gpt2" (stock GPT-2) or "mlra" (factors kept, code shipped).
         dtype: Type of the written weights.
         max_shard_bytes: Largest size of one file.
         tokenizer: Folder of a tokenizer, instead of the checkpoint's own.
-        is_replacing: Whether an export that lies at the target is replaced.
+        is_replacing: Whether an export at the target is replaced.
     """
 
     export_format: Format = "gpt2"
@@ -76,16 +69,16 @@ def export_checkpoint(
     text: VerificationText | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Verification | None:
-    """Writes a checkpoint as a Hugging Face folder; what fails leaves nothing behind.
+    """Writes a checkpoint as a Hugging Face folder; a failed export leaves nothing behind.
 
-    Never more than one tensor is held in memory, and verification maps the written files and goes layer by layer.
+    At most one tensor is held in memory, and the verification maps the written files and computes layer by layer.
 
     Args:
         store: The checkpoint.
         target: The folder to make.
-        options: How.
+        options: Format, type, sizes and tokenizer.
         text: What to verify on; None: the export is not verified.
-        say: Told the progress, line by line.
+        say: Called with each line about the progress.
 
     Returns:
         The figures of the verification, which it has passed; None without one.
@@ -103,10 +96,14 @@ def export_checkpoint(
     if text is not None:
         _check_text(text, store)
     busy = CheckpointError(f"another export to {target} is at work; wait for it or name another output")
-    with _faults_told(target), new_folder(target, busy) as folder:
+    with _system_errors(target), new_folder(target, busy) as folder:
         began = time.monotonic()
-        tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, text, say)
-        special = _special_tokens(store) if tokenizer is None else tokenizer.special
+        # Where the configuration names it, the token that ends documents is known without a tokenizer.
+        special = SpecialTokens(end=None if store.config is None else store.config.data.end_of_document_token)
+        tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, special.end, text)
+        for note in () if tokenizer is None else tokenizer.notes:
+            say(note)
+        special = special if tokenizer is None else tokenizer.special
         write_configuration(folder, options.export_format, store.model, options.dtype, special)
         if tokenizer is not None:
             check_tokenizer(folder, tokenizer, () if text is None else text.documents)
@@ -123,29 +120,20 @@ def export_checkpoint(
             if not verification.has_passed:
                 raise VerificationError(f"its logits are not the trained model's: {verification.lines()[0][1]}")
             say(f"verified on {text.description} in {time.monotonic() - began:.1f} s")
-        card = model_card(
-            store,
-            options.export_format,
-            dtype_name(options.dtype),
-            verification,
-            None if text is None else text.description,
-        )
+        source = None if text is None else text.description
+        card = model_card(store, options.export_format, dtype_name(options.dtype), verification, source)
         (folder / _CARD).write_text(card, encoding="utf-8")
     return verification
 
 
 def _write_tokenizer(
-    folder: Path, source: Path | None, store: Store, text: VerificationText | None, say: Callable[[str], None]
+    folder: Path, source: Path | None, store: Store, end: int | None, text: VerificationText | None
 ) -> WrittenTokenizer | None:
     if source is None:
         return None
     documents = () if text is None else text.documents
-    is_trained_here = store.config is not None
-    end, is_prepared_here = _special_tokens(store).end, recorded_tokenizer(store) is not None
-    written = write_tokenizer(source, folder, store.model, is_trained_here, end, documents, is_prepared_here)
-    for note in written.notes:
-        say(note)
-    return written
+    is_trained_here, is_prepared_here = store.config is not None, recorded_tokenizer(store) is not None
+    return write_tokenizer(source, folder, store.model, is_trained_here, end, documents, is_prepared_here)
 
 
 def recorded_tokenizer(store: Store) -> str | None:
@@ -154,19 +142,8 @@ def recorded_tokenizer(store: Store) -> str | None:
     return None if recorded is None else str(recorded)
 
 
-def _special_tokens(store: Store) -> SpecialTokens:
-    """What is known without a tokenizer: the token that ends documents, where the configuration names it."""
-    end = None if store.config is None else store.config.data.end_of_document_token
-    return SpecialTokens(end=end)
-
-
 def check_target(target: Path, is_replacing: bool) -> None:
-    """Raises CheckpointError if an export may not be made there; a cheap check before any work.
-
-    Args:
-        target: The folder to make.
-        is_replacing: Whether an export that lies there is replaced.
-    """
+    """Raises CheckpointError if an export may not be made at a path; a cheap check before any work."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():
@@ -198,15 +175,13 @@ def _check_text(text: VerificationText, store: Store) -> None:
 
 
 @contextlib.contextmanager
-def _faults_told(target: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a CheckpointError."""
+def _system_errors(target: Path) -> Iterator[None]:
+    """Turns errors of the operating system into a CheckpointError."""
     try:
         yield
     except OSError as error:
-        place = error.filename if isinstance(error.filename, str) else target
+        failed = error.filename if isinstance(error.filename, str) else target
         reason = os.strerror(error.errno) if error.errno else str(error)
-        remedy = f"free space on the disk of {target.parent}" if error.errno in _FULL else "name another output"
-        raise CheckpointError(f"{place} cannot be written: {reason}; {remedy}") from error
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"free space on the disk of {target.parent}" if is_full else "name another output"
+        raise CheckpointError(f"{failed} cannot be written: {reason}; {remedy}") from error

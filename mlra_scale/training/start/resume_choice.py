@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError, Store
-from mlra_scale.checkpoint.contents import STATE
 from mlra_scale.checkpoint.retention import checkpoint_folders, complete_checkpoints, latest
+from mlra_scale.checkpoint.state_contents import STATE
 from mlra_scale.config import ConfigError, Named, Problem
 from mlra_scale.data.mix import DataIdentity, Mix, continued
 from mlra_scale.training.resume import Change, History

@@ -218,7 +218,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "writing": (
         Wait(
             "event.synchronize",
-            "mlra_scale/checkpoint/snapshot.py:Arrival.wait",
+            "mlra_scale/checkpoint/saving.py:take_snapshot",
             1,
             "the writer's thread waits until the copies are complete; training does not",
         ),

@@ -1,20 +1,15 @@
-"""The files of a checkpoint beside its weights: names, and how they are written."""
+"""The small files of a checkpoint: state, configuration and tokenizer."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
-import mlra_scale
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, copy_file, write_file
+from mlra_scale.checkpoint.files import CheckpointError, FileEntry, system_errors, write_file
 from mlra_scale.config import ConfigError, ModelConfig
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.problems import problems_of
@@ -26,25 +21,15 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 # data.tokenizer may name the folder of a whole model, whose weights no checkpoint should carry along.
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
-
 _STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history")
-
-Part = Literal["weight", "exp_avg", "exp_avg_sq"]
-PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
-"""What is stored of a parameter: itself, and Adam's two moments in a checkpoint that has them."""
-
-
-def tensor_key(part: Part, name: str, start: int) -> str:
-    """Returns the name of a fragment's tensor in its safetensors file."""
-    return f"{part}/{name}/{start}"
 
 
 def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: Path | None) -> dict[str, FileEntry]:
     """Writes state, configuration and a copy of the tokenizer.
 
     Args:
-        folder: The checkpoint in the making.
-        state: What `json_bytes` made of it.
+        folder: The unfinished checkpoint.
+        state: From `json_bytes`.
         config_text: The YAML document.
         tokenizer: A folder with a tokenizer's files, or None.
 
@@ -57,9 +42,10 @@ def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: P
         target = folder / TOKENIZER
         target.mkdir()
         for source in sorted(tokenizer.iterdir()):
-            if not source.is_file() or source.suffix not in _TOKENIZER_SUFFIXES:
-                continue
-            files[f"{TOKENIZER}/{source.name}"] = copy_file(source, target / source.name)
+            if source.is_file() and source.suffix in _TOKENIZER_SUFFIXES:
+                with system_errors("read", source):
+                    content = source.read_bytes()
+                files[f"{TOKENIZER}/{source.name}"] = write_file(target / source.name, content)
         sync(target)
     return files
 
@@ -69,18 +55,14 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode("ascii")
 
 
-def state_of(content: bytes, path: Path) -> dict[str, Any]:
-    """Reads state.json; what its sections hold is for those who wrote them to check.
-
-    Args:
-        content: The file's content.
-        path: The file, for the error.
+def parse_state(content: bytes, path: Path) -> dict[str, Any]:
+    """Parses the content of state.json; whoever wrote a section checks what it holds.
 
     Raises:
-        CheckpointError: It is damaged, or a section is none.
+        CheckpointError: It is damaged, or a section is no object; names `path`.
     """
     try:
-        # The windows of the guard and of the spike scores may hold values that are not finite.
+        # The statistics of the guard and of the spike scores may hold values that are not finite.
         state = parse_json(content, str(path), allow_nan=True)
     except ValueError as error:
         raise CheckpointError(f"{error}; use another checkpoint") from None
@@ -95,34 +77,14 @@ def state_of(content: bytes, path: Path) -> dict[str, Any]:
     return state
 
 
-def model_of(values: Any, path: Path) -> ModelConfig:
-    """Returns the model section of a checkpoint's configuration.
-
-    Args:
-        values: The section.
-        path: The file it is from, for the error.
+def parse_model(values: Any, path: Path) -> ModelConfig:
+    """Parses the model section of a checkpoint's configuration.
 
     Raises:
-        CheckpointError: A field is wrong or missing.
+        CheckpointError: A field is wrong or missing; names `path`.
     """
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
         found = ConfigError(problems_of(error, ModelConfig)).in_one_line
         raise CheckpointError(f"{path} has a model section that is not sound: {found}") from None
-
-
-def library_versions() -> dict[str, str]:
-    """Returns the versions of what writes a checkpoint."""
-    versions = {"mlra_scale": mlra_scale.__version__, "python": platform.python_version()}
-    for library in ("torch", "deepspeed", "megatron-core", "safetensors"):
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def now() -> str:
-    """Returns the time as a manifest has it: UTC, to the microsecond, in an order that is that of the text."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -86,27 +86,18 @@ def test_small_files_beside_the_model_are_named(copy: Path, name: str, kind: str
     refused(evaluate(copy, "single"), copy / "single" / name)
 
 
-def test_a_tokenizer_without_limit_is_read(copy: Path) -> None:
-    """transformers writes int(1e30), which does not fit 64 bits."""
-    path = copy / "single" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": int(1e30)}))
-    assert evaluate(copy, "single").code == 0
-
-
-def test_an_infinite_limit_is_read(copy: Path) -> None:
-    """transformers writes "time_step_limit": [0.0, Infinity] into config.json of models with Mamba layers."""
-    path = copy / "single" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_step_limit": [0.0, float("inf")]}))
-    assert "Infinity" in path.read_text()
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer_config.json", {"model_max_length": int(1e30)}),  # does not fit 64 bits
+        ("config.json", {"time_step_limit": [0.0, float("inf")]}),  # Infinity, of models with Mamba layers
+        ("config.json", {"num_layers": None, "vision_config": {"num_hidden_layers": None}}),  # what a model lacks
+    ],
+)
+def test_what_transformers_writes_is_read(copy: Path, file: str, values: dict[str, Any]) -> None:
+    path = copy / "single" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
     assert evaluate(copy, "single").code == 0 and run_tool("tev", copy / "single").code == 0
-
-
-def test_a_number_of_layers_that_is_null_is_absent(copy: Path) -> None:
-    """transformers writes null for what a model does not have."""
-    path = copy / "single" / "config.json"
-    values = json.loads(path.read_text()) | {"num_layers": None, "vision_config": {"num_hidden_layers": None}}
-    path.write_text(json.dumps(values))
-    assert evaluate(copy, "single").code == 0
 
 
 ABSURD: dict[str, tuple[dict[str, Any], str]] = {
@@ -149,7 +140,7 @@ def test_absurd_layers_of_an_export_with_factors(copy: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["n_layer", "vocab_size", "n_embd"])
 def test_a_missing_key_is_no_traceback(copy: Path, missing: str) -> None:
-    """GPT-2's own defaults take its place, which the weights contradict."""
+    """GPT-2's own defaults replace it, which the weights contradict."""
     path = copy / "single" / "config.json"
     values = json.loads(path.read_text())
     del values[missing]

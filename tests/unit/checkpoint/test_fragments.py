@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.checkpoint.placement import Box, Shard, boxes_of, copy_common, matrix_shape, shard_of
+from mlra_scale.checkpoint.fragments import Box, boxes_of, copy_overlaps, matrix_shape, overlaps, shard_of
 
 
 @st.composite
@@ -52,7 +52,7 @@ def test_any_layout_to_any_other(data: st.DataObject) -> None:
             target = torch.zeros(numel)
             boxes = boxes_of(shard, start, numel)
             assert len(boxes) <= 3
-            copied = sum(copy_common(target, boxes, values, of) for values, of in stored)
+            copied = sum(copy_overlaps(target, values, overlaps(boxes, of)) for values, of in stored)
             assert copied == numel
             np.testing.assert_array_equal(target.numpy(), expected[start : start + numel])
 
@@ -61,9 +61,9 @@ def test_any_layout_to_any_other(data: st.DataObject) -> None:
 @given(st.data())
 def test_boxes_are_the_elements_in_order(data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    shard = Shard(data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5)), rows, columns)
-    start = data.draw(st.integers(0, shard.numel()))
-    numel = data.draw(st.integers(0, shard.numel() - start))
+    shard = Box(data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5)), rows, columns)
+    start = data.draw(st.integers(0, shard.numel))
+    numel = data.draw(st.integers(0, shard.numel - start))
     elements: list[tuple[int, int]] = []
     for box in boxes_of(shard, start, numel):
         assert box.offset == len(elements)

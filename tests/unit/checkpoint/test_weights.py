@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mlra_scale.checkpoint import CheckpointError, Store, write_safetensors, write_weights, writer
-from mlra_scale.checkpoint.files import CHUNK_BYTES
+from mlra_scale.checkpoint import CheckpointError, Store, weights, write_safetensors, write_weights
+from mlra_scale.checkpoint.safetensors_file import CHUNK_BYTES
 from tests.unit.checkpoint.builders import MODEL, global_values, in_order, write_tokenizer
 
 
@@ -42,7 +42,7 @@ def test_other_tensors_than_announced_are_refused(tmp_path: Path, came: list[Any
 
 
 def test_weights_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "WEIGHTS_FILE_BYTES", 1500)
+    monkeypatch.setattr(weights, "FILE_BYTES", 1500)
     values, tokenizer = global_values(), write_tokenizer(tmp_path / "tokenizer")
     folder = write_weights(tmp_path / "imported", MODEL.model_dump(mode="json"), in_order(values), tokenizer, {"a": 1})
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "imported"}
@@ -65,7 +65,7 @@ def test_weights_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_weights_of_another_model_leave_nothing(tmp_path: Path) -> None:
     model = MODEL.model_dump(mode="json")
     faults = {"the weights end before final_norm.bias": dict(list(global_values().items())[:-1])}
-    faults["go on with more"] = global_values() | {"more": torch.zeros(1)}
+    faults["continue with more"] = global_values() | {"more": torch.zeros(1)}
     faults[r"asks for positions\.weight \(6, 8\), given is positions\.weight \(2, 8\)"] = global_values() | {
         "positions.weight": torch.zeros(2, 8)
     }

@@ -1,9 +1,13 @@
-"""The moments of a save at which tests let a rank fail or die.
+"""Failpoints: the steps of a save at which tests let a rank fail or die.
 
-In use `reached` does nothing. A test replaces it (`points.reached = ...`); code calls it as `points.reached(NAME)`.
+In production `reached` does nothing. Code calls `failpoints.reached(NAME)`, and a test replaces the function
+(`failpoints.reached = ...`) by one that raises an error, waits, or kills the process.
+The text of each failpoint is the list of what a fault at this step may leave behind.
 """
 
-POINTS: dict[str, str] = {
+from __future__ import annotations
+
+FAILPOINTS: dict[str, str] = {
     "snapshot": "every rank, before it copies its fragments",
     "file-open": "every rank, its file is open and empty",
     "mid-file": "every rank, about half of its file is written",
@@ -14,8 +18,8 @@ POINTS: dict[str, str] = {
     "before-latest": "rank 0, the folder has its name and `latest` names the one before",
     "retention": "rank 0, a checkpoint that is no longer kept is hidden, and none of it is deleted yet",
 }
-"""Every point, in the order of a save, with who passes it and what is on disk then."""
+"""Every failpoint, in the order of a save, with the ranks that pass it and what is on disk then."""
 
 
-def reached(point: str) -> None:
-    """Does nothing, at one of POINTS."""
+def reached(name: str) -> None:
+    """Does nothing, at one of FAILPOINTS."""
