@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     """
     began, marks = float(argv[0]), Path(argv[1])
     from mlra_scale import parallel, train
-    from mlra_scale.parallel.engine import EngineBase
+    from mlra_scale.parallel.engine import Engine
     from mlra_scale.training import start, trainer
 
     phases = Phases()
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
             (trainer, "build_engine", "engine"),
         ):
             patches.enter_context(phases.timed(owner, name, phase))
-        patches.enter_context(phases.timed(EngineBase, "train_batch", "first step", end))
+        patches.enter_context(phases.timed(Engine, "train_batch", "first step", end))
         return train.main(argv[2:])
 
 

@@ -120,6 +120,12 @@ LayoutField = Literal[
 """What parallel.layout=auto chooses."""
 
 
+def _without_sharded(value: Any) -> Any:
+    if value == "sharded":
+        raise ValueError(f"{stored_yaml.NO_SHARDED}; use auto, replicated or merged")
+    return value
+
+
 class ParallelConfig(Section):
     """How the model is spread over ranks; the data-parallel degree is what remains of the world."""
 
@@ -145,11 +151,11 @@ class ParallelConfig(Section):
         description="What the backward pass computes again instead of keeping it. selective: layer norms and GELU, a "
         "third of what a block keeps; block: everything but each block's input.",
     )
-    low_rank_plan: Literal["auto", "replicated", "sharded", "merged"] = Field(
+    low_rank_plan: Annotated[Literal["auto", "replicated", "merged"], BeforeValidator(_without_sharded)] = Field(
         "auto",
         description="How tensor-parallel ranks share factorised q, k, v. replicated: every rank computes the whole "
-        "latents; sharded: a part each, gathered; merged: each forms its slice of the product first; auto: the fastest "
-        "by a cost model (mlra_scale/model/low_rank_plan.py).",
+        "latents; merged: each forms its slice of the product first; auto: the faster one by a cost model "
+        "(mlra_scale/model/low_rank_plan.py).",
     )
     sequence_parallel: bool = Field(
         False,

@@ -121,14 +121,7 @@ def _layout_problems(config: Config) -> Iterator[Problem]:
             f"the padded vocabulary of {model.padded_vocab_size} rows is not divisible by it; choose "
             "model.vocab_padding_multiple divisible by every tensor-parallel degree you want to use",
         )
-    if parallel.low_rank_plan == "sharded" and model.attention == "mlra" and model.rank % tensor:
-        yield Problem(
-            "parallel.low_rank_plan",
-            parallel.low_rank_plan,
-            f"splits the rank {model.rank} (model.attention_rank), which is not divisible by parallel.tensor {tensor}; "
-            "use replicated, merged or auto",
-        )
-    if parallel.low_rank_plan in ("sharded", "merged") and model.sigma_reparam:
+    if parallel.low_rank_plan == "merged" and model.sigma_reparam:
         yield Problem(
             "parallel.low_rank_plan",
             parallel.low_rank_plan,
@@ -159,13 +152,6 @@ def _sequence_parallel_problems(config: Config) -> Iterator[Problem]:
             True,
             f"train.sequence_length {length} is not divisible by parallel.tensor {parallel.tensor}; set it to false, "
             f"or the length to {length - length % parallel.tensor or parallel.tensor}",
-        )
-    if parallel.low_rank_plan == "sharded" and config.model.attention == "mlra":
-        yield Problem(
-            "parallel.low_rank_plan",
-            "sharded",
-            "splits the ranks of the latents, while with parallel.sequence_parallel the latents' work is split by "
-            "positions already, at less communication; use replicated, merged or auto",
         )
     pipeline = config.deepspeed.get("pipeline", {})
     for key in SEQUENCE_PARALLEL_FORBIDS:

@@ -18,7 +18,7 @@ from mlra_scale.training.loop.checkpoints import Checkpoints
 from mlra_scale.training.loop.session import Session
 from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.start.request import request
+from mlra_scale.training.start import request
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics

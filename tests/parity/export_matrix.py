@@ -54,7 +54,7 @@ class Shard:
 def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> Shard:
     """Trains a little, saves, and evaluates a fixed batch with an eye on the logits."""
     from mlra_scale.checkpoint.saver import Saver
-    from mlra_scale.model.layers import TokenEmbedding
+    from mlra_scale.model.embedding import TokenEmbedding
 
     seen: list[torch.Tensor] = []
     original = TokenEmbedding.loss

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.initialization import Initializer
-from mlra_scale.model.layers import TokenEmbedding, model_layers
+from mlra_scale.model.embedding import TokenEmbedding
+from mlra_scale.model.gpt import model_layers
 from mlra_scale.model.spectral import load_vectors, spectral_norms
 
 if TYPE_CHECKING:
@@ -32,21 +33,17 @@ POSITIONS_AT_ONCE = 64
 """Logits are computed for this many positions at a time; those of a whole sequence can be larger than the model."""
 
 
-class _NoInitializer(Initializer):
-    """Leaves new weights as they are: those of a store take their place."""
-
-    def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
-        return lambda tensor: None
-
-
-@dataclass(frozen=True)
 class _Context(ModelContext):
     """A context whose layers are built without values: their memory is never touched."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "initialize", _NoInitializer(self.model, self.seed))
-        object.__setattr__(self, "megatron", replace(self.megatron, perform_initialization=False))
+    def initialize(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Returns a function that leaves a new weight as it is: that of a store takes its place."""
+        return lambda tensor: None
+
+    @cached_property
+    def megatron(self) -> Any:
+        """Megatron's configuration of the layers."""
+        return replace(super().megatron, perform_initialization=False)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class Wait:
 
 
 _STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
-_PROPOSE = "mlra_scale/parallel/engine.py:EngineBase._propose"
+_PROPOSE = "mlra_scale/parallel/engine.py:Engine._propose"
 _SMALL_WEIGHTS = Wait(
     "cuda.synchronize",
     "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
@@ -124,7 +124,6 @@ LAUNCHES: dict[str, float] = {
     "tensor 2, factorised o": 58,
     "tensor 2, dense": 45,
     "tensor 2, plan replicated": 53,
-    "tensor 2, plan sharded": 62,
     "tensor 2, plan merged": 55,
 }
 """Kernels per block and micro-batch, by layout."""

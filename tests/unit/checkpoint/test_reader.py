@@ -17,7 +17,10 @@ from mlra_scale.checkpoint import CheckpointError, Store, load_checkpoint
 from mlra_scale.checkpoint.files import FileEntry, entry_of
 from mlra_scale.checkpoint.fragments import FRAGMENTS, PARTS
 from mlra_scale.checkpoint.manifest import MANIFEST, StoredParameter, _checksum, read_manifest
+from mlra_scale.config import ModelConfig
+from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
+from tests.unit.checkpoint import builders
 from tests.unit.checkpoint.builders import (
     MODEL,
     FakeEngine,
@@ -288,13 +291,40 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     manifest = read_manifest(folder)
     config = (folder / "config.yaml").read_text()
-    assert config.startswith("version: 2\n")
+    assert config.startswith("version: 3\n")
     (folder / "config.yaml").write_text(config.partition("\n")[2])
     files = {**manifest.files, "config.yaml": entry_of(folder / "config.yaml")}
     (folder / MANIFEST).write_bytes(replace(manifest, files=files, version=1).to_json())
     store = Store.open(folder)
     assert (store.manifest.version, store.config) == (1, config_of())
     assert store.manifest.notice == "the checkpoint has version 1 of the format and is read as version 2"
+
+
+class SplitTable(ParameterTable):
+    """As it was with the plan `sharded`: down factors of q, k and v split by rows over tensor-parallel ranks."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        for name, info in self.items():
+            if name.endswith(("q.down.weight", "k.down.weight", "v.down.weight")):
+                self[name] = replace(info, shard_dim=0)
+
+
+def test_a_checkpoint_of_the_removed_plan_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = all_parts()
+    with monkeypatch.context() as before:
+        before.setattr(builders, "ParameterTable", SplitTable)
+        folder = write_checkpoint(tmp_path, 1, Layout(tensor=2), values)
+    stored = read_manifest(folder).parameters
+    assert stored["blocks.0.attention.q.down.weight"].shard_dim == 0
+    store = Store.open(folder)
+    for name, value in values["weight"].items():
+        assert torch.equal(store.tensor(name), value), name
+    # No other weight may be split otherwise than the table has it.
+    other = replace(read_manifest(folder), parameters=stored | {"final_norm.bias": StoredParameter((8,), 0)})
+    (folder / MANIFEST).write_bytes(other.to_json())
+    with pytest.raises(CheckpointError, match=r"makes final_norm\.bias \(\(8,\), None\), stored is \(\(8,\), 0\)"):
+        Store.open(folder)
 
 
 def test_loading_into_an_engine(tmp_path: Path, one_process: Any) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, preset
+from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, preset, stored_yaml
 
 ZERO1 = Path(__file__).resolve().parents[3] / "ds_configs" / "zero1.json"
 
@@ -47,6 +47,25 @@ def test_a_run_directorys_file_loads_back_equal(tmp_path: Path) -> None:
     file = write(tmp_path / "config.yaml", config.to_yaml())
     assert load_config(config_file=file) == config
     assert load_config("gpt2-mlra-72l", config_file=file) == config
+
+
+def test_a_stored_plan_that_was_removed_is_read_as_auto(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files of runs have it since version 2 or before; on the command line it is refused with the reason."""
+    stored = "version: 2\npreset: debug\nparallel: {tensor: 2, low_rank_plan: sharded}\n"
+    stored_yaml._notice_sharded.cache_clear()
+    for sources in ({"config_file": write(tmp_path / "c.yaml", stored)},) * 2:
+        config = load_config(**sources)
+        assert (config.parallel.low_rank_plan, config.parallel.tensor) == ("auto", 2)
+    (said,) = caplog.messages
+    assert said == (
+        "parallel.low_rank_plan = 'sharded' in a stored configuration: the plan sharded was removed: it was the "
+        "fastest one in 0 of 36 measured cases; auto takes its place"
+    )
+    assert Config.from_yaml(config.to_yaml()) == config and config.to_yaml().startswith("version: 3\n")
+    assert lines(preset="debug", overrides=["parallel.low_rank_plan=sharded"]) == [
+        "parallel.low_rank_plan = 'sharded': the plan sharded was removed: it was the fastest one in 0 of 36 measured "
+        "cases; use auto, replicated or merged"
+    ]
 
 
 def test_a_file_without_preset_needs_every_required_field(tmp_path: Path) -> None:

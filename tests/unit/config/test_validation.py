@@ -186,12 +186,6 @@ ZERO_1 = {"deepspeed": {"zero_optimization": {"stage": 1}}}
             "63 is not divisible by parallel.tensor 4; set it to false, or the length to 60",
         ),
         (
-            {"parallel": {"sequence_parallel": True, "tensor": 2, "low_rank_plan": "sharded"}},
-            2,
-            "parallel.low_rank_plan",
-            "use replicated, merged or auto",
-        ),
-        (
             {
                 "parallel": {"sequence_parallel": True, "tensor": 2, "pipeline": 2},
                 "deepspeed": {"pipeline": {"pipe_partitioned": True, "grad_partitioned": False}},

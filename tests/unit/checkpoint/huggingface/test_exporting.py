@@ -21,9 +21,9 @@ from mlra_scale.checkpoint.huggingface.verification import LogitComparison, Veri
 from mlra_scale.checkpoint.reader import Store
 from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
-from mlra_scale.model.reference import ReferenceGPT
 from tests.support.gpt2_folders import gpt2_folder, tokenizer
 from tests.support.oracle import build_reference
+from tests.support.reference import ReferenceGPT
 from tests.unit.checkpoint.huggingface.builders import (
     ONLY_MLRA,
     VARIANTS,
