@@ -17,8 +17,8 @@ from time import perf_counter
 import numpy as np
 
 from mlra_scale.data.blocks import hash_blocks
-from mlra_scale.data.indexed import open_indexed
-from mlra_scale.data.one_epoch import OneEpoch, SequenceRange
+from mlra_scale.data.indexed import SequenceRange, open_indexed
+from mlra_scale.data.one_epoch import OneEpoch
 
 _SAMPLES_AT_ONCE = 8
 
@@ -54,12 +54,10 @@ def measure_reading(prefix: Path, num_samples: int, length: int) -> dict[str, fl
     """Reads samples in a random order, without block hashes, for the first time and once more; samples per second."""
     table = Path(f"{prefix}.blocks")
     table.write_bytes(hash_blocks(Path(f"{prefix}.bin")).table)
-    files = open_indexed(str(prefix))
-    stop, num_tokens = len(files.sequence_lengths), files.num_tokens(0, len(files.sequence_lengths))
     rates = {}
     for name, blocks in (("no hashes", None), ("hashes", table)):
-        cache = Path(f"{prefix}.cache")
-        epoch = OneEpoch(SequenceRange(str(prefix), 0, stop, num_tokens, files.index_sha256, cache, blocks), length)
+        files = open_indexed(str(prefix), blocks)
+        epoch = OneEpoch(SequenceRange(files, 0, len(files.sequence_lengths), Path(f"{prefix}.cache")), length)
         rows = np.random.default_rng(1).integers(0, len(epoch), num_samples)
         for turn in ("first", "again"):
             began = perf_counter()

@@ -1,8 +1,8 @@
 """Stored configurations: the version of config.yaml, and how an older one is read.
 
-config.yaml begins with `version`; what has none was written before there was one and counts as version 1. A file that a
-person writes for `--config` needs none. Whoever renames or removes a field raises VERSION and adds to `_CONVERSIONS`
-what makes the older values the newer ones: a stored run is never refused for a field that it could not have had.
+config.yaml begins with `version`; a file without it was written before versions existed and counts as version 1. A file
+that a person writes for `--config` needs none. A change that renames or removes a field raises VERSION and adds to
+`_CONVERSIONS` a function that turns the older values into the newer ones, so that stored runs stay readable.
 """
 
 from __future__ import annotations
@@ -48,20 +48,19 @@ _CONVERSIONS: Mapping[int, Callable[[Values], Values]] = {1: lambda values: valu
 """For every version before the current one: what turns its values into those of the next version."""
 
 
-def current_values(values: Any) -> tuple[Any, int]:
-    """Returns the values of a configuration file in the form of the current version.
-
-    Args:
-        values: The parsed file. What is no mapping is returned as it is, for the schema to refuse.
+def parse(text: str) -> Any:
+    """Parses the text of a configuration file.
 
     Returns:
-        The values without the key `version`, and the version that the file has.
+        Its values in the form of the current version, without the key `version`. A document that is no mapping is
+        returned as it is, for the schema to refuse.
 
     Raises:
-        ValueError: The version is not a number, or is newer than this program.
+        ValueError: It is not YAML, or its version is not a number or newer than this program.
     """
+    values = yaml_text.load(text)
     if not isinstance(values, dict):
-        return values, VERSION
+        return values
     version = values.get(KEY, 1)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"{KEY} = {version!r}: must be a whole number from 1 to {VERSION}")
@@ -70,10 +69,10 @@ def current_values(values: Any) -> tuple[Any, int]:
             f"{KEY} = {version}: the file was written by a newer program, and this one reads versions up to {VERSION}; "
             "use the program that wrote it"
         )
-    values = {key: value for key, value in values.items() if key != KEY}
+    values.pop(KEY, None)
     for older in range(version, VERSION):
         values = _CONVERSIONS[older](values)
-    return values, version
+    return values
 
 
 def with_version(values: Mapping[str, Any]) -> Values:
@@ -91,12 +90,3 @@ def read_text(path: Path) -> str:
         return read_bytes(path, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-
-
-def parse(text: str) -> Any:
-    """Parses the text of a configuration file; values as `current_values` returns them.
-
-    Raises:
-        ValueError: It is not YAML, or of a newer version.
-    """
-    return current_values(yaml_text.load(text))[0]

@@ -1,5 +1,3 @@
-"""The error that data raise for a user's mistake: its text is one clear sentence."""
+"""Until all rooms take DataError from mlra_scale.data."""
 
-
-class DataError(ValueError):
-    """A source, a data set or a tokenizer cannot be used; the message names it and says what to do."""
+from mlra_scale.data import DataError as DataError

@@ -59,7 +59,7 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": {"study"},
     "wandb": {"training"},
 }
-CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "yaml", PACKAGE}
+CONFIG_LIBRARIES = {"pydantic", "pydantic_core", "ruamel", PACKAGE}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ".yml", ".sbatch", ".sh", ".cfg", ""}
 
 

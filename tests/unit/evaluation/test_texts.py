@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, train_bpe
 from mlra_scale.evaluation import texts
