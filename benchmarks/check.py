@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import CommandFailed, end_on_sigterm, run_command
-from mlra_scale.cluster.attempt import free_port
+from mlra_scale.cluster.channel import free_port
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, address, slurm_environment, step_command
 from mlra_scale.config import ConfigError

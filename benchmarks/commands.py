@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from mlra_scale.cluster.family import descendants
+from mlra_scale.cluster.process_tree import descendants
 
 GRACE_SECONDS = 5.0
 """Between SIGTERM, at which srun ends the tasks of a step on all nodes, and SIGKILL."""

@@ -10,7 +10,7 @@ class ExitCode(IntEnum):
     """Exit codes of `python -m mlra_scale.train`.
 
     torchrun reports 1 for any failed worker; the worker's own code is in torchrun's report and in the run directory's
-    events.jsonl. What a cluster job does after each of them is in cluster/policy.py.
+    events.jsonl. What a cluster job does after each of them is in cluster/job/policy.py.
     """
 
     DONE = 0

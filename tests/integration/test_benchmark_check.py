@@ -21,7 +21,7 @@ import pytest
 from benchmarks import check, check_ranks
 from benchmarks.check import STEPS, Check, Task
 from benchmarks.contenders import config_of
-from mlra_scale.cluster.family import descendants
+from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.planning.cluster import named_cluster

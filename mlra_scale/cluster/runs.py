@@ -1,12 +1,11 @@
-"""A table of training runs: what each one is doing, how far it has come, and what went wrong last.
+"""The list of training runs: what each one does, how far it is, and what went wrong last.
 
 All of it comes from the run directories, and from one question to Slurm where there is one: a job that was killed
-together with its node cannot say so in its job.json. What cannot be read is told in the row of its run.
+together with its node cannot record that in its job.json. What cannot be read is named in the row of its run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -16,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from mlra_scale.cluster.job_file import JobFile
+from mlra_scale.cluster.messages import first_error, printable
 from mlra_scale.cluster.slurm import SlurmError, jobs_of_user
 from mlra_scale.config import stored_yaml
 from mlra_scale.files import lock
@@ -34,35 +34,25 @@ _ENDED = {
 }
 """Slurm's states of a job in the queue, and of one that has ended (kept for MinJobAge, some minutes)."""
 
-_JOB_FILE = TypeAdapter(JobFile)
 T = TypeVar("T")
 
 
 @dataclass
-class Run:
-    """One row.
+class RunRow:
+    """One run of the list; its fields but `job` are the keys of --json.
 
     Attributes:
-        path: The run directory.
-        name: Its last part.
-        state: As in job.json; or queued: it waits in Slurm's queue; suspended; vanished: its job is gone and said
-            nothing. Of a run without a job: running, done, failed, preempted, interrupted (Ctrl-C) or unknown.
+        path: The run directory, and `name` its last part.
+        state: As in job.json; or queued: it waits in Slurm's queue; suspended; vanished: its job is gone and recorded
+            no end. Of a run without a job: running, done, failed, preempted, interrupted (Ctrl-C) or unknown.
         waits_for: Slurm's reason, of a job that is queued.
         job_id: The Slurm job; None: started by hand.
         nodes: Of the newest attempt.
         ranks: Of the newest start, over all nodes.
-        step: The last one that is recorded.
-        steps: train.steps.
-        loss: The last recorded one, as the next ones are.
-        validation_loss: Likewise.
-        tev_mean: Likewise.
-        tev_std: Likewise.
-        tokens_per_second: Likewise.
-        restarts: Starts after the first one.
-        requeues: How often Slurm has started the job again.
+        step: The last one that is recorded, of `steps` (train.steps); `loss` to `tokens_per_second`: last values.
+        restarts: Starts after the first one; `requeues` of them by Slurm.
         started: When the newest attempt began.
-        last_sign: When something was last written.
-        age_seconds: Since then.
+        last_sign: When something was last written, `age_seconds` ago.
         last_error: Why the run, or the last attempt that ended badly, did.
         unreadable: Which of its files cannot be read, and why.
         job: The content of job.json.
@@ -91,65 +81,50 @@ class Run:
     unreadable: list[str] = field(default_factory=list)
     job: JobFile | None = None
 
-    @property
-    def trouble(self) -> str:
-        """Everything that there is to complain of, in one line."""
-        return one_line("; ".join(filter(None, [*self.unreadable, self.last_error])))
 
-
-def overview(folders: Sequence[Path], now: float) -> tuple[list[Run], list[str]]:
-    """Looks at all runs, and asks Slurm once about their jobs.
+def list_runs(folders: Sequence[Path], now: float) -> tuple[list[RunRow], list[str]]:
+    """Reads all runs, and asks Slurm once about their jobs.
 
     Args:
         folders: Run directories, or folders that hold some.
         now: The time, in seconds since the epoch.
 
     Returns:
-        The runs, the newest start first, and what else there is to say.
+        The runs, the newest start first, and remarks.
     """
     notes: list[str] = []
     paths: dict[Path, Path] = {}
     for folder in folders:
         try:
-            found = run_directories(folder)
+            found = [folder] if is_run(folder) else [path for path in sorted(folder.iterdir()) if is_run(path)]
         except OSError as error:
             notes.append(f"{folder}: {error.strerror}")
             continue
         if not found:
             notes.append(f"{folder} is no run directory and holds none")
         paths |= {path.resolve(): path for path in reversed(found)}
-    runs = [look(path, now) for path in paths.values()]
+    runs = [read_run(path, now) for path in paths.values()]
     if shutil.which("squeue") and any(run.job_id and run.state in _UNFINISHED for run in runs):
         try:
             queue = jobs_of_user()
         except SlurmError as error:
             notes.append(f"states are those of the job files, as Slurm does not answer: {error}")
         else:
-            runs = [_corrected(run, queue, now) for run in runs]
+            runs = [_with_slurms_state(run, queue, now) for run in runs]
     return sorted(runs, key=lambda run: (-(timestamp(run.started or run.last_sign) or 0.0), run.name)), notes
 
 
-def run_directories(folder: Path) -> list[Path]:
-    """Returns the folder itself if it is a run directory, else those of its folders that are.
-
-    Raises:
-        OSError: It cannot be listed.
-    """
-    return [folder] if is_run(folder) else [path for path in sorted(folder.iterdir()) if is_run(path)]
-
-
 def is_run(path: Path) -> bool:
-    """Returns whether a path is a run directory, or hides whether it is: then its row says so."""
+    """Returns whether a path is a run directory; True where that cannot be found out: its row then names the fault."""
     try:
         return path.is_dir() and (RunDirectory(path).holds_a_run() or RunDirectory(path).job.exists())
     except OSError:
         return True
 
 
-def look(path: Path, now: float) -> Run:
-    """Returns the row of a run as its directory has it."""
-    directory = RunDirectory(path)
-    run = Run(str(path), path.resolve().name)
+def read_run(path: Path, now: float) -> RunRow:
+    """Returns the row of a run by what its directory holds; `now` is in seconds since the epoch."""
+    directory, run = RunDirectory(path), RunRow(str(path), path.resolve().name)
 
     def read(file: Path, reader: Callable[[Path], T], otherwise: T) -> T:
         try:
@@ -160,7 +135,7 @@ def look(path: Path, now: float) -> Run:
             run.unreadable.append(f"{file.name} cannot be read ({_why(error)})")
             return otherwise
 
-    run.job = read(directory.job, _read_job, None)
+    run.job = read(directory.job, lambda file: JobFile.read(file) if file.exists() else None, None)
     events: list[dict[str, Any]] = read(directory.events, lambda file: _read_events(file, run.unreadable), [])
     values: dict[str, Any] = read(directory.metrics, lambda file: _last_values(file, run.unreadable), {})
     run.step = _newest_step(values, events)
@@ -180,7 +155,7 @@ def look(path: Path, now: float) -> Run:
     return run
 
 
-def _take_job(run: Run, job: JobFile) -> None:
+def _take_job(run: RunRow, job: JobFile) -> None:
     run.state, run.job_id, run.steps = job.state, job.job_id, job.steps or None
     run.restarts, run.requeues = max(0, len(job.attempts) - 1), job.num_requeues
     run.started = job.updated
@@ -194,8 +169,8 @@ def _take_job(run: Run, job: JobFile) -> None:
         run.last_error = f"attempt {bad.number}: {bad.reason or bad.end}"
 
 
-def _take_events(run: Run, events: Sequence[dict[str, Any]], directory: RunDirectory) -> None:
-    """What the event log of a run without a job tells; the newest event is the first."""
+def _take_events(run: RunRow, events: Sequence[dict[str, Any]], directory: RunDirectory) -> None:
+    """Reads the state of a run without a job from its events, the newest first."""
     starts = [event for event in events if event.get("event") == "start"]
     if starts:
         ranks, started = _number(starts[0].get("world_size")), starts[0].get("time")
@@ -209,13 +184,13 @@ def _take_events(run: Run, events: Sequence[dict[str, Any]], directory: RunDirec
     ends = {"finished": "done", "stopped": "failed", "failed": "failed"}
     ends |= {"preempted": "preempted", "interrupted": "interrupted"}
     if last in ends:
-        # The lock is not asked: where a new start is just preparing itself, a test of it could get in its way.
+        # The lock is not tested: the test could get in the way of a new start that prepares itself.
         run.state = ends[last]
         return
     is_running = is_held(directory)
     run.state = "running" if is_running else "unknown"
     if is_running is None:
-        run.last_error = "whether it is at work cannot be told: its lock cannot be tested"
+        run.last_error = "whether it is at work is unknown: its lock cannot be tested"
     elif not is_running:
         run.last_error = "no process is at work here, and no end was recorded"
 
@@ -223,7 +198,7 @@ def _take_events(run: Run, events: Sequence[dict[str, Any]], directory: RunDirec
 def is_held(directory: RunDirectory, name: str = ".lock") -> bool | None:
     """Returns whether a process is at work in a run directory; None where locks cannot be tested.
 
-    The test takes a shared lock for a moment where nobody holds one: two of them do not take each other for a run.
+    The test takes a shared lock for a moment: two tests at the same time do not take each other for a run.
     """
     try:
         with (directory.path / name).open("rb") as file:
@@ -237,34 +212,35 @@ def is_held(directory: RunDirectory, name: str = ".lock") -> bool | None:
     return False if refusal is None else None
 
 
-def _corrected(run: Run, queue: dict[str, tuple[str, str]], now: float) -> Run:
+def _with_slurms_state(run: RunRow, queue: dict[str, tuple[str, str]], now: float) -> RunRow:
     """Returns the row with the state that Slurm knows better."""
     if run.job_id is None or run.state not in _UNFINISHED:
         return run
-    fresh = look(Path(run.path), now)
+    fresh = read_run(Path(run.path), now)
     if fresh.job != run.job:
-        return fresh  # It has gone on since it was first read; Slurm's answer is older than that.
+        return fresh  # It has changed since it was first read, and Slurm's answer is older.
     state, reason = queue.get(run.job_id, ("", ""))
-    was, was_at_work = fresh.state, fresh.state in ("pending", "running")
+    before, was_at_work = fresh.state, fresh.state in ("pending", "running")
     if state in _WAITING:
         fresh.state, fresh.waits_for = "queued", reason or None
         if was_at_work:
-            fresh.last_error = "killed without a word; Slurm itself has queued the job again"
+            fresh.last_error = "killed without a record; Slurm itself has queued the job again"
     elif state in ("SUSPENDED", "STOPPED"):
         fresh.state = "suspended"
     elif state in _ENDED or (not state and _is_of_this_user(run)):
         how = ", ".join(word for word in (state, reason) if word not in ("", "None"))
-        known = f"Slurm has ended job {run.job_id} ({how})" if state else f"Slurm knows job {run.job_id} no more"
+        known = f"Slurm has ended job {run.job_id} ({how})" if state else f"Slurm no longer knows job {run.job_id}"
         if was_at_work and is_held(RunDirectory(Path(run.path))):
             fresh.last_error = f"{known}, and yet a process is at work here"
         else:
-            # Cancelled in the queue: no process of the job was there to say so.
+            # Cancelled in the queue: no process of the job was there to record it.
             fresh.state = "cancelled" if state == "CANCELLED" and not was_at_work else "vanished"
-            fresh.last_error = f"{'killed without a word' if was_at_work else f'{was}, but not in the queue'}: {known}"
+            what = "killed without a record" if was_at_work else f"{before}, but not in the queue"
+            fresh.last_error = f"{what}: {known}"
     return fresh
 
 
-def _is_of_this_user(run: Run) -> bool:
+def _is_of_this_user(run: RunRow) -> bool:
     """Returns whether the job is one of those that Slurm was asked for."""
     try:
         return RunDirectory(Path(run.path)).job.stat().st_uid == os.getuid()
@@ -297,7 +273,7 @@ def _last_values(path: Path, faults: list[str]) -> dict[str, Any]:
 
 
 def _object(line: bytes, path: Path, faults: list[str]) -> dict[str, Any]:
-    """Returns the object in a line; an empty one, and a note among the faults, if there is none."""
+    """Returns the object in a line; where there is none an empty one, and a note among the faults."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -320,13 +296,6 @@ def _newest_step(values: dict[str, Any], events: Sequence[dict[str, Any]]) -> in
     return max((int(step) for step in steps if step is not None), default=None)
 
 
-def _read_job(path: Path) -> JobFile | None:
-    if not path.exists():
-        return None
-    # Its reader leaves the types of the fields to chance.
-    return _JOB_FILE.validate_python(dataclasses.asdict(JobFile.read(path)))
-
-
 def _read_steps(path: Path) -> int | None:
     steps = _number(stored_yaml.parse(path.read_text(encoding="utf-8"))["train"]["steps"])
     return None if steps is None else int(steps)
@@ -338,7 +307,7 @@ def _number(value: Any) -> float | None:
 
 
 def timestamp(text: Any) -> float | None:
-    """Returns a written time in seconds since the epoch."""
+    """Returns a written time in seconds since the epoch; None: it is no time."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except (TypeError, ValueError, OverflowError):
@@ -348,12 +317,6 @@ def timestamp(text: Any) -> float | None:
 def _why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-    return one_line(str(error.__cause__ or error))[:200] or type(error).__name__
-
-
-def one_line(text: str) -> str:
-    """Returns the text without line breaks, and without what a terminal would obey or cannot show."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    cause = error.__cause__ or error
+    text = first_error(cause) if isinstance(cause, ValidationError) else str(cause)
+    return printable(text)[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Processes that end with those that started them."""
+"""Processes that end with those that started them, and what the kernel knows of processes."""
 
 import os
 import signal
@@ -9,14 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlra_scale.cluster.family import descendants
-from mlra_scale.cluster.node import process_state
+from mlra_scale.cluster.process_tree import descendants, process_state
 
 GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
 CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
 RANK = """
 import os, sys, time
-from mlra_scale.cluster.family import die_with_parent
+from mlra_scale.cluster.process_tree import die_with_parent
 die_with_parent(int(sys.argv[1]))
 print(os.getpid(), flush=True)
 time.sleep(60)
@@ -66,3 +65,23 @@ def test_a_rank_dies_with_its_agent(started: list[subprocess.Popen[str]]) -> Non
     while process_state(rank) not in ("", "Z (zombie)") and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process_state(rank) in ("", "Z (zombie)")
+
+
+def wait_for_state(pid: int, state: str) -> None:
+    deadline = time.monotonic() + 10.0
+    while process_state(pid) != state:
+        assert time.monotonic() < deadline, process_state(pid)
+        time.sleep(0.01)
+
+
+def test_the_state_of_a_process() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            wait_for_state(process.pid, "S (sleeping)")
+            process.send_signal(signal.SIGSTOP)
+            wait_for_state(process.pid, "T (stopped)")
+        finally:
+            process.kill()
+        wait_for_state(process.pid, "Z (zombie)")
+    assert process_state(process.pid) == ""
+    assert process_state(os.getpid()) == "R (running)"

@@ -1,4 +1,4 @@
-"""One rank of a cluster job: tells its node that it lives, checks the node, and trains."""
+"""One rank of a cluster job: sends heartbeats to its node, checks the node, and trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from mlra_scale.cluster.family import AGENT_VARIABLE, die_with_parent
+from mlra_scale.cluster.process_tree import die_with_parent
+from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
 
 if __name__ == "__main__":
     # Before the seconds that the other imports take.
@@ -24,31 +25,30 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mlra_scale import train
-from mlra_scale.cluster.node import DEVICE_VARIABLE, NODE_VARIABLE, STACKS_VARIABLE
-from mlra_scale.cluster.preflight import BadNodes, check_alone, check_together
-from mlra_scale.cluster.pulse import PULSE_VARIABLE, Pulse
+from mlra_scale.cluster.rank.heartbeat import HeartbeatSender
+from mlra_scale.cluster.rank.preflight import BadNodes, check_alone, check_together
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Watchdog
 
 
 class NodeWatchdog(Watchdog):
-    """Tells the node what its rank does, and examines the ranks before they train.
+    """Sends the node heartbeats, and checks the nodes before the ranks train.
 
     Args:
-        pulse: The connection to the node.
+        heartbeats: The connection to the node.
         node: The node's name.
         shared: A folder that all nodes must see alike.
     """
 
-    # The run before this one has been ended by its launcher: whoever holds the lock is on his way out.
+    # The launcher has ended the run before this one: what still holds the lock is about to end.
     lock_seconds = 150.0
 
-    def __init__(self, pulse: Pulse, node: str, shared: Path) -> None:
-        self._pulse, self._node, self._shared = pulse, node, shared
+    def __init__(self, heartbeats: HeartbeatSender, node: str, shared: Path) -> None:
+        self._heartbeats, self._node, self._shared = heartbeats, node, shared
 
     def heartbeat(self, phase: str, step: int) -> None:
         """See Watchdog."""
-        self._pulse.beat(phase, step)
+        self._heartbeats.begin(phase, step)
 
     def check(self, device: torch.device) -> None:
         """See Watchdog.
@@ -56,7 +56,7 @@ class NodeWatchdog(Watchdog):
         Raises:
             BadNodes: Some node cannot be used; on all ranks.
         """
-        self._pulse.beat("checking")
+        self._heartbeats.begin("checking")
         check_together(device, self._node, self._shared)
 
 
@@ -74,20 +74,20 @@ def main() -> None:
     """Trains; ends the process with the training's exit code."""
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log for both, in order
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    node, shared = os.environ[NODE_VARIABLE], Path(os.environ[STACKS_VARIABLE])
-    pulse = Pulse(os.environ.get(PULSE_VARIABLE), rank, local_rank)
+    node, shared = os.environ[NODE_VARIABLE], Path(os.environ[LOGS_VARIABLE])
+    heartbeats = HeartbeatSender(os.environ.get(HEARTBEAT_VARIABLE), rank, local_rank)
     with _stacks_file(shared / f"rank-{rank:05d}.stacks") as stacks:
         # Written by the signal's handler in C: it works while the interpreter waits in a collective.
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
             check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
-            code = train.main(sys.argv[1:], NodeWatchdog(pulse, node, shared), INTERRUPTION)
+            code = train.main(sys.argv[1:], NodeWatchdog(heartbeats, node, shared), INTERRUPTION)
         except BadNodes as error:
             if rank == 0 or not error.is_common:
                 print(f"bad node: {error}", file=sys.stderr, flush=True)
-            pulse.tell(bad_nodes=error.nodes)
+            heartbeats.send(bad_nodes=error.nodes)
             code = ExitCode.BAD_NODE
-        pulse.beat("ending")
+        heartbeats.begin("ending")
         faulthandler.unregister(signal.SIGUSR2)
     sys.exit(code)
 

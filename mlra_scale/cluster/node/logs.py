@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 class RankLogs(DefaultLogsSpecs):
     """torchrun's logs under names that do not collide between nodes, such as rank-00007.log.
 
-    A rank sends its standard error to the same place (rank.py), so that its log has everything in order.
+    A rank sends its standard error to the same file (rank/__main__.py), so that its log has everything in order.
 
     Args:
         folder: Shared by all nodes.
@@ -23,11 +23,11 @@ class RankLogs(DefaultLogsSpecs):
         self._folder, self._first_rank = folder, first_rank
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Says where the output of each local rank goes, and where it leaves the traceback of its end."""
-        places = super().reify(envs)
+        """Returns where the output of each local rank goes, and where it leaves the traceback of its end."""
+        files = super().reify(envs)
         for local_rank, environment in envs.items():
             name = f"{self._folder}/rank-{self._first_rank + local_rank:05d}"
-            places.stdouts[local_rank] = places.tee_stdouts[local_rank] = f"{name}.log"
-            places.tee_stderrs.pop(local_rank, None)
-            places.error_files[local_rank] = environment["TORCHELASTIC_ERROR_FILE"] = f"{name}.error.json"
-        return places
+            files.stdouts[local_rank] = files.tee_stdouts[local_rank] = f"{name}.log"
+            files.tee_stderrs.pop(local_rank, None)
+            files.error_files[local_rank] = environment["TORCHELASTIC_ERROR_FILE"] = f"{name}.error.json"
+        return files

@@ -1,4 +1,4 @@
-"""mlra_scale/cluster/overview.py and tools/jobs.py: what is shown of runs, and what of damaged ones."""
+"""mlra_scale/cluster/runs.py and tools/jobs.py: what is shown of runs, and what of damaged ones."""
 
 import contextlib
 import fcntl
@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.cluster import overview, overview_text
-from mlra_scale.cluster.job_file import Attempt, JobFile
+from mlra_scale.cluster import runs as module
+from mlra_scale.cluster import runs_text
+from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.training import record
 from mlra_scale.training.record import EventLog, JsonLines, lines_from_end
 from mlra_scale.training.run_directory import RunDirectory, run_lock
@@ -79,17 +80,17 @@ def at(minutes: float) -> str:
     return datetime.fromtimestamp(NOW - 60 * minutes, UTC).isoformat(timespec="seconds")
 
 
-def write_job(path: Path, state: Any, attempts: Sequence[Attempt] = (), **values: Any) -> JobFile:
+def write_job(path: Path, state: Any, attempts: Sequence[JobAttempt] = (), **values: Any) -> JobFile:
     path.mkdir(parents=True, exist_ok=True)
     job = JobFile(path / "job.json", job_id="7", name="train", steps=100, attempts=list(attempts), **values)
     job.become(state, values.get("reason", ""))
     return job
 
 
-def attempt(number: int, end: str | None = None, reason: str | None = None, **values: Any) -> Attempt:
+def attempt(number: int, end: str | None = None, reason: str | None = None, **values: Any) -> JobAttempt:
     ended = None if end is None else at(60 - 10 * number)
     started = values.pop("started", at(70 - 10 * number))
-    return Attempt(number, "7", ["n1", "n2"], 16, started=started, end=end, reason=reason, ended=ended, **values)
+    return JobAttempt(number, "7", ["n1", "n2"], 16, started=started, end=end, reason=reason, ended=ended, **values)
 
 
 def write_record(path: Path, *records: dict[str, Any], minutes: float = 0) -> None:
@@ -110,8 +111,8 @@ def write_events(path: Path, *events: str | dict[str, Any]) -> None:
     log.close()
 
 
-def only_row(folder: Path) -> overview.Run:
-    runs, notes = overview.overview([folder], NOW)
+def only_row(folder: Path) -> module.RunRow:
+    runs, notes = module.list_runs([folder], NOW)
     assert len(runs) == 1 and notes == []
     return runs[0]
 
@@ -142,7 +143,7 @@ def test_the_row_of_a_job(tmp_path: Path) -> None:
     assert (row.tokens_per_second, row.restarts, row.requeues) == (12345.6, 2, 1)
     assert row.last_error == "attempt 2: rank 3 on n1 is silent" and row.unreadable == []
     assert row.age_seconds == 180.0 and row.last_sign == at(3)
-    head, line = overview_text.table([row]).splitlines()
+    head, line = runs_text.table([row]).splitlines()
     assert " ".join(head.split()) == "RUN STATE JOB NODES x RANKS STEP LOSS TEV TOKENS/S RESTARTS AGE LAST ERROR"
     wanted = "first running 7 2 x 8 12/100 4.2500 0.02000 +- 0.00200 12,346 2 (1 requeued) 3 min"
     assert " ".join(line.split()) == f"{wanted} attempt 2: rank 3 on n1 is silent"
@@ -153,13 +154,13 @@ def test_the_age_is_that_of_the_newest_sign(tmp_path: Path) -> None:
     write_job(tmp_path / "x", "running")
     write_record(tmp_path / "x", {"step": 1}, minutes=600_000_000 / 60)
     now = time.time()
-    row = overview.look(tmp_path / "x", now)
+    row = module.read_run(tmp_path / "x", now)
     assert row.age_seconds is not None and row.age_seconds < 60  # job.json, and not the old record
-    assert overview.look(tmp_path / "x", now - 1000).age_seconds == 0  # a clock that goes behind
+    assert module.read_run(tmp_path / "x", now - 1000).age_seconds == 0  # a clock that goes behind
     (tmp_path / "x" / "job.json").unlink()
-    age = overview.look(tmp_path / "x", NOW).age_seconds
+    age = module.read_run(tmp_path / "x", NOW).age_seconds
     assert age == pytest.approx(600_000_000, abs=2)
-    assert "  6944 d  " in overview_text.table([overview.look(tmp_path / "x", NOW)])
+    assert "  6944 d  " in runs_text.table([module.read_run(tmp_path / "x", NOW)])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_the_age_is_that_of_the_newest_sign(tmp_path: Path) -> None:
         ("pending", "", [], None),
     ],
 )
-def test_the_last_error(tmp_path: Path, state: str, reason: str, attempts: list[Attempt], error: str | None) -> None:
+def test_the_last_error(tmp_path: Path, state: str, reason: str, attempts: list[JobAttempt], error: str | None) -> None:
     write_job(tmp_path, state, attempts, reason=reason)
     row = only_row(tmp_path)
     assert (row.state, row.last_error) == (state, error)
@@ -204,7 +205,7 @@ def test_a_run_started_by_hand(tmp_path: Path, events: list[Any], state: str, er
     row = only_row(tmp_path)
     assert (row.state, row.job_id, row.steps) == (state, None, 20)
     assert row.last_error == error or (error and row.last_error and row.last_error.startswith(error))
-    assert "Traceback" not in overview_text.table([row])
+    assert "Traceback" not in runs_text.table([row])
 
 
 def test_numbers_of_a_run_started_by_hand(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_numbers_of_a_run_started_by_hand(tmp_path: Path) -> None:
     write_events(tmp_path, START, checkpoint, {**START, "step": 100, "world_size": 2}, {"event": "resume", "step": 100})
     row = only_row(tmp_path)
     assert (row.step, row.steps, row.nodes, row.ranks, row.restarts, row.requeues) == (100, 300, None, 2, 1, 0)
-    assert overview_text.table([row]).splitlines()[1].split()[:5] == [tmp_path.name, "unknown", "-", "2", "100/300"]
+    assert runs_text.table([row]).splitlines()[1].split()[:5] == [tmp_path.name, "unknown", "-", "2", "100/300"]
     write_events(tmp_path, {"event": "checkpoint", "step": 150})
     assert only_row(tmp_path).step == 150
     write_record(tmp_path, {"step": 160, "loss": 1.0})
@@ -227,19 +228,19 @@ def test_a_lock_that_is_held_is_a_run_at_work(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with run_lock(run):
         write_events(tmp_path, START)
-        assert only_row(tmp_path).state == "running" and overview.is_held(run) is True
-    assert only_row(tmp_path).state == "unknown" and overview.is_held(run) is False
+        assert only_row(tmp_path).state == "running" and module.is_held(run) is True
+    assert only_row(tmp_path).state == "unknown" and module.is_held(run) is False
 
 
 def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a run afterwards, nor another such test at the same time; and it cannot always be made."""
     run = RunDirectory(tmp_path)
-    assert overview.is_held(run) is False and not (tmp_path / ".lock").exists()
+    assert module.is_held(run) is False and not (tmp_path / ".lock").exists()
     with run_lock(run):
         pass
     with (tmp_path / ".lock").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        assert overview.is_held(run) is False
+        assert module.is_held(run) is False
     with run_lock(run):
         pass
 
@@ -258,8 +259,8 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
         ("running", "7 RUNNING None", "running", None),
         ("pending", "7 CONFIGURING None", "pending", None),
         ("running", "7 COMPLETING None", "running", None),
-        ("running", "70 RUNNING None", "vanished", "killed without a word: Slurm knows job 7 no more"),
-        ("pending", "", "vanished", "killed without a word: Slurm knows job 7 no more"),
+        ("running", "70 RUNNING None", "vanished", "killed without a record: Slurm no longer knows job 7"),
+        ("pending", "", "vanished", "killed without a record: Slurm no longer knows job 7"),
         ("running", "7 TIMEOUT TimeLimit", "vanished", "Slurm has ended job 7 (TIMEOUT, TimeLimit)"),
         ("running", "7 CANCELLED None", "vanished", "Slurm has ended job 7 (CANCELLED)"),
         ("requeued", "7 PENDING Resources", "queued (Resources)", "the reason"),
@@ -268,7 +269,7 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
         ("preempted", "7 REQUEUE_HOLD", "queued", None),
         ("preempted", "7 COMPLETING None", "preempted", None),
         ("requeued", "7 RUNNING None", "requeued", "the reason"),
-        ("preempted", "", "vanished", "preempted, but not in the queue: Slurm knows job 7 no more"),
+        ("preempted", "", "vanished", "preempted, but not in the queue: Slurm no longer knows job 7"),
         ("preempted", "7 CANCELLED None", "cancelled", "preempted, but not in the queue: Slurm has ended job 7"),
         ("requeued", "7 CANCELLED None", "cancelled", "requeued, but not in the queue: Slurm has ended job 7"),
         ("running", "7 PENDING BeginTime", "queued (BeginTime)", "Slurm itself has queued the job again"),
@@ -278,7 +279,7 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
         ("running", "CLUSTER: one\n7 RUNNING None\n\n8 PENDING Priority", "running", None),
     ],
 )
-def test_slurm_knows_better(
+def test_slurms_state_of_a_job_wins(
     tmp_path: Path, slurm: Slurm, state: str, answer: str, shown: str, error: str | None
 ) -> None:
     write_job(tmp_path / "x", state, [attempt(1, None)], reason="the reason")
@@ -286,7 +287,7 @@ def test_slurm_knows_better(
     row = only_row(tmp_path)
     assert f"{row.state} ({row.waits_for})".removesuffix(" (None)") == shown
     assert row.last_error is None if error is None else error in (row.last_error or "")
-    assert f"  {shown}  " in overview_text.table([row])
+    assert f"  {shown}  " in runs_text.table([row])
 
 
 def test_slurm_is_asked_once_and_for_everything(
@@ -295,14 +296,14 @@ def test_slurm_is_asked_once_and_for_everything(
     calls = slurm("print('7 RUNNING None')")
     write_job(tmp_path / "over", "done")
     write_events(tmp_path / "hand", START)
-    overview.overview([tmp_path], NOW)
+    module.list_runs([tmp_path], NOW)
     assert not calls.exists()  # there is nothing to ask
     for name in ("one", "two", "three"):
         write_job(tmp_path / name, "running")
     monkeypatch.setenv("SQUEUE_STATES", "PENDING")
     monkeypatch.setenv("SQUEUE_FORMAT", "%j")
     monkeypatch.setenv("SLURM_CONF", "elsewhere")
-    runs, _ = overview.overview([tmp_path], NOW)
+    runs, _ = module.list_runs([tmp_path], NOW)
     assert sorted(run.state for run in runs) == ["done", "running", "running", "running", "unknown"]
     (call,) = calls.read_text().splitlines()
     arguments, environment = json.loads(call)
@@ -310,10 +311,10 @@ def test_slurm_is_asked_once_and_for_everything(
     assert not any(argument.startswith("--jobs") for argument in arguments)
     assert environment["SLURM_CONF"] == "elsewhere" and not any(name.startswith("SQUEUE_") for name in environment)
     (commands / "squeue").unlink()
-    assert overview.overview([tmp_path], NOW)[1] == []  # no Slurm, no remark
+    assert module.list_runs([tmp_path], NOW)[1] == []  # no Slurm, no remark
 
 
-def test_slurm_that_does_not_answer_changes_nothing(tmp_path: Path, slurm: Slurm, tool: Tool) -> None:
+def test_slurm_that_does_not_answer_is_a_remark(tmp_path: Path, slurm: Slurm, tool: Tool) -> None:
     write_job(tmp_path / "x", "running")
     slurm("sys.exit('slurm_load_jobs error: Unable to contact\\n  slurm controller')")
     code, out, err = tool(tmp_path)
@@ -325,28 +326,23 @@ def test_slurm_that_does_not_answer_changes_nothing(tmp_path: Path, slurm: Slurm
     assert json.loads(tool(tmp_path, "--json")[1])["runs"][0]["state"] == "running"
 
 
-def test_a_job_that_ends_while_slurm_is_asked_has_not_vanished(tmp_path: Path, slurm: Slurm) -> None:
-    write_job(tmp_path / "x", "running")
-    file = tmp_path / "x" / "job.json"
-    slurm(f"file = {str(file)!r}\ntext = open(file).read()\nopen(file, 'w').write(text.replace('running', 'done'))")
-    row = only_row(tmp_path)
-    assert (row.state, row.last_error) == ("done", None)
-
-
-def test_a_job_of_somebody_else_has_not_vanished(tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_slurm_does_not_know_has_vanished_unless_something_speaks_against_it(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_job(tmp_path / "x", "running")
     slurm("")
     assert only_row(tmp_path).state == "vanished"
-    monkeypatch.setattr(overview.os, "getuid", lambda: 4_000_001)
-    assert only_row(tmp_path).state == "running"
-
-
-def test_a_job_whose_process_is_at_work_has_not_vanished(tmp_path: Path, slurm: Slurm) -> None:
-    write_job(tmp_path / "x", "running")
-    slurm("")
     with run_lock(RunDirectory(tmp_path / "x")):
         row = only_row(tmp_path)
-    assert row.state == "running" and row.last_error == "Slurm knows job 7 no more, and yet a process is at work here"
+    at_work = "Slurm no longer knows job 7, and yet a process is at work here"
+    assert (row.state, row.last_error) == ("running", at_work)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "getuid", lambda: 4_000_001)
+        assert only_row(tmp_path).state == "running", "a job of another user"
+    file = tmp_path / "x" / "job.json"
+    slurm(f"file = {str(file)!r}\ntext = open(file).read()\nopen(file, 'w').write(text.replace('running', 'done'))")
+    row = only_row(tmp_path)
+    assert (row.state, row.last_error) == ("done", None), "it has ended while Slurm was asked"
 
 
 class CountingFile(io.FileIO):
@@ -361,7 +357,7 @@ class CountingFile(io.FileIO):
 
 
 def test_a_huge_record_is_read_at_its_end_only(tmp_path: Path) -> None:
-    """Of 50 MB, whose beginning would be told as damaged if it were read."""
+    """Of 50 MB, whose beginning would be named as damaged if it were read."""
     path = tmp_path / "metrics.jsonl"
     with path.open("wb") as file:
         for _ in range(50):
@@ -399,7 +395,7 @@ GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "fault"),
     [
         ("job.json", b"", "job.json cannot be read ("),
         ("job.json", b'{"job_id": "7", "att', "job.json cannot be read ("),
@@ -410,7 +406,6 @@ GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
         ("job.json", json.dumps({**GOOD_JOB, "steps": None}), "job.json cannot be read (steps: "),
         ("job.json", json.dumps({**GOOD_JOB, "state": "lazy"}), "job.json cannot be read (state: "),
         ("job.json", json.dumps({**GOOD_JOB, "excluded": [1]}), "job.json cannot be read (excluded: "),
-        ("job.json", json.dumps({**GOOD_JOB, "attempts": [{"number": 1}]}), "job.json cannot be read ("),
         (
             "job.json",
             json.dumps({**GOOD_JOB, "attempts": [{"number": 1, "job_id": "7", "nodes": None, "num_ranks": 2}]}),
@@ -426,7 +421,7 @@ GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
         ("config.yaml", b"model: 1\n", "config.yaml cannot be read ("),
     ],
 )
-def test_damage_is_told_in_the_row(tmp_path: Path, tool: Tool, name: str, content: Any, told: str) -> None:
+def test_damage_is_named_in_the_row(tmp_path: Path, tool: Tool, name: str, content: Any, fault: str) -> None:
     damaged = tmp_path / "damaged"
     write_events(damaged, START)
     write_record(damaged, {"step": 9, "loss": 1.5})
@@ -440,9 +435,9 @@ def test_damage_is_told_in_the_row(tmp_path: Path, tool: Tool, name: str, conten
     code, out, err = tool(tmp_path)
     assert (code, err) == (0, "") and len(out.splitlines()) == 3
     (line,) = [line for line in out.splitlines() if line.startswith("damaged ")]
-    assert told in line
+    assert fault in line
     row = next(run for run in json.loads(tool(tmp_path, "--json")[1])["runs"] if run["name"] == "damaged")
-    assert len(row["unreadable"]) == 1 and row["unreadable"][0].startswith(told)
+    assert len(row["unreadable"]) == 1 and row["unreadable"][0].startswith(fault)
     # The other files are shown as ever.
     assert row["loss"] == (None if content is None and name == "metrics.jsonl" else 1.5)
     assert row["steps"] == (None if name == "config.yaml" else 20)
@@ -456,7 +451,7 @@ def test_odd_values_and_torn_lines_are_no_damage(tmp_path: Path) -> None:
     row = only_row(tmp_path)
     assert (row.state, row.last_error, row.step, row.loss) == ("failed", "stopped", 8, None)
     assert (row.tev_mean, row.tokens_per_second, row.ranks, row.unreadable) == (None, None, None, [])
-    json.dumps(overview_text.as_json([row]), allow_nan=False)
+    json.dumps(runs_text.as_json([row]), allow_nan=False)
 
 
 def test_the_newest_start_comes_first_and_no_run_twice(tmp_path: Path, tool: Tool) -> None:
@@ -534,10 +529,10 @@ def test_the_duration_of_an_attempt_without_an_end(tmp_path: Path) -> None:
     """It runs on as long as its job does; of one that was killed it is not known."""
     write_job(tmp_path, "running", [attempt(1)])
     row = only_row(tmp_path)
-    assert overview_text.attempts_as_json(row, NOW)["attempts"][0]["duration_seconds"] == 3600.0
+    assert runs_text.attempts_as_json(row, NOW)["attempts"][0]["duration_seconds"] == 3600.0
     row.state = "vanished"
-    assert overview_text.attempts_as_json(row, NOW)["attempts"][0]["duration_seconds"] is None
-    assert overview_text.attempts_as_text(row, NOW).splitlines()[4].split()[2] == "-"
+    assert runs_text.attempts_as_json(row, NOW)["attempts"][0]["duration_seconds"] is None
+    assert runs_text.attempts_as_text(row, NOW).splitlines()[4].split()[2] == "-"
 
 
 def test_attempts_need_one_run(tmp_path: Path, tool: Tool) -> None:
@@ -584,7 +579,7 @@ def test_bad_command_lines(tool: Tool, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(("length", "read"), [(500_000, 100), (10, 0)], ids=["head", "true"])
 @pytest.mark.parametrize("more", [[], ["--json"], ["--watch", "0.01"]], ids=str)
-def test_a_reader_that_has_seen_enough(tmp_path: Path, more: list[str], length: int, read: int) -> None:
+def test_a_closed_pipe_ends_the_tool_well(tmp_path: Path, more: list[str], length: int, read: int) -> None:
     """The tool ends without a traceback, and well, also where all it prints still fits into its buffer."""
     write_job(tmp_path / "x", "failed", reason="x" * length)
     command = [sys.executable, str(ROOT / "tools" / "jobs.py"), str(tmp_path), *more]
@@ -598,7 +593,7 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path, more: list[str], length: 
 
 
 def test_no_torch_is_loaded() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mlra_scale.cluster.overview"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mlra_scale.cluster.runs"
     code += "; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "False\n"

@@ -1,7 +1,8 @@
-"""Checks of the nodes by the ranks themselves, before the first step: a bad node is named instead of being suffered.
+"""Checks of the nodes by the ranks themselves, before the first step: a bad node is named.
 
-Alone, each rank asks its device for a product that it knows. Together they compare what they see of a shared folder,
-check that a sum over all of them is right, measure how fast it is, and connect over gloo, as checkpoints will.
+Alone, each rank lets its device compute a known product. Together they check that the first rank sees what every node
+writes to the run directory, and that a sum over all of them is right; they measure how fast it is, and connect over
+gloo, as checkpoints will.
 """
 
 from __future__ import annotations
@@ -44,12 +45,7 @@ class BadNodes(Exception):
 
 
 def check_alone(node: str, local_rank: int, device: str) -> None:
-    """Checks this rank's own device.
-
-    Args:
-        node: Its name.
-        local_rank: Number of the device on the node.
-        device: `cuda` or `cpu`.
+    """Checks this rank's own device, `cuda` or `cpu`.
 
     Raises:
         BadNodes: The device is not there, or computes wrong.
@@ -69,7 +65,7 @@ def check_alone(node: str, local_rank: int, device: str) -> None:
 
 
 def _computes_right(device: torch.device) -> bool:
-    """Compares a product of small integers, which is exact in fp32 whatever the order of its sums, with integers'."""
+    """Compares a product of small integers in fp32, which is exact in any order of its sums, with one of integers."""
     rows = torch.arange(_SIZE * _SIZE).reshape(_SIZE, _SIZE) % 7
     expected = rows @ rows.T
     product = rows.to(device, torch.float32) @ rows.T.to(device, torch.float32)
@@ -79,34 +75,30 @@ def _computes_right(device: torch.device) -> bool:
 def check_together(device: torch.device, node: str, shared: Path) -> None:
     """Checks what only all ranks together can; collective over the default group.
 
+    Each node's agent has checked that the node sees what the job writes into the folder. Here the first rank looks for
+    what every node has written there.
+
     Args:
         device: Of this rank.
         node: Its name.
-        shared: A folder that all nodes must see alike.
+        shared: The folder of the attempt's logs, which all nodes must see alike.
 
     Raises:
         BadNodes: On all ranks.
         ConfigError: On all ranks: no two nodes reach each other over gloo.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    facts: list[Any] = [None] * world_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    fault, wrong = _write_token(shared, node, rank), _wrong_parts(device)
-    dist.all_gather_object(facts, (node, fault, name, wrong))
+    facts = _gathered((node, name, _wrong_parts(device)))
     nodes = [of_rank[0] for of_rank in facts]
-    # One look from each node is enough, and kinder to the file system.
-    fault = _unseen_token(shared, nodes) if nodes.index(node) == rank else ""
+    unseen = _gathered(_unseen_nodes(shared, nodes) if rank == 0 else [])[0]
     seconds = _seconds_of_sum(device)
-    results: list[Any] = [None] * world_size
-    dist.all_gather_object(results, fault)
     _check_gloo(nodes)
-    _remove_token(shared, rank)
-    bad = blamed_for_sum(nodes, [of_rank[3] for of_rank in facts])
-    bad |= blamed(nodes, [of_rank[1] for of_rank in facts], results)
+    bad = blamed_for_sum(nodes, [of_rank[2] for of_rank in facts]) | blamed_for_folder(nodes, unseen)
     if bad:
         raise BadNodes(bad, True)
     if rank == 0:
-        devices = sorted({of_rank[2] for of_rank in facts})
+        devices = sorted({of_rank[1] for of_rank in facts})
         rate = 2 * (world_size - 1) / world_size * _BYTES_SUMMED[device.type] / seconds / 1e9 if seconds else 0.0
         print(
             f"checks passed: {world_size} rank(s) on {len(set(nodes))} node(s), "
@@ -116,20 +108,26 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
         )
 
 
-def _check_gloo(nodes: Sequence[str]) -> None:
-    """Makes a group of all ranks over gloo, as build_topology does, and lets them meet in it; collective.
+def _gathered(value: Any) -> list[Any]:
+    """Returns the values of all ranks; collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
-    Where one node is not reached, ranks of all nodes fail. Then nodes meet in pairs, which tells who is to blame.
+
+def _check_gloo(nodes: Sequence[str]) -> None:
+    """Connects all ranks over gloo, as build_topology does; collective.
+
+    Where one node is not reached, ranks of all nodes fail. Then nodes connect in pairs, which shows the one to blame.
     """
-    faults = _faults_over_gloo(None, len(nodes))
+    faults = _faults_over_gloo(None)
     found = {node: text for node, text in zip(nodes, faults, strict=True) if text}
     if not found:
         return
 
     def connect(pairs: Sequence[tuple[str, str]]) -> list[bool]:
         ranks = [[nodes.index(node) for node in pair] for pair in pairs]
-        mine = next((pair for pair in ranks if dist.get_rank() in pair), [])
-        failed = _faults_over_gloo(mine, len(nodes))
+        failed = _faults_over_gloo(next((pair for pair in ranks if dist.get_rank() in pair), []))
         return [not any(failed[rank] for rank in pair) for pair in ranks]
 
     unreached = unreached_of(list(dict.fromkeys(nodes)), connect)
@@ -140,17 +138,16 @@ def _check_gloo(nodes: Sequence[str]) -> None:
         raise BadNodes({node: f"gloo does not connect its ranks: {text}" for node, text in found.items()}, True)
     remedy = (
         "is the interface over which gloo should connect the ranks, and does not: name one on which all nodes reach "
-        f"each other (`ip addr` lists them), in the environment of the job; {nodes[0]} says: {found[nodes[0]]}"
+        f"each other (`ip addr` lists them), in the environment of the job; {nodes[0]} reports: {found[nodes[0]]}"
     )
     raise ConfigError([Problem("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME"), remedy)])
 
 
-def _faults_over_gloo(ranks: Sequence[int] | None, world_size: int) -> list[str]:
-    """Lets ranks meet over gloo and returns what failed, by rank; collective over all ranks.
+def _faults_over_gloo(ranks: Sequence[int] | None) -> list[str]:
+    """Connects ranks over gloo and returns what failed, by rank; collective over all ranks.
 
     Args:
-        ranks: The group of this rank, which others call with too; empty: none; None: all ranks.
-        world_size: Number of all ranks.
+        ranks: The group of this rank, whose ranks all pass it; empty: none; None: all ranks.
     """
     fault, timeout, number = "", timedelta(seconds=_GLOO_SECONDS), next(_MEETINGS)
     try:
@@ -165,17 +162,15 @@ def _faults_over_gloo(ranks: Sequence[int] | None, world_size: int) -> list[str]
             pair.barrier().wait()  # type: ignore[attr-defined]
     except RuntimeError as error:
         fault = str(error).splitlines()[0] if str(error) else type(error).__name__
-    faults: list[Any] = [None] * world_size
-    dist.all_gather_object(faults, fault)
-    return faults
+    return _gathered(fault)
 
 
 def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, str]]], list[bool]]) -> list[str]:
-    """Finds the nodes that do not connect with others, in few rounds of pairs that meet at the same time.
+    """Finds the nodes that do not connect with others, in few rounds of pairs that connect at the same time.
 
     Args:
         nodes: All nodes.
-        connect: Says of disjoint pairs which of them connect.
+        connect: Returns which of some disjoint pairs connect.
 
     Returns:
         Nodes that do not connect with one that does with another; empty where there is none, or where no pair connects.
@@ -195,46 +190,29 @@ def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, st
     return bad
 
 
-def blamed(nodes: Sequence[str], own_faults: Sequence[str], seen_faults: Sequence[str]) -> dict[str, str]:
-    """Says which nodes are bad, from what all ranks found; the same on every rank.
-
-    A rank's own fault is its node's. Where a rank does not see what others wrote, the odd ones out are to blame: one
-    node that sees nothing of the others while these see each other; or a node of which nobody else sees anything.
+def blamed_for_folder(nodes: Sequence[str], unseen: Sequence[str]) -> dict[str, str]:
+    """Returns the nodes that do not share the run directory, with the reason.
 
     Args:
         nodes: Of each rank.
-        own_faults: What each rank found wrong with itself; empty: nothing.
-        seen_faults: Nodes whose file a rank did not see, joined by commas; empty: it saw all, or did not look.
+        unseen: Nodes whose file the first node does not see.
     """
-    bad = {node: fault for node, fault in zip(nodes, own_faults, strict=True) if fault}
-    unseen = {node: set(text.split(",")) for node, text in zip(nodes, seen_faults, strict=True) if text}
-    if bad or not unseen:
-        return bad
-    everyone = list(dict.fromkeys(nodes))
-    for node in everyone:
-        others = set(everyone) - {node}
-        is_blind = unseen.get(node, set()) >= others
-        is_hidden = all(node in unseen.get(other, set()) for other in others)
-        # Two nodes that do not see each other: the one without the job's first rank is left.
-        if (is_blind or is_hidden) and not (len(everyone) == 2 and node == everyone[0]):
-            bad[node] = "the run directory is not the one that the other nodes have: it must be on a shared file system"
-    return bad or {
-        node: f"does not see in the run directory what {', '.join(sorted(names))} wrote"
-        for node, names in unseen.items()
-    }
+    others = {*nodes} - {nodes[0]}
+    # Of several other nodes, not all are wrong. Of two nodes that do not see each other, the first one is kept.
+    bad = [nodes[0]] if len(others) > 1 and {*unseen} == others else unseen
+    reason = "the run directory is not the one that the other nodes have: it must be on a shared file system"
+    return dict.fromkeys(bad, reason)
 
 
 def blamed_for_sum(nodes: Sequence[str], wrong: Sequence[Sequence[int]]) -> dict[str, str]:
-    """Says which nodes are to blame for a wrong sum; the same on every rank.
+    """Returns the nodes to blame for a wrong sum, with the reason; the same on every rank.
 
     Args:
         nodes: Of each rank.
         wrong: By rank, the ranks whose part was wrong in the sum that it got.
     """
-    if not any(wrong):
-        return {}
-    if all(wrong):
-        # Everybody got the same wrong parts: they were sent so.
+    if wrong and all(wrong):
+        # All ranks got the same wrong parts: they were sent wrong.
         return {nodes[rank]: f"a sum over all ranks has a wrong part of rank {rank}" for rank in sorted(set(wrong[0]))}
     return {
         node: f"rank {rank} got a wrong sum, and others the right one"
@@ -243,53 +221,32 @@ def blamed_for_sum(nodes: Sequence[str], wrong: Sequence[Sequence[int]]) -> dict
     }
 
 
-def _token(shared: Path, rank: int) -> Path:
-    return shared / f".seen-{rank:05d}"
+def _unseen_nodes(shared: Path, nodes: Sequence[str]) -> list[str]:
+    """Returns the nodes whose files (node/__main__.py) this rank does not see."""
 
+    def is_there(node: str) -> bool:
+        try:
+            return (shared / f"nonce-{node}").read_bytes() == (shared / "nonce").read_bytes()
+        except OSError:
+            return False
 
-def _write_token(shared: Path, node: str, rank: int) -> str:
-    try:
-        _token(shared, rank).write_text(f"{node}\n", encoding="utf-8")
-    except OSError as error:
-        return f"cannot write to {shared}: {error.strerror}"
-    return ""
-
-
-def _unseen_token(shared: Path, nodes: Sequence[str]) -> str:
-    """Names the nodes whose files this rank does not see."""
-    first_ranks = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
     deadline = time.monotonic() + _SECONDS_TO_SEE
     while True:
-        unseen = [node for node, rank in first_ranks.items() if not _is_there(_token(shared, rank), node)]
+        unseen = [node for node in dict.fromkeys(nodes) if not is_there(node)]
         if not unseen or time.monotonic() > deadline:
-            return ",".join(unseen)
+            return unseen
         with contextlib.suppress(OSError):
             os.listdir(shared)  # makes NFS look again
         time.sleep(0.5)
 
 
-def _is_there(path: Path, node: str) -> bool:
-    try:
-        return path.read_text(encoding="utf-8").strip() == node
-    except OSError:
-        return False
-
-
-def _remove_token(shared: Path, rank: int) -> None:
-    try:
-        _token(shared, rank).unlink(missing_ok=True)
-    except OSError as error:
-        print(f"{_token(shared, rank)} stays: {error.strerror}", flush=True)
-
-
 def _wrong_parts(device: torch.device) -> list[int]:
-    """Lets every rank add at a place of its own, so that a wrong sum says whose part is missing."""
+    """Returns the ranks whose part of a sum is wrong: each rank adds at its own position."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     values = torch.zeros(world_size, dtype=torch.int64, device=device)
     values[rank] = rank + 1
     dist.all_reduce(values)
-    expected = torch.arange(1, world_size + 1)
-    wrong: list[int] = (values.cpu() != expected).nonzero().flatten().tolist()
+    wrong: list[int] = (values.cpu() != torch.arange(1, world_size + 1)).nonzero().flatten().tolist()
     return wrong
 
 
