@@ -174,7 +174,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Locks the run directory while its checkpoints are removed; refuses where a run holds the lock."""
     from mlra_scale.checkpoint import CheckpointError
     from mlra_scale.config import ConfigError
-    from mlra_scale.training.run_directory import RunDirectory, held
+    from mlra_scale.training.run_directory import RunDirectory, run_lock
 
     # The folder may be given as ".", and it or the run directory's entry for it may be a symbolic link.
     parents = {Path(os.path.abspath(folder)).parent.resolve(), folder.resolve().parent}
@@ -182,7 +182,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             for parent in parents:
                 if (parent / ".lock").exists():
-                    stack.enter_context(held(RunDirectory(parent)))
+                    stack.enter_context(run_lock(RunDirectory(parent)))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         yield

@@ -13,7 +13,7 @@ from tests.faults.moments import Moment
 from tests.faults.training import timeless
 from tests.support.processes import tool
 
-STEP = "call mlra_scale/training/trainer.py step_values"
+STEP = "call mlra_scale/training/watch/step_watchers.py *._throughput"
 """Once in each step, after its update."""
 
 
@@ -29,9 +29,9 @@ TRAINING = (
         Moment("import torch"),
         Moment(STEP, 5),
         Moment("import torch"),
-        Moment("import mlra_scale.training.start"),
+        Moment("import mlra_scale.training.start.request"),
         Moment("import deepspeed"),
-        Moment("import mlra_scale.training.trainer"),
+        Moment("import mlra_scale.training.loop.trainer"),
         is_real=True,
     ),
     killed_runs(
@@ -49,21 +49,21 @@ TRAINING = (
     killed_runs(
         "kills while measuring",
         "single",
-        Moment("call mlra_scale/training/trainer.py evaluate"),
+        Moment("call mlra_scale/training/watch/passes.py evaluate"),
         Moment("call mlra_scale/stability/activations.py *", 12),
         Moment("call mlra_scale/stability/gradients.py *.before_step", 2),
         Moment("call mlra_scale/parallel/zero_engine.py *eval_batch", 2),
         Moment("call mlra_scale/stability/tev.py *", 3),
         Moment("call mlra_scale/stability/spectral.py *", 9),
-        Moment("call mlra_scale/stability/gradients.py *.in_gate", 2),
-        Moment("call mlra_scale/training/trainer.py evaluate", 2),
+        Moment("call mlra_scale/stability/gradients.py *.before_update", 2),
+        Moment("call mlra_scale/training/watch/passes.py evaluate", 2),
         more=MEASURED,
     ),
     killed_runs(
         "kills while loading",
         "zero3-dp2",
         Moment(STEP, 5),
-        Moment("call mlra_scale/training/candidates.py *", 3),
+        Moment("call mlra_scale/training/start/resume_choice.py *", 3),
         Moment("call mlra_scale/checkpoint/manifest.py *", 4, rank=1),
         Moment("call mlra_scale/checkpoint/reader.py Store.verify", rank=1),
         Moment("call mlra_scale/checkpoint/loading.py load_checkpoint", rank=1),
@@ -76,11 +76,11 @@ TRAINING = (
     killed_runs(
         "kills in a rollback",
         "single",
-        Moment("call mlra_scale/training/guarding.py go_back"),
+        Moment("call mlra_scale/training/loop/session.py *.roll_back"),
         Moment("call mlra_scale/checkpoint/loading.py load_checkpoint", 2),
         Moment("call mlra_scale/checkpoint/retention.py remove_after"),
         Moment("rename *guard.json.tmp *"),
-        Moment("call mlra_scale/training/report.py *.went_back"),
+        Moment("call mlra_scale/training/log/report.py *.on_rollback"),
         Moment("open w */rolled_back.jsonl"),
         more=GUARDED,
         tier="slow",
@@ -93,7 +93,7 @@ TRAINING = (
         stopped_then("open w *manifest.json*"),
         stopped_then("rename *unfinished*"),
         stopped_then("rename *latest* *"),
-        stopped_then("call mlra_scale/training/stopping.py stopped_by_signal"),
+        stopped_then("call mlra_scale/training/loop/session.py *._stopped_by_signal"),
         stopped_then("call mlra_scale/parallel/topology.py destroy*", rank=1),
         every=1000,
     ),
@@ -104,7 +104,7 @@ TRAINING = (
         Moment("rename */step-* */.*"),
         Moment("remove rank-0000*"),
         Moment("rmdir *"),
-        Moment("call mlra_scale/training/report.py *.finished"),
+        Moment("call mlra_scale/training/log/report.py *.finish"),
         keep_last=1,
     ),
 )

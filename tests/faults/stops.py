@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.training.rollbacks import read_rollbacks
+from mlra_scale.training.run_directory import RunDirectory
 from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
 from tests.faults.case import SAME, Case
 from tests.faults.launching import Armed
@@ -127,7 +127,7 @@ def stop(
                 assert_sound(run)
             if is_guarded:
                 # The guard may go back to the stop's checkpoint too, which the undisturbed run does not have.
-                assert read_rollbacks(run / "guard.json"), "the rollback is lost"
+                assert RunDirectory(run).read_rollbacks(), "the rollback is lost"
             else:
                 bench.finish(replace(training, steps=assert_sound(run) + 2), run)
         finally:
@@ -216,7 +216,7 @@ STOPS = (
     during("the probe after a step", "call mlra_scale/stability/activations.py *", 40),
     during("the noise estimate", "call mlra_scale/stability/gradients.py *.before_step", 2),
     during("a save", "open w *rank-00000*", 1, ("checkpoint.every=2",)),
-    during("a rollback", "call mlra_scale/training/guarding.py go_back", 1, GUARDED, promise=ROLLED_BACK),
+    during("a rollback", "call mlra_scale/training/loop/session.py *.roll_back", 1, GUARDED, promise=ROLLED_BACK),
 )
 CONSOLES = (
     console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),

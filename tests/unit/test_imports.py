@@ -57,7 +57,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
     ("training", "parallel"): {"", "fragments", "interface", "topology"},
     # What runs leave behind; none of these loads torch.
-    ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory", "source"},
+    ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory"},
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {
@@ -97,11 +97,7 @@ def project_files() -> Iterator[Path]:
 
 
 # Edges of circles that their owners are about to remove: (module, what it imports), without the package's name.
-KNOWN_CIRCLES = {
-    ("training.expectation", "training.launch"),
-    ("training.report", "training.launch"),
-    ("training.start", "training.launch"),
-}
+KNOWN_CIRCLES: set[tuple[str, str]] = set()
 
 
 @cache
