@@ -96,10 +96,6 @@ def project_files() -> Iterator[Path]:
             yield file
 
 
-# Edges of circles that their owners are about to remove: (module, what it imports), without the package's name.
-KNOWN_CIRCLES: set[tuple[str, str]] = set()
-
-
 @cache
 def imports_of(file: Path, for_types: bool = True) -> tuple[tuple[int, str], ...]:
     """(line, dotted name) of every import in a file, those inside functions included.
@@ -174,8 +170,6 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         module_of(file): {name for _, name in imports_of(file, for_types=False) if is_ours(name)} - {module_of(file)}
         for file in package_files()
     }
-    for importer, imported in KNOWN_CIRCLES:
-        graph.get(f"{PACKAGE}.{importer}", set()).discard(f"{PACKAGE}.{imported}")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

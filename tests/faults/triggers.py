@@ -1,6 +1,6 @@
-"""Moments at which a process gets a signal: when it imports, opens, renames or removes something, or calls a function.
+"""Triggers at which a process gets a signal: when it imports, opens, renames or removes something, or calls a function.
 
-They do not know the code from inside: a moment is a pattern of file names and function names, and a process that never
+They do not know the code from inside: a trigger is a pattern of file names and function names, and a process that never
 comes there fails the test. tests/faults/armed/sitecustomize.py waits for them in any Python process.
 """
 
@@ -14,7 +14,7 @@ ARMED = Path(__file__).resolve().parent / "armed"
 
 
 @dataclass(frozen=True)
-class Moment:
+class Trigger:
     """When a process gets a signal, or an error of the operating system.
 
     Attributes:
@@ -42,34 +42,34 @@ class Moment:
 
 
 class Trap:
-    """Moments for the processes of one command, and whether they have come.
+    """Triggers for the processes of one command, and whether they have come.
 
     Args:
-        moments: Moments that must come.
-        log: The log of the command: beside it lie the marks that each moment leaves when it has come.
-        never: Moments at which no process may come; they do nothing.
+        triggers: Triggers that must come.
+        log: The log of the command: beside it lie the marks that each trigger leaves when it was reached.
+        never: Triggers at which no process may come; they do nothing.
     """
 
-    def __init__(self, moments: Sequence[Moment], log: Path, never: Sequence[Moment] = ()) -> None:
-        self._moments, self._never = list(moments), list(never)
+    def __init__(self, triggers: Sequence[Trigger], log: Path, never: Sequence[Trigger] = ()) -> None:
+        self._triggers, self._never = list(triggers), list(never)
         number = sum(1 for _ in log.parent.glob(f"{log.name}.marks-*"))
         self._marks = log.with_name(f"{log.name}.marks-{number}")
 
     def variables(self) -> dict[str, str]:
         """The environment that arms processes."""
-        if not (moments := [*self._moments, *self._never]):
+        if not (triggers := [*self._triggers, *self._never]):
             return {}
         self._marks.mkdir(parents=True)
-        listed = [asdict(moment) | {"mark": str(self._marks / str(place))} for place, moment in enumerate(moments)]
-        return {"MOMENTS": json.dumps(listed)}
+        listed = [asdict(trigger) | {"mark": str(self._marks / str(place))} for place, trigger in enumerate(triggers)]
+        return {"TRIGGERS": json.dumps(listed)}
 
     def missed(self) -> list[str]:
-        """The moments that have not come."""
-        return [str(moment) for place, moment in enumerate(self._moments) if not (self._marks / str(place)).exists()]
+        """The triggers that were not reached."""
+        return [str(trigger) for place, trigger in enumerate(self._triggers) if not (self._marks / str(place)).exists()]
 
     def check(self, output: str) -> None:
-        """Fails if a moment has not come, or one that must never come has."""
+        """Fails if a trigger was not reached, or one that must never be was."""
         assert not (late := self.missed()), f"did not come to {late}\n{output[-1000:]}"
-        marks = [self._marks / str(len(self._moments) + place) for place in range(len(self._never))]
-        come = [str(moment) for moment, mark in zip(self._never, marks, strict=True) if mark.exists()]
+        marks = [self._marks / str(len(self._triggers) + place) for place in range(len(self._never))]
+        come = [str(trigger) for trigger, mark in zip(self._never, marks, strict=True) if mark.exists()]
         assert not come, f"came to {come}"
