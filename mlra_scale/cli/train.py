@@ -39,8 +39,9 @@ class _TrainCommand(Command):
         prog = prog or f"mlra-scale {self.name}"
         parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
         self.add_arguments(parser)
-        options, options.arguments = parser.parse_known_args(arguments)
-        if not {"-h", "--help"}.isdisjoint(options.arguments):
+        options, others = parser.parse_known_args(arguments)
+        options.arguments = others
+        if not {"-h", "--help"}.isdisjoint(others):
             self.parser(prog).print_help()
             return 0
         return self.run(options)

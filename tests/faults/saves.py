@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import Bench, log_of, program, start
 from tests.faults.case import SAME, Case, assert_refused
 from tests.faults.kills import STEP
-from tests.faults.launching import FILE_LIMIT, Armed, Forked
+from tests.faults.launching import Armed, Forked
 from tests.faults.training import LAYOUTS, Training, assert_as_undisturbed, assert_way_back
 from tests.faults.triggers import Trigger
 from tests.support.training_runs import curve, events
@@ -26,7 +27,7 @@ from tests.support.training_runs import curve, events
 STEPS, EVERY = 6, 2
 FIELDS = {"steps": STEPS, "every": EVERY, "keep_last": 1}
 """Three saves, each of which removes the one before."""
-FULL = {"signal": 0, "error": errno.ENOSPC}
+FULL: dict[str, Any] = {"signal": 0, "error": errno.ENOSPC}
 EARLY = 0.1
 """Share of the kills that may come before the first step of a start, while the checkpoint is being loaded."""
 Launch = Armed | Forked
@@ -241,6 +242,6 @@ CASES = (
     refused_save("no space in a file", 2, "zero1-dp2", "slow", [Trigger("point mid-file", 2, rank=1, **FULL)]),
     refused_save("no space before the rename", 2, "zero1-dp2", "slow", [Trigger("point before-rename", 2, **FULL)]),
     Case("no space in retention", "ENOSPC when a checkpoint is removed", KEPT_ON, not_removed, tier="slow"),
-    refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", **{FILE_LIMIT: "100000"}),
+    refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", FILE_LIMIT="100000"),
     Case("no folder of checkpoints", "a link that leads nowhere", REFUSED, folder_missing, tier="slow"),
 )

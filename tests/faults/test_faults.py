@@ -64,11 +64,8 @@ def test_triggers_are_calls_of_functions_that_exist() -> None:
 def qualified(tree: ast.AST, prefix: str = "") -> Iterator[str]:
     """The qualified names of all functions."""
     for node in ast.iter_child_nodes(tree):
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if is_function or isinstance(node, ast.ClassDef):
-            name = prefix + node.name
-            if is_function:
-                yield name
-            yield from qualified(node, f"{name}.<locals>." if is_function else f"{name}.")
+        if isinstance(node, ast.FunctionDef):
+            yield prefix + node.name
+            yield from qualified(node, f"{prefix}{node.name}.<locals>.")
         else:
-            yield from qualified(node, prefix)
+            yield from qualified(node, f"{prefix}{node.name}." if isinstance(node, ast.ClassDef) else prefix)

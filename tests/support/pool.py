@@ -51,7 +51,7 @@ class WorkerPool:
             The results by rank.
 
         Raises:
-            RankFailure: some rank raised, hung or died.
+            RanksFailed: some rank raised, hung or died.
         """
         if function.__module__ == "__main__" or "<" in function.__qualname__:
             raise ValueError(f"{function.__qualname__} is not a function that another process can import")
@@ -75,6 +75,11 @@ class WorkerPool:
         finally:
             if self.pids:
                 self._ranks.receive(f"cleaning up after {name}", CLEAN_UP_TIMEOUT)
+
+    def kill(self) -> None:
+        """Kills the ranks; the next run starts new ones."""
+        if self._ranks is not None:
+            self._ranks.kill()
 
     def close(self) -> None:
         """Ends the ranks."""
