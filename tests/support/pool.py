@@ -76,11 +76,6 @@ class WorkerPool:
             if self.pids:
                 self._ranks.receive(f"cleaning up after {name}", CLEAN_UP_TIMEOUT)
 
-    def kill(self) -> None:
-        """Kills the ranks; the next run starts new ones."""
-        if self._ranks is not None:
-            self._ranks.kill()
-
     def close(self) -> None:
         """Ends the ranks."""
         if self._ranks is not None:
