@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import CommandFailed, end_on_sigterm, run_command
-from mlra_scale.cluster.attempt import free_port
+from mlra_scale.cluster.channel import free_port
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, address, slurm_environment, step_command
 from mlra_scale.config import ConfigError
+from mlra_scale.files import write_atomically
 from mlra_scale.planning.cluster import Cluster, named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
-from mlra_scale.training.record import write_atomically
 
 Write = Callable[[dict[str, Any]], None]
 """Writes a step's result; steps of several parts call it after each."""

@@ -21,9 +21,9 @@ import torch
 from mlra_scale import train
 from mlra_scale.config import BatchPlan, ConfigError
 from mlra_scale.data import Batch, SampleStream
-from mlra_scale.model import layers
+from mlra_scale.model import embedding
 from mlra_scale.parallel import StepResult
-from mlra_scale.parallel.engine import EngineBase
+from mlra_scale.parallel.engine import Engine
 from mlra_scale.study.grid import Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import Sweep
@@ -72,7 +72,7 @@ class Poison:
 def poisoned(poison: Poison) -> Iterator[None]:
     """Poisons the runs of this process until the end of the block."""
     read, rate = feed.read_batches, trainer.learning_rate
-    train_batch, head_loss = EngineBase.train_batch, layers.head_loss
+    train_batch, head_loss = Engine.train_batch, embedding.head_loss
     done: set[int] = set()
     factor = 1.0
 
@@ -84,7 +84,7 @@ def poisoned(poison: Poison) -> Iterator[None]:
         done.add(step)
         return (poison.rate_factor if is_high else 1.0) * rate(step, *arguments)
 
-    def train_spoiled(engine: EngineBase, batches: Sequence[Batch], *arguments: Any) -> StepResult:
+    def train_spoiled(engine: Engine, batches: Sequence[Batch], *arguments: Any) -> StepResult:
         nonlocal factor
         factor = math.nan if int(batches[0].sample_ids_B[0]) // poison.batch in poison.nan else 1.0
         try:
@@ -98,8 +98,8 @@ def poisoned(poison: Poison) -> Iterator[None]:
     with (
         mock.patch.object(feed, "read_batches", read_batches),
         mock.patch.object(trainer, "learning_rate", learning_rate),
-        mock.patch.object(EngineBase, "train_batch", train_spoiled),
-        mock.patch.object(layers, "head_loss", spoiled_loss),
+        mock.patch.object(Engine, "train_batch", train_spoiled),
+        mock.patch.object(embedding, "head_loss", spoiled_loss),
     ):
         yield
 

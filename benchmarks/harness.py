@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 
 from mlra_scale.console import table as text_table
+from mlra_scale.files import write_atomically
 from mlra_scale.study.provenance import hardware, versions
-from mlra_scale.training.record import write_atomically
 from mlra_scale.training.source import commit
 
 Thing = TypeVar("Thing")

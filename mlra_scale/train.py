@@ -32,7 +32,7 @@ from mlra_scale.config import (
     preset_names,
     validate,
 )
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.training.device_environment import set_device_environment
 from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode

@@ -103,7 +103,7 @@ def _verify(options: argparse.Namespace) -> Answer:
 def _describe(options: argparse.Namespace) -> Answer:
     from mlra_scale.checkpoint import Store
     from mlra_scale.checkpoint.inspection import described
-    from mlra_scale.checkpoint.location import checkpoint_at
+    from mlra_scale.checkpoint.retention import checkpoint_at
 
     found = described(Store.open(checkpoint_at(options.path)))
     model = found["model"]
@@ -134,7 +134,7 @@ def _describe(options: argparse.Namespace) -> Answer:
 def _diff(options: argparse.Namespace) -> Answer:
     from mlra_scale.checkpoint import Store
     from mlra_scale.checkpoint.inspection import differing_fields, differing_tensors
-    from mlra_scale.checkpoint.location import checkpoint_at
+    from mlra_scale.checkpoint.retention import checkpoint_at
 
     one, other = (Store.open(checkpoint_at(path)) for path in (options.path, options.other))
     fields = differing_fields(one, other)

@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit code: 0, or 2 for bad input."""
-    from mlra_scale.checkpoint.errors import CheckpointError
-    from mlra_scale.data.errors import DataError
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.checkpoint.files import CheckpointError
+    from mlra_scale.data import DataError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         content = _measure(options)
@@ -94,12 +94,12 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable[Document]:
-    from mlra_scale.evaluation.texts import Encoder, documents_of_data, documents_of_sources, joined
+    from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, joined
 
     def note(line: str) -> None:
         print(f"evaluate: {line}", file=sys.stderr)
 
-    encoder = Encoder(loaded, options.max_tokens)
+    encoder = PieceEncoder(loaded, options.max_tokens)
     if options.data:
         documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, note)
     else:

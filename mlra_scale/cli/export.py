@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit code: 0, 1 for a failed verification, 2 for bad input."""
     # Megatron's import warns about libraries that nothing here would use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.verification import VerificationError
-    from mlra_scale.data.errors import DataError
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.data import DataError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         with ExitStack() as stack:
@@ -77,10 +77,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace, stack: ExitStack) -> None:
     """Checks the checkpoint, loads the text to verify on, and exports."""
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.exporting import DTYPES, ExportOptions, check_target, export_checkpoint
-    from mlra_scale.checkpoint.location import checkpoint_at
     from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.checkpoint.retention import checkpoint_at
 
     check_target(options.output, options.force)
     store = Store.open(checkpoint_at(options.checkpoint))
@@ -130,7 +130,7 @@ def _training_tokenizer(named: Path | None, store: Store) -> LoadedTokenizer | N
 
 def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokenizer | None) -> VerificationText:
     from mlra_scale.checkpoint.huggingface.exporting import VerificationText
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
     from mlra_scale.evaluation.verification_text import (
         documents_of_sequences,
         text_tokens,

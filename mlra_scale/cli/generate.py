@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit code: 0, or 2 for bad input."""
-    from mlra_scale.checkpoint.errors import CheckpointError
-    from mlra_scale.data.errors import DataError
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.checkpoint.files import CheckpointError
+    from mlra_scale.data import DataError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         for number, text in enumerate(_texts(options)):
@@ -83,7 +83,7 @@ def _texts(options: argparse.Namespace) -> Iterator[Text]:
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    from mlra_scale.evaluation.errors import EvaluationError
+    from mlra_scale.evaluation import EvaluationError
 
     try:
         if options.prompt is not None:

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit code: 0, or 2 for bad input."""
     if options.factorise and options.rank is None:
         return refuse("import_hf", "--factorise needs --rank R")
-    from mlra_scale.checkpoint.errors import CheckpointError
+    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 
     try:

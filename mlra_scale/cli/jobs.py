@@ -48,13 +48,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     """Prints the runs once; returns the exit code."""
-    from mlra_scale.cluster import overview, overview_text
+    from mlra_scale.cluster import runs as run_list
+    from mlra_scale.cluster import runs_text
 
     now = time.time()
     folders, wanted = options.folders or [Path("runs")], options.attempts
-    if wanted and overview.is_run(Path(wanted)):
+    if wanted and run_list.is_run(Path(wanted)):
         folders, wanted = [Path(wanted)], ""
-    runs, notes = overview.overview(folders, now)
+    runs, notes = run_list.list_runs(folders, now)
     if not runs:
         return refuse("jobs", f"no runs found: {'; '.join(notes)}")
     chosen = [run for run in runs if wanted in (None, "", run.name)]
@@ -64,11 +65,9 @@ def _show(options: argparse.Namespace) -> int:
     # Into a pipe or a file, lines go uncut.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
     if options.json:
-        text = json.dumps(
-            overview_text.as_json(runs) if wanted is None else overview_text.attempts_as_json(chosen[0], now)
-        )
+        text = json.dumps(runs_text.as_json(runs) if wanted is None else runs_text.attempts_as_json(chosen[0], now))
     else:
-        text = overview_text.table(runs, width) if wanted is None else overview_text.attempts_as_text(chosen[0], now)
+        text = runs_text.table(runs, width) if wanted is None else runs_text.attempts_as_text(chosen[0], now)
     is_screen = options.watch is not None and sys.stdout.isatty()
     print(f"\033[H\033[2J{text}" if is_screen else text, flush=True)
     for note in notes:

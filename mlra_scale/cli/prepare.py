@@ -79,7 +79,7 @@ class _Verify(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, _: object, folder: Any, __: str | None = None) -> NoReturn:
         """Verifies the folder; exit code 0 if it is whole, 2 if not."""
-        from mlra_scale.data.errors import DataError
+        from mlra_scale.data import DataError
         from mlra_scale.data.folder import verify_folder
 
         try:
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     workers = options.workers or len(os.sched_getaffinity(0))
     # Training a BPE uses threads: as many as there are workers later.
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
-    from mlra_scale.data.errors import DataError
+    from mlra_scale.data import DataError
     from mlra_scale.data.prepare import PrepareOptions, prepare, summary
 
     started = time.monotonic()

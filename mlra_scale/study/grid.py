@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from mlra_scale.config import Config, ConfigError, Problem, load_config, validate, yaml_text
 from mlra_scale.config.loading import read_text
 from mlra_scale.config.problems import problems_of
-from mlra_scale.config.section import Section, Text, tuple_of_list
+from mlra_scale.config.section import Section, Text
 
 SEED = "train.seed"
 _SHORT = {"model.num_layers": "L", "model.hidden_size": "D", "optim.lr": "lr"}
@@ -48,8 +48,8 @@ class Study(Section):
     axes: Annotated[dict[Text, list[Any]], _NONE_IS_EMPTY] = Field(
         default_factory=dict, description="Fields with several values; every variant is run with every combination."
     )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(tuple_of_list)] = Field(
-        description="Values of train.seed; every variant is run with each, and runs are paired by it."
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        strict=False, description="Values of train.seed; every variant is run with each, and runs are paired by it."
     )
     ranks: int = Field(1, ge=1, description="Processes of each run.")
     checkpoints: Literal["discard", "keep"] = Field(

@@ -15,7 +15,6 @@ files, under the lock of the sweep, whenever a cell is finished: neither a kill 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -26,10 +25,11 @@ from typing import IO, Any, Literal
 
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import parse_json, read_json_object
+from mlra_scale.files import lock, write_atomically
 from mlra_scale.study.grid import Cell, Study, load_study
 from mlra_scale.study.provenance import note_end
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.record import finite_or_none, lines_from_end, read_record, write_atomically
+from mlra_scale.training.record import finite_or_none, lines_from_end, read_record
 from mlra_scale.training.resume import FREE, flat, is_in, read_stored
 from mlra_scale.training.run_directory import RunDirectory
 
@@ -70,10 +70,12 @@ class CellFiles:
         """Makes the run directory and locks the cell; returns the open file, or None if another process holds it."""
         self.run.path.mkdir(parents=True, exist_ok=True)
         file = (self.run.path / ".cell.lock").open("a", encoding="ascii")
-        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            return file
-        file.close()
-        return None
+        try:
+            lock(file.fileno())  # a file system without locks grants them all
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
 
     def read_result(self) -> dict[str, Any] | None:
         """Returns its result, or None without one.
@@ -134,7 +136,7 @@ class SweepDirectory:
             remedy = f"cannot be written ({error.strerror}); name another folder"
             raise ConfigError([Problem("--output", str(self.path), remedy)]) from error
         with file:
-            _lock(file, fcntl.LOCK_EX)
+            lock(file.fileno(), math.inf)
             yield
 
     def read_study(self) -> Study | None:
@@ -162,17 +164,6 @@ class SweepDirectory:
             if len(results) == len(cells):
                 note_end(self.about)
         return results
-
-
-def _lock(file: IO[Any], kind: int) -> bool:
-    """Locks a file; returns False if another process holds the lock. A file system without locks grants them all."""
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # mounted without locks
-    return True
 
 
 def changes_of(files: CellFiles) -> list[Problem]:

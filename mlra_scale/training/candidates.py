@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlra_scale.checkpoint import CheckpointError, Store
-from mlra_scale.checkpoint.contents import STATE
 from mlra_scale.checkpoint.retention import checkpoint_folders, complete_checkpoints, latest
+from mlra_scale.checkpoint.state_contents import STATE
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.training.history import History
 from mlra_scale.training.progress import Progress

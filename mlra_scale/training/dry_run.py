@@ -16,8 +16,9 @@ from mlra_scale.planning.layout import (
     pipeline_groups,
     rank_of,
     tensor_groups,
+    weights_of_stage,
 )
-from mlra_scale.planning.memory import RankMemory, held_weights, rank_memory
+from mlra_scale.planning.memory import RankMemory, rank_memory
 from mlra_scale.planning.plan_text import COMPONENTS, aligned
 from mlra_scale.planning.step_time import step_time
 from mlra_scale.training.layout import Devices, best, cluster_for, devices_unseen
@@ -138,7 +139,7 @@ def _ranks(group: list[int]) -> str:
 def _parameter_lines(config: Config, plan: BatchPlan) -> list[str]:
     rows: list[tuple[str, ...]] = [("stage", "tp shard", "total", "embedding", "rest")]
     for stage in range(plan.pipeline):
-        held = held_weights(config, plan, stage)
+        held = weights_of_stage(config.model, plan.pipeline, stage)
         total = num_held(held, plan.tensor)
         embedding = num_held([info for info in held if info.kind == "embedding"], plan.tensor)
         shard = "whole" if plan.tensor == 1 else f"1/{plan.tensor}"

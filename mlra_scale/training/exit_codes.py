@@ -9,7 +9,7 @@ class ExitCode(IntEnum):
     """How a training process ended.
 
     torchrun reports 1 for any failed worker; the code of the worker itself is in torchrun's report and in the run
-    directory's events.jsonl. `mlra_scale.cluster` acts on them: see cluster/policy.py.
+    directory's events.jsonl. `mlra_scale.cluster` acts on them: see cluster/job/policy.py.
     """
 
     DONE = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlra_scale.config.json_text import parse_json
+from mlra_scale.files import write_atomically
 
 _BLOCK_BYTES = 256 * 1024
 _UNSYNCED_BYTES = 1024 * 1024
@@ -309,23 +310,3 @@ def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
     lines.sync()
     lines.close()
     cut_record(path, last_step)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        if error.errno is not None:  # the system names the temporary file, or none
-            error.filename, error.filename2 = str(path), None
-        raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlra_scale.config.json_text import read_json_object
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import write_atomically
 
 VERSION = 2
 """Version 1 has no key `version`, and is otherwise the same."""

@@ -19,18 +19,15 @@ checkpoints/     step-00000100/ ..., and `latest`, which names the newest comple
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.config.json_text import read_bytes
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import lock, write_atomically
 
 _MAX_PATH_BYTES = 65536
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
@@ -166,7 +163,7 @@ def held(
         except OSError as error:
             raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         try:
-            _lock(file, seconds, is_stop_asked)
+            refusal = lock(file.fileno(), seconds, should_stop=is_stop_asked)
         except BlockingIOError:
             file.seek(0)
             fault = f"another run is at work here ({file.read().strip()})"
@@ -174,9 +171,9 @@ def held(
                 raise WaitStopped(f"{run.path}: {fault}") from None
             remedy = f"{fault}; wait for it, or name another directory"
             raise ConfigError([Problem("--run-dir", str(run.path), remedy)]) from None
-        except OSError as error:
+        if refusal is not None:
             # Some cluster file systems are mounted without locks; that is no reason not to train.
-            print(f"{run.path} cannot be locked ({error.strerror}): see that no other run uses it", flush=True)
+            print(f"{run.path} cannot be locked ({refusal}): see that no other run uses it", flush=True)
         # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
         note = f"process {os.getpid()} on {socket.gethostname()}\n"
         try:
@@ -185,17 +182,6 @@ def held(
         except OSError as error:
             raise ConfigError([_unwritable(run, run.path / name, error)]) from error
         yield
-
-
-def _lock(file: IO[str], seconds: float, is_stop_asked: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline or is_stop_asked():
-                raise
-            time.sleep(0.1)
 
 
 def _unwritable(run: RunDirectory, file: Path, error: OSError) -> Problem:

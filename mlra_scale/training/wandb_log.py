@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlra_scale.config import Config
-from mlra_scale.training.record import finite_or_none, write_atomically
+from mlra_scale.files import write_atomically
+from mlra_scale.training.record import finite_or_none
 from mlra_scale.training.run_directory import RunDirectory
 
 _INIT_SECONDS = 15.0

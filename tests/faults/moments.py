@@ -20,7 +20,7 @@ class Moment:
     Attributes:
         event: Pattern of fnmatch for "import MODULE", "open r|w PATH", "rename FROM TO", "remove PATH", "rmdir PATH",
             "mkdir PATH", "truncate PATH", "spawn", "call FILE.py QUALNAME" (FILE.py without wildcards) or "point NAME",
-            one of mlra_scale.checkpoint.points.
+            one of mlra_scale.checkpoint.failpoints.
         occurrence: Which of those events.
         signal: What the process gets; 0: nothing.
         rank: Of the process; the variable RANK, 0 without it.

@@ -1,7 +1,7 @@
 """Each rank dies at each point of a save, and ranks die at random moments; the disk refuses at a point of a save.
 
-The points are those of mlra_scale/checkpoint/points.py: a rank that passes one dies by SIGKILL in the writing thread or
-the main one. `--resume auto` starts again and ends the run, which must be the undisturbed one, bit by bit.
+The points are those of mlra_scale/checkpoint/failpoints.py: a rank that passes one dies by SIGKILL in the writing
+thread or the main one. `--resume auto` starts again and ends the run, which must be the undisturbed one, bit by bit.
 """
 
 import errno
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import Bench, log_of, program, start
 from tests.faults.case import SAME, Case, assert_refused
@@ -47,7 +47,7 @@ def kills_at_points(num_ranks: int, saves: Sequence[int]) -> list[Moment]:
     """Every point with every rank that passes it, at every one of the given saves."""
     return [
         Moment(f"point {point}", save, rank=rank)
-        for point, who in POINTS.items()
+        for point, who in FAILPOINTS.items()
         for rank in (range(num_ranks) if who.startswith("every rank") else (0,))
         # The first removal belongs to the second save.
         for save in ((1,) if point == "retention" else saves)
@@ -214,7 +214,7 @@ def not_removed(bench: Bench, place: Path) -> None:
 def in_turn() -> list[Moment]:
     """One kill at every point, in the second save, the ranks taking turns where all of them pass it."""
     kills = kills_at_points(2, saves=(2,))
-    by_point = [[kill for kill in kills if kill.event == f"point {point}"] for point in POINTS]
+    by_point = [[kill for kill in kills if kill.event == f"point {point}"] for point in FAILPOINTS]
     return [same[place % len(same)] for place, same in enumerate(by_point)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from tests.faults.bench import Bench
 from tests.faults.case import Case
 from tests.faults.cases import CASES
@@ -48,7 +48,7 @@ def test_a_promise_is_kept(case: Case, bench: Bench, tmp_path: Path) -> None:
 def test_there_are_enough_of_them() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert sum(case.num_kills for case in CASES) >= 200 and sum(case.num_kills == 0 for case in CASES) >= 60
-    assert [moment.event for moment in in_turn()] == [f"point {point}" for point in POINTS]
+    assert [moment.event for moment in in_turn()] == [f"point {point}" for point in FAILPOINTS]
 
 
 def test_moments_are_calls_of_functions_that_exist() -> None:

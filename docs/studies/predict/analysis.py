@@ -16,7 +16,7 @@ from docs.studies.predict.events import Protocol
 from docs.studies.predict.runs import SweptRuns, read_runs
 from docs.studies.predict.text import as_markdown
 from docs.studies.predict.windows import COMPARISONS, SIGNALS, Comparison, Windows, comparison_keys, cut_windows
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import write_atomically
 
 PRIMARY = ("tev_mean", "tev_std")
 DECISIVE: tuple[Comparison, ...] = ("matched", "twins")

@@ -8,10 +8,10 @@ from typing import Any
 
 import jinja2
 
+from mlra_scale.files import write_atomically
 from mlra_scale.study.report import wording
 from mlra_scale.study.report.records import event_text, number_or_nan, time_text
 from mlra_scale.study.report.sweep_record import value_text
-from mlra_scale.training.record import write_atomically
 
 HTML = "report.html"
 Images = dict[str, bytes | None]

@@ -27,7 +27,7 @@ def text_of(event: str, arguments: Sequence[Any]) -> str | None:
     return "spawn" if event == "subprocess.Popen" else None
 
 
-POINTS = "mlra_scale/checkpoint/points.py"
+FAILPOINTS = "mlra_scale/checkpoint/failpoints.py"
 """Each of its calls names a point of a save; to a moment that is "point NAME"."""
 
 
@@ -58,7 +58,7 @@ def waiting(moment: dict[str, Any]) -> Happened:
 def watch_calls(moments: Sequence[dict[str, Any]]) -> None:
     """Waits for calls, from the first import of one of the files on: before, every call of a library would be seen."""
     watched = [
-        (POINTS if moment["event"].startswith("point ") else moment["event"].split()[1], waiting(moment))
+        (FAILPOINTS if moment["event"].startswith("point ") else moment["event"].split()[1], waiting(moment))
         for moment in moments
     ]
 
@@ -67,7 +67,7 @@ def watch_calls(moments: Sequence[dict[str, Any]]) -> None:
             code = frame.f_code
             for file, happened in watched:
                 if code.co_filename.endswith(file):
-                    is_point = file == POINTS and code.co_name == "reached"
+                    is_point = file == FAILPOINTS and code.co_name == "reached"
                     happened(f"point {frame.f_locals['point']}" if is_point else f"call {file} {code.co_qualname}")
 
     def begin() -> None:

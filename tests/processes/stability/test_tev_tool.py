@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.unit.stability.test_tev_folder import TOOL, VOCABULARY, llama
+from tests.unit.stability.test_tev_folder import VOCABULARY, llama
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "tev.py"
 
 
 def test_report_for_people(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ TEV's `combine`, which checks that every row was counted, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -70,17 +68,13 @@ def _scale_some_rows(rank: TracedRank) -> None:
 def _snapshot(rank: TracedRank) -> None:
     """The part of an asynchronous save for which training waits, and what the writer then waits for."""
     from mlra_scale.checkpoint.copies import copied_parameters
-    from mlra_scale.checkpoint.saver import Saver
-    from mlra_scale.checkpoint.saving import RankShare
+    from mlra_scale.checkpoint.saving import HostMemory, take_snapshot
 
-    saver = Saver(Path("unused"), rank.topology, keep_last=1, keep_every=0, asynchronous=True)
-    share = RankShare("rank-00000.safetensors", rank.topology.tensor_rank)
     with rank.trace.phase("agreement of a save"):
-        saver._copied = copied_parameters(rank.engine)
+        copied = copied_parameters(rank.engine)
         rank.engine.buffers()
         rank.engine.training_state()
-    arrived: Callable[[], None]
     with rank.trace.phase("snapshot"):
-        arrived = saver._snapshot(rank.engine, share, is_background=True)
+        snapshot = take_snapshot(rank.engine, copied, HostMemory())
     with rank.trace.phase("writing"):
-        arrived()
+        snapshot.wait()

@@ -10,7 +10,7 @@ import pytest
 from docs.studies.predict.analysis import predict
 from docs.studies.predict.runs import PredictionError
 from mlra_scale.cluster.job_file import JobFile
-from mlra_scale.cluster.overview import look
+from mlra_scale.cluster.runs import read_run
 from mlra_scale.config import ConfigError
 from mlra_scale.study.grid import cells_of, load_study
 from mlra_scale.study.provenance import note_end, note_start
@@ -113,7 +113,7 @@ def test_a_damaged_run_is_reported_with_notes(tmp_path: Path, content: str) -> N
         (tmp_path / name).write_text(content * 2)
     run = open_run(tmp_path)
     assert run.last_step == 0 and run.state and any("config.yaml" in note for note in run.notes)
-    row = look(tmp_path, 0.0)
+    row = read_run(tmp_path, 0.0)
     assert any("job.json" in note for note in row.unreadable)
     with pytest.raises(ValueError, match=r"job\.json is no job file of this program"):
         JobFile.read(tmp_path / "job.json")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("pandas", reason="needs pandas (the extra report)")
 
-from mlra_scale.cluster.overview import look
+from mlra_scale.cluster.runs import read_run
 from mlra_scale.study.report.records import RunRecord, is_number, open_run, read_lines, series
 from mlra_scale.study.report.sweep_record import is_sweep, open_sweep, setting_text, value_text
 from tests.support.study_folders import cell_of, write_lines, write_run, write_sweep
@@ -47,11 +47,11 @@ def test_a_stored_configuration_is_read_in_the_form_of_its_version(tmp_path: Pat
     config = tmp_path / "config.yaml"
     for content in ("train: {steps: 20}\n", "version: 2\ntrain: {steps: 20}\n"):
         config.write_text(content)
-        assert open_run(tmp_path).config == {"train": {"steps": 20}} and look(tmp_path, 0.0).steps == 20
+        assert open_run(tmp_path).config == {"train": {"steps": 20}} and read_run(tmp_path, 0.0).steps == 20
     config.write_text("version: 9\ntrain: {steps: 20}\n")
     (note,) = (note for note in open_run(tmp_path).notes if "config.yaml" in note)
     assert note.startswith("config.yaml: version = 9: the file was written by a newer program")
-    row = look(tmp_path, 0.0)
+    row = read_run(tmp_path, 0.0)
     assert row.steps is None and "newer program" in row.unreadable[0]
 
 

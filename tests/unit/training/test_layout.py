@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.cluster.job import with_absolute_paths
+from mlra_scale.cluster.check import with_absolute_paths
 from mlra_scale.config import Config, ConfigError, Named, batch_plan, load_config, load_named_config, zero_stage
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines
 from mlra_scale.training.dry_run import plan_report

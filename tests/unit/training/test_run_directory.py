@@ -24,7 +24,7 @@ def test_the_stored_configuration_loads_back_equal(tmp_path: Path) -> None:
         (b"[" * 5000, "nested too deeply"),
         (b"\xff", "is not UTF-8 text (byte 0)"),
         (b"a: &x [1]\nb: [*x, *x]", "aliases"),
-        (b"version: 3\n", "version = 3: the file was written by a newer program"),
+        (b"version: 4\n", "version = 4: the file was written by a newer program"),
         (b"version: x\n", "version = 'x': must be a whole number from 1 to 2"),
         (b'"\\x1b[2J": 1\n', r"\x1b[2J = 1: unknown key"),
         (b"a: \x1b\n", "special characters are not allowed"),
