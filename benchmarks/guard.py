@@ -28,7 +28,8 @@ from mlra_scale.study.grid import Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import Sweep
 from mlra_scale.study.sweep_text import Progress, summary_text
-from mlra_scale.training import feed, trainer
+from mlra_scale.training.loop import batches as reading
+from mlra_scale.training.loop import session
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "guard.yaml"
 
@@ -71,7 +72,7 @@ class Poison:
 @contextlib.contextmanager
 def poisoned(poison: Poison) -> Iterator[None]:
     """Poisons the runs of this process until the end of the block."""
-    read, rate = feed.read_batches, trainer.learning_rate
+    read, rate = reading.read_batches, session.learning_rate
     train_batch, head_loss = Engine.train_batch, embedding.head_loss
     done: set[int] = set()
     factor = 1.0
@@ -96,8 +97,8 @@ def poisoned(poison: Poison) -> Iterator[None]:
         return head_loss(*arguments) * factor
 
     with (
-        mock.patch.object(feed, "read_batches", read_batches),
-        mock.patch.object(trainer, "learning_rate", learning_rate),
+        mock.patch.object(reading, "read_batches", read_batches),
+        mock.patch.object(session, "learning_rate", learning_rate),
         mock.patch.object(Engine, "train_batch", train_spoiled),
         mock.patch.object(embedding, "head_loss", spoiled_loss),
     ):

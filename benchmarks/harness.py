@@ -21,7 +21,7 @@ import torch
 from mlra_scale.console import table as text_table
 from mlra_scale.files import write_atomically
 from mlra_scale.study.provenance import hardware, versions
-from mlra_scale.training.source import commit
+from mlra_scale.training.record import commit
 
 Thing = TypeVar("Thing")
 Value = str | int | float | None | dict[str, float]

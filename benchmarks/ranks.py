@@ -31,7 +31,7 @@ _LOG_LINES, _STACK_LINES = 25, 60
 _PR_SET_PDEATHSIG = 1
 
 
-class RankFailure(RuntimeError):
+class RanksFailed(RuntimeError):
     """Ranks raised an error, died or did not answer in time.
 
     Attributes:
@@ -85,7 +85,7 @@ class Ranks:
         first: The first answers, by rank.
 
     Raises:
-        RankFailure: As from `ask`.
+        RanksFailed: As from `ask`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Ranks:
             timeout_s: Seconds that the answers may take; None: as at the start.
 
         Raises:
-            RankFailure: A rank failed. Unless all that failed answered `Failed`, all ranks have been ended.
+            RanksFailed: A rank failed. Unless all that failed answered `Failed`, all ranks have been ended.
         """
         for pipe in self._pipes:
             # The rank may have died since the last command: `receive` finds its pipe closed.
@@ -151,7 +151,7 @@ class Ranks:
         """Returns one answer of every rank, by rank; for ranks that answer more than once to a command.
 
         Raises:
-            RankFailure: As from `ask`.
+            RanksFailed: As from `ask`.
         """
         what = f"{self._name}: {what}"
         problems: dict[int, str] = {}
@@ -161,7 +161,7 @@ class Ranks:
             self.kill()
             raise
         if problems:
-            raise RankFailure(f"{what} failed on rank(s) {sorted(problems)} of {len(self._pipes)}", problems)
+            raise RanksFailed(f"{what} failed on rank(s) {sorted(problems)} of {len(self._pipes)}", problems)
         return [answers[rank] for rank in range(len(self._pipes))]
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class Ranks:
                 problems[rank] = content.text if kind == "answer" else content
                 deadline = min(deadline, time.monotonic() + self._grace_s)
                 if kind == "raised":
-                    raise RankFailure(f"{what}: rank {rank} raised an error", problems)
+                    raise RanksFailed(f"{what}: rank {rank} raised an error", problems)
         return answers
 
     def _message(self, rank: int) -> tuple[str, Any] | None:
@@ -224,16 +224,16 @@ class Ranks:
         except (EOFError, ConnectionResetError):
             return None
 
-    def _died(self, what: str, rank: int, problems: dict[int, str]) -> RankFailure:
+    def _died(self, what: str, rank: int, problems: dict[int, str]) -> RanksFailed:
         # A dying process closes its pipes first and has an exit code a moment later.
         wait([self._processes[rank].sentinel], timeout=1.0)
         self._kill_group(rank)
         self._processes[rank].join(2.0)
         code = self._processes[rank].exitcode
         how = f"killed by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        return RankFailure(f"{what}: rank {rank} died ({how})", problems | {rank: self._output(rank, _LOG_LINES)})
+        return RanksFailed(f"{what}: rank {rank} died ({how})", problems | {rank: self._output(rank, _LOG_LINES)})
 
-    def _stuck(self, what: str, timeout_s: float, pending: set[int], problems: dict[int, str]) -> RankFailure:
+    def _stuck(self, what: str, timeout_s: float, pending: set[int], problems: dict[int, str]) -> RanksFailed:
         for rank in pending:
             os.kill(self.pids[rank], signal.SIGUSR1)  # writes the stacks of all threads into its log
         time.sleep(0.5)
@@ -241,7 +241,7 @@ class Ranks:
             summary = f"rank(s) {sorted(problems)} failed, rank(s) {sorted(pending)} did not finish after that"
         else:
             summary = f"rank(s) {sorted(pending)} hung, no answer in {timeout_s:g} s"
-        return RankFailure(
+        return RanksFailed(
             f"{what}: {summary}", problems | {rank: self._output(rank, _STACK_LINES) for rank in pending}
         )
 

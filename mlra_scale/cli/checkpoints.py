@@ -27,8 +27,7 @@ Answer = tuple[dict[str, Any], list[str], int]
 """The result of a sub-command: for JSON, as lines for people, and the exit code."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a parser for each sub-command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parents = [json_output()]
 
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
-def run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     """Runs a sub-command; returns the exit code: 0, 1 for damage or a difference, or 2 for bad input."""
     from mlra_scale.checkpoint import CheckpointError
     from mlra_scale.config.json_text import printable
@@ -174,7 +173,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Locks the run directory while its checkpoints are removed; refuses where a run holds the lock."""
     from mlra_scale.checkpoint import CheckpointError
     from mlra_scale.config import ConfigError
-    from mlra_scale.training.run_directory import RunDirectory, held
+    from mlra_scale.training.run_directory import RunDirectory, run_lock
 
     # The folder may be given as ".", and it or the run directory's entry for it may be a symbolic link.
     parents = {Path(os.path.abspath(folder)).parent.resolve(), folder.resolve().parent}
@@ -182,7 +181,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             for parent in parents:
                 if (parent / ".lock").exists():
-                    stack.enter_context(held(RunDirectory(parent)))
+                    stack.enter_context(run_lock(RunDirectory(parent)))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         yield
@@ -216,7 +215,7 @@ COMMAND = Command(
     summary="list, verify, describe, compare and prune checkpoints",
     description="Lists, verifies, describes, compares and prunes checkpoints. No process group, no GPU.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     has_side_effects=True,
 )

@@ -28,8 +28,7 @@ line of a .jsonl file and each document of prepared data. docs/evaluation.md has
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text", nargs="+", metavar="SOURCE", help="files, folders, globs, as prepare_data.py has them"
@@ -45,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=count, default=1, metavar="N", help="windows that pass the model at once (default: 1)")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for bad input."""
+def _run(options: argparse.Namespace) -> int:
     from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.data import DataError
     from mlra_scale.evaluation import EvaluationError
@@ -104,7 +102,7 @@ def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable
         documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, note)
     else:
         documents = documents_of_sources(
-            options.text, encoder, options.field, options.split or "test", options.config_name, note
+            options.text, encoder, options.field, options.split or "test", options.hf_config, note
         )
     return [joined(documents, encoder.end_of_document)] if options.join else documents
 
@@ -139,7 +137,7 @@ COMMAND = Command(
     summary="measure a model's perplexity on text",
     description="Perplexity per token and per word, and bits per byte, with a sliding window.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[trained_model(), text_fields(), json_output()],
 )

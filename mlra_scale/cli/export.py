@@ -32,8 +32,7 @@ checkpoint. With 1 and 2 there is no output folder.
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory (its newest one)")
     add("output", type=Path, metavar="OUTPUT", help="the folder to make")
@@ -55,8 +54,7 @@ def _size(text: str) -> int:
     return math.ceil(Fraction(found[1]) * UNITS[found[2].upper()])
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, 1 for a failed verification, 2 for bad input."""
+def _run(options: argparse.Namespace) -> int:
     # Megatron's import warns about libraries that nothing here would use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from mlra_scale.checkpoint.files import CheckpointError
@@ -163,7 +161,7 @@ COMMAND = Command(
     "projections merged) or with its factors and code of its own. The folder is then loaded and its logits are "
     "compared with the trained model's; it gets its name only if they are equal to rounding.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     has_side_effects=True,
 )

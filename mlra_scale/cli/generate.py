@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlra_scale.cli.command import Command, refuse
-from mlra_scale.cli.options import json_output, seed, trained_model
+from mlra_scale.cli.options import json_output, seed, settings_of, trained_model
 
 if TYPE_CHECKING:
     from mlra_scale.evaluation.generation import Text
@@ -26,25 +26,33 @@ An empty prompt is the beginning of a document.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated (default: standard input)")
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a file with one prompt on each line")
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=50, metavar="N", help="most tokens of a text (default: 50)")
     add("--num-samples", type=int, default=1, metavar="N", help="texts for every prompt (default: 1)")
-    add("--greedy", action="store_true", help="always the most probable token; otherwise tokens are drawn")
+    add(
+        "--greedy",
+        dest="is_greedy",
+        action="store_true",
+        help="always the most probable token; otherwise tokens are drawn",
+    )
     add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits before drawing (default: 1)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens (default: from all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens with probability P together")
     add("--seed", type=partial(seed, bits=63), default=0, metavar="N", help="of the drawing (default: 0)")
     add("--batch-size", type=int, default=8, metavar="N", help="texts that are written at once (default: 8)")
-    add("--special-tokens", action="store_true", help="show tokens such as the one that ends documents")
+    add(
+        "--special-tokens",
+        dest="has_special_tokens",
+        action="store_true",
+        help="show tokens such as the one that ends documents",
+    )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for bad input."""
+def _run(options: argparse.Namespace) -> int:
     from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.data import DataError
     from mlra_scale.evaluation import EvaluationError
@@ -68,18 +76,7 @@ def _texts(options: argparse.Namespace) -> Iterator[Text]:
 
     opened = open_model(options.model, options.dtype, options.device, options.trust_remote_code)
     loaded = opened.tokenizer(options.tokenizer)
-    settings = GenerationOptions(
-        max_new_tokens=options.max_new_tokens,
-        num_samples=options.num_samples,
-        is_greedy=options.greedy,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        has_special_tokens=options.special_tokens,
-    )
-    yield from generate(opened, loaded, prompts, settings)
+    yield from generate(opened, loaded, prompts, settings_of(options, GenerationOptions))
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -111,7 +108,7 @@ COMMAND = Command(
     summary="write text with a model",
     description="Writes on from prompts with a checkpoint or a Hugging Face folder.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[trained_model(), json_output("one JSON object per text")],
 )

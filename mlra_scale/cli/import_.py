@@ -25,8 +25,7 @@ PRESETS = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"
 PROJECTIONS = ("q", "k", "v", "o")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="config.json with model.safetensors or pytorch_model.bin")
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint to make")
@@ -48,8 +47,7 @@ def _projections(text: str) -> tuple[str, ...]:
     return tuple(name for name in PROJECTIONS if name in names)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for bad input."""
+def _run(options: argparse.Namespace) -> int:
     if options.factorise and options.rank is None:
         return refuse("import_hf", "--factorise needs --rank R")
     from mlra_scale.checkpoint.files import CheckpointError
@@ -123,8 +121,8 @@ COMMAND = Command(
     description="Writes a GPT2LMHeadModel as a checkpoint of weights: dense exactly as it is, or with attention "
     "projections factorised by their singular value decomposition, so that a trained GPT-2 continues as MLRA.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[json_output()],
     has_side_effects=True,
 )

@@ -25,16 +25,14 @@ exit codes: 0; 2 no runs found
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", type=Path, nargs="*", metavar="FOLDER", help="run directory, or folder of some (default: runs)")
     add("--attempts", nargs="?", const="", metavar="RUN", help="the attempts of one run: its name or its directory")
     add("--watch", type=partial(positive, largest=1e6), metavar="SECONDS", help="look again after so many seconds")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 where no run was found."""
+def _run(options: argparse.Namespace) -> int:
     try:
         while True:
             code = _show(options)
@@ -81,7 +79,7 @@ COMMAND = Command(
     description="A table of training runs, the newest start first. Where Slurm is, it is asked once about their jobs: "
     "one that it does not know any more has vanished, whatever its files say.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[json_output("one JSON object a look, with nothing cut")],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 
 def json_output(what: str = "one JSON object") -> argparse.ArgumentParser:
@@ -46,8 +48,15 @@ def text_fields() -> argparse.ArgumentParser:
     """Where the text is in a source of several fields."""
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--field", default="text", help="field or column that holds the text (default: text)")
-    parent.add_argument("--config-name", metavar="NAME", help="configuration of Hugging Face data sets")
+    parent.add_argument(
+        "--config-name", dest="hf_config", metavar="NAME", help="configuration of Hugging Face data sets"
+    )
     return parent
+
+
+def settings_of(options: argparse.Namespace, kind: type[Any]) -> Any:
+    """Returns a dataclass whose fields are the parsed options of the same names."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
 
 
 def count(text: str) -> int:

@@ -31,8 +31,7 @@ exit codes: 0; 2 bad input, or nothing fits
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--cluster", default="h100", metavar="NAME", help="h100 (default), a100, h200 or cpu, which the rest changes"
@@ -60,8 +59,7 @@ def _share(text: str) -> float:
     return value
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for bad input and where nothing fits."""
+def _run(options: argparse.Namespace) -> int:
     from mlra_scale.config import ConfigError, load_named_config
     from mlra_scale.planning.choice import chosen_of, engines_for
     from mlra_scale.planning.plan_text import found_text, nothing_fits
@@ -154,8 +152,8 @@ COMMAND = Command(
     description="Every layout of a preset that passes the validation and fits into the memory: memory per rank by "
     "component, step time, MFU, bubble and communication as estimates, and the command of the planner's choice.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[configuration()],
     is_intermixed=True,
 )

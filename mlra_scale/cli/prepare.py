@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlra_scale.cli.command import Command, refuse
-from mlra_scale.cli.options import seed, text_fields
+from mlra_scale.cli.options import seed, settings_of, text_fields
 
 EXAMPLES = """examples:
   # no network needed: the documentation and sources that come with Python, and a BPE trained on them
@@ -31,24 +31,25 @@ EXAMPLES = """examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="folder to make; it appears when it is finished")
     add(
         "--source",
+        dest="sources",
         action="append",
         metavar="SOURCE",
         help="may be repeated: a .txt (one document per file), .jsonl or .json (one object per line) or .parquet file, "
         "all but .parquet also with .gz or .zst; a folder (searched recursively), a glob, hf:NAME for a Hugging Face "
         "data set, or python-docs, the embedded corpus (default)",
     )
-    add("--split", default="train", help="split of Hugging Face data sets (default: train)")
+    add("--split", dest="hf_split", default="train", help="split of Hugging Face data sets (default: train)")
     add("--max-bytes", type=_count, metavar="N", help="stop after this much text (10e6 is fine), for a quick look")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
         "--tokenizer",
         nargs="+",
+        default=(),
         metavar="NAME",
         help="a Hugging Face name or folder, a tokenizer.json, or GPT-2's vocab.json merges.txt (two files, or their "
         "folder; encoder.json vocab.bpe as well)",
@@ -66,11 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=partial(_count, largest=1024),
+        default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="tokenizing processes (default: one per usable core)",
     )
     add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", dest="progress", action="store_false", help="no progress bar")
     add("--verify", action=_Verify, type=Path, metavar="FOLDER", help="check all of a finished data set, and stop")
 
 
@@ -107,42 +109,25 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1") from None
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    workers = options.workers or len(os.sched_getaffinity(0))
+def _run(options: argparse.Namespace) -> int:
+    options.sources = options.sources or ["python-docs"]
     # Training a BPE uses threads: as many as there are workers later.
-    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
     from mlra_scale.data import DataError
-    from mlra_scale.data.prepare import PrepareOptions, prepare, summary
+    from mlra_scale.data.manifest import summary
+    from mlra_scale.data.prepare import PrepareOptions, prepare
 
     started = time.monotonic()
     try:
-        manifest = prepare(
-            PrepareOptions(
-                output=options.output,
-                sources=options.source or ["python-docs"],
-                tokenizer=options.tokenizer or (),
-                train_bpe=options.train_bpe,
-                train_bpe_bytes=options.train_bpe_bytes,
-                end_of_document=options.end_of_document,
-                field=options.field,
-                hf_split=options.split,
-                hf_config=options.config_name,
-                max_bytes=options.max_bytes,
-                validation_fraction=options.validation_fraction,
-                seed=options.seed,
-                workers=workers,
-                overwrite=options.overwrite,
-                progress=not options.quiet,
-            )
-        )
+        manifest = prepare(settings_of(options, PrepareOptions))
     except DataError as error:
         return refuse("prepare_data", error)
     except KeyboardInterrupt:
         print("prepare_data: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     print("\n".join(summary(manifest)))
-    print(f"  made in     {time.monotonic() - started:.1f} s with {workers} worker{'s' if workers > 1 else ''}")
+    workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
+    print(f"  made in     {time.monotonic() - started:.1f} s with {workers}")
     print("Next: train on it with")
     print(
         f"  python -m mlra_scale.train --preset laptop --run-dir runs/first data.path={options.output} "
@@ -156,8 +141,8 @@ COMMAND = Command(
     summary="turn text into a data set with its tokenizer",
     description="Turns text into Megatron indexed data sets (train, validation) with tokenizer and manifest.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[text_fields()],
     has_side_effects=True,
 )

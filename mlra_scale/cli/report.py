@@ -16,15 +16,13 @@ exit codes: 0; 2 there is no run and no sweep, the report cannot be written, or 
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", type=Path, metavar="FOLDER", help="run directory, or a sweep's output folder")
     add("--output", type=Path, metavar="FOLDER", help="where to write (default: the folder report in FOLDER)")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for bad input."""
+def _run(options: argparse.Namespace) -> int:
     try:
         from mlra_scale.study.report.run_report import report_run
         from mlra_scale.study.report.sweep_record import is_sweep
@@ -52,7 +50,7 @@ COMMAND = Command(
     description="One HTML file with everything inside, and its figures as PNG files, of a run directory or of a "
     "sweep's output folder; both may still be at work.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     has_side_effects=True,
 )

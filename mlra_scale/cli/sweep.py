@@ -30,8 +30,7 @@ stopped by Ctrl-C
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml", help="the study (format: docs/studies/README.md)")
     add("--output", type=Path, metavar="DIR", help="output folder (default: runs/NAME of the study)")
@@ -42,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "single fields, for every cell")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code."""
+def _run(options: argparse.Namespace) -> int:
     from mlra_scale.config import ConfigError
     from mlra_scale.study.grid import cells_of, load_study
     from mlra_scale.study.results import SweepDirectory
@@ -123,8 +121,8 @@ COMMAND = Command(
     description="Runs every cell of a study (variants x axes x seeds) as a training run and collects one line per "
     "cell in OUTPUT/results.jsonl. Every configuration is checked before the first cell starts.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     is_intermixed=True,
     handles_signals=True,
 )

@@ -22,8 +22,7 @@ EXAMPLES = """examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", type=Path, metavar="PATH", help="checkpoint folder (safetensors, sharded too) or a .safetensors file")
     add("--tensor", metavar="NAME", help="the tensor to measure (default: found by its name, and an untied head)")
@@ -31,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extremes", type=count, default=0, metavar="N", help="list the N highest and lowest tokens")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for bad input."""
+def _run(options: argparse.Namespace) -> int:
     from mlra_scale.stability.tev_folder import FolderError, tev_of_folder, token_texts
 
     try:
@@ -96,7 +94,7 @@ COMMAND = Command(
     description="Token embedding variability of a checkpoint: for each token the population standard deviation "
     "(ddof 0) of its embedding, then mean, spread and quantiles over the tokens. Only the embedding is read.",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     parents=[json_output()],
 )

@@ -39,19 +39,19 @@ class _TrainCommand(Command):
         prog = prog or f"mlra-scale {self.name}"
         parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
         self.add_arguments(parser)
-        options, options.arguments = parser.parse_known_args(arguments)
-        if not {"-h", "--help"}.isdisjoint(options.arguments):
+        options, others = parser.parse_known_args(arguments)
+        options.arguments = others
+        if not {"-h", "--help"}.isdisjoint(others):
             self.parser(prog).print_help()
             return 0
         return self.run(options)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=count, default=1, metavar="N", help="processes on this machine (default: 1)")
 
 
-def run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     """Runs the training; returns the exit code. With one process, that of the command becomes the training's."""
     command = [sys.executable, "-m", "mlra_scale.train", *options.arguments]
     if options.nproc == 1:
@@ -66,7 +66,7 @@ COMMAND = _TrainCommand(
     summary="train a model, on one process or with --nproc on several",
     description="",
     examples=EXAMPLES,
-    add_arguments=add_arguments,
-    run=run,
+    add_arguments=_add_arguments,
+    run=_run,
     handles_signals=True,
 )

@@ -26,11 +26,11 @@ from mlra_scale.cluster.process_tree import end_process
 from mlra_scale.cluster.runs import is_held
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, slurm_environment, step_command
-from mlra_scale.config import Config, ConfigError, Problem, batch_plan
+from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.train import build_parser, resolve
-from mlra_scale.training.dry_run import plan_report
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start.plan import plan_report
 
 _LAYOUT = "layout of the ranks: "
 """Beginning of the line after the plan that holds a ChosenLayout as JSON."""
@@ -97,15 +97,9 @@ def check_on_this_node(
     num_nodes: int,
     is_stop_asked: Callable[[], bool],
 ) -> CheckResult:
-    """Checks the start of the job, as a step of its own.
+    """Checks the start of the job on so many nodes, as a step of its own on this node.
 
-    Args:
-        arguments: Of the training, with absolute paths.
-        allocation: The job.
-        settings: How its ranks are started.
-        config: Its configuration.
-        num_nodes: Nodes that the ranks will have.
-        is_stop_asked: Whether a signal has asked the job to stop: the check is then ended.
+    The arguments of the training have absolute paths. A stop that is asked for ends the check.
     """
     cluster = config.cluster
     command = step_command([allocation.here], cluster.step_memory, cluster.cpu_bind, settings.srun)
@@ -129,11 +123,7 @@ def check_on_this_node(
 
 
 def read_output(output: str) -> CheckResult:
-    """Reads the plan and the layout that a check has printed; what follows the line of the layout is ignored.
-
-    Args:
-        output: Of a check that found nothing wrong, with parallel.layout=auto.
-    """
+    """Reads what a check with parallel.layout=auto has printed; text after the line of the layout is ignored."""
     plan, _, rest = output.rpartition(_LAYOUT)
     line = rest.partition("\n")[0]
     try:
@@ -187,7 +177,7 @@ def check(
     Raises:
         ConfigError: With everything that is wrong.
     """
-    from mlra_scale.training.start import Asked, devices_of, prepare
+    from mlra_scale.training.start.request import LaunchRequest, devices_of, resolve_run
 
     parsed = build_parser().parse_intermixed_args(training)
     config, _, _ = resolve(parsed)
@@ -196,22 +186,22 @@ def check(
     if config.parallel.world_size not in (None, world_size) and not config.cluster.elastic:
         remedy = f"the job has {nodes} node(s) for {processes} rank(s) each; correct one"
         problems.append(Problem("parallel.world_size", config.parallel.world_size, remedy))
-    config, named, is_as_before = resolve(parsed, overrides_of_ranks(config, device, world_size))
+    config, named, is_stored_config = resolve(parsed, overrides_of_ranks(config, device, world_size))
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)
-    asked = Asked(config, named, run, parsed.resume, world_size, is_as_before, processes)
+    request = LaunchRequest(config, named, run, parsed.resume, world_size, is_stored_config, processes)
     try:
-        start = prepare(asked, is_here=not is_login)
+        resolved = resolve_run(request, is_here=not is_login)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    devices = devices_of(asked, start.config, not is_login)
-    plan = plan_report(start.config, batch_plan(start.config, world_size), start.layout, devices)
-    if start.config.parallel.layout == "manual":
+    devices = devices_of(request, resolved.config, not is_login)
+    plan = plan_report(resolved.config, resolved.plan, resolved.layout, devices)
+    if resolved.config.parallel.layout == "manual":
         return plan, None
-    overrides = [] if start.layout is None else list(start.layout.overrides)
+    overrides = [] if resolved.layout is None else list(resolved.layout.overrides)
     return plan, ChosenLayout(overrides=overrides, device=devices.name, memory=devices.memory)
 
 

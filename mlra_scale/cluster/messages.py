@@ -59,7 +59,7 @@ class Heartbeat(_Message):
         rank: Its global rank.
         local_rank: Its number on the node.
         pid: Its process.
-        phase: `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `going back`,
+        phase: `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `rolling back`,
             `ending`.
         step: The step that it is at.
         seconds: Since the phase began; a step of training begins it anew.

@@ -15,7 +15,7 @@ import mlra_scale
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.files import write_atomically
-from mlra_scale.training.source import commit, output_of
+from mlra_scale.training.record import commit, output_of
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy")
 _GIB = 2.0**30

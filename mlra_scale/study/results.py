@@ -71,7 +71,7 @@ class CellFiles:
         self.run.path.mkdir(parents=True, exist_ok=True)
         file = (self.run.path / ".cell.lock").open("a", encoding="ascii")
         try:
-            lock(file.fileno())  # a file system without locks grants them all
+            lock(file.fileno())  # granted on a file system without locks
         except BlockingIOError:
             file.close()
             return None

@@ -35,7 +35,7 @@ from mlra_scale.study.results import (
 )
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import OFTEN_IGNORED, STOP_SIGNALS
-from mlra_scale.training.source import ROOT, commit
+from mlra_scale.training.record import ROOT, commit
 
 _POLL_SECONDS = 0.5
 _ERROR_CHARACTERS = 2000

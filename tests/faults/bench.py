@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.launching import Armed, Forked
-from tests.faults.moments import Moment
 from tests.faults.training import Training, assert_as_undisturbed, assert_visible_is_whole, assert_way_back
+from tests.faults.triggers import Trigger
 from tests.slurm.cluster import SlurmCluster
 from tests.support.processes import TIMEOUT, TRAIN, torchrun
 from tests.support.training_runs import make_data
@@ -128,16 +128,16 @@ def start(
     *more: str,
     resume: bool = False,
     code: int = 0,
-    moments: Sequence[Moment] = (),
+    triggers: Sequence[Trigger] = (),
     **extra: str,
 ) -> str:
     """Trains in forked ranks, which must end with this code (minus the signal for a killed one); returns the output."""
-    launch = Forked([*training.arguments(run, resume), *more], training.num_ranks, log_of(run), moments, **extra)
+    launch = Forked([*training.arguments(run, resume), *more], training.num_ranks, log_of(run), triggers, **extra)
     if code < 0:
         deadline = time.monotonic() + TIMEOUT
         while not launch.has_ended() and time.monotonic() < deadline:
             time.sleep(0.05)
-        # The other ranks live on for a moment, and then go as with a machine: they would wait for the dead one.
+        # The other ranks live on for a trigger, and then go as with a machine: they would wait for the dead one.
         time.sleep(ALONE_SECONDS)
         launch.end()
     launch.wait()

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.faults.bench import Bench, assert_sound, program, start
 from tests.faults.launching import Armed
-from tests.faults.moments import Moment
+from tests.faults.triggers import Trigger
 
 Act = Callable[[Bench, Path], object]
 """Does it, in a folder of its own; an AssertionError says what was not as promised."""
@@ -39,7 +39,7 @@ class Case:
     needs: str = ""
 
 
-Kill = Moment | tuple[Moment, ...]
+Kill = Trigger | tuple[Trigger, ...]
 SAME = "nothing that was reported is lost, nothing torn is visible, the end equals that of the undisturbed run bitwise"
 WHOLE = "no output, or a whole one; the same command then makes what the undisturbed one makes"
 
@@ -65,41 +65,43 @@ def killed_runs(
     tier: str = "nightly",
     **fields: int,
 ) -> Case:
-    """A training that is killed at each of these moments, continued after each, and compared at its end."""
+    """A training that is killed at each of these triggers, continued after each, and compared at its end."""
 
     def act(bench: Bench, place: Path) -> None:
         training = bench.training(layout, *more, **fields)
         runs = [place / "run-0"]
 
-        def kill(moments: tuple[Moment, ...]) -> None:
+        def kill(triggers: tuple[Trigger, ...]) -> None:
             try:
                 if is_real:
-                    code = program(training, runs[-1], resume=runs[-1].exists(), moments=moments).wait()
+                    code = program(training, runs[-1], resume=runs[-1].exists(), triggers=triggers).wait()
                     assert code == -signal.SIGKILL or training.num_ranks > 1, code
                 else:
-                    start(training, runs[-1], resume=runs[-1].exists(), moments=moments, code=-signal.SIGKILL)
+                    start(training, runs[-1], resume=runs[-1].exists(), triggers=triggers, code=-signal.SIGKILL)
                 assert_sound(runs[-1])
             except AssertionError:
                 runs.append(place / f"run-{len(runs)}")
                 raise
 
         chain = [kill if isinstance(kill, tuple) else (kill,) for kill in kills]
-        each((moments[-1], partial(kill, moments)) for moments in chain)
+        each((triggers[-1], partial(kill, triggers)) for triggers in chain)
         bench.finish(training, runs[-1])
 
-    shown = ", ".join(str(kill if isinstance(kill, Moment) else kill[-1]).removeprefix("SIGKILL at ") for kill in kills)
+    shown = ", ".join(
+        str(kill if isinstance(kill, Trigger) else kill[-1]).removeprefix("SIGKILL at ") for kill in kills
+    )
     return Case(name, f"{layout}: SIGKILL at {shown}", SAME, act, len(kills), tier)
 
 
 def killed_commands(
     name: str,
     command: Callable[[Bench, Path], Sequence[str]],
-    *kills: Moment,
+    *kills: Trigger,
     same: Callable[[Path, Path], None],
     prepare: Callable[[Bench, Path], object] | None = None,
     is_allowed: Callable[[Path], bool] = lambda output: not output.exists(),
 ) -> Case:
-    """A command that makes a folder is killed at each of these moments, and then runs to its end.
+    """A command that makes a folder is killed at each of these triggers, and then runs to its end.
 
     Args:
         name: Of the case.
@@ -118,13 +120,13 @@ def killed_commands(
                 prepare(bench, path)
         run_to_end(command(bench, undisturbed), place / "undisturbed.log")
 
-        def kill(moment: Moment) -> None:
-            code = Armed(command(bench, output), place / "killed.log", [moment]).wait()
+        def kill(trigger: Trigger) -> None:
+            code = Armed(command(bench, output), place / "killed.log", [trigger]).wait()
             assert code == -signal.SIGKILL, code
             if not is_allowed(output):
                 same(output, undisturbed)
 
-        each((moment, partial(kill, moment)) for moment in kills)
+        each((trigger, partial(kill, trigger)) for trigger in kills)
         if is_allowed(output):
             run_to_end(command(bench, output), place / "killed.log")
         same(output, undisturbed)

@@ -15,8 +15,8 @@ import numpy as np
 from tests.faults.bench import GUARDED, STEPS, Bench, start
 from tests.faults.case import SAME, Case, assert_refused, digests, each, flip, run_to_end
 from tests.faults.kills import STEP
-from tests.faults.moments import Moment
 from tests.faults.training import Training
+from tests.faults.triggers import Trigger
 from tests.support.processes import tool
 from tests.support.stored import assert_bitwise_equal, store_of
 
@@ -31,7 +31,7 @@ REFUSED = "exit code 2 and one message that names the file; put right again, the
 
 def killed(training: Training, run: Path, step: int = 5) -> None:
     """A run that was killed after a step; earlier saves are complete where training waits for them."""
-    start(training, run, code=-9, moments=(Moment(STEP, step),))
+    start(training, run, code=-9, triggers=(Trigger(STEP, step),))
 
 
 def refused(output: str, *parts: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tests.faults.moments import ARMED, Moment, Trap
+from tests.faults.triggers import ARMED, Trap, Trigger
 from tests.support.processes import TIMEOUT, Program
 from tests.support.training_runs import ROOT, environment
 
@@ -31,22 +31,22 @@ FILE_LIMIT = "FILE_LIMIT"
 
 
 class Armed(Program):
-    """A command line whose processes wait for moments; see Program and Trap."""
+    """A command line whose processes have triggers; see Program and Trap."""
 
     def __init__(
         self,
         command: Sequence[str],
         log: Path,
-        moments: Sequence[Moment] = (),
-        never: Sequence[Moment] = (),
+        triggers: Sequence[Trigger] = (),
+        never: Sequence[Trigger] = (),
         **options: Any,
     ) -> None:
-        self.trap = Trap(moments, log, never)
+        self.trap = Trap(triggers, log, never)
         path = {"PYTHONPATH": f"{ARMED}{os.pathsep}{ROOT}"}
         super().__init__(command, log, **{**path, **self.trap.variables(), **options})
 
     def wait(self, timeout: float = TIMEOUT, end: bool = True) -> int:
-        """See Program; fails also where a moment has not come."""
+        """See Program; fails also where a trigger was not reached."""
         code = super().wait(timeout, end)
         self.trap.check(self.output())
         return code
@@ -56,13 +56,13 @@ class Forked:
     """Ranks forked from a server process that has imported everything; `extra` are further environment variables."""
 
     def __init__(
-        self, arguments: Sequence[str], num_ranks: int, log: Path, moments: Sequence[Moment] = (), **extra: str
+        self, arguments: Sequence[str], num_ranks: int, log: Path, triggers: Sequence[Trigger] = (), **extra: str
     ) -> None:
         import torch.distributed as dist
 
         # As under torchrun, the launcher owns the store in which the ranks meet.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._log, self._trap = log, Trap(moments, log)
+        self._log, self._trap = log, Trap(triggers, log)
         log.write_text("")
         context = _server()
         self._processes = []
@@ -129,7 +129,7 @@ def _rank(arguments: tuple[str, ...], variables: dict[str, str], log: Path) -> N
     os.environ.update(variables)
     # tqdm's own lock is a named semaphore, which a killed process would leave behind.
     tqdm.set_lock(threading.RLock())
-    if "MOMENTS" in variables:
+    if "TRIGGERS" in variables:
         importlib.import_module("tests.faults.armed.sitecustomize")
     if FILE_LIMIT in variables:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(variables[FILE_LIMIT]),) * 2)

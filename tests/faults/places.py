@@ -12,10 +12,10 @@ from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import DISK, FLAT, Bench, assert_sound, program, start
 from tests.faults.case import SAME, Case, assert_refused, run_to_end
 from tests.faults.kills import STEP, prepared, same_data, trained
-from tests.faults.moments import Moment
 from tests.faults.saves import assert_save_refused
 from tests.faults.stops import LONG, step_of, trains
 from tests.faults.training import assert_as_undisturbed
+from tests.faults.triggers import Trigger
 from tests.support.processes import TRAIN, Program, tool
 from tests.support.training_runs import events
 
@@ -96,7 +96,7 @@ def record_replaced(run: Path) -> None:
 
 
 def two_at_once(bench: Bench, place: Path) -> None:
-    """Two runs in one run directory at the same moment."""
+    """Two runs in one run directory at the same trigger."""
     training, run = bench.training(), place / "run"
     launches = [Program([*TRAIN, *training.arguments(run)], place / f"run-{number}.log") for number in range(2)]
     codes = [launch.wait() for launch in launches]
@@ -176,7 +176,7 @@ def full_at_start(bench: Bench, place: Path) -> None:
     training = bench.training("zero1-dp2")
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
-        start(training, run, code=-9, moments=(Moment(STEP, 5),))
+        start(training, run, code=-9, triggers=(Trigger(STEP, 5),))
         file = fill(folder)
         before = [(run / name).read_bytes() for name in RECORD]
         output = start(training, run, resume=True, code=2)
@@ -213,7 +213,7 @@ def read_only(bench: Bench, place: Path) -> None:
     training = bench.training()
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
-        start(training, run, code=-9, moments=(Moment(STEP, 5),))
+        start(training, run, code=-9, triggers=(Trigger(STEP, 5),))
         resize(folder, "ro")
         output = start(training, run, resume=True, code=2)
         assert_refused(output[output.index("bad input") :], str(run), "cannot be written; name another directory")
@@ -227,7 +227,7 @@ def linked(bench: Bench, place: Path) -> None:
     training, link = bench.training(), place / "link"
     (place / "run").mkdir()
     link.symlink_to(place / "run")
-    start(training, link, code=-9, moments=(Moment(STEP, 5),))
+    start(training, link, code=-9, triggers=(Trigger(STEP, 5),))
     link.unlink()
     (place / "run").rename(place / "elsewhere")
     link.symlink_to(place / "elsewhere")

@@ -1,6 +1,6 @@
 """Each rank dies at each point of a save, and ranks die at random moments; the disk refuses at a point of a save.
 
-The points are those of mlra_scale/checkpoint/failpoints.py: a rank that passes one dies by SIGKILL in the writing
+The points are those of mlra_scale/checkpoint/failpoints.py: a rank that passes one dies by SIGKILL in the writer
 thread or the main one. `--resume auto` starts again and ends the run, which must be the undisturbed one, bit by bit.
 """
 
@@ -12,41 +12,42 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import Bench, log_of, program, start
 from tests.faults.case import SAME, Case, assert_refused
 from tests.faults.kills import STEP
-from tests.faults.launching import FILE_LIMIT, Armed, Forked
-from tests.faults.moments import Moment
+from tests.faults.launching import Armed, Forked
 from tests.faults.training import LAYOUTS, Training, assert_as_undisturbed, assert_way_back
+from tests.faults.triggers import Trigger
 from tests.support.training_runs import curve, events
 
 STEPS, EVERY = 6, 2
 FIELDS = {"steps": STEPS, "every": EVERY, "keep_last": 1}
 """Three saves, each of which removes the one before."""
-FULL = {"signal": 0, "error": errno.ENOSPC}
+FULL: dict[str, Any] = {"signal": 0, "error": errno.ENOSPC}
 EARLY = 0.1
 """Share of the kills that may come before the first step of a start, while the checkpoint is being loaded."""
 Launch = Armed | Forked
 Launcher = Callable[..., Launch]
 
 
-def forked(training: Training, run: Path, moments: Sequence[Moment] = ()) -> Launch:
+def forked(training: Training, run: Path, triggers: Sequence[Trigger] = ()) -> Launch:
     """Starts or continues a run in forked ranks."""
-    return Forked(training.arguments(run, run.exists()), training.num_ranks, log_of(run), moments)
+    return Forked(training.arguments(run, run.exists()), training.num_ranks, log_of(run), triggers)
 
 
-def real(training: Training, run: Path, moments: Sequence[Moment] = ()) -> Launch:
+def real(training: Training, run: Path, triggers: Sequence[Trigger] = ()) -> Launch:
     """Starts or continues a run by torchrun."""
-    return program(training, run, resume=run.exists(), moments=moments)
+    return program(training, run, resume=run.exists(), triggers=triggers)
 
 
-def kills_at_points(num_ranks: int, saves: Sequence[int]) -> list[Moment]:
+def kills_at_points(num_ranks: int, saves: Sequence[int]) -> list[Trigger]:
     """Every point with every rank that passes it, at every one of the given saves."""
     return [
-        Moment(f"point {point}", save, rank=rank)
+        Trigger(f"point {point}", save, rank=rank)
         for point, who in FAILPOINTS.items()
         for rank in (range(num_ranks) if who.startswith("every rank") else (0,))
         # The first removal belongs to the second save.
@@ -54,12 +55,12 @@ def kills_at_points(num_ranks: int, saves: Sequence[int]) -> list[Moment]:
     ]
 
 
-def killed_save(layout: str, kill: Moment, launcher: Launcher, tier: str) -> Case:
+def killed_save(layout: str, kill: Trigger, launcher: Launcher, tier: str) -> Case:
     """A rank is killed at a point of a save, and the run is continued."""
 
     def act(bench: Bench, place: Path) -> None:
         training, run = bench.training(layout, **FIELDS), place / "run"
-        assert launcher(training, run, moments=[kill]).wait() != 0, "the point was not reached"
+        assert launcher(training, run, triggers=[kill]).wait() != 0, "the point was not reached"
         step = assert_way_back(run)
         assert step > 0 or (kill.occurrence == 1 and "retention" not in kill.event), "nothing to continue from"
         assert launcher(training, run).wait() == 0, log_of(run).read_text()[-3000:]
@@ -122,7 +123,7 @@ class Chain:
 def random_kills(
     layout: str, precision: str, num_kills: int, launcher: Launcher, starting: float, tier: str, **fields: int
 ) -> Case:
-    """A training is killed at random moments, in as many runs as that takes; each ends as the undisturbed one."""
+    """A training is killed at random triggers, in as many runs as that takes; each ends as the undisturbed one."""
 
     def act(bench: Bench, place: Path) -> None:
         training = bench.training(layout, precision=precision, **fields)
@@ -144,7 +145,7 @@ def random_kills(
 
 
 def refused_save(
-    name: str, kept: int, layout: str, tier: str, moments: Sequence[Moment] = (), said: str = "", **extra: str
+    name: str, kept: int, layout: str, tier: str, triggers: Sequence[Trigger] = (), said: str = "", **extra: str
 ) -> Case:
     """The operating system refuses in a save: the run ends on all ranks alike, says so once, and can be continued.
 
@@ -153,7 +154,7 @@ def refused_save(
         kept: The step of the checkpoint that stays.
         layout: Of the run.
         tier: Of the case.
-        moments: Where it refuses.
+        triggers: Where it refuses.
         said: Part of the message.
         extra: Environment variables.
     """
@@ -163,8 +164,8 @@ def refused_save(
         training, run = bench.training(layout, *waits, **FIELDS), place / "run"
         if extra:
             # Earlier saves may write as much as they want.
-            start(training, run, code=-signal.SIGKILL, moments=[Moment(STEP, kept + 1)])
-        output = start(training, run, resume=run.exists(), code=ExitCode.CHECKPOINT_FAILED, moments=moments, **extra)
+            start(training, run, code=-signal.SIGKILL, triggers=[Trigger(STEP, kept + 1)])
+        output = start(training, run, resume=run.exists(), code=ExitCode.CHECKPOINT_FAILED, triggers=triggers, **extra)
         assert_save_refused(output, run, said or "No space left on device")
         assert assert_way_back(run) == kept, "the one before is as it was"
         bench.finish(training, run)
@@ -205,13 +206,13 @@ def folder_missing(bench: Bench, place: Path) -> None:
 def not_removed(bench: Bench, place: Path) -> None:
     """An earlier checkpoint cannot be removed: the new one is none the worse."""
     training, run = bench.training("zero1-dp2", **FIELDS), place / "run"
-    output = start(training, run, moments=[Moment("point retention", 1, **FULL)])
+    output = start(training, run, triggers=[Trigger("point retention", 1, **FULL)])
     assert output.count("the checkpoint is complete, but of earlier ones") == 1 and "No space left on device" in output
     assert [event["step"] for event in events(run) if event["event"] == "not_removed"] == [2 * EVERY]
     assert_as_undisturbed(run, bench.reference(training), training.steps)
 
 
-def in_turn() -> list[Moment]:
+def in_turn() -> list[Trigger]:
     """One kill at every point, in the second save, the ranks taking turns where all of them pass it."""
     kills = kills_at_points(2, saves=(2,))
     by_point = [[kill for kill in kills if kill.event == f"point {point}"] for point in FAILPOINTS]
@@ -222,7 +223,7 @@ SCHEDULES = (("pipeline2", (1, 2)), ("zero3-dp2", (1, 2)), ("tp2pp2", (2,)))
 """Layouts, and the saves in which their ranks die."""
 CASES = (
     *(killed_save("pipeline2", kill, forked, "" if kill.event == "point mid-file" else "slow") for kill in in_turn()),
-    killed_save("pipeline2", Moment("point mid-file", 1, rank=1), forked, "slow"),
+    killed_save("pipeline2", Trigger("point mid-file", 1, rank=1), forked, "slow"),
     random_kills("zero3-dp2", "bf16", 3, forked, starting=1.0, tier="slow", steps=24, every=3),
     *(
         killed_save(layout, kill, real, "nightly")
@@ -238,9 +239,9 @@ CASES = (
             ("zero3-tp2dp2", "bf16", 5),
         )
     ),
-    refused_save("no space in a file", 2, "zero1-dp2", "slow", [Moment("point mid-file", 2, rank=1, **FULL)]),
-    refused_save("no space before the rename", 2, "zero1-dp2", "slow", [Moment("point before-rename", 2, **FULL)]),
+    refused_save("no space in a file", 2, "zero1-dp2", "slow", [Trigger("point mid-file", 2, rank=1, **FULL)]),
+    refused_save("no space before the rename", 2, "zero1-dp2", "slow", [Trigger("point before-rename", 2, **FULL)]),
     Case("no space in retention", "ENOSPC when a checkpoint is removed", KEPT_ON, not_removed, tier="slow"),
-    refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", **{FILE_LIMIT: "100000"}),
+    refused_save("a limit on file sizes", 2, "zero1-dp2", "slow", said="File too large", FILE_LIMIT="100000"),
     Case("no folder of checkpoints", "a link that leads nowhere", REFUSED, folder_missing, tier="slow"),
 )

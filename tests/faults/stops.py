@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.training.rollbacks import read_rollbacks
+from mlra_scale.training.run_directory import RunDirectory
 from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
 from tests.faults.case import SAME, Case
 from tests.faults.launching import Armed
-from tests.faults.moments import Moment
 from tests.faults.training import Training, assert_as_undisturbed, reported_checkpoints
+from tests.faults.triggers import Trigger
 from tests.support.processes import CTRL_C, Program
 from tests.support.training_runs import events
 
@@ -83,7 +83,7 @@ def stop(
     act: Callable[[Armed], object],
     layout: str = "single",
     is_saved: bool = True,
-    at: Moment | None = None,
+    at: Trigger | None = None,
     promise: str = "",
     more: Sequence[str] = (),
     tier: str = "nightly",
@@ -94,7 +94,7 @@ def stop(
     Args:
         name: Of the case.
         done: What is done, in words.
-        act: Does it when the run has done some steps; with `at` it is the moment that does.
+        act: Does it when the run has done some steps; with `at` the trigger does.
         layout: Of the run.
         is_saved: Whether the stop asks for a save; else it kills.
         at: When the run gets a signal.
@@ -110,7 +110,7 @@ def stop(
         if is_guarded:
             training = bench.training(layout, *more, steps=16)
         run = place / "run"
-        launch = program(training, run, moments=() if at is None else (at,), **options)
+        launch = program(training, run, triggers=() if at is None else (at,), **options)
         try:
             if at is None:
                 trains(launch, run)
@@ -127,7 +127,7 @@ def stop(
                 assert_sound(run)
             if is_guarded:
                 # The guard may go back to the stop's checkpoint too, which the undisturbed run does not have.
-                assert read_rollbacks(run / "guard.json"), "the rollback is lost"
+                assert RunDirectory(run).read_rollbacks(), "the rollback is lost"
             else:
                 bench.finish(replace(training, steps=assert_sound(run) + 2), run)
         finally:
@@ -161,9 +161,9 @@ def during(
     what: str, event: str, occurrence: int = 1, more: Sequence[str] = MEASURED, within: int = 0, **options: Any
 ) -> Case:
     """SIGTERM while something else than a step is done; `within`: this one of the next events must not come."""
-    moment = Moment(event, occurrence, signal.SIGTERM)
-    never = [Moment(event, occurrence + within, 0)] if within else []
-    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=moment, more=more, never=never, **options)
+    trigger = Trigger(event, occurrence, signal.SIGTERM)
+    never = [Trigger(event, occurrence + within, 0)] if within else []
+    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=trigger, more=more, never=never, **options)
 
 
 def console(
@@ -216,7 +216,7 @@ STOPS = (
     during("the probe after a step", "call mlra_scale/stability/activations.py *", 40),
     during("the noise estimate", "call mlra_scale/stability/gradients.py *.before_step", 2),
     during("a save", "open w *rank-00000*", 1, ("checkpoint.every=2",)),
-    during("a rollback", "call mlra_scale/training/guarding.py go_back", 1, GUARDED, promise=ROLLED_BACK),
+    during("a rollback", "call mlra_scale/training/loop/session.py *.roll_back", 1, GUARDED, promise=ROLLED_BACK),
 )
 CONSOLES = (
     console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),

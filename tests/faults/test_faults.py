@@ -48,10 +48,10 @@ def test_a_promise_is_kept(case: Case, bench: Bench, tmp_path: Path) -> None:
 def test_there_are_enough_of_them() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert sum(case.num_kills for case in CASES) >= 200 and sum(case.num_kills == 0 for case in CASES) >= 60
-    assert [moment.event for moment in in_turn()] == [f"point {point}" for point in FAILPOINTS]
+    assert [trigger.event for trigger in in_turn()] == [f"point {point}" for point in FAILPOINTS]
 
 
-def test_moments_are_calls_of_functions_that_exist() -> None:
+def test_triggers_are_calls_of_functions_that_exist() -> None:
     """A pattern that a renamed function no longer matches would be noticed in the nightly tests only."""
     texts = [file.read_text() for file in Path(__file__).parent.glob("*.py")]
     calls = {call for text in texts for call in re.findall(r'"call (mlra_scale/\S+\.py) ([^"]+)"', text)}
@@ -64,11 +64,8 @@ def test_moments_are_calls_of_functions_that_exist() -> None:
 def qualified(tree: ast.AST, prefix: str = "") -> Iterator[str]:
     """The qualified names of all functions."""
     for node in ast.iter_child_nodes(tree):
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if is_function or isinstance(node, ast.ClassDef):
-            name = prefix + node.name
-            if is_function:
-                yield name
-            yield from qualified(node, f"{name}.<locals>." if is_function else f"{name}.")
+        if isinstance(node, ast.FunctionDef):
+            yield prefix + node.name
+            yield from qualified(node, f"{prefix}{node.name}.<locals>.")
         else:
-            yield from qualified(node, prefix)
+            yield from qualified(node, f"{prefix}{node.name}." if isinstance(node, ast.ClassDef) else prefix)

@@ -1,4 +1,4 @@
-"""A short training, what must be true of its run directory at any moment, and what at its end."""
+"""A short training, what must be true of its run directory at any trigger, and what at its end."""
 
 import json
 from dataclasses import dataclass

@@ -51,7 +51,7 @@ class WorkerPool:
             The results by rank.
 
         Raises:
-            RankFailure: some rank raised, hung or died.
+            RanksFailed: some rank raised, hung or died.
         """
         if function.__module__ == "__main__" or "<" in function.__qualname__:
             raise ValueError(f"{function.__qualname__} is not a function that another process can import")

@@ -183,7 +183,7 @@ class Program:
             self.hang_up()
 
 
-def train(*arguments: str, num_processes: int = 1, timeout: float = 180.0, **extra: str) -> Finished:
+def train(*arguments: str, num_processes: int = 1, timeout: float = 180.0, **extra: Any) -> Finished:
     """Runs `mlra_scale.train` with these arguments and waits for its end.
 
     Args:

@@ -33,8 +33,9 @@ from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, Problem, validate
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.layout import Devices, settled
-from mlra_scale.training.run_directory import RunDirectory, WaitStopped, held
+from mlra_scale.training.run_directory import RunDirectory, WaitStopped, run_lock
+from mlra_scale.training.start.device import Devices
+from mlra_scale.training.start.plan import resolve_layout
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Slurm's, and those of a terminal: inside salloc a file of slurm/ can be run by hand."""
@@ -153,7 +154,7 @@ class Job:
         name, memory = (None, None) if seen is None else (seen.device, seen.memory)
         devices = Devices(number, self._settings.processes, self._device, name, memory)
         try:
-            config, _ = settled(config, self._named, devices)
+            config, _ = resolve_layout(config, self._named, devices)
             validate(config, number, device=self._device)
         except ConfigError:
             return False
@@ -365,7 +366,7 @@ def _run_alone(
     waits = list(_FILE_WAITS)
     while True:
         try:
-            with held(run, _LOCK_SECONDS, ".job.lock", is_stop_asked):
+            with run_lock(run, _LOCK_SECONDS, ".job.lock", is_stop_asked):
                 job = make_job()
                 try:
                     return job.run()

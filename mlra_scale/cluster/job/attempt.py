@@ -247,7 +247,7 @@ class AttemptRunner:
         self._kill_after(_END_SECONDS if is_agreed else _EVIDENCE_SECONDS)
 
     def _note_progress(self, ranks: Sequence[RankStatus]) -> None:
-        if any(rank.heartbeat.phase in ("training", "evaluating", "saving", "going back") for rank in ranks):
+        if any(rank.heartbeat.phase in ("training", "evaluating", "saving", "rolling back") for rank in ranks):
             self._on_progress()
 
     def _watch(self, hub: Hub) -> None:

@@ -27,7 +27,7 @@ from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_V
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.config import ConfigError
 from mlra_scale.train import build_parser, resolve
-from mlra_scale.training.device_environment import set_device_environment
+from mlra_scale.training.start.device import set_device_environment
 
 _SECONDS_TO_SEE = 30.0
 """How long a shared file system may take to show what another node wrote (NFS caches names for up to 30 s)."""

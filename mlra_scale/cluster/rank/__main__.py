@@ -28,10 +28,10 @@ from mlra_scale import train
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSender
 from mlra_scale.cluster.rank.preflight import BadNodes, check_alone, check_together
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.overseer import Overseer
+from mlra_scale.training.interruption import Watchdog
 
 
-class NodeOverseer(Overseer):
+class NodeWatchdog(Watchdog):
     """Sends the node heartbeats, and checks the nodes before the ranks train.
 
     Args:
@@ -46,12 +46,12 @@ class NodeOverseer(Overseer):
     def __init__(self, heartbeats: HeartbeatSender, node: str, shared: Path) -> None:
         self._heartbeats, self._node, self._shared = heartbeats, node, shared
 
-    def beat(self, doing: str, step: int) -> None:
-        """See Overseer."""
-        self._heartbeats.begin(doing, step)
+    def heartbeat(self, phase: str, step: int) -> None:
+        """See Watchdog."""
+        self._heartbeats.begin(phase, step)
 
     def check(self, device: torch.device) -> None:
-        """See Overseer.
+        """See Watchdog.
 
         Raises:
             BadNodes: Some node cannot be used; on all ranks.
@@ -81,7 +81,7 @@ def main() -> None:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
             check_alone(node, local_rank, os.environ[DEVICE_VARIABLE])
-            code = train.main(sys.argv[1:], NodeOverseer(heartbeats, node, shared), INTERRUPTION)
+            code = train.main(sys.argv[1:], NodeWatchdog(heartbeats, node, shared), INTERRUPTION)
         except BadNodes as error:
             if rank == 0 or not error.is_common:
                 print(f"bad node: {error}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from mlra_scale.cluster import runs_text
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.training import record
 from mlra_scale.training.record import EventLog, JsonLines, lines_from_end
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.run_directory import RunDirectory, run_lock
 
 ROOT = Path(__file__).resolve().parents[3]
 NOW = float(int(time.time()) + 86400)
@@ -97,7 +97,8 @@ def write_events(path: Path, *events: str | dict[str, Any]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     log = EventLog(path / "events.jsonl")
     for event in events:
-        log.write(**({"event": event} if isinstance(event, str) else event))
+        name, values = (event, {}) if isinstance(event, str) else (event["event"], event)
+        log.event(name, **{key: value for key, value in values.items() if key != "event"})
     log.close()
 
 
@@ -216,7 +217,7 @@ def test_numbers_of_a_run_started_by_hand(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_held_is_a_run_at_work(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    with held(run):
+    with run_lock(run):
         write_events(tmp_path, START)
         assert only_row(tmp_path).state == "running" and module.is_held(run) is True
     assert only_row(tmp_path).state == "unknown" and module.is_held(run) is False
@@ -226,12 +227,12 @@ def test_the_test_of_a_lock_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest
     """Neither a run afterwards, nor another such test at the same time; and it cannot always be made."""
     run = RunDirectory(tmp_path)
     assert module.is_held(run) is False and not (tmp_path / ".lock").exists()
-    with held(run):
+    with run_lock(run):
         pass
     with (tmp_path / ".lock").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         assert module.is_held(run) is False
-    with held(run):
+    with run_lock(run):
         pass
 
     def refuse(*arguments: Any) -> None:
@@ -322,7 +323,7 @@ def test_a_job_that_slurm_does_not_know_has_vanished_unless_something_speaks_aga
     write_job(tmp_path / "x", "running")
     slurm("")
     assert only_row(tmp_path).state == "vanished"
-    with held(RunDirectory(tmp_path / "x")):
+    with run_lock(RunDirectory(tmp_path / "x")):
         row = only_row(tmp_path)
     at_work = "Slurm no longer knows job 7, and yet a process is at work here"
     assert (row.state, row.last_error) == ("running", at_work)

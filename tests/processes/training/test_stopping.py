@@ -99,7 +99,7 @@ def test_a_forked_child_keeps_its_signals_to_itself() -> None:
             _, status = os.waitpid(pid, 0)
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM, "the handler of before"
             time.sleep(0.2)
-            assert not interruption.is_stop_asked()
+            assert not interruption.is_stop_requested()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -107,9 +107,9 @@ def test_a_forked_child_keeps_its_signals_to_itself() -> None:
 SLOW_WANDB = """
 import sys, time
 from mlra_scale.train import Interruption, main
-from mlra_scale.training import trainer
-from mlra_scale.training.wandb_log import WandbLog
-trainer.EXPENDABLE_SECONDS = 0.5
+from mlra_scale.training.loop import session
+from mlra_scale.training.log.wandb_log import WandbLog
+session.EXPENDABLE_SECONDS = 0.5
 def finish(log, code, summary=None):
     print("wandb waits", flush=True)
     time.sleep(3600)

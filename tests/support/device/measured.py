@@ -24,33 +24,37 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     from mlra_scale.parallel import StepResult
     from mlra_scale.planning.memory import rank_memory
     from mlra_scale.stability import tev
-    from mlra_scale.training.measuring import Measurements
+    from mlra_scale.stability.gradients import GradientStatistics
+    from mlra_scale.stability.qk_clip import QkClip
+    from mlra_scale.stability.watcher import Step
+    from mlra_scale.training.watch.passes import DataPasses
 
     statistics = tev.TevStatistics(1.0, 1.0, {}, 1.0, 1.0, 1, [], [])
     tev.combine = lambda *_: statistics
     engine, plan, config = rank.engine, rank.plan, rank.config
     validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])
-    measurements = Measurements(engine, config, plan, validation)
+    gradients = GradientStatistics(engine, config)
+    passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None)
     batches, phase = rank.batches(), rank.trace.phase
+    step = Step(1, True, 0, batches, 1e-4)
 
     def approve(proposal: Any) -> bool:
         with phase("gradient statistics"):
-            measurements.before_update(proposal)
-        return True
+            return gradients.before_update(proposal)
 
     with phase("noise scale"):
-        measurements.before_step(1, batches)
+        gradients.before_step(step)
     with phase("measured step"):
         result: StepResult = engine.train_batch(batches, 1e-4, approve, lambda: False)
     with phase("update statistics"):
-        measurements._gradients.after_update(result, 1e-4)
+        gradients.after_step(step, result)
     with phase("TEV"):
-        measurements.tev(1)
+        tev.TevWatcher(engine, config).measure(1)
     with phase("QK-clip"):
-        measurements._clip.apply(batches, 0)
+        QkClip(engine, config.model, config.qk_clip, plan).apply(batches, 0)
         _scale_some_rows(rank)
     with phase("activations"):
-        measurements.activations(1, lambda read: read())
+        passes.run(["activations"], {})
     with phase("evaluation"):
         engine.eval_batch(batches)
     _snapshot(rank)

@@ -55,9 +55,9 @@ class TracedRank:
         self.groups = fake_ranks.install(self.layout.rank, self.layout.world_size)
         from mlra_scale.config import batch_plan
         from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
-        from mlra_scale.training.quiet import quiet_libraries
+        from mlra_scale.training.log.console import silence_libraries
 
-        quiet_libraries("cuda")
+        silence_libraries("cuda")
         cuda_stubs.answer_for_cpu_adam()
         self.config = configured(self.layout)
         self.plan = batch_plan(self.config, self.layout.world_size)

@@ -14,7 +14,7 @@ import torch
 from mlra_scale.checkpoint import checkpoint_name, inspection, retention
 from mlra_scale.cli.checkpoints import COMMAND
 from mlra_scale.training import run_directory
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.run_directory import RunDirectory, run_lock
 from tests.unit.checkpoint.builders import MODEL, Layout, all_parts, write_checkpoint, write_tokenizer
 
 Tool = Callable[..., tuple[int, str, str]]
@@ -162,8 +162,8 @@ def test_a_run_at_work_is_not_pruned(tmp_path: Path, tool: Tool, monkeypatch: py
     folder = write_run(tmp_path, 10, 20)
     link = tmp_path.with_name(f"{tmp_path.name}-link")
     link.symlink_to(folder)
-    with held(RunDirectory(tmp_path)), monkeypatch.context() as patch:
-        patch.setattr(run_directory, "held", partial(held, seconds=0.0))
+    with run_lock(RunDirectory(tmp_path)), monkeypatch.context() as patch:
+        patch.setattr(run_directory, "run_lock", partial(run_lock, seconds=0.0))
         patch.chdir(folder)
         for path in (tmp_path, folder, Path(), Path(".."), link):
             code, out, err = tool("prune", path, "--keep-last", 1)
