@@ -97,15 +97,9 @@ def check_on_this_node(
     num_nodes: int,
     is_stop_asked: Callable[[], bool],
 ) -> CheckResult:
-    """Checks the start of the job, as a step of its own.
+    """Checks the start of the job on so many nodes, as a step of its own on this node.
 
-    Args:
-        arguments: Of the training, with absolute paths.
-        allocation: The job.
-        settings: How its ranks are started.
-        config: Its configuration.
-        num_nodes: Nodes that the ranks will have.
-        is_stop_asked: Whether a signal has asked the job to stop: the check is then ended.
+    The arguments of the training have absolute paths. A stop that is asked for ends the check.
     """
     cluster = config.cluster
     command = step_command([allocation.here], cluster.step_memory, cluster.cpu_bind, settings.srun)
@@ -129,11 +123,7 @@ def check_on_this_node(
 
 
 def read_output(output: str) -> CheckResult:
-    """Reads the plan and the layout that a check has printed; what follows the line of the layout is ignored.
-
-    Args:
-        output: Of a check that found nothing wrong, with parallel.layout=auto.
-    """
+    """Reads what a check with parallel.layout=auto has printed; text after the line of the layout is ignored."""
     plan, _, rest = output.rpartition(_LAYOUT)
     line = rest.partition("\n")[0]
     try:

@@ -61,10 +61,6 @@ class Allocation:
     def of(cls, environment: Mapping[str, str], is_stop_asked: Callable[[], bool] = _never) -> Allocation:
         """Reads the environment of a batch script.
 
-        Args:
-            environment: Of the batch script.
-            is_stop_asked: See `_ask`.
-
         Raises:
             ConfigError: This is no Slurm job.
             SlurmError: Slurm does not say what job it is.
@@ -157,7 +153,7 @@ def put_back(
     Args:
         allocation: The job.
         lost: Nodes of it that are dead.
-        usable: Those that can still be used.
+        usable: Nodes of it that can still be used.
         excluded: Nodes that it must not get again.
         say: Prints a line for the user.
 
@@ -236,10 +232,10 @@ def step_command(nodes: Sequence[str], memory: str, cpu_bind: str, more: Sequenc
     A step without --cpus-per-task has all cores of the job on its nodes, and without --gres all its GPUs.
 
     Args:
-        nodes: Their names, in the order of the tasks' ranks.
-        memory: Of the task on each node; 0: all that the job has there.
-        cpu_bind: The tasks' binding to cores.
-        more: Further options; they win over those above.
+        nodes: Names, in the order of the tasks' ranks.
+        memory: Of the task on each node, as srun takes it; 0: all that the job has there.
+        cpu_bind: The tasks' binding to cores, as srun takes it.
+        more: Further options, which win.
     """
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
     command += [f"--nodelist={','.join(nodes)}", f"--mem={memory}", f"--cpu-bind={cpu_bind}"]
@@ -252,17 +248,10 @@ def _ask(
     patience: float | None = None,
     is_stop_asked: Callable[[], bool] = _never,
 ) -> str:
-    """Runs a command of Slurm, and repeats it for a while where the controller does not answer.
+    """Runs a command of Slurm in a folder, and repeats it for `patience` seconds while the controller does not answer.
 
-    Args:
-        command: Its words.
-        folder: Where it runs; None: here.
-        patience: Seconds for which it is repeated.
-        is_stop_asked: Whether a signal has asked for a stop: the command is then not repeated. The way back to the
-            queue, which follows a stop, needs its answers and does not pass this.
-
-    Raises:
-        SlurmError: It failed.
+    A stop that is asked for ends the repeating. The way back to the queue, which follows a stop, needs its answers: it
+    does not pass `is_stop_asked`.
     """
     deadline = time.monotonic() + (_PATIENCE_SECONDS if patience is None else patience)
     while True:

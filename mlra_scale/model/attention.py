@@ -89,6 +89,12 @@ class SelfAttention(nn.Module):
             heads_BNSH = attend_blocks(q_BNSH, k_BNSH, v_BNSH, mask)
         return self.o(heads_BNSH.transpose(1, 2).flatten(2))
 
+    def read_parameters(self) -> list[nn.Parameter]:
+        """Parameters of q, k and v that `forward` reads without calling the modules that own them."""
+        if self.context.tensor_parallel == 1:
+            return []
+        return [parameter for projection in (self.q, self.k, self.v) for parameter in projection.parameters()]
+
     def _project(self, hidden_BSD: torch.Tensor) -> list[torch.Tensor]:
         """q, k, v of this rank's heads, [B, N, S, H] each.
 

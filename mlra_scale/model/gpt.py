@@ -57,6 +57,10 @@ class OutputHead(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # a tuple hides it from the module tree: the weight is the embedding's
 
+    def read_parameters(self) -> list[nn.Parameter]:
+        """The token embedding, which `forward` reads without calling the module that owns it."""
+        return [self._embedding[0].weight]
+
     def forward(self, hidden_BSD: torch.Tensor, targets_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the mean loss, or without targets the logits."""
         embedding = self._embedding[0]

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan, Config, zero_stage
+from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.gpt import GPT
+from mlra_scale.model.gpt import GPT, OutputHead
 from mlra_scale.parallel.engine import Engine
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
 from mlra_scale.parallel.step import Between, MicroBatch
@@ -31,6 +32,8 @@ class ZeroEngine(Engine):
             mpu=unit,
         ):
             model = GPT(context)
+        if zero_stage(config) == 3:
+            _register_read_parameters(model)
         named = dict(model.named_parameters())
         assert set(named) == set(self.table), set(named) ^ set(self.table)
         optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
@@ -98,3 +101,16 @@ def _model_parallel_unit(topology: Topology) -> SimpleNamespace:
         get_data_parallel_world_size=lambda: topology.data,
         get_data_parallel_group=lambda: topology.data_group,
     )
+
+
+def _register_read_parameters(model: GPT) -> None:
+    """Tells ZeRO 3 of the weights that a module reads without calling their owner.
+
+    DeepSpeed finds such a weight by itself only where it is not gathered when it is first read. Small weights
+    (stage3_param_persistence_threshold) are gathered then. DeepSpeed finds them in a later pass, and refuses that pass,
+    because it differs from the one that it has recorded.
+    """
+    for module in model.modules():
+        if isinstance(module, SelfAttention | OutputHead):
+            for parameter in module.read_parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)

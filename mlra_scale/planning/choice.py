@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 from typing import get_args
 
 from mlra_scale.config import Config, ConfigError, Named, Problem, zero_stage
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.config.schema import LayoutField
 from mlra_scale.planning.cluster import FREE_SHARE, GIB, Cluster
-from mlra_scale.planning.plan_text import TIME_HEADER, aligned, nothing_fits, time_row
+from mlra_scale.planning.plan_text import TIME_LEGEND, nothing_fits, time_table
 from mlra_scale.planning.search import CHECKPOINTING, Candidate, EngineSettings, Found, changed, search
 from mlra_scale.planning.step_time import step_time
 
@@ -208,12 +209,13 @@ def choice_lines(choice: LayoutChoice) -> list[str]:
     """Returns what was chosen, the next best, and how much it depends on assumed constants, as text."""
     cluster, (change, loss) = choice.cluster, choice.worst
     kept = f"; kept as named: {', '.join(choice.kept)}" if choice.kept else ""
-    rows = [time_row(number, each) for number, each in enumerate((choice.chosen, *choice.others), start=1)]
+    rows = [(str(number), each) for number, each in enumerate((choice.chosen, *choice.others), start=1)]
     lines = [
         f"for {cluster.nodes} x {cluster.devices_per_node} {cluster.name} of {cluster.memory / GIB:.1f} GiB, of which "
         f"{100 * FREE_SHARE:.0f} % stay free; {choice.num_fitting} layouts fit{kept}",
         "chosen, and the next best, by estimates, not measured:",
-        *aligned([TIME_HEADER, *rows]),
+        *time_table(rows).splitlines(),
+        *wrap(TIME_LEGEND, 116, subsequent_indent=" "),
     ]
     if choice.losses_of_fragile is not None:
         constant, largest = max(choice.losses_of_fragile.items(), key=lambda item: item[1])

@@ -140,11 +140,7 @@ def in_a_row(ends: Sequence[tuple[str, bool]], kinds: Sequence[str]) -> int:
     """Counts the attempts that ended in one of these kinds since the last one that completed a checkpoint.
 
     Failures and preemptions are counted apart, and neither interrupts the other's row: failures come from the run or
-    its nodes, preemptions from the cluster.
-
-    Args:
-        ends: (kind, has_progressed) of all attempts, the newest last.
-        kinds: What counts.
+    its nodes, preemptions from the cluster. `ends` holds (kind, has_progressed) of all attempts, the newest last.
     """
     number = 0
     for kind, has_progressed in reversed(ends):

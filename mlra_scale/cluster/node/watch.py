@@ -30,12 +30,7 @@ _KILL_SECONDS = 15.0
 
 
 def connect(job: str, node: str) -> Link:
-    """Connects a node with its job.
-
-    Args:
-        job: HOST:PORT at which it listens.
-        node: This node's name.
-    """
+    """Connects a node, by its name, with the job that listens at HOST:PORT."""
     host, port = host_and_port(job)
     token = os.environ[TOKEN_VARIABLE]
     return Link(host, port, {"node": node, "token": token, "pid": os.getpid(), "versions": versions()})

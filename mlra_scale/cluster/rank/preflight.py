@@ -45,12 +45,7 @@ class BadNodes(Exception):
 
 
 def check_alone(node: str, local_rank: int, device: str) -> None:
-    """Checks this rank's own device.
-
-    Args:
-        node: Its name.
-        local_rank: Number of the device on the node.
-        device: `cuda` or `cpu`.
+    """Checks this rank's own device, `cuda` or `cpu`.
 
     Raises:
         BadNodes: The device is not there, or computes wrong.

@@ -25,7 +25,7 @@ def test_the_stored_configuration_loads_back_equal(tmp_path: Path) -> None:
         (b"\xff", "is not UTF-8 text (byte 0)"),
         (b"a: &x [1]\nb: [*x, *x]", "aliases"),
         (b"version: 4\n", "version = 4: the file was written by a newer program"),
-        (b"version: x\n", "version = 'x': must be a whole number from 1 to 2"),
+        (b"version: x\n", "version = 'x': must be a whole number from 1 to 3"),
         (b'"\\x1b[2J": 1\n', r"\x1b[2J = 1: unknown key"),
         (b"a: \x1b\n", "special characters are not allowed"),
         (b"- " * 400, "model = None: is required|nested|must be a mapping"),
@@ -49,7 +49,7 @@ def test_a_damaged_configuration_is_one_error_that_names_the_file(tmp_path: Path
 def test_a_configuration_of_version_1_is_read(tmp_path: Path) -> None:
     """Commit 3a017c2 wrote none."""
     text = preset("debug").to_yaml()
-    assert text.startswith("version: 2\n")
+    assert text.startswith("version: 3\n")
     (tmp_path / "config.yaml").write_text(text.partition("\n")[2])
     assert read_stored(tmp_path / "config.yaml") == preset("debug") == load_config(config_file=tmp_path / "config.yaml")
 
