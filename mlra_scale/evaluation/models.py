@@ -19,7 +19,7 @@ from mlra_scale.checkpoint.huggingface.configuration import model_from_store, qu
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
 from mlra_scale.evaluation import EvaluationError
 

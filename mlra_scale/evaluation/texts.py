@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.files import describe, kind_of
 from mlra_scale.data.folder import check_contents, notices_of, open_prepared
 from mlra_scale.data.indexed import IndexedFiles
