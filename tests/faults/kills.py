@@ -52,7 +52,7 @@ TRAINING = (
         Moment("call mlra_scale/stability/activations.py *", 12),
         Moment("call mlra_scale/stability/gradients.py *.before_step", 2),
         Moment("call mlra_scale/parallel/zero_engine.py *eval_batch", 2),
-        Moment("call mlra_scale/stability/tev.py *", 3),
+        Moment("call mlra_scale/stability/tev.py report"),
         Moment("call mlra_scale/stability/spectral.py *", 9),
         Moment("call mlra_scale/stability/gradients.py *.before_update", 2),
         Moment("call mlra_scale/training/watch/passes.py evaluate", 2),
