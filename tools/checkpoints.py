@@ -85,10 +85,10 @@ Answer = tuple[dict[str, Any], list[str], int]
 
 def list_(options: argparse.Namespace) -> Answer:
     """The command list."""
-    from mlra_scale.checkpoint.inspection import checkpoints_folder, listed
+    from mlra_scale.checkpoint.inspection import checkpoints_folder, list_checkpoints
 
     folder = checkpoints_folder(options.path)
-    found = listed(folder)
+    found = list_checkpoints(folder)
     lines = [str(folder)]
     for entry in found:
         mark = "*" if entry["latest"] else " "
@@ -107,10 +107,10 @@ def list_(options: argparse.Namespace) -> Answer:
 def verify(options: argparse.Namespace) -> Answer:
     """The command verify."""
     from mlra_scale.checkpoint import CheckpointError, Store
-    from mlra_scale.checkpoint.inspection import meant_checkpoints
+    from mlra_scale.checkpoint.inspection import checkpoints_at
 
     found: dict[str, list[str]] = {}
-    for path in meant_checkpoints(options.path):
+    for path in checkpoints_at(options.path):
         try:
             found[str(path)] = Store.open(path).verify()
         except CheckpointError as error:
@@ -122,10 +122,10 @@ def verify(options: argparse.Namespace) -> Answer:
 def describe(options: argparse.Namespace) -> Answer:
     """The command describe."""
     from mlra_scale.checkpoint import Store
-    from mlra_scale.checkpoint.inspection import described
+    from mlra_scale.checkpoint.inspection import describe_checkpoint
     from mlra_scale.checkpoint.retention import checkpoint_at
 
-    found = described(Store.open(checkpoint_at(options.path)))
+    found = describe_checkpoint(Store.open(checkpoint_at(options.path)))
     model = found["model"]
     rank = "" if model["rank"] is None else f" of rank {model['rank']}"
     progress = "" if found["tokens"] is None else f", {found['samples']:,} samples, {found['tokens']:,} tokens"
@@ -154,12 +154,12 @@ def describe(options: argparse.Namespace) -> Answer:
 def diff(options: argparse.Namespace) -> Answer:
     """The command diff."""
     from mlra_scale.checkpoint import Store
-    from mlra_scale.checkpoint.inspection import differing_fields, differing_tensors
+    from mlra_scale.checkpoint.inspection import compare_configurations, compare_tensors
     from mlra_scale.checkpoint.retention import checkpoint_at
 
     one, other = (Store.open(checkpoint_at(path)) for path in (options.path, options.other))
-    fields = differing_fields(one, other)
-    tensors = list(differing_tensors(one, other, options.moments))
+    fields = compare_configurations(one, other)
+    tensors = list(compare_tensors(one, other, options.moments))
     lines = [f"first   {one.folder}, step {one.step}", f"second  {other.folder}, step {other.step}"]
     lines += [f"  {entry['field']}: {entry['first']!r} -> {entry['second']!r}" for entry in fields]
     for entry in tensors:
@@ -182,7 +182,7 @@ def prune(options: argparse.Namespace) -> Answer:
 
     folder = checkpoints_folder(options.path)
     if options.dry_run:
-        removed = retention.superfluous(folder, options.keep_last, options.keep_every, pinned_step(folder))
+        removed = retention.prunable(folder, options.keep_last, options.keep_every, pinned_step(folder))
     else:
         with _nobody_else(folder):
             removed = retention.prune(folder, options.keep_last, options.keep_every, pinned_step(folder))

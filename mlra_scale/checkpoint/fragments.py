@@ -34,7 +34,8 @@ FRAGMENTS = "fragments.json"
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter: the weight, and in a checkpoint with moments those of the optimizer."""
-Run = tuple[str, int, int]
+ElementRun = tuple[str, int, int]
+"""Parameter, first element, number of elements: an entry of `runs` in fragments.json."""
 
 
 def parts_of(fragment: Fragment) -> Iterator[tuple[Part, torch.Tensor]]:
@@ -165,7 +166,7 @@ def _view(values: torch.Tensor, box: Box, part: Box) -> torch.Tensor:
     return whole[row : row + part.rows, column : column + part.columns]
 
 
-def line_of(file: str, tensor_rank: int, runs: Sequence[Run]) -> bytes:
+def line_of(file: str, tensor_rank: int, runs: Sequence[ElementRun]) -> bytes:
     """Returns the line of fragments.json for a file."""
     return f"{json.dumps(file)}: {json.dumps({'tensor_rank': tensor_rank, 'runs': runs})}".encode("ascii")
 

@@ -33,7 +33,7 @@ def checkpoints_folder(path: Path) -> Path:
     raise CheckpointError(f"{path} {what}; name a run directory or its folder {CHECKPOINTS}")
 
 
-def meant_checkpoints(path: Path) -> list[Path]:
+def checkpoints_at(path: Path) -> list[Path]:
     """Returns the checkpoint at a path, or all those of the run at a path, complete or not.
 
     Raises:
@@ -58,7 +58,7 @@ def pinned_step(folder: Path) -> int | None:
     return None
 
 
-def listed(folder: Path) -> list[dict[str, Any]]:
+def list_checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Returns an entry for every checkpoint of a run, and for every save that was interrupted."""
     newest = latest(folder)
     entries = [_entry(path) | {"latest": path == newest} for path in checkpoint_folders(folder)]
@@ -87,7 +87,7 @@ def _entry(path: Path) -> dict[str, Any]:
     }
 
 
-def described(store: Store) -> dict[str, Any]:
+def describe_checkpoint(store: Store) -> dict[str, Any]:
     """Returns layout, step, model, state, versions and files of a checkpoint."""
     manifest, model = store.manifest, store.model
     progress = store.state.get("progress") or {}
@@ -123,7 +123,7 @@ def described(store: Store) -> dict[str, Any]:
     }
 
 
-def differing_fields(one: Store, other: Store) -> list[dict[str, Any]]:
+def compare_configurations(one: Store, other: Store) -> list[dict[str, Any]]:
     """Returns the configuration fields in which two checkpoints differ; those of the model where one has no others."""
     if one.config is None or other.config is None:
         values = [{"model": store.model.model_dump(mode="json")} for store in (one, other)]
@@ -145,7 +145,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def differing_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
+def compare_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
     """Compares the tensors of two checkpoints, whatever their layouts; a few rows are in memory at a time.
 
     Padded vocabulary rows are left out. With moments, both must have them.

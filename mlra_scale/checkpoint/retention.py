@@ -82,7 +82,7 @@ def next_created(folder: Path) -> str:
     return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
 
 
-def superfluous(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
+def prunable(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
     """Returns the checkpoints that `prune` would remove.
 
     One that a user has renamed (step-00000100-best) is neither counted nor removed.
@@ -103,12 +103,12 @@ def superfluous(folder: Path, keep_last: int, keep_every: int, pinned: int | Non
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
-    """Removes the checkpoints that `superfluous` names, and returns them.
+    """Removes the checkpoints that `prunable` names, and returns them.
 
     Raises:
         CheckpointError: Some cannot be removed; the others are.
     """
-    return _remove(folder, superfluous(folder, keep_last, keep_every, pinned))
+    return _remove(folder, prunable(folder, keep_last, keep_every, pinned))
 
 
 def remove_after(folder: Path, step: int) -> list[Path]:

@@ -20,7 +20,7 @@ from mlra_scale.checkpoint.files import CheckpointError, FileEntry, size_fault, 
 from mlra_scale.checkpoint.fragments import (
     FRAGMENTS,
     PARTS,
-    Run,
+    ElementRun,
     join_lines,
     line_of,
     parse_fragments,
@@ -130,7 +130,7 @@ class Snapshot:
     """
 
     tensors: Named
-    runs: list[Run]
+    runs: list[ElementRun]
     has_moments: bool | None
     wait: Callable[[], Digests]
 

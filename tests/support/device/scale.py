@@ -19,7 +19,7 @@ import numpy as np
 
 from mlra_scale.checkpoint.copies import Digest, differing_copies
 from mlra_scale.checkpoint.files import FileEntry
-from mlra_scale.checkpoint.fragments import Run, line_of
+from mlra_scale.checkpoint.fragments import ElementRun, line_of
 from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest
 from mlra_scale.config import BatchPlan, Config, batch_plan, validate, zero_stage
 from mlra_scale.config.loading import load_named_config
@@ -107,10 +107,10 @@ def _local_numel(info: ParameterInfo, tensor: int) -> int:
     return info.numel() // (1 if info.shard_dim is None else tensor)
 
 
-def owned_runs(config: Config, plan: BatchPlan, stage: int) -> Iterator[tuple[int, list[Run]]]:
+def owned_runs(config: Config, plan: BatchPlan, stage: int) -> Iterator[tuple[int, list[ElementRun]]]:
     """Yields the runs of every data rank of a stage, of one tensor-parallel shard."""
     infos = weights_of_stage(config.model, plan.pipeline, stage)
-    pieces: list[list[Run]] = [[] for _ in range(plan.data)]
+    pieces: list[list[ElementRun]] = [[] for _ in range(plan.data)]
     if zero_stage(config) == 3:
         for info in infos:
             numel = _local_numel(info, plan.tensor)

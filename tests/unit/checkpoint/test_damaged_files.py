@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.files import entry_of
-from mlra_scale.checkpoint.inspection import described, listed
+from mlra_scale.checkpoint.inspection import describe_checkpoint, list_checkpoints
 from mlra_scale.checkpoint.manifest import MANIFEST, _checksum
 from mlra_scale.config import yaml_text
 from tests.unit.checkpoint.builders import Layout, write_checkpoint, write_tokenizer
@@ -52,10 +52,10 @@ def copied(whole: Path, target: Path) -> Path:
 
 def outcome(folder: Path) -> str | None:
     """Does with a checkpoint all that needs no engine; returns the error, or None where it can be read."""
-    (line,) = listed(folder.parent)
+    (line,) = list_checkpoints(folder.parent)
     try:
         store = Store.open(folder)
-        described(store)
+        describe_checkpoint(store)
         for name in store.table:
             store.tensor(name)
     except CheckpointError as error:

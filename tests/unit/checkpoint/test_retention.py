@@ -22,9 +22,9 @@ from mlra_scale.checkpoint import (
 )
 from mlra_scale.checkpoint.retention import (
     checkpoint_folders,
+    prunable,
     remove_after,
     set_latest,
-    superfluous,
     tidy,
 )
 from tests.unit.checkpoint.builders import write_checkpoint
@@ -67,15 +67,15 @@ def test_a_path_means_a_checkpoint_or_the_newest_complete_one_of_a_run(tmp_path:
 def test_the_last_ones_and_every_so_many_are_kept(tmp_path: Path) -> None:
     write(tmp_path, *range(10, 80, 10))
     assert steps(complete_checkpoints(tmp_path)) == list(range(10, 80, 10))
-    assert steps(superfluous(tmp_path, 2, 30)) == [10, 20, 40, 50]
-    assert steps(superfluous(tmp_path, 2, 0)) == [10, 20, 30, 40, 50]
+    assert steps(prunable(tmp_path, 2, 30)) == [10, 20, 40, 50]
+    assert steps(prunable(tmp_path, 2, 0)) == [10, 20, 30, 40, 50]
     assert steps(prune(tmp_path, 2, 30)) == [10, 20, 40, 50]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *map(checkpoint_name, (30, 60, 70))]
 
 
 def test_a_pinned_one_is_kept(tmp_path: Path) -> None:
     write(tmp_path, 10, 20, 30, 40)
-    assert steps(superfluous(tmp_path, 1, 0, pinned=20)) == [10, 30]
+    assert steps(prunable(tmp_path, 1, 0, pinned=20)) == [10, 30]
     assert steps(prune(tmp_path, 1, 0, pinned=20)) == [10, 30]
     assert steps(complete_checkpoints(tmp_path)) == [20, 40]
     assert steps(prune(tmp_path, 1, 0, pinned=99)) == [20], "one that is not there pins nothing"
