@@ -23,8 +23,8 @@ from mlra_scale.checkpoint.fragments import Part, parts_of
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.saving import RankReport
     from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine
 
 _BLOCK = 2**16
 _ODD_INSIDE, _ODD_ACROSS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F

@@ -11,8 +11,8 @@ from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.reader import Store
 
 if TYPE_CHECKING:
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine
     from mlra_scale.parallel.topology import Topology
 
 

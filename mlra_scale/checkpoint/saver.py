@@ -39,7 +39,7 @@ from mlra_scale.checkpoint.state_contents import json_bytes
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.interface import Engine
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.topology import Topology
 
 _EXCHANGE_SECONDS = 1.0

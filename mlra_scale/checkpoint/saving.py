@@ -35,7 +35,7 @@ from mlra_scale.files import sync
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.interface import Engine
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.topology import Topology
 
 CANCELLED = "the save was cancelled"

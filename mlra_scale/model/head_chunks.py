@@ -20,5 +20,10 @@ def num_chunks(num_tokens: int, num_columns: int, device: str, is_fp16: bool) ->
 
 
 def chunks(num_tokens: int, count: int) -> list[slice]:
-    """Splits tokens into so many chunks of nearly equal size."""
+    """Splits tokens into chunks of nearly equal size.
+
+    Args:
+        num_tokens: Tokens of the micro-batch.
+        count: How many chunks.
+    """
     return [slice(num_tokens * index // count, num_tokens * (index + 1) // count) for index in range(count)]

@@ -2,7 +2,7 @@
 
 Rates of matrix products and of the fast links are those by which low-rank plans are chosen (model/low_rank_plan.py):
 one owner. Everything else of the named clusters stands here, with its source; nothing of it was measured by this
-project. benchmarks/planner.py measures these numbers for the machine it runs on.
+project. benchmarks/check.py measures these numbers for the machine it runs on.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def named_clusters() -> dict[str, Cluster]:
     )
     cpu = Cluster(
         name="cpu",
-        source="orders of magnitude of one core in fp32 and gloo on one machine; benchmarks/planner.py measures them",
+        source="orders of magnitude of one core in fp32 and gloo on one machine; benchmarks/check.py measures them",
         nodes=1,
         devices_per_node=2,
         memory=8 * GIB,

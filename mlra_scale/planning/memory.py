@@ -4,7 +4,7 @@ The state of training (memory_state.py) is there all the time; activations, logi
 (memory_activations.py) come and go within a step. The peak is that of the phase of a step that needs most
 (`phases_of_a_step`). `train.device=auto` is planned as a GPU.
 
-tests/distributed/test_memory_plan.py and benchmarks/planner.py compare this with every tensor that ranks on CPUs hold.
+tests/distributed/test_memory_plan.py compares this with every tensor that ranks on CPUs hold.
 Left out: the allocator's fragments, communication buffers of the backends, and the libraries themselves.
 """
 

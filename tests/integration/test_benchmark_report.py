@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkpoint, growth, low_rank, stability, step_time
+from benchmarks import checkpoint, growth, stability, step_time
 from benchmarks.report import write_report
 from benchmarks.turns import rotated
 
 
-@pytest.mark.parametrize("benchmark", [checkpoint, growth, low_rank, stability, step_time], ids=lambda it: it.__name__)
+@pytest.mark.parametrize("benchmark", [checkpoint, growth, stability, step_time], ids=lambda it: it.__name__)
 def test_benchmarks_refuse_at_once(benchmark: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
         (["--rounds", "1"], "--rounds 1: a spread needs at least 2"),
@@ -20,8 +20,6 @@ def test_benchmarks_refuse_at_once(benchmark: object, tmp_path: Path, capsys: py
     ]
     if benchmark in (checkpoint, step_time):
         cases.append((["--threads", "0"], "--threads 0: at least 1"))
-    if benchmark is low_rank:
-        cases += [(["--timeout", text], f"--timeout {text}: a number of seconds above 0") for text in ("-1", "nan")]
     for arguments, problem in cases:
         with pytest.raises(SystemExit) as ended:
             benchmark.main(["--quick", *arguments])  # type: ignore[attr-defined]

@@ -321,7 +321,7 @@ def test_a_checkpoint_of_the_removed_plan_is_read(tmp_path: Path, monkeypatch: p
     for name, value in values["weight"].items():
         assert torch.equal(store.tensor(name), value), name
     # No other weight may be split otherwise than the table has it.
-    other = replace(read_manifest(folder), parameters=stored | {"final_norm.bias": StoredParameter((8,), 0)})
+    other = replace(read_manifest(folder), parameters=dict(stored) | {"final_norm.bias": StoredParameter((8,), 0)})
     (folder / MANIFEST).write_bytes(other.to_json())
     with pytest.raises(CheckpointError, match=r"makes final_norm\.bias \(\(8,\), None\), stored is \(\(8,\), 0\)"):
         Store.open(folder)

@@ -1,5 +1,6 @@
 """Preset, file, DeepSpeed file and overrides: precedence, and one clear line for whatever is wrong."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,13 @@ def test_a_run_directorys_file_loads_back_equal(tmp_path: Path) -> None:
     assert load_config("gpt2-mlra-72l", config_file=file) == config
 
 
-def test_a_stored_plan_that_was_removed_is_read_as_auto(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stored_plan_that_was_removed_is_read_as_auto(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files of runs have it since version 2 or before; on the command line it is refused with the reason."""
     stored = "version: 2\npreset: debug\nparallel: {tensor: 2, low_rank_plan: sharded}\n"
     stored_yaml._notice_sharded.cache_clear()
+    monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)  # which a command may have switched off
     for _ in range(2):
         config = load_config(config_file=write(tmp_path / "c.yaml", stored))
         assert (config.parallel.low_rank_plan, config.parallel.tensor) == ("auto", 2)
