@@ -103,17 +103,10 @@ class Encoder:
 def encode_in_order(
     documents: Iterable[Document], tokenizer_json: str, end_of_document: int, dtype: str, workers: int
 ) -> Iterator[EncodedChunk]:
-    """Tokenizes a stream of documents, none of them empty.
+    """Yields the chunks of a stream of documents, none of them empty, in their order.
 
-    Args:
-        documents: The documents.
-        tokenizer_json: See Encoder, as the next two.
-        end_of_document: Id of the token to append to every document.
-        dtype: Type of the tokens.
-        workers: Number of processes; 1: the calling process does the work.
-
-    Yields:
-        Chunks in the order of the documents. The chunks' borders depend on the documents only.
+    The chunks' borders depend on the documents only. Tokenizer, end and dtype are those of `Encoder`. With one worker
+    the calling process does the work.
 
     Raises:
         DataError: A worker process died, or a document holds the end-of-document token.

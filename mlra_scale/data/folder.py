@@ -173,9 +173,7 @@ def _check_ends(manifest: Manifest, files: IndexedFiles, limit: int = 1000) -> N
 def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Reads all of a prepared folder and compares it with its manifest; adds what an earlier version did not record.
 
-    Args:
-        folder: The folder.
-        say: Receives a line per file that is whole, and what was added.
+    `say` receives a line per file that is whole, and what was added.
 
     Returns:
         Everything that is wrong, one line each, with file and offset.

@@ -32,11 +32,11 @@ def cached_indices(cache: Path, identity: str, build: Callable[[], Indices]) -> 
 
     Args:
         cache: The folder of all indices of a data set.
-        identity: What they are a function of.
+        identity: Everything that they are a function of.
         build: Builds them.
 
     Returns:
-        The indices; None where the folder cannot be used, and they have to stay in memory.
+        The indices; None where the folder cannot be used, so that they stay in memory.
     """
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
     try:

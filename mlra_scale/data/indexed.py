@@ -132,10 +132,6 @@ class SequenceRange:
 def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
     """Opens PREFIX.bin and PREFIX.idx and checks that they are whole and belong together.
 
-    Args:
-        prefix: Path of the files without their suffix.
-        table: See IndexedFiles.
-
     Raises:
         DataError: A file is missing, foreign, truncated or empty.
     """

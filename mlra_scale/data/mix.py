@@ -131,10 +131,7 @@ def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
 class SampleOrder:
     """Where every sample of a run comes from: a data set's number, and the sample's number in that data set.
 
-    Data sets are numbered in the order of their first appearance in the history.
-
-    Args:
-        history: The mixes, in the order of their first samples; the first one starts at 0.
+    Data sets are numbered in the order of their first appearance in the history, whose first mix starts at sample 0.
     """
 
     def __init__(self, history: Sequence[Mix]) -> None:
@@ -165,14 +162,7 @@ class SampleOrder:
         return self._numbers[-1].tolist()
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds the data set of every sample, and how many samples of that data set came before it.
-
-        Args:
-            samples: Global sample indices, shape [n].
-
-        Returns:
-            (data set number, local index), both int64 of shape [n].
-        """
+        """Returns, for global sample indices of shape [n], the data set and how many of its samples came before."""
         data_sets, local = np.empty_like(samples), np.empty_like(samples)
         spans = np.searchsorted(self._starts, samples, side="right") - 1
         for span in np.unique(spans):

@@ -60,9 +60,6 @@ def check_data(config: Config, is_resumed: bool = False, found: FoundParts | Non
         config: The configuration.
         is_resumed: Whether a run continues with these data; it may have begun with a blend that a new one may not have.
         found: What find_parts returned for these data; None: they are found here.
-
-    Returns:
-        All problems; none if the data can be opened.
     """
     found = _found(config, found)
     problems = list(found.problems)
@@ -81,9 +78,6 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundParts |
         config: The configuration.
         mixes: The history of mixes of a resumed run, the configuration's as the last; empty: there is none.
         found: What find_parts returned for these data in this process; None: they are found here.
-
-    Returns:
-        The streams.
 
     Raises:
         ConfigError: The data cannot be opened; what check_data finds, but for the tokenizer's problems and content.
@@ -122,14 +116,9 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundParts |
 
 
 def identify_data(config: Config, found: FoundParts | None = None) -> DataIdentity:
-    """Returns what tells whether the data changed, cheaply; the data must pass check_data.
+    """Returns the identity of data that pass check_data, cheaply; `found` is as for check_data.
 
-    Args:
-        config: The configuration.
-        found: What find_parts returned for these data; None: they are found here.
-
-    Returns:
-        The identity. Its fingerprints change when the data do, not when they move, nor with seed or sequence length.
+    Its fingerprints change when the data do, not when they move, nor with seed or sequence length.
     """
     found = _found(config, found)
     if found.problems:

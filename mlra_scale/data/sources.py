@@ -48,9 +48,6 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
         hf_split: Split of Hugging Face data sets.
         hf_config: Configuration of Hugging Face data sets.
 
-    Returns:
-        One source per name, in the order given.
-
     Raises:
         DataError: A name stands for nothing, or one file is named twice.
     """
@@ -76,13 +73,7 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
 
 
 class LocalFiles:
-    """Documents of local files of mixed kinds.
-
-    Args:
-        name: What the user named.
-        matches: The files, in reading order, and what is not read.
-        field: Field or column of the text.
-    """
+    """Documents of local files of mixed kinds: the matches of what the user named."""
 
     kind = "files"
 

@@ -93,14 +93,7 @@ class SampleStream:
         return self._order.history[-1].pattern.proportions
 
     def locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds where samples come from.
-
-        Args:
-            sample_ids: Global sample indices, shape [n], of data sets that are open.
-
-        Returns:
-            (data set, sample of that data set's epoch), both int64 of shape [n].
-        """
+        """Returns, for global sample indices of shape [n], the data set and the sample of that data set's epoch."""
         if self._seed is None:
             sample_ids = sample_ids % self.samples_per_epoch
         parts, local = self._order.locate(sample_ids)
