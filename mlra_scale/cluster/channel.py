@@ -56,6 +56,12 @@ def _parsed(line: bytes) -> Message | None:
     return message if isinstance(message, dict) else None
 
 
+def _print_unless_of_the_system(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handles errors of the hub's loop; where no descriptor is free, the loop accepts connections a second later."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
+
+
 class _Connection(asyncio.Protocol):
     """The job's end of one connection; a stranger as long as it has no node."""
 
@@ -127,6 +133,7 @@ class Hub:
         self._nodes: dict[str, _Connection] = {}
         self._socket = _listen(host)
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_print_unless_of_the_system)
         self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
         self._thread.start()
         serving = self._loop.create_server(lambda: _Connection(self), sock=self._socket, backlog=_BACKLOG)

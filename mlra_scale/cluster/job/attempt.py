@@ -327,11 +327,9 @@ class AttemptRunner:
         self._nodes[name].has_ended |= is_here
         self._nodes[name].is_lost |= not is_here
         if self._verdict is None and self._kill_at is None:
-            if is_here:
-                self._verdict = ("failed", f"the agent of {name} ended without a report ({why})")
-            else:
-                self._verdict = ("lost_node", f"node {name} is lost: {why}")
-            self._say(self._verdict[1])
+            what = f"the agent of {name} ended without a report ({why})" if is_here else f"node {name} is lost: {why}"
+            self._verdict = ("failed" if is_here else "lost_node", what)
+            self._say(what)
         self._kill_after(0.0)
 
     def _blame(self, nodes: Mapping[str, str]) -> None:
