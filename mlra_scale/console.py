@@ -42,18 +42,18 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, 
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def set_up_logging(rank: int = 0, level: int = logging.INFO) -> None:
+def set_up_logging(rank: int | None = None, level: int = logging.INFO) -> None:
     """Sends the messages of `logging.getLogger("mlra_scale...")` to standard error, with their level and rank.
 
     Args:
-        rank: This process's; ranks other than 0 print warnings and errors only.
+        rank: This process's; ranks other than 0 print warnings and errors only. None: the process is no rank.
         level: The lowest level that rank 0 prints.
     """
     handler = _StandardError()
-    handler.setFormatter(logging.Formatter(f"%(levelname)s (rank {rank}): %(message)s"))
+    handler.setFormatter(logging.Formatter(f"%(levelname)s{'' if rank is None else f' (rank {rank})'}: %(message)s"))
     logger = logging.getLogger("mlra_scale")
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logger.setLevel(max(level, logging.WARNING) if rank else level)
 
 
 class _StandardError(logging.StreamHandler[TextIO]):

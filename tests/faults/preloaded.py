@@ -14,6 +14,6 @@ from mlra_scale.training.log.console import silence_libraries
 silence_libraries("cpu")
 for name in ("start.agreement", "loop.trainer"):
     importlib.import_module(f"mlra_scale.training.{name}")
-importlib.import_module("tests.faults.dying")
+importlib.import_module("mlra_scale.train")
 # The first step of an optimizer loads it.
 importlib.import_module("torch._dynamo")

@@ -25,11 +25,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 
+from mlra_scale.cli.prepare import COMMAND
 from mlra_scale.config import load_config
 from mlra_scale.data import check_data, open_datasets
 from mlra_scale.data.manifest import manifest_text, read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
-from tools.prepare_data import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 TRAIN_BPE = ["--train-bpe", "300"]
@@ -66,7 +66,7 @@ def write_jsonl(path: Path, content: list[str], field: str = "text") -> Path:
 
 
 def run(*arguments: object) -> int:
-    return main([*map(str, arguments), "--quiet"])
+    return COMMAND.main([*map(str, arguments), "--quiet"])
 
 
 def stored_documents(folder: Path) -> list[list[int]]:
@@ -280,7 +280,7 @@ def test_bad_input_is_one_message_code_2_and_nothing_left(
 @pytest.mark.parametrize("arguments", [[], ["--train-bpe", "300"], ["--output", "x"]])
 def test_bad_flags_end_with_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        COMMAND.main(arguments)
     assert ended.value.code == 2
 
 
@@ -304,9 +304,11 @@ def test_bad_numbers_name_flag_and_range(
 ) -> None:
     for value in values:
         with pytest.raises(SystemExit) as ended:
-            main(["--output", "x", "--train-bpe", "300", f"{flag}={value}"])
+            COMMAND.main(["--output", "x", "--train-bpe", "300", f"{flag}={value}"], "prepare_data.py")
         error = capsys.readouterr().err.splitlines()[-1]
-        assert ended.value.code == 2 and error.startswith(f"prepare_data.py: error: argument {flag}: {value!r} is not")
+        assert ended.value.code == 2 and error.startswith(
+            f"mlra-scale prepare: error: argument {flag}: {value!r} is not"
+        )
         assert message in error
 
 
@@ -317,7 +319,7 @@ def test_verify_needs_no_other_option_and_says_what_is_damaged(
 
     def verified(folder: Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as ended:
-            main(["--verify", str(folder)])
+            COMMAND.main(["--verify", str(folder)])
         captured = capsys.readouterr()
         return ended.value.code, captured.out, captured.err
 

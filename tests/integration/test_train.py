@@ -11,15 +11,8 @@ import pytest
 
 from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
-from tests.support.training_runs import (
-    Start,
-    base_command,
-    curve,
-    events,
-    metrics,
-    train,
-    write_megatron_data,
-)
+from tests.support.processes import train
+from tests.support.training_runs import Start, base_command, curve, events, metrics, write_megatron_data
 from tests.support.wandb_reader import history
 
 

@@ -12,7 +12,7 @@ from mlra_scale import train as entry
 from mlra_scale.config import preset
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory, run_lock
-from tests.support.training_runs import train
+from tests.support.processes import train
 
 Refused = Callable[..., str]
 

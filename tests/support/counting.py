@@ -1,4 +1,4 @@
-"""Counts of what a rank computes and sends, as it happens."""
+"""Counts of what a rank computes and sends, taken while the real modules run."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -29,7 +29,7 @@ class SentNumbers(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
-            # The argument with the whole tensor: what is summed, gathered, or reduced before it is scattered.
+            # In each case what is whole: what is summed, gathered, or reduced before it is scattered.
             whole = {"allreduce_": 0, "_allgather_base_": 0, "_reduce_scatter_base_": 1}
             if name not in whole:
                 raise NotImplementedError(f"numbers that {func} sends")

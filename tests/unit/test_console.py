@@ -52,11 +52,13 @@ def test_messages_have_level_and_rank(capsys: pytest.CaptureFixture[str], monkey
     logger = logging.getLogger("mlra_scale")
     for name in ("handlers", "propagate", "level"):
         monkeypatch.setattr(logger, name, getattr(logger, name))
-    for rank in (0, 3):
+    for rank in (None, 0, 3):
         console.set_up_logging(rank)
-        logging.getLogger("mlra_scale.training").info("of rank %d", rank)
+        logging.getLogger("mlra_scale.training").info("of rank %s", rank)
         logging.getLogger("mlra_scale.training").warning("step %d", 5)
     assert capsys.readouterr().err.splitlines() == [
+        "INFO: of rank None",
+        "WARNING: step 5",
         "INFO (rank 0): of rank 0",
         "WARNING (rank 0): step 5",
         "WARNING (rank 3): step 5",

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mlra_scale.cli import jobs
 from mlra_scale.cluster import runs as module
 from mlra_scale.cluster import runs_text
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
@@ -32,18 +32,9 @@ Slurm = Callable[[str], Path]
 
 
 @pytest.fixture
-def tool_module() -> Any:
-    spec = importlib.util.spec_from_file_location("jobs_tool", ROOT / "tools" / "jobs.py")
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def tool(tool_module: Any, capsys: pytest.CaptureFixture[str]) -> Tool:
+def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
     def run(*arguments: Any) -> tuple[int, str, str]:
-        code = tool_module.main([str(argument) for argument in arguments])
+        code = jobs.COMMAND.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -549,7 +540,7 @@ def test_attempts_need_one_run(tmp_path: Path, tool: Tool) -> None:
     assert json.loads(tool(*folders, "--attempts", "hand", "--json")[1])["attempts"] == []
 
 
-def test_watching(tmp_path: Path, tool_module: Any, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching(tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until Ctrl-C; every look is a new one."""
     job, waits = write_job(tmp_path / "x", "pending"), []
 
@@ -559,14 +550,14 @@ def test_watching(tmp_path: Path, tool_module: Any, tool: Tool, monkeypatch: pyt
         if len(waits) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool_module.time, "sleep", sleep)
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
     code, out, err = tool(tmp_path, "--watch", "2.5", "--json")
     states = [json.loads(line)["runs"][0]["state"] for line in out.splitlines()]
     assert (code, err, states, waits) == (0, "", ["pending", "running"], [2.5, 2.5])
     waits.clear()
     assert "\033" not in tool(tmp_path, "--watch", "1")[1]  # this is no terminal
     waits.clear()
-    monkeypatch.setattr(tool_module.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(jobs.sys.stdout, "isatty", lambda: True)
     assert tool(tmp_path, "--watch", "1")[1].count("\033[H\033[2JRUN ") == 2
 
 
