@@ -148,14 +148,13 @@ class Job:
             return False
         parallel = self._config.parallel.model_copy(update={"world_size": None})
         config = self._config.model_copy(update={"parallel": parallel})
-        number = num_nodes * self._settings.processes
         # As the latest check has seen them; before the first one they are unknown.
         seen = next((check.layout for check in reversed(self._checks.values())), None)
         name, memory = (None, None) if seen is None else (seen.device, seen.memory)
-        devices = Devices(number, self._settings.processes, self._device, name, memory)
+        devices = Devices(num_nodes * self._settings.processes, self._settings.processes, self._device, name, memory)
         try:
             config, _ = resolve_layout(config, self._named, devices)
-            validate(config, number, device=self._device)
+            validate(config, num_nodes * self._settings.processes, device=self._device)
         except ConfigError:
             return False
         return True
