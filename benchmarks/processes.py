@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -59,18 +59,36 @@ def run_command(
     with contextlib.ExitStack() as stack:
         file: IO[bytes]
         file = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("w+b"))
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
+        process = None
         try:
+            with _deferred_signals():
+                process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                )
             code = process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise CommandFailed(f"{name}: not done after {timeout_s:g} s") from None
         finally:
-            _end(process)
+            if process is not None:
+                _end(process)
         if code != 0:
             file.seek(0)
             raise CommandFailed(f"{name}: exit code {code}", file.read().decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGINT act at the end of the block, when the process that the block starts is known."""
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in received:
+            signal.raise_signal(late)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -66,10 +66,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> Answer:
-    from mlra_scale.checkpoint.inspection import checkpoints_folder, listed
+    from mlra_scale.checkpoint.inspection import checkpoints_folder, list_checkpoints
 
     folder = checkpoints_folder(options.path)
-    found = listed(folder)
+    found = list_checkpoints(folder)
     lines = [str(folder)]
     for entry in found:
         mark = "*" if entry["latest"] else " "
@@ -87,10 +87,10 @@ def _list(options: argparse.Namespace) -> Answer:
 
 def _verify(options: argparse.Namespace) -> Answer:
     from mlra_scale.checkpoint import CheckpointError, Store
-    from mlra_scale.checkpoint.inspection import meant_checkpoints
+    from mlra_scale.checkpoint.inspection import checkpoints_at
 
     found: dict[str, list[str]] = {}
-    for path in meant_checkpoints(options.path):
+    for path in checkpoints_at(options.path):
         try:
             found[str(path)] = Store.open(path).verify()
         except CheckpointError as error:
@@ -101,10 +101,10 @@ def _verify(options: argparse.Namespace) -> Answer:
 
 def _describe(options: argparse.Namespace) -> Answer:
     from mlra_scale.checkpoint import Store
-    from mlra_scale.checkpoint.inspection import described
+    from mlra_scale.checkpoint.inspection import describe_checkpoint
     from mlra_scale.checkpoint.retention import checkpoint_at
 
-    found = described(Store.open(checkpoint_at(options.path)))
+    found = describe_checkpoint(Store.open(checkpoint_at(options.path)))
     model = found["model"]
     rank = "" if model["rank"] is None else f" of rank {model['rank']}"
     progress = "" if found["tokens"] is None else f", {found['samples']:,} samples, {found['tokens']:,} tokens"
@@ -132,12 +132,12 @@ def _describe(options: argparse.Namespace) -> Answer:
 
 def _diff(options: argparse.Namespace) -> Answer:
     from mlra_scale.checkpoint import Store
-    from mlra_scale.checkpoint.inspection import differing_fields, differing_tensors
+    from mlra_scale.checkpoint.inspection import compare_configurations, compare_tensors
     from mlra_scale.checkpoint.retention import checkpoint_at
 
     one, other = (Store.open(checkpoint_at(path)) for path in (options.path, options.other))
-    fields = differing_fields(one, other)
-    tensors = list(differing_tensors(one, other, options.moments))
+    fields = compare_configurations(one, other)
+    tensors = list(compare_tensors(one, other, options.moments))
     lines = [f"first   {one.folder}, step {one.step}", f"second  {other.folder}, step {other.step}"]
     lines += [f"  {entry['field']}: {entry['first']!r} -> {entry['second']!r}" for entry in fields]
     for entry in tensors:
@@ -159,7 +159,7 @@ def _prune(options: argparse.Namespace) -> Answer:
 
     folder = checkpoints_folder(options.path)
     if options.dry_run:
-        removed = retention.superfluous(folder, options.keep_last, options.keep_every, pinned_step(folder))
+        removed = retention.prunable(folder, options.keep_last, options.keep_every, pinned_step(folder))
     else:
         with _locked(folder):
             removed = retention.prune(folder, options.keep_last, options.keep_every, pinned_step(folder))

@@ -36,7 +36,6 @@ from mlra_scale.data.manifest import (
     manifest_text,
     read_manifest,
 )
-from mlra_scale.data.manifest import summary as summary  # until the command line takes it from there
 from mlra_scale.data.readers import Document
 from mlra_scale.data.sources import Source, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe

@@ -19,7 +19,7 @@ from mlra_scale.parallel.topology import Topology
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's plain engine around the whole model ."""
+    """DeepSpeed's plain engine around the whole model."""
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
         super().__init__(config, plan, topology)
@@ -104,7 +104,7 @@ def _model_parallel_unit(topology: Topology) -> SimpleNamespace:
 
 
 def _register_read_parameters(model: GPT) -> None:
-    """Tells ZeRO 3 of the weights that a module reads without calling their owner.
+    """Registers with ZeRO 3 the weights that a module reads without calling their owner.
 
     DeepSpeed finds such a weight by itself only where it is not gathered when it is first read. Small weights
     (stage3_param_persistence_threshold) are gathered then. DeepSpeed finds them in a later pass, and refuses that pass,

@@ -182,9 +182,3 @@ def plain(candidate: Candidate) -> dict[str, Any]:
         "reduction_seconds": time.reduction,
         "update_seconds": time.update,
     }
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns rows of cells as lines, every column as wide as its widest cell."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -29,7 +29,7 @@ from mlra_scale.model.probe import Heads, observe
 
 if TYPE_CHECKING:
     from mlra_scale.config import ActivationsConfig, BatchPlan, ModelConfig
-    from mlra_scale.parallel.interface import Engine, MicroBatch
+    from mlra_scale.parallel import Engine, MicroBatch
 
 
 class Tally:

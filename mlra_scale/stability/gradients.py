@@ -34,8 +34,8 @@ from mlra_scale.stability.watcher import Step, Watcher, is_due
 if TYPE_CHECKING:  # the libraries behind an engine
     from mlra_scale.config import Config
     from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+    from mlra_scale.parallel import Engine, StepResult, UpdateProposal
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine, StepResult, UpdateProposal
 
 # A few float64 copies of this many elements are made on an accelerator, while its memory is full.
 ACCELERATOR_CHUNK = 1 << 22

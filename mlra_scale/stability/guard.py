@@ -24,7 +24,7 @@ from mlra_scale.stability.spikes import Divergence, Window
 from mlra_scale.stability.watcher import Step, Watcher
 
 if TYPE_CHECKING:
-    from mlra_scale.parallel.interface import StepResult, UpdateProposal
+    from mlra_scale.parallel import StepResult, UpdateProposal
 
 _RISING_WINDOWS = 8
 """A loss that has been higher for more than this many windows has settled there, and is no longer rising."""

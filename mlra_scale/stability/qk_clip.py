@@ -32,7 +32,7 @@ from mlra_scale.stability.watcher import Step, Watcher
 if TYPE_CHECKING:
     from mlra_scale.config import BatchPlan, ModelConfig, QkClipConfig
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.interface import Engine, MicroBatch, StepResult
+    from mlra_scale.parallel import Engine, MicroBatch, StepResult
 
 
 class QkClip(Watcher):

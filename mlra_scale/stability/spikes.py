@@ -15,7 +15,7 @@ import numpy as np
 from mlra_scale.stability.watcher import Step, Watcher
 
 if TYPE_CHECKING:
-    from mlra_scale.parallel.interface import StepResult
+    from mlra_scale.parallel import StepResult
 
 
 class Window:

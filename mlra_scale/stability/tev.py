@@ -27,8 +27,8 @@ from mlra_scale.stability.watcher import Step, Watcher, is_due
 if TYPE_CHECKING:  # the plain function and tools/tev.py do without the libraries behind these
     from mlra_scale.config import Config, TevConfig
     from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel import Engine, StepResult
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine, StepResult
     from mlra_scale.parallel.topology import Topology
 
 DEFAULT_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:  # importing an engine imports DeepSpeed
-    from mlra_scale.parallel.interface import MicroBatch, StepResult, UpdateProposal
+    from mlra_scale.parallel import MicroBatch, StepResult, UpdateProposal
 
 
 def is_due(step: int, every: int, last: int) -> bool:

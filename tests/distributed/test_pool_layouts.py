@@ -157,3 +157,17 @@ def test_process_groups_end_with_their_case(worker_pool: Pools, layout: Layout) 
         found += pool.run(threads_of_groups)
     # The groups of one engine have twelve; one group may take a moment longer to end.
     assert max(found) - min(found) < 12, found
+
+
+def linear_map(rank: int, world_size: int) -> str:
+    """Where torch's linear map comes from in this process."""
+    import torch
+
+    return str(torch.nn.functional.linear.__module__)
+
+
+def test_what_zero_3_replaces_in_torch_is_put_back(worker_pool: Pools) -> None:
+    """A layout whose turn comes later would otherwise round as ZeRO 3 does, and not as it does alone."""
+    pool, config = worker_pool(1), layout_config(Layout(stage=3))
+    pool.run(steps.train, config, 1, canonical_weights(config.model))
+    assert "deepspeed" not in pool.run(linear_map)[0]

@@ -192,8 +192,8 @@ TOOLS = (
         Trigger("open w *train.bin"),
         Trigger("call mlra_scale/files.py sync_tree"),
         Trigger("call mlra_scale/files.py _exchange"),
-        prepare=lambda bench, output: shutil.copytree(bench.data, output),
-        is_allowed=lambda output: not output.exists() or digests(output) == digests(output.parents[2] / "data"),
+        prepare=lambda bench, output: [shutil.copytree(bench.data, path) for path in (output, output.with_name("old"))],
+        is_allowed=lambda output: not output.exists() or digests(output) == digests(output.with_name("old")),
         same=same_data,
     ),
     *(

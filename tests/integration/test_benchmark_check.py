@@ -361,3 +361,25 @@ def test_one_process_is_checked_whole(tmp_path: Path) -> None:
         state.startswith("trained, stopped, resumed, stopped: steps 1 to") for state in smoke["variants"].values()
     )
     assert all(json.loads((tmp_path / "resume.json").read_text())["compared"].values())
+
+
+def test_a_signal_while_a_command_starts_ends_it() -> None:
+    """It comes after the fork, before the caller knows the process."""
+    program = """
+import os, signal, subprocess, sys, time
+from benchmarks import processes
+started = subprocess.Popen.__init__
+def slow(self, *arguments, **options):
+    started(self, *arguments, **options)
+    print(self.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+subprocess.Popen.__init__ = slow
+processes.end_on_sigterm()
+processes.run_command("sleep", ["sleep", "60"], dict(os.environ), 60.0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert all_end([int(done.stdout)])

@@ -306,9 +306,7 @@ def test_bad_numbers_name_flag_and_range(
         with pytest.raises(SystemExit) as ended:
             COMMAND.main(["--output", "x", "--train-bpe", "300", f"{flag}={value}"], "prepare_data.py")
         error = capsys.readouterr().err.splitlines()[-1]
-        assert ended.value.code == 2 and error.startswith(
-            f"mlra-scale prepare: error: argument {flag}: {value!r} is not"
-        )
+        assert ended.value.code == 2 and error.startswith(f"prepare_data.py: error: argument {flag}: {value!r} is not")
         assert message in error
 
 

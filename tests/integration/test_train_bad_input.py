@@ -114,8 +114,8 @@ def test_deepspeed_file(case: str, refused: Refused, tmp_path: Path, training_da
 
 def test_missing_files(refused: Refused) -> None:
     message = refused("--preset", "debug", "--config", "no.yaml", "--ds-config", "no.json")
-    has(message, "--config", "no such file")
-    has(message, "--ds-config", "no such file")
+    has(message, "--config", "cannot be read: No such file")
+    has(message, "--ds-config", "cannot be read: No such file")
 
 
 def test_no_data(refused: Refused) -> None:

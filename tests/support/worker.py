@@ -150,7 +150,16 @@ def _destroy_engines() -> None:
 
 
 def _reset_deepspeed() -> None:
-    """Puts DeepSpeed's module-level variables back to what they are after its import."""
+    """Puts DeepSpeed's module-level variables, and what it has replaced in torch, back to what they are at its import.
+
+    zero.Init replaces torch's linear map by one whose backward pass rounds otherwise, for the rest of the process.
+    """
+    partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if partitioning is not None:
+        import torch
+
+        replaced = partitioning.InsertPostInitMethodToModuleSubClasses
+        torch.nn.functional.linear = getattr(replaced, "linear_bk", torch.nn.functional.linear)
     pristine: dict[str, dict[str, Any]] = {
         "deepspeed.comm.comm": {"cdb": None},
         "deepspeed.runtime.pipe.p2p": {"_groups": None, "_grid": None, "_async": []},

@@ -52,10 +52,10 @@ ROOMS: dict[str, set[str]] = {
 # Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
-    ("stability", "parallel"): {"", "fragments", "interface", "topology"},
-    ("checkpoint", "parallel"): {"", "fragments", "interface", "topology"},
+    ("stability", "parallel"): {"", "fragments", "topology"},
+    ("checkpoint", "parallel"): {"", "fragments", "topology"},
     ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
-    ("training", "parallel"): {"", "fragments", "interface", "topology"},
+    ("training", "parallel"): {"", "fragments", "topology"},
     # What runs leave behind; none of these loads torch.
     ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory"},
 }

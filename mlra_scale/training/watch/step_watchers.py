@@ -24,7 +24,7 @@ from mlra_scale.training.start.device import devices_here
 from mlra_scale.training.start.plan import cluster_for
 
 if TYPE_CHECKING:  # importing an engine imports DeepSpeed
-    from mlra_scale.parallel.interface import StepResult, UpdateProposal
+    from mlra_scale.parallel import StepResult, UpdateProposal
 
 
 GIB = 2.0**30

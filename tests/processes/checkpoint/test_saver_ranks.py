@@ -153,7 +153,7 @@ def wait_for_a_slow_rank(rank: int, world_size: int, folder: str) -> float:
     topology = layout.topology(rank, dist.new_group(backend="gloo", timeout=timedelta(seconds=2)))
     saver, engine = Saver(Path(folder), topology, 10, 0, True), FakeEngine(topology, layout, all_parts())
     original = failpoints.reached
-    failpoints.reached = lambda point: time.sleep(3.5) if (point, rank) == ("mid-file", 1) else None
+    failpoints.reached = lambda name: time.sleep(3.5) if (name, rank) == ("mid-file", 1) else None
     try:
         save(saver, engine, 1)
         (finished,) = saver.finish()

@@ -25,7 +25,7 @@ from mlra_scale.console import set_up_logging
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.log.wandb_log import open_wandb
 mode, directory, first = sys.argv[1:]
-set_up_logging()
+set_up_logging(0)
 config = load_config("debug", overrides=[f"wandb.mode={mode}"])
 log = open_wandb(config, RunDirectory(Path(directory)))
 print("mode", log.mode)
@@ -125,7 +125,7 @@ STOPPED = "WARNING (rank 0): wandb: stopped logging (the service is gone)\n"
 
 @pytest.fixture(autouse=True)
 def log_set_up() -> None:
-    set_up_logging()
+    set_up_logging(0)
 
 
 def test_a_log_that_breaks_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,18 +20,18 @@ from mlra_scale.config import ClusterConfig
 HEARTBEAT: dict[str, Any] = {"rank": 3, "local_rank": 1, "pid": 7, "phase": "training", "step": 4, "seconds": 0.5}
 HEARTBEAT |= {"location": "f (x.py:1)"}
 RANK = {"heartbeat": HEARTBEAT, "silence": 0, "state": "S (sleeping)"}
-FAILURE = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
+FAILURE: dict[str, Any] = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
 
 
 class QuietHub(Hub):
     """Hears what a test gives it, and tells nobody anything."""
 
     def __init__(self, heard: list[Heard]) -> None:
-        self._heard = heard
+        self._messages = heard
 
     def poll(self, seconds: float) -> list[Heard]:
         """See Hub."""
-        return self._heard
+        return self._messages
 
     def send(self, message: dict[str, Any]) -> None:
         """See Hub."""

@@ -120,7 +120,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_does_not_end_the_run_and_loses_nothing_silently(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging()
+    set_up_logging(0)
     lines = JsonLines(Path("/dev/full"))
     for step in (1, 2):
         lines.write({"step": step})
@@ -150,7 +150,7 @@ def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """NFS reports a full disk there, and the system forgets what it could not write."""
-    set_up_logging()
+    set_up_logging(0)
     path, fsync = tmp_path / "metrics.jsonl", os.fsync
     lines = JsonLines(path)
     lines.write({"step": 1})
@@ -180,7 +180,7 @@ def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
 def test_lines_that_are_lost_in_the_end_are_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    set_up_logging()
+    set_up_logging(0)
     lines = JsonLines(tmp_path / "metrics.jsonl")
 
     def refuse(descriptor: int) -> None:

@@ -134,6 +134,6 @@ def test_a_file_system_without_locks_is_reported_and_used(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    set_up_logging()
+    set_up_logging(0)
     with run_lock(RunDirectory(tmp_path)):
         assert "cannot be locked (No locks available)" in capsys.readouterr().err
