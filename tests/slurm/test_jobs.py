@@ -162,7 +162,7 @@ def test_requeue_sigterm_and_time_limit_lose_nothing(
     job.wait_for_step(EARLY)
     cluster.run("scontrol", "requeue", job.job_id)
     job.wait_for_attempt(2, MIDDLE)
-    assert "Slurm has the job in state COMPLETING already: preempted" in job.text()
+    assert "Slurm is ending the job already: preempted" in job.text()
     cluster.run("scancel", "--signal=TERM", job.job_id)
     job.wait_for_attempt(3, LATE)
     # The file asks for SIGUSR1 600 s before the time limit. From now on less is left; Slurm looks every 30 s.
