@@ -6,7 +6,7 @@
 # make lint         ruff and mypy
 # make study        the small study of docs/studies (18 runs, an estimated ten minutes on 2 cores) and its report
 # make bench        the benchmarks of docs/performance.md on this machine, each a ratio within one run (up to an hour), or
-#                   some of them: make bench BENCH="scaling growth"; the results lie in runs/bench
+#                   some of them: make bench BENCH="scaling checkpoint"; the results lie in runs/bench
 # make clean        remove the environment and caches; data/ and runs/ stay
 #
 # Each target sets up its own virtual environment first; a second call finds it ready. Choices on the command line:
@@ -16,7 +16,7 @@
 #   TORCH="torch==2.12.1 ..."    or any arguments of pip install
 #   PYTEST_ARGS="-k tev -x"      more arguments for pytest
 #   TEST_PROCESSES=2             how many test files run at once; each process has its own pools of ranks (4 GB)
-#   BENCH="scaling growth"       which benchmarks: modules of benchmarks/
+#   BENCH="scaling checkpoint"       which benchmarks: modules of benchmarks/
 #   BENCH_ARGS=--quick           arguments of each: --quick shows that they run
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -32,7 +32,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 # In the order of the folders: tests that wait run beside tests that compute.
 IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-BENCH ?= step_time low_rank scaling growth running checkpoint stability planner
+BENCH ?= step_time scaling checkpoint
 BENCH_ARGS ?=
 INSTALL = $(PYTHON) tools/install.py --venv '$(VENV)' --torch '$(TORCH)'
 BIN := $(VENV)/bin
@@ -70,14 +70,13 @@ help:
 quickstart:
 	@$(INSTALL)
 	installed=$$SECONDS
-	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
+	test -e data/python-docs || $(BIN)/mlra-scale prepare --source python-docs --train-bpe 4096 --output data/python-docs
 	run=runs/quickstart
 	for ((n = 2; ; n++)); do test -e $$run || break; run=runs/quickstart-$$n; done
-	export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240} # seconds to save in after Ctrl-C
-	$(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) -m mlra_scale.train --preset laptop --run-dir $$run \
-	    data.path=data/python-docs parallel.pipeline=$(PROCESSES)
+	$(BIN)/mlra-scale train --nproc $(PROCESSES) --preset laptop --run-dir $$run data.path=data/python-docs \
+	    parallel.pipeline=$(PROCESSES)
 	echo
-	$(BIN)/python tools/export_hf.py $$run $$run/exported --format gpt2
+	$(BIN)/mlra-scale export $$run $$run/exported --format gpt2
 	echo
 	echo "a sample, by stock transformers alone:"
 	$(BIN)/python -c "$$SAMPLE" $$run/exported
@@ -85,11 +84,11 @@ quickstart:
 	echo "quickstart: installation $$installed s; data, training, export and sample $$((SECONDS - installed)) s. Next:"
 	echo "  source $(BIN)/activate"
 	echo "  less $$run/metrics.jsonl                 # the record: loss, gradient norm, TEV; one JSON object per line"
-	echo "  python tools/generate.py $$run --prompt 'Return a list of'"
-	echo "  python tools/evaluate.py $$run --data data/python-docs --max-tokens 20000"
-	echo "  python tools/export_hf.py $$run exported/quickstart-mlra --format mlra    # with its factors, and code of its own"
-	echo "  python tools/prepare_data.py --help      # your own text"
-	echo "  python -m mlra_scale.train --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.pipeline=4 \\"
+	echo "  mlra-scale generate $$run --prompt 'Return a list of'"
+	echo "  mlra-scale evaluate $$run --data data/python-docs --max-tokens 20000"
+	echo "  mlra-scale export $$run exported/quickstart-mlra --format mlra    # with its factors, and code of its own"
+	echo "  mlra-scale prepare --help                # your own text"
+	echo "  mlra-scale train --preset gpt2-mlra-72l --dry-run parallel.tensor=2 parallel.pipeline=4 \\"
 	echo "      parallel.world_size=32               # what a deep model would take on 32 devices"
 
 test:
@@ -111,9 +110,9 @@ lint:
 
 study:
 	@$(INSTALL) --extra report
-	test -e data/python-docs || $(BIN)/python tools/prepare_data.py --source python-docs --train-bpe 4096 --output data/python-docs
-	$(BIN)/python tools/sweep.py docs/studies/small.yaml --jobs 2
-	$(BIN)/python tools/report.py runs/small
+	test -e data/python-docs || $(BIN)/mlra-scale prepare --source python-docs --train-bpe 4096 --output data/python-docs
+	$(BIN)/mlra-scale sweep docs/studies/small.yaml --jobs 2
+	$(BIN)/mlra-scale report runs/small
 
 bench:
 	@$(INSTALL)

@@ -1,16 +1,19 @@
-"""Ten minutes on a GPU, or on the nodes of a Slurm job: does it agree, how fast is it, and is it what the plan says?
+"""Ten minutes on a GPU, or on the nodes of a Slurm job: agreement, speed, and how far the plan is right.
 
     python -m benchmarks.check [--minutes M] [--steps NAME ...] [--output FOLDER] [--preset NAME] [train.seed=9 ...]
     sbatch slurm/check.sh [the same]
     python -m benchmarks.check --device cpu --quick        the same code at a tiny size
 
-The steps of the table below run one after another, in this order, which is that of their worth. Each has processes, a
-log (FOLDER/NAME.log) and a time-out of its own, and its result is written at once (FOLDER/NAME.json): a step that
-fails, or whose time is over, does not stop the next one; what a step had found before is kept. When the minutes are
-over, the steps that are left are reported as not run.
+The steps of STEPS run one after another, the most useful first. Each has processes, a log (FOLDER/NAME.log) and a
+time-out of its own, and its result is written at once (FOLDER/NAME.json): a step that fails or is not done in time does
+not stop the next one, and the parts that it has finished are kept. When the minutes are over, the remaining steps are
+reported as not run.
 
 What the cluster can do is written to FOLDER/cluster.json as soon as it is known, for `tools/plan.py --cluster-file` and
 `cluster.file`.
+
+A step's result has `holds` (whether what was compared agrees; null: nothing was compared), `lines` (its text), and the
+numbers themselves.
 
 Exit code: 0 if everything that was compared agrees and nothing failed; 1 otherwise; 2 for bad input.
 """
@@ -23,35 +26,37 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CommandFailed, end_on_sigterm, run_command
-from mlra_scale.cluster.attempt import free_port
+from benchmarks.processes import CommandFailed, end_on_sigterm, run_command
+from mlra_scale.cluster.channel import free_port
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation, address, slurm_environment, step_command
 from mlra_scale.config import ConfigError
+from mlra_scale.files import write_atomically
 from mlra_scale.planning.cluster import Cluster, named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
-from mlra_scale.training.record import write_atomically
 
+Write = Callable[[dict[str, Any]], None]
+"""Writes a step's result; steps of several parts call it after each."""
 FEWEST_SECONDS = 15.0
 """No step is started when less is left: its imports alone take that long."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the table.
+    """A part of the check.
 
     Attributes:
-        name: How it is called.
-        seconds: Its time-out in a check of ten minutes; with more or fewer minutes it grows or shrinks with them.
-        function: What a process of it calls with a Task: a function of this folder, as module.name.
+        name: Its name.
+        seconds: Its time-out in a check of ten minutes; it grows and shrinks with the minutes.
+        function: The function of this folder that its processes call with (Task, Write), as module.name.
         on: "one": one process on this node. "all": a process for each rank of all nodes.
-        needs: "" or "gpu", or "ranks" (several of them): where there is none, the step is left out.
+        needs: "", "gpu" or "ranks" (several): without them the step is left out.
     """
 
     name: str
@@ -62,17 +67,17 @@ class Step:
 
 
 STEPS = (
-    Step("parity", 120, "check_steps.parity"),
+    Step("parity", 120, "parity.parity"),
     Step("smoke", 120, "check_steps.smoke"),
-    Step("links", 60, "check_ranks.links", "all", "ranks"),
-    Step("rates", 60, "check_ranks.rates", "all"),
+    Step("links", 60, "calibration.links", "all", "ranks"),
+    Step("rates", 60, "calibration.rates", "all"),
     Step("training", 150, "check_ranks.training", "all"),
     Step("synchronizations", 60, "check_ranks.synchronizations", needs="gpu"),
     Step("alone", 60, "check_ranks.alone"),
     Step("layouts", 120, "check_ranks.layouts", "all"),
-    Step("72 layers", 240, "check_steps.deep", needs="gpu"),
+    Step("72 layers", 240, "gpu.deep", needs="gpu"),
     Step("resume", 60, "check_steps.resume"),
-    Step("gpt2-xl", 180, "check_steps.xl", needs="gpu"),
+    Step("gpt2-xl", 180, "gpu.xl", needs="gpu"),
     Step("offload", 180, "check_steps.offload", needs="gpu"),
     Step("profile", 60, "check_ranks.profile", needs="gpu"),
 )
@@ -81,17 +86,17 @@ NAMES = tuple(step.name for step in STEPS)
 
 @dataclass(frozen=True)
 class Task:
-    """What the processes of a step are given.
+    """The arguments of a step's processes.
 
     Attributes:
         device: "cpu" or "cuda".
         devices_per_node: Ranks on a node.
         world_size: Ranks on all nodes.
-        folder: Where results are, by step, and where this one's may put more.
-        preset: What is trained where the plan is compared.
+        folder: Results of all steps; a step may put more there.
+        preset: The model whose plan is compared.
         overrides: Fields of it.
-        is_quick: Tiny sizes, to see that it runs.
-        seconds: That the step may take.
+        is_quick: Whether sizes are tiny, to see that it runs.
+        seconds: Time-out of the step.
     """
 
     device: str
@@ -104,29 +109,23 @@ class Task:
     seconds: float
 
     def result_of(self, step: str) -> dict[str, Any]:
-        """The result of an earlier step; empty if it has none."""
-        return read_result(Path(self.folder), step)
+        """Returns the result of a step; empty if it has none."""
+        path = self.file_of(step, "json")
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
 
-
-def file_of(folder: Path, step: str, ending: str) -> Path:
-    """A file of a step."""
-    return folder / f"{step.replace(' ', '-')}.{ending}"
-
-
-def read_result(folder: Path, step: str) -> dict[str, Any]:
-    """What a step has written; empty if it is nothing."""
-    path = file_of(folder, step, "json")
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    def file_of(self, step: str, ending: str) -> Path:
+        """Returns a file of a step."""
+        return Path(self.folder) / f"{step.replace(' ', '-')}.{ending}"
 
 
 class Check:
-    """The steps, and where their processes run.
+    """Runs steps, and keeps the measured cluster.
 
     Args:
-        task: What all of them are given.
-        settings: Of the launcher: the interpreter, further arguments of srun.
-        allocation: Of the Slurm job; None: this is none, and all ranks are on this machine.
+        task: The arguments of all steps.
+        settings: Of the launcher: the interpreter, more arguments of srun.
+        allocation: Of the Slurm job; None outside of one, where all ranks are on this machine.
     """
 
     def __init__(self, task: Task, settings: Settings, allocation: Allocation | None) -> None:
@@ -142,9 +141,13 @@ class Check:
             left = 60.0 * minutes - (time.monotonic() - begin)
             started = time.monotonic()
             states[step.name] = self._run_one(step, min(left, step.seconds * minutes / 10.0), left)
-            found = read_result(self.folder, step.name)
+            found = self.task.result_of(step.name)
             self._note_constants(found.get("constants", {}), found.get("base"))
-            self._show(step.name, states[step.name], time.monotonic() - started, found.get("lines", []))
+            lines = [f"    {line}" for line in found.get("lines", [])]
+            print(
+                "\n".join([f"{step.name}: {states[step.name]} ({time.monotonic() - started:.0f} s)", *lines]),
+                flush=True,
+            )
             summary = {"task": asdict(self.task), "states": states}
             write_atomically(self.folder / "check.json", json.dumps(summary, indent=2) + "\n")
         return all(state.startswith(("agrees", "measured", "left out", "not run")) for state in states.values())
@@ -157,39 +160,39 @@ class Check:
             return "left out: needs several ranks"
         if left < FEWEST_SECONDS:
             return "not run: the minutes are over"
-        file = file_of(self.folder, step.name, "json")
+        file = task.file_of(step.name, "json")
         file.unlink(missing_ok=True)
         command, environment = self._command(step.on, [step.name, json.dumps(asdict(task))])
         try:
-            run_command(step.name, command, environment, seconds, file_of(self.folder, step.name, "log"))
+            run_command(step.name, command, environment, seconds, task.file_of(step.name, "log"))
         except CommandFailed as error:
-            return f"failed: {error.last_line}" + (" (it had a part of its result)" if file.exists() else "")
-        found = read_result(self.folder, step.name)
+            return f"failed: {error.last_line}" + (" (a part of its result is there)" if file.exists() else "")
+        found = self.task.result_of(step.name)
         if not found:
             return "failed: it wrote no result"
         return {None: "measured", True: "agrees", False: "DIFFERS"}[found.get("holds")]
 
-    def _command(self, place: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-        """The command of a step's processes, and their environment."""
+    def _command(self, on: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Returns the command of a step's processes, and their environment."""
         job, settings, ranks = self._allocation, self._settings, self.task.devices_per_node
         own = {"DS_ACCELERATOR": self.task.device}
-        if place == "all":
+        if on == "all":
             own["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as a job's ranks have it, before CUDA begins
         program = ["-u", "-m", "benchmarks.check", "--child", *arguments]
         if job is not None:
-            nodes, ranks = (job.nodes, ranks) if place == "all" else ((job.here,), 1)
-            if place == "all":
+            nodes, ranks = (job.nodes, ranks) if on == "all" else ((job.here,), 1)
+            if on == "all":
                 own |= {"MASTER_ADDR": address(nodes[0]), "MASTER_PORT": str(free_port())}
             options = [f"--ntasks={len(nodes) * ranks}", f"--ntasks-per-node={ranks}", "--distribution=block"]
             options += ["--kill-on-bad-exit=1", "--unbuffered", *settings.srun]
             words = [*step_command(nodes, "0", "none", options), *settings.python, *program]
             return words, slurm_environment(os.environ) | own
-        if place == "all" and ranks > 1:
+        if on == "all" and ranks > 1:
             program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program[1:]]
         return [*settings.python, *program], {**os.environ, **own}
 
     def _note_constants(self, constants: dict[str, Any], base: dict[str, Any] | None) -> None:
-        """Writes the file of the cluster anew with what a step has measured of it."""
+        """Writes the file of the cluster again, with the constants that a step has measured."""
         if self.cluster is None and base is not None:
             named = named_cluster(base.pop("name"))
             self.cluster = replace(named, name=f"{named.name}, measured", **base)
@@ -202,12 +205,12 @@ class Check:
         self.cluster = replace(self.cluster, **values)
         write_cluster_file(self.folder / "cluster.json", self.cluster, self._measured)
 
-    def _show(self, name: str, state: str, seconds: float, lines: Sequence[str]) -> None:
-        print("\n".join([f"{name}: {state} ({seconds:.0f} s)", *(f"    {line}" for line in lines)]), flush=True)
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the command line's parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, or, after --child, one process of a step."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--child"]:
+        return child(words[1], Task(**json.loads(words[2])))
     parser = argparse.ArgumentParser(
         prog="benchmarks.check", description="Agreement, speed and memory of a GPU or a cluster, in ten minutes."
     )
@@ -219,15 +222,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, metavar="N", help="ranks on a node (default: its GPUs, or 1)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the preset")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, or, after --child, one process of a step."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--child"]:
-        return child(words[1], Task(**json.loads(words[2])))
-    parser = build_parser()
     arguments = parser.parse_intermixed_args(words)
     if not 0.0 < arguments.minutes < math.inf:
         parser.error(f"--minutes {arguments.minutes:g}: a number above 0")
@@ -263,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def child(name: str, task: Task) -> int:
-    """One process of a step; rank 0 writes the result."""
+    """Runs one process of a step; rank 0 writes the result."""
     step = next(step for step in STEPS if step.name == name)
     if step.on == "all" and "SLURM_STEP_ID" in os.environ:
         for variable, slurms in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "NTASKS")):
@@ -272,11 +266,10 @@ def child(name: str, task: Task) -> int:
 
     def write(found: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") == "0":
-            write_atomically(file_of(Path(task.folder), name, "json"), json.dumps(found, indent=2) + "\n")
+            write_atomically(task.file_of(name, "json"), json.dumps(found, indent=2) + "\n")
 
-    write(
-        getattr(import_module(f"benchmarks.{module}"), function)(replace(task, overrides=tuple(task.overrides)), write)
-    )
+    run = getattr(import_module(f"benchmarks.{module}"), function)
+    write(run(replace(task, overrides=tuple(task.overrides)), write))
     return 0
 
 

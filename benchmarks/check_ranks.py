@@ -1,4 +1,4 @@
-"""The steps of benchmarks/check.py that all ranks do together, or one alone. check_steps.py says what results are."""
+"""The steps of benchmarks/check.py in which ranks train: plan, agreement of layouts, waits for the device, profile."""
 
 from __future__ import annotations
 
@@ -12,138 +12,36 @@ from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.calibration import base_of, device_of, mesh, random_batches
+from benchmarks.check import Task, Write
 from benchmarks.contenders import LEARNING_RATE, Shape, config_of
-from benchmarks.layouts import samples
-from benchmarks.planner_calibration import host_costs, link_of, overheads_of, rates_of
-from benchmarks.planner_ranks import micro_batches
 from benchmarks.tensor_memory import recording
 from mlra_scale.config import Config, batch_plan, load_named_config
 from mlra_scale.data import Batch
-from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
+from mlra_scale.parallel import Topology, build_engine
 from mlra_scale.planning.choice import choose
-from mlra_scale.planning.cluster import GIB, Cluster, cluster_of_device, named_cluster
+from mlra_scale.planning.cluster import GIB, Cluster, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
 from mlra_scale.planning.memory import rank_memory
-from mlra_scale.planning.search import Candidate, changed
-
-if TYPE_CHECKING:
-    from benchmarks.check import Task
+from mlra_scale.planning.search import Candidate
 
 WAITS = Path(__file__).resolve().parents[1] / "tests" / "support" / "device" / "expected.py"
-MINUTES = 5.0
-Write = Callable[[dict[str, Any]], None]
 
 SHAPE = Shape("agreement", num_layers=4, hidden_size=128, num_heads=8, batch_size=1, vocab_size=512)
 STEPS = 3
 LOSS_BOUND, NORM_BOUND = 1e-5, 1e-3
-"""Relative, in fp32, between layouts and one process. Sums in another order change a norm by more than a mean."""
+"""Relative differences in fp32 between layouts and one process. Another order of sums changes a norm most."""
 BF16_BOUND = 2.0**-9
 """Relative, or twice what one process differs from its own fp32 by: a loss can be right by chance."""
 
 
-def device_of(task: Task) -> torch.device:
-    """Starts the process group, and returns this rank's device."""
-    torch.set_num_threads(1)
-    return initialize_distributed(task.device, MINUTES)
-
-
-@contextlib.contextmanager
-def mesh(config: Config, device: torch.device) -> Iterator[Topology]:
-    """The groups of a layout, for as long as its engines are in use."""
-    topology = build_topology(batch_plan(config, dist.get_world_size()), device, MINUTES)
-    try:
-        yield topology
-    finally:
-        destroy_topology(topology)
-
-
-def links(task: Task, write: Write) -> dict[str, Any]:
-    """Bandwidth and latency of all-reduces within nodes, and between nodes from all ranks at once."""
-    device, ranks, per_node = device_of(task), task.world_size, task.devices_per_node
-    num_bytes = 4 << 20 if device.type == "cpu" else 256 << 20
-    places = {
-        "intra": [list(range(first, first + per_node)) for first in range(0, ranks, per_node)],
-        "inter": [list(range(local, ranks, per_node)) for local in range(per_node)],
-    }
-    constants: dict[str, float] = {}
-    lines = []
-    for name, groups in places.items():
-        if len(groups[0]) == 1:
-            continue
-        group, _ = dist.new_subgroups_by_enumeration(groups)
-        found = torch.tensor(link_of(group, device, num_bytes), dtype=torch.float64, device=device)
-        # The slowest group decides what a step takes.
-        slowest = found * torch.tensor([1.0, -1.0], dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MIN)
-        bandwidth, latency = float(slowest[0]), -float(slowest[1])
-        constants |= {f"link_{name}": bandwidth, f"latency_{name}": latency}
-        where = "within a node" if name == "intra" else "between nodes"
-        lines.append(
-            f"{dist.get_backend()} {where}, {len(groups)} group(s) of {len(groups[0])} at once, the slowest: "
-            f"{8 * bandwidth / 1e9:.4g} Gbit/s sent by each rank, {1e6 * latency:.1f} us latency"
-        )
-    return {"holds": None, "constants": constants, "base": base_of(task, device), "lines": lines}
-
-
-def base_of(task: Task, device: torch.device) -> dict[str, Any]:
-    """The named cluster with such devices, with the nodes and the memory that are really there."""
-    sizes = {"nodes": task.world_size // task.devices_per_node, "devices_per_node": task.devices_per_node}
-    if device.type == "cpu":
-        return {"name": "cpu", **sizes, "source": "measured by benchmarks.check; the rest as for the cluster 'cpu'"}
-    device_name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    name = cluster_of_device(device_name) or "h100"
-    source = f"measured by benchmarks.check on {device_name}; the rest as for the cluster '{name}'"
-    return {"name": name, **sizes, "memory": float(memory), "source": source}
-
-
-def rates(task: Task, write: Write) -> dict[str, Any]:
-    """Rates of matrix products and everything else at the preset's sizes, and engines' overheads; the worst rank's."""
-    device, config = device_of(task), configuration(task)
-    found = rates_of(config, device)
-    peak = max(found.pop("peak_flops"), 1.0)
-    base = base_of(task, device)
-    named = named_cluster(base["name"])
-    if device.type == "cpu":
-        rate = {"peak_flops": peak, "utilization": 1.0}
-    else:
-        rate = {"peak_flops": max(named.peak_flops, peak), "utilization": min(1.0, peak / named.peak_flops)}
-    latency = task.result_of("links").get("constants", {}).get("latency_intra", named.latency_intra)
-    constants = {**found, **rate}
-    write({"holds": None, "base": base, "constants": constants, "lines": _constant_lines(constants)})
-    constants |= host_costs(device) if device.type == "cuda" else {}
-    constants |= overheads_of(changed(config, {"deepspeed": {}}), device, latency if task.world_size > 1 else 0.0)
-    gathered: list[Any] = [None] * task.world_size
-    dist.all_gather_object(gathered, constants)
-    for name in constants:
-        values = [each[name] for each in gathered]
-        is_time = name.endswith("overhead") or name in ("launch", "wait")
-        constants[name] = max(values) if is_time else min(values)
-    return {"holds": None, "base": base, "constants": constants, "lines": _constant_lines(constants)}
-
-
-def _constant_lines(constants: dict[str, Any]) -> list[str]:
-    units = {"peak_flops": (1e12, "TFLOP/s"), "memory_bandwidth": (1e9, "GB/s"), "update_bandwidth": (1e9, "GB/s")}
-    lines = []
-    for name, value in constants.items():
-        factor, unit = units.get(name, (1.0, "") if name == "utilization" else (1e-6, "us"))
-        values = value if isinstance(value, tuple) else (value,)
-        lines.append(f"{name} {' '.join(f'{each / factor:.4g}' for each in values)} {unit}".rstrip())
-    return lines
-
-
-def configuration(task: Task) -> Config:
-    """The preset that is trained where the plan is compared."""
-    overrides = [*task.overrides, f"train.device={task.device}"]
-    return load_named_config(task.preset, None, None, overrides)[0]
-
-
 def chosen(task: Task, device: torch.device) -> tuple[Candidate, Cluster]:
-    """The layout that a job with parallel.layout=auto would run, by what is known of the cluster by now."""
+    """Returns the layout that a job with parallel.layout=auto would run, by the constants measured so far."""
     overrides = [*task.overrides, f"train.device={task.device}"]
     config, named = load_named_config(task.preset, None, None, overrides)
     file, base = Path(task.folder) / "cluster.json", base_of(task, device)
@@ -180,11 +78,11 @@ def training(task: Task, write: Write) -> dict[str, Any]:
 
 
 def _started(config: Config, topology: Topology) -> tuple[Callable[[int], float], float, float]:
-    """A training step, the peak bytes of tensors of its second one, and what the device holds beside tensors."""
+    """Returns a training step, the peak bytes of tensors of its second one, and the device's bytes beside tensors."""
     plan, device = batch_plan(config, topology.world_size), topology.device
 
     def step(number: int) -> float:
-        return engine.train_batch(micro_batches(config, plan, number), LEARNING_RATE, lambda each: each.is_finite).loss
+        return engine.train_batch(random_batches(config, plan, number), LEARNING_RATE, lambda each: each.is_finite).loss
 
     if device.type == "cpu":
         with recording() as memory:
@@ -261,7 +159,7 @@ def synchronizations(task: Task, write: Write) -> dict[str, Any]:
 
 
 def known_waits() -> dict[str, int]:
-    """Where the host may wait for the device, and how often in a step: the list of the tests that trace the engines."""
+    """Returns how often the host may wait in a step, by function: the list of the tests that trace the engines."""
     listed: dict[str, int] = {}
     for wait in run_path(str(WAITS), run_name="waits")["WAITS"]:
         listed[wait.site] = listed.get(wait.site, 0) + wait.number
@@ -287,14 +185,14 @@ def _sites(frame: FrameType | None) -> Iterator[str]:
     while frame is not None:
         name = frame.f_code.co_filename
         at = max(name.rfind(package) for package in ("/mlra_scale/", "/deepspeed/", "/megatron/"))
-        # The list names who wants something of the device, not what hands it on.
+        # The list names the function that asks for a value of the device, not what forwards the request.
         if at >= 0 and not any(part in name for part in ("/deepspeed/accelerator/", "/deepspeed/comm/", "/nvtx.py")):
             yield f"{name[at + 1 :]}:{frame.f_code.co_qualname}"
         frame = frame.f_back
 
 
 def layouts_of(world_size: int, devices_per_node: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Layouts that so many ranks can have, as sections of a configuration, by name."""
+    """Returns the layouts that so many ranks can have, as sections of a configuration, by name."""
     zero = {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
     found: dict[str, dict[str, dict[str, Any]]] = {"ZeRO 0": {}}
     for stage in (1, 2, 3):
@@ -340,7 +238,7 @@ def layouts(task: Task, write: Write) -> dict[str, Any]:
 
 
 def difference(found: dict[str, list[float]], precision: str, expected: dict[str, Any]) -> str:
-    """Says what differs from one process by more than it may; empty: nothing.
+    """Returns what differs from one process by more than it may, as text; empty: nothing.
 
     Args:
         found: Losses and gradient norms of a layout by step.
@@ -361,7 +259,7 @@ def difference(found: dict[str, list[float]], precision: str, expected: dict[str
 def _trajectory(
     sections: dict[str, dict[str, Any]], precision: str, task: Task, device: torch.device, size: int = 1
 ) -> dict[str, list[float]]:
-    """Losses and gradient norms of the first steps of a layout, with micro-batches of a size."""
+    """Returns losses and gradient norms of the first steps of a layout, with micro-batches of a size."""
     config = _configuration(sections, precision, task, size)
     with mesh(config, device) as topology:
         plan = batch_plan(config, topology.world_size)
@@ -379,7 +277,7 @@ def _configuration(sections: dict[str, dict[str, Any]], precision: str, task: Ta
 
 
 def _share(config: Config, topology: Topology, step: int) -> list[Batch]:
-    """This rank's micro-batches; which samples a step has does not depend on the layout."""
+    """Returns this rank's micro-batches; which samples a step has does not depend on the layout."""
     batch, size = config.train.global_batch_size, config.train.micro_batch_size
     starts = range(step * batch + topology.data_rank * size, (step + 1) * batch, topology.data * size)
-    return [samples(SHAPE, range(start, start + size)) for start in starts]
+    return [SHAPE.samples(range(start, start + size)) for start in starts]

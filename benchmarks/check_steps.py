@@ -1,7 +1,4 @@
-"""The steps of benchmarks/check.py that take one process, or start others. Each returns what is written as its result.
-
-A result's `holds` says whether what was compared agrees (None: nothing was), and `lines` is its text.
-"""
+"""The steps of benchmarks/check.py that start training runs, stop them and resume them."""
 
 from __future__ import annotations
 
@@ -11,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.check import Task
+from safetensors import safe_open
+
+from benchmarks.check import Task, Write
+from benchmarks.harness import environment_of
 
 ROOT = Path(__file__).resolve().parents[1]
-Write = Callable[[dict[str, Any]], None]
 
 VARIANTS = {
     "ZeRO 0": (),
@@ -34,33 +32,11 @@ EVERYTHING = (
     *("activations.every=2", "qk_clip.threshold=100", "guard.enabled=true", "evaluation.every=3", "checkpoint.every=4"),
 )
 """Everything that a run can measure and do, in its first steps."""
-STOPPED_AFTER = 5
-ROUNDS = 3
-FEWEST_SECONDS = 20.0
-"""No contender is started when less is left: it would only import its libraries."""
-
-
-def parity(task: Task, write: Write) -> dict[str, Any]:
-    """Losses and gradients of this device against a CPU's."""
-    from benchmarks import gpu, gpu_parity
-
-    cases = gpu_parity.QUICK_CASES if task.is_quick else gpu_parity.CASES
-    found: dict[str, Any] = {}
-    for case in cases:
-        found |= gpu_parity.parity([case], task.device, task.seconds)
-        result = {
-            "holds": all(row["holds"] for row in found.values()),
-            "lines": gpu.parity_lines(found, task.device),
-            "cases": found,
-        }
-        write(result)
-    return result
+STEPS_OF_A_HALF = 5
 
 
 def smoke(task: Task, write: Write) -> dict[str, Any]:
     """Versions; the debug preset with everything measured, stopped by a signal and resumed, under each engine."""
-    from benchmarks.step_time import environment_of
-
     environment = environment_of(task.device)
     lines = [f"{name}: {value}" for name, value in environment.items()]
     write({"holds": None, "lines": lines, "environment": environment})
@@ -69,12 +45,12 @@ def smoke(task: Task, write: Write) -> dict[str, Any]:
 
 
 def offload(task: Task, write: Write) -> dict[str, Any]:
-    """The same with an optimizer on the CPU, which DeepSpeed compiles when it is first used."""
+    """As `smoke`, with the optimizer on the CPU, which DeepSpeed compiles at its first use."""
     return stopped_and_resumed(task, OFFLOAD)
 
 
 def data_of(task: Task) -> Path:
-    """A small data set with the vocabulary of the debug preset; made where it is not there yet."""
+    """Returns a small data set with the vocabulary of the debug preset; makes it if it is missing."""
     folder = Path(task.folder) / "data"
     if not folder.exists():
         words = ["--output", str(folder), "--train-bpe", "512", "--max-bytes", "200000", "--validation-fraction", "0.1"]
@@ -83,14 +59,14 @@ def data_of(task: Task) -> Path:
 
 
 def command_of(task: Task, run: Path, *arguments: str) -> list[str]:
-    """A training command of the debug preset."""
+    """Returns a training command of the debug preset."""
     words = ["--preset", "debug", "--run-dir", str(run), f"data.path={data_of(task)}", f"train.device={task.device}"]
     return [sys.executable, "-m", "mlra_scale.train", *words, *arguments]
 
 
 def stopped_and_resumed(task: Task, variants: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Runs variants side by side; of each whether its two halves, cut by SIGTERM, are one record without a gap."""
-    data_of(task)  # before they all make it
+    """Runs variants side by side, each stopped by SIGTERM and resumed; the record of its halves must have no gap."""
+    data_of(task)  # once, before they run side by side
     with ThreadPoolExecutor(min(len(variants), len(os.sched_getaffinity(0)))) as pool:
         running = {name: pool.submit(_both_halves, task, name, words) for name, words in variants.items()}
         states = {name: each.result() for name, each in running.items()}
@@ -106,13 +82,13 @@ def _both_halves(task: Task, name: str, arguments: tuple[str, ...]) -> str:
         words = (*arguments, *EVERYTHING, "train.steps=1000000", "--resume", "auto")
         with run.with_suffix(f".{half}.log").open("w") as log:
             process = subprocess.Popen(command_of(task, run, *words), cwd=ROOT, stdout=log, stderr=log)
-            while process.poll() is None and _last_step(run) < last + STOPPED_AFTER:
+            while process.poll() is None and _last_step(run) < last + STEPS_OF_A_HALF:
                 time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
             code = process.wait()
         if code != 5:
-            said = run.with_suffix(f".{half}.log").read_text().strip().splitlines()
-            return f"half {half} ended with exit code {code} instead of 5: {said[-1] if said else 'it said nothing'}"
+            lines = run.with_suffix(f".{half}.log").read_text().strip().splitlines()
+            return f"half {half} ended with exit code {code} instead of 5: {lines[-1] if lines else 'no output'}"
     steps = [item["step"] for item in _records(run) if "loss" in item]
     if steps != list(range(1, len(steps) + 1)):
         return f"the record has the steps {steps}"
@@ -131,7 +107,7 @@ def _last_step(run: Path) -> int:
 
 
 def resume(task: Task, write: Write) -> dict[str, Any]:
-    """A run, and two that resume from its middle: their records and checkpoints, bit by bit."""
+    """A run, and two that resume from its middle: records and checkpoints must be equal bit by bit."""
     folder = Path(task.folder) / "resume"
     words = ["--ds-config", "ds_configs/zero1.json", "train.precision=bf16", "train.log_every=1", "train.steps=8"]
     words += ["checkpoint.every=4", "tev.every=1", "train.deterministic=true"]
@@ -159,8 +135,6 @@ def _values(run: Path) -> list[tuple[Any, ...]]:
 
 
 def _same_tensors(first: Path, second: Path) -> bool:
-    from safetensors import safe_open
-
     names = [sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors")) for folder in (first, second)]
     if names[0] != names[1] or not names[0]:
         return False
@@ -171,35 +145,3 @@ def _same_tensors(first: Path, second: Path) -> bool:
             if not all(ours.get_tensor(key).equal(theirs.get_tensor(key)) for key in ours.keys()):  # noqa: SIM118
                 return False
     return True
-
-
-def deep(task: Task, write: Write) -> dict[str, Any]:
-    """72 layers: plain PyTorch, ours dense and at R = D/2 under ZeRO 1, compiled or not."""
-    return _contenders(task, write, "72 layers")
-
-
-def xl(task: Task, write: Write) -> dict[str, Any]:
-    """The same of gpt2-xl."""
-    return _contenders(task, write, "gpt2-xl")
-
-
-def _contenders(task: Task, write: Write, model: str) -> dict[str, Any]:
-    from benchmarks import gpu
-    from benchmarks.gpu_child import COMPILED, DENSE, MLRA, PLAIN
-
-    shape, end = gpu.TINY if task.is_quick else gpu.MODELS[model], time.monotonic() + task.seconds
-    names = [kind + ending for ending in ("", COMPILED) for kind in (MLRA, PLAIN, DENSE)]
-    products = (128,) if task.is_quick else gpu.PRODUCTS
-    values = {"precision": gpu.PRECISION, "rounds": ROUNDS, "steps": gpu.STEPS_PER_ROUND, "products": products}
-    with gpu.drawn_weights(shape, task.seconds) as weights:
-
-        def time_one(name: str) -> dict[str, Any]:
-            left = end - time.monotonic() - 1.0
-            if left < FEWEST_SECONDS:
-                return {"failed": "the time of this step is over", "output": ""}
-            return gpu.time_child(shape, values | {"weights": weights}, task.device, left, name)
-
-        for found in gpu.measure(shape, names, time_one):
-            result = {"holds": None, "lines": gpu.table_lines(found, ROUNDS), "report": found}
-            write(result)
-    return result

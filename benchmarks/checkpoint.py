@@ -2,30 +2,26 @@
 
     python -m benchmarks.checkpoint [--quick] [--json FILE] [--device cpu|cuda] [--precision fp32|bf16] [--folder DIR]
 
-In every round, one after another in an order that rotates: dd writes as many bytes as a checkpoint has to the same
-disk (`conv=fsync`, so that they are on it when dd ends); a synchronous save, whose stall is its whole time; an
-asynchronous save, while training goes on until the checkpoint is complete. Ratios are formed from times of the same
-round. All files are removed again. At the end the last checkpoint is verified: a save that is fast and wrong is
-reported as an error, not as a number.
+In every round, in an order that rotates: dd writes as many bytes as a checkpoint has to the same disk (`conv=fsync`, so
+that they are on it when dd ends); a synchronous save, whose stall is its whole time; an asynchronous save, while
+training continues until the checkpoint is complete. Ratios are formed from times of the same round. All files are
+removed again. At the end the last checkpoints are verified: a save that is fast and wrong is an error.
 """
 
-import argparse
 import logging
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 
-from benchmarks.contenders import Shape, build_ours, config_of, one_process_mesh, step_of_engine
-from benchmarks.report import add_common, check_common, write_report
-from benchmarks.step_time import environment_of, ratios, spread
-from benchmarks.turns import rotated
+from benchmarks.contenders import MLRA, Shape, build_ours, config_for, one_process_mesh, step_of_engine
+from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated, seconds_of, words_of
 from mlra_scale.checkpoint import Store
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.parallel import Topology
@@ -36,54 +32,43 @@ STEPS_ALONE = 3
 DD_BLOCK = 8 * 2**20
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the command line's parser."""
-    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint", description="Cost of checkpoints on this machine.")
-    add_common(parser, rounds=7)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of training (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to be measured")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and prints its table."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    check_common(parser, arguments)
+    """Runs the benchmark and prints its tables."""
+    parser = parser_of("benchmarks.checkpoint", "Cost of checkpoints on this machine.", rounds=7)
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--threads", type=int, default=1, help="CPU threads of training (default: %(default)s)")
+    add("--folder", type=Path, default=Path("."), help="a folder on the disk to be measured")
+    words = words_of(argv)
+    arguments = parse(parser, words)
     if not arguments.folder.is_dir():
         parser.error(f"--folder {arguments.folder}: there is no such folder")
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
     precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    report: dict[str, Any] = {
-        "environment": environment_of(arguments.device) | {"disk": file_system_of(arguments.folder)},
-        "precision": precision,
-        "rounds": 2 if arguments.quick else arguments.rounds,
-    }
-    print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
+    report = Report.begin("benchmarks.checkpoint", words, arguments.device)
+    report.environment["disk"] = file_system_of(arguments.folder)
+    print(f"disk: {report.environment['disk']}", flush=True)
+    shape = TINY if arguments.quick else SHAPE
     with one_process_mesh(arguments.device) as topology, tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        costs = Costs(TINY if arguments.quick else SHAPE, topology, precision, Path(name))
-        report |= costs.run(report["rounds"])
-    print("\n".join(["", *table_lines(report)]), flush=True)
-    write_report(arguments, report)
+        costs = Costs(shape, topology, precision, Path(name))
+        report.numbers = costs.run(arguments.rounds)
+    for table in tables_of(f"{shape.name}, {precision}", report.numbers):
+        report.add(table)
+    report.write(arguments.json)
     return 0
 
 
 def file_system_of(folder: Path) -> str:
-    """The kind of file system that a folder is on, where Linux tells it."""
-    mounts = Path("/proc/mounts")
-    if not mounts.exists():
-        return "unknown"
+    """Returns the kind of file system that a folder is on."""
     here = folder.resolve()
-    found = [line.split()[1:3] for line in mounts.read_text().splitlines()]
-    inside = [(place, kind) for place, kind in found if here.is_relative_to(place)]
-    return max(inside, key=lambda item: len(item[0]), default=("", "unknown"))[1]
+    mounts = [each for each in psutil.disk_partitions(all=True) if here.is_relative_to(each.mountpoint)]
+    return max(mounts, key=lambda each: len(each.mountpoint)).fstype if mounts else "unknown"
 
 
 class Costs:
-    """A model that trains, and ways to put as many bytes on disk as its checkpoint has.
+    """A model in training, and ways to put as many bytes on disk as its checkpoint has.
 
     Args:
         shape: What is trained.
@@ -94,76 +79,63 @@ class Costs:
 
     def __init__(self, shape: Shape, topology: Topology, precision: str, folder: Path) -> None:
         self.shape, self.folder = shape, folder
-        self.engine = build_ours(shape, "mlra", precision, topology)
-        self.config_text = config_of(shape, "mlra", precision).to_yaml()
+        config = config_for(shape, MLRA[2], precision)
+        self.engine, self.config_text = build_ours(config, topology), config.to_yaml()
         self.savers = {
             name: Saver(folder / name, topology, keep_last=1, keep_every=0, asynchronous=name == "asynchronous")
             for name in ("synchronous", "asynchronous")
         }
         self.step = step_of_engine(self.engine)
-        self.num_steps = 0
+        self.num_steps = self.num_bytes = 0
 
     def train(self) -> float:
-        """One step; returns its seconds."""
-        start = time.perf_counter()
-        self.step(self.shape.batch(self.num_steps))
+        """Takes one step; returns its seconds."""
         self.num_steps += 1
-        return time.perf_counter() - start
+        return seconds_of(lambda: self.step(self.shape.batch(self.num_steps)), perf_counter)
 
     def save(self, saver: Saver) -> float:
-        """Begins a save; returns for how many seconds."""
-        start = time.perf_counter()
+        """Begins a save; returns for how many seconds training waits."""
+        start = perf_counter()
         state = {"engine": self.engine.training_state()}
         saver.save(self.engine, self.num_steps, state, {}, self.config_text, None)
-        return time.perf_counter() - start
+        return perf_counter() - start
 
     def run(self, rounds: int) -> dict[str, Any]:
         """Warms up, and takes times.
 
-        Args:
-            rounds: How many times everything is written.
-
         Returns:
-            Seconds by what was done and round, and the ratios formed from them.
+            Bytes of a checkpoint, seconds by what was done and round, and the ratios formed from them.
         """
         self.train()
-        for saver in self.savers.values():  # the first snapshot takes its memory
+        for saver in self.savers.values():  # the first snapshot allocates its memory
             self.save(saver)
             (last,) = saver.finish()
             self.train()
         self.num_bytes = last.bytes
         seconds: dict[str, list[float]] = {}
-        things: list[Callable[[], dict[str, float]]] = [self._plain, self._synchronous, self._asynchronous]
         for turn in range(rounds):
-            for thing in rotated(things, turn):
-                for name, value in thing().items():
+            for measure in rotated([self._dd, self._synchronous, self._asynchronous], turn):
+                for name, value in measure().items():
                     seconds.setdefault(name, []).append(value)
         self._verify()
-        return {
-            "shape": self.shape.name,
-            "bytes": self.num_bytes,
-            "seconds": seconds,
-            "ratios": {
-                "stall, asynchronous / synchronous": ratios(seconds["async stall"], seconds["sync stall"]),
-                "delay of training, asynchronous / synchronous": ratios(seconds["async delay"], seconds["sync stall"]),
-                "write rate, synchronous / dd": ratios(seconds["dd"], seconds["sync write"]),
-                "write rate, asynchronous / dd": ratios(seconds["dd"], seconds["async write"]),
-            },
+        pairs = {
+            "stall, asynchronous / synchronous": ("async stall", "sync stall"),
+            "delay of training, asynchronous / synchronous": ("async delay", "sync stall"),
+            "write rate, synchronous / dd": ("dd", "sync write"),
+            "write rate, asynchronous / dd": ("dd", "async write"),
         }
+        found = {name: ratios(seconds[above], seconds[below]) for name, (above, below) in pairs.items()}
+        return {"bytes": self.num_bytes, "seconds": seconds, "ratios": found}
 
-    def _plain(self) -> dict[str, float]:
-        """As many bytes by dd."""
+    def _dd(self) -> dict[str, float]:
         target = self.folder / "plain"
         command = ["dd", "if=/dev/zero", f"of={target}", f"bs={DD_BLOCK}", f"count={self.num_bytes}"]
         command += ["iflag=count_bytes", "conv=fsync", "status=none"]
-        start = time.perf_counter()
-        subprocess.run(command, check=True)
-        seconds = time.perf_counter() - start
+        seconds = seconds_of(lambda: subprocess.run(command, check=True), perf_counter)
         target.unlink()
         return {"dd": seconds}
 
     def _synchronous(self) -> dict[str, float]:
-        """A save for which training waits."""
         saver = self.savers["synchronous"]
         stall = self.save(saver)
         (save,) = saver.finish()
@@ -171,48 +143,46 @@ class Costs:
         return {"sync stall": stall, "sync write": save.write_seconds}
 
     def _asynchronous(self) -> dict[str, float]:
-        """A save behind which training goes on; the same number of steps without one is the measure of its delay."""
-        alone = statistics.median(self.train() for _ in range(STEPS_ALONE))
+        """Saves while training continues; as many steps without a save are the measure of the delay."""
+        alone = median_of([self.train() for _ in range(STEPS_ALONE)])
         saver = self.savers["asynchronous"]
-        start = time.perf_counter()
+        start = perf_counter()
         stall, count = self.save(saver), 0
         finished: list[FinishedSave] = []
         while not finished:
             self.train()
             count += 1
-            before = time.perf_counter()
+            before = perf_counter()
             finished = saver.poll()
-            stall += time.perf_counter() - before
-        delay = time.perf_counter() - start - count * alone
-        return {
-            "async stall": stall,
-            "async delay": delay,
-            "async write": finished[0].write_seconds,
-            "step": alone,
-            "steps during a save": count,
-        }
+            stall += perf_counter() - before
+        delay = perf_counter() - start - count * alone
+        write = finished[0].write_seconds
+        return {"async stall": stall, "async delay": delay, "async write": write, "step": alone}
 
     def _verify(self) -> None:
         for name in self.savers:
             for checkpoint in (self.folder / name).glob("step-*"):
-                faults = Store.open(checkpoint).verify()
-                if faults:
-                    raise SystemExit(f"the checkpoints are not sound: {faults[0]}")
+                if faults := Store.open(checkpoint).verify():
+                    raise SystemExit(f"the checkpoints are damaged: {faults[0]}")
 
 
-def table_lines(report: dict[str, Any]) -> list[str]:
-    """The result as text."""
-    seconds, megabytes = report["seconds"], report["bytes"] / 1e6
-    lines = [
-        f"{report['shape']}, {report['precision']}: {megabytes:.1f} MB per checkpoint",
-        f"seconds: median (extremes) of {report['rounds']} rounds",
+def tables_of(what: str, found: dict[str, Any]) -> list[Table]:
+    """Returns seconds with rates, and ratios."""
+    megabytes = found["bytes"] / 1e6
+    times: list[list[Any]] = [
+        [name, median_of(values), min(values), max(values), rate_of(name, megabytes / median_of(values))]
+        for name, values in found["seconds"].items()
     ]
-    for name, values in seconds.items():
-        rate = f"{megabytes / statistics.median(values):>8.0f} MB/s" if name.endswith(("dd", "write")) else ""
-        lines.append(f"{name:22}{statistics.median(values):>9.3f} ({min(values):.3f} {max(values):.3f}){rate}")
-    lines.append("ratios: median [quartiles] (extremes)")
-    lines += [f"{name:48}{spread(ratio)}" for name, ratio in report["ratios"].items()]
-    return lines
+    spreads: list[list[Any]] = [[name, ratio] for name, ratio in found["ratios"].items()]
+    return [
+        Table(f"{what}: {megabytes:.1f} MB per checkpoint", ["", "seconds", "least", "most", "MB/s"], times),
+        Table("ratios within a round", ["", "median [quartiles] (extremes)"], spreads),
+    ]
+
+
+def rate_of(name: str, rate: float) -> int | None:
+    """Returns the rate of what writes; None for other times."""
+    return round(rate) if name.endswith(("dd", "write")) else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the guard is worth: pairs of runs with and without it, poisoned at a known place.
+"""What the guard is worth: pairs of runs with and without it, poisoned at a known turn of the data.
 
     python -m benchmarks.guard [--jobs N] [--output DIR] [--quick] [POISON ...] [section.field=value ...]
 
@@ -21,14 +21,15 @@ import torch
 from mlra_scale import train
 from mlra_scale.config import BatchPlan, ConfigError
 from mlra_scale.data import Batch, SampleStream
-from mlra_scale.model import layers
+from mlra_scale.model import embedding
 from mlra_scale.parallel import StepResult
-from mlra_scale.parallel.engine import EngineBase
+from mlra_scale.parallel.engine import Engine
 from mlra_scale.study.grid import Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import Sweep
-from mlra_scale.study.sweep_text import Board, summary_text
-from mlra_scale.training import feed, trainer
+from mlra_scale.study.sweep_text import Progress, summary_text
+from mlra_scale.training.loop import batches as reading
+from mlra_scale.training.loop import session
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "guard.yaml"
 
@@ -38,10 +39,10 @@ class Poison:
     """What is done to a run, and where.
 
     Attributes:
-        labels: Places whose targets are renamed by a random permutation of the vocabulary; a place is a step's turn in
-            the order of the data, counted from 0.
-        tokens: Places at which one token is repeated throughout.
-        nan: Places whose loss is no number, and so none of their gradients.
+        labels: Turns whose targets are renamed by a random permutation of the vocabulary; a turn is a step in the order
+            of the data, counted from 0.
+        tokens: Turns at which one token is repeated throughout.
+        nan: Turns whose loss and gradients are not finite.
         rate: Steps whose learning rate is multiplied by `rate_factor`, the first time that the run comes to them.
         rate_factor: The factor.
         vocab_size: Tokens that labels are renamed among.
@@ -58,12 +59,12 @@ class Poison:
 
     def spoil(self, batches: list[Batch], consumed_samples: int) -> list[Batch]:
         """Returns what a rank reads instead of `batches`: it depends on the samples alone, not on who reads them."""
-        place = consumed_samples // self.batch
-        if place in self.labels:
-            words = torch.randperm(self.vocab_size, generator=torch.Generator().manual_seed(place))
+        turn = consumed_samples // self.batch
+        if turn in self.labels:
+            words = torch.randperm(self.vocab_size, generator=torch.Generator().manual_seed(turn))
             batches = [replace(batch, targets_BS=words[batch.targets_BS]) for batch in batches]
-        if place in self.tokens:
-            token = torch.full_like(batches[0].tokens_BS, (77 + place) % self.vocab_size)
+        if turn in self.tokens:
+            token = torch.full_like(batches[0].tokens_BS, (77 + turn) % self.vocab_size)
             batches = [replace(batch, tokens_BS=token, targets_BS=(token * 31) % self.vocab_size) for batch in batches]
         return batches
 
@@ -71,8 +72,8 @@ class Poison:
 @contextlib.contextmanager
 def poisoned(poison: Poison) -> Iterator[None]:
     """Poisons the runs of this process until the end of the block."""
-    read, rate = feed.read_batches, trainer.learning_rate
-    train_batch, head_loss = EngineBase.train_batch, layers.head_loss
+    read, rate = reading.read_batches, session.learning_rate
+    train_batch, head_loss = Engine.train_batch, embedding.head_loss
     done: set[int] = set()
     factor = 1.0
 
@@ -84,7 +85,7 @@ def poisoned(poison: Poison) -> Iterator[None]:
         done.add(step)
         return (poison.rate_factor if is_high else 1.0) * rate(step, *arguments)
 
-    def train_spoiled(engine: EngineBase, batches: Sequence[Batch], *arguments: Any) -> StepResult:
+    def train_spoiled(engine: Engine, batches: Sequence[Batch], *arguments: Any) -> StepResult:
         nonlocal factor
         factor = math.nan if int(batches[0].sample_ids_B[0]) // poison.batch in poison.nan else 1.0
         try:
@@ -96,29 +97,29 @@ def poisoned(poison: Poison) -> Iterator[None]:
         return head_loss(*arguments) * factor
 
     with (
-        mock.patch.object(feed, "read_batches", read_batches),
-        mock.patch.object(trainer, "learning_rate", learning_rate),
-        mock.patch.object(EngineBase, "train_batch", train_spoiled),
-        mock.patch.object(layers, "head_loss", spoiled_loss),
+        mock.patch.object(reading, "read_batches", read_batches),
+        mock.patch.object(session, "learning_rate", learning_rate),
+        mock.patch.object(Engine, "train_batch", train_spoiled),
+        mock.patch.object(embedding, "head_loss", spoiled_loss),
     ):
         yield
 
 
 NAMES = ("none", "labels", "tokens", "rate")
-PLACE = 153
+TURN = 153
 """A third of the way through the study's runs, and not just behind a checkpoint."""
 QUICK = ["model.num_layers=2", "train.steps=44", "guard.window=8", "guard.min_window=8", "checkpoint.every=8"]
-QUICK_PLACE = 30
+QUICK_TURN = 30
 
 
-def poison_of(name: str, place: int) -> Poison:
-    """Returns a poison of the study: 8 steps' data from a place on, or the rate of 3 steps."""
-    places = range(place, place + 8)
+def poison_of(name: str, turn: int) -> Poison:
+    """Returns a poison of the study: the data of 8 turns, or the rate of 3 steps."""
+    turns = range(turn, turn + 8)
     return {
         "none": Poison(),
-        "labels": Poison(labels=places, vocab_size=4096),
-        "tokens": Poison(tokens=places, vocab_size=4096),
-        "rate": Poison(rate=range(place, place + 3), rate_factor=100.0),
+        "labels": Poison(labels=turns, vocab_size=4096),
+        "tokens": Poison(tokens=turns, vocab_size=4096),
+        "rate": Poison(rate=range(turn, turn + 3), rate_factor=100.0),
     }[name]
 
 
@@ -126,7 +127,7 @@ class PoisonedSweep(Sweep):
     """A sweep whose runs are all poisoned in the same way.
 
     Args:
-        poison: Name and place.
+        poison: Name and turn.
         *arguments: Of the sweep.
     """
 
@@ -135,7 +136,7 @@ class PoisonedSweep(Sweep):
         self._poison = poison
 
     def command(self, files: CellFiles) -> list[str]:
-        """Returns the command line of a cell: this module in the place of the entry point."""
+        """Returns the command line of a cell: this module instead of the entry point."""
         command = super().command(files)
         entry = command.index("mlra_scale.train")
         return [*command[:entry], "benchmarks.guard", "--train", *map(str, self._poison), *command[entry + 1 :]]
@@ -163,26 +164,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = load_study(STUDY, fields)
         if options.quick:
             study = study.model_copy(update={"seeds": study.seeds[:1]})
-        place = QUICK_PLACE if options.quick else PLACE
-        codes = [run(study, name, place, options.output / name, options.jobs, arguments) for name in names]
+        turn = QUICK_TURN if options.quick else TURN
+        codes = [run(study, name, turn, options.output / name, options.jobs, arguments) for name in names]
     except ConfigError as error:
         print("\n".join(["guard: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
         return 2
     return max(codes)
 
 
-def run(study: Study, poison: str, place: int, output: Path, jobs: int, arguments: Sequence[str]) -> int:
+def run(study: Study, poison: str, turn: int, output: Path, jobs: int, arguments: Sequence[str]) -> int:
     """Runs the study with one poison; returns 1 if a run failed or it was stopped, else 0."""
     study = study.model_copy(update={"name": f"{study.name}-{poison}"})
     cells, directory = cells_of(study), SweepDirectory(output)
-    sweep = PoisonedSweep((poison, place), study, cells, directory)
+    sweep = PoisonedSweep((poison, turn), study, cells, directory)
     to_do = sweep.prepare(cells, ["-m", "benchmarks.guard", *arguments])
-    board = Board(to_do, directory)
-    board.say(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")
+    progress = Progress(to_do, directory)
+    progress.print(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")
     try:
-        stopped = sweep.run(to_do, jobs, board.told, board.watch)
+        stopped = sweep.run(to_do, jobs, progress.on_result, progress.on_poll)
     finally:
-        board.close()
+        progress.close()
     print(summary_text(directory, cells, sweep), flush=True)
     return int(stopped is not None or any(not directory.files(cell).is_done() for cell in cells))
 

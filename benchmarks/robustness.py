@@ -4,7 +4,7 @@
 
 For every number of nodes of 8 devices: the chosen layout, what a rank needs and a step takes; and how the time of the
 best layout changes if one constant is 30 % better or 30 % worse, with a star where that is another layout than the
-chosen one. Memory 30 % better or worse is that of the device. Nothing is measured: all of it are estimates.
+chosen one. Memory 30 % better or worse is that of the device. All numbers are estimates; nothing is measured.
 """
 
 import argparse

@@ -1,246 +1,231 @@
-"""What a second process is worth, and what the engines cost: data, tensor and pipeline parallelism over gloo.
+"""The worth of a second process: data, tensor and pipeline parallelism over gloo.
 
     python -m benchmarks.scaling [--quick] [--rounds N] [--json FILE]
 
-Every layout has its own processes (one thread each), all of them alive; they take turns within a round, in an order
-that rotates, and ratios are formed from times of the same round (benchmarks/turns.py). MLRA, fp32, D = 512, L = 12.
-All layouts start from the same weights; where the losses of the first step on the same samples differ, nothing is
-reported.
+A layout needs process groups of its own, and the libraries keep one layout per process. So every layout has its own
+processes (one thread each), which all stay alive and take turns within a round, in an order that rotates; ratios are
+formed from times of the same round. MLRA, fp32, D = 512, L = 12. All layouts start from the same weights; where the
+losses of the first step on the same samples differ, nothing is reported.
 
 Scaling from one process to two. Strong: the same step, ideal is half the time; weak: two processes take twice the
 samples, ideal is the same time. 1.0 is ideal, 0.5 means that the second process is worth nothing. Two cores of one
-machine share caches and memory bandwidth, so that two processes would be slower than one even if they never spoke to
-each other: the control row has two single processes train at the same time, with nothing between them. The second
-column is set against that: ideal there is the time of one process times its slowdown beside a busy neighbour.
-
-Bubble: of a pipeline of p = 2 stages with m micro-batches, theory idles (p - 1) / (m + p - 1) of the time between the
-start of a step and the end of its last backward pass (the reduction and the update after it are no part of it). Each
-stage adds up how long it is inside forward and backward passes; sending, receiving and waiting is what is left. Of the
-busier stage the idle share is bubble and communication; the mean over both stages also has the difference between the
-stages in it (one has the head, the other the embedding).
-
-Engines: one process, the same module and samples. A plain loop (torch's fused AdamW, multi-tensor clipping, nothing of
-DeepSpeed) against the ZeRO engine at stages 0 to 3 and the pipeline engine with one stage; 1.0 is the plain loop.
+machine share caches and memory bandwidth: the control row has two single processes train at the same time, with nothing
+between them. The second column is against that: ideal there is the time of one process times its slowdown beside a busy
+neighbour.
 """
 
-import argparse
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from benchmarks.contenders import Shape
-from benchmarks.layouts import (
-    build_data_parallel,
-    build_neighbour,
-    build_pipeline,
-    build_single,
-    build_tensor_parallel,
-)
-from benchmarks.report import add_common, check_common, write_report
-from benchmarks.step_time import environment_of, ratios, spread
-from benchmarks.turns import Measured, Turn, World, take_turns
+from benchmarks.contenders import LEARNING_RATE, Shape, config_of
+from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated, words_of
+from benchmarks.ranks import Ranks
+from mlra_scale.config import Config, batch_plan
+from mlra_scale.data import Batch
+from mlra_scale.parallel import Topology, build_engine, build_topology, initialize_distributed
 
 TOLERANCE = 1e-5
-PLAIN = "plain loop"
-ENGINES = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline of one stage")
+MINUTES, TIMEOUT_SECONDS = 10.0, 900.0
+FULL = Shape("D=512 L=12", num_layers=12, hidden_size=512, num_heads=8, batch_size=4)
+TINY = Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=4, sequence_length=16, vocab_size=256)
 CONTROL = "two at once"
-TIMEOUT_SECONDS = 900.0
+ENGINES = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
+Measured = dict[str, float]
 Results = dict[str, list[list[Measured]]]
+"""By turn and round, what each rank measured."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured.
+class Work:
+    """A training step in a layout.
 
     Attributes:
-        scaled: The shape that is spread over two processes.
-        others: Shapes of which only the engines are compared.
-        accumulated: Micro-batches per step of one process that a pipeline is compared with; twice as many are in
-            `pipelined` where weak scaling is wanted.
-        pipelined: Micro-batches per step of the pipeline.
+        size: Samples of a micro-batch.
+        count: Micro-batches per data rank.
+        stage: Of ZeRO.
+        tensor: Tensor-parallel degree.
+        pipeline: Pipeline stages; 0: the ZeRO engine.
     """
 
-    scaled: Shape
-    others: tuple[Shape, ...]
-    accumulated: tuple[int, ...]
-    pipelined: tuple[int, ...]
+    size: int
+    count: int = 1
+    stage: int = 0
+    tensor: int = 1
+    pipeline: int = 0
+
+    def config(self, shape: Shape, world_size: int) -> Config:
+        """Returns its configuration. An engine that is no pipeline takes micro-batches of any size."""
+        size = self.size if self.pipeline else shape.batch_size
+        data = world_size // (self.tensor * max(1, self.pipeline))
+        parallel = {
+            "tensor": self.tensor,
+            "pipeline": max(1, self.pipeline),
+            "engine": "pipeline" if self.pipeline else "zero",
+        }
+        train = {"global_batch_size": self.count * size * data, "micro_batch_size": size, "device": "cpu"}
+        sections: dict[str, Any] = {"parallel": parallel, "train": train}
+        if self.stage:
+            # A bucket for the whole model: DeepSpeed's own of 5e8 numbers would be allocated anew in every step.
+            weights = config_of(shape, "mlra", "fp32").model.num_parameters()
+            sections["deepspeed"] = {"zero_optimization": {"stage": self.stage, "reduce_bucket_size": weights}}
+        return config_of(shape, "mlra", "fp32", **sections)
 
 
-FULL = Plan(
-    scaled=Shape("D=512 L=12", num_layers=12, hidden_size=512, num_heads=8, batch_size=4),
-    others=(Shape("D=128 L=24", num_layers=24, hidden_size=128, num_heads=4, batch_size=8),),
-    accumulated=(4, 16),
-    pipelined=(2, 4, 8, 16),
-)
-QUICK = Plan(
-    scaled=Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=4, sequence_length=16, vocab_size=256),
-    others=(),
-    accumulated=(2, 4),
-    pipelined=(2, 4),
-)
+def worlds_of(shape: Shape, pipelined: Sequence[int]) -> dict[str, tuple[int, dict[str, Work]]]:
+    """Returns the processes: a number of ranks by name, and what they do in their turns.
+
+    Args:
+        shape: What is trained.
+        pipelined: Micro-batches per step of the pipeline; the first and the last are also accumulated by one process.
+    """
+    size = shape.batch_size
+    zero = {f"ZeRO {stage}": Work(size, stage=stage) for stage in range(4)}
+    one = {**zero, **{f"m = {count}": Work(1, count) for count in accumulated_of(pipelined)}}
+    data = {f"{name} strong": Work(size // 2, stage=work.stage) for name, work in zero.items()}
+    data |= {f"{name} weak": work for name, work in zero.items()}
+    return {
+        "one": (1, one),
+        "neighbour": (1, {"ZeRO 0": Work(size)}),
+        "data": (2, data),
+        "tensor": (2, {"strong": Work(size, tensor=2), "weak": Work(2 * size, tensor=2)}),
+        "pipeline": (2, {f"m = {count}": Work(1, count, pipeline=2) for count in pipelined}),
+    }
+
+
+def accumulated_of(pipelined: Sequence[int]) -> tuple[int, ...]:
+    """Returns the numbers of micro-batches that one process accumulates, to compare the pipeline with."""
+    return (pipelined[0], pipelined[-1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
-    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__.splitlines()[0] if __doc__ else "")
-    add_common(parser, rounds=5)
-    arguments = parser.parse_args(argv)
-    check_common(parser, arguments)
+    words = words_of(argv)
+    arguments = parse(parser_of("benchmarks.scaling", "Scaling from one process to two.", rounds=5), words)
     torch.set_num_threads(1)
-    plan, rounds = (QUICK, 2) if arguments.quick else (FULL, arguments.rounds)
-    report: dict[str, Any] = {"environment": environment_of("cpu"), "rounds": rounds}
-    print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), flush=True)
-    results = take_turns(worlds_of(plan), turns_of(plan), rounds, TIMEOUT_SECONDS)
-    check_losses(plan, results)
-    report |= report_of(plan, {name: values[1:] for name, values in results.items()})
-    print("\n".join(["", *table_lines(report)]), flush=True)
-    write_report(arguments, report)
+    shape, pipelined = (TINY, (2, 4)) if arguments.quick else (FULL, (4, 8, 16))
+    report = Report.begin("benchmarks.scaling", words, "cpu")
+    results = measure(shape, worlds_of(shape, pipelined), arguments.rounds)
+    check_losses(shape, results)
+    timed = {name: values[1:] for name, values in results.items()}
+    report.numbers = {"shape": vars(shape), "results": timed}
+    report.add(table_of(shape, pipelined, timed))
+    report.write(arguments.json)
     return 0
 
 
-def worlds_of(plan: Plan) -> list[World]:
-    """The processes: one, its neighbour, three times two, and one for every other shape."""
-    shape = plan.scaled
-    return [
-        World("one", 1, build_single, (shape, plan.accumulated)),
-        World("neighbour", 1, build_neighbour, (shape,)),
-        World("data", 2, build_data_parallel, (shape,)),
-        World("tensor", 2, build_tensor_parallel, (shape,)),
-        World("pipeline", 2, build_pipeline, (shape, plan.pipelined)),
-        *(World(other.name, 1, build_single, (other, ())) for other in plan.others),
-    ]
+def measure(shape: Shape, worlds: Mapping[str, tuple[int, dict[str, Work]]], rounds: int) -> Results:
+    """Runs every turn once per round; the first round is warm-up."""
+    with ExitStack() as stack:
+        ranks = {
+            name: stack.enter_context(Ranks(name, size, serve, shape, works, timeout_s=TIMEOUT_SECONDS))
+            for name, (size, works) in worlds.items()
+        }
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        turns: list[tuple[tuple[str, str], ...]]
+        turns = [((world, work),) for world, (_, works) in worlds.items() if world != "neighbour" for work in works]
+        turns.append((("one", "ZeRO 0"), ("neighbour", "ZeRO 0")))  # at the same time
+        results: Results = {}
+        for number in range(rounds + 1):
+            for turn in rotated(turns, number):
+                name = CONTROL if len(turn) > 1 else ": ".join(turn[0])
+                answers = [pool.submit(ranks[world].ask, (work, number)) for world, work in turn]
+                results.setdefault(name, []).append([rank for answer in answers for rank in answer.result()])
+    return results
 
 
-def turns_of(plan: Plan) -> list[Turn]:
-    """The turns of a round; every engine's first one is on samples that start at 0."""
-    names = {"one": [PLAIN, *ENGINES, *(f"m = {count}" for count in plan.accumulated)]}
-    names |= {other.name: [PLAIN, *ENGINES] for other in plan.others}
-    names["data"] = [f"ZeRO {stage} {kind}" for stage in range(4) for kind in ("strong", "weak")]
-    names["tensor"] = ["strong", "weak"]
-    names["pipeline"] = [f"m = {count}" for count in plan.pipelined]
-    turns = [Turn(f"{world}: {name}", ((world, name),)) for world, parts in names.items() for name in parts]
-    return [*turns, Turn(CONTROL, (("one", "ZeRO 0"), ("neighbour", "ZeRO 0")))]
+def serve(commands: Iterator[tuple[str, int]], shape: Shape, works: Mapping[str, Work]) -> Iterator[Any]:
+    """A rank: takes the step of a work for every (name, number of the round)."""
+    device, world_size = initialize_distributed("cpu", MINUTES), dist.get_world_size()
+    plan = batch_plan(next(iter(works.values())).config(shape, world_size), world_size)
+    topology = build_topology(plan, device, MINUTES)
+    engines: dict[Any, Any] = {}
+    steps = {name: step_of(work, shape, topology, engines) for name, work in works.items()}
+    yield "ready"
+    for name, number in commands:
+        yield steps[name](number)
 
 
-def check_losses(plan: Plan, results: Results) -> None:
-    """Ends the benchmark if layouts that read the same samples did not start from the same loss."""
-    size = plan.scaled.batch_size
-    same = [f"one: {name}" for name in (*ENGINES, f"m = {size}")]
-    same += [f"data: ZeRO {stage} strong" for stage in range(4)] + ["tensor: strong", f"pipeline: m = {size}"]
-    groups = [(f"one: {PLAIN}", same)]
-    groups += [(f"{other.name}: {PLAIN}", [f"{other.name}: {name}" for name in ENGINES]) for other in plan.others]
-    for reference, names in groups:
-        expected = results[reference][0][0]["loss"]
-        for name in names:
-            loss = results[name][0][0]["loss"]
-            if abs(loss / expected - 1.0) > TOLERANCE:
-                raise SystemExit(
-                    f"{name} does not compute what {reference} computes: loss {loss!r} against {expected!r} from the "
-                    "same weights and tokens"
-                )
-
-
-def report_of(plan: Plan, results: Results) -> dict[str, Any]:
-    """Forms the ratios.
+def step_of(work: Work, shape: Shape, topology: Topology, engines: dict[Any, Any]) -> Callable[[int], Measured]:
+    """Returns a training step as a function of the round's number.
 
     Args:
-        plan: What was measured.
-        results: By turn and round, what each rank measured.
+        work: The step.
+        shape: What is trained.
+        topology: The mesh of this process.
+        engines: Those of earlier works; works that differ in the size of micro-batches alone share one.
 
     Returns:
-        Seconds by turn and round (of the slowest rank), and the ratios.
+        Gives `seconds` and `loss`.
     """
+    config, rank, ranks = work.config(shape, topology.world_size), topology.data_rank, topology.data
+    per_step = work.count * work.size * ranks
+
+    def batches(number: int) -> list[Batch]:
+        firsts = [number * per_step + (index * ranks + rank) * work.size for index in range(work.count)]
+        return [shape.samples(range(first, first + work.size)) for first in firsts]
+
+    key = (work.stage, work.tensor, work.pipeline, work.count)
+    if key not in engines:
+        engines[key] = build_engine(config, batch_plan(config, topology.world_size), topology)
+    engine = engines[key]
+
+    def step(number: int) -> Measured:
+        given = batches(number)
+        dist.barrier()
+        started = perf_counter()
+        result = engine.train_batch(given, LEARNING_RATE, lambda proposal: proposal.is_finite)
+        return {"seconds": perf_counter() - started, "loss": result.loss}
+
+    return step
+
+
+def check_losses(shape: Shape, results: Results) -> None:
+    """Ends the benchmark if layouts that read the same samples did not start from the same loss."""
+    same = [f"one: {name}" for name in ENGINES] + [f"data: {name} strong" for name in ENGINES]
+    same += ["tensor: strong", f"one: m = {shape.batch_size}", f"pipeline: m = {shape.batch_size}"]
+    expected = results["one: ZeRO 0"][0][0]["loss"]
+    for name in same:
+        loss = results[name][0][0]["loss"]
+        if abs(loss / expected - 1.0) > TOLERANCE:
+            raise SystemExit(
+                f"{name} does not compute what one: ZeRO 0 computes: loss {loss!r} against {expected!r} from the same "
+                "weights and tokens"
+            )
+
+
+def table_of(shape: Shape, pipelined: Sequence[int], results: Results) -> Table:
+    """Returns the share of the ideal rate that two processes reach."""
     seconds = {name: [max(rank["seconds"] for rank in ranks) for ranks in values] for name, values in results.items()}
     slowdown = [both / one for both, one in zip(seconds[CONTROL], seconds["one: ZeRO 0"], strict=True)]
-    rows = [(f"data: ZeRO {s} {kind}", f"one: ZeRO {s}", kind) for kind in ("strong", "weak") for s in range(4)]
-    rows += [(f"tensor: {kind}", "one: ZeRO 0", kind) for kind in ("strong", "weak")]
-    rows += [(f"pipeline: m = {m}", f"one: m = {m}", "strong") for m in plan.accumulated if m in plan.pipelined]
-    rows += [(f"pipeline: m = {2 * m}", f"one: m = {m}", "weak") for m in plan.accumulated if 2 * m in plan.pipelined]
-    scaling = []
-    for name, base, kind in rows:
-        share = 0.5 if kind == "strong" else 1.0
-        ideal = [share * value for value in seconds[base]]
+    pairs = [(f"data: ZeRO {s} {kind}", f"one: ZeRO {s}", kind) for kind in ("strong", "weak") for s in range(4)]
+    pairs += [(f"tensor: {kind}", "one: ZeRO 0", kind) for kind in ("strong", "weak")]
+    accumulated = accumulated_of(pipelined)
+    pairs += [(f"pipeline: m = {m}", f"one: m = {m}", "strong") for m in accumulated]
+    pairs += [(f"pipeline: m = {2 * m}", f"one: m = {m}", "weak") for m in accumulated if 2 * m in pipelined]
+    rows: list[list[Any]] = []
+    for name, base, kind in pairs:
+        ideal = [(0.5 if kind == "strong" else 1.0) * value for value in seconds[base]]
         beside = [value * slow for value, slow in zip(ideal, slowdown, strict=True)]
-        scaling.append(
-            {
-                "name": name,
-                "against": base,
-                "kind": kind,
-                "of_ideal": ratios(ideal, seconds[name]),
-                "of_control": ratios(beside, seconds[name]),
-            }
-        )
-    engines = {
-        shape.name: {
-            name: ratios(seconds[f"{world}: {name}"], seconds[f"{world}: {PLAIN}"]) for name in (PLAIN, *ENGINES)
-        }
-        for world, shape in (("one", plan.scaled), *((other.name, other) for other in plan.others))
-    }
-    return {
-        "shape": vars(plan.scaled),
-        "other_shapes": [vars(other) for other in plan.others],
-        "seconds": seconds,
-        "control_slowdown": ratios(slowdown, [1.0] * len(slowdown)),
-        "scaling": scaling,
-        "bubble": [bubble(count, results[f"pipeline: m = {count}"]) for count in plan.pipelined],
-        "engines_against_plain_loop": engines,
-    }
-
-
-def bubble(count: int, rounds: Sequence[Sequence[Measured]]) -> dict[str, Any]:
-    """The idle share of the stages of a pipeline, against theory.
-
-    Args:
-        count: Micro-batches per step.
-        rounds: By round, what each stage measured.
-    """
-    spans = [max(stage["span"] for stage in stages) for stages in rounds]
-    busy = [[stage["busy"] for stage in stages] for stages in rounds]
-    theory = (len(busy[0]) - 1) / (count + len(busy[0]) - 1)
-    return {
-        "micro_batches": count,
-        "theory": theory,
-        "idle_of_the_busier_stage": ratios([span - max(b) for span, b in zip(spans, busy, strict=True)], spans),
-        "idle_mean": ratios([span - statistics.mean(b) for span, b in zip(spans, busy, strict=True)], spans),
-        "busy_less_busy_over_busier": ratios([min(b) for b in busy], [max(b) for b in busy]),
-    }
-
-
-def table_lines(report: dict[str, Any]) -> list[str]:
-    """The result as text."""
-    shape, seconds = report["shape"], report["seconds"]
-    lines = [
-        f"{shape['name']}, micro-batches of {shape['batch_size']} x {shape['sequence_length']} tokens (where m is "
-        f"given: 1 x {shape['sequence_length']}), MLRA, fp32",
-        f"median [quartiles] (extremes) of {report['rounds']} rounds",
-        "",
-        f"control: two single processes at once, time of a step as a multiple of one alone: "
-        f"{spread(report['control_slowdown'])}",
-        "",
-        f"{'two processes':26}{'against':16}{'ms':>8}  {'of ideal':36}{'of ideal beside a busy neighbour':36}",
-    ]
-    for row in report["scaling"]:
-        name = row["name"] if row["name"].endswith(row["kind"]) else f"{row['name']} {row['kind']}"
-        milliseconds = 1e3 * statistics.median(seconds[row["name"]])
-        cells = f"{spread(row['of_ideal']):36}{spread(row['of_control']):36}"
-        lines.append(f"{name:26}{row['against']:16}{milliseconds:>8.1f}  {cells}")
-    columns = f"{'idle, busier stage':36}{'idle, mean of stages':36}{'less busy / busier':36}"
-    lines += ["", f"{'bubble':10}{'theory':>8}  {columns}"]
-    for row in report["bubble"]:
-        names = ("idle_of_the_busier_stage", "idle_mean", "busy_less_busy_over_busier")
-        cells = "".join(f"{spread(row[name]):36}" for name in names)
-        lines.append(f"{'m = ' + str(row['micro_batches']):10}{row['theory']:>8.3f}  {cells}")
-    for name, engines in report["engines_against_plain_loop"].items():
-        world = "one" if name == shape["name"] else name
-        lines += ["", f"{name + ', one process':26}{'ms':>8}  time as a multiple of the plain loop's"]
-        for engine, ratio in engines.items():
-            lines.append(f"{engine:26}{1e3 * statistics.median(seconds[f'{world}: {engine}']):>8.1f}  {spread(ratio)}")
-    return lines
+        label = name if name.endswith(kind) else f"{name} {kind}"
+        milliseconds = median_of(seconds[name], 1e3)
+        rows.append([label, base, milliseconds, ratios(ideal, seconds[name]), ratios(beside, seconds[name])])
+    control = ratios(slowdown, [1.0] * len(slowdown))
+    rows.append(["control: two single processes at once", "one: ZeRO 0", median_of(seconds[CONTROL], 1e3), None, None])
+    title = (
+        f"{shape.name}, MLRA, fp32, micro-batches of {shape.batch_size} x {shape.sequence_length} tokens "
+        "(of one sample where m is given); share of the ideal rate"
+    )
+    note = f"the control takes {control['median']:.3f} times as long as one process alone"
+    return Table(title, ["two processes", "against", "ms", "of ideal", "beside a busy neighbour"], rows, note)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,71 @@
-"""Peak bytes of tensors on the CPU, exact: every allocation and release that torch's allocator reports.
+"""Peak bytes of tensors, on a GPU by torch's counters, on a CPU by every allocation that torch's allocator reports.
 
-torch.profiler's memory events carry the address, the size and the time of each. What is summed is what has been
-allocated since `recording` began, so it must begin before the first tensor that counts is made; buffers inside an
-operation and inside the backward pass are seen as well, which a look at Python's objects, or at operations' outputs,
-would miss. The process' resident size (RSS) is another matter: it also has the libraries, the allocator's slack, the
-process groups' own buffers and this recording.
+On a CPU the profiler's memory events carry the address, the size and the time of each allocation. The sum is of what
+was allocated since `recording` began, so it must begin before the first tensor that counts; buffers inside operations
+and inside the backward pass are included. The resident size of the process (RSS) also has libraries, the allocator's
+slack and this recording.
 """
 
 from __future__ import annotations
 
-import resource
+import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile
 
+from mlra_scale.data import Batch
+
 _MARK = "tensor_memory/"
 _GRACE_SECONDS = 1e-3
 
 
+@dataclass(frozen=True)
+class Started:
+    """A contender that has taken two steps.
+
+    Attributes:
+        step: Takes one more, and returns its loss.
+        loss: Of the first step.
+        peak_bytes: The most that its tensors took at once in the second step: weights, gradients, optimizer, buffers,
+            activations, temporary results. What existed before it was built does not count.
+    """
+
+    step: Callable[[Batch], float]
+    loss: float
+    peak_bytes: int
+
+
+def start(build: Callable[[], Callable[[Batch], float]], device: torch.device, first: Batch, second: Batch) -> Started:
+    """Builds a contender and takes two steps on two batches; from the second one on its memory is steady."""
+    gc.collect()  # what earlier contenders left must not be freed while this one is observed
+    if device.type == "cpu":
+        with recording() as memory:
+            step = build()
+            loss = step(first)
+            with memory.span("second"):
+                step(second)
+        return Started(step, loss, memory.peaks["second"])
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    step = build()
+    loss = step(first)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step(second)
+    torch.cuda.synchronize()
+    return Started(step, loss, torch.cuda.max_memory_allocated() - before)
+
+
 @dataclass
 class TensorMemory:
-    """What a recording found, once it has ended.
+    """Results of a recording, once it has ended.
 
     Attributes:
         peaks: Largest sum of bytes within each marked span, by its name; a name used again keeps the largest.
@@ -58,9 +96,9 @@ def recording() -> Iterator[TensorMemory]:
 
 @contextmanager
 def _patient_collectives() -> Iterator[None]:
-    """Lets gloo's threads release what they hold first.
+    """Lets gloo's threads release their tensors first.
 
-    They do so a moment after they have told that a collective is done. If this thread were faster, theirs would be the
+    They do so a moment after they report that a collective is done. If this thread were faster, theirs would be the
     last reference, and a release in another thread is not recorded.
     """
     wait = Work.wait
@@ -79,47 +117,29 @@ def _patient_collectives() -> Iterator[None]:
 
 def _evaluate(roots: list[Any], found: TensorMemory) -> None:
     """Replays the allocations in order of time."""
-    moments: list[tuple[int, int, int, Any]] = []
+    events: list[tuple[int, int, int, Any]] = []
     pending = list(roots)
     while pending:
         event = pending.pop()
         pending += event.children
         if event.name == "[memory]":
-            moments.append((event.start_time_ns, 1, event.id, event.extra_fields))
+            events.append((event.start_time_ns, 1, event.id, event.extra_fields))
         elif event.name.startswith(_MARK):
             name = event.name.removeprefix(_MARK)
-            moments += [(event.start_time_ns, 0, event.id, name), (event.end_time_ns, 2, event.id, name)]
-    held: dict[int, int] = {}
+            events += [(event.start_time_ns, 0, event.id, name), (event.end_time_ns, 2, event.id, name)]
+    allocated: dict[int, int] = {}
     total, spans = 0, set[str]()
-    for _, kind, _, content in sorted(moments, key=lambda moment: moment[:3]):
+    for _, kind, _, content in sorted(events, key=lambda event: event[:3]):
         if kind == 0:
             spans.add(content)
             found.start[content] = max(found.start.get(content, 0), total)
         elif kind == 2:
             spans.discard(content)
         else:
-            # A tensor that another thread released leaves no trace of that but its address being given out again.
-            total -= held.pop(content.ptr, 0)
+            # A tensor that another thread released leaves no trace but that its address is given out again.
+            total -= allocated.pop(content.ptr, 0)
             if content.alloc_size > 0:
-                held[content.ptr] = content.alloc_size
+                allocated[content.ptr] = content.alloc_size
                 total += content.alloc_size
         for name in spans:
             found.peaks[name] = max(found.peaks.get(name, 0), total)
-
-
-def reset_resident_peak() -> None:
-    """Makes `resident_peak` begin anew, where the kernel lets a process do so."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def resident_peak() -> int:
-    """Returns the largest resident size of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,18 +1,67 @@
-"""Standard output and standard error are for people: what becomes of them never decides what becomes of the work."""
+"""Console output: tables, log messages, and streams whose failure never ends the work."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
+
+TABLE_WIDTH = 120
 
 _WAIT_SECONDS = 5.0
 """How long a non-blocking console that is full may take before a piece of text is dropped."""
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, width: int | None = TABLE_WIDTH) -> str:
+    """Returns a table as plain text, for consoles, logs and files.
+
+    Args:
+        headers: One per column; a text of several words is broken into lines where the table is too wide.
+        rows: The cells, as many per row as there are headers.
+        left: Number of columns, from the first one, that are aligned left; the others are aligned right.
+        width: Characters of the longest line; longer cells are continued on the next line. None: no limit.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for number, header in enumerate(headers):
+        grid.add_column(Text(header), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), color_system=None, force_terminal=False, width=width or 100_000)
+    with console.capture() as capture:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def set_up_logging(rank: int | None = None, level: int = logging.INFO) -> None:
+    """Sends the messages of `logging.getLogger("mlra_scale...")` to standard error, with their level and rank.
+
+    Args:
+        rank: This process's; ranks other than 0 print warnings and errors only. None: the process is no rank.
+        level: The lowest level that rank 0 prints.
+    """
+    handler = _StandardError()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s{'' if rank is None else f' (rank {rank})'}: %(message)s"))
+    logger = logging.getLogger("mlra_scale")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(max(level, logging.WARNING) if rank else level)
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the time of a message, not at the time of the set-up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Unfailing(io.RawIOBase):

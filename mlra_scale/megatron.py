@@ -24,9 +24,8 @@ def _without_compiler() -> Iterator[None]:
 
 with _without_compiler():
     from megatron.core import ModelParallelConfig, parallel_state
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-    from megatron.core.datasets.utils import Split
+    from megatron.core.datasets.helpers import build_sample_idx
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -38,14 +37,11 @@ with _without_compiler():
 __all__ = [
     "ColumnParallelLinear",
     "DType",
-    "GPTDataset",
-    "GPTDatasetConfig",
-    "IndexedDataset",
     "IndexedDatasetBuilder",
     "ModelParallelConfig",
     "RowParallelLinear",
-    "Split",
     "VocabParallelEmbedding",
+    "build_sample_idx",
     "copy_to_tensor_model_parallel_region",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",

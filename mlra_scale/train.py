@@ -1,12 +1,12 @@
 """The entry point: `python -m mlra_scale.train`, or `torchrun --nproc_per_node N -m mlra_scale.train` for N processes.
 
-Everything that can be wrong is found on every rank before a process group exists or a file is written, and told once.
+Every rank finds all bad input before a process group exists or a file is written, and reports it once.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    # Before the seconds that all other imports take.
+    # Before the other imports, which take seconds.
     from mlra_scale.console import make_unfailing
     from mlra_scale.training.interruption import Interruption
 
@@ -32,22 +32,27 @@ from mlra_scale.config import (
     preset_names,
     validate,
 )
-from mlra_scale.data.errors import DataError
-from mlra_scale.training.device_environment import set_device_environment
-from mlra_scale.training.dry_run import plan_report
+from mlra_scale.console import set_up_logging
+from mlra_scale.data import DataError
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.interruption import Interruption
-from mlra_scale.training.layout import Devices, devices_unseen, is_open, settled
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.interruption import Interruption, Watchdog
+from mlra_scale.training.log.console import silence_libraries
+from mlra_scale.training.run_directory import RunDirectory, run_lock
+from mlra_scale.training.start.device import (
+    Devices,
+    Launcher,
+    devices_elsewhere,
+    resolve_device,
+    set_device_environment,
+)
+from mlra_scale.training.start.plan import is_layout_open, plan_report, resolve_layout
 
 if TYPE_CHECKING:
-    # Both import torch, which --dry-run does without.
-    from mlra_scale.training.overseer import Overseer
-    from mlra_scale.training.start import Asked
+    from mlra_scale.training.start.request import LaunchRequest  # imports torch, which --dry-run does not need
 
 _RANK_0_SECONDS = 10.0
-"""How long the other ranks let rank 0 tell about bad input before they tell it themselves: a launcher ends every rank
-as soon as one ends, and a file may be missing on one node only."""
+"""How long the other ranks wait for rank 0 to report bad input before they report it themselves: a launcher ends every
+rank as soon as one ends, and a file may be missing on one node only."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,13 +63,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser: these flags and no more, everything else is a dotted override."""
+    """Returns the parser of these flags; everything else is a dotted override."""
     parser = _Parser(
         prog="mlra_scale.train", description="Pre-train a GPT-2 with low-rank attention factors.", allow_abbrev=False
     )
     parser.add_argument("--preset", help=f"starting point: {', '.join(preset_names())}")
     parser.add_argument("--config", metavar="FILE.yaml", help="fields that replace the preset's")
-    parser.add_argument("--ds-config", metavar="FILE.json", help="DeepSpeed's own knobs (see ds_configs/)")
+    parser.add_argument("--ds-config", metavar="FILE.json", help="DeepSpeed's own settings (see ds_configs/)")
     parser.add_argument("--run-dir", metavar="DIR", help="where everything the run leaves behind goes")
     parser.add_argument(
         "--resume",
@@ -80,44 +85,46 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(
-    argv: Sequence[str] | None = None, overseer: Overseer | None = None, interruption: Interruption | None = None
+    argv: Sequence[str] | None = None, watchdog: Watchdog | None = None, interruption: Interruption | None = None
 ) -> int:
     """Runs the command line.
 
     Args:
         argv: Arguments without the program's name; None takes those of the process.
-        overseer: Looks after this rank; None: nobody does.
-        interruption: Listens to signals already; None: they are listened to until this returns.
+        watchdog: Supervises this rank; None: nothing does.
+        interruption: Handles signals already; None: they are handled until this returns.
 
     Returns:
         The exit code, see ExitCode.
     """
     if interruption is None:
-        with Interruption() as listening:
-            return main(argv, overseer, listening)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        with Interruption() as interruption:
+            return main(argv, watchdog, interruption)
+    launcher = Launcher()
     try:
+        launcher = Launcher.of(os.environ)
+        set_up_logging(launcher.rank)
         arguments = build_parser().parse_intermixed_args(argv)
         run_directory = None if arguments.run_dir is None else RunDirectory(Path(arguments.run_dir))
-        config, named, is_as_before = resolve(arguments)
+        config, named, is_stored_config = resolve(arguments)
         if arguments.dry_run:
-            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
-            number = config.parallel.world_size or world_size
-            return _dry_run(config, named, rank, devices_unseen(config, number, per_node))
-        from mlra_scale.training.start import Asked
+            number = config.parallel.world_size or launcher.world_size
+            devices = devices_elsewhere(config, number, launcher.local_world_size)
+            return _dry_run(config, named, launcher.rank, devices)
+        from mlra_scale.training.start.request import LaunchRequest
 
-        asked = Asked(config, named, run_directory, arguments.resume, world_size, is_as_before)
-        return _train(asked, rank, overseer, interruption)
+        request = LaunchRequest(config, named, run_directory, arguments.resume, launcher.world_size, is_stored_config)
+        return _train(request, launcher.rank, watchdog or Watchdog(), interruption)
     except ConfigError as error:
-        # Whatever signal ends this rank meanwhile: the input is bad.
+        # The input is bad, whatever signal ends this rank meanwhile.
         interruption.limit(0.0, code=ExitCode.BAD_INPUT)
-        return _report_bad_input(error, rank)
+        return _report_bad_input(error, launcher.rank)
     except DataError as error:
         # Found while the data were read; on a machine of its own only this rank may see it.
-        print(f"mlra_scale.train: bad input (rank {rank})\n  {error}", file=sys.stderr, flush=True)
+        print(f"mlra_scale.train: bad input (rank {launcher.rank})\n  {error}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
-        if rank == 0:
+        if launcher.rank == 0:
             print("interrupted; continue from the last checkpoint with --resume auto", file=sys.stderr, flush=True)
         return ExitCode.INTERRUPTED
 
@@ -126,12 +133,12 @@ def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Co
     """Builds the configuration that a command line asks for.
 
     Args:
-        arguments: What the parser has read.
+        arguments: The parsed arguments.
         more: Further overrides.
 
     Returns:
-        The configuration, which of its fields were named, and whether it is that of the run directory: where a run is
-        resumed and neither a preset nor a file is named.
+        The configuration, which of its fields were named, and whether it is that of the run directory, which holds
+        where a run is resumed and neither a preset nor a file is named.
 
     Raises:
         ConfigError: With everything that is wrong in all sources.
@@ -146,33 +153,36 @@ def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Co
     return config, named, own is not None
 
 
-def _train(asked: Asked, rank: int, overseer: Overseer | None, interruption: Interruption) -> int:
-    """Checks everything, keeps other runs out of the directory, and trains."""
-    set_device_environment(asked.config, os.environ, is_open(asked.config, asked.named))
-    from mlra_scale.training.candidates import choose
-    from mlra_scale.training.launch import run
-    from mlra_scale.training.overseer import Overseer
-    from mlra_scale.training.report import report_nothing_to_do
-    from mlra_scale.training.start import prepare
+def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: Interruption) -> int:
+    """Checks everything, locks the run directory, and trains."""
+    set_device_environment(request.config, os.environ, is_layout_open(request.config, request.named))
+    from mlra_scale.training.log.report import report_nothing_to_do
+    from mlra_scale.training.start.request import resolve_run
+    from mlra_scale.training.start.resume_choice import choose_checkpoint
 
-    start, overseer = prepare(asked), overseer or Overseer()
-    with held(start.run, overseer.lock_seconds) if rank == 0 else contextlib.nullcontext():
-        if rank == 0 and choose(start.run, asked.resume) != start.choice:
-            # Between the check and the lock.
-            raise ConfigError([Problem("--run-dir", str(start.run.path), "another run has just used it; look again")])
-        if start.is_done:
+    run = resolve_run(request)
+    directory = run.directory
+    with run_lock(directory, watchdog.lock_seconds) if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and choose_checkpoint(directory, request.resume).checkpoint != run.resume.checkpoint:
+            # Changed between the check and the lock.
+            raise ConfigError([Problem("--run-dir", str(directory.path), "another run has just used it; look again")])
+        if run.is_done:
             if rank == 0:
-                report_nothing_to_do(start)
+                report_nothing_to_do(run)
             return ExitCode.DONE
-        return run(asked, start, overseer, interruption)
+        silence_libraries(resolve_device(run.config))
+        # This imports DeepSpeed, which chooses its accelerator when it is imported.
+        from mlra_scale.training.loop.trainer import launch
+
+        return launch(request, run, watchdog, interruption)
 
 
 def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
-    """Prints the plan for devices that need not be there; data are checked if they are named."""
+    """Prints the plan for devices that need not exist; data are checked if they are named."""
     problems: list[Problem] = []
     layout = None
     try:
-        config, layout = settled(config, named, devices)
+        config, layout = resolve_layout(config, named, devices)
         validate(config, devices.number)
     except ConfigError as error:
         problems += error.problems
@@ -189,8 +199,7 @@ def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
 
 def _report_bad_input(error: ConfigError, rank: int) -> int:
     if rank != 0:
-        # Under a launcher rank 0's end ends this process here.
-        time.sleep(_RANK_0_SECONDS)
+        time.sleep(_RANK_0_SECONDS)  # under a launcher rank 0's end ends this process here
     where = f" (rank {rank})" if rank != 0 else ""
     lines = "\n".join(f"  {problem}" for problem in error.problems)
     print(f"mlra_scale.train: bad input{where}\n{lines}", file=sys.stderr, flush=True)

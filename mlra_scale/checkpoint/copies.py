@@ -1,68 +1,44 @@
-"""Whether copies that should be equal are equal: what tensor, pipeline and data ranks hold in common.
+"""Comparing copies that must be equal: parameters that several tensor, pipeline or data ranks hold.
 
-Only the owner's copy is stored. Each rank condenses its copies to one number per parameter and part,
+Only the owner's copy is stored. Each rank reduces its copies to one checksum per parameter and part,
 
     sum over elements of  bits(element) * weight(position)   mod 2^64,   every weight odd,
 
-in integer arithmetic, so that neither order nor cuts matter: partitions of a tensor over data ranks add up to the
-number of the whole. One differing element always changes it, because its odd weight has an inverse.
+in integer arithmetic, so that neither order nor cuts matter: the checksums of a tensor's partitions over data ranks add
+up to that of the whole. One differing element always changes it, because its odd weight has an inverse.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mlra_scale.checkpoint.contents import PARTS, Part
+from mlra_scale.checkpoint.fragments import Part, parts_of
 
 if TYPE_CHECKING:
+    from mlra_scale.checkpoint.saving import RankReport
     from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine
 
 _BLOCK = 2**16
 _ODD_INSIDE, _ODD_ACROSS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 _MODULUS = 2**64
 
 
-@dataclass(frozen=True)
-class Digest:
-    """The checksum of what a rank holds of a parameter.
-
-    Attributes:
-        numel: Number of elements it covers.
-        value: The checksum.
-    """
+class Digest(NamedTuple):
+    """The checksum of what a rank holds of a parameter, and the number of elements that it covers."""
 
     numel: int
     value: int
 
 
 Digests = dict[tuple[str, Part], Digest]
-"""Checksums by parameter and part."""
-
-
-@dataclass(frozen=True)
-class RankCopies:
-    """What a rank tells of its copies.
-
-    Attributes:
-        rank: Global rank.
-        tensor_rank: Coordinate on the tensor axis.
-        pipeline_rank: Coordinate on the pipeline axis.
-        digests: Of what it holds.
-    """
-
-    rank: int
-    tensor_rank: int
-    pipeline_rank: int
-    digests: Digests
 
 
 def copied_parameters(engine: Engine) -> frozenset[str]:
@@ -78,21 +54,19 @@ def copied_parameters(engine: Engine) -> frozenset[str]:
 def digests_on_device(
     fragments: Iterable[Fragment], names: frozenset[str]
 ) -> tuple[list[tuple[str, Part, int]], torch.Tensor | None]:
-    """Condenses the fragments of some parameters, on the device and without waiting for it.
+    """Computes checksums of the fragments of some parameters, on the device and without waiting for it.
 
     Args:
-        fragments: What this rank holds, with moments if there are any.
-        names: The parameters that matter.
+        fragments: What this rank holds, with its moments.
+        names: The parameters that some rank holds a copy of.
 
     Returns:
         Parameter, part and number of elements of each checksum, and the checksums (int64), or None for no checksum.
     """
     keys, values = [], []
     for fragment in fragments:
-        if fragment.name not in names:
-            continue
-        for part, tensor in zip(PARTS, (fragment.values, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
-            if tensor is not None:
+        if fragment.name in names:
+            for part, tensor in parts_of(fragment):
                 keys.append((fragment.name, part, tensor.numel()))
                 values.append(_checksum(tensor.detach(), fragment.start))
     return keys, torch.stack(values) if values else None
@@ -107,8 +81,8 @@ def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests
     return found
 
 
-def differing_copies(reports: Iterable[RankCopies], table: ParameterTable, tensor: int) -> str | None:
-    """Compares all copies.
+def differing_copies(reports: Iterable[RankReport], table: ParameterTable, tensor: int) -> str | None:
+    """Compares the copies of all ranks.
 
     Args:
         reports: Of every rank.
@@ -118,7 +92,7 @@ def differing_copies(reports: Iterable[RankCopies], table: ParameterTable, tenso
     Returns:
         None where all are equal, else the first parameter that differs, and between which ranks.
     """
-    # By what should be equal, then by who holds it together: pieces over data ranks make up one copy.
+    # By what must be equal, then by model-parallel place: the pieces of data ranks make up one copy.
     copies: dict[tuple[str, Part, int], dict[tuple[int, int], list[tuple[int, Digest]]]] = defaultdict(dict)
     for report in reports:
         for (name, part), digest in report.digests.items():
@@ -132,9 +106,9 @@ def differing_copies(reports: Iterable[RankCopies], table: ParameterTable, tenso
             for value, ranks in _versions(name, holders, numel):
                 versions[value].append(ranks)
         if len(versions) > 1:
-            told = " and ".join(f"rank(s) {', '.join(ranks)}" for ranks in versions.values())
+            differing = " and ".join(f"rank(s) {', '.join(ranks)}" for ranks in versions.values())
             what = name if part == "weight" else f"{part} of {name}"
-            return f"copies of {what} that should be equal differ between {told}"
+            return f"copies of {what} that should be equal differ between {differing}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Files that are on disk when they are said to be, and that appear whole or not at all."""
+"""The files of checkpoints: errors with a remedy, and sizes and checksums of what was written."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.config.json_text import printable
+from mlra_scale.files import name_errors
 
-CHUNK_BYTES = 8 * 2**20
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the text names the file, the fault and the remedy.
+
+    Parts of the text come from files, so control characters are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What is known of a file.
-
-    Attributes:
-        bytes: Its size.
-        sha256: Its checksum, in hexadecimal.
-    """
+    """Size of a file, and its SHA-256 checksum in hexadecimal."""
 
     bytes: int
     sha256: str
 
 
 @contextlib.contextmanager
-def faults_told(action: str, path: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a CheckpointError.
+def system_errors(action: str, path: Path) -> Iterator[None]:
+    """Turns errors of the operating system into a CheckpointError with path, fault and remedy.
 
     Args:
-        action: What is being done to the path: "written", "read", "removed".
-        path: A file or folder.
-
-    Raises:
-        CheckpointError: With the path, the fault and the remedy.
+        action: What the block does with the path: "written", "read", "removed".
+        path: Named where the system's error names no file.
     """
     try:
         yield
     except OSError as error:
-        place = Path(error.filename) if isinstance(error.filename, str) else path
+        failed = Path(error.filename) if isinstance(error.filename, str) else path
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise CheckpointError(f"{place} cannot be {action}: {reason}; {_remedy(error, place, action)}") from error
+        raise CheckpointError(f"{failed} cannot be {action}: {reason}; {_remedy(error, failed, action)}") from error
 
 
 def _remedy(error: OSError, path: Path, action: str) -> str:
@@ -56,61 +57,27 @@ def _remedy(error: OSError, path: Path, action: str) -> str:
         return f"see that this user may write to {path.parent}, or name another run directory"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "checkpoints must lie on a disk that all ranks share, and nothing else may move them during a run"
-    return f"see to the disk of {path.parent}"
-
-
-@contextlib.contextmanager
-def errors_named(path: Path) -> Iterator[None]:
-    """Gives the file's name to errors of the operating system that have none: those of writing and of waiting."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
+    return f"check the disk of {path.parent}"
 
 
 def write_file(path: Path, content: bytes) -> FileEntry:
     """Writes a new file and waits until it is on disk."""
-    with errors_named(path), path.open("xb") as file:
+    with name_errors(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old or the new content, and waits until it is on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_file(partial, content)
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk."""
-    with errors_named(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def entry_of(path: Path) -> FileEntry:
     """Returns size and checksum of a file; reads all of it, a piece at a time."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return FileEntry(size, digest.hexdigest())
+        digest = hashlib.file_digest(file, "sha256")
+        return FileEntry(file.tell(), digest.hexdigest())
 
 
 def size_fault(path: Path, entry: FileEntry) -> str | None:
-    """Returns what is wrong with a file as far as its size tells, or None."""
+    """Returns what is wrong with the size of a file, or None."""
     if not path.is_file():
         return f"{path} is missing"
     if (size := path.stat().st_size) != entry.bytes:
@@ -119,7 +86,7 @@ def size_fault(path: Path, entry: FileEntry) -> str | None:
 
 
 def checksum_fault(path: Path, entry: FileEntry) -> str | None:
-    """Returns what is wrong with a file, or None; reads all of it."""
+    """Returns what is wrong with size or content of a file, or None; reads all of it."""
     try:
         if fault := size_fault(path, entry):
             return fault
@@ -127,10 +94,3 @@ def checksum_fault(path: Path, entry: FileEntry) -> str | None:
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     return None if actual == entry else f"{path} is damaged or of another save: its sha256 is not the manifest's"
-
-
-def copy_file(source: Path, target: Path) -> FileEntry:
-    """Copies a file, waits until the copy is on disk, and returns what was written."""
-    with faults_told("read", source), errors_named(source):
-        content = source.read_bytes()
-    return write_file(target, content)

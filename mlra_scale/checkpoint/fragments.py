@@ -1,27 +1,53 @@
-"""fragments.json: which elements of which parameter lie in which file.
+"""Which elements of which parameter lie in which file, and copying between fragments of any two layouts.
 
-One line per file, so that ranks can write their own lines and rank 0 only joins them:
+A fragment is a run of consecutive elements of one tensor-parallel rank's shard, flattened row by row. The shard is a
+rectangle of the global tensor, seen as a matrix (a vector is a matrix of one column), so a run is at most three
+rectangles: the end of its first row, whole rows, the beginning of its last row. What two fragments have in common is
+therefore a few rectangles too, each of them one strided copy, whatever the two layouts are.
+
+fragments.json has one line per file, so that each rank can write its own line and rank 0 only joins them:
 
     {"rank-00000.safetensors": {"tensor_rank": 0, "runs": [["embedding.weight", 0, 4096], ...]}, ...}
 
-A run is a parameter, its first element in the tensor-parallel shard flattened row by row, and the number of elements.
+A run is a parameter, its first element in the flattened shard, and the number of elements.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from mlra_scale.checkpoint.errors import CheckpointError
+import torch
+
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.manifest import Manifest, StoredParameter
-from mlra_scale.checkpoint.placement import shard_of
 from mlra_scale.config.json_text import parse_json
 
+if TYPE_CHECKING:
+    from mlra_scale.parallel.fragments import Fragment
+
 FRAGMENTS = "fragments.json"
-Run = tuple[str, int, int]
+
+Part = Literal["weight", "exp_avg", "exp_avg_sq"]
+PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
+"""What is stored of a parameter: the weight, and in a checkpoint with moments those of the optimizer."""
+ElementRun = tuple[str, int, int]
+"""Parameter, first element, number of elements: an entry of `runs` in fragments.json."""
+
+
+def parts_of(fragment: Fragment) -> Iterator[tuple[Part, torch.Tensor]]:
+    """Yields the weight of a fragment, and those of its moments that it has."""
+    for part, tensor in zip(PARTS, (fragment.values, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
+        if tensor is not None:
+            yield part, tensor
+
+
+def tensor_key(part: Part, name: str, start: int) -> str:
+    """Returns the name of a fragment's tensor in its safetensors file."""
+    return f"{part}/{name}/{start}"
 
 
 class StoredFragment(NamedTuple):
@@ -42,18 +68,116 @@ class StoredFragment(NamedTuple):
     tensor_rank: int
 
 
-def line_of(file: str, tensor_rank: int, runs: Sequence[Run]) -> bytes:
-    """Returns the line of a file."""
+class Box(NamedTuple):
+    """A rectangle of the global matrix whose elements lie one after the other in a tensor, row by row.
+
+    Attributes:
+        row: Its first row in the global matrix.
+        column: Its first column.
+        rows: Number of rows.
+        columns: Number of columns.
+        offset: Index of its first element in the tensor.
+    """
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.rows * self.columns
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Returns (rows, columns) of a tensor of one or two dimensions seen as a matrix."""
+    assert 1 <= len(shape) <= 2, shape
+    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
+
+
+def shard_of(shape: Sequence[int], shard_dim: int | None, tensor_parallel: int, tensor_rank: int) -> Box:
+    """Returns the rectangle that a tensor-parallel rank holds of a parameter of this global shape."""
+    rows, columns = matrix_shape(shape)
+    if shard_dim is None:
+        return Box(0, 0, rows, columns)
+    assert shape[shard_dim] % tensor_parallel == 0, (shape, shard_dim, tensor_parallel)
+    size = shape[shard_dim] // tensor_parallel
+    if shard_dim == 0:
+        return Box(tensor_rank * size, 0, size, columns)
+    return Box(0, tensor_rank * size, rows, size)
+
+
+def boxes_of(shard: Box, start: int, numel: int) -> list[Box]:
+    """Returns the rectangles of the elements start, start + 1, ... of a flattened shard, in their order."""
+    assert 0 <= start <= start + numel <= shard.numel, (shard, start, numel)
+    boxes: list[Box] = []
+    position, stop = start, start + numel
+    while position < stop:
+        row, column = divmod(position, shard.columns)
+        if column == 0 and stop - position >= shard.columns:
+            rows, columns = (stop - position) // shard.columns, shard.columns
+        else:
+            rows, columns = 1, min(shard.columns - column, stop - position)
+        boxes.append(Box(shard.row + row, shard.column + column, rows, columns, position - start))
+        position += rows * columns
+    return boxes
+
+
+def overlaps(one: Sequence[Box], other: Sequence[Box]) -> list[tuple[Box, Box, Box]]:
+    """Returns a box of the one, a box of the other, and the rectangle that they have in common, for all such pairs."""
+    found: list[tuple[Box, Box, Box]] = []
+    if (
+        not one
+        or not other
+        or one[0].row >= other[-1].row + other[-1].rows
+        or other[0].row >= one[-1].row + one[-1].rows
+    ):
+        return found  # most pairs of fragments have no row in common
+    for mine in one:
+        for theirs in other:
+            row, column = max(mine.row, theirs.row), max(mine.column, theirs.column)
+            rows = min(mine.row + mine.rows, theirs.row + theirs.rows) - row
+            columns = min(mine.column + mine.columns, theirs.column + theirs.columns) - column
+            if rows > 0 and columns > 0:
+                found.append((mine, theirs, Box(row, column, rows, columns)))
+    return found
+
+
+def copy_overlaps(target: torch.Tensor, source: torch.Tensor, common: Iterable[tuple[Box, Box, Box]]) -> int:
+    """Copies what two fragments (1-D) have in common, and returns the number of elements.
+
+    Args:
+        target: The fragment to fill.
+        source: The fragment to read.
+        common: `overlaps` of the target's boxes and the source's.
+    """
+    copied = 0
+    for to, of, box in common:
+        _view(target, to, box).copy_(_view(source, of, box))
+        copied += box.numel
+    return copied
+
+
+def _view(values: torch.Tensor, box: Box, part: Box) -> torch.Tensor:
+    whole = values[box.offset : box.offset + box.numel].view(box.rows, box.columns)
+    row, column = part.row - box.row, part.column - box.column
+    return whole[row : row + part.rows, column : column + part.columns]
+
+
+def line_of(file: str, tensor_rank: int, runs: Sequence[ElementRun]) -> bytes:
+    """Returns the line of fragments.json for a file."""
     return f"{json.dumps(file)}: {json.dumps({'tensor_rank': tensor_rank, 'runs': runs})}".encode("ascii")
 
 
-def joined(lines: Iterable[bytes]) -> bytes:
+def join_lines(lines: Iterable[bytes]) -> bytes:
     """Returns the content of fragments.json."""
     return b"{\n" + b",\n".join(lines) + b"\n}\n"
 
 
-def parse(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment]:
-    """Reads fragments.json and checks that every element of every parameter is stored once.
+def parse_fragments(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment]:
+    """Reads fragments.json and checks that every element of every parameter is stored exactly once.
 
     Args:
         content: The file's content.
@@ -61,7 +185,7 @@ def parse(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment
         path: The file, for errors.
 
     Raises:
-        CheckpointError: It is not so.
+        CheckpointError: It is damaged, or elements are missing or stored twice.
     """
     found = []
     try:
@@ -88,21 +212,19 @@ def parse(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment
 def _coverage_faults(
     fragments: Iterable[StoredFragment], parameters: Mapping[str, StoredParameter], tensor: int
 ) -> list[str]:
-    """What elements are missing or stored twice."""
     runs: dict[tuple[str, int], list[StoredFragment]] = defaultdict(list)
     for piece in fragments:
         runs[piece.name, piece.tensor_rank].append(piece)
     faults = []
     for name, parameter in parameters.items():
         for rank in range(1 if parameter.shard_dim is None else tensor):
-            expected = shard_of(parameter.shape, parameter.shard_dim, tensor, rank).numel()
+            expected = shard_of(parameter.shape, parameter.shard_dim, tensor, rank).numel
             if fault := _coverage_fault(runs.pop((name, rank), []), expected):
                 faults.append(f"{name}, tensor rank {rank}: {fault}")
     return faults + [f"{name}, tensor rank {rank}: there is no such shard" for name, rank in runs]
 
 
 def _coverage_fault(pieces: list[StoredFragment], expected: int) -> str | None:
-    """Where runs of elements leave a gap, overlap or end too early or too late."""
     position = 0
     for piece in sorted(pieces, key=lambda piece: piece.start):
         if piece.start != position or piece.numel < 1:

@@ -1,4 +1,4 @@
-"""What there is to know about checkpoints without an engine: list, describe, compare. Values are fit for JSON."""
+"""Listing, describing and comparing checkpoints, without an engine. Results are JSON values."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ from typing import Any
 
 import torch
 
-from mlra_scale.checkpoint.contents import PARTS, STATE, Part, state_of
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import faults_told
-from mlra_scale.checkpoint.location import CHECKPOINTS
+from mlra_scale.checkpoint.files import CheckpointError, system_errors
+from mlra_scale.checkpoint.fragments import PARTS, Part, matrix_shape
 from mlra_scale.checkpoint.manifest import MANIFEST, read_complete_manifest
-from mlra_scale.checkpoint.placement import matrix_shape
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.checkpoint.retention import UNFINISHED, checkpoint_folders, latest, newest_complete
+from mlra_scale.checkpoint.retention import CHECKPOINTS, UNFINISHED, checkpoint_folders, latest, newest_complete
+from mlra_scale.checkpoint.state_contents import STATE, parse_state
 
 _BLOCK_ELEMENTS = 2**22
 
 
 def checkpoints_folder(path: Path) -> Path:
-    """Returns the folder of checkpoints that a path means.
-
-    Args:
-        path: That folder, or a run directory.
+    """Returns the folder of checkpoints that a user means by a path: that folder itself, or a run directory.
 
     Raises:
         CheckpointError: There are no checkpoints, complete or not.
@@ -38,8 +33,8 @@ def checkpoints_folder(path: Path) -> Path:
     raise CheckpointError(f"{path} {what}; name a run directory or its folder {CHECKPOINTS}")
 
 
-def meant_checkpoints(path: Path) -> list[Path]:
-    """Returns the checkpoint that a path is, or all those of the run that it is, complete or not.
+def checkpoints_at(path: Path) -> list[Path]:
+    """Returns the checkpoint at a path, or all those of the run at a path, complete or not.
 
     Raises:
         CheckpointError: There are none.
@@ -48,22 +43,14 @@ def meant_checkpoints(path: Path) -> list[Path]:
 
 
 def good_step(state: Mapping[str, Any]) -> int | None:
-    """Returns the step of the checkpoint that the guard of a run would go back to; None: there is none.
-
-    Args:
-        state: The state of the checkpoint that the run goes on from.
-    """
+    """Returns the step of the checkpoint that the guard would roll back to, from the state of a checkpoint, or None."""
     guard = (state.get("windows") or {}).get("guard")
     step = guard.get("good_step") if isinstance(guard, dict) else None
     return step if isinstance(step, int) else None
 
 
 def pinned_step(folder: Path) -> int | None:
-    """Returns the step of the checkpoint that a run keeps for its guard, as far as what is there tells.
-
-    Args:
-        folder: The run's checkpoints.
-    """
+    """Returns the step of the checkpoint that a run keeps for its guard, or None, from the run's checkpoints."""
     for path in (latest(folder), newest_complete(folder)):
         with contextlib.suppress(CheckpointError):
             if path is not None:
@@ -71,25 +58,21 @@ def pinned_step(folder: Path) -> int | None:
     return None
 
 
-def listed(folder: Path) -> list[dict[str, Any]]:
-    """Returns a line for every checkpoint of a run, and for saves that did not come to their end.
-
-    Args:
-        folder: The run's checkpoints.
-    """
-    pointed = latest(folder)
-    lines = [_line(path) | {"latest": path == pointed} for path in checkpoint_folders(folder)]
+def list_checkpoints(folder: Path) -> list[dict[str, Any]]:
+    """Returns an entry for every checkpoint of a run, and for every save that was interrupted."""
+    newest = latest(folder)
+    entries = [_entry(path) | {"latest": path == newest} for path in checkpoint_folders(folder)]
     for path in sorted(folder.glob(f"{UNFINISHED}*")):
         fault = "being written, or left by a run that died; the next save clears it away"
-        lines.append({"name": path.name, "fault": fault, "latest": False})
-    return lines
+        entries.append({"name": path.name, "fault": fault, "latest": False})
+    return entries
 
 
-def _line(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> dict[str, Any]:
     try:
         manifest = read_complete_manifest(path)
-        with faults_told("read", path / STATE):
-            state = state_of((path / STATE).read_bytes(), path / STATE)
+        with system_errors("read", path / STATE):
+            state = parse_state((path / STATE).read_bytes(), path / STATE)
     except CheckpointError as error:
         return {"name": path.name, "fault": str(error)}
     return {
@@ -104,8 +87,8 @@ def _line(path: Path) -> dict[str, Any]:
     }
 
 
-def described(store: Store) -> dict[str, Any]:
-    """Returns what a checkpoint is."""
+def describe_checkpoint(store: Store) -> dict[str, Any]:
+    """Returns layout, step, model, state, versions and files of a checkpoint."""
     manifest, model = store.manifest, store.model
     progress = store.state.get("progress") or {}
     return {
@@ -140,8 +123,8 @@ def described(store: Store) -> dict[str, Any]:
     }
 
 
-def differing_fields(one: Store, other: Store) -> list[dict[str, Any]]:
-    """Returns the fields of the configuration in which two checkpoints differ; of the model where one has no more."""
+def compare_configurations(one: Store, other: Store) -> list[dict[str, Any]]:
+    """Returns the configuration fields in which two checkpoints differ; those of the model where one has no others."""
     if one.config is None or other.config is None:
         values = [{"model": store.model.model_dump(mode="json")} for store in (one, other)]
     else:
@@ -162,20 +145,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def differing_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
-    """Compares two checkpoints tensor by tensor, whatever their layouts; a few rows are in memory at a time.
+def compare_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
+    """Compares the tensors of two checkpoints, whatever their layouts; a few rows are in memory at a time.
 
-    Padded vocabulary rows do not count.
-
-    Args:
-        one: The first checkpoint.
-        other: The second one.
-        with_moments: Whether Adam's moments are compared beside the weights; both must have them.
+    Padded vocabulary rows are left out. With moments, both must have them.
 
     Yields:
-        For every tensor in which they differ: name, part, and either `fault` (it is in one of them only, or of another
+        For every tensor in which they differ: name, part, and either `fault` (one of them lacks it, or has another
         shape), or `max_abs`, the largest absolute difference, and `relative`, the norm of the difference over the norm
-        of the first (None where that is zero, or nothing finite).
+        of the first (None where that is zero or not finite).
     """
     for name in dict.fromkeys([*one.table, *other.table]):
         shapes = [_compared_shape(store, name) for store in (one, other)]

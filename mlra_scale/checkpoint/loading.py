@@ -1,4 +1,4 @@
-"""Putting a checkpoint into an engine of any layout."""
+"""Loading a checkpoint into an engine of any layout."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.reader import Store
 
 if TYPE_CHECKING:
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine
     from mlra_scale.parallel.topology import Topology
 
 
 def open_on_all_ranks(folder: Path, topology: Topology) -> Store:
-    """Opens a checkpoint on every rank, or on none; collective.
-
-    Args:
-        folder: The checkpoint.
-        topology: The mesh.
+    """Opens a checkpoint on every rank; collective.
 
     Raises:
         CheckpointError: Some rank cannot open it; on every rank.
@@ -31,26 +27,26 @@ def open_on_all_ranks(folder: Path, topology: Topology) -> Store:
         store = Store.open(folder)
     except CheckpointError as error:
         faults.append(str(error))
-    _raise_together(f"{folder} cannot be opened", faults, topology)
+    _raise_on_all_ranks(f"{folder} cannot be opened", faults, topology)
     assert store is not None
     return store
 
 
 def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
-    """Puts weights, moments, optimizer step and loss scale of a checkpoint into an engine; collective.
+    """Loads weights, moments, optimizer step and loss scale of a checkpoint into an engine; collective.
 
     Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify.
 
     Args:
         engine: Of the same model, under whatever layout.
-        store: The checkpoint; may be opened by every rank for itself.
+        store: The checkpoint; every rank may have opened it by itself.
 
     Returns:
         The checkpoint's state section.
 
     Raises:
-        CheckpointError: On every rank. Before anything is touched where the model is another one; where a file cannot
-            be read the engine is left half filled, and of no use.
+        CheckpointError: On every rank. Nothing is changed where the model is another one; where a file cannot be read
+            the engine is left half filled and must not be used.
     """
     _check_model(engine, store)
     topology = engine.topology
@@ -61,34 +57,32 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
         try:
             store.fill(fragment, topology.tensor, topology.tensor_rank, engine.table[fragment.name])
         except (CheckpointError, OSError) as error:
-            # Restoring is collective: this rank goes on with the others, and tells them at the end.
+            # Restoring is collective: this rank continues with the others, and reports its fault at the end.
             faults.append(str(error))
 
     engine.restore(fill, store.state.get("engine"), store.manifest.has_moments)
     engine.load_buffers(buffers)
-    _raise_together(f"{store.folder} cannot be loaded", faults, topology)
+    _raise_on_all_ranks(f"{store.folder} cannot be loaded", faults, topology)
     return store.state
 
 
-def _raise_together(what: str, faults: list[str], topology: Topology) -> None:
-    """Raises on every rank where one has met a fault; collective."""
+def _raise_on_all_ranks(what: str, faults: list[str], topology: Topology) -> None:
+    """Raises on every rank where one has a fault; collective."""
     gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, faults[:1], group=topology.control_group)
-    told = [f"rank {rank}: {found[0]}" for rank, found in enumerate(gathered) if found]
-    if told:
-        raise CheckpointError(f"{what}: {'; '.join(told[:3])}")
+    found = [f"rank {rank}: {of_rank[0]}" for rank, of_rank in enumerate(gathered) if of_rank]
+    if found:
+        raise CheckpointError(f"{what}: {'; '.join(found[:3])}")
 
 
 def _check_model(engine: Engine, store: Store) -> None:
     """Compares names and shapes; the embedding may have another number of padded rows."""
-    ours = {name: info.shape for name, info in engine.table.items()}
-    theirs = {name: info.shape for name, info in store.table.items()}
     if engine.table.vocab_size != store.table.vocab_size:
         raise CheckpointError(
             f"{store.folder} has a vocabulary of {store.table.vocab_size} tokens, this run {engine.table.vocab_size}"
         )
-    for name in sorted(ours.keys() | theirs.keys()):
-        mine, stored = ours.get(name), theirs.get(name)
+    for name in sorted(engine.table.keys() | store.table.keys()):
+        mine, stored = (table[name].shape if name in table else None for table in (engine.table, store.table))
         is_same = mine == stored
         if mine is not None and stored is not None and engine.table[name].kind == "embedding":
             is_same = mine[1:] == stored[1:]

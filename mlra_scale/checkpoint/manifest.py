@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+import mlra_scale
+from mlra_scale.checkpoint.files import CheckpointError, FileEntry, size_fault, system_errors
 from mlra_scale.config.json_text import parse_json, read_bytes
 
 MANIFEST = "manifest.json"
@@ -23,7 +27,33 @@ FORMAT = "mlra-scale-checkpoint"
 VERSION = 2
 _LAST_YEAR = 9000
 _LONG = ("files", "parameters")
-Kind = Literal["training", "weights"]
+
+
+def _time(text: str) -> str:
+    if datetime.fromisoformat(text).year > _LAST_YEAR:
+        raise ValueError("it is no time of a save")
+    return text
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+        raise ValueError("the file name leads out of the folder, or to none of its files")
+    return name
+
+
+def _has_degrees(layout: Mapping[str, Any]) -> Mapping[str, Any]:
+    for degree in ("world_size", "tensor", "pipeline", "data"):
+        if type(value := layout.get(degree)) is not int or value < 1:
+            raise ValueError(f"{degree} is {value!r}")
+    engine, precision = layout.get("engine"), layout.get("precision")
+    if not isinstance(engine, str | None) or not isinstance(precision, str):
+        raise ValueError(f"engine is {engine!r} and precision {precision!r}")
+    return layout
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Size = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -35,8 +65,8 @@ class StoredParameter:
         shard_dim: The dimension that was split over tensor-parallel ranks, or None.
     """
 
-    shape: tuple[int, ...]
-    shard_dim: int | None
+    shape: Annotated[tuple[_Size, ...], Field(min_length=1, max_length=2)]
+    shard_dim: Annotated[int, Field(ge=0)] | None
 
 
 @dataclass(frozen=True)
@@ -49,21 +79,21 @@ class Manifest:
         step: Optimizer steps done.
         created: When it was completed, ISO 8601 in UTC; later saves of a run have later ones.
         layout: world_size, tensor, pipeline, data, engine, zero_stage, precision of the run that wrote it.
-        has_moments: Whether Adam's moments are stored beside the weights.
+        has_moments: Whether moments of the optimizer are stored beside the weights.
         versions: Of the libraries that wrote it.
         files: Every other file by its path in the folder.
         parameters: Every parameter by canonical name.
-        version: Of the format that the file has: of state.json and fragments.json too.
+        version: Of the format of the file, and of state.json and fragments.json.
     """
 
     save_id: str
-    kind: Kind
-    step: int
-    created: str
-    layout: Mapping[str, Any]
+    kind: Literal["training", "weights"]
+    step: _Count
+    created: Annotated[str, AfterValidator(_time)]
+    layout: Annotated[Mapping[str, Any], AfterValidator(_has_degrees)]
     has_moments: bool
     versions: Mapping[str, str]
-    files: Mapping[str, FileEntry]
+    files: Mapping[Annotated[str, AfterValidator(_inside)], FileEntry]
     parameters: Mapping[str, StoredParameter]
     version: int = VERSION
 
@@ -79,29 +109,36 @@ class Manifest:
 
     @property
     def notice(self) -> str | None:
-        """Says that the checkpoint is of an older version; None: it is of the current one."""
+        """Says that the checkpoint has an older version of the format; None: it has the current one."""
         if self.version == VERSION:
             return None
         return f"the checkpoint has version {self.version} of the format and is read as version {VERSION}"
 
     def to_json(self) -> bytes:
         """Returns the file's content; a line for every short section, file and parameter."""
-        content: dict[str, Any] = {
-            "format": FORMAT,
-            "version": self.version,
-            "save_id": self.save_id,
-            "kind": self.kind,
-            "step": self.step,
-            "created": self.created,
-            "layout": dict(self.layout),
-            "has_moments": self.has_moments,
-            "versions": dict(self.versions),
-            "files": {name: asdict(entry) for name, entry in self.files.items()},
-            "parameters": {name: asdict(parameter) for name, parameter in self.parameters.items()},
-        }
+        content = {"format": FORMAT, "version": self.version} | asdict(self)
         content["checksum"] = _checksum(content)
         lines = (f"{json.dumps(key)}: {_text(value, key in _LONG)}" for key, value in content.items())
         return "{{\n{}\n}}\n".format(",\n".join(lines)).encode("ascii")
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def now() -> str:
+    """Returns the time as a manifest has it: UTC, to the microsecond; the order of times is that of the texts."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def library_versions() -> dict[str, str]:
+    """Returns the versions of what writes a checkpoint."""
+    versions = {"mlra_scale": mlra_scale.__version__, "python": platform.python_version()}
+    for library in ("torch", "deepspeed", "megatron-core", "safetensors"):
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -114,7 +151,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: There is none, it is damaged, of a newer format, or not sound.
     """
     path = folder / MANIFEST
-    with faults_told("read", path):
+    with system_errors("read", path):
         if not path.is_file():
             what = "there is no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
             raise CheckpointError(f"{folder} is no complete checkpoint: {what}; name another checkpoint")
@@ -133,15 +170,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} has format {stored_format!r} and not {FORMAT!r}; it is not this project's")
     if checksum != _checksum(content):
         raise CheckpointError(f"{path} is damaged: its checksum is another; use another checkpoint")
-    if not _is_count(version) or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
             f"{path} has version {version!r} of the format, this program reads 1 to {VERSION}; "
             "use the program that wrote it"
         )
+    # Version 2 differs from 1 in config.yaml alone, which has a version of its own (config/stored_yaml.py).
     try:
-        return _parsed(_converted(content, version))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not sound ({_reason(error)}); use another one") from error
+        manifest = _MANIFEST.validate_json(raw, strict=True)
+        _check_splits(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{path} is not sound ({where}: {reason}); use another checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not sound ({error}); use another checkpoint") from None
+    return manifest
+
+
+def _check_splits(manifest: Manifest) -> None:
+    # Every tensor-parallel rank has a file; without this bound the shards of a damaged degree are counted for hours.
+    if manifest.tensor > len(manifest.files):
+        raise ValueError(f"{manifest.tensor} tensor-parallel ranks have {len(manifest.files)} files")
+    for name, parameter in manifest.parameters.items():
+        shape, dim = parameter.shape, parameter.shard_dim
+        if dim is not None and (dim >= len(shape) or shape[dim] % manifest.tensor):
+            raise ValueError(f"{name} of shape {shape} is split over {manifest.tensor} tensor ranks along {dim}")
 
 
 def read_complete_manifest(folder: Path) -> Manifest:
@@ -154,93 +208,12 @@ def read_complete_manifest(folder: Path) -> Manifest:
         CheckpointError: As read_manifest, or a file is missing or of another size.
     """
     manifest = read_manifest(folder)
-    with faults_told("read", folder):
+    with system_errors("read", folder):
         faults = [fault for name, entry in manifest.files.items() if (fault := size_fault(folder / name, entry))]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointError(f"{faults[0]}{more}; use another checkpoint")
     return manifest
-
-
-def _converted(content: Mapping[str, Any], version: int) -> Mapping[str, Any]:
-    """Returns the content of an older version as VERSION has it; a change of the format adds its step here.
-
-    Version 2 differs from 1 in config.yaml alone, which has a version of its own (config/stored_yaml.py).
-    """
-    assert 1 <= version <= VERSION
-    return content
-
-
-def _parsed(content: Mapping[str, Any]) -> Manifest:
-    for field, kind in (("save_id", str), ("created", str), ("has_moments", bool), ("layout", dict)):
-        if not isinstance(content[field], kind):
-            raise ValueError(f"{field} is {content[field]!r}")
-    files = {name: _entry(name, entry) for name, entry in content["files"].items()}
-    layout = content["layout"]
-    _check_layout(layout, len(files))
-    if content["kind"] not in get_args(Kind):
-        raise ValueError(f"kind {content['kind']!r} is not known")
-    if not _is_count(content["step"]):
-        raise ValueError(f"step {content['step']!r} is no number of steps")
-    if datetime.fromisoformat(content["created"]).year > _LAST_YEAR:
-        raise ValueError(f"created {content['created']!r} is no time of a save")
-    versions = content["versions"]
-    if not all(isinstance(version, str) for version in versions.values()):
-        raise ValueError(f"versions is {versions!r}")
-    return Manifest(
-        version=content["version"],
-        save_id=content["save_id"],
-        kind=content["kind"],
-        step=content["step"],
-        created=content["created"],
-        layout=layout,
-        has_moments=content["has_moments"],
-        versions=versions,
-        files=files,
-        parameters={
-            name: _parameter(name, tuple(entry["shape"]), entry["shard_dim"], layout["tensor"])
-            for name, entry in content["parameters"].items()
-        },
-    )
-
-
-def _check_layout(layout: Mapping[str, Any], num_files: int) -> None:
-    for degree in ("world_size", "tensor", "pipeline", "data"):
-        if not _is_count(layout[degree]) or layout[degree] < 1:
-            raise ValueError(f"layout has {degree} {layout[degree]!r}")
-    # Every tensor-parallel rank has a file; without this bound the shards of a damaged degree are counted for hours.
-    if layout["tensor"] > num_files:
-        raise ValueError(f"layout has {layout['tensor']} tensor-parallel ranks, and there are {num_files} files")
-    engine, precision = layout.get("engine"), layout.get("precision")
-    if not isinstance(engine, str | None) or not isinstance(precision, str):
-        raise ValueError(f"layout has engine {engine!r} and precision {precision!r}")
-
-
-def _entry(name: str, entry: Any) -> FileEntry:
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.parts:
-        raise ValueError(f"file name {name!r} leads out of the folder, or to none of its files")
-    found = FileEntry(**entry)
-    if not _is_count(found.bytes) or not isinstance(found.sha256, str):
-        raise ValueError(f"{name!r} has size {found.bytes!r} and checksum {found.sha256!r}")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _parameter(name: str, shape: tuple[int, ...], shard_dim: int | None, tensor: int) -> StoredParameter:
-    is_sound = 1 <= len(shape) <= 2 and all(_is_count(size) and size > 0 for size in shape)
-    if is_sound and shard_dim is not None:
-        is_sound = shard_dim in range(len(shape)) and shape[shard_dim] % tensor == 0
-    if not is_sound:
-        raise ValueError(f"{name} of shape {shape}, split over {tensor} tensor rank(s) along {shard_dim}")
-    return StoredParameter(shape, shard_dim)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _text(value: Any, is_long: bool) -> str:

@@ -1,7 +1,7 @@
-"""Reading a checkpoint, whatever the layout that wrote it and the layout that asks.
+"""Reading a checkpoint into any layout, whatever the layout that wrote it.
 
-Opening reads the manifest and the small files. Weights are mapped into memory, and only what is asked for is read.
-Nothing here needs a process group.
+Opening reads the manifest and the small files. Weights are mapped into memory, and only the requested parts are read.
+No process group is needed.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mlra_scale.checkpoint import fragments
-from mlra_scale.checkpoint.contents import (
-    BUFFERS,
-    CONFIG,
-    PARTS,
-    STATE,
-    TOKENIZER,
+from mlra_scale.checkpoint.files import CheckpointError, checksum_fault, system_errors
+from mlra_scale.checkpoint.fragments import (
+    FRAGMENTS,
+    Box,
     Part,
-    model_of,
-    state_of,
+    StoredFragment,
+    boxes_of,
+    copy_overlaps,
+    matrix_shape,
+    overlaps,
+    parse_fragments,
+    parts_of,
+    shard_of,
     tensor_key,
 )
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import checksum_fault, faults_told
-from mlra_scale.checkpoint.fragments import FRAGMENTS, StoredFragment
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
-from mlra_scale.checkpoint.placement import Box, boxes_of, copy_common, have_common_rows, matrix_shape, shard_of
+from mlra_scale.checkpoint.state_contents import BUFFERS, CONFIG, STATE, TOKENIZER, parse_model, parse_state
 from mlra_scale.config import Config, ConfigError, ModelConfig, stored_yaml
-from mlra_scale.model.low_rank_plan import PLANS
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable, linear_maps, vector_name
 
 if TYPE_CHECKING:
@@ -43,12 +42,12 @@ class Store:
     """One checkpoint, open for reading.
 
     Attributes:
-        folder: Where it lies.
+        folder: The checkpoint's folder.
         manifest: What it consists of.
         config: The configuration of the run, or None for kind "weights".
         model: The model section of the configuration.
         table: The parameter table of the model.
-        state: What is in state.json.
+        state: The content of state.json.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -58,22 +57,19 @@ class Store:
         self.config: Config | None
         self.config, self.model = self._read_config()
         self.table = ParameterTable(self.model)
-        self.state: dict[str, Any] = state_of(self._small_file(STATE), folder / STATE)
-        self._pieces: dict[str, list[tuple[StoredFragment, list[Box]]]] = {}
-        self._by_name: dict[str, list[StoredFragment]] = defaultdict(list)
-        self._maps: dict[str, Any] = {}
+        self.state: dict[str, Any] = parse_state(self._read_small_file(STATE), folder / STATE)
+        self._boxes: dict[str, list[tuple[StoredFragment, list[Box]]]] = {}
+        self._fragments: dict[str, list[StoredFragment]] = defaultdict(list)
+        self._mapped_files: dict[str, Any] = {}
         self._check_parameters()
-        for piece in fragments.parse(self._small_file(FRAGMENTS), manifest, folder / FRAGMENTS):
-            self._by_name[piece.name].append(piece)
+        for fragment in parse_fragments(self._read_small_file(FRAGMENTS), manifest, folder / FRAGMENTS):
+            self._fragments[fragment.name].append(fragment)
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Opens a checkpoint after checking that every file is there and as large as it should be.
+        """Opens a checkpoint after checking that every file exists and has its size.
 
         The weights are not read: `verify` compares their checksums.
-
-        Args:
-            folder: The folder of a checkpoint.
 
         Raises:
             CheckpointError: It is incomplete, damaged or of another format.
@@ -104,7 +100,7 @@ class Store:
             of: Into how many shares of about the same size the files are divided.
 
         Returns:
-            What is wrong, file by file; nothing where all is well.
+            One fault for each file that is damaged.
         """
         loads = [0] * of
         share = []
@@ -115,36 +111,23 @@ class Store:
                 share.append((name, entry))
         return [fault for name, entry in share if (fault := checksum_fault(self.folder / name, entry))]
 
-    def tensor(self, name: str, moment: Part = "weight") -> torch.Tensor:
+    def tensor(self, name: str, part: Part = "weight") -> torch.Tensor:
         """Returns a whole global tensor in fp32, padded vocabulary rows included.
 
-        Args:
-            name: Canonical parameter name.
-            moment: The weight itself or one of Adam's moments.
-
-        Returns:
-            A view of the mapped file where the tensor lies in one piece, else a new tensor.
+        It is a view of the mapped file where the tensor lies in one piece, else a new tensor.
         """
-        shape = self._parameter_shape(name)
-        rows, columns = matrix_shape(shape)
-        return self._assembled(name, moment, Box(0, 0, rows, columns, 0)).view(shape)
+        shape = self._stored_shape(name)
+        return self._assemble(name, part, Box(0, 0, *matrix_shape(shape))).view(shape)
 
-    def rows(self, name: str, first: int, stop: int, moment: Part = "weight") -> torch.Tensor:
-        """Returns some rows of a matrix in fp32; only their bytes are read.
-
-        Args:
-            name: Canonical parameter name.
-            first: First row.
-            stop: The row after the last.
-            moment: The weight itself or one of Adam's moments.
-        """
-        rows, columns = matrix_shape(self._parameter_shape(name))
+    def rows(self, name: str, first: int, stop: int, part: Part = "weight") -> torch.Tensor:
+        """Returns the rows `first` to `stop - 1` of a matrix in fp32; only their bytes are read."""
+        rows, columns = matrix_shape(self._stored_shape(name))
         if not 0 <= first <= stop <= rows:
             raise ValueError(f"{name} has rows 0 to {rows - 1}; asked for {first} to {stop - 1}")
-        return self._assembled(name, moment, Box(first, 0, stop - first, columns, 0)).view(stop - first, columns)
+        return self._assemble(name, part, Box(first, 0, stop - first, columns)).view(stop - first, columns)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Returns what was stored beside parameters and moments, by name."""
+        """Returns the tensors stored beside parameters and moments, by name."""
         if BUFFERS not in self.manifest.files:
             return {}
         mapped = self._map(BUFFERS)
@@ -154,7 +137,7 @@ class Store:
             raise CheckpointError(f"{self.folder / BUFFERS} is damaged: {error}; use another checkpoint") from None
 
     def power_vectors(self) -> dict[str, torch.Tensor]:
-        """Returns the vectors of sigmaReparam's power iterations by their names; none where the model has no such maps.
+        """Returns the vectors of sigmaReparam's power iterations by name; none where the model does not use it.
 
         Raises:
             CheckpointError: Some are missing.
@@ -175,15 +158,15 @@ class Store:
 
         Args:
             fragment: What to fill, on any device.
-            tensor_parallel: Tensor-parallel degree of the layout it belongs to.
+            tensor_parallel: Tensor-parallel degree of the fragment's layout.
             tensor_rank: The tensor-parallel rank that holds it.
             info: Global shape and sharding of the parameter in that layout; by default as they are stored. The
-                embedding may have more or fewer padded rows than were stored: what is more becomes zero.
+                embedding may have more or fewer padded rows than were stored: additional ones become zero.
 
         Raises:
-            CheckpointError: The parameter is not stored, or is of another shape, or has no moments.
+            CheckpointError: The parameter is not stored, has another shape, or has no moments.
         """
-        stored = self._parameter_shape(fragment.name)
+        stored = self._stored_shape(fragment.name)
         info = replace(self.table[fragment.name], shape=stored) if info is None else info
         shape = info.shape
         may_differ = info.kind == "embedding" and shape[0] >= self.model.vocab_size
@@ -191,81 +174,84 @@ class Store:
             raise CheckpointError(f"{self.folder} has {fragment.name} of shape {stored}, asked for is {shape}")
         shard = shard_of(shape, info.shard_dim, tensor_parallel, tensor_rank)
         boxes = boxes_of(shard, fragment.start, fragment.values.numel())
-        for part, target in zip(PARTS, (fragment.values, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
-            if target is not None:
-                self._copy(fragment.name, part, target, boxes)
+        for part, target in parts_of(fragment):
+            self._copy(fragment.name, part, target, boxes)
 
-    def _assembled(self, name: str, part: Part, box: Box) -> torch.Tensor:
+    def _assemble(self, name: str, part: Part, box: Box) -> torch.Tensor:
         """The elements of a box as one flat tensor: a view where a single stored fragment has them in a row."""
-        for piece, boxes in self._stored(name):
+        for fragment, boxes in self._stored_boxes(name):
             for of in boxes:
                 is_within = of.row <= box.row and box.row + box.rows <= of.row + of.rows
                 if is_within and (of.column, of.columns) == (box.column, box.columns):
                     start = of.offset + (box.row - of.row) * of.columns
-                    return self._values(piece, part)[start : start + box.numel()]
-        target = torch.empty(box.numel(), dtype=torch.float32)
+                    return self._read_values(fragment, part)[start : start + box.numel]
+        target = torch.empty(box.numel, dtype=torch.float32)
         self._copy(name, part, target, [box])
         return target
 
     def _copy(self, name: str, part: Part, target: torch.Tensor, boxes: list[Box]) -> None:
-        """Fills the boxes of a fragment from whatever stored fragments have elements of them."""
-        num_rows, _ = matrix_shape(self._parameter_shape(name))
-        stored = sum(max(0, min(box.row + box.rows, num_rows) - box.row) * box.columns for box in boxes)
-        if stored < target.numel():
+        """Fills the boxes of a tensor from all stored fragments that overlap them."""
+        num_rows, _ = matrix_shape(self._stored_shape(name))
+        num_stored = sum(max(0, min(box.row + box.rows, num_rows) - box.row) * box.columns for box in boxes)
+        if num_stored < target.numel():
             target.zero_()
-        copied = 0
-        for piece, of in self._stored(name):
-            if boxes and have_common_rows(boxes, of):
-                copied += copy_common(target, boxes, self._values(piece, part), of)
+        num_copied = 0
+        for fragment, of in self._stored_boxes(name):
+            if common := overlaps(boxes, of):
+                num_copied += copy_overlaps(target, self._read_values(fragment, part), common)
         # The manifest is known to cover every parameter once.
-        assert copied == stored, (name, copied, stored)
+        assert num_copied == num_stored, (name, num_copied, num_stored)
 
-    def _stored(self, name: str) -> list[tuple[StoredFragment, list[Box]]]:
-        """The stored fragments of a parameter, with the rectangles that they are."""
-        if name not in self._pieces:
-            parameter, pieces = self.manifest.parameters[name], self._by_name[name]
-            tensor = self.manifest.tensor
-            shards = [shard_of(parameter.shape, parameter.shard_dim, tensor, piece.tensor_rank) for piece in pieces]
-            self._pieces[name] = [
-                (piece, boxes_of(shard, piece.start, piece.numel)) for piece, shard in zip(pieces, shards, strict=True)
+    def _stored_boxes(self, name: str) -> list[tuple[StoredFragment, list[Box]]]:
+        if name not in self._boxes:
+            parameter, degree = self.manifest.parameters[name], self.manifest.tensor
+            self._boxes[name] = [
+                (
+                    of,
+                    boxes_of(
+                        shard_of(parameter.shape, parameter.shard_dim, degree, of.tensor_rank), of.start, of.numel
+                    ),
+                )
+                for of in self._fragments[name]
             ]
-        return self._pieces[name]
+        return self._boxes[name]
 
-    def _values(self, piece: StoredFragment, part: Part) -> torch.Tensor:
+    def _read_values(self, fragment: StoredFragment, part: Part) -> torch.Tensor:
         """A stored fragment as a view of its mapped file."""
+        path, name = self.folder / fragment.file, fragment.name
         if part != "weight" and not self.manifest.has_moments:
             raise CheckpointError(f"{self.folder} has no optimizer moments; it is the start of a run, not its middle")
         try:
-            values: torch.Tensor = self._map(piece.file).get_tensor(tensor_key(part, piece.name, piece.start))
+            values: torch.Tensor = self._map(fragment.file).get_tensor(tensor_key(part, name, fragment.start))
         except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / piece.file} lacks a part of {piece.name}: {error}") from None
-        if values.dtype != torch.float32 or values.numel() != piece.numel:
-            raise CheckpointError(f"{self.folder / piece.file} has {piece.name} in another size or type than it should")
+            raise CheckpointError(f"{path} lacks a part of {name}: {error}") from None
+        if values.dtype != torch.float32 or values.numel() != fragment.numel:
+            raise CheckpointError(f"{path} has {name} in another size or type than it should")
         return values
 
     def _map(self, file: str) -> Any:
         """A safetensors file of this save, mapped."""
-        if file not in self._maps:
+        if file not in self._mapped_files:
             path = self.folder / file
             try:
-                with faults_told("read", path):
+                with system_errors("read", path):
                     mapped = safe_open(path, framework="pt")
                     save_id = (mapped.metadata() or {}).get("save_id")
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from None
             if save_id != self.manifest.save_id:
                 raise CheckpointError(f"{path} belongs to another save than the manifest; use another checkpoint")
-            self._maps[file] = mapped
-        return self._maps[file]
+            self._mapped_files[file] = mapped
+        return self._mapped_files[file]
 
-    def _parameter_shape(self, name: str) -> tuple[int, ...]:
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
         if name not in self.manifest.parameters:
             raise CheckpointError(f"{self.folder} has no parameter {name}: its model is another one")
         return self.manifest.parameters[name].shape
 
     def _read_config(self) -> tuple[Config | None, ModelConfig]:
         path = self.folder / CONFIG
-        raw = self._small_file(CONFIG)
+        raw = self._read_small_file(CONFIG)
         try:
             if len(raw) > stored_yaml.MAX_BYTES:
                 raise ValueError(f"it is larger than {stored_yaml.MAX_BYTES} bytes")
@@ -273,7 +259,7 @@ class Store:
             if self.kind == "weights":
                 if not isinstance(values, dict) or "model" not in values:
                     raise ValueError("it has no section `model`")
-                return None, model_of(values["model"], path)
+                return None, parse_model(values["model"], path)
             config = Config.from_dict(values)
         except ConfigError as error:
             reason = error.in_one_line
@@ -283,25 +269,25 @@ class Store:
             return config, config.model
         raise CheckpointError(f"{path} cannot be understood: {reason}; use another checkpoint")
 
-    def _small_file(self, name: str) -> bytes:
-        """A file that is read anyway, checked at once."""
+    def _read_small_file(self, name: str) -> bytes:
+        """Reads a file after comparing it with its checksum."""
         path = self.folder / name
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.folder} has no {name}; use another checkpoint")
         if fault := checksum_fault(path, self.manifest.files[name]):
             raise CheckpointError(f"{fault}; use another checkpoint")
-        with faults_told("read", path):
+        with system_errors("read", path):
             return path.read_bytes()
 
     def _check_parameters(self) -> None:
         """The stored parameters must be those of the stored configuration."""
-        # A low-rank plan is the run's choice: a factor may be split or not.
-        of_plans = [ParameterTable(self.model, plan) for plan in PLANS]
         stored = {name: (entry.shape, entry.shard_dim) for name, entry in self.manifest.parameters.items()}
         for name in self.table.keys() | stored.keys():
-            expected = [(table[name].shape, table[name].shard_dim) for table in of_plans if name in table]
-            if stored.get(name) not in expected:
-                made = expected[0] if expected else None
+            info = self.table.get(name)
+            made = None if info is None else (info.shape, info.shard_dim)
+            # A program before version 3 of the configuration may have split the down factors of q, k, v by rows.
+            may_be_split = name.endswith(("q.down.weight", "k.down.weight", "v.down.weight"))
+            if info is None or stored.get(name) not in (made, (info.shape, 0) if may_be_split else made):
                 raise CheckpointError(
                     f"{self.folder / CONFIG} makes {name} {made}, stored is {stored.get(name)}; "
                     "use the program that wrote the checkpoint"

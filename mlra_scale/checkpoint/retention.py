@@ -1,4 +1,4 @@
-"""Which checkpoints of a run there are, which one is the newest, and which ones go."""
+"""Which checkpoints a run has, which of them is the newest, and which are removed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 
-from mlra_scale.checkpoint import points
-from mlra_scale.checkpoint.contents import now
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import faults_told, replace_file, sync_folder
-from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
+from mlra_scale import files
+from mlra_scale.checkpoint import failpoints
+from mlra_scale.checkpoint.files import CheckpointError, system_errors
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, now, read_complete_manifest
 
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints in a run directory."""
 LATEST = "latest"
 UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
-"""How the names begin of folders that are being written, deleted, and replaced by a later save of the same step."""
+"""Prefixes of folders that are being written, deleted, and replaced by a later save of the same step."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -27,11 +28,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def latest(folder: Path) -> Path | None:
-    """Returns the checkpoint that `latest` names, whether it is there or not; None where there is no such file.
-
-    Args:
-        folder: A run's checkpoints.
-    """
+    """Returns the checkpoint that `latest` names, whether it exists or not; None where there is no such file."""
     try:
         name = (folder / LATEST).read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -42,14 +39,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def set_latest(folder: Path, checkpoint: Path) -> None:
-    """Makes `latest` name a checkpoint of the folder, at once and for good."""
-    replace_file(folder / LATEST, f"{checkpoint.name}\n".encode("ascii"))
+    """Makes `latest` name a checkpoint of the folder, atomically, and waits until that is on disk."""
+    files.write_atomically(folder / LATEST, f"{checkpoint.name}\n")
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Returns all folders that are or should be checkpoints, by step.
 
-    Where a save was cut off while it replaced an earlier one of the same step, the earlier one is among them.
+    Where a save was interrupted while it replaced an earlier one of the same step, the earlier one is among them.
     """
     replaced = [path for path in folder.glob(f"{REPLACED}step-*") if not _original(path).exists()]
     found = [path for path in [*folder.glob("step-*"), *replaced] if _is_folder(path)]
@@ -66,10 +63,7 @@ def _is_folder(path: Path) -> bool:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, in the order in which they were saved.
 
-    That is not always the order of their steps: a run may have gone on from an earlier one.
-
-    Args:
-        folder: A run's checkpoints.
+    That is not always the order of their steps: a run may have been resumed from an earlier one.
     """
     return [path for path, _ in _complete(folder)]
 
@@ -80,7 +74,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def next_created(folder: Path) -> str:
-    """Returns the time for a checkpoint that is completed now: later than that of every other, whatever the clock."""
+    """Returns the time for a checkpoint that is completed now: later than that of all others, whatever the clock."""
     newest = max((manifest.created for _, manifest in _complete(folder)), default="")
     current = now()
     if current > newest:
@@ -88,16 +82,16 @@ def next_created(folder: Path) -> str:
     return (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
 
 
-def superfluous(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
+def prunable(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
     """Returns the checkpoints that `prune` would remove.
 
-    One that somebody has renamed (step-00000100-best) is neither counted nor removed.
+    One that a user has renamed (step-00000100-best) is neither counted nor removed.
 
     Args:
         folder: A run's checkpoints.
         keep_last: How many of the newest are kept, at least one. Incomplete ones do not count, and stay.
         keep_every: Those whose step is a multiple of this are kept too; 0: none.
-        pinned: The one of this step is kept too: the run may have to go back to it.
+        pinned: The one of this step is kept too, since the run may have to return to it.
     """
     assert keep_last >= 1, keep_last
     found = [(path, manifest) for path, manifest in _complete(folder) if path.name == checkpoint_name(manifest.step)]
@@ -109,87 +103,89 @@ def superfluous(folder: Path, keep_last: int, keep_every: int, pinned: int | Non
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
-    """Removes checkpoints that need not be kept: see `superfluous`.
-
-    Returns:
-        What was removed.
+    """Removes the checkpoints that `prunable` names, and returns them.
 
     Raises:
         CheckpointError: Some cannot be removed; the others are.
     """
-    removed = superfluous(folder, keep_last, keep_every, pinned)
-    _remove(folder, removed)
-    return removed
+    return _remove(folder, prunable(folder, keep_last, keep_every, pinned))
 
 
 def remove_after(folder: Path, step: int) -> list[Path]:
-    """Removes the checkpoints of steps that a run has undone: they would count as its newest ones.
+    """Removes the checkpoints of later steps, which a rollback to `step` has undone, and returns them.
 
-    One that somebody has renamed stays.
-
-    Args:
-        folder: A run's checkpoints; `latest` names an earlier one by now.
-        step: Where the run has gone back to.
-
-    Returns:
-        What was removed.
+    They would count as the run's newest ones; `latest` names an earlier one already. One that a user has renamed stays.
 
     Raises:
         CheckpointError: Some cannot be removed; the others are.
     """
     # By name: an incomplete one of those steps is of no more use than the others.
-    removed = [path for path in checkpoint_folders(folder) if step_named(path) > step]
-    _remove(folder, removed)
-    return removed
+    return _remove(folder, [path for path in checkpoint_folders(folder) if step_named(path) > step])
+
+
+def checkpoint_at(path: Path) -> Path:
+    """Finds the checkpoint that a user means by a path.
+
+    Args:
+        path: A checkpoint, a folder of checkpoints, or a run directory.
+
+    Returns:
+        The checkpoint's folder; of a run, the complete checkpoint that was saved last.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; name a checkpoint, or the run directory that it is in")
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path / CHECKPOINTS, path):
+        if (found := newest_complete(folder)) is not None:
+            return found
+    raise CheckpointError(
+        f"{path} holds no complete checkpoint: neither {MANIFEST}, nor folders step-... with one, nor a folder "
+        f"{CHECKPOINTS} with these"
+    )
 
 
 def step_named(path: Path) -> int:
-    """Returns the step of a checkpoint's folder by its name; -1 where somebody has renamed it."""
+    """Returns the step of a checkpoint's folder by its name; -1 where a user has renamed it."""
     number = path.name.removeprefix(REPLACED).removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
 
-def _remove(folder: Path, paths: list[Path]) -> None:
+def _remove(folder: Path, paths: list[Path]) -> list[Path]:
     faults = []
     for path in paths:
         hidden = path
         try:
-            with faults_told("removed", path):
-                # Hidden first: what is half removed is no longer called a checkpoint.
+            with system_errors("removed", path):
+                # Renamed first: what is half removed no longer has a checkpoint's name.
                 hidden = _hide(path)
-                sync_folder(folder)
-                points.reached("retention")
+                files.sync(folder)
+                failpoints.reached("retention")
                 _clear_away(hidden)
         except CheckpointError as fault:
-            if os.path.lexists(path) or os.path.lexists(hidden):  # otherwise somebody else has removed it
+            if os.path.lexists(path) or os.path.lexists(hidden):  # otherwise another process has removed it
                 faults.append(str(fault))
     if faults:
         raise CheckpointError("; ".join(faults))
+    return paths
 
 
 def put_in_place(unfinished: Path, final: Path) -> None:
-    """Gives a complete folder its name; a checkpoint of the same step makes way and is removed afterwards."""
+    """Gives a complete folder its name; a checkpoint of the same step is replaced and removed afterwards."""
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    is_replacing = os.path.lexists(final)  # a symbolic link that leads nowhere is in the way too
-    if is_replacing:
-        os.rename(final, replaced)
-    try:
-        os.rename(unfinished, final)
-    except OSError:
-        if is_replacing:
-            os.rename(replaced, final)
-        raise
-    sync_folder(final.parent)
-    if is_replacing:
-        # The new one is complete; what is left of the old one is for the next save to clear away.
+    if files.put_in_place(unfinished, final, replaced):
+        # The new one is complete; the next save clears away what is left of the old one.
         with contextlib.suppress(OSError):
             _clear_away(_hide(replaced))
 
 
 def tidy(folder: Path) -> None:
-    """Clears away what a run that died in the middle of a save has left; no save may be in progress.
+    """Clears away the remainders of a run that died during a save; no save may be in progress.
 
-    What cannot be cleared away stays, and keeps no save from being made: whether the folder can be written shows then.
+    What cannot be removed stays, and does not prevent a save: whether the folder can be written shows then.
     """
     for path in folder.glob(f"{REPLACED}*"):
         if not _original(path).exists():
@@ -207,7 +203,7 @@ def _original(replaced: Path) -> Path:
 
 
 def _hide(path: Path) -> Path:
-    """Gives something the name of what is being deleted; what has that name already may be still in use (NFS)."""
+    """Renames a path that is to be deleted; one that has the new name already may be still in use (NFS)."""
     for number in count():
         hidden = path.with_name(f"{REMOVED}{path.name.removeprefix(REPLACED)}{f'-{number}' if number else ''}")
         if not os.path.lexists(hidden):
@@ -219,8 +215,8 @@ def _hide(path: Path) -> Path:
 def _clear_away(path: Path) -> None:
     """Deletes a hidden file or folder; of a symbolic link, the link alone.
 
-    A file that another process on this machine reads (an export, say) cannot be deleted on NFS: its folder stays, and
-    is for the next save to clear away. Likewise what another client of the file system has removed meanwhile.
+    NFS cannot delete a file that another process on this machine reads (an export, say): its folder stays until the
+    next save. What another client of the file system removes meanwhile is no error either.
     """
     try:
         if path.is_dir() and not path.is_symlink():

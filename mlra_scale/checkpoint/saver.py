@@ -1,9 +1,9 @@
 """Saving a run: the ranks agree in the main thread, and write in the background.
 
-A save goes through two phases. First every rank writes its own file into a folder with an unfinished name; then rank 0
-adds the manifest and gives the folder its name. Between the phases, and at the end, the ranks exchange a few bytes over
-the control group, always from the main thread and at the same moment of training, so no collective of a background
-thread can ever meet one of training. An error of any rank is an error of all ranks, in the same call.
+A save has two phases. First every rank writes its own file into a folder with an unfinished name; then rank 0 adds the
+manifest and gives the folder its name. Between the phases, and at the end, the ranks exchange a few bytes over the
+control group, always from the main thread and after the same training step, so no collective of a background thread
+can ever interfere with one of training. An error of any rank is raised on all ranks, in the same call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,35 +20,33 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from mlra_scale.checkpoint import points, retention
-from mlra_scale.checkpoint.contents import json_bytes
-from mlra_scale.checkpoint.copies import RankCopies, collect, copied_parameters, differing_copies, digests_on_device
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import faults_told
+from mlra_scale.checkpoint import failpoints, retention
+from mlra_scale.checkpoint.copies import copied_parameters, differing_copies
+from mlra_scale.checkpoint.files import CheckpointError, system_errors
 from mlra_scale.checkpoint.saving import (
-    GIVEN_UP,
-    MainShare,
+    CANCELLED,
+    BackgroundTask,
+    HostMemory,
+    MainFiles,
     RankReport,
-    RankShare,
-    Work,
+    build_manifest,
     commit,
-    describe,
-    host_copies,
-    told,
+    error_text,
+    take_snapshot,
     write_share,
 )
-from mlra_scale.checkpoint.snapshot import Arrival, HostMemory, named_parts
+from mlra_scale.checkpoint.state_contents import json_bytes
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.interface import Engine
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.topology import Topology
 
-_HEARTBEAT_SECONDS = 1.0
-"""So often ranks that wait for a save hear of each other, so that no collective runs into its timeout."""
+_EXCHANGE_SECONDS = 1.0
+"""Ranks that wait for a save communicate at this interval, so that no collective reaches its timeout."""
 
 _ABANDON_SECONDS = 20.0
-"""So long an abandoned save may take to stop; then it is left to die with the process."""
+"""How long an abandoned save may take to stop; then it is left to end with the process."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,9 @@ class FinishedSave:
         step: Optimizer steps done.
         path: Its folder.
         bytes: Size of its files.
-        stall_seconds: How long it kept training waiting: the longest of all ranks.
+        stall_seconds: How long training waited: the longest of all ranks.
         write_seconds: How long writing took, in the background or not: the slowest rank's file, then the completion.
-        drift: Copies that should be equal and are not, where the saver was told to save all the same; else None.
+        drift: Copies that should be equal and are not, where the saver saves such weights; else None.
         not_removed: Why earlier checkpoints that are no longer kept could not be removed; None: they were.
     """
 
@@ -77,17 +74,17 @@ class FinishedSave:
 
 @dataclass
 class _Job:
-    """A save in flight on this rank; `work` is the phase that it is in."""
+    """A save in flight on this rank; `task` is the phase that it is in, `reports` are those of all ranks on rank 0."""
 
     save_id: str
     step: int
     unfinished: Path
     table: ParameterTable
     pinned: int | None
-    share: RankShare
-    main: MainShare | None
+    report: RankReport
+    main: MainFiles | None
     cancel: threading.Event
-    work: Work
+    task: BackgroundTask
     is_committing: bool = False
     reports: list[RankReport] | None = None
     total_bytes: int = 0
@@ -111,13 +108,13 @@ class Saver:
         """Makes a saver; nothing is written yet.
 
         Args:
-            checkpoints_folder: Where the run's checkpoints lie, on a disk that all ranks share.
+            checkpoints_folder: The folder of the run's checkpoints, on a disk that all ranks share.
             topology: The mesh.
             keep_last: How many of the newest checkpoints are kept.
             keep_every: Checkpoints at a multiple of so many steps are kept too; 0: none.
-            asynchronous: Whether training goes on while a checkpoint is written, from a copy in host memory.
-            may_copies_differ: Whether copies that should be equal and are not are told (FinishedSave.drift) while the
-                owner's are saved; otherwise such a save fails.
+            asynchronous: Whether training continues while a checkpoint is written, from a copy in host memory.
+            may_copies_differ: Whether a save with copies that should be equal and are not succeeds with the owner's
+                copy, and reports them (FinishedSave.drift); otherwise it fails.
         """
         self._folder = checkpoints_folder
         self._topology = topology
@@ -143,7 +140,7 @@ class Saver:
         """Starts a save, after waiting for the one before; or does all of it at once where the saver is synchronous.
 
         Args:
-            engine: Its weights and moments go in.
+            engine: Its weights and moments are saved.
             step: Optimizer steps done.
             state: JSON values; rank 0's are stored.
             buffers: Small named tensors; rank 0's are stored.
@@ -153,7 +150,7 @@ class Saver:
             pinned: Step of an earlier checkpoint that must be kept.
 
         Raises:
-            CheckpointError: On every rank; the folder of this save is gone again, earlier checkpoints are as they were.
+            CheckpointError: On every rank; the folder of this save is removed, earlier checkpoints are unchanged.
         """
         self._complete_job()
         started = time.perf_counter()
@@ -161,28 +158,25 @@ class Saver:
         save_id, unfinished = self._prepare(step)
         if self._copied is None:
             self._copied = copied_parameters(engine)
-        cancel = threading.Event()
-        file = f"rank-{self._topology.rank:05d}.safetensors"
-        share, main = RankShare(file, self._topology.tensor_rank), None
+        topology, cancel, main = self._topology, threading.Event(), None
+        report = RankReport(topology.rank, topology.tensor_rank, topology.pipeline_rank)
         try:
-            wait_for_copies = self._snapshot(engine, share, is_background)
-            if self._topology.rank == 0:
-                main = MainShare(json_bytes(state), host_copies(buffers), config_text, tokenizer)
+            snapshot = take_snapshot(engine, self._copied, self._memory if is_background else None)
+            if topology.rank == 0:
+                # Copies: training changes these tensors too.
+                tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in buffers.items()]
+                main = MainFiles(json_bytes(state), tensors, config_text, tokenizer)
+            task = BackgroundTask(partial(write_share, unfinished, save_id, snapshot, report, main, cancel))
         except Exception as error:
-            # The other ranks are on their way into the first exchange: this one must go there too, and tell.
-            failure = CheckpointError(told(error))
-            work = Work(partial(_raise, failure))
-        else:
-            work = Work(partial(_write, wait_for_copies, unfinished, save_id, share, main, cancel))
-        self._job = _Job(save_id, step, unfinished, engine.table, pinned, share, main, cancel, work)
+            # The other ranks enter the first exchange: this one must enter it too, and report its error there.
+            task = BackgroundTask(partial(_raise, CheckpointError(error_text(error))))
+        self._job = _Job(save_id, step, unfinished, engine.table, pinned, report, main, cancel, task)
         self._job.stall_seconds = time.perf_counter() - started
         if not is_background:
             self._complete_job()
 
     def poll(self) -> list[FinishedSave]:
-        """Brings a save in flight forward as far as it can without waiting; nothing to do where there is none.
-
-        Called by every rank after each training step.
+        """Advances a save in flight as far as possible without waiting. Every rank calls it after each training step.
 
         Returns:
             The saves that have been completed since the last call of poll or finish.
@@ -195,19 +189,12 @@ class Saver:
         return self._take_finished()
 
     def finish(self) -> list[FinishedSave]:
-        """Waits for the save in flight, if there is one.
-
-        Returns:
-            As poll.
-
-        Raises:
-            CheckpointError: As poll.
-        """
+        """Waits for the save in flight, if there is one; otherwise as `poll`."""
         self._complete_job()
         return self._take_finished()
 
     def abandon(self) -> None:
-        """Gives up the save in flight; for use when a rank has failed. Neither collective nor waiting for long.
+        """Cancels the save in flight; for use when a rank has failed. It is not collective and does not wait for long.
 
         A checkpoint that is being completed at this moment is completed.
         """
@@ -216,8 +203,8 @@ class Saver:
             return
         if not job.is_committing:
             job.cancel.set()
-        job.work.wait(_ABANDON_SECONDS)
-        if not job.work.is_done:
+        job.task.wait(_ABANDON_SECONDS)
+        if not job.task.is_done:
             self._memory = HostMemory()  # the old buffer is still being read
         elif self._topology.rank == 0:
             shutil.rmtree(job.unfinished, ignore_errors=True)
@@ -232,66 +219,40 @@ class Saver:
         if self._topology.rank == 0:
             save_id = uuid4().hex
             try:
-                with faults_told("written", self._folder):
+                with system_errors("written", self._folder):
                     self._folder.mkdir(parents=True, exist_ok=True)
                     retention.tidy(self._folder)
                     self._unfinished(step, save_id).mkdir()
                 answer[0] = save_id
             except Exception as error:
-                answer[1] = told(error)  # raised on every rank, below
+                answer[1] = error_text(error)  # raised on every rank, below
         dist.broadcast_object_list(answer, src=0, group=self._topology.control_group)
-        agreed_id, error_text = answer
+        agreed_id, fault = answer
         if agreed_id is None:
-            raise CheckpointError(f"the save of step {step} failed: {error_text}")
+            raise CheckpointError(f"the save of step {step} failed: {fault}")
         return agreed_id, self._unfinished(step, agreed_id)
 
     def _unfinished(self, step: int, save_id: str) -> Path:
-        """Where the save is written: no two saves share a folder, not even with processes of a run that should be dead.
+        """The folder of this save alone: a process of a run that should be dead may still write into its own.
 
-        Two that wrote into one folder, each removing what it took for leftovers, could complete a mixture.
+        Two saves in one folder, each removing what it takes for remainders, could complete a mixture.
         """
         return self._folder / f"{retention.UNFINISHED}{retention.checkpoint_name(step)}-{save_id[:8]}"
-
-    def _snapshot(self, engine: Engine, share: RankShare, is_background: bool) -> Callable[[], None]:
-        """Fills the share; returns what has to be called before it is read."""
-        points.reached("snapshot")
-        topology = self._topology
-        owned = [fragment for fragment in engine.owned_fragments(with_moments=True) if fragment.values.numel() > 0]
-        share.runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
-        if owned:
-            share.has_moments = owned[0].exp_avg is not None
-        assert self._copied is not None
-        keys, values = digests_on_device(engine.held_fragments(with_moments=True), self._copied)
-        share.tensors = named_parts(owned)
-        if is_background:
-            share.tensors = self._memory.copy(share.tensors)
-        host = None
-        if values is not None:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            host.copy_(values, non_blocking=True)
-        arrival = Arrival(topology.device)
-
-        def arrived() -> None:
-            arrival.wait()
-            if host is not None:
-                share.digests.update(collect(keys, host.tolist()))
-
-        return arrived
 
     def _complete_job(self) -> None:
         while (job := self._job) is not None:
             started = time.perf_counter()
-            job.work.wait(_HEARTBEAT_SECONDS)
+            job.task.wait(_EXCHANGE_SECONDS)
             self._advance(job, started)
 
     def _advance(self, job: _Job, started: float) -> None:
-        """One exchange between the ranks, and the next phase if all have done with this one.
+        """One exchange between the ranks, and the next phase if all have ended this one.
 
         Args:
             job: The save in flight.
             started: Since when training has been waiting.
         """
-        are_done, are_well = self._agree(job.work.is_done, job.work.error is None)
+        are_done, are_well = self._agree(job.task.is_done, job.task.error is None)
         if not are_well:
             self._fail(job)
         if are_done and job.is_committing:
@@ -301,26 +262,19 @@ class Saver:
         job.stall_seconds += time.perf_counter() - started
 
     def _agree(self, *mine: bool) -> list[bool]:
-        """Returns for each answer whether all ranks say yes."""
+        """Returns for each answer whether it is True on all ranks."""
         packed = torch.tensor(mine, dtype=torch.int32)
         dist.all_reduce(packed, op=dist.ReduceOp.MIN, group=self._topology.control_group)
         return [bool(answer) for answer in packed.tolist()]
 
     def _start_commit(self, job: _Job, stall_seconds: float) -> None:
-        """All files are written: rank 0 hears what is in them, and completes the checkpoint in the background."""
-        points.reached("agreed")
-        share, topology = job.share, self._topology
-        assert share.entry is not None
-        share.tensors = []
-        copies = RankCopies(topology.rank, topology.tensor_rank, topology.pipeline_rank, share.digests)
-        report = RankReport(
-            share.file, share.entry, share.line, share.has_moments, copies, stall_seconds, job.work.seconds
-        )
-        is_main = topology.rank == 0
-        gathered: list[Any] | None = [None] * topology.world_size if is_main else None
-        dist.gather_object(report, gathered, dst=0, group=topology.control_group)
+        """All files are written: rank 0 gathers the reports, and completes the checkpoint in the background."""
+        failpoints.reached("agreed")
+        job.report.stall_seconds, job.report.write_seconds = stall_seconds, job.task.seconds
+        gathered: list[Any] | None = [None] * self._topology.world_size if self._topology.rank == 0 else None
+        dist.gather_object(job.report, gathered, dst=0, group=self._topology.control_group)
         job.reports = gathered
-        job.work = Work(partial(self._commit, job))
+        job.task = BackgroundTask(partial(self._commit, job))
         job.is_committing = True
 
     def _commit(self, job: _Job) -> None:
@@ -328,28 +282,25 @@ class Saver:
         if job.reports is None:
             return
         assert job.main is not None
-        copies = [report.copies for report in job.reports]
-        job.drift = differing_copies(copies, job.table, self._topology.tensor)
+        job.drift = differing_copies(job.reports, job.table, self._topology.tensor)
         if job.drift is not None and not self._may_copies_differ:
             raise CheckpointError(
                 f"{job.drift}; nothing was saved. The ranks have drifted apart (a gradient that was not reduced, or a "
                 "fault of a device): resume from a checkpoint before that. If the library that adds up gradients is "
                 "known to round them otherwise on each rank, checkpoint.differing_copies=report saves the owner's copy"
             )
-        manifest = describe(job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology)
+        manifest = build_manifest(
+            job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology
+        )
         job.total_bytes = manifest.total_bytes
-
-        def tell(fault: str) -> None:
-            job.not_removed = fault
-
-        commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned, tell)
+        job.not_removed = commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned)
 
     def _conclude(self, job: _Job, stall_seconds: float) -> None:
-        """The checkpoint is complete: all ranks hear its figures."""
+        """The checkpoint is complete: all ranks learn its figures."""
         figures: list[Any] = [None]
         if job.reports is not None:
             stall_seconds = max(stall_seconds, *(report.stall_seconds for report in job.reports))
-            write_seconds = max(report.write_seconds for report in job.reports) + job.work.seconds
+            write_seconds = max(report.write_seconds for report in job.reports) + job.task.seconds
             figures = [(job.total_bytes, stall_seconds, write_seconds, job.drift, job.not_removed)]
         dist.broadcast_object_list(figures, src=0, group=self._topology.control_group)
         path = self._folder / retention.checkpoint_name(job.step)
@@ -357,33 +308,20 @@ class Saver:
         self._job = None
 
     def _fail(self, job: _Job) -> None:
-        """Ends a save that failed somewhere: all ranks stop, the unfinished folder goes, all raise the same."""
+        """Ends a save that failed somewhere: all ranks stop, the unfinished folder is removed, all raise the same."""
         job.cancel.set()
         while True:
-            job.work.wait(_HEARTBEAT_SECONDS)
-            if self._agree(job.work.is_done)[0]:
+            job.task.wait(_EXCHANGE_SECONDS)
+            if self._agree(job.task.is_done)[0]:
                 break
         errors: list[Any] = [None] * self._topology.world_size
-        dist.all_gather_object(errors, job.work.error, group=self._topology.control_group)
+        dist.all_gather_object(errors, job.task.error, group=self._topology.control_group)
         if self._topology.rank == 0:
             shutil.rmtree(job.unfinished, ignore_errors=True)
         self._job = None
-        told_by_ranks = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error not in (None, GIVEN_UP)]
-        more = f"; and {len(told_by_ranks) - 3} more" if len(told_by_ranks) > 3 else ""
-        text = "; ".join(told_by_ranks[:3]) + more
-        raise CheckpointError(f"the save of step {job.step} failed: {text}")
-
-
-def _write(
-    wait_for_copies: Callable[[], None],
-    unfinished: Path,
-    save_id: str,
-    share: RankShare,
-    main: MainShare | None,
-    cancel: threading.Event,
-) -> None:
-    wait_for_copies()
-    write_share(unfinished, save_id, share, main, cancel)
+        faults = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error not in (None, CANCELLED)]
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"the save of step {job.step} failed: {'; '.join(faults[:3])}{more}")
 
 
 def _raise(error: CheckpointError) -> None:

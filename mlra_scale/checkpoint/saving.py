@@ -1,6 +1,6 @@
-"""What a rank does for a save in the background: writing its file, and on rank 0 completing the checkpoint.
+"""What one rank does for a save: a snapshot, its file in the background, and on rank 0 the completion.
 
-Nothing here talks to other ranks; saver.py does, from the main thread.
+Nothing here communicates with other ranks; saver.py does, from the main thread.
 """
 
 from __future__ import annotations
@@ -10,36 +10,44 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from mlra_scale.checkpoint import points, retention
-from mlra_scale.checkpoint.contents import BUFFERS, library_versions, write_small_files
-from mlra_scale.checkpoint.copies import Digests, RankCopies
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import FileEntry, faults_told, size_fault, sync_folder, write_file
-from mlra_scale.checkpoint.fragments import FRAGMENTS, Run, joined, line_of, parse
-from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter
-from mlra_scale.checkpoint.retention import next_created
-from mlra_scale.checkpoint.snapshot import Named
-from mlra_scale.checkpoint.writer import write_safetensors
+from mlra_scale.checkpoint import failpoints, retention
+from mlra_scale.checkpoint.copies import Digests, collect, digests_on_device
+from mlra_scale.checkpoint.files import CheckpointError, FileEntry, size_fault, system_errors, write_file
+from mlra_scale.checkpoint.fragments import (
+    FRAGMENTS,
+    PARTS,
+    ElementRun,
+    join_lines,
+    line_of,
+    parse_fragments,
+    parts_of,
+    tensor_key,
+)
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter, library_versions
+from mlra_scale.checkpoint.safetensors_file import spec_of, write_safetensors
+from mlra_scale.checkpoint.state_contents import BUFFERS, write_small_files
 from mlra_scale.config import Config, engine_kind, zero_stage
+from mlra_scale.files import sync
 
 if TYPE_CHECKING:
     from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel import Engine
     from mlra_scale.parallel.topology import Topology
 
-
-GIVEN_UP = "was given up"
+CANCELLED = "the save was cancelled"
+Named = list[tuple[str, torch.Tensor]]
 
 
 class Cancelled(Exception):
-    """The save was given up while it was being written."""
+    """The save was cancelled while it was being written."""
 
 
-class Work:
-    """A piece of work in a thread of its own; never ends by an exception.
+class BackgroundTask:
+    """A function in a thread of its own; never ends by an exception.
 
     Attributes:
         error: What went wrong, as text for people; None where nothing did.
@@ -47,7 +55,7 @@ class Work:
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
-        """Starts the work."""
+        """Starts the function."""
         self.error: str | None = None
         self.seconds = 0.0
         self._function = function
@@ -57,11 +65,11 @@ class Work:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, with or without an error."""
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:
-        """Waits for its end, but no longer than this."""
+        """Waits for its end, at most this long."""
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -69,58 +77,135 @@ class Work:
         try:
             self._function()
         except Cancelled:
-            self.error = GIVEN_UP
+            self.error = CANCELLED
         except Exception as error:
-            # Whatever it is, all ranks must hear of it: the others wait for this one.
-            self.error = told(error)
+            # Of any kind: all ranks must learn of it, since they wait for this one.
+            self.error = error_text(error)
         self.seconds = time.perf_counter() - started
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Returns an error as a line of text."""
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
+class HostMemory:
+    """Host memory that is taken at the first snapshot and used again for every later one."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
+
+    def copy(self, tensors: Named) -> Named:
+        """Starts copying fp32 tensors; copies from a GPU are complete only when its stream has passed this point.
+
+        Raises:
+            CheckpointError: There is not enough memory.
+        """
+        numel = sum(tensor.numel() for _, tensor in tensors)
+        if self.buffer.numel() < numel:
+            self.buffer = torch.empty(0)  # the old one is freed before the new one is taken
+            is_pinned = any(tensor.is_cuda for _, tensor in tensors)
+            try:
+                self.buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{4e-9 * numel:.3g} GB of host memory for a copy of weights and moments are not available "
+                    f"({str(error).splitlines()[0]}); set checkpoint.asynchronous=false, which needs no copy"
+                ) from error
+        parts = self.buffer[:numel].split([tensor.numel() for _, tensor in tensors])
+        for part, (_, tensor) in zip(parts, tensors, strict=True):
+            part.copy_(tensor, non_blocking=True)
+        return [(name, part) for part, (name, _) in zip(parts, tensors, strict=True)]
+
+
 @dataclass
-class RankShare:
-    """What one rank contributes to a save.
+class Snapshot:
+    """What a rank contributes to a save.
 
     Attributes:
-        file: Name of its file.
-        tensors: What goes into it.
-        tensor_rank: This rank's.
+        tensors: The tensors of its file.
         runs: The fragments that these are.
         has_moments: Whether moments are among them; None where there is nothing at all.
-        digests: Of the copies that it holds.
-        entry: The file, once it is written.
-        line: What fragments.json says of it, once it is written.
+        wait: Waits until copies from a GPU are complete, and returns the checksums of all that the rank holds.
     """
 
-    file: str
+    tensors: Named
+    runs: list[ElementRun]
+    has_moments: bool | None
+    wait: Callable[[], Digests]
+
+
+def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | None) -> Snapshot:
+    """Starts a snapshot of what a rank holds.
+
+    Args:
+        engine: Its weights and moments.
+        copied: The parameters to compute checksums of, from `copies.copied_parameters`.
+        memory: Where to copy the tensors, so that training continues while they are written; None: no copy is made.
+    """
+    failpoints.reached("snapshot")
+    owned = [fragment for fragment in engine.owned_fragments(with_moments=True) if fragment.values.numel() > 0]
+    keys, values = digests_on_device(engine.held_fragments(with_moments=True), copied)
+    found = {
+        (part, fragment.name, fragment.start): tensor.detach()
+        for fragment in owned
+        for part, tensor in parts_of(fragment)
+    }
+    # All weights come first, then all first moments, and so on.
+    tensors = [(tensor_key(*key), found[key]) for part in PARTS for key in found if key[0] == part]
+    if memory is not None:
+        tensors = memory.copy(tensors)
+    host, event = None, None
+    if values is not None:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
+    if engine.topology.device.type == "cuda":
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(engine.topology.device))
+
+    def wait() -> Digests:
+        if event is not None:
+            event.synchronize()
+        return {} if host is None else collect(keys, host.tolist())
+
+    runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
+    return Snapshot(tensors, runs, owned[0].exp_avg is not None if owned else None, wait)
+
+
+@dataclass
+class RankReport:
+    """What rank 0 learns of a rank's file when it is written.
+
+    Attributes:
+        rank: Global rank.
+        tensor_rank: Coordinate on the tensor axis.
+        pipeline_rank: Coordinate on the pipeline axis.
+        has_moments: See Snapshot.
+        digests: Checksums of the copies that it holds.
+        entry: The file.
+        line: The file's line of fragments.json.
+        stall_seconds: How long training waited.
+        write_seconds: How long writing took.
+    """
+
+    rank: int
     tensor_rank: int
-    tensors: Named = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    pipeline_rank: int
     has_moments: bool | None = None
     digests: Digests = field(default_factory=dict)
     entry: FileEntry | None = None
     line: bytes = b""
+    stall_seconds: float = 0.0
+    write_seconds: float = 0.0
 
-
-@dataclass(frozen=True)
-class RankReport:
-    """What rank 0 learns of a rank's share when it is written: see RankShare."""
-
-    file: str
-    entry: FileEntry
-    line: bytes
-    has_moments: bool | None
-    copies: RankCopies
-    stall_seconds: float
-    write_seconds: float
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return f"rank-{self.rank:05d}.safetensors"
 
 
 @dataclass
-class MainShare:
+class MainFiles:
     """What rank 0 adds to a save.
 
     Attributes:
@@ -128,28 +213,36 @@ class MainShare:
         buffers: Named tensors in host memory.
         config_text: The configuration's YAML document.
         tokenizer: A folder to copy, or None.
-        files: The files, once they are written.
+        entries: The files, once they are written.
     """
 
     state: bytes
     buffers: Named
     config_text: str
     tokenizer: Path | None
-    files: dict[str, FileEntry] = field(default_factory=dict)
+    entries: dict[str, FileEntry] = field(default_factory=dict)
 
 
-def write_share(folder: Path, save_id: str, share: RankShare, main: MainShare | None, cancel: threading.Event) -> None:
-    """Writes a rank's file, and on rank 0 everything but the manifest.
+def write_share(
+    folder: Path,
+    save_id: str,
+    snapshot: Snapshot,
+    report: RankReport,
+    main: MainFiles | None,
+    cancel: threading.Event,
+) -> None:
+    """Writes a rank's file, and on rank 0 everything but manifest and fragments.json.
 
     Args:
         folder: The unfinished checkpoint.
         save_id: Of this save.
-        share: This rank's part; gets its entry.
-        main: On rank 0; gets its files.
-        cancel: Set when the save is given up.
+        snapshot: What the rank contributes.
+        report: Is filled in.
+        main: On rank 0; its entries are filled in.
+        cancel: Set when the save is cancelled.
 
     Raises:
-        Cancelled: It was given up.
+        Cancelled: It was cancelled.
         CheckpointError: The system refuses something.
     """
 
@@ -157,76 +250,69 @@ def write_share(folder: Path, save_id: str, share: RankShare, main: MainShare | 
         if cancel.is_set():
             raise Cancelled
 
-    with faults_told("written", folder):
-        share.entry = _write_tensors(folder / share.file, share.tensors, save_id, check)
-        share.line = line_of(share.file, share.tensor_rank, share.runs)
-        points.reached("between-files")
+    report.digests, report.has_moments = snapshot.wait(), snapshot.has_moments
+    with system_errors("written", folder):
+        report.entry = _write_tensors(folder / report.file, snapshot.tensors, save_id, check)
+        report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
+        failpoints.reached("between-files")
         if main is None:
             return
         if main.buffers:
-            main.files[BUFFERS] = _write_tensors(folder / BUFFERS, main.buffers, save_id, check)
+            main.entries[BUFFERS] = _write_tensors(folder / BUFFERS, main.buffers, save_id, check)
         check()
-        main.files |= write_small_files(folder, main.state, main.config_text, main.tokenizer)
+        main.entries |= write_small_files(folder, main.state, main.config_text, main.tokenizer)
 
 
 def _write_tensors(path: Path, tensors: Named, save_id: str, check: Callable[[], None]) -> FileEntry:
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
+    specs = {name: spec_of(tensor) for name, tensor in tensors}
     return write_safetensors(path, specs, tensors, {"save_id": save_id}, check)
 
 
-def describe(
+def build_manifest(
     unfinished: Path,
     save_id: str,
     step: int,
     reports: Sequence[RankReport],
-    main: MainShare,
+    main: MainFiles,
     table: ParameterTable,
     topology: Topology,
 ) -> Manifest:
-    """Checks what the ranks report, writes fragments.json and puts the manifest together; rank 0.
+    """Checks the reports of all ranks, writes fragments.json and returns the manifest; rank 0.
 
     Raises:
         CheckpointError: The ranks' fragments do not add up to the model, or the system refuses.
     """
     has_moments = {report.has_moments for report in reports} - {None}
     if len(has_moments) > 1:
-        raise CheckpointError("some ranks have Adam's moments and others have none; nothing was saved")
-    content = joined(report.line for report in reports)
-    with faults_told("written", unfinished):
-        entry = write_file(unfinished / FRAGMENTS, content)
+        raise CheckpointError("some ranks have moments of the optimizer and others have none; nothing was saved")
+    content = join_lines(report.line for report in reports)
+    with system_errors("written", unfinished):
+        entries = {FRAGMENTS: write_file(unfinished / FRAGMENTS, content)}
     config = Config.from_yaml(main.config_text)
-    layout: dict[str, Any] = {
-        "world_size": topology.world_size,
-        "tensor": topology.tensor,
-        "pipeline": topology.pipeline,
-        "data": topology.data,
-        "engine": engine_kind(config),
-        "zero_stage": zero_stage(config),
-        "precision": config.train.precision,
-    }
     manifest = Manifest(
         save_id=save_id,
         kind="training",
         step=step,
-        created=next_created(unfinished.parent),
-        layout=layout,
+        created=retention.next_created(unfinished.parent),
+        layout={
+            "world_size": topology.world_size,
+            "tensor": topology.tensor,
+            "pipeline": topology.pipeline,
+            "data": topology.data,
+            "engine": engine_kind(config),
+            "zero_stage": zero_stage(config),
+            "precision": config.train.precision,
+        },
         has_moments=has_moments == {True},
         versions=library_versions(),
-        files={report.file: report.entry for report in reports} | {FRAGMENTS: entry} | main.files,
+        files={report.file: report.entry for report in reports if report.entry} | entries | main.entries,
         parameters={name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()},
     )
-    parse(content, manifest, unfinished / FRAGMENTS)
+    parse_fragments(content, manifest, unfinished / FRAGMENTS)
     return manifest
 
 
-def commit(
-    unfinished: Path,
-    manifest: Manifest,
-    keep_last: int,
-    keep_every: int,
-    pinned: int | None = None,
-    tell: Callable[[str], None] = lambda fault: None,
-) -> Path:
+def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int, pinned: int | None) -> str | None:
     """Completes a checkpoint: manifest, name, `latest`, and the removal of those that are no longer kept; rank 0.
 
     Args:
@@ -235,38 +321,32 @@ def commit(
         keep_last: See retention.prune.
         keep_every: See retention.prune.
         pinned: See retention.prune.
-        tell: Called if earlier checkpoints cannot be removed, which does not make this one worse.
 
     Returns:
-        The checkpoint.
+        Why earlier checkpoints could not be removed, which does not make this one worse; None: they were.
 
     Raises:
-        CheckpointError: The system refuses something, or a file is not there. The checkpoint is complete or invisible
-            all the same.
+        CheckpointError: The system refuses something, or a file is missing. The checkpoint is then complete or
+            invisible.
     """
     folder = unfinished.parent
     final = folder / retention.checkpoint_name(manifest.step)
-    with faults_told("written", unfinished):
-        points.reached("before-manifest")
+    with system_errors("written", unfinished):
+        failpoints.reached("before-manifest")
         for name, entry in manifest.files.items():
-            # Other ranks' files are not here where every machine has a disk of its own.
+            # Other ranks' files are missing where every machine has a disk of its own.
             if fault := size_fault(unfinished / name, entry):
                 raise CheckpointError(
                     f"{fault}, as rank 0 sees it; checkpoints must lie on a disk that all ranks share"
                 )
         write_file(unfinished / MANIFEST, manifest.to_json())
-        sync_folder(unfinished)
-        points.reached("before-rename")
+        sync(unfinished)
+        failpoints.reached("before-rename")
         retention.put_in_place(unfinished, final)
-        points.reached("before-latest")
+        failpoints.reached("before-latest")
         retention.set_latest(folder, final)
     try:
         retention.prune(folder, keep_last, keep_every, pinned)
     except (CheckpointError, OSError) as fault:
-        tell(str(fault))
-    return final
-
-
-def host_copies(tensors: dict[str, torch.Tensor]) -> Named:
-    """Returns copies in host memory of a few small tensors."""
-    return [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors.items()]
+        return str(fault)
+    return None

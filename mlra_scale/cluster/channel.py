@@ -1,18 +1,20 @@
 """The connection between a job and its nodes: JSON objects, one per line, over TCP.
 
-Its end is news too: a node whose connection breaks has died. A secret, made anew for every attempt and handed down in
-the environment, keeps other users of the cluster out. Whoever has not shown it is a stranger: few of them at a time are
-listened to, for a short time and to one short line, and any fault of theirs ends their connection and nothing else.
+The end of a connection is a message too: the node has died. A secret, made for each attempt and passed to the nodes in
+their environment, keeps other users of the cluster out. A connection that has not shown it is a stranger: the job keeps
+few of them, for a short time, and reads one short line of each; any fault of theirs ends their connection alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import ipaddress
 import json
-import selectors
+import queue
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -21,13 +23,13 @@ from typing import Any
 
 TOKEN_VARIABLE = "MLRA_SCALE_JOB_TOKEN"
 _LONGEST_LINE = 1 << 20
-"""Bytes of a member's line: a node with many ranks reports some hundred bytes of each."""
+"""Bytes of a node's line: a node with many ranks reports some hundred bytes of each."""
 _LONGEST_GREETING = 1 << 14
 _MAX_STRANGERS = 32
-"""Connections without a greeting at a time, beside one from each machine: many nodes may connect in one moment."""
+"""Strangers at a time, beside one from each machine: many nodes may connect at the same moment."""
 _STRANGER_SECONDS = 20.0
 """How long a connection may take to send its greeting."""
-_ACCEPTED_AT_ONCE = 64
+_BACKLOG = 1024
 _LAST_WORDS_SECONDS = 5.0
 
 Message = dict[str, Any]
@@ -39,63 +41,85 @@ class Heard:
 
     Attributes:
         node: Its name.
-        message: What it said; None: the connection has ended.
+        message: What it sent; None: the connection has ended.
     """
 
     node: str
     message: Message | None
 
 
-class _Lines:
-    """A socket, read as lines of JSON.
-
-    Args:
-        connection: The socket.
-        longest: So many bytes may a line have.
-    """
-
-    def __init__(self, connection: socket.socket, longest: int = _LONGEST_LINE) -> None:
-        self.connection, self.longest = connection, longest
-        self._rest = b""
-
-    def read(self) -> list[Message] | None:
-        """Returns what is there without waiting for more; None at the end of the connection."""
-        try:
-            received = self.connection.recv(min(1 << 16, self.longest))
-        except (BlockingIOError, InterruptedError):
-            return []
-        except OSError:
-            return None
-        if not received:
-            return None
-        *lines, self._rest = (self._rest + received).split(b"\n")
-        if max(map(len, [*lines, self._rest])) > self.longest:
-            return None
-        try:
-            messages = [json.loads(line) for line in lines if line]
-        except (ValueError, RecursionError):
-            return None  # none of ours
-        return messages if all(isinstance(message, dict) for message in messages) else None
-
-    def write(self, message: Message) -> None:
-        self.connection.settimeout(10.0)
-        try:
-            self.connection.sendall(json.dumps(message).encode("ascii") + b"\n")
-        finally:
-            self.connection.settimeout(0.0)
+def _parsed(line: bytes) -> Message | None:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) else None
 
 
-@dataclass
-class _Stranger:
-    """A connection that has not shown the secret yet."""
+def _print_unless_of_the_system(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handles errors of the hub's loop; where no descriptor is free, the loop accepts connections a second later."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
 
-    lines: _Lines
-    host: str
-    since: float
+
+class _Connection(asyncio.Protocol):
+    """The job's end of one connection; a stranger as long as it has no node."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub, self._rest = hub, b""
+        self.node: str | None = None
+        self.host = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.host = str((transport.get_extra_info("peername") or [""])[0])
+        self._hub._strangers.append(self)
+        loop = asyncio.get_running_loop()
+        # After what has arrived with the connection: a greeting makes room too.
+        loop.call_later(0.0, self._hub._make_room)
+        loop.call_later(_STRANGER_SECONDS, self._end_stranger)
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line and not (self._fits(line) and self._take(_parsed(line))):
+                self.transport.close()
+                return
+        if not self._fits(self._rest):
+            self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.node is None:
+            self._hub._strangers.remove(self)
+        else:
+            del self._hub._nodes[self.node]
+            self._hub._heard.put(Heard(self.node, None))
+
+    def _end_stranger(self) -> None:
+        if self.node is None:
+            self.transport.close()
+
+    def _fits(self, line: bytes) -> bool:
+        return len(line) <= (_LONGEST_GREETING if self.node is None else _LONGEST_LINE)
+
+    def _take(self, message: Message | None) -> bool:
+        """Takes a message; returns False if the connection must end."""
+        if message is None:
+            return False
+        if self.node is None:
+            name, token = message.get("node"), message.pop("token", None)
+            if not isinstance(name, str) or name in self._hub._nodes or not self._hub._is_secret(token):
+                return False
+            self.node = name
+            self._hub._strangers.remove(self)
+            self._hub._nodes[name] = self
+        self._hub._heard.put(Heard(self.node, message))
+        return True
 
 
 class Hub:
-    """The job's end: listens on a free port and hears all nodes; for one thread.
+    """The job's end of all connections: listens on a free port, in a thread of its own.
 
     Args:
         token: The secret.
@@ -104,130 +128,100 @@ class Hub:
 
     def __init__(self, token: str, host: str = "") -> None:
         self._token = token.encode()
-        self._server = _listen(host)
-        self._server.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._server, selectors.EVENT_READ)
-        self._strangers: dict[socket.socket, _Stranger] = {}
-        self._nodes: dict[str, _Lines] = {}
+        self._heard: queue.Queue[Heard] = queue.Queue()
+        self._strangers: list[_Connection] = []  # the oldest first
+        self._nodes: dict[str, _Connection] = {}
+        self._socket = _listen(host)
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_print_unless_of_the_system)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hub", daemon=True)
+        self._thread.start()
+        serving = self._loop.create_server(lambda: _Connection(self), sock=self._socket, backlog=_BACKLOG)
+        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result()
 
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self._server.getsockname()[1])
+        return int(self._socket.getsockname()[1])
 
     @property
     def address(self) -> str:
         """The address at which it listens."""
-        return str(self._server.getsockname()[0])
+        return str(self._socket.getsockname()[0])
 
     def poll(self, seconds: float) -> list[Heard]:
-        """Waits until something is heard, at most so long, and returns it in order."""
+        """Waits until something is heard, at most so long, and returns all that was heard, in order."""
         heard: list[Heard] = []
-        ready = [key.fileobj for key, _ in self._selector.select(seconds)]
-        for connection in ready:
-            if isinstance(connection, socket.socket) and connection is not self._server:
-                heard += self._read(connection)
-        if self._server in ready:
-            heard += self._accept()
-        for connection, stranger in list(self._strangers.items()):
-            if time.monotonic() - stranger.since > _STRANGER_SECONDS:
-                self._end(connection)
+        with contextlib.suppress(queue.Empty):
+            heard.append(self._heard.get(timeout=seconds))
+            while True:
+                heard.append(self._heard.get_nowait())
         return heard
 
     def send(self, message: Message) -> None:
-        """Tells all nodes; one that cannot be told is heard to end."""
-        for lines in list(self._nodes.values()):
-            with contextlib.suppress(OSError):
-                lines.write(message)
+        """Sends a message to all nodes; one that has ended is heard to end."""
+        line = json.dumps(message).encode("ascii") + b"\n"
+
+        def write() -> None:
+            for connection in self._nodes.values():
+                connection.transport.write(line)
+
+        self._loop.call_soon_threadsafe(write)
 
     def close(self) -> None:
-        """Ends all connections."""
-        for connection in [*self._strangers, *(lines.connection for lines in self._nodes.values())]:
-            connection.close()
-        self._selector.close()
-        self._server.close()
+        """Ends all connections, after what was sent over them as far as nodes take it at once."""
+        if self._loop.is_closed():
+            return
 
-    def _accept(self) -> list[Heard]:
-        """Takes in those who wait, and hears what they have sent already."""
-        heard: list[Heard] = []
-        for _ in range(_ACCEPTED_AT_ONCE):
-            try:
-                connection, address = self._server.accept()
-            except OSError:
-                break  # nobody waits; or no descriptor is free, and who waits is asked in the next round
-            connection.setblocking(False)
-            self._selector.register(connection, selectors.EVENT_READ)
-            lines = _Lines(connection, _LONGEST_GREETING)
-            self._strangers[connection] = _Stranger(lines, str(address[0]), time.monotonic())
-            heard += self._read(connection)
-            if len(self._strangers) > _MAX_STRANGERS:
-                self._end_oldest_stranger()
-        return heard
+        async def end() -> None:
+            self._server.close()
+            connections = [*self._strangers, *self._nodes.values()]
+            for connection in connections:
+                connection.transport.close()
+            await asyncio.sleep(0.0)
+            for connection in connections:
+                connection.transport.abort()
+            await asyncio.sleep(0.0)
 
-    def _end_oldest_stranger(self) -> None:
-        """Makes room: whoever opens many connections loses its own. A machine's only one may be a node's: it stays."""
-        counted = Counter(stranger.host for stranger in self._strangers.values())
-        crowd = max(counted, key=lambda host: counted[host])
-        if counted[crowd] > 1:
-            self._end(next(connection for connection, stranger in self._strangers.items() if stranger.host == crowd))
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _end(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        connection.close()
-        self._strangers.pop(connection, None)
+    def _is_secret(self, token: Any) -> bool:
+        return isinstance(token, str) and hmac.compare_digest(token.encode(errors="replace"), self._token)
 
-    def _read(self, connection: socket.socket) -> list[Heard]:
-        if connection in self._strangers:
-            return self._greet(connection, self._strangers[connection].lines)
-        name = next((name for name, lines in self._nodes.items() if lines.connection is connection), None)
-        if name is None:
-            return []  # ended in this round
-        messages = self._nodes[name].read()
-        if messages is None:
-            self._end(connection)
-            del self._nodes[name]
-            return [Heard(name, None)]
-        return [Heard(name, message) for message in messages]
-
-    def _greet(self, connection: socket.socket, lines: _Lines) -> list[Heard]:
-        """Hears a stranger's first line, which must show the secret and a name that is not taken."""
-        messages = lines.read()
-        if messages is None:
-            self._end(connection)
-        if not messages:
-            return []
-        name, token = messages[0].get("node"), messages[0].pop("token", None)
-        is_right = isinstance(token, str) and hmac.compare_digest(token.encode(errors="replace"), self._token)
-        if not is_right or not isinstance(name, str) or name in self._nodes:
-            self._end(connection)
-            return []
-        del self._strangers[connection]
-        lines.longest = _LONGEST_LINE
-        self._nodes[name] = lines
-        return [Heard(name, message) for message in messages]
+    def _make_room(self) -> None:
+        """Ends the oldest strangers of the machine that has most of them; the only one of a machine may be a node."""
+        while True:
+            strangers = [stranger for stranger in self._strangers if not stranger.transport.is_closing()]
+            if len(strangers) <= _MAX_STRANGERS:
+                return
+            crowd, number = Counter(stranger.host for stranger in strangers).most_common(1)[0]
+            if number == 1:
+                return
+            next(stranger for stranger in strangers if stranger.host == crowd).transport.close()
 
 
 def listening_host(host: str, others: Iterable[str]) -> str:
-    """Finds the address of this machine that other nodes reach it at.
+    """Finds the address of this machine at which other nodes reach it.
 
     Args:
         host: This node's name or address, as Slurm gives it to the others.
         others: Theirs.
 
     Returns:
-        The address, if exactly this machine has it. Empty, for all addresses, where it cannot be found: the name is not
-        known here, or means an address that this machine does not have, or means the loopback (as some distributions
-        write a machine's own name into /etc/hosts) while other nodes are elsewhere.
+        The address, if this machine has exactly this one. Empty, for all addresses, where it cannot be found: the name
+        is not known here, or means an address of another machine, or means the loopback (as some distributions write a
+        machine's own name into /etc/hosts) while other nodes are elsewhere.
     """
     addresses = _addresses(host)
     if len(addresses) != 1:
         return ""
     (address,) = addresses
-    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        found = [_addresses(other) for other in others]
-        if not all(each == addresses for each in found):
-            return ""
+    is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if is_loopback and any(_addresses(other) != addresses for other in others):
+        return ""
     try:
         _listen(address).close()
     except OSError:
@@ -245,11 +239,17 @@ def _addresses(host: str) -> set[str]:
 def _listen(host: str) -> socket.socket:
     if host == "":
         try:
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
         except (OSError, ValueError):
-            return socket.create_server(("", 0), backlog=1024)  # without IPv6
+            return socket.create_server(("", 0), backlog=_BACKLOG)  # without IPv6
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, 0), family=family, backlog=1024)
+    return socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+
+
+def free_port() -> int:
+    """Returns a port of this machine that no process uses; another one each time."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def endpoint(host: str, port: int) -> str:
@@ -264,7 +264,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 class Link:
-    """A node's end; for one thread.
+    """A node's end of its connection; for one thread.
 
     Args:
         host: Where the job is.
@@ -280,46 +280,54 @@ class Link:
         deadline = time.monotonic() + patience
         while True:
             try:
-                connection = socket.create_connection((host, port), timeout=10.0)
+                self._socket = socket.create_connection((host, port), timeout=10.0)
                 break
             except OSError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
         # Small messages must not wait for the answer to the one before.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._lines = _Lines(connection)
-        self._lines.write(greeting)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rest = b""
         self.is_open = True
+        self._write(greeting)
+
+    def _write(self, message: Message) -> None:
+        self._socket.settimeout(10.0)
+        try:
+            self._socket.sendall(json.dumps(message).encode("ascii") + b"\n")
+        finally:
+            self._socket.settimeout(0.0)
 
     def send(self, message: Message) -> None:
-        """Tells the job; what it does not hear any more is forgotten."""
+        """Sends the job a message; one that the job no longer hears is lost."""
         try:
-            self._lines.write(message)
+            self._write(message)
         except OSError:
             self.is_open = False
 
     def receive(self) -> list[Message]:
-        """Returns what the job has said since the last call."""
-        messages = self._lines.read() if self.is_open else None
-        if messages is None:
-            self.is_open = False
-        return messages or []
+        """Returns what the job has sent since the last call."""
+        try:
+            received = self._socket.recv(1 << 16) if self.is_open else b""
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError:
+            received = b""
+        *lines, self._rest = (self._rest + received).split(b"\n")
+        messages = [_parsed(line) for line in lines if line]
+        self.is_open = received != b"" and len(self._rest) <= _LONGEST_LINE and None not in messages
+        return [message for message in messages if message is not None] if self.is_open else []
 
     def close(self) -> None:
-        """Ends the connection, after all that was said has been heard.
+        """Ends the connection after all that was sent has been heard.
 
-        A socket that is closed with unread orders in it would throw away what is still on its way.
+        A socket that is closed with unread orders in it would discard what is still on its way.
         """
         self.is_open = False
-        connection = self._lines.connection
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(_LAST_WORDS_SECONDS)
-            while connection.recv(1 << 16):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(_LAST_WORDS_SECONDS)
+            while self._socket.recv(1 << 16):
                 continue
-        connection.close()
-
-    def fileno(self) -> int:
-        """For selectors."""
-        return self._lines.connection.fileno()
+        self._socket.close()

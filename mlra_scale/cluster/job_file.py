@@ -1,4 +1,4 @@
-"""job.json in the run directory: what the job is doing, what became of its attempts, and why."""
+"""job.json in the run directory: the state of the job, how its attempts ended, and why; and what the run recorded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mlra_scale.cluster.messages import first_error
+from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import read_json_object
-from mlra_scale.training.record import write_atomically
+from mlra_scale.files import write_atomically
+from mlra_scale.training.record import read_record
+from mlra_scale.training.run_directory import RunDirectory
 
 VERSION = 2
 _BLOCK_BYTES = 4096
@@ -25,8 +32,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@dataclass
-class Attempt:
+@dataclass(config=ConfigDict(extra="forbid"))
+class JobAttempt:
     """One start of all ranks.
 
     Attributes:
@@ -56,18 +63,18 @@ class Attempt:
     first_step_seconds: float | None = None
 
 
-@dataclass
+@dataclass(config=ConfigDict(extra="forbid"))
 class JobFile:
     """The content of job.json.
 
     Attributes:
         path: The file.
-        job_id: The Slurm job that is or was at work here last.
+        job_id: The Slurm job that is or was last at work here.
         name: Its name.
         command: Arguments of the training.
         state: pending: it has nodes, and checks them and starts the ranks; running: they train; preempted or requeued:
-            it has gone back to the queue, after a signal or a failure; cancelled: Slurm has ended it, by scancel or at
-            its time limit; failed, done: it has ended.
+            it is back in the queue, after a signal or a failure; cancelled: Slurm has ended it, by scancel or at its
+            time limit; failed, done: it has ended.
         reason: Why it is in this state.
         updated: When the file was written.
         steps: train.steps.
@@ -91,7 +98,7 @@ class JobFile:
     console: str = ""
     excluded: dict[str, str] = field(default_factory=dict)
     first_counted: int = 0
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[JobAttempt] = field(default_factory=list)
     version: int = VERSION
 
     @classmethod
@@ -105,43 +112,39 @@ class JobFile:
             return cls(path)
         try:
             values: dict[str, Any] = read_json_object(path)
-            # The first version had no such key; nothing else has changed.
+            # Version 1 had no such key, and is otherwise the same.
             if (version := values.pop("version", 1)) not in range(1, VERSION + 1):
                 raise ValueError(f"its version is {version!r}, this program reads 1 to {VERSION}")
-            attempts = [Attempt(**attempt) for attempt in values.pop("attempts")]
-            return cls(path=path, attempts=attempts, **values)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no job file of this program ({error}); move it away") from error
+            return cls(path=path, attempts=values.pop("attempts", None), **values)
+        except (TypeError, ValueError) as error:
+            fault = first_error(error) if isinstance(error, ValidationError) else str(error)
+            raise ValueError(f"{path} is no job file of this program ({fault}); move it away") from error
 
     def write(self) -> None:
-        """Replaces the file at once; where the disk has no room for another one, it is written over in its place.
+        """Replaces the file atomically; where the disk has no room for a second file, it is overwritten in its place.
 
-        It has blanks at its end for this, so that a job that ends because of a full disk can still say so. A file
-        that cannot be written at all does not end a job.
+        It has blanks at its end for this, so that a job that ends because of a full disk can still write the reason. A
+        file that cannot be written at all does not end a job.
         """
         self.updated = now()
-        values = {key: value for key, value in asdict(self).items() if key != "path"}
-        text = json.dumps(values, indent=1)
+        text = json.dumps({key: value for key, value in asdict(self).items() if key != "path"}, indent=1)
         blanks = _BLOCK_BYTES + -len(text) % _BLOCK_BYTES - 1
         try:
             write_atomically(self.path, f"{text}{' ' * blanks}\n")
         except OSError as error:
-            fault = error.strerror
             with contextlib.suppress(OSError):
-                self.path.with_name(f".{self.path.name}.tmp").unlink(missing_ok=True)
+                if self._overwrite(text):
+                    return
             with contextlib.suppress(OSError):
-                fault = "" if self._write_over(text) else fault
-            if fault:
-                with contextlib.suppress(OSError):
-                    print(f"{self.path} cannot be written: {fault}", file=sys.stderr, flush=True)
+                print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
-    def _write_over(self, text: str) -> bool:
+    def _overwrite(self, text: str) -> bool:
         """Writes into the file as it is; returns False where it is too small."""
         file = os.open(self.path, os.O_WRONLY)
         try:
             size = os.fstat(file).st_size
             data = text.encode("ascii").ljust(size - 1) + b"\n"
-            # In one call: who reads it meanwhile sees the old content or the new one.
+            # In one call: a reader sees the old content or the new one.
             if len(data) == size and os.pwrite(file, data, 0) == size:
                 os.fsync(file)
                 return True
@@ -158,6 +161,37 @@ class JobFile:
     def ends(self) -> list[tuple[str, bool]]:
         """(kind, has_progressed) of the attempts of this job that have ended, for the policy.
 
-        One that was killed together with its job has no end: it failed, as far as anybody knows.
+        One that was killed together with its job has no end, and counts as failed.
         """
         return [(attempt.end or "failed", attempt.has_progressed) for attempt in self.attempts[self.first_counted :]]
+
+
+def read_job_file(run: RunDirectory) -> JobFile:
+    """Reads job.json of a run directory.
+
+    Raises:
+        ConfigError: It cannot be read, or is not one of ours.
+    """
+    try:
+        return JobFile.read(run.job)
+    except OSError as error:
+        raise ConfigError([Problem("--run-dir", str(run.job), f"cannot be read ({error.strerror})")]) from error
+    except ValueError as error:
+        raise ConfigError([Problem("--run-dir", str(run.path), str(error))]) from error
+
+
+def events_since(run: RunDirectory, time: str = "") -> list[dict[str, Any]]:
+    """Returns the events that a run has recorded since a time; none where they cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return [
+            event
+            for event in read_record(run.events)
+            if isinstance(event.get("event"), str) and isinstance(event.get("time"), str) and event["time"] >= time
+        ]
+    return []
+
+
+def num_checkpoints(run: RunDirectory, since: str = "") -> int:
+    """Returns how many checkpoints a run has recorded since a time; that of step 0 does not count."""
+    steps = [event.get("step") for event in events_since(run, since) if event["event"] == "checkpoint"]
+    return sum(isinstance(step, int) and step > 0 for step in steps)

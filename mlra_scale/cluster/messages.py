@@ -1,129 +1,151 @@
-"""What ranks tell their node and nodes their job, checked as a whole before any of it is used.
+"""What ranks send their node and nodes their job. A message is checked as a whole before any of it is used.
 
-A sender has shown that it belongs to the job (channel.py), but its words may come from another version of this package,
-or be damaged. Numbers are finite and bounded, and texts are printable and short: all of it ends up in comparisons,
-in job.json and on a console.
+A sender has shown that it belongs to the job (channel.py), but it may run another version of this package, or be
+damaged. Numbers are finite and bounded, and texts are printable and short: they end up in comparisons, in job.json and
+on consoles.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+import signal
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mlra_scale.cluster.pulse import Beat
+from mlra_scale.training.exit_codes import ExitCode
 
-_T = TypeVar("_T", bound=BaseModel)
 _LONGEST_TEXT = 2000
 _LARGEST = 2**53
 """Whole numbers up to this one are exact in JSON."""
 
 
 def printable(text: str) -> str:
-    """Returns a text in one line, cut to a limit, without what a terminal would obey or no encoding can write."""
-    short = " ".join(text[: 2 * _LONGEST_TEXT].split())[:_LONGEST_TEXT]
-    return "".join(letter if letter.isprintable() else "?" for letter in short)
+    """Returns a text in one line; what a terminal would obey or no encoding can write becomes `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
-_Text = Annotated[str, AfterValidator(printable)]
+_Text = Annotated[str, AfterValidator(lambda text: printable(text[: 2 * _LONGEST_TEXT])[:_LONGEST_TEXT])]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Number = Annotated[float, Field(ge=0.0, le=_LARGEST, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    # Fields of a newer version are passed over, so that its node can be named by its versions.
+class _Message(BaseModel):
+    # Fields that only a newer version has are ignored, so that its node can be named by its versions.
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """Reads a message.
 
-class _Beat(_Part):
+        Raises:
+            ValueError: It has the wrong form; the text says where.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(printable(first_error(error))) from error
+
+
+def first_error(error: ValidationError) -> str:
+    """Returns the first fault that pydantic has found: where it is, and what is wrong."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+class Heartbeat(_Message):
+    """A rank's sign of life.
+
+    Attributes:
+        rank: Its global rank.
+        local_rank: Its number on the node.
+        pid: Its process.
+        phase: `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `rolling back`,
+            `ending`.
+        step: The step that it is at.
+        seconds: Since the phase began; a step of training begins it anew.
+        location: Of its main thread: innermost function of this package, and innermost function of all.
+    """
+
     rank: _Count
     local_rank: _Count
     pid: Annotated[int, Field(ge=1, le=2**22)]  # the kernel's own limit
-    doing: _Text
+    phase: _Text
     step: Annotated[int, Field(ge=-1, le=_LARGEST)]
     seconds: _Number
-    place: _Text
-
-    def as_beat(self) -> Beat:
-        """Returns it as the rest of the package has it."""
-        return Beat(**self.model_dump())
+    location: _Text
 
 
-class RankReport(_Part):
-    """A rank as its node last heard it: see hang.Seen."""
+class RankStatus(_Message):
+    """The last heartbeat of a rank, as its node has it.
 
-    beat: _Beat
+    Attributes:
+        heartbeat: The last one.
+        silence: Seconds since then.
+        state: Of its process, by the kernel: `T (stopped)`, `D (disk sleep)`, ...; empty: there is no such process.
+        node: Where it runs; the job fills it in.
+    """
+
+    heartbeat: Heartbeat
     silence: _Number
     state: _Text
+    node: _Text = ""
+
+    @property
+    def idle(self) -> float:
+        """Seconds since it began anything new."""
+        return self.heartbeat.seconds + self.silence
 
 
-class FailedRank(_Part):
-    """How a rank ended, other than well: see failure.Failure. Without a rank: torchrun itself failed."""
+class RankFailure(_Message):
+    """How a rank ended that did not end well.
+
+    Attributes:
+        rank: Its global rank; None: torchrun itself failed.
+        code: Exit code, or minus the signal that killed it.
+        time: When, in seconds since the epoch.
+        message: What it left in torchrun's error file.
+        node: Where it ran; the job fills it in.
+        is_ordered: Whether the job had ordered its death, after the cause; the job fills it in.
+    """
 
     rank: _Count | None
     code: Annotated[int, Field(ge=-255, le=255)]
     time: _Number
     message: _Text
+    node: _Text = ""
+    is_ordered: bool = False
+
+    def __str__(self) -> str:
+        if self.rank is None:
+            return f"{self.node}: {self.message}"
+        if self.code < 0:
+            names = {number.value: number.name for number in signal.Signals}
+            return f"rank {self.rank} on {self.node} was killed by {names.get(-self.code, f'signal {-self.code}')}"
+        name = ExitCode(self.code).name if self.code in tuple(ExitCode) else "unknown"
+        detail = f": {self.message}" if self.message and self.code == ExitCode.FAILED else ""
+        return f"rank {self.rank} on {self.node} ended with exit code {self.code} ({name}){detail}"
 
 
-class Ended(_Part):
-    """How all ranks of a node ended."""
+class RankMessage(_Message):
+    """A message of a rank to its node: a heartbeat, or nodes that cannot be used, with the reason."""
 
-    failures: list[FailedRank]
-    bad_nodes: dict[_Text, _Text] = {}
+    heartbeat: Heartbeat | None = None
+    bad_nodes: dict[_Text, _Text] | None = None
 
 
-class NodeMessage(_Part):
+class NodeMessage(_Message):
     """A message of a node to its job.
 
     Attributes:
-        versions: Of the libraries there (versions.py); with its first message.
+        versions: Of the libraries there (versions.py); in its first message.
         ranks: What its ranks do.
-        signalled: Whether the node was asked to stop.
+        signalled: Whether the node received a signal that asks for a stop.
         bad_nodes: Nodes that cannot be used, with the reason.
-        ended: How its ranks ended.
+        failures: How ranks of it failed; given when all its ranks have ended.
     """
 
     versions: dict[_Text, _Text] | None = None
-    ranks: list[RankReport] | None = None
+    ranks: list[RankStatus] | None = None
     signalled: bool = False
     bad_nodes: dict[_Text, _Text] | None = None
-    ended: Ended | None = None
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> NodeMessage:
-        """Reads a message.
-
-        Raises:
-            ValueError: It has the wrong form; the text says where.
-        """
-        return _checked(cls, values)
-
-
-class RankMessage(_Part):
-    """A message of a rank to its node.
-
-    Attributes:
-        beat: Its sign of life.
-        bad_nodes: Nodes that cannot be used, with the reason.
-    """
-
-    beat: _Beat | None = None
-    bad_nodes: dict[_Text, _Text] | None = None
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> RankMessage:
-        """Reads a message.
-
-        Raises:
-            ValueError: It has the wrong form; the text says where.
-        """
-        return _checked(cls, values)
-
-
-def _checked(kind: type[_T], values: dict[str, Any]) -> _T:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from error
+    failures: list[RankFailure] | None = None

@@ -1,22 +1,27 @@
-"""What a job asks of Slurm and tells it, through its own commands."""
+"""What a job asks of Slurm and orders from it, by Slurm's own commands."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
 
 from mlra_scale.config import ConfigError, Problem
 
 _PATIENCE_SECONDS, _SECONDS_BETWEEN = 300.0, 2.0
+_GIVEN_UP_SECONDS = 30.0
+"""How long Slurm is given to notice that a node is dead; until then it would give it to the job again."""
 _PASSING = (
     *("Unable to contact", "timed out", "Connection refused", "Connection reset", "Communication", "Zero Bytes"),
     *("temporarily", "exit code -", "DB index is being set"),
 )
-"""What Slurm's commands say when its controller is busy or being restarted, or still at work on the job."""
+"""Words of Slurm's commands when its controller is busy, is being restarted, or still works on the job."""
 
 _SLURMS_PREFIXES = (
     *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SCONTROL_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_"),
@@ -27,7 +32,11 @@ _NAMES_THE_JOB = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_WORKING_CL
 
 
 class SlurmError(RuntimeError):
-    """A command of Slurm failed; the text is what it said."""
+    """A command of Slurm failed; the text is what it printed."""
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,8 @@ class Allocation:
     num_requeues: int
 
     @classmethod
-    def of(cls, environment: Mapping[str, str], is_stop_asked: Callable[[], bool] = lambda: False) -> Allocation:
+    def of(cls, environment: Mapping[str, str], is_stop_asked: Callable[[], bool] = _never) -> Allocation:
         """Reads the environment of a batch script.
-
-        Args:
-            environment: Of the batch script.
-            is_stop_asked: See `_ask`.
 
         Raises:
             ConfigError: This is no Slurm job.
@@ -71,31 +76,107 @@ class Allocation:
             name=environment.get("SLURM_JOB_NAME", "mlra-scale"),
             nodes=tuple(nodes),
             here=environment.get("SLURMD_NODENAME", nodes[0]),
-            # SLURM_RESTART_COUNT is set where it is not 0 only: a job that is submitted from a requeued one has its.
-            num_requeues=number_of_restarts(job_fields(job_id, is_stop_asked)),
+            # Not SLURM_RESTART_COUNT: a job that was submitted from inside another one has that of the other.
+            num_requeues=_number_of_restarts(job_fields(job_id, is_stop_asked)),
         )
 
 
-def hostnames(node_list: str, is_stop_asked: Callable[[], bool] = lambda: False) -> list[str]:
+def hostnames(node_list: str, is_stop_asked: Callable[[], bool] = _never) -> list[str]:
     """Expands a node list such as n[1-3,7]."""
     return _ask("scontrol", "show", "hostnames", node_list, is_stop_asked=is_stop_asked).split()
 
 
-def address(node: str, is_stop_asked: Callable[[], bool] = lambda: False) -> str:
+def address(node: str, is_stop_asked: Callable[[], bool] = _never) -> str:
     """Returns the address at which other nodes reach a node, as Slurm knows it."""
-    fields = _fields(_ask("scontrol", "--oneliner", "show", "node", node, is_stop_asked=is_stop_asked))
-    return fields.get("NodeAddr", node)
+    return _node_fields(node, is_stop_asked).get("NodeAddr", node)
 
 
-def job_fields(job_id: str, is_stop_asked: Callable[[], bool] = lambda: False) -> dict[str, str]:
+def _node_fields(node: str, is_stop_asked: Callable[[], bool] = _never) -> dict[str, str]:
+    return _fields(_ask("scontrol", "--oneliner", "show", "node", node, is_stop_asked=is_stop_asked))
+
+
+def job_fields(job_id: str, is_stop_asked: Callable[[], bool] = _never) -> dict[str, str]:
     """Returns what Slurm knows of a job: JobState, Reason, Restarts, ..."""
     return _fields(_ask("scontrol", "--oneliner", "show", "job", job_id, is_stop_asked=is_stop_asked))
 
 
-def number_of_restarts(fields: Mapping[str, str]) -> int:
-    """Returns how often a job was queued again, from its fields."""
+def _fields(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def _number_of_restarts(fields: Mapping[str, str]) -> int:
     value = fields.get("Restarts", "0")
     return int(value) if value.isdecimal() else 0
+
+
+def jobs_of_user() -> dict[str, tuple[str, str]]:
+    """Returns Slurm's state and reason of each job of this user that it still knows.
+
+    Raises:
+        SlurmError: It does not answer.
+    """
+    # Not --jobs: one job that Slurm does not know any more makes squeue fail. %A is what a job of an array finds in
+    # SLURM_JOB_ID, and --all shows the partitions that are hidden otherwise.
+    answer = _ask("squeue", "--noheader", "--me", "--all", "--states=all", "--format=%A %T %r", patience=0.0)
+    words = [line.split(maxsplit=2) for line in answer.splitlines()]
+    return {line[0]: (line[1], line[2] if len(line) > 2 else "") for line in words if len(line) > 1}
+
+
+def how_slurm_ends_it(allocation: Allocation) -> Literal["requeued", "cancelled"] | None:
+    """Returns how Slurm is ending the job already, and whether it will start it again; None: it is not ending it.
+
+    Raises:
+        SlurmError: Slurm does not say.
+    """
+    fields = job_fields(allocation.job_id)
+    if fields.get("JobState") in ("RUNNING", "TIMEOUT"):
+        return None
+    # While its processes end, a job in the queue and a cancelled one are both COMPLETING, also where it was cancelled
+    # after it had been queued again. Only the end time of one that will not run any more is past: that of a job in the
+    # queue is at least a minute ahead, or Unknown.
+    is_over = False
+    with contextlib.suppress(ValueError):
+        is_over = datetime.fromisoformat(fields.get("EndTime", "")) < datetime.now() + timedelta(seconds=30)
+    has_restarted = _number_of_restarts(fields) > allocation.num_requeues
+    return "requeued" if has_restarted and not is_over else "cancelled"
+
+
+def put_back(
+    allocation: Allocation,
+    lost: Collection[str],
+    usable: Sequence[str],
+    excluded: Collection[str],
+    say: Callable[[str], None],
+) -> None:
+    """Puts the job back into the queue; Slurm then ends this process's batch script.
+
+    Args:
+        allocation: The job.
+        lost: Nodes of it that are dead.
+        usable: Nodes of it that can still be used.
+        excluded: Nodes that it must not get again.
+        say: Prints a line for the user.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    if lost:
+        # Slurm would queue the job again only after it has given up on every dead node of it, which takes minutes, and
+        # Slurm 22.05 would then start it without its GPUs.
+        try:
+            shrink(allocation.job_id, usable)
+            deadline = time.monotonic() + _GIVEN_UP_SECONDS
+            with contextlib.suppress(SlurmError):
+                while time.monotonic() < deadline and not all(map(is_given_up, lost)):
+                    time.sleep(1.0)
+        except SlurmError as error:
+            say(f"the lost node stays in the job until Slurm has given it up ({error})")
+    requeue(allocation.job_id)
+    if excluded:
+        try:
+            exclude(allocation.job_id, list(excluded))
+        except SlurmError as error:
+            say(f"Slurm may give the bad nodes to the job again ({error})")
 
 
 def requeue(job_id: str) -> None:
@@ -114,26 +195,9 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
     _ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(all_nodes))}")
 
 
-def jobs_of_user() -> dict[str, tuple[str, str]]:
-    """Returns Slurm's state and reason of each job of this user that it still knows.
-
-    Raises:
-        SlurmError: It does not answer.
-    """
-    # Not --jobs: one job that Slurm does not know any more makes squeue fail. %A is what a job of an array finds in
-    # SLURM_JOB_ID, and --all shows the partitions that are hidden otherwise.
-    answer = _ask("squeue", "--noheader", "--me", "--all", "--states=all", "--format=%A %T %r", patience=0.0)
-    words = [line.split(maxsplit=2) for line in answer.splitlines()]
-    return {line[0]: (line[1], line[2] if len(line) > 2 else "") for line in words if len(line) > 1}
-
-
 def shrink(job_id: str, nodes: Sequence[str]) -> None:
-    """Gives back all nodes of a running job but these.
-
-    Slurm would not queue a job again before it has given up on every node of it that is dead, which takes minutes; and
-    22.05 then lets it start without its GPUs.
-    """
-    # It leaves a script for the job's shell in the current directory.
+    """Gives back all nodes of a running job but these."""
+    # scontrol leaves a script for the job's shell in the current directory.
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
@@ -143,7 +207,7 @@ def shrink(job_id: str, nodes: Sequence[str]) -> None:
 
 def is_given_up(node: str) -> bool:
     """Returns whether Slurm has noticed that a node does not answer, and gives it to no job any more."""
-    state = _fields(_ask("scontrol", "--oneliner", "show", "node", node)).get("State", "")
+    state = _node_fields(node).get("State", "")
     return "*" in state or "DOWN" in state or "NOT_RESPONDING" in state
 
 
@@ -168,44 +232,26 @@ def step_command(nodes: Sequence[str], memory: str, cpu_bind: str, more: Sequenc
     A step without --cpus-per-task has all cores of the job on its nodes, and without --gres all its GPUs.
 
     Args:
-        nodes: Their names, in the order of the tasks' ranks.
-        memory: Of the task on each node; 0: all that the job has there.
-        cpu_bind: The tasks' binding to cores.
-        more: Further options; they win over those above.
+        nodes: Names, in the order of the tasks' ranks.
+        memory: Of the task on each node, as srun takes it; 0: all that the job has there.
+        cpu_bind: The tasks' binding to cores, as srun takes it.
+        more: Further options, which win.
     """
-    number = str(len(nodes))
-    command = [
-        "srun",
-        f"--nodes={number}",
-        f"--ntasks={number}",
-        "--ntasks-per-node=1",
-        f"--nodelist={','.join(nodes)}",
-    ]
-    command += [f"--mem={memory}", f"--cpu-bind={cpu_bind}", "--overlap", "--input=none", "--export=ALL"]
-    return [*command, *more]
-
-
-def _fields(line: str) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
+    command += [f"--nodelist={','.join(nodes)}", f"--mem={memory}", f"--cpu-bind={cpu_bind}"]
+    return [*command, "--overlap", "--input=none", "--export=ALL", *more]
 
 
 def _ask(
     *command: str,
     folder: str | None = None,
     patience: float | None = None,
-    is_stop_asked: Callable[[], bool] = lambda: False,
+    is_stop_asked: Callable[[], bool] = _never,
 ) -> str:
-    """Runs a command of Slurm, again and again for a while where its controller does not answer.
+    """Runs a command of Slurm in a folder, and repeats it for `patience` seconds while the controller does not answer.
 
-    Args:
-        command: Its words.
-        folder: Where it runs; None: here.
-        patience: Seconds for which it is repeated.
-        is_stop_asked: Whether a signal has asked for a stop: it is then not repeated. The way back to the queue, which
-            follows a stop, needs its answers all the same and does not give this.
-
-    Raises:
-        SlurmError: It failed.
+    A stop that is asked for ends the repeating. The way back to the queue, which follows a stop, needs its answers: it
+    does not pass `is_stop_asked`.
     """
     deadline = time.monotonic() + (_PATIENCE_SECONDS if patience is None else patience)
     while True:
@@ -235,6 +281,6 @@ def _ask_once(command: Sequence[str], folder: str | None) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{' '.join(command)}: {error}") from error
     if result.returncode != 0:
-        said = " ".join((result.stderr.strip() or result.stdout.strip()).split())
-        raise SlurmError(f"{' '.join(command)}: {said or f'exit code {result.returncode}'}")
+        printed = " ".join((result.stderr.strip() or result.stdout.strip()).split())
+        raise SlurmError(f"{' '.join(command)}: {printed or f'exit code {result.returncode}'}")
     return result.stdout

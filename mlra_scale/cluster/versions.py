@@ -31,14 +31,9 @@ def versions() -> dict[str, str]:
 
 
 def odd_ones(of_nodes: Mapping[str, Mapping[str, str]], mine: Mapping[str, str]) -> dict[str, str]:
-    """Finds the nodes whose versions are not those of most of them.
+    """Returns what differs on nodes whose versions are not those of most of them, by node.
 
-    Args:
-        of_nodes: What `versions` returned on each node.
-        mine: What it returned in the job itself: right where as many nodes have this as anything else.
-
-    Returns:
-        By node, what differs.
+    Where as many nodes have the versions of the job itself (`mine`) as any others, those are right.
     """
     counted = Counter(tuple(sorted(found.items())) for found in of_nodes.values())
     own = tuple(sorted(mine.items()))

@@ -18,7 +18,7 @@ from mlra_scale.config.schema import (
     TrainConfig,
     WandbConfig,
 )
-from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
+from mlra_scale.config.section import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
 from mlra_scale.config.validation import engine_kind, validate
 
 __all__ = [

@@ -37,20 +37,12 @@ class BatchPlan:
 
 
 def batch_plan(config: Config, world_size: int) -> BatchPlan:
-    """Derives the batch arithmetic.
-
-    Args:
-        config: The configuration.
-        world_size: Number of ranks.
-
-    Returns:
-        The plan.
+    """Derives the batch arithmetic of a configuration on `world_size` ranks.
 
     Raises:
         ConfigError: The ranks do not divide into the layout, or the batch not over the ranks.
     """
-    problems = list(batch_problems(config, world_size))
-    if problems:
+    if problems := list(batch_problems(config, world_size)):
         raise ConfigError(problems)
     parallel, train = config.parallel, config.train
     data = world_size // (parallel.tensor * parallel.pipeline)

@@ -1,18 +1,247 @@
-"""The mapping that DeepSpeed is given: the user's engine knobs from --ds-config and everything that is derived here."""
+"""DeepSpeed's configuration: whose key is whose, and the mapping that deepspeed.initialize gets.
+
+DeepSpeed's JSON mixes engine knobs (ZeRO stage, buckets, offload) with choices that have another owner in this project
+(batch sizes, precision, clipping, optimizer). Two owners of one truth drift apart, so a --ds-config file that sets ours
+is refused with the field that sets it. `TABLES` is the one table; docs/configuration.md shows it.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
 
-from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
+from mlra_scale.config.problems import Problem, nearest
 
 if TYPE_CHECKING:
     from mlra_scale.config.batch import BatchPlan
     from mlra_scale.config.schema import Config
 
+YOURS = "yours"
+OURS = "ours"
+REFUSED = "refused"
+
 SEQUENCE_PARALLEL_FORBIDS = ("pipe_partitioned", "grad_partitioned")
 """Keys of DeepSpeed's section `pipeline` that take the stream for the same on all tensor-parallel ranks."""
+
+_OWN_CHECKPOINTS = "checkpoints have their own writer and reader; leave it out"
+_NO_EXPERTS = "there are no experts in this model"
+_NVME = "state on NVMe is out of reach of TEV and checkpoints; offload to cpu"
+_REMOVED = "DeepSpeed has removed it"
+_OWN_OPTIMIZER = "it brings an optimizer of its own"
+
+# DeepSpeed takes each of these with and without the prefix stage3_; one spelling is enough to read.
+_STAGE_3_COUNTS = (
+    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters "
+    "max_reuse_distance module_granularity_threshold"
+)
+_STAGE_3_SWITCHES = "use_all_reduce_for_fetch_params allgather_sequential"
+
+
+def _with_prefix(names: str) -> str:
+    return " ".join(f"stage3_{name}" for name in names.split())
+
+
+# Section of the file -> rows (owner, kind of the value for yours / what sets it for ours / reason for refused, keys).
+_ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "": (
+        (YOURS, "mapping", "zero_optimization comms_logger pipeline"),
+        (YOURS, "fp32|bf16|fp16", "communication_data_type"),
+        (YOURS, "bool", "memory_breakdown dump_state disable_python_gc"),
+        (YOURS, "debug|info|warning|error|critical", "log_level"),
+        (OURS, "set train.global_batch_size", "train_batch_size"),
+        (OURS, "set train.micro_batch_size", "train_micro_batch_size_per_gpu"),
+        (
+            OURS,
+            "follows from train.global_batch_size, train.micro_batch_size and the ranks",
+            "gradient_accumulation_steps managed_gradient_accumulation",
+        ),
+        (OURS, "set train.precision", "fp16 bf16 bfloat16 torch_autocast"),
+        (OURS, "follows from train.precision: gradients accumulate in fp32 where DeepSpeed can", "data_types"),
+        (OURS, "set optim.grad_clip", "gradient_clipping"),
+        (OURS, "set optim.lr, optim.betas, optim.eps and optim.weight_decay", "optimizer"),
+        (OURS, "set optim.schedule, optim.warmup_steps and optim.decay_steps", "scheduler"),
+        (OURS, "the optimizer is built here; leave it out", "zero_allow_untested_optimizer"),
+        (OURS, "follows from zero_optimization.offload_optimizer; leave it out", "zero_force_ds_cpu_optimizer"),
+        (
+            OURS,
+            "gradients are those of the mean loss; leave it out",
+            "gradient_allreduce_op prescale_gradients gradient_predivide_factor",
+        ),
+        (OURS, "set parallel.activation_checkpointing", "activation_checkpointing"),
+        (OURS, "set parallel.tensor", "tensor_parallel"),
+        (OURS, "set model.vocab_size", "vocabulary_size"),
+        (OURS, "set train.log_every", "steps_per_print"),
+        (OURS, "set profile.start and profile.stop", "wall_clock_breakdown flops_profiler"),
+        (OURS, "metrics go to metrics.jsonl; leave it out", "tensorboard csv_monitor comet"),
+        (OURS, "set wandb.mode and wandb.project", "wandb"),
+        (OURS, "set checkpoint.every and checkpoint.keep_last", "checkpoint"),
+        (OURS, _OWN_CHECKPOINTS, "datastates"),
+        (OURS, "it waits for the device at every step; tokens per second are logged without it", "timers"),
+        (OURS, "batches come from the data section; leave it out", "dataloader_drop_last data_efficiency"),
+        (
+            REFUSED,
+            "it is DeepSpeed's Ulysses, which splits the sequence over ranks of its own; to split it over the "
+            "tensor-parallel ranks, set parallel.sequence_parallel",
+            "sequence_parallel_size seq_parallel_communication_data_type",
+        ),
+        (
+            REFUSED,
+            "it follows from the number of ranks, parallel.tensor and parallel.pipeline",
+            "data_parallel_size",
+        ),
+        (REFUSED, _NO_EXPERTS, "expert_parallel use_data_before_expert_parallelism"),
+        (REFUSED, _NVME, "aio"),
+        (
+            REFUSED,
+            "it is DeepCompile, which rewrites the graph and is not tested here; for torch.compile set train.compile",
+            "compile",
+        ),
+        (REFUSED, "it starts runs of its own; tools/plan.py chooses a layout", "autotuning"),
+        (REFUSED, "it is for generation inside training", "hybrid_engine"),
+        (REFUSED, "it is for inference", "weight_quantization"),
+        (REFUSED, "without it ranks would keep different weights", "disable_allgather"),
+        (REFUSED, f"{_REMOVED}; set train.precision", "amp"),
+        (REFUSED, f"{_REMOVED}; set train.global_batch_size", "elasticity"),
+        (
+            REFUSED,
+            _REMOVED,
+            "sparse_gradients sparse_attention compression_training quantize_training curriculum_learning "
+            "progressive_layer_drop eigenvalue graph_harvesting nebula",
+        ),
+    ),
+    "zero_optimization": (
+        (YOURS, "0|1|2|3", "stage"),
+        (YOURS, "mapping", "offload_optimizer offload_param"),
+        (YOURS, "positive count", "reduce_bucket_size"),
+        (YOURS, "count", f"allgather_bucket_size sub_group_size {_with_prefix(_STAGE_3_COUNTS)}"),
+        (
+            YOURS,
+            "bool",
+            "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm "
+            "parameter_alignment ignore_unused_parameters memory_efficient_linear override_module_apply "
+            f"log_trace_cache_warnings enable_sanity_checks {_with_prefix(_STAGE_3_SWITCHES)}",
+        ),
+        (OURS, "the gradient norm is logged and guards every update; leave it out", "compute_grad_norm"),
+        (
+            OURS,
+            _OWN_CHECKPOINTS,
+            "load_from_fp32_weights gather_16bit_weights_on_model_save stage3_gather_16bit_weights_on_model_save "
+            "stage3_gather_fp16_weights_on_model_save elastic_checkpoint pipeline_loading_checkpoint",
+        ),
+        (REFUSED, "write it with the prefix stage3_", f"{_STAGE_3_COUNTS} {_STAGE_3_SWITCHES}"),
+        (
+            REFUSED,
+            "it reorders the flat partitions, so that TEV and checkpoints would misplace weights",
+            "round_robin_gradients",
+        ),
+        (REFUSED, "deprecated by DeepSpeed; write offload_optimizer: {device: cpu}", "cpu_offload"),
+        (REFUSED, "deprecated by DeepSpeed; write offload_param: {device: cpu}", "cpu_offload_param"),
+        (
+            REFUSED,
+            "deprecated by DeepSpeed; write offload_optimizer: {pin_memory: true}",
+            "cpu_offload_use_pin_memory",
+        ),
+        (REFUSED, "DeepSpeed does not read it any more; leave it out", "legacy_stage1"),
+        (
+            REFUSED,
+            "its groups cut the whole world and know nothing of tensor parallelism",
+            "zero_hpz_partition_size",
+        ),
+        (REFUSED, "quantized weights break the equality of layouts", "zero_quantized_weights"),
+        (REFUSED, "quantized gradients break the equality of layouts", "zero_quantized_gradients"),
+        (REFUSED, "every weight is trained", "zero_quantized_nontrainable_weights"),
+        (REFUSED, _OWN_OPTIMIZER, "zenflow"),
+        (REFUSED, "the optimizer is AdamW", "save_muon_momentum_buffer_in_memory"),
+        (REFUSED, _NO_EXPERTS, "leaf_module"),
+        (REFUSED, _REMOVED, "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param"),
+    ),
+    "zero_optimization.offload_optimizer": (
+        (YOURS, "none|cpu", "device"),
+        (YOURS, "bool", "pin_memory"),
+        (REFUSED, _NVME, "nvme_path buffer_count pipeline_read pipeline_write fast_init"),
+        (
+            REFUSED,
+            "an optimizer state in two places is out of reach of TEV and checkpoints; offload it whole",
+            "ratio",
+        ),
+        (REFUSED, _OWN_OPTIMIZER, "super_offload"),
+        (REFUSED, "only super_offload reads it", "cpuadam_cores_perc"),
+    ),
+    "zero_optimization.offload_param": (
+        (YOURS, "none|cpu", "device"),
+        (YOURS, "bool", "pin_memory"),
+        (REFUSED, _NVME, "nvme_path buffer_count buffer_size max_in_cpu"),
+    ),
+    "pipeline": (
+        (YOURS, "bool", "pipe_partitioned grad_partitioned"),
+        (OURS, "set parallel.pipeline", "stages"),
+        (OURS, "blocks are spread evenly over the stages; leave it out", "partition"),
+        (OURS, "initialization does not depend on the layout; leave it out", "seed_layers"),
+        (OURS, "set parallel.activation_checkpointing", "activation_checkpoint_interval"),
+    ),
+    "comms_logger": (
+        (YOURS, "bool", "enabled prof_all verbose debug"),
+        (YOURS, "list", "prof_ops"),
+    ),
+}
+
+TABLES: dict[str, dict[str, tuple[str, str]]] = {
+    section: {key: (owner, note) for owner, note, keys in rows for key in keys.split()}
+    for section, rows in _ROWS.items()
+}
+"""By section and key: the owner, and the note of the row."""
+
+
+def _wrong_value(kind: str, value: Any) -> str | None:
+    """Returns what is wrong with a value of one of the table's kinds, or None."""
+    if value == "auto":
+        return "'auto' is for Hugging Face's trainer; give the value or leave the key out"
+    if kind == "bool":
+        return None if isinstance(value, bool) else "must be true or false"
+    if kind.endswith("count"):
+        least = 1 if kind == "positive count" else 0
+        # DeepSpeed's own examples write 5e8, which JSON reads as a fraction.
+        is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        return None if is_whole and value >= least else f"must be a whole number >= {least}"
+    if kind == "mapping":
+        return None if isinstance(value, dict) else "must be a mapping (in JSON: { ... })"
+    if kind == "list":
+        return None if isinstance(value, list) else "must be a list (in JSON: [ ... ])"
+    choices = kind.split("|")
+    wanted_type = int if choices[0] == "0" else str
+    if type(value) is not wanted_type or str(value) not in choices:
+        return f"must be one of {', '.join(choices)}"
+    return None
+
+
+def _check_key(key: str, value: Any, table: dict[str, tuple[str, str]]) -> str | None:
+    """Returns what is wrong with one key of the file, or None."""
+    if key not in table:
+        return "unknown to DeepSpeed" + nearest(key, table)
+    owner, note = table[key]
+    if owner == OURS:
+        return f"does not belong among DeepSpeed's keys: {note}"
+    if owner == REFUSED:
+        return f"cannot be used: {note}"
+    return _wrong_value(note, value)
+
+
+def section_at(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """Returns the section at a dotted path of a DeepSpeed mapping; {} where there is none, or no mapping."""
+    section: Any = values
+    for part in filter(None, path.split(".")):
+        section = section.get(part) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def check_deepspeed_keys(values: dict[str, Any]) -> list[Problem]:
+    """Checks owner, spelling and kind of every key of a --ds-config file; fields begin with "deepspeed."."""
+    return [
+        Problem(".".join(filter(None, ("deepspeed", path, key))), value, wrong)
+        for path, table in TABLES.items()
+        for key, value in section_at(values, path).items()
+        if (wrong := _check_key(key, value, table)) is not None
+    ]
 
 
 def zero_stage(config: Config) -> int:
@@ -22,36 +251,26 @@ def zero_stage(config: Config) -> int:
     without ZeRO waits for the device once per parameter, starts four times the kernels of ZeRO 1's, and adds
     micro-batches up in bf16.
     """
-    zero = config.deepspeed.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+    stage = int(section_at(config.deepspeed, "zero_optimization").get("stage", 0))
     return max(stage, 1) if config.train.precision == "bf16" else stage
-
-
-def _offload_device(config: Config, name: str) -> str:
-    zero = config.deepspeed.get("zero_optimization", {})
-    section = zero.get(name, {}) if isinstance(zero, dict) else {}
-    return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
 
 def offload_optimizer(config: Config) -> bool:
     """Returns whether the optimizer's state and step live on the CPU (the engine then builds DeepSpeed's CPUAdam)."""
-    return _offload_device(config, "offload_optimizer") != "none"
+    return section_at(config.deepspeed, "zero_optimization.offload_optimizer").get("device", "none") != "none"
 
 
 def offload_param(config: Config) -> bool:
     """Returns whether parameters live on the CPU between uses (ZeRO stage 3)."""
-    return _offload_device(config, "offload_param") != "none"
+    return section_at(config.deepspeed, "zero_optimization.offload_param").get("device", "none") != "none"
 
 
 def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     """Builds the mapping that deepspeed.initialize takes: the user's engine knobs and everything derived.
 
     Args:
-        config: A validated configuration.
+        config: A validated configuration; it is not changed.
         plan: Its batch arithmetic for the world it runs in.
-
-    Returns:
-        A new mapping; the configuration is not changed.
     """
     assert not check_deepspeed_keys(config.deepspeed), "deepspeed_config needs a validated configuration"
     merged = copy.deepcopy(config.deepspeed)

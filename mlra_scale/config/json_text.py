@@ -27,49 +27,16 @@ _NO_LIMIT = (b"1000000000000000019884624838656", b"Infinity")
 layers "time_step_limit": [0.0, Infinity]."""
 
 
-def read_json(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        path: A regular file with UTF-8 text.
-        max_bytes: The size up to which it is read.
-        allow_nan: Whether NaN and infinities (also numbers such as 1e999) are allowed.
-
-    Returns:
-        Its value, as `parse_json` returns it.
-
-    Raises:
-        ValueError: It cannot be read, is larger, or is not sound; the message begins with the path.
-    """
-    return parse_json(read_bytes(path, max_bytes), printable(str(path)), allow_nan)
-
-
-def read_json_object(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> dict[str, Any]:
-    """Reads a JSON file that must hold an object at its top; as `read_json` otherwise."""
-    return _object(read_json(path, max_bytes, allow_nan), printable(str(path)))
-
-
-def read_foreign_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of transformers; as `read_json_object`, but "no limit" is read as 0 and not refused."""
-    where, content = printable(str(path)), read_bytes(path)
-    for text in _NO_LIMIT:
-        content = content.replace(text, b"0")
-    return _object(parse_json(content, where), where)
-
-
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Reads a regular file whole.
 
-    Args:
-        path: The file.
-        max_bytes: The size up to which it is read.
-
     Raises:
-        ValueError: It cannot be read, is no regular file (reading a pipe could wait for ever), or is larger.
+        ValueError: It cannot be read, is no regular file (reading a pipe could wait for ever), or is larger than
+            `max_bytes`; the message begins with the path.
     """
     where = printable(str(path))
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        # O_NONBLOCK: opening a pipe without a writer would wait for ever.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError(f"{where} is not a regular file")
@@ -79,6 +46,24 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     if len(content) > max_bytes:
         raise ValueError(f"{where} is larger than {max_bytes} bytes, which is too large for such a file")
     return content
+
+
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """Reads a JSON file of at most `max_bytes` bytes: `read_bytes` and `parse_json`, with the errors of both."""
+    return parse_json(read_bytes(path, max_bytes), printable(str(path)))
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object at its top; as `read_json` otherwise."""
+    return _object(read_json(path, max_bytes), path)
+
+
+def read_foreign_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of transformers: as `read_json_object`, but "no limit" is read as 0 instead of refused."""
+    content = read_bytes(path)
+    for text in _NO_LIMIT:
+        content = content.replace(text, b"0")
+    return _object(parse_json(content, printable(str(path))), path)
 
 
 def parse_json(content: str | bytes, where: str, allow_nan: bool = False) -> Any:
@@ -96,21 +81,22 @@ def parse_json(content: str | bytes, where: str, allow_nan: bool = False) -> Any
     Raises:
         ValueError: The text is not such a value; the message begins with `where`.
     """
+    number = float if allow_nan else _finite
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         value = json.loads(
             text,
             object_pairs_hook=_without_duplicates,
             parse_int=_integer,
-            parse_float=float if allow_nan else _finite,
-            parse_constant=float if allow_nan else _no_constant,
+            parse_float=number,
+            parse_constant=number,
         )
         _check(value)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where} is not valid JSON: {place}: {printable(error.msg)}") from None
+        position = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is not valid JSON: {position}: {printable(error.msg)}") from None
     except RecursionError:
         raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
@@ -129,17 +115,13 @@ def printable(text: str, max_length: int | None = None) -> str:
         text = f"{text[: max_length // 2]} ... {text[-(max_length // 2) :]}"
     if text.isprintable():
         return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = next(key for key in counts if counts[key] > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"has the key '{printable(twice, 80)}' twice in one object; keep one of them")
     return values
 
@@ -159,10 +141,6 @@ def _finite(text: str) -> float:
     return value
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"has {name}, which is no JSON value; write a finite number")
-
-
 def _check(value: Any) -> None:
     """Checks depth and text of a parsed value, level by level: without recursion."""
     level, depth = [value], 0
@@ -171,13 +149,11 @@ def _check(value: Any) -> None:
         for item in level:
             if isinstance(item, str):
                 _check_text(item)
-            elif isinstance(item, (dict, list)) and depth == MAX_DEPTH:
-                raise ValueError(f"is nested more than {MAX_DEPTH} deep")
-            elif isinstance(item, dict):
+            elif isinstance(item, (dict, list)):
+                if depth == MAX_DEPTH:
+                    raise ValueError(f"is nested more than {MAX_DEPTH} deep")
                 following += item
-                following += item.values()
-            elif isinstance(item, list):
-                following += item
+                following += item.values() if isinstance(item, dict) else ()
         level, depth = following, depth + 1
 
 
@@ -186,16 +162,12 @@ def _check_text(text: str) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            shown = printable(text, 80)
-            raise ValueError(f"has text with half of a surrogate pair: '{shown}'") from None
+            raise ValueError(f"has text with half of a surrogate pair: '{printable(text, 80)}'") from None
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must hold a JSON object {{...}}, not {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
+def _object(value: Any, path: Path) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
     names: dict[type, str] = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+    found = names.get(type(value), "null")
+    raise ValueError(f"{printable(str(path))} must hold a JSON object {{...}}, not {found}")

@@ -1,8 +1,8 @@
-"""Preset, file, DeepSpeed JSON and dotted overrides become one configuration, with every mistake told at once."""
+"""Preset, file, DeepSpeed JSON and dotted overrides become one configuration; all mistakes are reported together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mlra_scale.config import stored_yaml, yaml_text
-from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
+from mlra_scale.config.deepspeed_json import check_deepspeed_keys
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.presets import preset_names, preset_values
 from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of
@@ -36,7 +36,7 @@ def load_config(
     ds_config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """Builds the configuration of a run: what `load_named_config` returns first."""
+    """Builds the configuration of a run: the first value that `load_named_config` returns."""
     return load_named_config(preset, config_file, ds_config_file, overrides)[0]
 
 
@@ -66,24 +66,27 @@ def load_named_config(
         were named where.
 
     Raises:
-        ConfigError: With everything that is wrong in all sources.
+        ConfigError: With all mistakes of all sources.
     """
     problems: list[Problem] = []
-    if run_config is None:
-        given = _read_config_file(config_file, "--config", problems)
+    if run_config is not None:
+        given, name = _read_mapping(run_config, "--run-dir", stored_yaml.parse, problems), None
+        in_file: frozenset[str] = frozenset()
+    else:
+        given = {}
+        if config_file is not None:
+            given = _read_mapping(Path(config_file), "--config", stored_yaml.parse, problems)
         in_file = frozenset(_field_names(given))
         name = _choose_preset(preset, given, problems)
-    else:
-        given, in_file, name = _read_config_file(run_config, "--run-dir", problems), frozenset(), None
-    if name is None and config_file is None and run_config is None:
-        remedy = f"give one of {', '.join(preset_names())}, or a --config file, or continue a run: --resume auto with "
-        problems.append(Problem("--preset", None, remedy + "the --run-dir that holds it"))
+        if name is None and config_file is None:
+            remedy = f"give one of {', '.join(preset_names())}, or a --config file, or continue a run: --resume auto "
+            problems.append(Problem("--preset", None, remedy + "with the --run-dir that holds it"))
+    on_command_line: set[str] = set()
     if ds_config_file is not None:
-        given["deepspeed"] = _read_json(Path(ds_config_file), problems)
-    on_command_line = {"deepspeed"} if ds_config_file is not None else set()
-    for text in overrides:
-        if not _is_default(text):
-            on_command_line |= _apply_override(given, text, problems)
+        given["deepspeed"] = _read_mapping(Path(ds_config_file), "--ds-config", _parse_deepspeed_file, problems)
+        on_command_line.add("deepspeed")
+    for text in (text for text in overrides if not _is_default(text)):
+        on_command_line |= _apply_override(given, text, problems)
     for text in filter(_is_default, overrides):
         path, _, value = text.partition("?=")
         if path not in set(_field_names(given)):
@@ -125,40 +128,43 @@ def _field_names(values: dict[str, Any]) -> Iterator[str]:
 
 def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
     """Returns the text of a file or pipe, or None with one more problem of `field` in `problems`."""
+    limit = stored_yaml.MAX_BYTES
     try:
         with path.open("rb") as file:
-            content = file.read(stored_yaml.MAX_BYTES + 1)
-        if len(content) > stored_yaml.MAX_BYTES:
-            problems.append(
-                Problem(field, str(path), f"is larger than {stored_yaml.MAX_BYTES} bytes; name another file")
-            )
-            return None
-        return content.decode("utf-8")
-    except FileNotFoundError:
-        problems.append(Problem(field, str(path), "there is no such file"))
+            content = file.read(limit + 1)
+        if len(content) <= limit:
+            return content.decode("utf-8")
+        remedy = f"is larger than {limit} bytes; name another file"
     except UnicodeDecodeError as error:
-        problems.append(Problem(field, str(path), f"is not UTF-8 text (byte {error.start})"))
+        remedy = f"is not UTF-8 text (byte {error.start})"
     except OSError as error:
-        problems.append(Problem(field, str(path), f"cannot be read: {error.strerror}"))
+        remedy = f"cannot be read: {error.strerror}"
+    problems.append(Problem(field, str(path), remedy))
     return None
 
 
-def _read_config_file(path: str | Path | None, flag: str, problems: list[Problem]) -> dict[str, Any]:
-    if path is None:
-        return {}
-    text = read_text(Path(path), flag, problems)
-    if text is None:
-        return {}
+def _read_mapping(
+    path: Path, flag: str, parse: Callable[[str], dict[str, Any] | None], problems: list[Problem]
+) -> dict[str, Any]:
+    """Returns the mapping in a file ({} for an empty one), or {} with one more problem of `flag` in `problems`."""
+    text = read_text(path, flag, problems)
     try:
-        values = stored_yaml.parse(text)
+        values = parse(text) if text is not None else {}
+        if not isinstance(values, dict | None):
+            raise ValueError("must hold sections (model:, train:, ...) at its top")
+        return values or {}
     except ValueError as error:
         problems.append(Problem(flag, str(path), str(error)))
         return {}
-    if values is None:
-        return {}
+
+
+def _parse_deepspeed_file(text: str) -> dict[str, Any]:
+    try:
+        values = parse_json(text, "the file")
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("the file ")) from None
     if not isinstance(values, dict):
-        problems.append(Problem(flag, str(path), "must hold sections (model:, train:, ...) at its top"))
-        return {}
+        raise ValueError("must be a JSON object: { ... }")
     return values
 
 
@@ -176,40 +182,21 @@ def _merge(values: dict[str, Any], given: dict[str, Any]) -> None:
     """Puts what the user gave over the preset's values, section by section."""
     preset_train, preset_optim = values.get("train", {}), values.get("optim", {})
     for key, value in given.items():
-        if model_at(Config, [key]) is None:
-            values[key] = value
-        elif value is None:
+        is_section = model_at(Config, [key]) is not None
+        if is_section and value is None:
             # A section with all its lines commented out.
             values.setdefault(key, {})
-        elif isinstance(value, dict):
+        elif is_section and isinstance(value, dict):
             values[key] = {**values.get(key, {}), **value}
         else:
             values[key] = value
-    steps, warmup_steps = _field(given, "train", "steps"), _field(given, "optim", "warmup_steps")
-    is_shorter = isinstance(steps, int) and 0 < steps < preset_train.get("steps", 0)
-    if is_shorter and warmup_steps is None and isinstance(values["optim"], dict):
+    train, optim = given.get("train"), given.get("optim")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    if not isinstance(steps, int) or not 0 < steps < preset_train.get("steps", 0):
+        return
+    if isinstance(optim, dict | None) and (optim or {}).get("warmup_steps") is None:
         scaled = -(-preset_optim["warmup_steps"] * steps // preset_train["steps"])
         values["optim"] = {**values["optim"], "warmup_steps": scaled}
-
-
-def _field(values: dict[str, Any], section: str, name: str) -> Any:
-    inner = values.get(section)
-    return inner.get(name) if isinstance(inner, dict) else None
-
-
-def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    text = read_text(path, "--ds-config", problems)
-    if text is None:
-        return {}
-    try:
-        values = parse_json(text, "the file")
-    except ValueError as error:
-        problems.append(Problem("--ds-config", str(path), str(error).removeprefix("the file ")))
-        return {}
-    if not isinstance(values, dict):
-        problems.append(Problem("--ds-config", str(path), "must be a JSON object: { ... }"))
-        return {}
-    return values
 
 
 def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) -> set[str]:
@@ -225,18 +212,16 @@ def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) 
         return set()
     try:
         parts = _split_path(path)
+        target = values
+        for depth, part in enumerate(parts[:-1], start=1):
+            if target.get(part) is None:
+                target[part] = {}
+            if not isinstance(target[part], dict):
+                raise ValueError(f"{'.'.join(parts[:depth])} is already set to {target[part]!r}, which has no fields")
+            target = target[part]
     except ValueError as error:
         problems.append(Problem(path, value, str(error)))
         return set()
-    target = values
-    for depth, part in enumerate(parts[:-1], start=1):
-        if target.get(part) is None:
-            target[part] = {}
-        if not isinstance(target[part], dict):
-            where = ".".join(parts[:depth])
-            problems.append(Problem(path, value, f"{where} is already set to {target[part]!r}, which has no fields"))
-            return set()
-        target = target[part]
     target[parts[-1]] = value
     is_in_section = model_at(Config, parts[:1]) is not None
     return {".".join(parts[: 2 if is_in_section else 1])}

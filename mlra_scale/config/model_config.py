@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from mlra_scale.config.section import Probability, Section, tuple_of_list
+from mlra_scale.config.section import Probability, Section
 
 Projection = Literal["q", "k", "v", "o"]
 MAX_LAYERS = 10_000
@@ -41,8 +41,9 @@ class ModelConfig(Section):
     attention_rank_ratio: float = Field(
         0.5, gt=0.0, le=1.0, description="R/D when attention_rank is null; 1/2 keeps the parameter count of dense."
     )
-    factorised_projections: Annotated[tuple[Projection, ...], BeforeValidator(tuple_of_list)] = Field(
+    factorised_projections: tuple[Projection, ...] = Field(
         ("q", "k", "v"),
+        strict=False,
         description="Which of q, k, v, o are factorised (for dense: of the MLRA model that matched-to-mlra means).",
     )
     init_std: float = Field(0.02, gt=0.0, le=1.0, description="Standard deviation of the base initialization.")

@@ -1,4 +1,4 @@
-"""How a configuration mistake is told: which field, what it holds, what to do about it."""
+"""Configuration mistakes: the field, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ REQUIRED = "is required and has no default; set it, or start from a preset"
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the dotted field, the value found there and what is wrong with it and how to mend it."""
+    """One mistake: the dotted field, its value, and what is wrong with the value and what to write instead."""
 
     field: str
     value: Any
     remedy: str
 
     def __str__(self) -> str:
-        # Names and remedies may quote a file: what a terminal would obey is escaped, in repr() too.
+        # Names and remedies may quote a file, which may hold control characters for the terminal.
         return printable(f"{self.field} = {_shown(self.value)}: {self.remedy}")
 
 
@@ -36,7 +36,7 @@ def _shown(value: Any) -> str:
 
 
 class ConfigError(ValueError):
-    """Every problem of a configuration at once; its text has one line per problem, `in_one_line` joins them."""
+    """All problems of a configuration; its text has one line per problem."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "a ConfigError needs at least one problem"
@@ -45,7 +45,7 @@ class ConfigError(ValueError):
 
     @property
     def in_one_line(self) -> str:
-        """Every problem, for a message that quotes them."""
+        """All problems in one line, for a message that quotes them."""
         return "; ".join(str(problem) for problem in self.problems)
 
 
@@ -59,7 +59,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
-    """Returns the model that the dotted path `path` of `model` leads to, or None if it leads to no model."""
+    """Returns the model at the dotted path `path` below `model`; None if there is a plain field or nothing."""
     current: type[BaseModel] | None = model
     for part in path:
         field = current.model_fields.get(str(part)) if current is not None else None
@@ -68,17 +68,10 @@ def model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | N
     return current
 
 
-def _value_hint(value: Any) -> str:
-    """Says what kind of thing was given where the type was wrong, in the words of YAML."""
-    names = {str: "text", bool: "true/false", int: "an integer", float: "a fraction", type(None): "null"}
-    names |= {list: "a list", tuple: "a list", dict: "a mapping"}
-    hint = names.get(type(value), type(value).__name__)
-    if value == "auto":
-        return "the text 'auto' (give the value itself: derived values are derived here, not filled in later)"
-    return hint
+_GIVEN = {str: "text", bool: "true/false", int: "an integer", float: "a fraction", type(None): "null", list: "a list"}
+_GIVEN |= {tuple: "a list", dict: "a mapping"}
 
-
-_WANTED_TYPE = {
+_WANTED = {
     "int_type": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
@@ -89,16 +82,21 @@ _WANTED_TYPE = {
     "model_attributes_type": "a mapping",
 }
 
-
 _OFF_WORDS = ("off", "no", "false", "none", "never", False)
 _OFF = ("disabled", "none")
-"""Words for leaving something out: what people write, and what our fields call it."""
+"""Words that people write for leaving something out, and the words that the fields here use."""
 
-_BOUNDS = {
-    "greater_than": (">", "gt"),
-    "greater_than_equal": (">=", "ge"),
-    "less_than": ("<", "lt"),
-    "less_than_equal": ("<=", "le"),
+# By pydantic's type of error; filled in with the error's context.
+_TEMPLATES = {
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
+    "string_too_short": "must not be empty; use null to leave it out",
+    "string_too_long": "has {length} characters where {max_length} are allowed",
+    "too_long": "has {actual_length} values where {max_length} belong",
+    "finite_number": "must be a finite number",
+    "value_error": "{error}",
 }
 
 
@@ -110,49 +108,32 @@ def _remedy(error: Any, model: type[BaseModel]) -> str:
         return "unknown key" + nearest(str(error["loc"][-1]), owner.model_fields if owner else ())
     if kind == "missing":
         return REQUIRED
-    if kind in _WANTED_TYPE:
-        return f"must be {_WANTED_TYPE[kind]}, not {_value_hint(value)}"
+    if kind in _WANTED:
+        given = _GIVEN.get(type(value), type(value).__name__)
+        if value == "auto":
+            given = "the text 'auto' (give the value itself: derived values are derived here, not filled in later)"
+        return f"must be {_WANTED[kind]}, not {given}"
     if kind == "literal_error":
         choices = context["expected"].split("'")[1::2]
         meant = [choice for choice in _OFF if choice in choices] if value in _OFF_WORDS else []
         close = meant or (difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else [])
         return f"must be one of {', '.join(choices)}" + (f"; did you mean '{close[0]}'?" if close else "")
-    if kind in _BOUNDS:
-        sign, key = _BOUNDS[kind]
-        return f"must be {sign} {context[key]}"
-    if kind == "string_too_short":
-        return "must not be empty; use null to leave it out"
-    if kind == "string_too_long":
-        return f"has {len(value)} characters where {context['max_length']} are allowed"
-    if kind == "too_long":
-        return f"has {context['actual_length']} values where {context['max_length']} belong"
-    if kind == "finite_number":
-        return "must be a finite number"
-    if kind == "value_error":
-        return str(context["error"])
+    if kind in _TEMPLATES:
+        return _TEMPLATES[kind].format(**context, length=len(value) if isinstance(value, str) else 0)
     text = str(error["msg"])
     return text[0].lower() + text[1:]
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """Translates pydantic's errors into problems.
-
-    Args:
-        error: What pydantic raised while validating `model`.
-        model: The model whose fields the error speaks of (used to find the nearest known key).
-
-    Returns:
-        One problem per field, in the order of the fields.
-    """
+    """Translates the errors that pydantic raised while validating `model`: one problem per field, in their order."""
     found: dict[str, Problem] = {}
     for entry in error.errors():
         path = [str(part) for part in entry["loc"]]
-        value = entry["input"]
-        if entry["type"] == "missing" and model_at(model, path[:-1]) is None:
+        is_missing = entry["type"] == "missing"
+        if is_missing and model_at(model, path[:-1]) is None:
             # An item of a list of fixed length.
-            problem = Problem(".".join(path[:-1]), value, "has too few values")
+            problem = Problem(".".join(path[:-1]), entry["input"], "has too few values")
         else:
-            shown = None if entry["type"] == "missing" else value
-            problem = Problem(".".join(path), shown, _remedy(entry, model))
+            problem = Problem(".".join(path), None if is_missing else entry["input"], _remedy(entry, model))
         found.setdefault(problem.field, problem)
     return list(found.values())

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mlra_scale.config.deepspeed_keys import OURS, TABLES, YOURS
+from mlra_scale.config.deepspeed_json import OURS, TABLES, YOURS
 from mlra_scale.config.presets import preset, preset_names
 from mlra_scale.config.problems import model_at
 from mlra_scale.config.schema import Config

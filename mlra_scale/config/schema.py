@@ -1,6 +1,5 @@
-"""The configuration schema: every choice a run is made of, each with its meaning, its range and its default.
+"""The configuration schema: every choice that defines a run, with its meaning, its range and its default.
 
-The models are frozen and strict: an integer field takes no text and no fraction, a key that is not here is an error.
 Rules that join several fields, or the number of processes, are in `validation.py`.
 """
 
@@ -13,12 +12,22 @@ from pydantic import BeforeValidator, Field, ValidationError
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
-from mlra_scale.config.section import Beta, Positive, Section, Tag, Text, tuple_of_list
-from mlra_scale.config.stability_config import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
+from mlra_scale.config.section import (
+    ActivationsConfig,
+    GradientsConfig,
+    GuardConfig,
+    Positive,
+    Probability,
+    QkClipConfig,
+    Section,
+    Tag,
+    TevConfig,
+    Text,
+)
 
 
 class DataConfig(Section):
-    """Which tokens are read and how they are cut."""
+    """Which tokens are read, and how they are cut into samples."""
 
     path: Text | None = Field(
         None, description="Folder made by tools/prepare_data.py, or a Megatron prefix (PREFIX.bin, PREFIX.idx)."
@@ -71,8 +80,8 @@ class TrainConfig(Section):
     garbage_every: int = Field(
         100,
         ge=0,
-        description="Steps between runs of Python's garbage collector, at the same step on all ranks; 0: whenever "
-        "each rank likes.",
+        description="Steps between runs of Python's garbage collector, at the same step on all ranks; 0: when "
+        "each rank's collector runs by itself.",
     )
     max_consecutive_overflows: int = Field(
         50,
@@ -86,8 +95,8 @@ class OptimConfig(Section):
     """AdamW and the learning-rate schedule."""
 
     lr: float = Field(gt=0.0, le=10.0, description="Peak learning rate.")
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(tuple_of_list)] = Field(
-        (0.9, 0.95), description="Decay rates of Adam's two moments."
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.95), strict=False, description="Decay rates of Adam's two moments."
     )
     eps: float = Field(1e-8, gt=0.0, le=1.0, description="Epsilon of Adam.")
     weight_decay: float = Field(0.1, ge=0.0, lt=10.0, description="Decoupled weight decay; never on biases and norms.")
@@ -117,7 +126,13 @@ LayoutField = Literal[
     "train.micro_batch_size",
     "deepspeed",
 ]
-"""What parallel.layout=auto chooses."""
+"""The fields that parallel.layout=auto chooses."""
+
+
+def _without_sharded(value: Any) -> Any:
+    if value == "sharded":
+        raise ValueError(f"{stored_yaml.NO_SHARDED}; use auto, replicated or merged")
+    return value
 
 
 class ParallelConfig(Section):
@@ -126,14 +141,14 @@ class ParallelConfig(Section):
     layout: Literal["auto", "manual"] = Field(
         "manual",
         description="auto: at every start the planner chooses tensor, pipeline, sequence_parallel, "
-        "activation_checkpointing, train.micro_batch_size and the deepspeed section for the nodes, devices and memory "
-        "that are there; fields that are named stay. The files of slurm/ that start a training set it, sweep.sh does "
+        "activation_checkpointing, train.micro_batch_size and the deepspeed section for the available nodes, devices "
+        "and memory; it keeps fields that are named. The files of slurm/ that start a training set it, sweep.sh does "
         "not. manual: nothing is chosen.",
     )
-    named_layout_fields: Annotated[tuple[LayoutField, ...] | None, BeforeValidator(tuple_of_list)] = Field(
+    named_layout_fields: Annotated[tuple[LayoutField, ...], Field(strict=False)] | None = Field(
         None,
-        description="Written by the planner: the fields of the layout that were named where it chose the others; they "
-        "stay where the run is resumed without naming them again. null: no choice was made.",
+        description="Written by the planner: the fields of the layout that were named when it chose the others. A "
+        "resumed run keeps them without naming them again. null: no choice was made.",
     )
     tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
     pipeline: int = Field(1, ge=1, description="Pipeline stages.")
@@ -142,19 +157,19 @@ class ParallelConfig(Section):
     )
     activation_checkpointing: Literal["none", "selective", "block"] = Field(
         "none",
-        description="What the backward pass computes again instead of keeping it. selective: layer norms and GELU, a "
+        description="Activations that the backward pass computes again. selective: layer norms and GELU, a "
         "third of what a block keeps; block: everything but each block's input.",
     )
-    low_rank_plan: Literal["auto", "replicated", "sharded", "merged"] = Field(
+    low_rank_plan: Annotated[Literal["auto", "replicated", "merged"], BeforeValidator(_without_sharded)] = Field(
         "auto",
         description="How tensor-parallel ranks share factorised q, k, v. replicated: every rank computes the whole "
-        "latents; sharded: a part each, gathered; merged: each forms its slice of the product first; auto: the fastest "
-        "by a cost model (mlra_scale/model/low_rank_plan.py).",
+        "latents; merged: each forms its slice of the product first; auto: the faster one by a cost model "
+        "(mlra_scale/model/low_rank_plan.py).",
     )
     sequence_parallel: bool = Field(
         False,
-        description="Tensor-parallel ranks split what is between attention and MLP along the sequence (activations and "
-        "the work on them) instead of repeating it.",
+        description="Tensor-parallel ranks split the activations between attention and MLP, and the work on them, "
+        "along the sequence instead of repeating it.",
     )
     timeout_minutes: float = Field(10.0, gt=0.0, le=1440.0, description="After this long a stuck collective fails.")
     world_size: int | None = Field(
@@ -179,8 +194,8 @@ class CheckpointConfig(Section):
     )
     asynchronous: bool = Field(
         True,
-        description="Copy the state to host memory and write the files while training goes on (the last checkpoint "
-        "of a run is always waited for); false: training waits for the files.",
+        description="Copy the state to host memory and write the files during training (the end of a run waits for "
+        "its last checkpoint); false: training waits for the files.",
     )
     differing_copies: Literal["refuse", "report"] = Field(
         "refuse",
@@ -197,9 +212,7 @@ class WandbConfig(Section):
     )
     project: Text = Field("mlra-scale", description="Project name.")
     name: Text | None = Field(None, description="Run name; null: the run directory's name.")
-    tags: Annotated[tuple[Tag, ...], BeforeValidator(tuple_of_list)] = Field(
-        (), description="Tags of the run, of 64 characters at most."
-    )
+    tags: tuple[Tag, ...] = Field((), strict=False, description="Tags of the run, of 64 characters at most.")
 
 
 class ProfileConfig(Section):
@@ -210,19 +223,19 @@ class ProfileConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What a job on a cluster does when something goes wrong, for the launcher of slurm/; and the planner's cluster."""
+    """How a job on a cluster reacts to failures, for the launcher of slurm/; and the planner's cluster."""
 
     device: Literal["h100", "a100", "h200", "cpu"] | None = Field(
         None,
-        description="Device whose constants the planner takes; null: the one that is there, and where none can be seen "
+        description="Device whose constants the planner takes; null: the device found here, and where there is none "
         "(a login node) h100, or cpu with train.device=cpu.",
     )
     device_memory_gib: float | None = Field(
         None,
         gt=0.0,
         lt=1e6,
-        description="Memory of a device in GiB that the planner may plan with; null: what the device has (a rank's "
-        "share of the node's memory on CPUs), and where none can be seen that of the device's data sheet.",
+        description="Memory of a device in GiB that the planner may plan with; null: all memory of the device (a "
+        "rank's share of the node's memory on CPUs), and where there is none that of the device's data sheet.",
     )
 
     file: Text | None = Field(
@@ -232,8 +245,8 @@ class ClusterConfig(Section):
     )
     elastic: bool = Field(
         False,
-        description="Go on with fewer nodes where one is lost: the data-parallel degree shrinks, the global batch and "
-        "the samples stay. false: the job is queued again for its full size.",
+        description="Continue with fewer nodes after the loss of one: the data-parallel degree shrinks, the global "
+        "batch and the samples stay. false: the job is queued again for its full size.",
     )
     hang_minutes: float | None = Field(
         None,
@@ -245,17 +258,15 @@ class ClusterConfig(Section):
         30.0, gt=0.0, description="How long ranks may take from their start to the first step."
     )
     stop_minutes: float = Field(
-        4.0, gt=0.0, description="How long ranks may take, once a signal asked for it, to finish the step and save."
+        4.0, gt=0.0, description="How long ranks may take to finish the step and save after a stop signal."
     )
     max_failures: int = Field(
-        3, ge=1, description="After so many failures in a row without a newer checkpoint the job stops."
+        3, ge=1, description="The job stops after this many failures in a row without a newer checkpoint."
     )
     max_preemptions: int = Field(
-        10, ge=1, description="After so many preemptions in a row in which no checkpoint was completed the job stops."
+        10, ge=1, description="The job stops after this many preemptions in a row without a completed checkpoint."
     )
-    lost_node_seconds: float = Field(
-        30.0, gt=0.0, description="A node that the job has heard nothing from for this long is lost."
-    )
+    lost_node_seconds: float = Field(30.0, gt=0.0, description="A node without a heartbeat for this long is lost.")
     step_memory: str = Field(
         "0",
         pattern=r"^\d+[KMGT]?$",
@@ -271,12 +282,12 @@ class ClusterConfig(Section):
 
 
 class Config(Section):
-    """Everything that defines a run."""
+    """The configuration of a run: all that defines it."""
 
     preset: str | None = Field(
         None,
-        description="The preset whose values stand for fields that a --config file leaves out; in the config.yaml of a "
-        "run, where every field is written, a note.",
+        description="The preset that gives the values of fields that a --config file leaves out. In the config.yaml of "
+        "a run, which has every field, it is a note.",
     )
     model: ModelConfig = Field(description="Shape and initialization of the model.")
     data: DataConfig = Field(default_factory=DataConfig, description="Training and validation data.")
@@ -287,7 +298,7 @@ class Config(Section):
     gradients: GradientsConfig = Field(default_factory=GradientsConfig, description="Gradient statistics.")
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig, description="Activation probe.")
     qk_clip: QkClipConfig = Field(default_factory=QkClipConfig, description="Bound on attention logits.")
-    guard: GuardConfig = Field(default_factory=GuardConfig, description="What is done about instability.")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="Reaction to instability.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Validation.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
@@ -310,13 +321,7 @@ class Config(Section):
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
-        """Builds a configuration from plain values.
-
-        Args:
-            values: Nested mappings as `to_dict` returns them; fields with a default may be left out.
-
-        Returns:
-            The configuration, every field checked for type and range.
+        """Builds a configuration from nested mappings as `to_dict` returns them; defaults may be left out.
 
         Raises:
             ConfigError: With every wrong, unknown or missing field.
@@ -329,12 +334,6 @@ class Config(Section):
     @classmethod
     def from_yaml(cls, text: str) -> Config:
         """Reads what `to_yaml` wrote.
-
-        Args:
-            text: The YAML document.
-
-        Returns:
-            The configuration.
 
         Raises:
             ConfigError: The text is not YAML, or a field is wrong.

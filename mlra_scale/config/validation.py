@@ -1,19 +1,25 @@
-"""Rules that join several fields or the number of ranks: all of them are checked, all that fail are told."""
+"""Rules that join several fields or the number of ranks; all that fail are reported together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 from mlra_scale.config.batch import batch_problems
 from mlra_scale.config.deepspeed_json import (
     SEQUENCE_PARALLEL_FORBIDS,
+    check_deepspeed_keys,
     offload_optimizer,
     offload_param,
+    section_at,
     zero_stage,
 )
-from mlra_scale.config.deepspeed_keys import check_deepspeed_keys
 from mlra_scale.config.problems import ConfigError, Problem
 from mlra_scale.config.schema import Config
+
+Failures = Iterator[tuple[str, str]]
+"""The dotted field and the remedy of every rule that fails."""
 
 
 def engine_kind(config: Config) -> str:
@@ -34,21 +40,29 @@ def validate(config: Config, world_size: int, device: str | None = None) -> None
     Raises:
         ConfigError: With every problem found.
     """
-    problems = [
-        *_shape_problems(config),
-        *_attention_problems(config),
-        *_layout_problems(config),
-        *_sequence_parallel_problems(config),
-        *batch_problems(config, world_size),
-        *_engine_problems(config),
-        *_run_problems(config, device or config.train.device),
-        *_data_problems(config),
-        *_stability_problems(config, world_size),
-        *_cluster_problems(config),
-        *check_deepspeed_keys(config.deepspeed),
-    ]
+    failures = chain(
+        _model(config),
+        _layout(config),
+        _sequence_parallel(config),
+        _engine(config),
+        _compile(config),
+        _precision(config, device or config.train.device),
+        _schedule(config),
+        _data(config),
+        _stability(config, world_size),
+        _cluster(config),
+    )
+    problems = [Problem(field, _value_at(config, field), remedy) for field, remedy in failures]
+    problems += [*batch_problems(config, world_size), *check_deepspeed_keys(config.deepspeed)]
     if problems:
         raise ConfigError(problems)
+
+
+def _value_at(config: Config, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _divisors(number: int, limit: int = 64) -> str:
@@ -56,291 +70,238 @@ def _divisors(number: int, limit: int = 64) -> str:
     return ", ".join(str(d) for d in range(1, min(number, limit) + 1) if number % d == 0)
 
 
-def _shape_problems(config: Config) -> Iterator[Problem]:
-    model, train = config.model, config.train
-    if model.hidden_size % model.num_heads:
-        yield Problem(
-            "model.num_heads",
-            model.num_heads,
-            f"model.hidden_size {model.hidden_size} is not divisible by it; use one of {_divisors(model.hidden_size)}",
-        )
-    if train.sequence_length > model.max_positions:
-        yield Problem(
+def _model(config: Config) -> Failures:
+    model, width = config.model, config.model.hidden_size
+    if width % model.num_heads:
+        yield "model.num_heads", f"model.hidden_size {width} is not divisible by it; use one of {_divisors(width)}"
+    if config.train.sequence_length > model.max_positions:
+        yield (
             "train.sequence_length",
-            train.sequence_length,
             f"is longer than model.max_positions {model.max_positions}; shorten it or raise model.max_positions",
         )
-
-
-def _attention_problems(config: Config) -> Iterator[Problem]:
-    model = config.model
-    if model.attention_rank is not None and model.attention_rank > model.hidden_size:
-        yield Problem(
+    if model.attention_rank is not None and model.attention_rank > width:
+        yield (
             "model.attention_rank",
-            model.attention_rank,
-            f"is larger than model.hidden_size {model.hidden_size}, where a factorisation only adds parameters; "
-            f"use at most {model.hidden_size}",
+            f"is larger than model.hidden_size {width}, where a factorisation only adds parameters; use at most "
+            f"{width}",
         )
     if model.attention == "mlra" and model.attention_init == "matched-to-mlra":
-        yield Problem(
+        yield (
             "model.attention_init",
-            model.attention_init,
             "is the control for a dense model; with model.attention mlra use gpt2, xavier or matched",
         )
     if model.attention == "dense" and model.attention_init == "matched":
-        yield Problem(
+        yield (
             "model.attention_init",
-            model.attention_init,
             "is for factors; with model.attention dense use gpt2, xavier or matched-to-mlra",
         )
     needs_factors = model.attention == "mlra" or model.attention_init == "matched-to-mlra"
     if needs_factors and not model.factorised_projections:
-        yield Problem(
+        yield (
             "model.factorised_projections",
-            list(model.factorised_projections),
             "names nothing to factorise; name some of q, k, v, o, or use model.attention=dense",
         )
 
 
-def _layout_problems(config: Config) -> Iterator[Problem]:
+def _layout(config: Config) -> Failures:
     model, parallel = config.model, config.parallel
     tensor = parallel.tensor
-    for name, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.ffn_hidden_size", model.ffn_size),
-        ("model.hidden_size", model.hidden_size),
-    ):
-        if value % tensor:
-            yield Problem(
-                "parallel.tensor", tensor, f"{name} {value} is not divisible by it; use one of {_divisors(value)}"
-            )
+    sizes = {"num_heads": model.num_heads, "ffn_hidden_size": model.ffn_size, "hidden_size": model.hidden_size}
+    for name, size in sizes.items():
+        if size % tensor:
+            yield "parallel.tensor", f"model.{name} {size} is not divisible by it; use one of {_divisors(size)}"
     if model.padded_vocab_size % tensor:
-        yield Problem(
+        yield (
             "parallel.tensor",
-            tensor,
             f"the padded vocabulary of {model.padded_vocab_size} rows is not divisible by it; choose "
             "model.vocab_padding_multiple divisible by every tensor-parallel degree you want to use",
         )
-    if parallel.low_rank_plan == "sharded" and model.attention == "mlra" and model.rank % tensor:
-        yield Problem(
+    if parallel.low_rank_plan == "merged" and model.sigma_reparam:
+        yield (
             "parallel.low_rank_plan",
-            parallel.low_rank_plan,
-            f"splits the rank {model.rank} (model.attention_rank), which is not divisible by parallel.tensor {tensor}; "
-            "use replicated, merged or auto",
-        )
-    if parallel.low_rank_plan in ("sharded", "merged") and model.sigma_reparam:
-        yield Problem(
-            "parallel.low_rank_plan",
-            parallel.low_rank_plan,
             "takes factors apart that model.sigma_reparam scales together; use replicated or auto",
         )
     if model.num_layers < parallel.pipeline:
-        yield Problem(
+        yield (
             "parallel.pipeline",
-            parallel.pipeline,
             f"there are only {model.num_layers} layers (model.num_layers); use at most that many stages",
         )
 
 
-def _sequence_parallel_problems(config: Config) -> Iterator[Problem]:
+def _sequence_parallel(config: Config) -> Failures:
     parallel, length = config.parallel, config.train.sequence_length
     if not parallel.sequence_parallel:
         return
     if parallel.tensor == 1:
-        yield Problem(
+        yield (
             "parallel.sequence_parallel",
-            True,
             "splits the sequence over tensor-parallel ranks, and parallel.tensor is 1; set it to false, or "
             "parallel.tensor to 2 or more",
         )
     elif length % parallel.tensor:
-        yield Problem(
+        yield (
             "parallel.sequence_parallel",
-            True,
             f"train.sequence_length {length} is not divisible by parallel.tensor {parallel.tensor}; set it to false, "
             f"or the length to {length - length % parallel.tensor or parallel.tensor}",
         )
-    if parallel.low_rank_plan == "sharded" and config.model.attention == "mlra":
-        yield Problem(
-            "parallel.low_rank_plan",
-            "sharded",
-            "splits the ranks of the latents, while with parallel.sequence_parallel the latents' work is split by "
-            "positions already, at less communication; use replicated, merged or auto",
-        )
-    pipeline = config.deepspeed.get("pipeline", {})
     for key in SEQUENCE_PARALLEL_FORBIDS:
-        if isinstance(pipeline, dict) and pipeline.get(key) is True:
-            yield Problem(
+        if section_at(config.deepspeed, "pipeline").get(key) is True:
+            yield (
                 f"deepspeed.pipeline.{key}",
-                True,
                 "takes activations for the same on all tensor-parallel ranks, and parallel.sequence_parallel splits "
                 "them; leave it out",
             )
 
 
-def _engine_problems(config: Config) -> Iterator[Problem]:
+def _engine(config: Config) -> Failures:
     parallel, stage = config.parallel, zero_stage(config)
     if parallel.engine == "zero" and parallel.pipeline > 1:
-        yield Problem(
+        yield (
             "parallel.engine",
-            "zero",
             f"cannot run parallel.pipeline {parallel.pipeline} stages; use pipeline or auto, or one stage",
         )
     elif engine_kind(config) == "pipeline" and stage >= 2:
-        yield Problem(
+        yield (
             "deepspeed.zero_optimization.stage",
-            stage,
             "cannot be used with the pipeline engine: a pipeline adds up the whole gradient over its micro-batches and "
             "reduces it once at the end, while stages 2 and 3 cut it up after each of them, so DeepSpeed refuses the "
             "pair; use stage 0 or 1, or parallel.pipeline=1 with the zero engine",
         )
     if offload_optimizer(config) and stage == 0:
-        yield Problem(
+        yield (
             "deepspeed.zero_optimization.offload_optimizer",
-            "cpu",
             "needs ZeRO: without a stage the optimizer stays where it is; set zero_optimization.stage to 1, 2 or 3",
         )
     if offload_optimizer(config) and engine_kind(config) == "pipeline":
-        yield Problem(
+        yield (
             "deepspeed.zero_optimization.offload_optimizer",
-            "cpu",
             "is for the zero engine; use parallel.pipeline=1 or take it out",
         )
     if offload_param(config) and stage != 3:
-        yield Problem(
+        yield (
             "deepspeed.zero_optimization.offload_param",
-            "cpu",
             f"works with ZeRO stage 3 only, not {stage}; set zero_optimization.stage to 3 or take it out",
         )
-    if config.train.compile and stage == 3:
-        yield Problem(
+
+
+def _compile(config: Config) -> Failures:
+    if not config.train.compile:
+        return
+    if zero_stage(config) == 3:
+        yield (
             "train.compile",
-            True,
             "is not for ZeRO stage 3, whose layers fetch their weights between the operations; use stage 2 or lower",
         )
-    random = [name for name in ("embedding", "attention", "residual") if getattr(config.model, f"{name}_dropout") > 0]
-    if config.train.compile and (config.model.sigma_reparam or random):
-        field = "model.sigma_reparam" if config.model.sigma_reparam else f"model.{random[0]}_dropout"
-        yield Problem(
+    untested = ["sigma_reparam"] if config.model.sigma_reparam else []
+    dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")
+    untested += [name for name in dropouts if getattr(config.model, name) > 0]
+    if untested:
+        yield (
             "train.compile",
-            True,
-            f"was not tested with {field}, which does more in a block than compute; leave one of them out",
+            f"was not tested with model.{untested[0]}, which does more in a block than compute; leave one of them out",
         )
-    if config.train.compile and parallel.activation_checkpointing == "selective":
-        yield Problem(
+    if config.parallel.activation_checkpointing == "selective":
+        yield (
             "parallel.activation_checkpointing",
-            "selective",
             "is what the compiler does by itself (train.compile); use none or block",
         )
 
 
-def _run_problems(config: Config, device: str) -> Iterator[Problem]:
-    train, optim, profile = config.train, config.optim, config.profile
-    if train.precision == "fp16" and device == "cpu":
-        yield Problem("train.precision", "fp16", "runs on cuda only; on the CPU use bf16 or fp32")
-    if train.precision == "fp16" and zero_stage(config) == 0:
-        yield Problem(
+def _precision(config: Config, device: str) -> Failures:
+    if config.train.precision != "fp16":
+        return
+    if device == "cpu":
+        yield "train.precision", "runs on cuda only; on the CPU use bf16 or fp32"
+    if zero_stage(config) == 0:
+        yield (
             "train.precision",
-            "fp16",
             "at ZeRO stage 0 DeepSpeed does not scale the loss; use --ds-config ds_configs/zero1.json, or bf16",
         )
-    if optim.warmup_steps > train.steps:
-        yield Problem(
+
+
+def _schedule(config: Config) -> Failures:
+    steps, optim, profile = config.train.steps, config.optim, config.profile
+    if optim.warmup_steps > steps:
+        yield (
             "optim.warmup_steps",
-            optim.warmup_steps,
-            f"is longer than the run of {train.steps} steps (train.steps): the rate would never reach optim.lr",
+            f"is longer than the run of {steps} steps (train.steps): the rate would never reach optim.lr",
         )
-    elif optim.schedule == "wsd" and optim.warmup_steps + (optim.decay_steps or 0) > train.steps:
-        yield Problem(
+    elif optim.schedule == "wsd" and optim.warmup_steps + (optim.decay_steps or 0) > steps:
+        yield (
             "optim.decay_steps",
-            optim.decay_steps,
-            f"does not fit behind {optim.warmup_steps} steps of warm-up into train.steps {train.steps}; shorten it",
+            f"does not fit behind {optim.warmup_steps} steps of warm-up into train.steps {steps}; shorten it",
         )
     if optim.schedule == "constant" and optim.decay_steps is not None:
-        yield Problem("optim.decay_steps", optim.decay_steps, "a constant schedule has no decay; leave it null")
-    if (profile.start is None) != (profile.stop is None):
-        missing = "profile.start" if profile.start is None else "profile.stop"
-        yield Problem(missing, None, "give profile.start and profile.stop both, or neither")
-    elif profile.start is not None and profile.stop is not None:
+        yield "optim.decay_steps", "a constant schedule has no decay; leave it null"
+    if profile.start is not None and profile.stop is not None:
         if profile.stop <= profile.start:
-            yield Problem("profile.stop", profile.stop, f"must come after profile.start {profile.start}")
-        if profile.start > train.steps:
-            yield Problem("profile.start", profile.start, f"is after the last step (train.steps {train.steps})")
-    if config.tev.extremes > config.model.vocab_size:
-        yield Problem(
-            "tev.extremes", config.tev.extremes, f"there are only {config.model.vocab_size} tokens (model.vocab_size)"
+            yield "profile.stop", f"must come after profile.start {profile.start}"
+        if profile.start > steps:
+            yield "profile.start", f"is after the last step (train.steps {steps})"
+    elif profile.start is not None or profile.stop is not None:
+        missing = "profile.start" if profile.start is None else "profile.stop"
+        yield missing, "give profile.start and profile.stop both, or neither"
+
+
+def _data(config: Config) -> Failures:
+    data, vocabulary = config.data, config.model.vocab_size
+    if data.path is not None and data.blend is not None:
+        yield "data.blend", "data.path is set as well; give one of them and leave the other null"
+    if data.blend is not None and not data.blend:
+        yield "data.blend", "is empty; name at least one data set, or use data.path"
+    if data.reset_positions and data.document_attention != "masked":
+        yield (
+            "data.reset_positions",
+            "two documents that see each other would share positions; set data.document_attention=masked",
         )
+    if data.end_of_document_token is not None and data.end_of_document_token >= vocabulary:
+        yield "data.end_of_document_token", f"is no token of a vocabulary of {vocabulary} (model.vocab_size)"
 
 
-def _stability_problems(config: Config, world_size: int) -> Iterator[Problem]:
-    guard, train, parallel = config.guard, config.train, config.parallel
+def _stability(config: Config, world_size: int) -> Failures:
+    guard, train, parallel, model = config.guard, config.train, config.parallel, config.model
+    if config.tev.extremes > model.vocab_size:
+        yield "tev.extremes", f"there are only {model.vocab_size} tokens (model.vocab_size)"
     if guard.min_window > guard.window:
-        yield Problem("guard.min_window", guard.min_window, f"is more than guard.window {guard.window}")
+        yield "guard.min_window", f"is more than guard.window {guard.window}"
     if guard.enabled and config.checkpoint.every == 0:
-        yield Problem(
+        yield (
             "checkpoint.every",
-            0,
-            "leaves the guard nothing to go back to but where the run began (guard.enabled is true); set it to the "
-            "number of steps that you can afford to lose, or guard.enabled=false",
+            "leaves the guard no checkpoint to roll back to but the start of the run (guard.enabled is true); set it "
+            "to the number of steps that you can afford to lose, or guard.enabled=false",
         )
     data = world_size // (parallel.tensor * parallel.pipeline)
     if config.gradients.noise_every > 0 and train.global_batch_size < 2 * data * train.micro_batch_size:
-        yield Problem(
+        yield (
             "gradients.noise_every",
-            config.gradients.noise_every,
             "compares the gradient of one micro-batch per data rank with that of the global batch, and these are the "
             "same here; lower train.micro_batch_size, raise train.global_batch_size, or set it to 0",
         )
-    samples = config.qk_clip.samples
-    if samples is not None and samples > train.global_batch_size:
-        yield Problem(
+    if config.qk_clip.samples is not None and config.qk_clip.samples > train.global_batch_size:
+        yield (
             "qk_clip.samples",
-            samples,
             f"is more than a step has (train.global_batch_size {train.global_batch_size}); set it to null for all",
         )
-    undoing = [name for name in ("qk_norm", "sigma_reparam") if getattr(config.model, name)]
+    undoing = [name for name in ("qk_norm", "sigma_reparam") if getattr(model, name)]
     if config.qk_clip.threshold is not None and undoing:
-        yield Problem(
+        yield (
             "qk_clip.threshold",
-            config.qk_clip.threshold,
             f"makes query and key weights smaller, and model.{undoing[0]} divides by their size: it would clip for "
             "ever and change nothing; leave it null, or the option false",
         )
-    if config.gradients.spectral_iterations > 0 and config.model.sigma_reparam:
-        yield Problem(
+    if config.gradients.spectral_iterations > 0 and model.sigma_reparam:
+        yield (
             "gradients.spectral_iterations",
-            config.gradients.spectral_iterations,
             "measures weights as they are stored, and model.sigma_reparam computes with others; set it to 0 (the gain "
             "of a map is its largest singular value)",
         )
 
 
-def _cluster_problems(config: Config) -> Iterator[Problem]:
+def _cluster(config: Config) -> Failures:
     minutes, timeout = config.cluster.hang_minutes, config.parallel.timeout_minutes
     if minutes is not None and minutes >= timeout:
-        yield Problem(
+        yield (
             "cluster.hang_minutes",
-            minutes,
-            f"must be less than parallel.timeout_minutes {timeout}, after which stuck ranks end by themselves and "
-            "nobody can say any more which of them was the first",
-        )
-
-
-def _data_problems(config: Config) -> Iterator[Problem]:
-    data, model = config.data, config.model
-    if data.path is not None and data.blend is not None:
-        yield Problem("data.blend", data.blend, "data.path is set as well; give one of them and leave the other null")
-    if data.blend is not None and not data.blend:
-        yield Problem("data.blend", data.blend, "is empty; name at least one data set, or use data.path")
-    if data.reset_positions and data.document_attention != "masked":
-        yield Problem(
-            "data.reset_positions",
-            True,
-            "two documents that see each other would share positions; set data.document_attention=masked",
-        )
-    if data.end_of_document_token is not None and data.end_of_document_token >= model.vocab_size:
-        yield Problem(
-            "data.end_of_document_token",
-            data.end_of_document_token,
-            f"is no token of a vocabulary of {model.vocab_size} (model.vocab_size)",
+            f"must be less than parallel.timeout_minutes {timeout}, after which stuck ranks end by themselves and the "
+            "first stuck rank cannot be found any more",
         )

@@ -1,120 +1,130 @@
-"""YAML as this project reads and writes it: the scalars of YAML 1.2's core schema, no duplicate keys, no aliases.
+"""YAML by the core schema of version 1.2, without duplicate keys, aliases and tags, through ruamel.yaml.
 
-YAML 1.1, PyYAML's default, reads `1e-3` as text, `on` as true, `1:30` as 90 and keeps the last of two equal keys
-without a word. A learning rate or a run name is easily lost that way, so the loader here has its own rules, and the
-dumper writes by the same ones: what is written is read back equal.
+Version 1.1 reads `on` as true and `1:30` as 90, and ruamel.yaml's 1.2 reads `1_000` as a number and `2024-01-01` as a
+date. A learning rate or a run name changes silently that way, so only the core schema's own scalars are resolved here.
+`load` and `dump` share these rules: what is written is read back equal.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
 
 from mlra_scale.config.json_text import printable
-
-_RESOLVERS = (
-    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        re.compile(
-            r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-            r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-        ),
-        list("-+.0123456789"),
-    ),
-)
-
-
-_INTEGER = _RESOLVERS[2][1]
-_MAX_DIGITS = 300
 
 MAX_CHARACTERS = 2**20
 """Longer documents are refused: parsing takes about a second per 50,000 characters."""
 
+_MAX_DIGITS = 300
+"""int() takes time that grows with the square of the number of digits."""
 
-def _install_resolvers(target: Any) -> None:
-    target.yaml_implicit_resolvers = {}
-    for tag, pattern, first in _RESOLVERS:
-        target.add_implicit_resolver(tag, pattern, first)
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Pattern and possible first characters of every plain scalar that is not text."""
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with core-schema scalars that refuses a key given twice, and aliases."""
+class _Resolver(VersionedResolver):
+    """Resolves plain scalars by the core schema, whatever a %YAML directive says."""
+
+    _by_first_character: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (shared, never changed)
+
+    @property
+    def versioned_resolver(self) -> Any:
+        return self._by_first_character
+
+
+for _name, (_pattern, _first_characters) in _SCALARS.items():
+    for _character in _first_characters:
+        _entry = (f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"))
+        _Resolver._by_first_character.setdefault(_character, []).append(_entry)
+
+
+class _Composer(Composer):
+    """Refuses references, which can make a value that contains itself, and tags, which make other kinds of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        # A value that refers to itself would go on for ever, and a configuration is read better without references.
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used here; write the value", mark)
+        event = self.parser.peek_event()
+        if event.anchor is not None:
+            message = "anchors (&name) and aliases (*name) are not used here; write the value"
+            raise ComposerError(None, None, message, event.start_mark)
+        if event.ctag is not None:
+            raise ComposerError(None, None, "tags (!name) are not used here; quote text", event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "expected a mapping", node.start_mark)
-        first_seen: dict[Any, Any] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in first_seen:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"key '{key}' is given twice, first on line {first_seen[key].line + 1}; keep one of them",
-                    key_node.start_mark,
-                )
-            first_seen[key] = key_node.start_mark
-        return super().construct_mapping(node, deep=deep)
+
+class _Constructor(SafeConstructor):
+    """Makes plain Python values with text as keys."""
+
+    def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
+        if not isinstance(key, str):
+            raise ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+        if key in mapping:
+            first = next(other for other, _ in node.value if other.value == key_node.value)
+            message = f"key '{key}' is given twice, first on line {first.start_mark.line + 1}; keep one of them"
+            raise ConstructorError(None, None, message, key_node.start_mark)
+        return True
 
     def construct_yaml_int(self, node: Any) -> int:
-        # PyYAML's own constructor would read 010 as octal; the core schema says decimal. int() takes time that grows
-        # with the square of the number of digits.
-        text = self.construct_scalar(node)
-        if not _INTEGER.match(text) or len(text) > _MAX_DIGITS:
-            message = f"'{text[:40]}' is not an integer of at most {_MAX_DIGITS} digits"
-            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
-        return int(text)
+        if len(node.value) > _MAX_DIGITS:
+            message = f"'{node.value[:40]}' is not an integer of at most {_MAX_DIGITS} digits"
+            raise ConstructorError(None, None, message, node.start_mark)
+        return int(node.value)
 
     def construct_yaml_str(self, node: Any) -> str:
-        # JSON, which is YAML, writes a character beyond the basic plane as two escapes; PyYAML leaves them apart.
+        # JSON, which is YAML, writes a character beyond the basic plane as two escapes; ruamel.yaml leaves them apart.
         try:
-            return self.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16")
+            return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
             message = "text holds half of a surrogate pair"
-            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+            raise ConstructorError(None, None, message, node.start_mark) from None
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes by the loader's rules."""
+class _Representer(SafeRepresenter):
+    """Writes 1e-08 as 1.0e-08, which readers of YAML 1.1 take for a number as well."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_float(self, data: float) -> Any:
+        node = super().represent_float(data)
+        if "e" in node.value and "." not in node.value:
+            node.value = node.value.replace("e", ".0e")
+        return node
 
-_install_resolvers(_Loader)
-_install_resolvers(_Dumper)
-# Tags such as !!binary, !!set or !!timestamp make values that neither the schema nor JSON knows.
-_Loader.yaml_constructors = {
-    tag: constructor
-    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "seq", "map", "str")
-}
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
+_Constructor.add_constructor("tag:yaml.org,2002:str", _Constructor.construct_yaml_str)
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def _yaml() -> Any:
+    """Returns a reader and writer for one document: ruamel.yaml's keep state after an error."""
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Composer = _Resolver, _Composer
+    yaml.Constructor, yaml.Representer = _Constructor, _Representer
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.allow_unicode, yaml.width = False, 100
+    return yaml
 
 
 def load(text: str) -> Any:
-    """Parses one YAML document.
-
-    Args:
-        text: The document.
-
-    Returns:
-        Plain Python values.
+    """Parses one YAML document into plain Python values.
 
     Raises:
         ValueError: The text is not YAML, a key is given twice, or it is too long; the message has line and column.
@@ -122,24 +132,19 @@ def load(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"is longer than {MAX_CHARACTERS} characters, which is too long for such a file")
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
+        return _yaml().load(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise ValueError(printable(f"{place}{error.problem or error.context}")) from None
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(printable(f"{where}{error.problem or error.context}")) from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise ValueError(printable(" ".join(str(error).split()))) from None
 
 
 def dump(data: Any) -> str:
-    """Writes plain Python values as a YAML document that `load` reads back equal.
-
-    Args:
-        data: Mappings, lists, text, numbers, booleans and None.
-
-    Returns:
-        The document, keys in the order given.
-    """
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=100)
+    """Writes mappings, lists, text, numbers, booleans and None as a YAML document, keys in the order given."""
+    stream = io.StringIO()
+    _yaml().dump(data, stream)
+    return stream.getvalue()

@@ -1,7 +1,7 @@
 """Data: text to Megatron indexed datasets (prepare), and from them to batches in a stateless order (open_datasets).
 
-The names below are loaded on first use. The worker processes of tools/prepare_data.py import this package only to
-tokenize; torch and Megatron would cost each of them several seconds and hundreds of MB.
+The names below, `DataError` apart, are loaded on first use. The worker processes of tools/prepare_data.py import this
+package only to tokenize; torch and Megatron would cost each of them several seconds and hundreds of MB.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlra_scale.data.errors import DataError as DataError
     from mlra_scale.data.manifest import Manifest as Manifest
     from mlra_scale.data.mix import DataIdentity as DataIdentity
     from mlra_scale.data.mix import Mix as Mix
@@ -21,34 +20,20 @@ if TYPE_CHECKING:
     from mlra_scale.data.stream import Batch as Batch
     from mlra_scale.data.stream import SampleStream as SampleStream
 
-_HOME = {
-    "Batch": "stream",
-    "DataError": "errors",
-    "DataIdentity": "mix",
-    "Datasets": "opening",
-    "Manifest": "manifest",
-    "Mix": "mix",
-    "SampleStream": "stream",
-    "check_data": "opening",
-    "identify_data": "opening",
-    "open_datasets": "opening",
+_MODULES = {
+    "manifest": ("Manifest",),
+    "mix": ("DataIdentity", "Mix"),
+    "opening": ("Datasets", "check_data", "identify_data", "open_datasets"),
+    "stream": ("Batch", "SampleStream"),
 }
 
-__all__ = [
-    "Batch",
-    "DataError",
-    "DataIdentity",
-    "Datasets",
-    "Manifest",
-    "Mix",
-    "SampleStream",
-    "check_data",
-    "identify_data",
-    "open_datasets",
-]
+
+class DataError(ValueError):
+    """A source, a data set or a tokenizer cannot be used; the message names it and says what to do."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

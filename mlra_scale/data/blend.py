@@ -26,15 +26,7 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
-    """Splits `total` into whole quotas in proportion to the weights, each at least one.
-
-    Args:
-        weights: Positive relative weights.
-        total: The sum of the quotas; at least the number of weights.
-
-    Returns:
-        One quota per weight. Ties go to the earlier one.
-    """
+    """Splits `total` into whole quotas in proportion to positive weights, each at least one; ties go to the earlier."""
     assert len(weights) <= total
     whole = sum(weights)
     if math.isinf(whole):  # weights near the largest number
@@ -51,11 +43,7 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
 
 
 class BlendPattern:
-    """The assignment of samples to the data sets of a blend.
-
-    Args:
-        weights: Relative weights, positive, in the order of the data sets.
-    """
+    """The assignment of samples to the data sets of a blend, from their positive relative weights."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         quotas = largest_remainder(weights, BLOCK)
@@ -82,14 +70,7 @@ class BlendPattern:
         return [float(quota) / BLOCK for quota in self._quotas]
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds the data set of every sample and how many samples of that data set came before it.
-
-        Args:
-            samples: Global sample indices, shape [n].
-
-        Returns:
-            (part, local index), both int64 of shape [n].
-        """
+        """Returns, for global sample indices of shape [n], the data set and how many of its samples came before."""
         if self.num_parts == 1:
             return np.zeros_like(samples), samples
         block, slot = np.divmod(samples, BLOCK)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 
 BLOCK_BYTES = 1 << 16
 _DIGEST_BYTES = 32
@@ -111,6 +111,12 @@ class CheckedFile:
             f"{self._path} is damaged: its blocks of {BLOCK_BYTES} bytes at offset {shown}{more} differ from what was "
             "prepared; copy the file from where it is whole, or prepare the data again"
         )
+
+
+def sha256_of_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's content as hexadecimal text."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_blocks(path: Path) -> BlockHasher:

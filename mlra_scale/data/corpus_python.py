@@ -1,6 +1,6 @@
 """The embedded corpus: English documentation, docstrings and source code that come with Python itself.
 
-It needs no network and is a few seconds of work: about 10 MB of real text on Python 3.11. Three kinds of documents:
+It needs no network and a few seconds: about 10 MB of real text on Python 3.11. Three kinds of documents:
 
 - every topic of pydoc (the language reference behind `help("if")`),
 - for every module of the standard library, its docstrings (read with `ast`, nothing is imported),
@@ -24,51 +24,62 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
+from mlra_scale.data.files import BEYOND, FileCounts, NotRead
+from mlra_scale.data.readers import Document
+
+PYTHON_DOCS = "python-docs"
+"""The name of this source."""
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonCorpus:
-    """The embedded corpus; documents are made when they are first read, and kept (10 MB) for the next pass.
+    """The embedded corpus, a Source; documents are made when they are first read, and kept (10 MB) for the next pass.
 
     Attributes:
         modules: File of every module, by dotted name.
-        visited: Names of the modules that the last pass came to.
-        broken: Names of the modules that cannot be parsed, among those read so far.
-        total_bytes: Size of all files and topics.
     """
+
+    name = PYTHON_DOCS
+    kind = "embedded"
 
     def __init__(self) -> None:
         self.modules = dict(_modules())
-        self.visited: set[str] = set()
-        self.broken: list[str] = []
-        self.total_bytes = sum(path.stat().st_size for path in self.modules.values())
-        self.total_bytes += sum(map(len, _topics().values()))
+        num_bytes = sum(path.stat().st_size for path in self.modules.values()) + sum(map(len, _topics().values()))
+        self.total_bytes: int | None = num_bytes
+        self._visited, self._broken = set[str](), list[str]()
         self._texts = {f"topic {name}": text for name, text in _topics().items()}
         names = [*self._texts, *(f"{kind} {name}" for name in self.modules for kind in ("docstrings", "source"))]
         self._names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
-    def documents(self) -> Iterator[tuple[str, int]]:
-        """Yields the documents in their fixed order, each with the bytes of its file that it stands for."""
-        self.visited = set()
+    def documents(self) -> Iterator[Document]:
+        """Yields the documents in their fixed order."""
+        self._visited = set()
         for name in self._names:
             kind, item = name.split(" ", 1)
             if kind != "topic":
-                self.visited.add(item)
+                self._visited.add(item)
             if name not in self._texts:
                 # Both at once: parsing is what costs.
                 parsed = module_texts(item, self.modules[item])
                 if parsed is None:
-                    self.broken.append(item)
+                    self._broken.append(item)
                 english, code = parsed or ("", "")
                 self._texts |= {f"docstrings {item}": english, f"source {item}": code}
-            size = len(self._texts[name])
+            text = self._texts[name]
+            size = len(text)
             if kind == "source":
                 size = self.modules[item].stat().st_size - len(self._texts[f"docstrings {item}"])
-            if self._texts[name].strip():
-                yield self._texts[name], size
+            if text.strip():
+                yield Document(text, size)
+
+    def files(self) -> FileCounts:
+        """Returns what became of the modules in the last pass."""
+        beyond = [NotRead(name, BEYOND) for name in self.modules if name not in self._visited]
+        broken = [NotRead(name, "not Python source of this version") for name in self._broken]
+        return FileCounts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
 
 
 def _topics() -> dict[str, str]:
@@ -96,11 +107,7 @@ def _modules() -> list[tuple[str, Path]]:
 
 
 def module_texts(name: str, path: Path) -> tuple[str, str] | None:
-    """Splits a module into English and code.
-
-    Args:
-        name: Dotted name of the module.
-        path: Its file.
+    """Splits the module with dotted name `name` into English and code.
 
     Returns:
         (docstrings under their dotted names, source without docstrings); None for a file that does not parse.
@@ -134,7 +141,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _definitions(node: ast.AST, qualified: str) -> Iterator[tuple[str, Definition]]:
-    """Yields the node and every class and function below it with their dotted names, in the order of the source."""
+    """Yields the node and all classes and functions below it with their dotted names, in the order of the source."""
     if isinstance(node, Definition):
         yield qualified, node
     for child in ast.iter_child_nodes(node):

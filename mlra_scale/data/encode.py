@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.readers import Document
 
 _CHUNK_DOCUMENTS = 512
@@ -95,7 +95,7 @@ class Encoder:
         return EncodedChunk(
             tokens=tokens,
             lengths=np.array([len(part) for part in parts], dtype=np.int64),
-            text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for text in texts),
+            text_bytes=sum(document.num_bytes for document in documents),
             consumed=sum(document.consumed for document in documents),
         )
 
@@ -103,25 +103,16 @@ class Encoder:
 def encode_in_order(
     documents: Iterable[Document], tokenizer_json: str, end_of_document: int, dtype: str, workers: int
 ) -> Iterator[EncodedChunk]:
-    """Tokenizes a stream of documents.
+    """Yields the chunks of a stream of documents, none of them empty, in their order.
 
-    Args:
-        documents: The documents; none may be empty.
-        tokenizer_json: Content of a tokenizer.json.
-        end_of_document: Id of the token to append to every document.
-        dtype: Type of the tokens.
-        workers: Number of processes; 1: the calling process does the work.
-
-    Yields:
-        Chunks in the order of the documents. The chunks' borders depend on the documents only.
+    The chunks' borders depend on the documents only. Tokenizer, end and dtype are those of `Encoder`. With one worker
+    the calling process does the work.
 
     Raises:
         DataError: A worker process died, or a document holds the end-of-document token.
     """
     if workers == 1:
-        encoder = Encoder(tokenizer_json, end_of_document, dtype)
-        for chunk in _chunks(documents):
-            yield encoder(chunk)
+        yield from map(Encoder(tokenizer_json, end_of_document, dtype), _chunks(documents))
         return
     crew: list[_Worker] = []
     try:
@@ -182,7 +173,7 @@ class _Worker:
         return result
 
     def kill(self) -> None:
-        """Ends the process, whatever it is doing; it holds nothing that is worth keeping."""
+        """Ends the process, whatever it is doing."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -194,10 +185,10 @@ class _Worker:
 
 
 def _work(connection: Connection, tokenizer_json: str, end_of_document: int, dtype: str) -> None:
-    """What a worker process does: chunks in, results out, in order.
+    """The loop of a worker process: chunks in, results out, in order.
 
     Reading and writing have threads of their own. Otherwise main process and worker could both wait until the other
-    reads, and a worker would stand still until the main process has time for its result.
+    reads, and a worker would be idle until the main process has time for its result.
     """
     # The workers are the parallelism; and Ctrl-C is the main process's to handle.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

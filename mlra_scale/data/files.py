@@ -5,17 +5,25 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.config.json_text import printable
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 
 COMPRESSIONS = (".gz", ".zst")
 # Kinds whose files may be compressed as a whole; .parquet compresses its own pages.
 _STREAMS = (".txt", ".jsonl", ".json")
 KNOWN_KINDS = ".txt, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
+
+
+BEYOND = "beyond --max-bytes"
+"""Reason why a file after the cap is not read."""
+_NUM_NAMES = 10
+"""How many names of files of each kind a manifest has; its numbers are complete."""
+_NUM_PRINTED = 3
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,22 @@ class FileCounts:
     without_documents: Sequence[str]
     not_read: Sequence[NotRead]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the manifest's entry: every number, and the first names."""
+
+        def named(paths: Sequence[str]) -> dict[str, Any]:
+            return {"files": len(paths), "names": list(paths[:_NUM_NAMES])}
+
+        return {
+            "matched": self.read + len(self.not_read),
+            "read": self.read,
+            "without_documents": named(self.without_documents),
+            "not_read": [{"reason": reason} | named(paths) for reason, paths in _by_reason(self.not_read).items()],
+        }
+
 
 def kind_of(path: Path) -> str | None:
-    """Returns the ending that says how a file is read, without that of its compression and in lower case.
-
-    Returns:
-        ".txt", ".jsonl", ".json" or ".parquet"; None if the kind is not known.
-    """
+    """Returns how a file is read: ".txt", ".jsonl", ".json" or ".parquet"; None if the kind is not known."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         return ".parquet"
@@ -81,10 +98,7 @@ def find_files(name: str) -> Matches:
     """Finds the files that a path, folder or glob matches.
 
     Folders are searched at any depth, without links to folders and without hidden files and folders; so is ** in a
-    glob.
-
-    Args:
-        name: Path of a file or folder, or a glob.
+    glob. (The standard library's ** follows links, around loops as well.)
 
     Returns:
         At least one file to read, in sorted order, and what is not read.
@@ -96,13 +110,16 @@ def find_files(name: str) -> Matches:
     if path.is_file() and kind_of(path) is None:
         raise DataError(f"source {name} is of no known kind ({KNOWN_KINDS})")
     try:
-        roots = [path] if path.exists() else _expand(name, matches)
+        if path.exists():
+            roots, tail = [path], ""
+        else:
+            roots, tail = _expand(name)
         if not roots:
             raise DataError(
                 f"source {name} does not exist; a Hugging Face data set is written hf:NAME, "
                 "the embedded corpus python-docs"
             )
-        _sort_out(_search(roots, matches), matches)
+        _sort_out({file for root in roots for file in _search(root, tail, matches)}, matches)
     except OSError as error:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
     matches.not_read = sorted(set(matches.not_read), key=lambda entry: entry.path)
@@ -112,21 +129,59 @@ def find_files(name: str) -> Matches:
     return matches
 
 
-def describe(not_read: Sequence[NotRead], num_names: int = 3) -> str:
-    """Returns one line: how many were not read, for each reason with the first names."""
-    return "; ".join(
-        f"{len(paths):,} not read, {reason}: {', '.join(map(printable, paths[:num_names]))}"
-        + (f" and {len(paths) - num_names:,} more" if len(paths) > num_names else "")
-        for reason, paths in by_reason(not_read).items()
-    )
+def _expand(pattern: str) -> tuple[list[Path], str]:
+    """Returns what a glob matches; with **, the folders before it, and the part of the pattern behind it."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return [Path(path) for path in glob.glob(pattern)], ""
+    position = parts.index("**")
+    head = "/".join(parts[:position]) or ("/" if pattern.startswith("/") else ".")
+    tail = "/".join(part for part in parts[position + 1 :] if part not in ("", "**"))
+    return [Path(path) for path in glob.glob(head) if os.path.isdir(path)], tail
 
 
-def by_reason(not_read: Iterable[NotRead]) -> dict[str, list[str]]:
-    """Groups paths by the reason why they are not read."""
-    groups: dict[str, list[str]] = {}
-    for entry in not_read:
-        groups.setdefault(entry.reason, []).append(entry.path)
-    return groups
+def _search(root: Path, tail: str, matches: Matches) -> Iterator[Path]:
+    """Yields a file, or the files below a folder of which the path, or a folder on it, ends as `tail` says.
+
+    What is hidden, and links to folders, go to `matches`.
+    """
+    if not root.is_dir():
+        yield root
+        return
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        below = Path(folder).relative_to(root)
+        is_whole = not tail or any(part.match(tail) for part in (below, *below.parents))
+        for name in subfolders:
+            if name.startswith("."):
+                matches.not_read.append(NotRead(os.path.join(folder, name), "hidden"))
+            elif os.path.islink(os.path.join(folder, name)):
+                matches.not_read.append(NotRead(os.path.join(folder, name), "a link to a folder"))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                if is_whole:
+                    matches.not_read.append(NotRead(os.path.join(folder, name), "hidden"))
+            elif is_whole or (below / name).match(tail):
+                yield Path(folder, name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _sort_out(found: Iterable[Path], matches: Matches) -> None:
+    """Sorts what was found into files to read and others."""
+    seen: set[tuple[int, int]] = set()
+    for file in sorted(found):
+        if kind_of(file) is None:
+            matches.not_read.append(NotRead(str(file), "of no known kind"))
+        elif not stat.S_ISREG(file.stat().st_mode):
+            matches.not_read.append(NotRead(str(file), "not a regular file"))
+        elif identity(file) in seen:
+            matches.not_read.append(NotRead(str(file), "the same file under a second name"))
+        else:
+            seen.add(identity(file))
+            matches.files.append(file)
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -135,69 +190,22 @@ def identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _sort_out(found: Iterable[Path], matches: Matches) -> None:
-    """Sorts what was found into files to read and others."""
-    seen: set[tuple[int, int]] = set()
-    for file in sorted(found):
-        reason = None
-        if kind_of(file) is None:
-            reason = "of no known kind"
-        elif not stat.S_ISREG(file.stat().st_mode):
-            reason = "not a regular file"
-        elif (this := identity(file)) in seen:
-            reason = "the same file under a second name"
-        else:
-            seen.add(this)
-            matches.files.append(file)
-        if reason is not None:
-            matches.not_read.append(NotRead(str(file), reason))
+def describe(not_read: Sequence[NotRead]) -> str:
+    """Returns one line: how many were not read, for each reason with the first names."""
+    return "; ".join(
+        f"{len(paths):,} not read, {reason}: {shown_names(paths, len(paths))}"
+        for reason, paths in _by_reason(not_read).items()
+    )
 
 
-def _search(roots: Iterable[Path], matches: Matches) -> set[Path]:
-    """Returns the files among the roots and below the folders among them."""
-    found: set[Path] = set()
-    for root in roots:
-        if not root.is_dir():
-            found.add(root)
-            continue
-        for folder, entries in _walk(root, matches):
-            hidden = [Path(folder, entry) for entry in entries if entry.startswith(".")]
-            matches.not_read += (NotRead(str(path), "hidden") for path in hidden)
-            found.update(Path(folder, entry) for entry in entries if not entry.startswith("."))
-    return found
+def shown_names(names: Sequence[str], count: int) -> str:
+    """Returns the first names of a list for a terminal, and how many of `count` more there are."""
+    more = f" and {count - _NUM_PRINTED:,} more" if count > _NUM_PRINTED else ""
+    return ", ".join(map(printable, names[:_NUM_PRINTED])) + more
 
 
-def _walk(root: Path, matches: Matches) -> Iterable[tuple[str, list[str]]]:
-    """Yields every folder from the root on, with the names of its files. What is not searched is put down."""
-    for folder, subfolders, entries in os.walk(root, onerror=_raise):
-        for name in sorted(subfolders):
-            path = Path(folder, name)
-            if name.startswith("."):
-                matches.not_read.append(NotRead(str(path), "hidden"))
-            elif path.is_symlink():
-                matches.not_read.append(NotRead(str(path), "a link to a folder"))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield folder, entries
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _expand(pattern: str, matches: Matches) -> list[Path]:
-    """Expands a glob; ** follows no links, which the standard library's does, around loops as well."""
-    parts = pattern.split("/")
-    if "**" not in parts:
-        return [Path(path) for path in glob.glob(pattern)]
-    position = parts.index("**")
-    head = "/".join(parts[:position]) or ("/" if pattern.startswith("/") else ".")
-    tail = [part for part in parts[position + 1 :] if part not in ("", "**")]
-    roots = [Path(path) for path in glob.glob(head) if os.path.isdir(path)]
-    if not tail:
-        return roots
-    found: list[Path] = []
-    for root in roots:
-        for folder, _ in _walk(root, matches):
-            below = _expand("/".join([glob.escape(folder), *tail]), matches)
-            found += (path for path in below if not (path.is_symlink() and path.is_dir()))  # put down by _walk
-    return found
+def _by_reason(not_read: Iterable[NotRead]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for entry in not_read:
+        groups.setdefault(entry.reason, []).append(entry.path)
+    return groups

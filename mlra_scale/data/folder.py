@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlra_scale.data.blocks import BLOCK_BYTES, hash_blocks
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
+from mlra_scale.data.blocks import BLOCK_BYTES, hash_blocks, sha256_of_file
 from mlra_scale.data.index_cache import damaged_caches
-from mlra_scale.data.indexed import WHOLE_BYTES, IndexedFiles, open_indexed, sha256_of_file
+from mlra_scale.data.indexed import WHOLE_BYTES, IndexedFiles, open_indexed
 from mlra_scale.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -24,6 +23,7 @@ from mlra_scale.data.manifest import (
     manifest_text,
     read_manifest,
 )
+from mlra_scale.files import write_atomically
 
 _REMEDY = "copy it from where it is whole, or prepare the data again"
 _TOKENS_AT_ONCE = 1 << 22
@@ -46,11 +46,7 @@ class Prepared:
 def open_prepared(folder: Path) -> Prepared:
     """Opens a prepared folder and compares it with its manifest, but for the content of the .bin files.
 
-    Args:
-        folder: The folder.
-
-    Returns:
-        The data sets. What is read of them is checked through `IndexedFiles.checked`.
+    What is read of the .bin files is checked through `IndexedFiles.checked`.
 
     Raises:
         DataError: Something is missing, or is not what was prepared.
@@ -72,21 +68,18 @@ def _open_split(manifest: Manifest, split: str) -> IndexedFiles:
         raise DataError(f"{files.prefix}.idx is not the file that its manifest describes; {_REMEDY}")
     if table is not None and (problem := _file_problem(table, recorded[table.name])):
         raise DataError(problem)
-    found = {"documents": files.num_documents, "tokens": files.num_tokens(0, len(files.sequence_lengths))}
+    documents, tokens = files.num_documents, files.num_tokens(0, len(files.sequence_lengths))
     entry = manifest.content["splits"][split]
-    if found != {name: entry[name] for name in found} or files.dtype.name != manifest.content["dtype"]:
+    if (documents, tokens, files.dtype.name) != (entry["documents"], entry["tokens"], manifest.content["dtype"]):
         raise DataError(
-            f"{manifest.path} was changed by hand: {files.prefix}.idx has {found['documents']} documents, "
-            f"{found['tokens']} tokens of {files.dtype.name}; {_REMEDY}"
+            f"{manifest.path} was changed by hand: {files.prefix}.idx has {documents} documents, {tokens} tokens of "
+            f"{files.dtype.name}; {_REMEDY}"
         )
     return files
 
 
 def check_contents(prepared: Prepared) -> None:
     """Checks what a start checks once, before training: small .bin files as a whole, and what version 1 did not record.
-
-    Args:
-        prepared: The folder.
 
     Raises:
         DataError: Something is not what was prepared.
@@ -101,8 +94,7 @@ def check_contents(prepared: Prepared) -> None:
     if prepared.manifest.version == 1:
         _check_tokenizer(prepared.manifest)
         for files in prepared.files.values():
-            if (files.document_ends() != prepared.manifest.end_of_document_token).any():
-                raise _wrong_end(prepared.manifest, files)
+            _check_ends(prepared.manifest, files)
 
 
 def notices_of(prepared: Prepared) -> list[str]:
@@ -116,38 +108,34 @@ def notices_of(prepared: Prepared) -> list[str]:
     ]
 
 
-def tokenizer_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns size and SHA-256 of the files of a folder's tokenizer, by their names in the folder."""
-    names = _tokenizer_names(folder)
+def file_sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns size and SHA-256 of files in a folder, by their names."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)} for name in names}
 
 
-def _tokenizer_names(folder: Path) -> list[str]:
-    """Names of the files in the tokenizer's folder; hidden ones, as file systems and desktops leave them, apart.
+def tokenizer_names(folder: Path) -> list[str]:
+    """Returns the names of the tokenizer's files in a prepared folder, without hidden ones.
 
-    Files may lie deeper: transformers keeps further chat templates in a folder of their own.
+    Hidden files are left there by file systems and desktops. Files may lie deeper: transformers keeps further chat
+    templates in a folder of their own.
     """
-    place = folder / TOKENIZER_FOLDER
-    names = [path.relative_to(place) for path in place.rglob("*") if not path.is_dir()]
-    return sorted(
-        f"{TOKENIZER_FOLDER}/{name.as_posix()}"
-        for name in names
-        if not any(part.startswith(".") for part in name.parts)
-    )
+    tokenizer = folder / TOKENIZER_FOLDER
+    names = [path.relative_to(tokenizer) for path in tokenizer.rglob("*") if not path.is_dir()]
+    visible = [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
+    return sorted(f"{TOKENIZER_FOLDER}/{name}" for name in visible)
 
 
 def _tokenizer_file_problems(manifest: Manifest) -> list[str]:
     folder = manifest.folder
     recorded = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER_FOLDER}/")}
     problems = [_file_problem(folder / name, entry) for name, entry in recorded.items()]
-    if (folder / TOKENIZER_FOLDER).is_dir():
-        extra = [name for name in _tokenizer_names(folder) if name not in recorded]
-        problems += [f"{folder / name} was not there when the data were prepared; remove it" for name in extra]
+    extra = [name for name in tokenizer_names(folder) if name not in recorded]
+    problems += [f"{folder / name} was not there when the data were prepared; remove it" for name in extra]
     return [problem for problem in problems if problem]
 
 
 def _file_problem(path: Path, recorded: dict[str, Any]) -> str:
-    """Says what is wrong with a file; empty: nothing."""
+    """Returns what is wrong with a file; empty: nothing."""
     if not path.is_file():
         return f"{path} does not exist, its manifest names it; {_REMEDY}"
     if (size := path.stat().st_size) != recorded["bytes"]:
@@ -173,19 +161,19 @@ def _check_tokenizer(manifest: Manifest) -> None:
         )
 
 
-def _wrong_end(manifest: Manifest, files: IndexedFiles) -> DataError:
-    return DataError(
-        f"{manifest.path} does not fit {files.prefix}.bin: not every document ends with the token "
-        f"{manifest.end_of_document_token}; prepare the data again"
-    )
+def _check_ends(manifest: Manifest, files: IndexedFiles, limit: int = 1000) -> None:
+    """Raises DataError unless up to `limit` documents, evenly spaced, end as the manifest says."""
+    if (files.document_ends(limit) != manifest.end_of_document_token).any():
+        raise DataError(
+            f"{manifest.path} does not fit {files.prefix}.bin: not every document ends with the token "
+            f"{manifest.end_of_document_token}; prepare the data again"
+        )
 
 
 def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Reads all of a prepared folder and compares it with its manifest; adds what an earlier version did not record.
 
-    Args:
-        folder: The folder.
-        say: Receives a line per file that is whole, and what was added.
+    `say` receives a line per file that is whole, and what was added.
 
     Returns:
         Everything that is wrong, one line each, with file and offset.
@@ -198,11 +186,11 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
     for name, entry in manifest.files.items():
         path = folder / name
         if name.endswith(".bin") and path.is_file() and path.stat().st_size == entry["bytes"]:
-            found, tables[name] = _verify_bin(manifest, path, entry)
+            problem, tables[name] = _verify_bin(manifest, path, entry)
         else:
-            found = _file_problem(path, entry)
-        if found:
-            problems.append(found)
+            problem = _file_problem(path, entry)
+        if problem:
+            problems.append(problem)
         else:
             say(f"{path}: {entry['bytes']:,} bytes, as prepared")
     if manifest.version > 1:
@@ -216,6 +204,7 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
     prepared = open_prepared(folder)
     _check_tokenizer(manifest)
     for files in prepared.files.values():
+        _check_ends(manifest, files, files.num_documents)
         _check_tokens(manifest, files)
     if manifest.version == 1:
         _add_tables(manifest, tables, say)
@@ -225,66 +214,47 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
 def _verify_bin(manifest: Manifest, path: Path, recorded: dict[str, Any]) -> tuple[str, bytes]:
     """Reads a .bin file; returns what is wrong with it, if anything, and the hashes of its blocks."""
     hasher = hash_blocks(path)
-    table = manifest.blocks(path.stem)
-    expected = table.read_bytes() if table is not None and table.is_file() else b""
     if hasher.sha256 == recorded["sha256"]:
         return "", hasher.table
-    offsets = [
-        start // 32 * BLOCK_BYTES
-        for start in range(0, min(len(expected), len(hasher.table)), 32)
-        if expected[start : start + 32] != hasher.table[start : start + 32]
-    ]
-    more = f" and {len(offsets) - _SHOWN} more" if len(offsets) > _SHOWN else ""
-    where = f" (blocks of {BLOCK_BYTES} bytes at offset {', '.join(map(str, offsets[:_SHOWN]))}{more})"
-    return (
-        f"{path} is damaged: it is not the file that its manifest describes{where if offsets else ''}; {_REMEDY}",
-        b"",
-    )
+    table, where = manifest.blocks(path.stem), ""
+    if table is not None and table.is_file():
+        pairs = zip(_digests(table.read_bytes()), _digests(hasher.table), strict=False)
+        offsets = [number * BLOCK_BYTES for number, (expected, found) in enumerate(pairs) if expected != found]
+        more = f" and {len(offsets) - _SHOWN} more" if len(offsets) > _SHOWN else ""
+        if offsets:
+            shown = ", ".join(map(str, offsets[:_SHOWN]))
+            where = f" (blocks of {BLOCK_BYTES} bytes at offset {shown}{more})"
+    return f"{path} is damaged: it is not the file that its manifest describes{where}; {_REMEDY}", b""
+
+
+def _digests(table: bytes) -> list[bytes]:
+    return [table[start : start + 32] for start in range(0, len(table), 32)]
 
 
 def _check_tokens(manifest: Manifest, files: IndexedFiles) -> None:
-    """Raises DataError unless every token is in the vocabulary and every document ends as the manifest says."""
-    if (files.document_ends(limit=files.num_documents) != manifest.end_of_document_token).any():
-        raise _wrong_end(manifest, files)
+    """Raises DataError unless every token is in the vocabulary."""
     tokens = files.tokens()
     for first in range(0, len(tokens), _TOKENS_AT_ONCE):
-        part = np.asarray(tokens[first : first + _TOKENS_AT_ONCE])
+        part = tokens[first : first + _TOKENS_AT_ONCE]
         if (is_bad := (part < 0) | (part >= manifest.vocabulary_size)).any():
-            place = first + int(np.argmax(is_bad))
+            position = first + int(np.argmax(is_bad))
             raise DataError(
-                f"{files.prefix}.bin holds the token {tokens[place]} at offset {place * files.dtype.itemsize}; "
+                f"{files.prefix}.bin holds the token {tokens[position]} at offset {position * files.dtype.itemsize}; "
                 f"the vocabulary has {manifest.vocabulary_size}; prepare the data again"
             )
 
 
 def _add_tables(manifest: Manifest, tables: dict[str, bytes], say: Callable[[str], None]) -> None:
-    """Makes a folder of version 1 one of today's: block hashes, sums of the tokenizer's files, sum of the manifest."""
-    folder = manifest.folder
+    """Upgrades a folder of version 1: adds block hashes, sums of the tokenizer's files and the manifest's own sum."""
+    folder, names = manifest.folder, [f"{split}.blocks" for split in SPLITS]
     try:
         for split in SPLITS:
-            _replace(folder / f"{split}.blocks", tables[f"{split}.bin"])
-        added = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
-            for name in (f"{split}.blocks" for split in SPLITS)
-        }
-        files = manifest.files | added | tokenizer_files(folder)
+            write_atomically(folder / f"{split}.blocks", tables[f"{split}.bin"])
+        files = manifest.files | file_sums(folder, [*names, *tokenizer_names(folder)])
         fingerprint = content_fingerprint(files, manifest.tokenizer_sha256, manifest.end_of_document_token)
         content = manifest.content | {"version": VERSION, "fingerprint": fingerprint, "files": files}
-        _replace(folder / MANIFEST_NAME, manifest_text(content).encode())
+        write_atomically(folder / MANIFEST_NAME, manifest_text(content))
     except OSError as error:
         say(f"{folder} is whole; the hashes of its blocks could not be added: {error.strerror}")
         return
     say(f"{folder}: added the hashes of its blocks and the sums of its tokenizer; it has version {VERSION} now")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlra_scale.config.json_text import read_json_object
-from mlra_scale.data.indexed import sha256_of_file
+from mlra_scale.data.blocks import sha256_of_file
+from mlra_scale.files import lock, sync
 
 _NAMES = ("documents.npy", "samples.npy")
 _SUMS = "sha256.json"
 
 Indices = tuple[NDArray, NDArray]
-"""Document index and sample index of a GPTDataset."""
+"""Document index and sample index of an epoch."""
 
 
 def cached_indices(cache: Path, identity: str, build: Callable[[], Indices]) -> Indices | None:
     """Returns indices memory-mapped from a cache; builds them where they are missing or damaged.
 
+    On a file system without locks several builders may do the same work; the first rename wins.
+
     Args:
         cache: The folder of all indices of a data set.
-        identity: What they are a function of.
+        identity: Everything that they are a function of.
         build: Builds them.
 
     Returns:
-        The indices; None where the folder cannot be used, and they have to stay in memory.
+        The indices; None where the folder cannot be used, so that they stay in memory.
     """
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
     try:
-        if not _is_whole(folder):
+        if _damaged(folder):
             cache.mkdir(exist_ok=True)
-            with _locked(cache / "lock"):
-                if not _is_whole(folder):  # else: somebody else was first
+            with open(cache / "lock", "wb") as stream:
+                lock(stream.fileno(), math.inf)
+                if _damaged(folder):  # else: another process built them meanwhile
                     _write(folder, build())
         documents, samples = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in _NAMES)
-    except (OSError, ValueError):  # read-only or full: the memory always works
+    except (OSError, ValueError):  # a read-only or full disk
         return None
     return documents, samples
 
@@ -56,10 +59,6 @@ def damaged_caches(cache: Path) -> list[Path]:
     return [folder / name for folder in folders for name in _damaged(folder)]
 
 
-def _is_whole(folder: Path) -> bool:
-    return folder.is_dir() and not _damaged(folder)
-
-
 def _damaged(folder: Path) -> list[str]:
     """Names of the files that are not, or are not known to be, what was written."""
     try:
@@ -67,19 +66,6 @@ def _damaged(folder: Path) -> list[str]:
         return [name for name in _NAMES if sha256_of_file(folder / name) != sums[name]]
     except (OSError, ValueError, LookupError):
         return [_SUMS]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock; the system releases it when its holder dies.
-
-    On a file system without locks everybody goes ahead: several builders then do the same work, and whoever renames
-    first wins.
-    """
-    with open(path, "wb") as stream:
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _write(folder: Path, indices: Indices) -> None:
@@ -93,15 +79,12 @@ def _write(folder: Path, indices: Indices) -> None:
         sums = {name: sha256_of_file(temporary / name) for name in _NAMES}
         (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
         for path in temporary.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-        if _is_whole(folder):  # somebody else was first, and may have mapped it
-            return
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
+            sync(path)
+        if _damaged(folder):  # a whole one stays: another process may have mapped it
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
     except OSError:
-        if not _is_whole(folder):  # else: somebody else was first
+        if _damaged(folder):
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Reads and checks the two files of a Megatron indexed data set (PREFIX.bin, PREFIX.idx) without importing Megatron.
 
-Megatron's own reader asserts, or reads past the end later; here every defect of a foreign, truncated or unfinished
-file becomes one sentence before anything is started.
+Megatron's own reader fails by an assertion, or later by reading past the end. Here every defect of a foreign, truncated
+or unfinished file becomes one clear error before training starts.
 
 Layout of .idx (version 1, little endian): magic "MMIDIDX" and two zero bytes, uint64 version, uint8 dtype code, uint64
 number of sequences, uint64 number of document borders (documents + 1), then the int32 length of every sequence, its
@@ -10,7 +10,6 @@ int64 byte offset, and the int64 borders. Usually every document is one sequence
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.data.blocks import CheckedFile
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
+from mlra_scale.data.blocks import CheckedFile, sha256_of_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _OLD_MAGIC = b"TNTIDX\x00\x00"
@@ -35,7 +34,7 @@ _DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5
 
 @dataclass(frozen=True, eq=False)
 class IndexedFiles:
-    """An indexed data set that was found to be whole.
+    """An indexed data set whose index was checked.
 
     Attributes:
         prefix: Path of the two files without their suffix.
@@ -65,7 +64,8 @@ class IndexedFiles:
         count = self.bin_bytes // self.dtype.itemsize
         if not count:  # the system cannot map an empty file
             return np.empty(0, dtype=self.dtype)
-        return np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(count,))
+        # A plain array: the subclass np.memmap makes every access slower.
+        return np.asarray(np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(count,)))
 
     def num_tokens(self, first: int, stop: int) -> int:
         """Returns the number of tokens in the sequences [first, stop)."""
@@ -73,7 +73,7 @@ class IndexedFiles:
 
     @cached_property
     def checked(self) -> CheckedFile | None:
-        """Checks of what is read of the .bin file; None where its blocks have no hashes."""
+        """Compares what is read of the .bin file with its hashes; None where its blocks have none."""
         return None if self.table is None else CheckedFile(Path(self.prefix + ".bin"), self.table)
 
     @cached_property
@@ -83,7 +83,7 @@ class IndexedFiles:
 
     @property
     def is_small(self) -> bool:
-        """Whether the .bin file is read as a whole at every start."""
+        """Whether the .bin file is checked as a whole at every start."""
         return self.bin_bytes <= WHOLE_BYTES
 
     def token_sample(self, chunks: int = 64, length: int = 4096) -> NDArray:
@@ -103,21 +103,34 @@ class IndexedFiles:
         return self.tokens()[ends]
 
 
-def sha256_of_file(path: Path) -> str:
-    """Returns the SHA-256 of a file's content as hexadecimal text."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@dataclass(frozen=True)
+class SequenceRange:
+    """The sequences [first, stop) of an indexed data set: one split of it.
+
+    Attributes:
+        files: The data set.
+        first: First sequence.
+        stop: One past the last sequence.
+        cache: Folder for large indices of an epoch.
+    """
+
+    files: IndexedFiles
+    first: int
+    stop: int
+    cache: Path
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens in the range."""
+        return self.files.num_tokens(self.first, self.stop)
+
+    def num_samples(self, sequence_length: int) -> int:
+        """Returns how many whole samples one epoch has; each needs one token more than `sequence_length`."""
+        return max(0, self.num_tokens - 1) // sequence_length
 
 
 def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
     """Opens PREFIX.bin and PREFIX.idx and checks that they are whole and belong together.
-
-    Args:
-        prefix: Path of the files without their suffix.
-        table: See IndexedFiles.
-
-    Returns:
-        The data set's index, memory-mapped.
 
     Raises:
         DataError: A file is missing, foreign, truncated or empty.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlra_scale.config.json_text import printable, read_json
-from mlra_scale.data.counts import find_contradiction
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
+from mlra_scale.data.files import shown_names
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -78,8 +78,16 @@ class _Source(_Entry):
     empty_documents: _Count | None = None  # this and the next are missing in folders from before they were counted
     files: _SourceFiles | None = None
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> _Source:
+        if (files := self.files) is not None:
+            not_read = sum(group.files for group in files.not_read)
+            _check_sum(f"files of source {printable(self.name)}", files.matched, files.read + not_read)
+        return self
+
 
 class _Content(_Entry):
+    version: int
     fingerprint: _Sum
     documents: _Count
     tokens: _Count
@@ -90,6 +98,33 @@ class _Content(_Entry):
     sources: list[_Source]
     empty_documents_left_out: _Count
     documents_without_tokens: _Count = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _Content:
+        _check_sum("documents", self.documents, sum(source.documents for source in self.sources))
+        empty = [source.empty_documents for source in self.sources]
+        if None not in empty:
+            _check_sum("empty documents", self.empty_documents_left_out, sum(count or 0 for count in empty))
+        needed = [*_INDEXED, *(f"{split}.blocks" for split in SPLITS if self.version > 1)]
+        if missing := [name for name in needed if name not in self.files]:
+            raise ValueError(f"{missing[0]} is missing in `files`")
+        if foreign := [name for name in self.files if name not in needed and not _is_of_tokenizer(name)]:
+            raise ValueError(f"{printable(foreign[0], 60)} is no file of a data set")
+        if missing := [split for split in SPLITS if split not in self.splits]:
+            raise ValueError(f"{missing[0]} is missing in `splits`")
+        if self.tokenizer.end_of_document_token >= self.tokenizer.vocabulary_size:
+            raise ValueError("the token that ends documents is outside the vocabulary")
+        return self
+
+
+def _check_sum(what: str, whole: int, parts: int) -> None:
+    if whole != parts:
+        raise ValueError(f"it counts {whole} {what}, their parts {parts}")
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    folder, *inner = name.split("/")
+    return folder == TOKENIZER_FOLDER and bool(inner) and not {"", ".", ".."} & set(inner) and "\0" not in name
 
 
 @dataclass(frozen=True)
@@ -142,7 +177,7 @@ class Manifest:
     @property
     def fingerprint_of_version_1(self) -> str:
         """The fingerprint of these data in manifests and checkpoints of version 1."""
-        return _sum_of_lines([*_file_lines(self.files), self.tokenizer_sha256])
+        return sha256_of_lines([*_file_lines(self.files), self.tokenizer_sha256])
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -162,14 +197,15 @@ def content_fingerprint(
     files: Mapping[str, Mapping[str, Any]], tokenizer_sha256: str, end_of_document_token: int
 ) -> str:
     """Joins to one sum: the checksums of the data files and of the tokenizer, and the token that ends documents."""
-    return _sum_of_lines(["version 2", *_file_lines(files), tokenizer_sha256, str(end_of_document_token)])
+    return sha256_of_lines(["version 2", *_file_lines(files), tokenizer_sha256, str(end_of_document_token)])
 
 
 def _file_lines(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{name} {files[name]['bytes']} {files[name]['sha256']}" for name in sorted(_INDEXED)]
 
 
-def _sum_of_lines(lines: list[str]) -> str:
+def sha256_of_lines(lines: list[str]) -> str:
+    """Returns the SHA-256 of lines of text as hexadecimal text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -184,16 +220,11 @@ def _own_sum(content: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a prepared folder and checks it as a whole.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The manifest, of this version or an earlier one.
+    """Reads the manifest of a prepared folder, of this version or an earlier one, and checks it as a whole.
 
     Raises:
-        DataError: There is none, it is not one of ours, or it was changed after it was made.
+        DataError: There is none, it is not one of ours, it was changed after it was made, or its entries are not of
+            their kind or do not fit each other.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -212,39 +243,57 @@ def read_manifest(folder: Path) -> Manifest:
     # Version 1 had no sum of its own; a manifest that has one is checked, whatever its version says.
     if content.get(_OWN_SUM) != _own_sum(content) and not (version == 1 and _OWN_SUM not in content):
         raise DataError(f"{path} was changed after it was made: its checksum differs; copy or prepare the data again")
-    _check_entries(path, content)
-    return Manifest(folder, content)
-
-
-def _check_entries(path: Path, content: dict[str, Any]) -> None:
-    """Raises DataError unless every entry that this package reads is there, of its kind, and they fit each other."""
     try:
-        known = _Content.model_validate(content)
+        _Content.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(
-            f"{path} lacks or garbles an entry ({printable(where, 60)}: {first['msg']}); prepare the data again"
-        ) from error
-    needed = [*_INDEXED, *(f"{split}.blocks" for split in SPLITS if content["version"] > 1)]
-    if missing := [name for name in needed if name not in known.files]:
-        raise DataError(f"{path} lacks or garbles an entry (files.{missing[0]}); prepare the data again")
-    if foreign := [name for name in known.files if name not in needed and not _is_of_tokenizer(name)]:
-        raise DataError(
-            f"{path} lacks or garbles an entry (files has {printable(foreign[0], 60)}); prepare the data again"
+        where = printable(".".join(map(str, first["loc"])) or "its entries", 60)
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} lacks or garbles an entry ({where}: {reason}); prepare the data again") from error
+    manifest = Manifest(folder, content)
+    if content["fingerprint"] != (manifest.fingerprint_of_version_1 if version == 1 else manifest.fingerprint):
+        raise DataError(f"{path} was changed by hand: its fingerprint is not that of its files; prepare the data again")
+    return manifest
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """Returns the lines that say what was made: documents, tokens, what was read and what was not."""
+    content, tokenizer = manifest.content, manifest.content["tokenizer"]
+    lines = [f"{manifest.folder}: {content['documents']:,} documents, {content['tokens']:,} tokens, {content['dtype']}"]
+    for split in SPLITS:
+        entry = content["splits"][split]
+        lines.append(f"  {split:<11} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens")
+    lines.append(
+        f"  {'tokenizer':<11} {tokenizer['name']}: {tokenizer['vocabulary_size']} tokens, documents end with "
+        f"{tokenizer['end_of_document_text']} = {tokenizer['end_of_document_token']}, "
+        f"{content['text_bytes'] / content['tokens']:.2f} bytes per token"
+    )
+    for source in content["sources"]:
+        lines += _lines_of_source(source)
+    if content["empty_documents_left_out"]:
+        lines.append(f"  left out    {content['empty_documents_left_out']:,} empty documents")
+    if content.get("documents_without_tokens"):  # older manifests do not count them
+        lines.append(
+            f"  note        {content['documents_without_tokens']:,} documents have text of which this tokenizer makes "
+            "no token but the end's"
         )
-    manifest = Manifest(path.parent, content)
-    expected = manifest.fingerprint_of_version_1 if manifest.version == 1 else manifest.fingerprint
-    if (
-        known.fingerprint != expected
-        or set(known.splits) != set(SPLITS)
-        or known.tokenizer.end_of_document_token >= known.tokenizer.vocabulary_size
-    ):
-        raise DataError(f"{path} was changed by hand: its entries do not fit each other; prepare the data again")
-    if contradiction := find_contradiction(content):
-        raise DataError(f"{path} was changed by hand: {contradiction}; prepare the data again")
+    if not tokenizer["round_trip_is_exact"]:
+        lines.append("  note        this tokenizer changes text: decoding does not give it back exactly")
+    return [*lines, f"  fingerprint {manifest.fingerprint}"]
 
 
-def _is_of_tokenizer(name: str) -> bool:
-    folder, *inner = name.split("/")
-    return folder == TOKENIZER_FOLDER and bool(inner) and not {"", ".", ".."} & set(inner) and "\0" not in name
+def _lines_of_source(source: dict[str, Any]) -> list[str]:
+    files = source.get("files")
+    if files is None:  # a data set of the hub, or a manifest from before files were counted
+        return []
+    lines = []
+    if files["matched"] != 1 or files["not_read"]:
+        lines.append(f"  files       {files['read']:,} of {files['matched']:,} read of {printable(source['name'])}")
+    for group in files["not_read"]:
+        lines.append(
+            f"  not read    {group['files']:,} {group['reason']}: {shown_names(group['names'], group['files'])}"
+        )
+    if (group := files["without_documents"])["files"]:
+        names = shown_names(group["names"], group["files"])
+        lines.append(f"  note        {group['files']:,} read without any document: {names}")
+    return lines

@@ -1,11 +1,11 @@
-"""Which data sets a run reads from which sample on, and where each of them then stands.
+"""Which data sets a run reads from which sample on, and how far it has read each of them.
 
-A run has one mix from its first sample on. A resumed run may go on with another one: other weights, a data set more or
-less. The history of mixes, a short list, is all that has to be kept of it: the order of samples stays a pure function
-of (history, i). In the span of a mix, sample i is sample i - from_sample of the mix's own pattern (blend.py), and the
-k-th sample that the pattern takes from a data set is the data set's sample number k + the number that all earlier
-spans took from it. So every data set goes on where it stopped: over the whole run its samples are 0, 1, 2, ... in the
-order of its own epochs, none twice and none left out, also where it paused in between.
+A run has one mix from its first sample on. A resumed run may continue with another one: other weights, a data set more
+or less. The history of mixes, a short list, is the only state: the order of samples stays a pure function of (history,
+i). In the span of a mix, sample i is sample i - from_sample of the mix's own pattern (blend.py), and the k-th sample
+that the pattern takes from a data set is the data set's sample number k + the number that all earlier spans took from
+it. So every data set continues where it stopped: over the whole run its samples are 0, 1, 2, ... in the order of its
+own epochs, none twice and none left out, also after a pause.
 
 A data set is known by its fingerprint, not by its place on disk.
 """
@@ -74,8 +74,8 @@ class Mix:
 
     @property
     def data_sets(self) -> list[tuple[str, int]]:
-        """What tells the data sets apart: fingerprint, and a number for those that are there more than once."""
-        return [(name, self.fingerprints[:place].count(name)) for place, name in enumerate(self.fingerprints)]
+        """Identifies the data sets: fingerprint, and a number for those that are there more than once."""
+        return [(name, self.fingerprints[:index].count(name)) for index, name in enumerate(self.fingerprints)]
 
     def reads_like(self, other: Mix) -> bool:
         """Returns whether two mixes give the same samples: the same data sets in the same order and pattern."""
@@ -84,12 +84,12 @@ class Mix:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What tells whether data are the same ones, wherever they lie.
+    """Identifies data by their content, wherever they lie.
 
     Attributes:
         mix: The training data, from sample 0.
         validation: Fingerprint of separate validation data, if there are any.
-        tokenizer: SHA-256 of the tokenizer that the data were made with, where a manifest tells it.
+        tokenizer: SHA-256 of the tokenizer that the data were made with, where a manifest has it.
         is_blend: Whether the training data were named as a blend.
         earlier: Today's fingerprint of each data set by the one that checkpoints of version 1 have of it.
     """
@@ -102,10 +102,10 @@ class DataIdentity:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Every data set's fingerprint by the field that names it, in a blend with its place instead of its path."""
+        """Every data set's fingerprint by the field that names it, in a blend with its number instead of its path."""
         count = len(self.mix.fingerprints)
         if self.is_blend:
-            fields = [f"data.blend (data set {place} of {count})" for place in range(1, count + 1)]
+            fields = [f"data.blend (data set {number} of {count})" for number in range(1, count + 1)]
         else:
             fields = ["data.path"]
         found = dict(zip(fields, self.mix.fingerprints, strict=True))
@@ -113,11 +113,11 @@ class DataIdentity:
 
 
 def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
-    """Returns the history of a run that goes on with a mix.
+    """Returns the history of a run that continues with a mix.
 
     Args:
         history: Of the run so far; empty for a new run.
-        mix: Its data sets and weights from now on; `from_sample` says where now is.
+        mix: Its data sets and weights from sample `from_sample` on.
 
     Returns:
         The history itself if its last mix reads like the new one, else with the new one added. A mix of which nothing
@@ -131,10 +131,7 @@ def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
 class SampleOrder:
     """Where every sample of a run comes from: a data set's number, and the sample's number in that data set.
 
-    Data sets are numbered in the order of their first appearance in the history.
-
-    Args:
-        history: The mixes, in the order of their first samples; the first one starts at 0.
+    Data sets are numbered in the order of their first appearance in the history, whose first mix starts at sample 0.
     """
 
     def __init__(self, history: Sequence[Mix]) -> None:
@@ -165,14 +162,7 @@ class SampleOrder:
         return self._numbers[-1].tolist()
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds the data set of every sample, and how many samples of that data set came before it.
-
-        Args:
-            samples: Global sample indices, shape [n].
-
-        Returns:
-            (data set number, local index), both int64 of shape [n].
-        """
+        """Returns, for global sample indices of shape [n], the data set and how many of its samples came before."""
         data_sets, local = np.empty_like(samples), np.empty_like(samples)
         spans = np.searchsorted(self._starts, samples, side="right") - 1
         for span in np.unique(spans):

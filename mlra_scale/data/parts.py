@@ -1,44 +1,44 @@
-"""The data sets that a configuration names, found and compared with what was recorded of them."""
+"""The data sets that a configuration names: found, compared with what was recorded of them, and judged together."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from mlra_scale.config import Config, DataConfig, Problem
+from mlra_scale.data import DataError
 from mlra_scale.data.blend import BLOCK, BlendPattern
-from mlra_scale.data.errors import DataError
-from mlra_scale.data.folder import Prepared, notices_of, open_prepared
-from mlra_scale.data.indexed import IndexedFiles, open_indexed, sha256_of_file
-from mlra_scale.data.manifest import MANIFEST_NAME, Manifest
+from mlra_scale.data.blocks import sha256_of_file
+from mlra_scale.data.folder import Prepared, check_contents, notices_of, open_prepared
+from mlra_scale.data.indexed import SequenceRange, open_indexed
+from mlra_scale.data.manifest import MANIFEST_NAME, SPLITS, Manifest, sha256_of_lines
 
 _LARGEST_DEVIATION = 0.01
+
+Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A data set that was found whole: its split into training and validation, not opened yet.
+    """A data set that was found whole.
 
     Attributes:
         field: The configuration's field.
         path: As the configuration names it.
         prepared: The folder; None: a bare Megatron prefix.
-        training: (files, first sequence, one past the last sequence).
-        validation: The same for validation.
-        cache: Folder for large indices.
+        splits: The sequences of "train" and "validation".
     """
 
     field: str
     path: str
     prepared: Prepared | None
-    training: tuple[IndexedFiles, int, int]
-    validation: tuple[IndexedFiles, int, int]
-    cache: Path
+    splits: dict[Split, SequenceRange]
 
     @property
     def manifest(self) -> Manifest | None:
@@ -48,39 +48,30 @@ class Part:
     @property
     def is_checked(self) -> bool:
         """Whether all of its content is compared at every start with what was prepared."""
-        return self.prepared is not None and all(files.is_small for files, _, _ in (self.training, self.validation))
-
-    def num_samples(self, split: str, sequence_length: int) -> int:
-        """Returns how many whole samples a split has."""
-        files, first, stop = self.training if split == "train" else self.validation
-        return max(0, files.num_tokens(first, stop) - 1) // sequence_length
+        return self.prepared is not None and all(split.files.is_small for split in self.splits.values())
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what says whether the data changed, cheap enough to compute at every start."""
         if self.manifest is not None:
             return self.manifest.fingerprint
-        files = self.training[0]
+        files = self.splits["train"].files
         if not files.is_small:
             return self.fingerprint_of_version_1
         # Nothing recorded the content when it was written.
         content = sha256_of_file(Path(f"{files.prefix}.bin"))
-        return _sum_of_lines(["version 2", files.index_sha256, str(files.bin_bytes), content])
+        return sha256_of_lines(["version 2", files.index_sha256, str(files.bin_bytes), content])
 
     @cached_property
     def fingerprint_of_version_1(self) -> str:
         """The fingerprint that checkpoints of version 1 have of these data."""
         lines = [self.manifest.fingerprint_of_version_1] if self.manifest else []
-        for files in {files.prefix: files for files, _, _ in (self.training, self.validation)}.values():
+        for files in {split.files.prefix: split.files for split in self.splits.values()}.values():
             lines += [files.index_sha256, str(files.bin_bytes)]
             if self.manifest is None:
                 # A sample of the content stands for the rest.
                 lines.append(hashlib.sha256(np.ascontiguousarray(files.token_sample()).tobytes()).hexdigest())
-        return _sum_of_lines(lines)
-
-
-def _sum_of_lines(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return sha256_of_lines(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +90,22 @@ class FoundParts:
     validation: Part | None
     problems: tuple[Problem, ...]
 
+    @property
+    def everything(self) -> list[Part]:
+        """All data sets, the separate validation data last."""
+        return self.parts + ([self.validation] if self.validation else [])
+
+    @property
+    def validation_parts(self) -> list[Part]:
+        """The data sets whose validation splits are read."""
+        return [self.validation] if self.validation else self.parts
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The end-of-document token: the manifests' (they agree) or, for bare prefixes, the configuration's."""
+        manifests = [part.manifest for part in self.parts if part.manifest is not None]
+        return manifests[0].end_of_document_token if manifests else self.data.end_of_document_token
+
 
 def find_parts(config: Config) -> FoundParts:
     """Finds the data sets that the configuration names and the separate validation data, if any.
@@ -106,90 +113,159 @@ def find_parts(config: Config) -> FoundParts:
     All of every index is read: a minute for 500 million documents.
     """
     data = config.data
-    problems: list[Problem] = []
-    parts: list[Part] = []
-    if data.blend:
-        named = [(f"data.blend.{path}", path) for path in data.blend]
-    elif data.path is not None:
-        named = [("data.path", data.path)]
-    else:
+    named = {f"data.blend.{path}": path for path in data.blend or ()}
+    if not named and data.path is not None:
+        named = {"data.path": data.path}
+    if not named:
         problem = Problem("data.path", None, "no data: name a folder made by tools/prepare_data.py")
         return FoundParts(data, [], None, (problem,))
-    for field, path in named:
+    if data.validation_path is not None:
+        named["data.validation_path"] = data.validation_path
+    found: dict[str, Part] = {}
+    problems = []
+    for field, path in named.items():
         try:
-            parts.append(_find_part(field, path, data.validation_fraction, data.validation_path is None))
+            found[field] = _find_part(field, path, data)
         except (DataError, OSError) as error:
             problems.append(Problem(field, path, str(error)))
-    validation = None
-    if data.validation_path is not None:
-        try:
-            validation = _find_part("data.validation_path", data.validation_path, None, True)
-        except (DataError, OSError) as error:
-            problems.append(Problem("data.validation_path", data.validation_path, str(error)))
-    return FoundParts(data, parts, validation, tuple(problems))
+    validation = found.pop("data.validation_path", None)
+    return FoundParts(data, list(found.values()), validation, tuple(problems))
 
 
-def _find_part(field: str, path: str, fraction: float | None, has_own_validation: bool) -> Part:
+def _find_part(field: str, path: str, data: DataConfig) -> Part:
     """Opens a prepared folder or a bare prefix.
 
-    Args:
-        field: The configuration's field.
-        path: Folder or prefix.
-        fraction: Share of a bare prefix's last documents for validation; None: all of them are for validation.
-        has_own_validation: False if validation data are named elsewhere; all documents of a prefix are then trained on.
-
-    Returns:
-        The part.
-
-    Raises:
-        DataError: It is not whole.
-        OSError: It cannot be read.
+    A bare prefix that is trained on keeps its last documents for validation, unless other data are named for that.
     """
     folder = Path(path)
     if folder.is_dir() and not (Path(f"{path}.idx").is_file() and not (folder / MANIFEST_NAME).is_file()):
         prepared = open_prepared(folder)
-        whole = {split: (opened, 0, len(opened.sequence_lengths)) for split, opened in prepared.files.items()}
-        return Part(field, path, prepared, whole["train"], whole["validation"], folder / "cache")
+        train, validation = (
+            SequenceRange(files, 0, len(files.sequence_lengths), folder / "cache")
+            for files in (prepared.files[split] for split in SPLITS)
+        )
+        return Part(field, path, prepared, {"train": train, "validation": validation})
     if not folder.parent.is_dir() or not (Path(f"{path}.idx").exists() or Path(f"{path}.bin").exists()):
         raise DataError(f"{path} is neither a folder made by tools/prepare_data.py nor a Megatron prefix (PREFIX.bin)")
-    opened = open_indexed(path)
-    border, end = len(opened.sequence_lengths), len(opened.sequence_lengths)
-    if has_own_validation and fraction is not None:
-        kept = min(max(1, round(fraction * opened.num_documents)), opened.num_documents)
-        border = int(opened.document_borders[opened.num_documents - kept])
-    elif fraction is None:
+    files, cache = open_indexed(path), Path(f"{path}.cache")
+    border = end = len(files.sequence_lengths)
+    if field == "data.validation_path":
         border = 0
-    return Part(field, path, None, (opened, 0, border), (opened, border, end), Path(f"{path}.cache"))
+    elif data.validation_path is None:
+        kept = min(max(1, round(data.validation_fraction * files.num_documents)), files.num_documents)
+        border = int(files.document_borders[files.num_documents - kept])
+    train, validation = SequenceRange(files, 0, border, cache), SequenceRange(files, border, end, cache)
+    return Part(field, path, None, {"train": train, "validation": validation})
 
 
-def check_blend(parts: Sequence[Part]) -> list[Problem]:
+def blend_problems(parts: Sequence[Part]) -> Iterator[Problem]:
     """Refuses a blend of more data sets than its pattern has places, and one that names the same data twice."""
     if len(parts) > BLOCK:
-        return [Problem("data.blend", f"{len(parts)} data sets", f"at most {BLOCK} can be blended; join some")]
-    problems, seen = [], dict[str, Part]()
+        yield Problem("data.blend", f"{len(parts)} data sets", f"at most {BLOCK} can be blended; join some")
+        return
+    seen: dict[str, Part] = {}
     for part in parts if len(parts) > 1 else ():
         first = seen.setdefault(part.fingerprint, part)
         if first is not part:
             remedy = f"holds the same data as {first.path}; name them once, with the sum of the weights"
-            problems.append(Problem(part.field, part.path, remedy))
-    return problems
+            yield Problem(part.field, part.path, remedy)
 
 
-def notices(config: Config, parts: Sequence[Part], validation: Part | None) -> tuple[str, ...]:
+def content_problems(parts: Sequence[Part]) -> Iterator[Problem]:
+    """Compares the content of prepared folders with what was recorded, but for large .bin files."""
+    for part in parts:
+        try:
+            if part.prepared is not None:
+                check_contents(part.prepared)
+        except (DataError, OSError) as error:
+            yield Problem(part.field, part.path, str(error))
+
+
+def token_problems(config: Config, found: FoundParts) -> Iterator[Problem]:
+    """Checks that vocabulary and end-of-document token of all data sets suit the model and each other."""
+    vocabulary, data, end = config.model.vocab_size, config.data, found.end_of_document
+    prepared = [(part, part.manifest) for part in found.everything if part.manifest is not None]
+    for part in found.everything:
+        if part.manifest is None:
+            yield from _bare_token_problems(part, vocabulary, end if data.document_attention == "masked" else None)
+            continue
+        if part.manifest.vocabulary_size > vocabulary:
+            remedy = f"smaller than the {part.manifest.vocabulary_size} tokens of {part.path}; set it to that or more"
+            yield Problem("model.vocab_size", vocabulary, remedy)
+        first, manifest = prepared[0]
+        if part.manifest.tokenizer_sha256 != manifest.tokenizer_sha256:
+            remedy = f"made with another tokenizer than {first.path}; one model needs one tokenizer"
+            yield Problem(part.field, part.path, remedy)
+    if end is None and data.document_attention == "masked":
+        remedy = "document_attention=masked has to know which token ends documents; name it"
+        yield Problem("data.end_of_document_token", None, remedy)
+    if prepared and data.end_of_document_token not in (None, end):
+        remedy = f"the manifest of {prepared[0][0].path} says {end}; leave this null"
+        yield Problem("data.end_of_document_token", data.end_of_document_token, remedy)
+
+
+def _bare_token_problems(part: Part, vocabulary: int, end: int | None) -> Iterator[Problem]:
+    """Looks at a sample of a bare prefix: ids outside the vocabulary, and (end given) no document that ends with it."""
+    files = part.splits["train"].files
+    sample = files.token_sample()
+    if (largest := int(sample.max(initial=0))) >= vocabulary:
+        remedy = f"too small for {part.path}, which holds the token {largest}; set it to the tokenizer's size"
+        yield Problem("model.vocab_size", vocabulary, remedy)
+    if int(sample.min(initial=0)) < 0:
+        yield Problem(part.field, part.path, "holds negative tokens; it is not a text data set")
+    if end is not None and not (files.document_ends() == end).any():
+        remedy = f"no document of {part.path} ends with it; was the data set made without --append-eod?"
+        yield Problem("data.end_of_document_token", end, remedy)
+
+
+def length_problems(found: FoundParts, length: int) -> Iterator[Problem]:
+    """Refuses splits without a whole sample, which make no epoch."""
+    wanted: list[tuple[Part, Split]] = [(part, "train") for part in found.parts]
+    wanted += [(part, "validation") for part in found.validation_parts]
+    for part, split in wanted:
+        sequences = part.splits[split]
+        if sequences.num_samples(length) == 0:
+            what = f"only {sequences.num_tokens} tokens" if sequences.stop > sequences.first else "no documents"
+            others = ", or other validation data (data.validation_path)" if split == "validation" else ""
+            remedy = f"its {split} split has {what}, a sample needs {length + 1}; "
+            yield Problem(part.field, part.path, f"{remedy}give more data, a shorter train.sequence_length{others}")
+
+
+def tokenizer_problems(config: Config, found: FoundParts) -> Iterator[Problem]:
+    """Compares the tokenizer that the configuration names, if any, with those of the manifests."""
+    from mlra_scale.data.tokenizer import load_tokenizer, tokenizer_sha256
+
+    if (name := config.data.tokenizer) is None:
+        return
+    try:
+        loaded = load_tokenizer([name])
+    except DataError as error:
+        yield Problem("data.tokenizer", name, str(error))
+        return
+    checksum, manifests = tokenizer_sha256(loaded.tokenizer), [part.manifest for part in found.parts if part.manifest]
+    for part in found.parts:
+        if (manifest := part.manifest) is not None and manifest.tokenizer_sha256 != checksum:
+            made_with = manifest.content["tokenizer"]["name"]
+            remedy = f"{part.path} was made with another tokenizer ({made_with}): {manifest.tokenizer_folder}"
+            yield Problem("data.tokenizer", name, remedy)
+    if found.parts and not manifests and loaded.vocabulary_size > config.model.vocab_size:
+        remedy = f"smaller than the {loaded.vocabulary_size} tokens of data.tokenizer {name}"
+        yield Problem("model.vocab_size", config.model.vocab_size, remedy)
+
+
+def notices(found: FoundParts) -> tuple[str, ...]:
     """Returns what a user should know of data that are read all the same, a line each."""
-    everything = [*parts, *([validation] if validation else [])]
-    found = [line for part in everything if part.prepared for line in notices_of(part.prepared)]
-    weights = list(config.data.blend.values()) if config.data.blend else [1.0]
-    for part, weight, share in zip(parts, weights, BlendPattern(weights).proportions, strict=True):
+    lines = [line for part in found.everything if part.prepared for line in notices_of(part.prepared)]
+    weights = list(found.data.blend.values()) if found.data.blend else [1.0]
+    for part, weight, share in zip(found.parts, weights, BlendPattern(weights).proportions, strict=True):
         wanted = weight / sum(weights)
         if abs(share - wanted) > _LARGEST_DEVIATION * wanted:
-            found.append(
+            lines.append(
                 f"data.blend: the weight of {part.path} asks for {wanted:.3g} of the samples and gets {share:.3g}: "
                 f"every data set gives at least one of {BLOCK} samples"
             )
-    trained = [part for part in parts if part.prepared is None and validation and validation.prepared is None]
-    for part in trained:
-        assert validation is not None
-        if part.fingerprint == validation.fingerprint:
-            found.append(f"data.validation_path: {validation.path} holds the data that are trained on")
-    return tuple(dict.fromkeys(found))
+    if (validation := found.validation) is not None and validation.prepared is None:
+        is_same = (part.prepared is None and part.fingerprint == validation.fingerprint for part in found.parts)
+        if any(is_same):
+            lines.append(f"data.validation_path: {validation.path} holds the data that are trained on")
+    return tuple(dict.fromkeys(lines))

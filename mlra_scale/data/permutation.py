@@ -45,9 +45,6 @@ def permute(
         seed: Seed of the order, in [0, 2^64).
         epochs: The epoch of every position, shape [n]: each epoch has an order of its own.
         stream: Distinguishes several data sets under one seed.
-
-    Returns:
-        The permuted indices, int64, shape [n].
     """
     assert size >= 1, "an empty set has no order"
     if size == 1:

@@ -6,14 +6,15 @@ of time or of place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
 import sys
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_scale import __version__
-from mlra_scale.data.counts import count_lines, source_entry
-from mlra_scale.data.encode import encode_in_order
-from mlra_scale.data.errors import DataError
-from mlra_scale.data.folder import tokenizer_files
+from mlra_scale.data import DataError
+from mlra_scale.data.encode import EncodedChunk, encode_in_order
+from mlra_scale.data.folder import file_sums, tokenizer_names
 from mlra_scale.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -36,10 +36,10 @@ from mlra_scale.data.manifest import (
     manifest_text,
     read_manifest,
 )
-from mlra_scale.data.output import atomic_folder, check_free
 from mlra_scale.data.readers import Document
 from mlra_scale.data.sources import Source, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe
+from mlra_scale.files import new_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from mlra_scale.data.writer import SplitWriter
 
 _ROUND_TRIP_DOCUMENTS = 64
+_ROUND_TRIP_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -89,37 +90,32 @@ class PrepareOptions:
 
 
 class Corpus:
-    """The non-empty documents of all sources, with the split of each.
-
-    Args:
-        sources: The sources, in order.
-        options: Cap, split and seed.
-    """
+    """The non-empty documents of all sources, with the split of each."""
 
     def __init__(self, sources: Sequence[Source], options: PrepareOptions) -> None:
         self._sources = sources
         self._options = options
-        self.documents_of_source = [0] * len(sources)
-        self.empty_documents_of_source = [0] * len(sources)
+        self.num_documents = [0] * len(sources)
+        self.num_empty = [0] * len(sources)
 
     def is_validation(self, index: int) -> bool:
-        """Tells the split of a document: a hash of (seed, index) against the fraction."""
+        """Returns whether a document is in the validation split: a hash of (seed, index) against the fraction."""
         digest = hashlib.blake2b(f"{self._options.seed} {index}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self._options.validation_fraction * 2.0**64
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents; the position in this sequence is the document's index. Counts anew every time."""
-        self.documents_of_source = [0] * len(self._sources)
-        self.empty_documents_of_source = [0] * len(self._sources)
+        self.num_documents = [0] * len(self._sources)
+        self.num_empty = [0] * len(self._sources)
         num_bytes = 0
         for number, source in enumerate(self._sources):
             for document in source.documents():
                 if not document.text.strip():
-                    self.empty_documents_of_source[number] += 1
+                    self.num_empty[number] += 1
                     continue
                 yield document
-                self.documents_of_source[number] += 1
-                num_bytes += len(document.text) if document.text.isascii() else len(document.text.encode())
+                self.num_documents[number] += 1
+                num_bytes += document.num_bytes
                 if self._options.max_bytes is not None and num_bytes >= self._options.max_bytes:
                     return
 
@@ -136,25 +132,31 @@ class Corpus:
 
     def entries(self) -> list[dict[str, Any]]:
         """Returns the manifest's entries of the sources after a pass."""
-        counts = zip(self._sources, self.documents_of_source, self.empty_documents_of_source, strict=True)
-        return [source_entry(s.name, s.kind, documents, empty, s.files()) for s, documents, empty in counts]
+        entries = []
+        for source, documents, empty in zip(self._sources, self.num_documents, self.num_empty, strict=True):
+            entry = {"name": source.name, "kind": source.kind, "documents": documents, "empty_documents": empty}
+            counts = source.files()
+            entries.append(entry if counts is None else entry | {"files": counts.to_dict()})
+        return entries
 
-    def progress_total(self) -> int | None:
-        """Returns what a progress bar counts to: the cap in bytes of text, else the bytes of the sources' files.
+    def progress_bar(self, title: str) -> tqdm:
+        """Returns a progress bar over bytes of text up to the cap, else over the bytes of the sources' files."""
+        total, totals = self._options.max_bytes, [source.total_bytes for source in self._sources]
+        if total is None and None not in totals:
+            total = sum(filter(None, totals))
+        # In a log file a line every 15 seconds is enough.
+        interval, is_off = 0.2 if sys.stderr.isatty() else 15.0, not self._options.progress
+        return tqdm(
+            total=total, desc=title, unit="B", unit_scale=True, disable=is_off, mininterval=interval, dynamic_ncols=True
+        )
 
-        None if neither is known.
-        """
-        if self._options.max_bytes is not None:
-            return self._options.max_bytes
-        totals = [source.total_bytes for source in self._sources]
-        return None if None in totals else sum(total for total in totals if total is not None)
+    def progress_of(self, text_bytes: int, consumed: int) -> int:
+        """Returns how far a text, or the bytes of files that it stands for, moves the progress bar on."""
+        return consumed if self._options.max_bytes is None else text_bytes
 
 
 def prepare(options: PrepareOptions) -> Manifest:
     """Makes the data set.
-
-    Args:
-        options: What to prepare.
 
     Returns:
         The manifest of the finished folder.
@@ -168,31 +170,59 @@ def prepare(options: PrepareOptions) -> Manifest:
     sources = open_sources(options.sources, options.field, options.hf_split, options.hf_config)
     corpus = Corpus(sources, options)
     try:
-        with atomic_folder(options.output, options.overwrite) as folder:
+        with output_folder(options.output, options.overwrite) as folder:
             tokenizer = _tokenizer(corpus, options)
             save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
             checksum = tokenizer_sha256(tokenizer.tokenizer)
             _check_saved(folder / TOKENIZER_FOLDER, checksum)
             content = _write_splits(folder, corpus, tokenizer, checksum, options)
             content["sources"] = corpus.entries()
-            content["files"] |= tokenizer_files(folder)
+            content["files"] |= file_sums(folder, tokenizer_names(folder))
             (folder / MANIFEST_NAME).write_text(manifest_text(content), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
     return read_manifest(options.output)
 
 
+@contextlib.contextmanager
+def output_folder(final: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty temporary folder, which becomes `final` at the end and is removed after an error.
+
+    Raises:
+        DataError: `final` exists and may not be replaced, or another run is building it.
+    """
+    final = final.absolute()
+    check_free(final, overwrite)
+    with new_folder(final, busy=DataError(f"another run is building {final.name} right now")) as partial:
+        check_free(final, overwrite)  # another run may have made it meanwhile
+        yield partial
+
+
+def check_free(final: Path, overwrite: bool) -> None:
+    """Raises DataError if the folder cannot be made; a cheap check before any work."""
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise DataError(f"{final} exists and is not a folder; choose another --output")
+    if (final / MANIFEST_NAME).is_file():
+        if not overwrite:
+            raise DataError(f"{final} holds a finished data set; give --overwrite to replace it")
+    elif any(final.iterdir()):
+        raise DataError(f"{final} exists and was not made by this tool (no {MANIFEST_NAME}); choose another --output")
+
+
 def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:
     if options.train_bpe is None:
         return load_tokenizer(options.tokenizer, options.end_of_document)
-    with _Progress("reading for the BPE", corpus.progress_total(), options.progress) as bar:
-        is_capped = options.max_bytes is not None
-        texts = (
-            bar.passed(document.text, len(document.text) if is_capped else document.consumed)
-            for document in corpus.training_texts(options.train_bpe_bytes)
-        )
-        trained = train_bpe(texts, options.train_bpe)
-    if corpus.documents_of_source == [0] * len(corpus.documents_of_source):
+
+    def texts() -> Iterator[str]:
+        for document in corpus.training_texts(options.train_bpe_bytes):
+            bar.update(corpus.progress_of(len(document.text), document.consumed))
+            yield document.text
+
+    with corpus.progress_bar("reading for the BPE") as bar:
+        trained = train_bpe(texts(), options.train_bpe)
+    if not any(corpus.num_documents):
         raise _nothing(options)
     return trained
 
@@ -210,24 +240,27 @@ def _write_splits(
     folder: Path, corpus: Corpus, tokenizer: LoadedTokenizer, checksum: str, options: PrepareOptions
 ) -> dict[str, Any]:
     """Tokenizes the corpus into the folder and returns the manifest's content (without the sources)."""
-    with warnings.catch_warnings():  # Megatron's import tells what only matters for training
+    with warnings.catch_warnings():  # Megatron's import warns of what matters for training only
         warnings.simplefilter("ignore")
         from mlra_scale.data.writer import SplitWriter, token_dtype
 
     end, dtype = tokenizer.end_of_document_token, token_dtype(tokenizer.vocabulary_size)
     writers = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
-    round_trip = RoundTrip(tokenizer.tokenizer)
-    documents = round_trip.watched(corpus.documents())
-    text_bytes, without_tokens = 0, 0
+    documents = corpus.documents()
+    first_documents = list(islice(documents, _ROUND_TRIP_DOCUMENTS))
+    is_exact = all(_survives_round_trip(tokenizer.tokenizer, document.text) for document in first_documents)
+    text_bytes, without_tokens, num_tokens = 0, 0, 0
     try:
-        with _Progress("tokenizing", corpus.progress_total(), options.progress) as bar:
-            chunks = encode_in_order(documents, tokenizer.tokenizer.to_str(), end, dtype.name, options.workers)
-            for chunk in chunks:
+        with corpus.progress_bar("tokenizing") as bar:
+            everything = chain(first_documents, documents)
+            for chunk in encode_in_order(everything, tokenizer.tokenizer.to_str(), end, dtype.name, options.workers):
                 text_bytes += chunk.text_bytes
                 without_tokens += int(np.count_nonzero(chunk.lengths == 1))
-                _write_chunk(chunk.tokens, chunk.lengths, corpus, writers)
-                is_capped = options.max_bytes is not None
-                bar.advance(chunk.text_bytes if is_capped else chunk.consumed, len(chunk.tokens))
+                num_tokens += len(chunk.tokens)
+                _write_chunk(chunk, corpus, writers)
+                rate = num_tokens / max(1e-9, bar.format_dict["elapsed"])
+                bar.set_postfix_str(f"{num_tokens / 1e6:.1f} M tokens, {rate / 1e3:.0f} k tokens/s", refresh=False)
+                bar.update(corpus.progress_of(chunk.text_bytes, chunk.consumed))
         _check_splits(writers, options)
         files = {name: entry for writer in writers.values() for name, entry in writer.finish().items()}
     finally:
@@ -240,7 +273,7 @@ def _write_splits(
         "documents": sum(writer.documents for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
         "text_bytes": text_bytes,
-        "empty_documents_left_out": sum(corpus.empty_documents_of_source),
+        "empty_documents_left_out": sum(corpus.num_empty),
         "documents_without_tokens": without_tokens,
         "dtype": dtype.name,
         "tokenizer": {
@@ -251,7 +284,7 @@ def _write_splits(
             "vocabulary_size": tokenizer.vocabulary_size,
             "end_of_document_token": end,
             "end_of_document_text": tokenizer.end_of_document,
-            "round_trip_is_exact": round_trip.is_exact,
+            "round_trip_is_exact": is_exact,
         },
         "splits": {name: {"documents": w.documents, "tokens": w.tokens} for name, w in writers.items()},
         "split_rule": {
@@ -265,21 +298,31 @@ def _write_splits(
     }
 
 
-def _write_chunk(tokens: np.ndarray, lengths: np.ndarray, corpus: Corpus, writers: dict[str, SplitWriter]) -> None:
+def _survives_round_trip(tokenizer: Tokenizer, text: str) -> bool:
+    """Returns whether decoding the tokens of a text, or of its beginning, gives back the text."""
+    text = text[:_ROUND_TRIP_CHARACTERS]
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return bool(tokenizer.decode(ids, skip_special_tokens=False) == text)
+    except Exception:  # the Rust library raises plain Exception; the encoder refuses such a text
+        return False
+
+
+def _write_chunk(chunk: EncodedChunk, corpus: Corpus, writers: dict[str, SplitWriter]) -> None:
     train, validation = (writers[split] for split in SPLITS)
     first = train.documents + validation.documents
-    for offset, document in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
+    for offset, document in enumerate(np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1])):
         (validation if corpus.is_validation(first + offset) else train).add(document)
 
 
 def _check_splits(writers: dict[str, SplitWriter], options: PrepareOptions) -> None:
-    train, validation = (writers[split].documents for split in SPLITS)
-    if not train + validation:
+    num_documents = sum(writer.documents for writer in writers.values())
+    if not num_documents:
         raise _nothing(options)
-    for split, documents in (("train", train), ("validation", validation)):
-        if not documents:
+    for split, writer in writers.items():
+        if not writer.documents:
             raise DataError(
-                f"none of the {train + validation} documents falls into the {split} split "
+                f"none of the {num_documents} documents falls into the {split} split "
                 f"(--validation-fraction {options.validation_fraction}, --seed {options.seed}); "
                 "change one of the two, or give more documents (a .txt file is one document)"
             )
@@ -289,88 +332,7 @@ def _nothing(options: PrepareOptions) -> DataError:
     return DataError(f"the corpus is empty: no document with any text in {', '.join(options.sources)}")
 
 
-class RoundTrip:
-    """Checks on the first documents of a stream that decoding their tokens gives back the text.
-
-    Args:
-        tokenizer: The tokenizer, with encode_special_tokens set.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.is_exact = True
-
-    def watched(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Passes the documents through."""
-        for index, document in enumerate(documents):
-            if index < _ROUND_TRIP_DOCUMENTS and self.is_exact:
-                text = document.text[:10_000]
-                try:
-                    ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-                    self.is_exact = self._tokenizer.decode(ids, skip_special_tokens=False) == text
-                except Exception:  # the Rust library raises plain Exception; the encoder refuses such a text
-                    self.is_exact = False
-            yield document
-
-
-class _Progress:
-    """A progress bar over source bytes with MB/s, time left (where the total is known) and tokens/s."""
-
-    def __init__(self, title: str, total: int | None, is_shown: bool) -> None:
-        # In a log file a line every 15 seconds is enough.
-        interval = 0.2 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=total,
-            desc=title,
-            unit="B",
-            unit_scale=True,
-            disable=not is_shown,
-            mininterval=interval,
-            dynamic_ncols=True,
-        )
-        self._started = time.monotonic()
-        self._tokens = 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def passed(self, text: str, size: int) -> str:
-        """Counts a document and returns its text."""
-        self._bar.update(size)
-        return text
-
-    def advance(self, consumed: int, tokens: int) -> None:
-        """Counts a chunk of tokens."""
-        self._tokens += tokens
-        rate = self._tokens / max(1e-9, time.monotonic() - self._started)
-        self._bar.set_postfix_str(f"{self._tokens / 1e6:.1f} M tokens, {rate / 1e3:.0f} k tokens/s", refresh=False)
-        self._bar.update(consumed)
-
-
 def _versions() -> dict[str, str]:
     names = ("tokenizers", "transformers", "datasets", "pyarrow", "megatron-core", "numpy")
     versions = {"mlra-scale": __version__, "python": platform.python_version()}
     return versions | {name: importlib.metadata.version(name) for name in names}
-
-
-def summary(manifest: Manifest) -> list[str]:
-    """Returns the lines that tell a user what was made."""
-    content: dict[str, Any] = manifest.content
-    tokenizer = content["tokenizer"]
-    lines = [f"{manifest.folder}: {content['documents']:,} documents, {content['tokens']:,} tokens, {content['dtype']}"]
-    for split in SPLITS:
-        entry = content["splits"][split]
-        lines.append(f"  {split:<11} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens")
-    lines.append(
-        f"  {'tokenizer':<11} {tokenizer['name']}: {tokenizer['vocabulary_size']} tokens, documents end with "
-        f"{tokenizer['end_of_document_text']} = {tokenizer['end_of_document_token']}, "
-        f"{content['text_bytes'] / content['tokens']:.2f} bytes per token"
-    )
-    lines += count_lines(content)
-    if not tokenizer["round_trip_is_exact"]:
-        lines.append("  note        this tokenizer changes text: decoding does not give it back exactly")
-    lines.append(f"  fingerprint {manifest.fingerprint}")
-    return lines

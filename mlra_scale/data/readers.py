@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.files import compression_of, kind_of
 
 
@@ -29,13 +29,14 @@ class Document:
     text: str
     consumed: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text in UTF-8."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode())
+
 
 def documents_of_file(path: Path, field: str) -> Iterator[Document]:
-    """Yields the documents of one file.
-
-    Args:
-        path: A file of a known kind.
-        field: Field or column of the text (not of .txt).
+    """Yields the documents of one file of a known kind; `field` is the field or column of the text (not of .txt).
 
     Raises:
         DataError: The file cannot be read, or something in it is not text.
@@ -50,11 +51,7 @@ def documents_of_file(path: Path, field: str) -> Iterator[Document]:
 
 
 def characters(path: Path, stretch_bytes: int = 1 << 18) -> Iterator[str]:
-    """Yields the text of a .txt file in stretches, without a byte order mark.
-
-    Args:
-        path: The file.
-        stretch_bytes: Bytes to read at a time.
+    """Yields the text of a .txt file in stretches of about `stretch_bytes` bytes, without a byte order mark.
 
     Raises:
         DataError: The file cannot be read or is not UTF-8.

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlra_scale.data.corpus_python import PythonCorpus
-from mlra_scale.data.errors import DataError
-from mlra_scale.data.files import FileCounts, Matches, NotRead, find_files, identity
+from mlra_scale.data import DataError
+from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
+from mlra_scale.data.files import BEYOND, FileCounts, Matches, NotRead, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
 from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
 
-PYTHON_DOCS = "python-docs"
 HUGGING_FACE = "hf:"
-BEYOND = "beyond --max-bytes"
 
 
 class Source(Protocol):
@@ -50,50 +48,38 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
         hf_split: Split of Hugging Face data sets.
         hf_config: Configuration of Hugging Face data sets.
 
-    Returns:
-        One source per name, in the order given.
-
     Raises:
         DataError: A name stands for nothing, or one file is named twice.
     """
-    if len({_plain(name) for name in names}) < len(names):
+    if len({name.rstrip("/") for name in names}) < len(names):
         raise DataError("a source is named twice")
-    folders = {name: Path(name.removeprefix(HUGGING_FACE)) for name in names if name.startswith(HUGGING_FACE)}
-    real = {name: folder.resolve() for name, folder in folders.items() if folder.is_dir()}
     sources: list[Source] = []
-    owner: dict[tuple[int, int], str] = {}
     for name in names:
         if name == PYTHON_DOCS:
-            sources.append(PythonDocs())
+            sources.append(PythonCorpus())
         elif name.startswith(HUGGING_FACE):
             sources.append(HuggingFace(name, field, hf_split, hf_config))
         else:
-            matches = find_files(name)
-            for file in matches.files:
-                other = owner.setdefault(identity(file), name)
-                if other != name:
-                    raise DataError(f"{file} belongs to two sources, {other} and {name}; name it once")
-                if twice := [other for other, folder in real.items() if file.resolve().is_relative_to(folder)]:
-                    raise DataError(f"{file} belongs to two sources, {twice[0]} and {name}; name it once")
-            sources.append(LocalFiles(name, matches, field))
+            sources.append(LocalFiles(name, find_files(name), field))
+    folders = {source: source.folder.resolve() for source in sources if isinstance(source, HuggingFace)}
+    owner: dict[tuple[int, int], str] = {}
+    for local in (source for source in sources if isinstance(source, LocalFiles)):
+        for file in local.paths:
+            others = [owner.setdefault(identity(file), local.name)]
+            others += [one.spec for one, folder in folders.items() if file.resolve().is_relative_to(folder)]
+            if twice := [other for other in others if other != local.name]:
+                raise DataError(f"{file} belongs to two sources, {twice[0]} and {local.name}; name it once")
     return sources
 
 
 class LocalFiles:
-    """Documents of local files of mixed kinds.
-
-    Args:
-        name: What the user named.
-        matches: The files, in reading order, and what is not read.
-        field: Field or column of the text.
-    """
+    """Documents of local files of mixed kinds: the matches of what the user named."""
 
     kind = "files"
 
     def __init__(self, name: str, matches: Matches, field: str) -> None:
-        self.name = name
-        self.paths = list(matches.files)
-        self.not_read, self._field = list(matches.not_read), field
+        self.name, self._field = name, field
+        self.paths, self.not_read = matches.files, matches.not_read
         self._num_read, self._without_documents = 0, list[str]()
         try:
             self.total_bytes: int | None = sum(file.stat().st_size for file in self.paths)
@@ -117,33 +103,11 @@ class LocalFiles:
         return FileCounts(self._num_read, self._without_documents, [*self.not_read, *beyond])
 
 
-class PythonDocs:
-    """The embedded corpus (mlra_scale.data.corpus_python)."""
-
-    kind = "embedded"
-
-    def __init__(self) -> None:
-        self.name = PYTHON_DOCS
-        self._corpus = PythonCorpus()
-        self.total_bytes: int | None = self._corpus.total_bytes
-
-    def documents(self) -> Iterator[Document]:
-        """Yields the documents of the corpus."""
-        for text, consumed in self._corpus.documents():
-            yield Document(text, consumed)
-
-    def files(self) -> FileCounts:
-        """Returns what became of the modules in the last pass."""
-        beyond = [NotRead(name, BEYOND) for name in self._corpus.modules if name not in self._corpus.visited]
-        broken = [NotRead(name, "not Python source of this version") for name in self._corpus.broken]
-        return FileCounts(len(self._corpus.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
-
-
 class HuggingFace:
     """A data set of the Hugging Face hub (or a local folder in its format), streamed: nothing is held whole.
 
     Args:
-        name: "hf:" and the data set's name.
+        spec: "hf:" and the data set's name, or its folder.
         field: Column of the text.
         split: Split, such as "train" or "train[:10%]".
         config: Configuration name, for data sets that have several.
@@ -151,37 +115,37 @@ class HuggingFace:
 
     kind = "hugging-face"
 
-    def __init__(self, name: str, field: str, split: str, config: str | None) -> None:
+    def __init__(self, spec: str, field: str, split: str, config: str | None) -> None:
+        self.spec, self.folder = spec, Path(spec.removeprefix(HUGGING_FACE))
+        self.name = f"{spec} (config {config}, split {split})" if config else f"{spec} (split {split})"
         self.total_bytes: int | None = None
         self._field, self._split, self._config = field, split, config
-        self.name = f"{name} (config {config}, split {split})" if config else f"{name} (split {split})"
-        self._path = name.removeprefix(HUGGING_FACE)
         self._files: FileCounts | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents in the order of the data set."""
-        for row, example in enumerate(self._examples()):
+        for row, example in enumerate(self._examples(), 1):
             if self._field not in example:
-                raise DataError(missing_field(f"{self.name}, row {row + 1}", self._field, example))
-            text = checked_text(example[self._field], f"{self.name}, row {row + 1}", self._field)
+                raise DataError(missing_field(f"{self.name}, row {row}", self._field, example))
+            text = checked_text(example[self._field], f"{self.name}, row {row}", self._field)
             yield Document(text, len(text))
 
     def _examples(self) -> Iterator[dict[str, Any]]:
         import datasets
 
-        if not Path(self._path).exists() and (silent := unreachable_hub()):
+        if not self.folder.exists() and (silent := unreachable_hub()):
             raise DataError(
                 f"Hugging Face data set {self.name} cannot be read: {silent} does not answer; download it elsewhere "
                 "and name its folder or files as the source"
             )
-        folder = Path(self._path)
+        path = self.spec.removeprefix(HUGGING_FACE)
         # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
         # this data set cannot be read. Errors of our consumer do not pass through here.
         try:
-            if folder.is_dir():
-                builder = datasets.load_dataset_builder(self._path, self._config)
-                self._files = _files_of_split(folder, (builder.config.data_files or {}).get(self._split))
-            stream = iter(datasets.load_dataset(self._path, self._config, split=self._split, streaming=True))
+            if self.folder.is_dir():
+                builder = datasets.load_dataset_builder(path, self._config)
+                self._files = _files_of_split(self.folder, (builder.config.data_files or {}).get(self._split))
+            stream = iter(datasets.load_dataset(path, self._config, split=self._split, streaming=True))
             while (example := next(stream, None)) is not None:
                 yield example
         except Exception as error:
@@ -197,20 +161,16 @@ class HuggingFace:
 
 
 def _files_of_split(folder: Path, split: Sequence[str] | None) -> FileCounts | None:
-    """Compares the files of a folder with those that the library takes for a split."""
+    """Compares the files of a folder, hidden ones apart, with those that the library takes for a split."""
     if split is None:
         return None
     # A file in an archive is written file://INSIDE::ARCHIVE.
     taken = {Path(str(name).split("::")[-1]).resolve() for name in split}
-    present = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    present = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     reason = "not in this split as the datasets library sees the folder"
     not_read = [NotRead(str(path), reason) for path in present if path.resolve() not in taken]
     return FileCounts(len(present) - len(not_read), (), not_read)
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _plain(name: str) -> str:
-    return name.rstrip("/") or name

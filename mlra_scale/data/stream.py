@@ -1,4 +1,4 @@
-"""Batches in a stateless order: which tokens sample i holds is a pure function of (data, mixes, seed, i).
+"""Batches in a stateless order: the tokens of sample i are a pure function of (data, mixes, seed, i).
 
 Shape letters: B samples of the batch, S tokens of a sample.
 """
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.mix import SampleOrder
 from mlra_scale.data.one_epoch import OneEpoch
 from mlra_scale.data.permutation import permute
@@ -76,7 +76,7 @@ class SampleStream:
         self._vocabulary_size = vocabulary_size
         self._end_of_document_token = end_of_document_token
         self._reset_positions = reset_positions
-        self.sequence_length: int = parts[0].config.sequence_length
+        self.sequence_length = parts[0].sequence_length
 
     @property
     def samples_per_epoch(self) -> int:
@@ -93,14 +93,7 @@ class SampleStream:
         return self._order.history[-1].pattern.proportions
 
     def locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Finds where samples come from.
-
-        Args:
-            sample_ids: Global sample indices, shape [n], of data sets that are open.
-
-        Returns:
-            (data set, sample of that data set's epoch), both int64 of shape [n].
-        """
+        """Returns, for global sample indices of shape [n], the data set and the sample of that data set's epoch."""
         if self._seed is None:
             sample_ids = sample_ids % self.samples_per_epoch
         parts, local = self._order.locate(sample_ids)
@@ -116,13 +109,6 @@ class SampleStream:
     def batch(self, first_sample: int, count: int) -> Batch:
         """Reads samples first_sample ... first_sample + count - 1 of the endless order.
 
-        Args:
-            first_sample: Global index of the first sample.
-            count: Number of samples, at least one.
-
-        Returns:
-            The batch.
-
         Raises:
             DataError: The data hold a token that the model does not have, or are not what was prepared.
         """
@@ -136,7 +122,7 @@ class SampleStream:
         if text.max() >= self._vocabulary_size or text.min() < 0:
             bad = int(np.argmax(((text >= self._vocabulary_size) | (text < 0)).any(axis=1)))
             raise DataError(
-                f"{self._parts[int(parts[bad])].dataset_path}.bin holds a token outside the model's vocabulary "
+                f"{self._parts[int(parts[bad])].prefix}.bin holds a token outside the model's vocabulary "
                 f"(ids {text[bad].min()} to {text[bad].max()} in sample {sample_ids[bad]}, "
                 f"model.vocab_size {self._vocabulary_size}); mend the data set or set model.vocab_size to its "
                 "tokenizer's size"
@@ -151,14 +137,13 @@ class SampleStream:
         )
 
     def _documents_and_positions(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tokens.shape)
-        documents = np.zeros(tokens.shape, dtype=np.int64)
+        positions = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
         if self._end_of_document_token is None:
-            return documents, places.copy()
+            return np.zeros_like(positions), positions
         # A document starts after every end-of-document token, and at the first token of the sample.
         is_start = np.zeros(tokens.shape, dtype=bool)
         is_start[:, 1:] = tokens[:, :-1] == self._end_of_document_token
-        np.cumsum(is_start, axis=1, out=documents)
-        if not self._reset_positions:
-            return documents, places.copy()
-        return documents, places - np.maximum.accumulate(np.where(is_start, places, 0), axis=1)
+        documents = np.cumsum(is_start, axis=1, dtype=np.int64)
+        if self._reset_positions:
+            positions -= np.maximum.accumulate(np.where(is_start, positions, 0), axis=1)
+        return documents, positions

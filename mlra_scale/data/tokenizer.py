@@ -1,7 +1,7 @@
 """Loads, trains, checks and saves tokenizers.
 
-Everything ends as a `tokenizers.Tokenizer`: that is what the workers encode with and what lies beside the data. The
-transformers library is only imported where a Hugging Face name or folder has to be understood.
+Every tokenizer becomes a `tokenizers.Tokenizer`, with which the workers encode and which is stored beside the data. The
+transformers library is only imported for a Hugging Face name or folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.hub import unreachable_hub
 
 END_OF_TEXT = "<|endoftext|>"
@@ -55,47 +55,28 @@ class LoadedTokenizer:
 
 
 def load_tokenizer(names: Sequence[str], end_of_document: str | None = None) -> LoadedTokenizer:
-    """Loads a tokenizer from whatever names one.
+    """Loads a tokenizer.
 
     Args:
         names: One of: a Hugging Face name; a folder (Hugging Face format, a tokenizer.json, or GPT-2's vocab.json and
             merges.txt, also as encoder.json and vocab.bpe); a tokenizer.json; or the two GPT-2 files.
         end_of_document: Text of the token that ends documents; None: the tokenizer's eos token or <|endoftext|>.
 
-    Returns:
-        The tokenizer.
-
     Raises:
         DataError: It cannot be loaded or has no usable end-of-document token.
     """
-    label = " ".join(names)
-    hugging_face, eos = None, None
-    if len(names) > 2 or not names:
-        raise DataError(f"a tokenizer is one name or folder, or the two files vocab.json merges.txt, not: {label}")
-    files = [Path(name) for name in names]
-    if len(files) == 2:
-        kind, tokenizer = "gpt2-files", _from_bpe_files(*_sorted_bpe_files(files))
-    elif files[0].is_file():
-        kind, tokenizer = "tokenizer.json", _from_json(files[0])
-    elif files[0].is_dir() and (pair := _bpe_files_in(files[0])) and not (files[0] / "tokenizer.json").is_file():
-        kind, tokenizer = "gpt2-files", _from_bpe_files(*pair)
-    elif files[0].is_dir() and not (files[0] / "tokenizer_config.json").is_file():
-        if not (files[0] / "tokenizer.json").is_file():
-            raise DataError(f"{label} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
-        kind, tokenizer = "tokenizer.json", _from_json(files[0] / "tokenizer.json")
-    elif not files[0].is_dir() and (
-        label.startswith(("/", ".", "~")) or label.count("/") > 1 or files[0].suffix == ".json"
-    ):
-        raise DataError(f"tokenizer {label} does not exist")
-    else:
-        kind = "hugging-face"
+    label, hugging_face = " ".join(names), None
+    kind, found = _find(names)
+    if kind == "hugging-face":
         hugging_face = _from_hugging_face(label)
-        tokenizer, eos = hugging_face.backend_tokenizer, hugging_face.eos_token
+        tokenizer = hugging_face.backend_tokenizer
+    else:
+        tokenizer = _from_json(found[0]) if kind == "tokenizer.json" else _from_bpe_files(*found)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # What stands in a text is text: a document that spells "<|endoftext|>" must not end there.
+    # Special tokens in a text are text: a document that spells "<|endoftext|>" must not end there.
     tokenizer.encode_special_tokens = True
-    end = end_of_document or eos or END_OF_TEXT
+    end = end_of_document or (hugging_face.eos_token if hugging_face else None) or END_OF_TEXT
     if tokenizer.token_to_id(end) is None:
         hint = "choose one of its tokens with --end-of-document" if end_of_document is None else "it must be one token"
         raise DataError(f"tokenizer {label} has no token {end!r} to end documents with; {hint}")
@@ -103,11 +84,36 @@ def load_tokenizer(names: Sequence[str], end_of_document: str | None = None) -> 
     return LoadedTokenizer(tokenizer, kind, label, end, hugging_face)
 
 
+def _find(names: Sequence[str]) -> tuple[str, list[Path]]:
+    """Returns the kind of a tokenizer, and its files where it is not Hugging Face's to read."""
+    label, files = " ".join(names), [Path(name) for name in names]
+    if len(files) not in (1, 2):
+        raise DataError(f"a tokenizer is one name or folder, or the two files vocab.json merges.txt, not: {label}")
+    if len(files) == 2:
+        return "gpt2-files", _sorted_bpe_files(files)
+    path = files[0]
+    if path.is_file():
+        return "tokenizer.json", [path]
+    if not path.is_dir():
+        if label.startswith(("/", ".", "~")) or label.count("/") > 1 or path.suffix == ".json":
+            raise DataError(f"tokenizer {label} does not exist")
+        return "hugging-face", []
+    if not (path / "tokenizer.json").is_file():
+        for vocabulary, merges in _BPE_FILES:
+            if (path / vocabulary).is_file() and (path / merges).is_file():
+                return "gpt2-files", [path / vocabulary, path / merges]
+    if (path / "tokenizer_config.json").is_file():
+        return "hugging-face", []
+    if not (path / "tokenizer.json").is_file():
+        raise DataError(f"{label} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    return "tokenizer.json", [path / "tokenizer.json"]
+
+
 def _make_special(tokenizer: Tokenizer, end: str) -> None:
     """Makes an added token special, so that a text that spells it is text (see encode_special_tokens).
 
-    A token of the plain vocabulary stays one: adding it would be another tokenizer. Where a text gives it, the encoder
-    refuses the text.
+    A token of the plain vocabulary stays one: adding it would make another tokenizer. The encoder refuses texts that
+    give it.
     """
     number = tokenizer.token_to_id(end)
     for added, token in tokenizer.get_added_tokens_decoder().items():
@@ -119,12 +125,8 @@ def _make_special(tokenizer: Tokenizer, end: str) -> None:
 def train_bpe(texts: Iterable[str], vocabulary_size: int) -> LoadedTokenizer:
     """Trains a byte-level BPE as GPT-2 has it: every text can be encoded, and decoding gives it back exactly.
 
-    Args:
-        texts: The texts to train on.
-        vocabulary_size: Number of tokens: 256 bytes, <|endoftext|> (id 0) and merges.
-
-    Returns:
-        The tokenizer; a corpus with too little variety gives fewer tokens than asked for.
+    The tokens are 256 bytes, <|endoftext|> (id 0) and merges. A corpus with too little variety gives fewer than
+    `vocabulary_size`.
 
     Raises:
         DataError: The vocabulary is too small for bytes and <|endoftext|>.
@@ -164,14 +166,10 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 
 
 def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
-    """Writes a folder that AutoTokenizer reads, and that this module reads back to the same checksum.
+    """Makes a folder that AutoTokenizer reads, and that this module reads back to the same checksum.
 
     Its eos token is the one that ends documents, whatever the tokenizer itself has: generation has to end with what
     the model was trained to end with.
-
-    Args:
-        loaded: The tokenizer.
-        folder: The folder to make.
     """
     folder.mkdir()
     if loaded.hugging_face is not None:
@@ -196,7 +194,7 @@ def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
 
 
 def _make_portable(path: Path) -> None:
-    """Takes out of tokenizer_config.json what transformers 5 writes there for itself and transformers 4 cannot read."""
+    """Removes from tokenizer_config.json what transformers 5 writes for itself and transformers 4 cannot read."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     for name in ("backend", "is_local", "local_files_only"):
         settings.pop(name, None)
@@ -231,22 +229,15 @@ def _byte_level(model: Any) -> Tokenizer:
     return tokenizer
 
 
-def _bpe_files_in(folder: Path) -> tuple[Path, Path] | None:
-    for vocabulary, merges in _BPE_FILES:
-        if (folder / vocabulary).is_file() and (folder / merges).is_file():
-            return folder / vocabulary, folder / merges
-    return None
-
-
-def _sorted_bpe_files(files: Sequence[Path]) -> tuple[Path, Path]:
-    """Tells vocabulary and merges apart: the first is JSON."""
+def _sorted_bpe_files(files: Sequence[Path]) -> list[Path]:
+    """Returns vocabulary and merges in this order: the vocabulary is JSON."""
     vocabulary, merges = sorted(files, key=lambda file: file.suffix != ".json")
     for file in (vocabulary, merges):
         if not file.is_file():
             raise DataError(f"tokenizer file {file} does not exist")
     if vocabulary.suffix != ".json" or merges.suffix == ".json":
         raise DataError(f"the two tokenizer files are vocab.json and merges.txt, not {files[0]} and {files[1]}")
-    return vocabulary, merges
+    return [vocabulary, merges]
 
 
 def _from_bpe_files(vocabulary: Path, merges: Path) -> Tokenizer:
@@ -277,13 +268,13 @@ def _from_hugging_face(name: str) -> Any:
             name, local_files_only=silent is not None, trust_remote_code=False
         )
     except Exception as error:  # many kinds: unknown name, no network, foreign folder, missing dependency
-        if silent:
-            raise DataError(
-                f"tokenizer {name!r} is neither a file or folder here nor loadable by name: {silent} does not answer, "
-                "and the Hugging Face cache does not hold it; name a local folder with its files (tokenizer.json, or "
-                "vocab.json and merges.txt), or fill the cache elsewhere, bring it here and set HF_HUB_OFFLINE=1"
-            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if silent:
+            reason = (
+                f"{silent} does not answer, and the Hugging Face cache does not hold it; name a local folder with its "
+                "files (tokenizer.json, or vocab.json and merges.txt), or fill the cache elsewhere, bring it here and "
+                "set HF_HUB_OFFLINE=1"
+            )
         raise DataError(
             f"tokenizer {name!r} is neither a file or folder here nor loadable by name: {reason}"
         ) from error

@@ -20,12 +20,7 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
 
 
 class SplitWriter:
-    """Writes documents as an indexed data set, one sequence per document.
-
-    Args:
-        prefix: Path of the files without suffix.
-        dtype: Type of the tokens.
-    """
+    """Writes documents as an indexed data set at a prefix, one sequence per document."""
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         self._bin, self._idx, self._blocks = (prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".blocks"))
@@ -50,11 +45,7 @@ class SplitWriter:
         self._builder.data_file.close()
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Writes the index and the table of block hashes.
-
-        Returns:
-            Size and SHA-256 of the three files, by name.
-        """
+        """Writes the index and the table of block hashes; returns size and SHA-256 of the three files, by name."""
         self._builder.finalize(str(self._idx))
         self._blocks.write_bytes(self._hasher.table)
         return {

@@ -3,3 +3,7 @@
 models.py opens a store checkpoint or a Hugging Face folder, texts.py turns files and prepared data into tokens,
 perplexity.py scores them, generation.py writes.
 """
+
+
+class EvaluationError(ValueError):
+    """A model, a text or an option cannot be used; the message names it and the remedy."""

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 import torch
 
 from mlra_scale.data.tokenizer import LoadedTokenizer
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.models import OpenedModel
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to write.
+    """Options of generation.
 
     Attributes:
-        max_new_tokens: Most tokens of a text; it ends earlier with the token that ends documents.
+        max_new_tokens: Longest text, in tokens; the token that ends documents ends it earlier.
         num_samples: Texts per prompt.
-        is_greedy: Always the most probable token; otherwise tokens are drawn.
-        temperature: Divides the logits before drawing.
-        top_k: Draw from the k most probable tokens only; 0: from all.
-        top_p: Draw from the fewest tokens that have this probability together; 1: from all.
-        seed: Of the drawing. The same seed, prompts and options give the same texts on the same machine.
-        batch_size: Texts that are written at once.
+        is_greedy: Whether the most probable token is always taken; otherwise tokens are sampled.
+        temperature: Divides the logits before sampling.
+        top_k: Sample from the k most probable tokens only; 0: from all.
+        top_p: Sample from the fewest tokens that have this probability together; 1: from all.
+        seed: The same seed, prompts and options give the same texts on the same machine.
+        batch_size: Texts that are generated at once.
         has_special_tokens: Whether the texts show tokens such as the one that ends documents.
     """
 
@@ -41,13 +41,13 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Text:
-    """What was written.
+    """A generated text.
 
     Attributes:
-        prompt: The text it goes on from.
-        text: What was added.
-        num_tokens: Tokens that were added.
-        has_ended: Whether it ended by itself, and not at max_new_tokens.
+        prompt: The prompt.
+        text: The continuation.
+        num_tokens: Tokens of the continuation.
+        has_ended: Whether the model ended it, and not max_new_tokens.
     """
 
     prompt: str
@@ -59,19 +59,13 @@ class Text:
 def generate(
     opened: OpenedModel, loaded: LoadedTokenizer, prompts: Sequence[str], options: GenerationOptions
 ) -> Iterator[Text]:
-    """Writes on from prompts.
-
-    Args:
-        opened: The model.
-        loaded: Its tokenizer.
-        prompts: The prompts; an empty one means the beginning of a document.
-        options: How.
+    """Continues prompts; an empty one means the beginning of a document.
 
     Yields:
         num_samples texts for every prompt, in the order of the prompts, batch by batch.
 
     Raises:
-        EvaluationError: An option cannot be, or a prompt is too long for the model.
+        EvaluationError: An option has an impossible value, or a prompt is too long for the model.
     """
     _check(options)
     end = loaded.end_of_document_token
@@ -85,7 +79,7 @@ def generate(
     wanted = [
         (prompt, tokens) for prompt, tokens in zip(prompts, encoded, strict=True) for _ in range(options.num_samples)
     ]
-    # A folder's generation_config.json may bring penalties and lengths of its own: what counts is `options`.
+    # A folder's generation_config.json may set penalties and lengths: only `options` must count.
     opened.module.generation_config = type(opened.module.generation_config)()
     with torch.random.fork_rng(devices=_devices(opened)):
         torch.manual_seed(options.seed)
@@ -103,15 +97,15 @@ def generate(
 def _new_tokens(
     opened: OpenedModel, prompts: Sequence[list[int]], end: int, options: GenerationOptions
 ) -> list[list[int]]:
-    """Writes on from a batch of prompts; returns the new tokens, padded with `end` where a text ended early."""
+    """Continues a batch of prompts; returns the new tokens, padded with `end` where a text ended early."""
     longest = max(map(len, prompts))
-    # Padding stands on the left, so that all prompts end, and all texts begin, in one column.
+    # Padded on the left, so that all prompts end in the same column.
     tokens_BS = torch.full((len(prompts), longest), end)
     mask_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BS[row, longest - len(prompt) :] = 1
-    drawing = (
+    sampling = (
         {}
         if options.is_greedy
         else {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
@@ -126,7 +120,7 @@ def _new_tokens(
             eos_token_id=end,
             pad_token_id=end,
             use_cache=True,
-            **drawing,
+            **sampling,
         )
     return [row[longest:].tolist() for row in rows]
 

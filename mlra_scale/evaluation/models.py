@@ -1,31 +1,38 @@
-"""Opens what can be evaluated and written with: a store checkpoint, or a Hugging Face folder.
+"""Opening a model for evaluation and generation: a store checkpoint, or a Hugging Face folder.
 
-Both become a model of transformers, a checkpoint that of modeling_mlra.py, so there is one way through a model.
+Both become a model of transformers; a checkpoint becomes that of modeling_mlra.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError, safe_open
 
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.location import checkpoint_at
-from mlra_scale.config.json_text import printable
-from mlra_scale.data.errors import DataError
+from mlra_scale.checkpoint import CheckpointError, Store, checkpoint_at
+from mlra_scale.checkpoint.huggingface.configuration import model_from_store, quiet_transformers
+from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
+from mlra_scale.config.json_text import printable, read_foreign_json_object
+from mlra_scale.config.weight_map import weight_map
+from mlra_scale.data import DataError
 from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
-from mlra_scale.evaluation.errors import EvaluationError
-from mlra_scale.evaluation.folder_files import check_tokenizer_files, read_model_files, reason_of
+from mlra_scale.evaluation import EvaluationError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Masks that old versions of transformers stored as if they were weights.
 _OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+_INDEX = "model.safetensors.index.json"
+_MODEL_FILES = ("config.json", "generation_config.json", _INDEX)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "encoder.json")
+_SMALL_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MIN_LAYER_BYTES = 512
+"""In a pickled file: names and shapes of a layer's tensors alone take more."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class OpenedModel:
 
     Attributes:
         module: The model, one of transformers' (or a remote one in its style).
-        path: The checkpoint or folder that it came from.
+        path: Its checkpoint or folder.
         kind: "checkpoint" or the folder's model_type.
         vocab_size: Number of tokens.
         max_positions: Longest input.
@@ -49,19 +56,16 @@ class OpenedModel:
     tokenizer_folder: Path | None
 
     def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
-        """Logits of the next token at the last `keep` positions, [B, keep, V]."""
+        """Returns the logits of the next token at the last `keep` positions, [B, keep, V]."""
         tokens_BS = tokens_BS.to(self.module.device)
         logits_BKV: torch.Tensor = self.module(input_ids=tokens_BS, use_cache=False, logits_to_keep=keep).logits
         return logits_BKV
 
     def tokenizer(self, name: str | None = None) -> LoadedTokenizer:
-        """Loads the tokenizer.
+        """Loads the tokenizer; no part of a text is read as a special token.
 
         Args:
             name: Folder or file of another tokenizer than the model's own.
-
-        Returns:
-            The tokenizer, for which text is text: no part of it is read as a special token.
 
         Raises:
             EvaluationError: There is none, or it does not belong to the model.
@@ -69,11 +73,12 @@ class OpenedModel:
         """
         if name is None and self.tokenizer_folder is None:
             raise EvaluationError(f"{self.path} holds no tokenizer; name one with --tokenizer")
-        place = self.tokenizer_folder if name is None else Path(name)
-        if place is not None and place.is_dir():
-            check_tokenizer_files(place)
-        with _quiet_transformers():
-            loaded = load_tokenizer([str(place) if name is None else name])
+        folder = self.tokenizer_folder if name is None else Path(name)
+        for file in _SMALL_TOKENIZER_FILES:
+            if folder is not None and (folder / file).is_file():
+                _read_json(folder / file)
+        with quiet_transformers():
+            loaded = load_tokenizer([str(folder) if name is None else name])
         if loaded.vocabulary_size > self.vocab_size:
             raise EvaluationError(
                 f"tokenizer {loaded.name} has {loaded.vocabulary_size} tokens, the model of {self.path} "
@@ -85,19 +90,19 @@ class OpenedModel:
 
 
 def check_same_tokens(loaded: LoadedTokenizer, own: Path) -> None:
-    """Refuses a tokenizer that was named for a model and means other tokens than the model's own.
+    """Refuses a tokenizer that was named for a model and contradicts the model's own; it may have more tokens.
 
     Args:
-        loaded: The one that was named; it may have more tokens.
+        loaded: The one that was named.
         own: Folder of the model's own.
 
     Raises:
-        EvaluationError: They contradict each other: to the model its text would be gibberish.
+        EvaluationError: They contradict each other, so the model would read its text as gibberish.
     """
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             is_other = contradict(loaded, load_tokenizer([str(own)]))
-    except DataError:  # what cannot be loaded may be why another one was named
+    except DataError:  # another one may be named because this one cannot be loaded
         return
     if is_other:
         raise EvaluationError(
@@ -116,11 +121,8 @@ def open_model(
             Hugging Face's format.
         dtype: A name of DTYPES: the type of weights and computation.
         device: "cpu", "cuda", or "auto": cuda where there is one.
-        trust_remote_code: Whether a foreign Hugging Face folder may run the code that lies in it. Exports of this
-            project are run with the project's own.
-
-    Returns:
-        The model.
+        trust_remote_code: Whether the code in a foreign Hugging Face folder may run. Exports of this project are run
+            with the project's own code.
 
     Raises:
         EvaluationError: A Hugging Face folder cannot be loaded.
@@ -131,56 +133,36 @@ def open_model(
     if device == "cuda" and not torch.cuda.is_available():
         raise EvaluationError("there is no GPU here (device cuda); use cpu")
     if (path / "config.json").is_file():
-        return _from_folder(path, DTYPES[dtype], device, trust_remote_code)
+        return _open_folder(path, DTYPES[dtype], device, trust_remote_code)
     try:
-        checkpoint = checkpoint_at(path)
+        folder = checkpoint_at(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor is it a folder in Hugging Face's format (config.json)") from None
-    return _from_checkpoint(checkpoint, DTYPES[dtype], device)
+    store = Store.open(folder)
+    model = store.model
+    module = model_from_store(store, DTYPES[dtype]).to(device)
+    return OpenedModel(module, folder, "checkpoint", model.vocab_size, model.max_positions, store.tokenizer_folder)
 
 
-def _from_checkpoint(path: Path, dtype: torch.dtype, device: str) -> OpenedModel:
-    from mlra_scale.checkpoint.huggingface.loading import model_from_store
-    from mlra_scale.checkpoint.reader import Store
-
-    store = Store.open(path)
-    module = model_from_store(store, dtype).to(device)
-    return OpenedModel(
-        module, path, "checkpoint", store.model.vocab_size, store.model.max_positions, store.tokenizer_folder
-    )
-
-
-def _from_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> OpenedModel:
-    import transformers
-
-    from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
-
-    values = read_model_files(path)
+def _open_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> OpenedModel:
+    values = _read_model_files(path)
     is_ours = values.get("model_type") == MlraConfig.model_type
     if "auto_map" in values and not is_ours and not trust_remote_code:
         raise EvaluationError(f"{path} brings its own code; read it, then allow it with --trust-remote-code")
-    # The library raises errors of many kinds; to the user each means that this folder cannot be loaded.
+    factory = MlraForCausalLM if is_ours else transformers.AutoModelForCausalLM
+    arguments = {} if is_ours else {"trust_remote_code": trust_remote_code}
     try:
-        factory = MlraForCausalLM if is_ours else transformers.AutoModelForCausalLM
-        arguments = {} if is_ours else {"trust_remote_code": trust_remote_code}
-        with _quiet_transformers():
+        with quiet_transformers():
             module, report = factory.from_pretrained(
                 path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
             )
-    except Exception as error:
-        raise EvaluationError(f"{path} cannot be loaded: {reason_of(error)}") from error
+    except Exception as error:  # of any kind: each means that the folder cannot be loaded
+        raise EvaluationError(f"{path} cannot be loaded: {_reason(error)}") from error
     if missing := sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"]):
-        raise EvaluationError(
-            f"{path} lacks weights of its model, which would be random numbers: {', '.join(missing[:4])}"
-            + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        )
+        raise EvaluationError(f"{path} lacks weights of its model, which would be random numbers: {_some(missing)}")
     unknown = [name for name in sorted(report["unexpected_keys"]) if not _OLD_BUFFERS.search(name)]
     if unknown and values.get("model_type") in ("gpt2", MlraConfig.model_type):
-        raise EvaluationError(
-            f"{path} has weights that its config.json has no place for (fewer layers?): "
-            + printable(", ".join(unknown[:4]))
-            + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
-        )
+        raise EvaluationError(f"{path} has weights unknown to its config.json (fewer layers?): {_some(unknown)}")
     module = module.to(device).requires_grad_(False).eval()
     config = module.config.get_text_config()
     sizes = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
@@ -192,17 +174,55 @@ def _from_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
     return OpenedModel(module, path, config.model_type, vocab_size, positions, path if has_tokenizer else None)
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keeps the library's progress bars and hints out of the results; what is wrong is an error here."""
-    from transformers.utils import logging
+def _read_model_files(folder: Path) -> dict[str, Any]:
+    """Returns config.json after checking the JSON files of a model, which the library's errors would not name.
 
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    More layers than there are weights are refused: building them would take for ever.
+    """
+    for name in _MODEL_FILES:
+        if (folder / name).is_file():
+            _read_json(folder / name)
+    values = _read_json(folder / "config.json")
+    limit, where = _max_layers(folder), printable(str(folder / "config.json"))
+    for section in (values, *(value for value in values.values() if isinstance(value, dict))):
+        for name in _LAYER_COUNTS:
+            number = section.get(name)
+            if number is None:  # other libraries write null for what a model does not have
+                continue
+            if type(number) is not int or number < 1:
+                raise EvaluationError(f"{where}: {name} is {str(number)[:80]!a}; it must be a whole number from 1 on")
+            if limit is not None and number > limit:
+                raise EvaluationError(
+                    f"{where}: {name} is {number}, but the weights beside it are those of {limit} layers at most; "
+                    "restore the file that belongs to them"
+                )
+    return values
+
+
+def _max_layers(folder: Path) -> int | None:
+    """The number of tensors, which the number of layers cannot exceed; None where the folder has no weights."""
     try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
+        if (folder / _INDEX).is_file():
+            return len(weight_map(folder / _INDEX))
+        if (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                return len(list(file.keys()))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise EvaluationError(f"{printable(str(folder))} cannot be loaded: {_reason(error)}") from error
+    sizes = [file.stat().st_size for file in folder.glob("*.bin")]
+    return sum(sizes) // _MIN_LAYER_BYTES if sizes else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_foreign_json_object(path)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+
+
+def _some(names: list[str]) -> str:
+    return printable(", ".join(names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

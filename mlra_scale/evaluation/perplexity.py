@@ -12,43 +12,31 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 
 _IGNORED = -100
 
 
 class LanguageModel(Protocol):
-    """What perplexity needs of a model."""
+    """What perplexity needs of a model: number of tokens, longest input, and `logits` as of models.OpenedModel."""
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        ...
+    def vocab_size(self) -> int: ...
 
     @property
-    def max_positions(self) -> int:
-        """Longest input."""
-        ...
+    def max_positions(self) -> int: ...
 
-    def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor:
-        """Logits of the next token at the last `keep` positions, [B, keep, V]; positions count from 0 in each row."""
-        ...
+    def logits(self, tokens_BS: torch.Tensor, keep: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a document.
-
-    Attributes:
-        tokens: Its tokens.
-        num_words: Words (runs of characters that are not white space) that begin in it.
-        num_bytes: Bytes of its text in UTF-8.
-    """
+    """A part of a document: its tokens, words (runs without white space) that begin in it, and bytes in UTF-8."""
 
     tokens: Sequence[int]
     num_words: int
@@ -58,14 +46,8 @@ class Piece:
 Document = Iterable[Piece]
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens that pass the model together.
-
-    Attributes:
-        tokens: The tokens, at least two; the last one is predicted only.
-        num_new: How many of them, at the end, are scored here.
-    """
+class Window(NamedTuple):
+    """Tokens of one forward pass, of which the last is predicted only and the last `num_new` are scored."""
 
     tokens: list[int]
     num_new: int
@@ -73,7 +55,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was counted and summed up.
+    """The sums over a text, and the measures made of them.
 
     Attributes:
         num_documents: Documents with at least one token.
@@ -111,18 +93,16 @@ class Perplexity:
 
 
 def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator[Window]:
-    """Cuts a stream of tokens into overlapping windows; holds no more than one window and one piece of it.
+    """Cuts a stream of tokens into overlapping windows; at most one window and one piece are in memory.
 
     The windows are those of Hugging Face's guide to the perplexity of fixed-length models: they begin at 0, stride,
-    2 stride, ..., each is `size` long (the last one ends with the stream), and each scores what none before it held.
+    2 stride, ..., each is `size` long (the last one ends with the stream), and each scores the tokens that no earlier
+    one held. A stream of fewer than two tokens gives none.
 
     Args:
         pieces: The tokens, in pieces of any length.
         size: Tokens of a window, at least 2.
         stride: Distance of the windows, 1 to size - 1.
-
-    Yields:
-        The windows; none for a stream of fewer than two tokens.
     """
     assert 1 <= stride < size, (size, stride)
     held: list[int] = []
@@ -154,11 +134,8 @@ def perplexity(
         documents: The documents, each a stream of pieces.
         window: Tokens of a window; None: the model's longest input.
         stride: Distance of the windows; None: half a window.
-        batch_size: Windows that pass the model at once.
-        start_token: Put before every document as context, so that its first token is scored too; None: it is not.
-
-    Returns:
-        The sums.
+        batch_size: Windows of one forward pass.
+        start_token: Context put before every document, so that its first token is scored too; None: it is not.
 
     Raises:
         EvaluationError: Window or stride do not fit the model, a token is not the model's, or nothing can be scored.
@@ -181,15 +158,7 @@ def perplexity(
 
 
 def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Fills in and checks window and stride.
-
-    Args:
-        model: The model.
-        window: Tokens of a window or None.
-        stride: Distance of the windows or None.
-
-    Returns:
-        Window and stride.
+    """Returns window and stride, with defaults for None: the longest input, and half a window.
 
     Raises:
         EvaluationError: They do not fit the model or each other.
@@ -210,14 +179,9 @@ def checked_window(model: LanguageModel, window: int | None, stride: int | None)
 
 
 def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> float:
-    """Scores windows together.
+    """Returns the sum over the new tokens of some windows of -ln p(token | tokens before it in the window).
 
-    Args:
-        model: The model.
-        batch: The windows; shorter ones are padded at the end, which a causal model does not see.
-
-    Returns:
-        Sum over their new tokens of -ln p(token | tokens before it in the window).
+    Shorter windows are padded at the end, which does not influence a causal model.
     """
     longest = max(len(window.tokens) for window in batch) - 1
     keep = longest - min(len(window.tokens) - 1 - window.num_new for window in batch)
@@ -238,7 +202,7 @@ def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> fl
 
 
 class _Counter:
-    """Counts documents, words and bytes as they stream by, and checks the tokens."""
+    """Counts documents, words and bytes of a stream, and checks the tokens."""
 
     def __init__(self, vocab_size: int, start_token: int | None) -> None:
         self.num_documents = self.num_read = self.num_words = self.num_bytes = 0

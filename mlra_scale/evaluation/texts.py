@@ -1,7 +1,7 @@
-"""From files and prepared data to the documents that perplexity scores, as streams.
+"""Streams of documents for the perplexity, from text files and from prepared data.
 
 A long text file is read and tokenized in pieces, which gives the tokens of the whole text: a byte-level tokenizer
-(GPT-2's kind) splits every text before white space that follows a word, so that a cut there changes nothing.
+(GPT-2's kind) splits every text before white space that follows a word, so a cut there changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.files import describe, kind_of
 from mlra_scale.data.folder import check_contents, notices_of, open_prepared
 from mlra_scale.data.indexed import IndexedFiles
@@ -25,17 +25,12 @@ from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
 from mlra_scale.evaluation.perplexity import Document, Piece
 
 _PIECE_BYTES = 1 << 18
-# The longest beginning of a text that ends with a word and has a blank or a line's end behind it.
+# The longest beginning of a text that ends with a word, followed by a blank or a line's end.
 _BEFORE_SPACE = re.compile(r"(?s).*\S(?=[ \n])")
 
 
-class Encoder:
-    """Turns text into pieces, up to a number of tokens.
-
-    Args:
-        loaded: The tokenizer.
-        max_tokens: No more than this many tokens over all texts; None: no limit.
-    """
+class PieceEncoder:
+    """Tokenizes texts into pieces, with at most `max_tokens` tokens over all texts."""
 
     def __init__(self, loaded: LoadedTokenizer, max_tokens: int | None = None) -> None:
         self.end_of_document = loaded.end_of_document_token
@@ -43,8 +38,8 @@ class Encoder:
         self._left = max_tokens
         content = json.loads(loaded.tokenizer.to_str())
         splitter = content["pre_tokenizer"] or {}
-        # Anything else is given whole texts: what splits nothing, puts a space before each piece, or has words of its
-        # own (which may hold white space) that are looked for first.
+        # Other tokenizers get whole texts: those that split nothing, put a space before each piece, or first look for
+        # tokens of their own, which may contain white space.
         self.can_cut = (
             content["normalizer"] is None
             and splitter.get("type") == "ByteLevel"
@@ -59,7 +54,7 @@ class Encoder:
         return self._left == 0
 
     def piece(self, text: str) -> Piece:
-        """Tokenizes a text that begins a document, or that was cut before white space."""
+        """Tokenizes a text that begins a document or was cut before white space."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens = encoding.ids
         if self._left is not None and len(tokens) > self._left:
@@ -68,7 +63,7 @@ class Encoder:
         return self._counted(tokens, text)
 
     def piece_of_tokens(self, tokens: Sequence[int]) -> Piece:
-        """Counts the words and bytes of a document that is tokens already."""
+        """Counts the words and bytes of a tokenized document."""
         tokens = tokens[: self._left]
         return self._counted(tokens, self._tokenizer.decode(tokens, skip_special_tokens=False))
 
@@ -80,7 +75,7 @@ class Encoder:
 
 def documents_of_sources(
     names: Sequence[str],
-    encoder: Encoder,
+    encoder: PieceEncoder,
     field: str = "text",
     split: str = "test",
     config_name: str | None = None,
@@ -89,15 +84,15 @@ def documents_of_sources(
     """Opens text: every .txt file is one document, every line or row of other files too.
 
     Args:
-        names: What tools/prepare_data.py knows as sources: files, folders, globs, python-docs, hf:NAME.
-        encoder: Makes the pieces, and says when it is enough.
+        names: Sources as of tools/prepare_data.py: files, folders, globs, python-docs, hf:NAME.
+        encoder: Makes the pieces, up to its limit.
         field: Field or column of the text, for files that have fields.
         split: Split of Hugging Face data sets.
         config_name: Configuration of Hugging Face data sets.
-        note: Takes a line about files that a source matched and that are not read.
+        note: Called with a line about matching files that cannot be read.
 
     Yields:
-        The documents; each has to be read before the next one is asked for.
+        The documents; each must be read before the next one is requested.
 
     Raises:
         DataError: A source cannot be read.
@@ -118,21 +113,18 @@ def documents_of_sources(
 def documents_of_data(
     folder: Path,
     split: str,
-    encoder: Encoder,
+    encoder: PieceEncoder,
     loaded: LoadedTokenizer,
     note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Document]:
-    """Opens a prepared folder: its documents without the token that ends each.
+    """Opens a folder of prepared data, and yields its documents without the token that ends each.
 
     Args:
         folder: Made by tools/prepare_data.py.
         split: "train" or "validation".
-        encoder: Counts, and says when it is enough.
+        encoder: Counts the tokens, up to its limit.
         loaded: The model's tokenizer, which the data must have been made with.
-        note: Takes a line about data of an earlier version.
-
-    Yields:
-        The documents.
+        note: Called with a line about data of an earlier version.
 
     Raises:
         DataError: The folder is not whole, or was made with another tokenizer.
@@ -157,7 +149,7 @@ def documents_of_data(
 
 
 def joined(documents: Iterable[Document], end_of_document: int) -> Iterator[Piece]:
-    """Joins documents to one, each followed by the token that ends documents, as training sees them."""
+    """Joins documents, each followed by the token that ends documents, as in training."""
     end = Piece([end_of_document], 0, 0)
     for document in documents:
         yield from document
@@ -165,12 +157,9 @@ def joined(documents: Iterable[Document], end_of_document: int) -> Iterator[Piec
 
 
 def document_tokens(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
-    """Returns the ids of a document, with the token that ends it.
+    """Returns the ids of document `number` of an indexed data set, with the token that ends it.
 
-    Args:
-        files: An indexed data set.
-        stored: What its `tokens` method returns.
-        number: Of the document, from 0.
+    `stored` is what `files.tokens()` returns.
     """
     first, stop = (int(border) for border in files.document_borders[number : number + 2])
     tokens: list[int] = []
@@ -183,15 +172,15 @@ def document_tokens(files: IndexedFiles, stored: NDArray, number: int) -> list[i
     return tokens
 
 
-def _whole(texts: Iterable[str], encoder: Encoder) -> Iterator[Document]:
+def _whole(texts: Iterable[str], encoder: PieceEncoder) -> Iterator[Document]:
     for text in texts:
         if encoder.is_full:
             return
         yield _pieces([text], encoder)
 
 
-def _pieces(texts: Iterable[str], encoder: Encoder) -> Iterator[Piece]:
-    """Encodes a document that arrives in stretches cut anywhere."""
+def _pieces(texts: Iterable[str], encoder: PieceEncoder) -> Iterator[Piece]:
+    """Encodes a document that arrives in parts cut anywhere."""
     held = ""
     for text in texts:
         held += text

@@ -1,4 +1,4 @@
-"""Real text for verifying an export: from the data that a run was validated on, or from a file."""
+"""Real text for verifying an export: the run's validation data, or a file."""
 
 from __future__ import annotations
 
@@ -16,28 +16,24 @@ from mlra_scale.data.indexed import IndexedFiles, open_indexed
 from mlra_scale.data.manifest import MANIFEST_NAME
 from mlra_scale.data.opening import open_datasets
 from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
-from mlra_scale.evaluation.errors import EvaluationError
-from mlra_scale.evaluation.texts import Encoder, document_tokens, documents_of_sources, joined
+from mlra_scale.evaluation import EvaluationError
+from mlra_scale.evaluation.texts import PieceEncoder, document_tokens, documents_of_sources, joined
 
 _REMEDY = "name the tokenizer that the data were made with (--tokenizer)"
 _MOST_DOCUMENTS = 64
 _LONGEST_DOCUMENT = 200_000
 _UNSURE_TOKENS = 16
-"""At the end of a document that was cut: what follows may decide how its last word is split."""
+"""At the end of a document that was cut: the text after the cut may change how the last word is split."""
 
 
 def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
-    """Reads the first validation sequences of a run.
-
-    Args:
-        config: The run's configuration; paths of data are as it names them.
-        num_tokens: About how many tokens; at least one sequence is read.
+    """Reads the first validation sequences of a run: about `num_tokens` tokens, at least one sequence.
 
     Returns:
         Token ids [N, S + 1]: inputs and the token that follows them.
 
     Raises:
-        EvaluationError: The data are gone, or are others.
+        EvaluationError: The data that the configuration names are missing, or are others.
     """
     length = config.train.sequence_length
     try:
@@ -56,9 +52,9 @@ def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_
     """Reads the beginning of a text, documents one after the other as in training.
 
     Args:
-        names: Files, folders or globs, as tools/prepare_data.py knows them.
+        names: Files, folders or globs, as for tools/prepare_data.py.
         loaded: The model's tokenizer.
-        length: Tokens per sequence; a text that is shorter gives one shorter sequence.
+        length: Tokens per sequence; a shorter text gives one shorter sequence.
         num_tokens: About how many tokens; at least one sequence is read.
 
     Returns:
@@ -70,7 +66,7 @@ def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_
     """
     count = max(1, num_tokens // length)
     wanted = count * length + 1
-    encoder = Encoder(loaded, wanted)
+    encoder = PieceEncoder(loaded, wanted)
     documents = joined(documents_of_sources(names, encoder), encoder.end_of_document)
     tokens = list(islice((token for piece in documents for token in piece.tokens), wanted))
     if len(tokens) < 2:
@@ -82,12 +78,9 @@ def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_
 
 
 def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: int) -> list[EncodedText]:
-    """Reads validation documents of a run as text with their ids; `validation_tokens` must have read the data.
+    """Reads validation documents of a run as text with their ids; call `validation_tokens`, which checks them, first.
 
-    Args:
-        config: The run's configuration.
-        loaded: The tokenizer of training.
-        num_tokens: About how many tokens of each data set; at least one document is read.
+    About `num_tokens` tokens of each data set are read, at least one document.
 
     Raises:
         EvaluationError: The tokenizer ends documents with another token than the data, or did not make the data.
@@ -116,16 +109,17 @@ def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: in
 
 
 def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]]) -> list[EncodedText]:
-    """Decodes documents and encodes them again, as whoever uses the exported tokenizer will.
+    """Decodes documents and encodes the text again, as users of the exported tokenizer do.
 
-    Documents that spell a special token are left out: in training that was text, to a user's tokenizer it is the token.
+    Documents that contain the spelling of a special token are left out: in training that was text, a user's tokenizer
+    reads the token.
 
     Args:
         loaded: The tokenizer of training.
         documents: Ids, without the token that ends a document.
 
     Returns:
-        One entry for each other document: its ids, where its text gives them again; else what its text gives.
+        One entry for each other document: its ids where its text gives them again, else the ids of its text.
     """
     tokenizer, found = loaded.tokenizer, []
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
@@ -147,9 +141,9 @@ def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]
 
 
 def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> list[EncodedText]:
-    """Returns the documents of a text whose sequences `text_tokens` gave, as `encoded_documents` does.
+    """Returns the documents of a text from `text_tokens`, as `encoded_documents` does.
 
-    The text need not be in the data, so they say nothing of the tokens that the data hold.
+    The text need not be in the data, so `is_stored` is False.
     """
     documents: list[list[int]] = [[]]
     for token in [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]:
@@ -161,14 +155,11 @@ def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> 
 
 
 def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:
-    """Refuses a tokenizer that is not the one of training.
+    """Raises EvaluationError if a tokenizer is not the one of training.
 
     Args:
         loaded: The checkpoint's copy, or the one that was named where there is none.
         recorded: Checksum of the tokenizer of training (data.tokenizer.tokenizer_sha256), where it is known.
-
-    Raises:
-        EvaluationError: The checksum differs.
     """
     if recorded is not None and tokenizer_sha256(loaded.tokenizer) != recorded:
         raise EvaluationError(
@@ -178,7 +169,7 @@ def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:
 
 
 def _last_documents(files: IndexedFiles, end: int | None, num_tokens: int) -> Iterator[list[int]]:
-    """Documents from the last one backwards: a share at the end is for validation where one data set serves both."""
+    """Documents from the last one backwards: where one data set serves both, its end is the validation share."""
     stored, left = files.tokens(), num_tokens
     for number in reversed(range(max(0, files.num_documents - _MOST_DOCUMENTS), files.num_documents)):
         if left <= 0:

@@ -1,7 +1,8 @@
-"""What every layer needs to know besides its inputs, handed down explicitly instead of through globals."""
+"""What every layer needs to know besides its inputs, passed explicitly instead of through globals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,13 @@ import torch.distributed as dist
 from mlra_scale.config import ModelConfig
 from mlra_scale.megatron import ModelParallelConfig
 from mlra_scale.model.document_mask import DocumentMasks
-from mlra_scale.model.initialization import Initializer
-from mlra_scale.model.parameters import LowRankPlan
+from mlra_scale.model.initialization import fill_initial_values
+from mlra_scale.model.low_rank_plan import LowRankPlan
+from mlra_scale.model.parameters import ParameterTable
 
 ActivationCheckpointing = Literal["none", "selective", "block"]
+Stream = torch.Tensor | tuple[torch.Tensor, ...]
+"""What travels from block to block: see ModelContext.pack."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,6 @@ class ModelContext:
         low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
         has_sequence_parallel: Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
         has_flex_attention: Whether attention within documents runs through flex_attention (document_mask.py).
-        initialize: Makes initial weights.
-        megatron: Megatron's configuration of the layers.
-        document_masks: The masks of documents in use.
         apply: Applies a torch.autograd.Function that communicates, never within a compiled graph.
     """
 
@@ -46,27 +47,41 @@ class ModelContext:
     low_rank_plan: LowRankPlan = "replicated"
     has_sequence_parallel: bool = False
     has_flex_attention: bool = False
-    initialize: Initializer = field(init=False)
-    megatron: ModelParallelConfig = field(init=False)
-    document_masks: DocumentMasks = field(init=False)
     apply: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.tensor_parallel > 1 or not self.has_sequence_parallel
-        # Compiled blocks are compiled between their collectives: what a graph has of them is the compiler's to order.
+        # Compiled blocks are compiled between their collectives: inside a graph the compiler would order them.
         apply = torch.compiler.disable(_apply) if self.has_compiled_blocks else _apply
         object.__setattr__(self, "apply", apply)
-        object.__setattr__(self, "document_masks", DocumentMasks(self.has_flex_attention))
-        object.__setattr__(self, "initialize", Initializer(self.model, self.seed, self.low_rank_plan))
-        # Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed
-        # moves them to the device and to the training precision.
-        megatron = ModelParallelConfig(
+
+    @cached_property
+    def table(self) -> ParameterTable:
+        """The parameters of the model."""
+        return ParameterTable(self.model)
+
+    @cached_property
+    def document_masks(self) -> DocumentMasks:
+        """The masks of documents in use."""
+        return DocumentMasks(self.has_flex_attention)
+
+    @cached_property
+    def megatron(self) -> ModelParallelConfig:
+        """Megatron's configuration of the layers.
+
+        Weights are always created in fp32 on the CPU, from full keyed draws that Megatron slices; DeepSpeed moves them
+        to the device and to the training precision.
+        """
+        return ModelParallelConfig(
             tensor_model_parallel_size=self.tensor_parallel,
             use_cpu_initialization=True,
             gradient_accumulation_fusion=False,
             params_dtype=torch.float32,
         )
-        object.__setattr__(self, "megatron", megatron)
+
+    def initialize(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Returns the function that fills a parameter's global tensor in place (Megatron's `init_method`)."""
+        return partial(fill_initial_values, model=self.model, info=self.table[name], seed=self.seed)
 
     @property
     def tensor_parallel(self) -> int:
@@ -84,19 +99,13 @@ class ModelContext:
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 
-    @property
-    def has_gathered_linear(self) -> bool:
-        """Whether column-parallel maps gather what they take of the stream themselves (tensor_parallel.py)."""
-        # With sigmaReparam weights are scaled on the way, by a map of its own.
-        return self.has_sequence_parallel and not self.model.sigma_reparam
-
     def first_position(self, hidden_BSD: torch.Tensor) -> int:
         """Where in the sequence a hidden state of this rank begins."""
         return self.tensor_rank * hidden_BSD.size(1) if self.has_sequence_parallel else 0
 
     def pack(
         self, hidden_BSD: torch.Tensor, documents_BS: torch.Tensor | None, sample_ids_B: torch.Tensor | None
-    ) -> "Stream":
+    ) -> Stream:
         """Packs what travels from block to block: the hidden state, and beside it only the ids that are used.
 
         With sequence parallelism the hidden state is that of this rank's positions, [B, S / TP, D]; ids are whole.
@@ -111,7 +120,7 @@ class ModelContext:
         # A bare tensor, not a tuple of one: DeepSpeed's pipeline unwraps the latter on its way.
         return (hidden_BSD, *ids) if ids else hidden_BSD
 
-    def unpack(self, stream: "Stream") -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def unpack(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Inverse of `pack`: (hidden_BSD, documents_BS or None, sample_ids_B or None)."""
         if isinstance(stream, torch.Tensor):
             return stream, None, None
@@ -122,6 +131,3 @@ class ModelContext:
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
-
-
-Stream = torch.Tensor | tuple[torch.Tensor, ...]

@@ -1,14 +1,14 @@
-"""Which keys a query attends to where attention stops at document boundaries: made once for all blocks of a pass.
+"""The attention mask where attention stops at document boundaries, computed once for all blocks of a pass.
 
 Two forms of the same mask:
 
     additive   [B, 1, S, S] of the stream's type: 0 where attention is allowed, -inf elsewhere. For
                scaled_dot_product_attention, which takes such a mask as it is; a boolean one it converts in every block,
                and each block keeps its copy for the backward pass.
-    blocks     a BlockMask of flex_attention, which skips what is masked as a whole and keeps no matrix of S x S. It
-               needs a GPU and Triton, so that it has not been measured; its forward pass is compared on the CPU.
+    blocks     a BlockMask of flex_attention, which skips blocks that are masked as a whole and keeps no S x S matrix.
+               It needs a GPU and Triton and was not measured; its forward pass is compared on the CPU.
 
-A mask lives as long as the document ids that it was made of.
+A mask lives as long as the document ids from which it was computed.
 
 Shape suffixes: B batch, S sequence (query, then key).
 """
@@ -33,13 +33,8 @@ AttentionMask: TypeAlias = "torch.Tensor | BlockMask"
 def has_flex_attention(device_type: str, precision: str, model: ModelConfig) -> bool:
     """Returns whether attention within documents runs through flex_attention.
 
-    That is on a GPU with Triton, in 16 bits, with heads of the width that its kernels take, and without attention
-    dropout, which needs the attention weights as a whole.
-
-    Args:
-        device_type: "cpu" or "cuda".
-        precision: Of the training.
-        model: The model.
+    It needs a GPU with Triton, 16 bits, heads of a width that its kernels support, and no attention dropout, which
+    needs the attention weights as a whole.
     """
     has_kernel = device_type == "cuda" and importlib.util.find_spec("triton") is not None
     return has_kernel and precision != "fp32" and model.head_dim >= 16 and model.attention_dropout == 0.0
@@ -58,7 +53,7 @@ class DocumentMasks:
         self._masks: Any = WeakIdKeyDictionary()
 
     def of(self, documents_BS: torch.Tensor, dtype: torch.dtype) -> AttentionMask:
-        """Returns the mask of a micro-batch; the same object for the same ids in memory, which nobody writes again.
+        """Returns the mask of a micro-batch; the same object for the same ids in memory, which must not change.
 
         Args:
             documents_BS: The document of each token.
@@ -90,7 +85,7 @@ def block_mask(documents_BS: torch.Tensor) -> BlockMask:
     """Returns the mask of flex_attention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # A copy: one that held the ids themselves would keep them, and itself, in use for ever.
+    # A copy: a mask that held the ids themselves would keep them, and so itself, alive for ever.
     ids_BS = documents_BS.clone()
 
     def is_allowed(b: torch.Tensor, _: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -101,24 +96,24 @@ def block_mask(documents_BS: torch.Tensor) -> BlockMask:
 
 
 def allowed_by(mask: AttentionMask) -> torch.Tensor:
-    """Returns what a mask allows, boolean [B, 1, S, S]."""
+    """Returns where a mask allows attention, boolean [B, 1, S, S]."""
     if isinstance(mask, torch.Tensor):
         return mask == 0
     num_samples, _, size, _ = mask.shape
-    place_S = torch.arange(size, device=mask.kv_indices.device)
-    sample_B = torch.arange(num_samples, device=place_S.device)
-    return mask.mask_mod(sample_B[:, None, None, None], place_S[0], place_S[:, None], place_S)
+    position_S = torch.arange(size, device=mask.kv_indices.device)
+    sample_B = torch.arange(num_samples, device=position_S.device)
+    return mask.mask_mod(sample_B[:, None, None, None], position_S[0], position_S[:, None], position_S)
 
 
 def attend_blocks(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    """Returns what heads read by flex_attention, [B, N, S, H]."""
+    """Returns attention's output by flex_attention, [B, N, S, H]."""
     heads_BNSH: torch.Tensor = _compiled_flex_attention()(q_BNSH, k_BNSH, v_BNSH, block_mask=mask)
     return heads_BNSH
 
 
 @cache
 def _compiled_flex_attention() -> Any:
-    """flex_attention as one kernel; without the compiler it would make all logits at once."""
+    """flex_attention as one kernel; without the compiler it would compute all logits at once."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

@@ -1,16 +1,56 @@
-"""The whole model as one module: what the ZeRO engine trains (the pipeline engine takes the layer list itself)."""
+"""The model: the list of layers, from which both engines are built, and all of them as one module.
+
+A token becomes a loss in this order: TokenEmbedding, PositionEmbedding, the blocks, FinalNorm, and the head with its
+loss, which is the token embedding again (loss.py). Between layers travels a stream: the hidden state, and beside it the
+document ids and sample ids where they are used (ModelContext.pack); with sequence parallelism the hidden state is that
+of this rank's positions. The first layer takes (tokens_BS, positions_BS, documents_BS, sample_ids_B).
+
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from mlra_scale.model.block import Block
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.layers import TokenEmbedding, model_layers
+from mlra_scale.model.embedding import PositionEmbedding, TokenEmbedding
+from mlra_scale.model.norm import FinalNorm
+
+
+class Layer(NamedTuple):
+    """One entry of the layer list.
+
+    Attributes:
+        name: Canonical prefix of the layer's parameters.
+        module_class: Class of its module.
+        arguments: What the class is called with.
+    """
+
+    name: str
+    module_class: type[nn.Module]
+    arguments: tuple[Any, ...]
+
+    def build(self) -> nn.Module:
+        """Makes the module."""
+        return self.module_class(*self.arguments)
+
+
+def model_layers(context: ModelContext) -> list[Layer]:
+    """The layers in order, without the head, which is `TokenEmbedding.logits` of the first one."""
+    return [
+        Layer("embedding", TokenEmbedding, (context,)),
+        Layer("positions", PositionEmbedding, (context,)),
+        *(Layer(f"blocks.{index}", Block, (context, index)) for index in range(context.model.num_layers)),
+        Layer("final_norm", FinalNorm, (context,)),
+    ]
 
 
 class OutputHead(nn.Module):
     """Loss, or logits, through the tied token embedding, which it refers to without owning it.
 
-    A module of its own, so that ZeRO-3 gathers the embedding around the head's forward and backward only.
+    It is a module of its own so that ZeRO 3 gathers the embedding around the head's forward and backward pass only.
     """
 
     def __init__(self, embedding: TokenEmbedding) -> None:
@@ -30,7 +70,10 @@ class OutputHead(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with dense or low-rank attention; parameter names are the canonical ones."""
+    """GPT-2 with dense or low-rank attention; parameter names are the canonical ones.
+
+    The ZeRO engine trains this module; the pipeline engine takes the layer list itself.
+    """
 
     def __init__(self, context: ModelContext) -> None:
         super().__init__()

@@ -17,3 +17,13 @@ def num_chunks(num_tokens: int, num_columns: int, device: str, is_fp16: bool) ->
     """
     largest = max(1, CHUNK_NUMBERS[device] // num_columns)
     return -(-num_tokens // (min(largest, LARGEST_FP16_CHUNK) if is_fp16 else largest))
+
+
+def chunks(num_tokens: int, count: int) -> list[slice]:
+    """Splits tokens into chunks of nearly equal size.
+
+    Args:
+        num_tokens: Tokens of the micro-batch.
+        count: How many chunks.
+    """
+    return [slice(num_tokens * index // count, num_tokens * (index + 1) // count) for index in range(count)]

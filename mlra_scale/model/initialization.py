@@ -25,12 +25,11 @@ With sigmaReparam the scale of a matrix does not change what the model computes,
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.parameters import LowRankPlan, ParameterInfo, ParameterTable
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 from mlra_scale.model.randomness import keyed_generator
 
 
@@ -57,16 +56,14 @@ def initial_std(model: ModelConfig, info: ParameterInfo) -> float:
     """Standard deviation of a weight's initial values; 0 for biases and norms (see the module's table)."""
     if info.kind in ("bias", "norm"):
         return 0.0
-    parts = info.name.split(".")
-    residual_scale = model.residual_scale
+    writes_to_stream = info.name.endswith((".o.weight", ".o.up.weight", ".fc_out.weight"))
+    scale = model.residual_scale if writes_to_stream else 1.0
     if info.kind == "factor":
-        scale = residual_scale if parts[-3:-1] == ["o", "up"] else 1.0
         return factor_std(model, model.attention_init) * scale
-    if parts[-2] == "fc_out":
-        return model.base_std * residual_scale
-    if parts[-2] in ("q", "k", "v", "o"):
-        return _dense_projection_std(model, parts[-2]) * (residual_scale if parts[-2] == "o" else 1.0)
-    return model.base_std
+    layer = info.name.split(".")[-2]
+    if layer in ("q", "k", "v", "o"):
+        return _dense_projection_std(model, layer) * scale
+    return model.base_std * scale
 
 
 def _dense_projection_std(model: ModelConfig, projection: str) -> float:
@@ -82,7 +79,7 @@ def _dense_projection_std(model: ModelConfig, projection: str) -> float:
 def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: ParameterInfo, seed: int) -> None:
     """Fills a tensor of the parameter's global shape with its initial values.
 
-    The values are drawn in fp32 on the CPU whatever the tensor's device and type, so that they do not depend on either.
+    The values are drawn in fp32 on the CPU, so that they do not depend on the tensor's device and type.
 
     Args:
         tensor: Destination of shape `info.shape`.
@@ -111,16 +108,3 @@ def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
         state[name] = torch.empty(info.shape)
         fill_initial_values(state[name], model, info, seed)
     return state
-
-
-class Initializer:
-    """Hands out, per canonical name, a function that fills a global tensor in place (Megatron's `init_method`)."""
-
-    def __init__(self, model: ModelConfig, seed: int, low_rank_plan: LowRankPlan = "replicated") -> None:
-        self.model = model
-        self.seed = seed
-        self.table = ParameterTable(model, low_rank_plan)
-
-    def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
-        info = self.table[name]
-        return lambda tensor: fill_initial_values(tensor, self.model, info, self.seed)

@@ -1,13 +1,12 @@
 """The output head and the cross-entropy in one, over a vocabulary that is split over tensor-parallel ranks.
 
-Logits never exist as a whole: they are made for a chunk of tokens at a time, turned into their gradient where they
-stand, and multiplied into the gradients of the hidden state and of the embedding at once, so that the backward pass has
-only to scale those two. It takes no more multiply-adds than the layer by itself: nothing is computed twice.
+Logits never exist as a whole: they are computed for a chunk of tokens at a time, turned into their gradient in place,
+and multiplied into the gradients of the hidden state and of the embedding at once. The backward pass only scales those
+two. Nothing is computed twice.
 
 Shape suffixes: T tokens (batch times sequence), C tokens of a chunk, D hidden, V vocabulary on this rank.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.head_chunks import num_chunks
+from mlra_scale.model.head_chunks import chunks, num_chunks
 
 
 def head_loss(
@@ -57,13 +56,6 @@ class _Head:
         self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, group: dist.ProcessGroup, z_loss: float
     ) -> None:
         self.weight_VD, self.bias_V, self.group, self.z_loss = weight_VD, bias_V, group, z_loss
-
-    def chunks(self, num_tokens: int) -> Iterator[slice]:
-        """Splits tokens into chunks of nearly equal size."""
-        weight_VD = self.weight_VD
-        count = num_chunks(num_tokens, weight_VD.size(0), weight_VD.device.type, weight_VD.dtype == torch.float16)
-        for index in range(count):
-            yield slice(num_tokens * index // count, num_tokens * (index + 1) // count)
 
     def losses(self, hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Computes the losses of a chunk.
@@ -138,10 +130,10 @@ class _Head:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """(hidden [T, D], weight [V, D]) -> mean loss; both gradients are formed on the way forward.
+    """(hidden [T, D], weight [V, D]) -> mean loss; both gradients are formed in the forward pass.
 
-    They are kept as those of the sum of the losses, so that in fp16 small probabilities do not vanish before the loss
-    scale comes in.
+    They are kept as those of the sum of the losses: in fp16, those of the mean would lose small probabilities before
+    the loss scale is applied.
     """
 
     @staticmethod
@@ -155,17 +147,18 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         num_tokens = targets_T.numel()
-        chunks = list(head.chunks(num_tokens))
+        is_fp16 = weight_VD.dtype == torch.float16
+        count = num_chunks(num_tokens, weight_VD.size(0), weight_VD.device.type, is_fp16)
         ctx.num_tokens, ctx.gradients = num_tokens, None
         hidden_gradient_TD = torch.empty_like(hidden_TD) if has_backward else None
         weight_gradient_VD = None
-        for chunk in chunks:
+        for chunk in chunks(num_tokens, count):
             if hidden_gradient_TD is None:
                 total += head.losses(hidden_TD[chunk], targets_T[chunk])[0].sum()
                 continue
-            # All that is as large as a chunk's logits is local to this call, so that it is freed before the next chunk.
+            # Tensors as large as a chunk's logits are local to this call, so that they are freed before the next chunk.
             loss, weight_gradient_VD = head.add_gradients(
-                hidden_TD[chunk], targets_T[chunk], hidden_gradient_TD[chunk], weight_gradient_VD, len(chunks)
+                hidden_TD[chunk], targets_T[chunk], hidden_gradient_TD[chunk], weight_gradient_VD, count
             )
             total += loss
         if has_backward:
@@ -174,7 +167,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        assert ctx.gradients is not None, "the loss has been taken back through its head already"
+        assert ctx.gradients is not None, "a second backward pass through one loss"
         hidden_gradient_TD, weight_gradient_VD = ctx.gradients
         ctx.gradients = None
         scale = outer[0] / ctx.num_tokens

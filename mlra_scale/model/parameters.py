@@ -1,16 +1,16 @@
-"""The parameter table: canonical name, global shape and sharding of every weight.
+"""The parameter table: canonical name, global shape and sharding of every weight. Imports no torch.
 
-One table, read by initialization, engines, checkpoints, export, gradient statistics and parity tests. Names and
-shapes are those of the global (unsharded) tensors, whatever the layout.
+Initialization, engines, checkpoints, export, gradient statistics and parity tests read this one table. Names and shapes
+are those of the global (unsharded) tensors, whatever the layout.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from mlra_scale.config import ModelConfig
 
-LowRankPlan = Literal["replicated", "sharded", "merged"]
 Kind = Literal["embedding", "positions", "factor", "matrix", "bias", "norm"]
 
 
@@ -39,58 +39,41 @@ class ParameterInfo:
 
     def numel(self) -> int:
         """Number of elements of the global tensor."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
-class ParameterTable(Mapping[str, ParameterInfo]):
-    """Every parameter of the model in order, by canonical name.
+class ParameterTable(dict[str, ParameterInfo]):
+    """Every parameter of a model in order, by canonical name.
 
     The token embedding is listed once: the output head shares it. Its rows from `vocab_size` on are padding, always
     zero, masked in the head and never counted by any statistic.
-
-    Args:
-        model: The model.
-        low_rank_plan: With `sharded` the down factors of q, k and v are split over tensor-parallel ranks.
     """
 
-    def __init__(self, model: ModelConfig, low_rank_plan: LowRankPlan = "replicated") -> None:
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__((info.name, info) for info in _entries(model))
         self.vocab_size = model.vocab_size
-        self._entries = {info.name: info for info in _entries(model, low_rank_plan)}
-
-    def __getitem__(self, name: str) -> ParameterInfo:
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
-def _entries(model: ModelConfig, low_rank_plan: LowRankPlan) -> Iterator[ParameterInfo]:
-    D, F = model.hidden_size, model.ffn_size
+def _entries(model: ModelConfig) -> Iterator[ParameterInfo]:
+    D = model.hidden_size
     yield ParameterInfo("embedding.weight", (model.padded_vocab_size, D), 0, "embedding")
     yield ParameterInfo("positions.weight", (model.max_positions, D), None, "positions")
     for block in range(model.num_layers):
-        prefix = f"blocks.{block}"
-        yield from _norm(f"{prefix}.attention_norm", D)
-        for projection in ("q", "k", "v"):
-            yield from _input_projection(model, f"{prefix}.attention.{projection}", projection, low_rank_plan)
-        yield from _output_projection(model, f"{prefix}.attention.o")
-        if model.qk_norm:
-            for norm in ("q_norm", "k_norm"):
-                yield ParameterInfo(f"{prefix}.attention.{norm}.weight", (model.head_dim,), None, "norm")
-        yield from _norm(f"{prefix}.mlp_norm", D)
-        yield ParameterInfo(f"{prefix}.mlp.fc_in.weight", (F, D), 0, "matrix")
-        yield ParameterInfo(f"{prefix}.mlp.fc_in.bias", (F,), 0, "bias")
-        yield from _gain(model, f"{prefix}.mlp.fc_in")
-        yield ParameterInfo(f"{prefix}.mlp.fc_out.weight", (D, F), 1, "matrix")
-        yield ParameterInfo(f"{prefix}.mlp.fc_out.bias", (D,), None, "bias")
-        yield from _gain(model, f"{prefix}.mlp.fc_out")
+        yield from _block(model, f"blocks.{block}")
     yield from _norm("final_norm", D)
+
+
+def _block(model: ModelConfig, prefix: str) -> Iterator[ParameterInfo]:
+    D, F = model.hidden_size, model.ffn_size
+    yield from _norm(f"{prefix}.attention_norm", D)
+    for projection in ("q", "k", "v", "o"):
+        yield from _projection(model, f"{prefix}.attention.{projection}", projection)
+    if model.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            yield ParameterInfo(f"{prefix}.attention.{norm}.weight", (model.head_dim,), None, "norm")
+    yield from _norm(f"{prefix}.mlp_norm", D)
+    yield from _linear(model, f"{prefix}.mlp.fc_in", (F, D), 0, "matrix")
+    yield from _linear(model, f"{prefix}.mlp.fc_out", (D, F), 1, "matrix")
 
 
 def _norm(prefix: str, hidden_size: int) -> Iterator[ParameterInfo]:
@@ -98,42 +81,30 @@ def _norm(prefix: str, hidden_size: int) -> Iterator[ParameterInfo]:
     yield ParameterInfo(f"{prefix}.bias", (hidden_size,), None, "norm")
 
 
-def _gain(model: ModelConfig, prefix: str) -> Iterator[ParameterInfo]:
+def _projection(model: ModelConfig, prefix: str, projection: str) -> Iterator[ParameterInfo]:
+    """q, k, v are split by their outputs (heads), o by its inputs; of a factorised one the factor at the heads is."""
+    D, R = model.hidden_size, model.rank
+    is_output = projection == "o"
+    if model.is_factorised(projection):
+        yield ParameterInfo(f"{prefix}.down.weight", (R, D), 1 if is_output else None, "factor")
+        yield from _linear(model, f"{prefix}.up", (D, R), None if is_output else 0, "factor")
+    else:
+        yield from _linear(model, prefix, (D, D), 1 if is_output else 0, "matrix")
+
+
+def _linear(
+    model: ModelConfig, prefix: str, shape: tuple[int, int], shard_dim: int | None, kind: Kind
+) -> Iterator[ParameterInfo]:
+    """Weight [out, in] and bias [out] of a map, and the gain of sigmaReparam."""
+    yield ParameterInfo(f"{prefix}.weight", shape, shard_dim, kind)
+    yield ParameterInfo(f"{prefix}.bias", shape[:1], 0 if shard_dim == 0 else None, "bias")
     if model.sigma_reparam:
         yield ParameterInfo(f"{prefix}.gain", (1,), None, "norm")
 
 
-def _input_projection(
-    model: ModelConfig, prefix: str, projection: str, low_rank_plan: LowRankPlan
-) -> Iterator[ParameterInfo]:
-    D, R = model.hidden_size, model.rank
-    if model.is_factorised(projection):
-        yield ParameterInfo(f"{prefix}.down.weight", (R, D), 0 if low_rank_plan == "sharded" else None, "factor")
-        yield ParameterInfo(f"{prefix}.up.weight", (D, R), 0, "factor")
-        yield ParameterInfo(f"{prefix}.up.bias", (D,), 0, "bias")
-        yield from _gain(model, f"{prefix}.up")
-    else:
-        yield ParameterInfo(f"{prefix}.weight", (D, D), 0, "matrix")
-        yield ParameterInfo(f"{prefix}.bias", (D,), 0, "bias")
-        yield from _gain(model, prefix)
-
-
-def _output_projection(model: ModelConfig, prefix: str) -> Iterator[ParameterInfo]:
-    D, R = model.hidden_size, model.rank
-    if model.is_factorised("o"):
-        yield ParameterInfo(f"{prefix}.down.weight", (R, D), 1, "factor")
-        yield ParameterInfo(f"{prefix}.up.weight", (D, R), None, "factor")
-        yield ParameterInfo(f"{prefix}.up.bias", (D,), None, "bias")
-        yield from _gain(model, f"{prefix}.up")
-    else:
-        yield ParameterInfo(f"{prefix}.weight", (D, D), 1, "matrix")
-        yield ParameterInfo(f"{prefix}.bias", (D,), None, "bias")
-        yield from _gain(model, prefix)
-
-
 @dataclass(frozen=True)
 class LinearMap:
-    """One map that sigmaReparam normalises, W = up down; of a dense one, one of the two is the identity.
+    """One map W = up down that sigmaReparam normalises; of a dense one, one of the two is the identity.
 
     Attributes:
         name: Canonical prefix of the map.
@@ -154,22 +125,18 @@ def linear_maps(model: ModelConfig) -> dict[str, LinearMap]:
     """Returns the normalised maps of a model by name; there are none without `model.sigma_reparam`."""
     if not model.sigma_reparam:
         return {}
-    prefixes = [f"blocks.{block}" for block in range(model.num_layers)]
-    return {found.name: found for prefix in prefixes for found in maps_of_block(model, prefix)}
+    parts = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.fc_in", "mlp.fc_out")
+    names = [f"blocks.{block}.{part}" for block in range(model.num_layers) for part in parts]
+    return {name: linear_map(model, name) for name in names}
 
 
-def maps_of_block(model: ModelConfig, prefix: str) -> Iterator[LinearMap]:
-    """Yields the maps of the block with a canonical prefix."""
-    D = model.hidden_size
-    for name in ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.fc_in", "mlp.fc_out"):
-        room, part = name.split(".")
-        name, weight, gain = f"{prefix}.{name}", f"{prefix}.{name}.weight", f"{prefix}.{name}.gain"
-        if room == "attention" and model.is_factorised(part):
-            yield LinearMap(name, f"{name}.up.weight", f"{name}.down.weight", f"{name}.up.gain", model.rank)
-        elif part in ("o", "fc_out"):
-            yield LinearMap(name, None, weight, gain, D)
-        else:
-            yield LinearMap(name, weight, None, gain, D)
+def linear_map(model: ModelConfig, name: str) -> LinearMap:
+    """Returns the map with a canonical prefix, such as "blocks.3.attention.q"."""
+    _, _, room, part = name.split(".")
+    if room == "attention" and model.is_factorised(part):
+        return LinearMap(name, f"{name}.up.weight", f"{name}.down.weight", f"{name}.up.gain", model.rank)
+    up, down = (None, f"{name}.weight") if part in ("o", "fc_out") else (f"{name}.weight", None)
+    return LinearMap(name, up, down, f"{name}.gain", model.hidden_size)
 
 
 def vector_name(map_name: str) -> str:

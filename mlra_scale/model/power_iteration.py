@@ -1,7 +1,7 @@
 """Power iteration: the largest singular value of a linear map, which sigmaReparam divides by (see spectral.py).
 
-A map is W = W_U W_D; of a dense one, one of the two is the identity. What is carried from one iteration to the next is
-a vector between the two: tensor parallelism splits the output of W_U or the input of W_D, and never what is between.
+A map is W = W_U W_D; of a dense one, one of the two is the identity. A vector between the two carries over from one
+iteration to the next: tensor parallelism splits the output of W_U or the input of W_D, but never this vector.
 
 Shape suffixes: O outputs, I inputs of a map, R between its factors; where O or I are split, a rank has its part.
 """
@@ -24,6 +24,11 @@ _FIRST_ITERATIONS = 16
 class PowerIteration:
     """One iteration on W = up down, from a unit vector between the two: first the input's side, then the output's.
 
+    Args:
+        vector: The unit vector.
+        input_group: Group over which the input is split; None: it is whole.
+        output_group: Likewise of the output.
+
     Attributes:
         right_I: v, the singular vector at the input.
         image_R: W_D v.
@@ -33,14 +38,14 @@ class PowerIteration:
         next_vector: Where the next iteration begins.
     """
 
+    left_O: torch.Tensor
+    sigma: torch.Tensor
+    pullback_R: torch.Tensor
+    next_vector: torch.Tensor
+
     def __init__(self, vector: torch.Tensor, input_group: Any = None, output_group: Any = None) -> None:
-        """Begins; the groups are those over which input or output are split, None where they are not."""
         self.right_I = self.image_R = vector
         self._input_group, self._output_group = input_group, output_group
-        self.left_O: torch.Tensor
-        self.sigma: torch.Tensor
-        self.pullback_R: torch.Tensor
-        self.next_vector: torch.Tensor
 
     @torch.no_grad()
     def through_down(self, weight_RI: torch.Tensor) -> None:
@@ -62,7 +67,7 @@ class PowerIteration:
         self.pullback_R = _sum(weight_OR.T @ self.left_O, self._output_group)
         self.next_vector = self.pullback_R / self.pullback_R.norm()
         if not has_down:
-            # The input is here too: v is renewed like u.
+            # The vector is the input's own: v is renewed like u.
             self.sigma = self.pullback_R.norm()
             self.right_I = self.image_R = self.next_vector
 

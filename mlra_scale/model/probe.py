@@ -1,7 +1,7 @@
-"""The probe path: what a forward pass shows of the blocks from inside, outside the hot path.
+"""The probe path: queries, keys and hidden states of the blocks, shown to observers outside the hot path.
 
-Nothing is kept of a pass but what the observer keeps: at 72 layers the attention logits of one sample alone are several
-GiB, so they are made piece by piece, where somebody wants to look at them.
+Nothing of a pass is kept unless the observer keeps it: at 72 layers the attention logits of one sample alone are
+several GiB, so they are computed piece by piece, on demand.
 
 Shape suffixes: B batch, S sequence (query, then key), D hidden, N heads on this rank, H head dimension.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mlra_scale.model.block import Block
 from mlra_scale.model.context import Stream
-from mlra_scale.model.layers import Block
 from mlra_scale.model.tensor_parallel import whole_hidden
 
 LOGITS_AT_ONCE = 2**25
-"""At most so many logits, or those of one head, are in memory together: 128 MiB in fp32."""
+"""At most so many logits, or those of one head, are in memory at a time: 128 MiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LogitPiece:
     """Attention logits of some heads on one sample.
 
     Attributes:
-        sample: Which sample of the micro-batch.
+        sample: Index of the sample in the micro-batch.
         first_head: First of the heads, counted on this tensor-parallel rank.
         logits_NSS: Scaled logits in fp32, -inf where attention is not allowed.
         allowed_SS: Where it is allowed; the same for all heads.
@@ -60,10 +60,8 @@ class Heads:
     def logits(self, num_samples: int | None = None) -> Iterator[LogitPiece]:
         """Yields the attention logits of the first samples (None: of all) piece by piece.
 
-        A caller that deletes a piece before it takes the next one holds a single piece at a time.
-
-        The product is taken in fp32 whatever the type of queries and keys: a fused kernel does not round logits to 16
-        bits either.
+        A caller that deletes a piece before it takes the next one holds a single piece at a time. The product is taken
+        in fp32 whatever the type of queries and keys: a fused kernel does not round logits to 16 bits either.
         """
         num_heads, size = self.q_BNSH.shape[1:3]
         heads_at_once = max(1, LOGITS_AT_ONCE // size**2)
@@ -74,7 +72,7 @@ class Heads:
                 allowed_SS = self.mask_B1SS[sample, 0]
             for first_head in range(0, num_heads, heads_at_once):
                 some = slice(first_head, first_head + heads_at_once)
-                # Without a name here: this generator would keep the piece while it makes the next one.
+                # Without a name here: this generator would keep the piece while it computes the next one.
                 yield LogitPiece(sample, first_head, self._piece(sample, some, allowed_SS), allowed_SS)
 
     def _piece(self, sample: int, heads: slice, allowed_SS: torch.Tensor) -> torch.Tensor:
@@ -90,13 +88,13 @@ SeeHidden = Callable[[int, int, torch.Tensor], None]
 
 @contextmanager
 def observe(module: nn.Module, see_heads: SeeHeads, see_hidden: SeeHidden | None = None) -> Iterator[None]:
-    """While open, every forward pass through `module` is shown to the observers; for passes without gradients.
+    """While open, shows every forward pass through `module` to the observers; for passes without gradients.
 
     Args:
         module: The engine's module (a pipeline stage or the whole model).
         see_heads: Called with (pass, heads) in every block that the module holds; passes are counted from 0.
-        see_hidden: Called with (pass, place, hidden_BSD) for the residual stream: at place 0 where it enters block 0,
-            at place i + 1 where it leaves block i. It is whole, and the same on all tensor-parallel ranks.
+        see_hidden: Called with (pass, depth, hidden_BSD) for the residual stream: depth 0 is where it enters block 0,
+            depth i + 1 where it leaves block i. It is whole, and the same on all tensor-parallel ranks.
     """
     blocks = [child for child in module.modules() if isinstance(child, Block)]
     handles: list[RemovableHandle] = []

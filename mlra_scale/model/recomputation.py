@@ -1,20 +1,22 @@
-"""Selective activation checkpointing: what is cheap to compute again is not kept for the backward pass.
+"""Selective activation checkpointing: results that are cheap to compute again are not kept for the backward pass.
 
 Of a block these are the outputs of its layer norms and of its GELU (2 D + F of the 8 D + 2 F numbers that a token keeps
-with dense attention): autograd is handed what they were computed from, which it keeps anyway, and computes them again
-where it would have read them. Nothing else is done twice: no matrix product, no communication. The numbers are the same
-bit by bit, for it is the same operation on the same input.
+with dense attention). Autograd keeps their inputs anyway; it computes the outputs again where it reads them. No matrix
+product and no communication is repeated. The numbers are the same bit by bit: the same operation on the same input.
 
-After Korthikanti et al. 2022 (arXiv 2205.05198, sec. 5), who recompute the inner attention; here scaled_dot_product_
-attention does that itself.
+Korthikanti et al. 2022 (arXiv 2205.05198, sec. 5) recompute the inner attention; scaled_dot_product_attention does that
+itself.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+from mlra_scale.model.context import ModelContext
 
 
 class _Again:
@@ -57,3 +59,18 @@ def recomputed(output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> Ite
 
     with saved_tensors_hooks(pack, unpack):
         yield
+
+
+def recomputes(context: ModelContext) -> bool:
+    """Whether checkpointing is selective, and there will be a backward pass."""
+    return context.activation_checkpointing == "selective" and torch.is_grad_enabled()
+
+
+def recomputing(
+    context: ModelContext, output: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: Any, **options: Any
+) -> AbstractContextManager[None]:
+    """With selective checkpointing, what follows does not keep `output` = function(*inputs) but computes it again."""
+    if not recomputes(context):
+        return nullcontext()
+    detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
+    return recomputed(output, partial(function, *detached, **options))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from mlra_scale.megatron import copy_to_tensor_model_parallel_region
-from mlra_scale.model.parameters import maps_of_block, vector_name
+from mlra_scale.model.parameters import linear_map, vector_name
 from mlra_scale.model.power_iteration import PowerIteration, initial_vector
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class SpectralNorm:
     """sigma(W) of one map in training; the modules that hold the factors of a map share it.
 
+    A pass through a factorised map calls `take_down_factor` and then `scale`, one through a dense map `scale` alone.
+
     Attributes:
         name: The map's.
     """
@@ -39,25 +41,30 @@ class SpectralNorm:
     def __init__(self, context: ModelContext, name: str) -> None:
         self.name = name
         self._context = context
-        (self._map,) = (found for found in maps_of_block(context.model, name.rsplit(".", 2)[0]) if found.name == name)
-        table = context.initialize.table
-        shards = [None if part is None else table[part].shard_dim for part in (self._map.down, self._map.up)]
-        is_parallel = context.tensor_parallel > 1
-        self._input_group = context.tensor_group if is_parallel and shards[0] == 1 else None
-        self._output_group = context.tensor_group if is_parallel and shards[1] == 0 else None
-        is_split = is_parallel and (shards[0] if self._map.up is None else shards[1]) is not None
+        self._map = linear_map(context.model, name)
+        parts = (self._map.down, self._map.up)
+        down_dim, up_dim = (None if part is None else context.table[part].shard_dim for part in parts)
+        group = context.tensor_group if context.tensor_parallel > 1 else None
+        self._input_group = group if down_dim == 1 else None
+        self._output_group = group if up_dim == 0 else None
+        is_split = group is not None and (down_dim if self._map.up is None else up_dim) is not None
         self._is_seen_in_part = is_split or context.has_sequence_parallel
         self._vector: torch.Tensor | None = None
         self._iteration: PowerIteration | None = None
         self._is_found = False
+        self._image_R: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, context: ModelContext, name: str) -> SpectralNorm | None:
+        """Returns that of a map of the model; None without `model.sigma_reparam`."""
+        return cls(context, name) if context.model.sigma_reparam else None
 
     @property
     def vector(self) -> torch.Tensor:
         """What carries over from step to step: a unit vector, the same on every rank."""
         if self._vector is None:
-            self._vector = initial_vector(
-                self._context.model, self._context.seed, self._context.initialize.table, self._map
-            )
+            context = self._context
+            self._vector = initial_vector(context.model, context.seed, context.table, self._map)
         return self._vector
 
     @vector.setter
@@ -74,28 +81,22 @@ class SpectralNorm:
         assert self._iteration is not None and self._is_found
         self.vector = self._iteration.next_vector
 
-    def image(self, weight_RI: torch.Tensor) -> torch.Tensor:
-        """Takes v through the factor at the input.
+    def take_down_factor(self, weight_RI: torch.Tensor) -> None:
+        """Takes v through W_D: `scale` needs W_D v, and through it W_D receives its gradient of sigma.
 
-        Args:
-            weight_RI: W_D.
-
-        Returns:
-            [R]: W_D v, for `scale`; the gradient that comes back is that of W_D. (Where the input is split, this rank's
-            summand: `scale` does not look at the value.)
+        Where the input is split, this is the rank's summand of W_D v: `scale` uses its gradient, not its value.
         """
         if self._iteration is None:
             self._iteration = self._begin(weight_RI)
             self._iteration.through_down(_accurate(weight_RI))
-        return weight_RI @ self._iteration.right_I.to(weight_RI.dtype)
+        self._image_R = weight_RI @ self._iteration.right_I.to(weight_RI.dtype)
 
-    def scale(self, gain: torch.Tensor, weight: torch.Tensor, image_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns gamma / sigma(W), what the factor at the output (or the dense matrix) has to be multiplied by.
+    def scale(self, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Returns gamma / sigma(W), the factor of a dense matrix or of an up factor.
 
         Args:
             gain: gamma [1].
-            weight: That factor or matrix.
-            image_R: What `image` returned, for a factorised map.
+            weight: The matrix or factor.
 
         Returns:
             [1] in fp32 or fp64, with its gradient in the gain and all factors.
@@ -104,6 +105,7 @@ class SpectralNorm:
             self._find(weight)
         found = self._iteration
         assert found is not None
+        image_R, self._image_R = self._image_R, None
         right = found.right_I if image_R is None else found.image_R
         first_order = found.left_O.to(weight.dtype) @ (weight @ right.to(weight.dtype))
         if image_R is not None:
@@ -125,7 +127,7 @@ class SpectralNorm:
         is_factorised = self._map.up is not None and self._map.down is not None
         if not is_factorised:
             self._iteration = self._begin(weight)
-        assert self._iteration is not None, "the factor at the input comes first"
+        assert self._iteration is not None, "the down factor comes first"
         matrix = _accurate(weight)
         if self._map.up is None:
             self._iteration.through_down(matrix)
@@ -155,7 +157,7 @@ def stored_vectors(norms: Iterable[SpectralNorm]) -> dict[str, torch.Tensor]:
 
 
 def load_vectors(norms: Iterable[SpectralNorm], stored: Mapping[str, torch.Tensor]) -> None:
-    """Goes on from what a checkpoint has kept, of all stages."""
+    """Sets the vectors to what a checkpoint holds, of all stages."""
     for norm in norms:
         norm.vector = stored[vector_name(norm.name)].clone()
 

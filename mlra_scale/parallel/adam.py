@@ -1,7 +1,7 @@
-"""Adam's own state, whichever of the two Adams keeps it: torch's fused AdamW or DeepSpeed's CPUAdam (offload).
+"""The state of either Adam: torch's fused AdamW or DeepSpeed's CPUAdam (offload).
 
-Both make it at the first update, from when on it lies in `optimizer.state` by the tensor that is updated: two moments
-of that tensor's shape and the number of updates.
+Both create it at the first update, in `optimizer.state`, by the tensor that is updated: two moments of that tensor's
+shape and the number of updates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,18 +23,18 @@ class AdamState:
         self.masters = masters
 
     def of(self, master: torch.Tensor) -> Mapping[str, Any]:
-        """What is kept for one tensor; empty before the first update."""
+        """Returns the state of one tensor; empty before the first update."""
         return self.optimizer.state.get(master, {})
 
     def step(self) -> int:
-        """Number of updates that the moments have seen: of the tensor that has seen most."""
+        """Returns the number of updates that the moments have seen, the largest of all tensors."""
         steps = [self.of(master).get("step", 0) for master in self.masters]
         if all(torch.is_tensor(step) for step in steps):
-            return int(torch.stack(steps).max())  # one read of the device, however many tensors there are
+            return int(torch.stack(steps).max())  # one read of the device for all tensors
         return max(int(step) for step in steps)
 
     def create(self) -> None:
-        """Makes what is missing, as it is right before the first update."""
+        """Creates the missing state with the values that it has right before the first update."""
         has_tensor_step = isinstance(self.optimizer, torch.optim.AdamW)
         for master in self.masters:
             state = self.optimizer.state[master]
@@ -64,10 +64,10 @@ class AdamState:
         self.set_step(0)
 
     def _replay_powers(self, step: int) -> None:
-        """Brings the powers of beta that CPUAdam keeps to where `step` updates would have.
+        """Gives CPUAdam the powers of beta that it has after `step` updates.
 
-        It multiplies them up in fp32, update by update, and where a step does not follow the one before takes `pow`,
-        which differs in the last digit: a resumed run would not continue bitwise.
+        CPUAdam multiplies them in fp32, update by update, and uses `pow` where a step does not follow the one before.
+        `pow` differs in the last digit: a resumed run would not continue bitwise.
         """
         group = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]

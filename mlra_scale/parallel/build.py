@@ -6,7 +6,7 @@ from mlra_scale.config import BatchPlan, Config, engine_kind
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.document_mask import has_flex_attention
 from mlra_scale.model.low_rank_plan import low_rank_plan
-from mlra_scale.parallel.interface import Engine
+from mlra_scale.parallel.engine import Engine
 from mlra_scale.parallel.pipeline_engine import PipelineEngine
 from mlra_scale.parallel.topology import Topology
 from mlra_scale.parallel.zero_engine import ZeroEngine
@@ -27,7 +27,7 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
     """
     if config.train.compile:
         # All blocks share their graphs, but there is one for training and one for evaluation of every shape of a map;
-        # past its limit the compiler would quietly give up.
+        # above its limit the compiler would stop compiling without an error.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     context = ModelContext(
         model=config.model,

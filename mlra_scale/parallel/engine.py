@@ -1,4 +1,8 @@
-"""What the two engines share: the gate before an update, ownership, checkpoints."""
+"""The engine: a model that trains on a mesh of ranks, whatever library runs its passes.
+
+`Engine` is what the rest of the project sees; what differs between the two kinds is in zero_engine.py and
+pipeline_engine.py, and what differs between DeepSpeed's optimizers in master.py.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,46 +14,48 @@ import torch.distributed as dist
 from torch import nn
 
 from mlra_scale.config import BatchPlan, Config, deepspeed_config, zero_stage
-from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
 from mlra_scale.parallel.fragments import Fragment, scale_rows
-from mlra_scale.parallel.interface import BeforeUpdate, Between, MicroBatch, StepResult, UpdateProposal
-from mlra_scale.parallel.master import Bf16View, MasterView, ReplicatedView, master_view, mend_loss_scaling
+from mlra_scale.parallel.master import Bf16View, MasterView, ReplicatedView, grow_loss_scale_after_update, master_view
 from mlra_scale.parallel.optimizer import has_weight_decay
+from mlra_scale.parallel.step import BeforeUpdate, Between, MicroBatch, StepResult, UpdateProposal
 from mlra_scale.parallel.topology import Topology
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in DeepSpeed's dynamic loss scaler; the rest of it is configuration."""
 
 
-def _unscaled(gradient: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """A gradient in fp32; without a name in the caller, which would keep it while it converts the next one."""
-    return gradient.float() if scale is None else gradient.float() / scale
+class Engine(ABC):
+    """A model that trains on a mesh of ranks. Its methods are called on every rank alike.
 
+    Attributes:
+        table: The parameter table.
+        topology: The mesh.
+        module: This rank's module (a pipeline stage or the whole model).
+        num_skipped: Updates left out so far, overflows included.
+        deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
+    """
 
-class EngineBase(ABC):
-    """What the two engines share: the gate before an update, ownership, checkpoints."""
+    module: nn.Module
+    deepspeed_engine: Any
+    _view: MasterView
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology) -> None:
         self.config = config
         self.plan = plan
         self.topology = topology
-        self.table = ParameterTable(config.model, low_rank_plan(config, plan, topology.device.type))
+        self.table = ParameterTable(config.model)
         self.num_skipped = 0
-        self.settings = deepspeed_config(config, plan)
+        self._settings = deepspeed_config(config, plan)
         if zero_stage(config) == 0:
-            self.settings["gradient_clipping"] = 0.0  # see ReplicatedView.update
-        self.deepspeed_engine: Any = None
-        self.view: MasterView
+            self._settings["gradient_clipping"] = 0.0  # see ReplicatedView.update
         self._before_update: BeforeUpdate | None = None
         self._wants_stop: Callable[[], bool] | None = None
         self._is_stop_wanted = False
         self._proposal: UpdateProposal | None = None
         self._was_applied = False
-        self._is_rehearsal = False
-        self._num_micro_batches = plan.accumulation_steps * plan.data
-        self._spectral_norms: list[SpectralNorm] = []
+        self._has_update = True
 
     def _install(self, deepspeed_engine: Any, named: dict[str, nn.Parameter], tied_copies: frozenset[str]) -> None:
         """Adopts a DeepSpeed engine.
@@ -62,71 +68,215 @@ class EngineBase(ABC):
         self.deepspeed_engine = deepspeed_engine
         self.module = deepspeed_engine.module
         if self.config.train.precision == "fp16":
-            mend_loss_scaling(deepspeed_engine.optimizer)
-        self.view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank, self.topology.device)
-        if isinstance(self.view, ReplicatedView | Bf16View) and self.topology.data == 1:
+            grow_loss_scale_after_update(deepspeed_engine.optimizer)
+        self._view = master_view(deepspeed_engine.optimizer, named, self.topology.data_rank, self.topology.device)
+        if isinstance(self._view, ReplicatedView | Bf16View) and self.topology.data == 1:
             # DeepSpeed would copy all gradients into one buffer, to reduce them over a single rank.
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
-        self._spectral_norms = spectral_norms(self.module)
+        self._spectral_norms: list[SpectralNorm] = spectral_norms(self.module)
         self._initial_loss_scaler = self._loss_scaler_state()
         deepspeed_engine.optimizer.step = self._gated_update
         for name, parameter in named.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             assert tuple(shape) == self.table[name].local_shape(self.topology.tensor), (name, tuple(shape))
 
+    # Training and evaluation.
+
+    def train_batch(
+        self,
+        batches: Sequence[MicroBatch],
+        learning_rate: float,
+        before_update: BeforeUpdate | None = None,
+        wants_stop: Callable[[], bool] | None = None,
+    ) -> StepResult:
+        """Runs one step over this data rank's micro-batches.
+
+        Args:
+            batches: As many micro-batches as gradients are accumulated over.
+            learning_rate: Learning rate of this update.
+            before_update: Called on every rank with the same proposal; False leaves the update out on all ranks. Not
+                called when fp16 gradients overflow: the update is then left out, and the loss scale lowered.
+            wants_stop: Asked on every rank before the update. The result tells all ranks whether any of them said yes;
+                it changes nothing in the step.
+        """
+        self._before_update, self._wants_stop = before_update, wants_stop
+        for group in self.deepspeed_engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss_scale = self._loss_scale()
+        proposal = self._pass(batches, None)
+        for norm in self._spectral_norms:
+            norm.advance()
+        self.num_skipped += not self._was_applied
+        is_overflow = loss_scale is not None and not proposal.is_finite
+        return StepResult(
+            proposal.loss, proposal.gradient_norm, self._was_applied, is_overflow, loss_scale, self._is_stop_wanted
+        )
+
+    def gradient_norm(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
+        """Returns the L2 norm of the gradient of the mean loss over these micro-batches of all data ranks; collective.
+
+        The pass is that of a training step (with its dropout) without an update: weights, moments, loss scale and
+        `num_skipped` stay as they are.
+
+        Args:
+            batches: As many micro-batches as gradients are accumulated over.
+            between: See eval_batch. After a pass that it ended, the engine can be saved, but not train.
+
+        Returns:
+            The norm, the same on every rank; not finite if fp16 gradients overflow at the current loss scale.
+        """
+        self._wants_stop = None
+        self._has_update = False
+        try:
+            return self._pass(batches, between).gradient_norm
+        finally:
+            self._has_update = True
+
+    def _pass(self, batches: Sequence[MicroBatch], between: Between | None) -> UpdateProposal:
+        assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
+        self._forget_spectra()
+        self._run(batches, between)
+        assert self._proposal is not None
+        return self._proposal
+
+    @abstractmethod
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None) -> None:
+        """Forward and backward over the micro-batches, gradient reduction, gated update."""
+
+    @abstractmethod
+    def eval_batch(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
+        """Returns the mean loss over all ranks' micro-batches, without dropout; the same on every rank.
+
+        Args:
+            batches: This data rank's micro-batches.
+            between: Called equally often on every rank, before every micro-batch (in a pipeline: before every step of
+                its schedule). It may be collective, and may raise on all ranks alike to end the pass.
+        """
+
+    @abstractmethod
+    def _local_loss(self) -> torch.Tensor:
+        """Sum of this rank's micro-batch losses where it counts (one rank per data shard), else zero."""
+
+    @torch.no_grad()
+    def _propose(self) -> UpdateProposal:
+        """The one reduction and host read of a step: global loss, gradient norm, and whether a rank wants to stop."""
+        values = [fragment.values for fragment in self._view.gradients() if self.owns(fragment.name)]
+        squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        if values:
+            norms = torch.stack(torch._foreach_norm(values, dtype=torch.float32))
+            squares = (norms.to(squares) / (self._loss_scale() or 1.0)).square().sum()
+        wants_stop = self._wants_stop is not None and self._wants_stop()
+        stop = torch.full_like(squares, float(wants_stop))  # a fill, where torch.tensor would be a copy that waits
+        num_micro_batches = self.plan.accumulation_steps * self.plan.data
+        packed = torch.stack([self._local_loss().double() / num_micro_batches, squares, stop])
+        dist.all_reduce(packed)
+        loss, square, num_stops = packed.tolist()
+        self._is_stop_wanted = num_stops > 0
+        return UpdateProposal(loss, square**0.5)
+
+    def _gated_update(self) -> None:
+        """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
+        self._proposal = proposal = self._propose()
+        if not self._has_update:
+            self._view.skip_update()
+            return
+        limit = self.config.optim.grad_clip
+        is_finite = proposal.is_finite
+        if not is_finite and self.config.train.precision == "fp16":
+            self._view.update(math.inf, limit)  # lowers the loss scale instead
+            self._was_applied = False
+            return
+        is_wanted = self._before_update is None or self._before_update(proposal)
+        self._was_applied = is_finite and is_wanted
+        if self._was_applied:
+            self._view.update(proposal.gradient_norm, limit)
+        else:
+            self._view.skip_update()
+
+    def _on_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Copies tensors of a batch to the device, from pinned memory, so that the host does not wait for it."""
+        device = self.topology.device
+        if device.type == "cuda":
+            tensors = tuple(tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in tensors)
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+    # Weights and gradients, as fragments of the global tensors.
+
     def owns(self, name: str) -> bool:
-        """See Engine."""
+        """Returns whether this rank is the owner of the elements of a parameter that it holds."""
         if name in self._tied_copies:
             return False
         if self.table[name].shard_dim is None and self.topology.tensor_rank != 0:
             return False
-        return not self.view.is_replicated_over_data or self.topology.data_rank == 0
+        return not self._view.is_replicated_over_data or self.topology.data_rank == 0
 
     def held_fragments(self, with_moments: bool = False) -> list[Fragment]:
-        """See Engine."""
-        return list(self.view.weights(with_moments))
+        """Returns all fragments that this rank holds, those that other ranks own included: views, not copies."""
+        return list(self._view.weights(with_moments))
 
     def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
-        """See Engine."""
-        return [fragment for fragment in self.view.weights(with_moments) if self.owns(fragment.name)]
+        """Returns this rank's share of the fp32 weights: each element of each tensor has exactly one owner.
+
+        Replicated over TP: tensor rank 0. Tied: the first stage. ZeRO stage 0: data rank 0. Moments are None before
+        the first update.
+        """
+        return [fragment for fragment in self._view.weights(with_moments) if self.owns(fragment.name)]
 
     def owned_gradients(self) -> Iterator[Fragment]:
-        """See Engine. One at a time: where they must be converted, the whole gradient is never there twice."""
+        """Yields this rank's share of the gradient of the mean loss (unclipped, unscaled); only in before_update.
+
+        One at a time: where gradients are converted, there is never a second copy of all of them.
+        """
         scale = self._loss_scale()
-        for fragment in self.view.gradients():
+        for fragment in self._view.gradients():
             if self.owns(fragment.name):
                 yield Fragment(fragment.name, fragment.start, _unscaled(fragment.values, scale))
 
     def weight_decay(self, name: str) -> float:
-        """See Engine."""
+        """Returns the weight decay of a parameter."""
         optim = self.config.optim
         return optim.weight_decay if has_weight_decay(self.table[name], optim) else 0.0
 
     @torch.no_grad()
     def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
-        """See Engine."""
-        for fragment in self.view.weights(with_moments=False):
+        """Multiplies rows of weights in fp32 and copies them to the model; moments stay. Collective.
+
+        Args:
+            factors: By parameter, one number per row of the global tensor (per element, of a vector), on the host. The
+                same on every rank; a rank ignores parameters that it does not hold. Of parameters sharded by rows only.
+        """
+        for fragment in self._view.weights(with_moments=False):
             if fragment.name not in factors:
                 continue
             info = self.table[fragment.name]
             assert info.shard_dim == 0, fragment.name
             mine = factors[fragment.name].chunk(self.topology.tensor)[self.topology.tensor_rank]
             scale_rows(fragment, math.prod(info.shape[1:]), mine)
-        self.view.publish()
+        self._view.copy_masters_to_model()
         self._forget_spectra()
 
+    # What a checkpoint holds.
+
     def training_state(self) -> dict[str, Any]:
-        """See Engine."""
+        """Returns what continues a run besides weights and moments; the same on every rank, and fit for JSON.
+
+        Returns:
+            optimizer_step: Updates that the moments have seen. num_skipped: Updates left out. loss_scaler: State of the
+            fp16 loss scale, else None.
+        """
         return {
-            "optimizer_step": self.view.adam.step(),
+            "optimizer_step": self._view.adam.step(),
             "num_skipped": self.num_skipped,
             "loss_scaler": self._loss_scaler_state(),
         }
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """See Engine."""
+        """Returns small tensors that continue a run besides weights and moments, by name; collective.
+
+        These are the vectors of sigmaReparam's power iterations. Rank 0 gets those of all stages; only its are stored.
+        """
         if not self.config.model.sigma_reparam:
             return {}
         topology = self.topology
@@ -137,26 +287,35 @@ class EngineBase(ABC):
         return {name: vector for part in gathered or [mine] for name, vector in part.items()}
 
     def load_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        """See Engine."""
+        """Loads what `buffers` returned on rank 0, in whatever layout."""
         load_vectors(self._spectral_norms, buffers)
 
     @torch.no_grad()
     def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
-        """See Engine. None of DeepSpeed's own counters needs to come back: nothing here depends on them."""
+        """Replaces weights and optimizer state, of a new engine or one that has trained; collective.
+
+        Training then continues as if it had never stopped. None of DeepSpeed's own counters matters for it.
+
+        Args:
+            fill: Writes new values into a fragment, moments included where it has them; called for every fragment that
+                this rank holds.
+            state: What `training_state` returned; None for a start at step 0 with these weights.
+            with_moments: Whether the moments come back too; without them the optimizer starts anew.
+        """
         assert state is not None or not with_moments
         if with_moments:
-            self.view.adam.create()
+            self._view.adam.create()
         else:
-            self.view.forget_moments()
-        for fragment in self.view.weights(with_moments):
+            self._view.forget_moments()
+        for fragment in self._view.weights(with_moments):
             fill(fragment)
         if state is not None and with_moments:
-            self.view.adam.set_step(state["optimizer_step"])
+            self._view.adam.set_step(state["optimizer_step"])
         self.num_skipped = state["num_skipped"] if state is not None else 0
         if self._initial_loss_scaler is not None:
             stored = state["loss_scaler"] if state is not None else None
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
-        self.view.publish()
+        self._view.copy_masters_to_model()
         self._forget_spectra()
 
     def _forget_spectra(self) -> None:
@@ -175,97 +334,7 @@ class EngineBase(ABC):
             return None
         return float(self.deepspeed_engine.optimizer.loss_scale)
 
-    @abstractmethod
-    def _local_loss(self) -> torch.Tensor:
-        """Sum of this rank's micro-batch losses where it counts (one rank per data shard), else zero."""
 
-    @torch.no_grad()
-    def _propose(self) -> UpdateProposal:
-        """The one reduction and host read of a step: global loss, gradient norm, and whether a rank wants to stop."""
-        values = [fragment.values for fragment in self.view.gradients() if self.owns(fragment.name)]
-        squares = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        if values:
-            norms = torch.stack(torch._foreach_norm(values, dtype=torch.float32))
-            squares = (norms.to(squares) / (self._loss_scale() or 1.0)).square().sum()
-        wants_stop = self._wants_stop is not None and self._wants_stop()
-        stop = torch.full_like(squares, float(wants_stop))  # a fill, where torch.tensor would be a copy that waits
-        packed = torch.stack([self._local_loss().double() / self._num_micro_batches, squares, stop])
-        dist.all_reduce(packed)
-        loss, square, num_stops = packed.tolist()
-        self._is_stop_wanted = num_stops > 0
-        return UpdateProposal(loss, square**0.5)
-
-    def _gated_update(self) -> None:
-        """Stands in for DeepSpeed's optimizer.step: decides, on the same numbers on every rank, and then updates."""
-        self._proposal = proposal = self._propose()
-        if self._is_rehearsal:
-            self.view.skip_update()
-            return
-        limit = self.config.optim.grad_clip
-        is_finite = proposal.is_finite
-        if not is_finite and self.config.train.precision == "fp16":
-            self.view.update(math.inf, limit)  # lowers the loss scale instead
-            self._was_applied = False
-            return
-        is_wanted = self._before_update is None or self._before_update(proposal)
-        self._was_applied = is_finite and is_wanted
-        if self._was_applied:
-            self.view.update(proposal.gradient_norm, limit)
-        else:
-            self.view.skip_update()
-
-    def _on_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Copies tensors of a batch to the device, from pinned memory, so that the host does not wait for it."""
-        device = self.topology.device
-        if device.type == "cuda":
-            tensors = tuple(tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in tensors)
-        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
-
-    def _set_learning_rate(self, learning_rate: float) -> None:
-        for group in self.deepspeed_engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-    def train_batch(
-        self,
-        batches: Sequence[MicroBatch],
-        learning_rate: float,
-        before_update: BeforeUpdate | None = None,
-        wants_stop: Callable[[], bool] | None = None,
-    ) -> StepResult:
-        """See Engine."""
-        assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
-        self._before_update, self._wants_stop = before_update, wants_stop
-        self._set_learning_rate(learning_rate)
-        self._forget_spectra()
-        loss_scale = self._loss_scale()
-        self._run(batches)
-        for norm in self._spectral_norms:
-            norm.advance()
-        assert self._proposal is not None
-        is_overflow = loss_scale is not None and not self._proposal.is_finite
-        self.num_skipped += not self._was_applied
-        return StepResult(
-            self._proposal.loss,
-            self._proposal.gradient_norm,
-            self._was_applied,
-            is_overflow,
-            loss_scale,
-            self._is_stop_wanted,
-        )
-
-    def gradient_norm(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
-        """See Engine."""
-        assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
-        self._wants_stop = None
-        self._forget_spectra()
-        self._is_rehearsal = True
-        try:
-            self._run(batches, between)
-        finally:
-            self._is_rehearsal = False
-        assert self._proposal is not None
-        return self._proposal.gradient_norm
-
-    @abstractmethod
-    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
-        """Forward and backward over the micro-batches, gradient reduction, gated update."""
+def _unscaled(gradient: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A gradient in fp32; without a name in the caller, which would keep it while it converts the next one."""
+    return gradient.float() if scale is None else gradient.float() / scale

@@ -1,4 +1,4 @@
-"""Pieces of global tensors that a rank owns, and what can be done to them without the rest."""
+"""Pieces of global tensors that a rank holds."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ class Fragment:
         name: Canonical parameter name.
         start: First element, counted in this rank's tensor-parallel shard flattened row by row.
         values: fp32 master weights, or gradients, 1-D.
-        exp_avg: Adam's first moment of the same elements, where asked for.
-        exp_avg_sq: Adam's second moment of the same elements, where asked for.
+        exp_avg: Adam's first moment of the same elements, if requested.
+        exp_avg_sq: Adam's second moment of the same elements, if requested.
     """
 
     name: str

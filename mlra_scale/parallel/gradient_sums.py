@@ -2,9 +2,8 @@
 
 DeepSpeed's BF16_Optimizer keeps one flat fp32 buffer of gradients per parameter group, and adds to it parameter by
 parameter: a kernel that converts, one that adds, and one in the backward pass that adds to a zeroed bf16 gradient.
-These were 57 of the 108 kernels of a block. Here autograd hands its gradients over, they are joined in pieces of the
-flat order, and each piece is added by one kernel. The sums are the same to the last bit: fp32, micro-batch by
-micro-batch.
+These were 57 of the 108 kernels of a block. Here the gradients of a micro-batch are joined in pieces of the flat order,
+and each piece is added by one kernel. The sums are the same to the last bit: fp32, micro-batch by micro-batch.
 """
 
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ class _Piece:
 
 
 class GradientSums:
-    """Takes the place of BF16_Optimizer's bookkeeping of gradients.
+    """Replaces BF16_Optimizer's bookkeeping of gradients.
 
     Args:
         optimizer: DeepSpeed's BF16_Optimizer; its methods that touch gradients are replaced.
@@ -43,7 +42,7 @@ class GradientSums:
 
     @torch.no_grad()
     def add(self, clear_lp_grads: bool = False) -> None:
-        """Adds the gradients of a micro-batch and drops them; DeepSpeed's argument says nothing new."""
+        """Adds the gradients of a micro-batch and drops them, whatever DeepSpeed's argument is."""
         for piece in self._pieces:
             gradients = []
             for parameter in piece.parameters:
@@ -53,7 +52,7 @@ class GradientSums:
             piece.sums.add_(gradients[0] if len(gradients) == 1 else torch.cat(gradients))
 
     def drop(self, set_to_none: bool = True) -> None:
-        """Drops bf16 gradients, so that the backward pass hands new ones over instead of adding to old ones."""
+        """Drops bf16 gradients, so that the backward pass creates new ones instead of adding to old ones."""
         for piece in self._pieces:
             for parameter in piece.parameters:
                 parameter.grad = None

@@ -1,17 +1,15 @@
 """Where DeepSpeed keeps the fp32 weights, moments and gradients: one view per kind of optimizer wrapper.
 
 DeepSpeed 0.19 wraps torch's optimizer in one of several ways, depending on ZeRO stage and precision. Each class below
-knows one of them and offers the same: this rank's fragments of the fp32 weights with their moments, its fragments of
-the gradient before the update, the update with a gradient norm that is known already, how to leave an update out, how
-to make the model follow changed weights, and whether the copies are replicated over data ranks. All of it relies on
-DeepSpeed's inner attributes and is covered by tests/distributed.
+knows one of them. All of it relies on DeepSpeed's inner attributes and is covered by tests/distributed.
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -24,27 +22,34 @@ from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.gradient_sums import GradientSums
 from mlra_scale.parallel.host_waits import DeviceOrdered, order_stage2_on_device, order_stage3_on_device
 
-Named = Mapping[str, nn.Parameter]
+NamedParameters = Mapping[str, nn.Parameter]
 
 
-class MasterView(Protocol):
-    """One rank's view of the fp32 training state, ownership among replicas not yet decided."""
+class MasterView(ABC):
+    """One rank's view of the fp32 training state, ownership among replicas not yet decided.
 
-    is_replicated_over_data: bool
-    adam: AdamState
+    Attributes:
+        adam: The optimizer's own state.
+        is_replicated_over_data: Whether every data rank holds all of it.
+    """
 
+    is_replicated_over_data = False
+
+    def __init__(self, optimizer: Any, named: NamedParameters, inner: Any, masters: Sequence[torch.Tensor]) -> None:
+        """Looks into DeepSpeed's optimizer (`inner`: the one that it wraps) with its fp32 tensors."""
+        self.optimizer = optimizer
+        self.named = named
+        self.adam = AdamState(inner, masters)
+
+    @abstractmethod
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
-        """Yields fragments of the fp32 weights (views, not copies), with Adam's moments if asked for."""
-        ...
+        """Yields fragments of the fp32 weights (views, not copies), with Adam's moments if requested."""
 
+    @abstractmethod
     def gradients(self) -> Iterator[Fragment]:
         """Yields fragments of the reduced gradient, in DeepSpeed's type and times the loss scale; only in the gate."""
-        ...
 
-    def forget_moments(self) -> None:
-        """Puts the optimizer back to before its first update."""
-        ...
-
+    @abstractmethod
     def update(self, gradient_norm: float, limit: float) -> None:
         """Updates the weights. DeepSpeed would find the norm itself: by more kernels, sums over ranks and host reads.
 
@@ -53,18 +58,23 @@ class MasterView(Protocol):
                 loss scale is lowered instead.
             limit: The gradient is scaled down to this norm; 0: never.
         """
-        ...
 
-    def skip_update(self) -> None:
-        """Drops the gradients so that no update takes place; weights, moments and loss scale stay as they are."""
-        ...
+    def skip_update(self) -> None:  # noqa: B027
+        """Drops the gradients so that no update takes place; weights, moments and loss scale stay as they are.
 
-    def publish(self) -> None:
-        """Makes the weights that the model computes with follow the fp32 ones; collective."""
-        ...
+        By default nothing is to be done: DeepSpeed's engine zeroes the gradients after every step.
+        """
+
+    def forget_moments(self) -> None:
+        """Puts the optimizer back to before its first update."""
+        self.adam.forget()
+
+    @abstractmethod
+    def copy_masters_to_model(self) -> None:
+        """Gives the model the changed fp32 weights in its own precision; collective."""
 
 
-def master_view(optimizer: Any, named: Named, data_rank: int, device: torch.device) -> MasterView:
+def master_view(optimizer: Any, named: NamedParameters, data_rank: int, device: torch.device) -> MasterView:
     """Returns the view that fits DeepSpeed's optimizer; also mends what that does (see the classes).
 
     Args:
@@ -87,12 +97,12 @@ def master_view(optimizer: Any, named: Named, data_rank: int, device: torch.devi
     return ReplicatedView(optimizer, named)
 
 
-def mend_loss_scaling(optimizer: Any) -> None:
-    """Mends two habits of DeepSpeed's fp16 loss scaling (ZeRO 1 to 3).
+def grow_loss_scale_after_update(optimizer: Any) -> None:
+    """Corrects DeepSpeed's fp16 loss scaling (ZeRO 1 to 3) in two respects.
 
-    When the scale grows it does so before the gradients are divided by it, so that one update in a thousand would take
-    half its gradient: growth waits until the update is done. And a row of overflows is ours to judge
-    (`train.max_consecutive_overflows`), not an exception inside DeepSpeed.
+    DeepSpeed increases the scale before it divides the gradients by it, so that one update in a thousand would take
+    half its gradient: here the scale grows after the update. And many overflows in a row are judged by the trainer
+    (`train.max_consecutive_overflows`), not by an exception inside DeepSpeed.
     """
     optimizer.loss_scaler.raise_error_at_min_scale = False
     update_scale, step = optimizer._update_scale, optimizer.step
@@ -110,24 +120,21 @@ def mend_loss_scaling(optimizer: Any) -> None:
     optimizer.step = step_then_grow
 
 
-class ReplicatedView:
+class ReplicatedView(MasterView):
     """ZeRO stage 0 in fp32: every data rank holds everything, and the masters are the parameters themselves."""
 
     is_replicated_over_data = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, named: Named) -> None:
-        self.named = named
-        self.adam = AdamState(optimizer, list(named.values()))
+    def __init__(self, optimizer: torch.optim.Optimizer, named: NamedParameters) -> None:
+        super().__init__(optimizer, named, optimizer, list(named.values()))
         self._step = optimizer.step
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
-        """See MasterView."""
         for name, parameter in self.named.items():
             state = self.adam.of(parameter) if with_moments else {}
             yield Fragment(name, 0, parameter.detach().view(-1), *_moments(state, 0, parameter.numel()))
 
     def gradients(self) -> Iterator[Fragment]:
-        """See MasterView."""
         for name, parameter in self.named.items():
             assert parameter.grad is not None, name
             yield Fragment(name, 0, parameter.grad.view(-1))
@@ -137,29 +144,14 @@ class ReplicatedView:
         _clip([parameter.grad for parameter in self.named.values() if parameter.grad is not None], gradient_norm, limit)
         self._step()
 
-    def skip_update(self) -> None:
-        """See MasterView. The engine zeroes the gradients after every step."""
-
-    def forget_moments(self) -> None:
-        """See MasterView."""
-        self.adam.forget()
-
-    def publish(self) -> None:
-        """See MasterView. The masters are what the model computes with."""
+    def copy_masters_to_model(self) -> None:
+        """The model computes with the masters."""
 
 
-class _MappedView:
+class _MappedView(MasterView):
     """What ZeRO 1 and 2 have in common: flat fp32 partitions, split over data ranks."""
 
-    is_replicated_over_data = False
-
-    def __init__(self, optimizer: Any, named: Named, masters: list[torch.Tensor]) -> None:
-        self.optimizer = optimizer
-        self.named = named
-        self.adam = AdamState(optimizer.optimizer, masters)
-
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
-        """See MasterView."""
         for name, mapping in self._mappings():
             where = mapping.hp_fragment_address
             state = self.adam.of(self.adam.masters[mapping.param_group_index]) if with_moments else {}
@@ -167,7 +159,6 @@ class _MappedView:
             yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
 
     def gradients(self) -> Iterator[Fragment]:
-        """See MasterView."""
         groups: dict[int, _Pieces] = {}
         for name, mapping in self._mappings():
             group, where = mapping.param_group_index, mapping.hp_fragment_address
@@ -176,15 +167,13 @@ class _MappedView:
             yield Fragment(name, mapping.lp_fragment_address.start, groups[group].narrow(where.start, where.numel))
 
     def forget_moments(self) -> None:
-        """See MasterView."""
-        self.adam.forget()
+        super().forget_moments()
         # DeepSpeed's own views of the moments, made after the first update, would keep them alive.
         for _, mapping in self._mappings():
             mapping.optim_fragment = None
         self.optimizer._hp_optimizer_states_linked = False
 
-    def publish(self) -> None:
-        """See MasterView."""
+    def copy_masters_to_model(self) -> None:
         self.optimizer.update_lp_params()
 
     def _mappings(self) -> Iterator[tuple[str, Any]]:
@@ -193,9 +182,9 @@ class _MappedView:
             if mapping is not None:
                 yield name, mapping
 
+    @abstractmethod
     def _flat_gradients(self, group: int) -> list[torch.Tensor]:
         """The group's gradient partition as consecutive pieces."""
-        raise NotImplementedError
 
 
 class Bf16View(_MappedView):
@@ -205,22 +194,18 @@ class Bf16View(_MappedView):
     update are done here.
     """
 
-    def __init__(self, optimizer: BF16_Optimizer, named: Named) -> None:
-        super().__init__(optimizer, named, optimizer.fp32_groups_flat_partition)
+    def __init__(self, optimizer: BF16_Optimizer, named: NamedParameters) -> None:
+        super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_groups_flat_partition)
         GradientSums(optimizer)
 
     def update(self, gradient_norm: float, limit: float) -> None:
-        """See MasterView."""
         gradients = self.optimizer.fp32_groups_gradient_flat_partition
         _clip(gradients, gradient_norm, limit)
         for master, gradient in zip(self.adam.masters, gradients, strict=True):
             master.grad = gradient
         self.optimizer.optimizer.step()
         self.optimizer._lazy_init_hp_params_optimizer_state()
-        self.publish()
-
-    def skip_update(self) -> None:
-        """See MasterView. The engine zeroes the gradients after every step."""
+        self.copy_masters_to_model()
 
     def _flat_gradients(self, group: int) -> list[torch.Tensor]:
         return [self.optimizer.fp32_groups_gradient_flat_partition[group]]
@@ -229,25 +214,22 @@ class Bf16View(_MappedView):
 class PartitionedView(_MappedView):
     """ZeRO 1 and 2, but for bf16 with ZeRO 1."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, named: Named) -> None:
-        super().__init__(optimizer, named, optimizer.single_partition_of_fp32_groups)
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, named: NamedParameters) -> None:
+        super().__init__(optimizer, named, optimizer.optimizer, optimizer.single_partition_of_fp32_groups)
         self._step = optimizer.step
         self._known = _KnownNorm(optimizer)
         optimizer.scaled_global_norm = lambda norm_type=2: self._known.scaled
         optimizer.update_offload_overflow_tracker_for_param_grad = lambda parameter: None
 
     def gradients(self) -> Iterator[Fragment]:
-        """See MasterView."""
         self.optimizer._wait_for_offload_copies()  # which DeepSpeed does only inside its step
         return super().gradients()
 
     def update(self, gradient_norm: float, limit: float) -> None:
-        """See MasterView."""
         self._known.set(gradient_norm, limit)
         self._step()
 
     def skip_update(self) -> None:
-        """See MasterView."""
         optimizer = self.optimizer
         # What the wrapper itself does when it meets an overflow, without touching the loss scale.
         optimizer.micro_step_id = -1
@@ -267,27 +249,26 @@ class PartitionedView(_MappedView):
         return pieces
 
 
-class Stage3View:
-    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank."""
+class Stage3View(MasterView):
+    """ZeRO 3: every parameter is cut into one equal (padded) piece per data rank.
 
-    is_replicated_over_data = False
+    Data rank r holds elements r s to (r + 1) s of the rank's tensor-parallel shard, flattened row by row; s is the
+    number of elements over the number of data ranks, rounded up. A piece may begin and end inside a row.
+    """
 
-    def __init__(self, optimizer: Any, named: Named, data_rank: int) -> None:
-        self.optimizer = optimizer
-        self.named = named
+    def __init__(self, optimizer: Any, named: NamedParameters, data_rank: int) -> None:
+        super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
         self.data_rank = data_rank
-        self.adam = AdamState(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
         self._step = optimizer.step
         self._known = _KnownNorm(optimizer)
         optimizer._get_norm_groups = lambda: [self._known.scaled]
-        self._places = {
+        self._indices = {
             id(parameter): (group, index)
             for group, parameters in enumerate(optimizer.fp16_groups)
             for index, parameter in enumerate(parameters)
         }
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
-        """See MasterView."""
         for name, parameter, start, length in self._pieces():
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
@@ -305,27 +286,20 @@ class Stage3View:
                 group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 gradient = optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, length)
             else:
-                group, index = self._places[id(parameter)]
+                group, index = self._indices[id(parameter)]
                 gradient = optimizer.averaged_gradients[group][index].view(-1)[:length]
             yield Fragment(name, start, gradient)
 
     def update(self, gradient_norm: float, limit: float) -> None:
-        """See MasterView."""
         self._known.set(gradient_norm, limit)
         self._step()
 
     def skip_update(self) -> None:
-        """See MasterView."""
         self.optimizer._pre_step()
         self.optimizer._partition_all_parameters()
         self.optimizer._overflow_clean_up(self.optimizer.loss_scale)
 
-    def forget_moments(self) -> None:
-        """See MasterView."""
-        self.adam.forget()
-
-    def publish(self) -> None:
-        """See MasterView."""
+    def copy_masters_to_model(self) -> None:
         optimizer = self.optimizer
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
@@ -344,7 +318,7 @@ class Stage3View:
 
 
 class _KnownNorm:
-    """Tells a ZeRO optimizer the gradient norm and whether there is an overflow, instead of having it look.
+    """Gives a ZeRO optimizer the gradient norm and whether there is an overflow, which it would compute itself.
 
     Attributes:
         scaled: The norm times the loss scale; on the host, where DeepSpeed's update then finds it without a wait.

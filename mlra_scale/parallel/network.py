@@ -1,8 +1,8 @@
 """The network interface over which gloo connects ranks, on hosts that have several.
 
-By itself gloo takes the interface of the host's name, which on many clusters is a management network, or on Debian
-127.0.1.1. The ranks already meet at MASTER_ADDR (under Slurm the address that it has of the first node): the interface
-from which this host reaches it is one over which the hosts reach each other.
+By default gloo uses the interface of the host's name, which on many clusters is a management network, and on Debian
+127.0.1.1. All ranks connect to MASTER_ADDR: the interface from which this host reaches it is one over which the hosts
+reach each other.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import psutil
 
 
 def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
-    """Names the interface for gloo, unless the environment does or the ranks do not say where they meet.
+    """Names the interface for gloo, unless the environment names it or has no MASTER_ADDR.
 
-    On several hosts it is never the loopback interface, which the first host may have for its own name.
+    With several hosts it is never the loopback interface, to which the first host's own name may resolve.
 
     Args:
         environment: Of a rank, with MASTER_ADDR and WORLD_SIZE as launchers set them.
@@ -30,13 +30,13 @@ def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
 
 
 def is_loopback(name: str) -> bool:
-    """Returns whether an interface reaches this host alone: that of a host's own name, on Debian."""
+    """Returns whether an interface reaches this host only."""
     stats = psutil.net_if_stats().get(name)
     return stats is not None and "loopback" in stats.flags.split(",")
 
 
 def interface_towards(host: str) -> str | None:
-    """Returns the name of the interface whose address this machine shows to a host; None if that is not known.
+    """Returns the name of the interface from which this machine reaches a host; None if it is not known.
 
     Args:
         host: A name or an address; nothing is sent to it.

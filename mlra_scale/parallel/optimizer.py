@@ -1,5 +1,6 @@
-"""AdamW and what decays."""
+"""The optimizer of a rank: which parameters it updates how. AdamW is the only one."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,13 +23,26 @@ def has_weight_decay(info: ParameterInfo, optim: OptimConfig) -> bool:
     return decays[info.kind]
 
 
-def parameter_groups(named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Splits parameters by weight decay."""
+def parameter_groups(
+    named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig, alone: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Splits parameters by weight decay.
+
+    Args:
+        named: This rank's parameters by canonical name.
+        table: The parameter table.
+        optim: What decays.
+        alone: Parameters that get a group of their own, before the group that they would be in.
+
+    Returns:
+        Parameter groups as torch's optimizers take them; none is empty.
+    """
     groups = []
     for decay in (True, False):
-        members = [parameter for name, parameter in named.items() if has_weight_decay(table[name], optim) is decay]
-        weight_decay = optim.weight_decay if decay else 0.0
-        groups.append({"params": members, "weight_decay": weight_decay})
+        members = [name for name in named if has_weight_decay(table[name], optim) is decay]
+        for names in (*([name] for name in members if name in alone), [name for name in members if name not in alone]):
+            parameters = [named[name] for name in names]
+            groups.append({"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0})
     return [group for group in groups if group["params"]]
 
 

@@ -16,76 +16,37 @@ from torch import nn
 
 from mlra_scale.config import BatchPlan, Config
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.layers import Layer, TokenEmbedding, model_layers
-from mlra_scale.parallel.engine import EngineBase
-from mlra_scale.parallel.interface import Between, MicroBatch
+from mlra_scale.model.embedding import TokenEmbedding
+from mlra_scale.model.gpt import model_layers
+from mlra_scale.parallel.engine import Engine
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
+from mlra_scale.parallel.step import Between, MicroBatch
 from mlra_scale.parallel.topology import Topology
 
 
-class _BuildLayer(LayerSpec):
-    """DeepSpeed's layer description of one of our layers."""
+def _hidden_and_weight(embedding: TokenEmbedding, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the last stage hands to the loss function: the hidden state and the weight of the head.
 
-    def __init__(self, layer: Layer) -> None:
-        super().__init__(layer.module_class)
-        self.layer = layer
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.layer.build()
-
-
-def _what_the_loss_needs(embedding: TokenEmbedding, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden state and the weight, from which the loss is made with the head in one.
-
-    The weight goes this way because DeepSpeed clears bf16 gradients when the backward pass reaches the module's
-    outputs: that of a weight which the loss had read by itself would be gone.
+    DeepSpeed clears bf16 gradients when the backward pass reaches the module's outputs: the gradient of a weight that
+    the loss function read by itself would be lost.
     """
     return hidden_BSD, embedding.weight.view_as(embedding.weight)
 
 
-class _BuildTiedLayer(TiedLayerSpec):
-    """The token embedding, at both ends of the pipeline; the last stage uses its copy as the head."""
-
-    def __init__(self, layer: Layer, is_head: bool) -> None:
-        super().__init__(
-            "embedding",
-            layer.module_class,
-            forward_fn=_what_the_loss_needs if is_head else None,
-            tied_weight_attr="weight",
-        )
-        self.layer = layer
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.layer.build()
-
-
-def _with_a_group_of_its_own(tied: nn.Parameter | None, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups with the tied embedding, where a stage has it, in one of its own.
-
-    ZeRO then cuts both copies at the same places. Otherwise it cuts the rest of the stage along with them, and Adam
-    rounds the last few elements of a piece otherwise than those before (they fill no vector register): the copies would
-    drift apart there.
-    """
-    if tied is None:
-        return groups
-    found: list[dict[str, Any]] = []
-    for group in groups:
-        is_tied = [parameter is tied for parameter in group["params"]]
-        if any(is_tied):
-            found.append({**group, "params": [tied]})
-            group = {**group, "params": [other for other in group["params"] if other is not tied]}
-        found.append(group)
-    return [group for group in found if group["params"]]
-
-
-class PipelineEngine(EngineBase):
-    """DeepSpeed's pipeline engine around the layer list (see parallel.engine.Engine)."""
+class PipelineEngine(Engine):
+    """DeepSpeed's pipeline engine around the layer list."""
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
         super().__init__(config, plan, topology)
         layers = model_layers(context)
-        specs = [_BuildTiedLayer(layers[0], is_head=False), *(_BuildLayer(layer) for layer in layers[1:])]
-        specs.append(_BuildTiedLayer(layers[0], is_head=True))
+        embedding, *rest = layers
+        # The token embedding is at both ends of the pipeline; the last stage uses its copy as the head.
+        tied = partial(TiedLayerSpec, "embedding", embedding.module_class, *embedding.arguments)
+        specs = [
+            tied(tied_weight_attr="weight"),
+            *(LayerSpec(layer.module_class, *layer.arguments) for layer in rest),
+            tied(forward_fn=_hidden_and_weight, tied_weight_attr="weight"),
+        ]
         with contextlib.redirect_stdout(io.StringIO()):  # a listing of every layer
             module: PipelineModule = PipelineModule(
                 layers=specs,
@@ -97,17 +58,18 @@ class PipelineEngine(EngineBase):
             )
         self._assert_same_groups(module)
         named = self._canonical_names(module, [layer.name for layer in layers])
-        groups = parameter_groups(named, self.table, config.optim)
-        if topology.pipeline > 1:
-            groups = _with_a_group_of_its_own(named.get("embedding.weight"), groups)
-        optimizer = build_optimizer(config, groups)
+        # With several stages the tied embedding has a parameter group of its own, so that ZeRO cuts both copies at the
+        # same places. Otherwise it cuts the rest of the stage along with them, and Adam rounds the last few elements of
+        # a piece otherwise than those before (they fill no vector register): the copies would drift apart there.
+        alone = {"embedding.weight"} if topology.pipeline > 1 else set()
+        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim, alone))
         engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=self.settings, dist_init_required=False
+            model=module, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
-        # The loss is summed in EngineBase._propose; DeepSpeed would sum and send it once more, with a copy that waits.
+        # The loss is summed in Engine._propose; DeepSpeed would sum and send it once more, with a copy that waits.
         engine._aggregate_total_loss = lambda: None
         engine._bcast_pipe_scalar = partial(self._broadcast_scalar, engine)
-        if not engine.is_pipe_partitioned:  # or what is sent is another shape, which a user's --ds-config has asked for
+        if not engine.is_pipe_partitioned:  # with it, which a --ds-config file may set, stages send other shapes
             self._agree_on_shapes(engine, context)
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, BackwardPass: self._backward_pass}
         if topology.pipeline > 1 and topology.data > 2:
@@ -142,7 +104,7 @@ class PipelineEngine(EngineBase):
 
     @staticmethod
     def _backward_pass(engine: Any, buffer_id: int) -> None:
-        """DeepSpeed's own, after which the last stage too lets go of the micro-batch's outputs."""
+        """DeepSpeed's own; then the last stage drops the micro-batch's outputs, as the others do."""
         engine._exec_backward_pass(buffer_id)
         engine.pipe_buffers["outputs"][buffer_id] = None
 
@@ -152,9 +114,9 @@ class PipelineEngine(EngineBase):
 
         DeepSpeed adds the two stages' gradients, and then each stage those of its data ranks, within one buffer with
         the rest of the stage. How a sum of three or more numbers is rounded depends on their order, and that on the
-        place in the buffer, which is not the same on both stages: the copies would drift apart. Here the data ranks
-        come first and the two stages last, where there are two numbers, and no order. Only data rank 0 then brings the
-        sum into DeepSpeed's reduction over data ranks: zeros change nothing in any order.
+        offset in the buffer, which differs between the stages: the copies would drift apart. Here the data ranks are
+        summed first and the two stages last: a sum of two numbers has no order. Only data rank 0 then contributes the
+        sum to DeepSpeed's reduction over data ranks: zeros change nothing in any order.
         """
         data_group = engine.grid.get_data_parallel_group()
         for weight, group in engine.module.get_tied_weights_and_groups():
@@ -188,7 +150,7 @@ class PipelineEngine(EngineBase):
         dist.broadcast(total, engine._loss_stage_global_rank(), group=engine.mpu.get_pipe_parallel_group())
         return total
 
-    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None) -> None:
         with self._called_between_steps(between):
             self.deepspeed_engine.train_batch(data_iter=self._feed(batches))
 
@@ -196,8 +158,8 @@ class PipelineEngine(EngineBase):
     def _called_between_steps(self, between: Between | None) -> Iterator[None]:
         """Has DeepSpeed call `between` before each step of its schedule.
 
-        A step is atomic there: all stages have as many of them, and what one sends another receives in the same step,
-        so that a collective, or an end, between two steps leaves nobody waiting (PipeSchedule's own documentation).
+        A step is atomic: all stages have equally many, and a message is sent and received within the same step, so that
+        a collective, or an exception, between two steps leaves no rank waiting (PipeSchedule's own documentation).
         """
         if between is None:
             yield
@@ -237,9 +199,9 @@ class PipelineEngine(EngineBase):
         return float(loss)
 
     def _feed(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
-        """What DeepSpeed's pipeline draws per micro-batch: inputs of the first stage, labels of the last.
+        """Yields what DeepSpeed's pipeline reads per micro-batch: inputs of the first stage, labels of the last.
 
-        They are on the device: DeepSpeed's own copy would be of unpinned memory, and wait.
+        They are on the device: DeepSpeed's own copy would be from unpinned memory, and wait.
         """
         for batch in batches:
             inputs: tuple[torch.Tensor, ...] = ()

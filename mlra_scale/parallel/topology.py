@@ -65,7 +65,7 @@ class Topology:
 
 
 def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
-    """Starts the default process group from the launcher's environment, if it is not running yet.
+    """Starts the default process group from the launcher's environment, unless it is running.
 
     Args:
         device: `cpu` (gloo) or `cuda` (nccl).
@@ -82,10 +82,10 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
             os.environ.setdefault(name, value)
         set_gloo_interface(os.environ)
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=timeout_minutes))
-    # DeepSpeed would look which of its kernels it can build, warn on every rank of seven that need nvcc, and compile an
+    # DeepSpeed would test which of its kernels it can build, warn on every rank of seven that need nvcc, and compile an
     # all-reduce in shared memory for inference on CPUs; training calls none of them.
     deepspeed.ops.__compatible_ops__ = {}
-    # Adopts the running process group; DeepSpeed keeps its own handle on it.
+    # DeepSpeed adopts the running process group and keeps its own handle on it.
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)
     )
@@ -103,7 +103,7 @@ def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float
         timeout_minutes: Timeout of the collectives of the new groups.
 
     Returns:
-        This rank's place in the mesh.
+        This rank's coordinates and groups.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
@@ -132,6 +132,6 @@ def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float
 
 
 def destroy_topology(topology: Topology) -> None:
-    """Forgets the groups of a layout, so that another one can be built in the same process; collective."""
+    """Destroys the groups of a layout, so that another one can be built in the same process; collective."""
     dist.destroy_process_group(topology.control_group)
     parallel_state.destroy_model_parallel()

@@ -1,6 +1,7 @@
 """The ZeRO engine: TP x DP, ZeRO stages 0 to 3, the whole model on every rank."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -11,24 +12,23 @@ from mlra_scale.config import BatchPlan, Config, zero_stage
 from mlra_scale.model.attention import SelfAttention
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.gpt import GPT, OutputHead
-from mlra_scale.parallel.engine import EngineBase
-from mlra_scale.parallel.interface import Between, MicroBatch
-from mlra_scale.parallel.mpu import ModelParallelUnit
+from mlra_scale.parallel.engine import Engine
 from mlra_scale.parallel.optimizer import build_optimizer, parameter_groups
+from mlra_scale.parallel.step import Between, MicroBatch
 from mlra_scale.parallel.topology import Topology
 
 
-class ZeroEngine(EngineBase):
-    """DeepSpeed's plain engine around the whole model (see parallel.engine.Engine)."""
+class ZeroEngine(Engine):
+    """DeepSpeed's plain engine around the whole model."""
 
     def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
         super().__init__(config, plan, topology)
-        unit = ModelParallelUnit(topology)
+        unit = _model_parallel_unit(topology)
         # The data group must be given to zero.Init too: with mpu alone, parameters are partitioned over the world.
         with deepspeed.zero.Init(
             enabled=zero_stage(config) == 3,
             data_parallel_group=topology.data_group,
-            config_dict_or_path=self.settings,
+            config_dict_or_path=self._settings,
             mpu=unit,
         ):
             model = GPT(context)
@@ -38,7 +38,7 @@ class ZeroEngine(EngineBase):
         assert set(named) == set(self.table), set(named) ^ set(self.table)
         optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.settings, mpu=unit, dist_init_required=False
+            model=model, optimizer=optimizer, config=self._settings, mpu=unit, dist_init_required=False
         )
         self._assert_same_groups(engine)
         self._losses = torch.zeros((), device=topology.device)
@@ -50,7 +50,7 @@ class ZeroEngine(EngineBase):
         assert theirs == dist.get_process_group_ranks(self.topology.data_group), theirs
         assert engine.mp_world_size == self.topology.tensor, engine.mp_world_size
 
-    def _run(self, batches: Sequence[MicroBatch], between: Between | None = None) -> None:
+    def _run(self, batches: Sequence[MicroBatch], between: Between | None) -> None:
         engine = self.deepspeed_engine
         engine.train()
         self._losses.zero_()
@@ -83,6 +83,24 @@ class ZeroEngine(EngineBase):
         return self._on_device(
             batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.sample_ids_B, batch.targets_BS
         )
+
+
+def _model_parallel_unit(topology: Topology) -> SimpleNamespace:
+    """The object through which DeepSpeed's ZeRO engine learns of tensor parallelism (its argument `mpu`).
+
+    It must not offer `initialize_sequence_parallel`: ZeRO 3 would then drop the model-parallel group.
+    """
+    return SimpleNamespace(
+        get_model_parallel_rank=lambda: topology.tensor_rank,
+        get_model_parallel_world_size=lambda: topology.tensor,
+        get_model_parallel_group=lambda: topology.tensor_group,
+        get_tensor_model_parallel_rank=lambda: topology.tensor_rank,
+        get_tensor_model_parallel_world_size=lambda: topology.tensor,
+        get_tensor_model_parallel_group=lambda: topology.tensor_group,
+        get_data_parallel_rank=lambda: topology.data_rank,
+        get_data_parallel_world_size=lambda: topology.data,
+        get_data_parallel_group=lambda: topology.data_group,
+    )
 
 
 def _register_read_parameters(model: GPT) -> None:

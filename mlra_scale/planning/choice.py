@@ -1,12 +1,12 @@
-"""Which layout a job runs where its configuration leaves that open: `parallel.layout=auto`. Imports no torch.
+"""The planner's choice of a layout, for `parallel.layout=auto`. Imports no torch.
 
-The fastest layout by the estimate; of those within SAME of it the plainest one, with the lowest ZeRO stage, the least
-recomputation and the fewest tensor ranks and stages, because estimates do not tell them apart. It gives way if it
-depends too much on constants that were assumed. Each constant of the cluster is taken 30 % better and 30 % worse, one
-at a time. The loss of a layout under such a change is how much longer its step takes than that of the layout that is
-then the fastest. If the chosen layout loses more than LARGEST_LOSS under some change, the layout with the smallest
-worst loss is chosen instead. The memory of a device is known, not assumed: there is no loss for it, but FREE_SHARE of
-it stays free (cluster.py).
+It is the fastest layout by the estimate; of those within SAME of it the plainest one, with the lowest ZeRO stage, the
+least recomputation and the fewest tensor ranks and stages, because estimates do not distinguish them. Another layout is
+chosen if this one depends too much on assumed constants: each constant of the cluster is taken 30 % better and 30 %
+worse, one at a time. The loss of a layout under such a change is how much longer its step takes than that of the layout
+that is then the fastest. If the chosen layout loses more than LARGEST_LOSS under some change, the layout with the
+smallest worst loss is chosen instead. The memory of a device is known, not assumed: there is no loss for it, but
+FREE_SHARE of it stays free (cluster.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 from typing import get_args
 
 from mlra_scale.config import Config, ConfigError, Named, Problem, zero_stage
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.config.schema import LayoutField
 from mlra_scale.planning.cluster import FREE_SHARE, GIB, Cluster
-from mlra_scale.planning.plan_text import TIME_HEADER, aligned, nothing_fits, time_row
-from mlra_scale.planning.search import CHECKPOINTING, Candidate, Engine, Found, changed, search
+from mlra_scale.planning.plan_text import TIME_LEGEND, nothing_fits, time_table
+from mlra_scale.planning.search import CHECKPOINTING, Candidate, EngineSettings, Found, changed, search
 from mlra_scale.planning.step_time import step_time
 
 SAME = 0.02
@@ -32,9 +33,9 @@ LARGEST_LOSS = 0.15
 BETTER, WORSE = 1.3, 0.7
 OTHERS = 2
 FIELDS: tuple[LayoutField, ...] = get_args(LayoutField)
-"""What is chosen; a field that is named stays as it is."""
+"""The fields that are chosen; a field that is named stays as it is."""
 RECORD = "parallel.named_layout_fields"
-"""Where the configuration with a chosen layout has which of them were named."""
+"""The field of a configuration with a chosen layout that lists which of them were named."""
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
@@ -43,10 +44,10 @@ _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3"
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """What was chosen, and what it was compared with.
+    """A chosen layout, and what it was compared with.
 
     Attributes:
-        cluster: What it was chosen for.
+        cluster: The cluster.
         chosen: The layout.
         fastest: The fastest layout by the estimate.
         others: The next best, fastest first.
@@ -67,12 +68,12 @@ class LayoutChoice:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The changed constant under which the chosen layout loses most, and what it loses."""
+        """The changed constant under which the chosen layout loses most, and its loss."""
         return max(self.losses.items(), key=lambda item: item[1])
 
     @property
     def overrides(self) -> list[str]:
-        """Dotted overrides that name the chosen layout, DeepSpeed's settings included, and say what was named of it."""
+        """Dotted overrides that name the chosen layout, and list which of its fields were named."""
         return [*self.by_hand, f"{RECORD}={json.dumps(self.kept)}"]
 
     @property
@@ -81,26 +82,23 @@ class LayoutChoice:
         return [*self.chosen.overrides(), f"deepspeed={json.dumps(self.chosen.config.deepspeed)}"]
 
 
-def engines_for(config: Config) -> tuple[Engine, ...]:
-    """Returns the engines' settings to choose from.
-
-    Args:
-        config: In bf16 no settings stand for ZeRO 1, whose files hold better ones.
+def engines_for(config: Config) -> tuple[EngineSettings, ...]:
+    """Returns the settings to choose from. In bf16 empty settings mean ZeRO 1, for which the files hold better ones.
 
     Raises:
-        ConfigError: The folder is not where the project has it.
+        ConfigError: A file of ds_configs/ cannot be read.
     """
     return engines()[1:] if config.train.precision == "bf16" else engines()
 
 
 @cache
-def engines() -> tuple[Engine, ...]:
+def engines() -> tuple[EngineSettings, ...]:
     """Returns all settings: no ZeRO, and files of ds_configs/.
 
     Raises:
-        ConfigError: The folder is not where the project has it.
+        ConfigError: A file of ds_configs/ cannot be read.
     """
-    found = [Engine(None, {})]
+    found = [EngineSettings(None, {})]
     for name, is_for_pipelines in _ENGINE_FILES.items():
         path = DS_CONFIGS / f"{name}.json"
         try:
@@ -109,7 +107,7 @@ def engines() -> tuple[Engine, ...]:
             reason = error.strerror if isinstance(error, OSError) else error
             remedy = f"{path}, one of the settings to choose from, cannot be read ({reason}); put the file back"
             raise ConfigError([Problem("parallel.layout", "auto", remedy)]) from error
-        found.append(Engine(f"ds_configs/{name}.json", settings, is_for_pipelines))
+        found.append(EngineSettings(f"ds_configs/{name}.json", settings, is_for_pipelines))
     return tuple(found)
 
 
@@ -117,9 +115,9 @@ def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
     """Chooses the layout of a job.
 
     Args:
-        config: Where everything starts from that is not part of the layout.
+        config: Everything that is not part of the layout.
         named: The fields that must stay as they are.
-        cluster: What the job has.
+        cluster: The job's nodes and devices.
 
     Raises:
         ConfigError: The validation accepts no layout, or none fits into the memory.
@@ -136,21 +134,16 @@ def fixed_fields(config: Config, named: Named) -> frozenset[str]:
     """Returns the fields that a choice leaves as they are.
 
     Args:
-        config: Where it comes from a run that the planner has chosen a layout for, it has the fields that were named
-            for that: they stay, and what the planner chose then is not taken for named, though it stands in a file.
-        named: What is named now.
+        config: If the planner chose the layout of its run, it lists the fields that were named then: they stay, and the
+            chosen ones do not count as named, although the file has them.
+        named: The fields that are named now.
     """
     record = config.parallel.named_layout_fields
     return named.on_command_line | (named.in_file if record is None else frozenset[str](record))
 
 
 def chosen_of(found: Found, cluster: Cluster) -> LayoutChoice:
-    """Chooses among layouts that fit.
-
-    Args:
-        found: A search that found some.
-        cluster: What it was for.
-    """
+    """Chooses among the layouts that a search for a cluster found to fit."""
     fastest = found.feasible[0]
     # A layout that is slower by more than the largest change cannot become the fastest one.
     pool = [each for each in found.feasible if each.time.seconds <= fastest.time.seconds / WORSE]
@@ -159,17 +152,17 @@ def chosen_of(found: Found, cluster: Cluster) -> LayoutChoice:
         seconds = [step_time(each.config, each.plan, other).seconds for each in pool]
         for index, each in enumerate(seconds):
             losses[index][name] = each / min(seconds) - 1.0
-    near = [place for place, each in enumerate(pool) if each.time.seconds <= (1.0 + SAME) * fastest.time.seconds]
-    index, fragile = min(near, key=lambda place: plainness(pool[place])), None
+    near = [number for number, each in enumerate(pool) if each.time.seconds <= (1.0 + SAME) * fastest.time.seconds]
+    index, fragile = min(near, key=lambda number: plainness(pool[number])), None
     if max(losses[index].values()) > LARGEST_LOSS:
         fragile = losses[index]
-        index = min(range(len(pool)), key=lambda place: max(losses[place].values()))
+        index = min(range(len(pool)), key=lambda number: max(losses[number].values()))
     others = [each for each in found.feasible[: OTHERS + 1] if each is not pool[index]][:OTHERS]
     return LayoutChoice(cluster, pool[index], fastest, tuple(others), losses[index], fragile, len(found.feasible))
 
 
 def plainness(candidate: Candidate) -> tuple[float, ...]:
-    """Orders layouts that take equally long: what is plainer has less that an estimate does not know."""
+    """Orders layouts that take equally long: a plainer one has fewer costs that an estimate leaves out."""
     parallel = candidate.config.parallel
     return (
         zero_stage(candidate.config),
@@ -180,7 +173,7 @@ def plainness(candidate: Candidate) -> tuple[float, ...]:
 
 
 def changed_clusters(cluster: Cluster) -> dict[str, Cluster]:
-    """Returns the cluster with each constant 30 % better and 30 % worse, by what was changed."""
+    """Returns the cluster with each constant 30 % better and 30 % worse, by the change."""
     clusters = {}
     for word, rate in (("better", BETTER), ("worse", WORSE)):
         cost = 2.0 - rate
@@ -216,21 +209,22 @@ def choice_lines(choice: LayoutChoice) -> list[str]:
     """Returns what was chosen, the next best, and how much it depends on assumed constants, as text."""
     cluster, (change, loss) = choice.cluster, choice.worst
     kept = f"; kept as named: {', '.join(choice.kept)}" if choice.kept else ""
-    rows = [time_row(number, each) for number, each in enumerate((choice.chosen, *choice.others), start=1)]
+    rows = [(str(number), each) for number, each in enumerate((choice.chosen, *choice.others), start=1)]
     lines = [
         f"for {cluster.nodes} x {cluster.devices_per_node} {cluster.name} of {cluster.memory / GIB:.1f} GiB, of which "
         f"{100 * FREE_SHARE:.0f} % stay free; {choice.num_fitting} layouts fit{kept}",
         "chosen, and the next best, by estimates, not measured:",
-        *aligned([TIME_HEADER, *rows]),
+        *time_table(rows).splitlines(),
+        *wrap(TIME_LEGEND, 116, subsequent_indent=" "),
     ]
     if choice.losses_of_fragile is not None:
         constant, largest = max(choice.losses_of_fragile.items(), key=lambda item: item[1])
         lines.append(
-            f"a faster one is not chosen: with {constant} it would take {100 * largest:.0f} % longer than the layout "
-            "that is the best then"
+            f"a faster one is not chosen: with {constant} it would take {100 * largest:.0f} % longer than the then "
+            "fastest layout"
         )
     elif choice.chosen is not choice.fastest:
-        lines.append(f"(within {100 * SAME:.0f} % the plainest layout is chosen: estimates do not tell them apart)")
+        lines.append(f"(within {100 * SAME:.0f} % the plainest layout is chosen: estimates do not distinguish them)")
     lines.append(f"the chosen one loses at most {100 * loss:.0f} % to another one ({change})")
     lines.append(f"the same by hand: {shlex.join(choice.by_hand)}")
     return lines

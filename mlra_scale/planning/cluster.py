@@ -2,13 +2,16 @@
 
 Rates of matrix products and of the fast links are those by which low-rank plans are chosen (model/low_rank_plan.py):
 one owner. Everything else of the named clusters stands here, with its source; nothing of it was measured by this
-project. benchmarks/planner.py measures these numbers for the machine it runs on.
+project. benchmarks/check.py measures these numbers for the machine it runs on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool
 
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.problems import nearest
@@ -24,58 +27,80 @@ _OTHER_PRODUCTS = {"pcie", "nvl", "mig"}
 """Words of a device's name that stand for another product: other peak or links, or a part of a device."""
 
 
+def _zero_or_some(value: float) -> float:
+    if 0 < value < 2.0**20:
+        raise ValueError("must be 0, or at least 1048576")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not (0 < len(value) <= 2000 and value.isprintable()):
+        raise ValueError("must be text of 1 to 2000 printable characters")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+Bytes = Annotated[float, Field(strict=True, ge=2.0**20, le=2.0**60)]
+Rate = Annotated[float, Field(strict=True, ge=1e3, le=1e21)]
+Seconds = Annotated[float, Field(strict=True, ge=0.0, le=1e3)]
+Label = Annotated[str, Field(strict=True), AfterValidator(_printable)]
+"""Bounds of a file's constants, far beyond any device: outside of them estimates over- or underflow."""
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal devices.
+    """Nodes of equal devices. Types have the bounds that are checked where a file is read (cluster_file.py).
 
     Attributes:
-        name: How it is called in reports.
+        name: Its name in reports.
         source: Where the numbers are from.
         nodes: Number of nodes.
         devices_per_node: Devices (ranks) of a node.
-        memory: Bytes of one device.
-        reserved: Bytes of it that tensors cannot have: context, libraries, communication buffers.
+        memory: Of one device.
+        reserved: Memory of it that tensors cannot have: context, libraries, communication buffers.
         peak_flops: Peak of one device in FLOP/s, the denominator of MFU.
         utilization: Share of the peak that matrix products of usual sizes reach.
         memory_bandwidth: Bytes per second that a device reads and writes in norms, GELU, sums and softmax.
         update_bandwidth: Bytes per second of the optimizer's update and of sums of gradients.
         link_intra: Bytes per second that a device sends to another of its node.
         link_inter: Bytes per second that a device sends to another node.
-        latency_intra: Seconds that a message takes at least, within a node.
-        latency_inter: Between nodes.
-        block_overhead: Seconds of launching one block's operations, forward and backward together.
-        zero_overhead: Seconds of ZeRO's bookkeeping for one block, forward and backward together, by stage 0 to 3.
-        pipeline_overhead: Seconds of the pipeline engine's work per micro-batch, beside that of any engine.
-        micro_batch_overhead: Seconds of an engine's own work per micro-batch.
-        step_overhead: Seconds of an engine's own work per step.
-        launch: Seconds that the host needs to start one operation.
-        wait: Seconds that a wait of the host for the device costs, such as `.item()`.
+        latency_intra: Smallest time of a message within a node.
+        latency_inter: Smallest time of a message between nodes.
+        block_overhead: Launching one block's operations, forward and backward together.
+        zero_overhead: ZeRO's bookkeeping for one block, forward and backward together, by stage 0 to 3.
+        pipeline_overhead: The pipeline engine's work per micro-batch, beside that of any engine.
+        micro_batch_overhead: An engine's own work per micro-batch.
+        step_overhead: An engine's own work per step.
+        launch: Time in which the host starts one operation.
+        wait: Time that a wait of the host for the device costs, such as `.item()`.
         runs_ahead: Whether the host launches while the device computes: overhead then counts only where it is longer
             than the computation, and reductions overlap with it (GPUs).
     """
 
-    name: str
-    source: str
-    nodes: int
-    devices_per_node: int
-    memory: float
-    reserved: float
-    peak_flops: float
-    utilization: float
-    memory_bandwidth: float
-    update_bandwidth: float
-    link_intra: float
-    link_inter: float
-    latency_intra: float
-    latency_inter: float
-    block_overhead: float
-    zero_overhead: tuple[float, float, float, float]
-    pipeline_overhead: float
-    micro_batch_overhead: float
-    step_overhead: float
-    launch: float
-    wait: float
-    runs_ahead: bool
+    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
+
+    name: Label
+    source: Label
+    nodes: Count
+    devices_per_node: Count
+    memory: Bytes
+    reserved: Annotated[float, Field(strict=True, ge=0.0, le=2.0**60), AfterValidator(_zero_or_some)]
+    peak_flops: Rate
+    utilization: Annotated[float, Field(strict=True, ge=1e-6, le=1.0)]
+    memory_bandwidth: Rate
+    update_bandwidth: Rate
+    link_intra: Rate
+    link_inter: Rate
+    latency_intra: Seconds
+    latency_inter: Seconds
+    block_overhead: Seconds
+    zero_overhead: tuple[Seconds, Seconds, Seconds, Seconds]
+    pipeline_overhead: Seconds
+    micro_batch_overhead: Seconds
+    step_overhead: Seconds
+    launch: Seconds
+    wait: Seconds
+    runs_ahead: StrictBool
 
     @property
     def world_size(self) -> int:
@@ -158,7 +183,7 @@ def named_clusters() -> dict[str, Cluster]:
     )
     cpu = Cluster(
         name="cpu",
-        source="orders of magnitude of one core in fp32 and gloo on one machine; benchmarks/planner.py measures them",
+        source="orders of magnitude of one core in fp32 and gloo on one machine; benchmarks/check.py measures them",
         nodes=1,
         devices_per_node=2,
         memory=8 * GIB,

@@ -1,21 +1,7 @@
 """What ranks send to each other in a step, by kind, from the layout. Imports no torch; every function is pure.
 
-T tokens of a micro-batch, D width, R rank of a factorised o (else D), n weights that a rank holds, t tensor, d data
-ranks, m micro-batches, e bytes of a number in compute precision, c in communication of gradients (fp32 unless the
---ds-config file says otherwise). Bytes that one rank sends; of k ranks an all-reduce sends 2 (k - 1) / k of the tensor,
-a gather and a reduce-scatter (k - 1) / k.
-
-    tensor     per block and micro-batch, all-reduces: T R and T D forward (o, fc_out), T D backward (fc_in's input);
-               q, k, v by their plan (model/low_rank_plan.py), dense ones T D backward. Checkpointing repeats the
-               forward ones but for fc_out's. The embedding T D forward, the head's input T D backward. With sequence
-               parallelism a reduce-scatter and a gather stand for each sum, what enters a block is gathered once more
-               backward, and the position embedding's gradient is summed
-    pipeline   per micro-batch and neighbour e T D, forward one way and backward the other; once a step the gradient of
-               the tied embedding, all-reduced between the first stage and the last
-    data       ZeRO 0: all-reduce of c n once; 1: the same (DeepSpeed 0.19 sums whole buckets and takes its part) and
-               gather of e n once; 2: all-reduce of c n per micro-batch, gather of e n once; 3: per micro-batch
-               reduce-scatter of c n, gather of e n, and once more of what is not kept (stage3_max_reuse_distance);
-               with more than two data ranks the tied gradient of a pipeline's ends once more, by itself
+Bytes that one rank sends: of k ranks an all-reduce sends 2 (k - 1) / k of the tensor, a gather and a reduce-scatter
+(k - 1) / k.
 """
 
 from __future__ import annotations
@@ -23,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, log2
 
-from mlra_scale.config import BatchPlan, Config, zero_stage
-from mlra_scale.model.low_rank_plan import BYTES, collectives, low_rank_plan, numbers_sent, shape_of
+from mlra_scale.config import BatchPlan
+from mlra_scale.model.low_rank_plan import collectives, numbers_sent, shape_of
 from mlra_scale.planning.cluster import Cluster
-from mlra_scale.planning.layout import blocks_of_stage, num_weights_of_stage, rank_of
-from mlra_scale.planning.memory import keeps_gathered, reuse_distance
+from mlra_scale.planning.layout import Stage, rank_of
+from mlra_scale.planning.memory_state import communication_bytes, reuse_distance
 
 HOP = 0.2
-"""Latencies of a message that a ring takes to pass a chunk to the next rank, once it runs: assumed."""
+"""Time in which a running ring passes a chunk to the next rank, in latencies of a message: assumed."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends, and in how many messages.
+    """What one rank sends.
 
     Attributes:
         sent: Bytes.
@@ -51,7 +37,7 @@ class Traffic:
         return Traffic(self.sent + other.sent, self.messages + other.messages, self.rings + other.rings)
 
     def times(self, number: float) -> Traffic:
-        """The same so many times."""
+        """Returns a multiple of it."""
         return Traffic(number * self.sent, number * self.messages, number * self.rings)
 
     def seconds(self, cluster: Cluster, group: list[int]) -> float:
@@ -78,118 +64,112 @@ def scatter_or_gather(nbytes: float, ranks: int) -> Traffic:
     return Traffic() if ranks == 1 else Traffic(nbytes * (ranks - 1) / ranks, rings=1)
 
 
-def tensor_traffic_of_block(config: Config, plan: BatchPlan) -> Traffic:
-    """What a block sends for one micro-batch, forward and backward, with what checkpointing repeats."""
-    if plan.tensor == 1:
+def tensor_traffic_of_block(stage: Stage) -> Traffic:
+    """What a block sends for one micro-batch, forward and backward, with what checkpointing repeats.
+
+    Sums of the outputs of o (of its latents where it is factorised) and fc_out forward, and of the gradient of fc_in's
+    input backward; q, k, v by their plan (low_rank_plan.py), dense ones the gradient of their input.
+    """
+    plan, model, ranks = stage.plan, stage.model, stage.plan.tensor
+    if ranks == 1:
         return Traffic()
-    model, shape = config.model, shape_of(config, plan)
-    has_split = config.parallel.sequence_parallel
-    hidden = float(shape.element_bytes * shape.tokens * model.hidden_size)
+    shape = shape_of(stage.config, plan)
+    has_split = stage.config.parallel.sequence_parallel
+    hidden = float(stage.hidden)
     output = hidden * model.rank / model.hidden_size if model.is_factorised("o") else hidden
     # With sequence parallelism a gather and a scatter take the place of a sum. What enters is gathered again in the
     # backward pass; with checkpointing it is kept, and the repeated forward pass gathers it.
-    again = scatter_or_gather(hidden, plan.tensor) if gathers_again(config) else Traffic()
-    traffic = (
-        all_reduce(output, plan.tensor) + all_reduce(hidden, plan.tensor) + all_reduce(hidden, plan.tensor) + again
-    )
+    again = scatter_or_gather(hidden, ranks) if gathers_again(stage) else Traffic()
+    traffic = all_reduce(output, ranks) + all_reduce(hidden, ranks) + all_reduce(hidden, ranks) + again
     if has_split and model.is_factorised("o"):
         # The up factor works on a part of the tokens: its gradient is summed.
-        traffic += all_reduce(float(shape.element_bytes * model.rank * model.hidden_size), plan.tensor)
+        traffic += all_reduce(float(stage.element * model.rank * model.hidden_size), ranks)
     # What the recomputation repeats, which ends before fc_out: o's sum, or with parts o's scatter and what enters.
-    repeated = all_reduce(output, plan.tensor)
+    repeated = all_reduce(output, ranks)
     if has_split:
-        repeated = scatter_or_gather(output, plan.tensor) + scatter_or_gather(hidden, plan.tensor)
+        repeated = scatter_or_gather(output, ranks) + scatter_or_gather(hidden, ranks)
     if shape.factorised == 0:
-        traffic += all_reduce(hidden, plan.tensor) + again
+        traffic += all_reduce(hidden, ranks) + again
         entering = hidden if has_split else 0.0
     else:
-        chosen = low_rank_plan(config, plan)
-        messages = len(collectives(chosen, shape))
-        traffic += Traffic(numbers_sent(chosen, shape) * shape.element_bytes, messages)
-        latents = float(shape.element_bytes * shape.factorised * shape.tokens * model.rank)
-        entering = latents if chosen == "sharded" or (has_split and chosen == "replicated") else 0.0
+        chosen = stage.low_rank_plan
+        traffic += Traffic(numbers_sent(chosen, shape) * stage.element, len(collectives(chosen, shape)))
+        latents = float(stage.element * shape.factorised * shape.tokens * model.rank)
+        entering = latents if has_split and chosen == "replicated" else 0.0
         if has_split and (chosen == "merged" or shape.has_dense):
             entering += hidden
     if entering > 0.0:
-        repeated += scatter_or_gather(entering, plan.tensor)
-    return traffic + repeated if config.parallel.activation_checkpointing == "block" else traffic
+        repeated += scatter_or_gather(entering, ranks)
+    return traffic + repeated if stage.checkpointing == "block" else traffic
 
 
-def gathers_again(config: Config) -> bool:
+def gathers_again(stage: Stage) -> bool:
     """Whether what entered a block's sharded computation is gathered once more in its backward pass."""
-    return config.parallel.sequence_parallel and not keeps_gathered(config)
+    return stage.config.parallel.sequence_parallel and not stage.keeps_gathered
 
 
-def tensor_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
-    """What a rank of a stage sends to its tensor-parallel peers for one micro-batch."""
-    hidden = float(BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length)
-    hidden *= config.model.hidden_size
-    num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-    num_ends = (stage == 0) + (stage == plan.pipeline - 1)
-    traffic = tensor_traffic_of_block(config, plan).times(num_blocks) + all_reduce(hidden, plan.tensor).times(num_ends)
-    if config.parallel.sequence_parallel and stage == 0:
+def tensor_traffic(stage: Stage) -> Traffic:
+    """What a rank of a stage sends to its tensor-parallel peers for one micro-batch: blocks, embedding and head."""
+    ranks = stage.plan.tensor
+    ends = all_reduce(float(stage.hidden), ranks).times(stage.is_first + stage.is_last)
+    traffic = tensor_traffic_of_block(stage).times(stage.num_blocks) + ends
+    if stage.config.parallel.sequence_parallel and stage.is_first:
         # Ranks see other positions: the gradient of the position embedding is summed.
-        positions = float(BYTES[config.train.precision] * config.model.max_positions * config.model.hidden_size)
-        traffic += all_reduce(positions, plan.tensor)
+        traffic += all_reduce(float(stage.element * stage.model.max_positions * stage.model.hidden_size), ranks)
     return traffic
 
 
-def pipeline_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
+def pipeline_traffic(stage: Stage) -> Traffic:
     """What a rank of a stage sends to its neighbours for one micro-batch, forward and backward."""
-    neighbours = (stage > 0) + (stage < plan.pipeline - 1)
-    hidden = BYTES[config.train.precision] * plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
+    hidden, config = stage.hidden, stage.config
     if config.parallel.sequence_parallel or config.deepspeed.get("pipeline", {}).get("pipe_partitioned", False):
-        hidden //= plan.tensor
-    return Traffic(float(hidden), 1).times(neighbours)
+        hidden //= stage.plan.tensor
+    return Traffic(float(hidden), 1).times((not stage.is_first) + (not stage.is_last))
 
 
-def tied_traffic(config: Config, plan: BatchPlan, stage: int) -> Traffic:
+def tied_traffic(stage: Stage) -> Traffic:
     """What the two stages that hold the tied embedding send for its gradient, once a step."""
-    return all_reduce(tied_gradient_bytes(config, plan, stage), 2)
+    return all_reduce(tied_gradient_bytes(stage), 2)
 
 
-def tied_gradient_bytes(config: Config, plan: BatchPlan, stage: int) -> float:
+def tied_gradient_bytes(stage: Stage) -> float:
     """Bytes of the tied embedding's gradient, fp32, where two stages hold the weight; else 0."""
-    if plan.pipeline == 1 or stage not in (0, plan.pipeline - 1):
+    if stage.is_first == stage.is_last:
         return 0.0
-    return 4.0 * config.model.padded_vocab_size * config.model.hidden_size / plan.tensor
+    return 4.0 * stage.model.padded_vocab_size * stage.model.hidden_size / stage.plan.tensor
 
 
-def data_traffic_per_micro_batch(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
-    """Gradients that a rank sends to its data-parallel peers with every micro-batch, and weights likewise."""
-    zero = zero_stage(config)
-    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
-    gradients = weights = Traffic()
-    if zero == 2:
-        gradients = all_reduce(communication_bytes(config) * num_weights, plan.data)
-    if zero == 3:
-        gradients = scatter_or_gather(communication_bytes(config) * num_weights, plan.data)
-        gathered = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
-        num_blocks = len(blocks_of_stage(config.model.num_layers, plan.pipeline, stage))
-        times = 2 - min(reuse_distance(config), num_weights) / num_weights
-        weights = Traffic(times * gathered.sent, rings=times * num_blocks if plan.data > 1 else 0)
-    return gradients, weights
+def data_traffic_per_micro_batch(stage: Stage) -> tuple[Traffic, Traffic]:
+    """Gradients that a rank sends to its data-parallel peers with every micro-batch, and weights likewise.
+
+    ZeRO 2: gradients are all-reduced (DeepSpeed 0.19 sums whole buckets and takes its part). ZeRO 3: gradients are
+    reduced and scattered; weights are gathered, and once more what is not kept (stage3_max_reuse_distance).
+    """
+    num_weights, ranks = stage.num_weights, stage.plan.data
+    gradient = float(communication_bytes(stage.config)) * num_weights
+    if stage.zero == 2:
+        return all_reduce(gradient, ranks), Traffic()
+    if stage.zero < 3:
+        return Traffic(), Traffic()
+    gathered = scatter_or_gather(float(stage.element * num_weights), ranks)
+    times = 2 - min(reuse_distance(stage.config), num_weights) / num_weights
+    weights = Traffic(times * gathered.sent, rings=times * stage.num_blocks if ranks > 1 else 0)
+    return scatter_or_gather(gradient, ranks), weights
 
 
-def data_traffic_per_step(config: Config, plan: BatchPlan, stage: int) -> tuple[Traffic, Traffic]:
-    """Gradients that a rank sends to its data-parallel peers once a step, and updated weights likewise."""
-    zero = zero_stage(config)
-    num_weights = num_weights_of_stage(config.model, plan, stage, low_rank_plan(config, plan))
+def data_traffic_per_step(stage: Stage) -> tuple[Traffic, Traffic]:
+    """Gradients that a rank sends to its data-parallel peers once a step (ZeRO 0, 1), and updated weights (1, 2)."""
+    ranks = stage.plan.data
     gradients = weights = Traffic()
     # The tied embedding's gradient is summed by itself first (PipelineEngine._reduce_tied_gradients).
-    tied = tied_gradient_bytes(config, plan, stage)
-    if tied and plan.data > 2:
-        gradients += all_reduce(tied, plan.data)
-    if zero in (0, 1):
-        gradients += all_reduce(communication_bytes(config) * num_weights, plan.data)
-    if zero in (1, 2):
-        weights = scatter_or_gather(float(BYTES[config.train.precision] * num_weights), plan.data)
+    tied = tied_gradient_bytes(stage)
+    if tied and ranks > 2:
+        gradients += all_reduce(tied, ranks)
+    if stage.zero in (0, 1):
+        gradients += all_reduce(float(communication_bytes(stage.config)) * stage.num_weights, ranks)
+    if stage.zero in (1, 2):
+        weights = scatter_or_gather(float(stage.element * stage.num_weights), ranks)
     return gradients, weights
-
-
-def communication_bytes(config: Config) -> float:
-    """Bytes of a number in the reduction of gradients."""
-    return float(BYTES[config.deepspeed.get("communication_data_type", "fp32")])
 
 
 def groups_of(plan: BatchPlan, stage: int) -> dict[str, list[int]]:

@@ -1,15 +1,16 @@
-"""Which rank stands where in the mesh, and which blocks and weights a pipeline stage holds. Imports no torch."""
+"""Which rank is where in the mesh, and what a pipeline stage holds. Imports no torch."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from mlra_scale.config import BatchPlan, ModelConfig
-from mlra_scale.model.parameters import LowRankPlan, ParameterInfo, ParameterTable
+from mlra_scale.config import BatchPlan, Config, ModelConfig, engine_kind, zero_stage
+from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 
 
 def rank_of(plan: BatchPlan, stage: int, data_rank: int, tensor_rank: int) -> int:
-    """Returns the global rank at a place of the mesh: tensor ranks are innermost, stages outermost."""
+    """Returns the global rank at a coordinate of the mesh: tensor ranks are innermost, stages outermost."""
     return (stage * plan.data + data_rank) * plan.tensor + tensor_rank
 
 
@@ -47,51 +48,81 @@ def blocks_of_stage(num_layers: int, num_stages: int, stage: int) -> range:
     return range(first, first + share + (stage < rest))
 
 
-def weights_of_stage(
-    model: ModelConfig, num_stages: int, stage: int, low_rank_plan: LowRankPlan = "replicated"
-) -> list[ParameterInfo]:
+def weights_of_stage(model: ModelConfig, num_stages: int, stage: int) -> list[ParameterInfo]:
     """Returns the weights that a stage holds; the last stage has its own copy of the tied embedding as the head."""
     blocks = blocks_of_stage(model.num_layers, num_stages, stage)
     is_first, is_last = stage == 0, stage == num_stages - 1
-    held = []
-    for name, info in ParameterTable(model, low_rank_plan).items():
+
+    def is_here(name: str) -> bool:
         owner, *rest = name.split(".")
-        is_here = (
-            int(rest[0]) in blocks
-            if owner == "blocks"
-            else is_last
-            if owner == "final_norm"
-            else is_first or (is_last and owner == "embedding")
-        )
-        if is_here:
-            held.append(info)
-    return held
+        if owner == "blocks":
+            return int(rest[0]) in blocks
+        return {"embedding": is_first or is_last, "positions": is_first, "final_norm": is_last}[owner]
+
+    return [info for name, info in ParameterTable(model).items() if is_here(name)]
 
 
 def num_held(infos: list[ParameterInfo], tensor_parallel: int) -> int:
     """Returns how many numbers of these weights one tensor-parallel rank holds, padded vocabulary rows included."""
-    total = 0
-    for info in infos:
-        split = 1 if info.shard_dim is None else tensor_parallel
-        total += info.numel() // split
-    return total
+    return sum(info.numel() // (1 if info.shard_dim is None else tensor_parallel) for info in infos)
 
 
-def num_weights_of_stage(
-    model: ModelConfig, plan: BatchPlan, stage: int, low_rank_plan: LowRankPlan = "replicated"
-) -> int:
+def num_weights_of_stage(model: ModelConfig, plan: BatchPlan, stage: int) -> int:
     """Returns `num_held` of `weights_of_stage` without a table of every block: all blocks have equally many weights."""
-    of_ends, of_block = _weights_of_ends_and_block(model, plan.tensor, plan.pipeline, stage, low_rank_plan)
+    of_ends, of_block = _weights_of_ends_and_block(model, plan.tensor, plan.pipeline, stage)
     return of_ends + of_block * len(blocks_of_stage(model.num_layers, plan.pipeline, stage))
 
 
 @lru_cache(maxsize=4096)
-def _weights_of_ends_and_block(
-    model: ModelConfig, tensor: int, num_stages: int, stage: int, low_rank_plan: LowRankPlan
-) -> tuple[int, int]:
+def _weights_of_ends_and_block(model: ModelConfig, tensor: int, num_stages: int, stage: int) -> tuple[int, int]:
     """Numbers that a rank holds of what is in no block, and of one block."""
     short = model.model_copy(update={"num_layers": 1})
-    held = weights_of_stage(short, num_stages, stage, low_rank_plan)
-    block = [info for info in ParameterTable(short, low_rank_plan).values() if info.name.startswith("blocks.")]
-    ends = [info for info in held if not info.name.startswith("blocks.")]
+    block = [info for info in ParameterTable(short).values() if info.name.startswith("blocks.")]
+    ends = [info for info in weights_of_stage(short, num_stages, stage) if not info.name.startswith("blocks.")]
     return num_held(ends, tensor), num_held(block, tensor)
+
+
+class Stage:
+    """One pipeline stage of a run, with the quantities that the planner's formulas share.
+
+    Attributes:
+        config: A validated configuration.
+        plan: Its batch plan.
+        index: Which stage.
+        model: Shapes and options of the model.
+        zero: The ZeRO stage.
+        is_pipeline: Whether the pipeline engine runs it.
+        is_first: Whether it holds the token embedding.
+        is_last: Whether it computes the loss.
+        num_blocks: Its blocks.
+        num_weights: Weights that one rank of it holds.
+        num_embedding: Of these, those of the token embedding, where the stage has it.
+        num_in_flight: Micro-batches whose activations it holds at once (1F1B: one forward, one backward in turns).
+        element: Bytes of a number in compute precision.
+        tokens: Tokens of a micro-batch.
+        hidden: Bytes of the whole hidden state of a micro-batch.
+        split: Over how many tensor-parallel ranks the stream between blocks is split.
+        low_rank_plan: How factorised q, k, v are computed.
+        checkpointing: Activation checkpointing: none, selective or block.
+        keeps_gathered: With sequence parallelism, whether blocks keep what they gathered instead of gathering it again.
+        adds_up_flat: Whether micro-batches add up in flat fp32 buffers, and bf16 gradients are freed once added.
+    """
+
+    def __init__(self, config: Config, plan: BatchPlan, index: int) -> None:
+        self.config, self.plan, self.index = config, plan, index
+        self.model = model = config.model
+        self.zero = zero_stage(config)
+        self.is_pipeline = engine_kind(config) == "pipeline"
+        self.is_first, self.is_last = index == 0, index == plan.pipeline - 1
+        self.num_blocks = len(blocks_of_stage(model.num_layers, plan.pipeline, index))
+        self.num_weights = num_weights_of_stage(model, plan, index)
+        self.num_embedding = model.padded_vocab_size * model.hidden_size // plan.tensor
+        self.num_in_flight = min(plan.accumulation_steps, plan.pipeline - index) if self.is_pipeline else 1
+        self.element = BYTES[config.train.precision]
+        self.tokens = plan.micro_batch_size * plan.sequence_length
+        self.hidden = self.element * self.tokens * model.hidden_size
+        self.split = plan.tensor if config.parallel.sequence_parallel else 1
+        self.low_rank_plan = low_rank_plan(config, plan)
+        self.checkpointing = config.parallel.activation_checkpointing
+        self.keeps_gathered = self.checkpointing == "block" or model.sigma_reparam
+        self.adds_up_flat = config.train.precision == "bf16" and self.zero == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
 from mlra_scale.config import engine_kind, zero_stage
+from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.cluster import GIB, Cluster
 from mlra_scale.planning.search import Candidate, Found
@@ -33,19 +34,24 @@ def found_text(found: Found, cluster: Cluster, chosen: Candidate, top: int) -> s
             "",
             f"{len(found.feasible)} layouts fit; the {min(top, len(numbered))} fastest by the estimate (not measured), "
             "and the planner's choice (*):",
-            *aligned([TIME_HEADER, *(time_row(number, each) for number, each in shown)]),
+            time_table(shown),
+            *wrap(TIME_LEGEND, 116, subsequent_indent=" "),
             "",
             f"memory of a rank of the largest stage, GiB ({cluster.usable_memory / GIB:.1f} usable):",
-            *aligned([_MEMORY_HEADER, *(memory_row(number, each) for number, each in shown)]),
+            table(_MEMORY_HEADER, [_memory_row(number, each) for number, each in shown], left=0),
             "",
             *left_out_lines(found),
         ]
     )
 
 
-TIME_HEADER = (
-    *("#", "tensor", "pipeline", "data", "ZeRO", "micro", "accum", "recompute", "low-rank", "seq.par."),
-    *("step s", "tokens/s", "MFU %", "bubble %", "sent GB: tensor", "pipeline", "data"),
+TIME_LEGEND = (
+    "(t x p x d: tensor, pipeline and data ranks; batch: micro-batch x accumulation; SP: sequence parallel; GB: what a "
+    "rank sends in a step to ranks of each kind)"
+)
+_TIME_HEADER = (
+    *("#", "t x p x d", "ZeRO", "batch", "recompute", "low-rank", "SP"),
+    *("step s", "tokens/s", "MFU %", "bubble", "GB: t", "GB: p", "GB: d"),
 )
 _MEMORY_HEADER = ("#", *COMPONENTS, "sum", "stage", "host")
 
@@ -55,36 +61,40 @@ def cluster_lines(cluster: Cluster) -> list[str]:
     return [
         f"cluster {cluster.name}: {cluster.nodes} node(s) of {cluster.devices_per_node} device(s), "
         f"{cluster.memory / GIB:.1f} GiB each, peak {cluster.peak_flops / 1e12:.4g} TFLOP/s of which matrix products "
-        f"reach {100 * cluster.utilization:.0f} %, links {8 * cluster.link_intra / 1e9:.4g} Gbit/s within a node and "
-        f"{8 * cluster.link_inter / 1e9:.4g} between nodes",
+        f"reach {100 * cluster.utilization:.0f} %,",
+        f"links {8 * cluster.link_intra / 1e9:.4g} Gbit/s within a node and {8 * cluster.link_inter / 1e9:.4g} between "
+        "nodes",
         *wrap(f"({cluster.source})", 116, subsequent_indent=" "),
     ]
 
 
-def time_row(number: int | str, candidate: Candidate) -> tuple[str, ...]:
-    """Returns a layout's line in the table of times."""
+def time_table(candidates: Iterable[tuple[str, Candidate]]) -> str:
+    """Returns the table of times of layouts, each with its number; at most 116 columns wide."""
+    return table(_TIME_HEADER, [_time_row(number, each) for number, each in candidates], left=0, width=116)
+
+
+def _time_row(number: str, candidate: Candidate) -> tuple[str, ...]:
     plan, time = candidate.plan, candidate.time
     factorised = any(candidate.config.model.is_factorised(name) for name in "qkv")
     return (
-        *(str(number), str(plan.tensor), str(plan.pipeline), str(plan.data), str(zero_stage(candidate.config))),
-        *(str(plan.micro_batch_size), str(plan.accumulation_steps)),
+        *(number, f"{plan.tensor}x{plan.pipeline}x{plan.data}", str(zero_stage(candidate.config))),
+        f"{plan.micro_batch_size} x {plan.accumulation_steps}",
         candidate.config.parallel.activation_checkpointing,
         low_rank_plan(candidate.config, plan) if factorised and plan.tensor > 1 else "-",
         ("yes" if candidate.config.parallel.sequence_parallel else "no") if plan.tensor > 1 else "-",
         f"{time.seconds:.4g}",
         f"{plan.tokens_per_step / time.seconds:.4g}",
         f"{100 * time.mfu:.1f}",
-        f"{100 * time.bubble:.1f}",
+        f"{100 * time.bubble:.1f} %",
         *(f"{time.sent[kind] / 1e9:.3g}" for kind in ("tensor", "pipeline", "data")),
     )
 
 
-def memory_row(number: int | str, candidate: Candidate) -> tuple[str, ...]:
-    """Returns a layout's line in the table of memory."""
+def _memory_row(number: str, candidate: Candidate) -> tuple[str, ...]:
     memory = candidate.memory
     parts = [getattr(memory, name) / GIB for name in COMPONENTS]
     numbers = (f"{part:.2f}" for part in (*parts, memory.device / GIB))
-    return (str(number), *numbers, str(candidate.stage), f"{(memory.host + memory.snapshot) / GIB:.2f}")
+    return (number, *numbers, str(candidate.stage), f"{(memory.host + memory.snapshot) / GIB:.2f}")
 
 
 def left_out_lines(found: Found) -> list[str]:
@@ -95,7 +105,7 @@ def left_out_lines(found: Found) -> list[str]:
 
 
 def nothing_fits(found: Found, cluster: Cluster) -> str:
-    """Returns what is told where no layout fits: the smallest need, and what would help."""
+    """Returns the message where no layout fits: the smallest need, and what would help."""
     smallest = found.smallest
     plan, memory = smallest.plan, smallest.memory
     largest = max(COMPONENTS, key=lambda name: float(getattr(memory, name)))
@@ -172,9 +182,3 @@ def plain(candidate: Candidate) -> dict[str, Any]:
         "reduction_seconds": time.reduction,
         "update_seconds": time.update,
     }
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns rows of cells as lines, every column as wide as its widest cell."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,9 +1,9 @@
 """Every layout that a cluster could run, by the real validation, with its memory and its time. Imports no torch.
 
-What a person named (on the command line or in a file) stays as it is; the rest of the following is tried in every
-combination: tensor degrees within a node, pipeline stages, the engines' settings (ZeRO stages), micro-batches of powers
-of two, activation checkpointing (none, selective, whole blocks), sequence parallelism on and off. The data-parallel
-degree is what remains of the ranks.
+Fields that are named (on the command line or in a file) stay as they are. All combinations of the others are tried:
+tensor degrees within a node, pipeline stages, DeepSpeed settings (ZeRO stages), micro-batches of powers of two,
+activation checkpointing (none, selective, whole blocks), sequence parallelism on and off. The data-parallel degree is
+what remains of the ranks.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mlra_scale.planning.step_time import StepTime, step_time
 
 LARGEST_MICRO_BATCH = 64
 CHECKPOINTING = ("none", "selective", "block")
-"""Values of parallel.activation_checkpointing, those that compute more again later."""
+"""Values of parallel.activation_checkpointing, in the order of what they recompute."""
 MEMORY = "does not fit into the memory"
 _STAGE_0 = {"zero_optimization": {"stage": 0}}
-"""Beside settings that were named no ZeRO is written out, so that they name the stage from then on."""
+"""Written out where other settings are named, so that these name the stage too."""
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineSettings:
     """Settings of DeepSpeed that a layout may run with.
 
     Attributes:
-        file: The --ds-config file that holds them; None: what the configuration has anyway.
-        settings: Its content.
+        file: The --ds-config file that holds them; None: the configuration's own.
+        settings: Their content.
         for_pipelines: Whether they are meant for several stages; None: for any number.
     """
 
@@ -44,12 +44,12 @@ class Engine:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that the validation accepts, and what is expected of it.
+    """A layout that the validation accepts, with its estimates.
 
     Attributes:
         config: The whole configuration.
         plan: Its batch plan.
-        engine: The engine's settings.
+        engine: DeepSpeed's settings.
         memory: Of a rank of the stage that needs most.
         stage: That stage.
         time: Of a step.
@@ -57,7 +57,7 @@ class Candidate:
 
     config: Config
     plan: BatchPlan
-    engine: Engine
+    engine: EngineSettings
     memory: RankMemory
     stage: int
     time: StepTime
@@ -76,7 +76,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         feasible: Layouts that fit, fastest first.
@@ -91,17 +91,17 @@ class Found:
     too_large: list[Candidate] = field(default_factory=list)
 
 
-def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Engine]) -> Found:
+def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> Found:
     """Finds every layout that a cluster could run.
 
     Args:
-        config: Where everything starts from that is not part of the layout.
+        config: Everything that is not part of the layout.
         named: The fields that must stay as they are.
-        cluster: What it would run on.
-        engines: Settings to choose from where the configuration has none of its own.
+        cluster: The cluster.
+        engines: Settings to choose from where the configuration names none.
 
     Raises:
-        ConfigError: The validation accepts none, with what is wrong with the first of them.
+        ConfigError: The validation accepts no layout; with the problems of the first one.
     """
     valid: list[Candidate] = []
     left_out: Counter[str] = Counter()
@@ -118,7 +118,7 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
         if candidate.memory.device > cluster.usable_memory:
             left_out[MEMORY] += 1
     if not valid:
-        if refused is None:  # more ranks are asked for than there are: nothing was left to be tried
+        if refused is None:  # the named degrees need more ranks than there are: nothing was tried
             validate(config, cluster.world_size)
         assert refused is not None
         raise refused
@@ -129,13 +129,13 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
 
 
 def _order(candidate: Candidate) -> tuple[float, int, float]:
-    """Fastest first; of layouts that the estimate cannot tell apart the one that computes least again."""
+    """Fastest first; of layouts with equal estimates the one that recomputes least."""
     recomputing = CHECKPOINTING.index(candidate.config.parallel.activation_checkpointing)
     return candidate.time.seconds, recomputing, candidate.memory.device
 
 
-def evaluate(config: Config, cluster: Cluster, engine: Engine) -> Candidate:
-    """Predicts memory and time of one valid configuration."""
+def evaluate(config: Config, cluster: Cluster, engine: EngineSettings) -> Candidate:
+    """Estimates memory and time of one valid configuration."""
     plan = batch_plan(config, cluster.world_size)
     memories = {stage: rank_memory(config, plan, stage) for stage in heavy_stages(plan)}
     stage = max(memories, key=lambda each: memories[each].device)
@@ -143,19 +143,19 @@ def evaluate(config: Config, cluster: Cluster, engine: Engine) -> Candidate:
 
 
 def heavy_stages(plan: BatchPlan) -> list[int]:
-    """Returns the pipeline stages of which one needs most memory: both ends, and of those between the earliest.
+    """Returns the pipeline stages of which one needs most memory: both ends, and the earliest between them.
 
-    Later ones hold no more blocks and fewer micro-batches, but some see a backward pass end while activations are at
-    their most, and then hold whole gradients: of these the earliest too.
+    Later ones hold no more blocks and fewer micro-batches. But in some a backward pass ends while activations are at
+    their most, so that they hold whole gradients too: the earliest of these is included.
     """
     last = plan.pipeline - 1
     return sorted({0, min(1, last), min(max(0, plan.pipeline - plan.accumulation_steps + 1), last), last})
 
 
 def _combinations(
-    config: Config, named: Named, cluster: Cluster, engines: Sequence[Engine]
-) -> Iterator[tuple[Config, Engine]]:
-    """Yields the configurations to be tried; some of them the validation will refuse."""
+    config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]
+) -> Iterator[tuple[Config, EngineSettings]]:
+    """Yields the configurations to try; the validation refuses some of them."""
     fixed = named.on_command_line | named.in_file
     parallel, train = config.parallel, config.train
     degrees = [parallel.tensor] if "parallel.tensor" in fixed else _divisors(cluster.devices_per_node)
@@ -176,23 +176,22 @@ def _combinations(
         if "parallel.sequence_parallel" in fixed:
             splits = [parallel.sequence_parallel]
         for is_split, recomputing, size in product(splits, checkpointing, sizes):
+            layout = {"tensor": tensor, "pipeline": pipeline, "sequence_parallel": is_split}
             sections: dict[str, dict[str, Any]] = {
-                "parallel": {
-                    "tensor": tensor,
-                    "pipeline": pipeline,
-                    "sequence_parallel": is_split,
-                    "activation_checkpointing": recomputing,
-                },
+                "parallel": {**layout, "activation_checkpointing": recomputing},
                 "train": {"micro_batch_size": size},
+                "deepspeed": engine.settings,
             }
-            yield changed(config, sections | {"deepspeed": engine.settings}), engine
+            yield changed(config, sections), engine
 
 
-def _engines_with(settings: dict[str, Any], engines: Sequence[Engine]) -> list[Engine]:
-    """Returns the engines to choose from where settings are named: those alone if they name the ZeRO stage."""
+def _engines_with(settings: dict[str, Any], engines: Sequence[EngineSettings]) -> list[EngineSettings]:
+    """Returns the settings to choose from where some are named: those alone if they name the ZeRO stage."""
     if not settings or "stage" in _section(settings, "zero_optimization"):
-        return [Engine(None, settings)]
-    return [Engine(each.file, _over(_STAGE_0 | each.settings, settings), each.for_pipelines) for each in engines]
+        return [EngineSettings(None, settings)]
+    return [
+        EngineSettings(each.file, _over(_STAGE_0 | each.settings, settings), each.for_pipelines) for each in engines
+    ]
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -201,7 +200,7 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _over(settings: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """Puts settings that were named over others, section by section."""
+    """Merges named settings into others, section by section."""
     sections = {
         name: _over(_section(settings, name), value) for name, value in named.items() if isinstance(value, dict)
     }
@@ -227,7 +226,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _reason(problem: Problem) -> str:
-    """Why the validation refused, without the numbers."""
+    """Returns why the validation refused, without the numbers."""
     reasons = {
         "parallel.tensor": "the tensor degree does not divide the model",
         "parallel.pipeline": "there are more stages than layers",

@@ -1,9 +1,9 @@
-"""What a fixed probe batch shows of the activations: residual stream, attention entropy, logits, saturation.
+"""Activations on a fixed probe batch: residual stream, attention entropy, logits, saturation.
 
-For every block, from a forward pass without dropout over the same samples each time:
+Measured for every block in a forward pass without dropout, always over the same samples:
 
 - residual variance: the population variance (ddof 0) of a token's hidden state over its D coordinates, which is what
-  the next LayerNorm divides by; mean over all tokens. At L + 1 places: where the residual stream enters block 0, and
+  the next LayerNorm divides by; mean over all tokens. At L + 1 points: where the residual stream enters block 0, and
   where it leaves each block.
 - attention entropy: -sum_j a_ij log a_ij in nats; mean over all queries and heads (Zhai et al. 2023, arXiv 2303.06296).
   A query that may attend to one key only, such as the first of a sample, has entropy 0 and counts.
@@ -11,7 +11,7 @@ For every block, from a forward pass without dropout over the same samples each 
 - saturated share: the share of queries and heads whose largest weight exceeds a bound. Queries that may attend to one
   key only are left out of both numbers, because their weight is 1 by construction; 0 where there are no others.
 
-Shape suffixes: L blocks, K ranks that hold other heads or samples of the same block (data times tensor ranks), P places
+Shape suffixes: L blocks, K ranks that hold other heads or samples of the same block (data times tensor ranks), P points
 of the residual stream (L + 1), B batch, S sequence, D hidden, N heads on this rank.
 """
 
@@ -29,19 +29,19 @@ from mlra_scale.model.probe import Heads, observe
 
 if TYPE_CHECKING:
     from mlra_scale.config import ActivationsConfig, BatchPlan, ModelConfig
-    from mlra_scale.parallel.interface import Engine, MicroBatch
+    from mlra_scale.parallel import Engine, MicroBatch
 
 
 class Tally:
-    """Sums and maxima of one measurement: one vector, so that one sum over all ranks makes them complete.
+    """Sums and maxima of one measurement in one vector, which one sum over all ranks completes.
 
-    A sum cannot find a maximum: every rank that holds heads of a block has a place of its own for theirs.
+    A sum cannot find a maximum, so every rank that holds heads of a block has an element of its own for theirs.
 
     Args:
         num_layers: L.
         num_ranks: K.
-        rank: this rank among the K.
-        device: where it is added up.
+        rank: This rank among the K.
+        device: Where the vector is.
 
     Attributes:
         packed: All of the following, float64.
@@ -50,7 +50,7 @@ class Tally:
         entropy_L: Sum over queries and heads of the attention entropy.
         saturated_L: Number of saturated rows of attention weights.
         open_L: Number of rows with more than one allowed key.
-        largest_KL: Largest logit that each rank has seen.
+        largest_KL: Largest logit of each rank.
     """
 
     def __init__(self, num_layers: int, num_ranks: int = 1, rank: int = 0, device: torch.device | None = None) -> None:
@@ -61,18 +61,18 @@ class Tally:
         self.largest_KL = largest.view(num_ranks, num_layers)
         self.rank = rank
 
-    def add_hidden(self, place: int, hidden_BSD: torch.Tensor) -> None:
-        """Counts the hidden state of some tokens at one place of the residual stream."""
-        if place == 0:
+    def add_hidden(self, point: int, hidden_BSD: torch.Tensor) -> None:
+        """Adds the hidden state of some tokens at one point of the residual stream."""
+        if point == 0:
             self.tokens_1 += hidden_BSD.numel() // hidden_BSD.size(-1)
-        self.residual_P[place] += hidden_BSD.float().var(dim=-1, correction=0).sum(dtype=torch.float64)
+        self.residual_P[point] += hidden_BSD.float().var(dim=-1, correction=0).sum(dtype=torch.float64)
 
     def begin(self, block: int) -> None:
-        """Says that this rank holds heads of a block."""
+        """Notes that this rank holds heads of a block."""
         self.largest_KL[self.rank, block].fill_(-math.inf)  # an assignment would copy from the host, and wait
 
     def add_heads(self, heads: Heads, num_samples: int, saturation: float) -> None:
-        """Counts the attention of one block on the first samples of a micro-batch."""
+        """Adds the attention of one block on the first samples of a micro-batch."""
         block = heads.block
         for piece in heads.logits(num_samples):
             weights_NSS = piece.logits_NSS.softmax(dim=-1)
@@ -111,13 +111,13 @@ class Tally:
 
 
 class ActivationProbe:
-    """Measures activations in any layout; the result does not depend on it but for rounding.
+    """Measures activations in any layout; the result depends on the layout only by rounding.
 
     Args:
         engine: The model.
         model: Its shape.
         config: What to measure.
-        plan: Decides how the samples divide over ranks and micro-batches.
+        plan: Divides the samples over ranks and micro-batches.
     """
 
     def __init__(self, engine: Engine, model: ModelConfig, config: ActivationsConfig, plan: BatchPlan) -> None:
@@ -131,12 +131,12 @@ class ActivationProbe:
         """Measures on the samples number 0 ... samples - 1; every rank calls it and gets the same result.
 
         Args:
-            batches: This data rank's micro-batches of the probe batch. Samples beyond those do not count: they fill up
-                micro-batches, whose size the engine cannot change.
+            batches: This data rank's micro-batches of the probe batch. Further samples, which fill up micro-batches of
+                the engine's size, do not count.
             between: See Engine.eval_batch.
 
         Returns:
-            The entry `activations` of the record: lists over places or blocks, and the extremes of each.
+            The entry `activations` of the record: lists over points or blocks, and the extremes of each.
         """
         topology, saturation = self._engine.topology, self._config.saturation
         num_ranks, rank = topology.data * topology.tensor, topology.data_rank * topology.tensor + topology.tensor_rank
@@ -148,9 +148,9 @@ class ActivationProbe:
                 tally.begin(heads.block)
             tally.add_heads(heads, counted[index], saturation)
 
-        def see_hidden(index: int, place: int, hidden_BSD: torch.Tensor) -> None:
+        def see_hidden(index: int, point: int, hidden_BSD: torch.Tensor) -> None:
             if topology.tensor_rank == 0 and counted[index] > 0:  # torch warns of the variance of nothing
-                tally.add_hidden(place, hidden_BSD[: counted[index]])
+                tally.add_hidden(point, hidden_BSD[: counted[index]])
 
         with observe(self._engine.module, see_heads, see_hidden):
             self._engine.eval_batch(batches, between)

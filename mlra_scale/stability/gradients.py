@@ -1,24 +1,25 @@
 """Statistics of gradients, weights and updates per kind of weight and per block, and the gradient noise scale.
 
-Everything is computed where the values are: a rank measures the runs of elements that it owns, whatever the engine and
-the ZeRO stage, and only a few numbers per kind and block are summed over the ranks. Tied and replicated weights have
-one owner, so they count once; padded rows of the vocabulary do not count.
+Each rank measures the runs of elements that it owns, for every engine and ZeRO stage, and only a few numbers per kind
+and block are summed over the ranks. Tied and replicated weights have one owner, so they count once; padded rows of the
+vocabulary do not count.
 
-Means and variances are float64 and lose no digits to cancellation: each run of elements has its own mean and squared
-deviations (stability.moments), and the sets are merged by Chan's formula for many of them at once (Chan, Golub and
-LeVeque 1979): first the mean of all, by one all-reduce, then M2 = sum_i M2_i + n_i (mean_i - mean)^2 by another. That
-is one small all-reduce more than for sums of squares, and the memory does not grow with the number of ranks.
+Means and variances are float64 without cancellation: each run of elements has its own mean and squared deviations
+(stability.moments), and the runs are merged by Chan's formula for many sets at once (Chan, Golub and LeVeque 1979):
+first the mean of all, by one all-reduce, then M2 = sum_i M2_i + n_i (mean_i - mean)^2 by another.
 
-An update is not measured by a copy of the weights from before it. Adam's moments after an update say what the update
-was (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2):
+An update is computed from Adam's moments after it, so no copy of the weights from before it is needed (Loshchilov and
+Hutter 2019, arXiv 1711.05101, algorithm 2):
     w = w_before (1 - lr decay) - lr step,  step = m_hat / (sqrt(v_hat) + eps),
 so that w - w_before = -lr (step + decay w) / (1 - lr decay).
 
 Legend of shape suffixes: F runs of elements (fragments, cut into chunks), G groups.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +29,20 @@ from torch import Tensor
 
 from mlra_scale.stability.moments import CPU_CHUNK, row_moments
 from mlra_scale.stability.spectral import AttentionProducts
+from mlra_scale.stability.watcher import Step, Watcher, is_due
 
 if TYPE_CHECKING:  # the libraries behind an engine
     from mlra_scale.config import Config
     from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+    from mlra_scale.parallel import Engine, StepResult, UpdateProposal
     from mlra_scale.parallel.fragments import Fragment
-    from mlra_scale.parallel.interface import Engine, MicroBatch, StepResult, UpdateProposal
 
-# A handful of float64 copies of this many elements are made on an accelerator, at a time when its memory is full.
+# A few float64 copies of this many elements are made on an accelerator, while its memory is full.
 ACCELERATOR_CHUNK = 1 << 22
 
 
-def kind_of(info: "ParameterInfo") -> str:
-    """Returns the kind that a parameter counts in: norm, attention, mlp, or what it is outside the blocks."""
+def kind_of(info: ParameterInfo) -> str:
+    """Returns the kind of a parameter: norm, attention, mlp, or its name outside the blocks."""
     if info.kind == "norm":
         return "norm"
     if not info.name.startswith("blocks."):
@@ -49,14 +51,14 @@ def kind_of(info: "ParameterInfo") -> str:
 
 
 class Groups:
-    """The sets of parameters that statistics are taken over: all, those of each kind, and those of each block.
+    """The sets of parameters with statistics of their own: all, those of each kind, and those of each block.
 
     Attributes:
-        kinds: names of the first groups; the blocks follow.
-        size: number of groups.
+        kinds: Names of the first groups; the blocks follow.
+        size: Number of groups.
     """
 
-    def __init__(self, table: "ParameterTable"):
+    def __init__(self, table: ParameterTable):
         kinds = {name: kind_of(info) for name, info in table.items()}
         blocks = {name: int(name.split(".")[1]) for name in table if name.startswith("blocks.")}
         self.kinds = ["all", *dict.fromkeys(kinds.values())]
@@ -66,7 +68,7 @@ class Groups:
             self._members[name].append(len(self.kinds) + block)
 
     def membership(self, names: Sequence[str], device: torch.device) -> Tensor:
-        """[G, F] float64: 1 where run f, of the parameter names[f], is of group g."""
+        """Returns [G, F] float64: 1 where run f, of the parameter names[f], belongs to group g."""
         pairs = [(group, run) for run, name in enumerate(names) for group in self._members[name]]
         membership_GF = torch.zeros(self.size, len(names), dtype=torch.float64)
         if pairs:
@@ -74,7 +76,7 @@ class Groups:
         return membership_GF.to(device)
 
     def report(self, counts: Sequence[float], values: dict[str, list[float | None]]) -> dict[str, Any]:
-        """The record's form of each group's number of elements and values."""
+        """Returns the numbers of elements and the values of all groups in the form of the record."""
         kinds = {
             kind: {"count": int(counts[group])} | {name: numbers[group] for name, numbers in values.items()}
             for group, kind in enumerate(self.kinds)
@@ -86,12 +88,12 @@ def merged_moments(membership_GF: Tensor, moments_F3: Tensor, extra_G: Tensor) -
     """Merges runs of elements of all ranks by group; collective, two all-reduces.
 
     Args:
-        membership_GF: which run of this rank is of which group.
-        moments_F3: count, mean and M2 (sum of squared deviations from the mean) of each run, float64.
-        extra_G: numbers to be summed over the ranks along with them.
+        membership_GF: Which run of this rank belongs to which group.
+        moments_F3: Count, mean and M2 (sum of squared deviations from the mean) of each run, float64.
+        extra_G: Further numbers to be summed over the ranks.
 
     Returns:
-        count, mean and M2 of each group, and the sums of `extra_G`; [G] each, the same on every rank.
+        Count, mean and M2 of each group, and the sums of `extra_G`; [G] each, the same on every rank.
     """
     count_F, mean_F, m2_F = moments_F3.unbind(dim=1)
     sums_G2 = membership_GF @ torch.stack([count_F, count_F * mean_F], dim=1)
@@ -104,14 +106,7 @@ def merged_moments(membership_GF: Tensor, moments_F3: Tensor, extra_G: Tensor) -
 
 @dataclass(frozen=True)
 class AdamWUpdate:
-    """The last update of AdamW.
-
-    Attributes:
-        learning_rate: Of that update.
-        betas: Decay rates of the moments.
-        eps: Epsilon.
-        step: Number of updates so far, this one included.
-    """
+    """The last update of AdamW; `step` is the number of updates so far, this one included."""
 
     learning_rate: float
     betas: tuple[float, float]
@@ -119,7 +114,7 @@ class AdamWUpdate:
     step: int
 
     def of(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight_decay: float) -> Tensor:
-        """The change of some weights in float64, from what they and their moments are after it."""
+        """Returns the change of some weights in float64, from their values and moments after the update."""
         mean = exp_avg.double() / (1.0 - self.betas[0] ** self.step)
         square = exp_avg_sq.double() / (1.0 - self.betas[1] ** self.step)
         step = mean / (square.sqrt_() + self.eps)
@@ -137,11 +132,11 @@ def noise_scale(small_batch: int, large_batch: int, small_square: float, large_s
         small_batch: Samples in the smaller batch.
         large_batch: Samples in the larger batch.
         small_square: Squared norm of the gradient of the smaller batch's mean loss.
-        large_square: Squared norm of the gradient of the larger batch's mean loss.
+        large_square: The same of the larger batch.
 
     Returns:
-        The arguments, "signal" (|G|^2), "trace" (tr(Sigma)) and "scale" (their quotient in samples; None where the
-        signal is drowned and its estimate not positive).
+        The arguments, "signal" (|G|^2), "trace" (tr(Sigma)) and "scale" (their quotient in samples; None where noise
+        makes the estimate of the signal not positive).
     """
     signal = (large_batch * large_square - small_batch * small_square) / (large_batch - small_batch)
     trace = (small_square - large_square) / (1.0 / small_batch - 1.0 / large_batch)
@@ -157,8 +152,8 @@ def noise_scale(small_batch: int, large_batch: int, small_square: float, large_s
 
 
 @dataclass(frozen=True)
-class _InGate:
-    """What is known before the update, by group."""
+class _Gradients:
+    """Measured before the update, by group."""
 
     count_G: Tensor
     mean_G: Tensor
@@ -167,61 +162,46 @@ class _InGate:
     spectral: dict[str, list[float]]
 
 
-class GradientStatistics:
-    """Measures at chosen steps, whatever the layout; at all other steps it does nothing.
-
-    A step calls `before_step`, then `in_gate` from inside the engine's `before_update`, then `after_update`; each is
-    collective when something is due.
+class GradientStatistics(Watcher):
+    """Measures gradients, weights, updates and the noise scale at chosen steps, whatever the layout.
 
     Args:
-        engine: the model that trains.
-        config: `gradients` says how often and what, `train.steps` which step is the last (where what is on is due too).
+        engine: The model that trains.
+        config: `gradients` says how often and what; what is on is also measured at the last step.
+        hear_stop: Called on all ranks before every micro-batch of the pass for the noise scale; may raise on all ranks.
     """
 
-    def __init__(self, engine: "Engine", config: "Config"):
-        self.engine = engine
-        self.config = config
+    name, is_timed = "gradients", True
+
+    def __init__(self, engine: Engine, config: Config, hear_stop: Callable[[], None] | None = None) -> None:
+        self.engine, self.config, self._hear_stop = engine, config, hear_stop
         self.groups = Groups(engine.table)
         self._is_due = False
-        self._in_gate: _InGate | None = None
+        self._gradients: _Gradients | None = None
         self._small_square: float | None = None
 
-    def before_step(
-        self, step: int, batches: Sequence["MicroBatch"], between: Callable[[], None] | None = None
-    ) -> None:
-        """Begins a step. Where the noise scale is due, one more pass over a batch, without an update.
+    def before_step(self, step: Step) -> None:
+        """Makes one more pass, without an update, where the noise scale is due.
 
-        The small batch is the first micro-batch of every data rank. It is repeated to as many micro-batches as the
-        engine accumulates over, which leaves the mean gradient what it is: dropout masks belong to samples.
-
-        Args:
-            step: Number of the step, from 1.
-            batches: This data rank's micro-batches.
-            between: See Engine.gradient_norm.
+        Its small batch is the first micro-batch of every data rank, repeated to as many micro-batches as the engine
+        accumulates over. That does not change the mean gradient: dropout masks belong to samples.
         """
-        gradients = self.config.gradients
-        self._is_due = self._comes(step, gradients.every)
-        self._in_gate, self._small_square = None, None
-        if self._comes(step, gradients.noise_every):
-            norm = self.engine.gradient_norm([batches[0]] * len(batches), between)
+        gradients, last = self.config.gradients, self.config.train.steps
+        self._is_due = gradients.every > 0 and is_due(step.number, gradients.every, last)
+        self._gradients, self._small_square = None, None
+        if gradients.noise_every > 0 and is_due(step.number, gradients.noise_every, last):
+            norm = self.engine.gradient_norm([step.batches[0]] * len(step.batches), self._hear_stop)
             self._small_square = norm**2 if math.isfinite(norm) else None
 
-    def _comes(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.config.train.steps)
-
     @torch.no_grad()
-    def in_gate(self, proposal: "UpdateProposal") -> None:
-        """Measures gradients, and the weights before the update; from inside `before_update` only.
-
-        Args:
-            proposal: Not finite: nothing is measured.
-        """
+    def before_update(self, proposal: UpdateProposal) -> bool:
+        """Measures gradients, if they are finite, and the weights before the update."""
         if not self._is_due or not proposal.is_finite:
-            return
+            return True
 
         def moments(name: str, values: Tensor) -> Tensor:
             mean, std = row_moments(values[None])
-            count = std.new_full((1,), values.numel())  # written by the device: a copy would wait for it
+            count = std.new_full((1,), values.numel())  # a copy from the host would wait for the device
             return torch.cat([count, mean, count * std.square()])
 
         def square(name: str, values: Tensor) -> Tensor:
@@ -231,11 +211,25 @@ class GradientStatistics:
         weights = self.engine.owned_fragments()
         weight_membership_GF, weight_squares_F1 = self._measure(weights, ["values"], square, 1)
         weight_square_G = weight_membership_GF @ weight_squares_F1[:, 0]
-        self._in_gate = _InGate(
-            *merged_moments(membership_GF, moments_F3, weight_square_G), self._spectral_norms(weights)
-        )
+        merged = merged_moments(membership_GF, moments_F3, weight_square_G)
+        self._gradients = _Gradients(*merged, self._spectral_norms(weights))
+        return True
 
-    def _spectral_norms(self, weights: Iterable["Fragment"]) -> dict[str, list[float]]:
+    def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
+        """Measures the update; returns `gradients` and `noise`, each where it was due and could be measured."""
+        values: dict[str, Any] = {}
+        if self._gradients is not None:
+            update_square_G = self._update_squares(result.applied, step.learning_rate)
+            values["gradients"] = self._report(self._gradients, update_square_G)
+        if self._small_square is not None and math.isfinite(result.gradient_norm):
+            train = self.config.train
+            small_batch = self.engine.topology.data * train.micro_batch_size
+            large_square = result.gradient_norm**2
+            values["noise"] = noise_scale(small_batch, train.global_batch_size, self._small_square, large_square)
+        self._is_due, self._gradients, self._small_square = False, None, None
+        return values
+
+    def _spectral_norms(self, weights: Iterable[Fragment]) -> dict[str, list[float]]:
         iterations = self.config.gradients.spectral_iterations
         if iterations == 0:
             return {}
@@ -243,27 +237,9 @@ class GradientStatistics:
         norms = products.spectral_norms(weights, iterations)
         return {f"{name}_spectral_norm": values for name, values in norms.items()}
 
-    def after_update(self, result: "StepResult", learning_rate: float) -> dict[str, Any]:
-        """Returns what is recorded of this step: `gradients` and `noise`, each where it was due and could be measured.
-
-        Args:
-            result: What the engine reported.
-            learning_rate: That the engine was given.
-        """
-        values: dict[str, Any] = {}
-        if self._in_gate is not None:
-            values["gradients"] = self._report(self._in_gate, self._update_squares(result.applied, learning_rate))
-        if self._small_square is not None and math.isfinite(result.gradient_norm):
-            train = self.config.train
-            small_batch = self.engine.topology.data * train.micro_batch_size
-            large_square = result.gradient_norm**2
-            values["noise"] = noise_scale(small_batch, train.global_batch_size, self._small_square, large_square)
-        self._is_due, self._in_gate, self._small_square = False, None, None
-        return values
-
     @torch.no_grad()
     def _update_squares(self, was_applied: bool, learning_rate: float) -> Tensor:
-        """Squared norm of the update of each group, [G]."""
+        """Returns the squared norm of the update of each group, [G]."""
         if not was_applied:
             return torch.zeros(self.groups.size, dtype=torch.float64, device=self.engine.topology.device)
         optim = self.config.optim
@@ -277,7 +253,7 @@ class GradientStatistics:
         membership_GF, squares_F1 = self._measure(fragments, ["values", "exp_avg", "exp_avg_sq"], square, 1)
         return _sum_over_ranks(membership_GF @ squares_F1[:, 0])
 
-    def _report(self, found: _InGate, update_square_G: Tensor) -> dict[str, Any]:
+    def _report(self, found: _Gradients, update_square_G: Tensor) -> dict[str, Any]:
         square_G = found.m2_G + found.count_G * found.mean_G.square()
         ratio_G = (update_square_G / found.weight_square_G).sqrt()
         variance_G, weight_norm_G = found.m2_G / found.count_G, found.weight_square_G.sqrt()
@@ -288,7 +264,7 @@ class GradientStatistics:
             "gradient_mean": means,
             "gradient_variance": variances,
             "weight_norm": weight_norms,
-            # Weights that are all zero have no such ratio.
+            # None where all weights are zero.
             "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios],
         }
         report = self.groups.report(counts, values)
@@ -296,18 +272,18 @@ class GradientStatistics:
         return report
 
     def _measure(
-        self, fragments: Iterable["Fragment"], parts: Sequence[str], measure: Callable[..., Tensor], num_columns: int
+        self, fragments: Iterable[Fragment], parts: Sequence[str], measure: Callable[..., Tensor], num_columns: int
     ) -> tuple[Tensor, Tensor]:
-        """Measures fragments chunk by chunk, so that float64 copies are small; padded rows are left out.
+        """Measures this rank's fragments chunk by chunk, so that float64 copies are small, without padded rows.
 
         Args:
-            fragments: What this rank owns.
+            fragments: Those that this rank owns.
             parts: Which tensors of a fragment are measured.
             measure: Maps a parameter's name and those tensors of a chunk to a float64 vector.
             num_columns: Length of that vector.
 
         Returns:
-            Which chunk is of which group [G, F], and the vectors [F, num_columns].
+            Which chunk belongs to which group [G, F], and the vectors [F, num_columns].
         """
         device = self.engine.topology.device
         names, rows = [], [torch.zeros(0, num_columns, dtype=torch.float64, device=device)]
@@ -323,7 +299,7 @@ class GradientStatistics:
         return self.groups.membership(names, device), torch.cat(rows)
 
     def _num_real(self, name: str) -> int:
-        """Number of elements of this tensor rank's shard before padded rows of the vocabulary, which come last."""
+        """Returns the number of elements of this tensor rank's shard before padded rows, which come last."""
         info, topology = self.engine.table[name], self.engine.topology
         num_rows, *rest = info.local_shape(topology.tensor)
         if info.kind == "embedding":

@@ -1,43 +1,46 @@
-"""The guard: what is done about instability while it happens.
+"""The guard: decides what to do about an unstable run while it trains.
 
-From the loss and the gradient norm of a step, which are the same numbers on every rank, it decides in this order:
-1. An update whose loss or gradient norm stands far out of the last steps is left out (as OLMo-core's skip-step does).
-2. If that is not enough, the learning rate is lowered for a while.
-3. If that is not enough either, or if the loss has left for good, the run goes back to the last checkpoint from before
-   the trouble, and does not read the data again that it met then (Chowdhery et al. 2022 (PaLM), sec. 5.1).
-4. After a number of such returns it gives up.
-In fp16 a step whose gradient overflows its loss scale is none of these: the scale comes down, and that is all. A long
-row of them leads to 3 at once.
+From the loss and the gradient norm of a step, which are the same on every rank, it decides in this order:
+1. An update whose loss or gradient norm is far above those of the last steps is skipped (OLMo-core's skip-step).
+2. If too many are skipped, the learning rate is lowered for some steps.
+3. If that does not help, or if the loss has diverged, the run rolls back to the last checkpoint from before the
+   trouble and skips the data on which it occurred (Chowdhery et al. 2022 (PaLM), sec. 5.1).
+4. After a number of rollbacks it gives up.
+An overflow of fp16 gradients is none of these, since the loss scale is then lowered; a long row of them leads to 3.
 
-Here are decisions only; `training` carries them out. Everything is pure arithmetic over numbers that all ranks share,
-so every layout decides alike, and the state goes through a checkpoint.
+This file decides; training/loop/session.py carries it out. All decisions are arithmetic over numbers that the ranks
+share, so every layout decides alike, and the state is stored in checkpoints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlra_scale.config import GuardConfig
 from mlra_scale.stability.spikes import Divergence, Window
+from mlra_scale.stability.watcher import Step, Watcher
+
+if TYPE_CHECKING:
+    from mlra_scale.parallel import StepResult, UpdateProposal
 
 _RISING_WINDOWS = 8
-"""So many windows long a loss may be on its way up; one that has been higher for longer has come to stay there."""
+"""A loss that has been higher for more than this many windows has settled there, and is no longer rising."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """What the guard has decided after a step.
+    """A decision of the guard after a step.
 
     Attributes:
-        kind: skip: the update was left out. lower_rate: the learning rate is lowered from the next step on. rollback:
-            the run goes back. give_up: it stops.
+        kind: skip: the update was skipped. lower_rate: the learning rate is lowered from the next step on. rollback:
+            the run returns to a checkpoint. give_up: the run ends.
         step: The step.
         reason: In words, with the numbers.
-        to_step: For a rollback: the checkpoint to go back to.
-        skipped: For a rollback: places in the data (first, one after the last) that are not read again.
+        to_step: Of a rollback: step of the checkpoint.
+        skipped: Of a rollback: the samples (first, one after the last) that are not read again.
     """
 
     kind: Literal["skip", "lower_rate", "rollback", "give_up"]
@@ -49,14 +52,9 @@ class Action:
 
 @dataclass(frozen=True)
 class _Episode:
-    """Trouble: from its first bad update until `calm_steps` have passed without one.
+    """A time of trouble: from its first bad update until `calm_steps` have passed without one.
 
-    Attributes:
-        first_step: Step of the first bad update.
-        first_sample: Place in the data of that step.
-        last_step: Step of the last one.
-        skips: Bad updates since the last lowering.
-        lowerings: How often the rate was lowered.
+    `skips` counts the bad updates since the rate was last lowered, `lowerings` how often it was lowered.
     """
 
     first_step: int
@@ -68,32 +66,42 @@ class _Episode:
 
 @dataclass(frozen=True)
 class _Lowered:
-    """A learning rate that was lowered: by `factor` at `since`, back on the schedule at `until`."""
+    """A learning rate that is multiplied by `factor` at step `since` and is back on its schedule at `until`."""
 
     factor: float
     since: int
     until: int
 
 
-class Guard:
-    """Watches a run.
+class Guard(Watcher):
+    """Watches a run. Where it is disabled it decides nothing, but samples skipped by earlier rollbacks stay skipped.
 
     Args:
         config: Thresholds.
         batch: Samples of a step, over all ranks.
+        overflow_fault: Returns why a row of fp16 overflows is too long; None: it is not.
+
+    Attributes:
+        actions: Its decisions after the last step, in order; at most the last one is a rollback or the end.
+        rollbacks: Those of the run so far, the oldest first.
+        good_step: Step of the checkpoint for the next rollback, which must be kept; None: there is none.
     """
 
-    def __init__(self, config: GuardConfig, batch: int) -> None:
-        self._config, self._batch = config, batch
-        self._watch_anew()
-        self._forgot_at: int | None = None
+    name = "guard"
+
+    def __init__(
+        self, config: GuardConfig, batch: int, overflow_fault: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self._config, self._batch, self._overflow_fault = config, batch, overflow_fault
+        self.actions: list[Action] = []
+        self.rollbacks: list[dict[str, Any]] = []
+        self.good_step: int | None = None
+        self._clear_statistics()
+        self._reset_at: int | None = None
         self._lowered: _Lowered | None = None
-        self._good_step: int | None = None
-        self._rollbacks: list[dict[str, Any]] = []
         self._fault: str | None = None
 
-    def _watch_anew(self) -> None:
-        """Knows of no step: nothing is usual yet, the loss has not been lower, and there is no trouble."""
+    def _clear_statistics(self) -> None:
         config = self._config
         self._losses, self._norms = Window(config.window), Window(config.window)
         self._divergence = None
@@ -105,149 +113,112 @@ class Guard:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether it does anything."""
         return self._config.enabled
 
-    @property
-    def num_rollbacks(self) -> int:
-        """How often the run went back."""
-        return len(self._rollbacks)
-
-    @property
-    def rollbacks(self) -> Sequence[Mapping[str, Any]]:
-        """What has to be remembered of every rollback, beyond the checkpoint that the run went back to."""
-        return self._rollbacks
-
-    @property
-    def good_step(self) -> int | None:
-        """Step of the checkpoint to go back to, which must be kept; None: there is none."""
-        return self._good_step
-
     def rate_factor(self, step: int) -> float:
-        """Returns what the scheduled learning rate of a step is multiplied by."""
+        """Returns the factor on the scheduled learning rate of a step."""
         lowered = self._lowered
         if lowered is None or self.lowered_until(step) is None:
             return 1.0
-        done = (step - lowered.since) / (lowered.until - lowered.since)
-        return lowered.factor + (1.0 - lowered.factor) * done
+        share = (step - lowered.since) / (lowered.until - lowered.since)
+        return lowered.factor + (1.0 - lowered.factor) * share
 
     def lowered_until(self, step: int) -> int | None:
         """Returns the first step that is back on the schedule; None: this step is on it."""
         lowered = self._lowered
         return lowered.until if lowered is not None and lowered.since <= step < lowered.until else None
 
-    def place(self, sample: int) -> int:
-        """Returns where the next batch is read, past the data that are skipped.
-
-        Args:
-            sample: Where it would be read.
-        """
-        windows = sorted((rollback["skipped_from"], rollback["skipped_to"]) for rollback in self._rollbacks)
-        for start, stop in windows:
+    def first_sample(self, sample: int) -> int:
+        """Returns where the next step reads: at `sample`, or after the samples that are skipped there."""
+        skipped = sorted((rollback["skipped_from"], rollback["skipped_to"]) for rollback in self.rollbacks)
+        for start, stop in skipped:
             if sample < stop and sample + self._batch > start:
                 sample = stop
         return sample
 
-    def approve(self, loss: float, gradient_norm: float) -> bool:
-        """Returns whether an update may be applied; before it."""
-        self._fault = self._find_fault(loss, gradient_norm) if self.is_enabled else None
+    def before_update(self, proposal: UpdateProposal) -> bool:
+        self._fault = self._find_fault(proposal.loss, proposal.gradient_norm) if self.is_enabled else None
         return self._fault is None
 
-    def judge(self, step: int, sample: int, loss: float, gradient_norm: float) -> list[Action]:
-        """Decides after a step that `approve` was asked about.
+    def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
+        """Decides; see `actions`."""
+        self.actions = []
+        if self.is_enabled and result.overflow:
+            self.actions = self._after_overflow(step)
+        elif self.is_enabled:
+            self.actions = self._after_update(step, result.loss, result.gradient_norm)
+        return {}
 
-        Args:
-            step: The step.
-            sample: Place in the data at which it began.
-            loss: Its loss.
-            gradient_norm: Its gradient norm.
-
-        Returns:
-            What has happened and what has to be done, in order; at most the last one is a rollback or the end.
-        """
-        if not self.is_enabled:
-            return []
+    def _after_update(self, step: Step, loss: float, gradient_norm: float) -> list[Action]:
+        number, sample = step.number, step.first_sample
         fault, self._fault = self._fault, None
         self._overflow_sample = None
-        self._remember(loss, gradient_norm)
+        self._add(loss, gradient_norm)
         has_diverged = self._divergence is not None and fault is None and self._divergence.update(loss)
         is_rising = self._divergence is not None and self._divergence.is_rising
         self._rising_steps = self._rising_steps + 1 if is_rising else 0
-        episode = self._episode_at(step)
+        episode = self._episode_at(number)
         actions: list[Action] = []
         if fault is not None:
-            episode = episode or _Episode(step, sample, step)
-            episode = replace(episode, last_step=step, skips=episode.skips + 1)
-            actions.append(Action("skip", step, fault))
+            episode = episode or _Episode(number, sample, number)
+            episode = replace(episode, last_step=number, skips=episode.skips + 1)
+            actions.append(Action("skip", number, fault))
             if episode.skips > self._config.max_skips:
-                text = f"{episode.skips} bad updates since step {episode.first_step}; last: {fault}"
+                reason = f"{episode.skips} bad updates since step {episode.first_step}; last: {fault}"
                 if episode.lowerings < self._config.max_lowerings:
-                    actions.append(Action("lower_rate", step, text))
+                    actions.append(Action("lower_rate", number, reason))
                     episode = replace(episode, skips=0, lowerings=episode.lowerings + 1)
-                    self._lower(step)
+                    self._lower(number)
                 else:
-                    actions.append(self._go_back(step, sample, episode.first_sample, text))
+                    actions.append(self._roll_back(step, episode.first_sample, reason))
         elif has_diverged:
-            text = (
+            reason = (
                 f"the mean loss of the last {self._config.divergence_steps} steps is more than "
                 f"{self._config.divergence:g} above the lowest such mean"
             )
-            first = episode.first_sample if episode is not None else sample
-            actions.append(self._go_back(step, sample, first, text))
+            actions.append(self._roll_back(step, episode.first_sample if episode is not None else sample, reason))
         self._episode = episode
         return actions
 
-    def overflowed(self, step: int, sample: int, hopeless: str | None) -> list[Action]:
-        """Decides after a step whose gradient overflowed the loss scale: its update is gone, and `approve` not asked.
-
-        Args:
-            step: The step.
-            sample: Place in the data at which it began.
-            hopeless: Why this is more than a loss scale that comes down, in words; None: it is not.
-
-        Returns:
-            As `judge`.
-        """
-        if not self.is_enabled:
-            return []
+    def _after_overflow(self, step: Step) -> list[Action]:
         if self._overflow_sample is None:
-            self._overflow_sample = sample
-        if hopeless is None:
+            self._overflow_sample = step.first_sample
+        if (fault := self._overflow_fault()) is None:
             return []
-        episode = self._episode_at(step)
-        first = self._overflow_sample if episode is None else episode.first_sample
-        return [self._go_back(step, sample, first, hopeless)]
+        episode = self._episode_at(step.number)
+        return [self._roll_back(step, self._overflow_sample if episode is None else episode.first_sample, fault)]
 
-    def saved(self, step: int) -> None:
-        """Notes a checkpoint: one to go back to if there is no trouble now, and the loss is not on its way up."""
+    def _roll_back(self, step: Step, first_sample: int, reason: str) -> Action:
+        if len(self.rollbacks) >= self._config.max_rollbacks:
+            return Action("give_up", step.number, f"{reason}; the run went back {len(self.rollbacks)} time(s) already")
+        if self.good_step is None:
+            return Action("give_up", step.number, f"{reason}; there is no checkpoint from before that")
+        start = max(0, first_sample - self._config.skip_before * self._batch)
+        skipped = (start, step.first_sample + self._batch)
+        return Action("rollback", step.number, reason, self.good_step, skipped)
+
+    def note_checkpoint(self, step: int) -> None:
+        """Makes a new checkpoint that of the next rollback, if there is no trouble and the loss is not rising."""
         is_rising = 0 < self._rising_steps <= _RISING_WINDOWS * self._config.window
         is_calm = self._episode is None and self._overflow_sample is None
         if self.is_enabled and is_calm and not is_rising:
-            self._good_step = step
+            self.good_step = step
 
-    def begins_at(self, step: int) -> None:
-        """Makes a checkpoint the one to go back to, whatever was before it: the run begins from it."""
-        self._good_step, self._episode, self._overflow_sample = step, None, None
+    def begin_at(self, step: int) -> None:
+        """Makes a checkpoint that of the next rollback because the run begins from it."""
+        self.good_step, self._episode, self._overflow_sample = step, None, None
 
-    def forget(self, step: int) -> None:
-        """Judges what comes after a step by itself: the run goes on with something that changes what is usual.
+    def reset_statistics(self, step: int) -> None:
+        """Drops the statistics of earlier steps, because a change makes them meaningless for those after `step`.
 
-        What is usual after it is learned as at the start of a run. Data that are skipped stay skipped, and a lowered
-        rate stays lowered.
-
-        Args:
-            step: Of the checkpoint that the run goes on from; its own record of what was usual is of no use either.
+        Skipped samples stay skipped, and a lowered rate stays lowered.
         """
-        self._watch_anew()
-        self._forgot_at = step
-        self._good_step = step if self.is_enabled else None
+        self._clear_statistics()
+        self._reset_at = step
+        self.good_step = step if self.is_enabled else None
 
-    def went_back(self, action: Action) -> None:
-        """Goes on from the checkpoint of a rollback, whose state has been loaded.
-
-        Args:
-            action: The rollback.
-        """
+    def note_rollback(self, action: Action) -> None:
+        """Continues from the checkpoint of a rollback, whose state has been loaded."""
         assert action.to_step is not None and action.skipped is not None
         rollback = {
             "step": action.step,
@@ -256,34 +227,32 @@ class Guard:
             "skipped_to": action.skipped[1],
             "reason": action.reason,
         }
-        self.recall([*self._rollbacks, rollback], action.to_step)
-        if action.to_step == self._forgot_at:
-            self.forget(action.to_step)
+        self.adopt_rollbacks([*self.rollbacks, rollback], action.to_step)
+        if action.to_step == self._reset_at:
+            self.reset_statistics(action.to_step)
 
-    def recall(self, rollbacks: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Takes over rollbacks that the loaded state may not know of; the first one of them is the oldest.
+    def adopt_rollbacks(self, rollbacks: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Takes over rollbacks that the loaded state does not know, since it was saved before them.
 
-        A rollback is no part of the checkpoint that it leads to. From the second one to the same step on, data were
-        not the cause alone: the learning rate is lowered too, each time further.
+        From the second rollback to the same step on, the data were not the only cause: the learning rate is lowered
+        too, further with each of them.
 
         Args:
-            rollbacks: All of the run so far.
-            step: Of the checkpoint that was loaded. If it is not the one of the last rollback, data stay skipped, and
-                that is all.
+            rollbacks: All of the run, the oldest first.
+            step: Of the checkpoint that was loaded. Unless it is that of the last rollback, only the samples count.
         """
-        if len(rollbacks) <= len(self._rollbacks):
+        if len(rollbacks) <= len(self.rollbacks):
             return
-        self._rollbacks = [dict(rollback) for rollback in rollbacks]
-        if step != self._rollbacks[-1]["to_step"]:
+        self.rollbacks = [dict(rollback) for rollback in rollbacks]
+        if step != self.rollbacks[-1]["to_step"]:
             return
-        self.begins_at(step)
-        num_returns = sum(rollback["to_step"] == step for rollback in self._rollbacks)
+        self.begin_at(step)
+        num_returns = sum(rollback["to_step"] == step for rollback in self.rollbacks)
         if num_returns > 1:
             factor = self._config.rate_factor ** (num_returns - 1)
             self._lowered = _Lowered(factor, step + 1, step + 1 + self._config.rate_steps)
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of it."""
         return {
             "losses": self._losses.state(),
             "norms": self._norms.state(),
@@ -292,32 +261,31 @@ class Guard:
             "overflow_sample": self._overflow_sample,
             "episode": None if self._episode is None else asdict(self._episode),
             "lowered": None if self._lowered is None else asdict(self._lowered),
-            "good_step": self._good_step,
-            "forgot_at": self._forgot_at,
-            "rollbacks": self._rollbacks,
+            "good_step": self.good_step,
+            "forgot_at": self._reset_at,
+            "rollbacks": self.rollbacks,
         }
 
-    def load(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from what `state` returned; None: of a checkpoint from before there was a guard."""
-        if state is None:
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        if state is None:  # of a checkpoint from before there was a guard
             return
-        self._losses.load(state["losses"])
-        self._norms.load(state["norms"])
+        self._losses.load_state(state["losses"])
+        self._norms.load_state(state["norms"])
         if self._divergence is not None and state["divergence"] is not None:
-            self._divergence.load(state["divergence"])
-        # A checkpoint from before these were kept has none of them.
+            self._divergence.load_state(state["divergence"])
+        # Checkpoints of earlier versions lack the keys that are read by `get`.
         self._rising_steps = state.get("rising_steps", 0)
         self._overflow_sample = state.get("overflow_sample")
         self._episode = None if state["episode"] is None else _Episode(**state["episode"])
         self._lowered = None if state["lowered"] is None else _Lowered(**state["lowered"])
-        self._good_step = state["good_step"]
-        if (forgot_at := state.get("forgot_at")) is not None:  # not so in one from before the change
-            self._forgot_at = forgot_at
-        if len(state["rollbacks"]) > len(self._rollbacks):
-            self._rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
+        self.good_step = state["good_step"]
+        if (reset_at := state.get("forgot_at")) is not None:  # a rollback leads to before the reset
+            self._reset_at = reset_at
+        if len(state["rollbacks"]) > len(self.rollbacks):
+            self.rollbacks = [dict(rollback) for rollback in state["rollbacks"]]
 
     def _episode_at(self, step: int) -> _Episode | None:
-        """Returns the trouble that is not over at a step."""
+        """Returns the episode that is not over at a step."""
         episode = self._episode
         return episode if episode is not None and step - episode.last_step <= self._config.calm_steps else None
 
@@ -333,11 +301,10 @@ class Guard:
     def _limit(self, window: Window) -> float:
         return window.mean + self._config.sigmas * window.std
 
-    def _remember(self, loss: float, gradient_norm: float) -> None:
-        """Adds a step to what is usual; a bad one counts as the worst that would have passed.
+    def _add(self, loss: float, gradient_norm: float) -> None:
+        """Adds a step to the statistics; a bad value counts as the largest one that would have passed.
 
-        Left out altogether, values that have risen for good would be bad for ever; taken as they are, one of them would
-        hide the next.
+        Left out, values that have risen for good would always be bad; taken as they are, one would hide the next.
         """
         for value, window in ((loss, self._losses), (gradient_norm, self._norms)):
             if math.isfinite(value):
@@ -349,11 +316,3 @@ class Guard:
         self._lowered = _Lowered(
             self.rate_factor(since) * self._config.rate_factor, since, since + self._config.rate_steps
         )
-
-    def _go_back(self, step: int, sample: int, first_sample: int, text: str) -> Action:
-        if self.num_rollbacks >= self._config.max_rollbacks:
-            return Action("give_up", step, f"{text}; the run went back {self.num_rollbacks} time(s) already")
-        if self._good_step is None:
-            return Action("give_up", step, f"{text}; there is no checkpoint from before that")
-        start = max(0, first_sample - self._config.skip_before * self._batch)
-        return Action("rollback", step, text, self._good_step, (start, sample + self._batch))

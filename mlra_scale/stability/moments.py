@@ -1,12 +1,14 @@
 """Means and spreads that merge exactly, from any cut of a matrix into pieces.
 
-Everything is float64 inside. A set of numbers is held as (count, mean, M2), M2 being the sum of squared deviations
-from the mean; two sets merge by the formulas of Chan, Golub and LeVeque 1979 ('Updating formulae and a pairwise
-algorithm for computing sample variances'). Sums of squares would lose a constant row's exact zero and the small spread
-of a row with a large mean.
+A set of numbers is stored as (count, mean, M2) in float64, M2 being the sum of squared deviations from the mean; two
+sets merge by the formulas of Chan, Golub and LeVeque 1979 ('Updating formulae and a pairwise algorithm for computing
+sample variances'). Sums of squares would lose a constant row's exact zero and the small spread of a row with a large
+mean.
 
 Legend of shape suffixes: K rows, D columns, P pieces.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
@@ -29,8 +31,8 @@ class Moments:
     m2: float = 0.0
 
     @classmethod
-    def of(cls, count: float, mean: float, std: float) -> "Moments":
-        """From the standard deviation, and from numbers of any type."""
+    def of(cls, count: float, mean: float, std: float) -> Moments:
+        """Returns the moments of a set with this standard deviation."""
         return cls(int(count), float(mean), float(count) * float(std) ** 2)
 
     @property
@@ -38,8 +40,8 @@ class Moments:
         """Population standard deviation (ddof 0)."""
         return math.sqrt(self.m2 / self.count) if self.count else math.nan
 
-    def merge(self, other: "Moments") -> "Moments":
-        """The moments of both sets together (Chan et al. 1979, eq. 1.5)."""
+    def merge(self, other: Moments) -> Moments:
+        """Returns the moments of both sets together (Chan et al. 1979, eq. 1.5)."""
         if not self.count or not other.count:
             return self if self.count else other
         count = self.count + other.count
@@ -57,7 +59,7 @@ def merge_all(sets: Iterable[Moments]) -> Moments:
 
 
 def row_moments(rows_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of each row, float64 [K] each.
+    """Returns mean and population standard deviation of each row, float64 [K] each.
 
     A row is shifted by its first element before its mean is taken: the deviations of a constant row are then exactly
     zero, and a large mean costs no digits.
@@ -78,9 +80,9 @@ class WholeRows:
     """Statistics of consecutive complete rows.
 
     Attributes:
-        first: id of the first row.
-        mean_K: mean of each row.
-        std_K: population standard deviation of each row.
+        first: Index of the first row.
+        mean_K: Mean of each row.
+        std_K: Population standard deviation of each row.
     """
 
     first: int
@@ -93,11 +95,11 @@ class CutMoments:
     """Statistics of the pieces of a matrix that one rank owns.
 
     Attributes:
-        whole: runs of complete rows.
-        piece_rows: row id of each piece of a row that is not complete here.
-        piece_counts: number of elements of each piece.
-        piece_moments_P2: mean and standard deviation of each piece, float64.
-        column_sum_D: sum over the owned elements of each column, float64.
+        whole: Runs of complete rows.
+        piece_rows: Row index of each piece of a row that is not complete on this rank.
+        piece_counts: Number of elements of each piece.
+        piece_moments_P2: Mean and standard deviation of each piece, float64.
+        column_sum_D: Sum over the owned elements of each column, float64.
     """
 
     whole: tuple[WholeRows, ...]
@@ -110,16 +112,13 @@ class CutMoments:
 def cut_moments(
     parts: Iterable[tuple[int, Tensor]], num_rows: int, num_columns: int, device: torch.device
 ) -> CutMoments:
-    """Statistics of parts of a row-major matrix.
+    """Returns statistics of parts of a row-major matrix, computed chunk by chunk on the device of the values.
 
     Args:
-        parts: (flat offset in the matrix, 1-D values) of each part; anywhere, of any length, on any device.
-        num_rows: rows from here on are ignored.
-        num_columns: length of a row, D.
-        device: where the result is wanted.
-
-    Returns:
-        The statistics, computed chunk by chunk where the values are.
+        parts: (flat offset in the matrix, 1-D values) of each part, of any length.
+        num_rows: Rows from here on are ignored.
+        num_columns: Length of a row, D.
+        device: Of the result.
     """
     whole: list[WholeRows] = []
     rows: list[int] = []
@@ -144,7 +143,7 @@ def cut_moments(
 
 
 def _whole_rows(rows_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and standard deviation of each row, and the sum of each column, converted chunk by chunk."""
+    """Returns mean and standard deviation of each row, and the sum of each column, converted chunk by chunk."""
     elements = CPU_CHUNK if rows_KD.device.type == "cpu" else ACCELERATOR_CHUNK
     means, stds = [], []
     column_sum_D = torch.zeros(rows_KD.shape[1], dtype=torch.float64, device=rows_KD.device)

@@ -5,13 +5,13 @@ q_i k_j / sqrt(H) of a head over the batch and tau the threshold (100 there), ga
 and key weights are each multiplied by sqrt(gamma). For plain multi-head attention that is all; what the paper adds for
 rotary parts of latent attention does not arise here. It is not tied to an optimizer.
 
-Biases are multiplied along with weights, so that every logit of the head is multiplied by gamma, exactly. In a
-factorised projection (MLRA) only the up-factor has rows that belong to heads; the down-factor, which all heads share,
-stays.
+Biases are multiplied along with weights, so that every logit of the head is multiplied by gamma exactly. In a
+factorised projection (MLRA) only the up-factor, whose rows belong to heads, is clipped, and not the down-factor, which
+all heads share.
 
-One difference: the paper takes S from the pass that the gradient came from, here a pass of its own after the update
-takes it from the weights that are then clipped. All heads are judged at once: those of later blocks see the smaller
-logits of earlier ones not before the next time.
+One difference: the paper takes S from the pass that the gradient came from; here a pass of its own after the update
+takes it from the weights that are then clipped. All heads are clipped at once, so later blocks see the smaller logits
+of earlier ones only the next time.
 
 Shape suffixes: L blocks, N heads (of the whole model), S sequence.
 """
@@ -19,7 +19,7 @@ Shape suffixes: L blocks, N heads (of the whole model), S sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,32 +27,40 @@ import torch.distributed as dist
 
 from mlra_scale.model.probe import Heads, observe
 from mlra_scale.stability.activations import micro_batches_for, number_below
+from mlra_scale.stability.watcher import Step, Watcher
 
 if TYPE_CHECKING:
     from mlra_scale.config import BatchPlan, ModelConfig, QkClipConfig
     from mlra_scale.model.parameters import ParameterTable
-    from mlra_scale.parallel.interface import Engine, MicroBatch
+    from mlra_scale.parallel import Engine, MicroBatch, StepResult
 
 
-class QkClip:
-    """Clips in any layout; what it does depends on the layout only by the rounding of the logits.
+class QkClip(Watcher):
+    """Clips in any layout; the result depends on the layout only by the rounding of the logits.
 
     Args:
         engine: The model.
         model: Its shape.
         config: Threshold and samples.
-        plan: Decides how the samples divide over ranks and micro-batches.
+        plan: Divides the samples over ranks and micro-batches.
     """
+
+    name, is_timed = "qk_clip", True
 
     def __init__(self, engine: Engine, model: ModelConfig, config: QkClipConfig, plan: BatchPlan) -> None:
         self._engine = engine
         self._model = model
-        self._threshold = config.threshold
+        self._threshold, self._every = config.threshold, config.every
         self._samples = plan.global_batch_size if config.samples is None else config.samples
         self._num_micro_batches = micro_batches_for(self._samples, plan)
 
+    def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
+        if self._threshold is None or not result.applied or step.number % self._every != 0:
+            return {}
+        return {"qk_clip": self.apply(step.batches, step.first_sample)}
+
     def apply(self, batches: Sequence[MicroBatch], first_sample: int) -> dict[str, Any]:
-        """Clips all heads above the threshold; for after an update. Every rank calls it and gets the same result.
+        """Clips all heads above the threshold; every rank calls it and gets the same result.
 
         Args:
             batches: This data rank's micro-batches of the step.
@@ -70,7 +78,7 @@ class QkClip:
         return {"largest_logit": largest_LN.max().item(), "clipped_heads": num_clipped}
 
     def _largest_logits(self, batches: Sequence[MicroBatch], end: int) -> torch.Tensor:
-        """The largest logit of each head over the samples below `end`, on the host; collective."""
+        """Returns the largest logit of each head over the samples below `end`, on the host; collective."""
         topology = self._engine.topology
         shape = (self._model.num_layers, self._model.num_heads)
         largest_LN = torch.full(shape, -math.inf, dtype=torch.float32, device=topology.device)
@@ -91,9 +99,9 @@ class QkClip:
 
 
 def clip_factors(largest_LN: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Returns what queries and keys of each head are multiplied by: sqrt(min(1, threshold / largest)).
+    """Returns the factor on queries and keys of each head: sqrt(min(1, threshold / largest)).
 
-    A head whose logits are no numbers is left alone: the run is about to stop for that, and a factor would hide it.
+    It is 1 for a head whose logits are not finite: the run is about to stop for that, and a factor would hide it.
     """
     is_above_LN = largest_LN.isfinite() & (largest_LN > threshold)
     return torch.where(is_above_LN, (threshold / largest_LN).sqrt(), torch.ones_like(largest_LN))
@@ -103,7 +111,7 @@ def row_factors(factor_LN: torch.Tensor, model: ModelConfig, table: ParameterTab
     """Returns a factor for every row of the query and key weights (element, of biases) of blocks with a clipped head.
 
     Args:
-        factor_LN: What `clip_factors` returned.
+        factor_LN: The result of `clip_factors`.
         model: The model's shape.
         table: The model's parameter table.
     """

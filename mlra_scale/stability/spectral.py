@@ -3,18 +3,20 @@
 Per head h, the logits of a block see its hidden state through W_q,h^T W_k,h and its output sees it through W_o,h W_v,h,
 both D x D of rank H at most. Their largest singular values bound how strongly a head can react to its input.
 
-What is needed of a weight is only its product with vectors, and each rank computes the part that its fragments, cut
-anywhere, have in it; vectors are summed over the ranks, weights never move. The vectors of all heads of all blocks
-travel in one all-reduce, one for each factor: 4 per iteration and product for dense attention, up to 8 with MLRA.
+Only products of a weight with vectors are needed. Each rank computes the part of its fragments, cut anywhere; vectors
+are summed over the ranks, and weights never move. The vectors of all heads of all blocks are summed in one all-reduce
+per factor: 4 per iteration and product for dense attention, up to 8 with MLRA.
 
 The products go into Lanczos bidiagonalization (Golub and Kahan 1965, 'Calculating the singular values and
-pseudo-inverse of a matrix') rather than plain power iteration: the same two products per iteration and a few numbers
-more to keep, but it makes the best of all vectors it has seen. For 64 x 768 random heads, whose largest singular values
-lie close together, power iteration is 2 % short after 16 iterations, Lanczos 4e-6. Both only ever come from below.
+pseudo-inverse of a matrix') rather than plain power iteration: with the same two products per iteration it uses all
+vectors so far. For 64 x 768 random heads, whose largest singular values lie close together, power iteration is 2 %
+short after 16 iterations, Lanczos 4e-6. Both approach from below.
 
 Legend of shape suffixes: L blocks, N heads, D hidden, I and O in and out features of a factor, K iterations; a head
 space holds all heads' features side by side, N H = D.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from mlra_scale.parallel.topology import Topology
 
 _SEED = 0
-"""Of the start vector, always the same one: a measurement depends on the weights only."""
+"""Of the start vector, always the same one, so that a measurement depends on the weights only."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class _Part:
     """Whole rows of a tensor-parallel shard of a weight; elements that another rank owns are zero.
 
     Attributes:
-        block: index of the block.
-        row: first row, counted in the global weight.
-        column: first column, counted in the global weight.
-        values_OI: the rows.
+        block: Index of the block.
+        row: First row, counted in the global weight.
+        column: First column, counted in the global weight.
+        values_OI: The rows.
     """
 
     block: int
@@ -56,9 +58,9 @@ class _Map:
     """One factor (or dense weight) of every block, as a linear map of all heads' vectors.
 
     Attributes:
-        name: which weight, e.g. "q.down".
-        is_transposed: whether it maps from its output to its input features.
-        enters_heads: whether it ends in the head space, where each head keeps its own features only.
+        name: Of the weight, e.g. "q.down".
+        is_transposed: Whether it maps from its output to its input features.
+        enters_heads: Whether it ends in the head space, where each head keeps its own features only.
     """
 
     name: str
@@ -70,23 +72,23 @@ class AttentionProducts:
     """The products W_q,h^T W_k,h and W_o,h W_v,h of every head of every block.
 
     Args:
-        model: shapes and which projections are factorised.
-        table: the model's parameter table.
-        topology: this rank's place in the process mesh.
+        model: Shapes and which projections are factorised.
+        table: The model's parameter table.
+        topology: The mesh.
     """
 
-    def __init__(self, model: "ModelConfig", table: "ParameterTable", topology: "Topology"):
+    def __init__(self, model: ModelConfig, table: ParameterTable, topology: Topology):
         self.model = model
         self.table = table
         self.topology = topology
         heads_D = torch.arange(model.hidden_size, device=topology.device) // model.head_dim
         self.own_features_ND = heads_D == torch.arange(model.num_heads, device=topology.device)[:, None]
 
-    def spectral_norms(self, fragments: Iterable["Fragment"], iterations: int) -> dict[str, list[float]]:
+    def spectral_norms(self, fragments: Iterable[Fragment], iterations: int) -> dict[str, list[float]]:
         """Estimates the largest singular values; every rank of the world calls it and gets the same result.
 
         Args:
-            fragments: what this rank owns, fp32 master weights; each element has exactly one owner in the world.
+            fragments: The fp32 master weights that this rank owns; each element has exactly one owner.
             iterations: Lanczos iterations, at least 1. From the rank H of the products on, the result is exact.
 
         Returns:
@@ -107,15 +109,15 @@ class AttentionProducts:
         }
 
     def _maps(self, projection: str, is_transposed: bool = False, enters_heads: bool = False) -> list[_Map]:
-        """The factors of a projection in the order in which a vector meets them."""
+        """Returns the factors of a projection in the order in which they are applied to a vector."""
         is_factorised = self.model.is_factorised(projection)
         names = [f"{projection}.down", f"{projection}.up"] if is_factorised else [projection]
         if is_transposed:
             names.reverse()
         return [_Map(name, is_transposed, enters_heads and name == names[-1]) for name in names]
 
-    def _parts(self, fragments: Iterable["Fragment"]) -> dict[str, list[_Part]]:
-        """This rank's parts of the attention's weights, by the name of a map."""
+    def _parts(self, fragments: Iterable[Fragment]) -> dict[str, list[_Part]]:
+        """Returns this rank's parts of the attention's weights, by the name of a map."""
         found: dict[str, list[_Part]] = {}
         for fragment in fragments:
             prefix, _, rest = fragment.name.partition(".attention.")
@@ -126,8 +128,8 @@ class AttentionProducts:
                 found.setdefault(name, []).append(self._part(block, fragment, info))
         return found
 
-    def _part(self, block: int, fragment: "Fragment", info: "ParameterInfo") -> _Part:
-        """Rounds a fragment out to whole rows; only one that cuts rows is copied."""
+    def _part(self, block: int, fragment: Fragment, info: ParameterInfo) -> _Part:
+        """Pads a fragment to whole rows; only one that cuts rows is copied."""
         num_rows, width = info.local_shape(self.topology.tensor)
         values = fragment.values.detach()
         row, before = divmod(fragment.start, width)
@@ -140,7 +142,7 @@ class AttentionProducts:
         return _Part(block, first_row + row, first_column, values.view(-1, width))
 
     def _apply(self, parts: dict[str, list[_Part]], chain: list[_Map], vectors_LNI: Tensor) -> Tensor:
-        """Sends every head's vector through a chain of maps; one all-reduce for each."""
+        """Applies a chain of maps to every head's vector, with one all-reduce per map."""
         for each in chain:
             num_out, num_in = self.table[f"blocks.0.attention.{each.name}.weight"].shape
             vectors_LNO = vectors_LNI.new_zeros(*vectors_LNI.shape[:2], num_in if each.is_transposed else num_out)
@@ -150,7 +152,7 @@ class AttentionProducts:
                 matrix, source, target = part.values_OI.T, columns, rows
                 if each.is_transposed:
                     matrix, source, target = part.values_OI, rows, columns
-                # Where the weights are: on the CPU when the optimizer is offloaded.
+                # Computed where the weights are: on the CPU when the optimizer is offloaded.
                 product = vectors_LNI[part.block, :, source].to(matrix.device) @ matrix
                 vectors_LNO[part.block, :, target] += product.to(vectors_LNO.device)
             if dist.is_initialized():
@@ -161,7 +163,7 @@ class AttentionProducts:
     def _largest_singular_values(
         self, parts: dict[str, list[_Part]], forward: list[_Map], adjoint: list[_Map], iterations: int
     ) -> list[float]:
-        """Lanczos bidiagonalization of every head's product at once."""
+        """Bidiagonalizes every head's product at once."""
         start_D = torch.randn(self.model.hidden_size, generator=torch.Generator().manual_seed(_SEED))
         shape = (self.model.num_layers, self.model.num_heads, self.model.hidden_size)
         right_LND, _ = _normalize(start_D.to(self.topology.device).expand(shape))
@@ -182,6 +184,6 @@ class AttentionProducts:
 
 
 def _normalize(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors of length 1 (or zero, where they are zero) and their lengths."""
+    """Returns vectors of length 1 (zero, where they are zero) and their lengths."""
     lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny), lengths

@@ -1,6 +1,6 @@
-"""Spike scores: how often a curve jumped, by the two definitions of the field, and when it left for good.
+"""Spike scores: how often a curve jumps, by the two published definitions, and when a loss has diverged.
 
-All of it is streaming and goes through a checkpoint, so that a resumed run tells what an uninterrupted one would.
+All of it is streaming, and its state is stored in checkpoints, so a resumed run reports what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlra_scale.stability.watcher import Step, Watcher
+
+if TYPE_CHECKING:
+    from mlra_scale.parallel import StepResult
+
 
 class Window:
-    """The last values of a curve, with their mean and spread.
+    """The last `size` values of a curve, with their mean and spread.
 
-    Both are taken anew over all values at every call: running sums would drift, and those of a resumed run differently.
-
-    Args:
-        size: How many values are kept.
+    Both are computed from all values at every call: running sums drift, and those of a resumed run drift differently.
     """
 
     def __init__(self, size: int) -> None:
@@ -30,17 +32,16 @@ class Window:
         return self._values.size
 
     def append(self, value: float) -> None:
-        """Adds a value; the oldest goes if there is no room."""
+        """Adds a value, in the place of the oldest one if the window is full."""
         self._values = np.append(self._values, value)[-self._size :]
 
     @property
     def mean(self) -> float:
-        """Mean of the values."""
         return float(self._values.mean())
 
     @property
     def std(self) -> float:
-        """Population standard deviation of the values."""
+        """Population standard deviation."""
         return float(self._values.std())
 
     def state(self) -> list[float]:
@@ -48,21 +49,21 @@ class Window:
         values: list[float] = self._values.tolist()
         return values
 
-    def load(self, values: Iterable[float]) -> None:
+    def load_state(self, values: Iterable[float]) -> None:
         """Replaces the values."""
         self._values = np.array([*values], dtype=np.float64)[-self._size :]
 
 
 @dataclass(frozen=True)
 class SpikeRule:
-    """What a spike is.
+    """The definition of a spike.
 
     Attributes:
-        window: So many values before it say what is usual.
-        min_window: Nothing is judged before so many are there (a choice of ours: the sources do not say).
-        sigmas: It is so many standard deviations away from their mean, or more.
+        window: Number of preceding values that it is compared with.
+        min_window: With fewer preceding values nothing is a spike (a choice of ours: the sources do not say).
+        sigmas: It is at least this many standard deviations away from their mean.
         is_downward_too: Whether a fall counts as well.
-        horizon: The score is the share of spikes among so many last values; None: among all.
+        horizon: The score is the share of spikes among this many last values; None: among all.
     """
 
     window: int
@@ -79,11 +80,7 @@ OLMO_CORE = SpikeRule(window=128, min_window=64, sigmas=6.0, is_downward_too=Fal
 
 
 class SpikeScore:
-    """Share of the values of a curve that are spikes.
-
-    Args:
-        rule: What a spike is.
-    """
+    """Share of the values of a curve that are spikes."""
 
     def __init__(self, rule: SpikeRule) -> None:
         self._rule = rule
@@ -92,23 +89,20 @@ class SpikeScore:
         self._spikes: list[int] = []
 
     def update(self, value: float) -> bool:
-        """Takes the next value; returns whether it is a spike.
-
-        One that is not finite is a spike, and no part of what is usual.
-        """
+        """Adds a value; returns whether it is a spike. A value that is not finite is one, and is not remembered."""
         rule, self._count = self._rule, self._count + 1
         is_spike = not math.isfinite(value)
         if not is_spike and len(self._window) >= rule.min_window:
-            away = value - self._window.mean
-            away = abs(away) if rule.is_downward_too else away
-            # A constant window has no spread: what equals its mean is no spike.
-            is_spike = away > 0.0 and away >= rule.sigmas * self._window.std
+            deviation = value - self._window.mean
+            deviation = abs(deviation) if rule.is_downward_too else deviation
+            # In a constant window the spread is zero, and a value that equals the mean is no spike.
+            is_spike = deviation > 0.0 and deviation >= rule.sigmas * self._window.std
         if math.isfinite(value):
             self._window.append(value)
         if is_spike:
             self._spikes.append(self._count)
         if rule.horizon is not None:
-            self._spikes = [place for place in self._spikes if place > self._count - rule.horizon]
+            self._spikes = [number for number in self._spikes if number > self._count - rule.horizon]
         return is_spike
 
     @property
@@ -118,17 +112,19 @@ class SpikeScore:
         return len(self._spikes) / length if length else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of it."""
+        """Returns plain values for JSON."""
         return {"window": self._window.state(), "count": self._count, "spikes": list(self._spikes)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` returned."""
-        self._window.load(state["window"])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        self._window.load_state(state["window"])
         self._count, self._spikes = state["count"], list(state["spikes"])
 
 
-class SpikeScores:
-    """Both scores of the loss and of the gradient norm."""
+class SpikeScores(Watcher):
+    """Both scores of the loss and of the gradient norm; an fp16 overflow, which is normal, is no spike."""
+
+    name = "spikes"
 
     def __init__(self) -> None:
         self._scores = {
@@ -137,33 +133,29 @@ class SpikeScores:
             for name, rule in (("olmo2", OLMO2), ("olmo_core", OLMO_CORE))
         }
 
-    def update(self, loss: float, gradient_norm: float) -> None:
-        """Takes the numbers of the next step."""
-        for name, score in self._scores.items():
-            score.update(loss if name.startswith("loss") else gradient_norm)
-
-    @property
-    def values(self) -> dict[str, float]:
-        """All four, as they are recorded."""
-        return {name: score.score for name, score in self._scores.items()}
+    def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
+        if not result.overflow:
+            for name, score in self._scores.items():
+                score.update(result.loss if name.startswith("loss") else result.gradient_norm)
+        if not step.is_logged:
+            return {}
+        return {"spike_scores": {name: score.score for name, score in self._scores.items()}}
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of them."""
         return {name: score.state() for name, score in self._scores.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` returned; an older checkpoint has none, and they begin anew."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
         for name, score in self._scores.items():
             if name in state:
-                score.load(state[name])
+                score.load_state(state[name])
 
 
 class Divergence:
-    """Tells when a loss has left for good: the mean of the last steps is far above the lowest such mean.
+    """Detects that a loss has diverged: its mean over the last steps is far above the lowest such mean.
 
     Args:
-        margin: In nats, how far.
-        steps: How many steps the mean is over.
+        margin: By how many nats.
+        steps: Number of steps of the mean.
     """
 
     def __init__(self, margin: float, steps: int) -> None:
@@ -172,7 +164,7 @@ class Divergence:
         self._lowest = math.inf
 
     def update(self, loss: float) -> bool:
-        """Takes the next loss; returns whether it has diverged. One that is not finite has."""
+        """Adds a loss; returns whether it has diverged. One that is not finite has."""
         if not math.isfinite(loss):
             return True
         self._recent.append(loss)
@@ -188,22 +180,10 @@ class Divergence:
         return len(self._recent) == self._steps and self._recent.mean > self._lowest + self._margin / 4
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of it."""
+        """Returns plain values for JSON."""
         return {"recent": self._recent.state(), "lowest": self._lowest if math.isfinite(self._lowest) else None}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` returned."""
-        self._recent.load(state["recent"])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        self._recent.load_state(state["recent"])
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]
-
-
-def time_to_divergence(losses: Iterable[float], margin: float = 1.0, steps: int = 32) -> int | None:
-    """Returns the number (from 1) of the first loss at which a run had diverged, or None.
-
-    Args:
-        losses: Of every step, in order.
-        margin: See Divergence.
-        steps: See Divergence.
-    """
-    watch = Divergence(margin, steps)
-    return next((number for number, loss in enumerate(losses, start=1) if watch.update(loss)), None)

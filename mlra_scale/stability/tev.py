@@ -2,15 +2,17 @@
 
 TEV_i is the population standard deviation (ddof 0) of row i of the embedding over its D coordinates; its mean and its
 standard deviation over the real tokens are the two numbers to watch (Chung et al. 2024, arXiv 2409.07787). Padded rows
-never count.
+are left out.
 
 One algorithm serves every layout: a rank measures the runs of elements that it owns, wherever they are cut, and the
-matrix itself never moves. What moves is a few numbers per rank, the pieces of rows that lie on a boundary, one value
-per column, and, for quantiles and extremes, one value per token.
+matrix itself never moves. Ranks exchange a few numbers each, the moments of row pieces at boundaries, one value per
+column, and, for quantiles and extremes, one value per token.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlra_scale.stability.moments import CutMoments, Moments, cut_moments, merge_all, row_moments
+from mlra_scale.stability.watcher import Step, Watcher, is_due
 
 if TYPE_CHECKING:  # the plain function and tools/tev.py do without the libraries behind these
-    from mlra_scale.config import TevConfig
+    from mlra_scale.config import Config, TevConfig
     from mlra_scale.model.parameters import ParameterTable
+    from mlra_scale.parallel import Engine, StepResult
     from mlra_scale.parallel.fragments import Fragment
     from mlra_scale.parallel.topology import Topology
 
@@ -32,15 +36,15 @@ DEFAULT_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class TevStatistics:
-    """The distribution of TEV over the tokens, and two numbers beside it.
+    """The distribution of TEV over the tokens, and two more numbers of the embedding.
 
     Attributes:
-        mean: mean TEV over the tokens.
-        std: population standard deviation of TEV over the tokens.
-        quantiles: probability -> TEV, interpolated linearly.
+        mean: Mean TEV over the tokens.
+        std: Population standard deviation of TEV over the tokens.
+        quantiles: Probability -> TEV, interpolated linearly.
         mean_embedding_norm: Euclidean norm of the mean of all embeddings.
-        mean_row_rms: mean over the tokens of the root mean square of the embedding.
-        num_tokens: number of tokens counted.
+        mean_row_rms: Mean over the tokens of the root mean square of the embedding.
+        num_tokens: Number of tokens.
         highest: (token, TEV) of the most variable tokens, highest first.
         lowest: (token, TEV) of the least variable tokens, lowest first.
     """
@@ -57,7 +61,7 @@ class TevStatistics:
 
 @dataclass(frozen=True)
 class TevRequest:
-    """What to measure: the size of the matrix (without padding) and what of the distribution is wanted."""
+    """The size of the matrix, without padding, and which numbers of the distribution to compute."""
 
     num_tokens: int
     hidden_size: int
@@ -66,24 +70,24 @@ class TevRequest:
 
     @property
     def needs_values(self) -> bool:
-        """Whether TEV of each token has to be known, not only mean and spread."""
+        """Whether TEV of each token is needed, and not only its mean and spread."""
         return bool(self.quantiles) or self.extremes > 0
 
 
-# What a rank sends to all, as float64: number, mean and standard deviation of TEV over its whole rows, and their mean
-# RMS; then for each piece of a row (row, count, mean, standard deviation).
+# Sent by each rank as float64: number, mean and standard deviation of TEV over its whole rows, and their mean RMS; then
+# for each piece of a row (row, count, mean, standard deviation).
 HEADER = 4
 PIECE = 4
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank contributes.
+    """The contribution of one rank.
 
     Attributes:
-        gathered: header and pieces, to be collected from all ranks.
-        summed: column sums [D], then TEV of each token that is whole on this rank and zero elsewhere [V] if the request
-            needs the values; to be added over all ranks (exactly, for the second part).
+        gathered: Header and pieces, to be gathered from all ranks.
+        summed: Column sums [D], then, if the request needs the values, TEV of each token whose row is whole on this
+            rank and zero elsewhere [V]; to be summed over all ranks (exactly, for the second part).
     """
 
     gathered: Tensor
@@ -91,7 +95,7 @@ class RankReport:
 
 
 def report(request: TevRequest, cut: CutMoments) -> RankReport:
-    """Turns a rank's statistics into what it sends."""
+    """Packs a rank's statistics."""
     header = cut.column_sum_D.new_zeros(HEADER)
     if cut.whole:
         tev = torch.cat([rows.std_K for rows in cut.whole])
@@ -99,8 +103,9 @@ def report(request: TevRequest, cut: CutMoments) -> RankReport:
         header[0].fill_(tev.numel())  # an assignment would copy from the host, and wait
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
-    places = torch.tensor([cut.piece_rows, cut.piece_counts], dtype=header.dtype, device=header.device).view(2, -1).T
-    gathered = torch.cat([header, torch.cat([places, cut.piece_moments_P2], dim=1).flatten()])
+    rows_and_counts = torch.tensor([cut.piece_rows, cut.piece_counts], dtype=header.dtype, device=header.device)
+    pieces = torch.cat([rows_and_counts.view(2, -1).T, cut.piece_moments_P2], dim=1)
+    gathered = torch.cat([header, pieces.flatten()])
     if not request.needs_values:
         return RankReport(gathered, cut.column_sum_D)
     values = cut.column_sum_D.new_zeros(request.num_tokens)
@@ -110,12 +115,12 @@ def report(request: TevRequest, cut: CutMoments) -> RankReport:
 
 
 def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndarray) -> TevStatistics:
-    """Makes the statistics of the matrix from what all ranks have sent.
+    """Computes the statistics of the matrix from the contributions of all ranks.
 
     Args:
-        request: what was measured.
+        request: What was measured.
         gathered: RankReport.gathered of every rank in order; zeros may follow.
-        summed: the sum of RankReport.summed over the ranks.
+        summed: The sum of RankReport.summed over the ranks.
     """
     tev = merge_all(Moments.of(part[0], part[1], part[2]) for part in gathered)
     rms = merge_all(Moments.of(part[0], part[3], 0.0) for part in gathered)
@@ -128,7 +133,7 @@ def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndar
         assert moments.count == request.hidden_size, f"row {row} has {moments.count} of {request.hidden_size} elements"
         tev = tev.merge(Moments.of(1, moments.std, 0.0))
         rms = rms.merge(Moments.of(1, math.hypot(moments.mean, moments.std), 0.0))
-    assert tev.count == request.num_tokens, f"{tev.count} of {request.num_tokens} rows are owned by somebody"
+    assert tev.count == request.num_tokens, f"{tev.count} of {request.num_tokens} rows have an owner"
     mean_embedding_norm = float(np.linalg.norm(summed[: request.hidden_size] / request.num_tokens))
     values = summed[request.hidden_size :].copy()
     if request.needs_values:
@@ -150,7 +155,7 @@ def _quantiles(values: np.ndarray, request: TevRequest) -> np.ndarray:
 
 
 def _first(keys: np.ndarray, values: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """(token, value) of the smallest keys; the lower token first where they are equal."""
+    """Returns (token, value) of the smallest keys; the lower token first where they are equal."""
     order: Iterable[Any] = np.argsort(keys, kind="stable")[:count] if count else ()
     return [(int(token), float(values[token])) for token in order]
 
@@ -158,13 +163,16 @@ def _first(keys: np.ndarray, values: np.ndarray, count: int) -> list[tuple[int, 
 def tev_of_matrix(
     matrix: Any, num_rows: int | None = None, quantiles: Sequence[float] = DEFAULT_QUANTILES, extremes: int = 0
 ) -> TevStatistics:
-    """TEV of a matrix that is all here.
+    """Returns TEV of a whole matrix.
 
     Args:
         matrix: [rows, D], numpy or torch, of any floating type.
-        num_rows: number of real tokens; the rows after them are padding. None: all rows.
-        quantiles: probabilities in [0, 1].
-        extremes: how many of the highest and of the lowest tokens to list.
+        num_rows: Number of real tokens; the rows after them are padding. None: all rows.
+        quantiles: Probabilities in [0, 1].
+        extremes: How many of the highest and of the lowest tokens to list.
+
+    Raises:
+        ValueError: It is no matrix of real numbers, or has fewer than `num_rows` rows.
     """
     matrix = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.asarray(matrix))
     if matrix.dim() != 2 or not matrix.is_floating_point():
@@ -179,16 +187,16 @@ def tev_of_matrix(
 
 
 class TevHook:
-    """Measures TEV of the token embedding during training, whatever the layout.
+    """Measures TEV of the token embedding of a sharded model, whatever the layout.
 
     Args:
-        table: the model's parameter table.
-        topology: this rank's place in the process mesh.
-        config: what of the distribution to record.
-        vocab_size: number of real tokens; rows from there on are padding.
+        table: The model's parameter table.
+        topology: The mesh.
+        config: Which numbers of the distribution to compute.
+        vocab_size: Number of real tokens; the rows after them are padding.
     """
 
-    def __init__(self, table: "ParameterTable", topology: "Topology", config: "TevConfig", vocab_size: int):
+    def __init__(self, table: ParameterTable, topology: Topology, config: TevConfig, vocab_size: int):
         (embedding,) = (info for info in table.values() if info.kind == "embedding")
         assert embedding.shard_dim == 0, "fragments of a matrix sharded by columns are not runs of the whole matrix"
         rows_local, hidden_size = embedding.local_shape(topology.tensor)
@@ -197,12 +205,12 @@ class TevHook:
         self.device = topology.device
         self.request = TevRequest(vocab_size, hidden_size, config.quantiles, config.extremes)
 
-    def measure(self, fragments: Iterable["Fragment"]) -> TevStatistics:
+    def measure(self, fragments: Iterable[Fragment]) -> TevStatistics:
         """Measures TEV; every rank of the world calls it and gets the same result.
 
         Args:
-            fragments: what this rank owns, fp32 master weights; other parameters are skipped. Every element of the
-                embedding has exactly one owner in the world.
+            fragments: The fp32 master weights that this rank owns; other parameters are ignored. Every element of the
+                embedding has exactly one owner.
         """
         request = self.request
         mine = [(self.first + fragment.start, fragment.values) for fragment in fragments if fragment.name == self.name]
@@ -214,7 +222,7 @@ class TevHook:
 
 
 def _all_gather(mine: Tensor) -> list[np.ndarray]:
-    """Collects vectors whose lengths differ between ranks; shorter ones are followed by zeros."""
+    """Gathers vectors whose lengths differ between ranks, padded with zeros."""
     if not dist.is_initialized():
         return [mine.cpu().numpy()]
     longest = torch.full((1,), mine.numel(), device=mine.device)
@@ -224,3 +232,36 @@ def _all_gather(mine: Tensor) -> list[np.ndarray]:
     collected = padded.new_zeros(dist.get_world_size() * padded.numel())
     dist.all_gather_into_tensor(collected, padded)
     return list(collected.cpu().numpy().reshape(-1, padded.numel()))
+
+
+class TevWatcher(Watcher):
+    """Records TEV every `tev.every` steps and at the last one."""
+
+    name, is_timed = "tev", True
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        self._engine, self._every, self._last = engine, config.tev.every, config.train.steps
+        self._hook = TevHook(engine.table, engine.topology, config.tev, config.model.vocab_size)
+
+    def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
+        return self.measure(step.number)
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """Measures TEV, if it is due at a step (0: before the first one); returns values for the record."""
+        if self._every == 0 or not is_due(step, self._every, self._last):
+            return {}
+        return tev_values(self._hook.measure(self._engine.owned_fragments()))
+
+
+def tev_values(statistics: TevStatistics) -> dict[str, Any]:
+    """Returns the values of a TEV measurement in the form of the record."""
+    values: dict[str, Any] = {
+        "tev_mean": statistics.mean,
+        "tev_std": statistics.std,
+        "tev_quantiles": {f"{quantile:g}": value for quantile, value in statistics.quantiles.items()},
+        "mean_embedding_norm": statistics.mean_embedding_norm,
+        "mean_row_rms": statistics.mean_row_rms,
+    }
+    if statistics.highest:
+        values |= {"tev_highest": statistics.highest, "tev_lowest": statistics.lowest}
+    return values

@@ -1,4 +1,4 @@
-"""TEV of Hugging Face checkpoint folders: the embedding alone is read, mapped from its file; no model is built."""
+"""TEV of Hugging Face checkpoint folders: only the embedding is read, mapped from its file; no model is built."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from mlra_scale.config.weight_map import weight_map
 from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
 
 INDEX = "model.safetensors.index.json"
-# How input embeddings are called, most specific first: the first of these that occurs decides.
+# Names of input embeddings, most specific first; the first one that occurs is taken.
 INPUT_NAMES = (
     "wte.weight",  # GPT-2, GPT-J, Falcon
     "embed_tokens.weight",  # Llama, Qwen, Mistral, Gemma, OPT, Phi
@@ -32,7 +32,7 @@ HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 class FolderError(ValueError):
-    """What is wrong with a checkpoint folder, in words for its user."""
+    """A checkpoint folder holds no readable embedding; the text is for its user."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class EmbeddingReport:
     """TEV of one tensor of a checkpoint.
 
     Attributes:
-        name: the tensor's name in the checkpoint.
-        role: input embedding, or the untied head.
-        rows: rows that are stored.
-        hidden_size: length of a row.
-        dtype: how it is stored.
-        statistics: over the real tokens.
+        name: The tensor's name in the checkpoint.
+        role: Input embedding, or the untied head.
+        rows: Stored rows.
+        hidden_size: Length of a row.
+        dtype: Stored type.
+        statistics: Over the real tokens.
     """
 
     name: str
@@ -61,8 +61,8 @@ class FolderReport:
     """TEV of a checkpoint.
 
     Attributes:
-        embeddings: the input embedding, and the head if it is a tensor of its own.
-        head_is_tied: whether the head shares the input embedding, as far as the checkpoint tells.
+        embeddings: The input embedding, and the head if it is a separate tensor.
+        head_is_tied: Whether the head shares the input embedding, according to the tensors and config.json.
     """
 
     embeddings: list[EmbeddingReport]
@@ -75,14 +75,14 @@ def tev_of_folder(
     """Measures TEV of a checkpoint's embedding.
 
     Args:
-        path: a checkpoint folder with model.safetensors, one or in shards, or a single .safetensors file.
-        tensor: name of the tensor to measure, for checkpoints with names of their own; nothing else is then reported.
-        num_tokens: number of real tokens, for checkpoints with padded rows. None: vocab_size of config.json if that is
+        path: A checkpoint folder with model.safetensors, one or in shards, or a single .safetensors file.
+        tensor: Name of the tensor to measure, for checkpoints with unusual names; nothing else is then reported.
+        num_tokens: Number of real tokens, for checkpoints with padded rows. None: vocab_size of config.json if that is
             smaller than the number of rows, else all rows.
-        extremes: how many of the highest and of the lowest tokens to list.
+        extremes: How many of the highest and of the lowest tokens to list.
 
     Raises:
-        FolderError: the path holds no readable embedding.
+        FolderError: The path holds no readable embedding.
     """
     files = _tensor_files(path)
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -109,7 +109,7 @@ def tev_of_folder(
 
 
 def token_texts(path: Path) -> Callable[[int], str | None]:
-    """How to write tokens: from the folder's tokenizer.json or vocab.json; every token is None without them."""
+    """Returns the text of a token by the folder's tokenizer.json or vocab.json; without them every text is None."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
@@ -124,7 +124,7 @@ def token_texts(path: Path) -> Callable[[int], str | None]:
         def decode(token: int) -> str | None:
             raw = tokenizer.id_to_token(token)
             text = tokenizer.decode([token], skip_special_tokens=False) if raw is not None else ""
-            # A part of a character decodes to nothing sensible; the raw token tells more.
+            # A part of a character decodes to the replacement character; the raw token is shown instead.
             return text if text and "\ufffd" not in text else raw
 
         return decode
@@ -147,7 +147,7 @@ def _measure(
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
+    """Returns the file of each tensor."""
     if path.is_file():
         files = [path]
     elif not path.is_dir():
@@ -185,7 +185,7 @@ def _input_name(path: Path, files: dict[str, Path]) -> str:
 
 
 def _head_name(files: dict[str, Path], input_name: str) -> str | None:
-    """The head that belongs to the input embedding: under the same prefix, or at the top."""
+    """Returns the head that belongs to the input embedding: under the same prefix, or at the top."""
     for ending in HEAD_NAMES:
         names = [name for name in files if name == ending or name.endswith("." + ending)]
         outermost = sorted(names, key=lambda name: (name.count("."), name))
@@ -195,14 +195,14 @@ def _head_name(files: dict[str, Path], input_name: str) -> str | None:
 
 
 def _says_tied(config: dict[str, Any]) -> bool:
-    """Whether a checkpoint without a head is a language model whose head is the embedding."""
+    """Returns whether a checkpoint without a head is a language model whose head is the embedding."""
     is_language_model = any(kind in str(config.get("architectures")) for kind in ("LMHead", "CausalLM"))
     return is_language_model and bool(config.get("tie_word_embeddings", True))
 
 
 @contextmanager
 def _mapped(file: Path, name: str) -> Iterator[torch.Tensor]:
-    """One matrix of a file, paged in as it is read."""
+    """Yields one matrix of a file, paged in as it is read."""
     with _opened(file) as handle:
         if name not in handle.keys():  # noqa: SIM118 (a handle is no mapping)
             raise FolderError(f"{file} has no tensor {name!r}, although the index says so")
@@ -231,6 +231,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _some(names: list[str], count: int = 8) -> str:
-    """The first few of many names."""
+    """Returns the first few of many names."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return printable(", ".join(names[:count])) + more

@@ -1,1 +1,1 @@
-"""Studies over many runs: grids of them, statistics, predictions and reports. Imports neither torch nor the model."""
+"""Studies over many runs: grids, their execution, and reports with statistics. Imports neither torch nor the model."""

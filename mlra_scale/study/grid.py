@@ -1,8 +1,8 @@
-"""A study as it is written down (a YAML file), and the grid of runs that it means.
+"""A study (a YAML file) and its grid of runs.
 
-Every cell is one variant, one value of every axis and one seed. Cells that differ in the variant only are a pair: the
-seed is train.seed, which decides on the order of the data (data.seed is train.seed unless it is set) and on the initial
-weights by their names, so that a pair reads the same samples and begins with the same weights wherever shapes agree.
+A cell is one variant, one value of every axis and one seed. Cells that differ only in the variant are a pair. The seed
+is train.seed: it determines the order of the data (data.seed is train.seed unless it is set) and, by their names, the
+initial weights. So a pair reads the same samples, and starts with equal weights where the shapes are equal.
 """
 
 from __future__ import annotations
@@ -20,53 +20,47 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from mlra_scale.config import Config, ConfigError, Problem, load_config, validate, yaml_text
 from mlra_scale.config.loading import read_text
 from mlra_scale.config.problems import problems_of
-from mlra_scale.config.section import Section, Text, tuple_of_list
+from mlra_scale.config.section import Section, Text
 
 SEED = "train.seed"
 _SHORT = {"model.num_layers": "L", "model.hidden_size": "D", "optim.lr": "lr"}
-"""How the best-known axes stand in the name of a cell; others stand there with the last part of their name."""
+"""Axes with a short name in the name of a cell; other axes have the last part of their dotted name there."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_NAME_REMEDY = "is part of file names: use letters, digits and any of _ . + -"
 _LONGEST_NAME = 150
 
 
-def _mapping_of_nothing(value: Any) -> Any:
-    """Reads a key with nothing behind it, such as a variant that changes nothing, as an empty mapping."""
-    return {} if value is None else value
-
-
-Fields = Annotated[dict[Text, Any], BeforeValidator(_mapping_of_nothing)]
+# A key without a value, such as a variant that changes nothing, is an empty mapping.
+_NONE_IS_EMPTY = BeforeValidator(lambda value: {} if value is None else value)
+Fields = Annotated[dict[Text, Any], _NONE_IS_EMPTY]
 """Fields of the configuration by their dotted names."""
 
 
 class Study(Section):
-    """A study: what is varied, and what all of its runs share."""
+    """A study: what varies between its runs, and what they share."""
 
     name: Text = Field(description="Name of the study; its results go to runs/NAME unless --output says otherwise.")
-    description: str = Field("", description="What it is to find out.")
+    description: str = Field("", description="The question of the study.")
     preset: Text = Field(description="The preset that every run starts from.")
-    data: Text | None = Field(None, description="Data of every run (data.path); null: other fields say.")
+    data: Text | None = Field(None, description="Data of every run (data.path); null: set by other fields.")
     base: Fields = Field(default_factory=dict, description="Fields that differ from the preset, in every run.")
-    variants: Annotated[dict[Text, Fields], BeforeValidator(_mapping_of_nothing)] = Field(
-        description="What is compared: by the variant's name, the fields that make it."
+    variants: Annotated[dict[Text, Fields], _NONE_IS_EMPTY] = Field(description="What is compared: fields by variant.")
+    axes: Annotated[dict[Text, list[Any]], _NONE_IS_EMPTY] = Field(
+        default_factory=dict, description="Fields with several values; every variant is run with every combination."
     )
-    axes: Annotated[dict[Text, list[Any]], BeforeValidator(_mapping_of_nothing)] = Field(
-        default_factory=dict, description="Fields that every variant is run over, with their values."
-    )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(tuple_of_list)] = Field(
-        description="Values of train.seed; every variant is run with each, and runs are paired by it."
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        strict=False, description="Values of train.seed; every variant is run with each, and runs are paired by it."
     )
     ranks: int = Field(1, ge=1, description="Processes of each run.")
     checkpoints: Literal["discard", "keep"] = Field(
-        "discard",
-        description="discard: the checkpoints of a run go when its result is written; keep: they stay, as many as the "
-        "run's own checkpoint section says.",
+        "discard", description="discard: checkpoints of a run are removed when its result is written; keep: they stay."
     )
 
     @field_validator("name", mode="after")
     @classmethod
     def _is_file_name(cls, value: str) -> str:
         if not _NAME.fullmatch(value):
-            raise ValueError("is part of file names: use letters, digits and any of _ . + -")
+            raise ValueError(_NAME_REMEDY)
         return value
 
     def to_yaml(self) -> str:
@@ -79,8 +73,8 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        index: Its place in the grid, from 0: what a Slurm array counts.
-        name: Its name, made of the variant, the axes and the seed; also that of its run directory.
+        index: Its index in the grid, from 0; also its index in a Slurm array.
+        name: Its name, made of the variant, the axes and the seed; also the name of its run directory.
         variant: The variant.
         axes: The value of every axis.
         seed: train.seed.
@@ -113,13 +107,11 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
     Args:
         path: Its YAML file.
-        overrides: "section.field=value" each, for all cells: they join `base`.
-
-    Returns:
-        The study; `cells_of` says what its grid is, and whether that can be run.
+        overrides: "section.field=value" for all cells; they are added to `base`.
 
     Raises:
-        ConfigError: With everything that is wrong with the file itself and the form of the overrides.
+        ConfigError: With everything that is wrong in the file itself and in the form of the overrides. Fields of the
+            configuration are checked by `cells_of`.
     """
     problems: list[Problem] = []
     values = _read(path, problems)
@@ -140,36 +132,32 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 def _read(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     text = read_text(path, "study", problems)
-    if text is None:
-        return None
     try:
-        values = yaml_text.load(text)
+        values = None if text is None else yaml_text.load(text)
     except ValueError as error:
         problems.append(Problem("study", str(path), str(error)))
         return None
-    if not isinstance(values, dict):
+    if text is not None and not isinstance(values, dict):
         problems.append(Problem("study", str(path), "must hold name:, preset:, variants:, seeds: ... at its top"))
-        return None
-    return values
+    return values if isinstance(values, dict) else None
 
 
 def _read_overrides(overrides: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
-    """Returns the fields of "a.b=value" texts; whether there are such fields is for the configuration to say."""
     fields = {}
     for text in overrides:
         name, separator, value = text.partition("=")
-        if not separator or not name:
-            problems.append(Problem("override", text, "must look like section.field=value"))
-            continue
         try:
-            fields[name] = yaml_text.load(value)
+            if separator and name:
+                fields[name] = yaml_text.load(value)
+            else:
+                problems.append(Problem("override", text, "must look like section.field=value"))
         except ValueError as error:
             problems.append(Problem(name, value, f"is not YAML: {error}"))
     return fields
 
 
 def _gaps(study: Study) -> Iterator[Problem]:
-    """What is empty, twice there, or cannot be part of a file name."""
+    """Yields what is empty, duplicated, or cannot be part of a file name."""
     if not study.variants:
         yield Problem("variants", {}, "is empty; name at least one, with the fields that make it")
     if not study.seeds:
@@ -178,14 +166,14 @@ def _gaps(study: Study) -> Iterator[Problem]:
         yield Problem("seeds", list(study.seeds), "holds a seed twice")
     for axis, values in study.axes.items():
         if not values:
-            yield Problem(f"axes.{axis}", [], "is empty; give its values, or take the axis out")
+            yield Problem(f"axes.{axis}", [], "is empty; give its values, or remove the axis")
     for variant in study.variants:
         if not _NAME.fullmatch(variant):
-            yield Problem("variants", variant, "is part of file names: use letters, digits and any of _ . + -")
+            yield Problem("variants", variant, _NAME_REMEDY)
 
 
 def _clashes(study: Study, overrides: Mapping[str, Any]) -> Iterator[Problem]:
-    """Fields that two places set. Variants win over `base`; of any other two nobody could say which should."""
+    """Yields fields that two sections set. Variants override `base`; no other section overrides another."""
     owners = {SEED: "seeds"} | ({} if study.data is None else {"data.path": "data"})
     yield from _set_twice("axes", study.axes, owners)
     owners |= dict.fromkeys(study.axes, "axes")
@@ -198,19 +186,19 @@ def _clashes(study: Study, overrides: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _set_twice("override", overrides, owners)
 
 
-def _set_twice(place: str, fields: Mapping[str, Any], owners: Mapping[str, str]) -> Iterator[Problem]:
+def _set_twice(section: str, fields: Mapping[str, Any], owners: Mapping[str, str]) -> Iterator[Problem]:
     for name, value in fields.items():
         if name in owners:
-            yield Problem(f"{place}: {name}", value, f"is set by {owners[name]} as well; take one of them out")
+            yield Problem(f"{section}: {name}", value, f"is set by {owners[name]} as well; remove one of them")
 
 
 def cells_of(study: Study) -> list[Cell]:
     """Returns the grid, every cell with its whole configuration, loaded and validated.
 
-    The seed changes slowest and the variant fastest: what is done when time runs out can be compared.
+    The seed changes slowest and the variant fastest: the cells that are finished at any time are mostly pairs.
 
     Raises:
-        ConfigError: With everything that is wrong in any cell; what several cells share is told once.
+        ConfigError: With everything that is wrong in any cell; a problem that several cells share is listed once.
     """
     points = [
         (seed, dict(zip(study.axes, values, strict=True)), variant)
@@ -218,47 +206,35 @@ def cells_of(study: Study) -> list[Cell]:
         for values in itertools.product(*study.axes.values())
         for variant in study.variants
     ]
-    cells, found = [], _Found()
+    cells: list[Cell] = []
     names: set[str] = set()
+    problems: dict[str, tuple[Problem, list[str]]] = {}  # by its text, each with the names of its cells
     for index, (seed, axes, variant) in enumerate(points):
-        name = cell_name(variant, axes, seed)
+        name, found = cell_name(variant, axes, seed), list[Problem]()
         if name in names:
-            found.add(name, Problem("axes", axes, "gives two cells of one name; take equal values out"))
+            found.append(Problem("axes", axes, "gives two cells of one name; remove equal values"))
         elif len(name) > _LONGEST_NAME:
-            found.add(name, Problem("axes", axes, f"makes a file name of {len(name)} characters; shorten its values"))
+            found.append(Problem("axes", axes, f"makes a file name of {len(name)} characters; shorten its values"))
         names.add(name)
         overrides = _overrides_of(study, variant, axes, seed)
         try:
             config = load_config(study.preset, overrides=overrides)
             validate(config, study.ranks)
+            cells.append(Cell(index, name, variant, axes, seed, overrides, config))
         except ConfigError as error:
-            found.add(name, *error.problems)
-            continue
-        cells.append(Cell(index, name, variant, axes, seed, overrides, config))
-    found.tell(len(points))
+            found += error.problems
+        for problem in found:
+            problems.setdefault(str(problem), (problem, []))[1].append(name)
+    if problems:
+        raise ConfigError([_with_cells(problem, having, len(points)) for problem, having in problems.values()])
     return cells
 
 
-class _Found:
-    """Problems, with the cells that have them."""
-
-    def __init__(self) -> None:
-        self._cells: dict[str, tuple[Problem, list[str]]] = {}
-
-    def add(self, cell: str, *problems: Problem) -> None:
-        """Notes the problems of a cell."""
-        for problem in problems:
-            self._cells.setdefault(str(problem), (problem, []))[1].append(cell)
-
-    def tell(self, num_cells: int) -> None:
-        """Raises ConfigError with each problem once, naming a cell that has it, if there are any."""
-        told = []
-        for problem, cells in self._cells.values():
-            more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
-            where = "in every cell" if len(cells) == num_cells else f"in cell {cells[0]}{more}"
-            told.append(Problem(problem.field, problem.value, f"{problem.remedy} ({where})"))
-        if told:
-            raise ConfigError(told)
+def _with_cells(problem: Problem, names: Sequence[str], num_cells: int) -> Problem:
+    """Returns a problem whose remedy names a cell that has it."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    where = "in every cell" if len(names) == num_cells else f"in cell {names[0]}{more}"
+    return Problem(problem.field, problem.value, f"{problem.remedy} ({where})")
 
 
 def _overrides_of(study: Study, variant: str, axes: Mapping[str, Any], seed: int) -> tuple[str, ...]:
@@ -268,24 +244,18 @@ def _overrides_of(study: Study, variant: str, axes: Mapping[str, Any], seed: int
 
 
 def _value_text(value: Any) -> str:
-    """A value as it stands on a command line: JSON, which is YAML, and text as it is where that reads back equal."""
+    """Returns a value for the command line: JSON, which is YAML, or text as it is if YAML reads it back equal."""
     if isinstance(value, str):
         try:
             if yaml_text.load(value) == value:
                 return value
         except ValueError:
-            pass  # text that is no YAML as it stands
+            pass  # text that is not YAML
     return json.dumps(value)
 
 
 def cell_name(variant: str, axes: Mapping[str, Any], seed: int) -> str:
-    """Returns the name of a cell, such as mlra-L48-lr0.001-seed1: a function of the three and of nothing else.
-
-    Args:
-        variant: The variant.
-        axes: The value of every axis, in the study's order.
-        seed: train.seed.
-    """
+    """Returns the name of a cell, such as mlra-L48-lr0.001-seed1; it depends on nothing else."""
     lasts = [axis.rpartition(".")[2] for axis in axes]
     parts = [variant]
     for axis, last in zip(axes, lasts, strict=True):
@@ -295,11 +265,11 @@ def cell_name(variant: str, axes: Mapping[str, Any], seed: int) -> str:
 
 
 def _file_text(value: Any) -> str:
-    """A value as part of a file name."""
+    """Returns a value as part of a file name."""
     if isinstance(value, list):
         return "_".join(map(_file_text, value))
     if isinstance(value, float):
-        # 1.0 and 1 are one value of a field.
+        # 1.0 and 1 are the same value.
         value = int(value) if value.is_integer() and abs(value) < 1e9 else value
     text = value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text)

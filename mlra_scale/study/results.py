@@ -1,22 +1,20 @@
-"""What a sweep leaves behind, and how it is written so that neither a kill nor a second process loses any of it.
+"""The output folder of a sweep, and the result of a cell.
 
 sweep.yaml               the study, with the overrides of the command line
-study.json               where it ran: commit, command, hardware, versions, times
+study.json               where it ran: commit, command, hardware, versions, times (provenance.py)
 results.jsonl            one object per finished cell, in the order of the grid
-cells/NAME/              the run directory of a cell, as `mlra_scale.train` makes it, and beside that:
+cells/NAME/              the run directory of a cell, as `mlra_scale.train` writes it, and beside that:
 cells/NAME/result.json   its line of results.jsonl
-cells/NAME/output.log    what its processes printed
-cells/NAME/.cell.lock    held by the process that runs the cell, and by the run itself
+cells/NAME/output.log    standard output and error of its processes
+cells/NAME/.cell.lock    locked by the process that runs the cell, and by the run itself
 
-The result of a cell is a file of its own, which only the holder of the cell's lock writes, in one atomic replacement.
-results.jsonl is put together from those files, under a lock, by whoever has finished a cell: it can be made again at
-any time.
+Only the holder of a cell's lock writes its result.json, in one atomic replacement. results.jsonl is made from these
+files, under the lock of the sweep, whenever a cell is finished: neither a kill nor a second process loses a result.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -27,23 +25,23 @@ from typing import IO, Any, Literal
 
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.config.json_text import parse_json, read_json_object
+from mlra_scale.files import lock, write_atomically
 from mlra_scale.study.grid import Cell, Study, load_study
 from mlra_scale.study.provenance import note_end
-from mlra_scale.study.statistics import num_shallow
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.record import finite_or_none, lines_from_end, read_record, write_atomically
+from mlra_scale.training.record import finite_or_none, lines_from_end, read_record
 from mlra_scale.training.resume import FREE, flat, is_in, read_stored
 from mlra_scale.training.run_directory import RunDirectory
 
 State = Literal["done", "diverged", "failed"]
+Record = Mapping[str, Any]
 
 _DIVERGED = (ExitCode.NON_FINITE, ExitCode.UNSTABLE)
-"""The loss is no number any more; the guard has given up (7)."""
 _ENDS = ("finished", "stopped", "preempted", "interrupted", "failed")
 _MAY_DIFFER = tuple(name for name in FREE if not name.startswith("data."))
-"""Where and how a cell is computed. Other data are another experiment, wherever they lie."""
+"""Fields for where and how a cell is computed. Other data are another experiment, wherever they are stored."""
 _SPIKE_HORIZON = 10_000
-"""Steps that the spike score of OLMo-core is a share of, at most."""
+"""Number of steps that the spike score of OLMo-core is a share of, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,25 @@ class CellFiles:
 
     @property
     def log(self) -> Path:
-        """What its processes printed."""
+        """Standard output and error of its processes."""
         return self.run.path / "output.log"
 
-    @property
-    def lock(self) -> Path:
-        """Held while it is at work."""
-        return self.run.path / ".cell.lock"
+    def lock(self) -> IO[Any] | None:
+        """Makes the run directory and locks the cell; returns the open file, or None if another process holds it."""
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        file = (self.run.path / ".cell.lock").open("a", encoding="ascii")
+        try:
+            lock(file.fileno())  # granted on a file system without locks
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
 
     def read_result(self) -> dict[str, Any] | None:
-        """Returns its result, or None where it has none yet.
+        """Returns its result, or None without one.
 
         Raises:
-            ConfigError: It is damaged.
+            ConfigError: The file is damaged.
         """
         if not self.result.exists():
             return None
@@ -91,12 +95,12 @@ class CellFiles:
         return result
 
     def is_done(self) -> bool:
-        """Returns whether it has a result that stands; a cell that failed is tried again."""
+        """Returns whether it has a final result; a failed cell is run again."""
         result = self.read_result()
         return result is not None and result["state"] != "failed"
 
     def last_step(self) -> int:
-        """Returns the last step that the run has recorded."""
+        """Returns the last step in the record of the run; 0 without any."""
         try:
             with self.run.metrics.open("rb") as file:
                 for line in lines_from_end(file):
@@ -124,7 +128,7 @@ class SweepDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, and keeps other processes of the sweep from its common files until the end of the block."""
+        """Makes the folder and locks the files that all cells share, until the end of the block."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".sweep.lock").open("a", encoding="ascii")
@@ -132,7 +136,7 @@ class SweepDirectory:
             remedy = f"cannot be written ({error.strerror}); name another folder"
             raise ConfigError([Problem("--output", str(self.path), remedy)]) from error
         with file:
-            _lock(file, fcntl.LOCK_EX)
+            lock(file.fileno(), math.inf)
             yield
 
     def read_study(self) -> Study | None:
@@ -144,24 +148,16 @@ class SweepDirectory:
         return load_study(self.study) if self.study.exists() else None
 
     def write_study(self, study: Study) -> None:
-        """Writes sweep.yaml; the lock is held."""
+        """Writes sweep.yaml; the caller holds the lock."""
         write_atomically(self.study, study.to_yaml())
 
     def stale(self, cells: Sequence[Cell]) -> list[str]:
         """Returns the names of cells that have a result here and are not in this grid."""
-        names = {cell.name for cell in cells}
-        found = (file.parent.name for file in self.path.glob("cells/*/result.json"))
-        return sorted(name for name in found if name not in names)
+        found = {file.parent.name for file in self.path.glob("cells/*/result.json")}
+        return sorted(found - {cell.name for cell in cells})
 
     def collect(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        """Puts results.jsonl together from the results of the cells.
-
-        Args:
-            cells: The whole grid.
-
-        Returns:
-            The results that there are, in the order of the grid.
-        """
+        """Writes results.jsonl from the results of the cells, and returns them in the order of the grid."""
         with self.locked():
             results = [result for cell in cells if (result := self.files(cell).read_result()) is not None]
             write_atomically(self.results, "".join(json.dumps(result) + "\n" for result in results))
@@ -170,53 +166,31 @@ class SweepDirectory:
         return results
 
 
-def _lock(file: IO[Any], kind: int) -> None:
-    """Takes a lock; on a file system without locks there is none, and the cells of a sweep are then started once."""
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # mounted without locks, as some file systems of clusters are
-
-
-def claim(files: CellFiles) -> IO[Any] | None:
-    """Makes the directory of a cell and takes its lock; returns the open file that holds it, or None if it is held."""
-    files.run.path.mkdir(parents=True, exist_ok=True)
-    file = files.lock.open("a", encoding="ascii")
-    try:
-        _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
 def changes_of(files: CellFiles) -> list[Problem]:
-    """Finds out whether a cell that has been run, or begun, has another configuration now."""
+    """Returns the fields in which the configuration of a cell differs from the stored one of its run."""
     path, name = files.run.config, files.cell.name
     if not path.exists():
         return []
     try:
-        was = flat(read_stored(path).to_dict())
+        stored = flat(read_stored(path).to_dict())
     except ConfigError as error:
         return [Problem(f"cell {name}", str(path), problem.remedy) for problem in error.problems]
     now = flat(files.cell.config.to_dict())
     remedy = f"the cell ran with {{}}; name another --output, or remove {files.run.path} to run it anew"
     return [
-        Problem(f"cell {name}: {field}", now.get(field), remedy.format(was.get(field)))
-        for field in {**was, **now}
-        if was.get(field) != now.get(field) and not is_in(_MAY_DIFFER, field)
+        Problem(f"cell {name}: {field}", now.get(field), remedy.format(stored.get(field)))
+        for field in {**stored, **now}
+        if stored.get(field) != now.get(field) and not is_in(_MAY_DIFFER, field)
     ]
 
 
-def num_events(run: RunDirectory) -> int:
-    """Returns how many events a run has recorded."""
-    return len(_events(run))
+def num_shallow(num_blocks: int) -> int:
+    """Returns how many blocks are called shallow: the first quarter, at least one."""
+    return max(1, num_blocks // 4)
 
 
-def _events(run: RunDirectory) -> list[dict[str, Any]]:
-    """Returns the events of a run; none where the log is damaged: the run then is continued, which says so."""
+def events_of(run: RunDirectory) -> list[dict[str, Any]]:
+    """Returns the events of a run; none if the log is damaged: the run is then continued, which reports it."""
     try:
         return read_record(run.events, "event")
     except ValueError:
@@ -224,13 +198,13 @@ def _events(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def ending_of(run: RunDirectory, after: int = 0) -> dict[str, Any]:
-    """Returns the event that the newest start of a run ended with; empty where it has said nothing.
+    """Returns the event that the last start of a run ended with; {} if it has none.
 
     Args:
         run: Its directory.
-        after: So many events belong to earlier starts.
+        after: Number of events of earlier starts.
     """
-    for event in reversed(_events(run)[after:]):
+    for event in reversed(events_of(run)[after:]):
         if event["event"] in _ENDS:
             return event
         if event["event"] == "start":
@@ -238,8 +212,8 @@ def ending_of(run: RunDirectory, after: int = 0) -> dict[str, Any]:
     return {}
 
 
-def state_of(ending: Mapping[str, Any]) -> Literal["done", "diverged"] | None:
-    """Returns the state of a cell whose run ended with this event, or None if that is no result."""
+def state_of(ending: Record) -> Literal["done", "diverged"] | None:
+    """Returns the state of a cell whose run ended with this event, or None if the run is not over."""
     if ending.get("event") == "finished":
         return "done"
     if ending.get("event") == "stopped" and ending.get("exit_code") in _DIVERGED:
@@ -247,23 +221,15 @@ def state_of(ending: Mapping[str, Any]) -> Literal["done", "diverged"] | None:
     return None
 
 
-def result_of(
-    files: CellFiles, state: State, ending: Mapping[str, Any], error: str | None, commit: str | None
-) -> dict[str, Any]:
-    """Reads the record of a run and returns the cell's result.
+def result_of(files: CellFiles, state: State, ending: Record, error: str | None, commit: str | None) -> dict[str, Any]:
+    """Returns the result of a cell from the record of its run; docs/studies/README.md lists its fields.
 
     Args:
         files: The cell.
         state: How it ended.
         ending: The event that it ended with.
-        error: Of a failed cell, what went wrong.
-        commit: Of the code of this start, for a run that has not recorded any.
-
-    Returns:
-        `steps` is the last step reached and `diverged_at` that step for a cell that diverged; `final_loss` is the mean
-        training loss over the last tenth of those steps (of those of them that are recorded: see train.log_every);
-        `seconds` is time in training, over all starts, without what it takes to start; the others are the last
-        recorded values, and null, or left out where a `?` stands in the contract, if there are none.
+        error: What went wrong in a failed cell.
+        commit: The commit of this start, for a run that has not recorded any.
     """
     try:
         records = read_record(files.run.metrics, "step")
@@ -274,18 +240,14 @@ def result_of(
 
 
 def _result(
-    files: CellFiles,
-    state: State,
-    ending: Mapping[str, Any],
-    error: str | None,
-    commit: str | None,
-    records: Sequence[Mapping[str, Any]],
+    files: CellFiles, state: State, ending: Record, error: str | None, commit: str | None, records: Sequence[Record]
 ) -> dict[str, Any]:
-    cell = files.cell
-    reached = max((record["step"] for record in records), default=0)
-    steps = int(ending.get("step") or reached) if state == "diverged" else reached
-    train = cell.config.train
+    cell, train = files.cell, files.cell.config.train
+    last_step = max((record["step"] for record in records), default=0)
+    steps = int(ending.get("step") or last_step) if state == "diverged" else last_step
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    starts = [event for event in events_of(files.run) if event["event"] == "start"]
+    commits = dict.fromkeys(event["commit"] for event in starts if isinstance(event.get("commit"), str))
     result: dict[str, Any] = {
         "cell": cell.name,
         "variant": cell.variant,
@@ -307,24 +269,18 @@ def _result(
     if (activations := _last(records, "activations")) is not None:
         result["residual_variance"] = activations["residual_variance"][-1]
     if (scores := _last(records, "spike_scores")) is not None:
-        result["spikes"] = round(scores["loss_olmo_core"] * min(reached, _SPIKE_HORIZON))
+        result["spikes"] = round(scores["loss_olmo_core"] * min(last_step, _SPIKE_HORIZON))
     result |= {
         "diverged_at": steps if state == "diverged" else None,
         "seconds": round(_seconds(records), 3),
         "tokens": steps * train.global_batch_size * train.sequence_length,
         "error": error,
-        "commit": _commits(_events(files.run)) or commit,
+        "commit": ", ".join(commits) or commit,
     }
     return {name: finite_or_none(value) for name, value in result.items()}
 
 
-def _commits(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """Returns the commits of all starts of a run, which a resumed one may have several of."""
-    found = {event["commit"]: None for event in events if event["event"] == "start" and event.get("commit")}
-    return ", ".join(found) or None
-
-
-def _last(records: Sequence[Mapping[str, Any]], name: str) -> Any:
+def _last(records: Sequence[Record], name: str) -> Any:
     return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
 
 
@@ -336,24 +292,24 @@ def _mean_of_last_tenth(losses: Sequence[tuple[int, float]], steps: int) -> floa
     return math.fsum(values) / len(values)
 
 
-def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Adds up the clocks of all starts: each begins at 0 and its lines are in order."""
+def _seconds(records: Sequence[Record]) -> float:
+    """Adds up the clocks of all starts: each begins at 0 and rises."""
     clocks = [float(record["seconds"]) for record in records]
     return sum(clock for clock, later in zip(clocks, [*clocks, -1.0][1:], strict=True) if later < clock)
 
 
-def write_result(files: CellFiles, result: Mapping[str, Any], keep_checkpoints: bool) -> None:
-    """Removes what is not needed any more and writes the result of a cell.
+def write_result(files: CellFiles, result: Record, keep_checkpoints: bool) -> None:
+    """Removes checkpoints and writes the result of a cell, in this order.
 
-    In this order: killed in between, the next sweep makes the result from the record, which says how the run ended.
+    If the sweep is killed in between, the next one makes the result from the record of the run.
 
     Args:
-        files: The cell; its lock is held.
+        files: The cell; the caller holds its lock.
         result: What `result_of` returned.
-        keep_checkpoints: Whether its checkpoints stay. Those of a failed cell do: it goes on from them.
+        keep_checkpoints: Whether its checkpoints stay. Those of a failed cell always do: it continues from them.
     """
     folder = files.run.checkpoints
-    # A link leads to a place that is not ours.
+    # A link may lead to checkpoints of other runs.
     if result["state"] != "failed" and not keep_checkpoints and folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
     write_atomically(files.result, json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What a sweep tells: the list of its cells before it starts, a progress bar, and a line for every cell that ended."""
+"""The console output of a sweep: the list of its cells, its progress, a line per finished cell, a summary."""
 
 from __future__ import annotations
 
@@ -9,51 +9,49 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mlra_scale.console import table
 from mlra_scale.study.grid import Cell, Study
 from mlra_scale.study.results import CellFiles, SweepDirectory
-from mlra_scale.study.sweep import Running, Sweep
+from mlra_scale.study.sweep import RunningCell, Sweep
 
 _MIB = 2.0**20
 _CHECKPOINT_BYTES = 12
-"""Of a parameter in a checkpoint: its fp32 weight and two moments."""
+"""Bytes of a parameter in a checkpoint: its fp32 weight and two moments."""
 
 
 def plan_text(study: Study, cells: Sequence[Cell], chosen: Sequence[Cell], output: SweepDirectory, jobs: int) -> str:
-    """Returns the list of cells with what each takes, and an estimate for those that are to be run.
+    """Returns the list of cells with their sizes, and an estimate for those that are to be run.
 
     Args:
         study: The study.
         cells: Its whole grid.
-        chosen: Cells that would be run, if they have no result yet.
-        output: Where results are, or will be.
-        jobs: How many would be run at once.
+        chosen: Cells to list; those without a result would be run.
+        output: The output folder.
+        jobs: Number of cells that would be run at once.
     """
     files = {cell.index: output.files(cell) for cell in cells}
-    width = max(len(cell.name) for cell in chosen)
-    lines = [
-        f"{study.name}: {len(cells)} cells = {len(study.variants)} variant(s) x "
-        + " x ".join(
-            [*(f"{len(values)} {axis}" for axis, values in study.axes.items()), f"{len(study.seeds)} seed(s)"]
-        ),
-        f"preset {study.preset}, {study.ranks} process(es) a cell, output {output.path}",
-        "",
-        f"{'#':>4}  {'cell':<{width}}  {'parameters':>13}  {'steps':>7}  {'tokens':>13}  {'TFLOP':>10}  state",
+    factors = [f"{len(study.variants)} variant(s)", *(f"{len(values)} {axis}" for axis, values in study.axes.items())]
+    rows = [
+        (
+            *(str(cell.index), cell.name, f"{cell.config.model.num_parameters():,}", f"{cell.config.train.steps:,}"),
+            *(f"{cell.tokens:,}", f"{cell.flops / 1e12:,.2f}", _state(files[cell.index])),
+        )
+        for cell in chosen
     ]
-    for cell in chosen:
-        parameters, steps = cell.config.model.num_parameters(), cell.config.train.steps
-        numbers = f"{parameters:>13,}  {steps:>7,}  {cell.tokens:>13,}  {cell.flops / 1e12:>10,.2f}"
-        lines.append(f"{cell.index:>4}  {cell.name:<{width}}  {numbers}  {_state(files[cell.index])}")
     to_do = [cell for cell in chosen if not files[cell.index].is_done()]
+    tokens, flops = sum(cell.tokens for cell in to_do), sum(cell.flops for cell in to_do)
     largest = max((cell.config.model.num_parameters() for cell in to_do), default=0) * _CHECKPOINT_BYTES / _MIB
-    stays = "go when its result is written" if study.checkpoints == "discard" else "stay"
+    fate = "are removed when its result is written" if study.checkpoints == "discard" else "stay"
     return "\n".join(
         [
-            *lines,
+            f"{study.name}: {len(cells)} cells = {' x '.join([*factors, f'{len(study.seeds)} seed(s)'])}",
+            f"preset {study.preset}, {study.ranks} process(es) a cell, output {output.path}",
             "",
-            f"to do: {len(to_do)} of {len(chosen)} cells, {sum(cell.tokens for cell in to_do):,} tokens, "
-            f"{sum(cell.flops for cell in to_do) / 1e12:,.2f} TFLOP",
-            f"disk: a checkpoint takes {largest:,.0f} MiB at most; those of a cell {stays}",
-            _time_text(to_do, [files[cell.index] for cell in cells], jobs),
+            table(("#", "cell", "parameters", "steps", "tokens", "TFLOP", "state"), rows, left=2),
+            "",
+            f"to do: {len(to_do)} of {len(chosen)} cells, {tokens:,} tokens, {flops / 1e12:,.2f} TFLOP",
+            f"disk: a checkpoint takes {largest:,.0f} MiB at most; those of a cell {fate}",
+            _time_text(flops, len(to_do), list(files.values()), jobs),
         ]
     )
 
@@ -61,23 +59,20 @@ def plan_text(study: Study, cells: Sequence[Cell], chosen: Sequence[Cell], outpu
 def _state(files: CellFiles) -> str:
     result = files.read_result()
     if result is not None:
-        return str(result["state"]) + (", to be tried again" if result["state"] == "failed" else "")
+        return str(result["state"]) + (", to be run again" if result["state"] == "failed" else "")
     step = files.last_step()
     return f"begun, step {step}" if step else "to do"
 
 
-def _time_text(to_do: Sequence[Cell], files: Sequence[CellFiles], jobs: int) -> str:
-    """Estimates the time from cells that are done, in proportion to their operations."""
-    flops = seconds = 0.0
-    for one in files:
-        result = one.read_result()
-        if result is not None and result["state"] == "done" and result["seconds"]:
-            flops, seconds = flops + one.cell.flops, seconds + result["seconds"]
-    if not flops:
+def _time_text(flops: float, num_cells: int, files: Sequence[CellFiles], jobs: int) -> str:
+    """Returns an estimate of the time from cells that are done, in proportion to their operations."""
+    found = [(one.cell.flops, one.read_result() or {}) for one in files]
+    done = [(own, result["seconds"]) for own, result in found if result.get("state") == "done" and result["seconds"]]
+    if not done:
         return "time: unknown until a cell is done; then this list has an estimate"
-    left = sum(cell.flops for cell in to_do) * seconds / flops / min(jobs, max(len(to_do), 1))
+    seconds = flops * sum(seconds for _, seconds in done) / sum(own for own, _ in done) / min(jobs, max(num_cells, 1))
     return (
-        f"time: about {duration(left)} with --jobs {jobs}, at the rate of the cells that are done; starting them aside"
+        f"time: about {duration(seconds)} with --jobs {jobs}, at the rate of the cells that are done, without start-up"
     )
 
 
@@ -89,62 +84,61 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-class Board:
-    """The progress of a sweep: a bar on a terminal, and everywhere a line for each cell that ended.
+class Progress:
+    """The progress of a sweep: a bar on a terminal, and a line for each finished cell.
 
     The bar counts floating-point operations, since cells of different depth take different times.
 
     Args:
-        cells: What is to be done.
-        output: Where.
+        cells: The cells to run.
+        output: The output folder.
     """
 
     def __init__(self, cells: Sequence[Cell], output: SweepDirectory) -> None:
-        self._total, self._ended, self._started = len(cells), 0, time.monotonic()
+        self._total, self._num_finished, self._started = len(cells), 0, time.monotonic()
         self._flops = {cell.name: cell.flops for cell in cells}
-        self._done = {cell.name: _share(output.files(cell)) for cell in cells}
-        self._before = self._work()
+        self._shares = {cell.name: _share(output.files(cell)) for cell in cells}
+        self._initial = self._work()
         self._bar = tqdm(
             total=sum(self._flops.values()),
-            initial=self._before,
+            initial=self._initial,
             smoothing=0.0,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
             dynamic_ncols=True,
             disable=not sys.stderr.isatty() or not cells,
         )
-        self._waited_for: set[str] = set()
-        self._show([])
+        self._announced: set[str] = set()
+        self._refresh([])
 
     def _work(self) -> float:
-        return sum(self._flops[name] * share for name, share in self._done.items())
+        return sum(self._flops[name] * share for name, share in self._shares.items())
 
-    def watch(self, running: Sequence[Running], elsewhere: Collection[str] = ()) -> None:
-        """Moves the bar to where the runs are, and says once which cells are waited for."""
-        if new := [name for name in elsewhere if name not in self._waited_for]:
-            self._waited_for.update(new)
-            self.say(f"at work elsewhere, and waited for: {', '.join(new)} (another sweep, or a run that outlived one)")
-        for one in running:
-            self._done[one.files.cell.name] = _share(one.files)
-        self._show(running)
+    def on_poll(self, running: Sequence[RunningCell], locked: Collection[str]) -> None:
+        """Updates the bar, and lists once the cells that other processes hold."""
+        if new := [name for name in locked if name not in self._announced]:
+            self._announced.update(new)
+            self.print(f"waiting for {', '.join(new)}: run by another sweep, or by a run whose sweep was killed")
+        self._shares |= {one.files.cell.name: _share(one.files) for one in running}
+        self._refresh(running)
 
-    def _show(self, running: Sequence[Running]) -> None:
+    def _refresh(self, running: Sequence[RunningCell]) -> None:
         if not self._bar.disable:
-            self._bar.set_description_str(f"{self._ended}/{self._total} cells", refresh=False)
+            self._bar.set_description_str(f"{self._num_finished}/{self._total} cells", refresh=False)
             self._bar.set_postfix_str(" | ".join(one.files.cell.name for one in running), refresh=False)
             self._bar.n = self._work()
             self._bar.refresh()
 
-    def told(self, result: Mapping[str, Any], seconds: float) -> None:
-        """Prints the line of a cell that ended."""
-        self._done[result["cell"]] = 1.0
-        self._ended += 1
-        work, spent = self._work() - self._before, time.monotonic() - self._started
-        left = sum(self._flops.values()) - self._before - work
-        ahead = f", about {duration(spent * left / work)} left" if work > 0 and left > 0 else ""
-        width = len(str(self._total))
-        self.say(f"[{self._ended:>{width}}/{self._total}] {result_line(result)}, {duration(seconds)}{ahead}")
+    def on_result(self, result: Mapping[str, Any], seconds: float) -> None:
+        """Prints the line of a finished cell."""
+        self._shares[result["cell"]] = 1.0
+        self._num_finished += 1
+        work, elapsed = self._work() - self._initial, time.monotonic() - self._started
+        left = sum(self._flops.values()) - self._initial - work
+        ahead = f", about {duration(elapsed * left / work)} left" if work > 0 and left > 0 else ""
+        counter = f"[{self._num_finished:>{len(str(self._total))}}/{self._total}]"
+        self.print(f"{counter} {result_line(result)}, {duration(seconds)}{ahead}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints above the bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -172,17 +166,16 @@ def result_line(result: Mapping[str, Any]) -> str:
 
 
 def summary_text(output: SweepDirectory, cells: Sequence[Cell], sweep: Sweep) -> str:
-    """Returns what there is now, and what is missing."""
+    """Returns the number of results, and what is missing."""
     results = {cell.name: result for cell in cells if (result := output.files(cell).read_result()) is not None}
     states = [result["state"] for result in results.values()]
     counts = [f"{states.count(state)} {state}" for state in ("done", "diverged", "failed") if state in states]
     lines = [f"{len(results)} of {len(cells)} cells have a result ({', '.join(counts) or 'none'}): {output.results}"]
-    for cell in cells:
-        if results.get(cell.name, {}).get("state") == "failed":
-            lines.append(f"failed: {cell.name}: see {output.files(cell).log}")
+    failed = [cell for cell in cells if results.get(cell.name, {}).get("state") == "failed"]
+    lines += [f"failed: {cell.name}: see {output.files(cell).log}" for cell in failed]
     lines += [f"not written: {name}: {reason}" for name, reason in sweep.unwritten.items()]
-    if elsewhere := [name for name in sweep.held_elsewhere if name not in results]:
-        lines.append(f"still at work elsewhere: {', '.join(elsewhere)}; the same command takes them over")
+    if locked := [name for name in sweep.locked_elsewhere if name not in results]:
+        lines.append(f"still run by another process: {', '.join(locked)}; the same command takes them over")
     if sweep.interrupted:
-        lines.append(f"interrupted: {', '.join(sweep.interrupted)}; the same command goes on with them")
+        lines.append(f"interrupted: {', '.join(sweep.interrupted)}; the same command continues them")
     return "\n".join(lines)

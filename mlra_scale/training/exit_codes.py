@@ -1,34 +1,50 @@
-"""Exit codes of `python -m mlra_scale.train`: what a launcher may conclude from the process's end."""
+"""How a training process ends: its exit codes, and the error that ends a run on all ranks alike."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How a training process ended.
+    """Exit codes of `python -m mlra_scale.train`.
 
-    torchrun reports 1 for any failed worker; the code of the worker itself is in torchrun's report and in the run
-    directory's events.jsonl. `mlra_scale.cluster` acts on them: see cluster/policy.py.
+    torchrun reports 1 for any failed worker; the worker's own code is in torchrun's report and in the run directory's
+    events.jsonl. What a cluster job does after each of them is in cluster/job/policy.py.
     """
 
     DONE = 0
     FAILED = 1
-    """An error of ours or of a library; Python prints the traceback."""
+    """An unexpected error; Python prints the traceback."""
     BAD_INPUT = 2
-    """The message says what to change. Nothing was started and nothing was left behind, unless the fault lies so deep
-    in the data that only training found it."""
+    """The message says what to change. Nothing was written, unless only training could find the fault in the data."""
     NON_FINITE = 3
-    """The loss or the gradient norm stopped being a number; running again gives the same end."""
+    """The loss or the gradient norm is not finite; running again ends in the same way."""
     CHECKPOINT_FAILED = 4
-    """A checkpoint could not be written, or another program has taken the run directory or its record away; the earlier
-    checkpoints are as they were. Running again continues from the newest."""
+    """A checkpoint could not be written, or another program has removed the run directory or its record. Earlier
+    checkpoints are unchanged. Running again continues from the newest."""
     PREEMPTED = 5
-    """A signal asked the run to stop: all ranks did after the same step, and its checkpoint is complete, or there was
+    """A signal requested a stop: all ranks stopped after the same step. Its checkpoint is complete, unless there was
     nothing to save yet. Running again continues from there."""
     BAD_NODE = 6
     """The checks before the first step found a node that cannot be used; nothing was trained."""
     UNSTABLE = 7
-    """The guard has gone back as often as it may, and the run is unstable all the same."""
+    """The run stayed unstable after the largest allowed number of rollbacks."""
     INTERRUPTED = 130
     """A second Ctrl-C, as shells report it (128 + SIGINT): nothing was saved."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run ends, on all ranks after the same step; the text gives the reason and the remedy.
+
+    Attributes:
+        values: The step and its numbers, for the event log.
+        exit_code: How the process ends.
+    """
+
+    def __init__(
+        self, message: str, values: Mapping[str, float | int | str | None], exit_code: ExitCode = ExitCode.NON_FINITE
+    ) -> None:
+        super().__init__(message)
+        self.values = values
+        self.exit_code = exit_code

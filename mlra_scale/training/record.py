@@ -1,30 +1,33 @@
-"""The record of a run: append-only JSON lines that survive a crash and never tell a step twice."""
+"""The record of a run: append-only JSON lines that survive a crash and hold each step once; and which code wrote it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
-import sys
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import mlra_scale
 from mlra_scale.config.json_text import parse_json
+from mlra_scale.files import write_atomically
 
 _BLOCK_BYTES = 256 * 1024
 _UNSYNCED_BYTES = 1024 * 1024
-"""So many bytes of lines may wait for the next sync: they are in memory too, should the disk refuse them."""
+"""Most bytes of lines between two syncs: they also stay in memory, in case the disk refuses them."""
 _TAIL_BYTES = 4 * 1024 * 1024
-"""So much of a record's end is looked at: values that are older than some ten thousand lines are not found."""
-
+"""Most bytes that `lines_from_end` reads, some ten thousand lines."""
 _REMEDY = "remove the line, or move the file away"
+_logger = logging.getLogger(__name__)
 
 
 def finite_or_none(value: Any) -> Any:
-    """Replaces numbers that JSON has no word for by None, in mappings and lists too."""
+    """Replaces numbers that JSON cannot express by None, also in mappings and lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -35,54 +38,47 @@ def finite_or_none(value: Any) -> Any:
 
 
 class RecordLost(Exception):
-    """Another program has moved, removed, replaced or cut what a run writes to."""
+    """Another program has moved, removed, replaced or cut a file that this run writes."""
 
 
 class JsonLines:
-    """A file of one JSON object per line, handed to the operating system line by line.
+    """A file of one JSON object per line; each line is given to the operating system at once.
 
-    A file that was never opened (any rank but rank 0) takes lines and forgets them, so that callers need not ask. A
-    disk that refuses a line, such as a full one, does not end the run: the line is kept and written as soon as that is
-    possible. A network file system may refuse lines only when they are to be on disk (`sync`): they are kept as well.
-    Whether the run can continue is decided by its checkpoints, on all ranks alike.
+    Lines that the disk refuses, because it is full or because a network file system fails when they are synced, do not
+    end the run: they are kept in memory and written as soon as that is possible.
+
+    Args:
+        path: The file, opened for appending. None, on every rank but rank 0: lines are dropped.
     """
 
     def __init__(self, path: Path | None) -> None:
-        """Opens the file for appending.
-
-        Args:
-            path: The file; None for a file that forgets.
-        """
         self._path = path
         if path is not None and path.is_file():
             _cut_torn_line(path)
         self._file = None if path is None else path.open("ab", buffering=0)
         self._size = 0 if self._file is None else os.fstat(self._file.fileno()).st_size
         self._pending = b""
-        self._written = b""  # since the last sync
+        self._unsynced = b""
         self._is_refused = False
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Appends one object and hands it to the operating system at once."""
+        """Appends one object."""
         if self._file is not None:
             self._pending += (json.dumps(finite_or_none(values), allow_nan=False) + "\n").encode("ascii")
-            self._tell(self._flush(with_sync=self._is_refused or len(self._written) > _UNSYNCED_BYTES))
+            self._note_refusal(self._flush(with_sync=self._is_refused or len(self._unsynced) > _UNSYNCED_BYTES))
 
     def sync(self) -> None:
-        """Returns when what was written is on disk, or is kept because the disk refuses it.
+        """Waits until all lines are on disk, or are kept because the disk refuses them.
 
         Raises:
-            RecordLost: The file is no longer the one that was opened, or has been cut.
+            RecordLost: The path names another file now, or none, or the file was cut.
         """
         if self._file is not None:
-            self.check()
-            self._tell(self._flush(with_sync=True))
+            self._check()
+            self._note_refusal(self._flush(with_sync=True))
 
-    def check(self) -> None:
-        """Raises RecordLost if the path names another file by now, or none, or if the file has been cut."""
-        if self._file is None:
-            return
-        assert self._path is not None
+    def _check(self) -> None:
+        assert self._path is not None and self._file is not None
         check_same(self._path, self._file.fileno())
         if (size := os.fstat(self._file.fileno()).st_size) < self._size:
             raise RecordLost(f"{self._path} has {size} bytes where this run has written {self._size}: it has been cut")
@@ -97,22 +93,22 @@ class JsonLines:
         except OSError as error:
             refusal = refusal or error.strerror
         if refusal:
-            print(f"{self._path} could not be written to its end ({refusal}); lost:", file=sys.stderr)
-            print((self._written + self._pending).decode("ascii"), end="", file=sys.stderr, flush=True)
+            lines = (self._unsynced + self._pending).decode("ascii")
+            _logger.error("%s could not be written to its end (%s); lost:\n%s", self._path, refusal, lines.rstrip("\n"))
 
-    def _tell(self, refusal: str | None) -> None:
+    def _note_refusal(self, refusal: str | None) -> None:
         if refusal and not self._is_refused:
-            print(f"{self._path} cannot be written ({refusal}); its lines are kept until it can", file=sys.stderr)
+            _logger.warning("%s cannot be written (%s); its lines are kept until it can", self._path, refusal)
         self._is_refused = refusal is not None
 
     def _flush(self, with_sync: bool) -> str | None:
-        """Writes what is pending, and waits until it is on disk; returns why that is not possible."""
+        """Writes pending lines and, with `with_sync`, waits until they are on disk; returns why that fails."""
         assert self._file is not None
         try:
             while self._pending:
                 count = self._file.write(self._pending)
                 self._size += count
-                self._written += self._pending[:count]
+                self._unsynced += self._pending[:count]
                 self._pending = self._pending[count:]
             if with_sync:
                 self._sync()
@@ -121,57 +117,35 @@ class JsonLines:
         return None
 
     def _sync(self) -> None:
-        """Waits until what was written is on disk. What the disk refuses is taken back, to be written again."""
         assert self._file is not None
         try:
             os.fsync(self._file.fileno())
         except OSError:
-            # Of which of these lines the disk has nobody knows, and asked again it may say yes.
-            os.ftruncate(self._file.fileno(), self._size - len(self._written))
-            self._size -= len(self._written)
-            self._pending, self._written = self._written + self._pending, b""
+            # It is unknown which of these lines are on disk, and a second fsync may succeed without them: write again.
+            os.ftruncate(self._file.fileno(), self._size - len(self._unsynced))
+            self._size -= len(self._unsynced)
+            self._pending, self._unsynced = self._unsynced + self._pending, b""
             raise
-        self._written = b""
+        self._unsynced = b""
 
 
-class EventLog:
-    """events.jsonl: what happened beside the numbers (start, resume, checkpoint, stop), each with its time."""
+class EventLog(JsonLines):
+    """events.jsonl: start, resume, checkpoints, stops and the like, each with its time."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._lines = JsonLines(path)
-
-    def write(self, event: str, **values: Any) -> None:
-        """Appends one event."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        # A stop for a value that is no number must show that value, for which JSON has no word: it goes in as text.
+    def event(self, name: str, **values: Any) -> None:
+        """Appends one event; numbers that JSON cannot express become text, since a stop for one must show it."""
         shown = {
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._lines.write({"time": now, "event": event, **shown})
-
-    def sync(self) -> None:
-        """See JsonLines."""
-        self._lines.sync()
-
-    def check(self) -> None:
-        """See JsonLines."""
-        self._lines.check()
-
-    def close(self) -> None:
-        """See JsonLines."""
-        self._lines.close()
+        self.write({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **shown})
 
 
 def check_same(path: Path, descriptor: int) -> None:
     """Compares a path with the file or folder that was opened there.
 
-    Args:
-        path: The path.
-        descriptor: Of what was opened.
-
     Raises:
-        RecordLost: Another program has moved or removed it, or put another one in its place.
+        RecordLost: Another program has moved, removed or replaced it.
     """
     opened = os.fstat(descriptor)
     try:
@@ -189,7 +163,7 @@ def check_same(path: Path, descriptor: int) -> None:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Removes a last line that a crash or a full disk cut short: appended to, it would spoil the next line as well."""
+    """Removes an unfinished last line, so that the next line is not appended to it."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -201,10 +175,10 @@ def read_record(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         path: The file; a missing one reads as empty.
-        key: What every object must have: "step" as a whole number, "event" and others as text.
+        key: A key that every object must have: "step" with a whole number, any other with a text.
 
     Returns:
-        The objects in order. A last line that a crash cut short is left out.
+        The objects in order, without an unfinished last line.
 
     Raises:
         ValueError: A line before the last is not JSON, or a line is no object with the key.
@@ -230,11 +204,11 @@ def read_record(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 
 
 def lines_from_end(file: BinaryIO, limit: int = _TAIL_BYTES) -> Iterator[bytes]:
-    """Yields the lines of a file from the last one backwards, and reads no more of it than it must.
+    """Yields the lines of a file from the last one backwards, and reads no more of the file than that takes.
 
     Args:
-        file: The file. A last line without its end was cut short by a crash, or is being written: it is left out.
-        limit: So many bytes are read at most; a line that begins before them is left out.
+        file: The file; an unfinished last line is left out.
+        limit: Most bytes to read; a line that begins before them is left out.
     """
     position = file.seek(0, os.SEEK_END)
     start, rest, is_torn = max(0, position - limit), b"", True
@@ -251,35 +225,50 @@ def lines_from_end(file: BinaryIO, limit: int = _TAIL_BYTES) -> Iterator[bytes]:
         yield rest
 
 
-def cut_record(path: Path, last_step: int) -> int:
-    """Removes what a run recorded after the step that it is resumed from, in one atomic replacement.
-
-    The resumed run records those steps again; without the cut each would be there twice.
+def cut_record(path: Path, last_step: int, aside: Path | None = None, rollback: int = 0) -> int:
+    """Removes the lines after a step, which will be done again, in one atomic replacement.
 
     Args:
-        path: metrics.jsonl; a missing file is left missing.
-        last_step: The step of the checkpoint; later lines go, and so does a line that a crash cut short.
+        path: metrics.jsonl; a missing file stays missing.
+        last_step: The last step whose lines stay.
+        aside: A file to which the removed lines are appended.
+        rollback: Number of the rollback, stored in the lines of `aside`.
 
     Returns:
-        Number of lines removed that held a whole object.
+        Number of complete lines that were removed.
     """
     if not path.exists():
         return 0
     objects = read_record(path, "step")
+    if aside is not None:
+        undone = JsonLines(aside)
+        for item in objects:
+            if item["step"] > last_step:
+                undone.write({**item, "rollback": rollback})
+        undone.sync()
+        undone.close()
     kept = [item for item in objects if item["step"] <= last_step]
-    write_atomically(path, "".join(json.dumps(item) + "\n" for item in kept))
+    _replace(path, kept)
     return len(objects) - len(kept)
 
 
-def lost_from(records: Sequence[Mapping[str, Any]], step: int, log_every: int) -> int | None:
-    """Returns the first step of the record's end that a run must have recorded and that is not there; None: all is.
+def replace_last(path: Path, record: Mapping[str, Any]) -> None:
+    """Replaces the last line, in one atomic replacement of the file."""
+    _replace(path, [*read_record(path)[:-1], finite_or_none(record)])
 
-    A record is on disk before the checkpoint of its last step. What is missing was taken away: the file was emptied,
-    replaced or removed between two starts.
+
+def _replace(path: Path, objects: Sequence[Mapping[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(item) + "\n" for item in objects))
+
+
+def first_lost_step(records: Sequence[Mapping[str, Any]], step: int, log_every: int) -> int | None:
+    """Returns the first step whose losses are missing at the end of a record; None: nothing is missing.
+
+    Records are on disk before the checkpoint of their last step. Missing ones were removed between two starts.
 
     Args:
-        records: What is there of the steps up to the checkpoint.
-        step: Of the checkpoint that the run continues from.
+        records: Those up to the checkpoint.
+        step: Of the checkpoint that the run resumes from.
         log_every: Steps between two recorded losses; the first step is recorded too.
     """
     last = max((record["step"] for record in records if "loss" in record), default=0)
@@ -287,45 +276,23 @@ def lost_from(records: Sequence[Mapping[str, Any]], step: int, log_every: int) -
     return last + 1 if last < due else None
 
 
-def replace_last(path: Path, record: Mapping[str, Any]) -> None:
-    """Puts a line in the place of the last one, in one atomic replacement; see `cut_record`."""
-    objects = [*read_record(path)[:-1], finite_or_none(record)]
-    write_atomically(path, "".join(json.dumps(item) + "\n" for item in objects))
+ROOT = Path(mlra_scale.__file__).resolve().parents[1]
+_SECONDS = 10.0
 
 
-def set_aside(path: Path, aside: Path, last_step: int, rollback: int) -> None:
-    """Moves what a run recorded after a step to another file, where it stays as what had been tried.
-
-    Args:
-        path: metrics.jsonl.
-        aside: Where the lines go, each with the number of the rollback.
-        last_step: The step that the run has gone back to.
-        rollback: Its number.
-    """
-    lines = JsonLines(aside)
-    for item in read_record(path, "step"):
-        if item["step"] > last_step:
-            lines.write({**item, "rollback": rollback})
-    lines.sync()
-    lines.close()
-    cut_record(path, last_step)
+def commit() -> str | None:
+    """Returns the commit of this code, with "+changes" behind it if files differ from it; None outside of git."""
+    name = output_of(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    if name is None:
+        return None
+    changes = output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return name.strip() + ("+changes" if changes else "")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def output_of(command: Sequence[str]) -> str | None:
+    """Returns what a command prints; None where it is missing, fails or does not end."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        if error.errno is not None:  # the system names the temporary file, or none
-            error.filename, error.filename2 = str(path), None
-        raise
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,19 +1,19 @@
-"""What a resumed run may change: this start compared with the run that it continues. Imports no torch.
+"""What a resumed run may change: the configuration of a start compared with the run that it continues. No torch.
 
 Every field of the configuration is in one of three classes.
 
-FREE fields say where and how a run computes and change at every start as they are given: layout, machine, places of
-files. NAMED fields change the run itself, and a person may want that: a difference counts only if the field stands on
-the command line. A difference that comes merely from a preset's default is none: the run keeps its own value. One that
-comes from the config file is refused, because a file that was edited, or is another one, may be a mistake. All other
-fields are the run's identity (architecture, seeds, sequence length, what a document is) and never change.
+FREE fields say where and how a run computes (layout, machine, paths of files); a start may change them. NAMED fields
+change the run itself. Such a difference counts only if the field is named on the command line: one that comes from a
+preset's default is ignored, and the run keeps its own value; one that comes from the configuration file is refused,
+because an edited file may be a mistake. All other fields are the run's identity (architecture, seeds, sequence length,
+what a document is) and never change.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mlra_scale.config.json_text import printable
 FREE = (
     "preset",
     "model.vocab_padding_multiple",
-    # Where data lie; whether they are the same data is for their fingerprints to say.
+    # Paths of the data; whether they are the same data is decided by their fingerprints.
     "data.path",
     "data.validation_path",
     "data.tokenizer",
@@ -61,7 +61,7 @@ NAMED = (
 )
 """Fields, and with a dot at the end whole sections."""
 
-CHANGE_WHAT_IS_USUAL = (
+RESETS_GUARD_STATISTICS = (
     "model.embedding_dropout",
     "model.attention_dropout",
     "model.residual_dropout",
@@ -69,10 +69,10 @@ CHANGE_WHAT_IS_USUAL = (
     "data.blend",
     "train.global_batch_size",
     "train.precision",
-    # While it was off the guard has seen nothing: what it knows may be of long ago.
+    # The guard has not seen the steps during which it was off: its statistics may be old.
     "guard.enabled",
 )
-"""Fields whose change moves the training loss or its gradient's norm at once, and for good: no sign of instability."""
+"""Fields whose change shifts the training loss or its gradient norm at once, without being a sign of instability."""
 
 _NOT_ARCHITECTURE = (
     "vocab_padding_multiple",
@@ -92,10 +92,10 @@ _NOT_ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Change:
-    """A field that goes on with another value than the run had.
+    """A field, or something else of the run, that has another value from this start on.
 
     Attributes:
-        field: Its dotted name, or what else changed.
+        field: Its dotted name, or what changed.
         was: Its value in the checkpoint.
         now: Its value from here on.
     """
@@ -109,13 +109,61 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A start, compared with the run that it continues.
+class History:
+    """What a run changed in the course of its resumes, kept in every checkpoint for model cards.
 
     Attributes:
-        config: The configuration to go on with: of this start, with the stored values that are kept.
-        changes: What differs from the run so far.
-        problems: What differs and must not.
+        changes: Each with the step after which the new value holds; the oldest first.
+        begun_from: What a checkpoint of weights states about its origin, where the run began with one.
+        known_from: Changes up to this step are not recorded; 0: all are.
+    """
+
+    changes: tuple[tuple[int, Change], ...] = ()
+    begun_from: Mapping[str, Any] | None = None
+    known_from: int = 0
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], step: int) -> History:
+        """Reads the history from a checkpoint's state; checkpoints of early versions have none.
+
+        Raises:
+            ValueError: It is garbled.
+        """
+        stored = state.get("history")
+        if stored is None:
+            return cls(known_from=step)
+        try:
+            changes = [
+                (int(item["step"]), Change(item["field"], item["was"], item["now"])) for item in stored["changes"]
+            ]
+            return cls(tuple(changes), stored["begun_from"], int(stored["known_from"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a history of changes: {error}") from error
+
+    def followed_by(self, changes: Sequence[Change], step: int) -> History:
+        """Returns the history with the changes of a start that continues from a step; before the first, none counts."""
+        if step == 0:
+            return self
+        return replace(self, changes=(*self.changes, *((step, change) for change in changes)))
+
+    def after_rollback_to(self, step: int) -> History:
+        """Returns the history of a run that repeats the steps after an earlier one with its present settings."""
+        return replace(self, changes=tuple((min(at, step), change) for at, change in self.changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        changes = [{"step": at, "field": item.field, "was": item.was, "now": item.now} for at, item in self.changes]
+        return {"changes": changes, "begun_from": self.begun_from, "known_from": self.known_from}
+
+
+@dataclass(frozen=True)
+class ConfigComparison:
+    """The configuration of a start, compared with that of the run that it continues.
+
+    Attributes:
+        config: The configuration to continue with: that of the start, with the stored values that are kept.
+        changes: Differences from the run so far.
+        problems: Differences that are not allowed.
     """
 
     config: Config
@@ -123,27 +171,19 @@ class Comparison:
     problems: list[Problem] = field(default_factory=list)
 
 
-def compare(config: Config, named: Named, stored: Config) -> Comparison:
-    """Compares the configuration of this start with a stored one, field by field.
-
-    Args:
-        config: Of this start.
-        named: Which of its fields a person named, and where.
-        stored: Of the run to be continued.
-    """
+def compare(config: Config, named: Named, stored: Config) -> ConfigComparison:
+    """Compares the configuration of this start, and what of it was named, with that of the run to be continued."""
     now, was = flat(config.to_dict()), flat(stored.to_dict())
     keep_stored_data(now, was, named)
     changes, problems = [], []
     for name in was:
-        if was[name] == now[name] or name == "parallel.named_layout_fields":  # a note, written by the planner
+        if was[name] == now[name] or name == "parallel.named_layout_fields":  # written by the planner
             continue
         if is_in(FREE, name) or (name in named.on_command_line and is_in(NAMED, name)):
-            # The mix of data sets is compared by what they hold, by compare_data.
-            if name != "data.blend":
+            if name != "data.blend":  # compare_data compares the mix by what its data sets hold
                 changes.append(Change(name, was[name], now[name]))
         elif name == "data.blend" and was[name] is not None and now[name] is not None:
-            # From the config file: maybe only the places are others.
-            continue
+            continue  # from the configuration file: perhaps only the paths differ
         elif not is_in(NAMED, name):
             remedy = f"the run to be resumed has {_shown(was[name])}; leave it so, or start a new run"
             problems.append(Problem(name, now[name], remedy))
@@ -152,31 +192,20 @@ def compare(config: Config, named: Named, stored: Config) -> Comparison:
             problems.append(Problem(name, now[name], remedy + f"line: {name}={_shown(now[name])}"))
         else:
             now[name] = was[name]
-    return Comparison(Config.from_dict(nested(now)), changes, problems)
+    return ConfigComparison(Config.from_dict(nested(now)), changes, problems)
 
 
 def keep_stored_data(now: dict[str, Any], was: Mapping[str, Any], named: Named) -> None:
-    """Lets a start that does not say where its data are read those of the run.
-
-    Args:
-        now: Flat fields of this start; changed in place.
-        was: Flat fields of the run.
-        named: What this start names.
-    """
-    told = named.on_command_line | named.in_file
-    if not told & {"data.path", "data.blend"}:
+    """Keeps the data of the run (`was`) where a start (`now`, changed in place) does not name any."""
+    names = named.on_command_line | named.in_file
+    if not names & {"data.path", "data.blend"}:
         now["data.path"], now["data.blend"] = was["data.path"], was["data.blend"]
-    for name in ("data.validation_path", "data.tokenizer"):
-        if name not in told:
-            now[name] = was[name]
+    for name in {"data.validation_path", "data.tokenizer"} - names:
+        now[name] = was[name]
 
 
 def compare_model(config: Config, stored: ModelConfig) -> list[Problem]:
     """Compares the architecture of a new run with that of the weights it is to begin with.
-
-    Args:
-        config: Of this start.
-        stored: The model that the weights belong to.
 
     Returns:
         A problem for every field that differs.
@@ -190,7 +219,7 @@ def compare_model(config: Config, stored: ModelConfig) -> list[Problem]:
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """The fields that decide on parameters and what is computed with them, derived values written out."""
+    """Returns the fields that decide on parameters and what is computed with them, derived values written out."""
     values = model.model_dump(mode="json", exclude=set(_NOT_ARCHITECTURE))
     values["ffn_hidden_size"] = model.ffn_size
     is_factorised = model.attention == "mlra"
@@ -218,7 +247,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `flat`."""
+    """Reverses `flat`."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         section, _, key = name.rpartition(".")
@@ -227,10 +256,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_stored(path: Path) -> Config:
-    """Reads the configuration of a run directory.
-
-    Args:
-        path: Its config.yaml.
+    """Reads config.yaml of a run directory.
 
     Raises:
         ConfigError: It cannot be read.
@@ -246,5 +272,5 @@ def read_stored(path: Path) -> Config:
 
 
 def _shown(value: Any) -> str:
-    """A value as it would stand on the command line."""
+    """Returns a value as it is written on the command line."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,14 +1,14 @@
-"""The run directory: everything a run leaves behind.
+"""The run directory: everything that a run leaves behind.
 
 config.yaml      the resolved configuration
-started_from     where a run that began with weights of another one found them
+started_from     the checkpoint of another run whose weights this one began with
 metrics.jsonl    the record: one object per step at which something was measured
-rolled_back.jsonl  what the record held of steps that the guard has undone
-guard.json       the guard's rollbacks: which data are not read again
+rolled_back.jsonl  lines of the record that rollbacks have undone
+guard.json       the guard's rollbacks: which data are skipped
 events.jsonl     start, resume, checkpoints, stops, end
-.lock            held by the run that is at work here
-.job.lock        held by the cluster job that is
-job.json         of a cluster job: its state, its attempts and their ends
+.lock            locked by the run at work in this directory
+.job.lock        locked by the cluster job at work in this directory
+job.json         of a cluster job: its state, its attempts and how they ended
 logs/            of a cluster job: console.log, and per attempt a log and stacks of every rank
 wandb/           wandb's files and the run's stable id
 profile/         traces of torch.profiler
@@ -19,101 +19,62 @@ checkpoints/     step-00000100/ ..., and `latest`, which names the newest comple
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import json
+import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from mlra_scale.config import Config, ConfigError, Problem
-from mlra_scale.config.json_text import read_bytes
-from mlra_scale.training.record import write_atomically
+from mlra_scale.config.json_text import read_bytes, read_json_object
+from mlra_scale.files import lock, write_atomically
 
 _MAX_PATH_BYTES = 65536
 _TRACES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")
+_ROLLBACKS_VERSION = 2
+"""Version 1 has no key `version`, and is otherwise the same."""
+_logger = logging.getLogger(__name__)
 
 
 class WaitStopped(Exception):
-    """A signal asked for a stop while another run held the directory."""
+    """A signal requested a stop while another run held the lock of the directory."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RunDirectory:
-    """Paths of one run.
-
-    Attributes:
-        path: The directory; it need not exist yet.
-    """
+    """The paths of one run; the directory at `path` need not exist yet."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration of the newest start."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """The record."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """The event log."""
-        return self.path / "events.jsonl"
-
-    @property
-    def rolled_back(self) -> Path:
-        """Lines of the record that the guard has undone."""
-        return self.path / "rolled_back.jsonl"
-
-    @property
-    def guard(self) -> Path:
-        """The guard's rollbacks."""
-        return self.path / "guard.json"
-
-    @property
-    def job(self) -> Path:
-        """The state of a cluster job."""
-        return self.path / "job.json"
-
-    @property
-    def logs(self) -> Path:
-        """Logs of a cluster job."""
-        return self.path / "logs"
-
-    @property
-    def wandb(self) -> Path:
-        """wandb's files."""
-        return self.path / "wandb"
-
-    @property
-    def profile(self) -> Path:
-        """Traces."""
-        return self.path / "profile"
-
-    @property
-    def checkpoints(self) -> Path:
-        """All checkpoints and the `latest` pointer."""
-        return self.path / "checkpoints"
+    def __post_init__(self) -> None:
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.rolled_back = self.path / "rolled_back.jsonl"
+        self.guard = self.path / "guard.json"
+        self.job = self.path / "job.json"
+        self.logs = self.path / "logs"
+        self.wandb = self.path / "wandb"
+        self.profile = self.path / "profile"
+        self.checkpoints = self.path / "checkpoints"
 
     def holds_a_run(self) -> bool:
-        """Returns whether a run has been started here; an empty checkpoints folder, or a link to one, is no run."""
+        """Returns whether a run was started here; an empty checkpoints folder, or a link to one, is no run."""
         has_checkpoints = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         return has_checkpoints or any((self.path / name).exists() for name in _TRACES_OF_A_RUN)
 
     def is_own(self, checkpoint: Path) -> bool:
-        """Returns whether a checkpoint is one of this run, and not of another one that it began from."""
+        """Returns whether a checkpoint belongs to this run, and not to another one that it began from."""
         return checkpoint.parent.resolve() == self.checkpoints.resolve()
 
-    def source(self) -> Path | None:
+    def origin(self) -> Path | None:
         """Returns the checkpoint of another run that this one began from, or None.
 
         Raises:
-            ValueError: The file that says so is damaged.
+            ValueError: The file started_from is damaged.
         """
         file = self.path / "started_from"
         if not file.is_file():
@@ -127,78 +88,89 @@ class RunDirectory:
         return Path(text)
 
     def create(self, config: Config, checkpoint: Path | None = None) -> None:
-        """Makes the directory and writes the resolved configuration into it.
-
-        Args:
-            config: The configuration of this start.
-            checkpoint: What it goes on from; that of another run is noted.
-        """
+        """Makes the directory; writes the configuration and the checkpoint of another run that this one begins from."""
         self.path.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            # Of a run that was here before and has been removed all but for this.
-            (self.path / "started_from").unlink(missing_ok=True)
+            (self.path / "started_from").unlink(missing_ok=True)  # of an earlier run of which all else was removed
         elif not self.is_own(checkpoint):
             write_atomically(self.path / "started_from", f"{checkpoint.resolve()}\n")
         write_atomically(self.config, config.to_yaml())
 
+    def write_rollbacks(self, rollbacks: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces guard.json, which outlives the checkpoints that its rollbacks lead to."""
+        content = {"version": _ROLLBACKS_VERSION, "rollbacks": [*rollbacks]}
+        write_atomically(self.guard, json.dumps(content, indent=1) + "\n")
+
+    def read_rollbacks(self) -> tuple[Mapping[str, Any], ...]:
+        """Returns the rollbacks in guard.json, the oldest first; none where the file is missing.
+
+        Raises:
+            ValueError: The file is not a list of rollbacks; the message begins with its path.
+        """
+        if not self.guard.exists():
+            return ()
+        content = read_json_object(self.guard)
+        version, rollbacks = content.get("version", 1), content.get("rollbacks")
+        if type(version) is int and version > _ROLLBACKS_VERSION:
+            raise ValueError(
+                f"{self.guard} has version {version}, this program reads 1 to {_ROLLBACKS_VERSION}; use the one that "
+                "wrote it"
+            )
+        is_sound = type(version) is int and version >= 1 and isinstance(rollbacks, list)
+        if not is_sound or not all(isinstance(item, dict) and _is_rollback(item) for item in rollbacks or ()):
+            raise ValueError(f"{self.guard} is no record of the guard; move it away to read all data again")
+        return tuple(rollbacks or ())
+
+
+def _is_rollback(item: Mapping[str, Any]) -> bool:
+    numbers = [item.get(key) for key in ("step", "to_step", "skipped_from", "skipped_to")]
+    return all(type(number) is int and number >= 0 for number in numbers) and isinstance(item.get("reason"), str)
+
 
 @contextlib.contextmanager
-def held(
-    run: RunDirectory, seconds: float = 2.0, name: str = ".lock", is_stop_asked: Callable[[], bool] = lambda: False
+def run_lock(
+    run: RunDirectory, seconds: float = 2.0, name: str = ".lock", is_stop_requested: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Makes the directory and keeps every other run out of it until the end of the block or of the process.
+    """Makes the directory and locks it against other runs until the end of the block or of the process.
 
     Args:
         run: The run directory.
-        seconds: How long to wait for another one, which may just be ending: killed, it is there for a moment more, and
-            of a node that was lost a network file system keeps the lock for a minute or two.
+        seconds: How long to wait for another holder. A killed process holds its lock a moment longer; a network file
+            system keeps the lock of a lost node for a minute or two.
         name: Of the file that is locked.
-        is_stop_asked: Whether a signal has asked for a stop, which ends the wait.
+        is_stop_requested: Ends the wait early when it returns True.
 
     Raises:
-        ConfigError: Another run holds it, or nothing can be written there.
-        WaitStopped: Another run holds it, and a stop was asked for.
+        ConfigError: Another run holds the lock, or nothing can be written there.
+        WaitStopped: Another run holds the lock, and a stop was requested.
     """
+    path = run.path / name
     with contextlib.ExitStack() as stack:
-        try:
+        with _write_errors_as_problems(run, path):
             run.path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run.path / name).open("a+", encoding="ascii"))
-        except OSError as error:
-            raise ConfigError([_unwritable(run, run.path / name, error)]) from error
+            file = stack.enter_context(path.open("a+", encoding="ascii"))
         try:
-            _lock(file, seconds, is_stop_asked)
+            refusal = lock(file.fileno(), seconds, should_stop=is_stop_requested)
         except BlockingIOError:
             file.seek(0)
             fault = f"another run is at work here ({file.read().strip()})"
-            if is_stop_asked():
+            if is_stop_requested():
                 raise WaitStopped(f"{run.path}: {fault}") from None
             remedy = f"{fault}; wait for it, or name another directory"
             raise ConfigError([Problem("--run-dir", str(run.path), remedy)]) from None
-        except OSError as error:
-            # Some cluster file systems are mounted without locks; that is no reason not to train.
-            print(f"{run.path} cannot be locked ({error.strerror}): see that no other run uses it", flush=True)
-        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
-        note = f"process {os.getpid()} on {socket.gethostname()}\n"
-        try:
+        if refusal is not None:  # some cluster file systems are mounted without locks
+            _logger.warning("%s cannot be locked (%s): make sure that no other run uses it", run.path, refusal)
+        with _write_errors_as_problems(run, path):
+            # Unbuffered: closing the file must not write again what a full disk has refused.
             os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), note.encode("ascii"))
-        except OSError as error:
-            raise ConfigError([_unwritable(run, run.path / name, error)]) from error
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode("ascii"))
         yield
 
 
-def _lock(file: IO[str], seconds: float, is_stop_asked: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline or is_stop_asked():
-                raise
-            time.sleep(0.1)
-
-
-def _unwritable(run: RunDirectory, file: Path, error: OSError) -> Problem:
-    place = error.filename or file
-    remedy = f"{place} cannot be written ({error.strerror}); make room there, or name another directory"
-    return Problem("--run-dir", str(run.path), remedy)
+@contextlib.contextmanager
+def _write_errors_as_problems(run: RunDirectory, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = f"{error.filename or path} cannot be written ({error.strerror}); make room there, or name another "
+        raise ConfigError([Problem("--run-dir", str(run.path), remedy + "directory")]) from error

@@ -1,13 +1,35 @@
-"""Learning-rate schedules: pure functions of the step, so that nothing needs saving and any step can be asked for."""
+"""The position of a run, and the learning rate as a pure function of the step: it needs no state of its own."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from mlra_scale.config import OptimConfig
+from mlra_scale.config import BatchPlan, OptimConfig
 
 WSD_DECAY_SHARE = 0.2
 """Share of all steps that the final decay of warmup-stable-decay takes when decay_steps is not given."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The counters of a run: the only owner of the step count and of the position in the data.
+
+    Attributes:
+        step: Steps done; skipped updates count, since their data are used up.
+        consumed_samples: Samples used up over all ranks, those that the guard skips included: where the next step
+            reads.
+        consumed_tokens: Tokens trained on, over all ranks.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+    def after(self, plan: BatchPlan, first_sample: int | None = None) -> Progress:
+        """Returns the counters after a step that read its samples from `first_sample` (None: `consumed_samples`)."""
+        first = self.consumed_samples if first_sample is None else first_sample
+        return Progress(self.step + 1, first + plan.global_batch_size, self.consumed_tokens + plan.tokens_per_step)
 
 
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
@@ -22,9 +44,6 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
         step: Number of the update, counted from 1.
         optim: The schedule's settings.
         total_steps: Number of updates of the whole run.
-
-    Returns:
-        The rate, between 0 and `optim.lr`.
     """
     assert step >= 1, step
     if step < optim.warmup_steps:
@@ -39,16 +58,15 @@ def _decay(step: int, optim: OptimConfig, total_steps: int) -> float:
         return 1.0
     if optim.schedule == "cosine":
         length = optim.decay_steps if optim.decay_steps is not None else total_steps - optim.warmup_steps
-        progress = _progress(step - optim.warmup_steps, length)
-        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        share = _share(step - optim.warmup_steps, length)
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
     length = optim.decay_steps if optim.decay_steps is not None else max(1, round(WSD_DECAY_SHARE * total_steps))
     start = max(optim.warmup_steps, total_steps - length)
-    progress = _progress(step - start, total_steps - start)
-    return floor + (1.0 - floor) * (1.0 - progress)
+    return floor + (1.0 - floor) * (1.0 - _share(step - start, total_steps - start))
 
 
-def _progress(steps: int, length: int) -> float:
-    """Returns how much of a decay of `length` steps is over after `steps` of them, from 0 to 1."""
+def _share(steps: int, length: int) -> float:
+    """Returns the share of a decay of `length` steps that is over after `steps` of them."""
     if steps <= 0:
         return 0.0
     return min(1.0, steps / length) if length > 0 else 1.0

@@ -48,4 +48,4 @@ def test_the_debug_presets_losses(worker_pool: Callable[[int], WorkerPool]) -> N
 if __name__ == "__main__":
     pool = WorkerPool(1)
     FILE.write_text(json.dumps({machine(): losses_of(pool)}, indent=2) + "\n")
-    pool.kill()
+    pool.close()

@@ -63,11 +63,11 @@ class Account:
     """What one rank saw of a run that measured.
 
     Attributes:
-        records: What `after_update` returned, per step.
+        records: What `after_step` returned, per step.
         results: What the engine reported, per step.
         gradients: Its share of each step's gradient.
         weights: Its share of the weights before each step, and after the last.
-        overflow: fp16: a rehearsal's norm at too high a loss scale, and the scale and `num_skipped` after it.
+        overflow: fp16: the norm of an extra pass at too high a loss scale, and the scale and `num_skipped` after it.
         is_unchanged: Whether a run without measurements was the same, bit by bit.
     """
 
@@ -82,6 +82,7 @@ class Account:
 def measured_and_plain(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Account:
     """Trains with all measurements, the first of them before anything else, and from the same weights without."""
     from mlra_scale.stability.gradients import GradientStatistics
+    from mlra_scale.stability.watcher import Step
 
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
@@ -90,15 +91,16 @@ def measured_and_plain(rank: int, world_size: int, config: Config, weights: dict
     batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(STEPS)]
 
     def approve(proposal: Any) -> bool:
-        statistics.in_gate(proposal)
+        statistics.before_update(proposal)
         account.gradients.append(pieces(engine, engine.owned_gradients()))
         return len(account.gradients) != REFUSED
 
     for step in range(1, STEPS + 1):
         account.weights.append(pieces(engine, engine.owned_fragments()))
-        statistics.before_step(step, batches[step - 1])
-        account.results.append(engine.train_batch(batches[step - 1], config.optim.lr, approve))
-        account.records.append(statistics.after_update(account.results[-1], config.optim.lr))
+        now = Step(step, True, 0, batches[step - 1], config.optim.lr)
+        statistics.before_step(now)
+        account.results.append(engine.train_batch(now.batches, now.learning_rate, approve))
+        account.records.append(dict(statistics.after_step(now, account.results[-1])))
     account.weights.append(pieces(engine, engine.owned_fragments()))
     measured = final_state(engine)
 

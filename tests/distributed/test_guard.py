@@ -12,11 +12,13 @@ import pytest
 
 from benchmarks.guard import Poison, poisoned
 from mlra_scale.checkpoint import Store, complete_checkpoints, latest
-from mlra_scale.training import guarding, start
-from mlra_scale.training.checkpoints import Checkpoints
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.log.report import Report
+from mlra_scale.training.loop.checkpoints import Checkpoints
+from mlra_scale.training.loop.session import Session
 from mlra_scale.training.record import read_record
-from mlra_scale.training.report import Report
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start import request
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
@@ -65,11 +67,11 @@ DATA = Poison(labels=SHUFFLED, tokens=REPEATED, vocab_size=512, batch=BATCH)
 
 def deadly(*arguments: Any) -> Any:
     """Something after which the process is gone."""
-    go_back(*arguments)
+    roll_back(*arguments)
     raise MemoryError("killed")
 
 
-go_back = guarding.go_back
+roll_back = Session.roll_back
 
 
 save = Checkpoints.save
@@ -92,15 +94,15 @@ def injected(poison: str) -> Iterator[None]:
         stack.enter_context(poisoned(POISONS.get(poison, DATA)))
         if poison == "fp16":
             allow_fp16_on_cpu()
-            stack.enter_context(mock.patch.object(start, "resolve_device", return_value="cuda"))
+            stack.enter_context(mock.patch.object(request, "resolve_device", return_value="cuda"))
         if poison == "order":
             calls: list[str] = []
             stack.enter_context(mock.patch.object(Report, "sync", lambda report: calls.append("sync")))
             stack.enter_context(mock.patch.object(Checkpoints, "save", after_a_sync(calls)))
         if poison == "after the note":
-            stack.enter_context(mock.patch.object(guarding, "go_back", deadly))
+            stack.enter_context(mock.patch.object(Session, "roll_back", deadly))
         if poison == "before the note":
-            stack.enter_context(mock.patch.object(guarding, "write_rollbacks", side_effect=MemoryError("killed")))
+            stack.enter_context(mock.patch.object(RunDirectory, "write_rollbacks", side_effect=MemoryError("killed")))
         yield
 
 
@@ -146,7 +148,7 @@ def alone(whole: Whole) -> Path:
     return whole("one process")
 
 
-def test_poisoned_data_are_skipped_suffered_gone_back_from_and_never_read_again(alone: Path) -> None:
+def test_poisoned_data_lead_to_skips_then_a_rollback_and_are_not_read_again(alone: Path) -> None:
     names = [(event[0], event[1]) for event in decisions(alone)]
     assert names[:2] == [("guard_skip", 25), ("guard_skip", 34)], "single bad updates are left out, and that is all"
     rollback = next(event for event in events(alone) if event["event"] == "guard_rollback")
@@ -200,7 +202,7 @@ def test_a_requeue_in_the_middle_changes_nothing(run: Run, whole: Whole, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one process", "zero3 dp2"])
-def test_in_bf16_a_loss_that_is_no_number_is_left_out_and_gone_back_from(run: Run, layout: str) -> None:
+def test_in_bf16_a_loss_that_is_not_finite_leads_to_skips_and_a_rollback(run: Run, layout: str) -> None:
     """With the precision, and the guard on, as in the files of slurm/."""
     folder = run(layout, *GUARD, "guard.sigmas=1e6", "train.precision=bf16", "train.steps=56", poison="nan")
     found = [event for event in events(folder) if event["event"].startswith("guard_")]
@@ -281,7 +283,7 @@ def test_a_learning_rate_spike_is_survived(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_weights_that_overflow_fp16_are_gone_back_from(run: Run) -> None:
+def test_weights_that_overflow_fp16_lead_to_a_rollback(run: Run) -> None:
     """At steps 31 to 34, as the limit says; a checkpoint after 32 is none to go back to. Spikes are none of it."""
     fp16 = ["train.precision=fp16", "train.max_consecutive_overflows=4", "train.steps=40"]
     folder = run("one process", *GUARD, *fp16, 'deepspeed={"zero_optimization": {"stage": 1}}', poison="fp16")

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.low_rank_ranks import PRODUCTS, SentNumbers
 from mlra_scale.config import Config, batch_plan
-from mlra_scale.model.low_rank_plan import PLANS, multiply_adds, numbers_sent, shape_of
-from mlra_scale.model.parameters import LowRankPlan
+from mlra_scale.model.low_rank_plan import PLANS, LowRankPlan, multiply_adds, numbers_sent, shape_of
+from tests.support.counting import PRODUCTS, SentNumbers
 from tests.support.layouts import Layout, layout_config, start
 from tests.support.pool import WorkerPool
 
@@ -51,7 +50,7 @@ def count(rank: int, world_size: int, config: Config) -> Cost:
 
 
 PROJECTIONS = {"mlra": ("q", "k", "v"), "v-dense": ("q", "k"), "dense": ()}
-WAYS: list[tuple[LowRankPlan, bool]] = [(plan, False) for plan in PLANS] + [("replicated", True), ("merged", True)]
+WAYS: list[tuple[LowRankPlan, bool]] = [(plan, is_split) for is_split in (False, True) for plan in PLANS]
 CASES = [(model, *way, tensor) for model, tensor in (("mlra", 2), ("mlra", 4), ("v-dense", 2)) for way in WAYS]
 CASES += [("dense", "replicated", is_split, 2) for is_split in (False, True)]
 
@@ -59,7 +58,7 @@ CASES += [("dense", "replicated", is_split, 2) for is_split in (False, True)]
 @pytest.mark.slow_except(
     "mlra-replicated-False-2",
     "mlra-merged-True-2",
-    "mlra-sharded-False-4",
+    "mlra-replicated-False-4",
     "v-dense-merged-False-2",
     "dense-replicated-True-2",
 )

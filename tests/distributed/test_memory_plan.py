@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.tensor_memory import recording
 from mlra_scale.config import Config, batch_plan
-from mlra_scale.planning.layout import num_weights_of_stage
-from mlra_scale.planning.memory import early_gradient_bytes, moments_of_a_step, rank_memory, reduction_bytes
+from mlra_scale.planning.layout import Stage
+from mlra_scale.planning.memory import phases_of_a_step, rank_memory
+from mlra_scale.planning.memory_state import early_gradient_bytes, reduction_bytes
 from tests.support.layouts import Layout, layout_config, micro_batches, start
 from tests.support.pool import WorkerPool
 
@@ -103,16 +104,16 @@ def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
     plan = batch_plan(config, layout.world_size)
     ranks = worker_pool(layout.world_size).run(measure, config)
     of_stage = layout.tensor * layout.data
-    for stage in range(layout.pipeline):
-        owned = max(held.owned for held in ranks[stage * of_stage : (stage + 1) * of_stage])
-        assert owned == pytest.approx(rank_memory(config, plan, stage).snapshot, rel=0.1)
+    for index in range(layout.pipeline):
+        owned = max(held.owned for held in ranks[index * of_stage : (index + 1) * of_stage])
+        assert owned == pytest.approx(rank_memory(config, plan, index).snapshot, rel=0.1)
     for rank, held in enumerate(ranks):
-        stage = rank // of_stage
-        memory = rank_memory(config, plan, stage)
-        assert held.buckets == reduction_bytes(config, plan)
-        peak = max(moments_of_a_step(config, plan, stage), key=lambda moment: moment.total)
+        stage = Stage(config, plan, rank // of_stage)
+        memory = rank_memory(config, plan, stage.index)
+        assert held.buckets == reduction_bytes(stage)
+        peak = max(phases_of_a_step(stage).values(), key=lambda phase: phase.total)
         # In bf16 with ZeRO 1 there are more at the end of a backward pass, where the peak may be.
-        early = early_gradient_bytes(config, num_weights_of_stage(config.model, plan, stage))
+        early = early_gradient_bytes(stage)
         state = memory.weights + (early or memory.gradients - peak.buffers) + memory.master + memory.moments
         # Padding of partitions, the batch and what a pipeline passes on weigh more here than in a model of any use.
         assert held.state == pytest.approx(state, rel=0.1)

@@ -3,8 +3,6 @@
 `pytest tests/distributed/test_options.py -m "" -s` prints the table.
 """
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,18 @@ import torch
 from mlra_scale.config import Config
 from mlra_scale.model.parameters import linear_maps, vector_name
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
-from tests.distributed.steps import Record, train
-from tests.distributed.test_layouts import errors
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, micro_batches, start, table_of
-from tests.support.oracle import ReferenceRun, assert_gradients_close, build_reference, reference_loss, reference_run
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
-Options = dict[str, Any]
+from tests.distributed.oracle_runs import (
+    Options,
+    Pools,
+    assert_equals_oracle,
+    assert_errs_like_one_process,
+    bf16_error,
+    in_layout,
+    oracle,
+    run,
+)
+from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, start
+from tests.support.oracle import build_reference, reference_loss
 
 QK_NORM: Options = {"model__qk_norm": True}
 SIGMA: Options = {"model__sigma_reparam": True}
@@ -36,8 +38,7 @@ ATTENTIONS: dict[str, Options] = {
     "o-factorised": {"model__factorised_projections": ("q", "k", "o"), "model__attention_rank": 10},
 }
 STEPS = 3
-# As in test_layouts: Adam would turn the rounding noise of gradients that are zero into steps.
-COMMON = {"optim__eps": 1e-4, "model__num_layers": 3, "model__init_std": 0.2}
+SMALL: Options = {"model__num_layers": 3, "model__init_std": 0.2}
 
 PAIRS = [Layout(tensor=2), Layout(pipeline=2)]
 CASES = [(layout, option, kind) for layout in PAIRS for option in OPTIONS for kind in ("mlra", "dense")]
@@ -54,21 +55,8 @@ CASES += [
 ]
 
 
-def in_layout(layout: Layout, option: str, attention: str, **overrides: Any) -> Config:
-    values = {**COMMON, **OPTIONS[option], **ATTENTIONS[attention], **overrides}
-    return layout_config(layout, parallel__world_size=layout.world_size, **values)
-
-
-@cache
-def oracle(option: str, attention: str, seed: int = 3) -> tuple[dict[str, torch.Tensor], ReferenceRun]:
-    config = in_layout(Layout(), option, attention)
-    weights = canonical_weights(config.model, seed)
-    return weights, reference_run(config, weights, STEPS)
-
-
-def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor]) -> list[Record]:
-    assert config.parallel.world_size is not None
-    return worker_pool(config.parallel.world_size).run(train, config, STEPS, weights)
+def model_options(option: str, attention: str) -> Options:
+    return {**SMALL, **OPTIONS[option], **ATTENTIONS[attention]}
 
 
 @pytest.mark.slow_except(
@@ -80,31 +68,18 @@ def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor]) ->
 )
 @pytest.mark.parametrize(("layout", "option", "attention"), CASES, ids=str)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str, attention: str) -> None:
-    weights, expected = oracle(option, attention)
-    config = in_layout(layout, option, attention)
-    records = run(worker_pool, config, weights)
-    first = records[0]
-    for record in records:
-        assert (record.losses, record.gradient_norms) == (first.losses, first.gradient_norms), "ranks disagree"
-    np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
-    np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=2e-6)
-    # The validation is computed with vectors of its own step: those that the next step would find.
-    np.testing.assert_allclose(first.validation, [expected.validation], rtol=1e-6)
-    table = table_of(config)
-    worst = assert_gradients_close(
-        assemble(table, layout.tensor, [record.gradients for record in records]), expected.gradients
-    )
-    final = assemble(table, layout.tensor, [record.weights for record in records])
-    for name, value in expected.weights.items():
-        np.testing.assert_allclose(final[name][: len(value)], value, rtol=1e-4, atol=4e-6, err_msg=name)
-    print(f"{layout!s:<24}{option:<20}{attention:<14}loss {first.losses[-1]:.7f}, worst gradient {worst:.2f}")
+    """The validation is computed with vectors of its own step: those that the next step would find."""
+    weights, expected = oracle(steps=STEPS, **model_options(option, attention))
+    config = in_layout(layout, **model_options(option, attention))
+    records = run(worker_pool, config, weights, STEPS)
+    assert_equals_oracle(config, records, expected, norms=2e-6, weights=4e-6)
 
 
 def test_options_change_what_is_computed() -> None:
-    plain = layout_config(Layout(), **COMMON)
+    plain = layout_config(Layout(), **SMALL)
     losses = set()
     for overrides in ({}, QK_NORM, SIGMA, NORMS, EMBEDDING):
-        config = layout_config(Layout(), **COMMON, **overrides)
+        config = layout_config(Layout(), **SMALL, **overrides)
         weights = canonical_weights(config.model)
         shared = canonical_weights(plain.model)
         weights = {name: shared.get(name, value) for name, value in weights.items()}
@@ -129,24 +104,11 @@ def test_options_change_what_is_computed() -> None:
 def test_vectors_belong_to_a_step_however_it_is_cut(
     worker_pool: Pools, layout: Layout, micro_batch_size: int, checkpointing: str, attention: str
 ) -> None:
-    weights, expected = oracle("all", attention)
+    weights, expected = oracle(steps=STEPS, **model_options("all", attention))
     cut = {"train__micro_batch_size": micro_batch_size, "parallel__activation_checkpointing": checkpointing}
-    records = run(worker_pool, in_layout(layout, "all", attention, **cut), weights)
+    records = run(worker_pool, in_layout(layout, **model_options("all", attention), **cut), weights, STEPS)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].validation, [expected.validation], rtol=1e-6)
-
-
-@cache
-def bf16_error(worker_pool: Pools, engine: str) -> tuple[float, float]:
-    """Largest error of one bf16 process against fp32 over four models (see test_layouts.bf16_error)."""
-    found = []
-    for seed in range(3, 7):
-        weights, expected = oracle("all", "mlra", seed)
-        config = in_layout(Layout(engine=engine), "all", "mlra", train__precision="bf16")
-        (record,) = run(worker_pool, config, weights)
-        found.append(errors(record, expected))
-    losses, norms = zip(*found, strict=True)
-    return max(losses), max(norms)
 
 
 @pytest.mark.slow
@@ -156,52 +118,13 @@ def bf16_error(worker_pool: Pools, engine: str) -> tuple[float, float]:
     ids=str,
 )
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout) -> None:
-    weights, expected = oracle("all", "mlra")
-    engine = "pipeline" if layout.pipeline > 1 else "zero"
-    allowed_loss, allowed_norm = bf16_error(worker_pool, engine)
-    records = run(worker_pool, in_layout(layout, "all", "mlra", train__precision="bf16"), weights)
-    loss, norm = errors(records[0], expected)
-    print(f"{layout!s:<24}error / one process: loss {loss / allowed_loss:.2f}, norm {norm / allowed_norm:.2f}")
-    assert loss <= 2 * allowed_loss
-    assert norm <= 2 * allowed_norm
+    options = model_options("all", "mlra")
+    weights, expected = oracle(steps=STEPS, **options)
+    allowed = bf16_error(worker_pool, layout, STEPS, **options)
+    records = run(worker_pool, in_layout(layout, train__precision="bf16", **options), weights, STEPS)
+    assert_errs_like_one_process(records, expected, allowed)
     # And one process itself errs by rounding only: bf16 has a relative precision of 2**-8.
-    assert allowed_loss < 2**-10 and allowed_norm < 2**-6
-
-
-def train_without_reduction(
-    rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor], where: str
-) -> Record:
-    """A defect that the gradient test exists for: something replicated enters sharded computation as it is."""
-    from mlra_scale.model import attention, spectral
-
-    if where == "qk-norm":
-        correct = attention.copy_to_tensor_parallel
-
-        def defective(context: Any, *tensors: torch.Tensor) -> list[torch.Tensor]:
-            return list(tensors) if tensors[0].dim() == 1 else correct(context, *tensors)
-
-        attention.copy_to_tensor_parallel = defective
-        try:
-            return train(rank, world_size, config, 1, weights)
-        finally:
-            attention.copy_to_tensor_parallel = correct
-    copy = spectral.copy_to_tensor_model_parallel_region
-    spectral.copy_to_tensor_model_parallel_region = lambda tensor, group: tensor
-    try:
-        return train(rank, world_size, config, 1, weights)
-    finally:
-        spectral.copy_to_tensor_model_parallel_region = copy
-
-
-@pytest.mark.parametrize(("option", "told"), [("qk-norm", r"attention\.k_norm\.weight"), ("sigma", r"fc_in\.gain")])
-def test_a_missing_reduction_is_caught(worker_pool: Pools, option: str, told: str) -> None:
-    weights, expected = oracle(option, "mlra")
-    config = in_layout(Layout(tensor=2), option, "mlra")
-    records = worker_pool(2).run(train_without_reduction, config, weights, option)
-    np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)  # the loss does not show it
-    gradients = assemble(table_of(config), 2, [record.gradients for record in records])
-    with pytest.raises(AssertionError, match=told):
-        assert_gradients_close(gradients, expected.gradients)
+    assert allowed[0] < 2**-10 and allowed[1] < 2**-6
 
 
 RESUMED = {
@@ -212,7 +135,7 @@ RESUMED = {
 
 
 def options_run(worker_pool: Pools, folder: Path, layout: Layout, attention: str, is_saving: bool, **more: Any) -> Run:
-    config = in_layout(layout, "all", attention, model__residual_dropout=0.1, **more)
+    config = in_layout(layout, **model_options("all", attention), model__residual_dropout=0.1, **more)
     ranks = worker_pool(layout.world_size).run(save if is_saving else load, config, folder)
     return Run(layout, config, ranks)
 
@@ -273,9 +196,9 @@ def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.nda
 
 @pytest.mark.slow
 def test_rank_0_has_all_vectors_the_same_in_every_layout(worker_pool: Pools) -> None:
-    (expected,) = worker_pool(1).run(spectra, in_layout(Layout(), "sigma", "o-factorised"))
+    (expected,) = worker_pool(1).run(spectra, in_layout(Layout(), **model_options("sigma", "o-factorised")))
     for layout in (Layout(tensor=2, pipeline=2), Layout(tensor=2, data=2, stage=3)):
-        found = worker_pool(4).run(spectra, in_layout(layout, "sigma", "o-factorised"))[0]
+        found = worker_pool(4).run(spectra, in_layout(layout, **model_options("sigma", "o-factorised")))[0]
         assert found.keys() == expected.keys() and len(found) == 18
         for name, vectors in expected.items():
             # Before the first step bitwise: a function of (seed, name).

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.pool import WorkerFailure, WorkerPool
+from benchmarks.ranks import RanksFailed
+from tests.support.pool import WorkerPool
 
 Pools = Callable[[int], WorkerPool]
 
@@ -98,7 +99,7 @@ def test_results_come_back_by_rank_from_the_same_processes(worker_pool: Pools, w
 
 
 def test_exception_comes_back_with_its_traceback(own_pool: WorkerPool) -> None:
-    with pytest.raises(WorkerFailure) as failure:
+    with pytest.raises(RanksFailed) as failure:
         own_pool.run(fail_on_rank_1)
     assert "the third wheel" in failure.value.problems[1] and "in fail_on_rank_1" in failure.value.problems[1]
     assert "the third wheel" in str(failure.value)
@@ -107,7 +108,7 @@ def test_exception_comes_back_with_its_traceback(own_pool: WorkerPool) -> None:
 def test_pool_survives_an_exception_on_all_ranks(own_pool: WorkerPool) -> None:
     own_pool.run(add_ranks, 0.0)
     pids = own_pool.pids
-    with pytest.raises(WorkerFailure, match="key 1") as failure:
+    with pytest.raises(RanksFailed, match="key 1") as failure:
         own_pool.run(fail_everywhere)
     assert set(failure.value.problems) == {0, 1}
     assert own_pool.run(add_ranks, 1.0) == [torch.tensor([3.0])] * 2
@@ -117,7 +118,7 @@ def test_pool_survives_an_exception_on_all_ranks(own_pool: WorkerPool) -> None:
 def test_hang_fails_with_the_stack_and_the_pool_is_rebuilt(own_pool: WorkerPool) -> None:
     own_pool.run(add_ranks, 0.0)
     pids, start = own_pool.pids, time.monotonic()
-    with pytest.raises(WorkerFailure, match="hung") as failure:
+    with pytest.raises(RanksFailed, match="hung") as failure:
         own_pool.run(hang_on_rank_1, timeout=2.0)
     assert time.monotonic() - start < 6.0
     assert "in hang_on_rank_1" in failure.value.problems[1]
@@ -128,7 +129,7 @@ def test_hang_fails_with_the_stack_and_the_pool_is_rebuilt(own_pool: WorkerPool)
 def test_death_in_a_case_is_reported_at_once(own_pool: WorkerPool) -> None:
     own_pool.run(add_ranks, 0.0)
     start = time.monotonic()
-    with pytest.raises(WorkerFailure, match=r"rank 1 died \(killed by signal SIGKILL\)") as failure:
+    with pytest.raises(RanksFailed, match=r"rank 1 died \(killed by signal SIGKILL\)") as failure:
         own_pool.run(die_on_rank_1)
     assert time.monotonic() - start < 2.0
     assert "last words" in failure.value.problems[1]
@@ -138,13 +139,13 @@ def test_death_in_a_case_is_reported_at_once(own_pool: WorkerPool) -> None:
 def test_death_between_cases_is_reported(own_pool: WorkerPool) -> None:
     own_pool.run(add_ranks, 0.0)
     os.kill(own_pool.pids[0], signal.SIGKILL)
-    with pytest.raises(WorkerFailure, match="rank 0 died"):
+    with pytest.raises(RanksFailed, match="rank 0 died"):
         own_pool.run(add_ranks, 1.0)
     assert own_pool.run(add_ranks, 1.0) == [torch.tensor([3.0])] * 2
 
 
 def test_children_of_workers_are_killed_too(own_pool: WorkerPool, tmp_path: Any) -> None:
-    with pytest.raises(WorkerFailure, match="hung"):
+    with pytest.raises(RanksFailed, match="hung"):
         own_pool.run(start_child_and_hang, str(tmp_path / "pid"), timeout=2.0)
     children = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
     deadline = time.monotonic() + 5.0

@@ -76,7 +76,7 @@ def model_weights(engine: Any) -> list[torch.Tensor]:
 def steps(engine: Engine, plan: Any, config: Config, first: int, stop: int) -> list[StepResult]:
     if config.train.precision == "fp16":
         # So that the scale grows within the few steps here; this is configuration, nothing that is restored.
-        engine.deepspeed_engine.optimizer.loss_scaler.scale_window = 2  # type: ignore[attr-defined]
+        engine.deepspeed_engine.optimizer.loss_scaler.scale_window = 2
     found = []
     for step in range(first, stop):
         batches = micro_batches(config, plan, engine.topology.data_rank, step)

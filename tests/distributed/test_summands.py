@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.tensor_parallel import leave_tensor_parallel, linear_sum, summed_linear
+from mlra_scale.model.tensor_parallel import enter_linear, leave_linear, leave_tensor_parallel
 from tests.support.layouts import Layout, layout_config
 from tests.support.pool import WorkerPool
 
@@ -41,7 +41,7 @@ def sums(rank: int, world_size: int, is_contiguous: bool) -> tuple[list[torch.Te
             output = leave_tensor_parallel(context, partial, bias)
             leaves = [partial, bias]
         else:
-            output = (linear_sum if name == "row" else summed_linear)(context, mine, matrix, bias)
+            output = (leave_linear if name == "row" else enter_linear)(context, mine, matrix, bias)
             leaves = [mine, matrix, bias]
         gradients = torch.autograd.grad(output.square().sum(), leaves)
         found.append([output.detach().contiguous(), *(gradient.contiguous() for gradient in gradients)])

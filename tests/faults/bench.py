@@ -10,14 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.faults.checks import Training, assert_as_undisturbed, assert_visible_is_whole, assert_way_back
-from tests.faults.launching import Forked
-from tests.faults.moments import Moment, missed, variables
-from tests.faults.processes import TRAIN, Program, torchrun
+from tests.faults.launching import Armed, Forked
+from tests.faults.training import Training, assert_as_undisturbed, assert_visible_is_whole, assert_way_back
+from tests.faults.triggers import Trigger
 from tests.slurm.cluster import SlurmCluster
+from tests.support.processes import TIMEOUT, TRAIN, torchrun
 from tests.support.training_runs import make_data
 
-TIMEOUT = 300.0
 ALONE_SECONDS = 1.5
 DISK = "disk"
 """Name of the folder at which a disk of its own is mounted."""
@@ -93,7 +92,7 @@ class Bench:
         path.mkdir(parents=True)
         return path
 
-    def training(self, layout: str = "single", *more: str, **fields: int) -> Training:
+    def training(self, layout: str = "single", *more: str, **fields: Any) -> Training:
         """A short training."""
         values: dict[str, Any] = {"steps": STEPS, "every": EVERY, "keep_last": 2} | fields
         return Training(self.data, layout, more=more, **values)
@@ -124,32 +123,44 @@ def log_of(run: Path) -> Path:
 
 
 def start(
-    training: Training, run: Path, *more: str, resume: bool = False, code: int = 0, moments: Sequence[Moment] = ()
+    training: Training,
+    run: Path,
+    *more: str,
+    resume: bool = False,
+    code: int = 0,
+    triggers: Sequence[Trigger] = (),
+    **extra: str,
 ) -> str:
     """Trains in forked ranks, which must end with this code (minus the signal for a killed one); returns the output."""
-    log = log_of(run)
-    marks = log.with_name(f"{log.name}.marks-{sum(1 for _ in log.parent.glob(f'{log.name}.marks-*'))}")
-    armed: dict[str, Any] = {**variables(moments, marks)} if moments else {}
-    launch = Forked([*training.arguments(run, resume), *more], training.num_ranks, log, **armed)
+    launch = Forked([*training.arguments(run, resume), *more], training.num_ranks, log_of(run), triggers, **extra)
     if code < 0:
         deadline = time.monotonic() + TIMEOUT
-        while launch.is_running() and time.monotonic() < deadline:
+        while not launch.has_ended() and time.monotonic() < deadline:
             time.sleep(0.05)
-        # The other ranks live on for a moment, and then go as with a machine: they would wait for the dead one.
+        # The other ranks live on for a trigger, and then go as with a machine: they would wait for the dead one.
         time.sleep(ALONE_SECONDS)
         launch.end()
-    launch.wait(TIMEOUT)
-    output = launch.output()
-    late = missed(moments, marks) if moments else []
-    assert not late, f"did not come to {late}; codes {launch.codes}\n{output[-1000:]}"
-    assert code in launch.codes if code < 0 else set(launch.codes) == {code}, f"{launch.codes}\n{output[-1000:]}"
+    launch.wait()
+    codes, output = launch.codes, launch.output()
+    assert code in codes if code < 0 else set(codes) == {code}, f"{codes}\n{output[-1000:]}"
     return output
 
 
-def program(training: Training, run: Path, *more: str, resume: bool = False, **options: Any) -> Program:
-    """Trains by the real command line: python alone for one rank, torchrun for several; see Program for the options."""
+def program(
+    training: Training, run: Path, *more: str, resume: bool = False, shell: Sequence[str] = (), **options: Any
+) -> Armed:
+    """Trains by the real command line: python alone for one rank, torchrun for several; see Armed for the options.
+
+    Args:
+        training: What is trained.
+        run: The run directory.
+        more: Overrides.
+        resume: Whether the run is continued.
+        shell: What starts the command, which is added.
+        options: Of Armed.
+    """
     begin = TRAIN if training.num_ranks == 1 else torchrun(training.num_ranks)
-    return Program([*begin, *training.arguments(run, resume), *more], log_of(run), **options)
+    return Armed([*shell, *begin, *training.arguments(run, resume), *more], log_of(run), **options)
 
 
 def assert_sound(run: Path) -> int:

@@ -1,16 +1,16 @@
-"""What a fault is, and the chains of SIGKILLs that most of them are made of."""
+"""What a case is, and the chains of SIGKILLs that most of them are made of."""
 
 import hashlib
 import signal
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.faults.bench import Bench, assert_sound, program, start
-from tests.faults.moments import Moment
-from tests.faults.processes import Program
+from tests.faults.launching import Armed
+from tests.faults.triggers import Trigger
 
 Act = Callable[[Bench, Path], object]
 """Does it, in a folder of its own; an AssertionError says what was not as promised."""
@@ -26,7 +26,8 @@ class Case:
         promise: What must come of it.
         act: Does it.
         num_kills: SIGKILLs in it; 0: a disturbance.
-        needs_slurm: Whether it is about the local Slurm cluster: such cases run one after the other.
+        tier: The tests that it belongs to: "" for the daily ones, "slow" or "nightly".
+        needs: "slurm": the local Slurm cluster, so that such cases run one after the other; "mount": disks of its own.
     """
 
     name: str
@@ -34,52 +35,73 @@ class Case:
     promise: str
     act: Act
     num_kills: int = 0
-    needs_slurm: bool = False
+    tier: str = "nightly"
+    needs: str = ""
 
 
-Kill = Moment | tuple[Moment, ...]
+Kill = Trigger | tuple[Trigger, ...]
 SAME = "nothing that was reported is lost, nothing torn is visible, the end equals that of the undisturbed run bitwise"
 WHOLE = "no output, or a whole one; the same command then makes what the undisturbed one makes"
 
 
+def each(named: Iterable[tuple[object, Callable[[], object]]]) -> None:
+    """Does everything, and fails in the end with the name of each that failed."""
+    named = list(named)
+    failures = []
+    for name, act in named:
+        try:
+            act()
+        except AssertionError as error:
+            failures.append(f"{name}: {error}")
+    assert not failures, f"{len(failures)} of {len(named)}:\n" + "\n".join(failures)
+
+
 def killed_runs(
-    name: str, layout: str, *kills: Kill, more: Sequence[str] = (), is_real: bool = False, **fields: int
+    name: str,
+    layout: str,
+    *kills: Kill,
+    more: Sequence[str] = (),
+    is_real: bool = False,
+    tier: str = "nightly",
+    **fields: int,
 ) -> Case:
-    """A training that is killed at each of these moments, continued after each, and compared at its end."""
+    """A training that is killed at each of these triggers, continued after each, and compared at its end."""
 
     def act(bench: Bench, place: Path) -> None:
-        training, number, failures = bench.training(layout, *more, **fields), 0, []
-        run = place / "run-0"
-        for kill in kills:
-            moments = kill if isinstance(kill, tuple) else (kill,)
+        training = bench.training(layout, *more, **fields)
+        runs = [place / "run-0"]
+
+        def kill(triggers: tuple[Trigger, ...]) -> None:
             try:
                 if is_real:
-                    code = program(training, run, resume=run.exists(), moments=moments).wait()
+                    code = program(training, runs[-1], resume=runs[-1].exists(), triggers=triggers).wait()
                     assert code == -signal.SIGKILL or training.num_ranks > 1, code
                 else:
-                    start(training, run, resume=run.exists(), moments=moments, code=-signal.SIGKILL)
-                assert_sound(run)
-            except AssertionError as error:
-                failures.append(f"{moments[-1]}: {error}")
-                number += 1
-                run = place / f"run-{number}"
-        if run.exists():
-            bench.finish(training, run)
-        assert not failures, f"{len(failures)} of {len(kills)} kills:\n" + "\n".join(failures)
+                    start(training, runs[-1], resume=runs[-1].exists(), triggers=triggers, code=-signal.SIGKILL)
+                assert_sound(runs[-1])
+            except AssertionError:
+                runs.append(place / f"run-{len(runs)}")
+                raise
 
-    shown = ", ".join(str(kill if isinstance(kill, Moment) else kill[-1]).removeprefix("SIGKILL at ") for kill in kills)
-    return Case(name, f"{layout}: SIGKILL at {shown}", SAME, act, len(kills))
+        chain = [kill if isinstance(kill, tuple) else (kill,) for kill in kills]
+        each((triggers[-1], partial(kill, triggers)) for triggers in chain)
+        bench.finish(training, runs[-1])
+
+    shown = ", ".join(
+        str(kill if isinstance(kill, Trigger) else kill[-1]).removeprefix("SIGKILL at ") for kill in kills
+    )
+    return Case(name, f"{layout}: SIGKILL at {shown}", SAME, act, len(kills), tier)
 
 
 def killed_commands(
     name: str,
     command: Callable[[Bench, Path], Sequence[str]],
-    *kills: Moment,
+    *kills: Trigger,
     same: Callable[[Path, Path], None],
     prepare: Callable[[Bench, Path], object] | None = None,
     is_allowed: Callable[[Path], bool] = lambda output: not output.exists(),
 ) -> Case:
-    """A command that makes a folder is killed at each of these moments, and then runs to its end.
+    """A command that makes a folder is killed at each of these triggers, and then runs to its end.
 
     Args:
         name: Of the case.
@@ -91,26 +113,25 @@ def killed_commands(
     """
 
     def act(bench: Bench, place: Path) -> None:
-        failures, output, undisturbed = [], place / "killed" / "out", place / "undisturbed" / "out"
+        output, undisturbed = place / "killed" / "out", place / "undisturbed" / "out"
         for path in (output, undisturbed):
             path.parent.mkdir()
             if prepare is not None:
                 prepare(bench, path)
         run_to_end(command(bench, undisturbed), place / "undisturbed.log")
-        for kill in kills:
-            try:
-                code = Program(command(bench, output), place / "killed.log", moments=(kill,)).wait()
-                assert code == -signal.SIGKILL, code
-                if not is_allowed(output):
-                    same(output, undisturbed)
-            except AssertionError as error:
-                failures.append(f"{kill}: {error}")
+
+        def kill(trigger: Trigger) -> None:
+            code = Armed(command(bench, output), place / "killed.log", [trigger]).wait()
+            assert code == -signal.SIGKILL, code
+            if not is_allowed(output):
+                same(output, undisturbed)
+
+        each((trigger, partial(kill, trigger)) for trigger in kills)
         if is_allowed(output):
             run_to_end(command(bench, output), place / "killed.log")
         same(output, undisturbed)
         left = [path.name for path in output.parent.iterdir() if path.name.startswith(".")]
         assert left == [path.name for path in undisturbed.parent.iterdir() if path.name.startswith(".")], left
-        assert not failures, f"{len(failures)} of {len(kills)} kills:\n" + "\n".join(failures)
 
     shown = ", ".join(str(kill).removeprefix("SIGKILL at ") for kill in kills)
     return Case(name, f"SIGKILL at {shown}", WHOLE, act, len(kills))
@@ -118,7 +139,7 @@ def killed_commands(
 
 def run_to_end(command: Sequence[str], log: Path, code: int = 0, timeout: float = 300.0, **options: Any) -> str:
     """Runs a command line, which must end with this code and without a traceback; returns its output."""
-    started = Program(command, log, **options)
+    started = Armed(command, log, **options)
     ended = started.wait(timeout)
     output = started.output()
     assert ended == code, f"code {ended}, not {code}\n{output[-1000:]}"
@@ -147,11 +168,3 @@ def flip(path: Path, offset: int | None = None) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2 if offset is None else offset] ^= 1
     path.write_bytes(bytes(content))
-
-
-def wait_for(condition: Callable[[], object], timeout: float = 120.0, what: str = "") -> None:
-    """Waits until something is so."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {timeout:.0f} s: {what}"
-        time.sleep(0.02)

@@ -7,16 +7,17 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from tests.faults.bench import GUARDED, STEPS, Bench, start
-from tests.faults.case import SAME, Case, assert_refused, digests, flip, run_to_end
-from tests.faults.checks import Training
+from tests.faults.case import SAME, Case, assert_refused, digests, each, flip, run_to_end
 from tests.faults.kills import STEP
-from tests.faults.moments import Moment
-from tests.faults.processes import tool
+from tests.faults.training import Training
+from tests.faults.triggers import Trigger
+from tests.support.processes import tool
 from tests.support.stored import assert_bitwise_equal, store_of
 
 Damage = Callable[[Path], object]
@@ -30,7 +31,7 @@ REFUSED = "exit code 2 and one message that names the file; put right again, the
 
 def killed(training: Training, run: Path, step: int = 5) -> None:
     """A run that was killed after a step; earlier saves are complete where training waits for them."""
-    start(training, run, code=-9, moments=(Moment(STEP, step),))
+    start(training, run, code=-9, triggers=(Trigger(STEP, step),))
 
 
 def refused(output: str, *parts: str) -> None:
@@ -81,23 +82,19 @@ def checkpoint(name: str, files: Sequence[str], *damages: Damage) -> Case:
     """The newest checkpoint is damaged, in one file and one way after the other."""
 
     def act(bench: Bench, place: Path) -> None:
-        training, failures = bench.training("pipeline2", WAITS), []
-        killed(training, place / "run")
-        pristine = place / "pristine"
-        shutil.copytree(place / "run", pristine)
-        for file in files:
-            for damage in damages:
-                run = place / f"{file.replace('/', '-')}-{damage.__name__}"
-                shutil.copytree(pristine, run)
-                damage(run / "checkpoints" / "step-00000004" / file)
-                try:
-                    start(training, run, resume=True)
-                    names = [event for event in read(run / "events.jsonl") if event["event"] == "fallback"]
-                    assert len(names) == 1 and Path(file).name in str(names[0]), names
-                    bench.finish(training, run)
-                except AssertionError as error:
-                    failures.append(f"{damage.__name__} of {file}: {error}")
-        assert not failures, f"{len(failures)} of {len(files) * len(damages)}:\n" + "\n".join(failures)
+        training = bench.training("pipeline2", WAITS)
+        killed(training, place / "pristine")
+
+        def attack(file: str, damage: Damage) -> None:
+            run = place / f"{file.replace('/', '-')}-{damage.__name__}"
+            shutil.copytree(place / "pristine", run)
+            damage(run / "checkpoints" / "step-00000004" / file)
+            start(training, run, resume=True)
+            names = [event for event in read(run / "events.jsonl") if event["event"] == "fallback"]
+            assert len(names) == 1 and Path(file).name in str(names[0]), names
+            bench.finish(training, run)
+
+        each((f"{damage.__name__} of {file}", partial(attack, file, damage)) for file in files for damage in damages)
 
     ways = ", ".join(damage.__name__ for damage in damages)
     return Case(name, f"the newest checkpoint: {ways} of {', '.join(files)}", FALLBACK, act)
@@ -108,41 +105,35 @@ def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def data(name: str, done: str, *damages: tuple[str, Damage], more: Sequence[str] = ()) -> Case:
+def data(name: str, done: str, *damages: tuple[str, Damage], more: Sequence[str] = (), tier: str = "nightly") -> Case:
     """Prepared data are damaged between two starts, in one file after the other; and a run begins on them."""
 
     def act(bench: Bench, place: Path) -> None:
         shutil.copytree(bench.data, place / "data")
-        training, failures, run = (
-            replace(bench.training("single", WAITS, *more), data=place / "data"),
-            [],
-            place / "run",
-        )
+        training = replace(bench.training("single", WAITS, *more), data=place / "data")
+        run = place / "run"
         killed(training, run)
         before = digests(run, ".lock")
-        for file, damage in damages:
-            path = place / "data" / file
+
+        def attack(path: Path, damage: Damage) -> None:
             content, status = path.read_bytes(), path.stat()
             damage(path)
             # As a disk leaves it that lies: the time of the last change is the old one.
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-            for target, resume in ((run, True), (place / "new", False)):
-                try:
+            try:
+                for target, resume in ((run, True), (place / "new", False)):
                     refused(start(training, target, resume=resume, code=2), path.name)
                     assert digests(run, ".lock") == before and not (place / "new" / "metrics.jsonl").exists()
-                except AssertionError as error:
-                    failures.append(f"{damage.__name__} of {file}, {'continued' if resume else 'new'}: {error}")
-                    if digests(run, ".lock") != before:
-                        shutil.rmtree(run)
-                        path.write_bytes(content)
-                        killed(training, run)
-                        before = digests(run, ".lock")
+            finally:
                 shutil.rmtree(place / "new", ignore_errors=True)
-            path.write_bytes(content)
-        bench.finish(training, run)
-        assert not failures, f"{len(failures)} of {2 * len(damages)}:\n" + "\n".join(failures)
+                path.write_bytes(content)
 
-    return Case(name, done, REFUSED, act)
+        each(
+            (f"{damage.__name__} of {file}", partial(attack, place / "data" / file, damage)) for file, damage in damages
+        )
+        bench.finish(training, run)
+
+    return Case(name, done, REFUSED, act, tier=tier)
 
 
 def flip_at(place: float) -> Damage:
@@ -219,24 +210,23 @@ def stored(
     """A file of the run directory is damaged between two starts; `passes`: the start may do without it."""
 
     def act(bench: Bench, place: Path) -> None:
-        training, failures = bench.training("single", WAITS, *more, steps=steps), []
+        training = bench.training("single", WAITS, *more, steps=steps)
         killed(training, place / "pristine", 7)
-        for damage in damages:
+
+        def attack(damage: Damage) -> None:
             run = place / damage.__name__
             shutil.copytree(place / "pristine", run)
             path = run / file
             damage(path)
-            try:
-                if passes:
-                    start(training, run, resume=True)
-                else:
-                    refused(start(training, run, resume=True, code=2), path.name)
-                    if path.exists():
-                        shutil.copy(place / "pristine" / file, path)
-                bench.finish(training, run)
-            except AssertionError as error:
-                failures.append(f"{damage.__name__}: {error}")
-        assert not failures, f"{len(failures)} of {len(damages)}:\n" + "\n".join(failures)
+            if passes:
+                start(training, run, resume=True)
+            else:
+                refused(start(training, run, resume=True, code=2), path.name)
+                if path.exists():
+                    shutil.copy(place / "pristine" / file, path)
+            bench.finish(training, run)
+
+        each((damage.__name__, partial(attack, damage)) for damage in damages)
 
     ways = ", ".join(damage.__name__ for damage in damages)
     return Case(name, f"{file}: {ways}", "it does without it" if passes else REFUSED, act)
@@ -298,7 +288,7 @@ CASES = (
         *(("train.bin", flip_at(place)) for place in (0.0, 0.4, 1.0)),
         ("validation.bin", flip_at(0.5)),
     ),
-    data("all tokens overwritten", "other tokens between two starts", ("train.bin", overwrite)),
+    data("all tokens overwritten", "other tokens between two starts", ("train.bin", overwrite), tier=""),
     data(
         "bits flipped in indexes",
         "a bit of train.idx or validation.idx flips, or half is missing",
@@ -325,5 +315,5 @@ CASES = (
     stored("config.yaml damaged", "config.yaml", nest, make_list, empty, passes=True),
     stored("guard.json damaged", "guard.json", nest, make_list, absurd, truncate, more=GUARDED, steps=16),
     stored("record damaged", "metrics.jsonl", tear),
-    Case("record lost", "metrics.jsonl is replaced, emptied, removed", LOST, record_lost),
+    Case("record lost", "metrics.jsonl is replaced, emptied, removed", LOST, record_lost, tier=""),
 )

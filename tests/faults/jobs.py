@@ -33,7 +33,7 @@ def undisturbed(bench: Bench, num_ranks: int) -> Path:
             command = ["--preset", "gpt2-mlra-72l", "--ds-config", str(ROOT / "ds_configs/zero3.json")]
             command += ["--run-dir", str(run), "guard.enabled=true", *TINY, f"data.path={bench.data}"]
             launch = Forked([*command, "wandb.mode=disabled"], num_ranks, bench.folder / f"{run.name}.log")
-            assert launch.wait(PATIENCE), launch.output()[-3000:]
+            assert launch.wait(PATIENCE) == 0, launch.output()[-3000:]
         return run
 
 
@@ -52,7 +52,7 @@ def job(
         finally:
             cluster.cancel_all()
 
-    return Case(name, done, promise, do, num_kills, needs_slurm=True)
+    return Case(name, done, promise, do, num_kills, needs="slurm")
 
 
 def pids(cluster: SlurmCluster, module: str, node: str | None = None) -> list[int]:

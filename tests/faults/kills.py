@@ -8,80 +8,82 @@ from mlra_scale.checkpoint import Store
 from mlra_scale.training.record import read_record
 from tests.faults.bench import GUARDED, MEASURED, Bench
 from tests.faults.case import SAME, Case, digests, killed_commands, killed_runs, run_to_end
-from tests.faults.checks import timeless
-from tests.faults.moments import Moment
-from tests.faults.processes import Program, tool
+from tests.faults.launching import Armed
+from tests.faults.training import timeless
+from tests.faults.triggers import Trigger
+from tests.support.processes import tool
 
-STEP = "call mlra_scale/training/trainer.py step_values"
+STEP = "call mlra_scale/training/watch/step_watchers.py *._throughput"
 """Once in each step, after its update."""
 
 
-def stopped_then(event: str, rank: int = 0, occurrence: int = 1) -> tuple[Moment, ...]:
+def stopped_then(event: str, rank: int = 0, occurrence: int = 1) -> tuple[Trigger, ...]:
     """SIGTERM in a step, and SIGKILL in the save that it asked for."""
-    return Moment(STEP, 1, signal.SIGTERM), Moment(event, occurrence, rank=rank)
+    return Trigger(STEP, 1, signal.SIGTERM), Trigger(event, occurrence, rank=rank)
 
 
 TRAINING = (
     killed_runs(
         "kills while starting",
         "single",
-        Moment("import torch"),
-        Moment(STEP, 5),
-        Moment("import torch"),
-        Moment("import mlra_scale.training.start"),
-        Moment("import deepspeed"),
-        Moment("import mlra_scale.training.trainer"),
+        Trigger("import torch"),
+        Trigger(STEP, 5),
+        Trigger("import torch"),
+        Trigger("import mlra_scale.training.start.request"),
+        Trigger("import deepspeed"),
+        Trigger("import mlra_scale.training.loop.trainer"),
         is_real=True,
     ),
     killed_runs(
         "kills while opening data",
         "pipeline2",
-        Moment("open r */data/manifest.json"),
-        Moment("open r */data/train.idx", rank=1),
-        Moment(STEP, 3),
-        Moment("open r */data/train.bin"),
-        Moment("open r */data/validation.bin", rank=1),
-        Moment("call mlra_scale/data/opening.py *", 3),
-        Moment("call mlra_scale/data/opening.py *", 20, rank=1),
-        Moment("open r */data/tokenizer/*"),
+        Trigger("open r */data/manifest.json"),
+        Trigger("open r */data/train.idx", rank=1),
+        Trigger(STEP, 3),
+        Trigger("open r */data/train.bin"),
+        Trigger("open r */data/validation.bin", rank=1),
+        Trigger("call mlra_scale/data/opening.py *", 3),
+        Trigger("call mlra_scale/data/opening.py *", 20, rank=1),
+        Trigger("open r */data/tokenizer/*"),
     ),
     killed_runs(
         "kills while measuring",
         "single",
-        Moment("call mlra_scale/training/trainer.py evaluate"),
-        Moment("call mlra_scale/stability/activations.py *", 12),
-        Moment("call mlra_scale/stability/gradients.py *.before_step", 2),
-        Moment("call mlra_scale/parallel/zero_engine.py *eval_batch", 2),
-        Moment("call mlra_scale/stability/tev.py *", 3),
-        Moment("call mlra_scale/stability/spectral.py *", 9),
-        Moment("call mlra_scale/stability/gradients.py *.in_gate", 2),
-        Moment("call mlra_scale/training/trainer.py evaluate", 2),
+        Trigger("call mlra_scale/training/watch/passes.py evaluate"),
+        Trigger("call mlra_scale/stability/activations.py *", 12),
+        Trigger("call mlra_scale/stability/gradients.py *.before_step", 2),
+        Trigger("call mlra_scale/parallel/zero_engine.py *eval_batch", 2),
+        Trigger("call mlra_scale/stability/tev.py report"),
+        Trigger("call mlra_scale/stability/spectral.py *", 9),
+        Trigger("call mlra_scale/stability/gradients.py *.before_update", 2),
+        Trigger("call mlra_scale/training/watch/passes.py evaluate", 2),
         more=MEASURED,
     ),
     killed_runs(
         "kills while loading",
         "zero3-dp2",
-        Moment(STEP, 5),
-        Moment("call mlra_scale/training/candidates.py *", 3),
-        Moment("call mlra_scale/checkpoint/manifest.py *", 4, rank=1),
-        Moment("call mlra_scale/checkpoint/reader.py Store.verify", rank=1),
-        Moment("call mlra_scale/checkpoint/loading.py load_checkpoint", rank=1),
-        Moment("call mlra_scale/checkpoint/reader.py Store.fill"),
-        Moment("call mlra_scale/training/record.py cut_record"),
-        Moment("rename */.metrics.jsonl.tmp *"),
-        Moment("rename */.config.yaml.tmp *"),
-        Moment("rename */*latest* *"),
+        Trigger(STEP, 5),
+        Trigger("call mlra_scale/training/start/resume_choice.py *", 3),
+        Trigger("call mlra_scale/checkpoint/manifest.py *", 4, rank=1),
+        Trigger("call mlra_scale/checkpoint/reader.py Store.verify", rank=1),
+        Trigger("call mlra_scale/checkpoint/loading.py load_checkpoint", rank=1),
+        Trigger("call mlra_scale/checkpoint/reader.py Store.fill"),
+        Trigger("call mlra_scale/training/record.py cut_record"),
+        Trigger("rename */.metrics.jsonl.tmp *"),
+        Trigger("rename */.config.yaml.tmp *"),
+        Trigger("rename */*latest* *"),
     ),
     killed_runs(
         "kills in a rollback",
         "single",
-        Moment("call mlra_scale/training/guarding.py go_back"),
-        Moment("call mlra_scale/checkpoint/loading.py load_checkpoint", 2),
-        Moment("call mlra_scale/checkpoint/retention.py remove_after"),
-        Moment("rename *guard.json.tmp *"),
-        Moment("call mlra_scale/training/report.py *.went_back"),
-        Moment("open w */rolled_back.jsonl"),
+        Trigger("call mlra_scale/training/loop/session.py *.roll_back"),
+        Trigger("call mlra_scale/checkpoint/loading.py load_checkpoint", 2),
+        Trigger("call mlra_scale/checkpoint/retention.py remove_after"),
+        Trigger("rename *guard.json.tmp *"),
+        Trigger("call mlra_scale/training/log/report.py *.on_rollback"),
+        Trigger("open w */rolled_back.jsonl"),
         more=GUARDED,
+        tier="slow",
         steps=16,
     ),
     killed_runs(
@@ -91,18 +93,18 @@ TRAINING = (
         stopped_then("open w *manifest.json*"),
         stopped_then("rename *unfinished*"),
         stopped_then("rename *latest* *"),
-        stopped_then("call mlra_scale/training/stopping.py stopped_by_signal"),
+        stopped_then("call mlra_scale/training/loop/session.py *._stopped_by_signal"),
         stopped_then("call mlra_scale/parallel/topology.py destroy*", rank=1),
         every=1000,
     ),
     killed_runs(
         "kills in retention and at the end",
         "pipeline2",
-        Moment("call mlra_scale/checkpoint/retention.py prune"),
-        Moment("rename */step-* */.*"),
-        Moment("remove rank-0000*"),
-        Moment("rmdir *"),
-        Moment("call mlra_scale/training/report.py *.finished"),
+        Trigger("call mlra_scale/checkpoint/retention.py prune"),
+        Trigger("rename */step-* */.*"),
+        Trigger("remove rank-0000*"),
+        Trigger("rmdir *"),
+        Trigger("call mlra_scale/training/log/report.py *.finish"),
         keep_last=1,
     ),
 )
@@ -127,7 +129,7 @@ def killed_verification(bench: Bench, place: Path) -> None:
     shutil.copytree(bench.data, folder)
     before, line, log = digests(folder), [*tool("prepare_data"), "--verify", str(folder)], place / "verify.log"
     for event in VERIFYING:
-        assert Program(line, log, moments=[Moment(event)]).wait() == -signal.SIGKILL
+        assert Armed(line, log, triggers=[Trigger(event)]).wait() == -signal.SIGKILL
         assert digests(folder) == before
     run_to_end(line, log)
     assert digests(folder) == before
@@ -176,22 +178,22 @@ TOOLS = (
     killed_commands(
         "kills while preparing data",
         prepared,
-        Moment("open w *train.bin"),
-        Moment("call mlra_scale/data/encode.py *", 20),
-        Moment("open w *validation.idx"),
-        Moment("open w *manifest.json*"),
-        Moment("call mlra_scale/data/output.py _sync_one", 4),
-        Moment("rename *.partial *"),
+        Trigger("open w *train.bin"),
+        Trigger("call mlra_scale/data/encode.py *", 20),
+        Trigger("open w *validation.idx"),
+        Trigger("open w *manifest.json*"),
+        Trigger("call mlra_scale/files.py sync", 4),
+        Trigger("rename *.partial *"),
         same=same_data,
     ),
     killed_commands(
         "kills while replacing data",
         lambda bench, output: [*prepared(bench, output), "--overwrite", "--seed", "1"],
-        Moment("open w *train.bin"),
-        Moment("rename * *.old"),
-        Moment("rename *.partial *"),
-        prepare=lambda bench, output: shutil.copytree(bench.data, output),
-        is_allowed=lambda output: not output.exists() or digests(output) == digests(output.parents[2] / "data"),
+        Trigger("open w *train.bin"),
+        Trigger("call mlra_scale/files.py sync_tree"),
+        Trigger("call mlra_scale/files.py _exchange"),
+        prepare=lambda bench, output: [shutil.copytree(bench.data, path) for path in (output, output.with_name("old"))],
+        is_allowed=lambda output: not output.exists() or digests(output) == digests(output.with_name("old")),
         same=same_data,
     ),
     *(
@@ -204,10 +206,10 @@ TOOLS = (
                 "--format",
                 name,
             ],
-            Moment("open w *config.json"),
-            Moment("import transformers*"),
-            Moment("call mlra_scale/checkpoint/huggingface/verification.py *", 3),
-            Moment("rename *"),
+            Trigger("open w *config.json"),
+            Trigger("import transformers*"),
+            Trigger("call mlra_scale/checkpoint/huggingface/verification.py *", 3),
+            Trigger("rename *"),
             same=same_export,
         )
         for name in ("gpt2", "mlra")
@@ -215,17 +217,17 @@ TOOLS = (
     killed_commands(
         "kills while importing",
         lambda bench, output: [*tool("import_hf"), str(exported(bench)), str(output), "--rank", "8"],
-        Moment("open w *.safetensors*"),
-        Moment("open w *manifest.json*"),
-        Moment("rename *"),
+        Trigger("open w *.safetensors*"),
+        Trigger("open w *manifest.json*"),
+        Trigger("rename *"),
         same=same_checkpoint,
     ),
     killed_commands(
         "kills while reporting",
         lambda bench, output: [*tool("report"), trained(bench), "--output", str(output)],
-        Moment("mkdir *"),
-        Moment("open w *.png"),
-        Moment("rename *html*"),
+        Trigger("mkdir *"),
+        Trigger("open w *.png"),
+        Trigger("rename *html*"),
         same=same_report,
         is_allowed=lambda output: not list(output.glob("*.html")),
     ),
@@ -262,12 +264,12 @@ def killed_sweep(bench: Bench, place: Path) -> None:
 
     run_to_end(command("undisturbed"), place / "undisturbed.log")
     line, log = command("killed"), place / "killed.log"
-    cell = Program(line, log, moments=[Moment(STEP, 3, program="mlra_scale.train")])
+    cell = Armed(line, log, triggers=[Trigger(STEP, 3, program="mlra_scale.train")])
     assert cell.wait() == 1, cell.output()[-1000:]
     # Its cells live on, and the next one finds them.
-    beside = Program(line, log, moments=[Moment("spawn", 1, program="tools/sweep.py")])
+    beside = Armed(line, log, triggers=[Trigger("spawn", 1, program="tools/sweep.py")])
     assert beside.wait(end=False) == -signal.SIGKILL
-    writing = Program(line, log, moments=[Moment("rename * */results.jsonl", 1, program="tools/sweep.py")])
+    writing = Armed(line, log, triggers=[Trigger("rename * */results.jsonl", 1, program="tools/sweep.py")])
     assert writing.wait(end=False) == -signal.SIGKILL
     run_to_end(line, log)
     beside.end()

@@ -8,23 +8,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from mlra_scale.training.exit_codes import ExitCode
 from tests.faults.bench import DISK, FLAT, Bench, assert_sound, program, start
 from tests.faults.case import SAME, Case, assert_refused, run_to_end
-from tests.faults.checks import Training, assert_as_undisturbed
-from tests.faults.kills import prepared, same_data, trained
-from tests.faults.moments import Moment
-from tests.faults.processes import TRAIN, Program, tool
+from tests.faults.kills import STEP, prepared, same_data, trained
+from tests.faults.saves import assert_save_refused
 from tests.faults.stops import LONG, step_of, trains
+from tests.faults.training import assert_as_undisturbed
+from tests.faults.triggers import Trigger
+from tests.support.processes import TRAIN, Program, tool
 from tests.support.training_runs import events
 
 NOTICED = "the run stops at its next checkpoint, not with 0, in one message that names what is gone"
+GONE = "is gone: it has been moved or removed"
 RECORD = ("metrics.jsonl", "events.jsonl")
 
 
 def displaced(
-    name: str, done: str, act: Callable[[Path], Path | None], layout: str = "single", is_kept: bool = True
+    name: str,
+    done: str,
+    act: Callable[[Path], Path | None],
+    layout: str = "single",
+    is_kept: bool = True,
+    said: str = "",
+    tier: str = "nightly",
 ) -> Case:
-    """Something is done to the run directory of a running run; `act` returns where the run is then, if it is."""
+    """Something is done to the run directory of a running run.
+
+    Args:
+        name: Of the case.
+        done: What is done, in words.
+        act: Does it; returns where the run is then, if it is.
+        layout: Of the run.
+        is_kept: Whether it is somewhere.
+        said: Part of the message.
+        tier: Of the case.
+    """
 
     def do(bench: Bench, place: Path) -> None:
         training = bench.training(layout, *FLAT, steps=LONG, every=40)
@@ -32,19 +51,24 @@ def displaced(
         launch = program(training, run)
         trains(launch, run, 45)
         left = act(run)
-        code, output = launch.wait(300.0), launch.output()
-        assert code != 0, output[-2000:]
+        exists = run.exists()
+        code, output = launch.wait(), launch.output()
+        assert code == (ExitCode.CHECKPOINT_FAILED if training.num_ranks == 1 else 1), output[-2000:]
         assert output.count("stopped: ") == 1, output[-1000:]
         message = output[output.index("stopped: ") :]
         # What torchrun says of its ranks is its own.
-        assert_refused(message if training.num_ranks == 1 else message.splitlines()[0], str(run))
+        assert_refused(message if training.num_ranks == 1 else message.splitlines()[0], str(run), said)
+        assert run.exists() == exists, "nothing is put in its place"
         assert (left is not None) == is_kept
         if left is not None:
+            assert str(left) + " now" in message or exists, "where it is now"
+            assert events(left)[-1]["event"] == "stopped"
             step = assert_sound(left)
             assert step >= 40
             bench.finish(replace(training, steps=step + 2, every=40), left)
 
-    return Case(name, done, f"{NOTICED}{', and what it has kept continues as if undisturbed' * is_kept}", do)
+    promise = f"{NOTICED}{', and what it has kept continues as if undisturbed' * is_kept}"
+    return Case(name, done, promise, do, tier=tier)
 
 
 def deleted(run: Path) -> None:
@@ -72,18 +96,13 @@ def record_replaced(run: Path) -> None:
 
 
 def two_at_once(bench: Bench, place: Path) -> None:
-    """Two runs in one run directory at the same moment."""
+    """Two runs in one run directory at the same trigger."""
     training, run = bench.training(), place / "run"
-    launches = [Program(program_line(training, run), place / f"run-{number}.log", moments=()) for number in range(2)]
+    launches = [Program([*TRAIN, *training.arguments(run)], place / f"run-{number}.log") for number in range(2)]
     codes = [launch.wait() for launch in launches]
     assert sorted(codes) == [0, 2], codes
     assert_refused(launches[codes.index(2)].output(), str(run))
     assert_as_undisturbed(run, bench.reference(training), training.steps)
-
-
-def program_line(training: Training, run: Path) -> list[str]:
-    """The command line of a training in one process."""
-    return [*TRAIN, *training.arguments(run)]
 
 
 @contextlib.contextmanager
@@ -127,7 +146,7 @@ def full_at_save(bench: Bench, place: Path) -> None:
     with disk(place, size + size // 2 + (1 << 18)) as folder:
         run = folder / "run"
         output = start(training, run, code=4)
-        assert_refused(output[output.index("stopped: ") :], "No space left on device", "--resume auto")
+        assert_save_refused(output, run, "No space left on device", "checkpoint.keep_last", "--resume auto")
         assert assert_sound(run) == 2
         resize(folder, 10 * size)
         bench.finish(training, run)
@@ -153,14 +172,15 @@ def full_at_record(bench: Bench, place: Path) -> None:
 
 
 def full_at_start(bench: Bench, place: Path) -> None:
-    """A run is to be continued on a full disk."""
-    training = bench.training()
+    """A run is to be continued on a full disk: rank 0 alone writes, and the other rank learns the reason."""
+    training = bench.training("zero1-dp2")
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
-        start(training, run, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+        start(training, run, code=-9, triggers=(Trigger(STEP, 5),))
         file = fill(folder)
         before = [(run / name).read_bytes() for name in RECORD]
         output = start(training, run, resume=True, code=2)
+        assert output.count("No space left on device; mend that") == 1
         assert_refused(output[output.index("stopped: ") :], "No space left on device", str(run))
         # The refusal itself may be an event.
         assert (run / "metrics.jsonl").read_bytes() == before[0]
@@ -184,7 +204,8 @@ def full_for_tool(name: str, command: Callable[[Bench, Path], list[str]], same: 
             run_to_end(command(bench, folder / "out"), place / "full.log")
             same(folder / "out", good)
 
-    return Case(name, "the disk of its output is full", "exit code 2, one message, nothing is left there", act)
+    promise = "exit code 2, one message, nothing is left there"
+    return Case(name, "the disk of its output is full", promise, act, needs="mount")
 
 
 def read_only(bench: Bench, place: Path) -> None:
@@ -192,10 +213,11 @@ def read_only(bench: Bench, place: Path) -> None:
     training = bench.training()
     with disk(place, 64 << 20) as folder:
         run = folder / "run"
-        start(training, run, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+        start(training, run, code=-9, triggers=(Trigger(STEP, 5),))
         resize(folder, "ro")
         output = start(training, run, resume=True, code=2)
-        assert_refused(output[output.index("bad input") :], str(run))
+        assert_refused(output[output.index("bad input") :], str(run), "cannot be written; name another directory")
+        assert_sound(run)
         resize(folder, "rw")
         bench.finish(training, run)
 
@@ -205,33 +227,28 @@ def linked(bench: Bench, place: Path) -> None:
     training, link = bench.training(), place / "link"
     (place / "run").mkdir()
     link.symlink_to(place / "run")
-    start(training, link, code=-9, moments=(Moment("call mlra_scale/training/trainer.py step_values", 5),))
+    start(training, link, code=-9, triggers=(Trigger(STEP, 5),))
     link.unlink()
     (place / "run").rename(place / "elsewhere")
     link.symlink_to(place / "elsewhere")
     bench.finish(training, link)
 
 
-def case(name: str, done: str, act: Callable[[Bench, Path], None], promise: str = SAME) -> Case:
-    """A case whose promise is the usual one."""
-    return Case(name, done, promise, act)
-
-
 REFUSED = "exit code 2, one message that names the directory and the reason, the record is as it was; then the same run"
 CASES = (
-    displaced("run directory deleted", "rm -r of the run directory under a run", deleted, is_kept=False),
-    displaced("run directory moved", "mv of the run directory under a run", moved),
+    displaced(
+        "run directory deleted", "rm -r of the run directory under a run", deleted, is_kept=False, said=GONE, tier=""
+    ),
+    displaced("run directory moved", "mv of the run directory under a run", moved, said=GONE, tier="slow"),
     displaced("run directory moved, torchrun", "as before, two ranks under torchrun", moved, "zero1-dp2"),
     displaced("run directory replaced", "mv, and an empty directory in its place", replaced),
     displaced("record replaced", "mv of metrics.jsonl, and an empty file in its place", record_replaced, is_kept=False),
-    case(
-        "two runs at once", "two commands at once in one new run directory", two_at_once, "one trains, one is refused"
-    ),
-    case("a linked run directory", "it is a link, and moves between two starts", linked),
-    case("disk full at a save", "a tmpfs that holds one checkpoint", full_at_save),
-    case("disk full at the record", "a tmpfs is filled under a run and emptied again", full_at_record),
-    case("disk full at a start", "a tmpfs is full when a run is to be continued", full_at_start, REFUSED),
-    case("read-only run directory", "its file system became read-only between two starts", read_only, REFUSED),
+    Case("two runs at once", "two commands at once in one new run directory", "one is refused", two_at_once),
+    Case("a linked run directory", "it is a link, and moves between two starts", SAME, linked),
+    Case("disk full at a save", "a tmpfs that holds one checkpoint", SAME, full_at_save, tier="", needs="mount"),
+    Case("disk full at the record", "a tmpfs is filled under a run", SAME, full_at_record, needs="mount"),
+    Case("disk full at a start", "a tmpfs is full at a start", REFUSED, full_at_start, tier="slow", needs="mount"),
+    Case("read-only run directory", "a tmpfs became read-only", REFUSED, read_only, tier="", needs="mount"),
     full_for_tool("disk full while preparing", prepared, same_data),
     full_for_tool(
         "disk full while exporting",

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.training.rollbacks import read_rollbacks
+from mlra_scale.training.run_directory import RunDirectory
 from tests.faults.bench import FLAT, GUARDED, MEASURED, Bench, assert_sound, program
 from tests.faults.case import SAME, Case
-from tests.faults.checks import Training, assert_as_undisturbed, told_checkpoints
-from tests.faults.moments import Moment
-from tests.faults.processes import CTRL_C, Program
+from tests.faults.launching import Armed
+from tests.faults.training import Training, assert_as_undisturbed, reported_checkpoints
+from tests.faults.triggers import Trigger
+from tests.support.processes import CTRL_C, Program
 from tests.support.training_runs import events
 
 LONG_EVALUATION = (
@@ -51,7 +52,7 @@ def trains(launch: Program, run: Path, steps: int = 3) -> None:
     time.sleep(random.random() * 0.3)
 
 
-def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool = False) -> int:
+def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool, is_hung_up: bool) -> int:
     """Fails unless a run ends soon, has saved its last step, and said so; returns that step.
 
     Args:
@@ -59,19 +60,19 @@ def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool
         run: Its directory.
         training: What it trains.
         is_back: Whether it goes back to an earlier step just then.
+        is_hung_up: Whether its terminal was closed, so that nobody reads what it says.
     """
-    before, codes = 1 if is_back else step_of(run), (PREEMPTED,)
-    code, seconds = launch.wait(SOON), time.monotonic() - launch.signalled
-    output = launch.output()
-    assert code in (codes if training.num_ranks == 1 else (1, *codes)), f"code {code}\n{output[-1000:]}"
-    assert seconds < SOON, f"the stop took {seconds:.0f} s"
+    before = 1 if is_back else step_of(run)
+    code, output = launch.wait(SOON), launch.output()
+    assert code in ((PREEMPTED,) if training.num_ranks == 1 else (1, PREEMPTED)), f"code {code}\n{output[-1000:]}"
     step = assert_sound(run)
     assert step >= before, f"step {before} was done when the signal came, and the newest checkpoint is {step}"
-    assert step == max(0, step_of(run)) and told_checkpoints(run)[-1:] == [step] * (step > 0)
-    assert events(run)[-1]["event"] in ("stopped", "preempted")
+    assert step == max(0, step_of(run)) and reported_checkpoints(run)[-1:] == [step] * (step > 0)
+    names = [event["event"] for event in events(run)]
+    assert names[-1] in ("stopped", "preempted") and (is_back or not step or names[-2:] == ["checkpoint", "preempted"])
     if training.num_ranks == 1:
         assert "Traceback" not in output, output[-1000:]
-    if not launch.is_hung_up:
+    if not is_hung_up:
         assert f"step-{step:08d}" in output if step else "no checkpoint" in output, output[-1000:]
     return step
 
@@ -79,12 +80,13 @@ def assert_stopped(launch: Program, run: Path, training: Training, is_back: bool
 def stop(
     name: str,
     done: str,
-    act: Callable[[Program], object],
+    act: Callable[[Armed], object],
     layout: str = "single",
     is_saved: bool = True,
-    at: Moment | None = None,
+    at: Trigger | None = None,
     promise: str = "",
     more: Sequence[str] = (),
+    tier: str = "nightly",
     **options: Any,
 ) -> Case:
     """A run that something stops.
@@ -92,13 +94,14 @@ def stop(
     Args:
         name: Of the case.
         done: What is done, in words.
-        act: Does it when the run has done some steps; with `at` it is the moment that does.
+        act: Does it when the run has done some steps; with `at` the trigger does.
         layout: Of the run.
         is_saved: Whether the stop asks for a save; else it kills.
         at: When the run gets a signal.
         promise: What must come of it, where it is not what the other stops promise.
         more: Overrides.
-        options: Of Program.
+        tier: Of the case.
+        options: Of bench.program.
     """
 
     def do(bench: Bench, place: Path) -> None:
@@ -107,30 +110,31 @@ def stop(
         if is_guarded:
             training = bench.training(layout, *more, steps=16)
         run = place / "run"
-        launch = program(training, run, moments=() if at is None else (at,), **options)
+        launch = program(training, run, triggers=() if at is None else (at,), **options)
         try:
             if at is None:
                 trains(launch, run)
             else:
-                launch.wait_until(launch.is_hit)
-            launch.signalled = time.monotonic()
+                launch.wait_until(lambda: not launch.trap.missed())
             act(launch)
             if is_saved:
-                assert_stopped(launch, run, training, is_back=is_guarded)
+                assert_stopped(launch, run, training, is_back=is_guarded, is_hung_up=act is Program.hang_up)
+                is_typed = "terminal" in options and act is not Program.hang_up
+                assert not is_typed or "Ctrl-C again ends it at once" in launch.output()
             else:
                 launch.assert_nothing_is_left(SOON)
                 assert launch.wait(1.0) != 0
                 assert_sound(run)
             if is_guarded:
                 # The guard may go back to the stop's checkpoint too, which the undisturbed run does not have.
-                assert read_rollbacks(run / "guard.json"), "the rollback is lost"
+                assert RunDirectory(run).read_rollbacks(), "the rollback is lost"
             else:
                 bench.finish(replace(training, steps=assert_sound(run) + 2), run)
         finally:
             launch.end()
 
     promise = promise or (SAVED if is_saved else f"all its processes end within {SOON:.0f} s; {SAME}")
-    return Case(name, done, promise, do)
+    return Case(name, done, promise, do, tier=tier)
 
 
 def typed(times: int, pause: float = 0.05) -> Callable[[Program], None]:
@@ -157,13 +161,15 @@ def during(
     what: str, event: str, occurrence: int = 1, more: Sequence[str] = MEASURED, within: int = 0, **options: Any
 ) -> Case:
     """SIGTERM while something else than a step is done; `within`: this one of the next events must not come."""
-    moment = Moment(event, occurrence, signal.SIGTERM)
-    never = [Moment(event, occurrence + within, 0)] if within else []
-    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=moment, more=more, never=never, **options)
+    trigger = Trigger(event, occurrence, signal.SIGTERM)
+    never = [Trigger(event, occurrence + within, 0)] if within else []
+    return stop(f"SIGTERM in {what}", f"kill -TERM in {what}", nothing, at=trigger, more=more, never=never, **options)
 
 
-def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run") -> Case:
-    """A run whose console takes nothing, or not everything; `options`: of Program."""
+def console(
+    name: str, done: str, options: Callable[[], dict[str, Any]], folder: str = "run", tier: str = "nightly"
+) -> Case:
+    """A run whose console takes nothing, or not everything; `options`: of bench.program."""
 
     def act(bench: Bench, place: Path) -> None:
         training, run = bench.training(), place / folder
@@ -173,7 +179,8 @@ def console(name: str, done: str, options: Callable[[], dict[str, Any]], folder:
         assert "cannot be written" not in output and str(run) not in output.replace(str(run) + "/", ""), output[-2000:]
         assert_as_undisturbed(run, bench.reference(training), training.steps)
 
-    return Case(name, done, "exit code 0, and the run is the undisturbed one; nothing blames the run directory", act)
+    promise = "exit code 0, and the run is the undisturbed one; nothing blames the run directory"
+    return Case(name, done, promise, act, tier=tier)
 
 
 def closed_pipe(num_lines: int) -> int:
@@ -196,11 +203,11 @@ def full() -> int:
 
 
 STOPS = (
-    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True),
-    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True),
+    stop("Ctrl-C", "Ctrl-C in a terminal", typed(1), terminal=True, tier="slow"),
+    stop("Ctrl-C, torchrun", "Ctrl-C in a terminal under torchrun", typed(1), "pipeline2", terminal=True, tier=""),
     stop("Ctrl-C twice", "Ctrl-C twice in a terminal", typed(2), is_saved=False, terminal=True),
     stop("Ctrl-C twice, torchrun", "as before, torchrun", typed(2), "zero3-dp2", is_saved=False, terminal=True),
-    stop("terminal closed", "SIGHUP by closing the terminal", Program.hang_up, terminal=True),
+    stop("terminal closed", "SIGHUP by closing the terminal", Program.hang_up, terminal=True, tier="slow"),
     stop("terminal closed, torchrun", "as before, torchrun", Program.hang_up, "zero1-dp2", terminal=True),
     stop("SIGINT from outside", "kill -INT", sent(signal.SIGINT)),
     stop("SIGTERM of torchrun", "kill -TERM of torchrun", sent(signal.SIGTERM), "pipeline2"),
@@ -209,19 +216,22 @@ STOPS = (
     during("the probe after a step", "call mlra_scale/stability/activations.py *", 40),
     during("the noise estimate", "call mlra_scale/stability/gradients.py *.before_step", 2),
     during("a save", "open w *rank-00000*", 1, ("checkpoint.every=2",)),
-    during("a rollback", "call mlra_scale/training/guarding.py go_back", 1, GUARDED, promise=ROLLED_BACK),
+    during("a rollback", "call mlra_scale/training/loop/session.py *.roll_back", 1, GUARDED, promise=ROLLED_BACK),
 )
 CONSOLES = (
     console("stdout is a closed pipe", "the reader of stdout is gone", lambda: {"stdout": closed_pipe(0)}),
-    console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}),
+    console("stdout is closed after 9 lines", "... | head -n 9", lambda: {"stdout": closed_pipe(9)}, tier="slow"),
     console("stdout is full", "stdout is /dev/full", lambda: {"stdout": full()}),
-    console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}),
-    console("no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}),
+    console("stdout and stderr are full", "both are /dev/full", lambda: {"stdout": full(), "stderr": full()}, tier=""),
+    console(
+        "no stdout", "the command is started without stdout and stderr", lambda: {"shell": WITHOUT_STREAMS}, tier="slow"
+    ),
     console(
         "an ASCII console",
         "PYTHONIOENCODING=ascii, and a run directory whose name is not",
         lambda: {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"},
         "l\u00e4uft \u2603",
+        tier="slow",
     ),
 )
 CASES = (*STOPS, *CONSOLES)

@@ -1,4 +1,4 @@
-"""The check of a cluster: its table, what it does when a step fails or has no time, and what counts as a difference.
+"""The check of a device or a cluster: its steps, failing steps, what counts as a difference, and its contenders.
 
 tests/slurm/test_check.py runs it on two nodes.
 """
@@ -11,19 +11,26 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
-from benchmarks import check, check_ranks
+from benchmarks import check, check_ranks, gpu
 from benchmarks.check import STEPS, Check, Task
-from benchmarks.contenders import config_of
-from mlra_scale.cluster.family import descendants
+from benchmarks.child import run_child
+from benchmarks.contenders import config_of, draw_weights, given_weights
+from benchmarks.harness import text_of
+from benchmarks.parity import compare_bf16, compare_fp32
+from benchmarks.processes import CommandFailed, run_command
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.config import ConfigError, batch_plan, validate
+from mlra_scale.model.initialization import initial_state
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
 from tests.support.leftovers import all_end
@@ -78,11 +85,11 @@ def test_nothing_is_left_when_it_is_ended(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--quick", "--steps", "alone", "--output", str(tmp_path)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.check", *words], cwd=ROOT)
     deadline = time.monotonic() + 120.0
-    while not (children := descendants(process.pid)) and time.monotonic() < deadline:
+    while not (children := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert children and all_end(children)
+    assert children and all_end([child.pid for child in children])
 
 
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
@@ -161,7 +168,7 @@ def test_a_wait_is_noted_by_the_function_that_waits() -> None:
 
 def test_the_list_of_waits_is_that_of_the_traced_engines() -> None:
     listed = check_ranks.known_waits()
-    assert listed["mlra_scale/parallel/engine.py:EngineBase._propose"] >= 1
+    assert listed["mlra_scale/parallel/engine.py:Engine._propose"] >= 1
     assert sum(listed.values()) >= len(listed)
 
 
@@ -179,6 +186,153 @@ def test_it_refuses_with_a_reason(arguments: list[str], said: str, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         check.main(arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_compiled_contenders_of_ours_compile() -> None:
+    compiled = {name for name in gpu.NAMES if gpu.gpu_config(gpu.TINY, name).train.compile}
+    assert compiled == {"mlra_scale dense, compiled", "mlra_scale R=D/2, compiled"}
+
+
+def test_ours_is_under_zero_1() -> None:
+    ours = [gpu.gpu_config(gpu.TINY, name) for name in gpu.NAMES if "mlra_scale" in name]
+    assert len(ours) == 4 and {config.deepspeed["zero_optimization"]["stage"] for config in ours} == {1}
+
+
+def test_weights_that_were_drawn_once_are_those_that_a_model_draws() -> None:
+    drawn = draw_weights(gpu.TINY)
+    for attention in ("dense", "mlra"):
+        model = config_of(gpu.TINY, attention, "fp32").model
+        own = initial_state(model, 1234)
+        assert all(torch.equal(drawn[name], value) for name, value in own.items())
+    with given_weights({name: value + 1.0 for name, value in drawn.items()}):
+        shifted = initial_state(model, 1234)
+    assert all(torch.equal(shifted[name], value + 1.0) for name, value in own.items())
+
+
+def test_a_child_that_fails_or_is_not_done_in_time_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match=r"time_contender of nobody: exit code 1(?s:.)*TypeError"):
+        run_child("cpu", "gpu.time_contender", gpu.TINY, {"name": "nobody"}, tmp_path / "file", timeout_s=120.0)
+    found = gpu.time_in_child(gpu.TINY, {"name": "plain PyTorch", "products": [16]}, "cpu", 0.2)
+    assert gpu.state_of(found) == "failed: time_contender of plain PyTorch: not done after 0.2 s"
+
+
+def test_the_steps_of_one_device_are_those_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "main", lambda words: words)
+    asked: Any = gpu.main(["--device", "cpu", "--quick"])
+    assert asked == ["--device", "cpu", "--quick", "--steps", "parity", "72 layers", "gpt2-xl"]
+
+
+@pytest.mark.slow
+def test_contenders_run_on_a_cpu(tmp_path: Path) -> None:
+    task = Task("cpu", 1, 1, str(tmp_path), "debug", (), is_quick=True, seconds=240.0)
+    written: list[dict[str, Any]] = []
+    found = gpu.contenders(task, written.append, "72 layers", ["plain PyTorch", "mlra_scale R=D/2"])["report"]
+    assert [list(each["report"]["contenders"]) for each in written] == [
+        ["plain PyTorch"],
+        ["plain PyTorch", "mlra_scale R=D/2"],
+    ]
+    assert set(found["ratios"]) == {"mlra_scale R=D/2 / plain PyTorch"} and found["product_flops"] > 0.0
+    for name, item in found["contenders"].items():
+        assert len(item["seconds_per_step"]) == gpu.ROUNDS and 0.0 < found["mfu"][name] < 1.0 and item["first_loss"] > 0
+        assert item["peak_bytes"] > 12 * gpu.gpu_config(gpu.TINY, name).model.num_parameters()
+
+
+@pytest.mark.slow
+def test_a_cpu_agrees_with_itself(tmp_path: Path) -> None:
+    checked = check_in(tmp_path)
+    assert checked.run([step("parity")], minutes=20)
+    cases = checked.task.result_of("parity")["cases"]
+    for name, row in cases.items():
+        assert row["holds"] and (row["gradient"] == 0.0 or name.endswith("bf16"))
+    assert 0.0 < cases["small: dense bf16"]["gradient"] < 0.1
+    assert {name.split(":")[0] for name in cases} == {"small", "masked, head chunks"}
+
+
+def test_the_line_that_names_the_error_is_shown() -> None:
+    advice = "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this especially)"
+    error = "torch._inductor.exc.InductorError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert CommandFailed("it", f"Traceback (most recent call last):\n  here\n{error}\n\n{advice}\n").last_line == error
+    of_ranks = f"[rank1]: {error}\nW1129 Sending process 7 closing signal\ntorch.x.errors.ChildFailedError:\n====\n"
+    assert CommandFailed("it", of_ranks).last_line == error
+    assert CommandFailed("it", "one\nKilled\n").last_line == "Killed"
+    assert CommandFailed("it: exit code -9").last_line == "it: exit code -9"
+
+
+@pytest.mark.slow
+def test_nothing_of_a_command_is_left_when_its_time_is_over(tmp_path: Path) -> None:
+    # A shell that does not hear SIGTERM, and processes that it has started, one in a session of its own.
+    script = "trap '' TERM; sleep 60 & echo $! > children; setsid sleep 60 & echo $! >> children"
+    script, log = f"{script}; echo Error: here; wait", tmp_path / "log"
+    with pytest.raises(CommandFailed, match=r"^it: not done after 5 s$"):
+        run_command("it", ["bash", "-c", f"cd {tmp_path} && {script}"], {"PATH": "/usr/bin:/bin"}, 5.0, log)
+    assert log.read_text() == "Error: here\n"
+    children = [int(line) for line in (tmp_path / "children").read_text().split()]
+    assert len(children) == 2 and all_end(children)
+
+
+def reported(seconds: Sequence[float], loss: float) -> dict[str, Any]:
+    return {"seconds_per_step": list(seconds), "first_loss": loss, "peak_bytes": 10**6, "product_flops": 1e12}
+
+
+def test_who_fails_or_differs_has_no_ratio_and_the_others_have() -> None:
+    children = {
+        "plain PyTorch": reported([0.2, 0.4, 0.3], 5.0),
+        "transformers": {"failed": "torch.OutOfMemoryError: CUDA out of memory", "output": "all of it"},
+        "mlra_scale dense": reported([0.15, 0.1, 0.4], 5.001),
+        "mlra_scale R=D/2": reported([0.1, 0.1, 0.1], 6.0),
+        "plain PyTorch, compiled": reported([0.1, 0.1, 0.1], 5.2),
+        "mlra_scale dense, compiled": reported([0.1, 0.1, 0.1], math.nan),
+    }
+    last = gpu.evaluate(gpu.TINY, children)
+    assert set(last["ratios"]) == {"mlra_scale dense / plain PyTorch", "mlra_scale R=D/2 / plain PyTorch"}
+    # Of the medians; of rounds in pairs it would be 4/3.
+    assert last["ratios"]["mlra_scale dense / plain PyTorch"] == {
+        "of_medians": pytest.approx(2.0),
+        "seconds": [0.1, 0.4],
+        "seconds_of_other": [0.2, 0.4],
+    }
+    states = {name: gpu.state_of(item).split(":")[0] for name, item in last["contenders"].items()}
+    assert states == {
+        "plain PyTorch": "",
+        "transformers": "failed",
+        "mlra_scale dense": "",
+        "mlra_scale R=D/2": "",
+        "plain PyTorch, compiled": "differs",
+        "mlra_scale dense, compiled": "differs",
+    }
+    text = text_of(gpu.table_of(last))
+    assert (
+        "transformers: failed: torch.OutOfMemoryError: CUDA out of memory" in text
+        and "differs: loss nan at the first step" in text
+    )
+    json.dumps(last)
+    failed = {"plain PyTorch": {"failed": "no", "output": "no"}}
+    assert "failed: no" in text_of(gpu.table_of(gpu.evaluate(gpu.TINY, failed)))
+
+
+def test_parity_is_judged() -> None:
+    generator = torch.Generator().manual_seed(1)
+    exact = {name: torch.randn(50, generator=generator).double() for name in ("a", "b")}
+    exact |= {"zero": torch.zeros(50).double(), "loss": torch.tensor([5.0]).double()}
+
+    def off_by(share: float) -> dict[str, torch.Tensor]:
+        noise = {name: torch.randn(value.shape, generator=generator) for name, value in exact.items()}
+        return {
+            name: value * (1.0 + 1e-7) if name == "loss" else value + share * noise[name]
+            for name, value in exact.items()
+        }
+
+    assert compare_fp32(off_by(1e-7), exact)["holds"]
+    one_bad = off_by(1e-7)
+    one_bad["b"] = one_bad["b"] * 1.001
+    assert (found := compare_fp32(one_bad, exact))["worst"] == "b" and not found["holds"]
+    assert not compare_fp32({**off_by(1e-7), "loss": exact["loss"] * 1.001}, exact)["holds"]
+    for name in exact:
+        assert not compare_fp32({**exact, name: exact[name] * math.nan}, exact)["holds"]
+    cpu = off_by(1e-2)
+    assert compare_bf16(off_by(1.5e-2), cpu, exact)["holds"]
+    assert not compare_bf16(off_by(3e-2), cpu, exact)["holds"]
+    assert not compare_bf16({**off_by(1e-2), "loss": exact["loss"] * 1.01}, cpu, exact)["holds"]
 
 
 @pytest.mark.nightly
@@ -208,3 +362,25 @@ def test_one_process_is_checked_whole(tmp_path: Path) -> None:
         state.startswith("trained, stopped, resumed, stopped: steps 1 to") for state in smoke["variants"].values()
     )
     assert all(json.loads((tmp_path / "resume.json").read_text())["compared"].values())
+
+
+def test_a_signal_while_a_command_starts_ends_it() -> None:
+    """It comes after the fork, before the caller knows the process."""
+    program = """
+import os, signal, subprocess, sys, time
+from benchmarks import processes
+started = subprocess.Popen.__init__
+def slow(self, *arguments, **options):
+    started(self, *arguments, **options)
+    print(self.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+subprocess.Popen.__init__ = slow
+processes.end_on_sigterm()
+processes.run_command("sleep", ["sleep", "60"], dict(os.environ), 60.0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert all_end([int(done.stdout)])

@@ -11,13 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText
-from mlra_scale.checkpoint.location import checkpoint_at
+from mlra_scale.checkpoint.retention import checkpoint_at
 from mlra_scale.config import Config
 from mlra_scale.data.indexed import open_indexed
 from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import load_tokenizer
 from mlra_scale.data.writer import SplitWriter
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.texts import document_tokens
 from mlra_scale.evaluation.verification_text import validation_documents
 from tests.support.foreign_tokenizers import CORPUS, begins_with_bos, save

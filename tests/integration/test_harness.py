@@ -10,7 +10,7 @@ import pytest
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 from mlra_scale.evaluation.models import open_model
 from mlra_scale.evaluation.perplexity import perplexity
-from mlra_scale.evaluation.texts import Encoder
+from mlra_scale.evaluation.texts import PieceEncoder
 from tests.support.gpt2_folders import TEXT, gpt2_folder, tokenizer
 from tests.support.harness import NEED, run_harness
 from tests.support.tools import run_tool
@@ -35,7 +35,7 @@ def test_the_harness_finds_the_same(tmp_path: Path) -> None:
     ran = run_harness(tmp_path, tmp_path / "exported", [two_windows()])
     texts = [json.loads(line)["text"] for line in (tmp_path / "local_text.jsonl").read_text().splitlines()]
     opened = open_model(tmp_path / "made", device="cpu")
-    encoder, start = Encoder(tokenizer()), tokenizer().end_of_document_token
+    encoder, start = PieceEncoder(tokenizer()), tokenizer().end_of_document_token
     ours = [
         perplexity(opened, [[encoder.piece(text)]], POSITIONS + 1, POSITIONS, start_token=start).negative_log_likelihood
         for text in texts

@@ -99,7 +99,7 @@ def test_qk_clip_is_resumed_bitwise_and_is_in_the_weights_of_an_export(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_any_other_layout(start: Start, tmp_path: Path) -> None:
+def test_a_run_continues_in_any_other_layout(start: Start, tmp_path: Path) -> None:
     """From a pipeline to ZeRO 3, to one rank, to another batch per rank; in between, nothing has to be converted."""
     fixed = ["optim.schedule=constant", *DROPOUT, *SMALL]
     start("whole", "train.steps=8", *fixed)
@@ -138,7 +138,7 @@ def test_another_global_batch_reads_on_where_the_data_were_left(start: Start, tm
 
 
 @pytest.mark.slow
-def test_a_guarded_run_that_goes_on_from_its_first_checkpoint_tells_step_0_once(start: Start, tmp_path: Path) -> None:
+def test_a_guarded_run_that_resumes_from_its_first_checkpoint_records_step_0_once(start: Start, tmp_path: Path) -> None:
     fixed = [*SMALL, "train.steps=3", "guard.enabled=true", "checkpoint.every=2", "checkpoint.keep_last=9"]
     start("run", *fixed)
     run = tmp_path / "run"
@@ -173,7 +173,7 @@ def test_resuming_a_finished_run_is_no_error(start: Start, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_run_directory_alone_says_what_goes_on(
+def test_the_run_directory_alone_is_enough_to_resume(
     start: Start, tmp_path: Path, worker_pool: Callable[[int], WorkerPool]
 ) -> None:
     """No preset, no file: X's config.yaml, its layout included. Overrides go by the rules of every resume."""
@@ -250,7 +250,7 @@ def test_a_branch_keeps_what_it_was_begun_with_before_its_first_checkpoint(
     assert refused.code == ExitCode.BAD_INPUT and "data.blend" in refused.stderr
 
 
-def test_everything_that_must_not_change_is_told_at_once(start: Start, tmp_path: Path) -> None:
+def test_everything_that_must_not_change_is_reported_at_once(start: Start, tmp_path: Path) -> None:
     start("run", "train.steps=2")
     other = write_megatron_data(tmp_path / "other")
     (tmp_path / "edited.yaml").write_text("optim: {lr: 1e-4}\n")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -30,9 +31,9 @@ def signalled_main(
     Returns:
         How it ended, and how often that function had asked by then.
     """
-    from mlra_scale.training.stopping import Stops
+    from mlra_scale.training.loop import trainer
 
-    hear, num_calls = Stops.hear, 0
+    raise_if_stopped, num_calls = trainer.raise_if_stopped, 0
 
     def callers(frame: FrameType | None) -> set[str]:
         names = set()
@@ -41,19 +42,19 @@ def signalled_main(
             frame = frame.f_back
         return names
 
-    def hear_and_signal(self: Stops) -> None:
+    def signal_and_raise(*arguments: Any) -> None:
         nonlocal num_calls
         if where in callers(sys._getframe()):
             num_calls += 1
             if num_calls == nth and rank == world_size - 1:
                 os.kill(os.getpid(), number)
-        hear(self)
+        raise_if_stopped(*arguments)
 
-    Stops.hear = hear_and_signal  # type: ignore[method-assign]
+    trainer.raise_if_stopped = signal_and_raise  # type: ignore[assignment]
     try:
         return main_on_rank(rank, world_size, arguments), num_calls
     finally:
-        Stops.hear = hear  # type: ignore[method-assign]
+        trainer.raise_if_stopped = raise_if_stopped
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_what_a_stop_leaves_out_is_made_up_for(
     for where, nth, step, number in (
         ("evaluate", num_heard + 2, 2, signal.SIGTERM),  # of step 0, which is done, and in that of step 2
         ("gradient_norm", 2, 2, signal.SIGINT),  # before step 3: nothing was done since
-        ("activations", 1, 3, signal.SIGHUP),
+        ("_measure_activations", 1, 3, signal.SIGHUP),
         ("evaluate", num_heard + 2, 6, signal.SIGUSR1),
     ):
         finished = interrupted("parts", where, nth, *arguments, "--resume", "auto", number=number)

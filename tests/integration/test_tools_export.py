@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from mlra_scale.checkpoint.huggingface import exporting
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor
 from mlra_scale.checkpoint.huggingface.verification import VerificationError, loaded_model
-from mlra_scale.checkpoint.location import checkpoint_at
+from mlra_scale.checkpoint.retention import checkpoint_at
 from mlra_scale.data.manifest import read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.pool import WorkerPool

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from mlra_scale.checkpoint import Store
-from mlra_scale.checkpoint.contents import write_small_files
+from mlra_scale.checkpoint.state_contents import write_small_files
 from mlra_scale.config import Config
 from mlra_scale.evaluation.verification_text import validation_tokens
 from tests.support.gpt2_folders import TEXT, gpt2_folder

@@ -237,14 +237,14 @@ def test_a_run_is_reported_however_little_there_is(tmp_path: Path, name: str) ->
     if name == "a torn line":
         assert "What could not be read" not in text and "1 of 4 steps recorded" in text
     if name == "no number at all":
-        assert "training loss: 3 of 3 recorded values are no finite numbers" in text
+        assert "training loss: 3 of 3 recorded values are not finite numbers" in text
 
 
 def test_a_run_in_progress_has_no_end(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=8, every=1)
     events = (folder / "events.jsonl").read_text().splitlines(keepends=True)
     (folder / "events.jsonl").write_text("".join(events[:-1]))
-    assert "in progress, or ended without a word; 8 of 8 steps" in plain(page_of(reported(folder)))
+    assert "in progress, or ended without an event; 8 of 8 steps" in plain(page_of(reported(folder)))
 
 
 def test_the_commit_of_a_cell_is_that_of_its_sweep(tmp_path: Path) -> None:
@@ -320,12 +320,14 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert ran.code == 2 and ran.stderr.startswith(f"report: error: {tmp_path / 'file'} cannot be written (")
 
 
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path / "results.jsonl", [])
+    for name in [name for name in sys.modules if name.startswith("mlra_scale.study.report")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = run_tool("report", tmp_path)
     assert ran.code == 2 and ran.stdout == ""
-    assert re.fullmatch(r"report: error: figures need matplotlib .*pip install 'mlra-scale\[report\]'\n", ran.stderr)
+    assert re.fullmatch(r"report: error: reports need .*matplotlib.*pip install 'mlra-scale\[report\]'\n", ran.stderr)
 
 
 def check_loaded(loaded: Loaded) -> None:

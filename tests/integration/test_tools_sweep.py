@@ -96,9 +96,9 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
     with started(study, output) as process:
         wait_until(lambda: files.last_step() >= 3)
         process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=200)
-    assert process.returncode == 130, told
-    assert f"interrupted: {calm.name}; the same command goes on with them" in told
+        output_text, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, output_text
+    assert f"interrupted: {calm.name}; the same command continues them" in output_text
     assert events(files.run.path)[-1]["event"] == "preempted"
     stopped_at = events(files.run.path)[-1]["step"]
     assert 3 <= stopped_at < STEPS
@@ -107,7 +107,7 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
     with started(study, output) as process:
         wait_until(lambda: files.last_step() > stopped_at)
         os.kill(process.pid, signal.SIGKILL)
-        # The run goes on without its sweep, and keeps its cell until it ends.
+        # The run continues without its sweep, and keeps the lock of its cell until it ends.
         assert not files.result.exists()
 
     ended = sweep(study, output)
@@ -141,7 +141,7 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
 
 @pytest.mark.slow
 def test_ranks_of_a_cell(tmp_path: Path, training_data: Path) -> None:
-    """Under torchrun, whose exit code says nothing, a run that diverged is told by its events; others have failed."""
+    """torchrun's exit code does not say why a run ended: the events tell diverged runs from failed ones."""
     study, output = write_study(tmp_path, training_data, "[10.0]", steps=30, ranks=2), tmp_path / "out"
     ended = sweep(study, output)
     assert ended.code == 0, ended.stdout + ended.stderr

@@ -11,15 +11,8 @@ import pytest
 
 from mlra_scale.config import Config
 from mlra_scale.training.exit_codes import ExitCode
-from tests.support.training_runs import (
-    Start,
-    base_command,
-    curve,
-    events,
-    metrics,
-    train,
-    write_megatron_data,
-)
+from tests.support.processes import train
+from tests.support.training_runs import Start, base_command, curve, events, metrics, write_megatron_data
 from tests.support.wandb_reader import history
 
 
@@ -110,7 +103,7 @@ def test_megatrons_own_data_train_as_they_are(start: Start, tmp_path: Path) -> N
     assert [path.read_bytes() for path in files] == before
 
 
-def test_validation_data_below_a_global_batch_are_told(start: Start, tmp_path: Path) -> None:
+def test_validation_data_below_a_global_batch_are_reported(start: Start, tmp_path: Path) -> None:
     data = write_megatron_data(tmp_path / "counting")
     result = start("run", f"data.path={data}", "train.steps=1")
     assert re.search(r"validation data are [1-7] sample\(s\), less than a global batch of 8", result.stdout)
@@ -171,7 +164,7 @@ WILD = [
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(
+def test_a_loss_that_is_not_finite_stops_all_ranks_on_one_step(
     start: Start, tmp_path: Path, num_processes: int, precision: str
 ) -> None:
     run = tmp_path / "run"
@@ -187,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_on_one_step(
     assert not (run / "checkpoints").exists()
 
 
-def test_under_a_launcher_each_rank_ends_with_the_code_that_says_why(tmp_path: Path, training_data: Path) -> None:
+def test_under_a_launcher_each_rank_ends_with_the_code_of_the_reason(tmp_path: Path, training_data: Path) -> None:
     result = train(*base_command(tmp_path / "run", training_data, *WILD), num_processes=2)
     assert result.stderr.count("is not finite") == 1
     codes = [line.split(":")[1].split()[0] for line in result.stderr.splitlines() if "exitcode  :" in line]

@@ -11,8 +11,8 @@ import pytest
 from mlra_scale import train as entry
 from mlra_scale.config import preset
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.run_directory import RunDirectory, held
-from tests.support.training_runs import train
+from mlra_scale.training.run_directory import RunDirectory, run_lock
+from tests.support.processes import train
 
 Refused = Callable[..., str]
 
@@ -114,8 +114,8 @@ def test_deepspeed_file(case: str, refused: Refused, tmp_path: Path, training_da
 
 def test_missing_files(refused: Refused) -> None:
     message = refused("--preset", "debug", "--config", "no.yaml", "--ds-config", "no.json")
-    has(message, "--config", "no such file")
-    has(message, "--ds-config", "no such file")
+    has(message, "--config", "cannot be read: No such file")
+    has(message, "--ds-config", "cannot be read: No such file")
 
 
 def test_no_data(refused: Refused) -> None:
@@ -180,7 +180,7 @@ def test_run_directory_of_another_run(refused: Refused, tmp_path: Path, training
 
 
 def test_a_run_directory_in_use(refused: Refused, tmp_path: Path, training_data: Path) -> None:
-    with held(RunDirectory(tmp_path / "run")):
+    with run_lock(RunDirectory(tmp_path / "run")):
         has(refused("--preset", "debug", f"data.path={training_data}"), "--run-dir", "another run is at work here")
 
 
@@ -224,7 +224,7 @@ def test_in_a_process_of_its_own(tmp_path: Path, training_data: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_a_launcher_it_is_told_once(tmp_path: Path, training_data: Path) -> None:
+def test_under_a_launcher_it_is_reported_once(tmp_path: Path, training_data: Path) -> None:
     arguments = ["--preset", "debug", "--run-dir", str(tmp_path / "run"), "parallel.tensor=3"]
     result = train(*arguments, f"data.path={training_data}", num_processes=2)
     assert result.code == 1, "torchrun's own, whatever the workers' is"

@@ -27,7 +27,7 @@ def build(rank: int, world_size: int, layout: Layout, num_layers: int) -> dict[s
 
     engine, _ = start(layout_config(layout, model__num_layers=num_layers), world_size)
     topology = engine.topology
-    names = {name for name in (fragment.name for fragment in engine.view.weights(False)) if name.startswith("blocks.")}
+    names = {name for name in (fragment.name for fragment in engine.held_fragments()) if name.startswith("blocks.")}
     return {
         "numbers": sum(parameter.numel() for parameter in engine.module.parameters()),
         "blocks": sorted({int(name.split(".")[1]) for name in names}),

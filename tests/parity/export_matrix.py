@@ -54,7 +54,7 @@ class Shard:
 def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> Shard:
     """Trains a little, saves, and evaluates a fixed batch with an eye on the logits."""
     from mlra_scale.checkpoint.saver import Saver
-    from mlra_scale.model.layers import TokenEmbedding
+    from mlra_scale.model.embedding import TokenEmbedding
 
     seen: list[torch.Tensor] = []
     original = TokenEmbedding.loss
@@ -116,8 +116,8 @@ def run_case(pools: Pools, folder: Path, layout: Layout, **overrides: Any) -> Ou
 
     from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
     from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
-    from mlra_scale.checkpoint.location import checkpoint_at
     from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.checkpoint.retention import checkpoint_at
 
     config = layout_config(layout, **overrides)
     shards = pools(layout.world_size).run(train_and_save, config, folder / "checkpoints")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlra_scale.model.reference import ReferenceGPT
+from tests.support.reference import ReferenceGPT
 
 VOCAB, POSITIONS, LAYERS, HIDDEN, HEADS, FFN, RANK = 61, 24, 3, 32, 4, 96, 12
 

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlra_scale.checkpoint import Store
+from mlra_scale.checkpoint.huggingface.configuration import model_from_store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, export_checkpoint
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
-from mlra_scale.checkpoint.huggingface.loading import model_from_store
 
 # Layers, width, heads.
 SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}

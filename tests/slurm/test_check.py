@@ -10,7 +10,7 @@ import pytest
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
-from mlra_scale.training.dry_run import plan_report
+from mlra_scale.training.start.plan import plan_report
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import PATIENCE, SMALL
 from tests.support.tools import run_tool

@@ -162,7 +162,7 @@ def test_requeue_sigterm_and_time_limit_lose_nothing(
     job.wait_for_step(EARLY)
     cluster.run("scontrol", "requeue", job.job_id)
     job.wait_for_attempt(2, MIDDLE)
-    assert "Slurm has the job in state COMPLETING already: preempted" in job.text()
+    assert "Slurm is ending the job already: preempted" in job.text()
     cluster.run("scancel", "--signal=TERM", job.job_id)
     job.wait_for_attempt(3, LATE)
     # The file asks for SIGUSR1 600 s before the time limit. From now on less is left; Slurm looks every 30 s.
@@ -187,7 +187,7 @@ def test_requeue_sigterm_and_time_limit_lose_nothing(
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_stopped_rank_are_named_and_the_run_goes_on(
+def test_a_killed_and_a_stopped_rank_are_named_and_the_run_continues(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
     overrides = (*PIPELINE, *ENDLESS, "cluster.hang_minutes=0.5")
@@ -220,7 +220,7 @@ def test_a_killed_and_a_stopped_rank_are_named_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_noticed_and_the_job_goes_on_without_it(
+def test_a_lost_node_is_noticed_and_the_job_continues_without_it(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
     job = submit(cluster, tmp_path, "pretrain_zero3.sh", *ENDLESS, sbatch=("--nodes=2",), data=training_data)
@@ -239,7 +239,7 @@ def test_a_lost_node_is_noticed_and_the_job_goes_on_without_it(
 
 
 @pytest.mark.slow
-def test_an_elastic_job_goes_on_with_the_nodes_that_are_left(
+def test_an_elastic_job_continues_with_the_nodes_that_are_left(
     cluster: SlurmCluster, reference: Reference, training_data: Path, tmp_path: Path
 ) -> None:
     # Slurm without accounting takes no update of a job once its size has changed.
@@ -292,7 +292,7 @@ def test_a_bad_node_is_named_and_excluded(cluster: SlurmCluster, training_data: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "overrides", "told"),
+    ("name", "overrides", "message"),
     [
         ("a config error", ["model.hidden_size=63"], "model.num_heads"),
         ("a missing data set", ["data.path=/nowhere/data"], "/nowhere/data"),
@@ -300,8 +300,8 @@ def test_a_bad_node_is_named_and_excluded(cluster: SlurmCluster, training_data: 
         ("another world", ["parallel.world_size=64"], "parallel.world_size"),
     ],
 )
-def test_what_is_wrong_is_told_once_and_not_queued_again(
-    cluster: SlurmCluster, training_data: Path, tmp_path: Path, name: str, overrides: list[str], told: str
+def test_bad_input_is_reported_once_and_not_queued_again(
+    cluster: SlurmCluster, training_data: Path, tmp_path: Path, name: str, overrides: list[str], message: str
 ) -> None:
     job = submit(
         cluster,
@@ -315,13 +315,13 @@ def test_what_is_wrong_is_told_once_and_not_queued_again(
     )
     record = job.wait_for_end("FAILED")
     assert record["Restarts"] == "0" and record["ExitCode"] == "2:0", job.text()
-    assert told in job.text() and "Traceback" not in job.text()
+    assert message in job.text() and "Traceback" not in job.text()
     assert not job.run.exists(), "a submission that was refused leaves nothing"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["a file/run", "/proc/1/run"])
-def test_a_run_directory_that_cannot_be_made_is_told_and_not_queued_again(
+def test_a_run_directory_that_cannot_be_made_is_bad_input(
     cluster: SlurmCluster, training_data: Path, tmp_path: Path, run: str
 ) -> None:
     (tmp_path / "a file").write_text("")

@@ -14,7 +14,8 @@ from mlra_scale.config import load_named_config, zero_stage
 from mlra_scale.planning.choice import choose
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.search import Candidate
-from mlra_scale.training.layout import Devices, best, settled
+from mlra_scale.training.start.device import Devices
+from mlra_scale.training.start.plan import best_layout, resolve_layout
 from tests.slurm.cluster import SlurmCluster
 from tests.support.training_runs import ROOT, environment
 
@@ -67,8 +68,8 @@ def test_a_file_runs_within_a_tenth_of_the_best_layout(path: Path, device: str) 
     file = ROOT / values["ds_config"] if "ds_config" in values else None
     config, named = load_named_config(values["preset"], None, file, overrides)
     devices = Devices(nodes * gpus, gpus, "cuda")
-    _, chosen = settled(config, named, devices)
-    fastest = best(config, devices).fastest
+    _, chosen = resolve_layout(config, named, devices)
+    fastest = best_layout(config, devices).fastest
     assert chosen is not None and chosen.chosen.time.seconds <= 1.1 * fastest.time.seconds
     assert chosen.chosen.memory.device + chosen.cluster.reserved <= 0.9 * chosen.cluster.memory
 

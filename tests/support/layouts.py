@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from mlra_scale.config import BatchPlan, Config, ModelConfig, batch_plan
-from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.model.parameters import ParameterTable
 
 VOCABULARY = 121  # odd: with a padding multiple of 16 there are padded rows in every layout
@@ -83,9 +82,8 @@ def layout_config(layout: Layout, **overrides: Any) -> Config:
 
 
 def table_of(config: Config) -> ParameterTable:
-    """The parameter table of a run: how factors are split is its low-rank plan's matter, which may be chosen for it."""
-    ranks = config.parallel.world_size or config.parallel.tensor * config.parallel.pipeline
-    return ParameterTable(config.model, low_rank_plan(config, batch_plan(config, ranks)))
+    """The parameter table of a run."""
+    return ParameterTable(config.model)
 
 
 def sample(config: Config, index: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection
 
-from mlra_scale.cluster.node import process_state
+from mlra_scale.cluster.process_tree import process_state
 
 
 def all_end(pids: Collection[int], seconds: float = 20.0) -> bool:

@@ -9,8 +9,8 @@ import torch
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import initial_vector
-from mlra_scale.model.reference import ReferenceGPT
 from tests.support.layouts import Batch, global_batch
+from tests.support.reference import ReferenceGPT
 
 
 @dataclass

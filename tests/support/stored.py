@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from mlra_scale.checkpoint import Store
-from mlra_scale.checkpoint.contents import PARTS
+from mlra_scale.checkpoint.fragments import PARTS
 from mlra_scale.checkpoint.retention import checkpoint_name
 
 

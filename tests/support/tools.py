@@ -1,14 +1,15 @@
-"""Runs the command lines of tools/ in this process: the real thing, without the seconds that starting takes."""
+"""Runs commands of the command line in this process: the real thing, without the seconds that starting takes."""
 
 import contextlib
-import importlib.util
 import io
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
+
+from mlra_scale.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = {"export_hf": "export", "import_hf": "import", "prepare_data": "prepare"}
+"""Files of tools/ to the names of their commands, where those differ."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,12 @@ class Ran:
     stderr: str
 
 
-@cache
-def load_tool(name: str) -> ModuleType:
-    """tools/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_tool(name: str, *arguments: object) -> Ran:
-    """Runs tools/NAME.py with these arguments; argparse's own exits become exit codes as well."""
+    """Runs the command of tools/NAME.py with these arguments; argparse's own exits become exit codes as well."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            code = load_tool(name).main([str(argument) for argument in arguments])
+            code = COMMANDS[NAMES.get(name, name)].main([str(argument) for argument in arguments], f"{name}.py")
         except SystemExit as left:
+            assert isinstance(left.code, int)
             code = left.code
     return Ran(code, out.getvalue(), err.getvalue())

@@ -1,12 +1,9 @@
-"""Runs the training command line on a tiny data set: in a pool's workers, or in processes of its own."""
+"""Tiny data sets, the training command line on a rank of a pool, and what a run has recorded."""
 
 import contextlib
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,44 +84,6 @@ def environment(**extra: str) -> dict[str, str]:
         "COLUMNS": "120",
     }
     return {**clean, **fixed, **extra}
-
-
-def train(*arguments: str, num_processes: int = 1, timeout: float = 180.0, **extra: str) -> Finished:
-    """Runs `mlra_scale.train` with these arguments and waits for its end.
-
-    Args:
-        arguments: Of the command line.
-        num_processes: 1: plain python; more: torchrun.
-        timeout: Seconds until everything that was started is killed and the test fails.
-        extra: Further environment variables.
-
-    Returns:
-        Exit code (that of torchrun is 1 whatever the workers' is) and output.
-    """
-    module = ["-m", "mlra_scale.train", *arguments]
-    command = [sys.executable, *module]
-    if num_processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command = [sys.executable, *launcher, f"--nproc_per_node={num_processes}", *module]
-    process = subprocess.Popen(
-        command,
-        env=environment(**extra),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except BaseException:
-        # The whole session: the launcher and its workers.
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        print(stdout[-3000:], stderr[-3000:], sep="\n--- stderr ---\n")
-        raise
-    return Finished(process.returncode, stdout, stderr)
 
 
 def metrics(run_directory: Path) -> list[dict[str, Any]]:

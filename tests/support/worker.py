@@ -1,23 +1,20 @@
-"""What one process of a test pool does: run cases one after another, each in a fresh process group and clean globals.
+"""What a rank of a test pool does: run functions one after another, each in a fresh process group and clean globals.
 
 Nothing here imports torch at module level: the environment of the process has to be set first.
 """
 
-import ctypes
-import faulthandler
 import gc
-import importlib
 import os
 import pickle
-import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import _lru_cache_wrapper
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+from benchmarks.ranks import Failed
 
 
 @dataclass
@@ -37,99 +34,51 @@ _FROZEN = Frozen()
 
 
 @dataclass(frozen=True)
-class WorkerPlan:
-    """Everything a worker has to know at its start."""
-
-    rank: int
-    world_size: int
-    store_port: int
-    group_timeout: float
-    log_path: Path
-    parent_pid: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """One function to call on every rank; ``payload`` is the pickled tuple of its arguments."""
+class Call:
+    """One function to call on every rank; ``payload`` is the pickled function and tuple of its arguments."""
 
     number: int
-    module: str
-    function: str
     payload: bytes
     search_path: tuple[str, ...]
 
 
-def run_worker(plan: WorkerPlan, connection: Connection) -> None:
-    """Serves cases until the connection closes.
-
-    It sends ("ready", None) once, then for each case ("result", bytes) or ("error", text), followed by ("idle", None)
-    when everything the case left behind is gone, or ("unclean", text) when that failed.
-    """
-    _leave_with_parent(plan.parent_pid)
-    _redirect_output(plan.log_path)
-    os.environ.update(
-        RANK=str(plan.rank),
-        LOCAL_RANK=str(plan.rank),
-        WORLD_SIZE=str(plan.world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(plan.store_port),
-    )
-    import torch
+def serve_calls(calls: Iterator[Call], group_timeout: float) -> Iterator[Any]:
+    """Answers when it is ready, then twice for each call: its pickled result, and when all that it left is gone."""
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=plan.group_timeout)
-    store = dist.TCPStore("127.0.0.1", plan.store_port, is_master=False, timeout=timeout)
+    timeout = timedelta(seconds=group_timeout)
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     environment, directory = dict(os.environ), os.getcwd()
-    connection.send(("ready", None))
-    while True:
-        try:
-            case: Case = connection.recv()
-        except EOFError:
-            # Interpreter shutdown may wait for threads of a library; nothing is left to save.
-            os._exit(0)
-        connection.send(_run_case(case, plan, store, timeout))
-        try:
-            _tear_down()
-            os.environ.clear()
-            os.environ.update(environment)
-            os.chdir(directory)
-        except Exception:
-            connection.send(("unclean", traceback.format_exc()))
-        else:
-            connection.send(("idle", None))
+    yield "ready"
+    for call in calls:
+        yield _run(call, dist.PrefixStore(f"call{call.number}", store), timeout)
+        _tear_down()
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(directory)
+        yield "clean"
 
 
-def _run_case(case: Case, plan: WorkerPlan, store: Any, timeout: timedelta) -> tuple[str, Any]:
+def _run(call: Call, store: Any, timeout: timedelta) -> Any:
     import torch
     import torch.distributed as dist
 
-    print(f"--- case {case.number}: {case.module}.{case.function}", flush=True)
+    print(f"--- call {call.number}", flush=True)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        sys.path[:] = case.search_path
-        function: Any = importlib.import_module(case.module)
-        for part in case.function.split("."):
-            function = getattr(function, part)
-        arguments = pickle.loads(case.payload)
+        sys.path[:] = call.search_path
+        function, arguments = pickle.loads(call.payload)
         _freeze_libraries()
         torch.manual_seed(0)
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore(f"case{case.number}", store),
-            rank=plan.rank,
-            world_size=plan.world_size,
-            timeout=timeout,
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         # A rank that closes its sockets while another one still connects makes that one fail.
         dist.barrier()
-        # Tensors travel by value: multiprocessing's own pickler would hand out file descriptors of this process.
-        return "result", pickle.dumps(function(plan.rank, plan.world_size, *arguments))
-    except BaseException as error:
+        # Pickled here: an engine that the result refers to would outlive _tear_down.
+        return pickle.dumps(function(rank, world_size, *arguments))
+    except Exception as error:
         text = traceback.format_exc()
         traceback.clear_frames(error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return "error", text
+        return Failed(text)
 
 
 def _freeze_libraries() -> None:
@@ -254,22 +203,3 @@ def _reset_deepspeed() -> None:
             if not hasattr(module, name):
                 raise RuntimeError(f"{module_name}.{name} is gone: revise tests/support/worker.py for this DeepSpeed")
             setattr(module, name, value)
-
-
-def _leave_with_parent(parent_pid: int) -> None:
-    """Makes this process a group of its own (so that its children can be killed with it) that dies with its parent."""
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-
-def _redirect_output(path: Path) -> None:
-    """Sends everything printed, also by native code, to a file, and makes SIGUSR1 write the stacks of all threads."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)

@@ -1,6 +1,7 @@
-"""The console never ends the work: closed pipes, full disks, encodings."""
+"""Tables and log messages; and the console never ends the work: closed pipes, full disks, encodings."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,43 @@ def stream(descriptor: int, encoding: str = "utf-8") -> io.TextIOWrapper:
     unfailing = console._unfailing(plain, descriptor)
     assert isinstance(unfailing, io.TextIOWrapper)
     return unfailing
+
+
+def test_a_table_is_aligned_plain_text_and_its_cells_are_not_markup() -> None:
+    rows = [["first", "[bold] :smile:", "1"], ["b", "\u6df1\u3044", "12,000"]]
+    lines = console.table(["run", "note", "tokens"], rows, left=2).split("\n")
+    assert lines == [
+        "run    note            tokens",
+        "first  [bold] :smile:       1",
+        "b      \u6df1\u3044            12,000",
+    ], "of two columns each on a terminal"
+
+
+def test_a_table_keeps_to_its_width_and_loses_no_text() -> None:
+    cells = ["x" * 50, "several words " * 10, "y" * 40, "3.14"]
+    lines = console.table(["a", "b", "c", "d"], [cells], left=4).split("\n")
+    assert max(map(len, lines)) <= console.TABLE_WIDTH
+    for letter, number in (("x", 50), ("y", 40)):
+        assert sum(line.count(letter) for line in lines) == number
+    assert " ".join(lines).count("several") == 10 and "3.14" in lines[1]
+    assert console.table(["a", "b"], [["x" * 300, "y"]], width=None).split("\n")[1] == f"{'x' * 300}  y"
+
+
+def test_messages_have_level_and_rank(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("mlra_scale")
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    for rank in (None, 0, 3):
+        console.set_up_logging(rank)
+        logging.getLogger("mlra_scale.training").info("of rank %s", rank)
+        logging.getLogger("mlra_scale.training").warning("step %d", 5)
+    assert capsys.readouterr().err.splitlines() == [
+        "INFO: of rank None",
+        "WARNING: step 5",
+        "INFO (rank 0): of rank 0",
+        "WARNING (rank 0): step 5",
+        "WARNING (rank 3): step 5",
+    ]
 
 
 def test_a_closed_pipe_takes_everything(broken: int) -> None:

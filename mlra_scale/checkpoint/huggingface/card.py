@@ -1,149 +1,28 @@
-"""The model card of an export: what the checkpoint says of itself, and nothing else."""
+"""The model card of an export. It says only what the checkpoint records."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 import mlra_scale
-from mlra_scale.checkpoint.contents import STATE
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
+from mlra_scale.checkpoint.state_contents import STATE
 from mlra_scale.config import Config, ModelConfig
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
 
-Rows = list[tuple[str, str]]
 CARD_MARK = b"exported with mlra-scale"
-"""What every card says, and no other one: by it an export is known."""
+"""A text that every card contains; by it an export is recognised."""
 
-
-def model_card(
-    store: Store, export_format: Format, dtype: str, verification: Verification | None, text: str | None
-) -> str:
-    """Returns the content of README.md.
-
-    Args:
-        store: The exported checkpoint.
-        export_format: "gpt2" or "mlra".
-        dtype: Name of the weights' type.
-        verification: The figures, or None where the export was not verified.
-        text: What the export was verified on.
-    """
-    sections = [
-        _front_matter(export_format),
-        f"# {_title(store.model)}\n\n{_introduction(store.model, export_format)}",
-        _use(export_format),
-        "## Model\n\n" + _table(_model_rows(store.model, dtype)),
-        "## Training\n\n" + _table(_training_rows(store)) + _changes(store),
-        "## Verification\n\n" + _verification(verification, text),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _front_matter(export_format: Format) -> str:
-    tags = ["mlra-scale"] + (["gpt2"] if export_format == "gpt2" else ["mlra"])
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
-    return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])
-
-
-def _factorised(model: ModelConfig) -> str:
-    return ", ".join(name for name in ("q", "k", "v", "o") if model.is_factorised(name))
-
-
-def _title(model: ModelConfig) -> str:
-    kind = f"MLRA (rank {model.rank})" if _factorised(model) else "dense attention"
-    return f"GPT-2, {model.num_layers} layers of width {model.hidden_size}, {kind}"
-
-
-def _introduction(model: ModelConfig, export_format: Format) -> str:
-    text = f"A language model trained and exported with mlra-scale {mlra_scale.__version__}."
-    if not _factorised(model):
-        return text + f" Its architecture is GPT-2's{', with queries and keys normalised' if model.qk_norm else ''}."
-    text += (
-        f" It was trained with the attention projections {_factorised(model)} as products of two factors of rank "
-        f"{model.rank} (multi-head low-rank attention, Chung et al. 2024, arXiv 2409.07787)."
-    )
-    if export_format == "gpt2":
-        return text + " Here the factors are merged, which changes nothing: the architecture is that of GPT-2."
-    return text + " Here the factors are kept; `modeling_mlra.py` is the model's code."
-
-
-def _use(export_format: Format) -> str:
-    arguments = tokenizer_arguments = "folder"
-    if export_format == "mlra":
-        arguments += ", trust_remote_code=True"
-        # It needs no code, but the library looks at the model's configuration first, and asks.
-        tokenizer_arguments += ", trust_remote_code=False"
-    return f"""## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-model = AutoModelForCausalLM.from_pretrained({arguments})
-tokenizer = AutoTokenizer.from_pretrained({tokenizer_arguments})
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-```"""
-
-
-def _model_rows(model: ModelConfig, dtype: str) -> Rows:
-    return [
-        ("parameters", f"{model.num_parameters():,} as trained, tied head counted once"),
-        ("layers", str(model.num_layers)),
-        ("width", f"{model.hidden_size}, {model.ffn_size} in feed-forward layers"),
-        ("heads", f"{model.num_heads} of width {model.head_dim}"),
-        ("attention", f"{_factorised(model)} of rank {model.rank}" if _factorised(model) else "dense"),
-        *([("options", "; ".join(options))] if (options := _options(model)) else []),
-        ("positions", f"{model.max_positions:,}, learned"),
-        ("vocabulary", f"{model.vocab_size:,} tokens"),
-        ("weights", dtype),
-    ]
-
-
-def _options(model: ModelConfig) -> list[str]:
-    """What the model was trained with beside its shape, and where that is in the export."""
-    found = {
-        "QK-norm (arXiv 2302.05442)": model.qk_norm,
-        "sigmaReparam (arXiv 2303.06296), folded into the weights": model.sigma_reparam,
-        "LayerNorm Scaling (arXiv 2502.05795), folded into the norms": model.layer_norm_scaling,
-        f"token embeddings times {model.embedding_factor:g} on entry and not in the head": model.embedding_factor
-        != 1.0,
-    }
-    return [text for text, is_on in found.items() if is_on]
-
-
-def _training_rows(store: Store) -> Rows:
-    rows: Rows = []
-    progress = store.state.get("progress") or {}
-    if store.config is not None:
-        rows.append(("optimizer steps", f"{store.step:,} of {store.config.train.steps:,}"))
-    for field, name in (("consumed_tokens", "tokens"), ("consumed_samples", "sequences")):
-        if field in progress:
-            rows.append((name, f"{progress[field]:,}"))
-    rows += _validation_rows(store)
-    if store.config is not None:
-        rows += _run_rows(store.config)
-        layout = {key: value for key, value in store.manifest.layout.items() if key != "precision"}
-        rows.append(("layout", ", ".join(f"{key} {value}" for key, value in layout.items())))
-    rows += _data_rows(store)
-    changed = {change["field"] for change in _told_changes(store)}
-    rows = [
-        (name, f"{value} (last of several: see the changes below)") if _is_changed(name, changed) else (name, value)
-        for name, value in rows
-    ]
-    rows += [(f"origin: {key}", _plain(value)) for key, value in (store.state.get("origin") or {}).items()]
-    begun_from = _history(store).get("begun_from") or {}
-    rows += [(f"began with weights: {key}", _plain(value)) for key, value in begun_from.items()]
-    versions = [f"{library} {version}" for library, version in store.manifest.versions.items()]
-    saved = f"{store.manifest.created}, {store.manifest.save_id}"
-    return [*rows, ("checkpoint", saved), ("saved with", ", ".join(versions))]
-
+_TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _FIELDS_OF_ROWS: dict[str, tuple[str, ...]] = {
     "batch": ("train.global_batch_size",),
@@ -155,7 +34,7 @@ _FIELDS_OF_ROWS: dict[str, tuple[str, ...]] = {
     "data": ("data.blend",),
 }
 """Fields, or their beginnings, that a row of the card shows the last value of."""
-_CHANGES_NOT_TOLD = (
+_CHANGES_NOT_SHOWN = (
     "preset",
     "form of the data's fingerprints",
     "data.path",
@@ -173,11 +52,92 @@ _CHANGES_NOT_TOLD = (
     "evaluation.",
     "checkpoint.",
 )
-"""Changes that do not change the model: where things lie, how they are recorded, what is measured and when."""
+"""Changes that do not change the model: of paths, of records, and of what is measured and when."""
+
+
+def model_card(
+    store: Store, export_format: Format, dtype: str, verification: Verification | None, text: str | None
+) -> str:
+    """Returns the content of README.md.
+
+    Args:
+        store: The exported checkpoint.
+        export_format: "gpt2" or "mlra".
+        dtype: Name of the weights' type.
+        verification: The figures, or None where the export was not verified.
+        text: The source of the text of the verification.
+    """
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["mlra-scale", export_format]
+    )
+    model, config, history = store.model, store.config, _history(store)
+    changes = [] if config is None else _shown_changes(history)
+    known_from = history.get("known_from", store.step)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        manifest=store.manifest,
+        config=config,
+        model=model,
+        dtype=dtype,
+        version=mlra_scale.__version__,
+        factorised=", ".join(name for name in ("q", "k", "v", "o") if model.is_factorised(name)),
+        is_gpt2=export_format == "gpt2",
+        options=_options(model),
+        dropouts=(model.embedding_dropout, model.attention_dropout, model.residual_dropout),
+        progress=store.state.get("progress") or {},
+        validation_loss=store.state.get("validation_loss"),
+        data=_data_names(config),
+        provenance=_provenance(store, history),
+        changes=[(each["step"] + 1, each["field"], _value(each["was"]), _value(each["now"])) for each in changes],
+        changed_rows=[
+            row
+            for row, fields in _FIELDS_OF_ROWS.items()
+            if any(str(each["field"]).startswith(fields) for each in changes)
+        ],
+        known_from=known_from if config is not None and type(known_from) is int else 0,
+        verification=None if verification is None else verification.lines(),
+        text=text,
+    )
+    return str(card)
+
+
+def _options(model: ModelConfig) -> list[str]:
+    """The model's options beside its shape, and how the export represents them."""
+    factor = model.embedding_factor
+    found = {
+        "QK-norm (arXiv 2302.05442)": model.qk_norm,
+        "sigmaReparam (arXiv 2303.06296), folded into the weights": model.sigma_reparam,
+        "LayerNorm Scaling (arXiv 2502.05795), folded into the norms": model.layer_norm_scaling,
+        f"token embeddings times {factor:g} on entry and not in the head": factor != 1.0,
+    }
+    return [text for text, is_on in found.items() if is_on]
+
+
+def _data_names(config: Config | None) -> str:
+    """The names of the data sets, without their folders."""
+    if config is None:
+        return ""
+    blend = config.data.blend or {}
+    total = sum(blend.values())
+    shares = [f"{Path(path).name} ({100 * weight / total:.4g} %)" for path, weight in blend.items()]
+    return ", ".join(shares) or Path(config.data.path or "").name
+
+
+def _provenance(store: Store, history: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Fingerprints of the data, and where imported weights come from."""
+    fingerprints = store.state.get("data_fingerprints") or {}
+    rows = [
+        (f"fingerprint of {Path(field).name if '/' in field else field}", str(fingerprint))
+        for field, fingerprint in fingerprints.items()
+    ]
+    for label, values in (("origin", store.state.get("origin")), ("began with weights", history.get("begun_from"))):
+        rows += [(f"{label}: {key}", _plain(value)) for key, value in (values or {}).items()]
+    return rows
 
 
 def _history(store: Store) -> dict[str, Any]:
-    """What training/history.py wrote; empty in checkpoints of before there was a history."""
+    """The section that training/history.py writes; checkpoints of early versions have none."""
     history = store.state.get("history") or {}
     changes = history.get("changes", [])
     is_sound = isinstance(changes, list) and all(
@@ -189,34 +149,9 @@ def _history(store: Store) -> dict[str, Any]:
     return dict(history)
 
 
-def _told_changes(store: Store) -> list[dict[str, Any]]:
-    changes = _history(store).get("changes") or []
-    return [change for change in changes if not str(change["field"]).startswith(_CHANGES_NOT_TOLD)]
-
-
-def _is_changed(row: str, changed: Iterable[str]) -> bool:
-    beginnings = _FIELDS_OF_ROWS.get(row)
-    return beginnings is not None and any(field.startswith(beginnings) for field in changed)
-
-
-def _changes(store: Store) -> str:
-    """What was changed while the model was trained, or that this is not known; empty where nothing was."""
-    if store.config is None:
-        return ""
-    history, parts = _history(store), []
-    if changes := _told_changes(store):
-        lines = ["| from step | field | before | from then on |", "|---|---|---|---|"]
-        for change in changes:
-            was, now = (_value(change[name]) for name in ("was", "now"))
-            lines.append(f"| {change['step'] + 1:,} | {change['field']} | {was} | {now} |")
-        parts.append("Changed in the course of the training:\n\n" + "\n".join(lines))
-    known_from = history.get("known_from", store.step)
-    if type(known_from) is int and known_from > 0:
-        parts.append(
-            f"Whether settings were changed before step {known_from + 1:,} is not recorded in the checkpoint; the "
-            "first table has the last ones."
-        )
-    return "".join(f"\n\n{part}" for part in parts)
+def _shown_changes(history: Mapping[str, Any]) -> list[dict[str, Any]]:
+    changes = history.get("changes") or []
+    return [change for change in changes if not str(change["field"]).startswith(_CHANGES_NOT_SHOWN)]
 
 
 def _value(value: Any) -> str:
@@ -227,65 +162,7 @@ def _value(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A JSON value as text; of a path only the name, since where things lay is nobody's business."""
+    """A JSON value as text; of a path only the name, since folders of the author's machine are private."""
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return Path(value).name if isinstance(value, str) else str(value)
-
-
-def _validation_rows(store: Store) -> Rows:
-    loss = store.state.get("validation_loss")
-    return [] if loss is None else [("validation loss", f"{loss:.4f} nats per token after step {store.step:,}")]
-
-
-def _run_rows(config: Config) -> Rows:
-    train, optim = config.train, config.optim
-    return [
-        ("batch", f"{train.global_batch_size} sequences of {train.sequence_length} tokens"),
-        ("precision", train.precision),
-        ("learning rate", f"{optim.lr:g}, {optim.schedule}, {optim.warmup_steps} steps of warm-up"),
-        ("Adam", f"betas {optim.betas[0]:g}, {optim.betas[1]:g}; weight decay {optim.weight_decay:g}"),
-        ("dropout", _dropout(config.model)),
-        ("seed", str(train.seed)),
-        ("documents", _documents(config)),
-    ]
-
-
-def _documents(config: Config) -> str:
-    """How the documents of a sequence were kept apart, which decides what the model may be given."""
-    if config.data.document_attention == "across":
-        return "see each other within a sequence"
-    positions = "begin again with each" if config.data.reset_positions else "count through"
-    return f"do not see each other (attention stops at their borders); positions {positions}"
-
-
-def _dropout(model: ModelConfig) -> str:
-    rates = (model.embedding_dropout, model.attention_dropout, model.residual_dropout)
-    return "none" if not any(rates) else "embedding {:g}, attention {:g}, residual {:g}".format(*rates)
-
-
-def _data_rows(store: Store) -> Rows:
-    """Names of the data sets (not where they lay) and what identifies their content."""
-    rows: Rows = []
-    data = None if store.config is None else store.config.data
-    if data is not None and data.blend:
-        total = sum(data.blend.values())
-        shares = (f"{Path(path).name} ({100 * weight / total:.4g} %)" for path, weight in data.blend.items())
-        rows.append(("data", ", ".join(shares)))
-    elif data is not None and data.path is not None:
-        rows.append(("data", Path(data.path).name))
-    for field, fingerprint in (store.state.get("data_fingerprints") or {}).items():
-        label = field if "/" not in field else Path(field).name
-        rows.append((f"fingerprint of {label}", str(fingerprint)))
-    return rows
-
-
-def _verification(verification: Verification | None, text: str | None) -> str:
-    if verification is None:
-        return "This export was not compared with the checkpoint."
-    compared = "This folder, loaded by transformers, against the training's own layers with the checkpoint's weights"
-    return f"{compared}, on {text}:\n\n{_table(verification.lines())}"
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -1,13 +1,10 @@
-"""Exports a checkpoint to a Hugging Face folder that is verified before it gets its name."""
+"""Exporting a checkpoint to a Hugging Face folder, which is verified before it gets its name."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,26 +12,19 @@ from pathlib import Path
 
 import torch
 
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import sync_folder
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
-from mlra_scale.checkpoint.huggingface.folder import write_configuration
-from mlra_scale.checkpoint.huggingface.shards import write_shards
-from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors
-from mlra_scale.checkpoint.huggingface.tokenizer import (
-    EncodedText,
-    SpecialTokens,
-    WrittenTokenizer,
-    check_tokenizer,
-    write_tokenizer,
-)
+from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens, write_configuration
+from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors, write_shards
+from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText, WrittenTokenizer, check_tokenizer, write_tokenizer
 from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.files import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 MIN_VERIFIED_TOKENS = 16
-"""In one sequence: of a single token neither attention nor positions would tell anything."""
+"""Of one sequence: with a single token the logits depend on no attention and no further position."""
 _CARD = "README.md"
 
 
@@ -44,8 +34,8 @@ class VerificationText:
 
     Attributes:
         tokens_NS: Token ids, one more per sequence than are passed to the models.
-        description: Where they are from, for the model card: "the validation data", "FILE".
-        documents: Texts with their ids in training, which the exported tokenizer must give too.
+        description: Its source, for the model card: "the validation data", "FILE".
+        documents: Texts with their ids in training, which the exported tokenizer must reproduce.
     """
 
     tokens_NS: torch.Tensor
@@ -55,14 +45,14 @@ class VerificationText:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export.
+    """Options of an export.
 
     Attributes:
         export_format: "gpt2" (stock GPT-2) or "mlra" (factors kept, code shipped).
         dtype: Type of the written weights.
         max_shard_bytes: Largest size of one file.
         tokenizer: Folder of a tokenizer, instead of the checkpoint's own.
-        is_replacing: Whether an export that lies at the target is replaced.
+        is_replacing: Whether an export at the target is replaced.
     """
 
     export_format: Format = "gpt2"
@@ -79,16 +69,16 @@ def export_checkpoint(
     text: VerificationText | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Verification | None:
-    """Writes a checkpoint as a Hugging Face folder; what fails leaves nothing behind.
+    """Writes a checkpoint as a Hugging Face folder; a failed export leaves nothing behind.
 
-    Never more than one tensor is held in memory, and verification maps the written files and goes layer by layer.
+    At most one tensor is held in memory, and the verification maps the written files and computes layer by layer.
 
     Args:
         store: The checkpoint.
         target: The folder to make.
-        options: How.
+        options: Format, type, sizes and tokenizer.
         text: What to verify on; None: the export is not verified.
-        say: Told the progress, line by line.
+        say: Called with each line about the progress.
 
     Returns:
         The figures of the verification, which it has passed; None without one.
@@ -105,10 +95,15 @@ def export_checkpoint(
         raise CheckpointError(f"{target} lies in the checkpoint, and would be removed with it; name another output")
     if text is not None:
         _check_text(text, store)
-    with _faults_told(target), _unfinished(target) as folder:
+    busy = CheckpointError(f"another export to {target} is at work; wait for it or name another output")
+    with _system_errors(target), new_folder(target, busy) as folder:
         began = time.monotonic()
-        tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, text, say)
-        special = _special_tokens(store) if tokenizer is None else tokenizer.special
+        # Where the configuration names it, the token that ends documents is known without a tokenizer.
+        special = SpecialTokens(end=None if store.config is None else store.config.data.end_of_document_token)
+        tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, special.end, text)
+        for note in () if tokenizer is None else tokenizer.notes:
+            say(note)
+        special = special if tokenizer is None else tokenizer.special
         write_configuration(folder, options.export_format, store.model, options.dtype, special)
         if tokenizer is not None:
             check_tokenizer(folder, tokenizer, () if text is None else text.documents)
@@ -125,31 +120,20 @@ def export_checkpoint(
             if not verification.has_passed:
                 raise VerificationError(f"its logits are not the trained model's: {verification.lines()[0][1]}")
             say(f"verified on {text.description} in {time.monotonic() - began:.1f} s")
-        card = model_card(
-            store,
-            options.export_format,
-            dtype_name(options.dtype),
-            verification,
-            None if text is None else text.description,
-        )
+        source = None if text is None else text.description
+        card = model_card(store, options.export_format, dtype_name(options.dtype), verification, source)
         (folder / _CARD).write_text(card, encoding="utf-8")
-        _to_disk(folder)
-        _give_name(folder, target)
     return verification
 
 
 def _write_tokenizer(
-    folder: Path, source: Path | None, store: Store, text: VerificationText | None, say: Callable[[str], None]
+    folder: Path, source: Path | None, store: Store, end: int | None, text: VerificationText | None
 ) -> WrittenTokenizer | None:
     if source is None:
         return None
     documents = () if text is None else text.documents
-    is_trained_here = store.config is not None
-    end, is_prepared_here = _special_tokens(store).end, recorded_tokenizer(store) is not None
-    written = write_tokenizer(source, folder, store.model, is_trained_here, end, documents, is_prepared_here)
-    for note in written.notes:
-        say(note)
-    return written
+    is_trained_here, is_prepared_here = store.config is not None, recorded_tokenizer(store) is not None
+    return write_tokenizer(source, folder, store.model, is_trained_here, end, documents, is_prepared_here)
 
 
 def recorded_tokenizer(store: Store) -> str | None:
@@ -158,19 +142,8 @@ def recorded_tokenizer(store: Store) -> str | None:
     return None if recorded is None else str(recorded)
 
 
-def _special_tokens(store: Store) -> SpecialTokens:
-    """What is known without a tokenizer: the token that ends documents, where the configuration names it."""
-    end = None if store.config is None else store.config.data.end_of_document_token
-    return SpecialTokens(end=end)
-
-
 def check_target(target: Path, is_replacing: bool) -> None:
-    """Raises CheckpointError if an export may not be made there; a cheap check before any work.
-
-    Args:
-        target: The folder to make.
-        is_replacing: Whether an export that lies there is replaced.
-    """
+    """Raises CheckpointError if an export may not be made at a path; a cheap check before any work."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():
@@ -202,85 +175,13 @@ def _check_text(text: VerificationText, store: Store) -> None:
 
 
 @contextlib.contextmanager
-def _faults_told(target: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a CheckpointError."""
+def _system_errors(target: Path) -> Iterator[None]:
+    """Turns errors of the operating system into a CheckpointError."""
     try:
         yield
     except OSError as error:
-        place = error.filename if isinstance(error.filename, str) else target
+        failed = error.filename if isinstance(error.filename, str) else target
         reason = os.strerror(error.errno) if error.errno else str(error)
-        remedy = f"free space on the disk of {target.parent}" if error.errno in _FULL else "name another output"
-        raise CheckpointError(f"{place} cannot be written: {reason}; {remedy}") from error
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def _unfinished(target: Path) -> Iterator[Path]:
-    """Gives an empty folder beside the target, which is gone at the end unless it got its name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.unfinished")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            _lock(lock, target)
-        for entry in folder.iterdir():  # of an export that was killed
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _lock(descriptor: int, target: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"another export to {target} is at work; wait for it or name another output") from None
-
-
-def _to_disk(folder: Path) -> None:
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
-
-
-def _give_name(folder: Path, target: Path) -> None:
-    """Renames the finished folder; an export that is there already and it change places at one stroke.
-
-    What is replaced is then where the unfinished one was, and is removed with it.
-    """
-    if not target.exists():
-        folder.rename(target)
-    elif not _exchanged(folder, target):
-        # The file system cannot exchange: for a moment there is neither.
-        old = target.with_name(f".{target.name}.replaced")
-        target.rename(old)
-        try:
-            folder.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    sync_folder(target.parent)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Lets two paths change places (Linux); returns False where that cannot be done."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(code, os.strerror(code), str(other))
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"free space on the disk of {target.parent}" if is_full else "name another output"
+        raise CheckpointError(f"{failed} cannot be written: {reason}; {remedy}") from error

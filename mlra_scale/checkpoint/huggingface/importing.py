@@ -1,4 +1,4 @@
-"""A GPT-2 folder in Hugging Face's format becomes a store checkpoint: dense as it is, or factorised.
+"""Importing a GPT-2 folder in Hugging Face's format as a checkpoint: dense as it is, or factorised.
 
     c_attn.weight [D, 3 D]   its columns are q, k, v; stored [in, out], here [out, in]
     factorised at rank R     W = U S V^T;  up = U sqrt(S) [D, R],  down = sqrt(S) V^T [R, D], the first R of each
@@ -12,17 +12,24 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mlra_scale.checkpoint.contents import model_of
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.huggingface.gpt2_weights import GPT2Weights
-from mlra_scale.checkpoint.writer import write_weights
+from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.huggingface.gpt2_weights import (
+    LINEAR_MAPS,
+    NORMS,
+    OUTSIDE_BLOCKS,
+    check_gpt2_weights,
+    gpt2_shapes,
+    read_gpt2_weights,
+)
+from mlra_scale.checkpoint.state_contents import parse_model
+from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.config import ModelConfig
 from mlra_scale.config.json_text import printable, read_json_object
 from mlra_scale.model.parameters import ParameterTable
@@ -64,12 +71,12 @@ class KeptEnergy:
 
 @dataclass(frozen=True)
 class Imported:
-    """What was made.
+    """An imported model.
 
     Attributes:
         checkpoint: The checkpoint's folder.
         model: Its model section.
-        stored_dtypes: The types that the weights had; they are fp32 now.
+        stored_dtypes: The types that the weights had in the folder; in the checkpoint they are fp32.
         has_tokenizer: Whether the folder had a tokenizer, which was copied.
         kept: One entry for each factorised projection.
         notes: What the user should know.
@@ -89,7 +96,6 @@ def import_gpt2(
     rank: int | None = None,
     projections: tuple[str, ...] = ("q", "k", "v"),
     vocab_padding_multiple: int = 128,
-    told: Callable[[KeptEnergy], None] = lambda kept: None,
 ) -> Imported:
     """Writes a GPT-2 as a checkpoint of kind "weights", tensor by tensor from mapped files.
 
@@ -99,29 +105,21 @@ def import_gpt2(
         rank: R of the factorised projections; None: all stay dense and no weight changes.
         projections: Which to factorise.
         vocab_padding_multiple: The embedding's rows are padded with zeros to a multiple of this.
-        told: Called after each factorisation.
-
-    Returns:
-        What was made.
 
     Raises:
         CheckpointError: The folder is no GPT-2 that this project can express exactly, or nothing can be written.
     """
     config, model, notes = _read_config(folder, rank, projections, vocab_padding_multiple)
-    weights = GPT2Weights(folder)
-    weights.check(_shapes(model), config.tie_word_embeddings)
+    weights = read_gpt2_weights(folder)
+    check_gpt2_weights(folder, weights, gpt2_shapes(model), config.tie_word_embeddings)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+    origin = {"format": "gpt2", "folder": str(folder), "attention_rank": rank, "dtypes": dtypes}
     kept: list[KeptEnergy] = []
-
-    def record(entry: KeptEnergy) -> None:
-        kept.append(entry)
-        told(entry)
-
-    origin = {"format": "gpt2", "folder": str(folder), "attention_rank": rank, "dtypes": weights.dtypes}
     with tempfile.TemporaryDirectory() as temporary:
-        tokenizer = _tokenizer_files(folder, Path(temporary))
+        tokenizer = _copy_tokenizer(folder, Path(temporary))
         values = model.model_dump(mode="json")
-        write_weights(checkpoint, values, _parameters(model, weights, record), tokenizer, origin)
-    return Imported(checkpoint, model, weights.dtypes, tokenizer is not None, kept, notes)
+        write_weights(checkpoint, values, _parameters(model, weights, kept), tokenizer, origin)
+    return Imported(checkpoint, model, dtypes, tokenizer is not None, kept, notes)
 
 
 def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -183,8 +181,8 @@ def _read_config(
     if any(dropouts.values()):
         notes.append("dropout is that of config.json; change it with model.attention_dropout=0 and so on when training")
     if config.reorder_and_upcast_attn:
-        notes.append("reorder_and_upcast_attn is dropped: it is the same in fp32 and rounds otherwise in 16 bits")
-    return config, model_of(values, path), notes
+        notes.append("reorder_and_upcast_attn is dropped: it changes nothing in fp32, and the rounding in 16 bits")
+    return config, parse_model(values, path), notes
 
 
 def _gpt2_config(path: Path) -> Any:
@@ -210,27 +208,10 @@ def _gpt2_config(path: Path) -> Any:
     return config
 
 
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of the GPT-2 that the model section describes."""
-    D, F = model.hidden_size, model.ffn_size
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (model.vocab_size, D), "wpe.weight": (model.max_positions, D)}
-    for block in range(model.num_layers):
-        for name, width_in, width_out in (
-            ("attn.c_attn", D, 3 * D),
-            ("attn.c_proj", D, D),
-            ("mlp.c_fc", D, F),
-            ("mlp.c_proj", F, D),
-        ):
-            shapes |= {f"h.{block}.{name}.weight": (width_in, width_out), f"h.{block}.{name}.bias": (width_out,)}
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"h.{block}.{name}.weight": (D,), f"h.{block}.{name}.bias": (D,)}
-    return shapes | {"ln_f.weight": (D,), "ln_f.bias": (D,)}
-
-
 def _parameters(
-    model: ModelConfig, weights: Mapping[str, torch.Tensor] | GPT2Weights, told: Callable[[KeptEnergy], None]
+    model: ModelConfig, weights: Mapping[str, torch.Tensor], kept: list[KeptEnergy]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter in the order of the table."""
+    """Yields every parameter in the order of the table, and adds to `kept` what each factorisation keeps."""
     table = ParameterTable(model)
     factors: dict[str, torch.Tensor] = {}
     for name in table:
@@ -238,10 +219,10 @@ def _parameters(
             yield name, factors.pop(name)
         elif name.endswith(".down.weight"):
             projection = name.removesuffix(".down.weight")
-            up, down, energy = factorise(_finite(name, _dense(f"{projection}.weight", model, weights)), model.rank)
+            dense = _finite(name, _dense(f"{projection}.weight", model, weights))
+            factors[f"{projection}.up.weight"], down, energy = factorise(dense, model.rank)
             _, block, _, letter = projection.split(".")
-            told(KeptEnergy(int(block), letter, energy))
-            factors[f"{projection}.up.weight"] = up
+            kept.append(KeptEnergy(int(block), letter, energy))
             yield name, down
         else:
             tensor = _finite(name, _dense(name.replace(".up.bias", ".bias"), model, weights))
@@ -251,36 +232,23 @@ def _parameters(
             yield name, tensor
 
 
-def _dense(name: str, model: ModelConfig, weights: Mapping[str, torch.Tensor] | GPT2Weights) -> torch.Tensor:
+def _dense(name: str, model: ModelConfig, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Returns a parameter of the dense model by its canonical name, as it is stored."""
-    if name in _OUTSIDE_BLOCKS:
-        return weights[_OUTSIDE_BLOCKS[name]]
-    _, block, part, *rest = name.split(".")
-    kind = rest[-1]
-    if part in ("attention_norm", "mlp_norm"):
-        return weights[f"h.{block}.{'ln_1' if part == 'attention_norm' else 'ln_2'}.{kind}"]
-    theirs = _LINEAR[rest[0]]
+    if name in _OUTSIDE:
+        return weights[_OUTSIDE[name]]
+    _, block, *rest, kind = name.split(".")
+    theirs, index = _IN_BLOCKS[".".join(rest)]
     tensor = weights[f"h.{block}.{theirs}.{kind}"]
-    if theirs == "attn.c_attn":
-        first = "qkv".index(rest[0]) * model.hidden_size
-        tensor = tensor[..., first : first + model.hidden_size]
+    if theirs in NORMS:
+        return tensor
+    if len(LINEAR_MAPS[theirs]) > 1:  # q, k and v side by side
+        tensor = tensor.split(model.hidden_size, dim=-1)[index]
     return tensor.T if kind == "weight" else tensor
 
 
-_OUTSIDE_BLOCKS = {
-    "embedding.weight": "wte.weight",
-    "positions.weight": "wpe.weight",
-    "final_norm.weight": "ln_f.weight",
-    "final_norm.bias": "ln_f.bias",
-}
-_LINEAR = {
-    "q": "attn.c_attn",
-    "k": "attn.c_attn",
-    "v": "attn.c_attn",
-    "o": "attn.c_proj",
-    "fc_in": "mlp.c_fc",
-    "fc_out": "mlp.c_proj",
-}
+_OUTSIDE = {ours: theirs for theirs, ours in OUTSIDE_BLOCKS.items()}
+_IN_BLOCKS = {ours: (theirs, 0) for theirs, ours in NORMS.items()}
+_IN_BLOCKS |= {name: (theirs, index) for theirs, ours in LINEAR_MAPS.items() for index, name in enumerate(ours)}
 
 
 def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -289,8 +257,8 @@ def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _tokenizer_files(folder: Path, target: Path) -> Path | None:
-    """Gathers the tokenizer's files, which lie among others; None where there are none."""
+def _copy_tokenizer(folder: Path, target: Path) -> Path | None:
+    """Copies the tokenizer's files, which lie among others; None where there are none."""
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)

@@ -1,24 +1,35 @@
-"""What an export consists of: the tensors of each format, by name, and how each is made from a store.
+"""The tensors of an export: their names and shapes in each format, how each is made from a store, and their files.
 
 `gpt2` is the layout of GPT2LMHeadModel: factorised projections are merged (exactly, since nothing stands between the
 factors; in float64, so that only the rounding to the written type remains), q, k and v share one matrix, and matrices
 are transposed, since GPT-2's Conv1D keeps them as [in, out]. `mlra` keeps names, factors and all values as they are.
 
-In both the rows that pad the vocabulary are left out, sigmaReparam and LayerNorm Scaling are folded into the weights
-(plain.py), and the output head is the token embedding, stored once. With `model.embedding_scale` that holds for `mlra`
-only: GPT-2 has no factor between the two, so there the scaled embedding and the head are two matrices.
+In both the rows that pad the vocabulary are left out, and the output head is the token embedding, stored once. With
+`model.embedding_scale` that holds for `mlra` only: GPT-2 has no factor between the two, so there the scaled embedding
+and the head are two matrices. Options that a plain model does not have are folded into the weights:
+
+    sigmaReparam:       the matrix, or the up factor, times gamma / sigma; the gains are left out
+    LayerNorm Scaling:  weights and biases of the norms of block l times 1/sqrt(l)
+
+Folded weights are float64, all others are as they are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.huggingface.plain import PlainWeights
+from mlra_scale.checkpoint.files import CheckpointError, FileEntry, write_file
+from mlra_scale.checkpoint.huggingface.gpt2_weights import BLOCK_ORDER, LINEAR_MAPS, NORMS, linear_shape
+from mlra_scale.checkpoint.safetensors_file import write_safetensors
+from mlra_scale.model.parameters import LinearMap, linear_maps, vector_name
+from mlra_scale.model.power_iteration import iterated
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -26,6 +37,43 @@ if TYPE_CHECKING:
 
 Format = Literal["gpt2", "mlra"]
 FORMATS: tuple[Format, ...] = ("gpt2", "mlra")
+_INDEX = "model.safetensors.index.json"
+
+
+class PlainWeights:
+    """The weights of a stored model by canonical name, options folded in; each is made when it is asked for.
+
+    Attributes:
+        names: Those that a plain model has, in the order of the model.
+
+    Raises:
+        CheckpointError: The store lacks vectors of power iterations.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._vectors = store.power_vectors()
+        maps = linear_maps(store.model).values()
+        self._normalised = {entry.up or entry.down: entry for entry in maps}
+        gains = {entry.gain for entry in maps}
+        self.names = [name for name in store.table if name not in gains]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._store.table
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor, parts = self._store.tensor(name), name.split(".")
+        if name in self._normalised:
+            return tensor.double() * self._scale(self._normalised[name])
+        is_scaled_norm = parts[0] == "blocks" and parts[2] in ("attention_norm", "mlp_norm")
+        factor = self._store.model.norm_factor(int(parts[1])) if is_scaled_norm else 1.0
+        return tensor if factor == 1.0 else tensor.double() * factor
+
+    def _scale(self, entry: LinearMap) -> torch.Tensor:
+        """gamma / sigma, with the sigma of the run's next step or validation."""
+        up, down = (None if part is None else self._store.tensor(part).double() for part in (entry.up, entry.down))
+        sigma = iterated(self._vectors[vector_name(entry.name)].double(), up, down).sigma
+        return self._store.tensor(entry.gain).double() / sigma
 
 
 @dataclass(frozen=True)
@@ -35,7 +83,7 @@ class ExportTensor:
     Attributes:
         name: Its name in the exported files.
         shape: Its shape there.
-        make: Returns it, in the most accurate type there is; called when its turn to be written has come.
+        make: Returns it in the most accurate type available; called right before it is written.
     """
 
     name: str
@@ -44,26 +92,16 @@ class ExportTensor:
 
 
 def check_expressible(model: ModelConfig, export_format: Format) -> None:
-    """Raises CheckpointError if a format cannot express a model.
-
-    Args:
-        model: The configuration of the trained model.
-        export_format: One of FORMATS.
-    """
+    """Raises CheckpointError if a format cannot express a model."""
     if export_format == "gpt2" and model.qk_norm:
         raise CheckpointError(
             "the model normalises queries and keys (model.qk_norm), which stock GPT-2 cannot: what a norm divides by "
-            "depends on the text, so no weight can take it in; use --format mlra"
+            "depends on the text, so no weight can include it; use --format mlra"
         )
 
 
 def export_tensors(store: Store, export_format: Format) -> list[ExportTensor]:
-    """Returns the tensors of an export, in the order of the model; none is made yet.
-
-    Args:
-        store: An open checkpoint.
-        export_format: One of FORMATS.
-    """
+    """Returns the tensors of an export, in the order of the model; none is made yet."""
     plain = PlainWeights(store)
     return list(_gpt2(store, plain) if export_format == "gpt2" else _mlra(store, plain))
 
@@ -78,18 +116,17 @@ def _mlra(store: Store, plain: PlainWeights) -> Iterator[ExportTensor]:
 
 def _gpt2(store: Store, plain: PlainWeights) -> Iterator[ExportTensor]:
     model = store.model
-    D, F = model.hidden_size, model.ffn_size
+    D = model.hidden_size
     yield _vocabulary(store, "transformer.wte.weight", model.embedding_factor)
     yield _one(plain, "positions.weight", "transformer.wpe.weight", (model.max_positions, D))
-    for index in range(model.num_layers):
-        source, target = f"blocks.{index}", f"transformer.h.{index}"
-        qkv = tuple(f"{source}.attention.{projection}" for projection in ("q", "k", "v"))
-        yield from _norm(plain, f"{source}.attention_norm", f"{target}.ln_1", D)
-        yield from _linear(plain, qkv, f"{target}.attn.c_attn", D, 3 * D)
-        yield from _linear(plain, (f"{source}.attention.o",), f"{target}.attn.c_proj", D, D)
-        yield from _norm(plain, f"{source}.mlp_norm", f"{target}.ln_2", D)
-        yield from _linear(plain, (f"{source}.mlp.fc_in",), f"{target}.mlp.c_fc", D, F)
-        yield from _linear(plain, (f"{source}.mlp.fc_out",), f"{target}.mlp.c_proj", F, D)
+    for block in range(model.num_layers):
+        for module in BLOCK_ORDER:
+            target = f"transformer.h.{block}.{module}"
+            if module in NORMS:
+                yield from _norm(plain, f"blocks.{block}.{NORMS[module]}", target, D)
+            else:
+                sources = [f"blocks.{block}.{name}" for name in LINEAR_MAPS[module]]
+                yield from _linear(plain, sources, target, linear_shape(model, module))
     yield from _norm(plain, "final_norm", "transformer.ln_f", D)
     if model.embedding_factor != 1.0:
         yield _vocabulary(store, "lm_head.weight")
@@ -115,14 +152,10 @@ def _norm(plain: PlainWeights, source: str, target: str, width: int) -> Iterator
         yield _one(plain, f"{source}.{kind}", f"{target}.{kind}", (width,))
 
 
-def _linear(
-    plain: PlainWeights, sources: tuple[str, ...], target: str, inputs: int, outputs: int
-) -> Iterator[ExportTensor]:
+def _linear(plain: PlainWeights, sources: Sequence[str], target: str, shape: tuple[int, int]) -> Iterator[ExportTensor]:
     """One Conv1D for one or several of our maps side by side."""
-    yield ExportTensor(
-        f"{target}.weight", (inputs, outputs), lambda: torch.cat([_dense(plain, name) for name in sources]).T
-    )
-    yield ExportTensor(f"{target}.bias", (outputs,), lambda: torch.cat([_bias(plain, name) for name in sources]))
+    yield ExportTensor(f"{target}.weight", shape, lambda: torch.cat([_dense(plain, name) for name in sources]).T)
+    yield ExportTensor(f"{target}.bias", shape[1:], lambda: torch.cat([_bias(plain, name) for name in sources]))
 
 
 def _dense(plain: PlainWeights, name: str) -> torch.Tensor:
@@ -134,3 +167,47 @@ def _dense(plain: PlainWeights, name: str) -> torch.Tensor:
 
 def _bias(plain: PlainWeights, name: str) -> torch.Tensor:
     return plain[f"{name}.bias" if f"{name}.bias" in plain else f"{name}.up.bias"]
+
+
+def write_shards(
+    folder: Path, tensors: Sequence[ExportTensor], dtype: torch.dtype, max_bytes: int
+) -> dict[str, FileEntry]:
+    """Writes the tensors into one safetensors file, or several with an index; one tensor is in memory at a time.
+
+    Args:
+        folder: The export.
+        tensors: What to write.
+        dtype: The written type.
+        max_bytes: Largest size of a file's tensors, unless a single tensor is larger.
+
+    Returns:
+        Size and checksum of every file, by name.
+
+    Raises:
+        OSError: A file cannot be written.
+        CheckpointError: The type cannot represent a weight.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    sizes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in by_name.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_bytes)
+    files: dict[str, FileEntry] = {}
+    for file, names in split.filename_to_tensors.items():
+        specs = {name: (dtype, by_name[name].shape) for name in names}
+        made = ((name, _convert(by_name[name], dtype)) for name in names)
+        # transformers refuses files that do not say which library their tensors are for.
+        files[file] = write_safetensors(folder / file, specs, made, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files[_INDEX] = write_file(folder / _INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    return files
+
+
+def _convert(tensor: ExportTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Makes a tensor in the written type. No text uses every weight, so the verification could miss an infinite one."""
+    values = tensor.make()
+    written = values.to(dtype)
+    if dtype.itemsize < 4:
+        limits, largest = torch.stack(written.aminmax()), torch.finfo(dtype).max
+        if limits.isinf().any() and not torch.stack(values.aminmax()).isinf().any():
+            raise CheckpointError(f"{tensor.name} has values beyond {largest:g}, where {dtype} ends; use another type")
+    return written

@@ -1,8 +1,8 @@
-"""The tokenizer of an export: written anew as plain files, read back, and compared with that of training.
+"""The tokenizer of an export: written as new files, read back, and compared with that of training.
 
-Nothing that another library serialized is passed through. tokenizer.json is what the tokenizers library writes of the
-tokenizer that training encoded with; tokenizer_config.json has a few keys that transformers 4 and 5 both read. A
-post-processor that adds tokens (a template such as `<s> $A`) stays only where the training text had those tokens.
+No file of the source is copied. The tokenizers library writes tokenizer.json from the tokenizer that training encoded
+with; tokenizer_config.json has a few keys that transformers 4 and 5 both read. A post-processor that adds tokens (a
+template such as `<s> $A`) is kept only where the training text has those tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.config import ModelConfig
 from mlra_scale.config.json_text import printable
@@ -31,29 +32,14 @@ _OTHER_SPECIAL = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_toke
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of special tokens; None where there is none.
-
-    Attributes:
-        begin: Begins a text.
-        end: Ends a text, and so generation.
-        padding: Fills batches.
-    """
-
-    begin: int | None = None
-    end: int | None = None
-    padding: int | None = None
-
-
-@dataclass(frozen=True)
 class EncodedText:
     """A text and its tokens in training.
 
     Attributes:
-        text: The text. It spells no special token.
+        text: The text. It contains no special token's spelling.
         tokens: Its ids, without the token that ends a document.
-        is_stored: Whether these very ids are in the training or validation data; else the tokenizer of training gave
-            them: decoding does not give every text back exactly, or the text is not from the data.
+        is_stored: Whether exactly these ids are in the training or validation data. Otherwise the tokenizer of training
+            made them: decoding does not restore every text exactly, or the text is not from the data.
     """
 
     text: str
@@ -63,12 +49,12 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class WrittenTokenizer:
-    """What was written, and how the reader must encode.
+    """What was written, and how a reader must encode.
 
     Attributes:
         special: Ids of the special tokens.
         expected: The tokenizer as training applied it.
-        adds_tokens: Whether its post-processor was kept, since the training text has the tokens that it adds.
+        adds_tokens: Whether its post-processor was kept.
         notes: What was left out, one sentence each.
     """
 
@@ -128,21 +114,7 @@ def write_tokenizer(
     notes = []
     adds_tokens = any(backend.num_special_tokens_to_add(is_pair=is_pair) > 0 for is_pair in (False, True))
     if adds_tokens and is_trained_here and not _is_applied(backend, texts):
-        added = " ".join(printable(token, 40) for token in backend.encode("").tokens) or "special tokens"
-        is_compared = any(text.is_stored for text in texts)
-        if not is_compared and not is_prepared_here:
-            raise CheckpointError(
-                f"the tokenizer of {source} has a post-processor ({added}), and nothing says whether training applied "
-                "it: the data were not made by tools/prepare_data.py, and none of their text was compared; verify on "
-                "the run's validation data (without --text and --no-verify) or, where the training text has none of "
-                "these tokens, name a copy of the tokenizer without its post-processor (--tokenizer)"
-            )
-        reason = (
-            "the training text has none of its tokens"
-            if is_compared
-            else "preparing data adds none of its tokens (no training text was compared; that of others may have them)"
-        )
-        notes.append(f"the tokenizer's post-processor ({added}) is left out: {reason}")
+        notes.append(_reason_to_drop_post_processor(backend, source, texts, is_prepared_here))
         backend.post_processor = None
         adds_tokens = False
     if is_trained_here and not adds_tokens:
@@ -151,11 +123,11 @@ def write_tokenizer(
         notes.append("the tokenizer's chat template is left out: the model was not trained on chats")
     backend.save(str(folder / "tokenizer.json"))
     if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        backend.model.save(str(folder))  # also as Megatron-LM, GPT-NeoX and OpenAI's own code read it
+        backend.model.save(str(folder))  # the format that Megatron-LM, GPT-NeoX and OpenAI's own code read
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is, in transformers 4 and 5
         "model_max_length": model.max_positions,
-        "clean_up_tokenization_spaces": False,  # decoding gives the text back exactly
+        "clean_up_tokenization_spaces": False,  # decoding restores the text exactly
         **{name: str(token) for name, token in named.items() if token is not None and str(token) in vocabulary},
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
@@ -164,17 +136,32 @@ def write_tokenizer(
     return WrittenTokenizer(SpecialTokens(*ids), backend, adds_tokens, tuple(notes))
 
 
+def _reason_to_drop_post_processor(
+    backend: Tokenizer, source: Path, texts: Sequence[EncodedText], is_prepared_here: bool
+) -> str:
+    added = " ".join(printable(token, 40) for token in backend.encode("").tokens) or "special tokens"
+    if any(text.is_stored for text in texts):
+        reason = "the training text has none of its tokens"
+    elif is_prepared_here:
+        reason = "preparing data adds none of its tokens (no training text was compared; that of others may have them)"
+    else:
+        raise CheckpointError(
+            f"the tokenizer of {source} has a post-processor ({added}), and nothing says whether training applied "
+            "it: the data were not made by tools/prepare_data.py, and none of their text was compared; verify on "
+            "the run's validation data (without --text and --no-verify) or, where the training text has none of "
+            "these tokens, name a copy of the tokenizer without its post-processor (--tokenizer)"
+        )
+    return f"the tokenizer's post-processor ({added}) is left out: {reason}"
+
+
 def _is_applied(tokenizer: Tokenizer, texts: Sequence[EncodedText]) -> bool:
-    """Whether the post-processor is part of how the training text was encoded."""
+    """Whether the training text was encoded with the post-processor."""
     stored = [text for text in texts if text.is_stored] if tokenizer.num_special_tokens_to_add(is_pair=False) else []
     return bool(stored) and all(tokenizer.encode(text.text).ids == list(text.tokens) for text in stored)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads a tokenizer as a user of stock transformers does; code that lies in the folder is not run.
-
-    Args:
-        folder: A folder in Hugging Face's format.
+    """Loads a tokenizer from a folder as a user of stock transformers does; code in the folder is not run.
 
     Raises:
         CheckpointError: It cannot be loaded.
@@ -192,10 +179,7 @@ def load_tokenizer(folder: Path) -> Any:
 def check_tokenizer(folder: Path, written: WrittenTokenizer, texts: Sequence[EncodedText] = ()) -> None:
     """Loads the tokenizer of an export as its user does and compares it with that of training.
 
-    Args:
-        folder: The export.
-        written: What `write_tokenizer` returned.
-        texts: Texts with their ids in training; a plain call on each must give these.
+    A plain call on each of `texts` must give its ids.
 
     Raises:
         VerificationError: It does not load, or differs.
@@ -213,13 +197,13 @@ def check_tokenizer(folder: Path, written: WrittenTokenizer, texts: Sequence[Enc
             raise VerificationError(f"the {part} of the tokenizer reads back other than it was written")
     probes = [EncodedText(text, expected.encode(text, add_special_tokens=written.adds_tokens).ids) for text in _PROBES]
     for encoded in (*probes, *texts):
-        tokens = loaded(encoded.text, verbose=False).input_ids  # no word about texts longer than the model's input
+        tokens = loaded(encoded.text, verbose=False).input_ids  # without warnings about long texts
         if list(tokens) != list(encoded.tokens):
             raise VerificationError(_difference(encoded, tokens, loaded))
 
 
 def _difference(encoded: EncodedText, tokens: Sequence[int], loaded: Any) -> str:
-    """Says where the ids of a text first differ."""
+    """Describes where the ids of a text first differ."""
     pairs = zip(encoded.tokens, tokens, strict=False)
     shorter = min(len(tokens), len(encoded.tokens))
     place = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)

@@ -1,7 +1,7 @@
 """The logits of the trained model, computed by the training's own layers from a store, one layer in memory at a time.
 
-This is what an export is compared with. It shares nothing with the export: names and merging, the model that reads the
-folder, and the way attention is computed there are all on the other side.
+An export is compared with these logits. The code shares nothing with the export: not the names, not the merging, not
+the model that reads the folder, not its way to compute attention.
 
 Shape suffixes: N sequences, S positions, D hidden, V vocabulary.
 """
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.initialization import Initializer
-from mlra_scale.model.layers import TokenEmbedding, model_layers
+from mlra_scale.model.embedding import TokenEmbedding
+from mlra_scale.model.gpt import model_layers
 from mlra_scale.model.spectral import load_vectors, spectral_norms
 
 if TYPE_CHECKING:
@@ -29,29 +30,25 @@ if TYPE_CHECKING:
 
 
 POSITIONS_AT_ONCE = 64
-"""Of how many positions the logits are computed at a time; those of a whole sequence can be larger than the model."""
+"""Logits are computed for this many positions at a time; those of a whole sequence can be larger than the model."""
 
 
-class _NoInitializer(Initializer):
-    """Leaves new weights as they are: those of a store take their place."""
-
-    def __call__(self, name: str) -> Callable[[torch.Tensor], None]:
-        return lambda tensor: None
-
-
-@dataclass(frozen=True)
 class _Context(ModelContext):
     """A context whose layers are built without values: their memory is never touched."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "initialize", _NoInitializer(self.model, self.seed))
-        object.__setattr__(self, "megatron", replace(self.megatron, perform_initialization=False))
+    def initialize(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Returns a function that leaves a new weight as it is: that of a store takes its place."""
+        return lambda tensor: None
+
+    @cached_property
+    def megatron(self) -> Any:
+        """Megatron's configuration of the layers."""
+        return replace(super().megatron, perform_initialization=False)
 
 
 @contextlib.contextmanager
 def distributed_of_one() -> Iterator[None]:
-    """Gives Megatron's layers the initialized torch.distributed that they insist on, where there is none."""
+    """Initializes torch.distributed, which Megatron's layers require, where it is not initialized yet."""
     if dist.is_initialized():
         yield
         return
@@ -63,32 +60,28 @@ def distributed_of_one() -> Iterator[None]:
 
 
 class TrainingSide:
-    """The forward pass of a stored model over a few sequences.
-
-    Args:
-        store: An open checkpoint.
-        dtype: Type of weights and computation.
-    """
+    """The forward pass of a stored model over a few sequences, with weights and computation in one type."""
 
     def __init__(self, store: Store, dtype: torch.dtype) -> None:
         self._store = store
         self._dtype = dtype
         self._vectors = store.power_vectors()
-        # A group of one that has no means to communicate: whatever tried to would fail.
+        # A group of one without means to communicate: any attempt would fail.
         self._context = _Context(store.model, seed=0, tensor_group=dist.ProcessGroup(dist.HashStore(), 0, 1))
 
     @torch.no_grad()
     def logits(self, tokens_NS: torch.Tensor) -> Iterator[torch.Tensor]:
         """Computes the logits of every position; to be called within `distributed_of_one`.
 
-        All sequences pass a layer together, so that each layer is read once; then come the logits.
+        All sequences pass a layer together, so that each layer is read once. A token sees all earlier ones of its
+        sequence, whatever the documents are.
 
         Args:
-            tokens_NS: Token ids. A token sees all earlier ones of its sequence, whatever the documents are.
+            tokens_NS: Token ids.
 
         Yields:
-            Logits [S, V] in fp32 of the next POSITIONS_AT_ONCE positions (at the end of a sequence, of those that are
-            left), sequence by sequence, without the columns that pad the vocabulary.
+            Logits [S, V] in fp32 of at most POSITIONS_AT_ONCE positions of one sequence, in order, without the columns
+            that pad the vocabulary.
         """
         positions_NS = torch.arange(tokens_NS.shape[1]).expand_as(tokens_NS)
         nothing = torch.zeros_like(tokens_NS)
@@ -108,7 +101,7 @@ class TrainingSide:
                 yield head.logits(part_SD)[:, : self._store.model.vocab_size].float()
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Gives a layer its weights; in fp32 those that lie in one piece stay in the mapped file."""
+        """Sets the weights of a layer; in fp32 those that lie in one piece stay in the mapped file."""
         for name, parameter in module.named_parameters():
             weight = self._store.tensor(f"{prefix}.{name}")
             assert weight.shape == parameter.shape, (prefix, name)

@@ -1,4 +1,4 @@
-"""Whether an exported folder is the trained model: it is loaded as its users would, and its logits are compared.
+"""Verifying an exported folder: it is loaded as its users load it, and its logits are compared with the trainer's.
 
 In float32 the largest difference of any logit may be 1e-4 (or 1e-5 of the largest logit, where logits are above 10:
 float32 itself is no finer). In a 16-bit type the export is compared with the float32 logits too, and may differ from
@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from mlra_scale.checkpoint.files import FileEntry, entry_of
+from mlra_scale.checkpoint.huggingface.configuration import quiet_transformers
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.training_side import POSITIONS_AT_ONCE, TrainingSide, distributed_of_one
 
@@ -35,10 +36,10 @@ OWN_ERROR_FACTOR = 2.0
 
 
 class VerificationError(Exception):
-    """An exported folder is not the trained model; the message says in what."""
+    """An exported folder differs from the trained model; the message says how."""
 
 
-class Comparison:
+class LogitComparison:
     """Accumulates how far logits are from those that are expected."""
 
     def __init__(self) -> None:
@@ -52,16 +53,10 @@ class Comparison:
         self._losses = [0.0, 0.0]
 
     def add(self, expected_SV: torch.Tensor, actual_SV: torch.Tensor, targets_S: torch.Tensor) -> None:
-        """Adds the logits of some positions.
-
-        Args:
-            expected_SV: Logits of the trained model.
-            actual_SV: Logits that are compared with them.
-            targets_S: The tokens that follow.
-        """
+        """Adds the logits of some positions, with the tokens that follow them."""
         expected_SV, actual_SV = expected_SV.double(), actual_SV.double()
         difference_SV = (expected_SV - actual_SV).abs()
-        # A NaN must not be lost: max() of Python would pass over it.
+        # Python's max() would ignore a NaN.
         self.max_difference = _max(self.max_difference, float(difference_SV.max()))
         self.largest_logit = _max(self.largest_logit, float(expected_SV.abs().max()))
         self._squares += float(difference_SV.square().sum())
@@ -114,8 +109,8 @@ class Verification:
     """
 
     dtype: torch.dtype
-    exported: Comparison
-    own: Comparison | None
+    exported: LogitComparison
+    own: LogitComparison | None
 
     @property
     def max_bound(self) -> float:
@@ -131,7 +126,7 @@ class Verification:
 
     @property
     def has_passed(self) -> bool:
-        """Whether the differences are within their bounds; those that are not numbers are not."""
+        """Whether the differences are within their bounds; NaN is not."""
         exported = self.exported
         return exported.max_difference <= self.max_bound and exported.rms_difference <= self.rms_bound
 
@@ -151,7 +146,7 @@ class Verification:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns "float32" for torch.float32."""
+    """Returns the name of a type, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -174,16 +169,16 @@ def verify_folder(
         files: Size and checksum of the files that were written.
 
     Returns:
-        The figures, passed or not.
+        The figures, whether they pass or not.
 
     Raises:
-        VerificationError: The folder cannot even be loaded as it should, or holds other files than were written.
+        VerificationError: The folder cannot be loaded, lacks weights, or holds other bytes than were written.
     """
     for name, entry in files.items():
-        # Of what the text does not touch (other tokens, later positions) no logit would tell.
+        # The logits depend only on the weights that the text uses, not on those of other tokens and later positions.
         if entry_of(folder / name) != entry:
-            raise VerificationError(f"{name} reads back other than it was written: see to the disk of {folder.parent}")
-    exported, own = Comparison(), None if dtype == torch.float32 else Comparison()
+            raise VerificationError(f"{name} reads back other than it was written: check the disk of {folder.parent}")
+    exported, own = LogitComparison(), None if dtype == torch.float32 else LogitComparison()
     inputs_NS, targets_NS = tokens_NS[:, :-1], tokens_NS[:, 1:]
     with loaded_model(folder, export_format, dtype) as model, distributed_of_one(), torch.no_grad():
         is_tied = export_format == "mlra" or store.model.embedding_factor == 1.0
@@ -203,39 +198,31 @@ def verify_folder(
 
 @contextlib.contextmanager
 def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Iterator[Any]:
-    """Loads an export: by stock GPT-2, or by the code that lies in the folder.
+    """Loads an export by stock GPT-2, or by the code in the folder, and yields the model in evaluation mode.
 
-    The code is run from where it lies: loading it as remote code would leave a copy in the user's cache. The weights
+    The code is imported from the folder: loading it as remote code would leave a copy in the user's cache. The weights
     stay in the mapped files.
-
-    Args:
-        folder: The export.
-        export_format: "gpt2" or "mlra".
-        dtype: Type of its weights.
-
-    Yields:
-        The model, in evaluation mode.
 
     Raises:
         VerificationError: It cannot be loaded, or not all weights fit.
     """
     with _code_of(folder, export_format) as factory:
         try:
-            with _no_progress_bars():
+            with quiet_transformers():
                 model, report = factory.from_pretrained(
                     folder, dtype=dtype, local_files_only=True, output_loading_info=True
                 )
-        except Exception as error:  # the library raises many kinds; each means that the folder does not load
+        except Exception as error:  # of any kind: each means that the folder does not load
             raise VerificationError(f"{folder.name} does not load: {type(error).__name__}: {error}") from error
         faults = {kind: names for kind, names in report.items() if names}
         if faults:
-            raise VerificationError(f"{folder.name} does not load as it should: {faults}")
+            raise VerificationError(f"{folder.name} does not load with all of its weights: {faults}")
         yield model.eval()
 
 
 @contextlib.contextmanager
 def _code_of(folder: Path, export_format: Format) -> Iterator[Any]:
-    """The class that loads a folder."""
+    """Yields the class that loads a folder."""
     if export_format == "gpt2":
         yield transformers.GPT2LMHeadModel
         return
@@ -255,20 +242,8 @@ def _code_of(folder: Path, export_format: Format) -> Iterator[Any]:
         del sys.modules[name]
 
 
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    logging = transformers.utils.logging
-    is_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if is_enabled:
-            logging.enable_progress_bar()
-
-
 def _check_loaded(model: Any, store: Store, dtype: torch.dtype, is_tied: bool) -> None:
-    """What no logit would tell."""
+    """Checks what the logits do not show."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if (head is inputs) != is_tied:
         raise VerificationError(f"the output head is {'not ' if is_tied else ''}the token embedding")

@@ -1,5 +1,5 @@
 """Reports of a run or of a sweep: one HTML file that needs nothing else, and its figures as PNG files.
 
-run_record.py and sweep_results.py read what is there, however little; comparisons.py and associations.py say what it
-supports; run_figures.py and sweep_figures.py draw; run_report.py and sweep_report.py put the page together.
+records.py and sweep_record.py read what was recorded; statistics.py, comparisons.py and associations.py compute;
+wording.py writes numbers; *_figures.py draw; run_report.py and sweep_report.py fill the templates.
 """

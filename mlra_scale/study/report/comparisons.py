@@ -1,71 +1,41 @@
-"""What is compared between the variants of a sweep, pair by pair of equal seed and equal place on the axes."""
+"""Paired comparisons between the variants of a sweep, and stability over learning rates."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
-from mlra_scale.study.report.run_record import is_number
-from mlra_scale.study.report.sweep_results import LEARNING_RATE, Cell, Sweep, value_text
-from mlra_scale.study.statistics import Mean, holm, learning_rate_sensitivity, mean_of
-from mlra_scale.study.verdicts import is_supported, takes_part, verdict
+from mlra_scale.study.report.records import is_number
+from mlra_scale.study.report.statistics import LEVEL, Mean, holm, learning_rate_sensitivity, mean_of
+from mlra_scale.study.report.sweep_record import FINAL_LOSS, LEARNING_RATE, MEASURES, Measure, SweepRecord, setting_text
+from mlra_scale.study.report.wording import interval, number, p_text, to_error_digits, with_error
 
-
-@dataclass(frozen=True)
-class Measure:
-    """What is compared.
-
-    Attributes:
-        name: In words.
-        unit: Its unit.
-        of: What reads it from a cell; nan where it is not there.
-    """
-
-    name: str
-    unit: str
-    of: Callable[[Cell], float]
-
-
-def _log10(name: str) -> Callable[[Cell], float]:
-    def of(cell: Cell) -> float:
-        value = cell.value(name)
-        return math.log10(value) if value > 0 else math.nan
-
-    return of
-
-
-MEASURES = (
-    Measure("final training loss", "nats per token", lambda cell: cell.value("final_loss")),
-    Measure("validation loss", "nats per token", lambda cell: cell.value("validation_loss")),
-    Measure("TEV mean", "unit of the weights", lambda cell: cell.value("tev_mean")),
-    Measure("TEV spread", "unit of the weights", lambda cell: cell.value("tev_std")),
-    Measure("log10 of the embedding's gradient variance", "decades", _log10("gradient_variance_embedding")),
-    Measure("log10 of shallow blocks' gradient variance", "decades", _log10("gradient_variance_shallow")),
-    Measure("log10 of the last block's residual variance", "decades", _log10("residual_variance")),
-)
-SENSITIVITY = Measure("learning-rate sensitivity", "nats per token", lambda cell: math.nan)
+MIN_PAIRS = 3
+"""With fewer pairs no claim is made."""
+SENSITIVITY = Measure("learning-rate sensitivity", "nats per token", "")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One paired comparison: first - second.
+class PairedComparison:
+    """The difference of two variants, first - second, between runs of the same seed and setting.
 
     Attributes:
         measure: What was compared.
         first: A variant.
-        second: The one that is taken from it.
-        setting: The place on the axes.
+        second: The variant that is subtracted.
+        setting: The setting.
         difference: The mean difference over seeds.
         left_out: Why pairs are missing, with their number.
         is_mean: Whether it is the mean over settings.
-        adjusted_p: Holm-adjusted over its family: the comparisons of the same measure that can be claimed, means over
-            settings apart from single settings; nan for others.
-        family: How many these are.
+        adjusted_p: p-value, adjusted by Holm's method over the claimable comparisons of the same measure, means over
+            settings and single settings each among themselves; nan for others.
+        num_adjusted: Number of these comparisons.
     """
 
     measure: Measure
@@ -76,199 +46,170 @@ class Comparison:
     left_out: tuple[str, ...]
     is_mean: bool = False
     adjusted_p: float = math.nan
-    family: int = 0
+    num_adjusted: int = 0
+
+    @property
+    def is_claimable(self) -> bool:
+        """Whether a claim can be made; only such differences count as comparisons."""
+        return self.difference.n >= MIN_PAIRS and self.difference.has_spread
 
     @property
     def is_supported(self) -> bool:
-        """Whether a difference may be named."""
-        return is_supported(self.difference, self.adjusted_p)
+        """Whether a difference is claimed: its interval excludes 0, and its adjusted p-value is below 1 - LEVEL."""
+        return self.is_claimable and self.difference.excludes_zero and self.adjusted_p < 1.0 - LEVEL
+
+    @property
+    def sign(self) -> int:
+        """-1 if the first variant is lower, else 1."""
+        return -1 if self.difference.value < 0 else 1
+
+    @property
+    def family(self) -> tuple[str, bool]:
+        """What its p-value is adjusted for: the comparisons of one measure, means over settings apart."""
+        return self.measure.name, self.is_mean
+
+    @property
+    def names(self) -> str:
+        """The two variants."""
+        return f"{self.first} - {self.second}"
 
     @property
     def statement(self) -> str:
-        """What it supports, with what is missing."""
+        """A sentence about what it supports, and what is missing."""
         missing = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
-        return f"{verdict(self.difference, self.adjusted_p, self.family)}{missing}."
+        return f"{self._verdict()}{missing}."
 
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"{self.first} - {self.second}, {self.setting}: {self.measure.name}"
+    def _verdict(self) -> str:
+        difference, n, shown = self.difference, self.difference.n, with_error(self.difference)
+        ends = f"{100 * LEVEL:.0f} % interval {interval(difference)}"
+        if n == 0:
+            return "no pair is finished, so no claim is made"
+        if n < MIN_PAIRS:
+            return f"no claim is made with fewer than {MIN_PAIRS} pairs: {shown}, n = {n}"
+        if not difference.has_spread:
+            same = "0" if difference.value == 0.0 else number(difference.value)
+            return f"no claim is made: the difference is {same} in each of the {n} pairs, so its error is unknown"
+        if not difference.excludes_zero:
+            return f"no difference is supported: {shown} ({ends}), n = {n}"
+        count = f"{self.num_adjusted} comparison{'s' * (self.num_adjusted != 1)}"
+        adjusted = f"Holm-adjusted p {p_text(self.adjusted_p)} over {count}"
+        if not self.is_supported:
+            alone = "excludes 0 when taken alone"
+            return f"no difference is supported: {shown} ({ends}) {alone}, but {adjusted}, n = {n}"
+        size = " +- ".join(to_error_digits(abs(difference.value), difference.error, error=difference.error))
+        return f"{'lower' if self.sign < 0 else 'higher'} by {size}; the {ends} excludes 0, {adjusted}, n = {n}"
 
 
-def compare(sweep: Sweep) -> list[Comparison]:
-    """Compares every two variants in every setting and every measure that there is.
-
-    Args:
-        sweep: The sweep.
-
-    Returns:
-        The comparisons, measure by measure; p-values are adjusted for their number (`_adjusted`).
-    """
+def compare(sweep: SweepRecord) -> list[PairedComparison]:
+    """Compares every two variants in every setting by every measure that was recorded, measure by measure."""
     pairs = [(later, earlier) for earlier, later in itertools.combinations(sweep.variants, 2)]
-    found: list[Comparison] = []
-    for measure in MEASURES:
-        if any(math.isfinite(measure.of(cell)) for cell in sweep.cells):
-            found += _adjusted([item for pair in pairs for item in _compare(sweep, measure, *pair)])
-    return found + _adjusted(_compare_sensitivities(sweep, pairs))
-
-
-def _compare(sweep: Sweep, measure: Measure, first: str, second: str) -> list[Comparison]:
-    """Compares two variants in every setting, and in the mean over settings where there are several."""
-    found, by_setting = [], {}
-    for setting in sweep.settings():
-        pairs, missing = _pairs(sweep, measure, first, second, setting)
-        by_setting[setting] = pairs
-        difference = mean_of(list(pairs.values()))
-        left_out = tuple(f"{count} pair{'s' * (count != 1)} ({why})" for why, count in sorted(missing.items()))
-        found.append(Comparison(measure, first, second, setting, difference, left_out))
-    # Runs of one seed are no independent units: a seed's differences are averaged first, over the same settings.
-    seeds = sorted({seed for pairs in by_setting.values() for seed in pairs})
-    whole = [pairs for pairs in by_setting.values() if len(pairs) == len(seeds)]
-    if seeds and len(whole) > 1:
-        setting = f"mean over {len(whole)} of {len(by_setting)} settings, per seed"
-        difference = mean_of([sum(pairs[seed] for pairs in whole) / len(whole) for seed in seeds])
-        few = len(by_setting) - len(whole)
-        left_out = (f"{few} setting{'s' * (few != 1)} without a pair of every seed",) if few else ()
-        found.append(Comparison(measure, first, second, setting, difference, left_out, is_mean=True))
+    tables = [(measure, sweep.cells, sweep.settings()) for measure in MEASURES]
+    tables.append((SENSITIVITY, sensitivities(sweep), sweep.settings(LEARNING_RATE)))
+    found: list[PairedComparison] = []
+    for measure, cells, settings in tables:
+        if cells[measure.name].notna().any():
+            found += _adjusted([item for pair in pairs for item in _compare(measure, cells, settings, *pair)])
     return found
 
 
-def _pairs(
-    sweep: Sweep, measure: Measure, first: str, second: str, setting: str
-) -> tuple[dict[str, float], Counter[str]]:
-    """Returns first - second by seed, and why pairs are missing."""
-    by_seed: dict[str, dict[str, Cell]] = {}
-    for cell in sweep.cells:
-        if cell.variant in (first, second) and cell.setting() == setting:
-            by_seed.setdefault(value_text(cell.seed), {})[cell.variant] = cell
-    pairs, missing = {}, Counter[str]()
-    for seed, cells in by_seed.items():
-        values = [measure.of(cells[name]) if name in cells else math.nan for name in (first, second)]
-        if all(map(math.isfinite, values)):
-            pairs[seed] = values[0] - values[1]
-        else:
-            missing[_why_missing(cells, first, second, measure)] += 1
-    return pairs, missing
+def _compare(
+    measure: Measure, cells: pd.DataFrame, settings: Sequence[str], first: str, second: str
+) -> list[PairedComparison]:
+    """Compares two variants in every setting, and in the mean over settings if there are several."""
+    sides = {
+        name: cells[cells.variant == name]
+        .drop_duplicates(["setting", "seed"], keep="last")
+        .set_index(["setting", "seed"])[["state", measure.name]]
+        .set_axis(["state", "value"], axis=1)
+        for name in (first, second)
+    }
+    pairs = pd.concat(sides, axis=1)
+    difference = pairs[first].value - pairs[second].value
+    states = pairs.xs("state", axis=1, level=1)
+    missing = {key: _why_missing(states.loc[key], measure) for key in difference.index[difference.isna()]}
+    found = []
+    for setting in settings:
+        mean = mean_of(difference[difference.index.get_level_values("setting") == setting].dropna())
+        counts = sorted(Counter(why for (where, _), why in missing.items() if where == setting).items())
+        left_out = tuple(f"{_plural(count, 'pair')} ({why})" for why, count in counts)
+        found.append(PairedComparison(measure, first, second, setting, mean, left_out))
+    # Runs of one seed are not independent: their differences are averaged first, over settings that all seeds have.
+    by_seed = difference.unstack("setting").dropna(how="all")
+    complete = by_seed.dropna(axis=1)
+    if measure is not SENSITIVITY and len(by_seed) > 0 and complete.shape[1] > 1:
+        setting = f"mean over {complete.shape[1]} of {len(settings)} settings, per seed"
+        few = len(settings) - complete.shape[1]
+        left_out = (f"{_plural(few, 'setting')} without a pair of every seed",) if few else ()
+        mean = mean_of(complete.mean(axis=1))
+        found.append(PairedComparison(measure, first, second, setting, mean, left_out, is_mean=True))
+    return found
 
 
-def _why_missing(cells: dict[str, Cell], first: str, second: str, measure: Measure) -> str:
-    absent = [name for name in (first, second) if name not in cells]
-    if absent:
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _why_missing(states: pd.Series, measure: Measure) -> str:
+    """Returns why a pair is missing, from the states of its two variants; nan: the cell is not finished."""
+    if absent := [name for name, state in states.items() if not isinstance(state, str)]:
         return f"{' and '.join(absent)} not finished"
-    bad = [f"{name} {cells[name].state}" for name in (first, second) if cells[name].state != "done"]
+    bad = [f"{name} {state}" for name, state in states.items() if state != "done"]
     return " and ".join(bad) or f"{measure.name} not measured"
 
 
-def _adjusted(items: list[Comparison]) -> list[Comparison]:
-    """Adjusts for the number of comparisons: few means over settings do not pay for many single settings."""
-    adjusted: dict[int, Comparison] = {}
+def _adjusted(items: list[PairedComparison]) -> list[PairedComparison]:
+    """Adjusts p-values, means over settings and single settings each among themselves."""
+    result = list(items)
     for is_mean in (False, True):
-        family = [index for index, item in enumerate(items) if item.is_mean == is_mean and takes_part(item.difference)]
-        for index, p in zip(family, holm([items[index].difference.p for index in family]), strict=True):
-            adjusted[index] = replace(items[index], adjusted_p=p, family=len(family))
-    return [adjusted.get(index, item) for index, item in enumerate(items)]
+        chosen = [index for index, item in enumerate(items) if item.is_mean == is_mean and item.is_claimable]
+        for index, p in zip(chosen, holm([items[index].difference.p for index in chosen]), strict=True):
+            result[index] = replace(items[index], adjusted_p=p, num_adjusted=len(chosen))
+    return result
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """The learning-rate sensitivity of one variant at one place on the other axes.
-
-    Attributes:
-        variant: The variant.
-        setting: The place.
-        by_seed: The number of each seed that has all learning rates.
-        num_incomplete: Seeds that lack a run.
-        num_undefined: Seeds whose every run ended no lower than it began.
-    """
-
-    variant: str
-    setting: str
-    by_seed: dict[str, float]
-    num_incomplete: int
-    num_undefined: int
-
-    @property
-    def mean(self) -> Mean:
-        """Over seeds."""
-        return mean_of(list(self.by_seed.values()))
-
-
-def learning_rates(sweep: Sweep) -> list[float]:
-    """Returns the learning rates that were swept, in rising order; [] where there is only one."""
-    rates = [float(value) for value in sweep.axes.get(LEARNING_RATE, []) if is_number(value)]
-    return sorted(rates) if len(rates) > 1 else []
+def learning_rates(sweep: SweepRecord) -> list[float]:
+    """Returns the learning rates of the sweep, sorted; [] if there is only one."""
+    rates = sorted(float(value) for value in sweep.axes.get(LEARNING_RATE, []) if is_number(value))
+    return rates if len(rates) > 1 else []
 
 
 def are_log_spaced(rates: Sequence[float]) -> bool:
-    """Returns whether the learning rates are evenly spaced in their logarithm, to 15 % (1, 3, 10 are)."""
+    """Returns whether learning rates are evenly spaced in their logarithm, to 15 % (1, 3, 10 are)."""
     steps = np.diff(np.log(rates))
     return bool(steps.size == 0 or steps.max() <= 1.15 * steps.min())
 
 
-def sensitivities(sweep: Sweep) -> list[Sensitivity]:
-    """Returns the learning-rate sensitivity of every variant and setting; [] where one rate was run."""
-    rates = learning_rates(sweep)
-    if not rates:
-        return []
-    found = []
-    for setting in sweep.settings(LEARNING_RATE):
-        for variant in sweep.variants:
-            cells = [c for c in sweep.cells if c.variant == variant and c.setting(LEARNING_RATE) == setting]
-            if cells:
-                found.append(_sensitivity(variant, setting, cells, rates))
-    return found
+def sensitivities(sweep: SweepRecord) -> pd.DataFrame:
+    """Returns the learning-rate sensitivity by setting of the other axes, variant and seed.
 
-
-def _sensitivity(variant: str, setting: str, cells: list[Cell], rates: list[float]) -> Sensitivity:
-    by_seed: dict[str, float] = {}
-    num_incomplete = num_undefined = 0
-    for seed in sorted({value_text(cell.seed) for cell in cells}):
-        of_rate = {c.axes.get(LEARNING_RATE): c for c in cells if value_text(c.seed) == seed and c.has_outcome}
-        runs = [of_rate[rate] for rate in rates if rate in of_rate and math.isfinite(of_rate[rate].initial_loss)]
+    Returns:
+        The columns setting, variant, seed, SENSITIVITY.name, and state: done, or why there is no value. No rows if
+        there is one learning rate.
+    """
+    rates, rows = learning_rates(sweep), []
+    cells = sweep.cells.assign(setting=[setting_text(axes, LEARNING_RATE) for axes in sweep.cells.axis_values])
+    for key, own in cells.groupby(["setting", "variant", "seed"]) if rates else ():
+        runs = own[has_outcome(own) & own.initial_loss.notna() & own.rate.notna()].drop_duplicates("rate", keep="last")
+        value, state = learning_rate_sensitivity(runs[FINAL_LOSS], runs.initial_loss), "done"
         if len(runs) < len(rates):
-            num_incomplete += 1
-            continue
-        value = learning_rate_sensitivity([c.value("final_loss") for c in runs], [c.initial_loss for c in runs])
-        if math.isnan(value):
-            num_undefined += 1
-        else:
-            by_seed[seed] = value
-    return Sensitivity(variant, setting, by_seed, num_incomplete, num_undefined)
+            value, state = math.nan, "without all learning rates"
+        elif math.isnan(value):
+            state = "undefined: no run ended below its initial loss"
+        rows.append((*key, value, state))
+    return pd.DataFrame(rows, columns=["setting", "variant", "seed", SENSITIVITY.name, "state"])
 
 
-def _compare_sensitivities(sweep: Sweep, pairs: list[tuple[str, str]]) -> list[Comparison]:
-    by_place = {(item.variant, item.setting): item for item in sensitivities(sweep)}
-    found = []
-    for first, second in pairs:
-        for setting in sweep.settings(LEARNING_RATE):
-            one, other = by_place.get((first, setting)), by_place.get((second, setting))
-            if one is None or other is None:
-                continue
-            seeds = sorted(one.by_seed.keys() & other.by_seed.keys())
-            difference = mean_of([one.by_seed[seed] - other.by_seed[seed] for seed in seeds])
-            num_seeds = max(len(item.by_seed) + item.num_incomplete + item.num_undefined for item in (one, other))
-            missing = num_seeds - len(seeds)
-            reasons = {
-                "a learning rate is missing": any(item.num_incomplete for item in (one, other)),
-                "no rate got below the first loss": any(item.num_undefined for item in (one, other)),
-            }
-            why = " or ".join(reason for reason, holds in reasons.items() if holds) or "not in both"
-            left_out = (f"{missing} seed{'s' * (missing != 1)} ({why})",) if missing else ()
-            found.append(Comparison(SENSITIVITY, first, second, setting, difference, left_out))
-    return found
+def has_outcome(cells: pd.DataFrame) -> pd.Series:
+    """Returns which runs were stable or diverged; a run that failed for other reasons has no outcome."""
+    return cells.state.isin(["done", "diverged"])
 
 
-def divergence_rows(sweep: Sweep) -> list[tuple[str, str, int, int, int, float]]:
-    """Returns (variant, setting, runs with an outcome, diverged, failed, mean spikes of the others) per place."""
-    rows = []
-    for setting in sweep.settings():
-        for variant in sweep.variants:
-            cells = [cell for cell in sweep.cells if cell.variant == variant and cell.setting() == setting]
-            if not cells:
-                continue
-            spikes = [value for cell in cells if math.isfinite(value := cell.value("spikes"))]
-            states = Counter(cell.state for cell in cells)
-            num_outcomes = sum(cell.has_outcome for cell in cells)
-            mean = sum(spikes) / len(spikes) if spikes else math.nan
-            rows.append((variant, setting, num_outcomes, states["diverged"], states["failed"], mean))
-    return rows
+def stability_table(sweep: SweepRecord) -> pd.DataFrame:
+    """Returns by setting and variant the numbers of runs: outcomes, diverged, failed; and mean spikes of those done."""
+    cells = sweep.cells.assign(outcomes=has_outcome(sweep.cells))
+    cells = cells.assign(**{state: cells.state == state for state in ("diverged", "failed")})
+    table = cells.groupby(["setting", "variant"]).agg(
+        {"outcomes": "sum", "diverged": "sum", "failed": "sum", "spikes": "mean"}
+    )
+    order = [(setting, variant) for setting in sweep.settings() for variant in sweep.variants]
+    return table.reindex([key for key in order if key in table.index]).reset_index()

@@ -1,309 +1,262 @@
-"""The figures of one run: everything on one axis of steps, and the newest profiles over the blocks."""
+"""The figures of a run: all measures over steps, and the measures per block at three steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mlra_scale.study.report import style
-from mlra_scale.study.report.event_lanes import draw_events, lanes_of, mark_guard, step_of
-from mlra_scale.study.report.run_record import (
-    Extract,
-    Record,
-    RunRecord,
-    Series,
-    at,
-    is_number,
-    named,
-    number_or_nan,
-    of_shallow_blocks,
-    over_blocks,
-    quantile_named,
-    series_of,
+from mlra_scale.study.report.records import Array, Keys, Record, RunRecord, block_values, is_number, series
+
+Kind = Literal["free", "linear", "share"]
+
+
+_LOGGED, _ACTIVATIONS, _TEV_UNIT = "a logged step", "activations.every", "TEV\n(unit of the weights)"
+TEV_MEAN, TEV_SPREAD, EVENTS = "TEV: mean and spread over tokens", "TEV: its distribution over tokens", "Events"
+_NORMS, _VARIANCES = "Gradient norm, before clipping", "Gradient variance over elements"
+_STREAM, _LOGITS = "Activations: variance of the residual stream", "Activations: attention logits"
+_ENTROPY, _SATURATION = "Activations: attention entropy", "Activations: saturated attention rows"
+PANELS: dict[str, tuple[str, str, Kind]] = {
+    "Loss": ("loss\n(nats per token)", f"{_LOGGED} (train.log_every)", "free"),
+    TEV_MEAN: (_TEV_UNIT, "tev.every", "linear"),
+    TEV_SPREAD: (_TEV_UNIT, "tev.every and tev.quantiles", "linear"),
+    "Learning rate": ("learning rate", _LOGGED, "free"),
+    _NORMS: ("gradient norm", f"{_LOGGED}; by kind: gradients.every", "free"),
+    _VARIANCES: ("gradient variance", "gradients.every", "free"),
+    "Gradient noise scale": ("noise scale\n(samples)", "gradients.noise_every", "free"),
+    _STREAM: ("variance,\nlargest of blocks", _ACTIVATIONS, "free"),
+    _LOGITS: ("largest logit", _ACTIVATIONS, "free"),
+    _ENTROPY: ("entropy (nats),\nlowest of blocks", _ACTIVATIONS, "linear"),
+    _SATURATION: ("share (%),\nlargest of blocks", _ACTIVATIONS, "share"),
+    "Spike scores": ("share of steps (%)", f"{_LOGGED} of a run that records spike scores", "share"),
+}
+"""By title: the label of the y axis, what has to be set for it to be measured, the scale; shares are in per cent."""
+_BLOCK_NORMS, _BLOCK_VARIANCES = "gradients.layers.gradient_norm", "gradients.layers.gradient_variance"
+_OVER_SHALLOW: dict[Keys, Callable[[Array], Any]] = {_BLOCK_NORMS: np.linalg.norm, _BLOCK_VARIANCES: np.mean}
+"""What reduces a list over blocks to one number for the shallow blocks."""
+CURVES = (
+    ("Loss", "training", "loss"),
+    ("Loss", "validation", "validation_loss"),
+    (TEV_MEAN, "mean over tokens", "tev_mean"),
+    ("Learning rate", "learning rate", "learning_rate"),
+    (_NORMS, "all parameters", "gradient_norm"),
+    (_NORMS, "embedding", "gradients.kinds.embedding.gradient_norm"),
+    (_NORMS, "shallow blocks", _BLOCK_NORMS),
+    (_VARIANCES, "all parameters", "gradients.kinds.all.gradient_variance"),
+    (_VARIANCES, "embedding", "gradients.kinds.embedding.gradient_variance"),
+    (_VARIANCES, "shallow blocks", _BLOCK_VARIANCES),
+    ("Gradient noise scale", "noise scale", "noise.scale"),
+    (_STREAM, "residual variance", "activations.max_residual_variance"),
+    (_LOGITS, "largest attention logit", "activations.max_logit"),
+    (_ENTROPY, "attention entropy", "activations.min_attention_entropy"),
+    (_SATURATION, "saturated rows", "activations.max_saturated_share"),
+    ("Spike scores", "loss, OLMo 2", "spike_scores.loss_olmo2"),
+    ("Spike scores", "gradient, OLMo 2", "spike_scores.gradient_olmo2"),
+    ("Spike scores", "loss, OLMo-core", "spike_scores.loss_olmo_core"),
+    ("Spike scores", "gradient, OLMo-core", "spike_scores.gradient_olmo_core"),
 )
-
-_PANEL_HEIGHT = 1.5
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot of curves over steps.
-
-    Attributes:
-        title: What it shows.
-        unit: The y axis's label.
-        curves: By name, what reads each from a record.
-        needs: What has to be set for it to be measured.
-        factor: What values are multiplied by, 100 for shares in per cent.
-        kind: Of the scale (style.choose_scale).
-    """
-
-    title: str
-    unit: str
-    curves: Mapping[str, Extract]
-    needs: str
-    factor: float = 1.0
-    kind: Literal["free", "linear", "share"] = "free"
-
-
-def _norm_of(values: np.ndarray) -> float:
-    return float(np.linalg.norm(values))
-
-
-PANELS = (
-    Panel(
-        "Loss",
-        "loss\n(nats per token)",
-        {"training": named("loss"), "validation": named("validation_loss")},
-        "a logged step (train.log_every)",
-    ),
-    Panel("Learning rate", "learning rate", {"learning rate": named("learning_rate")}, "a logged step"),
-    Panel(
-        "Gradient norm, before clipping",
-        "gradient norm",
-        {
-            "all parameters": named("gradient_norm"),
-            "embedding": named("gradients.kinds.embedding.gradient_norm"),
-            "shallow blocks": of_shallow_blocks("gradients.layers.gradient_norm", _norm_of),
-        },
-        "a logged step; by kind: gradients.every",
-    ),
-    Panel(
-        "Gradient variance over elements",
-        "gradient variance",
-        {
-            "all parameters": named("gradients.kinds.all.gradient_variance"),
-            "embedding": named("gradients.kinds.embedding.gradient_variance"),
-            "shallow blocks": of_shallow_blocks("gradients.layers.gradient_variance", np.mean),
-        },
-        "gradients.every",
-    ),
-    Panel(
-        "Gradient noise scale", "noise scale\n(samples)", {"noise scale": named("noise.scale")}, "gradients.noise_every"
-    ),
-    Panel(
-        "Activations: variance of the residual stream",
-        "variance,\nlargest of blocks",
-        {"residual variance": named("activations.max_residual_variance")},
-        "activations.every",
-    ),
-    Panel(
-        "Activations: attention logits",
-        "largest logit",
-        {"largest attention logit": named("activations.max_logit")},
-        "activations.every",
-    ),
-    Panel(
-        "Activations: attention entropy",
-        "entropy (nats),\nlowest of blocks",
-        {"attention entropy": named("activations.min_attention_entropy")},
-        "activations.every",
-        kind="linear",
-    ),
-    Panel(
-        "Activations: saturated attention rows",
-        "share (%),\nlargest of blocks",
-        {"saturated rows": named("activations.max_saturated_share")},
-        "activations.every",
-        factor=100.0,
-        kind="share",
-    ),
-    Panel(
-        "Spike scores",
-        "share of steps (%)",
-        {
-            "loss, OLMo 2": named("spike_scores.loss_olmo2"),
-            "gradient, OLMo 2": named("spike_scores.gradient_olmo2"),
-            "loss, OLMo-core": named("spike_scores.loss_olmo_core"),
-            "gradient, OLMo-core": named("spike_scores.gradient_olmo_core"),
-        },
-        "a logged step of a run that records spike scores",
-        factor=100.0,
-        kind="share",
-    ),
-)
-TEV_MEAN, TEV_SPREAD = "TEV: mean and spread over tokens", "TEV: its distribution over tokens"
-EVENTS = "Events"
+"""The panel of each curve, its name, and where its values are in a record."""
 
 
 def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
-    """Draws everything that was measured over steps, below each other on one axis.
-
-    Args:
-        run: The run.
+    """Draws all measures over steps, one below the other on one axis.
 
     Returns:
-        The figure as PNG, None where there is nothing to draw, and a sentence for each panel that is missing.
+        The figure as PNG, None if there is nothing to draw, and a sentence for each panel that is missing.
     """
-    drawings: list[tuple[str, Callable[[Axes], None]]] = []
-    missing = []
-    for panel in PANELS:
-        if any(run.series(extract) for extract in panel.curves.values()):
-            drawings.append((panel.title, lambda axes, panel=panel: _draw_panel(axes, run, panel)))  # type: ignore[misc]
-        else:
-            missing.append(f"{panel.title}: not measured (needs {panel.needs}).")
-        if panel.title == "Loss":
-            _add_tev(run, drawings, missing)
-    lanes = lanes_of(run)
-    if not drawings and not lanes:
-        return None, missing
-    if lanes:
-        drawings.append((EVENTS, lambda axes: draw_events(axes, run, lanes)))
-    else:
+    levels, rows = _quantile_levels(run), event_rows(run)
+    measured = {panel for panel, _, keys in CURVES if _is_there(run.metrics, keys)}
+    measured |= {TEV_SPREAD} if levels else set()
+    missing = [f"{title}: not measured (needs {PANELS[title][1]})." for title in PANELS if title not in measured]
+    if not rows:
         missing.append("Events: none but starts and checkpoints.")
-    heights = [_PANEL_HEIGHT if title != EVENTS else 0.45 + 0.24 * len(lanes) for title, _ in drawings]
+    titles = [*(title for title in PANELS if title in measured), *[EVENTS] * bool(rows)]
+    if not titles:
+        return None, missing
+    heights = [1.5 if title != EVENTS else 0.45 + 0.24 * len(rows) for title in titles]
     with style.drawing():
         figure = style.new_figure(sum(heights) + 0.3 * len(heights) + 0.4)
-        grid = figure.subplots(len(drawings), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (title, draw) in zip(grid, drawings, strict=True):
-            draw(axes)
+        grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, title in zip(grid, titles, strict=True):
+            if title == EVENTS:
+                _draw_events(axes, run, rows)
+            elif title == TEV_SPREAD:
+                _draw_quantiles(axes, {level: run.series(("tev_quantiles", level)) for level in levels})
+            else:
+                _draw_panel(axes, run, title)
             axes.set_title(title)
-            mark_guard(axes, run)
+            _mark_guard(axes, run)
             style.legend_beside(axes)
         _finish_step_axis(list(grid), run)
         return style.as_png(figure), missing
 
 
-def _add_tev(run: RunRecord, drawings: list[tuple[str, Callable[[Axes], None]]], missing: list[str]) -> None:
-    if run.series(named("tev_mean")):
-        drawings.append((TEV_MEAN, lambda axes: _draw_band(axes, run)))
-    else:
-        missing.append(f"{TEV_MEAN}: not measured (needs tev.every).")
-    if len(_quantile_levels(run)) > 0:
-        drawings.append((TEV_SPREAD, lambda axes: _draw_quantiles(axes, run)))
-    else:
-        missing.append(f"{TEV_SPREAD}: not measured (needs tev.every and tev.quantiles).")
+def _read(records: list[Record], keys: Keys) -> pd.Series:
+    return series(records, keys, _OVER_SHALLOW.get(keys))
+
+
+def _is_there(records: list[Record], keys: Keys) -> bool:
+    return bool(_read(records, keys).notna().any())
 
 
 def _finish_step_axis(grid: list[Axes], run: RunRecord) -> None:
     recorded = [record["step"] for record in (*run.metrics, *run.rolled_back)]
-    last = max([1, *recorded, *(step_of(event, run) for event in run.events)])
+    last = max([1, *recorded, *(_step_of(event, run) for event in run.events)])
     grid[-1].set_xlim(-0.015 * last, 1.02 * last)
     grid[-1].set_xlabel("optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    # The figure is tall: the steps can be read at its upper end too.
+    # The figure is tall: the steps are at its upper end too.
     grid[0].tick_params(axis="x", labeltop=len(grid) > 3, labelbottom=len(grid) == 1)
 
 
-def _rollbacks(run: RunRecord) -> list[list[Record]]:
-    """The undone records, one list per rollback: each went its own way over the same steps."""
-    by_number: dict[str, list[Record]] = {}
+def _draw_panel(axes: Axes, run: RunRecord, title: str) -> None:
+    unit, _, kind = PANELS[title]
+    factor = 100.0 if kind == "share" else 1.0
+    rollbacks: dict[str, list[Record]] = {}
     for record in run.rolled_back:
-        by_number.setdefault(str(record.get("rollback")), []).append(record)
-    return list(by_number.values())
-
-
-def _draw_panel(axes: Axes, run: RunRecord, panel: Panel) -> None:
-    everything: list[np.ndarray] = []
-    has_undone = False
-    for index, (name, extract) in enumerate(panel.curves.items()):
-        look = style.style(index)
-        for undone in _rollbacks(run):
-            series = series_of(undone, extract)
-            if series:
-                style.curve(axes, series.steps, panel.factor * series.values, **style.aside(look))
-                everything.append(series.values)
+        rollbacks.setdefault(str(record.get("rollback")), []).append(record)
+    drawn, has_undone = [], False
+    if title == TEV_MEAN:
+        drawn += _draw_band(axes, run)
+    curves = [(name, keys) for panel, name, keys in CURVES if panel == title]
+    for index, (name, keys) in enumerate(curves):
+        how = style.look(index)
+        for records in rollbacks.values():
+            if (values := factor * _read(records, keys)).notna().any():
+                style.curve(axes, values.index, values, {**style.UNDONE, "marker": how["marker"]})
+                drawn.append(values)
                 has_undone = True
-        series = run.series(extract)
-        if series:
-            style.curve(axes, series.steps, panel.factor * series.values, look, name)
-            everything.append(series.values)
+        if (values := factor * _read(run.metrics, keys)).notna().any():
+            style.curve(axes, values.index, values, how, name)
+            drawn.append(values)
     if has_undone:
-        _name_undone(axes)
-    style.choose_scale(axes, panel.factor * np.concatenate(everything), panel.unit, panel.kind)
+        undone = {key: style.UNDONE[key] for key in ("color", "ls", "lw")}
+        axes.plot([], [], label=style.label("rolled back: not part of the run"), **undone)
+    style.choose_scale(axes, np.concatenate(drawn), unit, kind)
 
 
-def _name_undone(axes: Axes) -> None:
-    text = style.label("rolled back: not part of the run")
-    axes.plot([], [], color=style.ASIDE_COLOR, ls=(0, (1, 1.5)), lw=1.0, label=text)
-
-
-def _draw_band(axes: Axes, run: RunRecord) -> None:
-    mean = run.series(named("tev_mean"))
-    spread = run.series(lambda record: number_or_nan(record.get("tev_std")) if "tev_mean" in record else None).values
-    low, high = mean.values - spread, mean.values + spread
-    if np.isfinite(spread).any():
-        axes.fill_between(mean.steps, low, high, color="0.82", lw=0, label=style.label("mean +- standard deviation"))
-        if mean.steps.size == 1:
-            axes.errorbar(mean.steps, mean.values, spread, color="0.5", capsize=3)
-    for undone in _rollbacks(run):
-        series = series_of(undone, named("tev_mean"))
-        style.curve(axes, series.steps, series.values, **style.aside(style.style(0)))
-    style.curve(axes, mean.steps, mean.values, style.style(0), "mean over tokens")
-    if run.rolled_back:
-        _name_undone(axes)
-    style.choose_scale(axes, np.concatenate([low, high]), "TEV\n(unit of the weights)", "linear")
+def _draw_band(axes: Axes, run: RunRecord) -> list[pd.Series]:
+    mean = run.series("tev_mean")
+    spread = run.series("tev_std").reindex(mean.index)
+    low, high = mean - spread, mean + spread
+    if spread.notna().any():
+        axes.fill_between(mean.index, low, high, color="0.82", lw=0, label=style.label("mean +- standard deviation"))
+        if mean.size == 1:
+            axes.errorbar(mean.index, mean, spread, color="0.5", capsize=3)
+    return [low, high]
 
 
 def _quantile_levels(run: RunRecord) -> list[str]:
-    found = {key for record in run.metrics for key in _keys(record.get("tev_quantiles"))}
-    return sorted((key for key in found if run.series(quantile_named(key))), key=float)
+    """Returns the measured quantiles of TEV, by their keys in the record."""
+    quantiles = [record.get("tev_quantiles") for record in run.metrics]
+    keys = {key for item in quantiles if isinstance(item, Mapping) for key in item if isinstance(key, str)}
+    numbers = pd.to_numeric(pd.Series(sorted(keys), sorted(keys), dtype=object), errors="coerce").astype(float)
+    levels = numbers[np.isfinite(numbers)].sort_values().index
+    return [level for level in levels if _is_there(run.metrics, ("tev_quantiles", level))]
 
 
-def _keys(value: object) -> list[str]:
-    """The keys of a mapping that are numbers."""
-    keys = list(value) if isinstance(value, Mapping) else []
-    return [key for key in keys if isinstance(key, str) and is_number(_as_float(key))]
-
-
-def _as_float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _draw_quantiles(axes: Axes, run: RunRecord) -> None:
-    """Bands between quantiles that lie as far from both ends, the inner ones darker; what has no partner is a line."""
-    levels = _quantile_levels(run)
-    series = {level: run.series(quantile_named(level)) for level in levels}
+def _draw_quantiles(axes: Axes, found: Mapping[str, pd.Series]) -> None:
+    """Draws bands between quantiles q and 1 - q, the inner ones darker, and the other quantiles as lines."""
+    levels = list(found)
     bands = [(low, high) for low, high in zip(levels, reversed(levels), strict=True) if float(low) < float(high)]
     bands = [pair for pair in bands if math.isclose(float(pair[0]) + float(pair[1]), 1.0, abs_tol=1e-9)]
     for index, (low, high) in enumerate(bands):
         shade = f"{0.86 - 0.22 * index / max(1, len(bands) - 1):.2f}" if len(bands) > 1 else "0.8"
-        lower, upper = _on_common_steps(series[low], series[high])
-        name = f"{float(low):.0%} to {float(high):.0%}"
-        axes.fill_between(lower.steps, lower.values, upper.values, color=shade, lw=0, label=style.label(name))
-        if lower.steps.size == 1:
-            axes.plot([*lower.steps] * 2, [*lower.values, *upper.values], color=shade, lw=6 + 3 * index)
+        lower, upper = found[low].align(found[high], join="inner")
+        name = style.label(f"{float(low):.0%} to {float(high):.0%}")
+        axes.fill_between(lower.index, lower, upper, color=shade, lw=0, label=name)
+        if lower.size == 1:
+            axes.plot([*lower.index] * 2, [*lower, *upper], color=shade, lw=6 + 3 * index)
     lines = [level for level in levels if level not in {end for pair in bands for end in pair}]
     for index, level in enumerate(lines):
         name = "median" if float(level) == 0.5 else f"{float(level):.0%}"
-        style.curve(axes, series[level].steps, series[level].values, style.style(index), name)
-    everything = np.concatenate([found.values for found in series.values()])
-    style.choose_scale(axes, everything, "TEV\n(unit of the weights)", "linear")
+        style.curve(axes, found[level].index, found[level], style.look(index), name)
+    style.choose_scale(axes, np.concatenate([*found.values()]), _TEV_UNIT, "linear")
 
 
-def _on_common_steps(first: Series, second: Series) -> tuple[Series, Series]:
-    steps, left, right = np.intersect1d(first.steps, second.steps, return_indices=True)
-    return Series(steps, first.values[left]), Series(steps, second.values[right])
+# Event -> its row in the panel of events, from the top down, and its marker. Rows without events are left out.
+_EVENT_ROWS = {
+    "guard_skip": ("update skipped", "x"),
+    "guard_lower_rate": ("rate lowered", "v"),
+    "guard_rollback": ("rolled back", "<"),
+    "guard_give_up": ("guard gave up", "X"),
+    "resume": ("resumed", ">"),
+    "stopped": ("stopped", "s"),
+    "failed": ("failed", "P"),
+    "preempted": ("preempted", "D"),
+    "interrupted": ("interrupted", "d"),
+    "checkpoint": ("checkpoint", "."),
+}
+_GUARD_LINES = {"guard_rollback": "-", "guard_lower_rate": "-.", "guard_skip": ":"}
 
 
+def event_rows(run: RunRecord) -> list[str]:
+    """Returns the kinds of events that are drawn, from the top down; [] if there are checkpoints only."""
+    found = {event for event in _EVENT_ROWS if run.events_named(event)}
+    if any(is_number(item.get("until")) for item in run.events_named("guard_rollback")):
+        found.add("guard_lower_rate")
+    return [event for event in _EVENT_ROWS if event in found] if found - {"checkpoint"} else []
+
+
+def _draw_events(axes: Axes, run: RunRecord, rows: list[str]) -> None:
+    """Draws every event in its row; bars show how far a rollback returned and how long a rate was lowered."""
+    bar: dict[str, Any] = {"color": "#555555", "lw": 2.0, "solid_capstyle": "butt"}
+    heights = {event: height for height, event in enumerate(reversed(rows))}
+    for event, height in heights.items():
+        for item in run.events_named(event):
+            step, back, until = _step_of(item, run), item.get("to_step"), item.get("until")
+            axes.plot([step], [height], ls="", marker=_EVENT_ROWS[event][1], color="#111111", ms=6)
+            if event == "guard_rollback" and is_number(back):
+                axes.plot([step, back], [height, height], **bar)
+                axes.plot([back], [height], ls="", marker="|", color="#111111", ms=8)
+            # A rollback to a checkpoint that was returned to before lowers the rate too.
+            if event in ("guard_rollback", "guard_lower_rate") and is_number(until):
+                first = back if event == "guard_rollback" and is_number(back) else step
+                axes.plot([first, until], [heights["guard_lower_rate"]] * 2, **bar)
+    axes.set_yticks(range(len(rows)), [_EVENT_ROWS[event][0] for event in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="x", visible=True)
+
+
+def _step_of(event: Record, run: RunRecord) -> float:
+    """Returns the step of an event; an event without one is at the last recorded step."""
+    step = event.get("step")
+    return float(step) if is_number(step) else float(run.last_step)
+
+
+def _mark_guard(axes: Axes, run: RunRecord) -> None:
+    """Draws a vertical line at each of up to 60 interventions of the guard; more would hide the data."""
+    for event, line in _GUARD_LINES.items():
+        if len(found := run.events_named(event)) <= 60:
+            for item in found:
+                axes.axvline(_step_of(item, run), color="0.4", lw=0.9, ls=line, zorder=0.5)
+
+
+_SATURATED, _RESIDUAL = "Saturated rows", "Residual stream"
 PROFILES = {
-    "Gradient norm": ("gradients.layers.gradient_norm", "gradient norm"),
-    "Gradient variance": ("gradients.layers.gradient_variance", "gradient variance"),
+    "Gradient norm": (_BLOCK_NORMS, "gradient norm"),
+    "Gradient variance": (_BLOCK_VARIANCES, "gradient variance"),
     "Mean of gradients": ("gradients.layers.gradient_mean", "mean over elements"),
     "Norm of weights": ("gradients.layers.weight_norm", "||weight||"),
     "Size of updates": ("gradients.layers.update_ratio", "||update|| / ||weight||"),
     "Spectral norm of q k": ("gradients.layers.qk_spectral_norm", "largest singular value"),
     "Spectral norm of o v": ("gradients.layers.ov_spectral_norm", "largest singular value"),
-    "Residual stream": ("activations.residual_variance", "variance"),
+    _RESIDUAL: ("activations.residual_variance", "variance"),
     "Attention entropy": ("activations.attention_entropy", "entropy (nats)"),
     "Attention logits": ("activations.largest_logit", "largest logit"),
-    "Saturated rows": ("activations.saturated_share", "share"),
+    _SATURATED: ("activations.saturated_share", "share"),
 }
 
 
 def profile_figure(run: RunRecord) -> bytes | None:
-    """Draws what was measured per block, at the first, the middle and the last measurement; None without any."""
-    found = {title: _profiles(run, dotted) for title, (dotted, _) in PROFILES.items()}
-    found = {title: profiles for title, profiles in found.items() if profiles}
+    """Draws the measures per block at the first, the middle and the last measurement; None without any."""
+    found = {title: profiles for title in PROFILES if (profiles := _profiles(run, PROFILES[title][0]))}
     if not found:
         return None
     rows = math.ceil(len(found) / 2)
@@ -312,12 +265,12 @@ def profile_figure(run: RunRecord) -> bytes | None:
         grid = figure.subplots(rows, 2, squeeze=False).ravel()
         for axes, (title, profiles) in zip(grid, found.items(), strict=False):
             for index, (step, values) in enumerate(profiles):
-                # The residual stream is measured at every block's input and after the last block.
-                style.curve(axes, np.arange(values.size, dtype=float), values, style.style(index), f"step {step:g}")
+                style.curve(axes, np.arange(values.size, dtype=float), values, style.look(index), f"step {step:g}")
             axes.set_title(title)
-            kind: Literal["share", "free"] = "share" if title == "Saturated rows" else "free"
+            kind: Kind = "share" if title == _SATURATED else "free"
             style.choose_scale(axes, np.concatenate([v for _, v in profiles]), PROFILES[title][1], kind)
-            axes.set_xlabel("input of block (the last: output)" if title == "Residual stream" else "block")
+            # The residual stream is measured at the input of every block and after the last one.
+            axes.set_xlabel("input of block (the last: output)" if title == _RESIDUAL else "block")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             style.legend_beside(axes)
         for axes in grid[len(found) :]:
@@ -325,20 +278,6 @@ def profile_figure(run: RunRecord) -> bytes | None:
         return style.as_png(figure)
 
 
-def _profiles(run: RunRecord, dotted: str) -> list[tuple[float, np.ndarray]]:
-    found = [(r["step"], values) for r in run.metrics if (values := over_blocks(dotted, r)) is not None]
-    found = [(step, values) for step, values in found if np.isfinite(values).any()]
-    chosen = sorted({0, len(found) // 2, len(found) - 1}) if found else []
-    return [found[index] for index in chosen]
-
-
-def gradient_and_tev(run: RunRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns steps, TEV and the embedding's gradient variance where both were measured in the same step."""
-    rows = [
-        (record["step"], record["tev_mean"], variance)
-        for record in run.metrics
-        if is_number(record.get("tev_mean"))
-        and is_number(variance := at(record, "gradients.kinds.embedding.gradient_variance"))
-    ]
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
+def _profiles(run: RunRecord, dotted: str) -> list[tuple[float, Array]]:
+    found = [(r["step"], v) for r in run.metrics if (v := block_values(r, dotted)) is not None and np.isfinite(v).any()]
+    return [found[index] for index in sorted({0, len(found) // 2, len(found) - 1})] if found else []

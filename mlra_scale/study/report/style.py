@@ -1,4 +1,4 @@
-"""What all figures share: no colour carries meaning alone, legends stand beside the data, sizes suit a page."""
+"""What all figures share: curves differ by more than colour, legends are beside the data, sizes suit a page."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,91 +19,67 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
-from mlra_scale.study.verdicts import number
+from mlra_scale.study.report.wording import number
 
-WIDTH = 9.0
-"""Of a figure, in inches."""
-DPI = 130
-_MANY_POINTS = 40
-_LOG_FROM = 20.0
-_RC: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.88",
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "svg.fonttype": "none",
-}
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one curve looks: by colour, and without it by line and marker."""
-
-    color: str
-    line: Any
-    marker: str
-
+_WIDTH, _DPI = 9.0, 130
+"""Width of a figure in inches, and dots per inch."""
+_SETTINGS = Path(__file__).with_name("templates") / "report.mplstyle"
+Look = dict[str, Any]
+"""Keyword arguments of Axes.plot: color, ls, marker, ..."""
 
 # Okabe & Ito's palette, ordered so that neighbours differ in lightness too.
-_STYLES = (
-    Style("#111111", "-", "o"),
-    Style("#d55e00", (0, (5, 2)), "s"),
-    Style("#0072b2", (0, (1, 1.2)), "^"),
-    Style("#009e73", (0, (5, 1.5, 1, 1.5)), "D"),
-    Style("#cc79a7", (0, (8, 2)), "v"),
-    Style("#56b4e9", (0, (3, 1, 1, 1, 1, 1)), "P"),
-    Style("#8a6d00", "-", "X"),
+_LOOKS: tuple[Look, ...] = (
+    {"color": "#111111", "ls": "-", "marker": "o"},
+    {"color": "#d55e00", "ls": (0, (5, 2)), "marker": "s"},
+    {"color": "#0072b2", "ls": (0, (1, 1.2)), "marker": "^"},
+    {"color": "#009e73", "ls": (0, (5, 1.5, 1, 1.5)), "marker": "D"},
+    {"color": "#cc79a7", "ls": (0, (8, 2)), "marker": "v"},
+    {"color": "#56b4e9", "ls": (0, (3, 1, 1, 1, 1, 1)), "marker": "P"},
+    {"color": "#8a6d00", "ls": "-", "marker": "X"},
 )
-ASIDE_COLOR = "#777777"
+UNDONE: Look = {
+    "color": "#777777",
+    "ls": (0, (1, 1.5)),
+    "lw": 1.0,
+    "ms": 3.2,
+    "mfc": "white",
+    "mew": 0.7,
+    "zorder": 1.5,
+}
+"""Curves of steps that a rollback undid."""
 
 
-def style(index: int) -> Style:
-    """Returns the look of the index-th curve of a figure; they repeat after seven."""
-    return _STYLES[index % len(_STYLES)]
+def look(index: int) -> Look:
+    """Returns the look of the index-th curve of a figure; looks repeat after seven."""
+    return _LOOKS[index % len(_LOOKS)]
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The settings that all figures are made under, the user's own left out."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+    """Draws with the settings of this module instead of the user's own."""
+    with mpl.rc_context(rc=mpl.rc_params_from_file(_SETTINGS, use_default_template=True)):
         yield
 
 
 def new_figure(height: float) -> Figure:
-    """Returns an empty figure of the page's width that keeps labels and legends apart by itself."""
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    """Returns an empty figure of the page's width; its layout keeps labels and legends apart."""
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def grid_of(settings: Sequence[str], row_height: float, **shared: Any) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Returns a figure with a plot for each setting, titled by it where there are several.
+    """Returns a figure with a plot for each setting, titled by it if there are several.
 
     Args:
-        settings: The places on a sweep's axes.
-        row_height: Of a row of plots, in inches; a single column is a little higher.
+        settings: Settings of a sweep.
+        row_height: Height of a row of plots, in inches; a single column is a little higher.
         **shared: sharex, sharey.
 
     Returns:
-        The figure, the plots in the order of the settings, and those of them that stand leftmost.
+        The figure, the plots in the order of the settings, and the leftmost of them.
     """
-    columns = min(3, len(settings)) if len(settings) > 4 else min(2, len(settings))
+    columns = min(3 if len(settings) > 4 else 2, len(settings))
     rows = math.ceil(len(settings) / columns)
     figure = new_figure(0.6 + (row_height + (0.6 if columns == 1 else 0.0)) * rows)
     grid = figure.subplots(rows, columns, squeeze=False, **shared)
@@ -117,7 +92,7 @@ def grid_of(settings: Sequence[str], row_height: float, **shared: Any) -> tuple[
 
 
 def as_png(figure: Figure) -> bytes:
-    """Renders a figure: with a palette, a third of the size, and without a date or version, always the same file."""
+    """Renders a figure with a palette, which takes a third of the bytes; equal figures give equal files."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
@@ -128,53 +103,37 @@ def as_png(figure: Figure) -> bytes:
 
 
 def label(text: str, width: int = 26) -> str:
-    """Returns text as a label: wrapped, and with nothing in it that matplotlib reads as an instruction."""
+    """Returns text as a label: wrapped, and without matplotlib's markup."""
     shown = "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)) or " "
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def curve(
-    axes: Axes,
-    steps: npt.NDArray[np.float64],
-    values: npt.NDArray[np.float64],
-    look: Style,
-    name: str | None = None,
-    **more: Any,
-) -> None:
-    """Draws a curve with gaps where a value is nan.
+def curve(axes: Axes, steps: Any, values: Any, how: Look, name: str | None = None) -> None:
+    """Draws a curve with gaps at nan.
 
-    There is a marker at each of few points, at some of many, and at each that stands alone: no line would show it.
+    A marker is at each of up to 40 points, at every n-th of more, and at each point without a neighbour.
     """
-    is_there = np.isfinite(values)
-    padded = np.concatenate([[False], is_there, [False]])
+    steps, values = np.asarray(steps), np.asarray(values)
+    padded = np.concatenate([[False], is_there := np.isfinite(values), [False]])
     is_alone = is_there & ~padded[:-2] & ~padded[2:]
     present = np.flatnonzero(is_there)
-    every = 1 if present.size <= _MANY_POINTS else math.ceil(present.size / 12)
-    marked = [int(index) for index in np.union1d(present[::every], np.flatnonzero(is_alone))]
-    shown = "_" if name is None else label(name)
-    axes.plot(steps, values, color=look.color, ls=look.line, marker=look.marker, markevery=marked, label=shown, **more)
+    every = 1 if present.size <= 40 else math.ceil(present.size / 12)
+    marked = np.union1d(present[::every], np.flatnonzero(is_alone)).tolist()
+    axes.plot(steps, values, markevery=marked, label="_" if name is None else label(name), **how)
 
 
-def aside(look: Style) -> dict[str, Any]:
-    """Returns how a curve looks of what is not part of the run any more: grey, its own marker hollow."""
-    grey = Style(ASIDE_COLOR, (0, (1, 1.5)), look.marker)
-    return {"look": grey, "lw": 1.0, "ms": 3.2, "mfc": "white", "mew": 0.7, "zorder": 1.5}
-
-
-def choose_scale(
-    axes: Axes, values: npt.NDArray[np.float64], unit: str, kind: Literal["free", "linear", "share"] = "free"
-) -> None:
-    """Sets the y axis and names its unit, and the scale where that is logarithmic.
+def choose_scale(axes: Axes, values: Any, unit: str, kind: Literal["free", "linear", "share"] = "free") -> None:
+    """Sets the scale and the label of the y axis.
 
     Args:
         axes: Where the values are drawn.
         values: All of them.
-        unit: The axis's label.
-        kind: free: logarithmic where the values are positive and span more than a factor of 20; linear: never; share:
-            linear from 0 on.
+        unit: The label.
+        kind: free: logarithmic if the values are positive and span more than a factor of 20; linear: never
+            logarithmic; share: linear from 0 on.
     """
-    finite = values[np.isfinite(values)]
-    if kind == "free" and finite.size > 0 and finite.min() > 0 and finite.max() > _LOG_FROM * finite.min():
+    finite = np.asarray(values)[np.isfinite(values)]
+    if kind == "free" and finite.size > 0 and finite.min() > 0 and finite.max() > 20.0 * finite.min():
         has_few_decades = finite.max() < 1e3 * finite.min()
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if has_few_decades else (1.0,), numticks=7))
@@ -183,7 +142,7 @@ def choose_scale(
         unit = f"{unit}\n(log scale)"
     else:
         if finite.size > 0 and not 1e-3 <= np.abs(finite).max() < 1e5:
-            # A common power of ten above the axis would run into the title.
+            # A common power of ten above the axis would overlap the title.
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         else:
             axes.ticklabel_format(axis="y", style="plain", useOffset=False)
@@ -192,23 +151,23 @@ def choose_scale(
     axes.set_ylabel(unit)
 
 
-def legend_beside(axes: Axes, handles: list[Any] | None = None, title: str | None = None) -> None:
-    """Puts the legend to the right of the data; none where nothing has a name."""
-    if handles is None:
-        handles = axes.get_legend_handles_labels()[0]
-    if handles:
-        axes.legend(
-            handles=handles,
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1.03),
-            borderaxespad=0.0,
-            handlelength=3.2,
-            title=title,
-            alignment="left",
-        )
+def legend_beside(axes: Axes) -> None:
+    """Puts the legend of a plot to the right of it, if anything has a name."""
+    if handles := axes.get_legend_handles_labels()[0]:
+        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03), "borderaxespad": 0.0}
+        axes.legend(handles=handles, handlelength=3.2, alignment="left", **beside)
 
 
-def handle(look: Style, name: str, **more: Any) -> Line2D:
-    """Returns a legend's entry of a curve."""
-    shown = {"color": look.color, "ls": look.line, "marker": look.marker} | more
-    return Line2D([], [], label=label(name), **shown)
+def figure_legend(figure: Figure, handles: Sequence[Line2D], **more: Any) -> None:
+    """Puts one legend to the right of all plots."""
+    figure.legend(handles=handles, loc="outside right upper", alignment="left", **more)
+
+
+def handle(name: str, **how: Any) -> Line2D:
+    """Returns the entry of a curve in a legend."""
+    return Line2D([], [], label=name, **how)
+
+
+def variant_handles(variants: Sequence[str]) -> list[Line2D]:
+    """Returns the entries of all variants."""
+    return [handle(label(variant), **look(index)) for index, variant in enumerate(variants)]

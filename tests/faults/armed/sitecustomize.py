@@ -1,7 +1,7 @@
-"""Python imports this at start where PYTHONPATH names this folder: it sends the process a signal at a given moment.
+"""Python imports this at start where PYTHONPATH names this folder: it sends the process a signal at a given trigger.
 
-The environment variable MOMENTS is a JSON list of Moment (tests/faults/moments.py). Nothing of the project is imported
-here, and no command line is changed: every Python process that inherits the variable is armed.
+The environment variable TRIGGERS is a JSON list of Trigger (tests/faults/triggers.py). Nothing of the project is
+imported here, and no command line is changed: every Python process that inherits the variable is armed.
 """
 
 import json
@@ -18,7 +18,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 
 def text_of(event: str, arguments: Sequence[Any]) -> str | None:
-    """An audit event in words, or None for one that no moment asks for."""
+    """An audit event in words, or None for one that no trigger asks for."""
     if event == "open":
         path, _, flags = arguments
         return f"open {'w' if flags & WRITING else 'r'} {path}" if isinstance(path, str) else None
@@ -27,38 +27,48 @@ def text_of(event: str, arguments: Sequence[Any]) -> str | None:
     return "spawn" if event == "subprocess.Popen" else None
 
 
-def waiting(moment: dict[str, Any]) -> Happened:
-    """Returns what to call with every event in words, until the moment has come."""
+POINTS = "mlra_scale/checkpoint/failpoints.py"
+"""Each of its calls names a point of a save; to a trigger that is "point NAME"."""
+
+
+def waiting(trigger: dict[str, Any]) -> Happened:
+    """Returns what to call with every event in words, until the trigger is reached."""
     count, lock = 0, threading.Lock()
 
     def happened(text: str) -> None:
         nonlocal count
-        if not fnmatchcase(text, moment["event"]):
+        if not fnmatchcase(text, trigger["event"]):
             return
         with lock:
             count += 1
-            is_now = count == moment["occurrence"]
+            is_now = count == trigger["occurrence"]
         if is_now:
             # Once, whatever processes come later: and the proof that it happened.
             try:
-                os.close(os.open(moment["mark"], os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+                os.close(os.open(trigger["mark"], os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return
-            os.kill(os.getpid(), moment["signal"])
+            if trigger["error"]:
+                raise OSError(trigger["error"], os.strerror(trigger["error"]))
+            os.kill(os.getpid(), trigger["signal"])
 
     return happened
 
 
-def watch_calls(moments: Sequence[dict[str, Any]]) -> None:
+def watch_calls(triggers: Sequence[dict[str, Any]]) -> None:
     """Waits for calls, from the first import of one of the files on: before, every call of a library would be seen."""
-    watched = [(moment["event"].split()[1], waiting(moment)) for moment in moments]
+    watched = [
+        (POINTS if trigger["event"].startswith("point ") else trigger["event"].split()[1], waiting(trigger))
+        for trigger in triggers
+    ]
 
     def called(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
             code = frame.f_code
             for file, happened in watched:
                 if code.co_filename.endswith(file):
-                    happened(f"call {file} {code.co_qualname}")
+                    is_point = file == POINTS and code.co_name == "reached"
+                    happened(f"point {frame.f_locals['name']}" if is_point else f"call {file} {code.co_qualname}")
 
     def begin() -> None:
         threading.setprofile(called)
@@ -76,9 +86,9 @@ def watch_calls(moments: Sequence[dict[str, Any]]) -> None:
         sys.addaudithook(imported)
 
 
-def watch_system(moments: Sequence[dict[str, Any]]) -> None:
+def watch_system(triggers: Sequence[dict[str, Any]]) -> None:
     """Waits for events of the interpreter."""
-    watched = [waiting(moment) for moment in moments]
+    watched = [waiting(trigger) for trigger in triggers]
 
     def audited(event: str, arguments: Sequence[Any]) -> None:
         if (text := text_of(event, arguments)) is not None:
@@ -92,13 +102,13 @@ def watch_system(moments: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """Arms this process with what is meant for it."""
     command, rank = " ".join(sys.orig_argv), os.environ.get("RANK", "0")
-    moments = [
-        moment
-        for moment in json.loads(os.environ.get("MOMENTS", "[]"))
-        if moment["program"] in command and str(moment["rank"]) == rank and not os.path.exists(moment["mark"])
+    triggers = [
+        trigger
+        for trigger in json.loads(os.environ.get("TRIGGERS", "[]"))
+        if trigger["program"] in command and str(trigger["rank"]) == rank and not os.path.exists(trigger["mark"])
     ]
-    watch_calls([moment for moment in moments if moment["event"].startswith("call ")])
-    watch_system([moment for moment in moments if not moment["event"].startswith("call ")])
+    watch_calls([trigger for trigger in triggers if trigger["event"].startswith(("call ", "point "))])
+    watch_system([trigger for trigger in triggers if not trigger["event"].startswith(("call ", "point "))])
 
 
 main()

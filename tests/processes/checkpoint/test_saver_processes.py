@@ -23,11 +23,11 @@ FAILING_PROCESS = """
 import sys, time
 from pathlib import Path
 import torch.distributed as dist
-from mlra_scale.checkpoint import points
+from mlra_scale.checkpoint import failpoints
 from tests.unit.checkpoint.test_saver import engine_of, save, saver_of
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-points.reached = lambda point: time.sleep(600) if point == "mid-file" else None
+failpoints.reached = lambda point: time.sleep(600) if point == "mid-file" else None
 save(saver_of(Path(sys.argv[1]), dist.group.WORLD), engine_of(dist.group.WORLD), 1)
 raise RuntimeError("training failed")
 """
@@ -44,7 +44,7 @@ KILLED_PROCESSES = """
 import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
-from mlra_scale.checkpoint import points
+from mlra_scale.checkpoint import failpoints
 from tests.unit.checkpoint.test_saver import engine_of, save, saver_of
 
 def train(folder, where, step):
@@ -53,12 +53,12 @@ def train(folder, where, step):
     for earlier in (1, 2):
         save(saver, engine_of(dist.group.WORLD, float(earlier)), earlier)
     saver.finish()
-    points.reached = lambda point: os._exit(9) if point == where else None
+    failpoints.reached = lambda point: os._exit(9) if point == where else None
     save(saver, engine_of(dist.group.WORLD, 100.0 + step), step)
     saver.finish()
 
 codes = {}
-for point in points.POINTS:
+for point in failpoints.FAILPOINTS:
     for step in (2, 3):
         child = os.fork()
         if child == 0:

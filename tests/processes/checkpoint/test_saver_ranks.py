@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, latest, points
+from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, failpoints, latest
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.checkpoint.loading import open_on_all_ranks
-from mlra_scale.checkpoint.points import POINTS
 from tests.support.pool import WorkerPool
 from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of, write_checkpoint
 
@@ -62,10 +62,10 @@ def fail_on_one_rank(rank: int, world_size: int, folder: str) -> list[tuple[str,
     saver, engine = saver_and_engine(rank, Layout(tensor=2), folder)
     save(saver, engine, 1)
     saver.finish()
-    original = points.reached
+    original = failpoints.reached
     for bad in range(world_size):
         for point in ("snapshot", "file-open", "mid-file", "between-files"):
-            points.reached = partial(fail_at, point if rank == bad else "nowhere")
+            failpoints.reached = partial(fail_at, point if rank == bad else "nowhere")
             polls = 0
             try:
                 save(saver, engine, 2)
@@ -76,7 +76,7 @@ def fail_on_one_rank(rank: int, world_size: int, folder: str) -> list[tuple[str,
             except CheckpointError as error:
                 told.append((point, str(error), polls, sorted(path.name for path in Path(folder).iterdir())))
             finally:
-                points.reached = original
+                failpoints.reached = original
     save(saver, engine, 3)
     assert [record.step for record in saver.finish()] == [3]
     return told
@@ -87,7 +87,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path, worker_pool: Po
     for rank, told in enumerate(results):
         assert [entry[:3] for entry in told] == [entry[:3] for entry in results[0]]
         for number, (point, text, _, files) in enumerate(told):
-            assert point in POINTS
+            assert point in FAILPOINTS
             assert f"the save of step 2 failed: rank {number // 4}: " in text and "No space left" in text
             # Rank 0 removes the folder before it raises; rank 1 may look a moment earlier.
             assert rank == 1 or files == ["latest", "step-00000001"]
@@ -152,13 +152,13 @@ def wait_for_a_slow_rank(rank: int, world_size: int, folder: str) -> float:
     layout = Layout(tensor=2)
     topology = layout.topology(rank, dist.new_group(backend="gloo", timeout=timedelta(seconds=2)))
     saver, engine = Saver(Path(folder), topology, 10, 0, True), FakeEngine(topology, layout, all_parts())
-    original = points.reached
-    points.reached = lambda point: time.sleep(3.5) if (point, rank) == ("mid-file", 1) else None
+    original = failpoints.reached
+    failpoints.reached = lambda name: time.sleep(3.5) if (name, rank) == ("mid-file", 1) else None
     try:
         save(saver, engine, 1)
         (finished,) = saver.finish()
     finally:
-        points.reached = original
+        failpoints.reached = original
     return finished.write_seconds
 
 

@@ -23,11 +23,11 @@ LAYOUT_VARIABLE = "TEST_LAYOUT"
 _LONGEST = 40
 
 
-def rank(number: int, step: int = 3, doing: str = "training", seconds: float = 0.0, **more: Any) -> dict[str, Any]:
+def rank(number: int, step: int = 3, phase: str = "training", seconds: float = 0.0) -> dict[str, Any]:
     """A rank as an agent reports it."""
-    beat = {"rank": number, "local_rank": 0, "pid": 1000 + number, "doing": doing, "step": step, "seconds": seconds}
-    beat["place"] = more.pop("place", "all_reduce (x.py:1)")
-    return {"beat": beat, "silence": 0.0, "state": "S (sleeping)", **more}
+    heartbeat = {"rank": number, "local_rank": 0, "pid": 1000 + number, "phase": phase, "step": step}
+    heartbeat |= {"seconds": seconds, "location": "all_reduce (x.py:1)"}
+    return {"heartbeat": heartbeat, "silence": 0.0, "state": "S (sleeping)"}
 
 
 def failure(number: int | None, code: int, at: float = 0.0, message: str = "") -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Player:
 
     def end(self, *failures: dict[str, Any]) -> None:
         """Tells how the ranks ended, and ends."""
-        self.link.send({"ended": {"failures": failures}})
+        self.link.send({"failures": failures})
         self.link.close()
         sys.exit(1 if failures else 0)
 

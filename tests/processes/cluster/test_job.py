@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.cluster import attempt, checking, job, slurm
-from mlra_scale.cluster.checking import Checked
-from mlra_scale.cluster.job import Job, main
-from mlra_scale.cluster.job_file import Attempt, JobFile
+from mlra_scale.cluster import check, slurm
+from mlra_scale.cluster.check import CheckResult, ChosenLayout
+from mlra_scale.cluster.job import __main__ as job
+from mlra_scale.cluster.job import attempt
+from mlra_scale.cluster.job.__main__ import Job, main
+from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.cluster.settings import Settings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError, load_config
@@ -129,13 +131,8 @@ def test_a_failed_attempt_is_followed_by_another_on_the_same_nodes(desk: Desk) -
     """
     assert desk.job(a=play, b=play) == 0
     file = desk.file
-    assert (file.state, file.reason, file.job_id, file.name, file.num_requeues) == (
-        "done",
-        "all steps are done",
-        "41",
-        "deep",
-        2,
-    )
+    assert (file.state, file.reason) == ("done", "all steps are done")
+    assert (file.job_id, file.name, file.num_requeues) == ("41", "deep", 2)
     assert desk.ends == [("failed", ["a", "b"]), ("done", ["a", "b"])] and desk.orders == []
     first, second = file.attempts
     assert first.reason == "rank 0 on a ended with exit code 1 (FAILED): ValueError: odd" and len(first.failures) == 2
@@ -179,33 +176,29 @@ def test_a_signal_to_the_job_sends_it_back_to_the_queue(desk: Desk) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "it is Slurm's way of ending the script now"
 
 
+ENDED = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
 BAD = "me.connect(); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(0, 6))"
 
 
 def test_a_bad_node_is_excluded(desk: Desk) -> None:
-    assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
+    assert desk.job(a=BAD, b=ENDED) == 0
     assert desk.file.excluded == {"b": "wrong sum"} and desk.file.state == "requeued"
     assert desk.orders == ["requeue 41", "update JobId=41 ExcNodeList=b"]
 
 
-def test_an_elastic_job_goes_on_without_it(desk: Desk) -> None:
-    a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
-    assert desk.job("cluster.elastic=true", a=a, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == 0
-    assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
-    assert "parallel.world_size=1" in json.loads((desk.run.parent / "srun.json").read_text())["command"]
-
-
-def test_the_layout_is_chosen_again_for_the_nodes_that_are_left(
-    desk: Desk, capfdbinary: pytest.CaptureFixture[bytes]
+@pytest.mark.parametrize("layout", ["manual", "auto"])
+def test_an_elastic_job_continues_without_a_bad_node(
+    desk: Desk, capfdbinary: pytest.CaptureFixture[bytes], layout: str
 ) -> None:
-    """The check of the start has the choice, and every attempt the one for its number of nodes."""
+    """With parallel.layout=auto on the layout that a check has chosen for the nodes that are left."""
     a = f"if me.num_nodes == 1:\n    me.connect(); me.end()\n{BAD}"
-    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
-    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=a, b=play) == 0
+    assert desk.job("cluster.elastic=true", f"parallel.layout={layout}", a=a, b=ENDED) == 0
     assert desk.ends == [("bad_node", ["a", "b"]), ("done", ["a"])]
     command = json.loads((desk.run.parent / "srun.json").read_text())["command"]
-    assert "train.micro_batch_size=1" in command and "train.micro_batch_size=2" not in command
-    assert capfdbinary.readouterr().out.count(b"the plan") == 2
+    assert "parallel.world_size=1" in command
+    if layout == "auto":
+        assert "train.micro_batch_size=1" in command and "train.micro_batch_size=2" not in command
+        assert capfdbinary.readouterr().out.count(b"the plan") == 2
 
 
 def test_a_check_that_refuses_fewer_nodes_sends_the_job_back_to_the_queue(
@@ -213,8 +206,7 @@ def test_a_check_that_refuses_fewer_nodes_sends_the_job_back_to_the_queue(
 ) -> None:
     """What fits the memory of all nodes need not fit that of those that are left: the input is not bad."""
     monkeypatch.setenv(CHECK_VARIABLE, "too few")
-    play = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
-    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=BAD, b=play) == 0
+    assert desk.job("cluster.elastic=true", "parallel.layout=auto", a=BAD, b=ENDED) == 0
     assert desk.file.state == "requeued" and [end for end, _ in desk.ends] == ["bad_node", "lost_node"]
     assert "data.path = None" in desk.file.reason
 
@@ -228,13 +220,13 @@ def test_fewer_nodes_are_judged_by_the_devices_that_the_check_has_seen(
 ) -> None:
     allocation = Allocation("41", "deep", ("a", "b", "c"), "a", 1)
     arguments = ["--run-dir", str(desk.run), "--preset", "gpt2-mlra-72l-wide", "parallel.layout=auto"]
-    checked = Checked(None, device=device, memory=gib * 2**30)
-    it = Job(arguments, allocation, Settings(4, "cuda", (), ("python",)), checked=checked)
+    result = CheckResult(None, layout=ChosenLayout(overrides=[], device=device, memory=gib * 2**30))
+    it = Job(arguments, allocation, Settings(4, "cuda", (), ("python",)), check=result)
     assert [number for number in (1, 2) if it._divides_over(number)] == expected
 
 
 @pytest.mark.parametrize(
-    ("said", "is_layout"),
+    ("printed", "is_layout"),
     [
         ('{"overrides": ["a=1"], "device": "NVIDIA H200", "memory": 1e9}\nslurm: job ends', True),
         ('["a=1"]', False),
@@ -245,19 +237,26 @@ def test_fewer_nodes_are_judged_by_the_devices_that_the_check_has_seen(
         ("", False),
     ],
 )
-def test_the_line_of_the_layout_is_read_alone_and_its_shape_is_checked(said: str, is_layout: bool) -> None:
-    found = checking.accepted(f"the plan\nlayout of the ranks: {said}\n")
+def test_the_line_of_the_layout_is_read_alone_and_its_shape_is_checked(printed: str, is_layout: bool) -> None:
+    found = check.read_output(f"the plan\nlayout of the ranks: {printed}\n")
     assert (found.kind is None) == is_layout
     if is_layout:
-        assert found == Checked(None, "", "the plan\n", ("a=1",), "NVIDIA H200", 1e9)
+        layout = ChosenLayout(overrides=["a=1"], device="NVIDIA H200", memory=1e9)
+        assert found == CheckResult(None, "", "the plan\n", layout)
     else:
-        assert found.kind == "failed" and "does not say which layout" in found.said
+        assert found.kind == "failed" and "does not say which layout" in found.message
 
 
-def test_a_job_starts_no_ranks_whose_layout_is_unknown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAYOUT_VARIABLE, "silent")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [(LAYOUT_VARIABLE, "silent", "does not say which layout"), (CHECK_VARIABLE, "1", "ended with exit code 1")],
+)
+def test_a_check_that_fails_counts_as_a_failure_and_starts_no_ranks(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
     assert desk.job("parallel.layout=auto", "cluster.max_failures=1", a=DONE, b=DONE) == 1
-    assert desk.ends == [("failed", ["a"])] and "does not say which layout" in desk.file.reason
+    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])] and message in desk.file.reason
 
 
 def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) -> None:
@@ -267,7 +266,7 @@ def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) ->
     assert desk.orders == ["update JobId=41 NodeList=a", "requeue 41"] and desk.file.excluded == {}
 
 
-def test_what_the_check_refuses_is_not_tried(
+def test_a_job_that_the_check_refuses_starts_no_ranks(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(CHECK_VARIABLE, "2")
@@ -282,10 +281,8 @@ def test_what_the_check_refuses_is_not_tried(
 DONE = "me.connect(); me.end()"
 
 
-def test_a_check_that_does_not_come_back_says_nothing_against_the_input(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checking, "_CHECK_SECONDS", 0.001)
+def test_a_check_that_takes_too_long_is_a_failure_and_no_bad_input(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_CHECK_SECONDS", 0.001)
     assert desk.job(a=DONE, b=DONE) == 0
     assert desk.ends == [("failed", ["a"]), ("done", ["a", "b"])]
 
@@ -346,12 +343,6 @@ def test_a_run_that_is_resumed_alone_has_its_own_configuration(desk: Desk, monke
     assert desk.ends == [("done", ["a", "b"])] and desk.file.steps == 77
 
 
-def test_a_check_that_the_cluster_fails_counts_as_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CHECK_VARIABLE, "1")
-    assert desk.job("cluster.max_failures=1", a=DONE, b=DONE) == 1
-    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])]
-
-
 class Full:
     """A standard output on a disk that is full."""
 
@@ -410,19 +401,19 @@ def test_a_full_disk_at_the_start_of_a_requeued_job_is_waited_for(
     desk: Desk, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = "2026-01-01T00:00:00+00:00"
-    before = [Attempt(1, "41", ["a", "b"], 2, started=started, ended=started, end="preempted", has_progressed=True)]
+    before = [JobAttempt(1, "41", ["a", "b"], 2, started=started, ended=started, end="preempted", has_progressed=True)]
     JobFile(desk.run / "job.json", "41", state="preempted", attempts=before).write()
     filler = desk.run / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
     waits: list[float] = []
-    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_asked: waits.append(seconds))
+    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_stop_asked: waits.append(seconds))
     assert desk.job() == 2
     assert waits == [10.0, 60.0, 300.0] and "No space left on device" in capsys.readouterr().err
     assert desk.file.state == "failed" and "No space left on device" in desk.file.reason
     JobFile(desk.run / "job.json", "41", state="preempted", attempts=before).write()
-    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_asked: filler.unlink(missing_ok=True))
+    monkeypatch.setattr(job, "wait_for_stop", lambda seconds, is_stop_asked: filler.unlink(missing_ok=True))
     assert desk.job(a=DONE, b=DONE) == 0
     assert desk.file.state == "done"
 
@@ -442,72 +433,62 @@ def test_what_the_operating_system_refuses_is_a_failure_that_counts(
 
 
 def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(running: attempt.Attempt) -> None:
+    def odd(running: attempt.AttemptRunner) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(attempt.Attempt, "run", odd)
+    monkeypatch.setattr(attempt.AttemptRunner, "run", odd)
     assert desk.job(a=DONE, b=DONE) == 1
     assert desk.file.state == "failed" and desk.file.reason == "KeyError: 'odd'"
     assert [(item.end, item.reason) for item in desk.file.attempts] == [("failed", "KeyError: 'odd'")]
-    monkeypatch.setattr(attempt.Attempt, "run", lambda running: sys.exit(3))
+    monkeypatch.setattr(attempt.AttemptRunner, "run", lambda running: sys.exit(3))
     with pytest.raises(SystemExit):
         desk.job(a=DONE, b=DONE)
     assert desk.file.state == "failed" and desk.file.reason == "SystemExit: 3"
 
 
 @pytest.mark.parametrize(
-    ("state", "restarts", "end_time", "refused", "code", "job_state", "orders"),
+    ("slurms", "refused", "code", "state", "orders"),
     [
-        ("COMPLETING", "3", "Unknown", "nothing", 0, "requeued", []),
-        ("COMPLETING", "3", "2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
-        ("COMPLETING", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
-        ("CANCELLED", "3", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
-        ("COMPLETING", "2", "2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
-        ("RUNNING", "2", "Unknown", "requeue", 1, "failed", ["requeue 41"]),
-        ("RUNNING", "2", "Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
-        ("TIMEOUT", "2", "Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
+        ("COMPLETING 3 Unknown", "nothing", 0, "requeued", []),
+        ("COMPLETING 3 2999-11-29T04:51:39", "nothing", 0, "requeued", []),  # when it would end
+        ("COMPLETING 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
+        ("CANCELLED 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("COMPLETING 2 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("RUNNING 2 Unknown", "requeue", 1, "failed", ["requeue 41"]),
+        ("RUNNING 2 Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
+        ("TIMEOUT 2 Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
     ],
 )
-def test_what_slurm_makes_of_it(
-    desk: Desk,
-    monkeypatch: pytest.MonkeyPatch,
-    state: str,
-    restarts: str,
-    end_time: str,
-    refused: str,
-    code: int,
-    job_state: str,
-    orders: list[str],
+def test_the_state_of_a_job_that_slurm_ends_or_refuses_to_queue(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, slurms: str, refused: str, code: int, state: str, orders: list[str]
 ) -> None:
-    monkeypatch.setenv("TEST_JOB_STATE", state)
-    monkeypatch.setenv("TEST_RESTARTS", restarts)
-    monkeypatch.setenv("TEST_END_TIME", end_time)
+    for name, value in zip(("JOB_STATE", "RESTARTS", "END_TIME"), slurms.split(), strict=True):
+        monkeypatch.setenv(f"TEST_{name}", value)
     monkeypatch.setenv("TEST_REFUSED", refused)
-    assert desk.job(a=BAD, b="me.connect(); me.report(rank(1)); me.obey_kill(1)") == code
-    assert desk.file.state == job_state and desk.orders == orders
+    assert desk.job(a=BAD, b=ENDED) == code
+    assert desk.file.state == state and desk.orders == orders
 
 
-def test_attempts_that_were_killed_with_their_job_are_settled(desk: Desk) -> None:
+def test_attempts_that_were_killed_with_their_job_get_an_end(desk: Desk) -> None:
     """Two have completed a checkpoint, as the run's record says."""
     desk.run.mkdir()
     times = [f"2026-01-0{day}T00:00:00+00:00" for day in (1, 3, 5)]
-    attempts = [Attempt(number, "41", ["a"], 1, started=time) for number, time in enumerate(times, 1)]
+    attempts = [JobAttempt(number, "41", ["a"], 1, started=time) for number, time in enumerate(times, 1)]
     JobFile(desk.run / "job.json", "41", attempts=attempts).write()
     event = '{"time": "2026-01-04T00:00:00.5+00:00", "event": "checkpoint", "step": 10}\n'
     (desk.run / "events.jsonl").write_text(event)
     allocation = Allocation("41", "deep", ("a",), "a", 1)
     Job(["--run-dir", str(desk.run), "--preset", "debug"], allocation, Settings(1, "cpu", (), ("python",)))
     settled = desk.file.attempts
-    assert [attempt.end for attempt in settled] == ["failed"] * 3 and settled[
-        0
-    ].reason == "killed together with its job"
+    assert [attempt.end for attempt in settled] == ["failed"] * 3
+    assert settled[0].reason == "killed together with its job"
     assert [attempt.has_progressed for attempt in settled[1:]] == [True, False]
 
 
 def test_a_new_job_counts_its_own_failures(desk: Desk) -> None:
     desk.run.mkdir()
     time = "2026-01-01T00:00:00+00:00"
-    attempts = [Attempt(number, "40", ["a"], 1, started=time, ended=time, end="failed") for number in (1, 2, 3)]
+    attempts = [JobAttempt(number, "40", ["a"], 1, started=time, ended=time, end="failed") for number in (1, 2, 3)]
     JobFile(desk.run / "job.json", "40", attempts=attempts).write()
     a = f"if me.run_id == 'attempt-005':\n    me.connect(); me.end()\n{FAIL}"
     assert desk.job(a=a, b="me.connect(); me.end()") == 0
@@ -552,7 +533,7 @@ def test_gpus_that_slurm_does_not_count_are_counted(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "all", "1.5"])
-def test_a_number_of_processes_that_is_none_is_told(value: str) -> None:
+def test_a_wrong_number_of_processes_is_bad_input(value: str) -> None:
     with pytest.raises(ConfigError, match="PROCESSES_PER_NODE"):
         Settings.of({"PROCESSES_PER_NODE": value})
 
@@ -560,7 +541,7 @@ def test_a_number_of_processes_that_is_none_is_told(value: str) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--preset", "debug"], ["--preset", "nothing", "--run-dir", "x"], ["--run-dir", "x", "train.stops=1"]]
 )
-def test_bad_input_is_told_before_anything_is_there(
+def test_bad_input_is_reported_before_anything_is_made(
     desk: Desk, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(desk.run.parent)

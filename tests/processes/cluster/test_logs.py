@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing import start_processes
 
-from mlra_scale.cluster.logs import RankLogs
+from mlra_scale.cluster.node.logs import RankLogs
 
 RANK = """
 import os, sys
@@ -51,7 +51,8 @@ def test_processes_of_torchrun_write_there(tmp_path: Path) -> None:
             result = context.wait(timeout=30)
     finally:
         context.close()
-    assert {name.name for name in tmp_path.iterdir()} >= {"rank-00004.log", "rank-00005.log"}
+    names = {f"rank-0000{rank}.{kind}" for rank in (4, 5) for kind in ("log", "error.json")}
+    assert {path.name for path in tmp_path.iterdir()} == names, "by global rank, and no folders of torchrun's own"
     for number in range(2):
         text = (tmp_path / f"rank-{4 + number:05d}.log").read_text()
         assert text == f"out {number}\nerror {number}\n"

@@ -18,11 +18,15 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.cluster import node
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub
-from mlra_scale.cluster.job_file import Attempt
-from mlra_scale.cluster.node import Watch, folder_fault, parse, process_state
-from mlra_scale.cluster.pulse import PulseSocket
+from mlra_scale.cluster.job_file import JobAttempt
+from mlra_scale.cluster.messages import NodeMessage, RankFailure
+from mlra_scale.cluster.node import __main__ as node
+from mlra_scale.cluster.node import watch as watch_module
+from mlra_scale.cluster.node.__main__ import folder_fault, parse
+from mlra_scale.cluster.node.watch import Watch, connect
+from mlra_scale.cluster.process_tree import process_state
+from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.versions import versions
 
 OPTIONS = [
@@ -40,32 +44,31 @@ OPTIONS = [
 
 RANK = """
 import os, signal, sys, time
-from mlra_scale.cluster import pulse as module
+from mlra_scale.cluster.rank import heartbeat as module
 module._SECONDS_BETWEEN = 0.2
 signal.alarm(60)
 for number in (signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, frame: os.write(1, signal.Signals(number).name.encode() + b"\\n"))
-pulse = module.Pulse(sys.argv[1], int(sys.argv[2]), int(sys.argv[2]))
-pulse.beat("training", 4)
+heartbeats = module.HeartbeatSender(sys.argv[1], int(sys.argv[2]), int(sys.argv[2]))
+heartbeats.begin("training", 4)
 if sys.argv[3:]:
-    pulse.tell(bad_nodes={"a": sys.argv[3]})
+    heartbeats.send(bad_nodes={"a": sys.argv[3]})
 else:
     while True:
         time.sleep(60)
 """
 
 
-def test_what_follows_the_dashes_is_the_trainings() -> None:
+def test_arguments_after_the_dashes_are_of_the_training() -> None:
     training = ["--preset", "debug", "--device", "--job=x", "--", "--nodes=7", "parallel.world_size=8"]
     arguments = parse([*OPTIONS, "--", *training])
     assert arguments.training == training
     assert (arguments.job, arguments.master, arguments.run_id) == ("10.0.0.1:41000", "n1:29500", "attempt-003")
     assert (arguments.nodes, arguments.processes, arguments.device) == (2, 4, "cpu")
     assert (arguments.logs, arguments.start_seconds, arguments.lost_seconds) == (Path("/x/logs"), 1800.0, 30.0)
-
-
-def test_a_training_without_arguments() -> None:
     assert parse(OPTIONS).training == parse([*OPTIONS, "--"]).training == []
+    with pytest.raises(SystemExit):
+        parse(["--jo=10.0.0.1:41000", *OPTIONS[1:]])  # no short forms
 
 
 @pytest.mark.parametrize("index", range(len(OPTIONS)))
@@ -73,25 +76,6 @@ def test_every_option_is_required(index: int, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         parse([*OPTIONS[:index], *OPTIONS[index + 1 :], "--", "--preset", "debug"])
     assert OPTIONS[index].split("=")[0] in capsys.readouterr().err
-
-
-def test_options_have_no_short_forms() -> None:
-    with pytest.raises(SystemExit):
-        parse(["--jo=10.0.0.1:41000", *OPTIONS[1:]])
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_the_state_of_a_process() -> None:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        try:
-            assert wait_until(lambda: process_state(process.pid) == "S (sleeping)")
-            process.send_signal(signal.SIGSTOP)
-            assert wait_until(lambda: process_state(process.pid) == "T (stopped)")
-        finally:
-            process.kill()
-        assert wait_until(lambda: process_state(process.pid) == "Z (zombie)")
-    assert process_state(process.pid) == ""
-    assert process_state(os.getpid()) == "R (running)"
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -108,14 +92,15 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.hub = Hub("secret")
-        self.pulse = PulseSocket(folder)
+        self.heartbeats = HeartbeatSocket()
         self.said: list[Heard] = []
         self.ranks: list[subprocess.Popen[str]] = []
-        arguments = argparse.Namespace(job=f"127.0.0.1:{self.hub.port}", logs=folder, lost_seconds=30.0)
-        self.watch = Watch(arguments, "a", 1, self.pulse, lambda: [rank.pid for rank in self.ranks])
+        self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
+        pids = lambda: [rank.pid for rank in self.ranks]  # noqa: E731
+        self.watch = Watch(self.link, self.heartbeats, folder, 1, 30.0, pids)
 
     def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", RANK, self.pulse.address, str(len(self.ranks)), *arguments]
+        command = [sys.executable, "-c", RANK, self.heartbeats.address, str(len(self.ranks)), *arguments]
         self.ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return self.ranks[-1]
 
@@ -134,7 +119,7 @@ class Site:
 
     def wait_for_ranks(self) -> None:
         def are_there() -> bool:
-            doing = [rank["beat"]["doing"] for ranks in self.messages("ranks")[-1:] for rank in ranks]
+            doing = [rank["heartbeat"]["phase"] for ranks in self.messages("ranks")[-1:] for rank in ranks]
             return doing == ["training"] * len(self.ranks)
 
         assert self.hear_until(are_there), self.said
@@ -145,18 +130,18 @@ class Site:
             rank.wait()
             if rank.stdout is not None:
                 rank.stdout.close()
-        ending = threading.Thread(target=self.watch.ended, kwargs={"failures": []})  # ends its thread
+        ending = threading.Thread(target=self.watch.report_end, args=(NodeMessage(failures=[]),))  # ends its thread
         ending.start()
         while ending.is_alive():
             self.hub.poll(0.02)
         self.hub.close()
-        self.pulse.close()
+        self.heartbeats.close()
 
 
 @pytest.fixture
 def make_site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Site]]:
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-    monkeypatch.setattr(node, "_REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(watch_module, "_REPORT_SECONDS", 0.2)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
 
         def make() -> Site:
@@ -170,23 +155,23 @@ def make_site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Site]]:
 Sites = Callable[..., Site]
 
 
-def test_the_job_learns_of_the_node_and_its_ranks(make_site: Sites) -> None:
+def test_the_job_hears_of_the_node_and_its_ranks(make_site: Sites) -> None:
     site = make_site()
     ranks = [site.start_rank(), site.start_rank()]
     site.wait_for_ranks()
     assert site.said[0] == Heard("a", {"node": "a", "pid": os.getpid(), "versions": versions()})
-    told = sorted(site.messages("ranks")[-1], key=lambda rank: rank["beat"]["rank"])
-    for number, rank in enumerate(told):
-        assert rank["beat"]["pid"] == ranks[number].pid
-        assert (rank["beat"]["rank"], rank["beat"]["doing"], rank["beat"]["step"]) == (number, "training", 4)
+    reported = sorted(site.messages("ranks")[-1], key=lambda rank: rank["heartbeat"]["rank"])
+    for number, rank in enumerate(reported):
+        wanted = {"rank": number, "pid": ranks[number].pid, "phase": "training", "step": 4}
+        assert rank["heartbeat"].items() >= wanted.items()
         assert rank["silence"] < 5.0 and rank["state"] == "S (sleeping)"
     ranks[1].send_signal(signal.SIGSTOP)
-    assert site.hear_until(
-        lambda: (
-            max((rank["silence"], rank["beat"]["rank"], rank["state"]) for rank in site.messages("ranks")[-1])
-            > (0.9, 1, "T (stopped)")
-        )
-    )
+
+    def is_seen_stopped() -> bool:
+        silence, state = max((rank["silence"], rank["state"]) for rank in site.messages("ranks")[-1])
+        return silence > 0.9 and state == "T (stopped)"
+
+    assert site.hear_until(is_seen_stopped)
 
 
 @pytest.mark.parametrize("from_job", [True, False], ids=["order", "signal"])
@@ -235,28 +220,30 @@ def test_an_order_to_kill_ends_the_ranks_even_stopped_ones(make_site: Sites) -> 
 
 
 AGENT = """
-import argparse, json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from mlra_scale.cluster import node
-from mlra_scale.cluster.pulse import PulseSocket
+from mlra_scale.cluster.messages import NodeMessage, RankFailure
+from mlra_scale.cluster.node import watch as module
+from mlra_scale.cluster.process_tree import descendants
+from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 signal.alarm(60)
-job, folder, logs, settings = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-node._KILL_SECONDS, node._JOB_SECONDS, node._REPORT_SECONDS = settings["kill"], settings["job"], 0.2
-pulse = PulseSocket(folder)
+job, logs, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+module._KILL_SECONDS, module._JOB_SECONDS, module._REPORT_SECONDS = settings["kill"], settings["job"], 0.2
+heartbeats = HeartbeatSocket()
 exec(settings.get("before", ""))
-arguments = argparse.Namespace(job=job, logs=logs, lost_seconds=settings["lost"])
-watch = node.Watch(arguments, "a", settings["node_rank"], pulse, lambda: node.descendants(os.getpid()))
+link, node_rank = module.connect(job, "a"), settings["node_rank"]
+watch = module.Watch(link, heartbeats, logs, node_rank, settings["lost"], lambda: descendants(os.getpid()))
 signal.signal(signal.SIGTERM, watch.ask_to_stop)
 # Half a minute is half a second here.
 patient = watch._has_ended.wait
 watch._has_ended.wait = lambda seconds=None: patient(None if seconds is None else seconds / 60)
 code = 0
 if settings["has_rank"]:
-    rank = subprocess.Popen([sys.executable, "-c", settings["play"], pulse.address, "0"])
+    rank = subprocess.Popen([sys.executable, "-c", settings["play"], heartbeats.address, "0"])
     code = rank.wait()
 if settings["is_stuck"]:
     time.sleep(60)  # as in a rendezvous that never ends
-watch.ended(failures=[{"rank": 0, "code": code}])
+watch.report_end(NodeMessage(failures=[RankFailure(rank=0, code=code, time=0.0, message="")]))
 sys.exit(1)
 """
 
@@ -287,8 +274,7 @@ class Agent:
     def start(self, **more: Any) -> None:
         """Starts it, and waits until it has been heard, its rank too."""
         settings = {"kill": 30.0, "job": 0.2, "lost": 30.0, "node_rank": 0, "has_rank": True, "is_stuck": False} | more
-        private = self._stack.enter_context(tempfile.TemporaryDirectory())
-        command = [sys.executable, "-c", AGENT, f"127.0.0.1:{self.hub.port}", private, str(self.attempt)]
+        command = [sys.executable, "-c", AGENT, f"127.0.0.1:{self.hub.port}", str(self.attempt)]
         command += [json.dumps({"play": RANK, **settings})]
         self.process = self._stack.enter_context(subprocess.Popen(command))
         self._stack.callback(self.process.kill)
@@ -311,7 +297,7 @@ class Agent:
 
     def is_rank_there(self) -> bool:
         """Whether the rank lives."""
-        return process_state(self.messages("ranks")[0][0]["beat"]["pid"])[:1] not in ("", "Z")
+        return process_state(self.messages("ranks")[0][0]["heartbeat"]["pid"])[:1] not in ("", "Z")
 
     @property
     def calls(self) -> list[str]:
@@ -335,11 +321,11 @@ def test_an_agent_whose_torchrun_does_not_return_ends(agent: Agent, has_rank: bo
 
 
 def newest(number: int) -> str:
-    attempts = [Attempt(index, "41", ["a"], 1) for index in range(1, number + 1)]
+    attempts = [JobAttempt(index, "41", ["a"], 1) for index in range(1, number + 1)]
     return json.dumps({"attempts": [asdict(attempt) for attempt in attempts]})
 
 
-def test_a_rank_that_has_told_nothing_yet_is_ended_too(agent: Agent, tmp_path: Path) -> None:
+def test_a_rank_without_a_heartbeat_yet_is_ended_too(agent: Agent, tmp_path: Path) -> None:
     """It is still loading its libraries when the job finds a node with others."""
     started = tmp_path / "started"
     agent.start(play=f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
@@ -359,7 +345,7 @@ def test_ranks_do_not_outlive_the_job_and_it_is_queued_again(agent: Agent) -> No
     assert agent.calls == ["requeue 41"]
 
 
-def test_a_job_that_is_heard_no_more_is_lost(agent: Agent) -> None:
+def test_a_silent_job_is_lost(agent: Agent) -> None:
     """Its machine has lost power: no connection breaks."""
     agent.start(lost=1.0)
     assert not agent.hear_until(lambda: not agent.is_rank_there(), 1.5), "it is there"
@@ -377,7 +363,9 @@ def test_a_job_that_is_heard_no_more_is_lost(agent: Agent) -> None:
     ],
     ids=["broken file", "another attempt", "signalled"],
 )
-def test_when_a_lost_job_is_queued_again(agent: Agent, job_file: str, is_signalled: bool, calls: list[str]) -> None:
+def test_a_lost_job_is_queued_again_only_where_it_is_lost(
+    agent: Agent, job_file: str, is_signalled: bool, calls: list[str]
+) -> None:
     """Not where it has gone on without this node, nor where Slurm ends this node's part too."""
     (agent.attempt.parents[1] / "job.json").write_text(job_file)
     agent.start()
@@ -396,47 +384,25 @@ def test_a_later_node_queues_a_lost_job_too(agent: Agent) -> None:
     assert agent.calls == ["requeue 41"]
 
 
-def test_the_run_directory_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_that_is_not_shared_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "_SECONDS_TO_SEE", 0.0)
     missing = f"does not see {tmp_path}, which the job has made: the run directory must be on a shared file system"
-    assert folder_fault(tmp_path, "abc") == missing
-    (tmp_path / "nonce").write_bytes(b"\xff\xfe")
-    assert folder_fault(tmp_path, "abc") == missing
-    (tmp_path / "nonce").write_text("another")
-    assert folder_fault(tmp_path, "abc") == missing
+    for content in (None, b"\xff\xfe", b"another"):
+        if content is not None:
+            (tmp_path / "nonce").write_bytes(content)
+        assert folder_fault(tmp_path, "a", "abc") == missing
     (tmp_path / "nonce").write_text("abc")
-    assert folder_fault(tmp_path, "abc") == ""
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert folder_fault(tmp_path, "abc") == f"cannot write to {tmp_path}"
+    assert folder_fault(tmp_path, "a", "abc") == ""
+    assert (tmp_path / "nonce-a").read_text() == "abc", "for the first rank"
+    (tmp_path / "nonce-b").mkdir()
+    assert folder_fault(tmp_path, "b", "abc") == f"cannot write to {tmp_path}: Is a directory"
 
 
-def test_a_run_directory_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+def test_a_run_directory_that_appears_late_is_waited_for(tmp_path: Path) -> None:
     timer = threading.Timer(0.7, (tmp_path / "nonce").write_text, ("abc",))
     timer.start()
-    assert folder_fault(tmp_path, "abc") == ""
+    assert folder_fault(tmp_path, "a", "abc") == ""
     timer.join()
-
-
-def test_a_node_without_room_for_a_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-    monkeypatch.setenv("SLURMD_NODENAME", "a")
-
-    def refuse(**options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
-    heard: list[Heard] = []
-    with contextlib.closing(Hub("secret")) as hub:
-        options = [f"--job=127.0.0.1:{hub.port}", *OPTIONS[1:], "--"]
-        codes: list[int] = []
-        thread = threading.Thread(target=lambda: codes.append(node.main(options)))
-        thread.start()
-        while thread.is_alive():
-            heard += hub.poll(0.02)
-    assert codes == [1]
-    assert [item.message for item in heard if item.message and "ended" in item.message] == [
-        {"ended": {"failures": [], "bad_nodes": {"a": "has no room for a socket in /tmp: No space left on device"}}}
-    ]
 
 
 @pytest.mark.parametrize(("tensor", "expected"), [(2, "1"), (1, None)])
@@ -450,11 +416,11 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     given: list[str | None] = []
 
-    def launch(arguments: argparse.Namespace, node_rank: int) -> list[dict[str, Any]]:
+    def run_ranks(arguments: argparse.Namespace, name: str, node_rank: int) -> list[RankFailure]:
         given.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
         return []
 
-    monkeypatch.setattr(node, "_launch", launch)
+    monkeypatch.setattr(node, "run_ranks", run_ranks)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
     with contextlib.closing(Hub("secret")) as hub:
@@ -479,22 +445,9 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
     assert given == [expected]
 
 
-def test_a_full_disk_of_a_node_leaves_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = tempfile.mkdtemp
-
-    def refuse(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
-        if dir == "/tmp":
-            raise OSError(28, "No space left on device")
-        return make(suffix, prefix, dir)
-
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with node._private_folder() as folder:
-        assert folder.startswith("/dev/shm/")
-
-
 def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
     """Nobody would see them stand still, or end them when the job says so."""
-    fails = "node.Watch._obey = lambda watch, message: 1 / 0 if message.get('order') == 'stacks' else None"
+    fails = "module.Watch._obey = lambda watch, message: 1 / 0 if message.get('order') == 'stacks' else None"
     agent.start(before=fails)
     agent.hub.send({"order": "stacks"})
     assert agent.process.wait(20.0) == 1
@@ -502,33 +455,36 @@ def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
     assert agent.calls == []
 
 
-def keys_heard(site: Site) -> list[str]:
-    return [key for heard in site.said for key in heard.message or {} if key in ("bad_nodes", "ended")]
+def ends_after_bad_nodes(site: Site) -> bool:
+    keys = [key for heard in site.said for key in heard.message or {} if key in ("bad_nodes", "failures")]
+    return keys == ["bad_nodes", "failures"] and site.messages("bad_nodes") == [{"a": "ECC"}]
 
 
-def test_the_end_is_told_after_what_the_ranks_told(make_site: Sites) -> None:
+def test_the_end_is_reported_after_what_the_ranks_reported(make_site: Sites) -> None:
     site = make_site()
     assert site.start_rank("ECC").wait(10.0) == 0
     site.hear_until(lambda: False, 0.3)  # torchrun takes a moment to notice
-    ending = threading.Thread(target=site.watch.ended, kwargs={"failures": [{"rank": 0}]})
+    end = NodeMessage(failures=[RankFailure(rank=0, code=1, time=0.0, message="odd")])
+    ending = threading.Thread(target=site.watch.report_end, args=(end,))
     ending.start()
-    assert site.hear_until(lambda: site.messages("ended"))
-    assert keys_heard(site) == ["bad_nodes", "ended"]
-    assert site.messages("bad_nodes") == [{"a": "ECC"}] and site.messages("ended") == [{"failures": [{"rank": 0}]}]
+    assert site.hear_until(lambda: site.messages("failures"))
+    assert ends_after_bad_nodes(site) and [
+        NodeMessage.of({"failures": failures}) for failures in site.messages("failures")
+    ] == [end]
 
 
-def test_what_a_rank_tells_just_before_the_end_is_told(make_site: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_a_rank_just_before_the_end_is_not_lost(make_site: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
     site = make_site()
-    receive = site.watch._link.receive
+    receive = site.link.receive
 
     def receive_late() -> list[dict[str, Any]]:
-        """The rank has told it, and torchrun that it has ended, since the ranks were listened to."""
+        """The rank has sent it, and torchrun has reported its end, since the ranks were read."""
         monkeypatch.undo()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as rank:
-            rank.sendto(b'{"bad_nodes": {"a": "ECC"}}', site.pulse.address)
-        site.watch._end = {"failures": [{"rank": 0}]}
+            rank.sendto(b'{"bad_nodes": {"a": "ECC"}}', f"\0{site.heartbeats.address}")
+        site.watch._end = NodeMessage(failures=[])
         return receive()
 
-    monkeypatch.setattr(site.watch._link, "receive", receive_late)
-    assert site.hear_until(lambda: site.messages("ended"))
-    assert keys_heard(site) == ["bad_nodes", "ended"]
+    monkeypatch.setattr(site.link, "receive", receive_late)
+    assert site.hear_until(lambda: site.messages("failures"))
+    assert ends_after_bad_nodes(site)

@@ -68,19 +68,6 @@ def test_the_address_of_a_node(scontrol: Scontrol, line: str, address: str) -> N
     assert slurm.address("n1") == address
 
 
-def test_the_fields_of_a_job(scontrol: Scontrol) -> None:
-    scontrol(cases(show_job=JOB.format(excluded="(null)")))
-    fields = slurm.job_fields("41")
-    assert (fields["JobState"], fields["Restarts"], fields["Power"]) == ("RUNNING", "2", "")
-    assert fields["TRES"] == "cpu=2,node=2", "only the first = counts"
-
-
-def test_requeue(scontrol: Scontrol) -> None:
-    calls = scontrol("")
-    slurm.requeue("41")
-    assert calls.read_text() == "requeue 41\n"
-
-
 @pytest.mark.parametrize(
     ("excluded", "expected"),
     [("(null)", "n2,n3"), ("n[1-2]", "n1,n2,n3")],
@@ -151,12 +138,8 @@ def test_srun_finds_no_options_in_its_environment() -> None:
     kept = {"PATH": "/bin", "SLURM_JOB_ID": "41", "SLURM_CONF": "/x", "SLURM_WORKING_CLUSTER": "c:h:1:2"}
     names = set(input_variables()) - set(kept)
     more = {"SLURM_TRES_PER_TASK", "SLURM_CPU_BIND_LIST", "SLURM_MEM_BIND_TYPE", "SLURM_CPUS_PER_TASK", "SBATCH_QOS"}
-    assert slurm.slurm_environment(kept | dict.fromkeys(names | more, "64")) == kept
-
-
-def test_a_step_gets_the_variables_of_the_user() -> None:
     theirs = {"NPROCS": "4", "NCCL_DEBUG": "INFO", "MLRA_PYTHON": "python3", "WANDB_MODE": "offline"}
-    assert slurm.slurm_environment(theirs) == theirs
+    assert slurm.slurm_environment(kept | theirs | dict.fromkeys(names | more, "64")) == kept | theirs
 
 
 def test_the_command_line_of_a_step() -> None:
@@ -180,19 +163,19 @@ def test_formats_of_the_user_do_not_reach_the_commands(scontrol: Scontrol, monke
         ("echo 'said elsewhere'; exit 1", "said elsewhere"),
     ],
 )
-def test_what_slurm_refuses_is_told(scontrol: Scontrol, body: str, text: str) -> None:
+def test_what_slurm_refuses_is_an_error_with_its_words(scontrol: Scontrol, body: str, text: str) -> None:
     scontrol(body)
     with pytest.raises(SlurmError, match=f"^scontrol requeue 41: .*{text}$"):
         slurm.requeue("41")
 
 
-def test_a_missing_command_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_command_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match=r"scontrol requeue 41: .*No such file"):
         slurm.requeue("41")
 
 
-def test_a_controller_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(command: list[str], **options: object) -> None:
         raise subprocess.TimeoutExpired(command, float(str(options["timeout"])))
 
@@ -208,13 +191,14 @@ ENVIRONMENT = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
 def test_the_allocation_is_read(scontrol: Scontrol) -> None:
     """How often it was started is Slurm's word: the shell that it was submitted from may have a count of its own."""
     scontrol(cases(show_hostnames="n1\nn2", show_job=JOB.format(excluded="(null)")))
+    assert slurm.job_fields("41")["TRES"] == "cpu=2,node=2", "only the first = counts"
     assert Allocation.of(ENVIRONMENT) == Allocation("41", "mlra-scale", ("n1", "n2"), "n1", 2)
     more = {**ENVIRONMENT, "SLURM_JOB_NAME": "deep", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "7"}
     assert Allocation.of(more) == Allocation("41", "deep", ("n1", "n2"), "n2", 2)
 
 
 @pytest.mark.parametrize("present", [set(), {"SLURM_JOB_ID"}, {"SLURM_JOB_NODELIST"}])
-def test_outside_of_a_job_all_that_is_missing_is_told(present: set[str]) -> None:
+def test_outside_of_a_job_all_missing_variables_are_named(present: set[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         Allocation.of({name: ENVIRONMENT[name] for name in present})
     assert {problem.field for problem in caught.value.problems} == set(ENVIRONMENT) - present

@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import pytest
 
+from mlra_scale.data import DataError
 from mlra_scale.data.encode import encode_in_order
-from mlra_scale.data.errors import DataError
 from mlra_scale.data.readers import Document
 from mlra_scale.data.tokenizer import LoadedTokenizer, train_bpe
 
@@ -74,7 +74,9 @@ def test_workers_do_not_change_the_result_and_do_not_run_ahead(tokenizer: Loaded
 
 @pytest.mark.parametrize("words", [1, 20], ids=["small results", "results larger than a pipe"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_that_dies_is_told(tokenizer: LoadedTokenizer, children: Children, victim: int, words: int) -> None:
+def test_a_worker_that_dies_is_an_error(
+    tokenizer: LoadedTokenizer, children: Children, victim: int, words: int
+) -> None:
     stream = encode_in_order(documents(10**9, words), tokenizer.tokenizer.to_str(), 0, "uint16", workers=2)
     next(stream)
     time.sleep(0.02)  # results that nobody reads: large ones are caught half written
@@ -92,7 +94,7 @@ def test_an_error_in_a_worker_is_raised_here(tokenizer: LoadedTokenizer, childre
     assert not children()
 
 
-def test_workers_that_cannot_start_are_told(children: Children) -> None:
+def test_workers_that_cannot_start_are_an_error(children: Children) -> None:
     with pytest.raises(DataError, match=r"a worker process died \(exit code 1"):
         next(encode_in_order(documents(10), "no tokenizer", 0, "uint16", workers=2))
     assert not children()

@@ -1,4 +1,4 @@
-"""One epoch of Megatron's GPTDataset, opened by the ranks of a process group."""
+"""One epoch, opened by the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_ranks_of_a_process_group_read_the_same(
     tmp_path: Path, worker_pool: Callable[[int], WorkerPool], cache_from: int
 ) -> None:
     # Where torch.distributed runs, Megatron's own caching would have only rank 0 build and the others wait for it.
-    data_range = whole_range(write_documents(tmp_path / "set", random_documents(500, 20)))
-    expected = digest_on_rank(0, 1, data_range, 10**9)
-    found = worker_pool(2).run(digest_on_rank, data_range, cache_from, timeout=120)
+    prefix = write_documents(tmp_path / "set", random_documents(500, 20))
+    expected = digest_on_rank(0, 1, prefix, 10**9)
+    found = worker_pool(2).run(digest_on_rank, prefix, cache_from, timeout=120)
     assert found == [expected, expected]
-    assert data_range.cache.exists() == (cache_from == 1)
+    assert whole_range(prefix).cache.exists() == (cache_from == 1)

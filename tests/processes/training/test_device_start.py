@@ -11,7 +11,7 @@ import pytest
 
 from mlra_scale.config import load_config
 from mlra_scale.parallel.network import interface_towards, set_gloo_interface
-from mlra_scale.training.device_environment import set_device_environment
+from mlra_scale.training.start.device import set_device_environment
 
 BEFORE_CUDA = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG")
 

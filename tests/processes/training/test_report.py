@@ -11,19 +11,17 @@ import pytest
 from mlra_scale.checkpoint import FinishedSave
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.stability.guard import Action
-from mlra_scale.training import report as report_module
-from mlra_scale.training.candidates import Choice, Rejected
-from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.finite import TrainingStopped
-from mlra_scale.training.progress import Progress
-from mlra_scale.training.quiet import muted
-from mlra_scale.training.record import read_record
-from mlra_scale.training.report import Report, report_nothing_to_do
+from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
+from mlra_scale.training.log import report as report_module
+from mlra_scale.training.log.console import suppressed_output
+from mlra_scale.training.log.report import Report, report_nothing_to_do
+from mlra_scale.training.log.wandb_log import WandbLog
+from mlra_scale.training.record import commit, read_record
 from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.source import commit
-from mlra_scale.training.start import Start
-from mlra_scale.training.wandb_log import WandbLog
+from mlra_scale.training.schedule import Progress
+from mlra_scale.training.start.request import ResolvedRun, ResumePoint
+from mlra_scale.training.start.resume_choice import Rejected
 from tests.support.study_folders import write_run
 
 VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}
@@ -36,16 +34,15 @@ class Terminal(io.StringIO):
 
 def report_of(folder: Path, is_main: bool = True, **fields: Any) -> Report:
     config = load_config("debug", overrides=["train.steps=4"])
-    choice = fields.pop("choice", Choice(None))
-    return Report(Start(config, batch_plan(config, 1), RunDirectory(folder / "run"), choice, **fields), is_main)
+    directory = RunDirectory(folder / "run")
+    return Report(ResolvedRun(config, batch_plan(config, 1), directory, ResumePoint(**fields)), is_main)
 
 
 def test_ranks_other_than_the_first_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path, is_main=False) as report:
-        report.start()
-        report.measured(Progress(1, 8, 512), VALUES)
-        report.event("checkpoint")
-        report.finished(Progress(4, 32, 2048), 10.0, 0.5)
+        report.record(Progress(1, 8, 512), VALUES)
+        report.note("checkpoint", "saved")
+        report.finish(Progress(4, 32, 2048), 10.0, 0.5)
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
@@ -53,16 +50,16 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.Monke
     for name, stream in (("file", io.StringIO()), ("terminal", Terminal())):
         monkeypatch.setattr("sys.stderr", stream)
         with report_of(tmp_path / name) as report:
-            report.start()
-            report.step_done(Progress(1, 8, 512))
+            report.open()
+            report.record(Progress(1, 8, 512), {})
         assert ("| 1/4 [" in stream.getvalue() or "| 0/4 [" in stream.getvalue()) is (name == "terminal")
 
 
 def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path) as report:
-        report.start()
-        report.measured(Progress(1, 8, 512), {"tev_mean": 0.02, "tev_std": 0.001})
-        report.measured(Progress(2, 16, 1024), VALUES)
+        report.open()
+        report.record(Progress(1, 8, 512), {"tev_mean": 0.02, "tev_std": 0.001})
+        report.record(Progress(2, 16, 1024), VALUES)
     assert "step 2/4 | loss 2.0000" in (out := capsys.readouterr().out) and "TEV 0.02000 +- 0.00100" in out
     assert ["loss" in record for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [False, True]
 
@@ -78,7 +75,7 @@ def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest
 )
 def test_how_a_run_ended_is_an_event(tmp_path: Path, error: BaseException, event: str, code: ExitCode) -> None:
     with pytest.raises(type(error)), report_of(tmp_path) as report:
-        report.start()
+        report.open()
         raise error
     last = read_record(tmp_path / "run" / "events.jsonl")[-1]
     assert (last["event"], last["exit_code"]) == (event, code)
@@ -94,19 +91,20 @@ def test_an_end_before_the_first_step_is_an_event_of_a_run_that_is_there(tmp_pat
         raise stop
     assert list(tmp_path.iterdir()) == []
     with report_of(tmp_path) as report:
-        report.start()
+        report.open()
     with pytest.raises(TrainingStopped), report_of(tmp_path):
         raise stop
     (*_, last) = read_record(tmp_path / "run" / "events.jsonl")
     assert (last["event"], last["reason"], last["exit_code"]) == ("stopped", "cannot be read", 4)
 
 
-def test_nothing_to_do_tells_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_done_reports_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path) as report:
-        report.start()
+        report.open()
     config, run = load_config("debug", overrides=["train.steps=4"]), RunDirectory(tmp_path / "run")
-    choice = Choice(Path("step-4"), (Rejected(Path("latest"), "is missing"),))
-    report_nothing_to_do(Start(config, batch_plan(config, 1), run, choice, "training", Progress(4, 32, 2048)))
+    rejected = (Rejected(Path("latest"), "is missing"),)
+    resume = ResumePoint(Path("step-4"), rejected, "training", is_in_place=True, progress=Progress(4, 32, 2048))
+    report_nothing_to_do(ResolvedRun(config, batch_plan(config, 1), run, resume))
     assert "fallback: latest is passed over: is missing\nalready at step 4" in capsys.readouterr().out
     start, fallback, finished = read_record(run.events)
     assert [start["event"], fallback["event"], finished["event"]] == ["start", "fallback", "finished"]
@@ -117,38 +115,38 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with report_of(tmp_path) as report:
-        report.start()
-        report.measured(Progress(2, 16, 1024), {**VALUES, "loss": 6.0})
-        report.measured(Progress(3, 24, 1536), {**VALUES, "loss": 5.5})
-    place: dict[str, Any] = {
-        "kind": "training",
-        "progress": Progress(2, 16, 1024),
-        "choice": Choice(Path("checkpoint")),
-    }
-    with report_of(tmp_path, **place) as report:
-        report.start()
-        report.measured(Progress(4, 32, 2048), {**VALUES, "loss": 5.0})
-        report.finished(Progress(4, 32, 2048), 10.0, 0.5)
+        report.open()
+        report.record(Progress(2, 16, 1024), {**VALUES, "loss": 6.0})
+        report.record(Progress(3, 24, 1536), {**VALUES, "loss": 5.5})
+    with report_of(tmp_path, checkpoint=Path("x"), kind="training", progress=Progress(2, 16, 1024)) as report:
+        report.open()
+        report.record(Progress(4, 32, 2048), {**VALUES, "loss": 5.0})
+        report.finish(Progress(4, 32, 2048), 10.0, 0.5)
     assert "6.0000 -> 5.0000 (perplexity 148.4)" in capsys.readouterr().out
     assert [record["step"] for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
 
 
-def test_lines_that_go_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_removed_lines_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         with report_of(tmp_path) as report:
-            report.start()
-            report.measured(Progress(1, 8, 512), VALUES)
-            report.measured(Progress(2, 16, 1024), VALUES)
+            report.open()
+            report.record(Progress(1, 8, 512), VALUES)
+            report.record(Progress(2, 16, 1024), VALUES)
     assert "metrics.jsonl: 2 line(s)" in capsys.readouterr().out
     (event,) = [item for item in read_record(tmp_path / "run" / "events.jsonl") if item["event"] == "begun_anew"]
     assert event["records_cut"] == 2
 
 
-def test_where_a_run_goes_on_and_what_differs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    choice = Choice(Path("step-1"), (Rejected(Path("step-2"), "is missing"),))
-    changes = (Change("optim.lr", 0.1, 0.2), Change("number of ranks", 4, 2))
-    with report_of(tmp_path, kind="training", progress=Progress(1, 8, 512), choice=choice, changes=changes) as report:
-        report.start()
+def test_where_a_run_resumes_and_its_changes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields: dict[str, Any] = {
+        "checkpoint": Path("step-1"),
+        "rejected": (Rejected(Path("step-2"), "is missing"),),
+        "kind": "training",
+        "progress": Progress(1, 8, 512),
+        "changes": (Change("optim.lr", 0.1, 0.2), Change("number of ranks", 4, 2)),
+    }
+    with report_of(tmp_path, **fields) as report:
+        report.open()
     out = capsys.readouterr().out
     for part in (
         "step-2 is passed over: is missing",
@@ -168,18 +166,18 @@ def test_where_a_run_goes_on_and_what_differs_is_told(tmp_path: Path, capsys: py
     assert events[4] == {"time": "", "event": "changed", "field": "number of ranks", "was": 4, "now": 2}
 
 
-def test_a_run_that_begins_with_given_weights_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with report_of(tmp_path, kind="weights", choice=Choice(tmp_path / "imported")) as report:
-        report.start()
+def test_a_run_that_begins_with_given_weights_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with report_of(tmp_path, kind="weights", checkpoint=tmp_path / "imported") as report:
+        report.open()
     assert f"begins with the weights of {tmp_path / 'imported'}" in capsys.readouterr().out
     assert [event["event"] for event in read_record(tmp_path / "run" / "events.jsonl")] == ["start", "initialized_from"]
-    assert RunDirectory(tmp_path / "run").source() == tmp_path / "imported"
+    assert RunDirectory(tmp_path / "run").origin() == tmp_path / "imported"
 
 
-def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    with muted():
+def test_suppressed_output_is_shown_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with suppressed_output():
         print("chatter")
-    with pytest.raises(ValueError, match="broken"), muted():
+    with pytest.raises(ValueError, match="broken"), suppressed_output():
         print("the last words")
         raise ValueError("broken")
     assert capsys.readouterr() == ("", "the last words\n")
@@ -187,9 +185,9 @@ def test_what_is_muted_is_shown_when_it_fails(capsys: pytest.CaptureFixture[str]
 
 def test_copies_that_differ_are_an_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path) as report:
-        report.start()
-        report.saved(FinishedSave(1, tmp_path / "step-00000001", 9, 0.1, 0.2))
-        report.saved(FinishedSave(2, tmp_path / "step-00000002", 9, 0.1, 0.2, drift="copies of x differ"))
+        report.open()
+        report.on_saved(FinishedSave(1, tmp_path / "step-00000001", 9, 0.1, 0.2))
+        report.on_saved(FinishedSave(2, tmp_path / "step-00000002", 9, 0.1, 0.2, drift="copies of x differ"))
     events = [event for event in read_record(tmp_path / "run" / "events.jsonl") if "cop" in event["event"]]
     assert [(event["step"], event["reason"]) for event in events] == [(2, "copies of x differ")]
     assert "copies of x differ" in capsys.readouterr().out
@@ -197,7 +195,7 @@ def test_copies_that_differ_are_an_event(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_lost_record_leaves_no_event_unsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with report_of(tmp_path) as report:
-        report.start()
+        report.open()
         run, fsync, synced = RunDirectory(tmp_path / "run"), os.fsync, list[int]()
 
         def noted(descriptor: int) -> None:
@@ -216,16 +214,20 @@ def test_a_lost_record_leaves_no_event_unsynced(tmp_path: Path, monkeypatch: pyt
 def guarded_run(folder: Path) -> RunDirectory:
     """A run whose guard does all that it can."""
     with report_of(folder) as report:
-        report.start()
-        report.measured(Progress(1, 8, 512), VALUES)
-        report.guarded([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], 0.5, 203)
-        report.guarded([Action("skip", 3, "loss 9"), Action("rollback", 3, "2 bad updates", 1, (8, 24))], 0.5, 203)
-        report.went_back(Action("rollback", 3, "2 bad updates", 1, (8, 24)), 2, Progress(1, 8, 512), 0.25, 201)
-        report.guarded([Action("give_up", 2, "in vain")], 0.25, 201)
+        report.open()
+        report.record(Progress(1, 8, 512), VALUES)
+        report.on_guard_actions([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], 0.5, 203)
+        report.on_guard_actions(
+            [Action("skip", 3, "loss 9"), Action("rollback", 3, "2 bad updates", 1, (8, 24))], 0.5, 203
+        )
+        report.on_rollback(Action("rollback", 3, "2 bad updates", 1, (8, 24)), 2, Progress(1, 8, 512), 0.25, 201)
+        report.on_guard_actions([Action("give_up", 2, "in vain")], 0.25, 201)
     return RunDirectory(folder / "run")
 
 
-def test_what_the_guard_does_is_told_with_its_learning_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decisions_of_the_guard_are_reported_with_the_learning_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = {event["event"]: event for event in read_record(guarded_run(tmp_path).events) if "guard" in event["event"]}
     assert list(found) == ["guard_skip", "guard_lower_rate", "guard_rollback", "guard_give_up"]
     assert (found["guard_lower_rate"]["factor"], found["guard_lower_rate"]["until"]) == (0.5, 203)

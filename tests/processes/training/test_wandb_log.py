@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from mlra_scale.config import load_config
+from mlra_scale.console import set_up_logging
 from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.log.wandb_log import WandbLog, open_wandb, wandb_mode
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.wandb_log import WandbLog, open_wandb, wandb_mode
 from tests.support.wandb_reader import history, run_ids
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -20,9 +21,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mlra_scale.config import load_config
+from mlra_scale.console import set_up_logging
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.wandb_log import open_wandb
+from mlra_scale.training.log.wandb_log import open_wandb
 mode, directory, first = sys.argv[1:]
+set_up_logging(0)
 config = load_config("debug", overrides=[f"wandb.mode={mode}"])
 log = open_wandb(config, RunDirectory(Path(directory)))
 print("mode", log.mode)
@@ -70,7 +73,7 @@ def test_with_a_key_and_no_server_it_falls_back_to_offline(tmp_path: Path) -> No
     # Port 9 of this machine refuses; a network that swallows packets ends at the same timeout.
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
     result = run_script("auto", tmp_path / "run", environment)
-    assert result.stdout.startswith("wandb: cannot start online (") and result.stdout.endswith("mode offline\n")
+    assert "WARNING (rank 0): wandb: cannot start online (" in result.stderr and result.stdout == "mode offline\n"
     assert [row["_step"] for row in history(tmp_path / "run")] == [0, 1, 2]
 
 
@@ -117,6 +120,14 @@ def test_other_ranks_have_a_log_that_forgets() -> None:
     assert log.mode == "disabled"
 
 
+STOPPED = "WARNING (rank 0): wandb: stopped logging (the service is gone)\n"
+
+
+@pytest.fixture(autouse=True)
+def log_set_up() -> None:
+    set_up_logging(0)
+
+
 def test_a_log_that_breaks_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken:
         def log(self, values: object, step: int) -> None:
@@ -126,7 +137,7 @@ def test_a_log_that_breaks_does_not_end_the_run(capsys: pytest.CaptureFixture[st
     log.log(1, {"loss": 1.0})
     log.log(2, {"loss": 1.0})
     assert log.mode == "disabled"
-    assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\n"
+    assert capsys.readouterr().err == STOPPED
 
 
 def test_a_log_that_cannot_finish_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +151,7 @@ def test_a_log_that_cannot_finish_does_not_end_the_run(capsys: pytest.CaptureFix
     log = WandbLog(Broken())
     log.finish(ExitCode.DONE, {"steps": 4})
     log.finish(ExitCode.DONE)
-    assert capsys.readouterr().out == "wandb: could not finish (Connection lost)\n"
+    assert capsys.readouterr().err == "WARNING (rank 0): wandb: could not finish (Connection lost)\n"
 
 
 class Recorder:
@@ -159,8 +170,8 @@ def test_a_log_begins_anew_once_with_the_last_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("mlra_scale.training.wandb_log.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("mlra_scale.training.wandb_log._let_go_of_service", lambda: None)
+    monkeypatch.setattr("mlra_scale.training.log.wandb_log.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("mlra_scale.training.log.wandb_log._end_service", lambda: None)
     runs = [Recorder(3), Recorder(6), Recorder(9)]
     log = WandbLog(runs[0], lambda: runs[1])
     for step in range(7):
@@ -168,10 +179,10 @@ def test_a_log_begins_anew_once_with_the_last_minute(
         log.log(step, {"loss": 1.0})
     # Step 3 broke; 2 and 1 were less than a minute before it.
     assert [run.steps for run in runs] == [[0, 1, 2], [1, 2, 3, 4, 5, 6], []]
-    assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\nwandb: started again\n"
+    assert capsys.readouterr().err == f"{STOPPED}INFO (rank 0): wandb: started again\n"
     log.log(7, {"loss": 1.0})
     log.log(8, {"loss": 1.0})
-    assert capsys.readouterr().out == "wandb: stopped logging (the service is gone)\n", "no third run"
+    assert capsys.readouterr().err == STOPPED, "no third run"
 
 
 def test_a_log_that_cannot_begin_anew_forgets(
@@ -180,13 +191,13 @@ def test_a_log_that_cannot_begin_anew_forgets(
     def refuse() -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("mlra_scale.training.wandb_log._let_go_of_service", lambda: None)
+    monkeypatch.setattr("mlra_scale.training.log.wandb_log._end_service", lambda: None)
     log = WandbLog(Recorder(0), refuse)
     log.log(0, {"loss": 1.0})
-    assert capsys.readouterr().out.endswith("wandb: cannot be started again (no space left)\n")
+    assert capsys.readouterr().err.endswith("WARNING (rank 0): wandb: cannot be started again (no space left)\n")
     log.log(1, {"loss": 1.0})
     log.finish(0)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 KILL_SERVICE = """
@@ -206,7 +217,7 @@ for entry in os.listdir("/proc"):
 def test_a_killed_service_changes_neither_the_end_nor_the_exit_code(tmp_path: Path) -> None:
     script = SCRIPT.replace("log.finish", KILL_SERVICE + "log.finish")
     result = run_script("offline", tmp_path / "run", {}, script=script)
-    assert result.stdout.startswith("mode offline\nwandb: could not finish (")
+    assert result.stdout == "mode offline\n" and "wandb: could not finish (" in result.stderr
     assert "Traceback" not in result.stderr and result.returncode == 0
 
 
@@ -226,11 +237,10 @@ log.finish(0, {"loss_last": 0.125})
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find wandb's service process")
-def test_a_run_whose_service_is_asked_to_end_goes_on(tmp_path: Path) -> None:
+def test_a_run_whose_service_is_asked_to_end_continues(tmp_path: Path) -> None:
     """A cluster that asks a job to stop asks all of its processes; the last steps come after that, and none is lost."""
     result = run_script("offline", tmp_path / "run", {}, script=TERMINATED_SERVICE)
-    lines = result.stdout.splitlines()
-    assert lines[0] == lines[-1] == "mode offline" and "wandb: started again" in lines, result.stdout
+    assert result.stdout == "mode offline\n" * 2 and "INFO (rank 0): wandb: started again\n" in result.stderr
     assert "Traceback" not in result.stderr
     rows = {row["_step"]: row["loss"] for row in history(tmp_path / "run")}
     assert rows == {step: pytest.approx(1 / (step + 1)) for step in range(8)}
@@ -250,5 +260,5 @@ def test_an_environment_that_wandb_refuses_does_not_end_the_run(
     tmp_path: Path, mode: str, environment: dict[str, str]
 ) -> None:
     result = run_script(mode, tmp_path / "run", environment)
-    assert "wandb: not used in this run (" in result.stdout and result.stdout.endswith("mode disabled\n")
+    assert "wandb: not used in this run (" in result.stderr and result.stdout.endswith("mode disabled\n")
     assert "Traceback" not in result.stderr

@@ -35,7 +35,7 @@ class Wait:
 
 
 _STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
-_PROPOSE = "mlra_scale/parallel/engine.py:EngineBase._propose"
+_PROPOSE = "mlra_scale/parallel/engine.py:Engine._propose"
 _SMALL_WEIGHTS = Wait(
     "cuda.synchronize",
     "deepspeed/runtime/zero/partition_parameters.py:Init._allgather_params_coalesced",
@@ -124,7 +124,6 @@ LAUNCHES: dict[str, float] = {
     "tensor 2, factorised o": 58,
     "tensor 2, dense": 45,
     "tensor 2, plan replicated": 53,
-    "tensor 2, plan sharded": 62,
     "tensor 2, plan merged": 55,
 }
 """Kernels per block and micro-batch, by layout."""
@@ -218,7 +217,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "writing": (
         Wait(
             "event.synchronize",
-            "mlra_scale/checkpoint/snapshot.py:Arrival.wait",
+            "mlra_scale/checkpoint/saving.py:take_snapshot",
             1,
             "the writer's thread waits until the copies are complete; training does not",
         ),

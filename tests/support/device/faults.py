@@ -10,7 +10,7 @@ import torch
 
 def _changed_output(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Has every feed-forward layer's output go through a function."""
-    from mlra_scale.model.layers import FeedForward
+    from mlra_scale.model.block import FeedForward
 
     forward = FeedForward.forward
     FeedForward.forward = lambda self, hidden_BSD: change(forward(self, hidden_BSD))  # type: ignore[method-assign]
@@ -62,9 +62,9 @@ def copies_from_host() -> None:
 
 def leaves_a_buffer() -> None:
     """The embedding's padding bias goes back to the host after the engine is built."""
-    from mlra_scale.parallel.engine import EngineBase
+    from mlra_scale.parallel.engine import Engine
 
-    install = EngineBase._install
+    install = Engine._install
 
     def install_and_leave(self: Any, *arguments: Any, **options: Any) -> None:
         install(self, *arguments, **options)
@@ -72,7 +72,7 @@ def leaves_a_buffer() -> None:
             if getattr(module, "padding_bias_V", None) is not None:
                 module.register_buffer("left_behind", module.padding_bias_V.cpu(), persistent=False)
 
-    EngineBase._install = install_and_leave  # type: ignore[method-assign]
+    Engine._install = install_and_leave  # type: ignore[method-assign]
 
 
 def keeps_a_chunk() -> None:

@@ -118,8 +118,8 @@ def _joint_graph(overrides: list[str]) -> tuple[Any, list[Any]]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from mlra_scale.config.loading import load_named_config
+    from mlra_scale.model.block import Block
     from mlra_scale.model.context import ModelContext
-    from mlra_scale.model.layers import Block
 
     config, _ = load_named_config("gpt2-mlra-72l", None, None, overrides)
     group = dist.ProcessGroup(dist.HashStore(), 0, 1)  # has no means to communicate

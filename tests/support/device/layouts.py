@@ -15,7 +15,7 @@ MEASURED = (
     "qk_clip.samples=4",
 )
 """Overrides that turn every measurement on."""
-PLANS = ("replicated", "sharded", "merged")
+PLANS = ("replicated", "merged")
 
 
 @dataclass(frozen=True)

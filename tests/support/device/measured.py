@@ -6,8 +6,6 @@ TEV's `combine`, which checks that every row was counted, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -26,33 +24,37 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     from mlra_scale.parallel import StepResult
     from mlra_scale.planning.memory import rank_memory
     from mlra_scale.stability import tev
-    from mlra_scale.training.measuring import Measurements
+    from mlra_scale.stability.gradients import GradientStatistics
+    from mlra_scale.stability.qk_clip import QkClip
+    from mlra_scale.stability.watcher import Step
+    from mlra_scale.training.watch.passes import DataPasses
 
     statistics = tev.TevStatistics(1.0, 1.0, {}, 1.0, 1.0, 1, [], [])
     tev.combine = lambda *_: statistics
     engine, plan, config = rank.engine, rank.plan, rank.config
     validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])
-    measurements = Measurements(engine, config, plan, validation)
+    gradients = GradientStatistics(engine, config)
+    passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None)
     batches, phase = rank.batches(), rank.trace.phase
+    step = Step(1, True, 0, batches, 1e-4)
 
     def approve(proposal: Any) -> bool:
         with phase("gradient statistics"):
-            measurements.before_update(proposal)
-        return True
+            return gradients.before_update(proposal)
 
     with phase("noise scale"):
-        measurements.before_step(1, batches)
+        gradients.before_step(step)
     with phase("measured step"):
         result: StepResult = engine.train_batch(batches, 1e-4, approve, lambda: False)
     with phase("update statistics"):
-        measurements._gradients.after_update(result, 1e-4)
+        gradients.after_step(step, result)
     with phase("TEV"):
-        measurements.tev(1)
+        tev.TevWatcher(engine, config).measure(1)
     with phase("QK-clip"):
-        measurements._clip.apply(batches, 0)
+        QkClip(engine, config.model, config.qk_clip, plan).apply(batches, 0)
         _scale_some_rows(rank)
     with phase("activations"):
-        measurements.activations(1, lambda read: read())
+        passes.run(["activations"], {})
     with phase("evaluation"):
         engine.eval_batch(batches)
     _snapshot(rank)
@@ -70,17 +72,13 @@ def _scale_some_rows(rank: TracedRank) -> None:
 def _snapshot(rank: TracedRank) -> None:
     """The part of an asynchronous save for which training waits, and what the writer then waits for."""
     from mlra_scale.checkpoint.copies import copied_parameters
-    from mlra_scale.checkpoint.saver import Saver
-    from mlra_scale.checkpoint.saving import RankShare
+    from mlra_scale.checkpoint.saving import HostMemory, take_snapshot
 
-    saver = Saver(Path("unused"), rank.topology, keep_last=1, keep_every=0, asynchronous=True)
-    share = RankShare("rank-00000.safetensors", rank.topology.tensor_rank)
     with rank.trace.phase("agreement of a save"):
-        saver._copied = copied_parameters(rank.engine)
+        copied = copied_parameters(rank.engine)
         rank.engine.buffers()
         rank.engine.training_state()
-    arrived: Callable[[], None]
     with rank.trace.phase("snapshot"):
-        arrived = saver._snapshot(rank.engine, share, is_background=True)
+        snapshot = take_snapshot(rank.engine, copied, HostMemory())
     with rank.trace.phase("writing"):
-        arrived()
+        snapshot.wait()

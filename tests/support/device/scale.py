@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mlra_scale.checkpoint.copies import Digest, RankCopies, differing_copies
-from mlra_scale.checkpoint.fragments import Run, line_of
-from mlra_scale.checkpoint.saving import MainShare, RankReport, describe
-from mlra_scale.checkpoint.writer import FileEntry
+from mlra_scale.checkpoint.copies import Digest, differing_copies
+from mlra_scale.checkpoint.files import FileEntry
+from mlra_scale.checkpoint.fragments import ElementRun, line_of
+from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest
 from mlra_scale.config import BatchPlan, Config, batch_plan, validate, zero_stage
 from mlra_scale.config.loading import load_named_config
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
@@ -107,10 +107,10 @@ def _local_numel(info: ParameterInfo, tensor: int) -> int:
     return info.numel() // (1 if info.shard_dim is None else tensor)
 
 
-def owned_runs(config: Config, plan: BatchPlan, stage: int) -> Iterator[tuple[int, list[Run]]]:
+def owned_runs(config: Config, plan: BatchPlan, stage: int) -> Iterator[tuple[int, list[ElementRun]]]:
     """Yields the runs of every data rank of a stage, of one tensor-parallel shard."""
     infos = weights_of_stage(config.model, plan.pipeline, stage)
-    pieces: list[list[Run]] = [[] for _ in range(plan.data)]
+    pieces: list[list[ElementRun]] = [[] for _ in range(plan.data)]
     if zero_stage(config) == 3:
         for info in infos:
             numel = _local_numel(info, plan.tensor)
@@ -155,8 +155,8 @@ def rank_reports(config: Config, plan: BatchPlan) -> list[RankReport]:
                     and not (is_copy and run[0] == "embedding.weight")
                 ]
                 file = f"rank-{rank:05d}.safetensors"
-                copies = RankCopies(rank, tensor_rank, stage, digests)  # type: ignore[arg-type]
-                reports[rank] = RankReport(file, entry, line_of(file, tensor_rank, mine), True, copies, 0.0, 0.0)
+                line = line_of(file, tensor_rank, mine)
+                reports[rank] = RankReport(rank, tensor_rank, stage, True, digests, entry, line)  # type: ignore[arg-type]
     return reports
 
 
@@ -172,10 +172,10 @@ def save_costs(config: Config, plan: BatchPlan, folder: Path) -> tuple[Cost, int
     topology: Any = SimpleNamespace(
         world_size=plan.world_size, tensor=plan.tensor, pipeline=plan.pipeline, data=plan.data
     )
-    main = MainShare(b"{}", [], config.to_yaml(), None)
+    main = MainFiles(b"{}", [], config.to_yaml(), None)
     began = time.process_time()
-    assert differing_copies([report.copies for report in reports], table, plan.tensor) is None
-    manifest = describe(folder, "0" * 32, 1, reports, main, table, topology)
+    assert differing_copies(reports, table, plan.tensor) is None
+    manifest = build_manifest(folder, "0" * 32, 1, reports, main, table, topology)
     content = manifest.to_json()
     seconds = time.process_time() - began
     # gather_object sends as many bytes for every rank as the longest report has; before it, and after, a few numbers.

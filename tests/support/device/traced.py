@@ -55,9 +55,9 @@ class TracedRank:
         self.groups = fake_ranks.install(self.layout.rank, self.layout.world_size)
         from mlra_scale.config import batch_plan
         from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
-        from mlra_scale.training.quiet import quiet_libraries
+        from mlra_scale.training.log.console import silence_libraries
 
-        quiet_libraries("cuda")
+        silence_libraries("cuda")
         cuda_stubs.answer_for_cpu_adam()
         self.config = configured(self.layout)
         self.plan = batch_plan(self.config, self.layout.world_size)
@@ -146,7 +146,7 @@ class TracedRank:
 
 
 def _blocks(module: Any) -> list[Any]:
-    from mlra_scale.model.layers import Block
+    from mlra_scale.model.block import Block
 
     return [child for child in module.modules() if isinstance(child, Block)]
 
@@ -162,14 +162,16 @@ def _on_gradient(values: Any, call: Any) -> None:
 
 def _planned_sent(config: Any, plan: Any, stage: int) -> dict[str, float]:
     from mlra_scale.planning import communication as planned
+    from mlra_scale.planning.layout import Stage
 
-    gradients, weights = planned.data_traffic_per_micro_batch(config, plan, stage)
+    planned_stage = Stage(config, plan, stage)
+    gradients, weights = planned.data_traffic_per_micro_batch(planned_stage)
     micro_batches = plan.accumulation_steps
-    per_step = sum(traffic.sent for traffic in planned.data_traffic_per_step(config, plan, stage))
+    per_step = sum(traffic.sent for traffic in planned.data_traffic_per_step(planned_stage))
     return {
-        "tensor": micro_batches * planned.tensor_traffic(config, plan, stage).sent,
-        "pipeline": micro_batches * planned.pipeline_traffic(config, plan, stage).sent,
-        "tied": planned.tied_traffic(config, plan, stage).sent,
+        "tensor": micro_batches * planned.tensor_traffic(planned_stage).sent,
+        "pipeline": micro_batches * planned.pipeline_traffic(planned_stage).sent,
+        "tied": planned.tied_traffic(planned_stage).sent,
         "data": micro_batches * (gradients.sent + weights.sent) + per_step,
     }
 

@@ -11,10 +11,10 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from mlra_scale.checkpoint.contents import PARTS, json_bytes
-from mlra_scale.checkpoint.copies import RankCopies, collect, digests_on_device
-from mlra_scale.checkpoint.saving import MainShare, RankReport, RankShare, commit, describe, write_share
-from mlra_scale.checkpoint.snapshot import named_parts
+from mlra_scale.checkpoint import checkpoint_name
+from mlra_scale.checkpoint.fragments import PARTS
+from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest, commit, take_snapshot, write_share
+from mlra_scale.checkpoint.state_contents import json_bytes
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
@@ -171,7 +171,7 @@ def write_checkpoint(
         step: Of the checkpoint.
         layout: Of the ranks.
         values: Weights, and moments if there are any.
-        options: model, state, buffers, tokenizer, keep_last, keep_every, tell.
+        options: model, state, buffers, tokenizer, keep_last, keep_every, faults (a list that commit adds to).
     """
     layout, values = layout or Layout(), all_parts() if values is None else values
     model, save_id = options.get("model", MODEL), uuid4().hex
@@ -179,22 +179,16 @@ def write_checkpoint(
     unfinished.mkdir(parents=True)
     state = {"engine": {"optimizer_step": step}} | options.get("state", {})
     buffers = list(options.get("buffers", {}).items())
-    main = MainShare(json_bytes(state), buffers, config_of(model).to_yaml(), options.get("tokenizer"))
-    reports = []
+    main = MainFiles(json_bytes(state), buffers, config_of(model).to_yaml(), options.get("tokenizer"))
+    reports, table = [], ParameterTable(model)
     for rank in range(layout.world_size):
-        engine = FakeEngine(layout.topology(rank), layout, values, model)
-        share = RankShare(f"rank-{rank:05d}.safetensors", engine.topology.tensor_rank)
-        owned = engine.owned_fragments(with_moments=True)
-        share.runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
-        share.tensors, share.has_moments = named_parts(owned), len(values) > 1 if owned else None
-        keys, sums = digests_on_device(engine.held_fragments(with_moments=True), frozenset(engine.table))
-        share.digests = collect(keys, [] if sums is None else sums.tolist())
-        write_share(unfinished, save_id, share, main if rank == 0 else None, threading.Event())
-        assert share.entry is not None
-        copies = RankCopies(rank, engine.topology.tensor_rank, engine.topology.pipeline_rank, share.digests)
-        report = RankReport(share.file, share.entry, share.line, share.has_moments, copies, 0.0, 0.0)
+        topology = layout.topology(rank)
+        engine: Any = FakeEngine(topology, layout, values, model)
+        report = RankReport(rank, topology.tensor_rank, topology.pipeline_rank)
+        snapshot = take_snapshot(engine, frozenset(table), None)
+        write_share(unfinished, save_id, snapshot, report, main if rank == 0 else None, threading.Event())
         reports.append(report)
-    table = ParameterTable(model)
-    manifest = describe(unfinished, save_id, step, reports, main, table, layout.topology(0))
-    tell = options.get("tell", lambda fault: None)
-    return commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0), tell=tell)
+    manifest = build_manifest(unfinished, save_id, step, reports, main, table, layout.topology(0))
+    fault = commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0), None)
+    options.get("faults", []).append(fault)
+    return checkpoints / checkpoint_name(step)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.checkpoint.copies import RankCopies, collect, differing_copies, digests_on_device
+from mlra_scale.checkpoint.copies import collect, differing_copies, digests_on_device
+from mlra_scale.checkpoint.saving import RankReport
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
 from tests.unit.checkpoint.builders import MODEL, FakeEngine, Layout, all_parts
@@ -57,14 +58,15 @@ def test_two_elements_that_change_places_are_seen() -> None:
         assert value_of([(0, swapped)]) != value_of([(0, values)])
 
 
-def reports_of(layout: Layout, spoil: Any = lambda rank, engine: None) -> list[RankCopies]:
+def reports_of(layout: Layout, spoil: Any = lambda rank, engine: None) -> list[RankReport]:
     reports = []
     for rank in range(layout.world_size):
         engine = FakeEngine(layout.topology(rank), layout, all_parts())
         spoil(rank, engine)
         keys, sums = digests_on_device(engine.held_fragments(with_moments=True), EVERYTHING)
         digests = collect(keys, [] if sums is None else sums.tolist())
-        reports.append(RankCopies(rank, engine.topology.tensor_rank, engine.topology.pipeline_rank, digests))
+        place = engine.topology
+        reports.append(RankReport(rank, place.tensor_rank, place.pipeline_rank, digests=digests))
     return reports
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.files import entry_of
-from mlra_scale.checkpoint.inspection import described, listed
+from mlra_scale.checkpoint.inspection import describe_checkpoint, list_checkpoints
 from mlra_scale.checkpoint.manifest import MANIFEST, _checksum
 from mlra_scale.config import yaml_text
 from tests.unit.checkpoint.builders import Layout, write_checkpoint, write_tokenizer
@@ -52,10 +52,10 @@ def copied(whole: Path, target: Path) -> Path:
 
 def outcome(folder: Path) -> str | None:
     """Does with a checkpoint all that needs no engine; returns the error, or None where it can be read."""
-    (line,) = listed(folder.parent)
+    (line,) = list_checkpoints(folder.parent)
     try:
         store = Store.open(folder)
-        described(store)
+        describe_checkpoint(store)
         for name in store.table:
             store.tensor(name)
     except CheckpointError as error:
@@ -162,7 +162,7 @@ def test_a_configuration_with_any_key_missing_or_wrong(whole: Path, tmp_path: Pa
         ("fragments.json", "[]", "is not sound"),
         ("config.yaml", DEEP, "nested too deeply"),
         ("config.yaml", "a: &x [1]\nb: *x", "aliases"),
-        ("config.yaml", "version: 3\nmodel: {}", "version = 3: the file was written by a newer program"),
+        ("config.yaml", "version: 4\nmodel: {}", "version = 4: the file was written by a newer program"),
         ("config.yaml", '"\\x1b[2J": 1', r"\x1b[2J"),
         ("config.yaml", "x" * 2**21, "is larger than"),
     ],

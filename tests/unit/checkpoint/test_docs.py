@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlra_scale.checkpoint import Store
-from mlra_scale.checkpoint.contents import PARTS
-from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
+from mlra_scale.checkpoint.fragments import PARTS
 from tests.unit.checkpoint.builders import Layout, all_parts, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +45,6 @@ def test_the_keys_of_the_manifest_are_documented(tmp_path: Path) -> None:
 
 
 def test_every_point_is_reached_by_name() -> None:
-    """points.py lists what the code reaches, and the code reaches what it lists."""
+    """failpoints.py lists what the code reaches, and the code reaches what it lists."""
     code = "".join(path.read_text() for path in sorted((ROOT / "mlra_scale" / "checkpoint").glob("*.py")))
-    assert set(re.findall(r'points\.reached\("([a-z-]+)"\)', code)) == set(POINTS)
+    assert set(re.findall(r'failpoints\.reached\("([a-z-]+)"\)', code)) == set(FAILPOINTS)

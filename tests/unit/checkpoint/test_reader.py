@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.checkpoint import CheckpointError, Store, load_checkpoint
-from mlra_scale.checkpoint.contents import PARTS
 from mlra_scale.checkpoint.files import FileEntry, entry_of
-from mlra_scale.checkpoint.fragments import FRAGMENTS
+from mlra_scale.checkpoint.fragments import FRAGMENTS, PARTS
 from mlra_scale.checkpoint.manifest import MANIFEST, StoredParameter, _checksum, read_manifest
+from mlra_scale.config import ModelConfig
+from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
+from tests.unit.checkpoint import builders
 from tests.unit.checkpoint.builders import (
     MODEL,
     FakeEngine,
@@ -123,7 +125,7 @@ def test_only_the_bytes_that_are_asked_for_are_read(tmp_path: Path) -> None:
     store.manifest.parameters["embedding.weight"] = replace(  # type: ignore[index]
         manifest.parameters["embedding.weight"], shape=shape
     )
-    store._by_name["embedding.weight"] = [store._by_name["embedding.weight"][0]._replace(numel=numel)]
+    store._fragments["embedding.weight"] = [store._fragments["embedding.weight"][0]._replace(numel=numel)]
     before = file_pages()
     middle = store.rows("embedding.weight", rows // 2, rows // 2 + 16)
     fragment = Fragment("embedding.weight", numel // 4 - 5000, torch.ones(10_000))
@@ -227,22 +229,22 @@ def test_a_manifest_that_is_not_sound_is_refused(tmp_path: Path) -> None:
     faults: dict[str, dict[str, Any]] = {
         "leads out of the folder": {"files": {**manifest.files, "../x": FileEntry(1, "")}},
         "File name too long": {"files": {**manifest.files, 300 * "x": FileEntry(1, "")}},
-        "layout has tensor 'two'": {"layout": {**manifest.layout, "tensor": "two"}},
-        "layout has tensor 0": {"layout": {**manifest.layout, "tensor": 0}},
-        "layout has 5000000 tensor-parallel ranks": {"layout": {**manifest.layout, "tensor": 5_000_000}},
-        r"blocks\.0\.attention\.q\.up\.weight of shape \(8, 4\), split over 3": {
+        "layout: tensor is 'two'": {"layout": {**manifest.layout, "tensor": "two"}},
+        "layout: tensor is 0": {"layout": {**manifest.layout, "tensor": 0}},
+        "5000000 tensor-parallel ranks have": {"layout": {**manifest.layout, "tensor": 5_000_000}},
+        r"blocks\.0\.attention\.q\.up\.weight of shape \(8, 4\) is split over 3": {
             "layout": {**manifest.layout, "tensor": 3}
         },
-        "kind 'other' is not known": {"kind": "other"},
-        "step '1' is no number": {"step": "1"},
-        "Invalid isoformat string: 'yesterday'": {"created": "yesterday"},
-        r"final_norm\.bias of shape \(2, 2, 2\)": {
+        "kind: Input should be 'training' or 'weights'": {"kind": "other"},
+        "step: Input should be a valid integer": {"step": "1"},
+        "created: Invalid isoformat string: 'yesterday'": {"created": "yesterday"},
+        r"parameters\.final_norm\.bias\.shape: Tuple should have at most 2 items": {
             "parameters": {**manifest.parameters, "final_norm.bias": StoredParameter((2, 2, 2), None)}
         },
-        r"final_norm\.bias of shape \(8,\), split .* along 1": {
+        r"final_norm\.bias of shape \(8,\) is split .* along 1": {
             "parameters": {**manifest.parameters, "final_norm.bias": StoredParameter((8,), 1)}
         },
-        r"'world_size' is missing": {"layout": {}},
+        "layout: world_size is None": {"layout": {}},
         r"config\.yaml makes \S+ \(\(.*stored is None": {"parameters": {}},
         r"config\.yaml makes embedding\.weight \(\(24, 8\), 0\), stored is \(\(24, 8\), 1\)": {
             "parameters": {**manifest.parameters, "embedding.weight": StoredParameter((24, 8), 1)}
@@ -289,13 +291,40 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
     manifest = read_manifest(folder)
     config = (folder / "config.yaml").read_text()
-    assert config.startswith("version: 2\n")
+    assert config.startswith("version: 3\n")
     (folder / "config.yaml").write_text(config.partition("\n")[2])
     files = {**manifest.files, "config.yaml": entry_of(folder / "config.yaml")}
     (folder / MANIFEST).write_bytes(replace(manifest, files=files, version=1).to_json())
     store = Store.open(folder)
     assert (store.manifest.version, store.config) == (1, config_of())
     assert store.manifest.notice == "the checkpoint has version 1 of the format and is read as version 2"
+
+
+class SplitTable(ParameterTable):
+    """As it was with the plan `sharded`: down factors of q, k and v split by rows over tensor-parallel ranks."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        for name, info in self.items():
+            if name.endswith(("q.down.weight", "k.down.weight", "v.down.weight")):
+                self[name] = replace(info, shard_dim=0)
+
+
+def test_a_checkpoint_of_the_removed_plan_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = all_parts()
+    with monkeypatch.context() as before:
+        before.setattr(builders, "ParameterTable", SplitTable)
+        folder = write_checkpoint(tmp_path, 1, Layout(tensor=2), values)
+    stored = read_manifest(folder).parameters
+    assert stored["blocks.0.attention.q.down.weight"].shard_dim == 0
+    store = Store.open(folder)
+    for name, value in values["weight"].items():
+        assert torch.equal(store.tensor(name), value), name
+    # No other weight may be split otherwise than the table has it.
+    other = replace(read_manifest(folder), parameters=dict(stored) | {"final_norm.bias": StoredParameter((8,), 0)})
+    (folder / MANIFEST).write_bytes(other.to_json())
+    with pytest.raises(CheckpointError, match=r"makes final_norm\.bias \(\(8,\), None\), stored is \(\(8,\), 0\)"):
+        Store.open(folder)
 
 
 def test_loading_into_an_engine(tmp_path: Path, one_process: Any) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, latest, points
-from mlra_scale.checkpoint.points import POINTS
+from mlra_scale.checkpoint import CheckpointError, Saver, Store, complete_checkpoints, failpoints, latest
+from mlra_scale.checkpoint.failpoints import FAILPOINTS
 from mlra_scale.parallel.fragments import Fragment
-from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of, write_tokenizer
+from tests.unit.checkpoint.builders import FakeEngine, Layout, all_parts, config_of
 
 ONE = Layout()
 
@@ -55,7 +55,7 @@ def held_at(monkeypatch: pytest.MonkeyPatch, where: str) -> Iterator[threading.E
             assert go_on.wait(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(points, "reached", reached)
+        patch.setattr(failpoints, "reached", reached)
         try:
             yield go_on
         finally:
@@ -114,11 +114,11 @@ def test_one_save_is_in_flight_and_host_memory_is_used_again(tmp_path: Path, one
     addresses = set()
     for step in (1, 2, 3):
         save(saver, engine, step)
-        addresses.add(saver._memory._buffer.data_ptr())
+        addresses.add(saver._memory.buffer.data_ptr())
         assert len(visible(tmp_path)) >= step - 1 + (step > 1)
     assert len(addresses) == 1
     assert [record.step for record in saver.finish()] == [1, 2, 3]
-    assert saver._memory._buffer.numel() == sum(3 * fragment.values.numel() for fragment in engine.fragments)
+    assert saver._memory.buffer.numel() == sum(3 * fragment.values.numel() for fragment in engine.fragments)
 
 
 def test_a_synchronous_save_takes_no_host_memory(tmp_path: Path, one_process: Any) -> None:
@@ -128,7 +128,7 @@ def test_a_synchronous_save_takes_no_host_memory(tmp_path: Path, one_process: An
         save(saver, engine, number, synchronous=asynchronous)
         assert (tmp_path / f"step-0000000{number}").is_dir()
         assert [record.step for record in saver.poll()] == [number]
-        assert saver._memory._buffer.numel() == 0
+        assert saver._memory.buffer.numel() == 0
 
 
 def test_before_the_first_update_there_are_no_moments(tmp_path: Path, one_process: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_run_that_goes_on_from_earlier_keeps_its_own(tmp_path: Path, one_proce
 
 def failing(where: str, error: Exception) -> Any:
     def reached(point: str) -> None:
-        assert point in POINTS
+        assert point in FAILPOINTS
         if point == where:
             raise error
 
@@ -169,7 +169,7 @@ def failing(where: str, error: Exception) -> Any:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("point", [point for point in POINTS if point not in ("agreed", "retention")])
+@pytest.mark.parametrize("point", [point for point in FAILPOINTS if point not in ("agreed", "retention")])
 def test_a_failure_leaves_what_was_there(
     tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch, point: str, asynchronous: bool
 ) -> None:
@@ -180,7 +180,7 @@ def test_a_failure_leaves_what_was_there(
     saver.finish()
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device") as caught:
-        patch.setattr(points, "reached", failing(point, full))
+        patch.setattr(failpoints, "reached", failing(point, full))
         save(saver, engine, 2)
         saver.finish()
     assert "the save of step 2 failed: rank 0: " in str(caught.value)
@@ -207,7 +207,7 @@ def test_a_failure_of_retention_does_not_fail_the_save(
     save(saver, engine, 1)
     saver.finish()
     with monkeypatch.context() as patch:
-        patch.setattr(points, "reached", failing("retention", OSError(errno.ESTALE, "Stale file handle")))
+        patch.setattr(failpoints, "reached", failing("retention", OSError(errno.ESTALE, "Stale file handle")))
         save(saver, engine, 2)
         assert [record.step for record in saver.finish()] == [2]
     complete = complete_checkpoints(tmp_path)
@@ -248,7 +248,7 @@ def test_a_file_that_rank_0_does_not_see(tmp_path: Path, one_process: Any, monke
         if point == "before-manifest":
             next(tmp_path.glob(".unfinished-step-00000001-*/rank-00000.safetensors")).unlink()
 
-    monkeypatch.setattr(points, "reached", reached)
+    monkeypatch.setattr(failpoints, "reached", reached)
     save(saver, engine_of(one_process), 1)
     with pytest.raises(
         CheckpointError, match=r"rank-00000\.safetensors is missing, as rank 0 sees it; .* all ranks share"
@@ -275,33 +275,25 @@ def test_a_full_disk_names_the_file(tmp_path: Path, one_process: Any, monkeypatc
     assert visible(tmp_path) == ["latest", "step-00000001"] and hidden(tmp_path) == []
 
 
-def test_too_little_host_memory_is_told(tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["host memory", "state", "tokenizer"])
+def test_what_cannot_be_saved_is_reported(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     saver, engine = saver_of(tmp_path, one_process), engine_of(one_process)
-    huge = Fragment("positions.weight", 0, torch.empty(1).expand(2**46))
-    monkeypatch.setattr(engine, "owned_fragments", lambda with_moments: [huge])
-    save(saver, engine, 1)
-    with pytest.raises(CheckpointError, match=r"2\.81e\+05 GB of host memory .*set checkpoint\.asynchronous=false"):
-        saver.finish()
-
-
-def test_what_is_not_json_is_told(tmp_path: Path, one_process: Any) -> None:
-    saver = saver_of(tmp_path, one_process)
-    saver.save(engine_of(one_process), 1, {"x": object()}, {}, config_of().to_yaml(), None)
-    with pytest.raises(CheckpointError, match="not JSON serializable"):
+    state: dict[str, Any] = {}
+    tokenizer = None
+    if what == "host memory":
+        huge = Fragment("positions.weight", 0, torch.empty(1).expand(2**46))
+        monkeypatch.setattr(engine, "owned_fragments", lambda with_moments: [huge])
+        message = r"2\.81e\+05 GB of host memory .*set checkpoint\.asynchronous=false"
+    elif what == "state":
+        state, message = {"x": object()}, "not JSON serializable"
+    else:
+        tokenizer, message = tmp_path / "gone", "gone cannot be"
+    saver.save(engine, 1, state, {}, config_of().to_yaml(), tokenizer)
+    with pytest.raises(CheckpointError, match=message):
         saver.finish()
     assert visible(tmp_path) == hidden(tmp_path) == []
-
-
-def test_a_tokenizer_that_has_gone_is_told(tmp_path: Path, one_process: Any) -> None:
-    saver = saver_of(tmp_path / "run", one_process)
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    saver.save(engine_of(one_process), 1, {}, {}, config_of().to_yaml(), tokenizer)
-    saver.finish()
-    stored = Store.open(tmp_path / "run" / "step-00000001").tokenizer_folder
-    assert stored is not None and (stored / "tokenizer.json").is_file()
-    saver.save(engine_of(one_process), 2, {}, {}, config_of().to_yaml(), tmp_path / "gone")
-    with pytest.raises(CheckpointError, match="gone cannot be"):
-        saver.finish()
 
 
 def test_abandoning_needs_nobody_and_does_not_wait(

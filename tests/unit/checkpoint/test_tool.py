@@ -1,6 +1,5 @@
-"""tools/checkpoints.py: what it prints, what it changes, how it ends."""
+"""The command checkpoints: what it prints, what it changes, how it ends."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,23 +12,18 @@ import pytest
 import torch
 
 from mlra_scale.checkpoint import checkpoint_name, inspection, retention
+from mlra_scale.cli.checkpoints import COMMAND
 from mlra_scale.training import run_directory
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.run_directory import RunDirectory, run_lock
 from tests.unit.checkpoint.builders import MODEL, Layout, all_parts, write_checkpoint, write_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 Tool = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
-    spec = importlib.util.spec_from_file_location("checkpoints_tool", ROOT / "tools" / "checkpoints.py")
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
     def run(*arguments: Any) -> tuple[int, str, str]:
-        code = module.main([str(argument) for argument in arguments])
+        code = COMMAND.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -168,8 +162,8 @@ def test_a_run_at_work_is_not_pruned(tmp_path: Path, tool: Tool, monkeypatch: py
     folder = write_run(tmp_path, 10, 20)
     link = tmp_path.with_name(f"{tmp_path.name}-link")
     link.symlink_to(folder)
-    with held(RunDirectory(tmp_path)), monkeypatch.context() as patch:
-        patch.setattr(run_directory, "held", partial(held, seconds=0.0))
+    with run_lock(RunDirectory(tmp_path)), monkeypatch.context() as patch:
+        patch.setattr(run_directory, "run_lock", partial(run_lock, seconds=0.0))
         patch.chdir(folder)
         for path in (tmp_path, folder, Path(), Path(".."), link):
             code, out, err = tool("prune", path, "--keep-last", 1)

@@ -1,4 +1,4 @@
-"""What a node may say: whatever it is, the job goes on, and what it takes up is bounded and printable."""
+"""Messages of nodes and ranks: none ends the job, and what the job uses of them is bounded and printable."""
 
 import contextlib
 import json
@@ -10,75 +10,69 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.cluster.attempt import Attempt, Plan
 from mlra_scale.cluster.channel import Heard, Hub
-from mlra_scale.cluster.messages import NodeMessage, RankMessage, printable
-from mlra_scale.cluster.policy import EndKind
+from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
+from mlra_scale.cluster.job.policy import EndKind
+from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankMessage, printable
+from mlra_scale.cluster.settings import Settings
+from mlra_scale.config import ClusterConfig
 
-BEAT = {"rank": 3, "local_rank": 1, "pid": 7, "doing": "training", "step": 4, "seconds": 0.5, "place": "f (x.py:1)"}
-RANK = {"beat": BEAT, "silence": 0, "state": "S (sleeping)"}
-FAILURE = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
+HEARTBEAT: dict[str, Any] = {"rank": 3, "local_rank": 1, "pid": 7, "phase": "training", "step": 4, "seconds": 0.5}
+HEARTBEAT |= {"location": "f (x.py:1)"}
+RANK = {"heartbeat": HEARTBEAT, "silence": 0, "state": "S (sleeping)"}
+FAILURE: dict[str, Any] = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
 
 
 class QuietHub(Hub):
     """Hears what a test gives it, and tells nobody anything."""
 
     def __init__(self, heard: list[Heard]) -> None:
-        self._heard = heard
+        self._messages = heard
 
     def poll(self, seconds: float) -> list[Heard]:
         """See Hub."""
-        return self._heard
+        return self._messages
 
     def send(self, message: dict[str, Any]) -> None:
         """See Hub."""
 
 
-def attempt(said: list[str]) -> Attempt:
-    plan = Plan(
+def attempt(said: list[str]) -> AttemptRunner:
+    plan = AttemptPlan(
         nodes=("a", "b"),
-        processes=1,
-        device="cpu",
-        master="127.0.0.1",
         here="a",
-        job_address="127.0.0.1",
-        listening_host="127.0.0.1",
+        addresses={},
+        device="cpu",
         training=(),
         logs=Path("logs"),
-        nonce="1",
-        memory="0",
-        cpu_bind="none",
-        srun=(),
-        python=("python3",),
-        start_seconds=30.0,
+        settings=Settings(1, "cpu", (), ("python3",)),
+        cluster=ClusterConfig(),
         hang_seconds=30.0,
-        stop_seconds=30.0,
-        lost_seconds=30.0,
     )
-    return Attempt(plan, lambda text: None, said.append, lambda: False, lambda step: None)
+    return AttemptRunner(plan, lambda output: None, said.append, lambda: False, lambda: None)
 
 
-def take(*messages: Any) -> tuple[str, str, dict[str, str], list[str]]:
-    """Lets an attempt hear messages of node a, and judges it; returns the verdict and what it said."""
+def take(*messages: Any) -> tuple[str, str, Any, list[str]]:
+    """Lets an attempt hear messages of node a, and judges it; returns the end and what it said."""
     said: list[str] = []
     running = attempt(said)
     for message in messages:
         hub = QuietHub([Heard("a", message)])
         running._hear(hub, 0.0)
         running._watch(hub)
-    return *running._result(1), said
+    end = running._judge(1)
+    return end.kind, end.reason, end.bad_nodes, said
 
 
-def test_what_a_node_says_is_read() -> None:
+def test_messages_are_read() -> None:
     message = NodeMessage.of(
         {"node": "a", "pid": 5, "versions": {"torch": "2"}, "ranks": [RANK], "bad_nodes": {"b": "ECC"}, "more": [1]}
     )
-    assert message.versions == {"torch": "2"} and message.bad_nodes == {"b": "ECC"} and message.ended is None
+    assert message.versions == {"torch": "2"} and message.bad_nodes == {"b": "ECC"} and message.failures is None
     assert message.ranks is not None and message.ranks[0].silence == 0.0
-    assert vars(message.ranks[0].beat.as_beat()) == BEAT
-    ended = NodeMessage.of({"ended": {"failures": [FAILURE]}}).ended
-    assert ended is not None and ended.failures[0].model_dump() == FAILURE and ended.bad_nodes == {}
-    assert RankMessage.of({"beat": BEAT}).beat is not None
+    assert message.ranks[0].heartbeat.model_dump() == HEARTBEAT
+    assert NodeMessage.of({"failures": [FAILURE]}).failures == [RankFailure(**FAILURE)]
+    assert RankMessage.of({"heartbeat": HEARTBEAT}).heartbeat is not None
 
 
 @pytest.mark.parametrize(
@@ -90,27 +84,27 @@ def test_what_a_node_says_is_read() -> None:
         ({"ranks": [{**RANK, "silence": "long"}]}, "ranks.0.silence"),
         ({"ranks": [{**RANK, "silence": math.nan}]}, "ranks.0.silence"),
         ({"ranks": [{**RANK, "silence": math.inf}]}, "ranks.0.silence"),
-        ({"ranks": [{**RANK, "beat": {**BEAT, "step": "4"}}]}, "ranks.0.beat.step"),
-        ({"ranks": [{**RANK, "beat": {**BEAT, "step": 10**400}}]}, "ranks.0.beat.step"),
-        ({"ranks": [{**RANK, "beat": {**BEAT, "pid": 0}}]}, "ranks.0.beat.pid"),
-        ({"ranks": [{**RANK, "beat": {**BEAT, "pid": True}}]}, "ranks.0.beat.pid"),
+        ({"ranks": [{**RANK, "heartbeat": {**HEARTBEAT, "step": "4"}}]}, "ranks.0.heartbeat.step"),
+        ({"ranks": [{**RANK, "heartbeat": {**HEARTBEAT, "step": 10**400}}]}, "ranks.0.heartbeat.step"),
+        ({"ranks": [{**RANK, "heartbeat": {**HEARTBEAT, "pid": 0}}]}, "ranks.0.heartbeat.pid"),
+        ({"ranks": [{**RANK, "heartbeat": {**HEARTBEAT, "pid": True}}]}, "ranks.0.heartbeat.pid"),
         ({"bad_nodes": ["b"]}, "bad_nodes"),
         ({"bad_nodes": {"x": "of another job"}}, "bad_nodes"),
-        ({"ended": {}}, "ended.failures"),
-        ({"ended": {"failures": [{**FAILURE, "code": None}]}}, "ended.failures.0.code"),
-        ({"ended": {"failures": [], "bad_nodes": {"x,y": "of another job"}}}, "bad_nodes"),
+        ({"failures": {}}, "failures"),
+        ({"failures": [{**FAILURE, "code": None}]}, "failures.0.code"),
+        ({"failures": [], "bad_nodes": {"x,y": "of another job"}}, "bad_nodes"),
         ({"signalled": "yes"}, "signalled"),
     ],
 )
-def test_what_has_the_wrong_form_is_named_once_and_taken_up_nowhere(message: dict[str, Any], where: str) -> None:
+def test_a_message_of_the_wrong_form_is_named_once_and_not_used(message: dict[str, Any], where: str) -> None:
     kind, _, bad_nodes, said = take(message, message)
     assert kind == "failed" and bad_nodes == {}
-    assert len(said) == 1 and said[0].startswith(f"a said something that is not understood: {where}")
+    assert len(said) == 1 and said[0].startswith(f"a sent a message that is not understood: {where}")
 
 
 def test_texts_are_printable_and_short() -> None:
     assert printable("a\x1b[31m \n\t b \ud800\u0000") == "a?[31m b ??"
-    assert len(printable("x" * 10**6)) == 2000
+    assert NodeMessage.of({"bad_nodes": {"b": "x" * 10**6}}).bad_nodes == {"b": "x" * 2000}
     *_, said = take({"bad_nodes": {"b": "\x1b]0;title\x07\ud800"}})
     assert said == ["bad node b: ?]0;title??"]
 
@@ -138,7 +132,7 @@ WHOLE = {
     "ranks": [RANK],
     "signalled": True,
     "bad_nodes": {"b": "ECC"},
-    "ended": {"failures": [FAILURE, {**FAILURE, "rank": 1, "code": -9}], "bad_nodes": {"a": "ECC"}},
+    "failures": [FAILURE, {**FAILURE, "rank": 1, "code": -9}],
 }
 messages = st.lists(
     st.sets(st.sampled_from(sorted(WHOLE)), min_size=1, max_size=2).flatmap(
@@ -150,7 +144,7 @@ messages = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(messages)
-def test_whatever_a_node_says_the_job_goes_on(said: list[Any]) -> None:
+def test_no_message_of_a_node_ends_the_job(said: list[Any]) -> None:
     """And its verdict can be written into job.json and onto a console."""
     as_sent = [json.loads(json.dumps(message)) for message in said if isinstance(message, dict)]
     kind, reason, bad_nodes, told = take(*as_sent)
@@ -161,8 +155,23 @@ def test_whatever_a_node_says_the_job_goes_on(said: list[Any]) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(spoiled({"beat": BEAT, "bad_nodes": {"a": "ECC"}}))
-def test_whatever_a_rank_says_its_node_goes_on(said: Any) -> None:
+@given(spoiled({"heartbeat": HEARTBEAT, "bad_nodes": {"a": "ECC"}}))
+def test_no_message_of_a_rank_ends_its_node(said: Any) -> None:
     if isinstance(said, dict):
         with contextlib.suppress(ValueError):
             RankMessage.of(json.loads(json.dumps(said)))
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "text"),
+    [
+        (1, "ValueError: x", "rank 3 on a ended with exit code 1 (FAILED): ValueError: x"),
+        (1, "", "rank 3 on a ended with exit code 1 (FAILED)"),
+        (5, "SystemExit", "rank 3 on a ended with exit code 5 (PREEMPTED)"),
+        (17, "x", "rank 3 on a ended with exit code 17 (unknown)"),
+        (-11, "", "rank 3 on a was killed by SIGSEGV"),
+        (-40, "", "rank 3 on a was killed by signal 40"),
+    ],
+)
+def test_the_end_of_a_rank_in_words(code: int, message: str, text: str) -> None:
+    assert str(RankFailure(rank=3, code=code, time=0.0, message=message, node="a")) == text

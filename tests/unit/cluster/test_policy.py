@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.cluster.policy import RETRIED, Decision, End, EndKind, decide, in_a_row, seconds_before_restart
+from mlra_scale.cluster.job.policy import RETRIED, Decision, End, EndKind, decide, in_a_row, seconds_before_restart
+from mlra_scale.config import ClusterConfig
 
 KINDS: tuple[EndKind, ...] = get_args(EndKind)
 OTHERS = [kind for kind in KINDS if kind not in RETRIED]
@@ -27,18 +28,9 @@ def decided(
     is_stopping: bool = False,
     max_preemptions: int = 10,
 ) -> Decision:
-    end = End(kind, "why", has_progressed, {})
-    return decide(
-        end,
-        earlier or [],
-        nodes,
-        used,
-        lambda number: number in fitting,
-        is_elastic,
-        max_failures,
-        max_preemptions,
-        is_stopping,
-    )
+    cluster = ClusterConfig(elastic=is_elastic, max_failures=max_failures, max_preemptions=max_preemptions)
+    ends = [*(earlier or []), (kind, has_progressed)]
+    return decide(End(kind, "why"), ends, nodes, used, lambda number: number in fitting, cluster, is_stopping)
 
 
 FAILURE = ("failed", False)
@@ -47,26 +39,22 @@ FAILURE = ("failed", False)
 @pytest.mark.parametrize(
     ("given_", "action", "nodes"),
     [
-        ({"kind": "done"}, "finish", ()),
         ({"kind": "done", "earlier": [FAILURE] * 9, "is_stopping": True, "nodes": ()}, "finish", ()),
         ({"kind": "bad_input"}, "fail", ()),
         ({"kind": "bad_input", "is_stopping": True}, "fail", ()),
         ({"kind": "non_finite", "has_progressed": True}, "fail", ()),
-        ({"kind": "preempted"}, "requeue", ()),
-        ({"kind": "preempted", "earlier": [("preempted", False)] * 8}, "requeue", ()),
+        ({"kind": "preempted", "earlier": [FAILURE] * 3}, "requeue", ()),  # no end of a row of failures
         ({"kind": "preempted", "earlier": [("preempted", False)] * 9}, "fail", ()),
         ({"kind": "preempted", "earlier": [("preempted", True)] * 20}, "requeue", ()),
         ({"kind": "preempted", "earlier": [("preempted", False)] * 20, "has_progressed": True}, "requeue", ()),
         ({"kind": "failed"}, "restart", ("a", "b")),
         ({"kind": "hung"}, "restart", ("a", "b")),
         ({"kind": "failed", "nodes": ("a", "b", "c")}, "restart", ("a", "b")),
-        ({"kind": "failed", "earlier": [FAILURE]}, "restart", ("a", "b")),
         ({"kind": "failed", "earlier": [FAILURE] * 2}, "fail", ()),
         ({"kind": "failed", "earlier": [FAILURE] * 2, "is_stopping": True}, "fail", ()),
         ({"kind": "failed", "earlier": [FAILURE] * 2, "has_progressed": True}, "restart", ("a", "b")),
         ({"kind": "failed", "earlier": [FAILURE, ("hung", True), FAILURE]}, "restart", ("a", "b")),
         ({"kind": "failed", "earlier": [FAILURE, ("preempted", False), FAILURE]}, "fail", ()),
-        ({"kind": "failed", "max_failures": 1}, "fail", ()),
         ({"kind": "failed", "max_failures": 1, "has_progressed": True}, "restart", ("a", "b")),
         ({"kind": "failed", "is_stopping": True}, "requeue", ()),
         ({"kind": "lost_node", "nodes": ("b",)}, "requeue", ()),
@@ -84,20 +72,17 @@ FAILURE = ("failed", False)
         ({"kind": "lost_node", "nodes": ("b", "c"), "used": 4, "fitting": (4,), "is_elastic": True}, "requeue", ()),
     ],
 )
-def test_each_case(given_: dict, action: str, nodes: tuple[str, ...]) -> None:
+def test_what_follows_an_end(given_: dict, action: str, nodes: tuple[str, ...]) -> None:
     decision = decided(**given_)
     assert (decision.action, decision.nodes) == (action, nodes)
     assert "why" in decision.reason
 
 
-def test_the_last_failure_says_how_many_and_why() -> None:
+def test_reasons_name_the_limit_and_the_nodes_that_are_left() -> None:
     reason = decided("failed", earlier=[FAILURE] * 2).reason
     assert reason == "3 failures in a row without a newer checkpoint (cluster.max_failures); last: why"
-
-
-def test_fewer_nodes_are_told() -> None:
     reason = decided("lost_node", nodes=("b", "c", "d"), used=4, fitting=(2,), is_elastic=True).reason
-    assert reason == "why; 2 of 4 nodes go on"
+    assert reason == "why; continues on 2 of 4 nodes"
 
 
 @settings(deadline=None)
@@ -139,7 +124,7 @@ def test_the_row_begins_after_the_last_checkpoint(
 @given(
     kinds, st.booleans(), histories, node_names, st.integers(1, 6), st.sets(st.integers(1, 6)), st.booleans(), st.data()
 )
-def test_what_always_holds(
+def test_the_rules_that_hold_in_every_case(
     kind: EndKind,
     has_progressed: bool,
     earlier: list[tuple[str, bool]],
@@ -167,10 +152,6 @@ def test_what_always_holds(
             assert not any(number in fitting for number in range(len(decision.nodes) + 1, len(nodes) + 1)), "the most"
     else:
         assert decision.nodes == ()
-
-
-def test_a_preemption_is_not_the_last_of_a_row_of_failures() -> None:
-    assert decided("preempted", earlier=[FAILURE] * 3).action == "requeue"
 
 
 def test_ranks_start_again_at_once_at_first_and_then_later() -> None:

@@ -43,21 +43,10 @@ def test_the_digest_knows_every_file_of_the_package(tmp_path: Path, monkeypatch:
     assert len(set(digests)) == 3 and versions()["mlra_scale"] == digests[-1]
 
 
-def test_the_same_everywhere_is_right() -> None:
-    assert odd_ones({"a": RIGHT, "b": dict(reversed(RIGHT.items()))}, RIGHT) == {}
-    assert odd_ones({"a": RIGHT}, {}) == {}
-
-
 def test_the_node_that_differs_is_named_with_what_differs() -> None:
     other = {"python": "3.11.9", "torch": "2.12.0", "mlra_scale": "bbb"}
     text = "has mlra_scale bbb instead of aaa, torch 2.12.0 instead of 2.13.0"
     assert odd_ones({"a": other, "b": RIGHT, "c": RIGHT}, other) == {"a": text}
-
-
-def test_of_two_the_one_that_is_like_the_job_is_right() -> None:
-    other = {**RIGHT, "torch": "2.12.0"}
-    assert [*odd_ones({"a": other, "b": RIGHT}, RIGHT)] == ["a"]
-    assert [*odd_ones({"a": other, "b": RIGHT}, other)] == ["b"]
 
 
 def test_of_two_the_first_is_right_where_the_job_knows_neither() -> None:
@@ -65,10 +54,11 @@ def test_of_two_the_first_is_right_where_the_job_knows_neither() -> None:
     assert [*odd_ones({"b": RIGHT, "a": {**RIGHT, "torch": "2.12.0"}}, {"python": "3.12.1"})] == ["a"]
 
 
-def test_what_a_node_does_not_know_differs() -> None:
+def test_what_a_node_does_not_have_differs() -> None:
     assert odd_ones({"a": RIGHT, "b": {"python": "3.11.9"}}, RIGHT) == {
         "b": "has mlra_scale None instead of aaa, torch None instead of 2.13.0"
     }
+    assert odd_ones({"a": RIGHT, "b": dict(reversed(RIGHT.items()))}, RIGHT) == {}, "the order does not count"
 
 
 @settings(deadline=None)

@@ -1,10 +1,11 @@
 """Preset, file, DeepSpeed file and overrides: precedence, and one clear line for whatever is wrong."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, preset
+from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, preset, stored_yaml
 
 ZERO1 = Path(__file__).resolve().parents[3] / "ds_configs" / "zero1.json"
 
@@ -47,6 +48,28 @@ def test_a_run_directorys_file_loads_back_equal(tmp_path: Path) -> None:
     file = write(tmp_path / "config.yaml", config.to_yaml())
     assert load_config(config_file=file) == config
     assert load_config("gpt2-mlra-72l", config_file=file) == config
+
+
+def test_a_stored_plan_that_was_removed_is_read_as_auto(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of runs have it since version 2 or before; on the command line it is refused with the reason."""
+    stored = "version: 2\npreset: debug\nparallel: {tensor: 2, low_rank_plan: sharded}\n"
+    stored_yaml._notice_sharded.cache_clear()
+    monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)  # which a command may have switched off
+    for _ in range(2):
+        config = load_config(config_file=write(tmp_path / "c.yaml", stored))
+        assert (config.parallel.low_rank_plan, config.parallel.tensor) == ("auto", 2)
+    (said,) = caplog.messages
+    assert said == (
+        "parallel.low_rank_plan = 'sharded' in a stored configuration: the plan sharded was removed: it was the "
+        "fastest one in 0 of 36 measured cases; auto takes its place"
+    )
+    assert Config.from_yaml(config.to_yaml()) == config and config.to_yaml().startswith("version: 3\n")
+    assert lines(preset="debug", overrides=["parallel.low_rank_plan=sharded"]) == [
+        "parallel.low_rank_plan = 'sharded': the plan sharded was removed: it was the fastest one in 0 of 36 measured "
+        "cases; use auto, replicated or merged"
+    ]
 
 
 def test_a_file_without_preset_needs_every_required_field(tmp_path: Path) -> None:
@@ -110,10 +133,7 @@ def test_a_shorter_run_of_a_preset_has_a_shorter_warmup(tmp_path: Path) -> None:
         ("train.steps.x=3", "train.steps.x = 3: 'steps' is a value and has no fields"),
         ("optim.lr=[", "optim.lr = '[': is not YAML: line 1, column 2: "),
         ("preset=gpt2", "preset = 'gpt2': a preset is where values start from, not an override; use --preset"),
-        ("train.steps='8'", "train.steps = '8': must be an integer, not text"),
-        ("train.steps=8.5", "train.steps = 8.5: must be an integer, not a fraction"),
         ("train.steps=", "train.steps = None: must be an integer, not null"),
-        ("optim.lr=auto", "optim.lr = 'auto': must be a number, not the text 'auto'"),
         (
             "data.blend={a: 1, a: 2}",
             "data.blend = '{a: 1, a: 2}': is not YAML: line 1, column 8: key 'a' is given twice",
@@ -165,7 +185,9 @@ def test_bad_sections_in_files(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
-    assert lines(preset="debug", config_file=missing) == [f"--config = '{missing}': there is no such file"]
+    assert lines(preset="debug", config_file=missing) == [
+        f"--config = '{missing}': cannot be read: No such file or directory"
+    ]
     assert lines(preset="debug", config_file=tmp_path)[0].endswith("cannot be read: Is a directory")
     binary = tmp_path / "binary"
     binary.write_bytes(b"a\xff")
@@ -181,7 +203,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ('{"a": 1, "a": 2}', "has the key 'a' twice in one object; keep one of them"),
         (
             '{"zero_optimization": {"reduce_bucket_size": Infinity}}',
-            "has Infinity, which is no JSON value; write a finite number",
+            "has the number Infinity, which is not finite; write a finite number",
         ),
     ],
 )
@@ -191,7 +213,7 @@ def test_bad_deepspeed_files(tmp_path: Path, text: str, line: str) -> None:
     assert found.startswith("--ds-config = ") and ": " + line in found
 
 
-def test_all_sources_are_told_at_once(tmp_path: Path) -> None:
+def test_problems_of_all_sources_are_reported_together(tmp_path: Path) -> None:
     file = write(tmp_path / "c.yaml", "train: {steps: x}")
     json = write(tmp_path / "d.json", '{"train_batch_size": 8}')
     found = lines(preset="debgu", config_file=file, ds_config_file=json, overrides=["optim.lrr=1"])

@@ -93,7 +93,7 @@ def test_overrides_set_what_they_say_and_nothing_else(data: st.DataObject, paths
 
 @settings(deadline=None)
 @given(path=st.sampled_from(sorted(FIELDS)), value=VALUES)
-def test_any_value_is_taken_or_told_in_one_line(path: str, value: Any) -> None:
+def test_any_value_is_taken_or_refused_in_one_line(path: str, value: Any) -> None:
     try:
         config = load_config("debug", overrides=[f"{path}={json.dumps(value)}"])
     except ConfigError as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from annotated_types import Ge, Lt
 
-from mlra_scale.config.deepspeed_keys import TABLES
+from mlra_scale.config.deepspeed_json import TABLES
 from mlra_scale.config.reference import _bounds, reference
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "configuration.md"

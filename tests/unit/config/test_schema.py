@@ -106,7 +106,7 @@ def test_a_resolved_configuration_loads_back_equal(name: str) -> None:
         ("cluster", "hang_minutes", 0, "must be > 0"),
     ],
 )
-def test_wrong_values_are_told_in_one_line(section: str, field: str, value: object, remedy: str) -> None:
+def test_wrong_values_are_refused_in_one_line(section: str, field: str, value: object, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         debug_with(section, **{field: value})
     (problem,) = caught.value.problems
@@ -160,7 +160,7 @@ def test_derived_sizes() -> None:
     ("layer_norm_scaling", "depth_scaled_init", "is_scaled"),
     [(False, None, True), (True, None, False), (False, False, False), (True, True, True)],
 )
-def test_layer_norm_scaling_leaves_the_depth_scaled_init_out_unless_told(
+def test_layer_norm_scaling_leaves_the_depth_scaled_init_out_unless_asked_for(
     layer_norm_scaling: bool, depth_scaled_init: bool | None, is_scaled: bool
 ) -> None:
     model = debug_with("model", layer_norm_scaling=layer_norm_scaling, depth_scaled_init=depth_scaled_init).model

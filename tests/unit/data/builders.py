@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from mlra_scale.config import Config, load_config
-from mlra_scale.data.indexed import open_indexed
-from mlra_scale.data.one_epoch import SequenceRange
+from mlra_scale.data.indexed import SequenceRange, open_indexed
+from mlra_scale.data.prepare import PrepareOptions, prepare
 
 
 def write_documents(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> Path:
@@ -33,9 +34,7 @@ def random_documents(count: int, mean: int, seed: int = 0, vocabulary: int = 500
 def whole_range(prefix: Path, cache: Path | None = None) -> SequenceRange:
     """All sequences of a data set."""
     files = open_indexed(str(prefix))
-    stop = len(files.sequence_lengths)
-    num_tokens = files.num_tokens(0, stop)
-    return SequenceRange(str(prefix), 0, stop, num_tokens, files.index_sha256, cache or Path(f"{prefix}.cache"))
+    return SequenceRange(files, 0, len(files.sequence_lengths), cache or Path(f"{prefix}.cache"))
 
 
 def config_for(path: Path | None, *overrides: str, **fields: Any) -> Config:
@@ -43,3 +42,10 @@ def config_for(path: Path | None, *overrides: str, **fields: Any) -> Config:
     named = [] if path is None else [f"data.path={path}"]
     named += [f"data.{name}={value}" for name, value in fields.items()]
     return load_config("debug", None, None, ["train.sequence_length=16", *named, *overrides])
+
+
+def prepare_texts(output: Path, texts: Sequence[str], **options: Any) -> Path:
+    """Prepares a data set of texts, a document each, with their JSON lines beside it; returns its folder."""
+    source = output.with_suffix(".jsonl")
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return prepare(PrepareOptions(output, [str(source)], progress=False, **options)).folder

@@ -35,26 +35,8 @@ def test_any_window_has_the_proportions(weights: list[float]) -> None:
         assert excess.max() - excess.min() < 4
 
 
-@pytest.mark.parametrize("weights", BLENDS)
-def test_every_data_set_is_read_in_its_own_order_without_gaps(weights: list[float]) -> None:
-    pattern = BlendPattern(weights)
-    parts, local = pattern.locate(np.arange(2 * BLOCK + 77))
-    for part in range(pattern.num_parts):
-        mine = local[parts == part]
-        assert (mine == np.arange(len(mine))).all()
-
-
 def test_weights_near_the_largest_number_keep_their_proportions() -> None:
     assert BlendPattern([1.5e308, 0.5e308]).proportions == [0.75, 0.25]
-
-
-def test_a_sample_is_located_by_itself() -> None:
-    pattern = BlendPattern([5, 2, 1])
-    samples = np.array([0, 1, BLOCK - 1, BLOCK, 10**12 + 12345])
-    parts, local = pattern.locate(samples)
-    for i, sample in enumerate(samples):
-        alone = pattern.locate(np.array([sample]))
-        assert (int(alone[0][0]), int(alone[1][0])) == (parts[i], local[i])
 
 
 def test_equal_weights_take_turns() -> None:

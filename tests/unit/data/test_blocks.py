@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlra_scale.data import DataError
 from mlra_scale.data.blocks import BLOCK_BYTES, BlockHasher, CheckedFile, hash_blocks
-from mlra_scale.data.errors import DataError
 
 SIZES = [1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES, 3 * BLOCK_BYTES + 777]
 

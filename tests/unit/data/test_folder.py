@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mlra_scale.data import DataError, check_data, identify_data, indexed, open_datasets
@@ -18,9 +17,8 @@ from mlra_scale.data.blocks import BLOCK_BYTES
 from mlra_scale.data.folder import verify_folder
 from mlra_scale.data.indexed import sha256_of_file
 from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest
-from mlra_scale.data.prepare import PrepareOptions, prepare
 from tests.support.foreign_tokenizers import begins_with_bos, save
-from tests.unit.data.builders import config_for
+from tests.unit.data.builders import config_for, prepare_texts
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
 WORDS = ["the", "norm", "of", "a", "gradient", "and", "its", "layer", "deep", "rank", "low", "token"]
@@ -30,15 +28,11 @@ FLIPS_PER_FILE = 24
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder whose train.bin has four blocks."""
-    folder = tmp_path_factory.mktemp("prepared")
     draw = random.Random(0)
-    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(40, 900)))}) for _ in range(250)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
-    options = PrepareOptions(
-        folder / "data", [str(folder / "text.jsonl")], train_bpe=290, validation_fraction=0.1, progress=False
-    )
-    assert 3 * BLOCK_BYTES < prepare(options).files["train.bin"]["bytes"] < 5 * BLOCK_BYTES
-    return options.output
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(40, 900))) for _ in range(250)]
+    folder = prepare_texts(tmp_path_factory.mktemp("x") / "data", texts, train_bpe=290, validation_fraction=0.1)
+    assert 3 * BLOCK_BYTES < (folder / "train.bin").stat().st_size < 5 * BLOCK_BYTES
+    return folder
 
 
 @pytest.fixture
@@ -111,13 +105,6 @@ def test_a_flipped_bit_in_a_folder_of_version_1(old: Path) -> None:
     assert accepted <= {"manifest.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
 
 
-def test_overwritten_tokens_are_refused(data: Path, old: Path) -> None:
-    for folder in (data, old):
-        tokens = np.fromfile(folder / "train.bin", np.uint16)
-        tokens[::-1].tofile(folder / "train.bin")
-        assert f"{folder / 'train.bin'} is damaged" in problems(folder)
-
-
 def swap_two_ids(content: Any) -> None:
     vocabulary = content["model"]["vocab"]
     one, other = list(vocabulary)[100:102]
@@ -163,18 +150,12 @@ def test_files_in_folders_beside_the_tokenizer_are_recorded(tmp_path: Path) -> N
     """transformers keeps further chat templates in a folder of their own."""
     templates = [{"name": name, "template": name} for name in ("default", "rag")]
     save(begins_with_bos(), tmp_path / "tokenizer", tokenizer_class="PreTrainedTokenizerFast", chat_template=templates)
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"layer {i}"}) for i in range(100)))
-    options = PrepareOptions(
-        tmp_path / "data",
-        [str(tmp_path / "text.jsonl")],
-        [str(tmp_path / "tokenizer")],
-        validation_fraction=0.2,
-        progress=False,
-    )
-    (inner,) = (name for name in prepare(options).files if name.count("/") == 2)
-    assert problems(options.output) == "" and verify_folder(options.output) == []
-    flip(options.output / inner, 1, 0)
-    assert f"{options.output / inner} is damaged" in problems(options.output)
+    texts, tokenizer = [f"layer {i}" for i in range(100)], [str(tmp_path / "tokenizer")]
+    output = prepare_texts(tmp_path / "data", texts, tokenizer=tokenizer, validation_fraction=0.2)
+    (inner,) = (name for name in read_manifest(output).files if name.count("/") == 2)
+    assert problems(output) == "" and verify_folder(output) == []
+    flip(output / inner, 1, 0)
+    assert f"{output / inner} is damaged" in problems(output)
 
 
 DEEP = "[" * 200_000 + "]" * 200_000

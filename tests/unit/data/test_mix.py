@@ -59,7 +59,7 @@ def test_a_change_leaves_what_was_read_as_it_was(history: tuple[Mix, ...], later
     assert (before[0] == after[0]).all() and (before[1] == after[1]).all()
 
 
-def test_a_data_set_that_paused_goes_on_where_it_stopped() -> None:
+def test_a_data_set_that_paused_continues_where_it_stopped() -> None:
     history = continued((), mix({"a": 1, "b": 1}))
     history = continued(history, mix({"a": 1}, 100))
     history = continued(history, mix({"b": 1, "a": 3}, 140))
@@ -80,7 +80,7 @@ def test_the_same_mix_makes_no_history() -> None:
     assert continued(first, mix({"c": 1}, 0)) == (mix({"c": 1}, 0),)
 
 
-def test_a_mix_survives_json_and_damage_is_told() -> None:
+def test_a_mix_survives_json_and_damage_is_refused() -> None:
     item = mix({"a": 0.7, "b": 0.3}, 12)
     assert Mix.from_dict(item.to_dict()) == item
     damages: list[dict[str, object]] = [

@@ -1,4 +1,4 @@
-"""One epoch of Megatron's GPTDataset: the samples are Megatron's own, whoever opens them and wherever indices live."""
+"""One epoch: the samples are those of Megatron's GPTDataset, whoever opens them and wherever the indices live."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import random
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from mlra_scale.data import index_cache
 from mlra_scale.data.index_cache import damaged_caches
-from mlra_scale.data.one_epoch import OneEpoch, SequenceRange, _NoTokenizer
+from mlra_scale.data.indexed import SequenceRange
+from mlra_scale.data.one_epoch import OneEpoch
 from tests.unit.data.builders import random_documents, whole_range, write_documents
 
 SHAPES = {
@@ -34,55 +35,56 @@ def rows(epoch: OneEpoch) -> np.ndarray:
     return epoch.token_rows(np.arange(len(epoch)))
 
 
+class NoTokenizer:
+    """What GPTDatasetConfig wants where nothing is tokenized or padded."""
+
+    vocab_size = None
+    unique_identifiers: ClassVar[dict[str, str]] = {}
+    pad = -1
+    eod = -2
+
+
+def of_megatron(prefix: Path, num_documents: int, length: int) -> GPTDataset:
+    """Megatron's own data set over the same documents."""
+    config = GPTDatasetConfig(
+        random_seed=0,
+        sequence_length=length,
+        tokenizer=NoTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    documents = np.arange(num_documents, dtype=np.int32)
+    return GPTDataset(IndexedDataset(str(prefix)), str(prefix), documents, None, Split.train, config)
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_rows_are_what_megatron_reads(tmp_path: Path, name: str) -> None:
+def test_the_samples_are_those_of_a_gpt_dataset(tmp_path: Path, name: str) -> None:
     documents, length = SHAPES[name]
     prefix = write_documents(tmp_path / "set", documents)
-    epoch = OneEpoch(whole_range(prefix), length)
-    assert len(epoch) == (sum(map(len, documents)) - 1) // length
+    epoch, theirs = OneEpoch(whole_range(prefix), length), of_megatron(prefix, len(documents), length)
+    assert len(epoch) == len(theirs) == (sum(map(len, documents)) - 1) // length
+    assert (epoch.document_index == theirs.document_index).all() and (epoch.sample_index == theirs.sample_index).all()
     read = rows(epoch)
-    for index in range(len(epoch)):
-        # GPTDataset's own reader on our object, whose sample order is the identity.
-        assert (read[index] == epoch._query_document_sample_shuffle_indices(index)[0]).all()
-        item = epoch[index]
-        assert (
-            item["tokens"].tolist() == read[index, :-1].tolist() and item["labels"].tolist() == read[index, 1:].tolist()
-        )
+    for index, sample in enumerate(theirs.shuffle_index):
+        item = theirs[index]
+        assert item["tokens"].tolist() == read[sample, :-1].tolist()
+        assert item["labels"].tolist() == read[sample, 1:].tolist()
     # In any order and with repetition.
     some = np.random.default_rng(0).integers(0, len(epoch), size=30)
     assert (epoch.token_rows(some) == read[some]).all()
     # The epoch is the documents in some order, end to end; neighbours overlap by the one token that is a target first.
     stretch = np.concatenate([read[:1, 0], read[:, 1:].ravel()]).tolist()
-    joined = [token for place in epoch.document_index for token in documents[place]]
+    joined = [token for number in epoch.document_index for token in documents[number]]
     assert stretch == joined[: len(stretch)] and len(joined) - len(stretch) < length
     assert sorted(epoch.document_index.tolist()) == list(range(len(documents)))
-
-
-def test_the_sample_list_is_that_of_a_plain_gpt_dataset(tmp_path: Path) -> None:
-    prefix = write_documents(tmp_path / "set", random_documents(200, 30))
-    config = GPTDatasetConfig(
-        random_seed=0,
-        sequence_length=16,
-        tokenizer=_NoTokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-    )
-    plain = GPTDataset(
-        IndexedDataset(str(prefix)), str(prefix), np.arange(200, dtype=np.int32), None, Split.train, config
-    )
-    ours = OneEpoch(whole_range(prefix), 16)
-    assert len(plain) == len(ours)
-    theirs = np.stack([plain[i]["tokens"].numpy() for i in range(len(plain))])
-    assert (theirs == rows(ours)[plain.shuffle_index, :-1]).all()
 
 
 def test_only_the_range_is_read(tmp_path: Path) -> None:
     documents = random_documents(30, 20, seed=1)
     whole = whole_range(write_documents(tmp_path / "set", documents))
     tokens = sum(map(len, documents[10:25]))
-    part = SequenceRange(whole.prefix, 10, 25, tokens, whole.index_sha256, whole.cache)
-    epoch = OneEpoch(part, 8)
+    epoch = OneEpoch(SequenceRange(whole.files, 10, 25, whole.cache), 8)
     assert sorted(epoch.document_index.tolist()) == list(range(10, 25))
     assert len(epoch) == (tokens - 1) // 8
 
@@ -157,8 +159,8 @@ def test_a_flipped_bit_in_a_cached_index_is_seen_and_mended(tmp_path: Path) -> N
 def test_whole_indices_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without locks several ranks build at once: the later ones leave alone what the first may have mapped."""
     data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
-    monkeypatch.setattr(index_cache.fcntl, "flock", no_locks)
-    build, mapped = OneEpoch._built_indices, list[OneEpoch]()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    build, mapped = OneEpoch._build_indices, list[OneEpoch]()
 
     def slow_build(self: OneEpoch) -> tuple[np.ndarray, np.ndarray]:
         if not mapped:  # meanwhile another rank builds them, and maps them
@@ -166,7 +168,7 @@ def test_whole_indices_are_never_replaced(tmp_path: Path, monkeypatch: pytest.Mo
             mapped[0] = OneEpoch(data_range, 16, cache_from=1)
         return build(self)
 
-    monkeypatch.setattr(OneEpoch, "_built_indices", slow_build)
+    monkeypatch.setattr(OneEpoch, "_build_indices", slow_build)
     late = OneEpoch(data_range, 16, cache_from=1)
     (samples,) = data_range.cache.glob("*/samples.npy")
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(data_range.cache) in line]
@@ -179,5 +181,5 @@ def no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
 
 
-def digest_on_rank(rank: int, world_size: int, data_range: SequenceRange, cache_from: int) -> str:
-    return hashlib.sha256(rows(OneEpoch(data_range, 16, cache_from)).tobytes()).hexdigest()
+def digest_on_rank(rank: int, world_size: int, prefix: Path, cache_from: int) -> str:
+    return hashlib.sha256(rows(OneEpoch(whole_range(prefix), 16, cache_from)).tobytes()).hexdigest()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.mix import Mix, SampleOrder
 from mlra_scale.data.one_epoch import OneEpoch
 from mlra_scale.data.stream import Batch, SampleStream
@@ -125,7 +125,7 @@ def test_a_blend_runs_every_part_through_its_own_epochs(blend: SampleStream) -> 
         assert len(whole) > 10 and (np.sort(whole, axis=1) == np.arange(size)).all()
 
 
-def test_a_foreign_token_is_told_where_it_is_read(tmp_path: Path) -> None:
+def test_a_foreign_token_is_an_error_when_it_is_read(tmp_path: Path) -> None:
     stream = SampleStream([epoch_of(tmp_path)], one(), seed=None, vocabulary_size=400)
     with pytest.raises(DataError, match=r"set-60-0\.bin holds a token outside the model's vocabulary"):
         for first in range(0, 40, 8):

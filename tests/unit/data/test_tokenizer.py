@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from mlra_scale.data import DataError
 from mlra_scale.data.encode import Encoder
-from mlra_scale.data.errors import DataError
 from mlra_scale.data.readers import Document
 from mlra_scale.data.tokenizer import (
     LoadedTokenizer,

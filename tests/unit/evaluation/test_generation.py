@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.generation import GenerationOptions, generate
 from mlra_scale.evaluation.models import OpenedModel, open_model
 from tests.support.gpt2_folders import gpt2_folder, tokenizer

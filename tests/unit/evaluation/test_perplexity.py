@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.perplexity import Piece, Window, negative_log_likelihood, perplexity, windows
 from tests.support.gpt2_folders import random_gpt2
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 
-from mlra_scale.data.errors import DataError
+from mlra_scale.data import DataError
 from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, train_bpe
 from mlra_scale.evaluation import texts
 from mlra_scale.evaluation.perplexity import Document, Piece
-from mlra_scale.evaluation.texts import Encoder, documents_of_data, documents_of_sources, joined
+from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, joined
 from tests.support.gpt2_folders import TEXT, tokenizer
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
@@ -40,7 +40,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(text: str, stretches: int)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "_PIECE_BYTES", 8)
         cut = [text[place : place + stretches] for place in range(0, len(text), stretches)]
-        assert gathered([texts._pieces(cut, Encoder(tokenizer()))]) == [expected(text)]
+        assert gathered([texts._pieces(cut, PieceEncoder(tokenizer()))]) == [expected(text)]
 
 
 def test_files_lines_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,25 +49,25 @@ def test_files_lines_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "a.txt").write_bytes(("\r\n" + story).encode())
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
     (tmp_path / "c.txt").write_text("")
-    encoder = Encoder(tokenizer())
+    encoder = PieceEncoder(tokenizer())
     assert len(list(next(documents_of_sources([str(tmp_path / "a.txt")], encoder)))) > 5
     (tmp_path / "d.md").write_text("of no known kind")
     notes: list[str] = []
-    list(documents_of_sources([str(tmp_path)], Encoder(tokenizer(), 0), note=notes.append))
+    list(documents_of_sources([str(tmp_path)], PieceEncoder(tokenizer(), 0), note=notes.append))
     assert notes == [f"{tmp_path}: 1 not read, of no known kind: {tmp_path / 'd.md'}"]
     assert gathered(documents_of_sources([str(tmp_path)], encoder)) == [
         expected("\r\n" + story),
         *map(expected, TEXT.splitlines()),
         Piece([], 0, 0),
     ]
-    assert len(gathered(documents_of_sources(["python-docs"], Encoder(tokenizer(), 500)))) >= 1
+    assert len(gathered(documents_of_sources(["python-docs"], PieceEncoder(tokenizer(), 500)))) >= 1
 
 
 @pytest.mark.parametrize("limit", [1, 10, 57, 100, 10_000])
 def test_a_limit_ends_the_texts_and_counts_what_was_taken(tmp_path: Path, limit: int) -> None:
     lines = [line + "\n" for line in TEXT.splitlines()]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    found = gathered(documents_of_sources([str(tmp_path / "a.jsonl")], Encoder(tokenizer(), limit)))
+    found = gathered(documents_of_sources([str(tmp_path / "a.jsonl")], PieceEncoder(tokenizer(), limit)))
     whole = [expected(line) for line in lines]
     tokens = [token for piece in whole for token in piece.tokens]
     assert [token for piece in found for token in piece.tokens] == tokens[:limit]
@@ -79,7 +79,7 @@ def test_a_limit_ends_the_texts_and_counts_what_was_taken(tmp_path: Path, limit:
 def test_text_is_text(tmp_path: Path) -> None:
     """What looks like a special token is none."""
     (tmp_path / "a.txt").write_text("a<|endoftext|>b")
-    (found,) = gathered(documents_of_sources([str(tmp_path / "a.txt")], Encoder(tokenizer())))
+    (found,) = gathered(documents_of_sources([str(tmp_path / "a.txt")], PieceEncoder(tokenizer())))
     assert tokenizer().end_of_document_token not in found.tokens and found.num_bytes == 15
 
 
@@ -87,8 +87,8 @@ def test_other_tokenizers_are_given_whole_texts(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(texts, "_PIECE_BYTES", 8)
     own = Tokenizer.from_str(train_bpe([TEXT], 280).tokenizer.to_str())
     own.normalizer = normalizers.Lowercase()
-    encoder = Encoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>"))
-    assert not encoder.can_cut and Encoder(tokenizer()).can_cut
+    encoder = PieceEncoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>"))
+    assert not encoder.can_cut and PieceEncoder(tokenizer()).can_cut
     (piece,) = texts._pieces([TEXT[:50], TEXT[50:]], encoder)
     assert piece.tokens == own.encode(TEXT).ids
 
@@ -107,7 +107,7 @@ def test_tokenizers_that_see_beyond_white_space_are_given_whole_texts(
         own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         own.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, show_progress=False))
     cut = [TEXT[place : place + 7].replace(" in", "\nin") for place in range(0, len(TEXT), 7)]
-    pieces = texts._pieces(cut, Encoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>")))
+    pieces = texts._pieces(cut, PieceEncoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>")))
     assert [token for piece in pieces for token in piece.tokens] == own.encode("".join(cut)).ids
 
 
@@ -117,9 +117,9 @@ def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path: Path, monkeyp
     (tmp_path / "b.txt").write_bytes(b"one\ntwo \xc3")
     for name, line in (("a.txt", 3), ("b.txt", 2)):
         with pytest.raises(DataError, match=f"{name}, line {line}: not UTF-8 text"):
-            gathered(documents_of_sources([str(tmp_path / name)], Encoder(tokenizer())))
+            gathered(documents_of_sources([str(tmp_path / name)], PieceEncoder(tokenizer())))
     with pytest.raises(DataError, match="does not exist"):
-        gathered(documents_of_sources([str(tmp_path / "c.txt")], Encoder(tokenizer())))
+        gathered(documents_of_sources([str(tmp_path / "c.txt")], PieceEncoder(tokenizer())))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_prepared_data_are_the_texts_that_they_were_made_of(prepared: Path) -> N
     source = [json.loads(line)["text"] for line in (prepared / "a.jsonl").read_text().splitlines()]
     found = {}
     for split in ("train", "validation"):
-        for piece in gathered(documents_of_data(prepared / "data", split, Encoder(loaded), loaded)):
+        for piece in gathered(documents_of_data(prepared / "data", split, PieceEncoder(loaded), loaded)):
             text = loaded.tokenizer.decode(list(piece.tokens))
             assert piece == Piece(loaded.tokenizer.encode(text).ids, len(text.split()), len(text.encode()))
             found[text] = split
@@ -163,22 +163,22 @@ def test_damaged_data_are_not_evaluated(
     content[10] ^= 1
     (data / "train.bin").write_bytes(content)
     with pytest.raises(DataError, match=r"train\.bin is damaged: .* at offset 0"):
-        gathered(documents_of_data(data, "train", Encoder(loaded), loaded))
+        gathered(documents_of_data(data, "train", PieceEncoder(loaded), loaded))
 
 
 def test_data_of_an_earlier_version_are_read_with_one_line_of_notice(prepared: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(VERSION_1, tmp_path / "old"))
     for data, words in ((old, [f"{old} was prepared by an earlier version"]), (prepared / "data", [])):
         loaded, notes = load_tokenizer([str(data / "tokenizer")]), list[str]()
-        assert gathered(documents_of_data(data, "validation", Encoder(loaded), loaded, notes.append))
+        assert gathered(documents_of_data(data, "validation", PieceEncoder(loaded), loaded, notes.append))
         assert [note.partition(":")[0] for note in notes] == words
 
 
 def test_joined_documents_keep_their_ends(prepared: Path) -> None:
     loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
-    apart = gathered(documents_of_data(prepared / "data", "validation", Encoder(loaded), loaded))
+    apart = gathered(documents_of_data(prepared / "data", "validation", PieceEncoder(loaded), loaded))
     end = loaded.end_of_document_token
-    (whole,) = gathered([joined(documents_of_data(prepared / "data", "validation", Encoder(loaded), loaded), end)])
+    (whole,) = gathered([joined(documents_of_data(prepared / "data", "validation", PieceEncoder(loaded), loaded), end)])
     assert whole.tokens == [token for piece in apart for token in (*piece.tokens, end)]
     assert whole.num_bytes == sum(piece.num_bytes for piece in apart)
 
@@ -190,4 +190,4 @@ def test_prepared_data_of_other_tokenizers_and_splits_are_refused(prepared: Path
         ("train", tokenizer(), "was made with another tokenizer"),
     ):
         with pytest.raises(DataError, match=message):
-            gathered(documents_of_data(prepared / "data", split, Encoder(own), own))
+            gathered(documents_of_data(prepared / "data", split, PieceEncoder(own), own))

@@ -9,7 +9,7 @@ import torch
 from mlra_scale.data import DataError
 from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import load_tokenizer
-from mlra_scale.evaluation.errors import EvaluationError
+from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.verification_text import text_tokens, validation_documents
 from tests.support.gpt2_folders import TEXT, tokenizer
 from tests.unit.data.builders import config_for

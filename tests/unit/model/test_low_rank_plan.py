@@ -14,7 +14,6 @@ from mlra_scale.model.low_rank_plan import (
     low_rank_plan,
     multiply_adds,
     numbers_sent,
-    possible_plans,
     seconds,
     shape_of,
 )
@@ -26,11 +25,9 @@ SHAPE = Shape(tokens=4096, hidden_size=1024, rank=512, ranks=8)
 def test_counts_of_the_table() -> None:
     T, D, R, t = 4096, 1024, 512, 8
     assert multiply_adds("replicated", SHAPE) == 3 * T * D * R + 3 * T * R * D / t
-    assert multiply_adds("sharded", SHAPE) == 3 * T * D * R / t + 3 * T * R * D / t
     assert multiply_adds("merged", SHAPE) == 3 * R * D * D / t + 3 * T * D * D / t
     share = (t - 1) / t
     assert numbers_sent("replicated", SHAPE) == pytest.approx(2 * 3 * T * R * share)
-    assert numbers_sent("sharded", SHAPE) == pytest.approx((2 * 3 * T * R + 2 * T * D) * share)
     assert numbers_sent("merged", SHAPE) == pytest.approx((2 * T * D + 2 * 3 * R * D) * share)
 
 
@@ -53,29 +50,23 @@ def test_one_rank_sends_nothing_and_merges_only_large_ranks() -> None:
     assert best == {256: "replicated", 512: "replicated", 900: "merged"}
 
 
-def test_repeating_the_down_projection_is_dear_where_links_are_fast_and_cheap_where_they_are_slow() -> None:
-    fast, slow = Device(1e12, 1e15), Device(1e15, 1e9)
-    assert min(PLANS, key=lambda plan: seconds(plan, SHAPE, fast)) == "sharded"
-    assert min(PLANS, key=lambda plan: seconds(plan, SHAPE, slow)) == "merged"
+def test_merging_pays_for_many_tokens_and_the_latents_are_repeated_for_few() -> None:
+    slow = Device(1e15, 1e9)
+    for device in (Device(1e12, 1e15), slow):
+        assert min(PLANS, key=lambda plan: seconds(plan, SHAPE, device)) == "merged"
     few_tokens = Shape(tokens=64, hidden_size=1024, rank=256, ranks=8)
     assert min(PLANS, key=lambda plan: seconds(plan, few_tokens, slow)) == "replicated"
 
 
-def test_what_is_possible() -> None:
-    def possible(**overrides: object) -> list[str]:
-        config = layout_config(Layout(tensor=2), **overrides)
-        return list(possible_plans(config, batch_plan(config, 2)))
-
-    assert possible() == ["replicated", "sharded", "merged"]
-    assert possible(model__attention_rank=9) == ["replicated", "merged"]
-    assert possible(model__sigma_reparam=True) == ["replicated"]
-    assert possible(parallel__sequence_parallel=True) == ["replicated", "merged"]
+def test_whole_factors_are_needed_with_sigma_reparam() -> None:
+    config = layout_config(Layout(tensor=2), model__sigma_reparam=True, model__attention_rank=31)
+    assert low_rank_plan(config, batch_plan(config, 2)) == "replicated"
 
 
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 def test_auto_takes_the_cheapest_and_a_name_is_taken_at_its_word(attention: str) -> None:
-    config = layout_config(Layout(tensor=2), model__attention=attention, parallel__low_rank_plan="sharded")
-    assert low_rank_plan(config, batch_plan(config, 2)) == "sharded"
+    config = layout_config(Layout(tensor=2), model__attention=attention, parallel__low_rank_plan="merged")
+    assert low_rank_plan(config, batch_plan(config, 2)) == "merged"
     config = layout_config(Layout(tensor=2), model__attention=attention)
     chosen = low_rank_plan(config, batch_plan(config, 2))
     if attention == "dense":
@@ -96,7 +87,7 @@ def test_auto_does_not_repeat_the_down_projection_of_the_deep_presets(preset: st
     shape = shape_of(config, plan)
     chosen = low_rank_plan(config, plan)
     assert chosen != "replicated"
-    # Of all ranks together: sharded computes what one process does, merged at most what dense attention does.
+    # Of all ranks together, merged computes at most what dense attention does.
     alone = multiply_adds("replicated", replace(shape, ranks=1))
     extra = 3 * shape.rank * shape.hidden_size**2 if chosen == "merged" else 0
     assert tensor * multiply_adds(chosen, shape) <= alone + extra

@@ -16,10 +16,10 @@ from mlra_scale.model.initialization import initial_state, initial_std
 from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import iterated
 from mlra_scale.model.probe import Heads, observe
-from mlra_scale.model.reference import ReferenceGPT
 from mlra_scale.model.spectral import load_vectors, scaled_linear, spectral_norms, stored_vectors
 from tests.support.layouts import canonical_weights
 from tests.support.oracle import build_reference, initial_vectors
+from tests.support.reference import ReferenceGPT
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,

@@ -11,7 +11,7 @@ import torch
 from mlra_scale.config import ModelConfig
 from mlra_scale.model.initialization import fill_initial_values, product_std
 from mlra_scale.model.parameters import ParameterTable
-from mlra_scale.model.reference import LowRankProjection
+from tests.support.reference import LowRankProjection
 
 HIDDEN, TOKENS, SEEDS = 768, 512, 8
 

@@ -41,16 +41,16 @@ def set_field(name: str, value: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (set_field("utilization", 1.5), "cluster.utilization = 1.5: must be a number above 0 and at most 1"),
-        (set_field("utilization", 0), "cluster.utilization = 0: must be a number above 0"),
-        (set_field("link_intra", 0.0), "cluster.link_intra = 0.0: must be a finite number above 0"),
-        (set_field("link_intra", "fast"), "cluster.link_intra = 'fast': must be a finite number above 0"),
-        (set_field("link_intra", True), "cluster.link_intra = True: must be a finite number above 0"),
-        (set_field("latency_inter", -1e-6), "cluster.latency_inter = -1e-06: must be a finite number 0 or more"),
-        (set_field("zero_overhead", [0.0, 1e-4]), "cluster.zero_overhead = [0.0, 0.0001]: must be a list of 4 finite"),
-        (set_field("zero_overhead", [0.0, 1e-4, -1.0, 0.0]), "cluster.zero_overhead = [0.0, 0.0001, -1.0, 0.0]: must"),
-        (set_field("nodes", 0), "cluster.nodes = 0: must be a whole number from 1"),
-        (set_field("nodes", 1.5), "cluster.nodes = 1.5: must be a whole number from 1"),
+        (set_field("utilization", 1.5), "cluster.utilization = 1.5: must be <= 1.0"),
+        (set_field("utilization", 0), "cluster.utilization = 0: must be >= 1e-06"),
+        (set_field("link_intra", 0.0), "cluster.link_intra = 0.0: must be >= 1000.0"),
+        (set_field("link_intra", "fast"), "cluster.link_intra = 'fast': must be a number, not text"),
+        (set_field("link_intra", True), "cluster.link_intra = True: must be a number, not true/false"),
+        (set_field("latency_inter", -1e-6), "cluster.latency_inter = -1e-06: must be >= 0.0"),
+        (set_field("zero_overhead", [0.0, 1e-4]), "cluster.zero_overhead = [0.0, 0.0001]: has too few values"),
+        (set_field("zero_overhead", [0.0, 1e-4, -1.0, 0.0]), "cluster.zero_overhead.2 = -1.0: must be >= 0.0"),
+        (set_field("nodes", 0), "cluster.nodes = 0: must be >= 1"),
+        (set_field("nodes", 1.5), "cluster.nodes = 1.5: must be an integer"),
         (set_field("runs_ahead", 1), "cluster.runs_ahead = 1: must be true or false"),
         (set_field("name", ""), "cluster.name = '': must be text of 1 to"),
         (set_field("name", "\x1b[2J"), r"cluster.name = '\x1b[2J': must be text of 1 to"),
@@ -74,7 +74,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, change: Change, said: str) ->
 
 def test_every_number_is_checked(tmp_path: Path) -> None:
     for field in fields(Cluster):
-        if field.type in ("float", "int"):
+        if field.type not in ("Label", "StrictBool") and field.name != "zero_overhead":
             with pytest.raises(ConfigError, match=rf"cluster\.{field.name} = -1"):
                 read_cluster_file(written(tmp_path, set_field(field.name, -1)))
 
@@ -84,11 +84,12 @@ def test_finite_numbers_that_no_device_has_are_refused(tmp_path: Path, value: fl
     """With them a step would take no time, or infinitely long; seconds may be as short as they like."""
     for field in fields(Cluster):
         is_time = any(word in field.name for word in ("latency", "overhead", "launch", "wait"))
-        if field.type == "float" and not (value < 1 and is_time):
+        is_number = field.type not in ("Label", "StrictBool", "Count") and field.name != "zero_overhead"
+        if is_number and not (value < 1 and is_time):
             with pytest.raises(ConfigError, match=rf"cluster\.{field.name} = "):
                 read_cluster_file(written(tmp_path, set_field(field.name, value)))
     if value > 1:
-        with pytest.raises(ConfigError, match=r"cluster\.zero_overhead = .*: must be a list of 4 .* at most 1000"):
+        with pytest.raises(ConfigError, match=r"cluster\.zero_overhead\.3 = 1e\+300: must be <= 1000"):
             read_cluster_file(written(tmp_path, set_field("zero_overhead", [0.0, 0.0, 0.0, value])))
 
 
@@ -129,7 +130,7 @@ def test_bytes_that_are_no_such_file_are_refused(tmp_path: Path, content: bytes,
 
 
 def test_nothing_is_written_that_would_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.link_intra = 0\.0: must be"):
+    with pytest.raises(ConfigError, match=r"cluster\.link_intra = 0\.0: must be >="):
         write_cluster_file(tmp_path / "cluster.json", replace(named_cluster("cpu"), link_intra=0.0), [])
     assert not (tmp_path / "cluster.json").exists()
 

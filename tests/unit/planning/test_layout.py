@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlra_scale.config import BatchPlan, preset
+from mlra_scale.config import BatchPlan, preset, preset_names
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.planning.layout import (
     blocks_of_stage,
@@ -62,7 +62,7 @@ def test_blocks_are_where_deepspeed_puts_them() -> None:
             assert ours == expected, (num_layers, num_stages)
 
 
-@pytest.mark.parametrize("name", ["debug", "gpt2", "gpt2-mlra-48l"])
+@pytest.mark.parametrize("name", preset_names())
 def test_one_rank_holds_every_weight_and_its_padding(name: str) -> None:
     model = preset(name).model
     held = num_held(weights_of_stage(model, 1, 0), 1)

@@ -4,9 +4,12 @@ import pytest
 
 from mlra_scale.config import Config, ConfigError, Named, load_named_config, validate
 from mlra_scale.planning.cluster import Cluster, named_cluster
-from mlra_scale.planning.search import MEMORY, Engine, Found, search
+from mlra_scale.planning.search import MEMORY, EngineSettings, Found, search
 
-ZERO = [Engine(None, {}), *(Engine(f"zero{stage}", {"zero_optimization": {"stage": stage}}) for stage in (1, 2, 3))]
+ZERO = [
+    EngineSettings(None, {}),
+    *(EngineSettings(f"zero{stage}", {"zero_optimization": {"stage": stage}}) for stage in (1, 2, 3)),
+]
 CLUSTER = replace(named_cluster("h100"), nodes=2, devices_per_node=4, reserved=0.0)
 
 

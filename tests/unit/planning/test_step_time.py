@@ -20,7 +20,7 @@ from mlra_scale.planning.communication import (
     tensor_traffic_of_block,
     tied_traffic,
 )
-from mlra_scale.planning.layout import num_held, num_weights_of_stage, weights_of_stage
+from mlra_scale.planning.layout import Stage, num_held, num_weights_of_stage, weights_of_stage
 from mlra_scale.planning.step_time import block_flops, computed_flops, sent_per_step, stage_time, step_time
 
 # The debug preset: 4 layers, D 64, F 256, R 32, 4 heads, V 512, micro-batches of 2 x 64 tokens, batch 8, fp32.
@@ -42,41 +42,44 @@ def case(world_size: int, *overrides: str, stage: int = 0) -> tuple[Config, Batc
     return config, batch_plan(config, world_size)
 
 
+def stages_of(config: Config, plan: BatchPlan) -> list[Stage]:
+    return [Stage(config, plan, index) for index in range(plan.pipeline)]
+
+
 def test_a_block_counts_every_product_once_without_tensor_parallelism() -> None:
     config, plan = case(1)
     factors, output, mlp = 3 * 2 * 2 * T * D * R, 2 * T * D * D, 2 * 2 * T * D * F
-    assert block_flops(config, plan) == (factors + output + mlp, 2 * T * S * D)
+    assert block_flops(Stage(config, plan, 0)) == (factors + output + mlp, 2 * T * S * D)
     dense, _ = case(1, "model.attention=dense")
-    assert block_flops(dense, plan) == (4 * 2 * T * D * D + mlp, 2 * T * S * D)
+    assert block_flops(Stage(dense, plan, 0)) == (4 * 2 * T * D * D + mlp, 2 * T * S * D)
 
 
 def test_only_the_plan_replicated_repeats_the_down_projection() -> None:
     counts = {}
-    for name in ("replicated", "sharded", "merged"):
+    for name in ("replicated", "merged"):
         config, plan = case(2, "parallel.tensor=2", f"parallel.low_rank_plan={name}")
-        counts[name] = block_flops(config, plan)[0]
+        counts[name] = block_flops(Stage(config, plan, 0))[0]
     others = 2 * T * D * D / 2 + 4 * T * D * F / 2
     assert counts["replicated"] == 3 * 2 * (T * D * R + T * R * D / 2) + others
-    assert counts["sharded"] == 3 * 2 * 2 * T * D * R / 2 + others
     assert counts["merged"] == 3 * 2 * (R * D * D / 2 + T * D * D / 2) + others
 
 
 def test_a_factorised_output_computes_its_up_factor_on_every_rank() -> None:
     config, plan = case(2, "parallel.tensor=2", 'model.factorised_projections=["o"]')
     inputs = 3 * 2 * T * D * D / 2
-    assert block_flops(config, plan)[0] == inputs + 2 * T * R * D / 2 + 2 * T * R * D + 4 * T * D * F / 2
+    assert block_flops(Stage(config, plan, 0))[0] == inputs + 2 * T * R * D / 2 + 2 * T * R * D + 4 * T * D * F / 2
 
 
 def test_the_backward_pass_the_head_and_recomputation() -> None:
     config, plan = case(1)
-    products, attention = block_flops(config, plan)
+    products, attention = block_flops(Stage(config, plan, 0))
     head = 6 * T * D * V
-    assert computed_flops(config, plan, 0) == 4 * (3 * products + 3.5 * attention) + head
+    assert computed_flops(Stage(config, plan, 0)) == 4 * (3 * products + 3.5 * attention) + head
     again, _ = case(1, "parallel.activation_checkpointing=block")
     # What is kept last is fc_out's input: its product is not computed again.
-    assert computed_flops(again, plan, 0) == 4 * (4 * products + 4.5 * attention - 2 * T * D * F) + head
+    assert computed_flops(Stage(again, plan, 0)) == 4 * (4 * products + 4.5 * attention - 2 * T * D * F) + head
     split, plan = case(2, "parallel.pipeline=2")
-    assert computed_flops(split, plan, 1) - computed_flops(split, plan, 0) == head
+    assert computed_flops(Stage(split, plan, 1)) - computed_flops(Stage(split, plan, 0)) == head
 
 
 def test_what_collectives_send() -> None:
@@ -88,20 +91,20 @@ def test_tensor_parallel_blocks_reduce_twice_each_way() -> None:
     hidden = 4 * T * D
     config, plan = case(2, "parallel.tensor=2", "model.attention=dense")
     # Over two ranks an all-reduce sends as many bytes as it reduces.
-    assert tensor_traffic_of_block(config, plan).sent == 4 * hidden
+    assert tensor_traffic_of_block(Stage(config, plan, 0)).sent == 4 * hidden
     again, _ = case(2, "parallel.tensor=2", "model.attention=dense", "parallel.activation_checkpointing=block")
-    assert tensor_traffic_of_block(again, plan).sent == 5 * hidden, "fc_out's sum is not repeated"
+    assert tensor_traffic_of_block(Stage(again, plan, 0)).sent == 5 * hidden, "fc_out's sum is not repeated"
     latents, _ = case(2, "parallel.tensor=2", "parallel.low_rank_plan=replicated")
-    assert tensor_traffic_of_block(latents, plan).sent == 3 * hidden + 3 * 4 * T * R
+    assert tensor_traffic_of_block(Stage(latents, plan, 0)).sent == 3 * hidden + 3 * 4 * T * R
     # And both ends one of the hidden state: the embedding's output, the gradient of the head's input.
-    assert tensor_traffic(config, plan, 0).sent == 4 * 4 * hidden + 2 * hidden
-    assert tensor_traffic(*case(1), 0).sent == 0.0
+    assert tensor_traffic(Stage(config, plan, 0)).sent == 4 * 4 * hidden + 2 * hidden
+    assert tensor_traffic(Stage(*case(1), 0)).sent == 0.0
 
 
 def test_with_sequence_parallelism_the_first_stage_sums_the_gradient_of_positions() -> None:
     overrides = ("parallel.pipeline=4", "parallel.tensor=2", "parallel.sequence_parallel=true")
     config, plan = case(8, *overrides)
-    first, second = (tensor_traffic(config, plan, stage) for stage in (0, 1))
+    first, second = (tensor_traffic(Stage(config, plan, stage)) for stage in (0, 1))
     hidden = plan.micro_batch_size * plan.sequence_length * config.model.hidden_size
     positions = config.model.max_positions * config.model.hidden_size
     assert first.sent - second.sent == 4 * (hidden + positions)
@@ -109,9 +112,9 @@ def test_with_sequence_parallelism_the_first_stage_sums_the_gradient_of_position
 
 def test_stages_send_the_hidden_state_to_every_neighbour() -> None:
     config, plan = case(4, "parallel.pipeline=4")
-    sent = [pipeline_traffic(config, plan, stage).sent for stage in range(4)]
+    sent = [pipeline_traffic(Stage(config, plan, stage)).sent for stage in range(4)]
     assert sent == [4 * T * D, 8 * T * D, 8 * T * D, 4 * T * D]
-    assert [tied_traffic(config, plan, stage).sent for stage in range(4)] == [4 * V * D, 0, 0, 4 * V * D]
+    assert [tied_traffic(Stage(config, plan, stage)).sent for stage in range(4)] == [4 * V * D, 0, 0, 4 * V * D]
 
 
 @pytest.mark.parametrize(
@@ -123,11 +126,11 @@ def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: in
     """In units of the whole gradient over two ranks, each of which sends half of what is scattered or gathered."""
     config, plan = case(2, stage=stage)
     unit = 4 * num_held(weights_of_stage(config.model, 1, 0), 1) / 2
-    scattered, gathered = data_traffic_per_micro_batch(config, plan, 0)
+    scattered, gathered = data_traffic_per_micro_batch(Stage(config, plan, 0))
     assert (scattered.sent, gathered.sent) == (gradients * unit, weights * unit)
-    assert sum(traffic.sent for traffic in data_traffic_per_step(config, plan, 0)) == once * unit
+    assert sum(traffic.sent for traffic in data_traffic_per_step(Stage(config, plan, 0))) == once * unit
     m = plan.accumulation_steps
-    assert sent_per_step(config, plan) == {
+    assert sent_per_step(stages_of(config, plan)) == {
         "tensor": 0.0,
         "pipeline": 0.0,
         "data": (m * (gradients + weights) + once) * unit,
@@ -137,14 +140,14 @@ def test_zero_stages_differ_in_what_they_send_and_when(stage: int, gradients: in
 def test_bf16_reduces_in_fp32_and_gathers_in_bf16() -> None:
     config, plan = case(2, "train.precision=bf16", stage=1)
     weights = num_held(weights_of_stage(config.model, 1, 0), 1)
-    gradients, gathered = data_traffic_per_step(config, plan, 0)
+    gradients, gathered = data_traffic_per_step(Stage(config, plan, 0))
     assert (gradients.sent, gathered.sent) == (2 * 4 * weights / 2, 2 * weights / 2)
 
 
 def test_the_ends_of_a_pipeline_sum_the_tied_gradient_once_more_over_many_data_ranks() -> None:
     for data, times in ((2, 1), (4, 2)):
         config, plan = case(3 * data, "parallel.pipeline=3")
-        sent = [data_traffic_per_step(config, plan, stage)[0].sent for stage in range(3)]
+        sent = [data_traffic_per_step(Stage(config, plan, stage))[0].sent for stage in range(3)]
         held = [num_held(weights_of_stage(config.model, 3, stage), 1) for stage in range(3)]
         tied = 4 * V * D * (times - 1)
         each = 2 * (data - 1) / data
@@ -154,7 +157,7 @@ def test_the_ends_of_a_pipeline_sum_the_tied_gradient_once_more_over_many_data_r
 def test_zero_3_gathers_twice_what_it_does_not_keep() -> None:
     config, plan = case(2, "deepspeed.zero_optimization.stage3_max_reuse_distance=0", stage=3)
     weights = num_held(weights_of_stage(config.model, 1, 0), 1)
-    assert data_traffic_per_micro_batch(config, plan, 0)[1].sent == 2 * 4 * weights / 2
+    assert data_traffic_per_micro_batch(Stage(config, plan, 0))[1].sent == 2 * 4 * weights / 2
 
 
 @pytest.mark.parametrize(("stages", "batch"), [(2, 8), (4, 8), (4, 64)])
@@ -212,14 +215,12 @@ def test_groups_follow_the_mesh() -> None:
     assert config.parallel.tensor == 2
 
 
-@pytest.mark.parametrize("plan_name", ["replicated", "sharded"])
-def test_weights_of_a_stage_are_counted_without_a_table(plan_name: str) -> None:
+def test_weights_of_a_stage_are_counted_without_a_table() -> None:
     for stages in (1, 2, 3, 4):
         config, plan = case(2 * stages, "parallel.tensor=2", f"parallel.pipeline={stages}")
         for stage in range(stages):
-            held = weights_of_stage(config.model, stages, stage, plan_name)  # type: ignore[arg-type]
-            counted = num_weights_of_stage(config.model, plan, stage, plan_name)  # type: ignore[arg-type]
-            assert counted == num_held(held, 2)
+            held = weights_of_stage(config.model, stages, stage)
+            assert num_weights_of_stage(config.model, plan, stage) == num_held(held, 2)
 
 
 def test_slower_links_never_make_a_step_faster() -> None:
@@ -240,7 +241,7 @@ def test_reductions_that_begin_late_and_gathers_after_the_update_hide_behind_not
     ahead = replace(IDLE, devices_per_node=2, runs_ahead=True)
     for precision, hidden in (("fp32", True), ("bf16", False)):
         config, plan = overlapping(precision, 1)
-        gradients, weights = (each.seconds(ahead, [0, 1]) for each in data_traffic_per_step(config, plan, 0))
+        gradients, weights = (each.seconds(ahead, [0, 1]) for each in data_traffic_per_step(Stage(config, plan, 0)))
         exposed = step_time(config, plan, ahead).reduction
         # bf16's optimizer of ZeRO 1 reduces after the last backward pass; the updated weights come after the update.
         assert exposed == pytest.approx(gradients + weights) or hidden
@@ -250,7 +251,7 @@ def test_reductions_that_begin_late_and_gathers_after_the_update_hide_behind_not
 def test_gathers_and_scatters_of_zero_3_share_the_links() -> None:
     config, plan = overlapping("fp32", 3)
     slow = replace(IDLE, devices_per_node=2, runs_ahead=True, link_intra=1e8, latency_intra=0.0)
-    scattered, gathered = (each.seconds(slow, [0, 1]) for each in data_traffic_per_micro_batch(config, plan, 0))
+    scattered, gathered = (each.seconds(slow, [0, 1]) for each in data_traffic_per_micro_batch(Stage(config, plan, 0)))
     stage = step_time(config, plan, slow).stages[0]
     busy = stage.compute + stage.elementwise + stage.overhead
     assert stage.data == pytest.approx(scattered + gathered - busy), "the computation hides its own length once"
@@ -278,13 +279,14 @@ def test_every_stage_has_the_time_that_it_has_by_itself() -> None:
     cluster = replace(named_cluster("h100"), nodes=3, devices_per_node=4)
     for layers, overrides in ((13, ("parallel.pipeline=6",)), (12, ("parallel.pipeline=12",))):
         config, plan = case(12, f"model.num_layers={layers}", "train.global_batch_size=8", *overrides)
-        expected = tuple(stage_time(config, plan, cluster, stage) for stage in range(plan.pipeline))
+        expected = tuple(stage_time(stage, cluster) for stage in stages_of(config, plan))
         assert step_time(config, plan, cluster).stages == expected
         m, stages = plan.accumulation_steps, range(plan.pipeline)
         sent = [
-            m * pipeline_traffic(config, plan, each).sent + tied_traffic(config, plan, each).sent for each in stages
+            m * pipeline_traffic(Stage(config, plan, each)).sent + tied_traffic(Stage(config, plan, each)).sent
+            for each in stages
         ]
-        assert sent_per_step(config, plan)["pipeline"] == max(sent)
+        assert sent_per_step(stages_of(config, plan))["pipeline"] == max(sent)
 
 
 @settings(deadline=None)

@@ -110,7 +110,7 @@ def test_weights_that_underflow_have_no_entropy() -> None:
     assert values["largest_logit"] == [900.0]
 
 
-def test_what_is_no_number_shows() -> None:
+def test_values_that_are_not_finite_show() -> None:
     tally, q = Tally(1, 2, 0), torch.full((1, 1, 2, 1), math.nan)
     tally.add_hidden(0, torch.full((1, 2, 4), math.nan))
     tally.begin(0)

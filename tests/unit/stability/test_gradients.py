@@ -15,6 +15,7 @@ from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.stability import gradients as module
 from mlra_scale.stability.gradients import AdamWUpdate, GradientStatistics, Groups, kind_of, noise_scale
+from mlra_scale.stability.watcher import Step
 
 KINDS = ["all", "embedding", "positions", "norm", "attention", "mlp"]
 BLOCK_NAMES = ("gradient_norm", "gradient_mean", "gradient_variance", "weight_norm", "update_ratio")
@@ -72,7 +73,7 @@ class FakeEngine:
             name: sorted({0, info.numel(), *generator.integers(0, info.numel(), num_cuts).tolist()})
             for name, info in TABLE.items()
         }
-        self.rehearsed: list[Any] = []
+        self.extra_passes: list[Any] = []
         self.small_norm = 2.0
 
     def fragments(self, *parts: str) -> list[Any]:
@@ -97,7 +98,7 @@ class FakeEngine:
         return {"optimizer_step": self.num_updates}
 
     def gradient_norm(self, batches: list[Any], between: Any = None) -> float:
-        self.rehearsed.append(batches)
+        self.extra_passes.append(batches)
         return self.small_norm
 
     def real(self, part: str, names: list[str]) -> np.ndarray:
@@ -123,11 +124,16 @@ def result(norm: float = 1.0, applied: bool = True) -> Any:
     return SimpleNamespace(gradient_norm=norm, applied=applied)
 
 
+def step_of(number: int, batches: Any = ()) -> Step:
+    return Step(number, True, 0, batches, LEARNING_RATE)
+
+
 def measure(engine: Any, configuration: Config = CONFIG, step: int = 10, **options: Any) -> dict[str, Any]:
     statistics = GradientStatistics(engine, configuration)
-    statistics.before_step(step, ["first", "second", "third"])  # type: ignore[list-item]
-    statistics.in_gate(proposal())
-    return statistics.after_update(result(**options), LEARNING_RATE)
+    now = step_of(step, ["first", "second", "third"])
+    statistics.before_step(now)
+    assert statistics.before_update(proposal())
+    return dict(statistics.after_step(now, result(**options)))
 
 
 def check(found: dict[str, Any], names: list[str], engine: FakeEngine) -> None:
@@ -256,7 +262,7 @@ def test_the_noise_scale_is_unbiased() -> None:
 def test_the_small_batch_is_the_first_micro_batch_repeated() -> None:
     engine = FakeEngine()
     found = measure(engine, config(noise_every=5), step=10, norm=1.5)
-    assert engine.rehearsed == [["first"] * 3]
+    assert engine.extra_passes == [["first"] * 3]
     assert found == {"noise": noise_scale(4, 12, 4.0, 1.5**2)}
 
 
@@ -267,11 +273,11 @@ def test_an_overflow_leaves_the_noise_scale_out(small: float, large: float) -> N
     assert measure(engine, config(noise_every=5), norm=large) == {}
 
 
-def test_nothing_is_measured_of_a_gradient_that_is_no_number() -> None:
+def test_nothing_is_measured_of_a_gradient_that_is_not_finite() -> None:
     statistics = GradientStatistics(FakeEngine(), config(every=1, spectral_iterations=2))  # type: ignore[arg-type]
-    statistics.before_step(1, [])
-    statistics.in_gate(proposal(norm=math.nan))
-    assert statistics.after_update(result(norm=math.nan, applied=False), 1e-3) == {}
+    statistics.before_step(step_of(1))
+    statistics.before_update(proposal(norm=math.nan))
+    assert statistics.after_step(step_of(1), result(norm=math.nan, applied=False)) == {}
 
 
 def test_a_step_at_which_nothing_is_due_asks_the_engine_for_nothing() -> None:
@@ -288,9 +294,10 @@ def test_what_is_on_is_due_at_the_last_step_too() -> None:
 def test_one_step_leaves_nothing_to_the_next() -> None:
     statistics = GradientStatistics(FakeEngine(), config(every=2, noise_every=2))  # type: ignore[arg-type]
     for step, expected in ((2, {"gradients", "noise"}), (3, set()), (4, {"gradients", "noise"})):
-        statistics.before_step(step, ["batch"])  # type: ignore[list-item]
-        statistics.in_gate(proposal())
-        assert set(statistics.after_update(result(), 1e-3)) == expected
+        now = step_of(step, ["batch"])
+        statistics.before_step(now)
+        statistics.before_update(proposal())
+        assert set(statistics.after_step(now, result())) == expected
 
 
 def test_spectral_norms_are_recorded_beside_the_other_values_of_blocks() -> None:

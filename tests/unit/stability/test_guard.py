@@ -1,8 +1,9 @@
-"""What the guard decides: skip, lower the rate, go back, give up; and that it is the same after a checkpoint."""
+"""Decisions of the guard: skip, lower the rate, roll back, give up; they are the same after a checkpoint."""
 
 import json
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlra_scale.config import GuardConfig
 from mlra_scale.stability.guard import Action, Guard
+from mlra_scale.stability.watcher import Step
 
 BATCH = 8
 SETTINGS: dict[str, Any] = {
@@ -20,44 +22,58 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def judge(guard: Guard, number: int, sample: int, loss: float, norm: float) -> tuple[bool, list[Action]]:
+    """Lets the guard see a step; returns whether its update was approved, and the decisions after it."""
+    outcome: Any = SimpleNamespace(loss=loss, gradient_norm=norm, overflow=False)
+    is_approved = guard.before_update(outcome)
+    guard.after_step(Step(number, True, sample), outcome)
+    return is_approved, guard.actions
+
+
+def overflow(guard: Guard, number: int, sample: int) -> list[Action]:
+    """Lets the guard see a step whose gradients overflowed; returns its decisions."""
+    guard.after_step(Step(number, True, sample), SimpleNamespace(overflow=True))  # type: ignore[arg-type]
+    return guard.actions
+
+
 class Run:
     """Plays a run: one loss per step, checkpoints now and then, and goes back where the guard says so."""
 
-    def __init__(self, every: int = 10, **changed: Any) -> None:
+    def __init__(self, every: int = 10, overflow_fault: str | None = None, **changed: Any) -> None:
         self.config = GuardConfig(**{**SETTINGS, **changed})
-        self.guard, self.every = Guard(self.config, BATCH), every
+        self.guard, self.every = Guard(self.config, BATCH, lambda: overflow_fault), every
         self.step, self.sample = 0, 0
         self.applied: list[int] = []
-        self.places: list[int] = []
+        self.first_samples: list[int] = []
         self.actions: list[Action] = []
         self.checkpoints: dict[int, tuple[int, str]] = {}
         self.save()
 
     def save(self) -> None:
-        self.guard.saved(self.step)
+        self.guard.note_checkpoint(self.step)
         self.checkpoints[self.step] = (self.sample, json.dumps(self.guard.state()))
 
     def train(self, loss: float, norm: float = 1.0) -> list[Action]:
-        step, place = self.step + 1, self.guard.place(self.sample)
-        self.places.append(place)
-        if self.guard.approve(loss, norm):
+        step, first_sample = self.step + 1, self.guard.first_sample(self.sample)
+        self.first_samples.append(first_sample)
+        is_approved, actions = judge(self.guard, step, first_sample, loss, norm)
+        if is_approved:
             self.applied.append(step)
-        actions = self.guard.judge(step, place, loss, norm)
         self.actions += actions
-        self.step, self.sample = step, place + BATCH
+        self.step, self.sample = step, first_sample + BATCH
         if actions and actions[-1].kind == "rollback":
             assert actions[-1].to_step is not None
-            self.go_back(actions[-1])
+            self.roll_back(actions[-1])
         elif self.step % self.every == 0:
             self.save()
         return actions
 
-    def go_back(self, action: Action) -> None:
+    def roll_back(self, action: Action) -> None:
         assert action.to_step is not None
         self.step = action.to_step
         self.sample, state = self.checkpoints[action.to_step]
-        self.guard.load(json.loads(state))
-        self.guard.went_back(action)
+        self.guard.load_state(json.loads(state))
+        self.guard.note_rollback(action)
 
     def calm(self, steps: int, seed: int = 0) -> None:
         for value in np.random.default_rng(seed).normal(0.0, 0.01, steps):
@@ -68,7 +84,7 @@ class Run:
         return [action.kind for action in self.actions]
 
 
-def test_a_bad_update_is_left_out() -> None:
+def test_a_bad_update_is_skipped() -> None:
     run = Run(max_skips=5)
     run.calm(20)
     (action,) = run.train(9.0)
@@ -106,7 +122,7 @@ def test_after_skips_the_rate_is_lowered_for_a_while() -> None:
     assert factors[1:] == [0.5, 0.75, 1.0, 1.0]
 
 
-def test_then_the_run_goes_back_and_skips_the_data() -> None:
+def test_then_the_run_rolls_back_and_skips_the_data() -> None:
     run = Run()
     run.calm(25)  # checkpoints at 0, 10, 20; trouble from step 26 on
     while "rollback" not in run.kinds:
@@ -115,13 +131,13 @@ def test_then_the_run_goes_back_and_skips_the_data() -> None:
     action = run.actions[-1]
     # Trouble began at sample 25 * 8; two steps before it go too. It was given up at step 31.
     assert (action.step, action.to_step, action.skipped) == (31, 20, (23 * BATCH, 31 * BATCH))
-    assert run.step == 20 and run.guard.num_rollbacks == 1 and run.guard.rate_factor(21) == 1.0
-    run.places.clear()
+    assert run.step == 20 and len(run.guard.rollbacks) == 1 and run.guard.rate_factor(21) == 1.0
+    run.first_samples.clear()
     run.calm(5)
-    assert run.places == [160, 168, 176, 31 * BATCH, 32 * BATCH], "three steps as before, then past the window"
+    assert run.first_samples == [160, 168, 176, 31 * BATCH, 32 * BATCH], "three steps as before, then past the window"
 
 
-def test_checkpoints_in_trouble_are_not_gone_back_to() -> None:
+def test_no_rollback_leads_to_a_checkpoint_of_an_episode() -> None:
     run = Run(every=1)
     run.calm(20)
     run.train(9.0)
@@ -163,11 +179,10 @@ def test_the_second_return_to_a_checkpoint_lowers_the_rate_too() -> None:
 
 def test_a_run_without_a_checkpoint_gives_up() -> None:
     guard = Guard(GuardConfig(**SETTINGS | {"max_skips": 0, "max_lowerings": 0}), BATCH)
-    guard.approve(math.nan, 1.0)
-    assert [action.kind for action in guard.judge(1, 0, math.nan, 1.0)] == ["skip", "give_up"]
+    assert [action.kind for action in judge(guard, 1, 0, math.nan, 1.0)[1]] == ["skip", "give_up"]
 
 
-def test_a_loss_that_leaves_slowly_is_gone_back_from() -> None:
+def test_a_loss_that_diverges_slowly_leads_to_a_rollback() -> None:
     run = Run(divergence=0.5, divergence_steps=8)
     run.calm(40)
     for step in range(100):
@@ -186,17 +201,17 @@ def test_values_that_rise_for_good_become_usual() -> None:
         assert number < 25 or run.step in run.applied, "the norm has doubled, and that is all"
 
 
-def test_a_row_of_overflows_is_gone_back_from_only_when_it_is_hopeless() -> None:
+def test_only_a_long_row_of_overflows_leads_to_a_rollback() -> None:
     run = Run(every=5)
     run.calm(20)
     guard = run.guard
     for step in range(21, 30):
-        assert guard.overflowed(step, (step - 1) * BATCH, None) == []
-    guard.saved(25)
+        assert overflow(guard, step, (step - 1) * BATCH) == []
+    guard.note_checkpoint(25)
     assert guard.good_step == 20, "nobody knows yet whether that is a good one"
-    stored, guard = json.dumps(guard.state()), Guard(run.config, BATCH)
-    guard.load(json.loads(stored))
-    (action,) = guard.overflowed(30, 29 * BATCH, "10 in a row")
+    stored, guard = json.dumps(guard.state()), Guard(run.config, BATCH, lambda: "10 in a row")
+    guard.load_state(json.loads(stored))
+    (action,) = overflow(guard, 30, 29 * BATCH)
     assert (action.kind, action.to_step, action.reason) == ("rollback", 20, "10 in a row")
     assert action.skipped == (18 * BATCH, 30 * BATCH), "from two steps before the first of them"
     run.calm(5)
@@ -204,9 +219,9 @@ def test_a_row_of_overflows_is_gone_back_from_only_when_it_is_hopeless() -> None
 
 
 def test_overflows_end_a_run_that_cannot_go_back() -> None:
-    run = Run(max_rollbacks=0)
+    run = Run(max_rollbacks=0, overflow_fault="10 in a row")
     run.calm(20)
-    assert [action.kind for action in run.guard.overflowed(21, 160, "10 in a row")] == ["give_up"]
+    assert [action.kind for action in overflow(run.guard, 21, 160)] == ["give_up"]
 
 
 def at_another_level(run: Run, steps: int) -> list[str]:
@@ -221,7 +236,7 @@ def test_what_was_changed_on_purpose_is_no_instability() -> None:
     changed, unaware = (Run(divergence=1.0, divergence_steps=8) for _ in range(2))
     for run in (changed, unaware):
         run.calm(40)
-    changed.guard.forget(40)
+    changed.guard.reset_statistics(40)
     assert at_another_level(changed, 60) == [] and changed.guard.good_step == 100
     assert "rollback" in at_another_level(unaware, 12)
 
@@ -230,11 +245,11 @@ def test_what_was_changed_on_purpose_is_no_instability() -> None:
 def test_a_checkpoint_from_before_a_change_knows_nothing_of_what_is_usual_after_it(is_requeued: bool) -> None:
     run = Run(every=40, max_skips=0, max_lowerings=0)
     run.calm(40)
-    run.guard.forget(40)
+    run.guard.reset_statistics(40)
     assert at_another_level(run, 20) == []
     if is_requeued:
         stored, run.guard = json.dumps(run.guard.state()), Guard(run.config, BATCH)
-        run.guard.load(json.loads(stored))
+        run.guard.load_state(json.loads(stored))
     assert [action.kind for action in run.train(90.0)] == ["skip", "rollback"] and run.step == 40
     assert at_another_level(run, 20) == []
 
@@ -242,11 +257,11 @@ def test_a_checkpoint_from_before_a_change_knows_nothing_of_what_is_usual_after_
 def test_switched_off_and_on_again_it_begins_anew() -> None:
     run = Run()
     run.calm(40)
-    run.guard.forget(40)
+    run.guard.reset_statistics(40)
     assert run.guard.good_step == 40
     off = Guard(GuardConfig(), BATCH)
-    off.load(json.loads(json.dumps(run.guard.state())))
-    off.forget(60)
+    off.load_state(json.loads(json.dumps(run.guard.state())))
+    off.reset_statistics(60)
     assert off.good_step is None, "no checkpoint is kept for a guard that is off"
 
 
@@ -262,11 +277,11 @@ def test_a_loss_that_has_risen_and_stays_is_good_in_the_end() -> None:
 
 
 def test_disabled_it_does_nothing() -> None:
-    guard = Guard(GuardConfig(), BATCH)
-    assert guard.approve(math.nan, math.inf) and guard.judge(1, 0, math.nan, math.inf) == []
-    guard.saved(5)
-    assert guard.overflowed(6, 40, "50 in a row") == []
-    assert guard.good_step is None and guard.place(7) == 7 and guard.rate_factor(3) == 1.0
+    guard = Guard(GuardConfig(), BATCH, lambda: "50 in a row")
+    assert judge(guard, 1, 0, math.nan, math.inf) == (True, [])
+    guard.note_checkpoint(5)
+    assert overflow(guard, 6, 40) == []
+    assert guard.good_step is None and guard.first_sample(7) == 7 and guard.rate_factor(3) == 1.0
 
 
 def test_rollbacks_outlive_the_checkpoint_that_they_lead_to() -> None:
@@ -276,11 +291,11 @@ def test_rollbacks_outlive_the_checkpoint_that_they_lead_to() -> None:
     while "rollback" not in run.kinds:
         run.train(9.0)
     again = Guard(run.config, BATCH)
-    again.load(json.loads(run.checkpoints[20][1]))
-    again.recall(json.loads(json.dumps([*run.guard.rollbacks])), 20)
+    again.load_state(json.loads(run.checkpoints[20][1]))
+    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), 20)
     assert again.state() == run.guard.state()
-    again.recall([], 20)
-    assert again.num_rollbacks == 1, "an older record takes nothing away"
+    again.adopt_rollbacks([], 20)
+    assert len(again.rollbacks) == 1, "an older record takes nothing away"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -291,8 +306,8 @@ def test_every_return_lowers_the_rate_further_and_a_restart_alike(number: int) -
         run.train(9.0)
     assert run.guard.rate_factor(21) == 0.5 ** (number - 1)
     again = Guard(run.config, BATCH)
-    again.load(json.loads(run.checkpoints[20][1]))
-    again.recall(json.loads(json.dumps([*run.guard.rollbacks])), 20)
+    again.load_state(json.loads(run.checkpoints[20][1]))
+    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), 20)
     assert again.state() == run.guard.state()
     assert all(0.0 < again.rate_factor(step) <= 1.0 for step in range(1, 200))
 
@@ -304,21 +319,21 @@ def test_from_an_earlier_checkpoint_only_the_data_stay_skipped() -> None:
     while run.kinds.count("rollback") < 2:
         run.train(9.0)
     again = Guard(run.config, BATCH)
-    again.load(json.loads(run.checkpoints[10][1]))
-    again.recall(json.loads(json.dumps([*run.guard.rollbacks])), 10)
-    assert again.good_step == 10 and again.num_rollbacks == 2
+    again.load_state(json.loads(run.checkpoints[10][1]))
+    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), 10)
+    assert again.good_step == 10 and len(again.rollbacks) == 2
     assert {again.rate_factor(step) for step in range(1, 100)} == {1.0}
-    assert again.place(24 * BATCH) > 24 * BATCH
-    again.begins_at(7)
+    assert again.first_sample(24 * BATCH) > 24 * BATCH
+    again.begin_at(7)
     assert again.good_step == 7
 
 
-def test_what_a_run_began_from_has_no_trouble_when_it_goes_back_there() -> None:
+def test_the_checkpoint_that_a_run_began_from_has_no_episode_after_a_rollback() -> None:
     """Though the checkpoint was saved in the middle of it."""
     run = Run(every=1)
     run.calm(20)
     run.train(9.0)
-    run.guard.begins_at(21)
+    run.guard.begin_at(21)
     while "rollback" not in run.kinds:
         run.train(9.0)
     assert run.step == 21
@@ -330,7 +345,7 @@ def test_what_a_run_began_from_has_no_trouble_when_it_goes_back_there() -> None:
 
 def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
     guard = Guard(GuardConfig(**SETTINGS), BATCH)
-    guard.load(None)
+    guard.load_state(None)
     assert guard.good_step is None
 
 
@@ -340,8 +355,8 @@ def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
 def test_where_the_next_batch_is_read(sample: int, expected: int) -> None:
     guard = Guard(GuardConfig(**SETTINGS), BATCH)
     windows = [(96, 130), (90, 99), (20, 40)]
-    guard.recall([{"to_step": 0, "skipped_from": start, "skipped_to": stop} for start, stop in windows], 0)
-    assert guard.place(sample) == expected
+    guard.adopt_rollbacks([{"to_step": 0, "skipped_from": start, "skipped_to": stop} for start, stop in windows], 0)
+    assert guard.first_sample(sample) == expected
 
 
 losses = st.lists(st.sampled_from([3.0, 3.01, 2.99, 9.0, math.nan, 3.5]), min_size=20, max_size=80)
@@ -354,11 +369,11 @@ def decisions(values: Iterable[float], cut: int | None) -> tuple[list[Action], l
             # A requeue: the run goes on from a checkpoint of this very step.
             stored = json.loads(json.dumps(run.guard.state()))
             run.guard = Guard(run.config, BATCH)
-            run.guard.load(stored)
+            run.guard.load_state(stored)
         if run.kinds[-1:] == ["give_up"]:
             break
         run.train(value)
-    return run.actions, run.places
+    return run.actions, run.first_samples
 
 
 @settings(max_examples=150, deadline=None)

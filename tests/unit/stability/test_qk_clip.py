@@ -22,7 +22,7 @@ def test_heads_above_the_threshold_get_the_root_of_the_ratio() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_is_left_alone(value: float) -> None:
+def test_logits_that_are_not_finite_are_left_alone(value: float) -> None:
     assert clip_factors(torch.tensor([[value, 4.0]], dtype=torch.float64), 1.0).tolist() == [[1.0, 0.5]]
 
 

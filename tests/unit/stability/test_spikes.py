@@ -2,6 +2,8 @@
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from mlra_scale.stability.spikes import (
     SpikeRule,
     SpikeScore,
     SpikeScores,
-    time_to_divergence,
 )
+from mlra_scale.stability.watcher import Step
 
 values = st.lists(st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf, 1.0]), max_size=60)
 
@@ -48,11 +50,18 @@ def test_a_score_is_its_definition_and_survives_a_checkpoint(
         if number == cut:
             stored = json.loads(json.dumps(score.state()))
             score = SpikeScore(rule)
-            score.load(stored)
+            score.load_state(stored)
         flags.append(score.update(value))
     assert flags == written_out(rule, curve)
     counted = flags if horizon is None else flags[-horizon:]
     assert score.score == (sum(counted) / len(counted) if counted else 0.0)
+
+
+def update(scores: SpikeScores, loss: float, norm: float, is_overflow: bool = False) -> dict[str, float]:
+    """Lets the scores see a logged step; returns what is recorded."""
+    result: Any = SimpleNamespace(loss=loss, gradient_norm=norm, overflow=is_overflow)
+    recorded: dict[str, float] = scores.after_step(Step(1, True, 0), result)["spike_scores"]
+    return recorded
 
 
 def test_the_two_scores_are_those_of_their_sources() -> None:
@@ -65,26 +74,33 @@ def test_the_two_scores_are_those_of_their_sources() -> None:
     )
     scores, random = SpikeScores(), np.random.default_rng(0)
     for _ in range(200):
-        scores.update(3.0 + 0.01 * random.standard_normal(), 1.0 + 0.01 * random.standard_normal())
-    assert set(scores.values.values()) == {0.0}
-    scores.update(3.5, 0.5)  # the loss jumps up, the norm down
-    assert scores.values == {
+        found = update(scores, 3.0 + 0.01 * random.standard_normal(), 1.0 + 0.01 * random.standard_normal())
+    assert set(found.values()) == {0.0}
+    assert update(scores, math.inf, math.nan, is_overflow=True) == found, "an overflow is no spike"
+    assert update(scores, 3.5, 0.5) == {  # the loss jumps up, the norm down
         "loss_olmo2": 1 / 201, "loss_olmo_core": 1 / 201, "gradient_olmo2": 1 / 201, "gradient_olmo_core": 0.0,
     }  # fmt: skip
 
 
 def test_scores_load_what_an_older_checkpoint_has() -> None:
     scores = SpikeScores()
-    scores.update(math.nan, 1.0)
+    update(scores, math.nan, 1.0)
     again = SpikeScores()
-    again.load(json.loads(json.dumps({name: scores.state()[name] for name in ("loss_olmo2",)})))
-    assert again.values["loss_olmo2"] == 1.0 and again.values["loss_olmo_core"] == 0.0
+    again.load_state(json.loads(json.dumps({name: scores.state()[name] for name in ("loss_olmo2",)})))
+    found = update(again, 3.0, 1.0)
+    assert found["loss_olmo2"] == 0.5 and found["loss_olmo_core"] == 0.0
 
 
 def test_a_constant_curve_has_no_spikes() -> None:
     score = SpikeScore(OLMO_CORE)
     assert not any(score.update(2.0) for _ in range(300))
     assert score.update(2.0 + 1e-9)
+
+
+def time_to_divergence(losses: list[float], margin: float = 1.0, steps: int = 32) -> int | None:
+    """The number, from 1, of the first loss at which a run had diverged."""
+    watch = Divergence(margin, steps)
+    return next((number for number, loss in enumerate(losses, start=1) if watch.update(loss)), None)
 
 
 def test_divergence_is_a_mean_that_has_left() -> None:
@@ -106,6 +122,6 @@ def test_divergence_survives_a_checkpoint() -> None:
     for cut in (0, 10, 19, 50, 110):
         first, second = Divergence(1.0, 20), Divergence(1.0, 20)
         flags = [first.update(loss) for loss in losses[:cut]]
-        second.load(json.loads(json.dumps(first.state())))
+        second.load_state(json.loads(json.dumps(first.state())))
         assert flags + [second.update(loss) for loss in losses[cut:]] == whole
     assert any(whole) and whole.index(True) == pytest.approx(107, abs=3)

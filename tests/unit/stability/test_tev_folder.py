@@ -1,10 +1,8 @@
 """TEV of checkpoint folders, through the command line: every layout of files, and every way they can be bad."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,23 +13,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "tev.py"
+from mlra_scale.cli.tev import COMMAND
+
 VOCABULARY, HIDDEN = 53, 16
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tev_tool", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def measure(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+def measure(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
     def run(path: Path, *arguments: str) -> dict[str, Any]:
-        code = tool.main([str(path), "--json", *arguments])
+        code = COMMAND.main([str(path), "--json", *arguments])
         captured = capsys.readouterr()
         assert code == 0, captured.err
         return json.loads(captured.out)
@@ -40,9 +30,9 @@ def measure(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..
 
 
 @pytest.fixture
-def refuse(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(path: Path, *arguments: str) -> str:
-        assert tool.main([str(path), *arguments]) == 2
+        assert COMMAND.main([str(path), *arguments]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.startswith("tev: error: ") and captured.err.count("\n") == 1
         return captured.err
@@ -206,23 +196,21 @@ def test_tensors_that_are_no_embedding(tmp_path: Path, refuse: Callable[..., str
     assert "several embeddings" in refuse(tmp_path)
 
 
-def test_bad_tokenizer_and_bad_numbers(tmp_path: Path, refuse: Callable[..., str], tool: ModuleType) -> None:
+def test_bad_tokenizer_and_bad_numbers(tmp_path: Path, refuse: Callable[..., str]) -> None:
     save_file({"wte.weight": torch.randn(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "is not a tokenizer" in refuse(tmp_path, "--extremes", "1")
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as exit_info:
-            tool.main([str(tmp_path), "--extremes", value])
+            COMMAND.main([str(tmp_path), "--extremes", value])
         assert exit_info.value.code == 2
 
 
 @pytest.mark.parametrize("flag", ["--tokens", "--extremes"])
 @pytest.mark.parametrize("value", ["4k", "inf", "0", "-1", "1.5", ""])
-def test_bad_counts_name_flag_and_range(
-    tool: ModuleType, capsys: pytest.CaptureFixture[str], flag: str, value: str
-) -> None:
+def test_bad_counts_name_flag_and_range(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        tool.main(["folder", f"{flag}={value}"])
+        COMMAND.main(["folder", f"{flag}={value}"], "tev.py")
     assert ended.value.code == 2
     told = f"tev.py: error: argument {flag}: {value!r} is not a whole number from 1 on\n"
     assert capsys.readouterr().err.endswith(told)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlra_scale.study.prediction.events import Protocol, first_event
-from mlra_scale.study.prediction.runs import SweptRuns
-from mlra_scale.study.prediction.windows import SERIES, Run
+from docs.studies.predict.events import Protocol, first_event
+from docs.studies.predict.runs import SweptRuns
+from docs.studies.predict.windows import SERIES, Run
 
 STEPS = 150
 Numbers = NDArray[np.float64]

@@ -6,25 +6,27 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.study.report.associations import TEV, VARIANCE, Associations
+pytest.importorskip("scipy", reason="needs scipy (the extra report)")
+
+from mlra_scale.study.report import associations
+from mlra_scale.study.report.associations import TEV, VARIANCE
 from mlra_scale.study.report.comparisons import (
     SENSITIVITY,
-    Comparison,
+    PairedComparison,
     are_log_spaced,
     compare,
-    divergence_rows,
     sensitivities,
+    stability_table,
 )
-from mlra_scale.study.report.sweep_results import Cell, Sweep, open_sweep
+from mlra_scale.study.report.sweep_record import SweepRecord, open_sweep, table_of
 from tests.support.study_folders import Record, cell_of, write_lines, write_sweep
 
 
-def sweep_of(lines: list[Record]) -> Sweep:
-    cells = [Cell(i["cell"], i["variant"], i["axes"], i["seed"], i["state"], Path("run"), i) for i in lines]
-    return Sweep(Path("sweep"), cells)
+def sweep_of(lines: list[Record]) -> SweepRecord:
+    return SweepRecord(Path("sweep"), table_of(lines, Path("sweep")))
 
 
-def of_loss(found: list[Comparison]) -> list[Comparison]:
+def of_loss(found: list[PairedComparison]) -> list[PairedComparison]:
     return [item for item in found if item.measure.name == "final training loss"]
 
 
@@ -93,7 +95,7 @@ def test_every_measure_is_a_family_of_its_own(tmp_path: Path) -> None:
         items = [item for item in found if item.measure.name == name]
         # 3 pairs of variants in 8 settings, and 3 means over them; the sensitivity has 2 settings.
         expected = {False: 6} if name == SENSITIVITY.name else {False: 24, True: 3}
-        assert {item.is_mean: item.family for item in items} == expected
+        assert {item.is_mean: item.num_adjusted for item in items} == expected
         assert all(item.adjusted_p >= item.difference.p for item in items)
 
 
@@ -111,7 +113,7 @@ def test_a_true_difference_is_named_and_a_null_is_not(tmp_path: Path) -> None:
 def test_identical_runs_are_no_finding() -> None:
     sweep = sweep_of([*losses("a", [5.0, 6.0, 7.0]), *losses("b", [5.0, 6.0, 7.0])])
     (found,) = of_loss(compare(sweep))
-    assert not found.is_supported and found.family == 0
+    assert not found.is_supported and found.num_adjusted == 0
     assert "the difference is 0 in each of the 3 pairs" in found.statement
 
 
@@ -122,21 +124,26 @@ def rate_lines(variant: str, by_rate: dict[float, list[float | None]], **more: A
 def test_learning_rate_sensitivity_is_that_of_each_seed() -> None:
     lines = rate_lines("a", {1e-3: [5.0, 5.5], 1e-2: [6.0, 5.0], 1e-1: [8.0, None]})
     lines.append(cell_of("a", {"optim.lr": 1e-1}, 2, state="diverged", final_loss=None, initial_loss=10.0))
-    (found,) = sensitivities(sweep_of(lines))
+    found = sensitivities(sweep_of(lines))
     # Seed 1: 0, 1, 3 above its best; seed 2: 0.5, 0, 10 - 5.
-    assert found.by_seed == pytest.approx({"1": 4 / 3, "2": 5.5 / 3})
-    assert (found.num_incomplete, found.num_undefined) == (0, 0)
+    assert found[SENSITIVITY.name].tolist() == pytest.approx([4 / 3, 5.5 / 3])
+    assert found.seed.tolist() == ["1", "2"] and found.state.tolist() == ["done", "done"]
 
 
 def test_seeds_without_all_rates_and_without_any_success_are_left_out() -> None:
     lines = rate_lines("a", {1e-3: [5.0, 5.5, 20.0], 1e-2: [6.0, None, 30.0]})
-    (found,) = sensitivities(sweep_of(lines))
-    assert found.by_seed == pytest.approx({"1": 0.5})
-    assert (found.num_incomplete, found.num_undefined) == (1, 1)
+    lines += rate_lines("b", {1e-3: [5.0, 5.5, 6.0], 1e-2: [6.0, 6.0, 6.0]})
+    found = sensitivities(sweep_of(lines)).set_index(["variant", "seed"])
+    assert found[SENSITIVITY.name].loc["a"].dropna().to_dict() == pytest.approx({"1": 0.5})
+    undefined = "undefined: no run ended below its initial loss"
+    assert found.state.loc["a"].tolist() == ["done", "without all learning rates", undefined]
+    comparison = compare(sweep_of(lines))[-1]
+    assert (comparison.measure, comparison.difference.n) == (SENSITIVITY, 1)
+    assert comparison.left_out == (f"1 pair (a {undefined})", "1 pair (a without all learning rates)")
 
 
 def test_one_rate_has_no_sensitivity() -> None:
-    assert sensitivities(sweep_of(rate_lines("a", {1e-3: [5.0, 5.5]}))) == []
+    assert sensitivities(sweep_of(rate_lines("a", {1e-3: [5.0, 5.5]}))).empty
 
 
 def test_spacing_of_rates() -> None:
@@ -147,30 +154,34 @@ def test_spacing_of_rates() -> None:
 def test_divergences_are_counted_among_runs_with_an_outcome() -> None:
     lines = [cell_of("a", {}, seed, spikes=seed) for seed in (1, 2)]
     lines += [cell_of("a", {}, 3, state="diverged"), cell_of("a", {}, 4, state="failed")]
-    assert divergence_rows(sweep_of(lines)) == [("a", "the one setting", 3, 1, 1, 1.5)]
+    (row,) = stability_table(sweep_of(lines)).to_dict("records")
+    counts = {"outcomes": 3, "diverged": 1, "failed": 1, "spikes": 1.5}
+    assert row == {"variant": "a", "setting": "the one setting", **counts}
 
 
 def test_associations_of_a_sweep(tmp_path: Path) -> None:
     """In these folders TEV follows the gradient variance, at every learning rate too."""
     folder = write_sweep(tmp_path / "s", {"a": 0.0, "b": 0.0}, depths=(24,), record_steps=4)
-    found = Associations(open_sweep(folder))
-    rows = {(row.first, row.second, row.fixed): row.found for row in found.of_finished_runs()}
+    sweep = open_sweep(folder)
+    rows = {(row.first, row.second, row.fixed): row.found for row in associations.of_finished_runs(sweep)}
     for fixed in ("nothing", "learning rate", "learning rate 0.001", "every axis"):
         spearman, pearson = rows[TEV, VARIANCE, fixed]
         assert spearman.is_supported and spearman.value > 0.6 and pearson.is_supported, fixed
-    assert rows[TEV, VARIANCE, "nothing"][0].units == 40
-    assert rows[TEV, VARIANCE, "learning rate 0.001"][0].units == 10
-    steps = {(row.first, row.second, row.fixed): row.found for row in found.within_steps()}
+    assert rows[TEV, VARIANCE, "nothing"][0].runs == 40
+    assert rows[TEV, VARIANCE, "learning rate 0.001"][0].runs == 10
+    seen = associations.values_over_steps(sweep)
+    steps = {(row.first, row.second, row.fixed): row.found for row in associations.within_steps(sweep, seen)}
     spearman, _ = steps[TEV, VARIANCE, "step and learning rate"]
-    assert spearman.is_supported and (spearman.n, spearman.units) == (160, 40)
+    assert spearman.is_supported and (spearman.n, spearman.runs) == (160, 40)
     spearman, _ = rows[TEV, VARIANCE, "every axis and the variant"]
     assert spearman.is_supported and spearman.value > 0.6
     # Within these runs TEV rises by the same with every step: no change of it differs from another.
-    assert found.within_runs().n == 0
+    assert associations.within_runs(seen).n == 0
 
 
 def test_associations_of_unfinished_sweeps(tmp_path: Path) -> None:
     write_lines(tmp_path / "results.jsonl", [cell_of("a", {}, seed, tev_mean=0.1) for seed in (1, 2)])
-    found = Associations(open_sweep(tmp_path))
-    assert found.of_finished_runs() == [] and found.within_steps() == []
-    assert found.within_runs().n == 0
+    sweep = open_sweep(tmp_path)
+    seen = associations.values_over_steps(sweep)
+    assert associations.of_finished_runs(sweep) == [] and associations.within_steps(sweep, seen) == []
+    assert associations.within_runs(seen).n == 0

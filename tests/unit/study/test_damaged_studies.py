@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
+from docs.studies.predict.analysis import predict
+from docs.studies.predict.runs import PredictionError
 from mlra_scale.cluster.job_file import JobFile
-from mlra_scale.cluster.overview import look
+from mlra_scale.cluster.runs import read_run
 from mlra_scale.config import ConfigError
 from mlra_scale.study.grid import cells_of, load_study
-from mlra_scale.study.prediction.analysis import predict
-from mlra_scale.study.prediction.runs import PredictionError
 from mlra_scale.study.provenance import note_end, note_start
-from mlra_scale.study.report.run_record import open_run
-from mlra_scale.study.report.sweep_results import open_sweep
-from mlra_scale.study.results import CellFiles, SweepDirectory, changes_of, ending_of, num_events, result_of
+from mlra_scale.study.report.records import event_text, open_run
+from mlra_scale.study.report.run_report import checkpoints_text
+from mlra_scale.study.report.sweep_record import open_sweep
+from mlra_scale.study.results import CellFiles, SweepDirectory, changes_of, ending_of, events_of, result_of
 from mlra_scale.training.record import cut_record, read_record
 
 DEEP = "[" * 100_000 + "\n"
@@ -65,7 +66,7 @@ def test_damaged_records_of_a_cell(files: CellFiles, content: str) -> None:
     """A cell whose record is damaged has failed, and says why; a damaged event log says nothing of its end."""
     files.run.metrics.write_text(content * 2)
     files.run.events.write_text(content * 2)
-    assert (num_events(files.run), ending_of(files.run), files.last_step()) == (0, {}, 0)
+    assert (len(events_of(files.run)), ending_of(files.run), files.last_step()) == (0, {}, 0)
     result = result_of(files, "done", {}, None, None)
     assert result["state"] == "failed" and str(files.run.metrics) in result["error"]
     files.run.config.write_text(content)
@@ -100,7 +101,7 @@ def test_damaged_notes_of_a_study(tmp_path: Path, content: str) -> None:
 def test_a_damaged_sweep_is_reported_with_notes(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content * 2)
     sweep = open_sweep(tmp_path)
-    assert sweep.cells == [] and any(name in note for note in sweep.notes)
+    assert sweep.cells.empty and any(name in note for note in sweep.notes)
     with pytest.raises(PredictionError) as caught:
         predict(tmp_path, tmp_path)
     assert str(caught.value).isprintable()
@@ -112,7 +113,7 @@ def test_a_damaged_run_is_reported_with_notes(tmp_path: Path, content: str) -> N
         (tmp_path / name).write_text(content * 2)
     run = open_run(tmp_path)
     assert run.last_step == 0 and run.state and any("config.yaml" in note for note in run.notes)
-    row = look(tmp_path, 0.0)
+    row = read_run(tmp_path, 0.0)
     assert any("job.json" in note for note in row.unreadable)
     with pytest.raises(ValueError, match=r"job\.json is no job file of this program"):
         JobFile.read(tmp_path / "job.json")
@@ -144,12 +145,10 @@ def test_a_job_file_of_version_1_is_read(tmp_path: Path) -> None:
 
 
 def test_what_the_events_recorded_is_shown(tmp_path: Path) -> None:
-    """Cost of checkpoints and the summary of a finished run: recorded, and read by nothing before."""
-    from mlra_scale.study.report.run_report import _checkpoints, _details
-
+    """The cost of checkpoints and the summary of a finished run."""
     saves = [{"event": "checkpoint", "bytes": 2e6, "stall_seconds": 0.5, "write_seconds": 1.5} for _ in range(3)]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in saves))
-    shown = _checkpoints(open_run(tmp_path))
+    shown = checkpoints_text(open_run(tmp_path))
     assert shown == "3, the last of 2.00 MB; training waited 1.50 s for them, and the last was written in 1.50 s"
     finished = {"event": "finished", "wall_seconds": 3.0, "peak_memory_gib": 0.5, "loss_first": 4.0}
-    assert _details(finished) == "wall_seconds 3.0, peak_memory_gib 0.5, loss_first 4.0"
+    assert event_text(finished) == "wall_seconds 3.0, peak_memory_gib 0.5, loss_first 4.0"

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlra_scale.study.prediction.alarms import halves
-from mlra_scale.study.prediction.analysis import PRIMARY, analyse, predict
-from mlra_scale.study.prediction.areas import comparable, roc_area
-from mlra_scale.study.prediction.runs import PredictionError, SweptRuns, read_runs
-from mlra_scale.study.prediction.text import as_markdown
-from mlra_scale.study.prediction.windows import (
+from docs.studies.predict.__main__ import main
+from docs.studies.predict.alarms import halves
+from docs.studies.predict.analysis import PRIMARY, analyse, predict
+from docs.studies.predict.areas import comparable, roc_area
+from docs.studies.predict.runs import PredictionError, SweptRuns, read_runs
+from docs.studies.predict.text import as_markdown
+from docs.studies.predict.windows import (
     BASELINES,
     SERIES,
     Comparison,
@@ -25,7 +26,6 @@ from mlra_scale.study.prediction.windows import (
     level,
 )
 from tests.unit.study.synthetic import QUICK, STEPS, Numbers, make_run, make_sweep, nothing, write_run
-from tests.unit.test_project import load_script
 
 PLANTED = 18
 """Steps before the event at which a planted warning begins."""
@@ -252,9 +252,8 @@ def test_a_sweep_is_read_as_it_was_left(folder: Path) -> None:
 def test_the_tool_writes_json_and_a_table(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlra_scale.study.prediction.analysis.Protocol", lambda: replace(QUICK, minimum_events=5))
-    tool: Any = load_script("tools/predict.py")
-    assert tool.main([str(folder), "--output", str(tmp_path / "out")]) == 0
+    monkeypatch.setattr("docs.studies.predict.analysis.Protocol", lambda: replace(QUICK, minimum_events=5))
+    assert main([str(folder), "--output", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "prediction.json").read_text())
     text = (tmp_path / "out" / "prediction.md").read_text()
     assert capsys.readouterr().out == text
@@ -278,9 +277,8 @@ def test_the_same_sweep_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
-def test_what_cannot_be_read_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool: Any = load_script("tools/predict.py")
-    assert tool.main([str(tmp_path)]) == 2
+def test_what_cannot_be_read_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
     assert "no results; give the output folder of tools/sweep.py" in capsys.readouterr().err
     metrics = next((folder / "cells").glob("plain-*seed0/metrics.jsonl"))
     lines = metrics.read_text().splitlines(keepends=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.study.prediction.areas import Field, comparable, interval, resampled_counts, roc_area, roc_areas
+from docs.studies.predict.areas import Field, comparable, interval, resampled_counts, roc_area, roc_areas
 
 
 def field_of(keys: list[int], is_positive: list[bool], units: list[int]) -> Field:
@@ -21,26 +21,12 @@ def test_against_an_area_computed_by_hand() -> None:
     assert roc_area(field, np.zeros(5)) == 0.5
 
 
-def test_each_event_counts_once_whatever_its_number_of_windows() -> None:
-    # Unit 0 has three windows that win, unit 1 has one that loses.
-    values = np.array([5.0, 5.0, 5.0, 0.0, 1.0])
-    field = field_of([0] * 5, [True, True, True, True, False], [0, 0, 0, 1, 2])
-    assert roc_area(field, values) == 0.5
-
-
 def test_only_windows_of_the_same_key_and_of_other_runs_are_compared() -> None:
     values = np.array([2.0, 9.0, 1.0, 9.0])
     # The second window is of another key; the last one is of the positive window's own run.
     field = field_of([0, 1, 0, 0], [True, False, False, False], [0, 1, 2, 0])
     assert roc_area(field, values) == 1.0
     assert (field.positive.tolist(), field.negative.tolist(), field.num_units) == ([0], [2], 2)
-
-
-def test_missing_values_take_windows_out() -> None:
-    values = np.array([2.0, np.nan, 3.0, 1.0, np.nan])
-    field = field_of([0] * 5, [True, True, False, False, False], list(range(5)))
-    assert roc_area(field, values) == 0.5
-    assert np.isnan(roc_area(field, np.full(5, np.nan)))
 
 
 def test_nothing_to_compare_is_no_area_and_no_interval() -> None:

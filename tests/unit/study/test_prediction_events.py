@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.study.prediction.events import Event, Protocol, divergence_step, first_event
+from docs.studies.predict.events import Event, Protocol, divergence_step, first_event
 from tests.unit.study.synthetic import make_losses
 
 PROTOCOL = Protocol()
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "studies" / "predict.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "studies" / "predict" / "README.md"
 
 
 def event_of(losses: np.ndarray, is_stopped: bool = False) -> Event | None:

@@ -6,23 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlra_scale.cluster.overview import look
-from mlra_scale.study.report.run_record import (
-    RunRecord,
-    is_number,
-    named,
-    of_shallow_blocks,
-    open_run,
-    quantile_named,
-    read_lines,
-)
-from mlra_scale.study.report.sweep_results import is_sweep, open_sweep, setting_text, value_text
+pytest.importorskip("pandas", reason="needs pandas (the extra report)")
+
+from mlra_scale.cluster.runs import read_run
+from mlra_scale.study.report.records import RunRecord, is_number, open_run, read_lines, series
+from mlra_scale.study.report.sweep_record import is_sweep, open_sweep, setting_text, value_text
 from tests.support.study_folders import cell_of, write_lines, write_run, write_sweep
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_a_torn_last_line_is_left_out_without_a_word(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_left_out_without_a_note(tmp_path: Path) -> None:
     file, notes = tmp_path / "metrics.jsonl", list[str]()
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert [record["step"] for record in read_lines(file, notes)] == [1, 2]
@@ -36,14 +30,14 @@ def test_lines_that_are_no_objects_are_counted(tmp_path: Path) -> None:
     assert notes == ["metrics.jsonl: 3 line(s) are no JSON objects and are left out."]
 
 
-def test_a_missing_file_is_told_unless_it_may_be_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_noted_unless_it_is_optional(tmp_path: Path) -> None:
     notes: list[str] = []
     assert read_lines(tmp_path / "rolled_back.jsonl", notes, is_optional=True) == [] and notes == []
     assert read_lines(tmp_path / "metrics.jsonl", notes) == []
     assert notes == ["metrics.jsonl cannot be read: No such file or directory."]
 
 
-def test_an_empty_folder_is_a_run_that_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_folder_is_a_run_without_a_record(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     assert (run.metrics, run.events, run.last_step, run.state) == ([], [], 0, "unknown")
     assert len(run.notes) == 3
@@ -53,11 +47,11 @@ def test_a_stored_configuration_is_read_in_the_form_of_its_version(tmp_path: Pat
     config = tmp_path / "config.yaml"
     for content in ("train: {steps: 20}\n", "version: 2\ntrain: {steps: 20}\n"):
         config.write_text(content)
-        assert open_run(tmp_path).config == {"train": {"steps": 20}} and look(tmp_path, 0.0).steps == 20
+        assert open_run(tmp_path).config == {"train": {"steps": 20}} and read_run(tmp_path, 0.0).steps == 20
     config.write_text("version: 9\ntrain: {steps: 20}\n")
     (note,) = (note for note in open_run(tmp_path).notes if "config.yaml" in note)
     assert note.startswith("config.yaml: version = 9: the file was written by a newer program")
-    row = look(tmp_path, 0.0)
+    row = read_run(tmp_path, 0.0)
     assert row.steps is None and "newer program" in row.unreadable[0]
 
 
@@ -74,16 +68,15 @@ def test_values_are_read_by_their_path() -> None:
         {"step": 4, "a": {"b": True}, "layers": [None, 2.0]},
     ]
     run = RunRecord(Path("x"), metrics=records)
-    series = run.series(named("a.b"))
-    assert series.steps.tolist() == [1, 2, 4]
-    np.testing.assert_array_equal(series.values, [2.0, math.nan, math.nan])
-    assert series.finite.values.tolist() == [2.0]
-    assert run.series(quantile_named("0.05")).values.tolist() == [1.0]
-    shallow = run.series(of_shallow_blocks("layers", np.linalg.norm))
-    assert shallow.steps.tolist() == [1, 4]
+    found = run.series("a.b")
+    assert found.index.tolist() == [1, 2, 4]
+    np.testing.assert_array_equal(found, [2.0, math.nan, math.nan])
+    assert run.series(("tev_quantiles", "0.05")).tolist() == [1.0]
+    shallow = series(records, "layers", np.linalg.norm)
+    assert shallow.index.tolist() == [1, 4]
     # The first quarter of 8 blocks, and of 2 blocks the first one, which was not finite.
-    np.testing.assert_array_equal(shallow.values, [5.0, math.nan])
-    assert not run.series(named("nothing")) and not run.series(lambda record: math.nan)
+    np.testing.assert_array_equal(shallow, [5.0, math.nan])
+    assert run.series("nothing").empty
     assert not is_number(True) and not is_number(math.inf) and is_number(0)
 
 
@@ -91,11 +84,11 @@ def test_values_are_read_by_their_path() -> None:
     ("events", "state"),
     [
         ([], "unknown"),
-        (["start"], "in progress, or ended without a word"),
+        (["start"], "in progress, or ended without an event"),
         (["start", "finished"], "finished"),
-        (["start", "finished", "start"], "in progress, or ended without a word"),
+        (["start", "finished", "start"], "in progress, or ended without an event"),
         (["start", "preempted"], "preempted"),
-        (["start", ("stopped", 3)], "diverged: loss or gradient norm was no number"),
+        (["start", ("stopped", 3)], "diverged: loss or gradient norm was not finite"),
         (["start", ("stopped", 7)], "diverged: the guard gave up"),
         (["start", ("stopped", 4)], "stopped: why"),
         (["start", ("failed", 1)], "failed: why"),
@@ -121,7 +114,7 @@ def test_a_sweep_reads_back(tmp_path: Path) -> None:
     sweep = open_sweep(write_sweep(tmp_path / "sweep", {"zebra": 0.0, "ant": 0.0}, seeds=(1, 2), record_steps=0))
     assert sweep.variants == ["zebra", "ant"]
     assert sweep.axes == {"model.num_layers": [24, 48], "optim.lr": [3e-4, 1e-3, 3e-3, 1e-2]}
-    assert (len(sweep.cells), sweep.planned, sweep.seeds, sweep.notes) == (32, 32, [1, 2], [])
+    assert (len(sweep.cells), sweep.num_planned, sweep.seeds, sweep.notes) == (32, 32, ["1", "2"], [])
     assert sweep.settings()[0] == "depth (blocks) 24, learning rate 0.0003"
     assert sweep.settings("optim.lr") == ["depth (blocks) 24", "depth (blocks) 48"]
     assert is_sweep(tmp_path / "sweep") and not is_sweep(tmp_path)
@@ -132,14 +125,14 @@ def test_of_a_cell_that_is_there_twice_the_later_line_counts(tmp_path: Path) -> 
     lines = [cell_of("a", axes, 1, state="failed", final_loss=None), cell_of("a", axes, 1, final_loss=5.0)]
     write_lines(tmp_path / "results.jsonl", [*lines, {"cell": "no variant"}])
     sweep = open_sweep(tmp_path)
-    assert [cell.value("final_loss") for cell in sweep.cells] == [5.0]
+    assert sweep.cells["final training loss"].tolist() == [5.0]
     assert "results.jsonl: 1 line(s) without variant or state are left out." in sweep.notes
 
 
 def test_a_cell_that_diverged_has_no_final_value_whatever_its_line_says(tmp_path: Path) -> None:
     write_lines(tmp_path / "results.jsonl", [cell_of("a", {}, 1, state="diverged", final_loss=9.0)])
-    (cell,) = open_sweep(tmp_path).cells
-    assert math.isnan(cell.value("final_loss")) and cell.initial_loss == 10.8 and cell.has_outcome
+    (cell,) = open_sweep(tmp_path).cells.to_dict("records")
+    assert math.isnan(cell["final training loss"]) and (cell["initial_loss"], cell["state"]) == (10.8, "diverged")
 
 
 def test_equal_places_on_the_axes_are_equal_texts() -> None:

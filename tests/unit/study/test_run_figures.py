@@ -1,4 +1,4 @@
-"""The figure of one run: which events have a lane."""
+"""The figure of one run: which events have a row."""
 
 from pathlib import Path
 
@@ -6,9 +6,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
-from mlra_scale.study.report.event_lanes import lanes_of
-from mlra_scale.study.report.run_figures import time_figure
-from mlra_scale.study.report.run_record import RunRecord
+from mlra_scale.study.report.records import RunRecord
+from mlra_scale.study.report.run_figures import event_rows, time_figure
 
 
 def run_with(tmp_path: Path, **of_return: object) -> RunRecord:
@@ -21,7 +20,7 @@ def run_with(tmp_path: Path, **of_return: object) -> RunRecord:
 
 def test_a_return_that_lowers_the_rate_is_drawn_where_lowered_rates_are(tmp_path: Path) -> None:
     plain, lowered = run_with(tmp_path, until=None), run_with(tmp_path, until=9)
-    assert lanes_of(plain) == ["guard_rollback"]
-    assert lanes_of(lowered) == ["guard_lower_rate", "guard_rollback"]
+    assert event_rows(plain) == ["guard_rollback"]
+    assert event_rows(lowered) == ["guard_lower_rate", "guard_rollback"]
     first, second = (time_figure(run)[0] for run in (lowered, run_with(tmp_path, until=6)))
     assert first is not None and first != second, "until when it lasts is in the figure"

@@ -1,4 +1,4 @@
-"""Numbers against tables, closed forms and numpy."""
+"""Means, adjustment, sensitivity and correlations by hand, and intervals that count runs and not values."""
 
 import math
 import random
@@ -8,51 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.study.statistics import (
+pytest.importorskip("scipy", reason="needs scipy (the extra report)")
+
+from mlra_scale.study.report.statistics import (
+    MIN_RUNS,
     Mean,
+    coefficient,
+    correlation,
     holm,
     learning_rate_sensitivity,
     mean_of,
-    t_quantile,
-    t_two_sided,
+    spearman_of_changes,
+    without_groups,
 )
 
 VALUES = st.lists(st.floats(-1e3, 1e3, allow_subnormal=False).map(lambda x: round(x, 6)), min_size=2, max_size=12)
-
-
-@pytest.mark.parametrize(
-    ("dof", "level", "expected"),
-    # Tables of Student's t, as in any textbook.
-    [
-        (1, 0.95, 12.7062),
-        (2, 0.95, 4.3027),
-        (3, 0.95, 3.1824),
-        (4, 0.99, 4.6041),
-        (10, 0.95, 2.2281),
-        (30, 0.9, 1.6973),
-    ],
-)
-def test_quantiles_of_student(dof: int, level: float, expected: float) -> None:
-    assert t_quantile(dof, level) == pytest.approx(expected, abs=5e-5)
-
-
-@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 4.0, 50.0])
-def test_p_values_have_closed_forms_for_few_degrees(t: float) -> None:
-    assert t_two_sided(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-14)
-    assert t_two_sided(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-14)
-
-
-@pytest.mark.parametrize("dof", [3, 4, 7, 20])
-def test_p_values_are_the_integral_of_the_density(dof: int) -> None:
-    t = np.linspace(0.0, 2.5, 200_001)
-    scale = math.gamma((dof + 1) / 2) / (math.sqrt(dof * math.pi) * math.gamma(dof / 2))
-    density = scale * (1 + t * t / dof) ** (-(dof + 1) / 2)
-    within = 2 * float(np.trapezoid(density, t))
-    assert t_two_sided(2.5, dof) == pytest.approx(1 - within, abs=1e-9)
-
-
-def test_an_infinite_statistic_has_no_chance() -> None:
-    assert t_two_sided(math.inf, 5) == pytest.approx(0.0, abs=1e-15)
 
 
 def test_a_mean_by_hand() -> None:
@@ -61,6 +31,7 @@ def test_a_mean_by_hand() -> None:
     error = math.sqrt(14 / 12)
     assert (mean.n, mean.value) == (4, 3.0)
     assert mean.error == pytest.approx(error, rel=1e-12)
+    # 3.182446: a textbook's table of Student's t for 3 degrees of freedom.
     assert (mean.low, mean.high) == pytest.approx((3 - 3.182446 * error, 3 + 3.182446 * error), rel=1e-6)
     # t = 2.777 with 3 degrees of freedom; p from the closed form 1 - 2/pi (theta + sin theta cos theta).
     theta = math.atan(3 / error / math.sqrt(3))
@@ -76,53 +47,32 @@ def test_too_few_values_have_no_error() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [0.1, 0.1, 0.1], [5.1 - 5.0, 6.1 - 6.0, 7.1 - 7.0]])
-def test_values_that_do_not_differ_tell_nothing_about_their_error(values: list[float]) -> None:
+def test_values_without_spread_say_nothing_about_their_error(values: list[float]) -> None:
     mean = mean_of(values)
     assert not mean.has_spread and not mean.excludes_zero and math.isnan(mean.p)
 
 
 @settings(deadline=None)
-@given(VALUES)
-def test_a_mean_agrees_with_numpy(values: list[float]) -> None:
-    mean, array = mean_of(values), np.array(values)
-    assert mean.value == pytest.approx(array.mean(), abs=1e-9)
-    assert mean.error == pytest.approx(array.std(ddof=1) / math.sqrt(array.size), abs=1e-9)
-    assert mean.low <= mean.value <= mean.high
-
-
-@settings(deadline=None)
 @given(VALUES, st.floats(-50, 50), st.randoms(use_true_random=False))
-def test_pairs_may_be_shifted_turned_and_shuffled(values: list[float], shift: float, draw: random.Random) -> None:
+def test_pairs_may_be_shifted_swapped_and_shuffled(values: list[float], shift: float, draw: random.Random) -> None:
     second = np.linspace(-1.0, 1.0, len(values))
     first = second + np.array(values)
     plain = mean_of(first - second)
     shared = shift * np.arange(len(values))
     assert _numbers(mean_of((first + shared) - (second + shared))) == pytest.approx(_numbers(plain), abs=1e-7)
-    turned = mean_of(second - first)
-    assert (turned.value, turned.low, turned.high) == pytest.approx((-plain.value, -plain.high, -plain.low), abs=1e-9)
+    swapped = mean_of(second - first)
+    assert (swapped.value, swapped.low, swapped.high) == pytest.approx(
+        (-plain.value, -plain.high, -plain.low), abs=1e-9
+    )
     order = list(range(len(values)))
     draw.shuffle(order)
     assert _numbers(mean_of(first[order] - second[order])) == pytest.approx(_numbers(plain), abs=1e-9)
+    if plain.has_spread and abs(plain.p - 0.05) > 1e-9:
+        assert plain.excludes_zero == (plain.p < 0.05)
 
 
 def _numbers(mean: Mean) -> tuple[float, ...]:
     return mean.value, mean.error, mean.low, mean.high
-
-
-@settings(deadline=None)
-@given(VALUES)
-def test_the_interval_and_the_p_value_agree(values: list[float]) -> None:
-    mean = mean_of(values)
-    if mean.has_spread and abs(mean.p - 0.05) > 1e-9:
-        assert mean.excludes_zero == (mean.p < 0.05)
-
-
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
-    draws = np.random.default_rng(n).normal(loc=0.3, size=(4000, n))
-    covered = sum(mean.low <= 0.3 <= mean.high for mean in map(mean_of, draws))
-    # Binomial: 4 standard errors of a share of 0.95 in 4000.
-    assert covered / 4000 == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / 4000))
 
 
 def test_holm_by_hand() -> None:
@@ -143,13 +93,6 @@ def test_holm_keeps_the_order_and_never_lowers(values: list[float]) -> None:
     assert min(adjusted) == pytest.approx(min(1.0, len(values) * min(values)))
 
 
-def test_holm_rarely_names_anything_where_nothing_is() -> None:
-    p_values = np.random.default_rng(3).uniform(size=(4000, 8))
-    wrong = sum(min(holm(row)) < 0.05 for row in p_values)
-    # 1 - (1 - 0.05/8)^8 = 0.0489 for independent ones; 4 standard errors.
-    assert wrong / 4000 == pytest.approx(0.0489, abs=4 * math.sqrt(0.0489 * 0.9511 / 4000))
-
-
 def test_learning_rate_sensitivity_by_hand() -> None:
     # Capped at the initial loss of 10: 5, 4, 4.5, 10; above the best one: 1, 0, 0.5, 6.
     assert learning_rate_sensitivity([5.0, 4.0, 4.5, math.nan], [10.0] * 4) == pytest.approx(7.5 / 4)
@@ -162,10 +105,78 @@ def test_a_model_that_always_diverges_is_not_called_insensitive() -> None:
     assert math.isnan(learning_rate_sensitivity([], []))
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 9), min_size=1, max_size=8), st.floats(0, 5))
-def test_learning_rate_sensitivity_does_not_depend_on_the_level(losses: list[float], level: float) -> None:
-    initial = [10.0] * len(losses)
-    plain = learning_rate_sensitivity(losses, initial)
-    raised = learning_rate_sensitivity([loss + level for loss in losses], [10.0 + level] * len(losses))
-    assert raised == pytest.approx(plain, abs=1e-9) and plain >= 0
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e9 / 3])
+def test_a_constant_has_no_correlation(constant: float) -> None:
+    assert math.isnan(coefficient("Pearson", np.full(7, constant), np.arange(7.0)))
+    assert math.isnan(coefficient("Pearson", [1.0, 2.0], [1.0, 2.0])), "too few values"
+    x = np.arange(8.0)
+    assert coefficient("Pearson", 1e3 + 1e-6 * x, x) == pytest.approx(1.0, abs=1e-6), "a small variation is one"
+
+
+def test_spearman_sees_any_rising_relation() -> None:
+    x, runs = np.arange(10.0), np.arange(10)
+    found = correlation("Spearman", x, np.exp(x), runs)
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
+    assert correlation("Pearson", x, np.exp(x), runs).value < 0.9
+
+
+def test_subtracting_groups_is_the_regression_on_their_indicators() -> None:
+    groups = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    values = np.random.default_rng(0).normal(size=9)
+    indicators = np.eye(3)[groups]
+    fitted = indicators @ np.linalg.lstsq(indicators, values, rcond=None)[0]
+    assert without_groups(values, groups) == pytest.approx(values - fitted, abs=1e-12)
+
+
+def test_changes_of_series_that_both_rise() -> None:
+    steps, shared, x, y = np.arange(200.0), *np.random.default_rng(1).normal(size=(3, 200))
+    assert np.corrcoef(steps + x, steps + y)[0, 1] > 0.99
+    assert abs(spearman_of_changes(np.cumsum(2 + x), np.cumsum(2 + y))) < 0.2, "only the trend is common"
+    rising = [np.cumsum(8 + shared + 0.1 * noise) for noise in (x, y)]
+    assert (np.diff(rising[0]) > 0).all() and spearman_of_changes(*rising) > 0.9
+    assert math.isnan(spearman_of_changes(steps, x)), "no change differs from another"
+
+
+def test_an_association_that_the_learning_rate_makes_is_gone_when_it_is_fixed() -> None:
+    draw = np.random.default_rng(2)
+    rate = np.repeat([0, 1, 2, 3], 15)
+    x, y = rate + 0.3 * draw.normal(size=60), rate + 0.3 * draw.normal(size=60)
+    for kind in ("Spearman", "Pearson"):
+        plain, fixed = correlation(kind, x, y, np.arange(60)), correlation(kind, x, y, np.arange(60), rate)
+        assert plain.is_supported and plain.value > 0.8
+        assert not fixed.is_supported and abs(fixed.value) < 0.3
+
+
+def test_an_association_within_rates_is_found_where_the_rates_hide_it() -> None:
+    draw = np.random.default_rng(3)
+    rate, inner = np.repeat([0, 1, 2, 3], 15), draw.normal(size=60)
+    x, y = 3.0 * rate + inner, -3.0 * rate + inner + 0.3 * draw.normal(size=60)
+    assert correlation("Pearson", x, y, np.arange(60)).value < -0.5
+    fixed = correlation("Pearson", x, y, np.arange(60), rate)
+    assert fixed.is_supported and fixed.value > 0.8
+
+
+def test_values_of_one_run_do_not_count_as_so_many_runs() -> None:
+    draw = np.random.default_rng(4)
+    x, y, runs = draw.normal(size=12), draw.normal(size=12), np.arange(12)
+    once = correlation("Pearson", x, y, runs)
+    assert once == correlation("Pearson", x, y, runs), "the same data give the same interval"
+    often = correlation("Pearson", np.repeat(x, 25), np.repeat(y, 25), np.repeat(runs, 25))
+    assert (often.n, often.runs) == (300, 12)
+    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high), abs=1e-9)
+    as_runs = correlation("Pearson", np.repeat(x, 25), np.repeat(y, 25), np.arange(300))
+    assert as_runs.high - as_runs.low < 0.5 * (once.high - once.low)
+
+
+def test_the_bootstrap_draws_runs_with_replacement_from_a_fixed_seed() -> None:
+    x, y = np.random.default_rng(6).normal(size=(2, 15))
+    drawn = np.random.default_rng(20240909).integers(15, size=(1000, 15))
+    expected = np.quantile([np.corrcoef(x[row], y[row])[0, 1] for row in drawn], [0.025, 0.975])
+    found = correlation("Pearson", x, y, np.arange(15))
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_few_runs_get_no_coefficient() -> None:
+    x = np.arange(100.0)
+    found = correlation("Pearson", x, x, np.arange(100) % (MIN_RUNS - 1))
+    assert math.isnan(found.value) and math.isnan(found.low) and found.runs == MIN_RUNS - 1

@@ -1,4 +1,4 @@
-"""The study's file: what it means, and that every mistake is told at once."""
+"""The file of a study: its grid, and that all mistakes are reported at once."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_a_cell_is_what_its_command_line_says(tmp_path: Path) -> None:
         (SMALL + "ranks: 3\n", ["train.global_batch_size = 8", "(in every cell)"]),
     ],
 )
-def test_what_is_wrong_is_told(tmp_path: Path, text: str, lines: list[str]) -> None:
+def test_mistakes_are_reported(tmp_path: Path, text: str, lines: list[str]) -> None:
     found = "\n".join(problems(tmp_path, text))
     for line in lines:
         assert line.format(file=tmp_path / "study.yaml") in found

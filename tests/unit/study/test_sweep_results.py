@@ -12,9 +12,8 @@ from mlra_scale.study.results import (
     CellFiles,
     SweepDirectory,
     changes_of,
-    claim,
     ending_of,
-    num_events,
+    events_of,
     result_of,
     state_of,
     write_result,
@@ -99,7 +98,7 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
     }
 
 
-def test_a_run_that_diverged_is_told_up_to_there(files: CellFiles) -> None:
+def test_the_result_of_a_run_that_diverged_ends_there(files: CellFiles) -> None:
     write_lines(
         files.run.metrics, *({"step": step, "seconds": float(step), "loss": float(step)} for step in range(1, 25))
     )
@@ -149,7 +148,7 @@ def test_the_end_is_what_the_events_say(
     files: CellFiles, events: list[dict[str, Any]], after: int, state: str | None
 ) -> None:
     write_lines(files.run.events, *events)
-    assert num_events(files.run) == len(events)
+    assert len(events_of(files.run)) == len(events)
     assert state_of(ending_of(files.run, after)) == state
 
 
@@ -159,7 +158,7 @@ def test_results_are_collected_by_many_at_once(tmp_path: Path, cells: list[Cell]
 
     def finish(cell: Cell) -> int:
         files = SweepDirectory(tmp_path / "out").files(cell)
-        lock = claim(files)
+        lock = files.lock()
         assert lock is not None
         with lock:
             write_result(files, result_of(files, "done", {}, None, None), keep_checkpoints=False)
@@ -175,10 +174,10 @@ def test_results_are_collected_by_many_at_once(tmp_path: Path, cells: list[Cell]
 
 
 def test_a_cell_is_held_by_one(files: CellFiles) -> None:
-    lock = claim(files)
-    assert lock is not None and claim(files) is None
+    lock = files.lock()
+    assert lock is not None and files.lock() is None
     lock.close()
-    again = claim(files)
+    again = files.lock()
     assert again is not None
     again.close()
 

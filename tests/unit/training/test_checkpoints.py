@@ -1,4 +1,4 @@
-"""What a run tells of its saves; that they are whole is for tests/unit/checkpoint and tests/faults to show."""
+"""What a run does about its saves; that they are complete is tested in tests/unit/checkpoint and tests/faults."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +12,13 @@ from mlra_scale.config import batch_plan, load_config
 from mlra_scale.data.mix import DataIdentity, Mix
 from mlra_scale.stability.guard import Guard
 from mlra_scale.stability.spikes import SpikeScores
-from mlra_scale.training import checkpoints
-from mlra_scale.training.candidates import Choice
-from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.finite import FiniteCheck, TrainingStopped
-from mlra_scale.training.progress import Progress
+from mlra_scale.stability.watcher import Watchers
+from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
+from mlra_scale.training.loop import checkpoints
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.start import Start
+from mlra_scale.training.schedule import Progress
+from mlra_scale.training.start.request import ResolvedRun, ResumePoint
+from mlra_scale.training.watch.step_watchers import FiniteCheck
 
 
 class FullDisk:
@@ -38,24 +38,24 @@ class FullDisk:
         pass
 
 
-def test_a_save_that_is_complete_is_told_even_if_the_next_one_fails(
+def test_a_complete_save_is_reported_even_if_the_next_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "Saver", FullDisk)
     config = load_config("debug")
-    start = Start(config, batch_plan(config, 1), RunDirectory(tmp_path), Choice(None))
+    run = ResolvedRun(config, batch_plan(config, 1), RunDirectory(tmp_path))
     mix = Mix(("a",), ("1",), (1.0,))
     datasets: Any = SimpleNamespace(identity=DataIdentity(mix, None, None, False), mixes=(mix,), manifests=())
     engine: Any = SimpleNamespace(topology=None, training_state=dict, buffers=dict)
-    told: list[int] = []
+    saves: list[int] = []
     with (
         pytest.raises(TrainingStopped, match="step 2: no space left") as stopped,
         checkpoints.Checkpoints(
-            start, engine, datasets, {"finite": FiniteCheck(config.train)}, lambda save: told.append(save.step)
-        ) as saved,
+            run, engine, datasets, Watchers(FiniteCheck(config.train)), lambda save: saves.append(save.step)
+        ) as saving,
     ):
-        saved.save(Progress(2, 16, 1024), 1e-3, None, is_last=False)
-    assert stopped.value.exit_code == ExitCode.CHECKPOINT_FAILED and told == [1]
+        saving.save(Progress(2, 16, 1024), 1e-3, None, is_last=False)
+    assert stopped.value.exit_code == ExitCode.CHECKPOINT_FAILED and saves == [1]
 
 
 BAD: tuple[Any, ...] = (1, "x", [], {}, None, {"loss_olmo2": {}}, {"loss_olmo2": {"window": "x", "count": 1}})
@@ -63,20 +63,23 @@ BAD: tuple[Any, ...] = (1, "x", [], {}, None, {"loss_olmo2": {}}, {"loss_olmo2":
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 @pytest.mark.parametrize("name", ["finite", "spikes", "guard"])
-def test_a_window_that_cannot_be_read_names_the_checkpoint(tmp_path: Path, name: str, bad: Any) -> None:
+def test_a_state_that_cannot_be_read_names_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bad: Any
+) -> None:
     """The ranks have agreed on the checkpoint by then: the run stops, and never with another exception."""
     config = load_config("debug", overrides=["guard.enabled=true", "checkpoint.every=1"])
     folder = tmp_path / "checkpoints" / "step-00000001"
-    start = Start(config, batch_plan(config, 1), RunDirectory(tmp_path), Choice(folder))
+    run = ResolvedRun(config, batch_plan(config, 1), RunDirectory(tmp_path), ResumePoint(folder, kind="training"))
     engine: Any = SimpleNamespace(topology=None)
     datasets: Any = None
     guard = Guard(config.guard, config.train.global_batch_size)
-    windows: Any = {"finite": FiniteCheck(config.train), "spikes": SpikeScores(), "guard": guard}
-    loader = checkpoints.Checkpoints(start, engine, datasets, windows, lambda save: None)
+    watchers = Watchers(FiniteCheck(config.train), SpikeScores(), guard)
+    monkeypatch.setattr(checkpoints, "open_on_all_ranks", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *_: {"windows": {name: bad}})
     try:
-        loader._load_windows({"windows": {name: bad}})
+        checkpoints.Checkpoints(run, engine, datasets, watchers, lambda save: None).load()
     except TrainingStopped as stopped:
-        assert str(folder) in str(stopped) and f"its window `{name}`" in str(stopped)
+        assert str(folder) in str(stopped) and f"the state of `{name}`" in str(stopped)
         assert stopped.exit_code == ExitCode.CHECKPOINT_FAILED
     else:
         assert bad is None or bad == {} or (name == "spikes" and bad in ([], "x")), "what an older checkpoint may have"

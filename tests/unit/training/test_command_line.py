@@ -54,7 +54,7 @@ def test_only_rank_0_prints_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().out == ""
 
 
-def test_another_rank_tells_only_what_rank_0_did_not(
+def test_another_rank_reports_only_what_rank_0_did_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A launcher ends this rank while it waits; where it does not, the mistake is this node's alone."""

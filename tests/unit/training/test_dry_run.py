@@ -6,8 +6,8 @@ import pytest
 from mlra_scale.config import ConfigError, batch_plan, load_config, load_named_config
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
-from mlra_scale.training.dry_run import plan_report, short_report
-from mlra_scale.training.layout import Devices, settled
+from mlra_scale.training.start.device import Devices
+from mlra_scale.training.start.plan import plan_report, resolve_layout, short_report
 
 
 def report_of(preset: str, world_size: int, *overrides: str) -> str:
@@ -84,7 +84,7 @@ def test_the_planner_chooses_by_what_was_measured(tmp_path: Path) -> None:
         write_cluster_file(tmp_path / name, cluster, ["link_intra"])
         section = config.cluster.model_copy(update={"file": str(tmp_path / name)})
         given = config.model_copy(update={"cluster": section})
-        choice = settled(given, named, Devices(8, 8, "cuda"))[1]
+        choice = resolve_layout(given, named, Devices(8, 8, "cuda"))[1]
         assert choice is not None
         chosen[name] = choice
     assert chosen["fast"].cluster.link_intra == 1e12 and chosen["slow"].cluster.memory == 24e9

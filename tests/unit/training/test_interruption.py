@@ -49,10 +49,10 @@ def test_a_first_signal_is_remembered_and_interrupts_nothing(
 ) -> None:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with training() as interruption:
-        assert not interruption.is_stop_asked()
+        assert not interruption.is_stop_requested()
         for _ in range(2):  # the second SIGINT within a second is the same key press
             signal.raise_signal(number)
-            assert interruption.is_stop_asked()
+            assert interruption.is_stop_requested()
         shown = ""
         while "stops after this step" not in shown:
             shown += capfd.readouterr().err
@@ -137,7 +137,7 @@ def test_a_signal_that_a_parent_has_ignored_stays_ignored(number: signal.Signals
     try:
         with Interruption() as interruption:
             signal.raise_signal(number)
-            assert not interruption.is_stop_asked()
+            assert not interruption.is_stop_requested()
         assert signal.getsignal(number) is signal.SIG_IGN and not no_process_ends
     finally:
         signal.signal(number, before)
@@ -151,7 +151,7 @@ def test_handlers_are_put_back_after_an_error() -> None:
         with pytest.raises(ValueError), training() as interruption:
             signal.raise_signal(signal.SIGTERM)
             raise ValueError
-        assert interruption.is_stop_asked()
+        assert interruption.is_stop_requested()
         assert [signal.getsignal(number) for number in STOP_SIGNALS] == [mine] * len(STOP_SIGNALS)
     finally:
         for number, handler in before.items():
@@ -162,7 +162,7 @@ def test_a_stop_does_not_come_from_an_earlier_run() -> None:
     with training() as first:
         signal.raise_signal(signal.SIGUSR1)
     with training() as second:
-        assert first.is_stop_asked() and not second.is_stop_asked()
+        assert first.is_stop_requested() and not second.is_stop_requested()
 
 
 def test_a_thread_leaves_the_handlers_alone() -> None:
@@ -171,7 +171,7 @@ def test_a_thread_leaves_the_handlers_alone() -> None:
 
     def run() -> None:
         with Interruption() as interruption:
-            asked.append(interruption.is_stop_asked())
+            asked.append(interruption.is_stop_requested())
 
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     thread = threading.Thread(target=run)
@@ -190,4 +190,4 @@ def test_a_signal_does_not_cut_a_wait_short() -> None:
         timer.start()
         time.sleep(0.5)
         timer.join()
-        assert time.monotonic() - started >= 0.5 and interruption.is_stop_asked()
+        assert time.monotonic() - started >= 0.5 and interruption.is_stop_requested()

@@ -4,19 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.cluster.job import with_absolute_paths
+from mlra_scale.cluster.check import with_absolute_paths
 from mlra_scale.config import Config, ConfigError, Named, batch_plan, load_config, load_named_config, zero_stage
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines
-from mlra_scale.training.dry_run import plan_report
-from mlra_scale.training.layout import (
-    Devices,
-    _limits_of_groups,
-    best,
-    cluster_for,
-    kept_layout,
-    memory_of_node,
-    settled,
-)
+from mlra_scale.training.start.device import Devices
+from mlra_scale.training.start.plan import best_layout, cluster_for, plan_report, resolve_layout, with_layout_of
 
 GIB = 2.0**30
 H100 = Devices(4, 4, "cuda", "NVIDIA H100 80GB HBM3", 79.1 * GIB)
@@ -31,14 +23,14 @@ def auto(*overrides: str, file: Path | None = None, preset: str | None = "gpt2")
 
 
 def choice_of(config: Config, named: Named) -> LayoutChoice:
-    choice = settled(config, named, H100)[1]
+    choice = resolve_layout(config, named, H100)[1]
     assert choice is not None
     return choice
 
 
 @pytest.mark.parametrize("way", ["run directory", "config file"])
 def test_what_was_named_stays_named_and_what_was_chosen_does_not(tmp_path: Path, way: str) -> None:
-    first, _ = settled(*auto("parallel.tensor=2", "train.micro_batch_size=4"), H100)
+    first, _ = resolve_layout(*auto("parallel.tensor=2", "train.micro_batch_size=4"), H100)
     file = tmp_path / "config.yaml"
     file.write_text(first.to_yaml())
     if way == "run directory":
@@ -56,7 +48,7 @@ def test_what_was_named_stays_named_and_what_was_chosen_does_not(tmp_path: Path,
 def test_the_ranks_of_a_job_choose_nothing_and_keep_the_record() -> None:
     choice = choice_of(*auto("parallel.tensor=2"))
     config, named = auto("parallel.tensor=2", *choice.overrides)
-    assert settled(config, named, Devices(4, 4, "cuda", "NVIDIA V100", 1e6)) == (config, None)
+    assert resolve_layout(config, named, Devices(4, 4, "cuda", "NVIDIA V100", 1e6)) == (config, None)
     assert config.parallel.named_layout_fields == ("parallel.tensor",)
     assert RECORD not in "\n".join(choice_lines(choice))
 
@@ -64,10 +56,10 @@ def test_the_ranks_of_a_job_choose_nothing_and_keep_the_record() -> None:
 def test_a_layout_that_ranks_have_begun_with_is_not_chosen_again() -> None:
     """After a damaged checkpoint the start is prepared again, in the process groups of the first layout."""
     config, named = auto("parallel.tensor=2")
-    chosen, _ = settled(config, named, H100)
+    chosen, _ = resolve_layout(config, named, H100)
     other = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 24})})
-    kept, all_named = kept_layout(other, named, chosen)
-    after, choice = settled(kept, all_named, H100)
+    kept, all_named = with_layout_of(chosen, other, named)
+    after, choice = resolve_layout(kept, all_named, H100)
     assert choice is None and after == kept and after.train.global_batch_size == 24
     assert after.parallel == chosen.parallel and after.deepspeed == chosen.deepspeed
     assert after.train.micro_batch_size == chosen.train.micro_batch_size
@@ -85,7 +77,7 @@ def test_a_named_layout_that_does_not_fit_is_refused_or_said_not_to_fit() -> Non
     config, named = auto(*ALL, preset="gpt2-xl")
     assert named.on_command_line >= set(FIELDS)
     with pytest.raises(ConfigError, match="no layout fits"):
-        settled(config, named, H100)
+        resolve_layout(config, named, H100)
     config = load_config("gpt2-xl", overrides=["train.global_batch_size=256", *ALL])
     text = " ".join(plan_report(config, batch_plan(config, 4), None, H100).split())
     assert "it does not fit: " in text and "GiB of tensors" in text and "usable" in text
@@ -94,10 +86,10 @@ def test_a_named_layout_that_does_not_fit_is_refused_or_said_not_to_fit() -> Non
 
 
 def test_auto_says_when_it_has_nothing_to_choose() -> None:
-    config, layout = settled(*auto(*ALL[:-2], "train.micro_batch_size=1", ALL[-1]), H100)
+    config, layout = resolve_layout(*auto(*ALL[:-2], "train.micro_batch_size=1", ALL[-1]), H100)
     assert layout is None and config.parallel.named_layout_fields == FIELDS
     assert "has nothing to choose" in plan_report(config, batch_plan(config, 4), None, H100)
-    assert best(config, H100).kept == ()
+    assert best_layout(config, H100).kept == ()
 
 
 @pytest.mark.parametrize(
@@ -115,13 +107,13 @@ def test_the_plan_says_whose_constants_an_unknown_device_gets(name: str, generat
 def test_constants_of_a_device_of_another_kind_are_refused(device: str, kind: str) -> None:
     config = load_config("debug", overrides=[f"cluster.device={device}"])
     with pytest.raises(ConfigError, match=rf"cluster\.device = '{device}': this is for {kind}"):
-        settled(config, Named(), Devices(1, 1, kind))
+        resolve_layout(config, Named(), Devices(1, 1, kind))
 
 
 def test_a_cluster_file_is_read_before_ranks_meet_also_for_a_manual_layout() -> None:
     config = load_config("debug", overrides=["cluster.file=/no/such/file"])
     with pytest.raises(ConfigError, match=r"cluster\.file"):
-        settled(config, Named(), Devices(1, 1, "cpu"))
+        resolve_layout(config, Named(), Devices(1, 1, "cpu"))
 
 
 def test_a_job_names_the_cluster_file_with_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +121,3 @@ def test_a_job_names_the_cluster_file_with_its_whole_path(tmp_path: Path, monkey
     words = with_absolute_paths(["--preset", "debug", "--run-dir", "run", "cluster.file=mine.json"])
     assert words[-1] == f"cluster.file={tmp_path / 'mine.json'}"
     assert with_absolute_paths(["--preset", "debug", "--run-dir", "run", "cluster.file=null"])[-1].endswith("/run")
-
-
-def test_the_memory_of_a_node_is_what_a_job_or_a_container_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = memory_of_node()
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
-    assert memory_of_node() == 100 * 2**20 < whole
-    groups = tmp_path / "sys/fs/cgroup"
-    (groups / "job/step").mkdir(parents=True)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
-    (groups / "job/step/memory.max").write_text("max\n")
-    (groups / "job/memory.max").write_text("4096\n")
-    assert _limits_of_groups(tmp_path) == [4096] and _limits_of_groups(tmp_path / "nothing") == []

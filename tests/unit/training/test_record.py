@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from mlra_scale.console import set_up_logging
 from mlra_scale.training.record import (
     EventLog,
     JsonLines,
     RecordLost,
     cut_record,
-    lost_from,
+    first_lost_step,
     read_record,
     replace_last,
-    write_atomically,
 )
 
 
@@ -33,7 +33,7 @@ def test_lines_are_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
     lines.close()
 
 
-def test_what_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_null_and_the_file_stays_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
     lines.write({"step": 1, "loss": math.nan, "quantiles": {"0.5": math.inf}, "tokens": [(3, -math.inf)]})
@@ -42,9 +42,9 @@ def test_what_is_no_number_is_null_and_the_file_stays_json(tmp_path: Path) -> No
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == expected
 
 
-def test_events_show_what_is_no_number_as_text(tmp_path: Path) -> None:
+def test_events_show_numbers_that_are_not_finite_as_text(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    log.write("stopped", step=7, loss=math.nan, gradient_norm=math.inf)
+    log.event("stopped", step=7, loss=math.nan, gradient_norm=math.inf)
     log.close()
     (event,) = read_record(tmp_path / "events.jsonl")
     assert event.pop("time")
@@ -53,7 +53,7 @@ def test_events_show_what_is_no_number_as_text(tmp_path: Path) -> None:
 
 def test_a_file_that_forgets_writes_nothing(tmp_path: Path) -> None:
     JsonLines(None).write({"step": 1})
-    EventLog(None).write("start")
+    EventLog(None).event("start")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +74,7 @@ def test_a_record_whose_end_was_taken_away_is_noticed(
     recorded: Sequence[int], step: int, log_every: int, first: int | None
 ) -> None:
     records = [{"step": 0, "tev_mean": 0.1}, *({"step": number, "loss": 1.0} for number in recorded)]
-    assert lost_from(records, step, log_every) == first
+    assert first_lost_step(records, step, log_every) == first
 
 
 def test_cut_removes_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_line_that_was_cut_short_does_not_spoil_the_next(tmp_path: Path) -> No
     for whole in ("", '{"event": "start"}\n'):
         path.write_text(whole + '{"event": "stop')
         log = EventLog(path)
-        log.write("resume")
+        log.event("resume")
         log.close()
         found = [event["event"] for event in read_record(path)]
         assert found == [*(["start"] if whole else []), "resume"]
@@ -118,21 +118,9 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
         read_record(path)
 
 
-def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "latest"
-    write_atomically(path, "step-1\n")
-
-    def fail(*args: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "step-2\n")
-    assert path.read_text() == "step-1\n"
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_does_not_end_the_run_and_loses_nothing_silently(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(0)
     lines = JsonLines(Path("/dev/full"))
     for step in (1, 2):
         lines.write({"step": step})
@@ -162,6 +150,7 @@ def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """NFS reports a full disk there, and the system forgets what it could not write."""
+    set_up_logging(0)
     path, fsync = tmp_path / "metrics.jsonl", os.fsync
     lines = JsonLines(path)
     lines.write({"step": 1})
@@ -174,12 +163,14 @@ def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        patch.setattr(lines, "check", lambda: None)
+        patch.setattr(lines, "_check", lambda: None)
         lines.sync()
         lines.write({"step": 3})
         lines.sync()
     told = capsys.readouterr().err
-    assert told == f"{path} cannot be written ({os.strerror(code)}); its lines are kept until it can\n", "once"
+    assert (
+        told == f"WARNING (rank 0): {path} cannot be written ({os.strerror(code)}); its lines are kept until it can\n"
+    ), "once"
     assert os.fsync is fsync
     lines.sync()
     lines.close()
@@ -189,6 +180,7 @@ def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
 def test_lines_that_are_lost_in_the_end_are_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    set_up_logging(0)
     lines = JsonLines(tmp_path / "metrics.jsonl")
 
     def refuse(descriptor: int) -> None:
@@ -204,7 +196,7 @@ def test_many_lines_do_not_wait_for_a_checkpoint_to_be_on_disk(tmp_path: Path) -
     lines = JsonLines(tmp_path / "metrics.jsonl")
     for step in range(3):
         lines.write({"step": step, "text": "x" * 700_000})
-    assert len(lines._written) < 1_500_000, "they are in memory too"
+    assert len(lines._unsynced) < 1_500_000, "they are in memory too"
     lines.close()
     assert len(read_record(tmp_path / "metrics.jsonl")) == 3
 
@@ -255,15 +247,3 @@ def test_the_last_line_is_replaced_at_once(tmp_path: Path) -> None:
     write(path, [0, 5])
     replace_last(path, {"step": 5, "loss": math.nan, "validation_loss": 2.0})
     assert read_record(path)[1:] == [{"step": 5, "loss": None, "validation_loss": 2.0}]
-
-
-def test_a_file_that_cannot_be_written_is_named_and_not_its_temporary_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="No space left on device") as refused:
-        write_atomically(tmp_path / "config.yaml", "train: {}")
-    assert refused.value.filename == str(tmp_path / "config.yaml")

@@ -1,37 +1,36 @@
 """The three classes of fields: what a resumed run takes, keeps and refuses."""
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlra_scale.config import Config, Named, batch_plan, load_config, load_named_config
-from mlra_scale.training.candidates import Choice
+from mlra_scale.config import Config, Named, load_config, load_named_config
 from mlra_scale.training.resume import (
-    CHANGE_WHAT_IS_USUAL,
     FREE,
     NAMED,
+    RESETS_GUARD_STATISTICS,
     Change,
-    Comparison,
+    ConfigComparison,
+    History,
     compare,
     compare_model,
     flat,
     is_in,
     nested,
 )
-from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.start import Start
+from mlra_scale.training.start.request import ResumePoint
 
 WITH_DATA = ["data.path=d"]
 
 
-def compared(was: list[str], now: list[str], file: frozenset[str] = frozenset()) -> Comparison:
+def compared(was: list[str], now: list[str], file: frozenset[str] = frozenset()) -> ConfigComparison:
     """A run of `was`, resumed as `now`; fields of `file` come from the config file instead of the command line."""
     config, named = load_named_config("debug", overrides=[*WITH_DATA, *now])
     named = Named(named.on_command_line - file, file)
     return compare(config, named, load_config("debug", overrides=[*WITH_DATA, *was]))
 
 
-def changes(comparison: Comparison) -> dict[str, tuple[object, object]]:
+def changes(comparison: ConfigComparison) -> dict[str, tuple[object, object]]:
     return {change.field: (change.was, change.now) for change in comparison.changes}
 
 
@@ -155,10 +154,35 @@ def test_weights_to_begin_with_need_the_same_architecture_only() -> None:
     ("field", "expected"),
     [("data.blend", True), ("train.global_batch_size", True), ("optim.lr", False), ("data.path", False)],
 )
-def test_which_changes_are_expected_to_move_the_loss(tmp_path: Path, field: str, expected: bool) -> None:
-    config = load_config("debug")
-    start = Start(
-        config, batch_plan(config, 1), RunDirectory(tmp_path), Choice(None), changes=(Change(field, None, 1),)
-    )
-    assert start.changes_what_is_usual is expected
-    assert all(is_in(NAMED, name) for name in CHANGE_WHAT_IS_USUAL), "others never change"
+def test_which_changes_reset_the_statistics_of_the_guard(field: str, expected: bool) -> None:
+    assert ResumePoint(changes=(Change(field, None, 1),)).resets_guard_statistics is expected
+    assert all(is_in(NAMED, name) for name in RESETS_GUARD_STATISTICS), "others never change"
+
+
+LR, BATCH = Change("optim.lr", 1e-3, 3e-4), Change("train.global_batch_size", 8, 16)
+
+
+def test_changes_follow_each_other_and_survive_a_checkpoint() -> None:
+    history = History().followed_by([LR], 10).followed_by([], 15).followed_by([BATCH], 20)
+    again = History.of({"history": history.to_dict()}, 25)
+    assert again == history and again.changes == ((10, LR), (20, BATCH)) and again.known_from == 0
+
+
+def test_what_changes_before_the_first_step_is_no_change() -> None:
+    assert History().followed_by([LR], 0) == History()
+
+
+def test_after_a_rollback_the_steps_have_the_present_settings() -> None:
+    history = History().followed_by([LR], 10).followed_by([BATCH], 20).after_rollback_to(15)
+    assert history.changes == ((10, LR), (15, BATCH))
+
+
+def test_an_old_checkpoint_does_not_know() -> None:
+    history = History.of({"progress": {"step": 7}}, 7).followed_by([LR], 7)
+    assert history.known_from == 7 and history.changes == ((7, LR),)
+
+
+@pytest.mark.parametrize("stored", [[], {"changes": [{}]}, {"changes": 3}, {"changes": [], "known_from": "x"}])
+def test_a_garbled_history_is_an_error(stored: Any) -> None:
+    with pytest.raises(ValueError, match="not a history of changes"):
+        History.of({"history": stored}, 3)

@@ -7,7 +7,7 @@ import pytest
 
 from mlra_scale.config import Named
 from mlra_scale.data.mix import DataIdentity, Mix
-from mlra_scale.training.resumed_data import DataComparison, DataHistory, compare_data
+from mlra_scale.training.start.resume_choice import DataComparison, DataHistory, compare_data
 
 NOTHING, BLEND = Named(), Named(frozenset({"data.blend"}))
 
@@ -73,7 +73,7 @@ def test_data_that_nobody_asked_for_are_refused(now: DataIdentity, field: str, p
     assert len(result.mixes) == 1 and result.changes == []
 
 
-def test_lost_data_sets_and_weights_are_told() -> None:
+def test_missing_data_sets_and_other_weights_are_reported() -> None:
     was = identity({"a": 0.5, "b": 0.5})
     (problem,) = compared(was, identity({"a": 0.5})).problems
     assert problem.field == "data set 2" and "reads b" in problem.remedy
@@ -100,7 +100,7 @@ def test_validation_data_stay(was: str | None, now: str | None) -> None:
     assert [problem.field for problem in result.problems] == ["data.validation_path"]
 
 
-def test_the_history_survives_json_and_damage_is_told() -> None:
+def test_the_history_survives_json_and_damage_is_an_error() -> None:
     history = DataHistory.of(identity({"a": 1}, validation="v"), [identity({"a": 1}).mix])
     assert DataHistory.from_dict(history.to_dict()) == history
     damages: list[dict[str, object]] = [{}, {"mixes": None}, {"mixes": [{}], "validation": None, "tokenizer": None}]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mlra_scale.config import Config, ConfigError, load_config, preset
+from mlra_scale.console import set_up_logging
 from mlra_scale.training.resume import read_stored
-from mlra_scale.training.rollbacks import read_rollbacks, write_rollbacks
-from mlra_scale.training.run_directory import RunDirectory, held
+from mlra_scale.training.run_directory import RunDirectory, run_lock
 
 
 def test_the_stored_configuration_loads_back_equal(tmp_path: Path) -> None:
@@ -24,8 +24,8 @@ def test_the_stored_configuration_loads_back_equal(tmp_path: Path) -> None:
         (b"[" * 5000, "nested too deeply"),
         (b"\xff", "is not UTF-8 text (byte 0)"),
         (b"a: &x [1]\nb: [*x, *x]", "aliases"),
-        (b"version: 3\n", "version = 3: the file was written by a newer program"),
-        (b"version: x\n", "version = 'x': must be a whole number from 1 to 2"),
+        (b"version: 4\n", "version = 4: the file was written by a newer program"),
+        (b"version: x\n", "version = 'x': must be a whole number from 1 to 3"),
         (b'"\\x1b[2J": 1\n', r"\x1b[2J = 1: unknown key"),
         (b"a: \x1b\n", "special characters are not allowed"),
         (b"- " * 400, "model = None: is required|nested|must be a mapping"),
@@ -49,7 +49,7 @@ def test_a_damaged_configuration_is_one_error_that_names_the_file(tmp_path: Path
 def test_a_configuration_of_version_1_is_read(tmp_path: Path) -> None:
     """Commit 3a017c2 wrote none."""
     text = preset("debug").to_yaml()
-    assert text.startswith("version: 2\n")
+    assert text.startswith("version: 3\n")
     (tmp_path / "config.yaml").write_text(text.partition("\n")[2])
     assert read_stored(tmp_path / "config.yaml") == preset("debug") == load_config(config_file=tmp_path / "config.yaml")
 
@@ -59,13 +59,13 @@ ROLLBACK: dict[str, Any] = {"step": 9, "to_step": 4, "skipped_from": 3, "skipped
 
 
 def test_rollbacks_are_read_with_and_without_a_version(tmp_path: Path) -> None:
-    file = tmp_path / "guard.json"
-    assert read_rollbacks(file) == ()
-    write_rollbacks(file, [ROLLBACK])
+    run, file = RunDirectory(tmp_path), tmp_path / "guard.json"
+    assert run.read_rollbacks() == ()
+    run.write_rollbacks([ROLLBACK])
     assert json.loads(file.read_text()) == {"version": 2, "rollbacks": [ROLLBACK]}
-    assert read_rollbacks(file) == (ROLLBACK,)
+    assert run.read_rollbacks() == (ROLLBACK,)
     file.write_text(json.dumps({"rollbacks": [ROLLBACK]}))
-    assert read_rollbacks(file) == (ROLLBACK,)
+    assert run.read_rollbacks() == (ROLLBACK,)
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def test_a_damaged_record_of_the_guard_is_named(tmp_path: Path, content: str) ->
     file = tmp_path / "guard.json"
     file.write_text(content)
     with pytest.raises(ValueError) as caught:
-        read_rollbacks(file)
+        RunDirectory(tmp_path).read_rollbacks()
     assert str(caught.value).startswith(str(file)) and str(caught.value).isprintable()
 
 
 def test_where_a_branch_began_is_noted(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create(preset("debug"), run.checkpoints / "step-00000010")
-    assert run.source() is None, "its own checkpoint"
+    assert run.origin() is None, "its own checkpoint"
     run.create(preset("debug"), tmp_path / "other run" / "checkpoints" / "step-00000010")
-    assert run.source() == tmp_path / "other run" / "checkpoints" / "step-00000010"
+    assert run.origin() == tmp_path / "other run" / "checkpoints" / "step-00000010"
 
 
 def test_a_run_that_begins_anew_began_nowhere_else(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_run_that_begins_anew_began_nowhere_else(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create(preset("debug"), tmp_path / "other run" / "checkpoints" / "step-00000010")
     run.create(preset("debug"))
-    assert run.source() is None
+    assert run.origin() is None
 
 
 def test_a_directory_on_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,26 +113,27 @@ def test_a_directory_on_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pyte
     for name in ("mkdir", "write"):
         with monkeypatch.context() as system:
             system.setattr(os, name, refuse)
-            with pytest.raises(ConfigError, match="No space left on device"), held(RunDirectory(tmp_path / name)):
+            with pytest.raises(ConfigError, match="No space left on device"), run_lock(RunDirectory(tmp_path / name)):
                 pytest.fail("held")
 
 
-def test_a_held_directory_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:
+def test_a_locked_directory_refuses_others_until_it_is_unlocked(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "new" / "run")
-    with held(run):
+    with run_lock(run):
         assert not run.holds_a_run()
-        with pytest.raises(ConfigError, match=f"another run is at work here .process {os.getpid()} on"), held(run):
+        with pytest.raises(ConfigError, match=f"another run is at work here .process {os.getpid()} on"), run_lock(run):
             pass
-    with held(run):
+    with run_lock(run):
         pass
 
 
-def test_a_file_system_without_locks_is_told_and_used(
+def test_a_file_system_without_locks_is_reported_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with held(RunDirectory(tmp_path)):
-        assert "cannot be locked (No locks available)" in capsys.readouterr().out
+    set_up_logging(0)
+    with run_lock(RunDirectory(tmp_path)):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 
 from mlra_scale.checkpoint.huggingface.exporting import VerificationText
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.checkpoint.writer import write_weights
+from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.config import ModelConfig
 from mlra_scale.data.tokenizer import save_tokenizer
 from mlra_scale.model.parameters import vector_name

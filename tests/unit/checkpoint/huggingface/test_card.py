@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.card import model_card
 from mlra_scale.checkpoint.reader import Store
 

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from mlra_scale.checkpoint.errors import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText, WrittenTokenizer, check_tokenizer, write_tokenizer
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.config import ModelConfig

@@ -11,20 +11,19 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from mlra_scale.checkpoint.errors import CheckpointError
-from mlra_scale.checkpoint.files import entry_of
+from mlra_scale.checkpoint.files import CheckpointError, entry_of
 from mlra_scale.checkpoint.huggingface import exporting
+from mlra_scale.checkpoint.huggingface.configuration import model_from_store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
-from mlra_scale.checkpoint.huggingface.loading import model_from_store
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
-from mlra_scale.checkpoint.huggingface.verification import Comparison, Verification, VerificationError
+from mlra_scale.checkpoint.huggingface.verification import LogitComparison, Verification, VerificationError
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.checkpoint.writer import write_weights
+from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
-from mlra_scale.model.reference import ReferenceGPT
 from tests.support.gpt2_folders import gpt2_folder, tokenizer
 from tests.support.oracle import build_reference
+from tests.support.reference import ReferenceGPT
 from tests.unit.checkpoint.huggingface.builders import (
     ONLY_MLRA,
     VARIANTS,
@@ -143,9 +142,8 @@ def test_an_embedding_that_is_scaled_in_the_wrong_place_fails(
 ) -> None:
     source = checkpoint(tmp_path / "checkpoint", "embedding-scale", has_tokenizer=False)
     name = "wte.weight" if fault == "embedding.weight" else fault
-    original, wrong = exporting.export_tensors, 32**-0.5 if name == "wte.weight" else 32**0.5
-    scaled = changed(name, lambda tensor: tensor * wrong)
-    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: scaled(original(*arguments)))
+    wrong = 32**-0.5 if name == "wte.weight" else 32**0.5
+    spoil(monkeypatch, changed(name, lambda tensor: tensor * wrong))
     with pytest.raises(VerificationError, match="its logits"):
         export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
 
@@ -169,28 +167,24 @@ def test_the_card_names_the_options(tmp_path: Path) -> None:
     assert "options" not in (tmp_path / "other" / "README.md").read_text()
 
 
-def test_dense_weights_are_exported_bit_by_bit(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "checkpoint", "dense")
-    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
-    ours = weights("dense")
+@pytest.mark.parametrize("variant", ["dense", "mlra"])
+def test_dense_weights_are_exported_bit_by_bit_and_factors_merged_in_float64(tmp_path: Path, variant: str) -> None:
+    export_checkpoint(
+        checkpoint(tmp_path / "checkpoint", variant), tmp_path / "out", ExportOptions("gpt2"), random_text()
+    )
+    ours = weights(variant)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt" and "lm_head.weight" not in file.keys()  # noqa: SIM118
-        fused = file.get_tensor("transformer.h.1.attn.c_attn.weight")
-        expected = torch.cat([ours[f"blocks.1.attention.{name}.weight"] for name in "qkv"]).T
-        assert torch.equal(fused, expected)
+        fused = file.get_tensor("transformer.h.1.attn.c_attn.weight").T.chunk(3)
+        for matrix, name in zip(fused, "qkv", strict=True):
+            prefix = f"blocks.1.attention.{name}"
+            if variant == "dense":
+                assert torch.equal(matrix, ours[f"{prefix}.weight"])
+            else:
+                up, down = (ours[f"{prefix}.{part}.weight"].double() for part in ("up", "down"))
+                assert torch.equal(matrix, (up @ down).float())
         embedding = file.get_tensor("transformer.wte.weight")
         assert torch.equal(embedding, ours["embedding.weight"][: tokenizer().vocabulary_size])
-
-
-def test_factors_are_merged_in_float64(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "checkpoint", "mlra")
-    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
-    ours = weights("mlra")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        for place, name in enumerate("qkv"):
-            up, down = (ours[f"blocks.2.attention.{name}.{part}.weight"].double() for part in ("up", "down"))
-            merged = file.get_tensor("transformer.h.2.attn.c_attn.weight").T.chunk(3)[place]
-            assert torch.equal(merged, (up @ down).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -290,6 +284,12 @@ def changed(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     return apply
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[ExportTensor]], list[ExportTensor]]) -> None:
+    """Changes the tensors that are written."""
+    original = exporting.export_tensors
+    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: change(original(*arguments)))
+
+
 FAULTS = {
     "q and k swapped": swap_q_and_k,
     "a bias forgotten": changed("h.1.attn.c_attn.bias", torch.zeros_like),
@@ -307,22 +307,15 @@ FAULTS = {
 def test_what_is_not_the_trained_model_fails_and_leaves_nothing(
     tmp_path: Path, store: Store, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = exporting.export_tensors
-    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: FAULTS[fault](original(*arguments)))
+    spoil(monkeypatch, FAULTS[fault])
     with pytest.raises(VerificationError, match=r"its logits are not the trained model's: .* \(bound 0\.0001\)"):
         export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    if fault in ("q and k swapped", "tokens shifted", "a bias forgotten", "not numbers"):
+        with pytest.raises(VerificationError, match="its logits"):
+            export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.bfloat16), random_text())
     assert not files_of(tmp_path)
     export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), None)  # the user's own risk
     assert "model.safetensors" in files_of(tmp_path / "out")
-
-
-@pytest.mark.parametrize("fault", ["q and k swapped", "tokens shifted", "a bias forgotten", "not numbers"])
-def test_they_fail_in_16_bits_too(tmp_path: Path, store: Store, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = exporting.export_tensors
-    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: FAULTS[fault](original(*arguments)))
-    with pytest.raises(VerificationError, match="its logits"):
-        export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.bfloat16), random_text())
-    assert not files_of(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["activation", "epsilon"])
@@ -373,13 +366,12 @@ def test_a_weight_that_changes_on_disk_fails(
 def test_a_missing_or_unknown_tensor_fails(
     tmp_path: Path, store: Store, export_format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = exporting.export_tensors
-    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: original(*arguments)[:-1])
-    with pytest.raises(VerificationError, match="missing_keys"):
-        export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
     extra = ExportTensor("extra.weight", (1,), lambda: torch.ones(1))
-    monkeypatch.setattr(exporting, "export_tensors", lambda *arguments: [*original(*arguments), extra])
-    with pytest.raises(VerificationError, match="unexpected_keys"):
+    with monkeypatch.context() as patch, pytest.raises(VerificationError, match="missing_keys"):
+        spoil(patch, lambda tensors: tensors[:-1])
+        export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
+    with monkeypatch.context() as patch, pytest.raises(VerificationError, match="unexpected_keys"):
+        spoil(patch, lambda tensors: [*tensors, extra])
         export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
 
 
@@ -392,23 +384,12 @@ def test_an_export_is_replaced_only_on_request_and_by_a_good_one(
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     with pytest.raises(CheckpointError, match="give --force to replace it"):
         export_checkpoint(store, target, ExportOptions("mlra"), random_text())
-    original = exporting.export_tensors
-    with monkeypatch.context() as patch:
-        patch.setattr(exporting, "export_tensors", lambda *arguments: swap_q_and_k(original(*arguments)))
-        with pytest.raises(VerificationError):
-            export_checkpoint(store, target, ExportOptions("gpt2", is_replacing=True), random_text())
+    with monkeypatch.context() as patch, pytest.raises(VerificationError):
+        spoil(patch, swap_q_and_k)
+        export_checkpoint(store, target, ExportOptions("gpt2", is_replacing=True), random_text())
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     export_checkpoint(store, target, ExportOptions("mlra", is_replacing=True), random_text())
     assert "modeling_mlra.py" in files_of(target) and files_of(tmp_path) == {"out"}
-
-
-def test_an_export_is_replaced_where_folders_cannot_change_places(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "_exchanged", lambda one, other: False)
-    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
-    export_checkpoint(store, tmp_path / "out", ExportOptions("mlra", is_replacing=True), random_text())
-    assert "modeling_mlra.py" in files_of(tmp_path / "out") and files_of(tmp_path) == {"out"}
 
 
 def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> None:
@@ -433,25 +414,16 @@ def test_a_weight_that_a_type_cannot_hold_is_told(
 ) -> None:
     """The last position: no text of the verification comes there."""
 
-    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+    def beyond(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
         tensor[-1, 0] = sign * 7e4
         return tensor
 
-    original = exporting.export_tensors
-    monkeypatch.setattr(exporting, "export_tensors", lambda *of: changed("wpe.weight", spoil)(original(*of)))
+    spoil(monkeypatch, changed("wpe.weight", beyond))
     with pytest.raises(CheckpointError, match=r"wpe\.weight has values beyond 65504, where torch\.float16 ends"):
         export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.float16), None)
     assert not files_of(tmp_path)
     export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2", torch.bfloat16), None)
-
-
-def test_the_rest_of_a_killed_export_is_cleared_away(tmp_path: Path, store: Store) -> None:
-    rest = tmp_path / ".out.unfinished"
-    (rest / "folder").mkdir(parents=True)
-    (rest / "model-00001-of-00009.safetensors").write_bytes(b"half")
-    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
-    assert "model-00001-of-00009.safetensors" not in files_of(tmp_path / "out") and files_of(tmp_path) == {"out"}
 
 
 def test_two_exports_to_one_place_do_not_meet(tmp_path: Path, store: Store) -> None:
@@ -490,7 +462,7 @@ def test_text_that_the_model_cannot_read_is_refused(
 def test_the_figures_of_a_comparison() -> None:
     expected = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, -12.0]])
     actual = expected + torch.tensor([[0.0, 0.0, 0.03], [0.0, -0.04, 0.0]])
-    comparison = Comparison()
+    comparison = LogitComparison()
     comparison.add(expected, actual, torch.tensor([2, 0]))
     p, q = expected.double().softmax(-1), actual.double().softmax(-1)
     assert comparison.max_difference == pytest.approx(0.04) and comparison.largest_logit == 12.0

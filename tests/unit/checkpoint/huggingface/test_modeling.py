@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
-from mlra_scale.model.reference import ReferenceGPT
 from tests.parity.test_reference import HEADS, HIDDEN, LAYERS, POSITIONS, RANK, VOCAB, make_huggingface, make_reference
+from tests.support.reference import ReferenceGPT
 
 FACTORISED = [(), ("q", "k", "v"), ("q", "k", "v", "o"), ("v",), ("k", "o")]
 # QK-norm and scaled embeddings, as the oracle and as the shipped configuration have them.

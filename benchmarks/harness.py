@@ -1,0 +1,183 @@
+"""What benchmarks share: the command line, the environment, ratios, tables, and the report as a JSON file.
+
+A report says what was run, when, at which commit and on what, and has tables. A cell of a table is a text, a number, or
+the spread of a ratio. `python -m benchmarks.render FILE ...` prints the tables of reports.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mlra_scale.console import table as text_table
+from mlra_scale.files import write_atomically
+from mlra_scale.study.provenance import hardware, versions
+from mlra_scale.training.record import commit
+
+Thing = TypeVar("Thing")
+Value = str | int | float | None | dict[str, float]
+
+
+@dataclass
+class Table:
+    """A table of a report.
+
+    Attributes:
+        title: What it shows, and in which units.
+        headers: One text per column.
+        rows: As many cells each.
+        note: What is said below it.
+    """
+
+    title: str
+    headers: list[str]
+    rows: list[list[Value]]
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """The result of one run of a benchmark.
+
+    Attributes:
+        command: The command line.
+        date: Day of the run (UTC).
+        commit: Commit of the code; None outside of git.
+        environment: Hardware and versions.
+        tables: What was measured.
+        numbers: Every time and value that the tables were made from.
+    """
+
+    command: str
+    date: str
+    commit: str | None
+    environment: dict[str, Any]
+    tables: list[Table] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, name: str, words: Sequence[str], device: str) -> "Report":
+        """Returns an empty report of a run that begins now, and prints the environment."""
+        environment = environment_of(device)
+        print("\n".join(f"{key}: {value}" for key, value in environment.items()), flush=True)
+        command = " ".join(["python -m", name, *words])
+        return cls(command, f"{datetime.now(UTC):%Y-%m-%d}", commit(), environment)
+
+    def add(self, table: Table) -> None:
+        """Adds a table and prints it."""
+        self.tables.append(table)
+        print(f"\n{text_of(table)}", flush=True)
+
+    def write(self, file: Path | None) -> None:
+        """Writes the report; a reader sees the previous file or the new one, never a part."""
+        if file is None:
+            return
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        target = file.resolve()
+        if target.exists() and not target.is_file():
+            target.write_text(text)  # a pipe or a device is not replaced by a file
+        else:
+            write_atomically(target, text)
+
+
+def environment_of(device: str) -> dict[str, Any]:
+    """Returns what numbers are measured on."""
+    machine, found = hardware(), {**versions(), "transformers": version("transformers")}
+    name = torch.cuda.get_device_name() if device == "cuda" else machine["cpu"]
+    return {
+        "device": f"{device} ({name})",
+        "threads": f"{torch.get_num_threads()} of {machine['cores']} cores",
+        "load average at start": f"{os.getloadavg()[0]:.1f}",
+        "versions": ", ".join(f"{name} {number}" for name, number in found.items()),
+    }
+
+
+def parser_of(module: str, description: str, rounds: int) -> argparse.ArgumentParser:
+    """Returns the parser of a benchmark, with --quick, --rounds and --json."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: shows that it runs")
+    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help="2 or more (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line; ends the program with exit code 2 and a reason before anything is measured.
+
+    Returns:
+        The values; `rounds` is 2 with --quick.
+    """
+    arguments = parser.parse_args(words)
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+    if getattr(arguments, "threads", 1) < 1:
+        parser.error(f"--threads {arguments.threads}: at least 1")
+    file: Path | None = arguments.json
+    if file is not None and file.is_dir():
+        parser.error(f"--json {file}: this is a folder; name a file, for example {file / 'report.json'}")
+    if file is not None and not file.parent.is_dir():
+        parser.error(f"--json {file}: there is no folder {file.parent}; create it, or name a file elsewhere")
+    arguments.rounds = 2 if arguments.quick else arguments.rounds
+    return arguments
+
+
+def words_of(argv: Sequence[str] | None) -> list[str]:
+    """Returns the words of the command line."""
+    return list(sys.argv[1:] if argv is None else argv)
+
+
+def rotated(things: Sequence[Thing], turn: int) -> list[Thing]:
+    """Returns the order of a round: each begins one further along, so that nothing is always the first."""
+    shift = turn % len(things)
+    return [*things[shift:], *things[:shift]]
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Returns median, quartiles and extremes of the ratios round by round."""
+    values = sorted(above / below for above, below in zip(numerators, denominators, strict=True))
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "lower": low, "upper": high, "min": values[0], "max": values[-1]}
+
+
+def scaled(ratio: Mapping[str, float], factor: float) -> dict[str, float]:
+    """Returns a spread times a factor, for example in percent."""
+    return {name: factor * value for name, value in ratio.items()}
+
+
+def median_of(seconds: Sequence[float], factor: float = 1.0) -> float:
+    """Returns the median times a factor."""
+    return factor * statistics.median(seconds)
+
+
+def cell_text(cell: Any) -> str:
+    """Returns a cell as text; a spread as median [quartiles] (extremes)."""
+    if cell is None:
+        return ""
+    if isinstance(cell, Mapping):
+        return "{median:.3f} [{lower:.3f} {upper:.3f}] ({min:.3f} {max:.3f})".format(**cell)
+    if isinstance(cell, float):
+        return f"{cell:,.1f}" if abs(cell) >= 1000 else f"{cell:.5g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def text_of(table: Table) -> str:
+    """Returns a table as plain text."""
+    rows = [list(map(cell_text, row)) for row in table.rows]
+    parts = [table.title, "", text_table(table.headers, rows, width=None), *([table.note] if table.note else [])]
+    return "\n".join(parts)
+
+
+def seconds_of(action: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Returns the seconds that an action takes."""
+    begin = clock()
+    action()
+    return clock() - begin

@@ -1,0 +1,1 @@
+"""The command line: `mlra-scale COMMAND ...`, one file per command; tools/*.py run the same commands."""

@@ -1,0 +1,143 @@
+"""`mlra-scale evaluate`: measures a model's perplexity on text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.options import count, json_output, text_fields, trained_model
+
+if TYPE_CHECKING:
+    from mlra_scale.data.tokenizer import LoadedTokenizer
+    from mlra_scale.evaluation.perplexity import Document
+
+EXAMPLES = """examples:
+  PROG runs/first --data data/python-docs
+  PROG exported/first --text book.txt --stride 256
+  PROG gpt2 --text 'test/*.jsonl' --field text --dtype bfloat16 --batch-size 8 --json
+
+Each document is scored by itself: no context crosses from one to the next. A .txt file is one document, so is each
+line of a .jsonl file and each document of prepared data. docs/evaluation.md has the formulas.
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text", nargs="+", metavar="SOURCE", help="files, folders, globs, as prepare_data.py has them"
+    )
+    source.add_argument("--data", type=Path, metavar="FOLDER", help="a folder made by prepare_data.py")
+    add = parser.add_argument
+    add("--split", help="of --data: train or validation (default); of Hugging Face data sets: default test")
+    add("--window", type=count, metavar="N", help="tokens of a window (default: the model's positions)")
+    add("--stride", type=count, metavar="N", help="distance of the windows (default: half a window)")
+    add("--start-token", action="store_true", help="score first tokens too, after the token that ends documents")
+    add("--join", action="store_true", help="one stream of all documents, each ended by its token, as in training")
+    add("--max-tokens", type=count, metavar="N", help="stop after N tokens of text")
+    add("--batch-size", type=count, default=1, metavar="N", help="windows that pass the model at once (default: 1)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mlra_scale.checkpoint.files import CheckpointError
+    from mlra_scale.data import DataError
+    from mlra_scale.evaluation import EvaluationError
+
+    try:
+        content = _measure(options)
+    except (CheckpointError, DataError, EvaluationError) as error:
+        return refuse("evaluate", error)
+    print(json.dumps(content) if options.json else _as_text(content))
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Opens model and text and scores it; returns the figures."""
+    from mlra_scale.evaluation.models import open_model
+    from mlra_scale.evaluation.perplexity import checked_window, perplexity
+
+    opened = open_model(options.model, options.dtype, options.device, options.trust_remote_code)
+    loaded = opened.tokenizer(options.tokenizer)
+    window, stride = checked_window(opened, options.window, options.stride)
+    start = loaded.end_of_document_token if options.start_token else None
+    began = time.monotonic()
+    found = perplexity(opened, _documents(options, loaded), window, stride, options.batch_size, start)
+    seconds = time.monotonic() - began
+    return {
+        "model": str(opened.path),
+        "text": [str(options.data)] if options.data else options.text,
+        "documents": found.num_documents,
+        "tokens_scored": found.num_tokens,
+        "words": found.num_words,
+        "bytes": found.num_bytes,
+        "negative_log_likelihood": found.negative_log_likelihood,
+        "loss": found.loss,
+        "token_perplexity": _finite(found.token_perplexity),
+        "word_perplexity": _finite(found.word_perplexity),
+        "bits_per_byte": _finite(found.bits_per_byte),
+        "window": window,
+        "stride": stride,
+        "start_token": options.start_token,
+        "joined": options.join,
+        "dtype": options.dtype,
+        "device": opened.module.device.type,
+        "seconds": seconds,
+    }
+
+
+def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable[Document]:
+    from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, joined
+
+    def note(line: str) -> None:
+        print(f"evaluate: {line}", file=sys.stderr)
+
+    encoder = PieceEncoder(loaded, options.max_tokens)
+    if options.data:
+        documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, note)
+    else:
+        documents = documents_of_sources(
+            options.text, encoder, options.field, options.split or "test", options.hf_config, note
+        )
+    return [joined(documents, encoder.end_of_document)] if options.join else documents
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity, and the perplexity of a model that knows nothing of long words may be infinite."""
+    return value if math.isfinite(value) else None
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    def number(name: str) -> str:
+        return "too large to write" if content[name] is None else f"{content[name]:.6g}"
+
+    count = content["documents"]
+    rate = content["tokens_scored"] / content["seconds"]
+    windows = f"windows of {content['window']} tokens, stride {content['stride']}"
+    return "\n".join(
+        [
+            f"{content['model']} on {' '.join(content['text'])}",
+            f"  token perplexity {number('token_perplexity')}   (loss {content['loss']:.6g} nats per token)",
+            f"  word perplexity  {number('word_perplexity')}",
+            f"  bits per byte    {number('bits_per_byte')}",
+            f"  {count:,} document{'s' * (count != 1)}: {content['tokens_scored']:,} tokens scored, "
+            f"{content['words']:,} words, {content['bytes']:,} bytes",
+            f"  {windows}, {content['dtype']} on {content['device']}: {content['seconds']:.1f} s, {rate:,.0f} tokens/s",
+        ]
+    )
+
+
+COMMAND = Command(
+    name="evaluate",
+    summary="measure a model's perplexity on text",
+    description="Perplexity per token and per word, and bits per byte, with a sliding window.",
+    examples=EXAMPLES,
+    add_arguments=_add_arguments,
+    run=_run,
+    parents=[trained_model(), text_fields(), json_output()],
+)

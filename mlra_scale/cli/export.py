@@ -1,0 +1,167 @@
+"""`mlra-scale export`: writes a checkpoint as a Hugging Face folder and verifies it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import tempfile
+import warnings
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.options import count
+
+if TYPE_CHECKING:
+    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
+    from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.data.tokenizer import LoadedTokenizer
+
+EXAMPLES = """examples:
+  PROG runs/first exported/first
+  PROG runs/first/checkpoints/step-00000200 exported/first-bf16 --dtype bfloat16
+  PROG runs/first exported/first-mlra --format mlra --text book.txt
+
+exit code: 0 exported (and verified, unless --no-verify), 1 the verification failed, 2 wrong input or a damaged
+checkpoint. With 1 and 2 there is no output folder.
+"""
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory (its newest one)")
+    add("output", type=Path, metavar="OUTPUT", help="the folder to make")
+    add("--format", choices=("gpt2", "mlra"), default="gpt2", help="stock GPT-2 (default), or factors kept and code")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="written type (float32)")
+    add("--tokenizer", metavar="NAME", help="tokenizer folder or name (default: the checkpoint's copy)")
+    add("--text", metavar="FILE", help="verify on this text (default: the run's own validation data)")
+    add("--tokens", type=count, default=1024, metavar="N", help="about how many tokens to verify on (1024)")
+    add("--no-verify", action="store_true", help="do not compare the folder with the checkpoint")
+    add("--no-checksums", action="store_true", help="do not compare the checkpoint's files with their checksums first")
+    add("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest file, as in 500MB (5GB)")
+    add("--force", action="store_true", help="replace the export at OUTPUT, once the new one is verified")
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if not found or found[2].upper() not in UNITS or Fraction(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    return math.ceil(Fraction(found[1]) * UNITS[found[2].upper()])
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Megatron's import warns about libraries that nothing here would use.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from mlra_scale.checkpoint.files import CheckpointError
+    from mlra_scale.checkpoint.huggingface.verification import VerificationError
+    from mlra_scale.data import DataError
+    from mlra_scale.evaluation import EvaluationError
+
+    try:
+        with ExitStack() as stack:
+            _export(options, stack)
+    except (CheckpointError, DataError, EvaluationError) as error:
+        return refuse("export_hf", error)
+    except VerificationError as error:
+        print(f"export_hf: the export failed its verification and was removed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(options: argparse.Namespace, stack: ExitStack) -> None:
+    """Checks the checkpoint, loads the text to verify on, and exports."""
+    from mlra_scale.checkpoint.files import CheckpointError
+    from mlra_scale.checkpoint.huggingface.exporting import DTYPES, ExportOptions, check_target, export_checkpoint
+    from mlra_scale.checkpoint.reader import Store
+    from mlra_scale.checkpoint.retention import checkpoint_at
+
+    check_target(options.output, options.force)
+    store = Store.open(checkpoint_at(options.checkpoint))
+    print(f"checkpoint {store.folder}: {store.manifest.total_bytes / 1e9:.3g} GB in {len(store.manifest.files)} files")
+    if not options.no_checksums and (faults := store.verify()):
+        raise CheckpointError(f"{'; '.join(faults)}; use another checkpoint")
+    tokenizer = _exported_tokenizer(options.tokenizer, store, stack)
+    trained_with = _training_tokenizer(tokenizer, store)
+    text = None if options.no_verify else _text(options, store, trained_with)
+    if trained_with is None:
+        print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
+    settings = ExportOptions(options.format, DTYPES[options.dtype], options.max_shard_size, tokenizer, options.force)
+    export_checkpoint(store, options.output, settings, text, print)
+    print(f"exported to {options.output}" + ("" if text else ", not verified"))
+
+
+def _exported_tokenizer(name: str | None, store: Store, stack: ExitStack) -> Path | None:
+    """Converts the tokenizer, named or imported, to a Hugging Face folder; None: the checkpoint's copy will do."""
+    from mlra_scale.data.tokenizer import load_tokenizer, names_its_end, save_tokenizer
+    from mlra_scale.evaluation.models import check_same_tokens
+
+    own = store.tokenizer_folder
+    # An imported one may be vocab.json and merges.txt alone, or leave its eos token to GPT-2's class.
+    if name is None and (own is None or names_its_end(own)):
+        return None
+    loaded = load_tokenizer([name or str(own)])
+    if name is not None and own is not None:
+        check_same_tokens(loaded, own)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
+    save_tokenizer(loaded, folder)
+    return folder
+
+
+def _training_tokenizer(named: Path | None, store: Store) -> LoadedTokenizer | None:
+    """Loads the tokenizer of the training: the checkpoint's own copy, or the named one where there is none."""
+    from mlra_scale.checkpoint.huggingface.exporting import recorded_tokenizer
+    from mlra_scale.data.tokenizer import load_tokenizer
+    from mlra_scale.evaluation.verification_text import check_checksum
+
+    folder = store.tokenizer_folder or named
+    if folder is None:
+        return None
+    loaded = load_tokenizer([str(folder)])
+    check_checksum(loaded, recorded_tokenizer(store))
+    return loaded
+
+
+def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokenizer | None) -> VerificationText:
+    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
+    from mlra_scale.evaluation import EvaluationError
+    from mlra_scale.evaluation.verification_text import (
+        documents_of_sequences,
+        text_tokens,
+        validation_documents,
+        validation_tokens,
+    )
+
+    if options.text is None:
+        if store.config is None:
+            raise EvaluationError(
+                f"{store.folder} was not trained by this project, so it names no validation data; name a text to "
+                "verify on with --text, or leave the verification out with --no-verify"
+            )
+        tokens_NS = validation_tokens(store.config, options.tokens)
+        documents = [] if trained_with is None else validation_documents(store.config, trained_with, options.tokens)
+        return VerificationText(tokens_NS, "the run's validation data", tuple(documents))
+    if trained_with is None:
+        raise EvaluationError("--text needs a tokenizer, and the checkpoint has no copy of one; name it (--tokenizer)")
+    length = store.model.max_positions if store.config is None else store.config.train.sequence_length
+    tokens_NS = text_tokens([options.text], trained_with, length, options.tokens)
+    # Of an imported model it is not known how its text was encoded.
+    documents = [] if store.config is None else documents_of_sequences(trained_with, tokens_NS)
+    return VerificationText(tokens_NS, Path(options.text).name, tuple(documents))
+
+
+COMMAND = Command(
+    name="export",
+    summary="write a checkpoint as a Hugging Face folder, and verify it",
+    description="Writes a checkpoint as a folder that Hugging Face transformers loads, as stock GPT-2 (factorised "
+    "projections merged) or with its factors and code of its own. The folder is then loaded and its logits are "
+    "compared with the trained model's; it gets its name only if they are equal to rounding.",
+    examples=EXAMPLES,
+    add_arguments=_add_arguments,
+    run=_run,
+    has_side_effects=True,
+)

@@ -1,0 +1,148 @@
+"""`mlra-scale prepare`: turns text into a data set for training."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.options import seed, settings_of, text_fields
+
+EXAMPLES = """examples:
+  # no network needed: the documentation and sources that come with Python, and a BPE trained on them
+  PROG --output data/python-docs --train-bpe 4096
+
+  # local files of mixed kinds with GPT-2's tokenizer files
+  PROG --output data/mine --source 'corpus/**/*.jsonl.gz' --source notes/ \\
+      --field text --tokenizer gpt2/vocab.json gpt2/merges.txt --workers 8
+
+  # a Hugging Face data set, streamed, with a tokenizer by name
+  PROG --output data/wikitext --source hf:Salesforce/wikitext \\
+      --config-name wikitext-103-raw-v1 --split train --tokenizer gpt2
+
+  # compare every byte of a finished data set with what was recorded when it was made
+  PROG --verify data/wikitext
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder to make; it appears when it is finished")
+    add(
+        "--source",
+        dest="sources",
+        action="append",
+        metavar="SOURCE",
+        help="may be repeated: a .txt (one document per file), .jsonl or .json (one object per line) or .parquet file, "
+        "all but .parquet also with .gz or .zst; a folder (searched recursively), a glob, hf:NAME for a Hugging Face "
+        "data set, or python-docs, the embedded corpus (default)",
+    )
+    add("--split", dest="hf_split", default="train", help="split of Hugging Face data sets (default: train)")
+    add("--max-bytes", type=_count, metavar="N", help="stop after this much text (10e6 is fine), for a quick look")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--tokenizer",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="a Hugging Face name or folder, a tokenizer.json, or GPT-2's vocab.json merges.txt (two files, or their "
+        "folder; encoder.json vocab.bpe as well)",
+    )
+    tokenizer.add_argument(
+        "--train-bpe",
+        type=partial(_count, largest=10**7),
+        metavar="N",
+        help="train a byte-level BPE with N tokens on the corpus",
+    )
+    add("--train-bpe-bytes", type=_count, default=10**8, metavar="N", help="on at most this much text (default: 100e6)")
+    add("--end-of-document", metavar="TOKEN", help="token that ends documents (default: the tokenizer's eos token)")
+    add("--validation-fraction", type=_fraction, default=0.01, metavar="F", help="share of documents (default: 0.01)")
+    add("--seed", type=seed, default=0, help="seed of the train/validation split (default: 0)")
+    add(
+        "--workers",
+        type=partial(_count, largest=1024),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="tokenizing processes (default: one per usable core)",
+    )
+    add("--overwrite", action="store_true", help="replace a finished data set, once the new one is complete")
+    add("--quiet", dest="progress", action="store_false", help="no progress bar")
+    add("--verify", action=_Verify, type=Path, metavar="FOLDER", help="check all of a finished data set, and stop")
+
+
+class _Verify(argparse.Action):
+    """Like --help, an option that does its work at once and stops: it needs none of the others."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, folder: Any, __: str | None = None) -> NoReturn:
+        """Verifies the folder; exit code 0 if it is whole, 2 if not."""
+        from mlra_scale.data import DataError
+        from mlra_scale.data.folder import verify_folder
+
+        try:
+            problems = verify_folder(folder, print)
+        except (DataError, OSError) as error:
+            problems = [str(error)]
+        parser.exit(max((refuse("prepare_data", problem) for problem in problems), default=0))
+
+
+def _count(text: str, largest: int = 2**63 - 1) -> int:
+    """A whole number of at least 1, also written as 10e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (1 <= value <= largest and value == int(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {largest} (10e6 is fine)")
+    return int(value)
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1") from None
+
+
+def _run(options: argparse.Namespace) -> int:
+    options.sources = options.sources or ["python-docs"]
+    # Training a BPE uses threads: as many as there are workers later.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
+    from mlra_scale.data import DataError
+    from mlra_scale.data.manifest import summary
+    from mlra_scale.data.prepare import PrepareOptions, prepare
+
+    started = time.monotonic()
+    try:
+        manifest = prepare(settings_of(options, PrepareOptions))
+    except DataError as error:
+        return refuse("prepare_data", error)
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    print("\n".join(summary(manifest)))
+    workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
+    print(f"  made in     {time.monotonic() - started:.1f} s with {workers}")
+    print("Next: train on it with")
+    print(
+        f"  python -m mlra_scale.train --preset laptop --run-dir runs/first data.path={options.output} "
+        f"model.vocab_size={manifest.vocabulary_size}"
+    )
+    return 0
+
+
+COMMAND = Command(
+    name="prepare",
+    summary="turn text into a data set with its tokenizer",
+    description="Turns text into Megatron indexed data sets (train, validation) with tokenizer and manifest.",
+    examples=EXAMPLES,
+    add_arguments=_add_arguments,
+    run=_run,
+    parents=[text_fields()],
+    has_side_effects=True,
+)

@@ -1,0 +1,128 @@
+"""`mlra-scale sweep`: runs a study, a grid of training runs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlra_scale.cli.command import Command
+from mlra_scale.cli.options import add_overrides, count
+
+if TYPE_CHECKING:
+    from mlra_scale.study.grid import Cell, Study
+    from mlra_scale.study.results import SweepDirectory
+
+EXAMPLES = """examples:
+  PROG docs/studies/small.yaml --dry-run
+  PROG docs/studies/small.yaml --jobs 2
+  PROG docs/studies/small.yaml --output runs/short --jobs 2 train.steps=30 --only 'mlra-*'
+  PROG docs/studies/small.yaml --cell 7        one cell, as slurm/sweep.sh runs it
+
+The same command continues a stopped sweep: it runs the cells that have no result or failed, and waits for cells that
+another process runs (another sweep, or a run whose sweep was killed).
+exit codes: 0 every chosen cell has a result; 1 cells failed or have none; 2 bad input; 5 stopped by a signal; 130
+stopped by Ctrl-C
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("study", type=Path, metavar="STUDY.yaml", help="the study (format: docs/studies/README.md)")
+    add("--output", type=Path, metavar="DIR", help="output folder (default: runs/NAME of the study)")
+    add("--jobs", type=count, default=1, metavar="N", help="number of cells that are run at once (default: 1)")
+    add("--dry-run", action="store_true", help="list the cells and their sizes, and stop")
+    add("--cell", metavar="INDEX|NAME", help="run this cell only")
+    add("--only", metavar="PATTERN", help="run cells with such names only, such as 'mlra-L48-*'")
+    add_overrides(parser, "single fields, for every cell")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mlra_scale.config import ConfigError
+    from mlra_scale.study.grid import cells_of, load_study
+    from mlra_scale.study.results import SweepDirectory
+    from mlra_scale.study.sweep_text import plan_text
+
+    try:
+        study = load_study(options.study, options.overrides)
+        cells = cells_of(study)
+        chosen = _choose(cells, options.cell, options.only)
+        output = SweepDirectory(options.output or Path("runs") / study.name)
+        if options.dry_run:
+            print(plan_text(study, cells, chosen, output, options.jobs))
+            return 0
+        return _run_cells(study, cells, chosen, output, options.jobs, ["tools/sweep.py", *options.arguments])
+    except ConfigError as error:
+        print("\n".join(["sweep: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
+        return 2
+
+
+def _choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:
+    """Returns the chosen cells.
+
+    Args:
+        cells: The whole grid.
+        wanted: The index or the name of one; None: all.
+        pattern: A pattern that their names match; None: any name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from mlra_scale.config import ConfigError, Problem
+    from mlra_scale.config.problems import nearest
+
+    if wanted is not None:
+        chosen = [cell for cell in cells if wanted in (str(cell.index), cell.name)]
+        if not chosen:
+            known = f"; the indices are 0 to {len(cells) - 1}" if wanted.lstrip("-").isdecimal() else None
+            remedy = "is no cell of this study" + (known or nearest(wanted, [cell.name for cell in cells]))
+            raise ConfigError([Problem("--cell", wanted, remedy)])
+        return chosen
+    chosen = [cell for cell in cells if pattern is None or fnmatchcase(cell.name, pattern)]
+    if not chosen:
+        remedy = f"matches none of the {len(cells)} cells, such as {cells[0].name}"
+        raise ConfigError([Problem("--only", pattern, remedy)])
+    return chosen
+
+
+def _run_cells(
+    study: Study, cells: list[Cell], chosen: list[Cell], output: SweepDirectory, jobs: int, command: Sequence[str]
+) -> int:
+    """Runs cells and prints their results; returns the exit code."""
+    from mlra_scale.study.sweep import Sweep
+    from mlra_scale.study.sweep_text import Progress, summary_text
+
+    sweep = Sweep(study, cells, output)
+    to_do = sweep.prepare(chosen, command)
+    progress = Progress(to_do, output)
+    progress.print(f"{study.name}: {len(to_do)} of {len(chosen)} cells to do, {jobs} at once, output {output.path}")
+    if stale := output.stale(cells):
+        progress.print(f"results of an earlier grid, not in results.jsonl: {len(stale)} cells, such as {stale[0]}")
+    try:
+        stopped_by = sweep.run(to_do, jobs, progress.on_result, progress.on_poll)
+    finally:
+        progress.close()
+    print(summary_text(output, cells, sweep), flush=True)
+    if sweep.bad_input is not None:
+        print(f"sweep: no more cells were started: the first one refused its input: {sweep.bad_input}", file=sys.stderr)
+        return 2
+    if stopped_by is not None:
+        return 130 if stopped_by == signal.SIGINT else 5
+    return int(any(not output.files(cell).is_done() for cell in chosen))
+
+
+COMMAND = Command(
+    name="sweep",
+    summary="run a study, a grid of training runs",
+    description="Runs every cell of a study (variants x axes x seeds) as a training run and collects one line per "
+    "cell in OUTPUT/results.jsonl. Every configuration is checked before the first cell starts.",
+    examples=EXAMPLES,
+    add_arguments=_add_arguments,
+    run=_run,
+    is_intermixed=True,
+    handles_signals=True,
+)

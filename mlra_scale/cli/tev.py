@@ -1,0 +1,100 @@
+"""`mlra-scale tev`: reports the token embedding variability of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.options import count, json_output
+
+if TYPE_CHECKING:
+    from mlra_scale.stability.tev_folder import EmbeddingReport, FolderReport
+
+EXAMPLES = """examples:
+  PROG checkpoints/gpt2
+  PROG checkpoints/gpt2 --extremes 10
+  PROG checkpoints/odd-names --tensor encoder.table.weight --json
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("path", type=Path, metavar="PATH", help="checkpoint folder (safetensors, sharded too) or a .safetensors file")
+    add("--tensor", metavar="NAME", help="the tensor to measure (default: found by its name, and an untied head)")
+    add("--tokens", type=count, metavar="N", help="number of real tokens (default: vocab_size of config.json)")
+    add("--extremes", type=count, default=0, metavar="N", help="list the N highest and lowest tokens")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mlra_scale.stability.tev_folder import FolderError, tev_of_folder, token_texts
+
+    try:
+        report = tev_of_folder(options.path, options.tensor, options.tokens, options.extremes)
+        text_of = token_texts(options.path) if options.extremes else lambda token: None
+    except FolderError as error:
+        return refuse("tev", error)
+    print(_as_json(options.path, report, text_of) if options.json else _as_text(options.path, report, text_of))
+    return 0
+
+
+def _as_json(path: Path, report: FolderReport, text_of: Callable[[int], str | None]) -> str:
+    def tokens(listed: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [{"token": token, "text": text_of(token), "tev": value} for token, value in listed]
+
+    embeddings = []
+    for embedding in report.embeddings:
+        content = asdict(embedding) | asdict(embedding.statistics)
+        del content["statistics"]
+        content["quantiles"] = {f"{q:g}": value for q, value in embedding.statistics.quantiles.items()}
+        content["highest"] = tokens(embedding.statistics.highest)
+        content["lowest"] = tokens(embedding.statistics.lowest)
+        embeddings.append(content)
+    return json.dumps({"path": str(path), "ddof": 0, "head_is_tied": report.head_is_tied, "embeddings": embeddings})
+
+
+def _as_text(path: Path, report: FolderReport, text_of: Callable[[int], str | None]) -> str:
+    lines = [str(path)]
+    for embedding in report.embeddings:
+        lines += _lines(embedding, text_of)
+    if report.head_is_tied:
+        lines.append("  the head is tied to the input embedding")
+    return "\n".join(lines)
+
+
+def _lines(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> list[str]:
+    from mlra_scale.config.json_text import printable
+
+    statistics = embedding.statistics
+    padding = embedding.rows - statistics.num_tokens
+    role = "input embedding" if embedding.role == "input" else "untied head"
+    size = f"{statistics.num_tokens} tokens x {embedding.hidden_size}, {embedding.dtype}"
+    lines = [
+        f"  {role} {printable(embedding.name)}: {size}" + (f", {padding} padded rows left out" if padding else ""),
+        f"    TEV mean {statistics.mean:.8g}   std {statistics.std:.8g}",
+        "    quantiles " + "   ".join(f"{q:g}: {value:.6g}" for q, value in statistics.quantiles.items()),
+        f"    norm of the mean embedding {statistics.mean_embedding_norm:.6g}",
+        f"    mean row RMS {statistics.mean_row_rms:.6g}",
+    ]
+    for title, listed in (("highest", statistics.highest), ("lowest", statistics.lowest)):
+        for number, (token, value) in enumerate(listed):
+            text = text_of(token)
+            shown = "" if text is None else f"  {printable(json.dumps(text, ensure_ascii=False))}"
+            lines.append(f"    {title if number == 0 else '':<8} {token:>8}  {value:.6g}{shown}")
+    return lines
+
+
+COMMAND = Command(
+    name="tev",
+    summary="report the token embedding variability (TEV) of a Hugging Face checkpoint",
+    description="Token embedding variability of a checkpoint: for each token the population standard deviation "
+    "(ddof 0) of its embedding, then mean, spread and quantiles over the tokens. Only the embedding is read.",
+    examples=EXAMPLES,
+    add_arguments=_add_arguments,
+    run=_run,
+    parents=[json_output()],
+)

@@ -1,0 +1,400 @@
+"""The job: starts attempts, and does what follows when one has ended.
+
+slurm/launch.sh runs `python -m mlra_scale.cluster.job ARGUMENTS OF THE TRAINING` inside a Slurm allocation. SIGUSR1
+(from sbatch's --signal, before the time limit) and SIGTERM (preemption, scontrol requeue) make all ranks save after the
+same step; the job then goes back to the queue. After a failure it restarts at once in its allocation where enough nodes
+are left, else through the queue, without the nodes that were found to be bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from mlra_scale.cluster import slurm
+from mlra_scale.cluster.check import CheckResult, check_on_this_node, overrides_of_ranks, with_absolute_paths
+from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
+from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
+from mlra_scale.cluster.job_file import JobAttempt, JobFile, events_since, now, num_checkpoints, read_job_file
+from mlra_scale.cluster.settings import Settings
+from mlra_scale.config import ConfigError, Problem, validate
+from mlra_scale.train import build_parser, resolve
+from mlra_scale.training.exit_codes import ExitCode
+from mlra_scale.training.run_directory import RunDirectory, WaitStopped, run_lock
+from mlra_scale.training.start.device import Devices
+from mlra_scale.training.start.plan import resolve_layout
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Slurm's, and those of a terminal: inside salloc a file of slurm/ can be run by hand."""
+_FILE_WAITS = (10.0, 60.0, 300.0)
+"""Seconds until a job that was queued again tries once more to use its run directory."""
+_LOCK_SECONDS = 150.0
+"""How long to wait for the lock of the run directory: a network file system keeps that of a lost node a while."""
+
+
+def wait_for_stop(seconds: float, is_stop_asked: Callable[[], bool]) -> None:
+    """Waits, or until a stop is asked for."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not is_stop_asked():
+        time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+
+class Job:
+    """A job in its allocation.
+
+    Args:
+        arguments: Of the training.
+        allocation: From Slurm.
+        settings: From the launcher.
+        is_stop_asked: Whether a signal has asked the job to stop.
+        check: What a check of the start on all nodes of the allocation has found; None: it was not made.
+
+    Raises:
+        ConfigError: The arguments are wrong, or the run directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        allocation: slurm.Allocation,
+        settings: Settings,
+        is_stop_asked: Callable[[], bool] = lambda: False,
+        check: CheckResult | None = None,
+    ) -> None:
+        self._allocation, self._settings = allocation, settings
+        self._checks = {} if check is None or check.kind is not None else {len(allocation.nodes): check}
+        self._too_few: set[int] = set()  # numbers of nodes that a check has refused
+        self._arguments = with_absolute_paths(arguments)
+        parsed = build_parser().parse_intermixed_args(self._arguments)
+        self._run = RunDirectory(Path(parsed.run_dir))
+        self._config, self._named, _ = resolve(parsed)
+        self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
+        self._is_stop_asked = is_stop_asked
+        try:
+            self._run.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = f"cannot be written ({error.strerror}); name another directory"
+            raise ConfigError([Problem("--run-dir", str(self._run.path), remedy)]) from error
+        self._file = read_job_file(self._run)
+        self._console: IO[bytes] | None = None
+        self._usable = list(allocation.nodes)
+        file = self._file
+        for attempt in file.attempts:
+            if attempt.ended is None:
+                attempt.has_progressed = num_checkpoints(self._run, attempt.started) > 0
+                attempt.end, attempt.reason, attempt.ended = "failed", "killed together with its job", now()
+        if file.job_id != allocation.job_id or file.state == "failed":
+            # Submitted anew, or queued again by hand: a user has looked into the earlier failures.
+            file.first_counted, file.excluded = len(file.attempts), {}
+        file.job_id, file.name, file.command = allocation.job_id, allocation.name, self._arguments
+        file.steps, file.num_requeues = self._config.train.steps, allocation.num_requeues
+        file.console = str(self._run.logs / "console.log")
+        file.become("pending")
+
+    def run(self) -> int:
+        """Runs attempts until the job ends here; returns the batch script's exit code."""
+        allocation = self._allocation
+        self._say(f"job {allocation.job_id} on {len(allocation.nodes)} node(s): {' '.join(allocation.nodes)}")
+        nodes, end = self._check_or_shrink(self._first_nodes())
+        while True:
+            end = end or self._attempt(nodes)
+            self._usable = [node for node in self._usable if node not in end.bad_nodes]
+            decision = decide(
+                end,
+                self._file.ends,
+                self._usable,
+                len(nodes) or len(allocation.nodes),
+                self._divides_over,
+                self._config.cluster,
+                self._is_stop_asked(),
+            )
+            if decision.action != "restart":
+                return self._carry_out(decision, end)
+            if seconds := seconds_before_restart(self._file.ends):
+                self._say(f"waits {seconds:.0f} s before it starts again")
+                wait_for_stop(seconds, self._is_stop_asked)
+            self._say(f"restarts on {len(decision.nodes)} node(s)")
+            nodes, end = decision.nodes, self._stopped_before()
+            if end is None and self._config.parallel.layout == "auto" and len(nodes) not in self._checks:
+                nodes, end = self._check_or_shrink(nodes)  # another number than before: the planner chooses again
+
+    def _first_nodes(self) -> tuple[str, ...]:
+        """Returns the nodes for the first attempt: all, or if fewer will do those that were not found to be bad."""
+        self._usable = [node for node in self._usable if node not in self._file.excluded]
+        if not self._config.cluster.elastic:
+            return tuple(self._usable) if len(self._usable) == len(self._allocation.nodes) else ()
+        return tuple(self._usable[: self._most_nodes(len(self._usable)) or len(self._usable)])
+
+    def _most_nodes(self, limit: int) -> int:
+        """Returns the largest number of nodes up to a limit over which the configuration divides; 0: there is none."""
+        return next((number for number in range(limit, 0, -1) if self._divides_over(number)), 0)
+
+    def _divides_over(self, num_nodes: int) -> bool:
+        """Whether so many nodes can run the configuration, with some layout where the planner chooses it."""
+        if num_nodes in self._too_few:
+            return False
+        parallel = self._config.parallel.model_copy(update={"world_size": None})
+        config = self._config.model_copy(update={"parallel": parallel})
+        # As the latest check has seen them; before the first one they are unknown.
+        seen = next((check.layout for check in reversed(self._checks.values())), None)
+        name, memory = (None, None) if seen is None else (seen.device, seen.memory)
+        devices = Devices(num_nodes * self._settings.processes, self._settings.processes, self._device, name, memory)
+        try:
+            config, _ = resolve_layout(config, self._named, devices)
+            validate(config, num_nodes * self._settings.processes, device=self._device)
+        except ConfigError:
+            return False
+        return True
+
+    def _check_or_shrink(self, nodes: tuple[str, ...]) -> tuple[tuple[str, ...], End | None]:
+        """Returns the nodes that a check accepts, and what is wrong if there are none; see `_check`.
+
+        If nothing fits on a part of the allocation, nodes are missing and the input is not bad: fewer nodes may still
+        do (over which the batch divides otherwise), and all of them will.
+        """
+        while True:
+            end, is_part = self._check(nodes), len(nodes) < len(self._allocation.nodes)
+            if end is None or end.kind != "bad_input" or not is_part or self._config.parallel.layout == "manual":
+                return nodes, end
+            self._too_few.add(len(nodes))
+            fewer = self._most_nodes(len(nodes) - 1)
+            if not fewer:
+                return (), self._refused("lost_node", f"the nodes that are left do not run it: {end.reason}")
+            nodes = nodes[:fewer]
+
+    def _check(self, nodes: Sequence[str]) -> End | None:
+        """Prints the plan of the run, and returns what is wrong with it, found on one node before the ranks start."""
+        if not nodes:
+            bad = set(self._allocation.nodes) & set(self._file.excluded)
+            message = f"Slurm has given nodes that were found to be bad: {' '.join(sorted(bad))}"
+            return self._refused("bad_node", message)
+        number, allocation = len(nodes), self._allocation
+        check = self._checks.get(number) or check_on_this_node(
+            self._arguments, allocation, self._settings, self._config, number, self._is_stop_asked
+        )
+        self._print(check.plan.encode(errors="replace"))
+        if (stopped := self._stopped_before()) is not None:
+            return stopped
+        if check.kind is not None:
+            return self._refused(check.kind, check.message)
+        self._checks[number] = check
+        return None
+
+    def _stopped_before(self) -> End | None:
+        return self._refused("preempted", "stopped by a signal before it began") if self._is_stop_asked() else None
+
+    def _refused(self, kind: EndKind, message: str) -> End:
+        self._print(f"{message}\n".encode(errors="replace"))
+        end = End(kind, " ".join(message.split()))
+        if kind != "bad_input":
+            # The cluster may be the cause: it counts like the end of an attempt, so that it cannot recur for ever.
+            number, allocation = len(self._file.attempts) + 1, self._allocation
+            self._file.attempts.append(
+                JobAttempt(number, allocation.job_id, [allocation.here], 1, ended=now(), end=kind, reason=end.reason)
+            )
+        return end
+
+    def _attempt(self, nodes: tuple[str, ...]) -> End:
+        """Starts all ranks, waits for their end and records it."""
+        number = len(self._file.attempts) + 1
+        attempt = JobAttempt(number, self._allocation.job_id, list(nodes), len(nodes) * self._settings.processes)
+        self._file.attempts.append(attempt)
+        self._file.become("pending")
+        checkpoints_before, started = num_checkpoints(self._run), time.monotonic()
+
+        def on_progress() -> None:
+            if attempt.first_step_seconds is None:
+                attempt.first_step_seconds = round(time.monotonic() - started, 1)
+                self._file.become("running")
+                self._say(f"attempt {number}: training since {attempt.first_step_seconds:.1f} s after its start")
+
+        self._say(f"attempt {number}: {attempt.num_ranks} rank(s) on {' '.join(nodes)}")
+        try:
+            plan = self._plan(nodes, number)
+            end = AttemptRunner(plan, self._print, self._say, self._is_stop_asked, on_progress).run()
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            # A full disk, a file server or Slurm's controller that does not answer, no descriptor or thread left: as
+            # with a rank that fails, a later attempt may succeed.
+            kind: EndKind = "preempted" if self._is_stop_asked() else "failed"
+            end = End(kind, f"the job's own process failed: {_in_words(error)}")
+        end = replace(end, reason=self._reason_of_run(end.kind, attempt) or end.reason)
+        attempt.end, attempt.reason, attempt.ended, attempt.failures = end.kind, end.reason, now(), [*end.failures]
+        attempt.has_progressed = num_checkpoints(self._run) > checkpoints_before
+        self._file.excluded |= end.bad_nodes if end.kind == "bad_node" else {}
+        self._file.write()
+        self._say(f"attempt {number} ended: {end.kind}: {end.reason}")
+        return end
+
+    def _plan(self, nodes: tuple[str, ...], number: int) -> AttemptPlan:
+        config, settings, here = self._config, self._settings, self._allocation.here
+        check = self._checks.get(len(nodes))
+        layout = [] if check is None or check.layout is None else check.layout.overrides
+        world_size = len(nodes) * settings.processes
+        training = [*self._arguments, *layout, *overrides_of_ranks(config, settings.device, world_size)]
+        return AttemptPlan(
+            nodes=nodes,
+            here=here,
+            addresses={node: slurm.address(node, self._is_stop_asked) for node in dict.fromkeys((here, *nodes))},
+            device=self._device,
+            training=tuple(training),
+            logs=self._run.logs / f"attempt-{number:03d}",
+            settings=settings,
+            cluster=config.cluster,
+            hang_seconds=60 * (config.cluster.hang_minutes or config.parallel.timeout_minutes / 2),
+        )
+
+    def _carry_out(self, decision: Decision, end: End) -> int:
+        """Ends the job here as decided; returns the exit code."""
+        if decision.action == "finish":
+            self._file.become("done", decision.reason)
+            return ExitCode.DONE
+        if decision.action == "fail":
+            return self.fail(decision.reason, ExitCode.BAD_INPUT if end.kind == "bad_input" else ExitCode.FAILED)
+        self._file.become("preempted" if end.kind == "preempted" else "requeued", decision.reason)
+        # From here on Slurm's signal is the expected end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            state = slurm.how_slurm_ends_it(self._allocation)
+            if state is None:
+                self._say(f"back to the queue: {decision.reason}")
+                lost = end.bad_nodes if end.kind == "lost_node" else {}
+                slurm.put_back(self._allocation, lost, self._usable, self._file.excluded, self._say)
+                return ExitCode.DONE
+        except slurm.SlurmError as error:
+            return self.fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
+        if state == "cancelled":
+            self._file.become("cancelled", f"ended by Slurm (scancel, or the time limit); {decision.reason}")
+        self._say(f"Slurm is ending the job already: {self._file.state}")
+        return ExitCode.DONE
+
+    def fail(self, reason: str, code: int) -> int:
+        """Ends the job for good; returns the exit code."""
+        for attempt in self._file.attempts[-1:]:
+            if attempt.ended is None:
+                attempt.end, attempt.reason, attempt.ended = "failed", reason, now()
+        self._file.become("failed", reason)
+        self._say(f"the job ends and is not queued again: {reason}")
+        return code
+
+    def _reason_of_run(self, kind: str, attempt: JobAttempt) -> str | None:
+        """What the run itself recorded of its end, or wrote to the log of rank 0 if it did not get as far as that."""
+        if kind == "bad_input":
+            with contextlib.suppress(OSError):
+                log = self._run.logs / f"attempt-{attempt.number:03d}" / "rank-00000.log"
+                if message := " ".join(log.read_text(errors="replace").partition("bad input")[2].split()):
+                    return message[:2000]
+        if kind not in ("bad_input", "non_finite", "unstable", "failed"):
+            return None
+        stops = [event for event in events_since(self._run, attempt.started) if event["event"] == "stopped"]
+        return stops[-1].get("reason") if stops else None
+
+    def _say(self, text: str) -> None:
+        line = f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n"
+        self._print(line.encode(errors="backslashreplace"))
+
+    def _print(self, text: bytes) -> None:
+        # Where a disk is full, the run continues as long as its checkpoints find room.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.flush()
+        with contextlib.suppress(OSError):
+            if self._console is None:
+                self._console = (self._run.logs / "console.log").open("ab", buffering=0)
+            self._console.write(text)
+
+
+def _in_words(error: Exception) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    remedy = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{error.filename or 'an operation without a file'}: {error.strerror}{remedy}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit code of the batch script."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    signals: list[int] = []
+    for stop_signal in _STOP_SIGNALS:
+        signal.signal(stop_signal, lambda number, frame: signals.append(number))
+
+    def is_stop_asked() -> bool:
+        return bool(signals)
+
+    try:
+        allocation = slurm.Allocation.of(os.environ, is_stop_asked)
+        settings = Settings.of(os.environ)
+        parsed = build_parser().parse_intermixed_args(arguments)
+        if parsed.run_dir is None:
+            raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
+        # A mistake leaves nothing behind.
+        config, _, _ = resolve(parsed)
+        run, check = RunDirectory(Path(parsed.run_dir).absolute()), None
+        if not os.path.lexists(run.path):
+            words, number = with_absolute_paths(arguments), len(allocation.nodes)
+            check = check_on_this_node(words, allocation, settings, config, number, is_stop_asked)
+            if check.kind == "bad_input":
+                print(check.message, file=sys.stderr, flush=True)
+                return ExitCode.BAD_INPUT
+        make_job = partial(Job, arguments, allocation, settings, is_stop_asked, check)
+        return _run_alone(run, allocation, make_job, is_stop_asked)
+    except ConfigError as error:
+        print(f"mlra_scale.cluster.job: bad input\n{textwrap.indent(str(error), '  ')}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT
+    except slurm.SlurmError as error:
+        print(f"mlra_scale.cluster.job: {error}", file=sys.stderr, flush=True)
+        return ExitCode.FAILED
+
+
+def _run_alone(
+    run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[], Job], is_stop_asked: Callable[[], bool]
+) -> int:
+    """Runs the job under the lock of its run directory; job.json has the state in which it ended, however it ended."""
+    waits = list(_FILE_WAITS)
+    while True:
+        try:
+            with run_lock(run, _LOCK_SECONDS, ".job.lock", is_stop_asked):
+                job = make_job()
+                try:
+                    return job.run()
+                except BaseException as error:
+                    traceback.print_exc()
+                    code = job.fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
+                    if isinstance(error, Exception):
+                        return code
+                    raise
+        except WaitStopped as stopped:
+            # Another job holds the run directory; its job.json is left alone.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print(f"stopped by a signal before it began: {stopped}", file=sys.stderr, flush=True)
+            if slurm.how_slurm_ends_it(allocation) is None:
+                slurm.put_back(allocation, (), allocation.nodes, (), print)
+            return ExitCode.DONE
+        except ConfigError as error:
+            # A full disk or a file server that does not answer has an OSError as its cause, a mistake of the user has
+            # not. A job that has run before is not ended by it at once.
+            is_passing = isinstance(error.__cause__, OSError) and allocation.num_requeues > 0
+            if not is_passing or is_stop_asked() or not waits:
+                with contextlib.suppress(OSError, ValueError):
+                    file = JobFile.read(run.job)
+                    if file.job_id == allocation.job_id and file.attempts:
+                        file.become("failed", " ".join(str(error).split()))
+                raise
+            print(f"{error}; tried again in {waits[0]:.0f} s", file=sys.stderr, flush=True)
+            wait_for_stop(waits.pop(0), is_stop_asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""One start of all ranks: srun, what the job hears of the nodes until its end, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, endpoint, free_port, listening_host
+from mlra_scale.cluster.job.policy import End, EndKind, are_meeting, describe, hang_seconds, suspects
+from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
+from mlra_scale.cluster.process_tree import end_process
+from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.slurm import SlurmError, hostnames, slurm_environment, step_command
+from mlra_scale.cluster.versions import odd_ones, versions
+from mlra_scale.config import ClusterConfig
+from mlra_scale.files import write_atomically
+from mlra_scale.training.exit_codes import ExitCode
+
+_FINAL: dict[ExitCode, EndKind] = {
+    ExitCode.BAD_INPUT: "bad_input",
+    ExitCode.NON_FINITE: "non_finite",
+    ExitCode.UNSTABLE: "unstable",
+}
+"""Exit codes of ranks after which another attempt would end alike."""
+_EVIDENCE_SECONDS = 5.0
+"""After the first rank has failed, how long the others may take to report their own errors, before they are killed."""
+_END_SECONDS = 60.0
+"""After ranks of one node have ended well, how long those of others may take."""
+_STACKS_SECONDS = 2.0
+_CONNECT_SECONDS = 300.0
+"""How long a node may take from srun to its first message: a container must be fetched, a cold file system read."""
+_MEET_SECONDS = 300.0
+"""How long ranks may take, once all have started, to connect and to check each other."""
+_BROKEN_SECONDS = 2.0
+"""How long srun may take to end after a connection broke or one of its tasks ended, if it ends with all tasks then;
+and how long the last messages of a task may take to arrive."""
+_KILL_SECONDS = 30.0
+"""How long killed ranks and their nodes' agents may take to be gone."""
+_TASK_ENDED = re.compile(rb"srun: error: (\S+): tasks? [\d,-]+: (.+)")
+"""What srun prints when tasks of it end badly, with the nodes that they ran on."""
+_SRUN_SECONDS = 3.0
+"""How long srun may take to end when only lost nodes have not: it would wait until Slurm has given them up."""
+
+
+@dataclass(frozen=True)
+class AttemptPlan:
+    """What an attempt starts.
+
+    Attributes:
+        nodes: Names, in order of their ranks.
+        here: Name of this process's node.
+        addresses: At which other nodes reach these nodes and `here`, by name.
+        device: `cuda` or `cpu`.
+        training: Arguments of the training.
+        logs: Folder for the logs of this attempt.
+        settings: How ranks are started.
+        cluster: Memory and cores of the ranks, and how long their start, their stop and silence may take.
+        hang_seconds: No progress for so long is a hang.
+    """
+
+    nodes: tuple[str, ...]
+    here: str
+    addresses: Mapping[str, str]
+    device: str
+    training: tuple[str, ...]
+    logs: Path
+    settings: Settings
+    cluster: ClusterConfig
+    hang_seconds: float
+
+
+@dataclass
+class _Node:
+    """What is known of a node; its `versions` come with its first message."""
+
+    heard: float
+    versions: dict[str, str] | None = None
+    ranks: list[RankStatus] = field(default_factory=list)
+    has_ended: bool = False
+    has_reported: bool = False
+    is_lost: bool = False
+    broken_since: float | None = None
+    was_misunderstood: bool = False
+
+
+class AttemptRunner:
+    """Runs one start of all ranks, from srun to its end; for one thread.
+
+    Args:
+        plan: What to start.
+        write_output: Takes the output of all ranks.
+        say: Prints a line for the user.
+        is_stop_asked: Whether a signal has asked the job to stop.
+        on_progress: Called when the first step begins, and about every second from then on.
+    """
+
+    def __init__(
+        self,
+        plan: AttemptPlan,
+        write_output: Callable[[bytes], None],
+        say: Callable[[str], None],
+        is_stop_asked: Callable[[], bool],
+        on_progress: Callable[[], None],
+    ) -> None:
+        self._plan, self._write_output, self._say = plan, write_output, say
+        self._is_stop_asked, self._on_progress = is_stop_asked, on_progress
+        self._started = time.monotonic()
+        self._nodes = {name: _Node(self._started) for name in plan.nodes}
+        self._failures: list[RankFailure] = []
+        self._bad_nodes: dict[str, str] = {}
+        self._verdict: tuple[EndKind, str] | None = None
+        self._stopping_since: float | None = None
+        self._kill_at: float | None = None
+        self._killed_at: float | None = None
+        self._pinged_at = 0.0
+        self._ended_tasks: list[tuple[float, str, str]] = []
+
+    def run(self) -> End:
+        """Starts the ranks and waits for their end.
+
+        Raises:
+            OSError: The folder of the logs cannot be written, or srun cannot be started.
+        """
+        plan, token, nonce = self._plan, secrets.token_hex(16), secrets.token_hex(8)
+        plan.logs.mkdir(parents=True, exist_ok=True)
+        # A node that does not find this there does not share the run directory.
+        write_atomically(plan.logs / "nonce", nonce)
+        host = listening_host(plan.addresses[plan.here], map(plan.addresses.__getitem__, plan.nodes))
+        with contextlib.closing(Hub(token, host)) as hub:
+            process = self._srun(hub.port, token, nonce)
+            try:
+                output = threading.Thread(target=self._pump, args=(process.stdout,), daemon=True)
+                output.start()
+                while process.poll() is None:
+                    self._hear(hub, 0.25)
+                    self._watch(hub)
+                    self._end_if_due(hub, process)
+                while self._hear(hub, 0.25):  # what was on its way when srun ended
+                    continue
+                self._find_unstarted()
+                output.join(10.0)
+            finally:
+                # After an error of this loop; the next attempt must not meet the ranks of this one.
+                end_process(process, _SRUN_SECONDS)
+        return replace(self._judge(process.returncode), failures=tuple(map(str, self._ordered_failures())))
+
+    def _srun(self, port: int, token: str, nonce: str) -> subprocess.Popen[bytes]:
+        plan, settings, cluster = self._plan, self._plan.settings, self._plan.cluster
+        # A task's end is judged here, with what is known of all of them.
+        options = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered", *settings.srun]
+        step = step_command(plan.nodes, cluster.step_memory, cluster.cpu_bind, options)
+        step += [*settings.python, "-u", "-m", "mlra_scale.cluster.node"]
+        step += [f"--job={endpoint(plan.addresses[plan.here], port)}"]
+        step += [f"--master={endpoint(plan.addresses[plan.nodes[0]], free_port())}"]
+        step += [f"--run-id={plan.logs.name}", f"--nodes={len(plan.nodes)}", f"--processes={settings.processes}"]
+        step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--nonce={nonce}"]
+        step += [f"--start-seconds={60 * cluster.start_minutes}", f"--lost-seconds={cluster.lost_node_seconds}"]
+        return subprocess.Popen(
+            [*step, "--", *plan.training],
+            env={**slurm_environment(os.environ), TOKEN_VARIABLE: token},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # A signal to the job's process group is for the job, which passes it on in order.
+            start_new_session=True,
+        )
+
+    def _pump(self, output: IO[bytes]) -> None:
+        """Passes srun's output on, line by line; for a thread of its own."""
+        for line in output:
+            self._write_output(line)
+            if found := _TASK_ENDED.match(line):
+                nodes, reason = (group.decode(errors="replace").strip() for group in found.groups())
+                self._ended_tasks.append((time.monotonic(), nodes, reason))
+
+    def _hear(self, hub: Hub, seconds: float) -> bool:
+        """Takes what was heard, after a wait of at most so many seconds; returns whether anything was."""
+        all_heard = hub.poll(seconds)
+        for heard in all_heard:
+            if heard.node not in self._nodes:
+                continue
+            node = self._nodes[heard.node]
+            node.heard = time.monotonic()
+            if heard.message is None:
+                self._take_break(heard.node, node)
+                continue
+            try:
+                self._take(hub, heard, node, NodeMessage.of(heard.message))
+            except ValueError as error:
+                # From another version of this package, perhaps: its node is then named as one.
+                if not node.was_misunderstood:
+                    self._say(f"{heard.node} sent a message that is not understood: {error}")
+                node.was_misunderstood = True
+        return bool(all_heard)
+
+    def _take_break(self, name: str, node: _Node) -> None:
+        """Notes that the connection to a node has ended."""
+        if self._killed_at is not None:
+            node.has_ended = True
+        elif not node.has_ended:
+            node.broken_since = node.heard
+            if self._are_connected():
+                self._lose(name, "its connection broke")
+
+    def _are_connected(self) -> bool:
+        return all(node.versions is not None for node in self._nodes.values())
+
+    def _take(self, hub: Hub, heard: Heard, node: _Node, message: NodeMessage) -> None:
+        if unknown := {*(message.bad_nodes or {})} - {*self._nodes}:
+            raise ValueError(f"bad_nodes: {', '.join(sorted(unknown))} is not of this attempt")
+        if message.versions is not None:
+            node.versions = message.versions
+            if self._are_connected():
+                self._blame(odd_ones({name: other.versions or {} for name, other in self._nodes.items()}, versions()))
+        if message.ranks is not None:
+            node.ranks = [rank.model_copy(update={"node": heard.node}) for rank in message.ranks]
+            # Not only where ranks are watched: a short run may end with the next message.
+            self._note_progress(node.ranks)
+        if message.signalled:
+            self._stop(hub, f"{heard.node} was signalled")
+        if message.failures is not None:
+            node.has_ended = node.has_reported = True
+            self._take_failures(heard.node, message.failures)
+        self._blame(message.bad_nodes or {})
+
+    def _take_failures(self, name: str, failures: Sequence[RankFailure]) -> None:
+        if not failures:
+            self._kill_after(_END_SECONDS)
+            return
+        for failure in failures:
+            is_ordered = self._killed_at is not None and failure.code == -signal.SIGKILL
+            self._failures.append(failure.model_copy(update={"node": name, "is_ordered": is_ordered}))
+        on_all = (ExitCode.PREEMPTED, ExitCode.NON_FINITE, ExitCode.UNSTABLE)  # ranks end like this together
+        is_agreed = all(failure.code in on_all for failure in failures)
+        if not is_agreed and self._verdict is None and self._stopping_since is None:
+            self._say(f"{self._failures[-len(failures)]}; the attempt ends")
+        self._kill_after(_END_SECONDS if is_agreed else _EVIDENCE_SECONDS)
+
+    def _note_progress(self, ranks: Sequence[RankStatus]) -> None:
+        if any(rank.heartbeat.phase in ("training", "evaluating", "saving", "rolling back") for rank in ranks):
+            self._on_progress()
+
+    def _watch(self, hub: Hub) -> None:
+        """Looks for what no message reports: a stop that was asked for, a silent node, ranks without progress."""
+        now, limits = time.monotonic(), self._plan.cluster
+        if now - self._pinged_at > 1.0:
+            self._pinged_at = now
+            # Shows a node that the job lives; a stop also reaches nodes that have connected since it was asked for.
+            hub.send({"order": "none" if self._stopping_since is None else "stop"})
+        if self._is_stop_asked():
+            self._stop(hub, "the job was signalled")
+        self._lose_unconnected()
+        for name, node in self._nodes.items():
+            patience = _CONNECT_SECONDS if node.versions is None else limits.lost_node_seconds
+            if node.has_ended or node.is_lost:
+                continue
+            if node.broken_since is not None and now - node.broken_since > _BROKEN_SECONDS:
+                self._lose(name, "its connection broke")
+            elif now - node.heard > patience:
+                self._lose(name, f"nothing was heard of it for {patience:.0f} s")
+        ranks = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
+        self._note_progress(ranks)
+        if self._verdict is not None or self._kill_at is not None:
+            return
+        if self._stopping_since is not None and now - self._stopping_since > 60 * limits.stop_minutes:
+            self._say(f"ranks did not stop within {60 * limits.stop_minutes:.0f} s of the signal; they are ended")
+            self._kill_after(0.0)
+        else:
+            self._look_for_hang(hub, ranks)
+
+    def _look_for_hang(self, hub: Hub, ranks: Sequence[RankStatus]) -> None:
+        plan, start_seconds = self._plan, 60 * self._plan.cluster.start_minutes
+        (seconds, is_starting), limit = hang_seconds(ranks), plan.hang_seconds
+        if are_meeting(ranks, len(plan.nodes) * plan.settings.processes):
+            limit = min(start_seconds, _MEET_SECONDS)
+        elif is_starting:
+            seconds, limit = time.monotonic() - self._started, start_seconds
+        if seconds <= limit:
+            return
+        reason = f"{'no first step' if is_starting else 'no progress'} for {seconds:.0f} s: {describe(suspects(ranks))}"
+        self._verdict = ("hung", reason)
+        self._say(f"hang: {reason}")
+        self._say(f"stacks are written to {plan.logs}/rank-*.stacks; the ranks are ended")
+        hub.send({"order": "stacks"})
+        self._kill_after(_STACKS_SECONDS)
+
+    def _lose_unconnected(self) -> None:
+        """Loses nodes whose agent has ended before it connected: no connection breaks; only srun's output shows it."""
+        while self._ended_tasks and time.monotonic() - self._ended_tasks[0][0] > _BROKEN_SECONDS:
+            _, node_list, reason = self._ended_tasks.pop(0)
+            names = [node_list]
+            if node_list not in self._nodes:
+                with contextlib.suppress(SlurmError):
+                    names = hostnames(node_list, self._is_stop_asked)
+            for name in names:
+                node = self._nodes.get(name)
+                if node is not None and node.versions is None and not (node.has_ended or node.is_lost):
+                    self._lose(name, f"its agent ended before it connected ({reason})")
+
+    def _find_unstarted(self) -> None:
+        """Names the nodes on which nothing was started: srun ends all tasks where it cannot start one of them."""
+        are_broken = any(node.broken_since is not None and not node.has_ended for node in self._nodes.values())
+        if are_broken and self._killed_at is None:
+            for name, node in self._nodes.items():
+                if node.versions is None:
+                    self._lose(name, "its agent could not be started")
+
+    def _stop(self, hub: Hub, why: str) -> None:
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            self._say(f"{why}: the ranks save after their step and stop")
+            hub.send({"order": "stop"})
+
+    def _lose(self, name: str, why: str) -> None:
+        # This process lives on its own node, which is therefore not lost with its agent.
+        is_here = name == self._plan.here
+        self._nodes[name].has_ended |= is_here
+        self._nodes[name].is_lost |= not is_here
+        if self._verdict is None and self._kill_at is None:
+            what = f"the agent of {name} ended without a report ({why})" if is_here else f"node {name} is lost: {why}"
+            self._verdict = ("failed" if is_here else "lost_node", what)
+            self._say(what)
+        self._kill_after(0.0)
+
+    def _blame(self, nodes: Mapping[str, str]) -> None:
+        if not nodes:
+            return
+        for name, reason in nodes.items():
+            if name not in self._bad_nodes:
+                self._bad_nodes[name] = reason
+                self._say(f"bad node {name}: {reason}")
+        self._verdict = self._verdict or ("bad_node", "; ".join(f"{name}: {why}" for name, why in nodes.items()))
+        self._kill_after(_EVIDENCE_SECONDS)
+
+    def _kill_after(self, seconds: float) -> None:
+        at = time.monotonic() + seconds
+        self._kill_at = at if self._kill_at is None else min(self._kill_at, at)
+
+    def _end_if_due(self, hub: Hub, process: subprocess.Popen[bytes]) -> None:
+        now = time.monotonic()
+        if self._kill_at is not None and now > self._kill_at and self._killed_at is None:
+            self._killed_at = now
+            hub.send({"order": "kill"})
+        if self._killed_at is None:
+            return
+        have_ended = all(node.has_ended or node.is_lost for node in self._nodes.values())
+        if have_ended or now - self._killed_at > _KILL_SECONDS:
+            end_process(process, _SRUN_SECONDS)
+
+    def _ordered_failures(self) -> list[RankFailure]:
+        """The cause first: a rank that was killed, then the earliest; ranks that the job has killed come last."""
+        return sorted(self._failures, key=lambda failure: (failure.is_ordered, failure.code >= 0, failure.time))
+
+    def _judge(self, srun_code: int) -> End:
+        failures = self._ordered_failures()
+        cause = str(failures[0]) if failures else ""
+        if all(node.has_reported for node in self._nodes.values()) and not failures and not self._bad_nodes:
+            return End("done", "all steps are done")
+        if self._verdict is not None and self._verdict[0] == "bad_node":
+            return End(*self._verdict, self._bad_nodes)
+        refused = [failure for failure in failures if failure.code == ExitCode.BAD_INPUT]
+        if refused and all(failure.rank != 0 for failure in refused):
+            # The first node has found nothing wrong: a file or a device is missing on these only.
+            bad = {failure.node: f"{failure}; see its log in {self._plan.logs}" for failure in refused}
+            return End("bad_node", "; ".join(bad.values()), bad)
+        for code, kind in _FINAL.items():
+            if found := [str(failure) for failure in failures if failure.code == code]:
+                return End(kind, found[0])
+        if any(failure.code == ExitCode.PREEMPTED for failure in failures):
+            return End("preempted", "stopped by a signal, with a checkpoint")
+        if self._stopping_since is not None:
+            return End("preempted", f"stopped by a signal, without a checkpoint of its last step ({cause or 'killed'})")
+        lost = {name: "was lost" for name, node in self._nodes.items() if node.is_lost}
+        if self._verdict is not None:
+            return End(*self._verdict, lost)
+        if not failures:
+            unheard = [name for name, node in self._nodes.items() if node.versions is None]
+            cause = f"srun ended with exit code {srun_code} and " + (
+                f"nothing was heard of {', '.join(unheard)}" if unheard else "the nodes did not report why"
+            )
+        return End("failed", cause, lost)

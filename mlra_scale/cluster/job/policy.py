@@ -1,0 +1,197 @@
+"""The decisions of a job as pure functions, so that every case is a line in a test.
+
+Whether ranks hang and which of them the others wait for, from their last heartbeats; and what follows the end of an
+attempt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlra_scale.cluster.messages import RankStatus
+from mlra_scale.config import ClusterConfig
+
+SILENT_SECONDS = 10.0
+"""A process that works, waits or computes sends a heartbeat every second; after so many without one it stands still."""
+_NAMED = 8
+_MEETING = ("connecting", "checking")
+_BEFORE_TRAINING = ("starting", *_MEETING, "preparing")
+
+
+def hang_seconds(ranks: Sequence[RankStatus]) -> tuple[float, bool]:
+    """Returns for how long no rank has begun anything new, in seconds, and whether training has not begun yet."""
+    if not ranks:
+        return 0.0, True
+    return min(rank.idle for rank in ranks), any(rank.heartbeat.phase in _BEFORE_TRAINING for rank in ranks)
+
+
+def are_meeting(ranks: Sequence[RankStatus], num_ranks: int) -> bool:
+    """Returns whether all ranks have started and each only waits for the network."""
+    return len(ranks) == num_ranks and all(rank.heartbeat.phase in _MEETING for rank in ranks)
+
+
+def suspects(ranks: Sequence[RankStatus]) -> dict[int, str]:
+    """Finds the ranks that the others wait for.
+
+    Returns:
+        By rank, what marks it: it gives no sign of life; or it is at an earlier step; or its phase or its location
+        differs from those of most ranks. Empty where nothing tells one rank from another.
+    """
+    silent = {
+        rank.heartbeat.rank: f"no sign of life for {rank.silence:.0f} s (process {rank.heartbeat.pid} on {rank.node}: "
+        f"{rank.state or 'gone'}), last seen at {_where(rank)}"
+        for rank in ranks
+        if rank.silence > SILENT_SECONDS
+    }
+    if silent:
+        return silent
+    ahead = max((rank.heartbeat.step for rank in ranks), default=0)
+    behind = {
+        rank.heartbeat.rank: f"is at {_where(rank)} on {rank.node}, while others are at step {ahead}"
+        for rank in ranks
+        if rank.heartbeat.step < ahead
+    }
+    # Where most are behind, one has run ahead, and is not what they wait for.
+    return behind if behind and 2 * len(behind) <= len(ranks) else _odd_ones(ranks)
+
+
+def _odd_ones(ranks: Sequence[RankStatus]) -> dict[int, str]:
+    """Returns the ranks whose phase or location is not that of most of them."""
+    counted = Counter((rank.heartbeat.phase, rank.heartbeat.location) for rank in ranks).most_common(1)
+    if not counted or 2 * counted[0][1] <= len(ranks):
+        return {}
+    common, number = counted[0]
+    return {
+        rank.heartbeat.rank: f"is at {_where(rank)} on {rank.node}, while {number} others are at {common[1]}"
+        for rank in ranks
+        if (rank.heartbeat.phase, rank.heartbeat.location) != common
+    }
+
+
+def _where(rank: RankStatus) -> str:
+    return f"step {rank.heartbeat.step}, {rank.heartbeat.phase}, {rank.heartbeat.location}"
+
+
+def describe(suspected: Mapping[int, str]) -> str:
+    """Returns one line about all suspects."""
+    if not suspected:
+        return "no rank stands out: look at the stacks"
+    named = sorted(suspected.items())
+    more = [f"and {len(named) - _NAMED} more"] if len(named) > _NAMED else []
+    return "; ".join([*(f"rank {rank} {text}" for rank, text in named[:_NAMED]), *more])
+
+
+EndKind = Literal[
+    "done",  # all steps are done
+    "bad_input",  # the message says what to change
+    "non_finite",  # running again gives the same end
+    "unstable",  # the guard has given up
+    "preempted",  # a signal asked for it; a checkpoint was saved if `reason` does not deny it
+    "bad_node",  # the checks before the first step named a node
+    "lost_node",  # the job no longer hears a node
+    "hung",  # no progress
+    "failed",  # a rank ended with an error or was killed
+]
+Action = Literal["finish", "fail", "requeue", "restart"]
+
+RETRIED: tuple[EndKind, ...] = ("bad_node", "lost_node", "hung", "failed")
+"""Ends that count as failures."""
+_WAITS = (0.0, 0.0, 60.0, 300.0)
+"""Seconds before a restart, by the number of failures in a row."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended.
+
+    Attributes:
+        kind: Of what kind.
+        reason: In words, naming rank and node where they are known.
+        bad_nodes: Nodes that must not be used again, by name, with the reason.
+        failures: How single ranks ended, the cause first.
+    """
+
+    kind: EndKind
+    reason: str
+    bad_nodes: Mapping[str, str] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows an end.
+
+    Attributes:
+        action: finish: the run is done. fail: the job ends and is not queued again. requeue: it goes back to the queue.
+            restart: the next attempt starts in this allocation.
+        reason: Why.
+        nodes: For a restart, its nodes.
+    """
+
+    action: Action
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+
+def in_a_row(ends: Sequence[tuple[str, bool]], kinds: Sequence[str]) -> int:
+    """Counts the attempts that ended in one of these kinds since the last one that completed a checkpoint.
+
+    Failures and preemptions are counted apart, and neither interrupts the other's row: failures come from the run or
+    its nodes, preemptions from the cluster. `ends` holds (kind, has_progressed) of all attempts, the newest last.
+    """
+    number = 0
+    for kind, has_progressed in reversed(ends):
+        if has_progressed:
+            break
+        number += kind in kinds
+    return number
+
+
+def seconds_before_restart(ends: Sequence[tuple[str, bool]]) -> float:
+    """Returns how long to wait before ranks start again: a file system or a network may need time to recover."""
+    return _WAITS[min(in_a_row(ends, RETRIED), len(_WAITS) - 1)]
+
+
+def decide(
+    end: End,
+    ends: Sequence[tuple[str, bool]],
+    nodes: Sequence[str],
+    used: int,
+    can_run_on: Callable[[int], bool],
+    cluster: ClusterConfig,
+    is_stopping: bool,
+) -> Decision:
+    """Decides what follows an attempt.
+
+    Args:
+        end: How it ended.
+        ends: (kind, has_progressed) of all attempts, this one last.
+        nodes: Nodes of the allocation that can still be used.
+        used: Number of nodes that the attempt had.
+        can_run_on: Whether the configuration divides over so many nodes.
+        cluster: Says whether fewer nodes will do, and how many failures and preemptions in a row end the job.
+        is_stopping: Whether the job itself was asked to stop: it must not begin anything in this allocation.
+    """
+    if end.kind == "done":
+        return Decision("finish", end.reason)
+    if end.kind in ("bad_input", "non_finite", "unstable"):
+        return Decision("fail", end.reason)
+    for what, kinds, limit in (
+        ("failures", RETRIED, cluster.max_failures),
+        ("preemptions", ("preempted",), cluster.max_preemptions),
+    ):
+        number = in_a_row(ends, kinds)
+        if end.kind in kinds and number >= limit:
+            reason = f"{number} {what} in a row without a newer checkpoint (cluster.max_{what}); last: {end.reason}"
+            return Decision("fail", reason)
+    if end.kind == "preempted" or is_stopping:
+        return Decision("requeue", end.reason)
+    if len(nodes) >= used:
+        return Decision("restart", end.reason, tuple(nodes[:used]))
+    numbers = range(len(nodes), 0, -1) if cluster.elastic else ()
+    if fitting := next((number for number in numbers if can_run_on(number)), 0):
+        return Decision("restart", f"{end.reason}; continues on {fitting} of {used} nodes", tuple(nodes[:fitting]))
+    return Decision("requeue", end.reason)

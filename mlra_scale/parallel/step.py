@@ -1,0 +1,66 @@
+"""What goes into a training step and what comes out of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class MicroBatch(Protocol):
+    """The tensors of one micro-batch (int64; B samples of S tokens), as data.Batch has them."""
+
+    @property
+    def tokens_BS(self) -> torch.Tensor: ...
+    @property
+    def targets_BS(self) -> torch.Tensor: ...
+    @property
+    def positions_BS(self) -> torch.Tensor: ...
+    @property
+    def documents_BS(self) -> torch.Tensor: ...
+    @property
+    def sample_ids_B(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class UpdateProposal:
+    """What is known right before an optimizer update; the same numbers on every rank.
+
+    Attributes:
+        loss: Mean loss of the global batch.
+        gradient_norm: Global L2 norm of its gradient, before clipping.
+    """
+
+    loss: float
+    gradient_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither number is infinite or NaN."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step did; the same on every rank.
+
+    Attributes:
+        loss: Mean loss of the global batch before the update.
+        gradient_norm: Global L2 norm of its gradient, before clipping.
+        applied: Whether the weights were updated.
+        overflow: Whether fp16 gradients overflowed, so that the loss scale was lowered instead of an update.
+        loss_scale: fp16 loss scale used in this step, else None.
+        is_stop_wanted: Whether some rank wanted to stop after this step.
+    """
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+    overflow: bool
+    loss_scale: float | None
+    is_stop_wanted: bool = False
+
+
+BeforeUpdate = Callable[[UpdateProposal], bool]
+Between = Callable[[], None]

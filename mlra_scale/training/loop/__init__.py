@@ -1,0 +1,1 @@
+"""The training loop: `trainer.fit`, its data, its checkpoints and its rollbacks."""

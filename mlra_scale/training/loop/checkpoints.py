@@ -1,0 +1,237 @@
+"""The checkpoints of a run: what they hold beside weights and moments, and what follows when one cannot be saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mlra_scale.checkpoint import CheckpointError
+from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
+from mlra_scale.checkpoint.retention import checkpoint_name, remove_after, set_latest, step_named
+from mlra_scale.checkpoint.saver import FinishedSave, Saver
+from mlra_scale.data import Datasets
+from mlra_scale.parallel import Engine
+from mlra_scale.stability.watcher import Watchers
+from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
+from mlra_scale.training.log.console import suppressed_output
+from mlra_scale.training.schedule import Progress
+from mlra_scale.training.start.agreement import checkpoint_faults, on_rank_0
+from mlra_scale.training.start.request import ResolvedRun
+from mlra_scale.training.start.resume_choice import DataHistory
+
+
+class Checkpoints:
+    """Saves and loads the checkpoints of a run; a context manager, since a save may be in progress at the end.
+
+    Args:
+        run: The run.
+        engine: The model.
+        datasets: The data that it reads.
+        watchers: Their state is saved too.
+        on_saved: Called with every completed save, on every rank.
+
+    Attributes:
+        newest: The checkpoint of this run that was completed last, or that it resumed from; None: there is none.
+    """
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        engine: Engine,
+        datasets: Datasets,
+        watchers: Watchers,
+        on_saved: Callable[[FinishedSave], None],
+    ) -> None:
+        self._config, self._resume, self._history = run.config, run.resume, run.resume.history
+        self._engine, self._datasets, self._watchers, self._on_saved = engine, datasets, watchers, on_saved
+        self._folder = run.directory.checkpoints
+        self.newest = run.resume.checkpoint if run.resume.is_in_place else None
+        settings = run.config.checkpoint
+        self._saver = Saver(
+            self._folder,
+            engine.topology,
+            settings.keep_last,
+            settings.keep_every,
+            settings.asynchronous,
+            may_copies_differ=settings.differing_copies == "report",
+        )
+
+    @property
+    def newest_step(self) -> int | None:
+        return None if self.newest is None else step_named(self.newest)
+
+    def load(self) -> None:
+        """Loads the checkpoint that the run starts from, if there is one; collective.
+
+        Its checksums were compared before (agree_on_checkpoint).
+
+        Raises:
+            TrainingStopped: It cannot be read; on all ranks.
+        """
+        if self._resume.checkpoint is not None:
+            has_watchers = self._resume.kind == "training"
+            self._load(self._resume.checkpoint, self._resume.progress.step, has_watchers)
+
+    def roll_back(self, step: int, heartbeat: Callable[[], None]) -> Progress:
+        """Loads an earlier checkpoint of this run, and makes `latest` name it; collective.
+
+        Returns:
+            The counters to continue with.
+
+        Raises:
+            TrainingStopped: It cannot be read, or the save in progress failed; on all ranks.
+        """
+        self.finish(step)
+        heartbeat()
+        checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
+        if faults := checkpoint_faults(checkpoint, topology):
+            raise TrainingStopped("; ".join(faults), {"step": step}, ExitCode.CHECKPOINT_FAILED)
+        heartbeat()
+        state = self._load(checkpoint, step)
+        self.newest = checkpoint
+        self._history = self._history.after_rollback_to(step)
+        on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
+        heartbeat()
+        return Progress(**state["progress"])
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of steps that a rollback has undone; for rank 0.
+
+        Raises:
+            CheckpointError: They cannot be removed.
+        """
+        remove_after(self._folder, step)
+
+    def _load(self, checkpoint: Path, step: int, has_watchers: bool = True) -> dict[str, Any]:
+        try:
+            with suppressed_output():
+                state = load_checkpoint(self._engine, open_on_all_ranks(checkpoint, self._engine.topology))
+        except CheckpointError as error:
+            raise TrainingStopped(str(error), {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
+        if has_watchers:
+            try:
+                self._watchers.load_state(state["windows"])
+            except ValueError as error:
+                message = f"state.json of {checkpoint}: the state of {error}; resume from another checkpoint"
+                raise TrainingStopped(message, {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
+        return state
+
+    def point_to_start(self) -> None:
+        """Makes `latest` name the checkpoint that the run resumes from, which need not be its last one; for rank 0."""
+        if self.newest is not None:
+            set_latest(self._folder, self.newest)
+
+    def save(
+        self,
+        progress: Progress,
+        learning_rate: float,
+        validation_loss: float | None,
+        is_last: bool = False,
+        pinned: int | None = None,
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """Begins to save a checkpoint; the last one is complete when this returns. Collective.
+
+        Args:
+            progress: The counters.
+            learning_rate: Of the last step.
+            validation_loss: After that step, if it was measured; for the model card of an export.
+            is_last: Whether the run ends here.
+            pinned: Step of an earlier checkpoint that must be kept.
+            left_out: Measurements that a stop request has left out after that step.
+
+        Raises:
+            TrainingStopped: It failed, or the one before did; on all ranks.
+        """
+        state = {
+            "progress": asdict(progress),
+            "learning_rate": learning_rate,
+            "validation_loss": validation_loss,
+            "engine": self._engine.training_state(),
+            "windows": self._watchers.state(),
+            "data_fingerprints": self._datasets.identity.fingerprints,
+            "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
+            "history": self._history.to_dict(),
+        }
+        if left_out:
+            state["left_out"] = list(left_out)
+        with self._failures_stop(progress.step):
+            # The one before may be complete: it is reported even if this one fails.
+            self._report(self._saver.finish())
+            self._saver.save(
+                self._engine,
+                progress.step,
+                state,
+                self._engine.buffers(),
+                self._config.to_yaml(),
+                self._tokenizer(),
+                synchronous=is_last,
+                pinned=pinned,
+            )
+            self._report(self._saver.finish() if is_last else [])
+
+    def finish(self, step: int) -> None:
+        """Waits for the save in progress, if there is one; collective.
+
+        Raises:
+            TrainingStopped: It failed; on all ranks.
+        """
+        with self._failures_stop(step):
+            self._report(self._saver.finish())
+
+    def poll(self, step: int) -> None:
+        """Advances a save in progress and reports those that are complete; collective, after every step.
+
+        Raises:
+            TrainingStopped: The save failed; on all ranks on the same step.
+        """
+        with self._failures_stop(step):
+            self._report(self._saver.poll())
+
+    def _report(self, finished: list[FinishedSave]) -> None:
+        for save in finished:
+            self.newest = save.path
+            self._on_saved(save)
+
+    @contextlib.contextmanager
+    def _failures_stop(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            message = (
+                f"step {step}: {error}. The run stops on all ranks, because it could not be resumed from here on; the "
+                "checkpoints before this one are as they were. Mend the cause and continue with --resume auto."
+            )
+            raise TrainingStopped(message, {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
+
+    def _tokenizer(self) -> Path | None:
+        """Returns the folder of the data's tokenizer, which an export needs when the data are out of reach."""
+        folders = [manifest.tokenizer_folder for manifest in self._datasets.manifests[:1]]
+        folders += [] if self._config.data.tokenizer is None else [Path(self._config.data.tokenizer)]
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends with no save in progress.
+
+        A stop that all ranks make together lets it complete: it may be the newest checkpoint. After any other error the
+        other ranks may be gone.
+        """
+        is_common = isinstance(error, TrainingStopped) and error.exit_code != ExitCode.CHECKPOINT_FAILED
+        if not is_common:
+            self._saver.abandon()
+            return
+        try:
+            self._report(self._saver.finish())
+        except CheckpointError as fault:
+            assert error is not None
+            error.add_note(f"a save in progress failed as well: {fault}")

@@ -1,0 +1,132 @@
+"""All ranks agree on a checkpoint that every one of them can read, before any of its content reaches the model.
+
+Rank 0 decides, because ranks on several machines may see a shared file system at different moments. The checksums of
+all files are compared by all ranks together, each with a share of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.config import ConfigError, Problem
+from mlra_scale.parallel import Topology
+from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
+from mlra_scale.training.record import RecordLost
+from mlra_scale.training.start.plan import with_layout_of
+from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolve_run
+
+T = TypeVar("T")
+
+
+class StartRefused(Exception):
+    """The run cannot start; raised on all ranks together.
+
+    Attributes:
+        problems: What rank 0 found wrong.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = list(problems)
+
+
+def agree_on_checkpoint(request: LaunchRequest, run: ResolvedRun, topology: Topology) -> ResolvedRun:
+    """Returns rank 0's resolved run on all ranks, with a checkpoint whose checksums are right; collective.
+
+    With `--resume auto` a damaged checkpoint is replaced by the next one.
+
+    Args:
+        request: What the command line asks for.
+        run: What it resolved to on this rank, which keeps the data sets that it has found.
+        topology: The mesh.
+
+    Raises:
+        StartRefused: There is no good checkpoint; on all ranks.
+    """
+    excluded: dict[Path, str] = {}
+    parts = run.parts
+    while True:
+        run = replace(_of_rank_0(run, topology), parts=parts)
+        checkpoint = run.resume.checkpoint
+        faults = [] if checkpoint is None else checkpoint_faults(checkpoint, topology)
+        if checkpoint is None or not faults:
+            return run
+        excluded[checkpoint] = "; ".join(faults)
+        problems: list[Problem] = []
+        if topology.rank == 0:
+            try:
+                run = resolve_run(_with_present_layout(request, run), excluded)
+            except ConfigError as error:
+                problems = error.problems
+        problems = _of_rank_0(problems, topology)
+        if problems:
+            raise StartRefused(problems)
+
+
+def _with_present_layout(request: LaunchRequest, run: ResolvedRun) -> LaunchRequest:
+    """Returns the request with the layout of the process groups, which exist already."""
+    if run.layout is None:
+        return request
+    config, named = with_layout_of(run.config, request.config, request.named)
+    return replace(request, config=config, named=named)
+
+
+def checkpoint_faults(checkpoint: Path, topology: Topology) -> list[str]:
+    """Compares the checksums of a checkpoint, each rank those of a share of its files; collective.
+
+    Returns:
+        What is wrong with it; the same on every rank.
+    """
+    try:
+        faults = Store.open(checkpoint).verify(topology.rank, topology.world_size)
+    except CheckpointError as error:
+        faults = [str(error)]
+    found: list[list[str]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(found, faults, group=topology.control_group)
+    return list(dict.fromkeys(fault for of_rank in found for fault in of_rank))
+
+
+def on_rank_0(work: Callable[[], T], topology: Topology, step: int, exit_code: ExitCode = ExitCode.BAD_INPUT) -> T:
+    """Does on rank 0 what only rank 0 does, such as writing files; collective.
+
+    Args:
+        work: What is to be done.
+        topology: The mesh.
+        step: The run's step, for the event log.
+        exit_code: How the run ends if the work fails.
+
+    Returns:
+        The result of `work`, on every rank.
+
+    Raises:
+        TrainingStopped: The work failed because of a full disk, a damaged file, or one that another program has
+            removed; on all ranks, which would otherwise wait for rank 0.
+    """
+    done: tuple[str | None, Any] = (None, None)
+    if topology.rank == 0:
+        try:
+            done = (None, work())
+        except OSError as error:
+            name, reason = error.filename2 or error.filename, error.strerror or str(error)
+            fault = reason if name is None else f"{name} cannot be written: {reason}"
+            done = (f"{fault}; mend that and start again", None)
+        except (ValueError, CheckpointError) as error:
+            done = (f"{error}; mend that and start again", None)
+        except RecordLost as error:
+            done = (f"step {step}: {error}. The run stops: what it would write next could not be found", None)
+    fault, result = _of_rank_0(done, topology)
+    if fault is not None:
+        raise TrainingStopped(fault, {"step": step}, exit_code)
+    return result
+
+
+def _of_rank_0(value: Any, topology: Topology) -> Any:
+    packed = [value]
+    dist.broadcast_object_list(packed, src=0, group=topology.control_group)
+    return packed[0]

@@ -1,0 +1,304 @@
+"""What a start is asked to do, and the run that this resolves to before a process group exists."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.checkpoint.inspection import good_step
+from mlra_scale.checkpoint.manifest import read_complete_manifest
+from mlra_scale.checkpoint.retention import checkpoint_name
+from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
+from mlra_scale.data import Mix, check_data, identify_data
+from mlra_scale.data.parts import FoundParts, find_parts
+from mlra_scale.planning.choice import FIELDS, LayoutChoice
+from mlra_scale.training.record import read_record
+from mlra_scale.training.resume import (
+    RESETS_GUARD_STATISTICS,
+    Change,
+    ConfigComparison,
+    History,
+    compare,
+    compare_model,
+    flat,
+    read_stored,
+)
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.schedule import Progress
+from mlra_scale.training.start.device import (
+    Devices,
+    Launcher,
+    check_device,
+    check_launcher,
+    devices_elsewhere,
+    devices_here,
+    resolve_device,
+)
+from mlra_scale.training.start.plan import resolve_layout
+from mlra_scale.training.start.resume_choice import (
+    Rejected,
+    ResumeChoice,
+    choose_checkpoint,
+    compare_data,
+    read_progress,
+)
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What the command line asks for.
+
+    Attributes:
+        config: The configuration as given.
+        named: Which of its fields were named, and where.
+        run: The run directory; None where it was not named.
+        resume: The value of --resume.
+        world_size: Number of ranks.
+        is_stored_config: Whether the configuration is that of the run directory, with the fields that were named.
+        ranks_per_node: Number of ranks on each node; None: as the launcher of this process says.
+    """
+
+    config: Config
+    named: Named
+    run: RunDirectory | None
+    resume: str
+    world_size: int
+    is_stored_config: bool = False
+    ranks_per_node: int | None = None
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run starts: at step 0, at a checkpoint of its own or of another run, or at step 0 with given weights.
+
+    Attributes:
+        checkpoint: The folder of the checkpoint; None for a fresh start.
+        rejected: Checkpoints that were passed over.
+        kind: `fresh`; `training` (the run of the checkpoint continues); or `weights` (a new run begins with them).
+        is_in_place: Whether the run in the run directory continues; else it is a new one, or a branch of another one.
+        progress: The counters to continue with.
+        mixes: The mixes of data sets so far, the present one included; empty: the run has none yet.
+        changes: Differences from the run so far.
+        history: All changes of the run, these included.
+        rollbacks: Of the guard, the oldest first.
+        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or incomplete.
+        left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
+        notice: A remark on the checkpoint's format; None where it is the current one.
+    """
+
+    checkpoint: Path | None = None
+    rejected: tuple[Rejected, ...] = ()
+    kind: Literal["fresh", "training", "weights"] = "fresh"
+    is_in_place: bool = False
+    progress: Progress = field(default_factory=Progress)
+    mixes: tuple[Mix, ...] = ()
+    changes: tuple[Change, ...] = ()
+    history: History = field(default_factory=History)
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    is_good_step_lost: bool = False
+    left_out: tuple[str, ...] = ()
+    notice: str | None = None
+
+    @property
+    def resets_guard_statistics(self) -> bool:
+        """Whether a change makes the losses and gradient norms so far meaningless for those to come."""
+        return any(change.field in RESETS_GUARD_STATISTICS for change in self.changes)
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run as a start will carry it out.
+
+    Attributes:
+        config: The configuration to continue with; `plan` is its batch plan.
+        directory: The run directory.
+        resume: Where the run starts.
+        layout: How the planner chose the layout; None: there was nothing to choose.
+        parts: The data sets as this process found them; not pickled, and so None in what another process sent.
+    """
+
+    config: Config
+    plan: BatchPlan
+    directory: RunDirectory
+    resume: ResumePoint = field(default_factory=ResumePoint)
+    layout: LayoutChoice | None = None
+    parts: FoundParts | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "parts": None}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has done all its steps before this start."""
+        return self.resume.progress.step >= self.config.train.steps and not self.resume.left_out
+
+
+def resolve_run(
+    request: LaunchRequest, excluded: Mapping[Path, str] | None = None, is_here: bool = True
+) -> ResolvedRun:
+    """Checks configuration, device, data, run directory and checkpoint, without writing anything.
+
+    Args:
+        request: What the command line asks for.
+        excluded: Checkpoints that were found to be bad, with the reason.
+        is_here: Whether this process is a rank, or on its machine; else launcher and device are not checked.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    problems = check_launcher(os.environ) if is_here else []
+    choice, store = ResumeChoice(None), None
+    with _gathering(problems, request.resume):
+        if request.run is None:
+            remedy = "is required: name a directory for what the run leaves behind"
+            raise ConfigError([Problem("--run-dir", None, remedy)])
+        choice = choose_checkpoint(request.run, request.resume, excluded)
+        store = None if choice.checkpoint is None else Store.open(choice.checkpoint)
+    compared, named = _compare_configs(request, store)
+    problems += compared.problems
+    config, layout = compared.config, None
+    with _gathering(problems):
+        config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
+        validate(config, request.world_size, device=resolve_device(config))
+    problems += check_device(config) if is_here else []
+    parts = find_parts(config)
+    is_continued = store is not None and store.kind == "training"
+    data_problems = check_data(config, is_continued, parts)
+    problems += data_problems
+    resume = ResumePoint(choice.checkpoint, choice.rejected)
+    if store is not None and not is_continued:
+        origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
+        resume = replace(resume, kind="weights", history=History(begun_from=origin), notice=store.manifest.notice)
+        resume = replace(resume, changes=tuple(_changes(compared, config, store)))
+    elif store is not None:
+        changes = _changes(compared, config, store)
+        with _gathering(problems, request.resume):
+            resume = _continued(resume, request, store, changes, None if data_problems else (config, parts, named))
+    if problems:
+        raise ConfigError(problems)
+    assert request.run is not None
+    return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, parts)
+
+
+def _continued(
+    resume: ResumePoint,
+    request: LaunchRequest,
+    store: Store,
+    changes: list[Change],
+    data: tuple[Config, FoundParts, Named] | None,
+) -> ResumePoint:
+    """Returns where the run of a checkpoint continues; `data` is None where the data cannot be compared."""
+    problems: list[Problem] = []
+    progress, stored_data, history = read_progress(store)
+    if data is not None:
+        config, parts, named = data
+        compared = compare_data(identify_data(config, parts), stored_data, progress.consumed_samples, named)
+        problems += compared.problems
+        changes += compared.changes
+        resume = replace(resume, mixes=compared.mixes)
+    if request.run is not None and request.run.is_own(store.folder):
+        rollbacks: tuple[Mapping[str, Any], ...] = ()
+        try:
+            rollbacks = request.run.read_rollbacks()
+        except ValueError as error:
+            problems.append(Problem("--run-dir", str(request.run.guard), str(error)))
+        problems += _record_problems(request.run)
+        left_out = store.state.get("left_out")
+        resume = replace(
+            resume,
+            is_in_place=True,
+            rollbacks=rollbacks,
+            is_good_step_lost=_is_good_step_lost(request.run, store),
+            left_out=tuple(map(str, left_out)) if isinstance(left_out, list) else (),
+        )
+    if (was := store.manifest.layout["world_size"]) != request.world_size:
+        changes.append(Change("number of ranks", was, request.world_size))
+    if problems:
+        raise ConfigError(problems)
+    return replace(
+        resume,
+        kind="training",
+        progress=progress,
+        changes=tuple(changes),
+        history=history.followed_by(changes, progress.step),
+        notice=store.manifest.notice,
+    )
+
+
+@contextlib.contextmanager
+def _gathering(problems: list[Problem], resume: str = "") -> Iterator[None]:
+    """Adds what is wrong in the block to the problems instead of raising it."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+    except CheckpointError as error:
+        problems.append(Problem("--resume", resume, str(error)))
+
+
+def devices_of(request: LaunchRequest, config: Config, is_here: bool) -> Devices:
+    """Returns the devices of a start; those of another machine (not `is_here`) as far as the configuration says."""
+    if not is_here:
+        return devices_elsewhere(config, request.world_size, request.ranks_per_node)
+    return devices_here(request.world_size, resolve_device(config), request.ranks_per_node)
+
+
+def _compare_configs(request: LaunchRequest, store: Store | None) -> tuple[ConfigComparison, Named]:
+    """Compares the configuration with the checkpoint's and the run directory's; returns what counts as named too."""
+    config, named, run = request.config, request.named, request.run
+    begun = ConfigComparison(config)
+    is_resumed = run is not None and request.resume != "none" and run.holds_a_run()
+    is_elsewhere = store is None or (run is not None and not run.is_own(store.folder))
+    if run is not None and is_resumed and (is_elsewhere or request.is_stored_config):
+        try:
+            own = read_stored(run.config)
+        except ConfigError as error:
+            return ConfigComparison(config, [], error.problems), named
+        if is_elsewhere:
+            # Killed before its first checkpoint, the same run may begin anew here, and no other one.
+            begun = compare(config, named, own)
+        if store is not None and store.config is not None:
+            # Fields that an earlier start of this run, or of the branch, has named stay named.
+            was, now = flat(store.config.to_dict()), flat(own.to_dict())
+            changed = {name for name in now if now[name] != was[name]}
+            named = Named(named.on_command_line | changed, named.in_file)
+    if store is None or begun.problems:
+        return begun, named
+    if store.config is None:
+        return replace(begun, problems=compare_model(begun.config, store.model)), named
+    return compare(begun.config, named, store.config), named
+
+
+def _changes(compared: ConfigComparison, config: Config, store: Store) -> list[Change]:
+    """Returns the differences from the run so far, with the layout that was chosen for this start."""
+    if config is compared.config or store.config is None:
+        return list(compared.changes)
+    was, now = flat(store.config.to_dict()), flat(config.to_dict())
+    others = [change for change in compared.changes if change.field not in FIELDS]
+    return [*others, *(Change(name, was[name], now[name]) for name in FIELDS if was[name] != now[name])]
+
+
+def _record_problems(run: RunDirectory) -> list[Problem]:
+    """Finds a damaged line of the record, which rank 0 alone will cut."""
+    if Launcher.of(os.environ).rank != 0:
+        return []
+    try:
+        read_record(run.metrics, "step")
+    except (ValueError, OSError) as error:
+        return [Problem("--run-dir", str(run.path), str(error))]
+    return []
+
+
+def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
+    if (step := good_step(store.state)) is None:
+        return False
+    try:
+        read_complete_manifest(run.checkpoints / checkpoint_name(step))
+    except CheckpointError:
+        return True
+    return False

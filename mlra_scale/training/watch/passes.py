@@ -1,0 +1,157 @@
+"""Passes over data after a step: validation and the activation probe. A stop request ends them on all ranks alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mlra_scale.config import BatchPlan, Config
+from mlra_scale.data import Batch, SampleStream
+from mlra_scale.stability.activations import ActivationProbe
+from mlra_scale.stability.watcher import is_due
+from mlra_scale.training.interruption import Interruption
+from mlra_scale.training.loop.batches import BadData, Read, read_batches
+
+if TYPE_CHECKING:
+    from mlra_scale.parallel import Engine, Topology
+
+
+class StopRequested(Exception):
+    """Some rank was asked to stop; raised on all ranks at the same point."""
+
+
+def raise_if_stopped(interruption: Interruption, topology: Topology) -> None:
+    """Asks all ranks whether one of them was asked to stop; collective, before every micro-batch of such a pass.
+
+    A GPU first finishes its queue: otherwise the whole pass would be queued before a signal arrives.
+
+    Raises:
+        StopRequested: On all ranks alike.
+    """
+    if topology.device.type == "cuda":
+        torch.cuda.current_stream(topology.device).synchronize()
+    is_requested = interruption.is_stop_requested()
+    if topology.world_size > 1:
+        packed = torch.tensor(int(is_requested))
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=topology.control_group)
+        is_requested = bool(packed)
+    if is_requested:
+        raise StopRequested
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The outcome of the passes after a step.
+
+    Attributes:
+        values: For the record.
+        left_out: Names of passes that a stop request or bad data left out.
+        bad_data: What is wrong with the data; None: nothing.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    bad_data: BadData | None = None
+
+
+class DataPasses:
+    """Measures validation loss and activations; every method is collective.
+
+    Args:
+        engine: The model.
+        config: How often, and on how many samples; what is on is also measured at the last step.
+        plan: The batch plan.
+        validation: Validation samples, always the same first ones; the probe batch is the first of them.
+        read: Reads batches on all ranks (Session.read).
+        hear_stop: See raise_if_stopped.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: Config,
+        plan: BatchPlan,
+        validation: SampleStream,
+        read: Callable[[Read], list[Batch]],
+        hear_stop: Callable[[], None],
+    ) -> None:
+        self._engine, self._config, self._plan, self._validation = engine, config, plan, validation
+        self._read, self._hear_stop = read, hear_stop
+        self._probe = ActivationProbe(engine, config.model, config.activations, plan)
+        self._probe_batches: list[Batch] | None = None
+
+    def due(self, step: int) -> tuple[str, ...]:
+        """Returns the names of the passes that are due after a step, in their order."""
+        evaluation, activations = self._config.evaluation, self._config.activations
+        last, names = self._config.train.steps, []
+        if is_due(step, evaluation.every, last) and (step > 0 or evaluation.every > 0):
+            names.append("validation")
+        if activations.every > 0 and is_due(step, activations.every, last):
+            names.append("activations")
+        return tuple(names)
+
+    def run(self, names: Sequence[str], measuring_seconds: dict[str, float], is_stop: bool = False) -> PassResult:
+        """Makes passes until a stop is requested (`is_stop`: it was already) or the data are bad.
+
+        `measuring_seconds` receives the time of the activation probe.
+        """
+        values: dict[str, Any] = {}
+        passes = {"validation": self._measure_validation, "activations": self._measure_activations}
+        for number, name in enumerate(names):
+            if is_stop:
+                return PassResult(values, tuple(names[number:]))
+            try:
+                values |= passes[name](measuring_seconds)
+            except StopRequested:
+                return PassResult(values, tuple(names[number:]))
+            except BadData as error:
+                return PassResult(values, tuple(names[number:]), error)
+        return PassResult(values)
+
+    def _measure_validation(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
+        num_batches = self._config.evaluation.batches
+        return evaluate(self._engine, self._validation, num_batches, self._plan, self._read, self._hear_stop)
+
+    def _measure_activations(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
+        if self._probe_batches is None:
+            size, plan = self._plan.micro_batch_size, self._plan
+            firsts = [m * plan.data + self._engine.topology.data_rank for m in range(self._probe.num_micro_batches)]
+            self._probe_batches = self._read(lambda: [self._validation.batch(first * size, size) for first in firsts])
+        began = time.perf_counter()
+        activations = self._probe.measure(self._probe_batches, self._hear_stop)
+        measuring_seconds["activations"] = time.perf_counter() - began
+        return {"activations": activations}
+
+
+def evaluate(
+    engine: Engine,
+    stream: SampleStream,
+    max_batches: int,
+    plan: BatchPlan,
+    read: Callable[[Read], list[Batch]],
+    between: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
+
+    Args:
+        engine: The model.
+        stream: Validation samples.
+        max_batches: Most global batches to read. No sample is read twice, unless the data set is smaller than one.
+        plan: The batch plan.
+        read: Reads batches on all ranks (Session.read).
+        between: See Engine.eval_batch.
+    """
+    num_batches = min(max_batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
+    total = 0.0
+    for index in range(num_batches):
+        batches = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
+        total += engine.eval_batch(read(batches), between)
+    loss = total / num_batches
+    return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}

@@ -1,0 +1,142 @@
+"""Runs of a layout beside the oracle's: how the layout tests make and compare them."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlra_scale.config import Config
+from tests.distributed.steps import Record, train
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
+from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
+from tests.support.pool import WorkerPool
+
+Pools = Callable[[int], WorkerPool]
+Options = dict[str, Any]
+Items = tuple[tuple[str, Any], ...]
+"""Options that can be a key: their values are scalars and tuples."""
+Oracle = tuple[dict[str, torch.Tensor], ReferenceRun]
+
+STEPS = 5
+DROPOUT: Options = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
+
+
+def identify(value: Any) -> str:
+    """A parameter in a test's id."""
+    if isinstance(value, dict):
+        return "-".join(str(option) for option in value.values()) or "replicated"
+    return str(value).replace(" ", "-")
+
+
+def in_layout(layout: Layout, **options: Any) -> Config:
+    """A configuration of a layout.
+
+    With a large Adam epsilon: the key bias has a true gradient of zero, and Adam would turn its rounding noise into
+    steps.
+    """
+    return layout_config(layout, parallel__world_size=layout.world_size, **{"optim__eps": 1e-4, **options})
+
+
+def oracle(seed: int = 3, steps: int = STEPS, **options: Any) -> Oracle:
+    """Random weights of a seed, and what the oracle makes of them; once for the same arguments."""
+    return _oracle(seed, steps, tuple(sorted(options.items())))
+
+
+@cache
+def _oracle(seed: int, steps: int, options: Items) -> Oracle:
+    config = in_layout(Layout(), **dict(options))
+    weights = canonical_weights(config.model, seed)
+    return weights, reference_run(config, weights, steps)
+
+
+def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor], steps: int = STEPS) -> list[Record]:
+    """Trains on the ranks of a configuration."""
+    assert config.parallel.world_size is not None
+    return worker_pool(config.parallel.world_size).run(train, config, steps, weights)
+
+
+def assert_gradients(config: Config, records: list[Record], expected: ReferenceRun) -> float:
+    """Compares every gradient of the first step; returns the largest difference as a share of what is allowed."""
+    gradients = assemble(table_of(config), config.parallel.tensor, [record.gradients for record in records])
+    return assert_gradients_close(gradients, expected.gradients)
+
+
+def assert_equals_oracle(
+    config: Config, records: list[Record], expected: ReferenceRun, norms: float = 1e-6, weights: float = 2e-6
+) -> dict[str, np.ndarray]:
+    """Compares losses, gradient norms, validation, every gradient and the weights; ranks must agree.
+
+    Args:
+        config: Of the run.
+        records: Of its ranks.
+        expected: The oracle's run.
+        norms: Relative tolerance of gradient norms.
+        weights: Absolute tolerance of weights.
+
+    Returns:
+        The global weights after the last step.
+    """
+    first, tensor = records[0], config.parallel.tensor
+    for record in records:
+        assert (record.losses, record.gradient_norms) == (first.losses, first.gradient_norms), "ranks disagree"
+    np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=norms)
+    np.testing.assert_allclose(first.validation, [expected.validation], rtol=1e-6)
+    worst = assert_gradients(config, records, expected)
+    final = assemble(table_of(config), tensor, [record.weights for record in records])
+    for name, value in expected.weights.items():
+        np.testing.assert_allclose(final[name][: len(value)], value, rtol=1e-4, atol=weights, err_msg=name)
+    numbers = "".join(f"{number:11.7f}" for number in first.losses + first.gradient_norms)
+    print(f"losses, norms {numbers}   worst gradient {worst:.2f} of what is allowed")
+    return final
+
+
+def assert_same_under_dropout(worker_pool: Pools, config: Config, steps: int = STEPS, **options: Any) -> None:
+    """Compares a run with dropout with that of one process; the options are those of the model."""
+    weights, without = oracle(steps=steps, **options)
+    (expected,) = run(worker_pool, in_layout(Layout(), **DROPOUT, **options), weights, steps)
+    records = run(worker_pool, config, weights, steps)
+    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(records[0].gradient_norms, expected.gradient_norms, rtol=1e-6)
+    np.testing.assert_allclose(records[0].validation, expected.validation, rtol=1e-6)
+    assert abs(expected.losses[0] - without.losses[0]) > 1e-3, "dropout did nothing"
+
+
+def errors(record: Record, expected: ReferenceRun) -> tuple[float, float]:
+    """Largest relative error over the steps, of loss and of gradient norm."""
+    loss = np.abs(np.array(record.losses) / expected.losses - 1).max()
+    norm = np.abs(np.array(record.gradient_norms) / expected.gradient_norms - 1).max()
+    return float(loss), float(norm)
+
+
+def bf16_error(
+    worker_pool: Pools, layout: Layout, steps: int = STEPS, stage: int = 0, **options: Any
+) -> tuple[float, float]:
+    """Largest error that one bf16 process shows against fp32 in loss and gradient norm, over the steps of four models.
+
+    One process of the layout's engine. Four models, because in one of them the rounding errors may cancel by luck.
+    """
+    engine = "pipeline" if layout.pipeline > 1 else "zero"
+    return _bf16_error(worker_pool, engine, steps, stage, tuple(sorted(options.items())))
+
+
+@cache
+def _bf16_error(worker_pool: Pools, engine: str, steps: int, stage: int, options: Items) -> tuple[float, float]:
+    found = []
+    for seed in range(3, 7):
+        weights, expected = oracle(seed, steps, **dict(options))
+        config = in_layout(Layout(stage=stage, engine=engine), train__precision="bf16", **dict(options))
+        (record,) = run(worker_pool, config, weights, steps)
+        found.append(errors(record, expected))
+    losses, norms = zip(*found, strict=True)
+    return max(losses), max(norms)
+
+
+def assert_errs_like_one_process(records: list[Record], expected: ReferenceRun, allowed: tuple[float, float]) -> None:
+    """Compares bf16 errors with those of one process: at most twice as large."""
+    loss, norm = errors(records[0], expected)
+    print(f"error / one process: loss {loss / allowed[0]:.2f}, norm {norm / allowed[1]:.2f}")
+    assert loss <= 2 * allowed[0]
+    assert norm <= 2 * allowed[1]

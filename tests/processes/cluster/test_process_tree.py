@@ -1,0 +1,87 @@
+"""Processes that end with those that started them, and what the kernel knows of processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mlra_scale.cluster.process_tree import descendants, process_state
+
+GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
+CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
+RANK = """
+import os, sys, time
+from mlra_scale.cluster.process_tree import die_with_parent
+die_with_parent(int(sys.argv[1]))
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, str(os.getpid())])"
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        for pid in descendants(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def start(started: list[subprocess.Popen[str]], program: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    started.append(process)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_descendants_are_children_and_theirs(started: list[subprocess.Popen[str]]) -> None:
+    process, said = start(started, CHILD)
+    assert said == "runs"
+    found = descendants(process.pid)
+    assert len(found) == 1 and descendants(found[0]) == []
+    assert process.pid in descendants(os.getpid()) and found[0] in descendants(os.getpid())
+    assert descendants(2**22) == []
+
+
+def test_a_rank_whose_agent_has_ended_before_does_not_begin() -> None:
+    result = subprocess.run([sys.executable, "-c", RANK, "1"], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 1 and "has ended already" in result.stderr and result.stdout == ""
+
+
+def test_a_rank_dies_with_its_agent(started: list[subprocess.Popen[str]]) -> None:
+    process, said = start(started, PARENT)
+    rank = int(said)
+    assert process_state(rank) != ""
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5.0
+    while process_state(rank) not in ("", "Z (zombie)") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process_state(rank) in ("", "Z (zombie)")
+
+
+def wait_for_state(pid: int, state: str) -> None:
+    deadline = time.monotonic() + 10.0
+    while process_state(pid) != state:
+        assert time.monotonic() < deadline, process_state(pid)
+        time.sleep(0.01)
+
+
+def test_the_state_of_a_process() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            wait_for_state(process.pid, "S (sleeping)")
+            process.send_signal(signal.SIGSTOP)
+            wait_for_state(process.pid, "T (stopped)")
+        finally:
+            process.kill()
+        wait_for_state(process.pid, "Z (zombie)")
+    assert process_state(process.pid) == ""
+    assert process_state(os.getpid()) == "R (running)"

@@ -1,0 +1,1 @@
+"""The command line: names, help, shared options, what tools/*.py run."""

@@ -1,0 +1,103 @@
+"""The manifest: every file is read or named, the numbers add up, and a summary says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlra_scale.data import DataError
+from mlra_scale.data.files import FileCounts, NotRead
+from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest, summary
+
+SUM = "0123456789abcdef" * 4
+NOT_READ = [NotRead(f"in/{i}.md", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
+
+
+def content() -> dict[str, Any]:
+    files = {f"{split}.{end}": {"bytes": 4, "sha256": SUM} for split in SPLITS for end in ("bin", "idx", "blocks")}
+    tokenizer = {"name": "t", "sha256": SUM, "vocabulary_size": 9, "end_of_document_token": 0}
+    source = {"name": "in", "kind": "files", "documents": 7, "empty_documents": 2}
+    return {
+        "format": "mlra-scale-data",
+        "version": 2,
+        "fingerprint": content_fingerprint(files, SUM, 0),
+        "documents": 9,
+        "tokens": 90,
+        "text_bytes": 180,
+        "dtype": "uint16",
+        "empty_documents_left_out": 3,
+        "documents_without_tokens": 2,
+        "tokenizer": tokenizer | {"end_of_document_text": "<end>", "round_trip_is_exact": True},
+        "splits": {"train": {"documents": 8, "tokens": 80}, "validation": {"documents": 1, "tokens": 10}},
+        "files": files,
+        "sources": [
+            source | {"files": FileCounts(4, ["in/a.jsonl"], NOT_READ).to_dict()},
+            {"name": "hf:x (split train)", "kind": "hugging-face", "documents": 2, "empty_documents": 1},
+        ],
+    }
+
+
+SPLITS = ("train", "validation")
+
+
+def read(folder: Path, values: dict[str, Any]) -> Manifest:
+    (folder / "manifest.json").write_text(manifest_text(values))
+    return read_manifest(folder)
+
+
+def test_an_entry_has_every_number_and_the_first_names(tmp_path: Path) -> None:
+    files = read(tmp_path, content()).content["sources"][0]["files"]
+    assert (files["matched"], files["read"]) == (17, 4)
+    assert files["without_documents"] == {"files": 1, "names": ["in/a.jsonl"]}
+    assert [(group["reason"], group["files"], len(group["names"])) for group in files["not_read"]] == [
+        ("of no known kind", 12, 10),
+        ("hidden", 1, 1),
+    ]
+
+
+def test_the_lines_of_a_summary() -> None:
+    lines = summary(Manifest(Path("data"), content()))
+    assert lines[0] == "data: 9 documents, 90 tokens, uint16"
+    assert lines[3] == "  tokenizer   t: 9 tokens, documents end with <end> = 0, 2.00 bytes per token"
+    assert lines[4:-1] == [
+        "  files       4 of 17 read of in",
+        "  not read    12 of no known kind: in/0.md, in/1.md, in/2.md and 9 more",
+        "  not read    1 hidden: in/.git",
+        "  note        1 read without any document: in/a.jsonl",
+        "  left out    3 empty documents",
+        "  note        2 documents have text of which this tokenizer makes no token but the end's",
+    ]
+
+
+def test_names_that_are_no_text_can_be_printed() -> None:
+    odd = content()
+    odd["sources"][0]["name"] = os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
+    assert summary(Manifest(Path("data"), odd))[4] == "  files       4 of 17 read of caf\\udce9 \\x1b[31m \u00e4"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(documents=10), "it counts 10 documents, their parts 9"),
+        (lambda c: c.update(empty_documents_left_out=0), "it counts 0 empty documents, their parts 3"),
+        (lambda c: c["sources"][0]["files"].update(read=5), "it counts 17 files of source in, their parts 18"),
+        (lambda c: c["sources"][0]["files"]["not_read"].pop(), "it counts 17 files of source in, their parts 16"),
+    ],
+)
+def test_numbers_that_do_not_add_up(tmp_path: Path, change: Any, message: str) -> None:
+    changed = content()
+    change(changed)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, changed)
+
+
+def test_a_manifest_from_before_files_were_counted(tmp_path: Path) -> None:
+    older = content()
+    del older["documents_without_tokens"]
+    for source in older["sources"]:
+        source.pop("files", None)
+        source.pop("empty_documents")
+    assert summary(read(tmp_path, older))[4:-1] == ["  left out    3 empty documents"]

@@ -1,0 +1,91 @@
+"""What a start resolves to before a process group exists; the indexes of the data are read once for all of it."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlra_scale.config import Config, Named
+from mlra_scale.data import folder, identify_data, open_datasets
+from mlra_scale.data.indexed import IndexedFiles
+from mlra_scale.planning.choice import FIELDS, RECORD
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.start.agreement import _with_present_layout
+from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolve_run
+
+WRITTEN = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2"
+
+
+def resolved(place: Path, resume: str) -> ResolvedRun:
+    """The start of two ranks on the data and, to resume, in the run directory of the fixture."""
+    run = RunDirectory(place / "zero3" if resume == "auto" else place / "new")
+    values = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
+    config = Config.model_validate(values | {"data": {"path": str(place / "data")}})
+    return resolve_run(LaunchRequest(config, Named(frozenset({"data.path"})), run, resume, 2), is_here=False)
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_every_index_is_read_once_from_the_check_to_the_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    place, read, open_indexed = Path(shutil.copytree(WRITTEN, tmp_path / "written")), list[str](), folder.open_indexed
+
+    def counted(prefix: str, table: Path | None = None) -> IndexedFiles:
+        read.append(prefix)
+        return open_indexed(prefix, table)
+
+    monkeypatch.setattr(folder, "open_indexed", counted)
+    run = resolved(place, resume)
+    opened = open_datasets(run.config, run.resume.mixes, run.parts)
+    assert run.resume.progress.step == (3 if resume == "auto" else 0) and len(opened.notices) == 1
+    assert sorted(read) == [str(place / "data" / split) for split in ("train", "validation")]
+    assert opened.identity == identify_data(run.config)
+
+
+def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
+    """The index files are mapped into memory: pickled they would be sent as a whole."""
+    run = resolved(Path(shutil.copytree(WRITTEN, tmp_path / "written")), "none")
+    sent = pickle.dumps(run)
+    received = pickle.loads(sent)
+    assert run.parts is not None and received.parts is None and received == run and len(sent) < 100_000
+
+
+def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_path: Path) -> None:
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    run = RunDirectory(place / "zero3")
+    stored = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
+    values = stored | {"data": {"path": str(place / "data")}, "parallel": stored["parallel"] | {"layout": "auto"}}
+    config = Config.model_validate(values)
+    named = Named(frozenset({"data.path", "parallel.layout", "parallel.activation_checkpointing"}))
+    start = resolve_run(LaunchRequest(config, named, run, "auto", 2, ranks_per_node=2), is_here=False)
+    assert start.layout is not None and start.layout.kept == ("parallel.activation_checkpointing",)
+    assert start.config == start.layout.chosen.config and start.plan.world_size == 2
+    now = start.config.to_dict()
+    expected = {
+        field: (stored[section].get(name) if name else stored[section], now[section][name] if name else now[section])
+        for field in FIELDS
+        for section, _, name in [field.partition(".")]
+    }
+    reported = {change.field: (change.was, change.now) for change in start.resume.changes if change.field in FIELDS}
+    assert reported == {field: pair for field, pair in expected.items() if pair[0] != pair[1]} and reported
+    received = pickle.loads(pickle.dumps(start))
+    assert received.layout == start.layout
+    # If the checkpoint then turns out to be damaged, the layout stays that of the process groups.
+    larger = Config.model_validate(config.to_dict() | {"cluster": {"device_memory_gib": 400.0}})
+    request = LaunchRequest(larger, named, run, "auto", 2, ranks_per_node=2)
+    again = resolve_run(_with_present_layout(request, start), is_here=False)
+    assert again.layout is None and again.plan == start.plan
+    assert again.config.parallel == start.config.parallel and again.config.deepspeed == start.config.deepspeed
+
+
+def test_what_a_job_has_chosen_is_not_chosen_again(tmp_path: Path) -> None:
+    """Ranks get the layout as overrides: no rank plans."""
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    values = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
+    values |= {"data": {"path": str(place / "data")}, "parallel": values["parallel"] | {"layout": "auto"}}
+    config = Config.model_validate(values)
+    named = Named(frozenset({"data.path", *FIELDS, RECORD}))
+    request = LaunchRequest(config, named, RunDirectory(place / "new"), "none", 2)
+    start = resolve_run(request, is_here=False)
+    assert start.layout is None and start.config == config
