@@ -442,7 +442,12 @@ def test_input_that_is_bad_on_other_nodes_only_is_a_fault_of_these_nodes(stage: 
 
 def test_a_node_without_the_run_directory_is_bad(stage: Stage) -> None:
     """Its agent has started no rank; the attempt is not done, even if all agents end like this."""
-    b = "me.join(); me.link.send({'failures': [], 'bad_nodes': {me.name: 'does not see it'}}); sys.exit(1)"
+    b = """
+        me.join()
+        me.link.send({"failures": [], "bad_nodes": {me.name: "does not see it"}})
+        me.link.close()
+        sys.exit(1)
+    """
     outcome = stage.run(a=KILLED, b=b)
     assert (outcome.kind, outcome.bad_nodes) == ("bad_node", {"b": "does not see it"})
     assert stage.run(a=b, b=b).kind == "bad_node"
