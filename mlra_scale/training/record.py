@@ -98,7 +98,9 @@ class JsonLines:
 
     def _note_refusal(self, refusal: str | None) -> None:
         if refusal and not self._is_refused:
-            _logger.warning("%s cannot be written (%s); its lines are kept until it can", self._path, refusal)
+            _logger.warning(
+                "%s cannot be written (%s); its lines are kept until it can be written", self._path, refusal
+            )
         self._is_refused = refusal is not None
 
     def _flush(self, with_sync: bool) -> str | None:

@@ -124,8 +124,8 @@ def test_a_full_disk_does_not_end_the_run_and_loses_nothing_silently(capsys: pyt
     lines = JsonLines(Path("/dev/full"))
     for step in (1, 2):
         lines.write({"step": step})
-    told = capsys.readouterr().err
-    assert told.count("No space left on device") == 1 and "kept until it can" in told
+    error_output = capsys.readouterr().err
+    assert error_output.count("No space left on device") == 1 and "kept until it can be written" in error_output
     lines.sync()
     lines.close()
     assert capsys.readouterr().err.endswith('lost:\n{"step": 1}\n{"step": 2}\n')
@@ -167,10 +167,9 @@ def test_lines_that_a_disk_refuses_at_fsync_are_written_again(
         lines.sync()
         lines.write({"step": 3})
         lines.sync()
-    told = capsys.readouterr().err
-    assert (
-        told == f"WARNING (rank 0): {path} cannot be written ({os.strerror(code)}); its lines are kept until it can\n"
-    ), "once"
+    error_output = capsys.readouterr().err
+    refusal = f"{path} cannot be written ({os.strerror(code)})"
+    assert error_output == f"WARNING (rank 0): {refusal}; its lines are kept until it can be written\n", "once"
     assert os.fsync is fsync
     lines.sync()
     lines.close()
