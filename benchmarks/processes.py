@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -78,7 +79,13 @@ def run_command(
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGINT act at the end of the block, when the process that the block starts is known."""
+    """Lets SIGTERM and SIGINT act at the end of the block, when the process that the block starts is known.
+
+    In a thread nothing has to be deferred: Python runs handlers of signals in the main thread only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     received: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}

@@ -8,8 +8,8 @@
 #
 # ZeRO 3 is named here (ds_configs/zero3.json); the planner chooses the rest of the layout for the nodes and GPUs that the
 # job gets (parallel.layout=auto). By its estimates for H100 ZeRO 3 is the fastest for this model on 4 nodes and still on
-# 64, there with tensor parallelism; models that fit into a GPU are faster without (docs/planning.md). train_mlra_72L.sh
-# leaves DeepSpeed's settings to the planner.
+# 32; models that fit into a GPU are faster without (docs/planning.md). train_mlra_72L.sh leaves DeepSpeed's settings to
+# the planner.
 #
 # What is below is for nodes of 8 GPUs; options of sbatch on the command line come before it. docs/slurm.md has the rest.
 #SBATCH --job-name=zero3

@@ -11,8 +11,8 @@
 # The planner chooses the layout for the nodes and GPUs that the job gets (parallel.layout=auto). A field that is named,
 # as in the second line, stays; the planner chooses the others. --dry-run compares a named layout with the planner's
 # choice. For the 72 layers of width 1024, which fit into a GPU, that is data parallelism with ZeRO where the batch divides
-# over all GPUs (4 nodes), else pipeline parallelism (3 nodes: 3 stages). For those of width 4096 it has tensor parallelism
-# from 32 nodes of H100 on, and pipeline parallelism too on 128. All by estimates (docs/planning.md).
+# over all GPUs (4 nodes), else pipeline parallelism (3 nodes: 3 stages). For those of width 4096 it is data parallelism
+# with ZeRO up to 64 nodes of H100, and tensor and pipeline parallelism on 128. All by estimates (docs/planning.md).
 #
 # What is below is for nodes of 8 GPUs; options of sbatch on the command line come before it. docs/slurm.md has the rest.
 #SBATCH --job-name=mlra-72l
