@@ -54,11 +54,7 @@ def copied_parameters(engine: Engine) -> frozenset[str]:
 def digests_on_device(
     fragments: Iterable[Fragment], names: frozenset[str]
 ) -> tuple[list[tuple[str, Part, int]], torch.Tensor | None]:
-    """Computes checksums of the fragments of some parameters, on the device and without waiting for it.
-
-    Args:
-        fragments: What this rank holds, with its moments.
-        names: The parameters that some rank holds a copy of.
+    """Computes checksums of the fragments of the named parameters, on the device and without waiting for it.
 
     Returns:
         Parameter, part and number of elements of each checksum, and the checksums (int64), or None for no checksum.
@@ -82,12 +78,7 @@ def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests
 
 
 def differing_copies(reports: Iterable[RankReport], table: ParameterTable, tensor: int) -> str | None:
-    """Compares the copies of all ranks.
-
-    Args:
-        reports: Of every rank.
-        table: The parameter table.
-        tensor: Tensor-parallel degree.
+    """Compares the copies of all ranks; `tensor` is the tensor-parallel degree.
 
     Returns:
         None where all are equal, else the first parameter that differs, and between which ranks.

@@ -33,19 +33,24 @@ class FileEntry:
 
 
 @contextlib.contextmanager
-def system_errors(action: str, path: Path) -> Iterator[None]:
+def system_errors(action: str, path: Path, remedy: str | None = None) -> Iterator[None]:
     """Turns errors of the operating system into a CheckpointError with path, fault and remedy.
 
     Args:
-        action: What the block does with the path: "written", "read", "removed".
+        action: What the block does: "written", "read", "removed".
         path: Named where the system's error names no file.
+        remedy: For every error but a full disk; None: those of a run's checkpoints.
     """
     try:
         yield
     except OSError as error:
         failed = Path(error.filename) if isinstance(error.filename, str) else path
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise CheckpointError(f"{failed} cannot be {action}: {reason}; {_remedy(error, failed, action)}") from error
+        if remedy is None:
+            remedy = _remedy(error, failed, action)
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"free space on the disk of {path.parent}"
+        raise CheckpointError(f"{failed} cannot be {action}: {reason}; {remedy}") from error
 
 
 def _remedy(error: OSError, path: Path, action: str) -> str:

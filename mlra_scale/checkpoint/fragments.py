@@ -53,12 +53,7 @@ def tensor_key(part: Part, name: str, start: int) -> str:
 class StoredFragment(NamedTuple):
     """A run of elements of one parameter in one file; with ZeRO 3 there are millions on thousands of ranks.
 
-    Attributes:
-        file: Name of the file in the checkpoint's folder.
-        name: Canonical parameter name.
-        start: First element, counted in the tensor-parallel shard flattened row by row.
-        numel: Number of elements, at least one.
-        tensor_rank: Whose tensor-parallel shard it is; 0 where every rank holds the whole tensor.
+    `tensor_rank` says whose shard `start` counts in; it is 0 where every rank holds the whole tensor.
     """
 
     file: str
@@ -69,14 +64,9 @@ class StoredFragment(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle of the global matrix whose elements lie one after the other in a tensor, row by row.
+    """A rectangle of the global matrix, `rows` x `columns` from (`row`, `column`) on.
 
-    Attributes:
-        row: Its first row in the global matrix.
-        column: Its first column.
-        rows: Number of rows.
-        columns: Number of columns.
-        offset: Index of its first element in the tensor.
+    Its elements lie one after the other in a tensor, row by row, from `offset` on.
     """
 
     row: int
@@ -87,7 +77,6 @@ class Box(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return self.rows * self.columns
 
 
@@ -146,13 +135,7 @@ def overlaps(one: Sequence[Box], other: Sequence[Box]) -> list[tuple[Box, Box, B
 
 
 def copy_overlaps(target: torch.Tensor, source: torch.Tensor, common: Iterable[tuple[Box, Box, Box]]) -> int:
-    """Copies what two fragments (1-D) have in common, and returns the number of elements.
-
-    Args:
-        target: The fragment to fill.
-        source: The fragment to read.
-        common: `overlaps` of the target's boxes and the source's.
-    """
+    """Copies what two fragments (1-D) have in common: `overlaps` of their boxes. Returns the number of elements."""
     copied = 0
     for to, of, box in common:
         _view(target, to, box).copy_(_view(source, of, box))
@@ -179,13 +162,8 @@ def join_lines(lines: Iterable[bytes]) -> bytes:
 def parse_fragments(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment]:
     """Reads fragments.json and checks that every element of every parameter is stored exactly once.
 
-    Args:
-        content: The file's content.
-        manifest: Of the checkpoint.
-        path: The file, for errors.
-
     Raises:
-        CheckpointError: It is damaged, or elements are missing or stored twice.
+        CheckpointError: It is damaged, or elements are missing or stored twice; names `path`.
     """
     found = []
     try:

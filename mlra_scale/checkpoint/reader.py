@@ -1,7 +1,6 @@
-"""Reading a checkpoint into any layout, whatever the layout that wrote it.
+"""Reading a checkpoint into any layout, without a process group.
 
 Opening reads the manifest and the small files. Weights are mapped into memory, and only the requested parts are read.
-No process group is needed.
 """
 
 from __future__ import annotations
@@ -67,9 +66,7 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Opens a checkpoint after checking that every file exists and has its size.
-
-        The weights are not read: `verify` compares their checksums.
+        """Opens a checkpoint after checking that every file exists and has its size; `verify` compares checksums.
 
         Raises:
             CheckpointError: It is incomplete, damaged or of another format.
@@ -78,7 +75,6 @@ class Store:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return self.manifest.step
 
     @property
@@ -93,29 +89,21 @@ class Store:
         return self.folder / TOKENIZER if has_one else None
 
     def verify(self, part: int = 0, of: int = 1) -> list[str]:
-        """Compares files with their checksums; reads them whole.
+        """Compares files with their checksums, which reads them whole; returns a fault for each damaged one.
 
-        Args:
-            part: Which share of the files.
-            of: Into how many shares of about the same size the files are divided.
-
-        Returns:
-            One fault for each file that is damaged.
+        Only share number `part` is read of `of` shares of about the same size.
         """
         loads = [0] * of
-        share = []
+        faults = []
         for name, entry in sorted(self.manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):
             lightest = loads.index(min(loads))
             loads[lightest] += entry.bytes
-            if lightest == part:
-                share.append((name, entry))
-        return [fault for name, entry in share if (fault := checksum_fault(self.folder / name, entry))]
+            if lightest == part and (fault := checksum_fault(self.folder / name, entry)):
+                faults.append(fault)
+        return faults
 
     def tensor(self, name: str, part: Part = "weight") -> torch.Tensor:
-        """Returns a whole global tensor in fp32, padded vocabulary rows included.
-
-        It is a view of the mapped file where the tensor lies in one piece, else a new tensor.
-        """
+        """Returns a global tensor in fp32 with its padded vocabulary rows; a view of the file if it is in one piece."""
         shape = self._stored_shape(name)
         return self._assemble(name, part, Box(0, 0, *matrix_shape(shape))).view(shape)
 
@@ -160,8 +148,8 @@ class Store:
             fragment: What to fill, on any device.
             tensor_parallel: Tensor-parallel degree of the fragment's layout.
             tensor_rank: The tensor-parallel rank that holds it.
-            info: Global shape and sharding of the parameter in that layout; by default as they are stored. The
-                embedding may have more or fewer padded rows than were stored: additional ones become zero.
+            info: Global shape and sharding of the parameter in that layout; None: as stored. The embedding may have
+                other padded rows than were stored: additional ones become zero.
 
         Raises:
             CheckpointError: The parameter is not stored, has another shape, or has no moments.
@@ -256,18 +244,15 @@ class Store:
             if len(raw) > stored_yaml.MAX_BYTES:
                 raise ValueError(f"it is larger than {stored_yaml.MAX_BYTES} bytes")
             values = stored_yaml.parse(raw.decode())
-            if self.kind == "weights":
-                if not isinstance(values, dict) or "model" not in values:
-                    raise ValueError("it has no section `model`")
-                return None, parse_model(values["model"], path)
-            config = Config.from_dict(values)
-        except ConfigError as error:
-            reason = error.in_one_line
+            if self.kind == "training":
+                config = Config.from_dict(values)
+                return config, config.model
+            if not isinstance(values, dict) or "model" not in values:
+                raise ValueError("it has no section `model`")
+            return None, parse_model(values["model"], path)
         except ValueError as error:
-            reason = str(error)
-        else:
-            return config, config.model
-        raise CheckpointError(f"{path} cannot be understood: {reason}; use another checkpoint")
+            reason = error.in_one_line if isinstance(error, ConfigError) else str(error)
+            raise CheckpointError(f"{path} cannot be understood: {reason}; use another checkpoint") from None
 
     def _read_small_file(self, name: str) -> bytes:
         """Reads a file after comparing it with its checksum."""

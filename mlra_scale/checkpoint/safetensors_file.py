@@ -51,13 +51,13 @@ def write_safetensors(
 
     Args:
         path: The file; it must not exist.
-        specs: Every tensor of the file, in order. They make up the header, which comes first.
+        specs: Every tensor of the file, in order; they make up the header, which comes first.
         tensors: The same names in the same order, each with its tensor; asked for one at a time.
         metadata: Text for the header.
         before_chunk: Called before each piece is written; may raise to end the writing.
 
     Returns:
-        Size and checksum of what was written.
+        Size and checksum of the file.
 
     Raises:
         OSError: The file cannot be written; the caller removes the part of it that was.
@@ -93,7 +93,7 @@ def num_bytes(spec: TensorSpec) -> int:
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """Returns type and shape of a tensor."""
+    """Returns the spec of a tensor."""
     return tensor.dtype, tuple(tensor.shape)
 
 

@@ -25,16 +25,10 @@ _STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints",
 
 
 def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: Path | None) -> dict[str, FileEntry]:
-    """Writes state, configuration and a copy of the tokenizer.
-
-    Args:
-        folder: The unfinished checkpoint.
-        state: From `json_bytes`.
-        config_text: The YAML document.
-        tokenizer: A folder with a tokenizer's files, or None.
+    """Writes state (from `json_bytes`), configuration (YAML) and a copy of the tokenizer's folder.
 
     Returns:
-        The files' entries by their names in the folder.
+        The files' entries by their names in the unfinished checkpoint.
     """
     files = {STATE: write_file(folder / STATE, state)}
     files[CONFIG] = write_file(folder / CONFIG, config_text.encode())
@@ -51,12 +45,12 @@ def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: P
 
 
 def json_bytes(values: Mapping[str, Any]) -> bytes:
-    """Returns JSON for people: indented, ASCII. Numbers that are not finite are written as Python reads them back."""
+    """Returns JSON, indented and in ASCII. Numbers that are not finite are written as Python reads them back."""
     return (json.dumps(values, indent=1) + "\n").encode("ascii")
 
 
 def parse_state(content: bytes, path: Path) -> dict[str, Any]:
-    """Parses the content of state.json; whoever wrote a section checks what it holds.
+    """Parses the content of state.json; what a section holds is checked by its reader.
 
     Raises:
         CheckpointError: It is damaged, or a section is no object; names `path`.

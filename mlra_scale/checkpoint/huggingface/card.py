@@ -64,7 +64,7 @@ def model_card(
         store: The exported checkpoint.
         export_format: "gpt2" or "mlra".
         dtype: Name of the weights' type.
-        verification: The figures, or None where the export was not verified.
+        verification: The figures; None: the export was not verified.
         text: The source of the text of the verification.
     """
     data = ModelCardData(

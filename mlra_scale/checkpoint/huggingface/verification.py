@@ -100,12 +100,12 @@ def _exp(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Verification:
-    """The figures of a verification.
+    """The figures of a verification, against the trained model in float32.
 
     Attributes:
         dtype: Type of the export.
-        exported: The exported folder against the trained model in float32.
-        own: For 16-bit types, the training's own layers in that type against the trained model in float32.
+        exported: The exported folder.
+        own: The training's own layers in `dtype`; None for float32.
     """
 
     dtype: torch.dtype
@@ -198,10 +198,7 @@ def verify_folder(
 
 @contextlib.contextmanager
 def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Iterator[Any]:
-    """Loads an export by stock GPT-2, or by the code in the folder, and yields the model in evaluation mode.
-
-    The code is imported from the folder: loading it as remote code would leave a copy in the user's cache. The weights
-    stay in the mapped files.
+    """Yields an export in evaluation mode, loaded by stock GPT-2 or by the code in the folder; weights stay mapped.
 
     Raises:
         VerificationError: It cannot be loaded, or not all weights fit.
@@ -222,7 +219,10 @@ def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Ite
 
 @contextlib.contextmanager
 def _code_of(folder: Path, export_format: Format) -> Iterator[Any]:
-    """Yields the class that loads a folder."""
+    """Yields the class that loads a folder.
+
+    Code is imported from the folder itself: loading it as remote code would leave a copy in the user's cache.
+    """
     if export_format == "gpt2":
         yield transformers.GPT2LMHeadModel
         return
