@@ -36,20 +36,16 @@ _MIN_LAYER_BYTES = 512
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A language model in evaluation mode.
+    """A language model in evaluation mode, with the checkpoint or folder that it comes from.
 
     Attributes:
         module: The model, one of transformers' (or a remote one in its style).
-        path: Its checkpoint or folder.
-        kind: "checkpoint" or the folder's model_type.
-        vocab_size: Number of tokens.
-        max_positions: Longest input.
+        max_positions: Longest input, in tokens.
         tokenizer_folder: Folder with the model's tokenizer, if there is one.
     """
 
     module: Any
     path: Path
-    kind: str
     vocab_size: int
     max_positions: int
     tokenizer_folder: Path | None
@@ -61,10 +57,7 @@ class OpenedModel:
         return logits_BKV
 
     def tokenizer(self, name: str | None = None) -> LoadedTokenizer:
-        """Loads the tokenizer; no part of a text is read as a special token.
-
-        Args:
-            name: Folder or file of another tokenizer than the model's own.
+        """Loads the model's tokenizer, or the one that is named; no part of a text is read as a special token.
 
         Raises:
             EvaluationError: There is none, or it does not belong to the model.
@@ -89,14 +82,10 @@ class OpenedModel:
 
 
 def check_same_tokens(loaded: LoadedTokenizer, own: Path) -> None:
-    """Refuses a tokenizer that was named for a model and contradicts the model's own; it may have more tokens.
-
-    Args:
-        loaded: The one that was named.
-        own: Folder of the model's own.
+    """Compares a tokenizer that was named for a model with the model's own, in the folder `own`.
 
     Raises:
-        EvaluationError: They contradict each other, so the model would read its text as gibberish.
+        EvaluationError: They contradict each other. (The named one may have more tokens.)
     """
     try:
         with quiet_transformers():
@@ -116,12 +105,11 @@ def open_model(
     """Opens a model.
 
     Args:
-        path: A store checkpoint, a folder of them, a run directory (its newest complete checkpoint), or a folder in
-            Hugging Face's format.
+        path: A checkpoint, a folder of them, a run directory (its newest complete checkpoint), or a folder in Hugging
+            Face's format.
         dtype: A name of DTYPES: the type of weights and computation.
         device: "cpu", "cuda", or "auto": cuda where there is one.
-        trust_remote_code: Whether the code in a foreign Hugging Face folder may run. Exports of this project are run
-            with the project's own code.
+        trust_remote_code: Whether the code in a foreign folder may run. That of this project's exports never does.
 
     Raises:
         EvaluationError: A Hugging Face folder cannot be loaded.
@@ -140,7 +128,7 @@ def open_model(
     store = Store.open(folder)
     model = store.model
     module = model_from_store(store, DTYPES[dtype]).to(device)
-    return OpenedModel(module, folder, "checkpoint", model.vocab_size, model.max_positions, store.tokenizer_folder)
+    return OpenedModel(module, folder, model.vocab_size, model.max_positions, store.tokenizer_folder)
 
 
 def _open_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> OpenedModel:
@@ -164,13 +152,13 @@ def _open_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
         raise EvaluationError(f"{path} has weights unknown to its config.json (fewer layers?): {_some(unknown)}")
     module = module.to(device).requires_grad_(False).eval()
     config = module.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
+    sizes: list[Any] = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
     for size, name in zip(sizes, ("tokens", "positions"), strict=True):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if type(size) is not int or size < 1:
             raise EvaluationError(f"{path}: its config.json does not say how many {name} the model has")
+    vocab_size, positions = sizes
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-    vocab_size, positions = (int(size) for size in sizes if size is not None)
-    return OpenedModel(module, path, config.model_type, vocab_size, positions, path if has_tokenizer else None)
+    return OpenedModel(module, path, vocab_size, positions, path if has_tokenizer else None)
 
 
 def _read_model_files(folder: Path) -> dict[str, Any]:

@@ -58,10 +58,8 @@ class Perplexity:
     """The sums over a text, and the measures made of them.
 
     Attributes:
-        num_documents: Documents with at least one token.
+        num_documents: Documents with at least one token; `num_words` and `num_bytes` (in UTF-8) are theirs.
         num_tokens: Tokens that were scored.
-        num_words: Words of the documents.
-        num_bytes: Bytes of the documents in UTF-8.
         negative_log_likelihood: Sum over the scored tokens of -ln p(token | context), in nats.
     """
 
@@ -83,12 +81,11 @@ class Perplexity:
 
     @property
     def word_perplexity(self) -> float:
-        """exp(nats per word): comparable between tokenizers."""
+        """exp(nats per word)."""
         return _exp(self.negative_log_likelihood / self.num_words) if self.num_words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte: comparable between tokenizers, and between languages that write words differently."""
         return self.negative_log_likelihood / math.log(2.0) / self.num_bytes if self.num_bytes else math.nan
 
 
@@ -98,11 +95,6 @@ def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator
     The windows are those of Hugging Face's guide to the perplexity of fixed-length models: they begin at 0, stride,
     2 stride, ..., each is `size` long (the last one ends with the stream), and each scores the tokens that no earlier
     one held. A stream of fewer than two tokens gives none.
-
-    Args:
-        pieces: The tokens, in pieces of any length.
-        size: Tokens of a window, at least 2.
-        stride: Distance of the windows, 1 to size - 1.
     """
     assert 1 <= stride < size, (size, stride)
     held: list[int] = []
@@ -131,7 +123,7 @@ def perplexity(
 
     Args:
         model: The model.
-        documents: The documents, each a stream of pieces.
+        documents: Each a stream of pieces.
         window: Tokens of a window; None: the model's longest input.
         stride: Distance of the windows; None: half a window.
         batch_size: Windows of one forward pass.
@@ -158,11 +150,7 @@ def perplexity(
 
 
 def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Returns window and stride, with defaults for None: the longest input, and half a window.
-
-    Raises:
-        EvaluationError: They do not fit the model or each other.
-    """
+    """Returns window and stride with their defaults; raises EvaluationError if they do not fit the model."""
     if window is None:
         window = max(2, model.max_positions)
     # The last token of a window is only predicted and needs no position.

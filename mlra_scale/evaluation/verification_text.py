@@ -27,10 +27,7 @@ _UNSURE_TOKENS = 16
 
 
 def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
-    """Reads the first validation sequences of a run: about `num_tokens` tokens, at least one sequence.
-
-    Returns:
-        Token ids [N, S + 1]: inputs and the token that follows them.
+    """Returns the first validation sequences of a run, as `text_tokens` does.
 
     Raises:
         EvaluationError: The data that the configuration names are missing, or are others.
@@ -49,13 +46,9 @@ def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
 
 
 def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Reads the beginning of a text, documents one after the other as in training.
+    """Reads the beginning of a text (sources as of tools/prepare_data.py), its documents joined as in training.
 
-    Args:
-        names: Files, folders or globs, as for tools/prepare_data.py.
-        loaded: The model's tokenizer.
-        length: Tokens per sequence; a shorter text gives one shorter sequence.
-        num_tokens: About how many tokens; at least one sequence is read.
+    About `num_tokens` tokens are read, at least one sequence; a text shorter than `length` gives one shorter sequence.
 
     Returns:
         Token ids [N, S + 1]: inputs and the token that follows them.
@@ -109,17 +102,10 @@ def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: in
 
 
 def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]]) -> list[EncodedText]:
-    """Decodes documents and encodes the text again, as users of the exported tokenizer do.
+    """Decodes documents (ids without the end token) and encodes the text again, as users of the exported tokenizer do.
 
-    Documents that contain the spelling of a special token are left out: in training that was text, a user's tokenizer
-    reads the token.
-
-    Args:
-        loaded: The tokenizer of training.
-        documents: Ids, without the token that ends a document.
-
-    Returns:
-        One entry for each other document: its ids where its text gives them again, else the ids of its text.
+    A document that spells a special token is left out: in training that was text, a user's tokenizer reads the token.
+    Of each other one, `tokens` are its ids where its text gives them again, else the ids of its text.
     """
     tokenizer, found = loaded.tokenizer, []
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
@@ -155,12 +141,7 @@ def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> 
 
 
 def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:
-    """Raises EvaluationError if a tokenizer is not the one of training.
-
-    Args:
-        loaded: The checkpoint's copy, or the one that was named where there is none.
-        recorded: Checksum of the tokenizer of training (data.tokenizer.tokenizer_sha256), where it is known.
-    """
+    """Raises EvaluationError if a tokenizer has another checksum than that of training, where one is recorded."""
     if recorded is not None and tokenizer_sha256(loaded.tokenizer) != recorded:
         raise EvaluationError(
             f"tokenizer {loaded.name} is not the one of training, whose checksum the checkpoint records "
