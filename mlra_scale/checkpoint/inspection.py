@@ -34,7 +34,7 @@ def checkpoints_folder(path: Path) -> Path:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """Returns the checkpoint at a path, or all those of the run there, complete or not; raises as checkpoints_folder."""
+    """Returns the checkpoint at a path, or all those of the run there, complete or not, as checkpoints_folder does."""
     return [path] if (path / MANIFEST).is_file() else checkpoint_folders(checkpoints_folder(path))
 
 

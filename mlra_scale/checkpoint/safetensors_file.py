@@ -38,6 +38,7 @@ _TYPE_NAMES = {
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a tensor."""
+NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 def write_safetensors(

@@ -1,7 +1,7 @@
 """Saving a run: the ranks agree in the main thread, and write in the background.
 
 A save has two phases. First every rank writes its own file into a folder with an unfinished name; then rank 0 adds the
-manifest and gives the folder its name. Between the phases, and at the end, the ranks exchange a few bytes over the
+other files and gives the folder its name. Between the phases, and at the end, the ranks exchange a few bytes over the
 control group, always from the main thread and after the same training step, so no collective of a background thread
 can ever interfere with one of training. An error of any rank is raised on all ranks, in the same call.
 """
@@ -159,7 +159,7 @@ class Saver:
                 # Copies: training changes these tensors too.
                 tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in buffers.items()]
                 main = MainFiles(json_bytes(state), tensors, config_text, tokenizer)
-            task = BackgroundTask(partial(write_share, unfinished, save_id, self._topology, snapshot, main, cancel))
+            task = BackgroundTask(partial(write_share, unfinished, save_id, self._topology, snapshot, cancel))
         except Exception as error:
             # The other ranks enter the first exchange: this one must enter it too, and report its error there.
             task = BackgroundTask(partial(_raise, error))
@@ -257,7 +257,7 @@ class Saver:
         return [bool(answer) for answer in packed.tolist()]
 
     def _start_commit(self, job: _Job, stall_seconds: float) -> None:
-        """All files are written: rank 0 gathers the reports, and completes the checkpoint in the background."""
+        """All ranks have written: rank 0 gathers the reports, and completes the checkpoint in the background."""
         failpoints.reached("agreed")
         report: RankReport = job.task.result
         report.stall_seconds, report.write_seconds = stall_seconds, job.task.seconds

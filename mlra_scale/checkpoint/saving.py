@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,8 @@ from mlra_scale.checkpoint.fragments import (
     tensor_key,
 )
 from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, library_versions, stored_parameters
-from mlra_scale.checkpoint.safetensors_file import spec_of, write_safetensors
-from mlra_scale.checkpoint.state_contents import BUFFERS, write_small_files
+from mlra_scale.checkpoint.safetensors_file import NamedTensors, spec_of, write_safetensors
+from mlra_scale.checkpoint.state_contents import write_small_files
 from mlra_scale.config import Config, engine_kind, zero_stage
 from mlra_scale.files import sync
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mlra_scale.parallel.topology import Topology
 
 CANCELLED = "the save was cancelled"
-NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 class Cancelled(Exception):
@@ -194,30 +193,19 @@ class RankReport:
         return f"rank-{self.rank:05d}.safetensors"
 
 
-@dataclass
-class MainFiles:
-    """What rank 0 adds to a save: the content of state.json and config.yaml, tensors, a tokenizer's folder to copy.
-
-    Attributes:
-        entries: The files, once they are written.
-    """
+class MainFiles(NamedTuple):
+    """What rank 0 adds to a save: the content of state.json and config.yaml, tensors, a tokenizer's folder to copy."""
 
     state: bytes
     buffers: NamedTensors
     config_text: str
     tokenizer: Path | None
-    entries: dict[str, FileEntry] = field(default_factory=dict)
 
 
 def write_share(
-    folder: Path,
-    save_id: str,
-    topology: Topology,
-    snapshot: Snapshot,
-    main: MainFiles | None,
-    cancel: threading.Event,
+    folder: Path, save_id: str, topology: Topology, snapshot: Snapshot, cancel: threading.Event
 ) -> RankReport:
-    """Writes a rank's file into the unfinished checkpoint, and on rank 0 `main`, whose entries are filled in.
+    """Writes a rank's file into the unfinished checkpoint.
 
     Raises:
         Cancelled: `cancel` was set meanwhile.
@@ -228,21 +216,13 @@ def write_share(
         if cancel.is_set():
             raise Cancelled
 
-    def write_tensors(file: str, tensors: NamedTensors) -> FileEntry:
-        specs = {name: spec_of(tensor) for name, tensor in tensors}
-        return write_safetensors(folder / file, specs, tensors, {"save_id": save_id}, check)
-
     report = RankReport(topology.rank, topology.tensor_rank, topology.pipeline_rank, snapshot.has_moments)
     report.digests = snapshot.wait()
+    report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
+    specs = {name: spec_of(tensor) for name, tensor in snapshot.tensors}
     with system_errors("written", folder):
-        report.entry = write_tensors(report.file, snapshot.tensors)
-        report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
-        failpoints.reached("between-files")
-        if main is not None:
-            if main.buffers:
-                main.entries[BUFFERS] = write_tensors(BUFFERS, main.buffers)
-            check()
-            main.entries |= write_small_files(folder, main.state, main.config_text, main.tokenizer)
+        report.entry = write_safetensors(folder / report.file, specs, snapshot.tensors, {"save_id": save_id}, check)
+        failpoints.reached("file-complete")
     return report
 
 
@@ -255,17 +235,19 @@ def build_manifest(
     table: ParameterTable,
     topology: Topology,
 ) -> Manifest:
-    """Checks the reports of all ranks, writes fragments.json and returns the manifest; rank 0.
+    """Writes what rank 0 adds to the files of all ranks, checks that these add up, and returns the manifest; rank 0.
 
     Raises:
-        CheckpointError: The ranks' fragments do not add up to the model, or the system refuses.
+        CheckpointError: The ranks' fragments do not add up to the model, or the system refuses something.
     """
     has_moments = {report.has_moments for report in reports} - {None}
     if len(has_moments) > 1:
         raise CheckpointError("some ranks have moments of the optimizer and others have none; nothing was saved")
     content = join_lines(report.line for report in reports)
+    files = {report.file: report.entry for report in reports if report.entry is not None}
     with system_errors("written", unfinished):
-        entries = {FRAGMENTS: write_file(unfinished / FRAGMENTS, content)}
+        files[FRAGMENTS] = write_file(unfinished / FRAGMENTS, content)
+        files |= write_small_files(unfinished, save_id, *main)
     config = Config.from_yaml(main.config_text)
     manifest = Manifest(
         save_id=save_id,
@@ -283,7 +265,7 @@ def build_manifest(
         },
         has_moments=has_moments == {True},
         versions=library_versions(),
-        files={report.file: report.entry for report in reports if report.entry} | entries | main.entries,
+        files=files,
         parameters=stored_parameters(table),
     )
     parse_fragments(content, manifest, unfinished / FRAGMENTS)

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: state, configuration and tokenizer."""
+"""The small files of a checkpoint: state, small tensors, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlra_scale.checkpoint.files import CheckpointError, FileEntry, system_errors, write_file
+from mlra_scale.checkpoint.safetensors_file import NamedTensors, spec_of, write_safetensors
 from mlra_scale.config import ConfigError, ModelConfig
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.problems import problems_of
@@ -24,14 +25,18 @@ _TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
 _STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history")
 
 
-def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: Path | None) -> dict[str, FileEntry]:
-    """Writes state (from `json_bytes`), configuration (YAML) and a copy of the tokenizer's folder.
+def write_small_files(
+    folder: Path, save_id: str, state: bytes, buffers: NamedTensors, config_text: str, tokenizer: Path | None
+) -> dict[str, FileEntry]:
+    """Writes state (from `json_bytes`), small tensors, configuration (YAML) and a copy of the tokenizer's folder.
 
     Returns:
         The files' entries by their names in the unfinished checkpoint.
     """
-    files = {STATE: write_file(folder / STATE, state)}
-    files[CONFIG] = write_file(folder / CONFIG, config_text.encode())
+    files = {STATE: write_file(folder / STATE, state), CONFIG: write_file(folder / CONFIG, config_text.encode())}
+    if buffers:
+        specs = {name: spec_of(tensor) for name, tensor in buffers}
+        files[BUFFERS] = write_safetensors(folder / BUFFERS, specs, buffers, {"save_id": save_id})
     if tokenizer is not None:
         target = folder / TOKENIZER
         target.mkdir()

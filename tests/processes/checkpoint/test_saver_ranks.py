@@ -64,7 +64,7 @@ def fail_on_one_rank(rank: int, world_size: int, folder: str) -> list[tuple[str,
     saver.finish()
     original = failpoints.reached
     for bad in range(world_size):
-        for point in ("snapshot", "file-open", "mid-file", "between-files"):
+        for point in ("snapshot", "file-open", "mid-file", "file-complete"):
             failpoints.reached = partial(fail_at, point if rank == bad else "nowhere")
             polls = 0
             try:

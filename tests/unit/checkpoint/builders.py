@@ -13,7 +13,7 @@ import torch
 
 from mlra_scale.checkpoint import checkpoint_name
 from mlra_scale.checkpoint.fragments import PARTS
-from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest, commit, take_snapshot, write_share
+from mlra_scale.checkpoint.saving import MainFiles, build_manifest, commit, take_snapshot, write_share
 from mlra_scale.checkpoint.state_contents import json_bytes
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable
@@ -184,10 +184,8 @@ def write_checkpoint(
     for rank in range(layout.world_size):
         topology = layout.topology(rank)
         engine: Any = FakeEngine(topology, layout, values, model)
-        report = RankReport(rank, topology.tensor_rank, topology.pipeline_rank)
         snapshot = take_snapshot(engine, frozenset(table), None)
-        write_share(unfinished, save_id, snapshot, report, main if rank == 0 else None, threading.Event())
-        reports.append(report)
+        reports.append(write_share(unfinished, save_id, topology, snapshot, threading.Event()))
     manifest = build_manifest(unfinished, save_id, step, reports, main, table, layout.topology(0))
     fault = commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0), None)
     options.get("faults", []).append(fault)
