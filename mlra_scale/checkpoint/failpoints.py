@@ -1,7 +1,7 @@
 """Failpoints: the steps of a save at which tests let a rank fail or die.
 
-Code calls `failpoints.reached(NAME)`, and a test replaces the function (`failpoints.reached = ...`) by one that raises
-an error, waits, or kills the process.
+In production `reached` does nothing. Code calls `failpoints.reached(NAME)`, and a test replaces the function
+(`failpoints.reached = ...`) by one that raises an error, waits, or kills the process.
 """
 
 from __future__ import annotations

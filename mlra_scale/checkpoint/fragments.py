@@ -76,6 +76,11 @@ class Box(NamedTuple):
     offset: int = 0
 
     @property
+    def end_row(self) -> int:
+        """One past its last row."""
+        return self.row + self.rows
+
+    @property
     def numel(self) -> int:
         return self.rows * self.columns
 
@@ -117,17 +122,12 @@ def boxes_of(shard: Box, start: int, numel: int) -> list[Box]:
 def overlaps(one: Sequence[Box], other: Sequence[Box]) -> list[tuple[Box, Box, Box]]:
     """Returns a box of the one, a box of the other, and the rectangle that they have in common, for all such pairs."""
     found: list[tuple[Box, Box, Box]] = []
-    if (
-        not one
-        or not other
-        or one[0].row >= other[-1].row + other[-1].rows
-        or other[0].row >= one[-1].row + one[-1].rows
-    ):
+    if not one or not other or one[0].row >= other[-1].end_row or other[0].row >= one[-1].end_row:
         return found  # most pairs of fragments have no row in common
     for mine in one:
         for theirs in other:
             row, column = max(mine.row, theirs.row), max(mine.column, theirs.column)
-            rows = min(mine.row + mine.rows, theirs.row + theirs.rows) - row
+            rows = min(mine.end_row, theirs.end_row) - row
             columns = min(mine.column + mine.columns, theirs.column + theirs.columns) - column
             if rows > 0 and columns > 0:
                 found.append((mine, theirs, Box(row, column, rows, columns)))

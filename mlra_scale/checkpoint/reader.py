@@ -169,7 +169,7 @@ class Store:
         """The elements of a box as one flat tensor: a view where a single stored fragment has them in a row."""
         for fragment, boxes in self._stored_boxes(name):
             for of in boxes:
-                is_within = of.row <= box.row and box.row + box.rows <= of.row + of.rows
+                is_within = of.row <= box.row and box.end_row <= of.end_row
                 if is_within and (of.column, of.columns) == (box.column, box.columns):
                     start = of.offset + (box.row - of.row) * of.columns
                     return self._read_values(fragment, part)[start : start + box.numel]
@@ -180,7 +180,7 @@ class Store:
     def _copy(self, name: str, part: Part, target: torch.Tensor, boxes: list[Box]) -> None:
         """Fills the boxes of a tensor from all stored fragments that overlap them."""
         num_rows, _ = matrix_shape(self._stored_shape(name))
-        num_stored = sum(max(0, min(box.row + box.rows, num_rows) - box.row) * box.columns for box in boxes)
+        num_stored = sum(max(0, min(box.end_row, num_rows) - box.row) * box.columns for box in boxes)
         if num_stored < target.numel():
             target.zero_()
         num_copied = 0
@@ -193,15 +193,10 @@ class Store:
     def _stored_boxes(self, name: str) -> list[tuple[StoredFragment, list[Box]]]:
         if name not in self._boxes:
             parameter, degree = self.manifest.parameters[name], self.manifest.tensor
-            self._boxes[name] = [
-                (
-                    of,
-                    boxes_of(
-                        shard_of(parameter.shape, parameter.shard_dim, degree, of.tensor_rank), of.start, of.numel
-                    ),
-                )
-                for of in self._fragments[name]
-            ]
+            self._boxes[name] = []
+            for of in self._fragments[name]:
+                shard = shard_of(parameter.shape, parameter.shard_dim, degree, of.tensor_rank)
+                self._boxes[name].append((of, boxes_of(shard, of.start, of.numel)))
         return self._boxes[name]
 
     def _read_values(self, fragment: StoredFragment, part: Part) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging
 
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
-from mlra_scale.checkpoint.huggingface.tensors import Format, PlainWeights
+from mlra_scale.checkpoint.huggingface.tensors import Format, export_tensors
 from mlra_scale.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -109,12 +109,7 @@ def model_from_store(store: Store, dtype: torch.dtype = torch.float32) -> MlraFo
     """
     with torch.device("meta"):
         result = MlraForCausalLM(mlra_config(store.model))
-    weights, plain = {}, PlainWeights(store)
-    for name in plain.names:
-        tensor = plain[name]
-        if name == "embedding.weight":
-            tensor = tensor[: store.model.vocab_size]
-        weights[f"model.{name}"] = tensor.to(dtype)
+    weights = {tensor.name: tensor.make().to(dtype) for tensor in export_tensors(store, "mlra")}
     missing, unexpected = result.load_state_dict(weights, strict=False, assign=True)
     assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)
     result.tie_weights()
