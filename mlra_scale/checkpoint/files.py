@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,17 @@ def _remedy(error: OSError, path: Path, action: str) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "checkpoints must lie on a disk that all ranks share, and nothing else may move them during a run"
     return f"check the disk of {path.parent}"
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of another library's error, fit for a message."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Returns the first six names of a list, and how many more there are."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return printable(", ".join(names[:6])) + more
 
 
 def write_file(path: Path, content: bytes) -> FileEntry:

@@ -24,7 +24,6 @@ from mlra_scale.checkpoint.files import FileEntry
 from mlra_scale.files import name_errors
 
 CHUNK_BYTES = 8 * 2**20
-_LARGE_BYTES = 2**19
 _TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -107,18 +106,13 @@ class _HashedFile:
         self._file, self._hashing, self._middle = file, hashing, middle
 
     def write(self, piece: memoryview) -> None:
-        """Writes all of it. The checksum of a large piece is computed meanwhile: both take about as long."""
+        """Writes all of it. The checksum is computed meanwhile: both take about as long."""
         was_before_middle = self.size < self._middle
         self.size += len(piece)
-        hashed = None
-        if len(piece) < _LARGE_BYTES:
-            self.digest.update(piece)
-        else:
-            hashed = self._hashing.submit(self.digest.update, piece)
+        hashed = self._hashing.submit(self.digest.update, piece)
         while piece:  # the system may take less at a time
             piece = piece[self._file.write(piece) :]
-        if hashed is not None:
-            hashed.result()
+        hashed.result()
         if was_before_middle and self.size >= self._middle:
             failpoints.reached("mid-file")
 

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from mlra_scale.checkpoint import CheckpointError, Store, checkpoint_at
+from mlra_scale.checkpoint.files import first_line, some_of
 from mlra_scale.checkpoint.huggingface.configuration import DTYPES, model_from_store, quiet_transformers
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from mlra_scale.config.json_text import printable, read_foreign_json_object
@@ -144,12 +145,12 @@ def _open_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
                 path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
             )
     except Exception as error:  # of any kind: each means that the folder cannot be loaded
-        raise EvaluationError(f"{path} cannot be loaded: {_reason(error)}") from error
+        raise EvaluationError(f"{path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"]):
-        raise EvaluationError(f"{path} lacks weights of its model, which would be random numbers: {_some(missing)}")
+        raise EvaluationError(f"{path} lacks weights of its model, which would be random numbers: {some_of(missing)}")
     unknown = [name for name in sorted(report["unexpected_keys"]) if not _OLD_BUFFERS.search(name)]
     if unknown and values.get("model_type") in ("gpt2", MlraConfig.model_type):
-        raise EvaluationError(f"{path} has weights unknown to its config.json (fewer layers?): {_some(unknown)}")
+        raise EvaluationError(f"{path} has weights unknown to its config.json (fewer layers?): {some_of(unknown)}")
     module = module.to(device).requires_grad_(False).eval()
     config = module.config.get_text_config()
     sizes: list[Any] = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
@@ -195,7 +196,7 @@ def _max_layers(folder: Path) -> int | None:
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 return len(list(file.keys()))
     except (ValueError, OSError, SafetensorError) as error:
-        raise EvaluationError(f"{printable(str(folder))} cannot be loaded: {_reason(error)}") from error
+        raise EvaluationError(f"{printable(str(folder))} cannot be loaded: {first_line(error)}") from error
     sizes = [file.stat().st_size for file in folder.glob("*.bin")]
     return sum(sizes) // _MIN_LAYER_BYTES if sizes else None
 
@@ -205,11 +206,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return read_foreign_json_object(path)
     except ValueError as error:
         raise EvaluationError(str(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
-
-
-def _some(names: list[str]) -> str:
-    return printable(", ".join(names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -133,20 +134,21 @@ def perplexity(
         EvaluationError: Window or stride do not fit the model, a token is not the model's, or nothing can be scored.
     """
     window, stride = checked_window(model, window, stride)
-    count = _Counter(model.vocab_size, start_token)
-    found = itertools.chain.from_iterable(windows(count.tokens(document), window, stride) for document in documents)
+    counts: Counter[str] = Counter()
+    streams = (_counted(document, counts, model.vocab_size, start_token) for document in documents)
+    found = itertools.chain.from_iterable(windows(tokens, window, stride) for tokens in streams)
     total, num_tokens = 0.0, 0
     while batch := list(itertools.islice(found, batch_size)):
         total += negative_log_likelihood(model, batch)
         num_tokens += sum(item.num_new for item in batch)
     if not num_tokens:
         raise EvaluationError(
-            f"there is nothing to score: {count.num_documents} documents with {count.num_read} tokens in all, and the "
-            "first token of a document has no context; give more text, or a start token"
+            f"there is nothing to score: {counts['documents']} documents with {counts['tokens']} tokens in all, and "
+            "the first token of a document has no context; give more text, or a start token"
         )
     if not math.isfinite(total):
         raise EvaluationError("the model gives logits that are not finite")
-    return Perplexity(count.num_documents, num_tokens, count.num_words, count.num_bytes, total)
+    return Perplexity(counts["documents"], num_tokens, counts["words"], counts["bytes"], total)
 
 
 def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -189,33 +191,26 @@ def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> fl
         return float(losses.sum(dtype=torch.float64))
 
 
-class _Counter:
-    """Counts documents, words and bytes of a stream, and checks the tokens."""
-
-    def __init__(self, vocab_size: int, start_token: int | None) -> None:
-        self.num_documents = self.num_read = self.num_words = self.num_bytes = 0
-        self._vocab_size = vocab_size
-        self._start = [] if start_token is None else [start_token]
-
-    def tokens(self, document: Document) -> Iterator[Sequence[int]]:
-        """Yields the tokens of a document, those of the start token first."""
-        is_empty = True
-        for piece in document:
-            if not len(piece.tokens):
-                continue
-            if is_empty:
-                self.num_documents += 1
-                is_empty = False
-                yield self._start
-            if max(piece.tokens) >= self._vocab_size:
-                raise EvaluationError(
-                    f"the text has the token {max(piece.tokens)}, but the model knows {self._vocab_size} tokens: text "
-                    "and model belong to different tokenizers"
-                )
-            self.num_read += len(piece.tokens)
-            self.num_words += piece.num_words
-            self.num_bytes += piece.num_bytes
-            yield piece.tokens
+def _counted(
+    document: Document, counts: Counter[str], vocab_size: int, start_token: int | None
+) -> Iterator[Sequence[int]]:
+    """Yields the tokens of a document, the start token first; counts what it has and checks the tokens."""
+    is_empty = True
+    for piece in document:
+        if not len(piece.tokens):
+            continue
+        if is_empty:
+            counts["documents"] += 1
+            is_empty = False
+            if start_token is not None:
+                yield [start_token]
+        if max(piece.tokens) >= vocab_size:
+            raise EvaluationError(
+                f"the text has the token {max(piece.tokens)}, but the model knows {vocab_size} tokens: text and model "
+                "belong to different tokenizers"
+            )
+        counts.update(tokens=len(piece.tokens), words=piece.num_words, bytes=piece.num_bytes)
+        yield piece.tokens
 
 
 def _exp(value: float) -> float:

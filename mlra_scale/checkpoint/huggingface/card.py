@@ -71,7 +71,8 @@ def model_card(
         library_name="transformers", pipeline_tag="text-generation", tags=["mlra-scale", export_format]
     )
     model, config, history = store.model, store.config, _history(store)
-    changes = [] if config is None else _shown_changes(history)
+    changes = [] if config is None else history.get("changes") or []
+    changes = [each for each in changes if not str(each["field"]).startswith(_CHANGES_NOT_SHOWN)]
     known_from = history.get("known_from", store.step)
     card = ModelCard.from_template(
         data,
@@ -147,11 +148,6 @@ def _history(store: Store) -> dict[str, Any]:
     if not (is_sound and isinstance(history.get("begun_from") or {}, dict)):
         raise CheckpointError(f"{store.folder / STATE} has a history that is not sound; use another checkpoint")
     return dict(history)
-
-
-def _shown_changes(history: Mapping[str, Any]) -> list[dict[str, Any]]:
-    changes = history.get("changes") or []
-    return [change for change in changes if not str(change["field"]).startswith(_CHANGES_NOT_SHOWN)]
 
 
 def _value(value: Any) -> str:

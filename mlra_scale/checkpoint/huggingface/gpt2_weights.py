@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError, first_line, some_of
 from mlra_scale.config import ModelConfig
-from mlra_scale.config.json_text import printable
 from mlra_scale.config.weight_map import weight_map
 
 # Masks that old versions of transformers stored as if they were weights.
@@ -82,7 +81,7 @@ def read_gpt2_weights(folder: Path) -> dict[str, torch.Tensor]:
                     raise CheckpointError(f"{folder / file} is missing, although {index.name} names it")
                 found |= read(folder / file)
             if lost := sorted(files.keys() - found.keys()):
-                raise CheckpointError(f"{index} names tensors that no file has: {_some(lost)}")
+                raise CheckpointError(f"{index} names tensors that no file has: {some_of(lost)}")
         elif (folder / name).is_file():
             found = read(folder / name)
         else:
@@ -104,9 +103,9 @@ def check_gpt2_weights(
     shapes = {tensor.name: tensor.shape for tensor in gpt2_tensors(model)}
     faults = []
     if missing := sorted(shapes.keys() - weights.keys()):
-        faults.append(f"lacks {_some(missing)}")
+        faults.append(f"lacks {some_of(missing)}")
     if unknown := sorted(weights.keys() - shapes.keys() - {_HEAD}):
-        faults.append(f"has weights that this project's GPT-2 does not have: {_some(unknown)}")
+        faults.append(f"has weights that this project's GPT-2 does not have: {some_of(unknown)}")
     for name in sorted(shapes.keys() & weights.keys()):
         if tuple(weights[name].shape) != shapes[name]:
             faults.append(f"has {name} {tuple(weights[name].shape)}, config.json makes it {shapes[name]}")
@@ -128,7 +127,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {printable(str(error), 300)}") from error
+        raise CheckpointError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
 
 
 def _pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -139,13 +138,7 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
         except (RuntimeError, ValueError):  # the format before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as tensors and nothing else: {printable(reason, 300)}") from error
+        raise CheckpointError(f"{path} cannot be read as tensors and nothing else: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{path} is not a table of tensors; save the model with save_pretrained")
     return content
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
-    return printable(", ".join(names[:_SOME])) + more

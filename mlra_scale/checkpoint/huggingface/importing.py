@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError, first_line
 from mlra_scale.checkpoint.huggingface.gpt2_weights import check_gpt2_weights, gpt2_tensors, read_gpt2_weights
 from mlra_scale.checkpoint.state_contents import parse_model
 from mlra_scale.checkpoint.weights import write_weights
@@ -176,8 +176,7 @@ def _gpt2_config(path: Path) -> Any:
     try:
         config = GPT2Config.from_dict(values)
     except Exception as error:  # the library's checks have errors of their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not sound: {printable(reason, 300)}") from error
+        raise CheckpointError(f"{path} is not sound: {first_line(error)}") from error
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

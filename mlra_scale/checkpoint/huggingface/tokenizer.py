@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError, first_line
 from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.config import ModelConfig
@@ -164,7 +164,7 @@ def load_tokenizer(folder: Path) -> Any:
             raise ValueError("it has no tokenizer.json (a fast tokenizer); convert it first")
         return loaded
     except Exception as error:  # the library raises many kinds; each means that this folder has no usable tokenizer
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = first_line(error)
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}; name another one") from error
 
 
