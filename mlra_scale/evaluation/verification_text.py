@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -57,17 +57,14 @@ def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_
         EvaluationError: The text has less than two tokens.
         DataError: It cannot be read.
     """
-    count = max(1, num_tokens // length)
-    wanted = count * length + 1
+    wanted = max(1, num_tokens // length) * length + 1
     encoder = PieceEncoder(loaded, wanted)
     documents = joined(documents_of_sources(names, encoder), encoder.end_of_document)
     tokens = list(islice((token for piece in documents for token in piece.tokens), wanted))
     if len(tokens) < 2:
         raise EvaluationError(f"{' '.join(names)} has {len(tokens)} tokens; the verification needs two at least")
     length = min(length, len(tokens) - 1)
-    count = (len(tokens) - 1) // length
-    flat = torch.tensor(tokens[: count * length + 1])
-    return torch.stack([flat[i * length : (i + 1) * length + 1] for i in range(count)])
+    return torch.tensor(tokens).unfold(0, length + 1, length).contiguous()
 
 
 def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: int) -> list[EncodedText]:
@@ -114,8 +111,8 @@ def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]
         cut = ids[:_LONGEST_DOCUMENT]
         text = tokenizer.decode(cut, skip_special_tokens=False)
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
-        sure = len(cut) if cut == ids else len(cut) - _UNSURE_TOKENS
-        is_stored = tokens == cut if cut == ids else tokens[:sure] == cut[:sure]
+        sure = len(cut) - _UNSURE_TOKENS
+        is_stored = tokens == ids if cut == ids else tokens[:sure] == cut[:sure]
         if not is_stored:
             # Foreign data may hold the tokens that the tokenizer's post-processor adds.
             plain = tokenizer.decode(cut, skip_special_tokens=True)
@@ -127,17 +124,11 @@ def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]
 
 
 def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> list[EncodedText]:
-    """Returns the documents of a text from `text_tokens`, as `encoded_documents` does.
-
-    The text need not be in the data, so `is_stored` is False.
-    """
-    documents: list[list[int]] = [[]]
-    for token in [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]:
-        if token == loaded.end_of_document_token:
-            documents.append([])
-        else:
-            documents[-1].append(token)
-    return [replace(document, is_stored=False) for document in encoded_documents(loaded, filter(None, documents))]
+    """Returns `encoded_documents` of a text from `text_tokens`, which need not be in the data (is_stored is False)."""
+    tokens = [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]
+    groups = groupby(tokens, lambda token: token == loaded.end_of_document_token)
+    documents = [list(group) for is_end, group in groups if not is_end]
+    return [replace(document, is_stored=False) for document in encoded_documents(loaded, documents)]
 
 
 def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:
