@@ -58,7 +58,7 @@ def fail_at(where: str, point: str) -> None:
 
 def fail_on_one_rank(rank: int, world_size: int, folder: str) -> list[tuple[str, str, int, list[str]]]:
     """For each point and rank: the error, and in which poll it came out."""
-    told = []
+    found = []
     saver, engine = saver_and_engine(rank, Layout(tensor=2), folder)
     save(saver, engine, 1)
     saver.finish()
@@ -74,19 +74,19 @@ def fail_on_one_rank(rank: int, world_size: int, folder: str) -> list[tuple[str,
                     time.sleep(0.002)
                     saver.poll()
             except CheckpointError as error:
-                told.append((point, str(error), polls, sorted(path.name for path in Path(folder).iterdir())))
+                found.append((point, str(error), polls, sorted(path.name for path in Path(folder).iterdir())))
             finally:
                 failpoints.reached = original
     save(saver, engine, 3)
     assert [record.step for record in saver.finish()] == [3]
-    return told
+    return found
 
 
 def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path, worker_pool: Pools) -> None:
     results = worker_pool(2).run(fail_on_one_rank, str(tmp_path))
-    for rank, told in enumerate(results):
-        assert [entry[:3] for entry in told] == [entry[:3] for entry in results[0]]
-        for number, (point, text, _, files) in enumerate(told):
+    for rank, found in enumerate(results):
+        assert [entry[:3] for entry in found] == [entry[:3] for entry in results[0]]
+        for number, (point, text, _, files) in enumerate(found):
             assert point in FAILPOINTS
             assert f"the save of step 2 failed: rank {number // 4}: " in text and "No space left" in text
             # Rank 0 removes the folder before it raises; rank 1 may look a moment earlier.
@@ -96,7 +96,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path, worker_pool: Po
 
 
 def save_copies_that_differ(rank: int, world_size: int, folder: str) -> list[str]:
-    told = []
+    found = []
     for number, (layout, name) in enumerate(
         [(LAYOUTS[0], "positions.weight"), (LAYOUTS[1], "embedding.weight"), (LAYOUTS[3], "blocks.1.mlp.fc_out.weight")]
     ):
@@ -110,8 +110,8 @@ def save_copies_that_differ(rank: int, world_size: int, folder: str) -> list[str
         try:
             saver.finish()
         except CheckpointError as error:
-            told.append(str(error))
-    return told
+            found.append(str(error))
+    return found
 
 
 def test_ranks_that_drifted_apart_are_not_saved(tmp_path: Path, worker_pool: Pools) -> None:
@@ -126,13 +126,13 @@ def save_copies_that_may_differ(rank: int, world_size: int, folder: str) -> list
     layout = LAYOUTS[0]
     _, engine = saver_and_engine(rank, layout, folder)
     saver = Saver(Path(folder), engine.topology, 10, 0, True, may_copies_differ=True)
-    told = []
+    found = []
     for step in (1, 2):
         save(saver, engine, step)
-        told += [finished.drift for finished in saver.finish()]
+        found += [finished.drift for finished in saver.finish()]
         if rank == 1:
             next(fragment for fragment in engine.fragments if fragment.name == "positions.weight").values[0] += 1.0
-    return told
+    return found
 
 
 def test_drift_is_told_where_it_may_be_saved(tmp_path: Path, worker_pool: Pools) -> None:
@@ -167,10 +167,12 @@ def test_a_rank_that_writes_for_long_is_waited_for(tmp_path: Path, worker_pool: 
         assert seconds > 3
 
 
-def test_a_group_without_a_folder_in_common(tmp_path: Path, worker_pool: Pools) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error_of_all(tmp_path: Path, worker_pool: Pools) -> None:
     (tmp_path / "file").write_text("")
-    for text in worker_pool(2).run(fail_to_start, str(tmp_path / "file")):
-        assert text.startswith("the save of step 1 failed: ") and "cannot be written" in text
+    for text in worker_pool(2).run(fail_to_start, str(tmp_path / "file" / "checkpoints")):
+        assert (
+            text.startswith("the save of step 1 failed: ") and "/checkpoints cannot be written: Not a directory" in text
+        )
 
 
 def fail_to_start(rank: int, world_size: int, folder: str) -> str:
@@ -194,5 +196,5 @@ def test_a_checkpoint_is_opened_on_all_ranks_or_on_none(tmp_path: Path, worker_p
         write_checkpoint(tmp_path / f"rank-{rank}", 1, Layout(), all_parts()).rename(tmp_path / f"seen-by-{rank}")
     assert worker_pool(2).run(open_what_one_rank_does_not_see, str(tmp_path)) == ["opened", "opened"]
     (tmp_path / "seen-by-1" / "manifest.json").unlink()
-    told = worker_pool(2).run(open_what_one_rank_does_not_see, str(tmp_path))
-    assert all("cannot be opened: rank 1: " in text and "manifest.json" in text for text in told)
+    errors = worker_pool(2).run(open_what_one_rank_does_not_see, str(tmp_path))
+    assert all("cannot be opened: rank 1: " in text and "manifest.json" in text for text in errors)

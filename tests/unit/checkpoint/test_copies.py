@@ -1,4 +1,4 @@
-"""The checksum of copies, and what is told when two of them differ."""
+"""The checksum of copies, and the message where two of them differ."""
 
 import re
 from itertools import pairwise
@@ -106,6 +106,6 @@ def test_one_copy_that_differs_is_named(layout: Layout, name: str, bad: int, mes
             values: Any = {"weight": fragment.values, "exp_avg_sq": fragment.exp_avg_sq}[part]
             values[-1] += 1e-3
 
-    told = differing_copies(reports_of(layout, spoil), TABLE, layout.tensor)
-    assert told is not None and re.search(message, told)
-    assert ("exp_avg_sq of " in told) == (part == "exp_avg_sq")
+    found = differing_copies(reports_of(layout, spoil), TABLE, layout.tensor)
+    assert found is not None and re.search(message, found)
+    assert ("exp_avg_sq of " in found) == (part == "exp_avg_sq")
