@@ -358,9 +358,8 @@ def test_a_weight_that_changes_on_disk_fails(
         return files | {path.name: entry_of(path)} if has_its_checksum else files
 
     monkeypatch.setattr(exporting, "write_shards", write)
-    with pytest.raises(
-        VerificationError, match="its logits" if has_its_checksum else "reads back other than it was written"
-    ):
+    message = "its logits" if has_its_checksum else "reads back other than it was written"
+    with pytest.raises(VerificationError, match=message):
         export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
     assert not files_of(tmp_path)
 
@@ -403,13 +402,8 @@ def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> No
     # Somebody else's model, or any folder with a config.json.
     gpt2_folder(tmp_path / "gpt2", has_tokenizer=False)
     (tmp_path / "gpt2" / "README.md").write_text("The only copy of a fine-tuned GPT-2.")
-    no_export = "not an export of this tool"
-    for name, message in (
-        ("thesis", no_export),
-        ("gpt2", no_export),
-        ("file", "not a folder"),
-        ("link", "not a folder"),
-    ):
+    for name in ("thesis", "gpt2", "file", "link"):
+        message = "not an export of this tool" if name in ("thesis", "gpt2") else "not a folder"
         with pytest.raises(CheckpointError, match=message):
             export_checkpoint(store, tmp_path / name, ExportOptions(is_replacing=True), random_text())
     assert files_of(tmp_path) == {"thesis", "gpt2", "file", "link"} and files_of(tmp_path / "thesis") == {"chapter.tex"}
@@ -417,7 +411,7 @@ def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> No
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_weight_that_a_type_cannot_hold_has_its_checksum(
+def test_a_weight_that_a_type_cannot_hold_is_refused(
     tmp_path: Path, store: Store, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last position: no text of the verification comes there."""
@@ -443,7 +437,7 @@ def test_two_exports_to_one_place_do_not_meet(tmp_path: Path, store: Store) -> N
     assert load(tmp_path / "out", "gpt2") is not None
 
 
-def test_a_file_in_the_way_has_its_checksum(tmp_path: Path, store: Store) -> None:
+def test_a_file_in_the_way_is_refused(tmp_path: Path, store: Store) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot be written: (Not a directory|File exists)"):
         export_checkpoint(store, tmp_path / "file" / "out", ExportOptions(), random_text())

@@ -201,7 +201,7 @@ def test_impossible_configurations_are_refused(changes: dict[str, Any], message:
 
 @each_attention
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_more_tokens_than_positions_are_told(attention: str, use_cache: bool) -> None:
+def test_more_tokens_than_positions_are_refused(attention: str, use_cache: bool) -> None:
     """By the forward pass and by generation, whether or not a mask or positions come along."""
     model = make_model(make_reference(()), (), attention)
     prompt = random_tokens(1, 20)
