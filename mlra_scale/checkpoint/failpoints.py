@@ -2,6 +2,7 @@
 
 In production `reached` does nothing. Code calls `failpoints.reached(NAME)`, and a test replaces the function
 (`failpoints.reached = ...`) by one that raises an error, waits, or kills the process.
+The text of each failpoint says what a fault at this step may leave behind.
 """
 
 from __future__ import annotations

@@ -118,11 +118,7 @@ class Store:
         """Returns the tensors stored beside parameters and moments, by name."""
         if BUFFERS not in self.manifest.files:
             return {}
-        mapped = self._map(BUFFERS)
-        try:
-            return {name: mapped.get_tensor(name).clone() for name in mapped.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / BUFFERS} is damaged: {error}; use another checkpoint") from None
+        return {name: self._tensor(BUFFERS, name).clone() for name in self._map(BUFFERS).keys()}  # noqa: SIM118
 
     def power_vectors(self) -> dict[str, torch.Tensor]:
         """Returns the vectors of sigmaReparam's power iterations by name; none where the model does not use it.
@@ -201,15 +197,22 @@ class Store:
 
     def _read_values(self, fragment: StoredFragment, part: Part) -> torch.Tensor:
         """A stored fragment as a view of its mapped file."""
-        path, name = self.folder / fragment.file, fragment.name
         if part != "weight" and not self.manifest.has_moments:
             raise CheckpointError(f"{self.folder} has no optimizer moments; it is the start of a run, not its middle")
-        try:
-            values: torch.Tensor = self._map(fragment.file).get_tensor(tensor_key(part, name, fragment.start))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} lacks a part of {name}: {error}") from None
+        values = self._tensor(fragment.file, tensor_key(part, fragment.name, fragment.start))
         if values.dtype != torch.float32 or values.numel() != fragment.numel:
-            raise CheckpointError(f"{path} has {name} in another size or type than it should")
+            raise CheckpointError(
+                f"{self.folder / fragment.file} has {fragment.name} in another size or type than it should; use another "
+                "checkpoint"
+            )
+        return values
+
+    def _tensor(self, file: str, key: str) -> torch.Tensor:
+        """A tensor of a file, as a view of the mapped file."""
+        try:
+            values: torch.Tensor = self._map(file).get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / file} is damaged: {error}; use another checkpoint") from None
         return values
 
     def _map(self, file: str) -> Any:
