@@ -201,10 +201,8 @@ class Store:
             raise CheckpointError(f"{self.folder} has no optimizer moments; it is the start of a run, not its middle")
         values = self._tensor(fragment.file, tensor_key(part, fragment.name, fragment.start))
         if values.dtype != torch.float32 or values.numel() != fragment.numel:
-            raise CheckpointError(
-                f"{self.folder / fragment.file} has {fragment.name} in another size or type than it should; use another "
-                "checkpoint"
-            )
+            path = self.folder / fragment.file
+            raise CheckpointError(f"{path} has {fragment.name} in another size or type; use another checkpoint")
         return values
 
     def _tensor(self, file: str, key: str) -> torch.Tensor:
