@@ -138,7 +138,7 @@ def _provenance(store: Store, history: Mapping[str, Any]) -> list[tuple[str, str
 
 
 def _history(store: Store) -> dict[str, Any]:
-    """The section that training/history.py writes; checkpoints of early versions have none."""
+    """The section of the changes of a run (training/resume.py); checkpoints of early versions have none."""
     history = store.state.get("history") or {}
     changes = history.get("changes", [])
     is_sound = isinstance(changes, list) and all(
