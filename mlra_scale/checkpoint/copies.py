@@ -83,17 +83,17 @@ def differing_copies(reports: Iterable[RankReport], table: ParameterTable, tenso
     Returns:
         None where all are equal, else the first parameter that differs, and between which ranks.
     """
-    # By what must be equal, then by model-parallel place: the pieces of data ranks make up one copy.
+    # By what must be equal, then by model-parallel coordinates: the pieces of their data ranks make up one copy.
     copies: dict[tuple[str, Part, int], dict[tuple[int, int], list[tuple[int, Digest]]]] = defaultdict(dict)
     for report in reports:
         for (name, part), digest in report.digests.items():
             shard = 0 if table[name].shard_dim is None else report.tensor_rank
             holders = copies[name, part, shard].setdefault((report.pipeline_rank, report.tensor_rank), [])
             holders.append((report.rank, digest))
-    for (name, part, _), by_place in copies.items():
+    for (name, part, _), by_coordinates in copies.items():
         numel = table[name].numel() // (1 if table[name].shard_dim is None else tensor)
         versions: dict[int, list[str]] = defaultdict(list)
-        for holders in by_place.values():
+        for holders in by_coordinates.values():
             for value, ranks in _versions(name, holders, numel):
                 versions[value].append(ranks)
         if len(versions) > 1:
@@ -104,7 +104,7 @@ def differing_copies(reports: Iterable[RankReport], table: ParameterTable, tenso
 
 
 def _versions(name: str, holders: list[tuple[int, Digest]], numel: int) -> Iterable[tuple[int, str]]:
-    """The copies that data ranks of one place hold: each a whole one, or all of them together one."""
+    """The copies that the data ranks of one model-parallel rank hold: each a whole one, or together one."""
     pieces = []
     for rank, digest in holders:
         if digest.numel == numel:
