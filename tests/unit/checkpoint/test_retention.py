@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def steps(paths: list[Path]) -> list[int]:
 def write(folder: Path, *numbers: int) -> None:
     for step in numbers:
         write_checkpoint(folder, step)
+
+
+def refusing(code: int, only: str = "") -> Callable[..., None]:
+    """An rmtree that refuses folders whose name has a text in it."""
+    rmtree = shutil.rmtree
+
+    def remove(path: Path, **options: Any) -> None:
+        if only in path.name:
+            raise OSError(code, os.strerror(code), str(path))
+        rmtree(path, **options)
+
+    return remove
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -154,7 +167,7 @@ def test_what_is_still_in_use_is_cleared_away_later(tmp_path: Path, monkeypatch:
     """On NFS the folder of a file that another process reads cannot be removed."""
     write(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", in_use)
+        patch.setattr(shutil, "rmtree", refusing(errno.ENOTEMPTY))
         for _ in range(2):
             assert steps(prune(tmp_path, 1, 0)) == [1]
             tidy(tmp_path)
@@ -165,10 +178,6 @@ def test_what_is_still_in_use_is_cleared_away_later(tmp_path: Path, monkeypatch:
     assert len(list(tmp_path.glob(f"{retention.REMOVED}*"))) == 4
     tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *map(checkpoint_name, (1, 2))]
-
-
-def in_use(path: Path, *_: object) -> None:
-    raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
 
 
 def test_what_is_half_removed_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,15 +224,8 @@ def test_a_complete_save_does_not_fail_for_what_cannot_be_removed(
 ) -> None:
     """NFS has its own reasons; the rest is as removable as before."""
     write(tmp_path, 1, 2, 3)
-    rmtree = shutil.rmtree
-
-    def refuse(path: Path, **options: Any) -> None:
-        if "00000001" in path.name:
-            raise OSError(code, os.strerror(code), str(path))
-        rmtree(path, **options)
-
     faults: list[Any] = []
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refusing(code, "00000001"))
     final = write_checkpoint(tmp_path, 4, keep_last=1, faults=faults)
     assert latest(tmp_path) == final and Store.open(final).verify() == []
     assert steps(complete_checkpoints(tmp_path)) == [4], "2 and 3 are gone, 1 is hidden"
@@ -237,11 +239,7 @@ def test_a_replaced_save_that_cannot_be_cleared_away_is_no_fault_of_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 1)
-
-    def refuse(path: Path) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", refuse)
+        patch.setattr(shutil, "rmtree", refusing(errno.EIO))
         write(tmp_path, 1)
     assert steps(complete_checkpoints(tmp_path)) == [1]

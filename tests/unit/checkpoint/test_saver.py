@@ -310,29 +310,20 @@ def test_abandoning_needs_nobody_and_does_not_wait(
     assert visible(tmp_path) == ["latest", "step-00000002"] and hidden(tmp_path) == []
 
 
-def test_an_abandoned_save_that_can_stop_clears_away(
-    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("point", "left"), [("file-open", []), ("before-rename", ["latest", "step-00000001"])])
+def test_an_abandoned_save_clears_away_or_is_completed(
+    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch, point: str, left: list[str]
 ) -> None:
+    """It is completed where that has begun."""
     saver = saver_of(tmp_path, one_process)
-    with held_at(monkeypatch, "file-open") as release:
-        save(saver, engine_of(one_process), 1)
-        threading.Timer(0.2, release.set).start()
-        saver.abandon()
-    assert visible(tmp_path) == hidden(tmp_path) == []
-
-
-def test_a_checkpoint_that_is_being_completed_is_completed(
-    tmp_path: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saver = saver_of(tmp_path, one_process)
-    with held_at(monkeypatch, "before-rename") as release:
+    with held_at(monkeypatch, point) as release:
         save(saver, engine_of(one_process), 1)
         assert saver._job is not None
-        while not saver._job.is_committing:
+        while left and not saver._job.is_committing:
             saver.poll()
         threading.Timer(0.2, release.set).start()
         saver.abandon()
-    assert visible(tmp_path) == ["latest", "step-00000001"] and hidden(tmp_path) == []
+    assert visible(tmp_path) == left and hidden(tmp_path) == []
 
 
 def wait_for_threads() -> None:
