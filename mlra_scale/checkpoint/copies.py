@@ -53,11 +53,11 @@ def copied_parameters(engine: Engine) -> frozenset[str]:
 
 def digests_on_device(
     fragments: Iterable[Fragment], names: frozenset[str]
-) -> tuple[list[tuple[str, Part, int]], torch.Tensor | None]:
+) -> tuple[list[tuple[str, Part, int]], torch.Tensor]:
     """Computes checksums of the fragments of the named parameters, on the device and without waiting for it.
 
     Returns:
-        Parameter, part and number of elements of each checksum, and the checksums (int64), or None for no checksum.
+        Parameter, part and number of elements of each checksum, and the checksums (int64).
     """
     keys, values = [], []
     for fragment in fragments:
@@ -65,7 +65,7 @@ def digests_on_device(
             for part, tensor in parts_of(fragment):
                 keys.append((fragment.name, part, tensor.numel()))
                 values.append(_checksum(tensor.detach(), fragment.start))
-    return keys, torch.stack(values) if values else None
+    return keys, torch.stack(values) if values else torch.empty(0, dtype=torch.int64)
 
 
 def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests:

@@ -148,10 +148,9 @@ def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | N
     tensors = [(tensor_key(part, fragment.name, fragment.start), tensor) for part, fragment, tensor in found]
     if memory is not None:
         tensors = memory.copy(tensors)
-    host, event = None, None
-    if values is not None:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        host.copy_(values, non_blocking=True)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    host.copy_(values, non_blocking=True)
+    event = None
     if engine.topology.device.type == "cuda":
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(engine.topology.device))
@@ -159,7 +158,7 @@ def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | N
     def wait() -> Digests:
         if event is not None:
             event.synchronize()
-        return {} if host is None else collect(keys, host.tolist())
+        return collect(keys, host.tolist())
 
     runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
     return Snapshot(tensors, runs, owned[0].exp_avg is not None if owned else None, wait)

@@ -22,7 +22,6 @@ EVERYTHING = frozenset(TABLE)
 def value_of(pieces: list[tuple[int, torch.Tensor]]) -> int:
     fragments = [Fragment("x", start, values) for start, values in pieces]
     keys, sums = digests_on_device(fragments, frozenset({"x"}))
-    assert sums is not None
     return collect(keys, sums.tolist())["x", "weight"].value
 
 
@@ -64,7 +63,7 @@ def reports_of(layout: Layout, spoil: Any = lambda rank, engine: None) -> list[R
         engine = FakeEngine(layout.topology(rank), layout, all_parts())
         spoil(rank, engine)
         keys, sums = digests_on_device(engine.held_fragments(with_moments=True), EVERYTHING)
-        digests = collect(keys, [] if sums is None else sums.tolist())
+        digests = collect(keys, sums.tolist())
         place = engine.topology
         reports.append(RankReport(rank, place.tensor_rank, place.pipeline_rank, digests=digests))
     return reports
