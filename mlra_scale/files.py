@@ -23,11 +23,8 @@ def lock(
 ) -> str | None:
     """Locks an open file or folder; the system releases it when the descriptor is closed or its process dies.
 
-    Args:
-        descriptor: Of the open file or folder.
-        seconds: How long to wait for another holder; math.inf: without limit.
-        is_shared: Whether other shared locks are allowed beside this one.
-        should_stop: Ends the wait early when it returns True.
+    Waits up to `seconds` (math.inf: without limit) for another holder, or until `should_stop`. A shared lock allows
+    other shared ones beside it.
 
     Returns:
         None where the lock is held; the system's reason where the file system has no locks.
@@ -101,13 +98,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def put_in_place(new: Path, target: Path, aside: Path) -> bool:
-    """Renames a complete file or folder to `target`; what is there already is moved to `aside`.
+    """Renames a complete file or folder to `target`; returns whether something there was moved to `aside`.
 
     The two are exchanged in one step where the file system can do that. Where it cannot, a crash may leave nothing at
     `target` and the old one at `aside`.
-
-    Returns:
-        Whether something was moved aside.
 
     Raises:
         OSError: It cannot be renamed; what was at `target` stays there.
@@ -143,18 +137,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def new_folder(target: Path, busy: Exception) -> Iterator[Path]:
-    """Builds a folder in the hidden sibling .NAME.partial, which becomes `target` at the end of the block.
+    """Yields an empty hidden sibling, .NAME.partial, which becomes `target` at the end of the block.
 
-    The sibling is locked while its builder lives, so the next one can tell a remainder from a folder in progress. An
-    error in the block removes it, with the parents that were made for it. A folder at `target` is replaced; where an
-    earlier builder was killed while it replaced one (.NAME.old), the old one is first put back.
-
-    Args:
-        target: The folder to make.
-        busy: Raised where another process is building the same folder.
-
-    Yields:
-        The hidden sibling, empty.
+    The sibling is locked while its builder lives: another process that builds the same folder gets the error `busy`. An
+    error in the block removes the sibling, with the parents that were made for it. A folder at `target` is replaced;
+    where an earlier builder was killed while it replaced one (.NAME.old), the old one is first put back.
     """
     target = target.absolute()
     made_parents = [parent for parent in target.parents if not parent.exists()]

@@ -53,15 +53,11 @@ def copied_parameters(engine: Engine) -> frozenset[str]:
 
 def digests_on_device(
     fragments: Iterable[Fragment], names: frozenset[str]
-) -> tuple[list[tuple[str, Part, int]], torch.Tensor | None]:
-    """Computes checksums of the fragments of some parameters, on the device and without waiting for it.
-
-    Args:
-        fragments: What this rank holds, with its moments.
-        names: The parameters that some rank holds a copy of.
+) -> tuple[list[tuple[str, Part, int]], torch.Tensor]:
+    """Computes checksums of the fragments of the named parameters, on the device and without waiting for it.
 
     Returns:
-        Parameter, part and number of elements of each checksum, and the checksums (int64), or None for no checksum.
+        Parameter, part and number of elements of each checksum, and the checksums (int64).
     """
     keys, values = [], []
     for fragment in fragments:
@@ -69,7 +65,7 @@ def digests_on_device(
             for part, tensor in parts_of(fragment):
                 keys.append((fragment.name, part, tensor.numel()))
                 values.append(_checksum(tensor.detach(), fragment.start))
-    return keys, torch.stack(values) if values else None
+    return keys, torch.stack(values) if values else torch.empty(0, dtype=torch.int64)
 
 
 def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests:
@@ -82,27 +78,22 @@ def collect(keys: list[tuple[str, Part, int]], values: Iterable[int]) -> Digests
 
 
 def differing_copies(reports: Iterable[RankReport], table: ParameterTable, tensor: int) -> str | None:
-    """Compares the copies of all ranks.
-
-    Args:
-        reports: Of every rank.
-        table: The parameter table.
-        tensor: Tensor-parallel degree.
+    """Compares the copies of all ranks; `tensor` is the tensor-parallel degree.
 
     Returns:
         None where all are equal, else the first parameter that differs, and between which ranks.
     """
-    # By what must be equal, then by model-parallel place: the pieces of data ranks make up one copy.
+    # By what must be equal, then by model-parallel coordinates: the pieces of their data ranks make up one copy.
     copies: dict[tuple[str, Part, int], dict[tuple[int, int], list[tuple[int, Digest]]]] = defaultdict(dict)
     for report in reports:
         for (name, part), digest in report.digests.items():
             shard = 0 if table[name].shard_dim is None else report.tensor_rank
             holders = copies[name, part, shard].setdefault((report.pipeline_rank, report.tensor_rank), [])
             holders.append((report.rank, digest))
-    for (name, part, _), by_place in copies.items():
+    for (name, part, _), by_coordinates in copies.items():
         numel = table[name].numel() // (1 if table[name].shard_dim is None else tensor)
         versions: dict[int, list[str]] = defaultdict(list)
-        for holders in by_place.values():
+        for holders in by_coordinates.values():
             for value, ranks in _versions(name, holders, numel):
                 versions[value].append(ranks)
         if len(versions) > 1:
@@ -113,7 +104,7 @@ def differing_copies(reports: Iterable[RankReport], table: ParameterTable, tenso
 
 
 def _versions(name: str, holders: list[tuple[int, Digest]], numel: int) -> Iterable[tuple[int, str]]:
-    """The copies that data ranks of one place hold: each a whole one, or all of them together one."""
+    """The copies that the data ranks of one model-parallel rank hold: each a whole one, or together one."""
     pieces = []
     for rank, digest in holders:
         if digest.numel == numel:

@@ -2,7 +2,7 @@
 
 In production `reached` does nothing. Code calls `failpoints.reached(NAME)`, and a test replaces the function
 (`failpoints.reached = ...`) by one that raises an error, waits, or kills the process.
-The text of each failpoint is the list of what a fault at this step may leave behind.
+The text of each failpoint says what a fault at this step may leave behind.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ FAILPOINTS: dict[str, str] = {
     "snapshot": "every rank, before it copies its fragments",
     "file-open": "every rank, its file is open and empty",
     "mid-file": "every rank, about half of its file is written",
-    "between-files": "every rank, its file is complete; rank 0 has more to write",
-    "agreed": "every rank, all of them know that all files are complete",
+    "file-complete": "every rank, its file is complete",
+    "agreed": "every rank, all of them know that the files of all ranks are complete",
     "before-manifest": "rank 0, everything but the manifest is on disk",
     "before-rename": "rank 0, the folder is complete under its unfinished name",
     "before-latest": "rank 0, the folder has its name and `latest` names the one before",

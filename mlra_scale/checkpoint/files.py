@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,19 +33,24 @@ class FileEntry:
 
 
 @contextlib.contextmanager
-def system_errors(action: str, path: Path) -> Iterator[None]:
+def system_errors(action: str, path: Path, remedy: str | None = None) -> Iterator[None]:
     """Turns errors of the operating system into a CheckpointError with path, fault and remedy.
 
     Args:
-        action: What the block does with the path: "written", "read", "removed".
+        action: What the block does: "written", "read", "removed".
         path: Named where the system's error names no file.
+        remedy: For every error but a full disk; None: those of a run's checkpoints.
     """
     try:
         yield
     except OSError as error:
         failed = Path(error.filename) if isinstance(error.filename, str) else path
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise CheckpointError(f"{failed} cannot be {action}: {reason}; {_remedy(error, failed, action)}") from error
+        if remedy is None:
+            remedy = _remedy(error, failed, action)
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"free space on the disk of {path.parent}"
+        raise CheckpointError(f"{failed} cannot be {action}: {reason}; {remedy}") from error
 
 
 def _remedy(error: OSError, path: Path, action: str) -> str:
@@ -58,6 +63,17 @@ def _remedy(error: OSError, path: Path, action: str) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "checkpoints must lie on a disk that all ranks share, and nothing else may move them during a run"
     return f"check the disk of {path.parent}"
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of another library's error, fit for a message."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Returns the first six names of a list, and how many more there are."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return printable(", ".join(names[:6])) + more
 
 
 def write_file(path: Path, content: bytes) -> FileEntry:

@@ -53,12 +53,7 @@ def tensor_key(part: Part, name: str, start: int) -> str:
 class StoredFragment(NamedTuple):
     """A run of elements of one parameter in one file; with ZeRO 3 there are millions on thousands of ranks.
 
-    Attributes:
-        file: Name of the file in the checkpoint's folder.
-        name: Canonical parameter name.
-        start: First element, counted in the tensor-parallel shard flattened row by row.
-        numel: Number of elements, at least one.
-        tensor_rank: Whose tensor-parallel shard it is; 0 where every rank holds the whole tensor.
+    `tensor_rank` says whose shard `start` counts in; it is 0 where every rank holds the whole tensor.
     """
 
     file: str
@@ -69,14 +64,9 @@ class StoredFragment(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle of the global matrix whose elements lie one after the other in a tensor, row by row.
+    """A rectangle of the global matrix, `rows` x `columns` from (`row`, `column`) on.
 
-    Attributes:
-        row: Its first row in the global matrix.
-        column: Its first column.
-        rows: Number of rows.
-        columns: Number of columns.
-        offset: Index of its first element in the tensor.
+    Its elements lie one after the other in a tensor, row by row, from `offset` on.
     """
 
     row: int
@@ -86,8 +76,12 @@ class Box(NamedTuple):
     offset: int = 0
 
     @property
+    def end_row(self) -> int:
+        """One past its last row."""
+        return self.row + self.rows
+
+    @property
     def numel(self) -> int:
-        """Number of elements."""
         return self.rows * self.columns
 
 
@@ -128,17 +122,12 @@ def boxes_of(shard: Box, start: int, numel: int) -> list[Box]:
 def overlaps(one: Sequence[Box], other: Sequence[Box]) -> list[tuple[Box, Box, Box]]:
     """Returns a box of the one, a box of the other, and the rectangle that they have in common, for all such pairs."""
     found: list[tuple[Box, Box, Box]] = []
-    if (
-        not one
-        or not other
-        or one[0].row >= other[-1].row + other[-1].rows
-        or other[0].row >= one[-1].row + one[-1].rows
-    ):
+    if not one or not other or one[0].row >= other[-1].end_row or other[0].row >= one[-1].end_row:
         return found  # most pairs of fragments have no row in common
     for mine in one:
         for theirs in other:
             row, column = max(mine.row, theirs.row), max(mine.column, theirs.column)
-            rows = min(mine.row + mine.rows, theirs.row + theirs.rows) - row
+            rows = min(mine.end_row, theirs.end_row) - row
             columns = min(mine.column + mine.columns, theirs.column + theirs.columns) - column
             if rows > 0 and columns > 0:
                 found.append((mine, theirs, Box(row, column, rows, columns)))
@@ -146,13 +135,7 @@ def overlaps(one: Sequence[Box], other: Sequence[Box]) -> list[tuple[Box, Box, B
 
 
 def copy_overlaps(target: torch.Tensor, source: torch.Tensor, common: Iterable[tuple[Box, Box, Box]]) -> int:
-    """Copies what two fragments (1-D) have in common, and returns the number of elements.
-
-    Args:
-        target: The fragment to fill.
-        source: The fragment to read.
-        common: `overlaps` of the target's boxes and the source's.
-    """
+    """Copies what two fragments (1-D) have in common: `overlaps` of their boxes. Returns the number of elements."""
     copied = 0
     for to, of, box in common:
         _view(target, to, box).copy_(_view(source, of, box))
@@ -179,13 +162,8 @@ def join_lines(lines: Iterable[bytes]) -> bytes:
 def parse_fragments(content: bytes, manifest: Manifest, path: Path) -> list[StoredFragment]:
     """Reads fragments.json and checks that every element of every parameter is stored exactly once.
 
-    Args:
-        content: The file's content.
-        manifest: Of the checkpoint.
-        path: The file, for errors.
-
     Raises:
-        CheckpointError: It is damaged, or elements are missing or stored twice.
+        CheckpointError: It is damaged, or elements are missing or stored twice; names `path`.
     """
     found = []
     try:

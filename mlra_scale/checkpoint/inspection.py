@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 2**22
 
 
 def checkpoints_folder(path: Path) -> Path:
-    """Returns the folder of checkpoints that a user means by a path: that folder itself, or a run directory.
+    """Returns the folder of checkpoints at a path, which is that folder or a run directory.
 
     Raises:
         CheckpointError: There are no checkpoints, complete or not.
@@ -34,11 +34,7 @@ def checkpoints_folder(path: Path) -> Path:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """Returns the checkpoint at a path, or all those of the run at a path, complete or not.
-
-    Raises:
-        CheckpointError: There are none.
-    """
+    """Returns the checkpoint at a path, or all those of the run there, complete or not, as checkpoints_folder does."""
     return [path] if (path / MANIFEST).is_file() else checkpoint_folders(checkpoints_folder(path))
 
 
@@ -146,14 +142,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def compare_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
-    """Compares the tensors of two checkpoints, whatever their layouts; a few rows are in memory at a time.
+    """Yields the tensors in which two checkpoints differ, whatever their layouts; a few rows are in memory at a time.
 
-    Padded vocabulary rows are left out. With moments, both must have them.
-
-    Yields:
-        For every tensor in which they differ: name, part, and either `fault` (one of them lacks it, or has another
-        shape), or `max_abs`, the largest absolute difference, and `relative`, the norm of the difference over the norm
-        of the first (None where that is zero or not finite).
+    Padded vocabulary rows are left out. With moments, both must have them. An entry has name, part, and either `fault`
+    (one of them lacks it, or has another shape), or `max_abs`, the largest absolute difference, and `relative`, the
+    norm of the difference over the norm of the first (None where that is zero or not finite).
     """
     for name in dict.fromkeys([*one.table, *other.table]):
         shapes = [_compared_shape(store, name) for store in (one, other)]

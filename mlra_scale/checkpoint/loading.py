@@ -33,13 +33,9 @@ def open_on_all_ranks(folder: Path, topology: Topology) -> Store:
 
 
 def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
-    """Loads weights, moments, optimizer step and loss scale of a checkpoint into an engine; collective.
+    """Loads weights, moments, optimizer step and loss scale into an engine of any layout; collective.
 
     Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify.
-
-    Args:
-        engine: Of the same model, under whatever layout.
-        store: The checkpoint; every rank may have opened it by itself.
 
     Returns:
         The checkpoint's state section.

@@ -1,8 +1,4 @@
-"""manifest.json: what a checkpoint consists of, and how to tell that it is whole.
-
-The manifest is written last. It names every other file with size and checksum, has the shape of every parameter, and
-carries a checksum of itself. docs/checkpoints.md has the format.
-"""
+"""manifest.json: what a checkpoint consists of, and how to tell that it is whole; written last."""
 
 from __future__ import annotations
 
@@ -14,13 +10,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 import mlra_scale
 from mlra_scale.checkpoint.files import CheckpointError, FileEntry, size_fault, system_errors
 from mlra_scale.config.json_text import parse_json, read_bytes
+
+if TYPE_CHECKING:
+    from mlra_scale.model.parameters import ParameterTable
 
 MANIFEST = "manifest.json"
 FORMAT = "mlra-scale-checkpoint"
@@ -58,12 +57,7 @@ _Size = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """A parameter as it was when it was saved.
-
-    Attributes:
-        shape: Global shape, padded vocabulary rows included.
-        shard_dim: The dimension that was split over tensor-parallel ranks, or None.
-    """
+    """The global shape of a parameter, padded vocabulary rows included, and the dim that tensor ranks split."""
 
     shape: Annotated[tuple[_Size, ...], Field(min_length=1, max_length=2)]
     shard_dim: Annotated[int, Field(ge=0)] | None
@@ -71,20 +65,7 @@ class StoredParameter:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json.
-
-    Attributes:
-        save_id: Drawn anew for every save; each file with weights carries it too.
-        kind: "training" (can be resumed) or "weights" (the start of a new run).
-        step: Optimizer steps done.
-        created: When it was completed, ISO 8601 in UTC; later saves of a run have later ones.
-        layout: world_size, tensor, pipeline, data, engine, zero_stage, precision of the run that wrote it.
-        has_moments: Whether moments of the optimizer are stored beside the weights.
-        versions: Of the libraries that wrote it.
-        files: Every other file by its path in the folder.
-        parameters: Every parameter by canonical name.
-        version: Of the format of the file, and of state.json and fragments.json.
-    """
+    """The content of manifest.json; docs/checkpoints.md explains each key."""
 
     save_id: str
     kind: Literal["training", "weights"]
@@ -104,12 +85,11 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files that the manifest names."""
         return sum(entry.bytes for entry in self.files.values())
 
     @property
     def notice(self) -> str | None:
-        """Says that the checkpoint has an older version of the format; None: it has the current one."""
+        """A remark on an older version of the format; None: it is the current one."""
         if self.version == VERSION:
             return None
         return f"the checkpoint has version {self.version} of the format and is read as version {VERSION}"
@@ -122,11 +102,27 @@ class Manifest:
         return "{{\n{}\n}}\n".format(",\n".join(lines)).encode("ascii")
 
 
-_MANIFEST = TypeAdapter(Manifest)
+def _check_splits(manifest: Manifest) -> Manifest:
+    # Every tensor-parallel rank has a file; without this bound the shards of a damaged degree are counted for hours.
+    if manifest.tensor > len(manifest.files):
+        raise ValueError(f"{manifest.tensor} tensor-parallel ranks have {len(manifest.files)} files")
+    for name, parameter in manifest.parameters.items():
+        shape, dim = parameter.shape, parameter.shard_dim
+        if dim is not None and (dim >= len(shape) or shape[dim] % manifest.tensor):
+            raise ValueError(f"{name} of shape {shape} is split over {manifest.tensor} tensor ranks along {dim}")
+    return manifest
+
+
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, AfterValidator(_check_splits)])
+
+
+def stored_parameters(table: ParameterTable) -> dict[str, StoredParameter]:
+    """Returns the manifest's entries for the parameters of a model."""
+    return {name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()}
 
 
 def now() -> str:
-    """Returns the time as a manifest has it: UTC, to the microsecond; the order of times is that of the texts."""
+    """Returns the time as manifests have it: ISO 8601 in UTC, to the microsecond, which sorts as text."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
@@ -144,9 +140,6 @@ def library_versions() -> dict[str, str]:
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks the manifest of a checkpoint; looks at no other file.
 
-    Args:
-        folder: A checkpoint.
-
     Raises:
         CheckpointError: There is none, it is damaged, of a newer format, or not sound.
     """
@@ -157,52 +150,32 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{folder} is no complete checkpoint: {what}; name another checkpoint")
     try:
         raw = read_bytes(path)
-    except ValueError as error:
-        raise CheckpointError(f"{error}; use another checkpoint") from None
-    try:
-        content = parse_json(raw, "it")
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from None
-    if not isinstance(content, dict) or not {"format", "version", "checksum"} <= content.keys():
-        raise CheckpointError(f"{path} is damaged: it lacks format, version or checksum; use another checkpoint")
-    checksum, stored_format, version = content.pop("checksum"), content["format"], content["version"]
-    if stored_format != FORMAT:
-        raise CheckpointError(f"{path} has format {stored_format!r} and not {FORMAT!r}; it is not this project's")
-    if checksum != _checksum(content):
-        raise CheckpointError(f"{path} is damaged: its checksum is another; use another checkpoint")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise CheckpointError(
-            f"{path} has version {version!r} of the format, this program reads 1 to {VERSION}; "
-            "use the program that wrote it"
-        )
-    # Version 2 differs from 1 in config.yaml alone, which has a version of its own (config/stored_yaml.py).
-    try:
-        manifest = _MANIFEST.validate_json(raw, strict=True)
-        _check_splits(manifest)
+        content = parse_json(raw, f"{path} is damaged: it")
+        if not isinstance(content, dict) or not {"format", "version", "checksum"} <= content.keys():
+            raise ValueError(f"{path} is damaged: it lacks format, version or checksum")
+        checksum, stored_format, version = content.pop("checksum"), content["format"], content["version"]
+        if stored_format != FORMAT:
+            raise CheckpointError(f"{path} has format {stored_format!r} and not {FORMAT!r}; it is not this project's")
+        if checksum != _checksum(content):
+            raise ValueError(f"{path} is damaged: its checksum is another")
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise CheckpointError(
+                f"{path} has version {version!r} of the format, this program reads 1 to {VERSION}; "
+                "use the program that wrote it"
+            )
+        # Version 2 differs from 1 in config.yaml alone, which has a version of its own (config/stored_yaml.py).
+        return _MANIFEST.validate_json(raw, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"{path} is not sound ({where}: {reason}); use another checkpoint") from None
+        fault = f"{where}: {reason}" if where else reason
+        raise CheckpointError(f"{path} is not sound ({fault}); use another checkpoint") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is not sound ({error}); use another checkpoint") from None
-    return manifest
-
-
-def _check_splits(manifest: Manifest) -> None:
-    # Every tensor-parallel rank has a file; without this bound the shards of a damaged degree are counted for hours.
-    if manifest.tensor > len(manifest.files):
-        raise ValueError(f"{manifest.tensor} tensor-parallel ranks have {len(manifest.files)} files")
-    for name, parameter in manifest.parameters.items():
-        shape, dim = parameter.shape, parameter.shard_dim
-        if dim is not None and (dim >= len(shape) or shape[dim] % manifest.tensor):
-            raise ValueError(f"{name} of shape {shape} is split over {manifest.tensor} tensor ranks along {dim}")
+        raise CheckpointError(f"{error}; use another checkpoint") from None
 
 
 def read_complete_manifest(folder: Path) -> Manifest:
-    """Reads the manifest and checks that every file is there and as large as it should be.
-
-    Args:
-        folder: A checkpoint.
+    """Reads the manifest of a checkpoint and checks that every file is there and has its size.
 
     Raises:
         CheckpointError: As read_manifest, or a file is missing or of another size.

@@ -1,7 +1,6 @@
-"""Reading a checkpoint into any layout, whatever the layout that wrote it.
+"""Reading a checkpoint into any layout, without a process group.
 
 Opening reads the manifest and the small files. Weights are mapped into memory, and only the requested parts are read.
-No process group is needed.
 """
 
 from __future__ import annotations
@@ -67,9 +66,7 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Opens a checkpoint after checking that every file exists and has its size.
-
-        The weights are not read: `verify` compares their checksums.
+        """Opens a checkpoint after checking that every file exists and has its size; `verify` compares checksums.
 
         Raises:
             CheckpointError: It is incomplete, damaged or of another format.
@@ -78,7 +75,6 @@ class Store:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return self.manifest.step
 
     @property
@@ -93,29 +89,21 @@ class Store:
         return self.folder / TOKENIZER if has_one else None
 
     def verify(self, part: int = 0, of: int = 1) -> list[str]:
-        """Compares files with their checksums; reads them whole.
+        """Compares files with their checksums, which reads them whole; returns a fault for each damaged one.
 
-        Args:
-            part: Which share of the files.
-            of: Into how many shares of about the same size the files are divided.
-
-        Returns:
-            One fault for each file that is damaged.
+        Only share number `part` is read of `of` shares of about the same size.
         """
         loads = [0] * of
-        share = []
+        faults = []
         for name, entry in sorted(self.manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):
             lightest = loads.index(min(loads))
             loads[lightest] += entry.bytes
-            if lightest == part:
-                share.append((name, entry))
-        return [fault for name, entry in share if (fault := checksum_fault(self.folder / name, entry))]
+            if lightest == part and (fault := checksum_fault(self.folder / name, entry)):
+                faults.append(fault)
+        return faults
 
     def tensor(self, name: str, part: Part = "weight") -> torch.Tensor:
-        """Returns a whole global tensor in fp32, padded vocabulary rows included.
-
-        It is a view of the mapped file where the tensor lies in one piece, else a new tensor.
-        """
+        """Returns a global tensor in fp32 with its padded vocabulary rows; a view of the file if it is in one piece."""
         shape = self._stored_shape(name)
         return self._assemble(name, part, Box(0, 0, *matrix_shape(shape))).view(shape)
 
@@ -130,11 +118,7 @@ class Store:
         """Returns the tensors stored beside parameters and moments, by name."""
         if BUFFERS not in self.manifest.files:
             return {}
-        mapped = self._map(BUFFERS)
-        try:
-            return {name: mapped.get_tensor(name).clone() for name in mapped.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / BUFFERS} is damaged: {error}; use another checkpoint") from None
+        return {name: self._tensor(BUFFERS, name).clone() for name in self._map(BUFFERS).keys()}  # noqa: SIM118
 
     def power_vectors(self) -> dict[str, torch.Tensor]:
         """Returns the vectors of sigmaReparam's power iterations by name; none where the model does not use it.
@@ -160,8 +144,8 @@ class Store:
             fragment: What to fill, on any device.
             tensor_parallel: Tensor-parallel degree of the fragment's layout.
             tensor_rank: The tensor-parallel rank that holds it.
-            info: Global shape and sharding of the parameter in that layout; by default as they are stored. The
-                embedding may have more or fewer padded rows than were stored: additional ones become zero.
+            info: Global shape and sharding of the parameter in that layout; None: as stored. The embedding may have
+                other padded rows than were stored: additional ones become zero.
 
         Raises:
             CheckpointError: The parameter is not stored, has another shape, or has no moments.
@@ -181,7 +165,7 @@ class Store:
         """The elements of a box as one flat tensor: a view where a single stored fragment has them in a row."""
         for fragment, boxes in self._stored_boxes(name):
             for of in boxes:
-                is_within = of.row <= box.row and box.row + box.rows <= of.row + of.rows
+                is_within = of.row <= box.row and box.end_row <= of.end_row
                 if is_within and (of.column, of.columns) == (box.column, box.columns):
                     start = of.offset + (box.row - of.row) * of.columns
                     return self._read_values(fragment, part)[start : start + box.numel]
@@ -192,7 +176,7 @@ class Store:
     def _copy(self, name: str, part: Part, target: torch.Tensor, boxes: list[Box]) -> None:
         """Fills the boxes of a tensor from all stored fragments that overlap them."""
         num_rows, _ = matrix_shape(self._stored_shape(name))
-        num_stored = sum(max(0, min(box.row + box.rows, num_rows) - box.row) * box.columns for box in boxes)
+        num_stored = sum(max(0, min(box.end_row, num_rows) - box.row) * box.columns for box in boxes)
         if num_stored < target.numel():
             target.zero_()
         num_copied = 0
@@ -205,28 +189,28 @@ class Store:
     def _stored_boxes(self, name: str) -> list[tuple[StoredFragment, list[Box]]]:
         if name not in self._boxes:
             parameter, degree = self.manifest.parameters[name], self.manifest.tensor
-            self._boxes[name] = [
-                (
-                    of,
-                    boxes_of(
-                        shard_of(parameter.shape, parameter.shard_dim, degree, of.tensor_rank), of.start, of.numel
-                    ),
-                )
-                for of in self._fragments[name]
-            ]
+            self._boxes[name] = []
+            for of in self._fragments[name]:
+                shard = shard_of(parameter.shape, parameter.shard_dim, degree, of.tensor_rank)
+                self._boxes[name].append((of, boxes_of(shard, of.start, of.numel)))
         return self._boxes[name]
 
     def _read_values(self, fragment: StoredFragment, part: Part) -> torch.Tensor:
         """A stored fragment as a view of its mapped file."""
-        path, name = self.folder / fragment.file, fragment.name
         if part != "weight" and not self.manifest.has_moments:
             raise CheckpointError(f"{self.folder} has no optimizer moments; it is the start of a run, not its middle")
-        try:
-            values: torch.Tensor = self._map(fragment.file).get_tensor(tensor_key(part, name, fragment.start))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} lacks a part of {name}: {error}") from None
+        values = self._tensor(fragment.file, tensor_key(part, fragment.name, fragment.start))
         if values.dtype != torch.float32 or values.numel() != fragment.numel:
-            raise CheckpointError(f"{path} has {name} in another size or type than it should")
+            path = self.folder / fragment.file
+            raise CheckpointError(f"{path} has {fragment.name} in another size or type; use another checkpoint")
+        return values
+
+    def _tensor(self, file: str, key: str) -> torch.Tensor:
+        """A tensor of a file, as a view of the mapped file."""
+        try:
+            values: torch.Tensor = self._map(file).get_tensor(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / file} is damaged: {error}; use another checkpoint") from None
         return values
 
     def _map(self, file: str) -> Any:
@@ -256,18 +240,15 @@ class Store:
             if len(raw) > stored_yaml.MAX_BYTES:
                 raise ValueError(f"it is larger than {stored_yaml.MAX_BYTES} bytes")
             values = stored_yaml.parse(raw.decode())
-            if self.kind == "weights":
-                if not isinstance(values, dict) or "model" not in values:
-                    raise ValueError("it has no section `model`")
-                return None, parse_model(values["model"], path)
-            config = Config.from_dict(values)
-        except ConfigError as error:
-            reason = error.in_one_line
+            if self.kind == "training":
+                config = Config.from_dict(values)
+                return config, config.model
+            if not isinstance(values, dict) or "model" not in values:
+                raise ValueError("it has no section `model`")
+            return None, parse_model(values["model"], path)
         except ValueError as error:
-            reason = str(error)
-        else:
-            return config, config.model
-        raise CheckpointError(f"{path} cannot be understood: {reason}; use another checkpoint")
+            reason = error.in_one_line if isinstance(error, ConfigError) else str(error)
+            raise CheckpointError(f"{path} cannot be understood: {reason}; use another checkpoint") from None
 
     def _read_small_file(self, name: str) -> bytes:
         """Reads a file after comparing it with its checksum."""

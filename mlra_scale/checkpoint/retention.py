@@ -49,15 +49,9 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     Where a save was interrupted while it replaced an earlier one of the same step, the earlier one is among them.
     """
     replaced = [path for path in folder.glob(f"{REPLACED}step-*") if not _original(path).exists()]
-    found = [path for path in [*folder.glob("step-*"), *replaced] if _is_folder(path)]
+    # Not Path.is_dir(), which raises where another client of the file system has just removed the folder (ESTALE).
+    found = [path for path in [*folder.glob("step-*"), *replaced] if os.path.isdir(path)]
     return sorted(found, key=lambda path: path.name.removeprefix(REPLACED))
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # ESTALE: another client of the file system has just removed it
-        return False
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -85,11 +79,11 @@ def next_created(folder: Path) -> str:
 def prunable(folder: Path, keep_last: int, keep_every: int, pinned: int | None = None) -> list[Path]:
     """Returns the checkpoints that `prune` would remove.
 
-    One that a user has renamed (step-00000100-best) is neither counted nor removed.
+    Incomplete ones, and those that a user has renamed (step-00000100-best), are neither counted nor removed.
 
     Args:
         folder: A run's checkpoints.
-        keep_last: How many of the newest are kept, at least one. Incomplete ones do not count, and stay.
+        keep_last: How many of the newest are kept, at least one.
         keep_every: Those whose step is a multiple of this are kept too; 0: none.
         pinned: The one of this step is kept too, since the run may have to return to it.
     """
@@ -124,13 +118,7 @@ def remove_after(folder: Path, step: int) -> list[Path]:
 
 
 def checkpoint_at(path: Path) -> Path:
-    """Finds the checkpoint that a user means by a path.
-
-    Args:
-        path: A checkpoint, a folder of checkpoints, or a run directory.
-
-    Returns:
-        The checkpoint's folder; of a run, the complete checkpoint that was saved last.
+    """Returns the checkpoint at a path; of a run directory or folder of checkpoints, the complete one saved last.
 
     Raises:
         CheckpointError: There is none.
@@ -215,8 +203,8 @@ def _hide(path: Path) -> Path:
 def _clear_away(path: Path) -> None:
     """Deletes a hidden file or folder; of a symbolic link, the link alone.
 
-    NFS cannot delete a file that another process on this machine reads (an export, say): its folder stays until the
-    next save. What another client of the file system removes meanwhile is no error either.
+    NFS cannot delete a file that another process on this machine reads (an export): its folder stays until the next
+    save. What another client of the file system removes meanwhile is no error either.
     """
     try:
         if path.is_dir() and not path.is_symlink():

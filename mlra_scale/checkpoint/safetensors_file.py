@@ -24,7 +24,6 @@ from mlra_scale.checkpoint.files import FileEntry
 from mlra_scale.files import name_errors
 
 CHUNK_BYTES = 8 * 2**20
-_LARGE_BYTES = 2**19
 _TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -38,6 +37,7 @@ _TYPE_NAMES = {
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a tensor."""
+NamedTensors = list[tuple[str, torch.Tensor]]
 
 
 def write_safetensors(
@@ -51,13 +51,13 @@ def write_safetensors(
 
     Args:
         path: The file; it must not exist.
-        specs: Every tensor of the file, in order. They make up the header, which comes first.
+        specs: Every tensor of the file, in order; they make up the header, which comes first.
         tensors: The same names in the same order, each with its tensor; asked for one at a time.
         metadata: Text for the header.
         before_chunk: Called before each piece is written; may raise to end the writing.
 
     Returns:
-        Size and checksum of what was written.
+        Size and checksum of the file.
 
     Raises:
         OSError: The file cannot be written; the caller removes the part of it that was.
@@ -93,7 +93,7 @@ def num_bytes(spec: TensorSpec) -> int:
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """Returns type and shape of a tensor."""
+    """Returns the spec of a tensor."""
     return tensor.dtype, tuple(tensor.shape)
 
 
@@ -106,18 +106,13 @@ class _HashedFile:
         self._file, self._hashing, self._middle = file, hashing, middle
 
     def write(self, piece: memoryview) -> None:
-        """Writes all of it. The checksum of a large piece is computed meanwhile: both take about as long."""
+        """Writes all of it. The checksum is computed meanwhile: both take about as long."""
         was_before_middle = self.size < self._middle
         self.size += len(piece)
-        hashed = None
-        if len(piece) < _LARGE_BYTES:
-            self.digest.update(piece)
-        else:
-            hashed = self._hashing.submit(self.digest.update, piece)
+        hashed = self._hashing.submit(self.digest.update, piece)
         while piece:  # the system may take less at a time
             piece = piece[self._file.write(piece) :]
-        if hashed is not None:
-            hashed.result()
+        hashed.result()
         if was_before_middle and self.size >= self._middle:
             failpoints.reached("mid-file")
 

@@ -1,7 +1,7 @@
 """Saving a run: the ranks agree in the main thread, and write in the background.
 
 A save has two phases. First every rank writes its own file into a folder with an unfinished name; then rank 0 adds the
-manifest and gives the folder its name. Between the phases, and at the end, the ranks exchange a few bytes over the
+other files and gives the folder its name. Between the phases, and at the end, the ranks exchange a few bytes over the
 control group, always from the main thread and after the same training step, so no collective of a background thread
 can ever interfere with one of training. An error of any rank is raised on all ranks, in the same call.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +55,8 @@ class FinishedSave:
 
     Attributes:
         step: Optimizer steps done.
-        path: Its folder.
-        bytes: Size of its files.
-        stall_seconds: How long training waited: the longest of all ranks.
+        path: Its folder, whose files have `bytes` bytes.
+        stall_seconds: The longest time that training waited on a rank.
         write_seconds: How long writing took, in the background or not: the slowest rank's file, then the completion.
         drift: Copies that should be equal and are not, where the saver saves such weights; else None.
         not_removed: Why earlier checkpoints that are no longer kept could not be removed; None: they were.
@@ -74,23 +73,18 @@ class FinishedSave:
 
 @dataclass
 class _Job:
-    """A save in flight on this rank; `task` is the phase that it is in, `reports` are those of all ranks on rank 0."""
+    """A save in flight on this rank; `task` is the phase that it is in: writing, then committing."""
 
     save_id: str
     step: int
     unfinished: Path
     table: ParameterTable
     pinned: int | None
-    report: RankReport
     main: MainFiles | None
     cancel: threading.Event
     task: BackgroundTask
     is_committing: bool = False
-    reports: list[RankReport] | None = None
-    total_bytes: int = 0
     stall_seconds: float = 0.0
-    drift: str | None = None
-    not_removed: str | None = None
 
 
 class Saver:
@@ -110,11 +104,11 @@ class Saver:
         Args:
             checkpoints_folder: The folder of the run's checkpoints, on a disk that all ranks share.
             topology: The mesh.
-            keep_last: How many of the newest checkpoints are kept.
-            keep_every: Checkpoints at a multiple of so many steps are kept too; 0: none.
+            keep_last: See retention.prunable.
+            keep_every: See retention.prunable.
             asynchronous: Whether training continues while a checkpoint is written, from a copy in host memory.
-            may_copies_differ: Whether a save with copies that should be equal and are not succeeds with the owner's
-                copy, and reports them (FinishedSave.drift); otherwise it fails.
+            may_copies_differ: Whether to save the owner's copy where copies that should be equal are not, and to report
+                them (FinishedSave.drift); otherwise such a save fails.
         """
         self._folder = checkpoints_folder
         self._topology = topology
@@ -146,7 +140,7 @@ class Saver:
             buffers: Small named tensors; rank 0's are stored.
             config_text: The resolved configuration as a YAML document.
             tokenizer: The data's tokenizer folder, or None.
-            synchronous: Does all of it at once this time, without host memory for a copy.
+            synchronous: Whether to do all of it at once this time.
             pinned: Step of an earlier checkpoint that must be kept.
 
         Raises:
@@ -158,19 +152,18 @@ class Saver:
         save_id, unfinished = self._prepare(step)
         if self._copied is None:
             self._copied = copied_parameters(engine)
-        topology, cancel, main = self._topology, threading.Event(), None
-        report = RankReport(topology.rank, topology.tensor_rank, topology.pipeline_rank)
+        cancel, main = threading.Event(), None
         try:
             snapshot = take_snapshot(engine, self._copied, self._memory if is_background else None)
-            if topology.rank == 0:
+            if self._topology.rank == 0:
                 # Copies: training changes these tensors too.
                 tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in buffers.items()]
                 main = MainFiles(json_bytes(state), tensors, config_text, tokenizer)
-            task = BackgroundTask(partial(write_share, unfinished, save_id, snapshot, report, main, cancel))
+            task = BackgroundTask(partial(write_share, unfinished, save_id, self._topology, snapshot, cancel))
         except Exception as error:
             # The other ranks enter the first exchange: this one must enter it too, and report its error there.
-            task = BackgroundTask(partial(_raise, CheckpointError(error_text(error))))
-        self._job = _Job(save_id, step, unfinished, engine.table, pinned, report, main, cancel, task)
+            task = BackgroundTask(partial(_raise, error))
+        self._job = _Job(save_id, step, unfinished, engine.table, pinned, main, cancel, task)
         self._job.stall_seconds = time.perf_counter() - started
         if not is_background:
             self._complete_job()
@@ -215,22 +208,20 @@ class Saver:
 
     def _prepare(self, step: int) -> tuple[str, Path]:
         """Rank 0 makes the unfinished folder; all ranks learn the save's id, or the error."""
-        answer: list[str | None] = [None, None]
+        answer: list[Any] = [uuid4().hex, None]
         if self._topology.rank == 0:
-            save_id = uuid4().hex
             try:
                 with system_errors("written", self._folder):
                     self._folder.mkdir(parents=True, exist_ok=True)
                     retention.tidy(self._folder)
-                    self._unfinished(step, save_id).mkdir()
-                answer[0] = save_id
+                    self._unfinished(step, answer[0]).mkdir()
             except Exception as error:
                 answer[1] = error_text(error)  # raised on every rank, below
         dist.broadcast_object_list(answer, src=0, group=self._topology.control_group)
-        agreed_id, fault = answer
-        if agreed_id is None:
+        save_id, fault = answer
+        if fault is not None:
             raise CheckpointError(f"the save of step {step} failed: {fault}")
-        return agreed_id, self._unfinished(step, agreed_id)
+        return save_id, self._unfinished(step, save_id)
 
     def _unfinished(self, step: int, save_id: str) -> Path:
         """The folder of this save alone: a process of a run that should be dead may still write into its own.
@@ -248,9 +239,7 @@ class Saver:
     def _advance(self, job: _Job, started: float) -> None:
         """One exchange between the ranks, and the next phase if all have ended this one.
 
-        Args:
-            job: The save in flight.
-            started: Since when training has been waiting.
+        Training has been waiting since `started`, a time of perf_counter.
         """
         are_done, are_well = self._agree(job.task.is_done, job.task.error is None)
         if not are_well:
@@ -268,43 +257,45 @@ class Saver:
         return [bool(answer) for answer in packed.tolist()]
 
     def _start_commit(self, job: _Job, stall_seconds: float) -> None:
-        """All files are written: rank 0 gathers the reports, and completes the checkpoint in the background."""
+        """All ranks have written: rank 0 gathers the reports, and completes the checkpoint in the background."""
         failpoints.reached("agreed")
-        job.report.stall_seconds, job.report.write_seconds = stall_seconds, job.task.seconds
-        gathered: list[Any] | None = [None] * self._topology.world_size if self._topology.rank == 0 else None
-        dist.gather_object(job.report, gathered, dst=0, group=self._topology.control_group)
-        job.reports = gathered
-        job.task = BackgroundTask(partial(self._commit, job))
+        report: RankReport = job.task.result
+        report.stall_seconds, report.write_seconds = stall_seconds, job.task.seconds
+        reports: list[Any] | None = [None] * self._topology.world_size if self._topology.rank == 0 else None
+        dist.gather_object(report, reports, dst=0, group=self._topology.control_group)
+        job.task = BackgroundTask(partial(self._commit, job, reports))
         job.is_committing = True
 
-    def _commit(self, job: _Job) -> None:
+    def _commit(self, job: _Job, reports: list[RankReport] | None) -> FinishedSave | None:
         """In the background; only rank 0 has anything to do."""
-        if job.reports is None:
-            return
+        if reports is None:
+            return None
         assert job.main is not None
-        job.drift = differing_copies(job.reports, job.table, self._topology.tensor)
-        if job.drift is not None and not self._may_copies_differ:
+        drift = differing_copies(reports, job.table, self._topology.tensor)
+        if drift is not None and not self._may_copies_differ:
             raise CheckpointError(
-                f"{job.drift}; nothing was saved. The ranks have drifted apart (a gradient that was not reduced, or a "
+                f"{drift}; nothing was saved. The ranks have drifted apart (a gradient that was not reduced, or a "
                 "fault of a device): resume from a checkpoint before that. If the library that adds up gradients is "
                 "known to round them otherwise on each rank, checkpoint.differing_copies=report saves the owner's copy"
             )
-        manifest = build_manifest(
-            job.unfinished, job.save_id, job.step, job.reports, job.main, job.table, self._topology
-        )
-        job.total_bytes = manifest.total_bytes
-        job.not_removed = commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned)
+        manifest = build_manifest(job.unfinished, job.save_id, job.step, reports, job.main, job.table, self._topology)
+        not_removed = commit(job.unfinished, manifest, self._keep_last, self._keep_every, job.pinned)
+        stall_seconds = max(report.stall_seconds for report in reports)
+        write_seconds = max(report.write_seconds for report in reports)
+        path = self._folder / retention.checkpoint_name(job.step)
+        return FinishedSave(job.step, path, manifest.total_bytes, stall_seconds, write_seconds, drift, not_removed)
 
     def _conclude(self, job: _Job, stall_seconds: float) -> None:
         """The checkpoint is complete: all ranks learn its figures."""
-        figures: list[Any] = [None]
-        if job.reports is not None:
-            stall_seconds = max(stall_seconds, *(report.stall_seconds for report in job.reports))
-            write_seconds = max(report.write_seconds for report in job.reports) + job.task.seconds
-            figures = [(job.total_bytes, stall_seconds, write_seconds, job.drift, job.not_removed)]
-        dist.broadcast_object_list(figures, src=0, group=self._topology.control_group)
-        path = self._folder / retention.checkpoint_name(job.step)
-        self._finished.append(FinishedSave(job.step, path, *figures[0]))
+        finished: FinishedSave | None = job.task.result  # of the writing so far
+        if finished is not None:
+            stall_seconds = max(stall_seconds, finished.stall_seconds)
+            write_seconds = finished.write_seconds + job.task.seconds
+            finished = replace(finished, stall_seconds=stall_seconds, write_seconds=write_seconds)
+        shared = [finished]
+        dist.broadcast_object_list(shared, src=0, group=self._topology.control_group)
+        assert shared[0] is not None
+        self._finished.append(shared[0])
         self._job = None
 
     def _fail(self, job: _Job) -> None:
@@ -324,5 +315,5 @@ class Saver:
         raise CheckpointError(f"the save of step {job.step} failed: {'; '.join(faults[:3])}{more}")
 
 
-def _raise(error: CheckpointError) -> None:
+def _raise(error: Exception) -> None:
     raise error

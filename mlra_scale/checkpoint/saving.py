@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -27,9 +27,9 @@ from mlra_scale.checkpoint.fragments import (
     parts_of,
     tensor_key,
 )
-from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter, library_versions
-from mlra_scale.checkpoint.safetensors_file import spec_of, write_safetensors
-from mlra_scale.checkpoint.state_contents import BUFFERS, write_small_files
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, library_versions, stored_parameters
+from mlra_scale.checkpoint.safetensors_file import NamedTensors, spec_of, write_safetensors
+from mlra_scale.checkpoint.state_contents import write_small_files
 from mlra_scale.config import Config, engine_kind, zero_stage
 from mlra_scale.files import sync
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mlra_scale.parallel.topology import Topology
 
 CANCELLED = "the save was cancelled"
-Named = list[tuple[str, torch.Tensor]]
 
 
 class Cancelled(Exception):
@@ -47,15 +46,16 @@ class Cancelled(Exception):
 
 
 class BackgroundTask:
-    """A function in a thread of its own; never ends by an exception.
+    """A function that runs in a thread of its own from now on.
 
     Attributes:
-        error: What went wrong, as text for people; None where nothing did.
+        result: What it returned; None where it has not ended, or failed.
+        error: Why it failed, as text; None where it did not.
         seconds: How long it took.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        """Starts the function."""
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.result: Any = None
         self.error: str | None = None
         self.seconds = 0.0
         self._function = function
@@ -65,7 +65,6 @@ class BackgroundTask:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, with or without an error."""
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:
@@ -75,7 +74,7 @@ class BackgroundTask:
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            self._function()
+            self.result = self._function()
         except Cancelled:
             self.error = CANCELLED
         except Exception as error:
@@ -90,20 +89,20 @@ def error_text(error: Exception) -> str:
 
 
 class HostMemory:
-    """Host memory that is taken at the first snapshot and used again for every later one."""
+    """Host memory that is allocated at the first snapshot and reused by every later one."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0)
 
-    def copy(self, tensors: Named) -> Named:
-        """Starts copying fp32 tensors; copies from a GPU are complete only when its stream has passed this point.
+    def copy(self, tensors: NamedTensors) -> NamedTensors:
+        """Starts copying fp32 tensors; a copy from a GPU is complete only when its stream has passed this point.
 
         Raises:
             CheckpointError: There is not enough memory.
         """
         numel = sum(tensor.numel() for _, tensor in tensors)
         if self.buffer.numel() < numel:
-            self.buffer = torch.empty(0)  # the old one is freed before the new one is taken
+            self.buffer = torch.empty(0)  # frees the old one first
             is_pinned = any(tensor.is_cuda for _, tensor in tensors)
             try:
                 self.buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
@@ -125,40 +124,33 @@ class Snapshot:
     Attributes:
         tensors: The tensors of its file.
         runs: The fragments that these are.
-        has_moments: Whether moments are among them; None where there is nothing at all.
-        wait: Waits until copies from a GPU are complete, and returns the checksums of all that the rank holds.
+        has_moments: Whether moments are among them; None where the rank owns nothing.
+        wait: Waits until copies from a GPU are complete; returns the checksums of parameters that others hold too.
     """
 
-    tensors: Named
+    tensors: NamedTensors
     runs: list[ElementRun]
     has_moments: bool | None
     wait: Callable[[], Digests]
 
 
 def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | None) -> Snapshot:
-    """Starts a snapshot of what a rank holds.
+    """Starts a snapshot of the weights and moments of an engine that a rank owns.
 
-    Args:
-        engine: Its weights and moments.
-        copied: The parameters to compute checksums of, from `copies.copied_parameters`.
-        memory: Where to copy the tensors, so that training continues while they are written; None: no copy is made.
+    Checksums are computed of `copied` (from `copies.copied_parameters`). The tensors are copied into `memory`, so that
+    training continues while they are written; without it no copy is made.
     """
     failpoints.reached("snapshot")
     owned = [fragment for fragment in engine.owned_fragments(with_moments=True) if fragment.values.numel() > 0]
     keys, values = digests_on_device(engine.held_fragments(with_moments=True), copied)
-    found = {
-        (part, fragment.name, fragment.start): tensor.detach()
-        for fragment in owned
-        for part, tensor in parts_of(fragment)
-    }
-    # All weights come first, then all first moments, and so on.
-    tensors = [(tensor_key(*key), found[key]) for part in PARTS for key in found if key[0] == part]
+    found = [(part, fragment, tensor.detach()) for fragment in owned for part, tensor in parts_of(fragment)]
+    found.sort(key=lambda item: PARTS.index(item[0]))  # all weights, then all first moments, then all second ones
+    tensors = [(tensor_key(part, fragment.name, fragment.start), tensor) for part, fragment, tensor in found]
     if memory is not None:
         tensors = memory.copy(tensors)
-    host, event = None, None
-    if values is not None:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        host.copy_(values, non_blocking=True)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    host.copy_(values, non_blocking=True)
+    event = None
     if engine.topology.device.type == "cuda":
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(engine.topology.device))
@@ -166,7 +158,7 @@ def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | N
     def wait() -> Digests:
         if event is not None:
             event.synchronize()
-        return {} if host is None else collect(keys, host.tolist())
+        return collect(keys, host.tolist())
 
     runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
     return Snapshot(tensors, runs, owned[0].exp_avg is not None if owned else None, wait)
@@ -174,16 +166,13 @@ def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | N
 
 @dataclass
 class RankReport:
-    """What rank 0 learns of a rank's file when it is written.
+    """What rank 0 learns of the file that a rank has written.
 
     Attributes:
-        rank: Global rank.
-        tensor_rank: Coordinate on the tensor axis.
-        pipeline_rank: Coordinate on the pipeline axis.
+        rank: Global rank; `tensor_rank` and `pipeline_rank` are its coordinates.
         has_moments: See Snapshot.
-        digests: Checksums of the copies that it holds.
-        entry: The file.
-        line: The file's line of fragments.json.
+        digests: Checksums of parameters that other ranks hold too.
+        entry: The file, and `line` its line of fragments.json.
         stall_seconds: How long training waited.
         write_seconds: How long writing took.
     """
@@ -200,49 +189,25 @@ class RankReport:
 
     @property
     def file(self) -> str:
-        """Name of the file."""
         return f"rank-{self.rank:05d}.safetensors"
 
 
-@dataclass
-class MainFiles:
-    """What rank 0 adds to a save.
-
-    Attributes:
-        state: Content of state.json.
-        buffers: Named tensors in host memory.
-        config_text: The configuration's YAML document.
-        tokenizer: A folder to copy, or None.
-        entries: The files, once they are written.
-    """
+class MainFiles(NamedTuple):
+    """What rank 0 adds to a save: the content of state.json and config.yaml, tensors, a tokenizer's folder to copy."""
 
     state: bytes
-    buffers: Named
+    buffers: NamedTensors
     config_text: str
     tokenizer: Path | None
-    entries: dict[str, FileEntry] = field(default_factory=dict)
 
 
 def write_share(
-    folder: Path,
-    save_id: str,
-    snapshot: Snapshot,
-    report: RankReport,
-    main: MainFiles | None,
-    cancel: threading.Event,
-) -> None:
-    """Writes a rank's file, and on rank 0 everything but manifest and fragments.json.
-
-    Args:
-        folder: The unfinished checkpoint.
-        save_id: Of this save.
-        snapshot: What the rank contributes.
-        report: Is filled in.
-        main: On rank 0; its entries are filled in.
-        cancel: Set when the save is cancelled.
+    folder: Path, save_id: str, topology: Topology, snapshot: Snapshot, cancel: threading.Event
+) -> RankReport:
+    """Writes a rank's file into the unfinished checkpoint.
 
     Raises:
-        Cancelled: It was cancelled.
+        Cancelled: `cancel` was set meanwhile.
         CheckpointError: The system refuses something.
     """
 
@@ -250,22 +215,14 @@ def write_share(
         if cancel.is_set():
             raise Cancelled
 
-    report.digests, report.has_moments = snapshot.wait(), snapshot.has_moments
+    report = RankReport(topology.rank, topology.tensor_rank, topology.pipeline_rank, snapshot.has_moments)
+    report.digests = snapshot.wait()
+    report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
+    specs = {name: spec_of(tensor) for name, tensor in snapshot.tensors}
     with system_errors("written", folder):
-        report.entry = _write_tensors(folder / report.file, snapshot.tensors, save_id, check)
-        report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
-        failpoints.reached("between-files")
-        if main is None:
-            return
-        if main.buffers:
-            main.entries[BUFFERS] = _write_tensors(folder / BUFFERS, main.buffers, save_id, check)
-        check()
-        main.entries |= write_small_files(folder, main.state, main.config_text, main.tokenizer)
-
-
-def _write_tensors(path: Path, tensors: Named, save_id: str, check: Callable[[], None]) -> FileEntry:
-    specs = {name: spec_of(tensor) for name, tensor in tensors}
-    return write_safetensors(path, specs, tensors, {"save_id": save_id}, check)
+        report.entry = write_safetensors(folder / report.file, specs, snapshot.tensors, {"save_id": save_id}, check)
+        failpoints.reached("file-complete")
+    return report
 
 
 def build_manifest(
@@ -277,17 +234,19 @@ def build_manifest(
     table: ParameterTable,
     topology: Topology,
 ) -> Manifest:
-    """Checks the reports of all ranks, writes fragments.json and returns the manifest; rank 0.
+    """Writes what rank 0 adds to the files of all ranks, checks that these add up, and returns the manifest; rank 0.
 
     Raises:
-        CheckpointError: The ranks' fragments do not add up to the model, or the system refuses.
+        CheckpointError: The ranks' fragments do not add up to the model, or the system refuses something.
     """
     has_moments = {report.has_moments for report in reports} - {None}
     if len(has_moments) > 1:
         raise CheckpointError("some ranks have moments of the optimizer and others have none; nothing was saved")
     content = join_lines(report.line for report in reports)
+    files = {report.file: report.entry for report in reports if report.entry is not None}
     with system_errors("written", unfinished):
-        entries = {FRAGMENTS: write_file(unfinished / FRAGMENTS, content)}
+        files[FRAGMENTS] = write_file(unfinished / FRAGMENTS, content)
+        files |= write_small_files(unfinished, save_id, *main)
     config = Config.from_yaml(main.config_text)
     manifest = Manifest(
         save_id=save_id,
@@ -305,22 +264,15 @@ def build_manifest(
         },
         has_moments=has_moments == {True},
         versions=library_versions(),
-        files={report.file: report.entry for report in reports if report.entry} | entries | main.entries,
-        parameters={name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()},
+        files=files,
+        parameters=stored_parameters(table),
     )
     parse_fragments(content, manifest, unfinished / FRAGMENTS)
     return manifest
 
 
 def commit(unfinished: Path, manifest: Manifest, keep_last: int, keep_every: int, pinned: int | None) -> str | None:
-    """Completes a checkpoint: manifest, name, `latest`, and the removal of those that are no longer kept; rank 0.
-
-    Args:
-        unfinished: The folder, with every file but the manifest.
-        manifest: What it consists of.
-        keep_last: See retention.prune.
-        keep_every: See retention.prune.
-        pinned: See retention.prune.
+    """Completes a checkpoint: manifest, name, `latest`, then `retention.prune`; rank 0.
 
     Returns:
         Why earlier checkpoints could not be removed, which does not make this one worse; None: they were.

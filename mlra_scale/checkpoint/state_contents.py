@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: state, configuration and tokenizer."""
+"""The small files of a checkpoint: state, small tensors, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlra_scale.checkpoint.files import CheckpointError, FileEntry, system_errors, write_file
+from mlra_scale.checkpoint.safetensors_file import NamedTensors, spec_of, write_safetensors
 from mlra_scale.config import ConfigError, ModelConfig
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.problems import problems_of
@@ -24,20 +25,18 @@ _TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
 _STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history")
 
 
-def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: Path | None) -> dict[str, FileEntry]:
-    """Writes state, configuration and a copy of the tokenizer.
-
-    Args:
-        folder: The unfinished checkpoint.
-        state: From `json_bytes`.
-        config_text: The YAML document.
-        tokenizer: A folder with a tokenizer's files, or None.
+def write_small_files(
+    folder: Path, save_id: str, state: bytes, buffers: NamedTensors, config_text: str, tokenizer: Path | None
+) -> dict[str, FileEntry]:
+    """Writes state (from `json_bytes`), small tensors, configuration (YAML) and a copy of the tokenizer's folder.
 
     Returns:
-        The files' entries by their names in the folder.
+        The files' entries by their names in the unfinished checkpoint.
     """
-    files = {STATE: write_file(folder / STATE, state)}
-    files[CONFIG] = write_file(folder / CONFIG, config_text.encode())
+    files = {STATE: write_file(folder / STATE, state), CONFIG: write_file(folder / CONFIG, config_text.encode())}
+    if buffers:
+        specs = {name: spec_of(tensor) for name, tensor in buffers}
+        files[BUFFERS] = write_safetensors(folder / BUFFERS, specs, buffers, {"save_id": save_id})
     if tokenizer is not None:
         target = folder / TOKENIZER
         target.mkdir()
@@ -51,12 +50,12 @@ def write_small_files(folder: Path, state: bytes, config_text: str, tokenizer: P
 
 
 def json_bytes(values: Mapping[str, Any]) -> bytes:
-    """Returns JSON for people: indented, ASCII. Numbers that are not finite are written as Python reads them back."""
+    """Returns JSON, indented and in ASCII. Numbers that are not finite are written as Python reads them back."""
     return (json.dumps(values, indent=1) + "\n").encode("ascii")
 
 
 def parse_state(content: bytes, path: Path) -> dict[str, Any]:
-    """Parses the content of state.json; whoever wrote a section checks what it holds.
+    """Parses the content of state.json; what a section holds is checked by its reader.
 
     Raises:
         CheckpointError: It is damaged, or a section is no object; names `path`.

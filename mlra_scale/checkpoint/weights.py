@@ -12,9 +12,9 @@ import torch
 
 from mlra_scale.checkpoint.files import CheckpointError, FileEntry, system_errors, write_file
 from mlra_scale.checkpoint.fragments import FRAGMENTS, join_lines, line_of, tensor_key
-from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, StoredParameter, library_versions, now
-from mlra_scale.checkpoint.safetensors_file import spec_of, write_safetensors
-from mlra_scale.checkpoint.state_contents import BUFFERS, json_bytes, parse_model, write_small_files
+from mlra_scale.checkpoint.manifest import MANIFEST, Manifest, library_versions, now, stored_parameters
+from mlra_scale.checkpoint.safetensors_file import write_safetensors
+from mlra_scale.checkpoint.state_contents import json_bytes, parse_model, write_small_files
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.files import new_folder
 from mlra_scale.model.parameters import ParameterTable
@@ -31,19 +31,16 @@ def write_weights(
     origin: Mapping[str, Any],
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes a checkpoint of weights alone; one process, one tensor in memory at a time.
+    """Writes a checkpoint of weights alone, and returns its folder; one process, one tensor in memory at a time.
 
     Args:
         folder: The checkpoint to make; it must not exist. It appears when it is complete.
         model_values: The `model:` section of the configuration.
         tensors: Every parameter by canonical name, in the order of ParameterTable, of its global (padded) shape; asked
             for one at a time and stored as fp32.
-        tokenizer: A tokenizer's folder, to be copied; None where there is none.
+        tokenizer: A tokenizer's folder, to be copied.
         origin: Where the weights come from, as JSON values: `state["origin"]` of the checkpoint.
         buffers: Small tensors beside the parameters, by name.
-
-    Returns:
-        The folder.
 
     Raises:
         CheckpointError: The folder exists or cannot be written, or the tensors are not those of the model.
@@ -55,11 +52,9 @@ def write_weights(
     with system_errors("written", folder), new_folder(folder, busy) as unfinished:
         save_id = uuid4().hex
         files = _write_parameters(unfinished, save_id, table, _checked(tensors, table))
-        if buffers:
-            specs = {name: spec_of(tensor) for name, tensor in buffers.items()}
-            files[BUFFERS] = write_safetensors(unfinished / BUFFERS, specs, buffers.items(), {"save_id": save_id})
         config_text = yaml_text.dump(stored_yaml.with_version({"model": dict(model_values)}))
-        files |= write_small_files(unfinished, json_bytes({"origin": dict(origin)}), config_text, tokenizer)
+        state, small = json_bytes({"origin": dict(origin)}), list((buffers or {}).items())
+        files |= write_small_files(unfinished, save_id, state, small, config_text, tokenizer)
         manifest = Manifest(
             save_id=save_id,
             kind="weights",
@@ -69,7 +64,7 @@ def write_weights(
             has_moments=False,
             versions=library_versions(),
             files=files,
-            parameters={name: StoredParameter(info.shape, info.shard_dim) for name, info in table.items()},
+            parameters=stored_parameters(table),
         )
         write_file(unfinished / MANIFEST, manifest.to_json())
     return folder

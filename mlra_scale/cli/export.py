@@ -76,7 +76,8 @@ def _run(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace, stack: ExitStack) -> None:
     """Checks the checkpoint, loads the text to verify on, and exports."""
     from mlra_scale.checkpoint.files import CheckpointError
-    from mlra_scale.checkpoint.huggingface.exporting import DTYPES, ExportOptions, check_target, export_checkpoint
+    from mlra_scale.checkpoint.huggingface.configuration import DTYPES
+    from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, check_target, export_checkpoint
     from mlra_scale.checkpoint.reader import Store
     from mlra_scale.checkpoint.retention import checkpoint_at
 

@@ -23,7 +23,7 @@ class GenerationOptions:
         temperature: Divides the logits before sampling.
         top_k: Sample from the k most probable tokens only; 0: from all.
         top_p: Sample from the fewest tokens that have this probability together; 1: from all.
-        seed: The same seed, prompts and options give the same texts on the same machine.
+        seed: Decides the texts, together with prompts, options and machine.
         batch_size: Texts that are generated at once.
         has_special_tokens: Whether the texts show tokens such as the one that ends documents.
     """
@@ -41,14 +41,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Text:
-    """A generated text.
-
-    Attributes:
-        prompt: The prompt.
-        text: The continuation.
-        num_tokens: Tokens of the continuation.
-        has_ended: Whether the model ended it, and not max_new_tokens.
-    """
+    """A prompt and its continuation of `num_tokens` tokens; has_ended: the model ended it, and not max_new_tokens."""
 
     prompt: str
     text: str
@@ -59,10 +52,7 @@ class Text:
 def generate(
     opened: OpenedModel, loaded: LoadedTokenizer, prompts: Sequence[str], options: GenerationOptions
 ) -> Iterator[Text]:
-    """Continues prompts; an empty one means the beginning of a document.
-
-    Yields:
-        num_samples texts for every prompt, in the order of the prompts, batch by batch.
+    """Yields num_samples continuations of every prompt, in order; an empty one means the beginning of a document.
 
     Raises:
         EvaluationError: An option has an impossible value, or a prompt is too long for the model.
@@ -81,7 +71,8 @@ def generate(
     ]
     # A folder's generation_config.json may set penalties and lengths: only `options` must count.
     opened.module.generation_config = type(opened.module.generation_config)()
-    with torch.random.fork_rng(devices=_devices(opened)):
+    device = opened.module.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed)
         for first in range(0, len(wanted), options.batch_size):
             batch = wanted[first : first + options.batch_size]
@@ -105,11 +96,7 @@ def _new_tokens(
     for row, prompt in enumerate(prompts):
         tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BS[row, longest - len(prompt) :] = 1
-    sampling = (
-        {}
-        if options.is_greedy
-        else {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    )
+    sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     device = opened.module.device
     with torch.inference_mode():
         rows = opened.module.generate(
@@ -120,7 +107,7 @@ def _new_tokens(
             eos_token_id=end,
             pad_token_id=end,
             use_cache=True,
-            **sampling,
+            **({} if options.is_greedy else sampling),
         )
     return [row[longest:].tolist() for row in rows]
 
@@ -136,11 +123,6 @@ def _check(options: GenerationOptions) -> None:
     ):
         if not is_possible:
             raise EvaluationError(f"{name} cannot be {value}; use {remedy}")
-
-
-def _devices(opened: OpenedModel) -> list[torch.device]:
-    device = opened.module.device
-    return [device] if device.type == "cuda" else []
 
 
 def _shortened(prompt: str) -> str:

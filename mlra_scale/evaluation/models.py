@@ -15,7 +15,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from mlra_scale.checkpoint import CheckpointError, Store, checkpoint_at
-from mlra_scale.checkpoint.huggingface.configuration import model_from_store, quiet_transformers
+from mlra_scale.checkpoint.files import first_line, some_of
+from mlra_scale.checkpoint.huggingface.configuration import DTYPES, model_from_store, quiet_transformers
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
@@ -23,7 +24,6 @@ from mlra_scale.data import DataError
 from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
 from mlra_scale.evaluation import EvaluationError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Masks that old versions of transformers stored as if they were weights.
 _OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
 _INDEX = "model.safetensors.index.json"
@@ -37,20 +37,16 @@ _MIN_LAYER_BYTES = 512
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A language model in evaluation mode.
+    """A language model in evaluation mode, with the checkpoint or folder that it comes from.
 
     Attributes:
         module: The model, one of transformers' (or a remote one in its style).
-        path: Its checkpoint or folder.
-        kind: "checkpoint" or the folder's model_type.
-        vocab_size: Number of tokens.
-        max_positions: Longest input.
+        max_positions: Longest input, in tokens.
         tokenizer_folder: Folder with the model's tokenizer, if there is one.
     """
 
     module: Any
     path: Path
-    kind: str
     vocab_size: int
     max_positions: int
     tokenizer_folder: Path | None
@@ -62,10 +58,7 @@ class OpenedModel:
         return logits_BKV
 
     def tokenizer(self, name: str | None = None) -> LoadedTokenizer:
-        """Loads the tokenizer; no part of a text is read as a special token.
-
-        Args:
-            name: Folder or file of another tokenizer than the model's own.
+        """Loads the model's tokenizer, or the one that is named; no part of a text is read as a special token.
 
         Raises:
             EvaluationError: There is none, or it does not belong to the model.
@@ -90,14 +83,10 @@ class OpenedModel:
 
 
 def check_same_tokens(loaded: LoadedTokenizer, own: Path) -> None:
-    """Refuses a tokenizer that was named for a model and contradicts the model's own; it may have more tokens.
-
-    Args:
-        loaded: The one that was named.
-        own: Folder of the model's own.
+    """Compares a tokenizer that was named for a model with the model's own, in the folder `own`.
 
     Raises:
-        EvaluationError: They contradict each other, so the model would read its text as gibberish.
+        EvaluationError: They contradict each other. (The named one may have more tokens.)
     """
     try:
         with quiet_transformers():
@@ -117,12 +106,11 @@ def open_model(
     """Opens a model.
 
     Args:
-        path: A store checkpoint, a folder of them, a run directory (its newest complete checkpoint), or a folder in
-            Hugging Face's format.
+        path: A checkpoint, a folder of them, a run directory (its newest complete checkpoint), or a folder in Hugging
+            Face's format.
         dtype: A name of DTYPES: the type of weights and computation.
         device: "cpu", "cuda", or "auto": cuda where there is one.
-        trust_remote_code: Whether the code in a foreign Hugging Face folder may run. Exports of this project are run
-            with the project's own code.
+        trust_remote_code: Whether the code in a foreign folder may run. That of this project's exports never does.
 
     Raises:
         EvaluationError: A Hugging Face folder cannot be loaded.
@@ -141,7 +129,7 @@ def open_model(
     store = Store.open(folder)
     model = store.model
     module = model_from_store(store, DTYPES[dtype]).to(device)
-    return OpenedModel(module, folder, "checkpoint", model.vocab_size, model.max_positions, store.tokenizer_folder)
+    return OpenedModel(module, folder, model.vocab_size, model.max_positions, store.tokenizer_folder)
 
 
 def _open_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> OpenedModel:
@@ -157,21 +145,21 @@ def _open_folder(path: Path, dtype: torch.dtype, device: str, trust_remote_code:
                 path, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
             )
     except Exception as error:  # of any kind: each means that the folder cannot be loaded
-        raise EvaluationError(f"{path} cannot be loaded: {_reason(error)}") from error
+        raise EvaluationError(f"{path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"]):
-        raise EvaluationError(f"{path} lacks weights of its model, which would be random numbers: {_some(missing)}")
+        raise EvaluationError(f"{path} lacks weights of its model, which would be random numbers: {some_of(missing)}")
     unknown = [name for name in sorted(report["unexpected_keys"]) if not _OLD_BUFFERS.search(name)]
     if unknown and values.get("model_type") in ("gpt2", MlraConfig.model_type):
-        raise EvaluationError(f"{path} has weights unknown to its config.json (fewer layers?): {_some(unknown)}")
+        raise EvaluationError(f"{path} has weights unknown to its config.json (fewer layers?): {some_of(unknown)}")
     module = module.to(device).requires_grad_(False).eval()
     config = module.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
+    sizes: list[Any] = [getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")]
     for size, name in zip(sizes, ("tokens", "positions"), strict=True):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if type(size) is not int or size < 1:
             raise EvaluationError(f"{path}: its config.json does not say how many {name} the model has")
+    vocab_size, positions = sizes
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-    vocab_size, positions = (int(size) for size in sizes if size is not None)
-    return OpenedModel(module, path, config.model_type, vocab_size, positions, path if has_tokenizer else None)
+    return OpenedModel(module, path, vocab_size, positions, path if has_tokenizer else None)
 
 
 def _read_model_files(folder: Path) -> dict[str, Any]:
@@ -208,7 +196,7 @@ def _max_layers(folder: Path) -> int | None:
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 return len(list(file.keys()))
     except (ValueError, OSError, SafetensorError) as error:
-        raise EvaluationError(f"{printable(str(folder))} cannot be loaded: {_reason(error)}") from error
+        raise EvaluationError(f"{printable(str(folder))} cannot be loaded: {first_line(error)}") from error
     sizes = [file.stat().st_size for file in folder.glob("*.bin")]
     return sum(sizes) // _MIN_LAYER_BYTES if sizes else None
 
@@ -218,11 +206,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return read_foreign_json_object(path)
     except ValueError as error:
         raise EvaluationError(str(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0], 300)
-
-
-def _some(names: list[str]) -> str:
-    return printable(", ".join(names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

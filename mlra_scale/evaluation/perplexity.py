@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -58,10 +59,8 @@ class Perplexity:
     """The sums over a text, and the measures made of them.
 
     Attributes:
-        num_documents: Documents with at least one token.
+        num_documents: Documents with at least one token; `num_words` and `num_bytes` (in UTF-8) are theirs.
         num_tokens: Tokens that were scored.
-        num_words: Words of the documents.
-        num_bytes: Bytes of the documents in UTF-8.
         negative_log_likelihood: Sum over the scored tokens of -ln p(token | context), in nats.
     """
 
@@ -83,12 +82,11 @@ class Perplexity:
 
     @property
     def word_perplexity(self) -> float:
-        """exp(nats per word): comparable between tokenizers."""
+        """exp(nats per word)."""
         return _exp(self.negative_log_likelihood / self.num_words) if self.num_words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte: comparable between tokenizers, and between languages that write words differently."""
         return self.negative_log_likelihood / math.log(2.0) / self.num_bytes if self.num_bytes else math.nan
 
 
@@ -98,11 +96,6 @@ def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator
     The windows are those of Hugging Face's guide to the perplexity of fixed-length models: they begin at 0, stride,
     2 stride, ..., each is `size` long (the last one ends with the stream), and each scores the tokens that no earlier
     one held. A stream of fewer than two tokens gives none.
-
-    Args:
-        pieces: The tokens, in pieces of any length.
-        size: Tokens of a window, at least 2.
-        stride: Distance of the windows, 1 to size - 1.
     """
     assert 1 <= stride < size, (size, stride)
     held: list[int] = []
@@ -131,7 +124,7 @@ def perplexity(
 
     Args:
         model: The model.
-        documents: The documents, each a stream of pieces.
+        documents: Each a stream of pieces.
         window: Tokens of a window; None: the model's longest input.
         stride: Distance of the windows; None: half a window.
         batch_size: Windows of one forward pass.
@@ -141,28 +134,25 @@ def perplexity(
         EvaluationError: Window or stride do not fit the model, a token is not the model's, or nothing can be scored.
     """
     window, stride = checked_window(model, window, stride)
-    count = _Counter(model.vocab_size, start_token)
-    found = itertools.chain.from_iterable(windows(count.tokens(document), window, stride) for document in documents)
+    counts: Counter[str] = Counter()
+    streams = (_counted(document, counts, model.vocab_size, start_token) for document in documents)
+    found = itertools.chain.from_iterable(windows(tokens, window, stride) for tokens in streams)
     total, num_tokens = 0.0, 0
     while batch := list(itertools.islice(found, batch_size)):
         total += negative_log_likelihood(model, batch)
         num_tokens += sum(item.num_new for item in batch)
     if not num_tokens:
         raise EvaluationError(
-            f"there is nothing to score: {count.num_documents} documents with {count.num_read} tokens in all, and the "
-            "first token of a document has no context; give more text, or a start token"
+            f"there is nothing to score: {counts['documents']} documents with {counts['tokens']} tokens in all, and "
+            "the first token of a document has no context; give more text, or a start token"
         )
     if not math.isfinite(total):
         raise EvaluationError("the model gives logits that are not finite")
-    return Perplexity(count.num_documents, num_tokens, count.num_words, count.num_bytes, total)
+    return Perplexity(counts["documents"], num_tokens, counts["words"], counts["bytes"], total)
 
 
 def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Returns window and stride, with defaults for None: the longest input, and half a window.
-
-    Raises:
-        EvaluationError: They do not fit the model or each other.
-    """
+    """Returns window and stride with their defaults; raises EvaluationError if they do not fit the model."""
     if window is None:
         window = max(2, model.max_positions)
     # The last token of a window is only predicted and needs no position.
@@ -201,33 +191,26 @@ def negative_log_likelihood(model: LanguageModel, batch: Sequence[Window]) -> fl
         return float(losses.sum(dtype=torch.float64))
 
 
-class _Counter:
-    """Counts documents, words and bytes of a stream, and checks the tokens."""
-
-    def __init__(self, vocab_size: int, start_token: int | None) -> None:
-        self.num_documents = self.num_read = self.num_words = self.num_bytes = 0
-        self._vocab_size = vocab_size
-        self._start = [] if start_token is None else [start_token]
-
-    def tokens(self, document: Document) -> Iterator[Sequence[int]]:
-        """Yields the tokens of a document, those of the start token first."""
-        is_empty = True
-        for piece in document:
-            if not len(piece.tokens):
-                continue
-            if is_empty:
-                self.num_documents += 1
-                is_empty = False
-                yield self._start
-            if max(piece.tokens) >= self._vocab_size:
-                raise EvaluationError(
-                    f"the text has the token {max(piece.tokens)}, but the model knows {self._vocab_size} tokens: text "
-                    "and model belong to different tokenizers"
-                )
-            self.num_read += len(piece.tokens)
-            self.num_words += piece.num_words
-            self.num_bytes += piece.num_bytes
-            yield piece.tokens
+def _counted(
+    document: Document, counts: Counter[str], vocab_size: int, start_token: int | None
+) -> Iterator[Sequence[int]]:
+    """Yields the tokens of a document, the start token first; counts what it has and checks the tokens."""
+    is_empty = True
+    for piece in document:
+        if not len(piece.tokens):
+            continue
+        if is_empty:
+            counts["documents"] += 1
+            is_empty = False
+            if start_token is not None:
+                yield [start_token]
+        if max(piece.tokens) >= vocab_size:
+            raise EvaluationError(
+                f"the text has the token {max(piece.tokens)}, but the model knows {vocab_size} tokens: text and model "
+                "belong to different tokenizers"
+            )
+        counts.update(tokens=len(piece.tokens), words=piece.num_words, bytes=piece.num_bytes)
+        yield piece.tokens
 
 
 def _exp(value: float) -> float:

@@ -81,7 +81,9 @@ def documents_of_sources(
     config_name: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Document]:
-    """Opens text: every .txt file is one document, every line or row of other files too.
+    """Yields the documents of text: every .txt file is one, and so is every line or row of other files.
+
+    Each must be read before the next one is requested.
 
     Args:
         names: Sources as of tools/prepare_data.py: files, folders, globs, python-docs, hf:NAME.
@@ -90,9 +92,6 @@ def documents_of_sources(
         split: Split of Hugging Face data sets.
         config_name: Configuration of Hugging Face data sets.
         note: Called with a line about matching files that cannot be read.
-
-    Yields:
-        The documents; each must be read before the next one is requested.
 
     Raises:
         DataError: A source cannot be read.
@@ -117,14 +116,9 @@ def documents_of_data(
     loaded: LoadedTokenizer,
     note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Document]:
-    """Opens a folder of prepared data, and yields its documents without the token that ends each.
+    """Yields the documents of a split of prepared data, without the token that ends each, up to the encoder's limit.
 
-    Args:
-        folder: Made by tools/prepare_data.py.
-        split: "train" or "validation".
-        encoder: Counts the tokens, up to its limit.
-        loaded: The model's tokenizer, which the data must have been made with.
-        note: Called with a line about data of an earlier version.
+    `note` is called with a line about data of an earlier version.
 
     Raises:
         DataError: The folder is not whole, or was made with another tokenizer.
@@ -157,10 +151,7 @@ def joined(documents: Iterable[Document], end_of_document: int) -> Iterator[Piec
 
 
 def document_tokens(files: IndexedFiles, stored: NDArray, number: int) -> list[int]:
-    """Returns the ids of document `number` of an indexed data set, with the token that ends it.
-
-    `stored` is what `files.tokens()` returns.
-    """
+    """Returns the ids of a document, with the token that ends it; `stored` is what `files.tokens()` returns."""
     first, stop = (int(border) for border in files.document_borders[number : number + 2])
     tokens: list[int] = []
     for sequence in range(first, stop):

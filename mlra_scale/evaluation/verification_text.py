@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -27,10 +27,7 @@ _UNSURE_TOKENS = 16
 
 
 def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
-    """Reads the first validation sequences of a run: about `num_tokens` tokens, at least one sequence.
-
-    Returns:
-        Token ids [N, S + 1]: inputs and the token that follows them.
+    """Returns the first validation sequences of a run, as `text_tokens` does.
 
     Raises:
         EvaluationError: The data that the configuration names are missing, or are others.
@@ -49,13 +46,9 @@ def validation_tokens(config: Config, num_tokens: int) -> torch.Tensor:
 
 
 def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_tokens: int) -> torch.Tensor:
-    """Reads the beginning of a text, documents one after the other as in training.
+    """Reads the beginning of a text (sources as of tools/prepare_data.py), its documents joined as in training.
 
-    Args:
-        names: Files, folders or globs, as for tools/prepare_data.py.
-        loaded: The model's tokenizer.
-        length: Tokens per sequence; a shorter text gives one shorter sequence.
-        num_tokens: About how many tokens; at least one sequence is read.
+    About `num_tokens` tokens are read, at least one sequence; a text shorter than `length` gives one shorter sequence.
 
     Returns:
         Token ids [N, S + 1]: inputs and the token that follows them.
@@ -64,17 +57,14 @@ def text_tokens(names: Sequence[str], loaded: LoadedTokenizer, length: int, num_
         EvaluationError: The text has less than two tokens.
         DataError: It cannot be read.
     """
-    count = max(1, num_tokens // length)
-    wanted = count * length + 1
+    wanted = max(1, num_tokens // length) * length + 1
     encoder = PieceEncoder(loaded, wanted)
     documents = joined(documents_of_sources(names, encoder), encoder.end_of_document)
     tokens = list(islice((token for piece in documents for token in piece.tokens), wanted))
     if len(tokens) < 2:
         raise EvaluationError(f"{' '.join(names)} has {len(tokens)} tokens; the verification needs two at least")
     length = min(length, len(tokens) - 1)
-    count = (len(tokens) - 1) // length
-    flat = torch.tensor(tokens[: count * length + 1])
-    return torch.stack([flat[i * length : (i + 1) * length + 1] for i in range(count)])
+    return torch.tensor(tokens).unfold(0, length + 1, length).contiguous()
 
 
 def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: int) -> list[EncodedText]:
@@ -109,17 +99,10 @@ def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: in
 
 
 def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]]) -> list[EncodedText]:
-    """Decodes documents and encodes the text again, as users of the exported tokenizer do.
+    """Decodes documents (ids without the end token) and encodes the text again, as users of the exported tokenizer do.
 
-    Documents that contain the spelling of a special token are left out: in training that was text, a user's tokenizer
-    reads the token.
-
-    Args:
-        loaded: The tokenizer of training.
-        documents: Ids, without the token that ends a document.
-
-    Returns:
-        One entry for each other document: its ids where its text gives them again, else the ids of its text.
+    A document that spells a special token is left out: in training that was text, a user's tokenizer reads the token.
+    Of each other one, `tokens` are its ids where its text gives them again, else the ids of its text.
     """
     tokenizer, found = loaded.tokenizer, []
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
@@ -128,8 +111,8 @@ def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]
         cut = ids[:_LONGEST_DOCUMENT]
         text = tokenizer.decode(cut, skip_special_tokens=False)
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
-        sure = len(cut) if cut == ids else len(cut) - _UNSURE_TOKENS
-        is_stored = tokens == cut if cut == ids else tokens[:sure] == cut[:sure]
+        sure = len(cut) - _UNSURE_TOKENS
+        is_stored = tokens == ids if cut == ids else tokens[:sure] == cut[:sure]
         if not is_stored:
             # Foreign data may hold the tokens that the tokenizer's post-processor adds.
             plain = tokenizer.decode(cut, skip_special_tokens=True)
@@ -141,26 +124,15 @@ def encoded_documents(loaded: LoadedTokenizer, documents: Iterable[Sequence[int]
 
 
 def documents_of_sequences(loaded: LoadedTokenizer, tokens_NS: torch.Tensor) -> list[EncodedText]:
-    """Returns the documents of a text from `text_tokens`, as `encoded_documents` does.
-
-    The text need not be in the data, so `is_stored` is False.
-    """
-    documents: list[list[int]] = [[]]
-    for token in [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]:
-        if token == loaded.end_of_document_token:
-            documents.append([])
-        else:
-            documents[-1].append(token)
-    return [replace(document, is_stored=False) for document in encoded_documents(loaded, filter(None, documents))]
+    """Returns `encoded_documents` of a text from `text_tokens`, which need not be in the data (is_stored is False)."""
+    tokens = [*tokens_NS[:, :-1].flatten().tolist(), int(tokens_NS[-1, -1])]
+    groups = groupby(tokens, lambda token: token == loaded.end_of_document_token)
+    documents = [list(group) for is_end, group in groups if not is_end]
+    return [replace(document, is_stored=False) for document in encoded_documents(loaded, documents)]
 
 
 def check_checksum(loaded: LoadedTokenizer, recorded: str | None) -> None:
-    """Raises EvaluationError if a tokenizer is not the one of training.
-
-    Args:
-        loaded: The checkpoint's copy, or the one that was named where there is none.
-        recorded: Checksum of the tokenizer of training (data.tokenizer.tokenizer_sha256), where it is known.
-    """
+    """Raises EvaluationError if a tokenizer has another checksum than that of training, where one is recorded."""
     if recorded is not None and tokenizer_sha256(loaded.tokenizer) != recorded:
         raise EvaluationError(
             f"tokenizer {loaded.name} is not the one of training, whose checksum the checkpoint records "

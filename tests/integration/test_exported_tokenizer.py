@@ -14,7 +14,6 @@ from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText
 from mlra_scale.checkpoint.retention import checkpoint_at
 from mlra_scale.config import Config
 from mlra_scale.data.indexed import open_indexed
-from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import load_tokenizer
 from mlra_scale.data.writer import SplitWriter
 from mlra_scale.evaluation import EvaluationError
@@ -25,6 +24,7 @@ from tests.support.harness import NEED, run_harness
 from tests.support.pool import WorkerPool
 from tests.support.tools import run_tool
 from tests.support.training_runs import main_on_rank
+from tests.unit.data.builders import prepare_texts
 
 POSITIONS = 32
 MODEL = ("model.vocab_size=300", "model.num_layers=2", "train.sequence_length=32", f"model.max_positions={POSITIONS}")
@@ -34,18 +34,8 @@ MODEL = ("model.vocab_size=300", "model.num_layers=2", "train.sequence_length=32
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("foreign")
     tokenizer = save(begins_with_bos(), place / "tokenizer", tokenizer_class="PreTrainedTokenizerFast")
-    (place / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in CORPUS * 3))
-    prepare(
-        PrepareOptions(
-            output=place / "data",
-            sources=[str(place / "text.jsonl")],
-            tokenizer=[str(tokenizer)],
-            validation_fraction=0.1,
-            workers=1,
-            progress=False,
-        )
-    )
-    return place / "data"
+    options = {"tokenizer": [str(tokenizer)], "validation_fraction": 0.1, "workers": 1}
+    return prepare_texts(place / "data", CORPUS * 3, **options)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
-from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.gpt2_folders import TEXT, gpt2_folder, random_gpt2, tokenizer
 from tests.support.tools import run_tool
+from tests.unit.data.builders import prepare_texts
 
 LINES = [*TEXT.splitlines(), "short one\n", " leading and trailing \n"]
 
@@ -88,24 +88,15 @@ def test_exports_with_factors_need_no_foreign_code(place: Path, tmp_path: Path) 
 
 def test_prepared_data_documents_and_streams(place: Path, tmp_path: Path) -> None:
     lines = [f"{line} {number}" for number in range(6) for line in TEXT.splitlines()]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    options = PrepareOptions(
-        output=tmp_path / "data",
-        sources=[str(tmp_path / "a.jsonl")],
-        tokenizer=(str(place / "gpt2"),),
-        validation_fraction=0.5,
-        workers=1,
-        progress=False,
-    )
-    prepare(options)
+    prepare_texts(tmp_path / "data", lines, tokenizer=(str(place / "gpt2"),), validation_fraction=0.5, workers=1)
     splits = [
         measured(place / "run", "--data", tmp_path / "data", "--split", split) for split in ("train", "validation")
     ]
-    text = measured(place / "run", "--text", tmp_path / "a.jsonl")
+    text = measured(place / "run", "--text", tmp_path / "data.jsonl")
     for name in ("documents", "tokens_scored", "words", "bytes", "negative_log_likelihood"):
         assert splits[0][name] + splits[1][name] == pytest.approx(text[name], rel=1e-6), name
     assert measured(place / "run", "--data", tmp_path / "data")["documents"] == splits[1]["documents"]
-    joined = measured(place / "run", "--text", tmp_path / "a.jsonl", "--join")
+    joined = measured(place / "run", "--text", tmp_path / "data.jsonl", "--join")
     # Every first token but the stream's is scored too, and so is every end.
     assert joined["tokens_scored"] == text["tokens_scored"] + 2 * len(lines) - 1
     assert (joined["words"], joined["bytes"]) == (text["words"], text["bytes"])

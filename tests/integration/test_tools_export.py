@@ -22,7 +22,6 @@ from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.pool import WorkerPool
 from tests.support.tools import Ran, run_tool
 from tests.support.training_runs import main_on_rank
-from tests.unit.checkpoint.huggingface.builders import checkpoint
 
 STEPS = 20
 
@@ -223,15 +222,6 @@ def test_bad_input_is_refused_before_any_work(run: Path, tmp_path: Path, exports
     save_tokenizer(train_bpe(["quite another text " * 9], 270), tmp_path / "other")
     assert "gives other tokens than" in refused(2, run, tmp_path / "out", "--tokenizer", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
-
-
-def test_what_gpt2_cannot_express_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "checkpoint", "qk-norm").folder
-    message = refused(2, source, tmp_path / "out", "--no-verify")
-    assert "model.qk_norm" in message and "use --format mlra" in message and not (tmp_path / "out").exists()
-    (tmp_path / "text.txt").write_text("Return a list of the names in the module, in the order of their use. " * 9)
-    result = exported(source, tmp_path / "out", "--format", "mlra", "--text", tmp_path / "text.txt")
-    assert "verified on text.txt" in result.stdout
 
 
 def test_an_export_is_replaced_on_request(run: Path, tmp_path: Path) -> None:

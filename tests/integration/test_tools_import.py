@@ -65,7 +65,7 @@ def test_what_ends_a_text_comes_along(folder: Path, tmp_path: Path, has_settings
 
 
 def test_a_whole_models_folder_as_tokenizer_leaves_its_weights_there(folder: Path, tmp_path: Path) -> None:
-    files = write_small_files(tmp_path, b"{}", "", folder)
+    files = write_small_files(tmp_path, "0", b"{}", [], "", folder)
     copied = {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"}
     assert copied <= files.keys() and not [name for name in files if name.endswith("model.safetensors")]
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -64,14 +64,15 @@ def model_card(
         store: The exported checkpoint.
         export_format: "gpt2" or "mlra".
         dtype: Name of the weights' type.
-        verification: The figures, or None where the export was not verified.
+        verification: The figures; None: the export was not verified.
         text: The source of the text of the verification.
     """
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["mlra-scale", export_format]
     )
     model, config, history = store.model, store.config, _history(store)
-    changes = [] if config is None else _shown_changes(history)
+    changes = [] if config is None else history.get("changes") or []
+    changes = [each for each in changes if not str(each["field"]).startswith(_CHANGES_NOT_SHOWN)]
     known_from = history.get("known_from", store.step)
     card = ModelCard.from_template(
         data,
@@ -137,7 +138,7 @@ def _provenance(store: Store, history: Mapping[str, Any]) -> list[tuple[str, str
 
 
 def _history(store: Store) -> dict[str, Any]:
-    """The section that training/history.py writes; checkpoints of early versions have none."""
+    """The section of the changes of a run (training/resume.py); checkpoints of early versions have none."""
     history = store.state.get("history") or {}
     changes = history.get("changes", [])
     is_sound = isinstance(changes, list) and all(
@@ -147,11 +148,6 @@ def _history(store: Store) -> dict[str, Any]:
     if not (is_sound and isinstance(history.get("begun_from") or {}, dict)):
         raise CheckpointError(f"{store.folder / STATE} has a history that is not sound; use another checkpoint")
     return dict(history)
-
-
-def _shown_changes(history: Mapping[str, Any]) -> list[dict[str, Any]]:
-    changes = history.get("changes") or []
-    return [change for change in changes if not str(change["field"]).startswith(_CHANGES_NOT_SHOWN)]
 
 
 def _value(value: Any) -> str:

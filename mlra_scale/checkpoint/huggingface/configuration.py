@@ -14,22 +14,19 @@ from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging
 
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
-from mlra_scale.checkpoint.huggingface.tensors import Format, PlainWeights
+from mlra_scale.checkpoint.huggingface.tensors import Format, export_tensors
 from mlra_scale.config import ModelConfig
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of special tokens; None where there is none.
-
-    Attributes:
-        begin: Begins a text.
-        end: Ends a text, and so generation.
-        padding: Fills batches.
-    """
+    """Ids of the tokens that begin and end a text and that fill batches; None where there is none."""
 
     begin: int | None = None
     end: int | None = None
@@ -39,15 +36,7 @@ class SpecialTokens:
 def write_configuration(
     folder: Path, export_format: Format, model: ModelConfig, dtype: torch.dtype, special: SpecialTokens
 ) -> None:
-    """Writes config.json and generation_config.json, and for `mlra` the model's code.
-
-    Args:
-        folder: The export.
-        export_format: "gpt2" or "mlra".
-        model: The configuration of the trained model.
-        dtype: Type of the written weights.
-        special: Ids for the configurations.
-    """
+    """Writes config.json, with the type of the written weights, generation_config.json, and for `mlra` the code."""
     if export_format == "gpt2":
         config, architecture = gpt2_config(model), "GPT2LMHeadModel"
     else:
@@ -115,18 +104,12 @@ def mlra_config(model: ModelConfig) -> MlraConfig:
 def model_from_store(store: Store, dtype: torch.dtype = torch.float32) -> MlraForCausalLM:
     """Builds the shipped model with the weights of a checkpoint, on the CPU, in evaluation mode, without gradients.
 
-    Evaluation and generation use it. In float32 a weight that one file of the checkpoint holds whole stays memory-
-    mapped; the others, those that an option is folded into, and all of them in other types, are copies. Rows that pad
-    the vocabulary are left out.
+    In float32 a weight that one file of the checkpoint holds whole stays memory-mapped, unless an option is folded into
+    it; the others are copies. Rows that pad the vocabulary are left out.
     """
     with torch.device("meta"):
         result = MlraForCausalLM(mlra_config(store.model))
-    weights, plain = {}, PlainWeights(store)
-    for name in plain.names:
-        tensor = plain[name]
-        if name == "embedding.weight":
-            tensor = tensor[: store.model.vocab_size]
-        weights[f"model.{name}"] = tensor.to(dtype)
+    weights = {tensor.name: tensor.make().to(dtype) for tensor in export_tensors(store, "mlra")}
     missing, unexpected = result.load_state_dict(weights, strict=False, assign=True)
     assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)
     result.tie_weights()

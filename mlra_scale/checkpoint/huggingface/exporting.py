@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError, system_errors
 from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
 from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens, write_configuration
 from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors, write_shards
-from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText, WrittenTokenizer, check_tokenizer, write_tokenizer
+from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText, check_tokenizer, write_tokenizer
 from mlra_scale.checkpoint.huggingface.verification import Verification, VerificationError, dtype_name, verify_folder
 from mlra_scale.checkpoint.reader import Store
 from mlra_scale.files import new_folder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 MIN_VERIFIED_TOKENS = 16
 """Of one sequence: with a single token the logits depend on no attention and no further position."""
@@ -30,11 +27,10 @@ _CARD = "README.md"
 
 @dataclass(frozen=True)
 class VerificationText:
-    """Real text for the verification.
+    """Real text for the verification, with its source for the model card.
 
     Attributes:
         tokens_NS: Token ids, one more per sequence than are passed to the models.
-        description: Its source, for the model card: "the validation data", "FILE".
         documents: Texts with their ids in training, which the exported tokenizer must reproduce.
     """
 
@@ -51,7 +47,7 @@ class ExportOptions:
         export_format: "gpt2" (stock GPT-2) or "mlra" (factors kept, code shipped).
         dtype: Type of the written weights.
         max_shard_bytes: Largest size of one file.
-        tokenizer: Folder of a tokenizer, instead of the checkpoint's own.
+        tokenizer: Folder of a tokenizer to write instead of the checkpoint's own.
         is_replacing: Whether an export at the target is replaced.
     """
 
@@ -72,13 +68,7 @@ def export_checkpoint(
     """Writes a checkpoint as a Hugging Face folder; a failed export leaves nothing behind.
 
     At most one tensor is held in memory, and the verification maps the written files and computes layer by layer.
-
-    Args:
-        store: The checkpoint.
-        target: The folder to make.
-        options: Format, type, sizes and tokenizer.
-        text: What to verify on; None: the export is not verified.
-        say: Called with each line about the progress.
+    Without a text the export is not verified. `say` gets each line about the progress.
 
     Returns:
         The figures of the verification, which it has passed; None without one.
@@ -96,17 +86,23 @@ def export_checkpoint(
     if text is not None:
         _check_text(text, store)
     busy = CheckpointError(f"another export to {target} is at work; wait for it or name another output")
-    with _system_errors(target), new_folder(target, busy) as folder:
+    with system_errors("written", target, "name another output"), new_folder(target, busy) as folder:
         began = time.monotonic()
         # Where the configuration names it, the token that ends documents is known without a tokenizer.
         special = SpecialTokens(end=None if store.config is None else store.config.data.end_of_document_token)
-        tokenizer = _write_tokenizer(folder, options.tokenizer or store.tokenizer_folder, store, special.end, text)
-        for note in () if tokenizer is None else tokenizer.notes:
-            say(note)
-        special = special if tokenizer is None else tokenizer.special
+        documents = () if text is None else text.documents
+        source, tokenizer = options.tokenizer or store.tokenizer_folder, None
+        if source is not None:
+            is_trained_here, is_prepared_here = store.config is not None, recorded_tokenizer(store) is not None
+            tokenizer = write_tokenizer(
+                source, folder, store.model, is_trained_here, special.end, documents, is_prepared_here
+            )
+            special = tokenizer.special
+            for note in tokenizer.notes:
+                say(note)
         write_configuration(folder, options.export_format, store.model, options.dtype, special)
         if tokenizer is not None:
-            check_tokenizer(folder, tokenizer, () if text is None else text.documents)
+            check_tokenizer(folder, tokenizer, documents)
         tensors = export_tensors(store, options.export_format)
         files = write_shards(folder, tensors, options.dtype, options.max_shard_bytes)
         size = sum(entry.bytes for entry in files.values())
@@ -120,20 +116,10 @@ def export_checkpoint(
             if not verification.has_passed:
                 raise VerificationError(f"its logits are not the trained model's: {verification.lines()[0][1]}")
             say(f"verified on {text.description} in {time.monotonic() - began:.1f} s")
-        source = None if text is None else text.description
-        card = model_card(store, options.export_format, dtype_name(options.dtype), verification, source)
+        description = None if text is None else text.description
+        card = model_card(store, options.export_format, dtype_name(options.dtype), verification, description)
         (folder / _CARD).write_text(card, encoding="utf-8")
     return verification
-
-
-def _write_tokenizer(
-    folder: Path, source: Path | None, store: Store, end: int | None, text: VerificationText | None
-) -> WrittenTokenizer | None:
-    if source is None:
-        return None
-    documents = () if text is None else text.documents
-    is_trained_here, is_prepared_here = store.config is not None, recorded_tokenizer(store) is not None
-    return write_tokenizer(source, folder, store.model, is_trained_here, end, documents, is_prepared_here)
 
 
 def recorded_tokenizer(store: Store) -> str | None:
@@ -172,16 +158,3 @@ def _check_text(text: VerificationText, store: Store) -> None:
             f"{text.description} has a token {largest}, the model has {model.vocab_size} tokens; name the tokenizer "
             "and the data that it was trained with"
         )
-
-
-@contextlib.contextmanager
-def _system_errors(target: Path) -> Iterator[None]:
-    """Turns errors of the operating system into a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        failed = error.filename if isinstance(error.filename, str) else target
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = f"free space on the disk of {target.parent}" if is_full else "name another output"
-        raise CheckpointError(f"{failed} cannot be written: {reason}; {remedy}") from error

@@ -13,21 +13,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from mlra_scale.checkpoint.files import CheckpointError
-from mlra_scale.checkpoint.huggingface.gpt2_weights import (
-    LINEAR_MAPS,
-    NORMS,
-    OUTSIDE_BLOCKS,
-    check_gpt2_weights,
-    gpt2_shapes,
-    read_gpt2_weights,
-)
+from mlra_scale.checkpoint.files import CheckpointError, first_line
+from mlra_scale.checkpoint.huggingface.gpt2_weights import check_gpt2_weights, gpt2_tensors, read_gpt2_weights
 from mlra_scale.checkpoint.state_contents import parse_model
 from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.config import ModelConfig
@@ -54,15 +47,8 @@ _WANTED: dict[str, tuple[Any, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class KeptEnergy:
-    """What a factorisation kept of one projection.
-
-    Attributes:
-        block: Number of the block.
-        projection: "q", "k", "v" or "o".
-        energy: Share of the sum of squared singular values, 0 to 1.
-    """
+class KeptEnergy(NamedTuple):
+    """What the factorisation of a projection kept: its share of the sum of squared singular values, 0 to 1."""
 
     block: int
     projection: str
@@ -71,11 +57,9 @@ class KeptEnergy:
 
 @dataclass(frozen=True)
 class Imported:
-    """An imported model.
+    """An imported model: the folder of its checkpoint and its model section.
 
     Attributes:
-        checkpoint: The checkpoint's folder.
-        model: Its model section.
         stored_dtypes: The types that the weights had in the folder; in the checkpoint they are fp32.
         has_tokenizer: Whether the folder had a tokenizer, which was copied.
         kept: One entry for each factorised projection.
@@ -86,8 +70,8 @@ class Imported:
     model: ModelConfig
     stored_dtypes: list[str]
     has_tokenizer: bool
-    kept: list[KeptEnergy] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    kept: list[KeptEnergy]
+    notes: list[str]
 
 
 def import_gpt2(
@@ -111,7 +95,7 @@ def import_gpt2(
     """
     config, model, notes = _read_config(folder, rank, projections, vocab_padding_multiple)
     weights = read_gpt2_weights(folder)
-    check_gpt2_weights(folder, weights, gpt2_shapes(model), config.tie_word_embeddings)
+    check_gpt2_weights(folder, weights, model, config.tie_word_embeddings)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
     origin = {"format": "gpt2", "folder": str(folder), "attention_rank": rank, "dtypes": dtypes}
     kept: list[KeptEnergy] = []
@@ -123,11 +107,7 @@ def import_gpt2(
 
 
 def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Cuts a matrix into balanced factors by its singular value decomposition, computed in fp64.
-
-    Args:
-        weight: [out, in].
-        rank: R, at most the smaller side.
+    """Cuts a matrix [out, in] into balanced factors by its singular value decomposition, computed in fp64.
 
     Returns:
         up [out, R] and down [R, in] in fp32, and the share of the squared singular values that they keep.
@@ -157,11 +137,6 @@ def _read_config(
         faults.append(f"a rank of {rank} does not fit its width; use 1 to {config.n_embd}")
     if faults:
         raise CheckpointError(f"{path}: " + "; ".join(faults))
-    dropouts = {
-        "embedding_dropout": config.embd_pdrop,
-        "attention_dropout": config.attn_pdrop,
-        "residual_dropout": config.resid_pdrop,
-    }
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "vocab_padding_multiple": vocab_padding_multiple,
@@ -173,12 +148,14 @@ def _read_config(
         "attention": "dense" if rank is None else "mlra",
         "init_std": config.initializer_range,
         "layer_norm_eps": config.layer_norm_epsilon,
-        **{name: float(value) for name, value in dropouts.items()},
+        "embedding_dropout": float(config.embd_pdrop),
+        "attention_dropout": float(config.attn_pdrop),
+        "residual_dropout": float(config.resid_pdrop),
     }
     if rank is not None:
         values |= {"attention_rank": rank, "factorised_projections": list(projections)}
     notes = []
-    if any(dropouts.values()):
+    if any((config.embd_pdrop, config.attn_pdrop, config.resid_pdrop)):
         notes.append("dropout is that of config.json; change it with model.attention_dropout=0 and so on when training")
     if config.reorder_and_upcast_attn:
         notes.append("reorder_and_upcast_attn is dropped: it changes nothing in fp32, and the rounding in 16 bits")
@@ -199,8 +176,7 @@ def _gpt2_config(path: Path) -> Any:
     try:
         config = GPT2Config.from_dict(values)
     except Exception as error:  # the library's checks have errors of their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not sound: {printable(reason, 300)}") from error
+        raise CheckpointError(f"{path} is not sound: {first_line(error)}") from error
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -213,42 +189,32 @@ def _parameters(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every parameter in the order of the table, and adds to `kept` what each factorisation keeps."""
     table = ParameterTable(model)
+    sources = {name: (tensor, i) for tensor in gpt2_tensors(model) for i, name in enumerate(tensor.parameters)}
+
+    def dense(name: str) -> torch.Tensor:
+        tensor, number = sources[name]
+        values = weights[tensor.name]
+        if len(tensor.parameters) > 1:  # q, k and v side by side
+            values = values.split(model.hidden_size, dim=-1)[number]
+        return values.T if tensor.is_transposed else values
+
     factors: dict[str, torch.Tensor] = {}
     for name in table:
         if name in factors:
             yield name, factors.pop(name)
         elif name.endswith(".down.weight"):
             projection = name.removesuffix(".down.weight")
-            dense = _finite(name, _dense(f"{projection}.weight", model, weights))
-            factors[f"{projection}.up.weight"], down, energy = factorise(dense, model.rank)
+            whole = _finite(name, dense(f"{projection}.weight"))
+            factors[f"{projection}.up.weight"], down, energy = factorise(whole, model.rank)
             _, block, _, letter = projection.split(".")
             kept.append(KeptEnergy(int(block), letter, energy))
             yield name, down
         else:
-            tensor = _finite(name, _dense(name.replace(".up.bias", ".bias"), model, weights))
+            tensor = _finite(name, dense(name.replace(".up.bias", ".bias")))
             if name == "embedding.weight":
                 padding = table[name].shape[0] - len(tensor)
                 tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding)) if padding else tensor
             yield name, tensor
-
-
-def _dense(name: str, model: ModelConfig, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns a parameter of the dense model by its canonical name, as it is stored."""
-    if name in _OUTSIDE:
-        return weights[_OUTSIDE[name]]
-    _, block, *rest, kind = name.split(".")
-    theirs, index = _IN_BLOCKS[".".join(rest)]
-    tensor = weights[f"h.{block}.{theirs}.{kind}"]
-    if theirs in NORMS:
-        return tensor
-    if len(LINEAR_MAPS[theirs]) > 1:  # q, k and v side by side
-        tensor = tensor.split(model.hidden_size, dim=-1)[index]
-    return tensor.T if kind == "weight" else tensor
-
-
-_OUTSIDE = {ours: theirs for theirs, ours in OUTSIDE_BLOCKS.items()}
-_IN_BLOCKS = {ours: (theirs, 0) for theirs, ours in NORMS.items()}
-_IN_BLOCKS |= {name: (theirs, index) for theirs, ours in LINEAR_MAPS.items() for index, name in enumerate(ours)}
 
 
 def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -117,17 +117,9 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention spelled out, with its weights.
+    """Attention in plain torch, with transformers' signature; keys and values include cached ones.
 
-    Args:
-        module: The attention layer.
-        query_BNSH: Queries.
-        key_BNTH: Keys, cached ones included.
-        value_BNTH: Values, cached ones included.
-        attention_mask: Added to the logits, broadcast to [B, N, S, T].
-        scaling: Factor of the logits.
-        dropout: Probability with which a weight is dropped in training.
-        **kwargs: What other implementations of attention take.
+    The mask is added to the logits, broadcast to [B, N, S, T].
 
     Returns:
         The mixed values [B, S, N, H] and the weights [B, N, S, T].
@@ -175,11 +167,8 @@ class MlraAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the attention's contribution to the residual stream and, where they are computed, its weights.
 
-        Args:
-            hidden_BSD: Hidden states after the layer norm.
-            attention_mask: As MlraModel makes it; None: causal, each token sees itself and all earlier ones.
-            past_key_values: Keys and values of earlier tokens, appended to.
-            **kwargs: Passed on to the implementation of attention.
+        Without a mask attention is causal: each token sees itself and all earlier ones. Keys and values are appended to
+        `past_key_values`. `kwargs` go to the implementation of attention.
         """
         # A static cache counts in a tensor of its own, which the update below changes: the sum is a copy.
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) + 0
@@ -439,16 +428,9 @@ class MlraForCausalLM(MlraPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Computes the logits of the next token and, given labels, the mean loss.
 
-        Args:
-            input_ids: See MlraModel.forward; as the next four.
-            attention_mask: See there.
-            position_ids: See there.
-            past_key_values: See there.
-            inputs_embeds: See there.
-            labels: Token ids [B, S], shifted in here (labels = input_ids is a language model); -100 is left out.
-            use_cache: Whether to return keys and values.
-            logits_to_keep: Number of last tokens to compute logits for (0: all), or their indices.
-            **kwargs: Passed on to MlraModel.forward and to the loss.
+        `labels` are token ids [B, S], which are shifted in here (labels = input_ids is a language model); -100 is left
+        out. `logits_to_keep` is the number of last tokens to compute logits for (0: all), or their indices. All else is
+        passed on to MlraModel.forward, `kwargs` also to the loss.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +27,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from mlra_scale.checkpoint.files import CheckpointError, FileEntry, write_file
-from mlra_scale.checkpoint.huggingface.gpt2_weights import BLOCK_ORDER, LINEAR_MAPS, NORMS, linear_shape
+from mlra_scale.checkpoint.huggingface.gpt2_weights import Gpt2Tensor, gpt2_tensors
 from mlra_scale.checkpoint.safetensors_file import write_safetensors
 from mlra_scale.model.parameters import LinearMap, linear_maps, vector_name
 from mlra_scale.model.power_iteration import iterated
@@ -58,9 +59,6 @@ class PlainWeights:
         gains = {entry.gain for entry in maps}
         self.names = [name for name in store.table if name not in gains]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._store.table
-
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor, parts = self._store.tensor(name), name.split(".")
         if name in self._normalised:
@@ -68,6 +66,15 @@ class PlainWeights:
         is_scaled_norm = parts[0] == "blocks" and parts[2] in ("attention_norm", "mlp_norm")
         factor = self._store.model.norm_factor(int(parts[1])) if is_scaled_norm else 1.0
         return tensor if factor == 1.0 else tensor.double() * factor
+
+    def merged(self, name: str) -> torch.Tensor:
+        """Returns a parameter of the dense model; the factors of a factorised matrix are multiplied in float64."""
+        if name in self._store.table:
+            return self[name]
+        prefix, _, kind = name.rpartition(".")
+        if kind == "bias":
+            return self[f"{prefix}.up.bias"]
+        return self[f"{prefix}.up.weight"].double() @ self[f"{prefix}.down.weight"].double()
 
     def _scale(self, entry: LinearMap) -> torch.Tensor:
         """gamma / sigma, with the sigma of the run's next step or validation."""
@@ -78,13 +85,7 @@ class PlainWeights:
 
 @dataclass(frozen=True)
 class ExportTensor:
-    """A tensor to write.
-
-    Attributes:
-        name: Its name in the exported files.
-        shape: Its shape there.
-        make: Returns it in the most accurate type available; called right before it is written.
-    """
+    """A tensor to write: name and shape in the exported files, and what makes it, in its most accurate type."""
 
     name: str
     shape: tuple[int, ...]
@@ -111,24 +112,18 @@ def _mlra(store: Store, plain: PlainWeights) -> Iterator[ExportTensor]:
         if name == "embedding.weight":
             yield _vocabulary(store, f"model.{name}")
         else:
-            yield _one(plain, name, f"model.{name}", store.table[name].shape)
+            yield ExportTensor(f"model.{name}", store.table[name].shape, partial(plain.__getitem__, name))
 
 
 def _gpt2(store: Store, plain: PlainWeights) -> Iterator[ExportTensor]:
-    model = store.model
-    D = model.hidden_size
-    yield _vocabulary(store, "transformer.wte.weight", model.embedding_factor)
-    yield _one(plain, "positions.weight", "transformer.wpe.weight", (model.max_positions, D))
-    for block in range(model.num_layers):
-        for module in BLOCK_ORDER:
-            target = f"transformer.h.{block}.{module}"
-            if module in NORMS:
-                yield from _norm(plain, f"blocks.{block}.{NORMS[module]}", target, D)
-            else:
-                sources = [f"blocks.{block}.{name}" for name in LINEAR_MAPS[module]]
-                yield from _linear(plain, sources, target, linear_shape(model, module))
-    yield from _norm(plain, "final_norm", "transformer.ln_f", D)
-    if model.embedding_factor != 1.0:
+    factor = store.model.embedding_factor
+    for tensor in gpt2_tensors(store.model):
+        name = f"transformer.{tensor.name}"
+        if tensor.parameters == ("embedding.weight",):
+            yield _vocabulary(store, name, factor)
+        else:
+            yield ExportTensor(name, tensor.shape, partial(_joined, plain, tensor))
+    if factor != 1.0:
         yield _vocabulary(store, "lm_head.weight")
 
 
@@ -143,30 +138,9 @@ def _vocabulary(store: Store, target: str, factor: float = 1.0) -> ExportTensor:
     return ExportTensor(target, (tokens, width), make)
 
 
-def _one(plain: PlainWeights, source: str, target: str, shape: tuple[int, ...]) -> ExportTensor:
-    return ExportTensor(target, shape, lambda: plain[source])
-
-
-def _norm(plain: PlainWeights, source: str, target: str, width: int) -> Iterator[ExportTensor]:
-    for kind in ("weight", "bias"):
-        yield _one(plain, f"{source}.{kind}", f"{target}.{kind}", (width,))
-
-
-def _linear(plain: PlainWeights, sources: Sequence[str], target: str, shape: tuple[int, int]) -> Iterator[ExportTensor]:
-    """One Conv1D for one or several of our maps side by side."""
-    yield ExportTensor(f"{target}.weight", shape, lambda: torch.cat([_dense(plain, name) for name in sources]).T)
-    yield ExportTensor(f"{target}.bias", shape[1:], lambda: torch.cat([_bias(plain, name) for name in sources]))
-
-
-def _dense(plain: PlainWeights, name: str) -> torch.Tensor:
-    """The matrix [out, in] of a linear map that may be factorised."""
-    if f"{name}.weight" in plain:
-        return plain[f"{name}.weight"]
-    return plain[f"{name}.up.weight"].double() @ plain[f"{name}.down.weight"].double()
-
-
-def _bias(plain: PlainWeights, name: str) -> torch.Tensor:
-    return plain[f"{name}.bias" if f"{name}.bias" in plain else f"{name}.up.bias"]
+def _joined(plain: PlainWeights, tensor: Gpt2Tensor) -> torch.Tensor:
+    values = torch.cat([plain.merged(name) for name in tensor.parameters])
+    return values.T if tensor.is_transposed else values
 
 
 def write_shards(
@@ -174,14 +148,10 @@ def write_shards(
 ) -> dict[str, FileEntry]:
     """Writes the tensors into one safetensors file, or several with an index; one tensor is in memory at a time.
 
-    Args:
-        folder: The export.
-        tensors: What to write.
-        dtype: The written type.
-        max_bytes: Largest size of a file's tensors, unless a single tensor is larger.
+    A file has at most `max_bytes` bytes of tensors, unless a single one is larger.
 
     Returns:
-        Size and checksum of every file, by name.
+        Size and checksum of every file with tensors, by name, and of the index.
 
     Raises:
         OSError: A file cannot be written.

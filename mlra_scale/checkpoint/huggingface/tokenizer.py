@@ -1,8 +1,7 @@
 """The tokenizer of an export: written as new files, read back, and compared with that of training.
 
-No file of the source is copied. The tokenizers library writes tokenizer.json from the tokenizer that training encoded
-with; tokenizer_config.json has a few keys that transformers 4 and 5 both read. A post-processor that adds tokens (a
-template such as `<s> $A`) is kept only where the training text has those tokens.
+No file of the source is copied. A post-processor that adds tokens (a template such as `<s> $A`) is kept only where the
+training text has those tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.files import CheckpointError, first_line
 from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens
 from mlra_scale.checkpoint.huggingface.verification import VerificationError
 from mlra_scale.config import ModelConfig
@@ -33,11 +32,9 @@ _OTHER_SPECIAL = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_toke
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text and its tokens in training.
+    """A text without the spelling of a special token, and its ids in training without the token that ends a document.
 
     Attributes:
-        text: The text. It contains no special token's spelling.
-        tokens: Its ids, without the token that ends a document.
         is_stored: Whether exactly these ids are in the training or validation data. Otherwise the tokenizer of training
             made them: decoding does not restore every text exactly, or the text is not from the data.
     """
@@ -49,7 +46,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class WrittenTokenizer:
-    """What was written, and how a reader must encode.
+    """What was written, and how a reader must encode: as `expected` does.
 
     Attributes:
         special: Ids of the special tokens.
@@ -79,10 +76,9 @@ def write_tokenizer(
         source: Folder of the tokenizer in Hugging Face's format.
         folder: The export.
         model: The model's configuration; it limits the length of the input.
-        is_trained_here: Whether this project trained the model, which encodes without post-processor; an imported one
-            keeps what it came with.
-        end: Id of the token that ends documents, where the configuration names it; None: the tokenizer's eos token.
-        texts: Texts of the training data with their ids; they tell whether a post-processor was applied.
+        is_trained_here: Whether this project trained the model; an imported one keeps its post-processor.
+        end: Id of the token that ends documents; None: the tokenizer's eos token.
+        texts: Texts of the training data with their ids, which show whether a post-processor was applied.
         is_prepared_here: Whether this project prepared the data, which applies no post-processor.
 
     Returns:
@@ -161,18 +157,14 @@ def _is_applied(tokenizer: Tokenizer, texts: Sequence[EncodedText]) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads a tokenizer from a folder as a user of stock transformers does; code in the folder is not run.
-
-    Raises:
-        CheckpointError: It cannot be loaded.
-    """
+    """Loads a tokenizer as a user of stock transformers does, or raises CheckpointError; code beside it is not run."""
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not loaded.is_fast:
             raise ValueError("it has no tokenizer.json (a fast tokenizer); convert it first")
         return loaded
     except Exception as error:  # the library raises many kinds; each means that this folder has no usable tokenizer
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = first_line(error)
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}; name another one") from error
 
 
@@ -206,15 +198,15 @@ def _difference(encoded: EncodedText, tokens: Sequence[int], loaded: Any) -> str
     """Describes where the ids of a text first differ."""
     pairs = zip(encoded.tokens, tokens, strict=False)
     shorter = min(len(tokens), len(encoded.tokens))
-    place = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
+    index = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
 
     def shown(ids: Sequence[int]) -> str:
-        if place >= len(ids):
+        if index >= len(ids):
             return "none"
-        return f"{ids[place]} ({printable(str(loaded.convert_ids_to_tokens(ids[place])), 40)})"
+        return f"{ids[index]} ({printable(str(loaded.convert_ids_to_tokens(ids[index])), 40)})"
 
     return (
-        f"its tokenizer is not that of training: at token {place} of the text {encoded.text[:60]!a} it gives "
+        f"its tokenizer is not that of training: at token {index} of the text {encoded.text[:60]!a} it gives "
         f"{shown(tokens)}, training had {shown(encoded.tokens)}; name the tokenizer that the data were made with "
         "(--tokenizer)"
     )

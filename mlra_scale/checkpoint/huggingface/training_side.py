@@ -1,7 +1,6 @@
 """The logits of the trained model, computed by the training's own layers from a store, one layer in memory at a time.
 
-An export is compared with these logits. The code shares nothing with the export: not the names, not the merging, not
-the model that reads the folder, not its way to compute attention.
+An export is compared with these logits. The code shares neither names nor merging nor model with the export.
 
 Shape suffixes: N sequences, S positions, D hidden, V vocabulary.
 """
@@ -71,13 +70,10 @@ class TrainingSide:
 
     @torch.no_grad()
     def logits(self, tokens_NS: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Computes the logits of every position; to be called within `distributed_of_one`.
+        """Computes the logits of every position of token ids [N, S]; to be called within `distributed_of_one`.
 
         All sequences pass a layer together, so that each layer is read once. A token sees all earlier ones of its
         sequence, whatever the documents are.
-
-        Args:
-            tokens_NS: Token ids.
 
         Yields:
             Logits [S, V] in fp32 of at most POSITIONS_AT_ONCE positions of one sequence, in order, without the columns

@@ -43,69 +43,63 @@ class LogitComparison:
     """Accumulates how far logits are from those that are expected."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
-        self.max_difference = 0.0
-        self.largest_logit = 0.0
-        self._squares = 0.0
-        self._num_logits = 0
-        self._divergence = 0.0
-        self._num_agreeing = 0
-        self._losses = [0.0, 0.0]
+        self.num_tokens = self._num_logits = 0
+        self._maxima = torch.zeros(2, dtype=torch.float64)  # of a difference, of an expected logit
+        # Of squared differences, divergences, positions that agree, and both losses.
+        self._sums = torch.zeros(5, dtype=torch.float64)
 
     def add(self, expected_SV: torch.Tensor, actual_SV: torch.Tensor, targets_S: torch.Tensor) -> None:
         """Adds the logits of some positions, with the tokens that follow them."""
         expected_SV, actual_SV = expected_SV.double(), actual_SV.double()
         difference_SV = (expected_SV - actual_SV).abs()
-        # Python's max() would ignore a NaN.
-        self.max_difference = _max(self.max_difference, float(difference_SV.max()))
-        self.largest_logit = _max(self.largest_logit, float(expected_SV.abs().max()))
-        self._squares += float(difference_SV.square().sum())
-        self._num_logits += difference_SV.numel()
         log_p_SV, log_q_SV = expected_SV.log_softmax(-1), actual_SV.log_softmax(-1)
-        self._divergence += float((log_p_SV.exp() * (log_p_SV - log_q_SV)).sum())
-        self._num_agreeing += int((expected_SV.argmax(-1) == actual_SV.argmax(-1)).sum())
-        for which, log_SV in enumerate((log_p_SV, log_q_SV)):
-            self._losses[which] -= float(log_SV.gather(-1, targets_S[:, None]).sum())
+        agreeing_S = expected_SV.argmax(-1) == actual_SV.argmax(-1)
+        losses = [-log_SV.gather(-1, targets_S[:, None]).sum() for log_SV in (log_p_SV, log_q_SV)]
+        divergence = (log_p_SV.exp() * (log_p_SV - log_q_SV)).sum()
+        self._sums += torch.stack([difference_SV.square().sum(), divergence, agreeing_S.sum().double(), *losses])
+        # Not Python's max(), which would lose a NaN.
+        self._maxima = torch.maximum(self._maxima, torch.stack([difference_SV.max(), expected_SV.abs().max()]))
+        self._num_logits += difference_SV.numel()
         self.num_tokens += len(targets_S)
+
+    @property
+    def max_difference(self) -> float:
+        return float(self._maxima[0])
+
+    @property
+    def largest_logit(self) -> float:
+        return float(self._maxima[1])
 
     @property
     def rms_difference(self) -> float:
         """Root mean square of the differences."""
-        return math.sqrt(self._squares / self._num_logits)
+        return math.sqrt(self._sums[0] / self._num_logits)
 
     @property
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence of the next-token distributions from the expected ones, in nats."""
-        return self._divergence / self.num_tokens
+        return float(self._sums[1]) / self.num_tokens
 
     @property
     def agreement(self) -> float:
         """Share of positions where the likeliest token is the same."""
-        return self._num_agreeing / self.num_tokens
+        return float(self._sums[2]) / self.num_tokens
 
     @property
     def perplexities(self) -> tuple[float, float]:
         """Perplexity of the text under the expected and the actual logits."""
-        expected, actual = (loss / self.num_tokens for loss in self._losses)
-        return (_exp(expected), _exp(actual))
-
-
-def _max(one: float, other: float) -> float:
-    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if not loss >= 700.0 else math.inf
+        expected, actual = (self._sums[3:] / self.num_tokens).exp().tolist()
+        return expected, actual
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The figures of a verification.
+    """The figures of a verification, against the trained model in float32.
 
     Attributes:
         dtype: Type of the export.
-        exported: The exported folder against the trained model in float32.
-        own: For 16-bit types, the training's own layers in that type against the trained model in float32.
+        exported: The exported folder.
+        own: The training's own layers in `dtype`; None for float32.
     """
 
     dtype: torch.dtype
@@ -198,10 +192,7 @@ def verify_folder(
 
 @contextlib.contextmanager
 def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Iterator[Any]:
-    """Loads an export by stock GPT-2, or by the code in the folder, and yields the model in evaluation mode.
-
-    The code is imported from the folder: loading it as remote code would leave a copy in the user's cache. The weights
-    stay in the mapped files.
+    """Yields an export in evaluation mode, loaded by stock GPT-2 or by the code in the folder; weights stay mapped.
 
     Raises:
         VerificationError: It cannot be loaded, or not all weights fit.
@@ -222,7 +213,10 @@ def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Ite
 
 @contextlib.contextmanager
 def _code_of(folder: Path, export_format: Format) -> Iterator[Any]:
-    """Yields the class that loads a folder."""
+    """Yields the class that loads a folder.
+
+    Code is imported from the folder itself: loading it as remote code would leave a copy in the user's cache.
+    """
     if export_format == "gpt2":
         yield transformers.GPT2LMHeadModel
         return

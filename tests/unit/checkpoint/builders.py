@@ -1,8 +1,9 @@
 """Checkpoints for tests: a tiny model, engines without DeepSpeed, and ranks without processes."""
 
+import json
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 
 from mlra_scale.checkpoint import checkpoint_name
+from mlra_scale.checkpoint.files import entry_of
 from mlra_scale.checkpoint.fragments import PARTS
-from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest, commit, take_snapshot, write_share
+from mlra_scale.checkpoint.manifest import MANIFEST, _checksum
+from mlra_scale.checkpoint.saving import MainFiles, build_manifest, commit, take_snapshot, write_share
 from mlra_scale.checkpoint.state_contents import json_bytes
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable
@@ -21,7 +24,6 @@ from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.topology import Topology
 
 MODEL = ModelConfig(vocab_size=21, vocab_padding_multiple=4, max_positions=6, num_layers=2, hidden_size=8, num_heads=2)
-ATTRIBUTES = ("values", "exp_avg", "exp_avg_sq")
 Globals = dict[str, dict[str, torch.Tensor]]
 
 
@@ -55,9 +57,27 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def in_order(values: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values one by one."""
-    yield from values.items()
+def flip_a_byte(path: Path) -> None:
+    """Damages a file; its size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def write_manifest(folder: Path, content: Any) -> None:
+    """Writes a manifest with a checksum that fits it."""
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if key != "checksum"}
+        content["checksum"] = _checksum(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def sign(folder: Path, name: str, content: bytes) -> None:
+    """Writes a file of a checkpoint, and a manifest whose sizes and checksums are right: only the content is bad."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][name] = asdict(entry_of(folder / name))
+    write_manifest(folder, manifest)
 
 
 @dataclass(frozen=True)
@@ -184,10 +204,8 @@ def write_checkpoint(
     for rank in range(layout.world_size):
         topology = layout.topology(rank)
         engine: Any = FakeEngine(topology, layout, values, model)
-        report = RankReport(rank, topology.tensor_rank, topology.pipeline_rank)
         snapshot = take_snapshot(engine, frozenset(table), None)
-        write_share(unfinished, save_id, snapshot, report, main if rank == 0 else None, threading.Event())
-        reports.append(report)
+        reports.append(write_share(unfinished, save_id, topology, snapshot, threading.Event()))
     manifest = build_manifest(unfinished, save_id, step, reports, main, table, layout.topology(0))
     fault = commit(unfinished, manifest, options.get("keep_last", 100), options.get("keep_every", 0), None)
     options.get("faults", []).append(fault)

@@ -15,11 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.checkpoint import CheckpointError, Store
-from mlra_scale.checkpoint.files import entry_of
 from mlra_scale.checkpoint.inspection import describe_checkpoint, list_checkpoints
-from mlra_scale.checkpoint.manifest import MANIFEST, _checksum
+from mlra_scale.checkpoint.manifest import MANIFEST
 from mlra_scale.config import yaml_text
-from tests.unit.checkpoint.builders import Layout, write_checkpoint, write_tokenizer
+from tests.unit.checkpoint.builders import Layout, sign, write_checkpoint, write_manifest, write_tokenizer
 
 DEEP = "[" * 100_000
 BAD_VALUES: tuple[Any, ...] = (
@@ -98,22 +97,6 @@ def changed(values: Any, path: tuple[Any, ...], bad: Any, is_left_out: bool = Fa
     else:
         target[path[-1]] = bad
     return result
-
-
-def sign(folder: Path, name: str, content: bytes) -> None:
-    """Writes a file, and a manifest whose sizes and checksums are right: only the content is bad."""
-    (folder / name).write_bytes(content)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    entry = entry_of(folder / name)
-    manifest["files"][name] = {"bytes": entry.bytes, "sha256": entry.sha256}
-    write_manifest(folder, manifest)
-
-
-def write_manifest(folder: Path, content: Any) -> None:
-    if isinstance(content, dict):
-        content = {key: value for key, value in content.items() if key != "checksum"}
-        content["checksum"] = _checksum(content)
-    (folder / MANIFEST).write_text(json.dumps(content))
 
 
 def test_the_whole_one_is_read(whole: Path) -> None:

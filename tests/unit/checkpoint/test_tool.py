@@ -15,7 +15,7 @@ from mlra_scale.checkpoint import checkpoint_name, inspection, retention
 from mlra_scale.cli.checkpoints import COMMAND
 from mlra_scale.training import run_directory
 from mlra_scale.training.run_directory import RunDirectory, run_lock
-from tests.unit.checkpoint.builders import MODEL, Layout, all_parts, write_checkpoint, write_tokenizer
+from tests.unit.checkpoint.builders import MODEL, Layout, all_parts, flip_a_byte, write_checkpoint, write_tokenizer
 
 Tool = Callable[..., tuple[int, str, str]]
 
@@ -59,9 +59,7 @@ def test_all_or_one_are_verified(tmp_path: Path, tool: Tool) -> None:
     code, out, _ = tool("verify", tmp_path)
     assert code == 0 and out.count("all files are as they were written") == 2
     shard = folder / checkpoint_name(20) / "rank-00000.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_a_byte(shard)
     code, out, _ = tool("verify", tmp_path)
     assert code == 1 and f"{shard} is damaged" in out and out.count("all files are") == 1
     assert tool("verify", folder / checkpoint_name(10))[0] == 0

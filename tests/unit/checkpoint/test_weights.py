@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from mlra_scale.checkpoint import CheckpointError, Store, weights, write_safetensors, write_weights
 from mlra_scale.checkpoint.safetensors_file import CHUNK_BYTES
-from tests.unit.checkpoint.builders import MODEL, global_values, in_order, write_tokenizer
+from tests.unit.checkpoint.builders import MODEL, global_values, write_tokenizer
 
 
 def test_the_safetensors_library_reads_it_back(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_other_tensors_than_announced_are_refused(tmp_path: Path, came: list[Any
 def test_weights_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "FILE_BYTES", 1500)
     values, tokenizer = global_values(), write_tokenizer(tmp_path / "tokenizer")
-    folder = write_weights(tmp_path / "imported", MODEL.model_dump(mode="json"), in_order(values), tokenizer, {"a": 1})
+    folder = write_weights(tmp_path / "imported", MODEL.model_dump(mode="json"), values.items(), tokenizer, {"a": 1})
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "imported"}
     assert len(list(folder.glob("weights-*.safetensors"))) > 1
     store = Store.open(folder)
@@ -59,7 +59,7 @@ def test_weights_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(CheckpointError, match="has no optimizer moments"):
         store.tensor("final_norm.bias", "exp_avg")
     with pytest.raises(CheckpointError, match="exists; name a folder that does not"):
-        write_weights(folder, MODEL.model_dump(mode="json"), in_order(values), None, {})
+        write_weights(folder, MODEL.model_dump(mode="json"), values.items(), None, {})
 
 
 def test_weights_of_another_model_leave_nothing(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_weights_of_another_model_leave_nothing(tmp_path: Path) -> None:
     }
     for message, values in faults.items():
         with pytest.raises(CheckpointError, match=message):
-            write_weights(tmp_path / "x", model, in_order(values), None, {})
+            write_weights(tmp_path / "x", model, values.items(), None, {})
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="model section that is not sound"):
         write_weights(tmp_path / "x", {"num_layers": 0}, [], None, {})

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 
 from mlra_scale.data import DataError
-from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, train_bpe
 from mlra_scale.evaluation import texts
 from mlra_scale.evaluation.perplexity import Document, Piece
 from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, joined
 from tests.support.gpt2_folders import TEXT, tokenizer
+from tests.unit.checkpoint.builders import flip_a_byte
+from tests.unit.data.builders import prepare_texts
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
 
@@ -83,17 +84,7 @@ def test_text_is_text(tmp_path: Path) -> None:
     assert tokenizer().end_of_document_token not in found.tokens and found.num_bytes == 15
 
 
-def test_other_tokenizers_are_given_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "_PIECE_BYTES", 8)
-    own = Tokenizer.from_str(train_bpe([TEXT], 280).tokenizer.to_str())
-    own.normalizer = normalizers.Lowercase()
-    encoder = PieceEncoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>"))
-    assert not encoder.can_cut and PieceEncoder(tokenizer()).can_cut
-    (piece,) = texts._pieces([TEXT[:50], TEXT[50:]], encoder)
-    assert piece.tokens == own.encode(TEXT).ids
-
-
-@pytest.mark.parametrize("kind", ["not split", "a space before", "words of its own"])
+@pytest.mark.parametrize("kind", ["not split", "a space before", "words of its own", "lower case"])
 def test_tokenizers_that_see_beyond_white_space_are_given_whole_texts(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,12 +94,16 @@ def test_tokenizers_that_see_beyond_white_space_are_given_whole_texts(
         own.add_tokens(["window slides", "two thin matrices"])
     elif kind == "a space before":
         own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif kind == "lower case":
+        own.normalizer = normalizers.Lowercase()
     else:
         own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         own.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, show_progress=False))
-    cut = [TEXT[place : place + 7].replace(" in", "\nin") for place in range(0, len(TEXT), 7)]
-    pieces = texts._pieces(cut, PieceEncoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>")))
-    assert [token for piece in pieces for token in piece.tokens] == own.encode("".join(cut)).ids
+    encoder = PieceEncoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>"))
+    assert not encoder.can_cut and PieceEncoder(tokenizer()).can_cut
+    cut = [TEXT[first : first + 7].replace(" in", "\nin") for first in range(0, len(TEXT), 7)]
+    (piece,) = texts._pieces(cut, encoder)
+    assert piece.tokens == own.encode("".join(cut)).ids
 
 
 def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,34 +117,24 @@ def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path: Path, monkeyp
         gathered(documents_of_sources([str(tmp_path / "c.txt")], PieceEncoder(tokenizer())))
 
 
+LINES = [f"{line} \u00e9{number}" for number in range(8) for line in TEXT.splitlines()]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    lines = [f"{line} \u00e9{number}" for number in range(8) for line in TEXT.splitlines()]
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    prepare(
-        PrepareOptions(
-            output=folder / "data",
-            sources=[str(folder / "a.jsonl")],
-            train_bpe=300,
-            validation_fraction=0.25,
-            workers=1,
-            progress=False,
-        )
-    )
-    return folder
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    return prepare_texts(folder, LINES, train_bpe=300, validation_fraction=0.25, workers=1)
 
 
 def test_prepared_data_are_the_texts_that_they_were_made_of(prepared: Path) -> None:
-    loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
-    source = [json.loads(line)["text"] for line in (prepared / "a.jsonl").read_text().splitlines()]
+    loaded = load_tokenizer([str(prepared / "tokenizer")])
     found = {}
     for split in ("train", "validation"):
-        for piece in gathered(documents_of_data(prepared / "data", split, PieceEncoder(loaded), loaded)):
+        for piece in gathered(documents_of_data(prepared, split, PieceEncoder(loaded), loaded)):
             text = loaded.tokenizer.decode(list(piece.tokens))
             assert piece == Piece(loaded.tokenizer.encode(text).ids, len(text.split()), len(text.encode()))
             found[text] = split
-    assert sorted(found) == sorted(source) and set(found.values()) == {"train", "validation"}
+    assert sorted(found) == sorted(LINES) and set(found.values()) == {"train", "validation"}
 
 
 @pytest.mark.parametrize("whole_bytes", [0, 64_000_000])
@@ -157,37 +142,35 @@ def test_damaged_data_are_not_evaluated(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
     monkeypatch.setattr("mlra_scale.data.indexed.WHOLE_BYTES", whole_bytes)
-    data = Path(shutil.copytree(prepared / "data", tmp_path / "data"))
+    data = Path(shutil.copytree(prepared, tmp_path / "data"))
     loaded = load_tokenizer([str(data / "tokenizer")])
-    content = bytearray((data / "train.bin").read_bytes())
-    content[10] ^= 1
-    (data / "train.bin").write_bytes(content)
+    flip_a_byte(data / "train.bin")
     with pytest.raises(DataError, match=r"train\.bin is damaged: .* at offset 0"):
         gathered(documents_of_data(data, "train", PieceEncoder(loaded), loaded))
 
 
 def test_data_of_an_earlier_version_are_read_with_one_line_of_notice(prepared: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(VERSION_1, tmp_path / "old"))
-    for data, words in ((old, [f"{old} was prepared by an earlier version"]), (prepared / "data", [])):
+    for data, words in ((old, [f"{old} was prepared by an earlier version"]), (prepared, [])):
         loaded, notes = load_tokenizer([str(data / "tokenizer")]), list[str]()
         assert gathered(documents_of_data(data, "validation", PieceEncoder(loaded), loaded, notes.append))
         assert [note.partition(":")[0] for note in notes] == words
 
 
 def test_joined_documents_keep_their_ends(prepared: Path) -> None:
-    loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
-    apart = gathered(documents_of_data(prepared / "data", "validation", PieceEncoder(loaded), loaded))
+    loaded = load_tokenizer([str(prepared / "tokenizer")])
+    apart = gathered(documents_of_data(prepared, "validation", PieceEncoder(loaded), loaded))
     end = loaded.end_of_document_token
-    (whole,) = gathered([joined(documents_of_data(prepared / "data", "validation", PieceEncoder(loaded), loaded), end)])
+    (whole,) = gathered([joined(documents_of_data(prepared, "validation", PieceEncoder(loaded), loaded), end)])
     assert whole.tokens == [token for piece in apart for token in (*piece.tokens, end)]
     assert whole.num_bytes == sum(piece.num_bytes for piece in apart)
 
 
 def test_prepared_data_of_other_tokenizers_and_splits_are_refused(prepared: Path) -> None:
-    loaded = load_tokenizer([str(prepared / "data" / "tokenizer")])
+    loaded = load_tokenizer([str(prepared / "tokenizer")])
     for split, own, message in (
         ("test", loaded, "no split 'test'; it has train and validation"),
         ("train", tokenizer(), "was made with another tokenizer"),
     ):
         with pytest.raises(DataError, match=message):
-            gathered(documents_of_data(prepared / "data", split, PieceEncoder(own), own))
+            gathered(documents_of_data(prepared, split, PieceEncoder(own), own))

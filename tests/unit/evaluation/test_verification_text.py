@@ -1,18 +1,16 @@
 """The beginning of a text as sequences for a verification."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from mlra_scale.data import DataError
-from mlra_scale.data.prepare import PrepareOptions, prepare
 from mlra_scale.data.tokenizer import load_tokenizer
 from mlra_scale.evaluation import EvaluationError
 from mlra_scale.evaluation.verification_text import text_tokens, validation_documents
 from tests.support.gpt2_folders import TEXT, tokenizer
-from tests.unit.data.builders import config_for
+from tests.unit.data.builders import config_for, prepare_texts
 
 
 def write(path: Path, text: str) -> list[str]:
@@ -44,15 +42,13 @@ def test_a_text_without_tokens_is_told(tmp_path: Path) -> None:
 
 
 def test_validation_documents_are_checked_block_by_block(tmp_path: Path) -> None:
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{TEXT} {i}"}) for i in range(40)))
-    options = PrepareOptions(
-        tmp_path / "data", [str(tmp_path / "text.jsonl")], train_bpe=257, validation_fraction=0.3, progress=False
-    )
-    loaded = load_tokenizer([str(prepare(options).tokenizer_folder)])
-    assert validation_documents(config_for(options.output), loaded, 100)
-    path = options.output / "validation.bin"
+    texts = [f"{TEXT} {number}" for number in range(40)]
+    data = prepare_texts(tmp_path / "data", texts, train_bpe=257, validation_fraction=0.3)
+    loaded = load_tokenizer([str(data / "tokenizer")])
+    assert validation_documents(config_for(data), loaded, 100)
+    path = data / "validation.bin"
     content = bytearray(path.read_bytes())
     content[-10] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"validation\.bin is damaged: .* at offset \d+"):
-        validation_documents(config_for(options.output), loaded, 100)
+        validation_documents(config_for(data), loaded, 100)

@@ -52,6 +52,16 @@ def files_of(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def refusal(
+    place: Path, source: Store, options: ExportOptions | None = None, text: VerificationText | None = None
+) -> str:
+    """The error of an export to `out`, which leaves nothing behind."""
+    with pytest.raises(CheckpointError) as error:
+        export_checkpoint(source, place / "out", options or ExportOptions("gpt2"), text or random_text())
+    assert not (place / "out").exists() and not list(place.glob(".*"))
+    return str(error.value)
+
+
 def oracle(variant: str) -> ReferenceGPT:
     config: Any = SimpleNamespace(model=model_config(variant))
     return build_reference(config, weights(variant), vectors(variant))
@@ -82,8 +92,8 @@ def test_exports_equal_the_oracle(tmp_path: Path, variant: str, export_format: F
 @pytest.mark.parametrize("variant", ONLY_MLRA)
 def test_what_gpt2_cannot_express_is_refused_before_any_work(tmp_path: Path, variant: str) -> None:
     source = checkpoint(tmp_path / "checkpoint", variant, has_tokenizer=False)
-    with pytest.raises(CheckpointError, match=r"model\.qk_norm.* which stock GPT-2 cannot.* use --format mlra"):
-        export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    assert "which stock GPT-2 cannot" in refusal(tmp_path, source)
+    assert "model.qk_norm" in refusal(tmp_path, source) and "use --format mlra" in refusal(tmp_path, source)
     assert files_of(tmp_path) == {"checkpoint"}
 
 
@@ -151,9 +161,7 @@ def test_an_embedding_that_is_scaled_in_the_wrong_place_fails(
 def test_a_checkpoint_without_its_vectors_is_not_exported(tmp_path: Path) -> None:
     values = model_config("sigma-reparam").model_dump(mode="json")
     folder = write_weights(tmp_path / "checkpoint", values, weights("sigma-reparam").items(), None, {})
-    with pytest.raises(CheckpointError, match=r"lacks the power-iteration vector of blocks\.0\.attention\.q"):
-        export_checkpoint(Store.open(folder), tmp_path / "out", ExportOptions("gpt2"), random_text())
-    assert files_of(tmp_path) == {"checkpoint"}
+    assert "lacks the power-iteration vector of blocks.0.attention.q" in refusal(tmp_path, Store.open(folder))
 
 
 def test_the_card_names_the_options(tmp_path: Path) -> None:
@@ -213,14 +221,9 @@ def test_shards_hold_at_most_what_was_asked_for(tmp_path: Path, store: Store) ->
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("export_format", FORMATS)
-def test_the_tokenizer_comes_along(
-    tmp_path: Path, store: Store, export_format: Format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Where remote code is copied to, otherwise in the user's home.
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    export_checkpoint(store, tmp_path / "out", ExportOptions(export_format), random_text())
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=export_format == "mlra")
+def test_the_tokenizer_comes_along(tmp_path: Path, store: Store) -> None:
+    export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Words, bytes and t\u00f6kens:  1, 2,\n\n3 ... don't"
     assert loaded(text)["input_ids"] == tokenizer().tokenizer.encode(text).ids
     assert loaded.decode(loaded(text)["input_ids"]) == text
@@ -243,9 +246,7 @@ def test_without_a_tokenizer_no_token_is_special(tmp_path: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path, store: Store) -> None:
     texts = [" ".join(f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnop")] * 3
     save_tokenizer(train_bpe(texts, 600), tmp_path / "large")
-    with pytest.raises(CheckpointError, match="they do not belong together"):
-        export_checkpoint(store, tmp_path / "out", ExportOptions(tokenizer=tmp_path / "large"), random_text())
-    assert files_of(tmp_path) == {"large"}
+    assert "they do not belong together" in refusal(tmp_path, store, ExportOptions(tokenizer=tmp_path / "large"))
 
 
 def test_the_card_says_what_the_checkpoint_says(tmp_path: Path, store: Store) -> None:
@@ -344,9 +345,9 @@ def corrupt(folder: Path, name: str, row: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("is_told", [False, True], ids=["by checksum", "by logits"])
+@pytest.mark.parametrize("has_its_checksum", [False, True], ids=["by checksum", "by logits"])
 def test_a_weight_that_changes_on_disk_fails(
-    tmp_path: Path, store: Store, is_told: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Store, has_its_checksum: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = exporting.write_shards
 
@@ -354,10 +355,11 @@ def test_a_weight_that_changes_on_disk_fails(
         files = original(folder, *arguments)
         path = corrupt(folder, "transformer.h.1.mlp.c_fc.weight", row=0)
         # To show that the logits tell it, too, the checksum is brought in line.
-        return files | {path.name: entry_of(path)} if is_told else files
+        return files | {path.name: entry_of(path)} if has_its_checksum else files
 
     monkeypatch.setattr(exporting, "write_shards", write)
-    with pytest.raises(VerificationError, match="its logits" if is_told else "reads back other than it was written"):
+    message = "its logits" if has_its_checksum else "reads back other than it was written"
+    with pytest.raises(VerificationError, match=message):
         export_checkpoint(store, tmp_path / "out", ExportOptions("gpt2"), random_text())
     assert not files_of(tmp_path)
 
@@ -400,16 +402,16 @@ def test_what_is_no_export_is_never_replaced(tmp_path: Path, store: Store) -> No
     # Somebody else's model, or any folder with a config.json.
     gpt2_folder(tmp_path / "gpt2", has_tokenizer=False)
     (tmp_path / "gpt2" / "README.md").write_text("The only copy of a fine-tuned GPT-2.")
-    no_export = "not an export of this tool"
-    for name, told in (("thesis", no_export), ("gpt2", no_export), ("file", "not a folder"), ("link", "not a folder")):
-        with pytest.raises(CheckpointError, match=told):
+    for name in ("thesis", "gpt2", "file", "link"):
+        message = "not an export of this tool" if name in ("thesis", "gpt2") else "not a folder"
+        with pytest.raises(CheckpointError, match=message):
             export_checkpoint(store, tmp_path / name, ExportOptions(is_replacing=True), random_text())
     assert files_of(tmp_path) == {"thesis", "gpt2", "file", "link"} and files_of(tmp_path / "thesis") == {"chapter.tex"}
     assert {"config.json", "model.safetensors", "README.md"} <= files_of(tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_weight_that_a_type_cannot_hold_is_told(
+def test_a_weight_that_a_type_cannot_hold_is_refused(
     tmp_path: Path, store: Store, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last position: no text of the verification comes there."""
@@ -435,14 +437,14 @@ def test_two_exports_to_one_place_do_not_meet(tmp_path: Path, store: Store) -> N
     assert load(tmp_path / "out", "gpt2") is not None
 
 
-def test_a_file_in_the_way_is_told(tmp_path: Path, store: Store) -> None:
+def test_a_file_in_the_way_is_refused(tmp_path: Path, store: Store) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot be written: (Not a directory|File exists)"):
         export_checkpoint(store, tmp_path / "file" / "out", ExportOptions(), random_text())
 
 
 @pytest.mark.parametrize(
-    ("tokens", "told"),
+    ("tokens", "message"),
     [
         (torch.zeros(1, 1, dtype=torch.long), "sequences of 1 tokens"),
         # Queries and keys do not matter to the first token of a text, positions but the first to none of them.
@@ -452,11 +454,9 @@ def test_a_file_in_the_way_is_told(tmp_path: Path, store: Store) -> None:
     ],
 )
 def test_text_that_the_model_cannot_read_is_refused(
-    tmp_path: Path, store: Store, tokens: torch.Tensor, told: str
+    tmp_path: Path, store: Store, tokens: torch.Tensor, message: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=told):
-        export_checkpoint(store, tmp_path / "out", ExportOptions(), VerificationText(tokens, "a text"))
-    assert not files_of(tmp_path)
+    assert message in refusal(tmp_path, store, text=VerificationText(tokens, "a text"))
 
 
 def test_the_figures_of_a_comparison() -> None:

@@ -199,18 +199,10 @@ def test_impossible_configurations_are_refused(changes: dict[str, Any], message:
         MlraConfig(**values)
 
 
-def test_too_many_tokens_are_told() -> None:
-    model = make_model(make_reference(()), ())
-    with pytest.raises(ValueError, match="25 tokens do not fit: the model has 24 positions"):
-        model(random_tokens(1, 25))
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-        model()
-
-
 @each_attention
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_beyond_the_positions_is_told(attention: str, use_cache: bool) -> None:
-    """With the message of the forward pass, whether or not a mask or positions come along."""
+def test_more_tokens_than_positions_are_refused(attention: str, use_cache: bool) -> None:
+    """By the forward pass and by generation, whether or not a mask or positions come along."""
     model = make_model(make_reference(()), (), attention)
     prompt = random_tokens(1, 20)
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
@@ -222,6 +214,10 @@ def test_generation_beyond_the_positions_is_told(attention: str, use_cache: bool
         model(prompt[:, :1], position_ids=torch.tensor([[30]]))
     with pytest.raises(ValueError, match="25 tokens do not fit: the model has 24 positions"):
         model(random_tokens(1, 25), attention_mask=torch.ones(1, 25, dtype=torch.long))
+    with pytest.raises(ValueError, match="25 tokens do not fit: the model has 24 positions"):
+        model(random_tokens(1, 25))
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
 
 
 def test_padding_does_not_count_as_positions() -> None:
