@@ -81,6 +81,7 @@ def export_checkpoint(
     target = target.absolute()
     check_target(target, options.is_replacing)
     check_expressible(store.model, options.export_format)
+    tensors = export_tensors(store, options.export_format)
     if store.folder.resolve() in target.resolve().parents:
         raise CheckpointError(f"{target} lies in the checkpoint, and would be removed with it; name another output")
     if text is not None:
@@ -103,7 +104,6 @@ def export_checkpoint(
         write_configuration(folder, options.export_format, store.model, options.dtype, special)
         if tokenizer is not None:
             check_tokenizer(folder, tokenizer, documents)
-        tensors = export_tensors(store, options.export_format)
         files = write_shards(folder, tensors, options.dtype, options.max_shard_bytes)
         size = sum(entry.bytes for entry in files.values())
         say(f"wrote {len(tensors)} tensors, {size / 1e9:.3g} GB, in {time.monotonic() - began:.1f} s")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from mlra_scale.checkpoint.files import CheckpointError, FileEntry, write_file
+from mlra_scale.checkpoint.files import CheckpointError, FileEntry, some_of, write_file
 from mlra_scale.checkpoint.huggingface.gpt2_weights import Gpt2Tensor, gpt2_tensors
 from mlra_scale.checkpoint.safetensors_file import write_safetensors
 from mlra_scale.model.parameters import LinearMap, linear_maps, vector_name
@@ -69,12 +69,15 @@ class PlainWeights:
 
     def merged(self, name: str) -> torch.Tensor:
         """Returns a parameter of the dense model; the factors of a factorised matrix are multiplied in float64."""
+        values = [self[part] for part in self.parts(name)]
+        return values[0] if len(values) == 1 else values[0].double() @ values[1].double()
+
+    def parts(self, name: str) -> list[str]:
+        """Returns the parameters of this model that are a parameter of the dense one: itself, or its factors."""
         if name in self._store.table:
-            return self[name]
+            return [name]
         prefix, _, kind = name.rpartition(".")
-        if kind == "bias":
-            return self[f"{prefix}.up.bias"]
-        return self[f"{prefix}.up.weight"].double() @ self[f"{prefix}.down.weight"].double()
+        return [f"{prefix}.up.bias"] if kind == "bias" else [f"{prefix}.up.weight", f"{prefix}.down.weight"]
 
     def _scale(self, entry: LinearMap) -> torch.Tensor:
         """gamma / sigma, with the sigma of the run's next step or validation."""
@@ -102,8 +105,20 @@ def check_expressible(model: ModelConfig, export_format: Format) -> None:
 
 
 def export_tensors(store: Store, export_format: Format) -> list[ExportTensor]:
-    """Returns the tensors of an export, in the order of the model; none is made yet."""
+    """Returns the tensors of an export, in the order of the model; none is made yet.
+
+    Raises:
+        CheckpointError: The model has parameters that the format would leave out.
+    """
     plain = PlainWeights(store)
+    known = {part for tensor in gpt2_tensors(store.model) for name in tensor.parameters for part in plain.parts(name)}
+    if export_format == "mlra":
+        known |= {name for name in plain.names if name.endswith((".q_norm.weight", ".k_norm.weight"))}
+    if unknown := [name for name in plain.names if name not in known]:
+        raise CheckpointError(
+            f"the format {export_format} has no place for {some_of(unknown)}: an export would be another model; "
+            "checkpoint/huggingface/tensors.py has to fold or refuse the option that they belong to"
+        )
     return list(_gpt2(store, plain) if export_format == "gpt2" else _mlra(store, plain))
 
 

@@ -1,6 +1,7 @@
 """Exports: what is in the folder, that it is the trained model, and that a bad one fails and leaves nothing."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,20 @@ def test_what_gpt2_cannot_express_is_refused_before_any_work(tmp_path: Path, var
     assert "which stock GPT-2 cannot" in refusal(tmp_path, source)
     assert "model.qk_norm" in refusal(tmp_path, source) and "use --format mlra" in refusal(tmp_path, source)
     assert files_of(tmp_path) == {"checkpoint"}
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_a_parameter_that_an_export_does_not_know_is_never_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_format: Format
+) -> None:
+    source = checkpoint(tmp_path / "checkpoint", has_tokenizer=False)
+    name = "blocks.1.attention.scale.weight"
+    monkeypatch.setattr(source, "table", {**source.table, name: source.table["final_norm.weight"]})
+    with pytest.raises(CheckpointError, match=rf"^the format {export_format} has no place for {re.escape(name)}: "):
+        export_checkpoint(source, tmp_path / "out", ExportOptions(export_format), text=None)
+    assert files_of(tmp_path) == {"checkpoint"}
+    with pytest.raises(CheckpointError, match=f"has no place for {re.escape(name)}"):
+        model_from_store(source)
 
 
 @pytest.mark.parametrize("variant", ["all", "folding"])
