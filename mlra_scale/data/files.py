@@ -70,7 +70,7 @@ class FileCounts:
         """Returns the manifest's entry: every number, and the first names."""
 
         def named(paths: Sequence[str]) -> dict[str, Any]:
-            return {"files": len(paths), "names": list(paths[:_NUM_NAMES])}
+            return {"files": len(paths), "names": list(map(printable, paths[:_NUM_NAMES]))}
 
         return {
             "matched": self.read + len(self.not_read),

@@ -9,7 +9,7 @@ import pytest
 
 from mlra_scale.data.blocks import BLOCK_BYTES
 from mlra_scale.data.indexed import WHOLE_BYTES, open_indexed
-from mlra_scale.data.manifest import Manifest, manifest_text, read_manifest
+from mlra_scale.data.manifest import content_fingerprint, manifest_text, read_manifest
 from mlra_scale.data.writer import SplitWriter
 from mlra_scale.training.exit_codes import ExitCode
 from tests.support.training_runs import Start, curve, events, metrics
@@ -25,13 +25,16 @@ def large(training_data: Path, tmp_path: Path) -> Path:
     for _ in range(WHOLE_BYTES // document.nbytes + 1):
         writer.add(document)
     sums = writer.finish()
-    content = read_manifest(training_data).content
-    content["files"] |= sums
+    manifest = read_manifest(training_data)
+    content = manifest.content
+    files = manifest.files | sums
+    content["files"] = {name: entry.model_dump() for name, entry in files.items()}
     content["splits"]["train"] = {"documents": writer.documents, "tokens": writer.tokens}
     for name in ("documents", "tokens"):
         content[name] = sum(split[name] for split in content["splits"].values())
     content["sources"][0]["documents"] = content["documents"]
-    content["fingerprint"] = Manifest(folder, content).fingerprint
+    tokenizer = manifest.tokenizer
+    content["fingerprint"] = content_fingerprint(files, tokenizer.sha256, tokenizer.end_of_document_token)
     (folder / "manifest.json").write_text(manifest_text(content))
     assert (folder / "train.bin").stat().st_size > WHOLE_BYTES
     return folder

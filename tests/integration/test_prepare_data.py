@@ -98,17 +98,17 @@ def test_jsonl_and_parquet_with_the_real_gpt2_files(tmp_path: Path, capsys: pyte
     out = tmp_path / "out" / "set"
     assert run("--output", out, "--source", source, "--tokenizer", *gpt2_files(), "--validation-fraction", 0.2) == 0
     manifest = read_manifest(out)
-    assert manifest.vocabulary_size == 50257 and manifest.end_of_document_token == 50256
-    assert manifest.content["dtype"] == "uint16" and manifest.content["tokenizer"]["round_trip_is_exact"]
+    assert (manifest.tokenizer.vocabulary_size, manifest.tokenizer.end_of_document_token) == (50257, 50256)
+    assert manifest.dtype == "uint16" and manifest.tokenizer.round_trip_is_exact
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
     stored = stored_documents(out)
     assert all(document[-1] == 50256 and 50256 not in document[:-1] for document in stored)
     # Every document is in exactly one split.
     assert sorted(tokenizer.decode(document[:-1]) for document in stored) == sorted(content)
-    assert manifest.content["documents"] == 90 and manifest.content["tokens"] == sum(map(len, stored))
-    assert manifest.content["text_bytes"] == sum(len(text.encode()) for text in content)
-    assert manifest.content["splits"]["validation"]["documents"] > 0
+    assert manifest.documents == 90 and manifest.tokens == sum(map(len, stored))
+    assert manifest.text_bytes == sum(len(text.encode()) for text in content)
+    assert manifest.splits["validation"].documents > 0
     files = digests(out)
     for name, entry in manifest.content["files"].items():
         assert entry == {"bytes": (out / name).stat().st_size, "sha256": files[name]}
@@ -155,7 +155,7 @@ def test_hugging_face_data_sets(tmp_path: Path) -> None:
     out = tmp_path / "set"
     choice = ["--split", "test", *TRAIN_BPE, "--validation-fraction", "0.1"]
     assert run("--output", out, "--source", f"hf:{tmp_path / 'hub'}", *choice) == 0
-    assert read_manifest(out).content["documents"] == 50
+    assert read_manifest(out).documents == 50
 
 
 def test_the_split_belongs_to_seed_and_index(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_verify_needs_no_other_option_and_says_what_is_damaged(
         stream.write(bytes([byte[0] ^ 16]))
     code, out, err = verified(data)
     assert code == 2 and err.startswith(f"prepare_data: error: {data / 'train.bin'} is damaged")
-    assert "at offset 65536)" in err and err.count("\n") == 1
+    assert "at offset 65536 differ" in err and err.count("\n") == 1
     code, _, err = verified(tmp_path)
     assert code == 2 and f"{tmp_path} has no manifest.json" in err
 
@@ -411,7 +411,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, n
     write_jsonl(source, texts(100))
     assert run("--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE) == 0
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set", "tokenizer"]
-    assert read_manifest(out).content["documents"] == 100
+    assert read_manifest(out).documents == 100
 
 
 def children_of(pid: int) -> list[int]:

@@ -16,7 +16,7 @@ from mlra_scale.data import DataError, check_data, identify_data, indexed, open_
 from mlra_scale.data.blocks import BLOCK_BYTES
 from mlra_scale.data.folder import verify_folder
 from mlra_scale.data.indexed import sha256_of_file
-from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest
+from mlra_scale.data.manifest import content_fingerprint, manifest_text, read_manifest
 from tests.support.foreign_tokenizers import begins_with_bos, save
 from tests.unit.data.builders import config_for, prepare_texts
 
@@ -98,7 +98,7 @@ def test_a_flipped_bit_in_a_folder_of_version_1(old: Path) -> None:
                 accepted.add(path.name)
                 assert identify_data(config_for(old)) == before
                 manifest = read_manifest(old)
-                assert (manifest.vocabulary_size, manifest.end_of_document_token) == (512, 0)
+                assert (manifest.tokenizer.vocabulary_size, manifest.tokenizer.end_of_document_token) == (512, 0)
             else:
                 assert str(path) in found
             flip(path, byte, bit)
@@ -207,7 +207,7 @@ def test_entries_of_a_manifest_that_do_not_fit_are_refused(data: Path) -> None:
 
 def test_the_fingerprint_covers_the_end_of_documents(data: Path) -> None:
     manifest = read_manifest(data)
-    others = [content_fingerprint(manifest.files, manifest.tokenizer_sha256, end) for end in (1, 2)]
+    others = [content_fingerprint(manifest.files, manifest.tokenizer.sha256, end) for end in (1, 2)]
     assert len({manifest.fingerprint, *others}) == 3
 
 
@@ -271,7 +271,7 @@ def test_verify_names_everything_that_is_damaged(data: Path) -> None:
     flip(data / "tokenizer" / "tokenizer.json", 500, 2)
     found = verify_folder(data)
     assert len(found) == 4
-    assert f"{data / 'train.bin'} is damaged" in found[0] and "at offset 65536, 196608)" in found[0]
+    assert f"{data / 'train.bin'} is damaged" in found[0] and "at offset 65536, 196608 differ" in found[0]
     for name, problem in zip(("train.idx", "validation.blocks", "tokenizer.json"), found[1:], strict=True):
         assert name in problem
 
@@ -284,8 +284,9 @@ def test_verify_checks_tokens_and_ends(data: Path) -> None:
     ):
         content = json.loads(json.dumps(manifest.content))
         content["tokenizer"][entry] = value
-        fitting = Manifest(data, content)
-        content["fingerprint"] = fitting.fingerprint
+        content["fingerprint"] = content_fingerprint(
+            manifest.files, manifest.tokenizer.sha256, content["tokenizer"]["end_of_document_token"]
+        )
         (data / "manifest.json").write_text(manifest_text(content))
         with pytest.raises(DataError, match=message):
             verify_folder(data)

@@ -10,7 +10,8 @@ import pytest
 
 from mlra_scale.data import DataError
 from mlra_scale.data.files import FileCounts, NotRead
-from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest, summary
+from mlra_scale.data.manifest import FileSum, Manifest, content_fingerprint, manifest_text, read_manifest, summary
+from mlra_scale.data.prepare import PrepareOptions, prepare
 
 SUM = "0123456789abcdef" * 4
 NOT_READ = [NotRead(f"in/{i}.md", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
@@ -23,7 +24,7 @@ def content() -> dict[str, Any]:
     return {
         "format": "mlra-scale-data",
         "version": 2,
-        "fingerprint": content_fingerprint(files, SUM, 0),
+        "fingerprint": content_fingerprint(dict.fromkeys(files, FileSum(bytes=4, sha256=SUM)), SUM, 0),
         "documents": 9,
         "tokens": 90,
         "text_bytes": 180,
@@ -58,9 +59,9 @@ def test_an_entry_has_every_number_and_the_first_names(tmp_path: Path) -> None:
     ]
 
 
-def test_the_lines_of_a_summary() -> None:
-    lines = summary(Manifest(Path("data"), content()))
-    assert lines[0] == "data: 9 documents, 90 tokens, uint16"
+def test_the_lines_of_a_summary(tmp_path: Path) -> None:
+    lines = summary(read(tmp_path, content()))
+    assert lines[0] == f"{tmp_path}: 9 documents, 90 tokens, uint16"
     assert lines[3] == "  tokenizer   t: 9 tokens, documents end with <end> = 0, 2.00 bytes per token"
     assert lines[4:-1] == [
         "  files       4 of 17 read of in",
@@ -72,10 +73,17 @@ def test_the_lines_of_a_summary() -> None:
     ]
 
 
-def test_names_that_are_no_text_can_be_printed() -> None:
-    odd = content()
-    odd["sources"][0]["name"] = os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
-    assert summary(Manifest(Path("data"), odd))[4] == "  files       4 of 17 read of caf\\udce9 \\x1b[31m \u00e4"
+def test_names_that_are_no_text_are_recorded_so_that_they_can_be_printed(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
+    source.mkdir()
+    (source / "a.jsonl").write_text('{"text": "one text and another"}\n' * 40)
+    (source / os.fsdecode(b"\xe9.md")).touch()
+    options = PrepareOptions(tmp_path / "set", [str(source)], train_bpe=280, validation_fraction=0.2, progress=False)
+    printed = f"{tmp_path}/caf\\udce9 \\x1b[31m \u00e4"
+    assert summary(prepare(options))[4:6] == [
+        f"  files       1 of 2 read of {printed}",
+        f"  not read    1 of no known kind: {printed}/\\udce9.md",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 
 from mlra_scale.config import ConfigError
 from mlra_scale.data import Datasets, check_data, identify_data, open_datasets
-from mlra_scale.data.parts import find_parts
+from mlra_scale.data.data_sets import find_data
 from tests.unit.data.builders import config_for, prepare_texts, random_documents, write_documents
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]
@@ -59,11 +59,11 @@ def tokens(datasets: Datasets, first: int = 0, count: int = 64) -> torch.Tensor:
 
 
 def test_data_sets_that_were_found_for_other_data_are_not_used(data: Path, bare: Path) -> None:
-    found, other = find_parts(config_for(data)), config_for(bare)
+    found, other = find_data(config_for(data)), config_for(bare)
     assert identify_data(other, found) == identify_data(other) == open_datasets(other, (), found).identity
     assert identify_data(config_for(data, "train.seed=7"), found) == identify_data(config_for(data))
     refused, missing = config_for(data.parent / "missing"), check_data(config_for(data.parent / "missing"))
-    twice = find_parts(refused)
+    twice = find_data(refused)
     assert [check_data(refused, found=twice) for _ in range(2)] == [missing, missing] and len(missing) == 1
 
 
@@ -72,9 +72,9 @@ def test_a_prepared_folder_opens(data: Path) -> None:
     assert check_data(config) == []
     opened = open_datasets(config)
     (manifest,) = opened.manifests
-    assert opened.num_train_tokens == manifest.content["splits"]["train"]["tokens"]
+    assert opened.num_train_tokens == manifest.splits["train"].tokens
     batch = opened.train.batch(0, opened.train.samples_per_epoch)
-    assert int(batch.documents_BS.max()) > 0 and int(batch.tokens_BS.max()) < manifest.vocabulary_size
+    assert int(batch.documents_BS.max()) > 0 and int(batch.tokens_BS.max()) < manifest.tokenizer.vocabulary_size
     assert opened.validation.samples_per_epoch >= 1
     assert not (data / "cache").exists()  # small data leave no trace
 
