@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from mlra_scale.data import DataError
 from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
-from mlra_scale.data.files import BEYOND, FileCounts, Matches, NotRead, find_files, identity
+from mlra_scale.data.files import BEYOND, FileCounts, NotRead, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
 from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
 
@@ -60,7 +60,7 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
         elif name.startswith(HUGGING_FACE):
             sources.append(HuggingFace(name, field, hf_split, hf_config))
         else:
-            sources.append(LocalFiles(name, find_files(name), field))
+            sources.append(LocalFiles(name, field))
     folders = {source: source.folder.resolve() for source in sources if isinstance(source, HuggingFace)}
     owner: dict[tuple[int, int], str] = {}
     for local in (source for source in sources if isinstance(source, LocalFiles)):
@@ -73,13 +73,13 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
 
 
 class LocalFiles:
-    """Documents of local files of mixed kinds: the matches of what the user named."""
+    """Documents of local files of mixed kinds: what a path, folder or glob matches."""
 
     kind = "files"
 
-    def __init__(self, name: str, matches: Matches, field: str) -> None:
+    def __init__(self, name: str, field: str) -> None:
         self.name, self._field = name, field
-        self.paths, self.not_read = matches.files, matches.not_read
+        self.paths, self.not_read = find_files(name)
         self._num_read, self._without_documents = 0, list[str]()
         try:
             self.total_bytes: int | None = sum(file.stat().st_size for file in self.paths)

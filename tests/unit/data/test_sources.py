@@ -75,7 +75,7 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "in" / "**" / "*.jsonl*") == ["b", "c"]
     assert texts_of(tmp_path / "i*") == ["a", "b", "d", "c"]
     assert texts_of(tmp_path / "in" / "d.parquet", tmp_path / "in" / "a.txt") == ["d", "a"]
-    assert [file.name for file in find_files(str(tmp_path / "in" / "deep")).files] == ["c.jsonl.gz"]
+    assert [file.name for file in find_files(str(tmp_path / "in" / "deep"))[0]] == ["c.jsonl.gz"]
     # Every file that matched is read or named with the reason.
     (source,) = open_sources([str(tmp_path / "in")], "text", "train", None)
     assert len(list(source.documents())) == 4
@@ -128,16 +128,16 @@ def test_links_fifos_and_loops(tmp_path: Path) -> None:
     os.mkfifo(folder / "d.jsonl")  # opening it would wait for a writer for ever
     (tmp_path / "elsewhere").symlink_to(folder)
     for name in (folder, folder / "**", folder / "**" / "*", folder / "**" / "*.jsonl"):
-        matches = find_files(str(name))
-        assert matches.files == [folder / "a.jsonl"]
-        assert matches.not_read == [
+        files, not_read = find_files(str(name))
+        assert files == [folder / "a.jsonl"]
+        assert not_read == [
             NotRead(str(folder / "b.jsonl"), "the same file under a second name"),
             NotRead(str(folder / "c.jsonl"), "the same file under a second name"),
             NotRead(str(folder / "d.jsonl"), "not a regular file"),
             NotRead(str(folder / "deep" / "loop"), "a link to a folder"),
             NotRead(str(folder / "deep" / "ring"), "a link to a folder"),
         ]
-    assert find_files(str(tmp_path / "else*")).files == [tmp_path / "elsewhere" / "a.jsonl"]
+    assert find_files(str(tmp_path / "else*"))[0] == [tmp_path / "elsewhere" / "a.jsonl"]
     for other in (tmp_path / "elsewhere", folder / "c.jsonl", folder / "b.jsonl"):
         with pytest.raises(DataError, match="belongs to two sources"):
             texts_of(folder / "a.jsonl", other)
