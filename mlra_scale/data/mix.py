@@ -113,15 +113,9 @@ class DataIdentity:
 
 
 def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
-    """Returns the history of a run that continues with a mix.
+    """Returns the history of a run that continues with a mix; empty is the history of a new run.
 
-    Args:
-        history: Of the run so far; empty for a new run.
-        mix: Its data sets and weights from sample `from_sample` on.
-
-    Returns:
-        The history itself if its last mix reads like the new one, else with the new one added. A mix of which nothing
-        was read is left out.
+    It stays the same if its last mix reads like the new one. A mix of which nothing was read is left out.
     """
     kept = [earlier for earlier in history if earlier.from_sample < mix.from_sample]
     assert kept or mix.from_sample == 0, "a history begins with the first sample"
@@ -131,7 +125,7 @@ def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
 class SampleOrder:
     """Where every sample of a run comes from: a data set's number, and the sample's number in that data set.
 
-    Data sets are numbered in the order of their first appearance in the history, whose first mix starts at sample 0.
+    Data sets are numbered in the order of their first appearance in the history.
     """
 
     def __init__(self, history: Sequence[Mix]) -> None:

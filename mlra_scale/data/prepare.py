@@ -54,24 +54,14 @@ _ROUND_TRIP_CHARACTERS = 10_000
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare.
+    """What to prepare; the help of tools/prepare_data.py describes the fields that it has.
 
     Attributes:
         output: Folder to make.
-        sources: See mlra_scale.data.sources.open_sources.
-        tokenizer: See mlra_scale.data.tokenizer.load_tokenizer; empty: train a BPE.
-        train_bpe: Vocabulary size of the BPE to train; None: load `tokenizer`.
+        tokenizer: See load_tokenizer; empty: train a BPE of `train_bpe` tokens.
         train_bpe_bytes: The BPE is trained on this many bytes of training text from the beginning of the corpus.
-        end_of_document: Text of the end-of-document token; None: the tokenizer's own.
-        field: Field or column of the text.
-        hf_split: Split of Hugging Face data sets.
-        hf_config: Configuration of Hugging Face data sets.
         max_bytes: Stop after the document with which this many bytes of text are reached; None: read all.
         validation_fraction: Expected share of documents in the validation split.
-        seed: Seed of the split.
-        workers: Number of tokenizing processes.
-        overwrite: Replace a finished data set at `output`.
-        progress: Show progress bars.
     """
 
     output: Path

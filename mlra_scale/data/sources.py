@@ -1,7 +1,7 @@
 """Where documents come from: files, Hugging Face data sets, the embedded corpus. All are read as streams.
 
-A document is one text. Whatever is wrong with an input is an error that names file and line (or row). What a source
-matches and does not read is counted with the reason; only blank lines of JSON lines files are skipped silently.
+What a source matches and does not read is counted with the reason; only blank lines of JSON lines files are skipped
+silently.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ HUGGING_FACE = "hf:"
 
 
 class Source(Protocol):
-    """A stream of documents.
-
-    Attributes:
-        name: What the user named.
-        kind: Kind of source, for the manifest.
-        total_bytes: Sum of `consumed` over all documents, or None if it is not known before.
-    """
+    """A stream of documents; `total_bytes` is the sum of their `consumed`, None if it is not known before."""
 
     name: str
     kind: str
@@ -45,7 +39,7 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
     Args:
         names: "python-docs", "hf:NAME", or files, folders and globs.
         field: Field or column that holds the text (JSON lines, .parquet, Hugging Face).
-        hf_split: Split of Hugging Face data sets.
+        hf_split: Split of Hugging Face data sets, such as "train" or "train[:10%]".
         hf_config: Configuration of Hugging Face data sets.
 
     Raises:
@@ -104,14 +98,7 @@ class LocalFiles:
 
 
 class HuggingFace:
-    """A data set of the Hugging Face hub (or a local folder in its format), streamed: nothing is held whole.
-
-    Args:
-        spec: "hf:" and the data set's name, or its folder.
-        field: Column of the text.
-        split: Split, such as "train" or "train[:10%]".
-        config: Configuration name, for data sets that have several.
-    """
+    """A data set of the Hugging Face hub (or a local folder in its format, "hf:FOLDER"), streamed."""
 
     kind = "hugging-face"
 
@@ -153,10 +140,7 @@ class HuggingFace:
             raise DataError(f"Hugging Face data set {self.name} cannot be read: {reason}") from error
 
     def files(self) -> FileCounts | None:
-        """Returns what became of a local folder's files; None for the hub, which does not give files by name.
-
-        The library reads the files of one kind and of one split. With --max-bytes some of them may be unread.
-        """
+        """Returns what became of a local folder's files (with --max-bytes some may be unread); None for the hub."""
         return self._files
 
 

@@ -80,11 +80,7 @@ class SampleStream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of different samples: the sum over the data sets.
-
-        In a blend the data sets finish their own epochs at different times; this number is then a size, not a period
-        (except for validation, which starts over here).
-        """
+        """Number of different samples: the sum over the data sets, each of which has epochs of its own."""
         return int(self._sizes.sum())
 
     @property

@@ -106,12 +106,12 @@ WRONG_INDEXES: dict[str, tuple[np.ndarray, np.ndarray, str]] = {
     "borders that restart": (
         POINTERS,
         np.array([*range(51), *range(1, 50), COUNT]),
-        "set.idx is damaged: document 51 starts at sequence 1, before document 50, which starts at sequence 50",
+        "set.idx is damaged: document 51 starts at sequence 1, the one before it at sequence 50 of 100",
     ),
     "a border beyond": (
         POINTERS,
         replaced(BORDERS, -2, 10**6),
-        "document 99 starts at sequence 1000000, the index has 100",
+        "document 99 starts at sequence 1000000, the one before it at sequence 98 of 100",
     ),
     "a negative border": (POINTERS, replaced(BORDERS, 3, -4), "document 3 starts at sequence -4"),
     "borders that begin late": (POINTERS, replaced(BORDERS, 0, 1), "first document does not start at sequence 0"),
@@ -125,14 +125,14 @@ WRONG_INDEXES: dict[str, tuple[np.ndarray, np.ndarray, str]] = {
 def test_every_entry_of_an_index_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
-    monkeypatch.setattr("mlra_scale.data.indexed._SEQUENCES_AT_ONCE", chunk)
+    monkeypatch.setattr("mlra_scale.data.indexed._AT_ONCE", chunk)
     pointers, borders, message = WRONG_INDEXES[name]
     with pytest.raises(DataError, match=message):
         open_indexed(written(tmp_path, [LENGTH] * COUNT, pointers.tolist(), borders.tolist()))
 
 
 def test_the_checks_take_memory_for_a_part_of_the_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlra_scale.data.indexed._SEQUENCES_AT_ONCE", 1000)
+    monkeypatch.setattr("mlra_scale.data.indexed._AT_ONCE", 1000)
     count = 200_000
     prefix = written(tmp_path, [1] * count, range(0, 2 * count, 2), range(count + 1))
     tracemalloc.start()
