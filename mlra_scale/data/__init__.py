@@ -1,7 +1,7 @@
 """Data: text to Megatron indexed data sets (prepare), and from them to batches in a stateless order (open_datasets).
 
-All names but `DataError` are loaded on first use: the worker processes of tools/prepare_data.py import this package only
-to tokenize, and torch and Megatron would cost each of them several seconds and hundreds of MB.
+All names but `DataError` are loaded on first use: the worker processes of tools/prepare_data.py import this package to
+tokenize only, and torch and Megatron would cost each of them several seconds and hundreds of MB.
 """
 
 from __future__ import annotations

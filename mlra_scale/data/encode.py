@@ -100,12 +100,8 @@ def encode_in_order(
 ) -> Iterator[EncodedChunk]:
     """Yields the chunks of a stream of documents, none of them empty, in their order.
 
-    At most four chunks per worker are on their way. With one worker the calling process does the work.
-
-    Args:
-        documents: The stream.
-        tokenizer_json, end_of_document, dtype: As for `Encoder`.
-        workers: Number of processes.
+    Tokenizer, end and dtype are those of `Encoder`. At most four chunks per worker are on their way. With one worker
+    the calling process does the work.
 
     Raises:
         DataError: A worker process died, or a document holds the end-of-document token.

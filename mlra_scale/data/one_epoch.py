@@ -21,8 +21,8 @@ from mlra_scale.megatron import build_sample_idx
 _PACKING_SEED = 0
 _FORMAT = 1
 CACHE_FROM = 4_000_000
-"""Documents + samples from which the indices (12 bytes each, more while they are built) are built once in a cache folder
-beside the data and memory-mapped by all processes; smaller ones are built in memory, which takes milliseconds."""
+"""Documents + samples from which the indices (12 bytes each, more while they are built) go to a cache folder beside the
+data, from which all processes map them into memory. Building smaller ones at every start takes milliseconds."""
 
 
 class OneEpoch:
