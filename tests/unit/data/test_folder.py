@@ -18,7 +18,7 @@ from mlra_scale.data.folder import verify_folder
 from mlra_scale.data.indexed import sha256_of_file
 from mlra_scale.data.manifest import content_fingerprint, manifest_text, read_manifest
 from tests.support.foreign_tokenizers import begins_with_bos, save
-from tests.unit.data.builders import config_for, prepare_texts
+from tests.unit.data.builders import config_for, flip, prepare_texts
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
 WORDS = ["the", "norm", "of", "a", "gradient", "and", "its", "layer", "deep", "rank", "low", "token"]
@@ -49,14 +49,6 @@ def old(tmp_path: Path) -> Path:
 
 def problems(folder: Path) -> str:
     return "\n".join(map(str, check_data(config_for(folder))))
-
-
-def flip(path: Path, byte: int, bit: int) -> None:
-    with open(path, "r+b") as stream:
-        stream.seek(byte)
-        value = stream.read(1)[0]
-        stream.seek(byte)
-        stream.write(bytes([value ^ 1 << bit]))
 
 
 def edited(path: Path, change: Callable[[Any], object]) -> None:
@@ -158,18 +150,12 @@ def test_files_in_folders_beside_the_tokenizer_are_recorded(tmp_path: Path) -> N
     assert f"{output / inner} is damaged" in problems(output)
 
 
-DEEP = "[" * 200_000 + "]" * 200_000
-FOREIGN_MANIFESTS: dict[str, str] = {
-    "deep": '{"format": "mlra-scale-data", "version": 2, "x": ' + DEEP + "}",
+FOREIGN_MANIFESTS = {
     "list": "[1, 2]",
     "text": '"mlra-scale-data"',
-    "number of 5000 digits": '{"format": "mlra-scale-data", "version": ' + "1" * 5000 + "}",
-    "infinite version": '{"format": "mlra-scale-data", "version": 1e999}',
     "version 1 of nothing": '{"format": "mlra-scale-data", "version": 1}',
     "control characters": '{"format": "mlra-scale-data", "version": "\\u001b[2J\\u0007"}',
-    "lone surrogate": '{"format": "mlra-scale-data", "version": "\\ud800"}',
     "true": '{"format": "mlra-scale-data", "version": true}',
-    "empty": "",
 }
 
 

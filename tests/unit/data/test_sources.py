@@ -15,6 +15,7 @@ import pytest
 from mlra_scale.data import DataError
 from mlra_scale.data.files import FileCounts, NotRead, find_files
 from mlra_scale.data.sources import open_sources
+from tests.unit.data.builders import packed, write_jsonl
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites: \u00e4 \u00f6 \u00fc \U0001f642", "", "x" * 5000]
 
@@ -25,23 +26,20 @@ def texts_of(*names: object, field: str = "text") -> list[str]:
     ]
 
 
-def write_jsonl(path: Path, texts: Sequence[object], field: str = "text") -> Path:
-    content = "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
 def write_parquet(path: Path, texts: Sequence[object], field: str = "text") -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path, row_group_size=2)
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "A.PARQUET"])
+ROWS = ["a.jsonl", "a.JSONL", "a.jsonl.gz", "a.json", "a.json.gz", "a.JSON.GZ", "a.jsonl.zst", "A.Jsonl.Zst"]
+
+
+@pytest.mark.parametrize("name", [*ROWS, "a.parquet", "A.PARQUET"])
 @pytest.mark.parametrize("field", ["text", "body"])
 def test_files_of_rows(tmp_path: Path, name: str, field: str) -> None:
     write = write_parquet if name.lower().endswith("parquet") else write_jsonl
     path = write(tmp_path / name, TEXTS, field)
-    assert texts_of(path, field=field) == TEXTS
+    assert texts_of(path, field=field) == texts_of(tmp_path, field=field) == TEXTS
     (source,) = open_sources([str(path)], field, "train", None)
     consumed = sum(document.consumed for document in source.documents())
     assert consumed == source.total_bytes == path.stat().st_size
@@ -87,26 +85,6 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
             NotRead(str(tmp_path / "in" / "readme.md"), "of no known kind"),
         ],
     )
-
-
-def zstd(content: bytes) -> bytes:
-    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
-
-
-def packed(name: str, content: bytes) -> bytes:
-    """Compresses as the file's name says."""
-    ending = name.lower().rsplit(".")[-1]
-    return gzip.compress(content) if ending == "gz" else zstd(content) if ending == "zst" else content
-
-
-@pytest.mark.parametrize("kind", ["a.JSONL", "a.json", "a.json.gz", "a.jsonl.zst", "A.Jsonl.Zst", "a.JSON.GZ"])
-def test_every_way_to_write_json_lines(tmp_path: Path, kind: str) -> None:
-    content = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    # Both compressors may leave several streams one behind the other.
-    (tmp_path / kind).write_bytes(packed(kind, content[:60]) + packed(kind, content[60:]))
-    assert texts_of(tmp_path / kind) == texts_of(tmp_path) == TEXTS
-    (source,) = open_sources([str(tmp_path)], "text", "train", None)
-    assert sum(document.consumed for document in source.documents()) == source.total_bytes
 
 
 @pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.zst"])
@@ -245,23 +223,23 @@ def test_parquet_text_that_is_not_utf_8(tmp_path: Path, kind: str) -> None:
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
-    text, table, packed, foreign = (tmp_path / name for name in ("a.txt", "a.parquet", "a.jsonl.gz", "b.jsonl.gz"))
+    text, table, cut, foreign = (tmp_path / name for name in ("a.txt", "a.parquet", "a.jsonl.gz", "b.jsonl.gz"))
     text.write_bytes(b"one\ntwo\n\xff\n")
     write_parquet(table, ["a", None])
-    write_jsonl(packed, [str(i) for i in range(5000)])
-    packed.write_bytes(packed.read_bytes()[:500])
+    write_jsonl(cut, [str(i) for i in range(5000)])
+    cut.write_bytes(cut.read_bytes()[:500])
     foreign.write_bytes(b"not gzip")
     for path, field, message in (
         (text, "text", "a.txt, line 3: not UTF-8"),
         (table, "text", r"a.parquet, row 2: field 'text' is NoneType"),
         (table, "body", r"a.parquet has no column 'body' \(it has: id, text\); choose with --field"),
         (table, "id", "a.parquet, row 1: field 'id' is int"),
-        (packed, "text", "a.jsonl.gz cannot be read"),
+        (cut, "text", "a.jsonl.gz cannot be read"),
         (foreign, "text", "b.jsonl.gz cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
             texts_of(path, field=field)
-    whole = zstd(b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(5000)))
+    whole = packed("c.zst", b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(5000)))
     for name, content, message in (
         ("c.jsonl.zst", whole[:500], "Truncated compressed stream"),
         ("c.jsonl.zst", b"(\xb5/\xfd", "Truncated compressed stream"),
