@@ -43,8 +43,11 @@ def open_prepared(folder: Path) -> tuple[Manifest, dict[Split, IndexedFiles]]:
     manifest = read_manifest(folder)
     files = {split: _open_split(manifest, split) for split in SPLITS}
     if manifest.version > 1:
-        for problem in _tokenizer_file_problems(manifest):
-            raise DataError(problem)
+        for name, recorded in manifest.files.items():
+            if name.startswith(f"{TOKENIZER_FOLDER}/"):
+                _check_file(folder / name, recorded)
+    for problem in _unrecorded(manifest):
+        raise DataError(problem)
     return manifest, files
 
 
@@ -55,8 +58,8 @@ def _open_split(manifest: Manifest, split: Split) -> IndexedFiles:
         raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {wanted}; {_REMEDY}")
     if files.index_sha256 != recorded[f"{split}.idx"].sha256:
         raise DataError(f"{files.prefix}.idx is not the file that its manifest describes; {_REMEDY}")
-    if table is not None and (problem := _file_problem(table, recorded[table.name])):
-        raise DataError(problem)
+    if table is not None:
+        _check_file(table, recorded[table.name])
     documents, tokens = files.num_documents, files.num_tokens(0, len(files.sequence_lengths))
     entry = manifest.splits[split]
     if (documents, tokens, files.dtype.name) != (entry.documents, entry.tokens, manifest.dtype):
@@ -78,8 +81,8 @@ def check_contents(manifest: Manifest, files: Mapping[Split, IndexedFiles]) -> N
             continue
         if indexed.checked is not None:
             indexed.checked.check_all()
-        elif problem := _file_problem(manifest.folder / f"{split}.bin", manifest.files[f"{split}.bin"]):
-            raise DataError(problem)
+        else:
+            _check_file(manifest.folder / f"{split}.bin", manifest.files[f"{split}.bin"])
     if manifest.version == 1:
         _check_tokenizer(manifest)
         for indexed in files.values():
@@ -109,24 +112,22 @@ def tokenizer_names(folder: Path) -> list[str]:
     return sorted(f"{TOKENIZER_FOLDER}/{name}" for name in visible)
 
 
-def _tokenizer_file_problems(manifest: Manifest) -> list[str]:
-    folder = manifest.folder
-    recorded = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER_FOLDER}/")}
-    problems = [_file_problem(folder / name, entry) for name, entry in recorded.items()]
-    extra = [name for name in tokenizer_names(folder) if name not in recorded]
-    problems += [f"{folder / name} was not there when the data were prepared; remove it" for name in extra]
-    return [problem for problem in problems if problem]
+def _unrecorded(manifest: Manifest) -> list[str]:
+    """Names the tokenizer's files that are not in the manifest; version 1 recorded none."""
+    names = set() if manifest.version == 1 else set(tokenizer_names(manifest.folder)) - manifest.files.keys()
+    return [f"{manifest.folder / name} was not there when the data were prepared; remove it" for name in sorted(names)]
 
 
-def _file_problem(path: Path, recorded: FileSum) -> str:
-    """Returns what is wrong with a file; empty: nothing."""
+def _check_file(path: Path, recorded: FileSum, table: Path | None = None) -> None:
+    """Raises DataError unless a file is the one that the manifest describes; the hashes in `table` tell where not."""
     if not path.is_file():
-        return f"{path} does not exist, its manifest names it; {_REMEDY}"
+        raise DataError(f"{path} does not exist, its manifest names it; {_REMEDY}")
     if (size := path.stat().st_size) != recorded.bytes:
-        return f"{path} has {size} bytes, its manifest says {recorded.bytes}; {_REMEDY}"
+        raise DataError(f"{path} has {size} bytes, its manifest says {recorded.bytes}; {_REMEDY}")
     if sha256_of_file(path) != recorded.sha256:
-        return f"{path} is damaged: it is not the file that its manifest describes; {_REMEDY}"
-    return ""
+        if table is not None and table.is_file():
+            CheckedFile(path, table).check_all()
+        raise DataError(f"{path} is damaged: it is not the file that its manifest describes; {_REMEDY}")
 
 
 def _check_tokenizer(manifest: Manifest) -> None:
@@ -168,12 +169,13 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
     manifest = read_manifest(folder)
     problems = []
     for name, recorded in manifest.files.items():
-        if problem := _file_problem(folder / name, recorded):
-            problems.append(_damaged_blocks(manifest, name) or problem)
-        else:
-            say(f"{folder / name}: {recorded.bytes:,} bytes, as prepared")
-    if manifest.version > 1:
-        problems += [problem for problem in _tokenizer_file_problems(manifest) if problem not in problems]
+        path = folder / name
+        try:
+            _check_file(path, recorded, manifest.blocks(path.stem) if path.suffix == ".bin" else None)
+            say(f"{path}: {recorded.bytes:,} bytes, as prepared")
+        except DataError as error:
+            problems.append(str(error))
+    problems += _unrecorded(manifest)
     problems += [
         f"{path} is damaged: an index that training keeps there; remove the folder {path.parent}, it is made again"
         for path in damaged_caches(folder / "cache")
@@ -187,23 +189,6 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
     if manifest.version == 1:
         _upgrade(manifest, say)
     return []
-
-
-def _damaged_blocks(manifest: Manifest, name: str) -> str:
-    """Returns where a .bin file of the recorded size is damaged; empty where its blocks have no sound hashes."""
-    path = manifest.folder / name
-    table = manifest.blocks(path.stem) if path.suffix == ".bin" and path.is_file() else None
-    if (
-        table is None
-        or path.stat().st_size != manifest.files[name].bytes
-        or _file_problem(table, manifest.files[table.name])
-    ):
-        return ""
-    try:
-        CheckedFile(path, table).check_all()
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 def _check_tokens(manifest: Manifest, files: IndexedFiles) -> None:
