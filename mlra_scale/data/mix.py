@@ -161,7 +161,7 @@ class SampleOrder:
         spans = np.searchsorted(self._starts, samples, side="right") - 1
         for span in np.unique(spans):
             mine = spans == span
-            parts, counts = self.history[span].pattern.locate(samples[mine] - self._starts[span])
-            data_sets[mine] = self._numbers[span][parts]
+            numbers, counts = self.history[span].pattern.locate(samples[mine] - self._starts[span])
+            data_sets[mine] = self._numbers[span][numbers]
             local[mine] = counts + self._given[span, data_sets[mine]]
         return data_sets, local
