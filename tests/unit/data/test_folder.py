@@ -166,29 +166,13 @@ def test_a_foreign_manifest_is_one_clean_sentence(data: Path, name: str) -> None
     assert str(data / "manifest.json") in found and found.isprintable() and len(found) < 600
 
 
-def test_entries_of_a_manifest_that_do_not_fit_are_refused(data: Path) -> None:
+@pytest.mark.parametrize("change", [{"documents": 1}, {"tokens": 1}, {"dtype": "int32"}])
+def test_entries_that_do_not_fit_the_indices_are_refused(data: Path, change: dict[str, object]) -> None:
     # A manifest with a right checksum of its own, as a program with a fault would write it.
     content = read_manifest(data).content
-    changes: dict[str, Callable[[Any], object]] = {
-        "no tokenizer": lambda c: c.pop("tokenizer"),
-        "tokenizer is a list": lambda c: c.update(tokenizer=[1]),
-        "no split": lambda c: c["splits"].pop("validation"),
-        "negative count": lambda c: c["splits"]["train"].update(documents=-1),
-        "absurd count": lambda c: c["splits"]["train"].update(tokens=10**40),
-        "other documents": lambda c: c["splits"]["train"].update(documents=c["splits"]["train"]["documents"] + 1),
-        "other type": lambda c: c.update(dtype="int32"),
-        "no file": lambda c: c["files"].pop("train.bin"),
-        "no table": lambda c: c["files"].pop("train.blocks"),
-        "a file elsewhere": lambda c: c["files"].update({"../x": c["files"]["train.bin"]}),
-        "no sum": lambda c: c["files"]["train.idx"].update(sha256="x"),
-        "other fingerprint": lambda c: c.update(fingerprint="0" * 64),
-        "end outside the vocabulary": lambda c: c["tokenizer"].update(end_of_document_token=290),
-    }
-    for name, change in changes.items():
-        altered = json.loads(json.dumps(content))
-        change(altered)
-        (data / "manifest.json").write_text(manifest_text(altered))
-        assert str(data / "manifest.json") in problems(data), name
+    (content if "dtype" in change else content["splits"]["train"]).update(change)
+    (data / "manifest.json").write_text(manifest_text(content))
+    assert f"{data / 'manifest.json'} was changed by hand" in problems(data)
 
 
 def test_the_fingerprint_covers_the_end_of_documents(data: Path) -> None:

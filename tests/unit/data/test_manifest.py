@@ -93,13 +93,25 @@ def test_names_that_are_no_text_are_recorded_so_that_they_can_be_printed(tmp_pat
         (lambda c: c.update(empty_documents_left_out=0), "it counts 0 empty documents, their parts 3"),
         (lambda c: c["sources"][0]["files"].update(read=5), "it counts 17 files of source in, their parts 18"),
         (lambda c: c["sources"][0]["files"]["not_read"].pop(), "it counts 17 files of source in, their parts 16"),
+        (lambda c: c.pop("tokenizer"), r"\(tokenizer: Field required\)"),
+        (lambda c: c.update(tokenizer=[1]), r"\(tokenizer: Input should be a valid"),
+        (lambda c: c["splits"].pop("validation"), "validation is missing in `splits`"),
+        (lambda c: c["splits"]["train"].update(documents=-1), r"\(splits.train.documents: "),
+        (lambda c: c["splits"]["train"].update(tokens=10**40), "has the integer"),
+        (lambda c: c["files"].pop("train.bin"), r"train\.bin is missing in `files`"),
+        (lambda c: c["files"].pop("train.blocks"), r"train\.blocks is missing in `files`"),
+        (lambda c: c["files"].update({"../x": c["files"]["train.bin"]}), r"\.\./x is no file of a data set"),
+        (lambda c: c["files"]["train.idx"].update(sha256="x"), r"\(files\.train\.idx\.sha256: "),
+        (lambda c: c.update(fingerprint="0" * 64), "its fingerprint is not that of its files"),
+        (lambda c: c["tokenizer"].update(end_of_document_token=9), "the token that ends documents is outside"),
     ],
 )
-def test_numbers_that_do_not_add_up(tmp_path: Path, change: Any, message: str) -> None:
+def test_entries_that_do_not_fit_together_are_refused_with_the_file(tmp_path: Path, change: Any, message: str) -> None:
     changed = content()
     change(changed)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         read(tmp_path, changed)
+    assert str(caught.value).startswith(str(tmp_path / "manifest.json"))
 
 
 def test_a_manifest_from_before_files_were_counted(tmp_path: Path) -> None:

@@ -241,13 +241,11 @@ def test_damaged_folders_are_refused(data: Path, name: str) -> None:
     assert message in text and text.startswith("data.path = ") and "\n" not in text
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_half_a_prefix_is_refused(bare: Path, suffix: str) -> None:
-    Path(f"{bare}.{suffix}").unlink()
-    assert f"bare.{suffix} does not exist" in problems(bare)
-
-
-def test_missing_data_are_refused(tmp_path: Path) -> None:
+def test_missing_data_are_refused(tmp_path: Path, bare: Path) -> None:
+    for suffix in ("bin", "idx"):
+        file = Path(f"{bare}.{suffix}").rename(tmp_path / "aside")
+        assert f"bare.{suffix} does not exist" in problems(bare)
+        file.rename(f"{bare}.{suffix}")
     assert "neither a folder made by tools/prepare_data.py nor" in problems(tmp_path / "none")
     assert "no data: name a folder" in problems(None)
     assert "was not made, or not finished" in problems(tmp_path)

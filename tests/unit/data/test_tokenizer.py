@@ -95,15 +95,6 @@ def test_round_trips_are_exact(trained: LoadedTokenizer, text: str) -> None:
     assert trained.tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_text_that_spells_the_end_is_text(gpt2: LoadedTokenizer, trained: LoadedTokenizer) -> None:
-    text = "one <|endoftext|> two"
-    for loaded in (gpt2, trained):
-        ids = loaded.tokenizer.encode(text).ids
-        assert (
-            loaded.end_of_document_token not in ids and loaded.tokenizer.decode(ids, skip_special_tokens=False) == text
-        )
-
-
 END = "<|endoftext|>"
 
 
