@@ -21,9 +21,10 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.data import DataError
-from mlra_scale.data.files import BEYOND, FileCounts, NotRead
+from mlra_scale.data.files import BEYOND, NotRead, file_counts
 from mlra_scale.data.readers import Document
 
 PYTHON_DOCS = "python-docs"
@@ -69,11 +70,11 @@ class PythonCorpus:
             if text.strip():
                 yield Document(text, size)
 
-    def files(self) -> FileCounts:
+    def files(self) -> dict[str, Any]:
         """Returns what became of the modules in the last pass."""
         beyond = [NotRead(name, BEYOND) for name in self.modules if name not in self._visited]
         broken = [NotRead(name, "not Python source of this version") for name in self._broken]
-        return FileCounts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
+        return file_counts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
 
 
 def _topics() -> dict[str, str]:

@@ -6,7 +6,6 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,32 +29,24 @@ class NotRead(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class FileCounts:
-    """What became of the files that a source matched: each of them is read or not read.
+def file_counts(read: int, without_documents: Sequence[str], not_read: Sequence[NotRead]) -> dict[str, Any]:
+    """Returns what became of the files that a source matched, as the manifest has it: all numbers, the first names.
 
-    Attributes:
+    Args:
         read: Number of files that were read, the last one perhaps in part (--max-bytes).
         without_documents: Paths of those that were read and hold no document.
         not_read: All others.
     """
 
-    read: int
-    without_documents: Sequence[str]
-    not_read: Sequence[NotRead]
+    def named(paths: Sequence[str]) -> dict[str, Any]:
+        return {"files": len(paths), "names": list(map(printable, paths[:_NUM_NAMES]))}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the manifest's entry: every number, and the first names."""
-
-        def named(paths: Sequence[str]) -> dict[str, Any]:
-            return {"files": len(paths), "names": list(map(printable, paths[:_NUM_NAMES]))}
-
-        return {
-            "matched": self.read + len(self.not_read),
-            "read": self.read,
-            "without_documents": named(self.without_documents),
-            "not_read": [{"reason": reason} | named(paths) for reason, paths in _by_reason(self.not_read).items()],
-        }
+    return {
+        "matched": read + len(not_read),
+        "read": read,
+        "without_documents": named(without_documents),
+        "not_read": [{"reason": reason} | named(paths) for reason, paths in _by_reason(not_read).items()],
+    }
 
 
 def kind_of(path: Path) -> str | None:

@@ -135,8 +135,8 @@ class Corpus:
         for source, documents, empty in zip(self._sources, self.num_documents, self.num_empty, strict=True):
             entry = {"name": printable(source.name), "kind": source.kind}
             entry |= {"documents": documents, "empty_documents": empty}
-            counts = source.files()
-            entries.append(entry if counts is None else entry | {"files": counts.to_dict()})
+            files = source.files()
+            entries.append(entry if files is None else entry | {"files": files})
         return entries
 
     def progress_bar(self, title: str) -> tqdm:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from mlra_scale.data import DataError
 from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
-from mlra_scale.data.files import BEYOND, FileCounts, NotRead, find_files, identity
+from mlra_scale.data.files import BEYOND, NotRead, file_counts, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
 from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
 
@@ -29,8 +29,8 @@ class Source(Protocol):
     def documents(self) -> Iterator[Document]:
         """Yields the documents from the beginning, in the same order every time."""
 
-    def files(self) -> FileCounts | None:
-        """Returns what became of the source's files in the last pass; None if the source does not know its files."""
+    def files(self) -> dict[str, Any] | None:
+        """Returns the `file_counts` of the last pass; None if the source does not know its files."""
 
 
 def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str | None) -> list[Source]:
@@ -91,10 +91,10 @@ class LocalFiles:
             if document is None:
                 self._without_documents.append(str(path))
 
-    def files(self) -> FileCounts:
+    def files(self) -> dict[str, Any]:
         """Returns what became of the files in the last pass."""
         beyond = (NotRead(str(path), BEYOND) for path in self.paths[self._num_read :])
-        return FileCounts(self._num_read, self._without_documents, [*self.not_read, *beyond])
+        return file_counts(self._num_read, self._without_documents, [*self.not_read, *beyond])
 
 
 class HuggingFace:
@@ -107,7 +107,7 @@ class HuggingFace:
         self.name = f"{spec} (config {config}, split {split})" if config else f"{spec} (split {split})"
         self.total_bytes: int | None = None
         self._field, self._split, self._config = field, split, config
-        self._files: FileCounts | None = None
+        self._files: dict[str, Any] | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents in the order of the data set."""
@@ -139,12 +139,12 @@ class HuggingFace:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"Hugging Face data set {self.name} cannot be read: {reason}") from error
 
-    def files(self) -> FileCounts | None:
+    def files(self) -> dict[str, Any] | None:
         """Returns what became of a local folder's files (with --max-bytes some may be unread); None for the hub."""
         return self._files
 
 
-def _files_of_split(folder: Path, split: Sequence[str] | None) -> FileCounts | None:
+def _files_of_split(folder: Path, split: Sequence[str] | None) -> dict[str, Any] | None:
     """Compares the files of a folder, hidden ones apart, with those that the library takes for a split."""
     if split is None:
         return None
@@ -157,4 +157,4 @@ def _files_of_split(folder: Path, split: Sequence[str] | None) -> FileCounts | N
     ]
     reason = "not in this split as the datasets library sees the folder"
     not_read = [NotRead(str(path), reason) for path in present if path.resolve() not in taken]
-    return FileCounts(len(present) - len(not_read), (), not_read)
+    return file_counts(len(present) - len(not_read), (), not_read)

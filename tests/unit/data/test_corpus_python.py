@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.data.corpus_python import PythonCorpus, module_texts
-from mlra_scale.data.files import FileCounts, NotRead
+from mlra_scale.data.files import NotRead, file_counts
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_module_that_does_not_parse_is_left_out_and_counted(tmp_path: Path) ->
     modules["argparse"] = path
     path.write_text("def (:\n")
     assert len(list(source.documents())) == 1
-    assert source.files() == FileCounts(1, (), [NotRead("argparse", "not Python source of this version")])
+    assert source.files() == file_counts(1, (), [NotRead("argparse", "not Python source of this version")])
     path.write_bytes(b'# coding: ascii\n"""caf\xe9"""\n')
     assert module_texts("bad", path) is None
     assert gc.isenabled()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlra_scale.data import DataError
-from mlra_scale.data.files import FileCounts, NotRead
+from mlra_scale.data.files import NotRead, file_counts
 from mlra_scale.data.manifest import FileSum, Manifest, content_fingerprint, manifest_text, read_manifest, summary
 from mlra_scale.data.prepare import PrepareOptions, prepare
 
@@ -35,7 +35,7 @@ def content() -> dict[str, Any]:
         "splits": {"train": {"documents": 8, "tokens": 80}, "validation": {"documents": 1, "tokens": 10}},
         "files": files,
         "sources": [
-            source | {"files": FileCounts(4, ["in/a.jsonl"], NOT_READ).to_dict()},
+            source | {"files": file_counts(4, ["in/a.jsonl"], NOT_READ)},
             {"name": "hf:x (split train)", "kind": "hugging-face", "documents": 2, "empty_documents": 1},
         ],
     }

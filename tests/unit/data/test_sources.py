@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mlra_scale.data import DataError
-from mlra_scale.data.files import FileCounts, NotRead, find_files
+from mlra_scale.data.files import NotRead, file_counts, find_files
 from mlra_scale.data.sources import open_sources
 from tests.unit.data.builders import packed, write_jsonl
 
@@ -77,7 +77,7 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
     # Every file that matched is read or named with the reason.
     (source,) = open_sources([str(tmp_path / "in")], "text", "train", None)
     assert len(list(source.documents())) == 4
-    assert source.files() == FileCounts(
+    assert source.files() == file_counts(
         4,
         [],
         [
@@ -149,7 +149,7 @@ def test_files_without_documents_and_beyond_the_end_are_counted(tmp_path: Path) 
     stream = source.documents()
     assert [next(stream).text for _ in range(3)] == ["1", "2", "3"]
     beyond = [NotRead(str(tmp_path / "d.jsonl"), "beyond --max-bytes")]
-    assert source.files() == FileCounts(3, [str(tmp_path / "a.jsonl")], beyond)
+    assert source.files() == file_counts(3, [str(tmp_path / "a.jsonl")], beyond)
 
 
 def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_hugging_face_data_sets_are_streamed(tmp_path: Path) -> None:
             texts_of(other, name)
     reason = "not in this split as the datasets library sees the folder"
     others = [NotRead(str(tmp_path / "set" / "data" / "train.jsonl"), reason)]
-    assert source.files() == FileCounts(1, (), others)
+    assert source.files() == file_counts(1, (), others)
     for wanted, field, split, message in (
         (name, "body", "train", r"row 1: there is no field 'body' \(fields: id, text\)"),
         (name, "id", "train", "row 1: field 'id' is int"),
