@@ -47,7 +47,7 @@ def _field_tables() -> Iterator[str]:
         for name, field in model["properties"].items():
             # JSON is YAML, so that a default can be copied into a file as it stands.
             default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
-            meaning = field["description"].replace("|", "\\|")
+            meaning = " ".join(field["description"].split()).replace("|", "\\|")
             yield f"| `{section}.{name}` | {_type_name(field)} | {default} | {meaning} |"
         yield ""
 
