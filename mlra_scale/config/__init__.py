@@ -20,37 +20,3 @@ from mlra_scale.config.schema import (
 )
 from mlra_scale.config.section import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
 from mlra_scale.config.validation import engine_kind, validate
-
-__all__ = [
-    "ActivationsConfig",
-    "BatchPlan",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EvaluationConfig",
-    "GradientsConfig",
-    "GuardConfig",
-    "ModelConfig",
-    "Named",
-    "OptimConfig",
-    "ParallelConfig",
-    "Problem",
-    "ProfileConfig",
-    "QkClipConfig",
-    "TevConfig",
-    "TrainConfig",
-    "WandbConfig",
-    "batch_plan",
-    "deepspeed_config",
-    "engine_kind",
-    "load_config",
-    "load_named_config",
-    "offload_optimizer",
-    "offload_param",
-    "preset",
-    "preset_names",
-    "validate",
-    "zero_stage",
-]

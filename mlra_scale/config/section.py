@@ -18,7 +18,7 @@ Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, strict, no unknown keys, finite numbers; each field is described by a docstring."""
+    """Base of all sections: frozen, strict, no unknown keys, finite numbers; a docstring describes each field."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True

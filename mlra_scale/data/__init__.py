@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mlra_scale.data.opening import Datasets, check_data, identify_data, open_datasets
     from mlra_scale.data.stream import Batch, SampleStream
 
-__all__ = ["Batch", "DataError", "Datasets", "Mix", "SampleStream", "check_data", "identify_data", "open_datasets"]
 _MODULES = {"Batch": "stream", "SampleStream": "stream", "Mix": "mix", "Datasets": "opening"}
 _MODULES |= dict.fromkeys(("check_data", "identify_data", "open_datasets"), "opening")
 
