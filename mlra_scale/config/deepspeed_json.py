@@ -21,7 +21,7 @@ OURS = "ours"
 REFUSED = "refused"
 
 SEQUENCE_PARALLEL_FORBIDS = ("pipe_partitioned", "grad_partitioned")
-"""Keys of DeepSpeed's section `pipeline` that take the stream for the same on all tensor-parallel ranks."""
+"""Keys of DeepSpeed's section `pipeline` that need activations to be equal on all tensor-parallel ranks."""
 
 _OWN_CHECKPOINTS = "checkpoints have their own writer and reader; leave it out"
 _NO_EXPERTS = "there are no experts in this model"

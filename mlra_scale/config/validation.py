@@ -148,7 +148,7 @@ def _sequence_parallel(config: Config) -> Failures:
         if section_at(config.deepspeed, "pipeline").get(key) is True:
             yield (
                 f"deepspeed.pipeline.{key}",
-                "takes activations for the same on all tensor-parallel ranks, and parallel.sequence_parallel splits "
+                "needs activations to be equal on all tensor-parallel ranks, and parallel.sequence_parallel splits "
                 "them; leave it out",
             )
 

@@ -1,8 +1,8 @@
 """Which data set of a blend a sample comes from: a fixed pattern, repeated.
 
 The scheme. Time is cut into blocks of 65536 samples. In every block data set p has the same number of slots,
-quota_p = weight_p * 65536 rounded by largest remainder (at least one). Its k-th slot has the ideal place
-(k + phase_p) / quota_p in the block, and the slots of all data sets are sorted by ideal place; the phases are multiples
+quota_p = weight_p * 65536 rounded by largest remainder (at least one). Its k-th slot has the ideal position
+(k + phase_p) / quota_p in the block, and the slots of all data sets are sorted by it; the phases are multiples
 of the golden ratio modulo 1, so that data sets with equal weights take turns instead of coming in clusters. Hence
 
     sample i  ->  slot i mod 65536 of block i // 65536  ->  (p, block * quota_p + rank of the slot among p's slots)
@@ -54,7 +54,7 @@ class BlendPattern:
         )
         data_set = np.repeat(np.arange(len(quotas)), quotas)
         rank = np.concatenate([np.arange(quota) for quota in quotas])
-        # A stable sort: data sets with equal ideal places follow each other in the order of the blend.
+        # A stable sort: data sets with equal ideal positions follow each other in the order of the blend.
         order = np.argsort(ideal, kind="stable")
         self._data_set_of_slot = data_set[order]
         self._rank_of_slot = rank[order]

@@ -7,7 +7,7 @@ that the pattern takes from a data set is the data set's sample number k + the n
 it. So every data set continues where it stopped: over the whole run its samples are 0, 1, 2, ... in the order of its
 own epochs, none twice and none left out, also after a pause.
 
-A data set is known by its fingerprint, not by its place on disk.
+A data set is known by its fingerprint, not by its path.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """Identifies data by their content, wherever they lie.
+    """Identifies data by their content, whatever their path.
 
     Attributes:
         mix: The training data, from sample 0.

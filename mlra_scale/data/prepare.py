@@ -1,7 +1,7 @@
 """Text to a prepared data set: a folder with Megatron indexed data sets, the tokenizer and a manifest.
 
 The folder's bytes are a function of the documents, the tokenizer and the options alone: not of the number of workers,
-of time or of place.
+of time or of the path.
 """
 
 from __future__ import annotations

@@ -37,17 +37,8 @@ GOOD = "IN/good.jsonl"
 
 def texts(count: int, seed: int = 0) -> list[str]:
     chance = random.Random(seed)
-    words = [
-        "caf\u00e9",
-        "\u65e5\u672c",
-        "\U0001f642",
-        "<|endoftext|>",
-        "  two",
-        "\r\n",
-        "\tdef f(x):\n    return x",
-        "Hello world",
-    ]
-    words += [f"word{i}" for i in range(60)]
+    words = ["caf\u00e9", "\u65e5\u672c", "\U0001f642", "<|endoftext|>", "  two", "\r\n", "\tdef f(x):\n    return x"]
+    words += ["Hello world", *(f"word{i}" for i in range(60))]
     return [f"{i}: " + " ".join(chance.choices(words, k=chance.randint(1, 60))) for i in range(count)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import random
 import threading
 from pathlib import Path
@@ -175,7 +174,3 @@ def test_whole_indices_are_never_replaced(tmp_path: Path, monkeypatch: pytest.Mo
 
 def no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
-
-
-def digest_on_rank(rank: int, world_size: int, prefix: Path, cache_from: int) -> str:
-    return hashlib.sha256(rows(OneEpoch(whole_range(prefix), 16, cache_from)).tobytes()).hexdigest()
