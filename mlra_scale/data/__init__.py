@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlra_scale.data.mix import Mix
-    from mlra_scale.data.opening import Datasets, check_data, identify_data, open_datasets
+    from mlra_scale.data.opening import OpenData, check_data, identify_data, open_datasets
     from mlra_scale.data.stream import Batch, SampleStream
 
-_MODULES = {"Batch": "stream", "SampleStream": "stream", "Mix": "mix", "Datasets": "opening"}
+_MODULES = {"Batch": "stream", "SampleStream": "stream", "Mix": "mix", "OpenData": "opening"}
 _MODULES |= dict.fromkeys(("check_data", "identify_data", "open_datasets"), "opening")
 
 

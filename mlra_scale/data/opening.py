@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Datasets:
+class OpenData:
     """The opened data of a run.
 
     Attributes:
@@ -71,7 +71,7 @@ def check_data(config: Config, is_resumed: bool = False, found: FoundData | None
     return [*problems, *tokenizer_problems(config, found)]
 
 
-def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundData | None = None) -> Datasets:
+def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundData | None = None) -> OpenData:
     """Opens the data; every rank can do so by itself, at any time, and gets the same samples.
 
     Args:
@@ -103,7 +103,7 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundData | 
     seed = config.train.seed if config.data.seed is None else config.data.seed
     end, reset = found.end_of_document, config.data.reset_positions
     epochs, validation_epochs = ([OneEpoch(split, length) for split in splits] for splits in (training, validation))
-    return Datasets(
+    return OpenData(
         train=SampleStream(epochs, SampleOrder(mixes), seed, vocabulary, end, reset),
         validation=SampleStream(validation_epochs, SampleOrder([validation_mix]), None, vocabulary, end, reset),
         identity=identity,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlra_scale.config import ConfigError
-from mlra_scale.data import Datasets, check_data, identify_data, open_datasets
+from mlra_scale.data import OpenData, check_data, identify_data, open_datasets
 from mlra_scale.data.data_sets import find_data
 from tests.unit.data.builders import config_for, prepare_texts, random_documents, write_documents
 
@@ -54,7 +54,7 @@ def problems(path: Path | None, *overrides: str, **fields: Any) -> str:
     return "\n".join(map(str, found))
 
 
-def tokens(datasets: Datasets, first: int = 0, count: int = 64) -> torch.Tensor:
+def tokens(datasets: OpenData, first: int = 0, count: int = 64) -> torch.Tensor:
     return datasets.train.batch(first, count).tokens_BS
 
 
