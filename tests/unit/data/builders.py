@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from mlra_scale.config import Config, load_config
 from mlra_scale.data.indexed import SequenceRange, open_indexed
 from mlra_scale.data.prepare import PrepareOptions, prepare
+
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]
 
 
 def write_documents(prefix: Path, documents: Sequence[Sequence[int]], dtype: type = np.uint16) -> Path:
@@ -45,6 +47,20 @@ def config_for(path: Path | None, *overrides: str, **fields: Any) -> Config:
     named = [] if path is None else [f"data.path={path}"]
     named += [f"data.{name}={value}" for name, value in fields.items()]
     return load_config("debug", None, None, ["train.sequence_length=16", *named, *overrides])
+
+
+def edit(manifest: Path, change: Callable[[Any], object]) -> None:
+    """Changes the content of a JSON file."""
+    content = json.loads(manifest.read_text())
+    change(content)
+    manifest.write_text(json.dumps(content))
+
+
+def prepare_words(folder: Path, count: int, longest: int, seed: int = 0, vocabulary: int = 290) -> Path:
+    """Prepares `count` documents of 5 to `longest` random words, a fifth of them for validation."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, size=rng.integers(5, longest))) for _ in range(count)]
+    return prepare_texts(folder / f"data-{seed}", texts, train_bpe=vocabulary, validation_fraction=0.2)
 
 
 def prepare_texts(output: Path, texts: Sequence[str], **options: Any) -> Path:

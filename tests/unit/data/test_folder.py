@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,16 @@ from mlra_scale.data.folder import verify_folder
 from mlra_scale.data.indexed import sha256_of_file
 from mlra_scale.data.manifest import content_fingerprint, manifest_text, read_manifest
 from tests.support.foreign_tokenizers import begins_with_bos, save
-from tests.unit.data.builders import config_for, flip, prepare_texts
+from tests.unit.data.builders import config_for, edit, flip, prepare_texts, prepare_words
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
-WORDS = ["the", "norm", "of", "a", "gradient", "and", "its", "layer", "deep", "rank", "low", "token"]
 FLIPS_PER_FILE = 24
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder whose train.bin has four blocks."""
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(40, 900))) for _ in range(250)]
-    folder = prepare_texts(tmp_path_factory.mktemp("x") / "data", texts, train_bpe=290, validation_fraction=0.1)
+    folder = prepare_words(tmp_path_factory.mktemp("x"), 400, 800)
     assert 3 * BLOCK_BYTES < (folder / "train.bin").stat().st_size < 5 * BLOCK_BYTES
     return folder
 
@@ -49,12 +45,6 @@ def old(tmp_path: Path) -> Path:
 
 def problems(folder: Path) -> str:
     return "\n".join(map(str, check_data(config_for(folder))))
-
-
-def edited(path: Path, change: Callable[[Any], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -106,7 +96,7 @@ def swap_two_ids(content: Any) -> None:
 def test_two_swapped_ids_of_a_tokenizer_are_refused(data: Path, old: Path) -> None:
     for folder in (data, old):
         path = folder / "tokenizer" / "tokenizer.json"
-        edited(path, swap_two_ids)
+        edit(path, swap_two_ids)
         assert str(path) in problems(folder)
 
 
@@ -114,7 +104,7 @@ def test_two_swapped_ids_of_a_tokenizer_are_refused(data: Path, old: Path) -> No
 def test_another_end_of_document_token_is_refused(data: Path, old: Path, token: object) -> None:
     for folder in (data, old):
         path = folder / "manifest.json"
-        edited(path, lambda content: content["tokenizer"].update(end_of_document_token=token))
+        edit(path, lambda content: content["tokenizer"].update(end_of_document_token=token))
         assert str(path) in problems(folder)
 
 

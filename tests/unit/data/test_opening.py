@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +14,12 @@ import torch
 from mlra_scale.config import ConfigError
 from mlra_scale.data import OpenData, check_data, identify_data, open_datasets
 from mlra_scale.data.data_sets import find_data
-from tests.unit.data.builders import config_for, prepare_texts, random_documents, write_documents
-
-WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]
-
-
-def prepared(folder: Path, seed: int = 0, vocabulary: int = 290) -> Path:
-    """A prepared folder of random words."""
-    rng = np.random.default_rng(seed)
-    texts = [" ".join(rng.choice(WORDS, size=rng.integers(5, 60))) for _ in range(60)]
-    return prepare_texts(folder / f"data-{seed}", texts, train_bpe=vocabulary, validation_fraction=0.2)
+from tests.unit.data.builders import config_for, edit, prepare_words, random_documents, write_documents
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("prepared"))
+    return prepare_words(tmp_path_factory.mktemp("prepared"), 60, 60)
 
 
 @pytest.fixture
@@ -203,7 +193,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare:
     first, first_bare = fingerprint(data), fingerprint(bare)
     moved = data.rename(tmp_path / "elsewhere")
     assert fingerprint(moved, "train.seed=9", "train.sequence_length=8") == first
-    assert fingerprint(prepared(tmp_path, seed=4)) != first
+    assert fingerprint(prepare_words(tmp_path, 60, 60, seed=4)) != first
     assert first_bare != first
     content = bytearray(Path(f"{bare}.bin").read_bytes())
     content[100] ^= 1
@@ -224,13 +214,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "long train.bin": (lambda d: (d / "train.bin").open("ab").write(b"12"), "its manifest says"),
     "foreign idx": (lambda d: (d / "train.idx").write_bytes(b"x" * 100), "is not a Megatron index"),
     "changed idx": (lambda d: (d / "train.idx").open("ab").write(b"12"), "is not the file that its manifest describes"),
-    "edited manifest": (lambda d: edit(d / "manifest.json", {"files": {}}), "was changed after it was made"),
-    "newer manifest": (lambda d: edit(d / "manifest.json", {"version": 3}), "has version 3"),
+    "edited manifest": (
+        lambda d: edit(d / "manifest.json", lambda c: c.update(files={})),
+        "was changed after it was made",
+    ),
+    "newer manifest": (lambda d: edit(d / "manifest.json", lambda c: c.update(version=3)), "has version 3"),
 }
-
-
-def edit(manifest: Path, change: dict[str, object]) -> None:
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -285,7 +274,7 @@ def test_vocabularies_must_fit(data: Path, bare: Path, tmp_path: Path) -> None:
 def test_tokenizers_must_match(data: Path, bare: Path, tmp_path: Path) -> None:
     assert problems(data, tokenizer=data / "tokenizer") == ""
     assert problems(data, tokenizer=data / "tokenizer" / "tokenizer.json") == ""
-    other = prepared(tmp_path, seed=8, vocabulary=275)
+    other = prepare_words(tmp_path, 60, 60, seed=8, vocabulary=275)
     assert "was made with another tokenizer" in problems(data, tokenizer=other / "tokenizer")
     assert "holds no tokenizer" in problems(data, tokenizer=tmp_path)
     assert "one model needs one tokenizer" in problems(None, f"data.blend={{{data}: 1, {other}: 1}}")
