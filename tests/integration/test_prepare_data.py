@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pyarrow
@@ -28,6 +27,7 @@ from mlra_scale.config import load_config
 from mlra_scale.data import check_data
 from mlra_scale.data.manifest import manifest_text, read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
+from tests.support.processes import Program, tool
 from tests.unit.data.builders import flip, gpt2_files, write_jsonl
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -305,44 +305,28 @@ def test_the_hub_out_of_reach_is_reported_soon_once_and_with_a_remedy(tmp_path: 
 @pytest.mark.slow_except("SIGKILL")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, name: str) -> None:
-    source, out = tmp_path / "a.jsonl", tmp_path / "set"
+    folder = tmp_path / "work"
+    folder.mkdir()
+    source, out = folder / "a.jsonl", folder / "set"
     # Some seconds of work: it is caught after the first chunks.
     source.write_bytes(b"".join(json.dumps({"text": text * 20}).encode() + b"\n" for text in texts(2000)) * 4)
-    save_tokenizer(train_bpe(texts(50), 300), tmp_path / "tokenizer")
-    tokenizer = str(tmp_path / "tokenizer" / "tokenizer.json")
-    command = [sys.executable, str(TOOL), "--output", str(out), "--source", str(source), "--tokenizer", tokenizer]
-    process = subprocess.Popen([*command, "--workers", "2", "--quiet"], stderr=subprocess.PIPE, text=True)
-    half = tmp_path / ".set.partial" / "train.bin"
-    deadline = time.monotonic() + 200
-    while not (half.is_file() and half.stat().st_size > 0):
-        assert process.poll() is None and time.monotonic() < deadline, "it was to be caught at work"
-        time.sleep(0.02)
-    workers = children_of(process.pid)
-    assert workers
-    process.send_signal(signal.Signals[name])
-    _, error = process.communicate(timeout=60)
+    save_tokenizer(train_bpe(texts(50), 300), folder / "tokenizer")
+    choice = ["--tokenizer", str(folder / "tokenizer" / "tokenizer.json"), "--workers", "2", "--quiet"]
+    command = [*tool("prepare_data"), "--output", str(out), "--source", str(source), *choice]
+    program, half = Program(command, tmp_path / "log"), folder / ".set.partial" / "train.bin"
+    program.wait_until(lambda: half.is_file() and half.stat().st_size > 0)
+    assert len(program.left()) > 2
+    program.signal(signal.Signals[name])
+    code = program.wait(60, end=False)
     assert not out.exists()
     if name == "SIGTERM":
-        assert process.returncode == 130 and error == "prepare_data: interrupted; nothing was left behind\n"
-        assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "tokenizer"]
+        assert (code, program.output()) == (130, "prepare_data: interrupted; nothing was left behind\n")
+        assert sorted(os.listdir(folder)) == ["a.jsonl", "tokenizer"]
     else:
-        assert process.returncode == -signal.SIGKILL and half.exists()
+        assert code == -signal.SIGKILL and half.exists()
     # The workers end with their parent, however it ended.
-    while any(Path(f"/proc/{worker}").exists() and not is_zombie(worker) for worker in workers):
-        assert time.monotonic() < deadline, "worker processes stayed behind"
-        time.sleep(0.05)
+    program.assert_nothing_is_left(60)
     write_jsonl(source, texts(100))
     assert run("--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE) == 0
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set", "tokenizer"]
+    assert sorted(os.listdir(folder)) == ["a.jsonl", "set", "tokenizer"]
     assert read_manifest(out).documents == 100
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return False
