@@ -16,7 +16,7 @@ from mlra_scale.data.blend import BLOCK, BlendPattern
 from mlra_scale.data.blocks import sha256_of_file
 from mlra_scale.data.folder import check_contents, notices_of, open_prepared
 from mlra_scale.data.indexed import SequenceRange, open_indexed
-from mlra_scale.data.manifest import MANIFEST_NAME, Manifest, Split, sha256_of_lines
+from mlra_scale.data.manifest import MANIFEST_NAME, SPLITS, Manifest, Split, sha256_of_lines
 
 _LARGEST_DEVIATION = 0.01
 
@@ -138,9 +138,9 @@ def _find_data_set(field: str, path: str, data: DataConfig) -> DataSet:
     folder = Path(path)
     if folder.is_dir() and not (Path(f"{path}.idx").is_file() and not (folder / MANIFEST_NAME).is_file()):
         manifest, opened = open_prepared(folder)
-        splits = {
-            split: SequenceRange(files, 0, len(files.sequence_lengths), folder / "cache")
-            for split, files in opened.items()
+        splits: dict[Split, SequenceRange] = {
+            split: SequenceRange(opened[split], 0, len(opened[split].sequence_lengths), folder / "cache")
+            for split in SPLITS
         }
         return DataSet(field, path, manifest, splits)
     if not folder.parent.is_dir() or not (Path(f"{path}.idx").exists() or Path(f"{path}.bin").exists()):

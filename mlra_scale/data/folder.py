@@ -29,7 +29,7 @@ _REMEDY = "copy it from where it is whole, or prepare the data again"
 _TOKENS_AT_ONCE = 1 << 22
 
 
-def open_prepared(folder: Path) -> tuple[Manifest, dict[Split, IndexedFiles]]:
+def open_prepared(folder: Path) -> tuple[Manifest, dict[str, IndexedFiles]]:
     """Opens a prepared folder and compares it with its manifest, but for the content of the .bin files.
 
     What is read of the .bin files is checked through `IndexedFiles.checked`.
@@ -41,7 +41,7 @@ def open_prepared(folder: Path) -> tuple[Manifest, dict[Split, IndexedFiles]]:
         DataError: Something is missing, or is not what was prepared.
     """
     manifest = read_manifest(folder)
-    files = {split: _open_split(manifest, split) for split in SPLITS}
+    files: dict[str, IndexedFiles] = {split: _open_split(manifest, split) for split in SPLITS}
     if manifest.version > 1:
         for name, recorded in manifest.files.items():
             if name.startswith(f"{TOKENIZER_FOLDER}/"):
@@ -70,7 +70,7 @@ def _open_split(manifest: Manifest, split: Split) -> IndexedFiles:
     return files
 
 
-def check_contents(manifest: Manifest, files: Mapping[Split, IndexedFiles]) -> None:
+def check_contents(manifest: Manifest, files: Mapping[str, IndexedFiles]) -> None:
     """Checks what a start checks once, before training: small .bin files as a whole, and what version 1 did not record.
 
     Raises:
