@@ -31,7 +31,7 @@ class OneEpoch:
     Args:
         data_range: Which sequences; must hold at least one whole sample.
         sequence_length: Tokens per sample, without the extra one for the targets.
-        cache_from: As CACHE_FROM.
+        cache_from: See CACHE_FROM.
 
     Attributes:
         document_index: Sequences in the order of the epoch, int32, shape [documents].

@@ -54,7 +54,7 @@ _ROUND_TRIP_CHARACTERS = 10_000
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare; the help of tools/prepare_data.py describes the fields that it has.
+    """What to prepare; `tools/prepare_data.py --help` describes the fields that are its flags.
 
     Attributes:
         output: Folder to make.
