@@ -48,7 +48,7 @@ def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     run = resolved(Path(shutil.copytree(WRITTEN, tmp_path / "written")), "none")
     sent = pickle.dumps(run)
     received = pickle.loads(sent)
-    assert run.found_data is not None and received.parts is None and received == run and len(sent) < 100_000
+    assert run.found_data is not None and received.found_data is None and received == run and len(sent) < 100_000
 
 
 def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_path: Path) -> None:
