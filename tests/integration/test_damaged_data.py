@@ -55,15 +55,6 @@ def test_tokens_that_were_overwritten_between_two_starts(start: Start, training_
 
 
 @pytest.mark.slow
-def test_tokens_of_a_large_file_that_were_overwritten(start: Start, large: Path, tmp_path: Path) -> None:
-    start("run", f"data.path={large}", "train.steps=1")
-    overwrite(large / "train.bin")
-    refused = start("run", f"data.path={large}", "train.steps=2", "--resume", "auto", code=ExitCode.BAD_INPUT)
-    assert f"{large / 'train.bin'} is damaged: its blocks of {BLOCK_BYTES} bytes at offset" in refused.stderr
-    assert [record["step"] for record in metrics(tmp_path / "run")][-1] == 1
-
-
-@pytest.mark.slow
 def test_a_block_found_damaged_while_training_costs_no_step(start: Start, large: Path, tmp_path: Path) -> None:
     """Every rank stops after the last good step and saves; the mended file continues as if nothing had happened."""
     whole = (large / "train.bin").read_bytes()
@@ -73,7 +64,10 @@ def test_a_block_found_damaged_while_training_costs_no_step(start: Start, large:
     (large / "train.bin").write_bytes(damaged)
     arguments = [f"data.path={large}", "train.steps=40", "tev.every=0", "checkpoint.every=0", "--resume", "auto"]
     ended = start("run", *arguments, num_processes=2, code=ExitCode.BAD_INPUT)
-    assert ended.stderr.count(f"{large / 'train.bin'} is damaged") == 1 and "Traceback" not in ended.stderr
+    assert (
+        ended.stderr.count(f"{large / 'train.bin'} is damaged: its blocks of {BLOCK_BYTES} bytes at offset") == 1
+        and "Traceback" not in ended.stderr
+    )
     stopped = events(tmp_path / "run")[-1]
     assert (stopped["event"], stopped["exit_code"]) == ("stopped", ExitCode.BAD_INPUT) and stopped["step"] > 2
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{stopped['step'] - 1:08d}"
