@@ -84,8 +84,8 @@ def load_named_config(
             problems.append(Problem("--preset", None, remedy + "with the --run-dir that holds it"))
     on_command_line: set[str] = set()
     if ds_config_file is not None:
-        parse, path = partial(parse_json, where="the file"), Path(ds_config_file)
-        given["deepspeed"] = _read_mapping(path, "--ds-config", problems, parse, "a JSON object { ... }")
+        file, parse = Path(ds_config_file), partial(parse_json, where="the file")
+        given["deepspeed"] = _read_mapping(file, "--ds-config", problems, parse, "a JSON object { ... }")
         on_command_line.add("deepspeed")
     for text in (text for text in overrides if not _is_default(text)):
         on_command_line |= _apply_override(given, text, problems)

@@ -133,7 +133,7 @@ class Corpus:
         """Returns the manifest's entries of the sources after a pass."""
         entries = []
         for source, documents, empty in zip(self._sources, self.num_documents, self.num_empty, strict=True):
-            entry = {"name": printable(source.name), "kind": source.kind}
+            entry: dict[str, Any] = {"name": printable(source.name), "kind": source.kind}
             entry |= {"documents": documents, "empty_documents": empty}
             files = source.files()
             entries.append(entry if files is None else entry | {"files": files})
@@ -242,7 +242,7 @@ def _write_splits(
         from mlra_scale.data.writer import SplitWriter, token_dtype
 
     end, dtype = tokenizer.end_of_document_token, token_dtype(tokenizer.vocabulary_size)
-    writers = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
+    writers: dict[str, SplitWriter] = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
     documents = corpus.documents()
     first_documents = list(islice(documents, _ROUND_TRIP_DOCUMENTS))
     is_exact = all(_survives_round_trip(tokenizer.tokenizer, document.text) for document in first_documents)

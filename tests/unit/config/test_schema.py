@@ -15,9 +15,9 @@ def debug_with(section: str, **fields: object) -> Config:
 
 def test_every_section_and_field_has_a_description() -> None:
     """docs/configuration.md, which a test compares with the schema, shows a new, renamed or lost field in a diff."""
-    sections = [model for name in Config.model_fields if (model := model_at(Config, [name])) is not None]
+    sections = [section for name in Config.model_fields if (section := model_at(Config, [name])) is not None]
     assert len(sections) == 15
-    for model in (Config, *sections):
+    for model in [Config, *sections]:
         assert model.__doc__
         for name, field in model.model_fields.items():
             assert field.description and field.description.endswith((".", ")")), f"{model.__name__}.{name}"
