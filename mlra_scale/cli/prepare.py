@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
     print("Next: train on it with")
     print(
         f"  python -m mlra_scale.train --preset laptop --run-dir runs/first data.path={options.output} "
-        f"model.vocab_size={manifest.vocabulary_size}"
+        f"model.vocab_size={manifest.tokenizer.vocabulary_size}"
     )
     return 0
 

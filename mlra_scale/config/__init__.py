@@ -6,51 +6,6 @@ from mlra_scale.config.loading import Named, load_config, load_named_config
 from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.presets import preset, preset_names
 from mlra_scale.config.problems import ConfigError, Problem
-from mlra_scale.config.schema import (
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    OptimConfig,
-    ParallelConfig,
-    ProfileConfig,
-    TrainConfig,
-    WandbConfig,
-)
+from mlra_scale.config.schema import ClusterConfig, Config, DataConfig, OptimConfig, ProfileConfig, TrainConfig
 from mlra_scale.config.section import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
 from mlra_scale.config.validation import engine_kind, validate
-
-__all__ = [
-    "ActivationsConfig",
-    "BatchPlan",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EvaluationConfig",
-    "GradientsConfig",
-    "GuardConfig",
-    "ModelConfig",
-    "Named",
-    "OptimConfig",
-    "ParallelConfig",
-    "Problem",
-    "ProfileConfig",
-    "QkClipConfig",
-    "TevConfig",
-    "TrainConfig",
-    "WandbConfig",
-    "batch_plan",
-    "deepspeed_config",
-    "engine_kind",
-    "load_config",
-    "load_named_config",
-    "offload_optimizer",
-    "offload_param",
-    "preset",
-    "preset_names",
-    "validate",
-    "zero_stage",
-]

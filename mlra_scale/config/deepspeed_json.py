@@ -21,13 +21,20 @@ OURS = "ours"
 REFUSED = "refused"
 
 SEQUENCE_PARALLEL_FORBIDS = ("pipe_partitioned", "grad_partitioned")
-"""Keys of DeepSpeed's section `pipeline` that take the stream for the same on all tensor-parallel ranks."""
+"""Keys of DeepSpeed's section `pipeline` that need activations to be equal on all tensor-parallel ranks."""
 
 _OWN_CHECKPOINTS = "checkpoints have their own writer and reader; leave it out"
 _NO_EXPERTS = "there are no experts in this model"
 _NVME = "state on NVMe is out of reach of TEV and checkpoints; offload to cpu"
 _REMOVED = "DeepSpeed has removed it"
 _OWN_OPTIMIZER = "it brings an optimizer of its own"
+_ULYSSES = (
+    "it is DeepSpeed's Ulysses, which splits the sequence over ranks of its own; to split it over the tensor-parallel "
+    "ranks, set parallel.sequence_parallel"
+)
+_DEEP_COMPILE = (
+    "it is DeepCompile, which rewrites the graph and is not tested here; for torch.compile set train.compile"
+)
 
 # DeepSpeed takes each of these with and without the prefix stage3_; one spelling is enough to read.
 _STAGE_3_COUNTS = (
@@ -41,155 +48,132 @@ def _with_prefix(names: str) -> str:
     return " ".join(f"stage3_{name}" for name in names.split())
 
 
-# Section of the file -> rows (owner, kind of the value for yours / what sets it for ours / reason for refused, keys).
-_ROWS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "": (
-        (YOURS, "mapping", "zero_optimization comms_logger pipeline"),
-        (YOURS, "fp32|bf16|fp16", "communication_data_type"),
-        (YOURS, "bool", "memory_breakdown dump_state disable_python_gc"),
-        (YOURS, "debug|info|warning|error|critical", "log_level"),
-        (OURS, "set train.global_batch_size", "train_batch_size"),
-        (OURS, "set train.micro_batch_size", "train_micro_batch_size_per_gpu"),
-        (
-            OURS,
-            "follows from train.global_batch_size, train.micro_batch_size and the ranks",
-            "gradient_accumulation_steps managed_gradient_accumulation",
-        ),
-        (OURS, "set train.precision", "fp16 bf16 bfloat16 torch_autocast"),
-        (OURS, "follows from train.precision: gradients accumulate in fp32 where DeepSpeed can", "data_types"),
-        (OURS, "set optim.grad_clip", "gradient_clipping"),
-        (OURS, "set optim.lr, optim.betas, optim.eps and optim.weight_decay", "optimizer"),
-        (OURS, "set optim.schedule, optim.warmup_steps and optim.decay_steps", "scheduler"),
-        (OURS, "the optimizer is built here; leave it out", "zero_allow_untested_optimizer"),
-        (OURS, "follows from zero_optimization.offload_optimizer; leave it out", "zero_force_ds_cpu_optimizer"),
-        (
-            OURS,
-            "gradients are those of the mean loss; leave it out",
-            "gradient_allreduce_op prescale_gradients gradient_predivide_factor",
-        ),
-        (OURS, "set parallel.activation_checkpointing", "activation_checkpointing"),
-        (OURS, "set parallel.tensor", "tensor_parallel"),
-        (OURS, "set model.vocab_size", "vocabulary_size"),
-        (OURS, "set train.log_every", "steps_per_print"),
-        (OURS, "set profile.start and profile.stop", "wall_clock_breakdown flops_profiler"),
-        (OURS, "metrics go to metrics.jsonl; leave it out", "tensorboard csv_monitor comet"),
-        (OURS, "set wandb.mode and wandb.project", "wandb"),
-        (OURS, "set checkpoint.every and checkpoint.keep_last", "checkpoint"),
-        (OURS, _OWN_CHECKPOINTS, "datastates"),
-        (OURS, "it waits for the device at every step; tokens per second are logged without it", "timers"),
-        (OURS, "batches come from the data section; leave it out", "dataloader_drop_last data_efficiency"),
-        (
-            REFUSED,
-            "it is DeepSpeed's Ulysses, which splits the sequence over ranks of its own; to split it over the "
-            "tensor-parallel ranks, set parallel.sequence_parallel",
-            "sequence_parallel_size seq_parallel_communication_data_type",
-        ),
-        (
-            REFUSED,
-            "it follows from the number of ranks, parallel.tensor and parallel.pipeline",
-            "data_parallel_size",
-        ),
-        (REFUSED, _NO_EXPERTS, "expert_parallel use_data_before_expert_parallelism"),
-        (REFUSED, _NVME, "aio"),
-        (
-            REFUSED,
-            "it is DeepCompile, which rewrites the graph and is not tested here; for torch.compile set train.compile",
-            "compile",
-        ),
-        (REFUSED, "it starts runs of its own; tools/plan.py chooses a layout", "autotuning"),
-        (REFUSED, "it is for generation inside training", "hybrid_engine"),
-        (REFUSED, "it is for inference", "weight_quantization"),
-        (REFUSED, "without it ranks would keep different weights", "disable_allgather"),
-        (REFUSED, f"{_REMOVED}; set train.precision", "amp"),
-        (REFUSED, f"{_REMOVED}; set train.global_batch_size", "elasticity"),
-        (
-            REFUSED,
-            _REMOVED,
-            "sparse_gradients sparse_attention compression_training quantize_training curriculum_learning "
-            "progressive_layer_drop eigenvalue graph_harvesting nebula",
-        ),
-    ),
-    "zero_optimization": (
-        (YOURS, "0|1|2|3", "stage"),
-        (YOURS, "mapping", "offload_optimizer offload_param"),
-        (YOURS, "positive count", "reduce_bucket_size"),
-        (YOURS, "count", f"allgather_bucket_size sub_group_size {_with_prefix(_STAGE_3_COUNTS)}"),
-        (
-            YOURS,
-            "bool",
-            "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm "
-            "parameter_alignment ignore_unused_parameters memory_efficient_linear override_module_apply "
-            f"log_trace_cache_warnings enable_sanity_checks {_with_prefix(_STAGE_3_SWITCHES)}",
-        ),
-        (OURS, "the gradient norm is logged and guards every update; leave it out", "compute_grad_norm"),
-        (
-            OURS,
-            _OWN_CHECKPOINTS,
-            "load_from_fp32_weights gather_16bit_weights_on_model_save stage3_gather_16bit_weights_on_model_save "
-            "stage3_gather_fp16_weights_on_model_save elastic_checkpoint pipeline_loading_checkpoint",
-        ),
-        (REFUSED, "write it with the prefix stage3_", f"{_STAGE_3_COUNTS} {_STAGE_3_SWITCHES}"),
-        (
-            REFUSED,
-            "it reorders the flat partitions, so that TEV and checkpoints would misplace weights",
-            "round_robin_gradients",
-        ),
-        (REFUSED, "deprecated by DeepSpeed; write offload_optimizer: {device: cpu}", "cpu_offload"),
-        (REFUSED, "deprecated by DeepSpeed; write offload_param: {device: cpu}", "cpu_offload_param"),
-        (
-            REFUSED,
-            "deprecated by DeepSpeed; write offload_optimizer: {pin_memory: true}",
-            "cpu_offload_use_pin_memory",
-        ),
-        (REFUSED, "DeepSpeed does not read it any more; leave it out", "legacy_stage1"),
-        (
-            REFUSED,
-            "its groups cut the whole world and know nothing of tensor parallelism",
-            "zero_hpz_partition_size",
-        ),
-        (REFUSED, "quantized weights break the equality of layouts", "zero_quantized_weights"),
-        (REFUSED, "quantized gradients break the equality of layouts", "zero_quantized_gradients"),
-        (REFUSED, "every weight is trained", "zero_quantized_nontrainable_weights"),
-        (REFUSED, _OWN_OPTIMIZER, "zenflow"),
-        (REFUSED, "the optimizer is AdamW", "save_muon_momentum_buffer_in_memory"),
-        (REFUSED, _NO_EXPERTS, "leaf_module"),
-        (REFUSED, _REMOVED, "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param"),
-    ),
-    "zero_optimization.offload_optimizer": (
-        (YOURS, "none|cpu", "device"),
-        (YOURS, "bool", "pin_memory"),
-        (REFUSED, _NVME, "nvme_path buffer_count pipeline_read pipeline_write fast_init"),
-        (
-            REFUSED,
-            "an optimizer state in two places is out of reach of TEV and checkpoints; offload it whole",
-            "ratio",
-        ),
-        (REFUSED, _OWN_OPTIMIZER, "super_offload"),
-        (REFUSED, "only super_offload reads it", "cpuadam_cores_perc"),
-    ),
-    "zero_optimization.offload_param": (
-        (YOURS, "none|cpu", "device"),
-        (YOURS, "bool", "pin_memory"),
-        (REFUSED, _NVME, "nvme_path buffer_count buffer_size max_in_cpu"),
-    ),
-    "pipeline": (
-        (YOURS, "bool", "pipe_partitioned grad_partitioned"),
-        (OURS, "set parallel.pipeline", "stages"),
-        (OURS, "blocks are spread evenly over the stages; leave it out", "partition"),
-        (OURS, "initialization does not depend on the layout; leave it out", "seed_layers"),
-        (OURS, "set parallel.activation_checkpointing", "activation_checkpoint_interval"),
-    ),
-    "comms_logger": (
-        (YOURS, "bool", "enabled prof_all verbose debug"),
-        (YOURS, "list", "prof_ops"),
-    ),
+# Section of the file -> owner -> note -> keys. The note is the kind of the value for yours, what sets it for ours, and
+# the reason for refused.
+_SECTIONS: dict[str, dict[str, dict[str, str]]] = {
+    "": {
+        YOURS: {
+            "mapping": "zero_optimization comms_logger pipeline",
+            "fp32|bf16|fp16": "communication_data_type",
+            "bool": "memory_breakdown dump_state disable_python_gc",
+            "debug|info|warning|error|critical": "log_level",
+        },
+        OURS: {
+            "set train.global_batch_size": "train_batch_size",
+            "set train.micro_batch_size": "train_micro_batch_size_per_gpu",
+            "follows from train.global_batch_size, train.micro_batch_size and the ranks": (
+                "gradient_accumulation_steps managed_gradient_accumulation"
+            ),
+            "set train.precision": "fp16 bf16 bfloat16 torch_autocast",
+            "follows from train.precision: gradients accumulate in fp32 where DeepSpeed can": "data_types",
+            "set optim.grad_clip": "gradient_clipping",
+            "set optim.lr, optim.betas, optim.eps and optim.weight_decay": "optimizer",
+            "set optim.schedule, optim.warmup_steps and optim.decay_steps": "scheduler",
+            "the optimizer is built here; leave it out": "zero_allow_untested_optimizer",
+            "follows from zero_optimization.offload_optimizer; leave it out": "zero_force_ds_cpu_optimizer",
+            "gradients are those of the mean loss; leave it out": (
+                "gradient_allreduce_op prescale_gradients gradient_predivide_factor"
+            ),
+            "set parallel.activation_checkpointing": "activation_checkpointing",
+            "set parallel.tensor": "tensor_parallel",
+            "set model.vocab_size": "vocabulary_size",
+            "set train.log_every": "steps_per_print",
+            "set profile.start and profile.stop": "wall_clock_breakdown flops_profiler",
+            "metrics go to metrics.jsonl; leave it out": "tensorboard csv_monitor comet",
+            "set wandb.mode and wandb.project": "wandb",
+            "set checkpoint.every and checkpoint.keep_last": "checkpoint",
+            _OWN_CHECKPOINTS: "datastates",
+            "it waits for the device at every step; tokens per second are logged without it": "timers",
+            "batches come from the data section; leave it out": "dataloader_drop_last data_efficiency",
+        },
+        REFUSED: {
+            _ULYSSES: "sequence_parallel_size seq_parallel_communication_data_type",
+            "it follows from the number of ranks, parallel.tensor and parallel.pipeline": "data_parallel_size",
+            _NO_EXPERTS: "expert_parallel use_data_before_expert_parallelism",
+            _NVME: "aio",
+            _DEEP_COMPILE: "compile",
+            "it starts runs of its own; tools/plan.py chooses a layout": "autotuning",
+            "it is for generation inside training": "hybrid_engine",
+            "it is for inference": "weight_quantization",
+            "without it ranks would keep different weights": "disable_allgather",
+            f"{_REMOVED}; set train.precision": "amp",
+            f"{_REMOVED}; set train.global_batch_size": "elasticity",
+            _REMOVED: (
+                "sparse_gradients sparse_attention compression_training quantize_training curriculum_learning "
+                "progressive_layer_drop eigenvalue graph_harvesting nebula"
+            ),
+        },
+    },
+    "zero_optimization": {
+        YOURS: {
+            "0|1|2|3": "stage",
+            "mapping": "offload_optimizer offload_param",
+            "positive count": "reduce_bucket_size",
+            "count": f"allgather_bucket_size sub_group_size {_with_prefix(_STAGE_3_COUNTS)}",
+            "bool": (
+                "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm "
+                "parameter_alignment ignore_unused_parameters memory_efficient_linear override_module_apply "
+                f"log_trace_cache_warnings enable_sanity_checks {_with_prefix(_STAGE_3_SWITCHES)}"
+            ),
+        },
+        OURS: {
+            "the gradient norm is logged and guards every update; leave it out": "compute_grad_norm",
+            _OWN_CHECKPOINTS: (
+                "load_from_fp32_weights gather_16bit_weights_on_model_save stage3_gather_16bit_weights_on_model_save "
+                "stage3_gather_fp16_weights_on_model_save elastic_checkpoint pipeline_loading_checkpoint"
+            ),
+        },
+        REFUSED: {
+            "write it with the prefix stage3_": f"{_STAGE_3_COUNTS} {_STAGE_3_SWITCHES}",
+            "it reorders the flat partitions, so that TEV and checkpoints would misplace weights": (
+                "round_robin_gradients"
+            ),
+            "deprecated by DeepSpeed; write offload_optimizer: {device: cpu}": "cpu_offload",
+            "deprecated by DeepSpeed; write offload_param: {device: cpu}": "cpu_offload_param",
+            "deprecated by DeepSpeed; write offload_optimizer: {pin_memory: true}": "cpu_offload_use_pin_memory",
+            "DeepSpeed does not read it any more; leave it out": "legacy_stage1",
+            "its groups cut the whole world and know nothing of tensor parallelism": "zero_hpz_partition_size",
+            "quantized weights break the equality of layouts": "zero_quantized_weights",
+            "quantized gradients break the equality of layouts": "zero_quantized_gradients",
+            "every weight is trained": "zero_quantized_nontrainable_weights",
+            _OWN_OPTIMIZER: "zenflow",
+            "the optimizer is AdamW": "save_muon_momentum_buffer_in_memory",
+            _NO_EXPERTS: "leaf_module",
+            _REMOVED: "mics_shard_size mics_hierarchical_params_gather zeropp_loco_param",
+        },
+    },
+    "zero_optimization.offload_optimizer": {
+        YOURS: {"none|cpu": "device", "bool": "pin_memory"},
+        REFUSED: {
+            _NVME: "nvme_path buffer_count pipeline_read pipeline_write fast_init",
+            "an optimizer state in two places is out of reach of TEV and checkpoints; offload it whole": "ratio",
+            _OWN_OPTIMIZER: "super_offload",
+            "only super_offload reads it": "cpuadam_cores_perc",
+        },
+    },
+    "zero_optimization.offload_param": {
+        YOURS: {"none|cpu": "device", "bool": "pin_memory"},
+        REFUSED: {_NVME: "nvme_path buffer_count buffer_size max_in_cpu"},
+    },
+    "pipeline": {
+        YOURS: {"bool": "pipe_partitioned grad_partitioned"},
+        OURS: {
+            "set parallel.pipeline": "stages",
+            "blocks are spread evenly over the stages; leave it out": "partition",
+            "initialization does not depend on the layout; leave it out": "seed_layers",
+            "set parallel.activation_checkpointing": "activation_checkpoint_interval",
+        },
+    },
+    "comms_logger": {YOURS: {"bool": "enabled prof_all verbose debug", "list": "prof_ops"}},
 }
 
 TABLES: dict[str, dict[str, tuple[str, str]]] = {
-    section: {key: (owner, note) for owner, note, keys in rows for key in keys.split()}
-    for section, rows in _ROWS.items()
+    section: {
+        key: (owner, note) for owner, notes in owners.items() for note, keys in notes.items() for key in keys.split()
+    }
+    for section, owners in _SECTIONS.items()
 }
-"""By section and key: the owner, and the note of the row."""
+"""By section and key: the owner, and the note of the key."""
 
 
 def _wrong_value(kind: str, value: Any) -> str | None:

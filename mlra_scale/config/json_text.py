@@ -85,11 +85,7 @@ def parse_json(content: str | bytes, where: str, allow_nan: bool = False) -> Any
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         value = json.loads(
-            text,
-            object_pairs_hook=_without_duplicates,
-            parse_int=_integer,
-            parse_float=number,
-            parse_constant=number,
+            text, object_pairs_hook=_without_duplicates, parse_int=_integer, parse_float=number, parse_constant=number
         )
         _check(value)
     except UnicodeDecodeError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.deepspeed_json import check_deepspeed_keys
@@ -70,12 +71,12 @@ def load_named_config(
     """
     problems: list[Problem] = []
     if run_config is not None:
-        given, name = _read_mapping(run_config, "--run-dir", stored_yaml.parse, problems), None
+        given, name = _read_mapping(run_config, "--run-dir", problems), None
         in_file: frozenset[str] = frozenset()
     else:
         given = {}
         if config_file is not None:
-            given = _read_mapping(Path(config_file), "--config", stored_yaml.parse, problems)
+            given = _read_mapping(Path(config_file), "--config", problems)
         in_file = frozenset(_field_names(given))
         name = _choose_preset(preset, given, problems)
         if name is None and config_file is None:
@@ -83,7 +84,8 @@ def load_named_config(
             problems.append(Problem("--preset", None, remedy + "with the --run-dir that holds it"))
     on_command_line: set[str] = set()
     if ds_config_file is not None:
-        given["deepspeed"] = _read_mapping(Path(ds_config_file), "--ds-config", _parse_deepspeed_file, problems)
+        file, parse = Path(ds_config_file), partial(parse_json, where="the file")
+        given["deepspeed"] = _read_mapping(file, "--ds-config", problems, parse, "a JSON object { ... }")
         on_command_line.add("deepspeed")
     for text in (text for text in overrides if not _is_default(text)):
         on_command_line |= _apply_override(given, text, problems)
@@ -144,28 +146,22 @@ def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
 
 
 def _read_mapping(
-    path: Path, flag: str, parse: Callable[[str], dict[str, Any] | None], problems: list[Problem]
+    path: Path,
+    flag: str,
+    problems: list[Problem],
+    parse: Callable[[str], Any] = stored_yaml.parse,
+    wanted: str = "sections (model:, train:, ...)",
 ) -> dict[str, Any]:
     """Returns the mapping in a file ({} for an empty one), or {} with one more problem of `flag` in `problems`."""
     text = read_text(path, flag, problems)
     try:
         values = parse(text) if text is not None else {}
         if not isinstance(values, dict | None):
-            raise ValueError("must hold sections (model:, train:, ...) at its top")
+            raise ValueError(f"must hold {wanted} at its top")
         return values or {}
     except ValueError as error:
         problems.append(Problem(flag, str(path), str(error)))
         return {}
-
-
-def _parse_deepspeed_file(text: str) -> dict[str, Any]:
-    try:
-        values = parse_json(text, "the file")
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("the file ")) from None
-    if not isinstance(values, dict):
-        raise ValueError("must be a JSON object: { ... }")
-    return values
 
 
 def _choose_preset(preset: str | None, from_file: dict[str, Any], problems: list[Problem]) -> str | None:
@@ -229,22 +225,21 @@ def _apply_override(values: dict[str, Any], text: str, problems: list[Problem]) 
 
 def _split_path(path: str) -> list[str]:
     """Splits a dotted path into keys; raises ValueError with the reason if it leads to no field."""
-    parts = path.split(".")
-    if parts[0] == "preset":
+    section, *inner = path.split(".")
+    if section == "preset":
         raise ValueError("a preset is where values start from, not an override; use --preset")
-    model: type[BaseModel] = Config
-    for index, part in enumerate(parts):
-        if part not in model.model_fields:
-            raise ValueError(f"unknown key '{part}'" + nearest(part, model.model_fields))
-        inner = model_at(model, [part])
-        if inner is not None:
-            model = inner
-            continue
-        rest = parts[index + 1 :]
-        if rest and part == "blend":
-            # The keys of a blend are paths, which have dots of their own.
-            return [*parts[: index + 1], ".".join(rest)]
-        if rest and part != "deepspeed":
-            raise ValueError(f"'{part}' is a value and has no fields")
-        return parts
-    raise ValueError(f"is a section; set one of its fields: {', '.join(model.model_fields)}")
+    if section not in Config.model_fields:
+        raise ValueError(f"unknown key '{section}'" + nearest(section, Config.model_fields))
+    model = model_at(Config, [section])
+    if model is None:  # deepspeed, whose keys are checked as a whole
+        return [section, *inner]
+    if not inner:
+        raise ValueError(f"is a section; set one of its fields: {', '.join(model.model_fields)}")
+    field, *rest = inner
+    if field not in model.model_fields:
+        raise ValueError(f"unknown key '{field}'" + nearest(field, model.model_fields))
+    if not rest:
+        return [section, field]
+    if field != "blend":
+        raise ValueError(f"'{field}' is a value and has no fields")
+    return [section, field, ".".join(rest)]  # the keys of a blend are paths, which have dots of their own

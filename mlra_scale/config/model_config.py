@@ -18,72 +18,61 @@ PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 class ModelConfig(Section):
     """Shape, attention and initialization of the model (GPT-2: pre-LN, tanh GELU, learned positions, tied head)."""
 
-    vocab_size: int = Field(50257, ge=2, description="Number of real tokens; rows added by padding never count.")
-    vocab_padding_multiple: int = Field(
-        128,
-        ge=1,
-        description="The embedding's rows are padded to a multiple of this, whatever the tensor-parallel degree.",
-    )
-    max_positions: int = Field(1024, ge=1, description="Number of learned positions: the longest possible sequence.")
-    num_layers: int = Field(ge=1, le=MAX_LAYERS, description="Number of transformer blocks: the depth.")
-    hidden_size: int = Field(ge=1, description="Width D of the residual stream.")
-    num_heads: int = Field(ge=1, description="Number of attention heads N; D must be divisible by it.")
-    ffn_hidden_size: int | None = Field(None, ge=1, description="Inner width of the MLP; null: 4 D.")
-    attention: Literal["mlra", "dense"] = Field(
-        "mlra", description="mlra: the projections named below are products of two factors; dense: stock GPT-2."
-    )
-    attention_rank: int | None = Field(
-        None,
-        ge=1,
-        description="Rank R of the factorised projections; null: attention_rank_ratio times D, rounded. "
-        "For a dense model: the rank of the MLRA model that matched-to-mlra pairs it with.",
-    )
-    attention_rank_ratio: float = Field(
-        0.5, gt=0.0, le=1.0, description="R/D when attention_rank is null; 1/2 keeps the parameter count of dense."
-    )
-    factorised_projections: tuple[Projection, ...] = Field(
-        ("q", "k", "v"),
-        strict=False,
-        description="Which of q, k, v, o are factorised (for dense: of the MLRA model that matched-to-mlra means).",
-    )
-    init_std: float = Field(0.02, gt=0.0, le=1.0, description="Standard deviation of the base initialization.")
-    init_width_rule: Literal["fixed", "inverse_sqrt_width", "small"] = Field(
-        "fixed",
-        description="fixed: init_std as it is; inverse_sqrt_width: init_std * sqrt(768 / D); small: sqrt(2 / (5 D)) "
-        "whatever init_std is.",
-    )
-    attention_init: Literal["gpt2", "xavier", "matched", "matched-to-mlra"] = Field(
-        "gpt2",
-        description="Attention's weights. mlra: gpt2 (both factors N(0, std)), xavier, matched (the product has the "
-        "dense variance); dense: gpt2, xavier, matched-to-mlra (the variance of the paired MLRA product: the control).",
-    )
-    paired_mlra_init: Literal["gpt2", "xavier", "matched"] = Field(
-        "gpt2", description="The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."
-    )
-    depth_scaled_init: bool | None = Field(
-        None,
-        description="Whether o and fc_out, which write to the residual stream, start smaller by 1/sqrt(2 L), as in "
-        "GPT-2; null: unless layer_norm_scaling, which works better without.",
-    )
-    embedding_dropout: Probability = Field(0.0, description="Dropout after the sum of token and position embedding.")
-    attention_dropout: Probability = Field(0.0, description="Dropout of attention weights.")
-    residual_dropout: Probability = Field(0.0, description="Dropout of each sublayer's output before the residual sum.")
-    layer_norm_eps: float = Field(1e-5, gt=0.0, le=1e-2, description="Epsilon of every layer norm.")
-    qk_norm: bool = Field(
-        False, description="Layer norm (no bias, one weight for all heads) of every query and key, over a head's width."
-    )
-    sigma_reparam: bool = Field(
-        False,
-        description="Each of q, k, v, o, fc_in, fc_out is multiplied by a learned gain over its largest singular value "
-        "(of the product where it is factorised).",
-    )
-    layer_norm_scaling: bool = Field(
-        False, description="Both layer norms of block l (counted from 1) are multiplied by 1/sqrt(l)."
-    )
-    embedding_scale: Literal["none", "sqrt_width"] = Field(
-        "none", description="sqrt_width: token embeddings enter times sqrt(D); the tied head is not scaled."
-    )
-    z_loss: float = Field(0.0, ge=0.0, description="Coefficient of the squared log-partition penalty; 0: off.")
+    vocab_size: int = Field(50257, ge=2)
+    """Number of real tokens; rows added by padding never count."""
+    vocab_padding_multiple: int = Field(128, ge=1)
+    """The embedding's rows are padded to a multiple of this, whatever the tensor-parallel degree."""
+    max_positions: int = Field(1024, ge=1)
+    """Number of learned positions: the longest possible sequence."""
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    """Number of transformer blocks: the depth."""
+    hidden_size: int = Field(ge=1)
+    """Width D of the residual stream."""
+    num_heads: int = Field(ge=1)
+    """Number of attention heads N; D must be divisible by it."""
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    """Inner width of the MLP; null: 4 D."""
+    attention: Literal["mlra", "dense"] = "mlra"
+    """mlra: the projections named below are products of two factors; dense: stock GPT-2."""
+    attention_rank: int | None = Field(None, ge=1)
+    """Rank R of the factorised projections; null: attention_rank_ratio times D, rounded. For a dense model: the rank of
+    the MLRA model that matched-to-mlra pairs it with."""
+    attention_rank_ratio: float = Field(0.5, gt=0.0, le=1.0)
+    """R/D when attention_rank is null; 1/2 keeps the parameter count of dense."""
+    factorised_projections: tuple[Projection, ...] = Field(("q", "k", "v"), strict=False)
+    """Which of q, k, v, o are factorised (for dense: of the MLRA model that matched-to-mlra means)."""
+    init_std: float = Field(0.02, gt=0.0, le=1.0)
+    """Standard deviation of the base initialization."""
+    init_width_rule: Literal["fixed", "inverse_sqrt_width", "small"] = "fixed"
+    """fixed: init_std as it is; inverse_sqrt_width: init_std * sqrt(768 / D); small: sqrt(2 / (5 D)) whatever init_std
+    is."""
+    attention_init: Literal["gpt2", "xavier", "matched", "matched-to-mlra"] = "gpt2"
+    """Attention's weights. mlra: gpt2 (both factors N(0, std)), xavier, matched (the product has the dense variance);
+    dense: gpt2, xavier, matched-to-mlra (the variance of the paired MLRA product: the control)."""
+    paired_mlra_init: Literal["gpt2", "xavier", "matched"] = "gpt2"
+    """The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."""
+    depth_scaled_init: bool | None = None
+    """Whether o and fc_out, which write to the residual stream, start smaller by 1/sqrt(2 L), as in GPT-2; null: unless
+    layer_norm_scaling, which works better without."""
+    embedding_dropout: Probability = 0.0
+    """Dropout after the sum of token and position embedding."""
+    attention_dropout: Probability = 0.0
+    """Dropout of attention weights."""
+    residual_dropout: Probability = 0.0
+    """Dropout of each sublayer's output before the residual sum."""
+    layer_norm_eps: float = Field(1e-5, gt=0.0, le=1e-2)
+    """Epsilon of every layer norm."""
+    qk_norm: bool = False
+    """Layer norm (no bias, one weight for all heads) of every query and key, over a head's width."""
+    sigma_reparam: bool = False
+    """Each of q, k, v, o, fc_in, fc_out is multiplied by a learned gain over its largest singular value (of the product
+    where it is factorised)."""
+    layer_norm_scaling: bool = False
+    """Both layer norms of block l (counted from 1) are multiplied by 1/sqrt(l)."""
+    embedding_scale: Literal["none", "sqrt_width"] = "none"
+    """sqrt_width: token embeddings enter times sqrt(D); the tied head is not scaled."""
+    z_loss: float = Field(0.0, ge=0.0)
+    """Coefficient of the squared log-partition penalty; 0: off."""
 
     @field_validator("factorised_projections", mode="after")
     @classmethod

@@ -91,10 +91,7 @@ def _model(config: Config) -> Failures:
             "is the control for a dense model; with model.attention mlra use gpt2, xavier or matched",
         )
     if model.attention == "dense" and model.attention_init == "matched":
-        yield (
-            "model.attention_init",
-            "is for factors; with model.attention dense use gpt2, xavier or matched-to-mlra",
-        )
+        yield ("model.attention_init", "is for factors; with model.attention dense use gpt2, xavier or matched-to-mlra")
     needs_factors = model.attention == "mlra" or model.attention_init == "matched-to-mlra"
     if needs_factors and not model.factorised_projections:
         yield (
@@ -148,7 +145,7 @@ def _sequence_parallel(config: Config) -> Failures:
         if section_at(config.deepspeed, "pipeline").get(key) is True:
             yield (
                 f"deepspeed.pipeline.{key}",
-                "takes activations for the same on all tensor-parallel ranks, and parallel.sequence_parallel splits "
+                "needs activations to be equal on all tensor-parallel ranks, and parallel.sequence_parallel splits "
                 "them; leave it out",
             )
 

@@ -1,7 +1,7 @@
-"""Data: text to Megatron indexed datasets (prepare), and from them to batches in a stateless order (open_datasets).
+"""Data: text to Megatron indexed data sets (prepare), and from them to batches in a stateless order (open_datasets).
 
-The names below, `DataError` apart, are loaded on first use. The worker processes of tools/prepare_data.py import this
-package only to tokenize; torch and Megatron would cost each of them several seconds and hundreds of MB.
+All names but `DataError` are loaded on first use: the worker processes of tools/prepare_data.py import this package to
+tokenize only, and torch and Megatron would cost each of them several seconds and hundreds of MB.
 """
 
 from __future__ import annotations
@@ -10,22 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlra_scale.data.manifest import Manifest as Manifest
-    from mlra_scale.data.mix import DataIdentity as DataIdentity
-    from mlra_scale.data.mix import Mix as Mix
-    from mlra_scale.data.opening import Datasets as Datasets
-    from mlra_scale.data.opening import check_data as check_data
-    from mlra_scale.data.opening import identify_data as identify_data
-    from mlra_scale.data.opening import open_datasets as open_datasets
-    from mlra_scale.data.stream import Batch as Batch
-    from mlra_scale.data.stream import SampleStream as SampleStream
+    from mlra_scale.data.mix import Mix
+    from mlra_scale.data.opening import OpenData, check_data, identify_data, open_datasets
+    from mlra_scale.data.stream import Batch, SampleStream
 
-_MODULES = {
-    "manifest": ("Manifest",),
-    "mix": ("DataIdentity", "Mix"),
-    "opening": ("Datasets", "check_data", "identify_data", "open_datasets"),
-    "stream": ("Batch", "SampleStream"),
-}
+_MODULES = {"Batch": "stream", "SampleStream": "stream", "Mix": "mix", "OpenData": "opening"}
+_MODULES |= dict.fromkeys(("check_data", "identify_data", "open_datasets"), "opening")
 
 
 class DataError(ValueError):
@@ -33,7 +23,6 @@ class DataError(ValueError):
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

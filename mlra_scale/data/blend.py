@@ -1,8 +1,8 @@
 """Which data set of a blend a sample comes from: a fixed pattern, repeated.
 
 The scheme. Time is cut into blocks of 65536 samples. In every block data set p has the same number of slots,
-quota_p = weight_p * 65536 rounded by largest remainder (at least one). Its k-th slot has the ideal place
-(k + phase_p) / quota_p in the block, and the slots of all data sets are sorted by ideal place; the phases are multiples
+quota_p = weight_p * 65536 rounded by largest remainder (at least one). Its k-th slot has the ideal position
+(k + phase_p) / quota_p in the block, and the slots of all data sets are sorted by it; the phases are multiples
 of the golden ratio modulo 1, so that data sets with equal weights take turns instead of coming in clusters. Hence
 
     sample i  ->  slot i mod 65536 of block i // 65536  ->  (p, block * quota_p + rank of the slot among p's slots)
@@ -34,9 +34,9 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
         whole = sum(weights)
     exact = [weight / whole * total for weight in weights]
     quotas = [max(1, int(share)) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda part: (quotas[part] - exact[part], part))
-    for part in by_remainder[: max(0, total - sum(quotas))]:
-        quotas[part] += 1
+    by_remainder = sorted(range(len(weights)), key=lambda number: (quotas[number] - exact[number], number))
+    for number in by_remainder[: max(0, total - sum(quotas))]:
+        quotas[number] += 1
     while sum(quotas) > total:  # tiny weights were raised to one slot: the largest quota pays
         quotas[quotas.index(max(quotas))] -= 1
     return quotas
@@ -48,21 +48,16 @@ class BlendPattern:
     def __init__(self, weights: Sequence[float]) -> None:
         quotas = largest_remainder(weights, BLOCK)
         self._quotas = np.array(quotas, dtype=np.int64)
-        phases = [(part + 1) * _GOLDEN_RATIO % 1.0 for part in range(len(quotas))]
+        phases = [(number + 1) * _GOLDEN_RATIO % 1.0 for number in range(len(quotas))]
         ideal = np.concatenate(
             [(np.arange(quota) + phase) / quota for quota, phase in zip(quotas, phases, strict=True)]
         )
-        part = np.repeat(np.arange(len(quotas)), quotas)
+        data_set = np.repeat(np.arange(len(quotas)), quotas)
         rank = np.concatenate([np.arange(quota) for quota in quotas])
-        # A stable sort: data sets with equal ideal places follow each other in the order of the blend.
+        # A stable sort: data sets with equal ideal positions follow each other in the order of the blend.
         order = np.argsort(ideal, kind="stable")
-        self._part_of_slot = part[order]
+        self._data_set_of_slot = data_set[order]
         self._rank_of_slot = rank[order]
-
-    @property
-    def num_parts(self) -> int:
-        """Number of data sets in the blend."""
-        return len(self._quotas)
 
     @property
     def proportions(self) -> list[float]:
@@ -71,13 +66,11 @@ class BlendPattern:
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns, for global sample indices of shape [n], the data set and how many of its samples came before."""
-        if self.num_parts == 1:
-            return np.zeros_like(samples), samples
         block, slot = np.divmod(samples, BLOCK)
-        parts = self._part_of_slot[slot]
-        return parts, block * self._quotas[parts] + self._rank_of_slot[slot]
+        data_sets = self._data_set_of_slot[slot]
+        return data_sets, block * self._quotas[data_sets] + self._rank_of_slot[slot]
 
     def count(self, num_samples: int) -> NDArray[np.int64]:
         """Returns how many of the first `num_samples` samples each data set gives, int64 of shape [data sets]."""
         blocks, rest = divmod(num_samples, BLOCK)
-        return blocks * self._quotas + np.bincount(self._part_of_slot[:rest], minlength=self.num_parts)
+        return blocks * self._quotas + np.bincount(self._data_set_of_slot[:rest], minlength=len(self._quotas))

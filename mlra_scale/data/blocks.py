@@ -49,13 +49,9 @@ class BlockHasher:
 
 
 class CheckedFile:
-    """A .bin file, each block of which is compared with its hash when it is first read.
+    """A .bin file, not empty, each block of which is compared with its hash in a .blocks file when it is first read.
 
     Threads may share it: at worst both check the same block.
-
-    Args:
-        path: The .bin file, not empty.
-        table: The .blocks file.
 
     Raises:
         DataError: The table has not one digest per block.
@@ -72,11 +68,7 @@ class CheckedFile:
         self._is_checked = np.zeros(count, dtype=np.bool_)
 
     def check(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """Checks the blocks of stretches that are about to be read, as far as that was not done before.
-
-        Args:
-            begins: First byte of each stretch, shape [n].
-            ends: One past the last byte of each stretch, shape [n].
+        """Checks the blocks of the stretches [begin, end) of bytes, shape [n], that were not checked before.
 
         Raises:
             DataError: A block is not what was prepared; the message names its offset.

@@ -6,10 +6,8 @@ It needs no network and a few seconds: about 10 MB of real text on Python 3.11. 
 - for every module of the standard library, its docstrings (read with `ast`, nothing is imported),
 - for every module, its source code with the docstrings cut out, so that no text appears twice.
 
-Left out: packages that are not Python's own (site-packages), tests, build-machine settings, and generated tables
-(character sets in encodings, pydoc's topics as source). Documents are ordered by a hash of their name, so that any
-first part of the corpus (--max-bytes) is a fair sample of the whole. Content and order depend on the Python version
-and on which optional parts of the library the system ships; the manifest records the version.
+docs/data.md lists what is left out. Documents are ordered by a hash of their name, so that any first part of the corpus
+(--max-bytes) is a fair sample of the whole.
 """
 
 from __future__ import annotations
@@ -23,9 +21,10 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlra_scale.data import DataError
-from mlra_scale.data.files import BEYOND, FileCounts, NotRead
+from mlra_scale.data.files import BEYOND, NotRead, file_counts
 from mlra_scale.data.readers import Document
 
 PYTHON_DOCS = "python-docs"
@@ -36,21 +35,17 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonCorpus:
-    """The embedded corpus, a Source; documents are made when they are first read, and kept (10 MB) for the next pass.
-
-    Attributes:
-        modules: File of every module, by dotted name.
-    """
+    """The embedded corpus, a Source. Documents are made when first read, and kept (10 MB) for the next pass."""
 
     name = PYTHON_DOCS
     kind = "embedded"
 
     def __init__(self) -> None:
-        self.modules = dict(_modules())
-        num_bytes = sum(path.stat().st_size for path in self.modules.values()) + sum(map(len, _topics().values()))
+        self.modules = _modules()
+        self._texts = {f"topic {name}": text for name, text in _topics().items()}
+        num_bytes = sum(path.stat().st_size for path in self.modules.values()) + sum(map(len, self._texts.values()))
         self.total_bytes: int | None = num_bytes
         self._visited, self._broken = set[str](), list[str]()
-        self._texts = {f"topic {name}": text for name, text in _topics().items()}
         names = [*self._texts, *(f"{kind} {name}" for name in self.modules for kind in ("docstrings", "source"))]
         self._names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
@@ -75,11 +70,11 @@ class PythonCorpus:
             if text.strip():
                 yield Document(text, size)
 
-    def files(self) -> FileCounts:
+    def files(self) -> dict[str, Any]:
         """Returns what became of the modules in the last pass."""
         beyond = [NotRead(name, BEYOND) for name in self.modules if name not in self._visited]
         broken = [NotRead(name, "not Python source of this version") for name in self._broken]
-        return FileCounts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
+        return file_counts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
 
 
 def _topics() -> dict[str, str]:
@@ -90,17 +85,17 @@ def _topics() -> dict[str, str]:
     return topics
 
 
-def _modules() -> list[tuple[str, Path]]:
-    """Returns (dotted name, file) of every module of the standard library that belongs to the corpus."""
+def _modules() -> dict[str, Path]:
+    """Returns the file, by dotted name, of every module of the standard library that belongs to the corpus."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    found = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if _LEFT_OUT.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
             continue
         if parts[0] == "encodings" and re.search("decoding_(table|map)", path.read_text(encoding="utf-8")):
             continue
-        found.append((".".join(parts), path))
+        found[".".join(parts)] = path
     if not found:
         raise DataError(f"this Python has no standard library sources in {root}; name another --source")
     return found
@@ -128,8 +123,8 @@ def module_texts(name: str, path: Path) -> tuple[str, str] | None:
 def _no_garbage_collection() -> Iterator[None]:
     """Stops the cyclic garbage collector for the time of one module.
 
-    A syntax tree has no cycles, but its many nodes start full collections, each of which visits every object of the
-    process: in a process that has imported torch they take several times as long as the parsing.
+    The many nodes of a syntax tree start full collections, which take several times as long as the parsing in a process
+    that has imported torch.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,12 +1,9 @@
 """Turns documents into tokens in several processes, in order and with bounded memory.
 
-The main process reads documents and cuts them into chunks; workers tokenize chunks, dealt out in turns; at most four
-chunks per worker are on their way, and results are taken in the order of the chunks. So memory does not grow with the
-input, and the result does not depend on the number of workers.
-
-Each worker has a pipe of its own to the main process, and nothing is shared between workers: whenever one dies, even in
-the middle of a message, its pipe ends and the main process notices. (The pools of the standard library share one pipe
-for all results; a worker killed while it writes there can leave the reader waiting for ever.)
+Chunks of documents are dealt to the workers in turns, and results are taken in the order of the chunks, so the result
+does not depend on the number of workers. Each worker has a pipe of its own: when it dies, even in the middle of a
+message, its pipe ends and the main process notices. (The pools of the standard library share one pipe for all results;
+a worker killed while it writes there can leave the reader waiting for ever.)
 """
 
 from __future__ import annotations
@@ -17,9 +14,11 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,15 +74,11 @@ class Encoder:
                 would end early.
         """
         texts = [document.text for document in documents]
-        parts = []
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the Rust library raises plain Exception
             raise DataError(f"the tokenizer cannot encode every text: {error}; choose one that can") from error
-        for encoding in encodings:
-            ids = encoding.ids
-            ids.append(self._end)
-            parts.append(np.array(ids, dtype=self._dtype))
+        parts = [np.array([*encoding.ids, self._end], dtype=self._dtype) for encoding in encodings]
         tokens = np.concatenate(parts)
         if np.count_nonzero(tokens == self._end) != len(parts):
             number = next(i for i, part in enumerate(parts) if np.count_nonzero(part == self._end) > 1)
@@ -105,18 +100,19 @@ def encode_in_order(
 ) -> Iterator[EncodedChunk]:
     """Yields the chunks of a stream of documents, none of them empty, in their order.
 
-    The chunks' borders depend on the documents only. Tokenizer, end and dtype are those of `Encoder`. With one worker
+    Tokenizer, end and dtype are those of `Encoder`. At most four chunks per worker are on their way. With one worker
     the calling process does the work.
 
     Raises:
         DataError: A worker process died, or a document holds the end-of-document token.
     """
+    make_encoder = partial(Encoder, tokenizer_json, end_of_document, dtype)
     if workers == 1:
-        yield from map(Encoder(tokenizer_json, end_of_document, dtype), _chunks(documents))
+        yield from map(make_encoder(), _chunks(documents))
         return
     crew: list[_Worker] = []
     try:
-        crew += (_Worker(tokenizer_json, end_of_document, dtype) for _ in range(workers))
+        crew += (_Worker(make_encoder) for _ in range(workers))
         waiting: deque[_Worker] = deque()
         for number, chunk in enumerate(_chunks(documents)):
             worker = crew[number % workers]
@@ -147,12 +143,11 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 class _Worker:
     """A worker process, seen from the main process."""
 
-    def __init__(self, tokenizer_json: str, end_of_document: int, dtype: str) -> None:
+    def __init__(self, make_encoder: Callable[[], Encoder]) -> None:
         # spawn: the calling process has threads (tokenizers, torch), which do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, tokenizer_json, end_of_document, dtype)
-        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, make_encoder), daemon=True)
         self._process.start()
         # The worker holds the only other end: when it is gone, reading and writing here fail instead of waiting.
         theirs.close()
@@ -184,7 +179,7 @@ class _Worker:
         return DataError(f"a worker process died ({how}; out of memory? try fewer --workers); nothing was written")
 
 
-def _work(connection: Connection, tokenizer_json: str, end_of_document: int, dtype: str) -> None:
+def _work(connection: Connection, make_encoder: Callable[[], Encoder]) -> None:
     """The loop of a worker process: chunks in, results out, in order.
 
     Reading and writing have threads of their own. Otherwise main process and worker could both wait until the other
@@ -195,9 +190,9 @@ def _work(connection: Connection, tokenizer_json: str, end_of_document: int, dty
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     chunks: queue.SimpleQueue[list[Document]] = queue.SimpleQueue()
     results: queue.SimpleQueue[EncodedChunk | Exception] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(connection, chunks), daemon=True).start()
-    threading.Thread(target=_write, args=(connection, results), daemon=True).start()
-    encoder = Encoder(tokenizer_json, end_of_document, dtype)
+    for take, give in ((connection.recv, chunks.put), (results.get, connection.send)):
+        threading.Thread(target=_transfer, args=(take, give), daemon=True).start()
+    encoder = make_encoder()
     while True:
         try:
             results.put(encoder(chunks.get()))
@@ -205,18 +200,10 @@ def _work(connection: Connection, tokenizer_json: str, end_of_document: int, dty
             results.put(error)
 
 
-def _read(connection: Connection, chunks: queue.SimpleQueue[list[Document]]) -> None:
+def _transfer(take: Callable[[], Any], give: Callable[[Any], None]) -> None:
     try:
         while True:
-            chunks.put(connection.recv())
+            give(take())
     finally:
         # The main process is gone, or a chunk cannot be read: it will notice that this process ends.
-        os._exit(1)
-
-
-def _write(connection: Connection, results: queue.SimpleQueue[EncodedChunk | Exception]) -> None:
-    try:
-        while True:
-            connection.send(results.get())
-    finally:
         os._exit(1)

@@ -6,19 +6,15 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlra_scale.config.json_text import printable
 from mlra_scale.data import DataError
 
-COMPRESSIONS = (".gz", ".zst")
 # Kinds whose files may be compressed as a whole; .parquet compresses its own pages.
 _STREAMS = (".txt", ".jsonl", ".json")
 KNOWN_KINDS = ".txt, .jsonl, .json (each also with .gz or .zst behind it), .parquet"
-
-
 BEYOND = "beyond --max-bytes"
 """Reason why a file after the cap is not read."""
 _NUM_NAMES = 10
@@ -26,58 +22,31 @@ _NUM_NAMES = 10
 _NUM_PRINTED = 3
 
 
-@dataclass(frozen=True)
-class NotRead:
-    """A file or folder that a source matched and that is not read.
-
-    Attributes:
-        path: Its path.
-        reason: Why, in words that are the same for all files with this reason.
-    """
+class NotRead(NamedTuple):
+    """A file or folder that a source matched and that is not read; files that are left out alike have equal reasons."""
 
     path: str
     reason: str
 
 
-@dataclass
-class Matches:
-    """What one name of a source matches.
+def file_counts(read: int, without_documents: Sequence[str], not_read: Sequence[NotRead]) -> dict[str, Any]:
+    """Returns what became of the files that a source matched, as the manifest has it: all numbers, the first names.
 
-    Attributes:
-        files: The files to read, in reading order.
-        not_read: All others. A folder that is not searched counts as one.
-    """
-
-    files: list[Path] = field(default_factory=list)
-    not_read: list[NotRead] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class FileCounts:
-    """What became of the files that a source matched: each of them is read or not read.
-
-    Attributes:
+    Args:
         read: Number of files that were read, the last one perhaps in part (--max-bytes).
         without_documents: Paths of those that were read and hold no document.
         not_read: All others.
     """
 
-    read: int
-    without_documents: Sequence[str]
-    not_read: Sequence[NotRead]
+    def named(paths: Sequence[str]) -> dict[str, Any]:
+        return {"files": len(paths), "names": list(map(printable, paths[:_NUM_NAMES]))}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the manifest's entry: every number, and the first names."""
-
-        def named(paths: Sequence[str]) -> dict[str, Any]:
-            return {"files": len(paths), "names": list(paths[:_NUM_NAMES])}
-
-        return {
-            "matched": self.read + len(self.not_read),
-            "read": self.read,
-            "without_documents": named(self.without_documents),
-            "not_read": [{"reason": reason} | named(paths) for reason, paths in _by_reason(self.not_read).items()],
-        }
+    return {
+        "matched": read + len(not_read),
+        "read": read,
+        "without_documents": named(without_documents),
+        "not_read": [{"reason": reason} | named(paths) for reason, paths in _by_reason(not_read).items()],
+    }
 
 
 def kind_of(path: Path) -> str | None:
@@ -85,48 +54,44 @@ def kind_of(path: Path) -> str | None:
     name = path.name.lower()
     if name.endswith(".parquet"):
         return ".parquet"
-    stem = name[: -len(compression_of(path))] if compression_of(path) else name
+    stem = name.removesuffix(compression_of(path))
     return next((kind for kind in _STREAMS if stem.endswith(kind)), None)
 
 
 def compression_of(path: Path) -> str:
     """Returns ".gz", ".zst" or "", whichever a file's name ends with."""
-    return next((ending for ending in COMPRESSIONS if path.name.lower().endswith(ending)), "")
+    return next((ending for ending in (".gz", ".zst") if path.name.lower().endswith(ending)), "")
 
 
-def find_files(name: str) -> Matches:
+def find_files(name: str) -> tuple[list[Path], list[NotRead]]:
     """Finds the files that a path, folder or glob matches.
 
     Folders are searched at any depth, without links to folders and without hidden files and folders; so is ** in a
     glob. (The standard library's ** follows links, around loops as well.)
 
     Returns:
-        At least one file to read, in sorted order, and what is not read.
+        At least one file to read, in sorted order; and the others. A folder that is not searched counts as one.
 
     Raises:
         DataError: There is no file to read, or a file cannot be looked at.
     """
-    path, matches = Path(name), Matches()
+    path, not_read = Path(name), set[NotRead]()
     if path.is_file() and kind_of(path) is None:
         raise DataError(f"source {name} is of no known kind ({KNOWN_KINDS})")
     try:
-        if path.exists():
-            roots, tail = [path], ""
-        else:
-            roots, tail = _expand(name)
+        roots, tail = ([path], "") if path.exists() else _expand(name)
         if not roots:
             raise DataError(
                 f"source {name} does not exist; a Hugging Face data set is written hf:NAME, "
                 "the embedded corpus python-docs"
             )
-        _sort_out({file for root in roots for file in _search(root, tail, matches)}, matches)
+        files = _sort_out({file for root in roots for file in _search(root, tail, not_read)}, not_read)
     except OSError as error:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
-    matches.not_read = sorted(set(matches.not_read), key=lambda entry: entry.path)
-    if not matches.files:
-        others = f"; {describe(matches.not_read)}" if matches.not_read else ""
+    if not files:
+        others = f"; {describe(sorted(not_read))}" if not_read else ""
         raise DataError(f"source {name} holds no file of a known kind ({KNOWN_KINDS}){others}")
-    return matches
+    return files, sorted(not_read)
 
 
 def _expand(pattern: str) -> tuple[list[Path], str]:
@@ -140,10 +105,10 @@ def _expand(pattern: str) -> tuple[list[Path], str]:
     return [Path(path) for path in glob.glob(head) if os.path.isdir(path)], tail
 
 
-def _search(root: Path, tail: str, matches: Matches) -> Iterator[Path]:
+def _search(root: Path, tail: str, not_read: set[NotRead]) -> Iterator[Path]:
     """Yields a file, or the files below a folder of which the path, or a folder on it, ends as `tail` says.
 
-    What is hidden, and links to folders, go to `matches`.
+    What is hidden, and links to folders, go to `not_read`.
     """
     if not root.is_dir():
         yield root
@@ -153,14 +118,14 @@ def _search(root: Path, tail: str, matches: Matches) -> Iterator[Path]:
         is_whole = not tail or any(part.match(tail) for part in (below, *below.parents))
         for name in subfolders:
             if name.startswith("."):
-                matches.not_read.append(NotRead(os.path.join(folder, name), "hidden"))
+                not_read.add(NotRead(os.path.join(folder, name), "hidden"))
             elif os.path.islink(os.path.join(folder, name)):
-                matches.not_read.append(NotRead(os.path.join(folder, name), "a link to a folder"))
+                not_read.add(NotRead(os.path.join(folder, name), "a link to a folder"))
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             if name.startswith("."):
                 if is_whole:
-                    matches.not_read.append(NotRead(os.path.join(folder, name), "hidden"))
+                    not_read.add(NotRead(os.path.join(folder, name), "hidden"))
             elif is_whole or (below / name).match(tail):
                 yield Path(folder, name)
 
@@ -169,19 +134,17 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _sort_out(found: Iterable[Path], matches: Matches) -> None:
-    """Sorts what was found into files to read and others."""
-    seen: set[tuple[int, int]] = set()
+def _sort_out(found: Iterable[Path], not_read: set[NotRead]) -> list[Path]:
+    """Returns the files that can be read, in order; the others go to `not_read`."""
+    files: dict[tuple[int, int], Path] = {}
     for file in sorted(found):
         if kind_of(file) is None:
-            matches.not_read.append(NotRead(str(file), "of no known kind"))
+            not_read.add(NotRead(str(file), "of no known kind"))
         elif not stat.S_ISREG(file.stat().st_mode):
-            matches.not_read.append(NotRead(str(file), "not a regular file"))
-        elif identity(file) in seen:
-            matches.not_read.append(NotRead(str(file), "the same file under a second name"))
-        else:
-            seen.add(identity(file))
-            matches.files.append(file)
+            not_read.add(NotRead(str(file), "not a regular file"))
+        elif files.setdefault(identity(file), file) is not file:
+            not_read.add(NotRead(str(file), "the same file under a second name"))
+    return list(files.values())
 
 
 def identity(path: Path) -> tuple[int, int]:

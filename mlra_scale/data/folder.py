@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mlra_scale.data import DataError
-from mlra_scale.data.blocks import BLOCK_BYTES, hash_blocks, sha256_of_file
+from mlra_scale.data.blocks import CheckedFile, hash_blocks, sha256_of_file
 from mlra_scale.data.index_cache import damaged_caches
 from mlra_scale.data.indexed import WHOLE_BYTES, IndexedFiles, open_indexed
 from mlra_scale.data.manifest import (
@@ -18,7 +16,9 @@ from mlra_scale.data.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
     VERSION,
+    FileSum,
     Manifest,
+    Split,
     content_fingerprint,
     manifest_text,
     read_manifest,
@@ -27,50 +27,42 @@ from mlra_scale.files import write_atomically
 
 _REMEDY = "copy it from where it is whole, or prepare the data again"
 _TOKENS_AT_ONCE = 1 << 22
-_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A folder made by tools/prepare_data.py that its manifest describes.
-
-    Attributes:
-        manifest: The manifest.
-        files: The indexed data set of each split.
-    """
-
-    manifest: Manifest
-    files: dict[str, IndexedFiles]
-
-
-def open_prepared(folder: Path) -> Prepared:
+def open_prepared(folder: Path) -> tuple[Manifest, dict[str, IndexedFiles]]:
     """Opens a prepared folder and compares it with its manifest, but for the content of the .bin files.
 
     What is read of the .bin files is checked through `IndexedFiles.checked`.
+
+    Returns:
+        The manifest, and the indexed data set of each split.
 
     Raises:
         DataError: Something is missing, or is not what was prepared.
     """
     manifest = read_manifest(folder)
-    files = {split: _open_split(manifest, split) for split in SPLITS}
+    files: dict[str, IndexedFiles] = {split: _open_split(manifest, split) for split in SPLITS}
     if manifest.version > 1:
-        for problem in _tokenizer_file_problems(manifest):
-            raise DataError(problem)
-    return Prepared(manifest, files)
-
-
-def _open_split(manifest: Manifest, split: str) -> IndexedFiles:
-    table, recorded = manifest.blocks(split), manifest.files
-    files = open_indexed(manifest.prefix(split), table)
-    if files.bin_bytes != (wanted := recorded[f"{split}.bin"]["bytes"]):
-        raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {wanted}; {_REMEDY}")
-    if files.index_sha256 != recorded[f"{split}.idx"]["sha256"]:
-        raise DataError(f"{files.prefix}.idx is not the file that its manifest describes; {_REMEDY}")
-    if table is not None and (problem := _file_problem(table, recorded[table.name])):
+        for name, recorded in manifest.files.items():
+            if name.startswith(f"{TOKENIZER_FOLDER}/"):
+                _check_file(folder / name, recorded)
+    for problem in _unrecorded(manifest):
         raise DataError(problem)
+    return manifest, files
+
+
+def _open_split(manifest: Manifest, split: Split) -> IndexedFiles:
+    table, recorded = manifest.blocks(split), manifest.files
+    files = open_indexed(str(manifest.folder / split), table)
+    if files.bin_bytes != (wanted := recorded[f"{split}.bin"].bytes):
+        raise DataError(f"{files.prefix}.bin has {files.bin_bytes} bytes, its manifest says {wanted}; {_REMEDY}")
+    if files.index_sha256 != recorded[f"{split}.idx"].sha256:
+        raise DataError(f"{files.prefix}.idx is not the file that its manifest describes; {_REMEDY}")
+    if table is not None:
+        _check_file(table, recorded[table.name])
     documents, tokens = files.num_documents, files.num_tokens(0, len(files.sequence_lengths))
-    entry = manifest.content["splits"][split]
-    if (documents, tokens, files.dtype.name) != (entry["documents"], entry["tokens"], manifest.content["dtype"]):
+    entry = manifest.splits[split]
+    if (documents, tokens, files.dtype.name) != (entry.documents, entry.tokens, manifest.dtype):
         raise DataError(
             f"{manifest.path} was changed by hand: {files.prefix}.idx has {documents} documents, {tokens} tokens of "
             f"{files.dtype.name}; {_REMEDY}"
@@ -78,39 +70,34 @@ def _open_split(manifest: Manifest, split: str) -> IndexedFiles:
     return files
 
 
-def check_contents(prepared: Prepared) -> None:
+def check_contents(manifest: Manifest, files: Mapping[str, IndexedFiles]) -> None:
     """Checks what a start checks once, before training: small .bin files as a whole, and what version 1 did not record.
 
     Raises:
         DataError: Something is not what was prepared.
     """
-    for split, files in prepared.files.items():
-        if not files.is_small:
+    for split, indexed in files.items():
+        if not indexed.is_small:
             continue
-        if files.checked is not None:
-            files.checked.check_all()
-        elif problem := _file_problem(Path(f"{files.prefix}.bin"), prepared.manifest.files[f"{split}.bin"]):
-            raise DataError(problem)
-    if prepared.manifest.version == 1:
-        _check_tokenizer(prepared.manifest)
-        for files in prepared.files.values():
-            _check_ends(prepared.manifest, files)
+        if indexed.checked is not None:
+            indexed.checked.check_all()
+        else:
+            _check_file(manifest.folder / f"{split}.bin", manifest.files[f"{split}.bin"])
+    if manifest.version == 1:
+        _check_tokenizer(manifest)
+        for indexed in files.values():
+            _check_ends(manifest, indexed)
 
 
-def notices_of(prepared: Prepared) -> list[str]:
+def notices_of(manifest: Manifest) -> list[str]:
     """Returns what a user should know of a folder that is read all the same."""
-    if prepared.manifest.version == VERSION:
+    if manifest.version == VERSION:
         return []
     return [
-        f"{prepared.manifest.folder} was prepared by an earlier version: what is read of .bin files of more than "
-        f"{WHOLE_BYTES // 10**6} MB is not checked; python tools/prepare_data.py --verify {prepared.manifest.folder} "
+        f"{manifest.folder} was prepared by an earlier version: what is read of .bin files of more than "
+        f"{WHOLE_BYTES // 10**6} MB is not checked; python tools/prepare_data.py --verify {manifest.folder} "
         "checks all of it and adds the hashes for that"
     ]
-
-
-def file_sums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns size and SHA-256 of files in a folder, by their names."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)} for name in names}
 
 
 def tokenizer_names(folder: Path) -> list[str]:
@@ -125,48 +112,46 @@ def tokenizer_names(folder: Path) -> list[str]:
     return sorted(f"{TOKENIZER_FOLDER}/{name}" for name in visible)
 
 
-def _tokenizer_file_problems(manifest: Manifest) -> list[str]:
-    folder = manifest.folder
-    recorded = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{TOKENIZER_FOLDER}/")}
-    problems = [_file_problem(folder / name, entry) for name, entry in recorded.items()]
-    extra = [name for name in tokenizer_names(folder) if name not in recorded]
-    problems += [f"{folder / name} was not there when the data were prepared; remove it" for name in extra]
-    return [problem for problem in problems if problem]
+def _unrecorded(manifest: Manifest) -> list[str]:
+    """Names the tokenizer's files that are not in the manifest; version 1 recorded none."""
+    names = set() if manifest.version == 1 else set(tokenizer_names(manifest.folder)) - manifest.files.keys()
+    return [f"{manifest.folder / name} was not there when the data were prepared; remove it" for name in sorted(names)]
 
 
-def _file_problem(path: Path, recorded: dict[str, Any]) -> str:
-    """Returns what is wrong with a file; empty: nothing."""
+def _check_file(path: Path, recorded: FileSum, table: Path | None = None) -> None:
+    """Raises DataError unless a file is the one that the manifest describes; the hashes in `table` tell where not."""
     if not path.is_file():
-        return f"{path} does not exist, its manifest names it; {_REMEDY}"
-    if (size := path.stat().st_size) != recorded["bytes"]:
-        return f"{path} has {size} bytes, its manifest says {recorded['bytes']}; {_REMEDY}"
-    if sha256_of_file(path) != recorded["sha256"]:
-        return f"{path} is damaged: it is not the file that its manifest describes; {_REMEDY}"
-    return ""
+        raise DataError(f"{path} does not exist, its manifest names it; {_REMEDY}")
+    if (size := path.stat().st_size) != recorded.bytes:
+        raise DataError(f"{path} has {size} bytes, its manifest says {recorded.bytes}; {_REMEDY}")
+    if sha256_of_file(path) != recorded.sha256:
+        if table is not None and table.is_file():
+            CheckedFile(path, table).check_all()
+        raise DataError(f"{path} is damaged: it is not the file that its manifest describes; {_REMEDY}")
 
 
 def _check_tokenizer(manifest: Manifest) -> None:
     """Raises DataError unless the tokenizer beside the data is the one that made them."""
     from mlra_scale.data.tokenizer import load_tokenizer, tokenizer_sha256
 
-    path, entry = manifest.tokenizer_folder / "tokenizer.json", manifest.content["tokenizer"]
-    loaded = load_tokenizer([str(path)], entry["end_of_document_text"])
-    if tokenizer_sha256(loaded.tokenizer) != manifest.tokenizer_sha256:
+    path, entry = manifest.tokenizer_folder / "tokenizer.json", manifest.tokenizer
+    loaded = load_tokenizer([str(path)], entry.end_of_document_text)
+    if tokenizer_sha256(loaded.tokenizer) != entry.sha256:
         raise DataError(f"{path} is damaged: it is not the tokenizer that made the data; {_REMEDY}")
-    found = (loaded.vocabulary_size, loaded.end_of_document_token)
-    if found != (manifest.vocabulary_size, manifest.end_of_document_token):
+    if (loaded.vocabulary_size, loaded.end_of_document_token) != (entry.vocabulary_size, entry.end_of_document_token):
         raise DataError(
-            f"{manifest.path} was changed by hand: {path} has {found[0]} tokens, and {found[1]} ends documents; "
-            f"{_REMEDY}"
+            f"{manifest.path} was changed by hand: {path} has {loaded.vocabulary_size} tokens, and "
+            f"{loaded.end_of_document_token} ends documents; {_REMEDY}"
         )
 
 
 def _check_ends(manifest: Manifest, files: IndexedFiles, limit: int = 1000) -> None:
     """Raises DataError unless up to `limit` documents, evenly spaced, end as the manifest says."""
-    if (files.document_ends(limit) != manifest.end_of_document_token).any():
+    end = manifest.tokenizer.end_of_document_token
+    if (files.document_ends(limit) != end).any():
         raise DataError(
-            f"{manifest.path} does not fit {files.prefix}.bin: not every document ends with the token "
-            f"{manifest.end_of_document_token}; prepare the data again"
+            f"{manifest.path} does not fit {files.prefix}.bin: not every document ends with the token {end}; "
+            "prepare the data again"
         )
 
 
@@ -182,77 +167,54 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
         DataError: There is no manifest, or it is damaged.
     """
     manifest = read_manifest(folder)
-    problems, tables = [], {}
-    for name, entry in manifest.files.items():
+    problems = []
+    for name, recorded in manifest.files.items():
         path = folder / name
-        if name.endswith(".bin") and path.is_file() and path.stat().st_size == entry["bytes"]:
-            problem, tables[name] = _verify_bin(manifest, path, entry)
-        else:
-            problem = _file_problem(path, entry)
-        if problem:
-            problems.append(problem)
-        else:
-            say(f"{path}: {entry['bytes']:,} bytes, as prepared")
-    if manifest.version > 1:
-        problems += [problem for problem in _tokenizer_file_problems(manifest) if problem not in problems]
+        try:
+            _check_file(path, recorded, manifest.blocks(path.stem) if path.suffix == ".bin" else None)
+            say(f"{path}: {recorded.bytes:,} bytes, as prepared")
+        except DataError as error:
+            problems.append(str(error))
+    problems += _unrecorded(manifest)
     problems += [
         f"{path} is damaged: an index that training keeps there; remove the folder {path.parent}, it is made again"
         for path in damaged_caches(folder / "cache")
     ]
     if problems:
         return problems
-    prepared = open_prepared(folder)
     _check_tokenizer(manifest)
-    for files in prepared.files.values():
+    for files in open_prepared(folder)[1].values():
         _check_ends(manifest, files, files.num_documents)
         _check_tokens(manifest, files)
     if manifest.version == 1:
-        _add_tables(manifest, tables, say)
+        _upgrade(manifest, say)
     return []
-
-
-def _verify_bin(manifest: Manifest, path: Path, recorded: dict[str, Any]) -> tuple[str, bytes]:
-    """Reads a .bin file; returns what is wrong with it, if anything, and the hashes of its blocks."""
-    hasher = hash_blocks(path)
-    if hasher.sha256 == recorded["sha256"]:
-        return "", hasher.table
-    table, where = manifest.blocks(path.stem), ""
-    if table is not None and table.is_file():
-        pairs = zip(_digests(table.read_bytes()), _digests(hasher.table), strict=False)
-        offsets = [number * BLOCK_BYTES for number, (expected, found) in enumerate(pairs) if expected != found]
-        more = f" and {len(offsets) - _SHOWN} more" if len(offsets) > _SHOWN else ""
-        if offsets:
-            shown = ", ".join(map(str, offsets[:_SHOWN]))
-            where = f" (blocks of {BLOCK_BYTES} bytes at offset {shown}{more})"
-    return f"{path} is damaged: it is not the file that its manifest describes{where}; {_REMEDY}", b""
-
-
-def _digests(table: bytes) -> list[bytes]:
-    return [table[start : start + 32] for start in range(0, len(table), 32)]
 
 
 def _check_tokens(manifest: Manifest, files: IndexedFiles) -> None:
     """Raises DataError unless every token is in the vocabulary."""
-    tokens = files.tokens()
+    tokens, size = files.tokens(), manifest.tokenizer.vocabulary_size
     for first in range(0, len(tokens), _TOKENS_AT_ONCE):
         part = tokens[first : first + _TOKENS_AT_ONCE]
-        if (is_bad := (part < 0) | (part >= manifest.vocabulary_size)).any():
+        if (is_bad := (part < 0) | (part >= size)).any():
             position = first + int(np.argmax(is_bad))
             raise DataError(
                 f"{files.prefix}.bin holds the token {tokens[position]} at offset {position * files.dtype.itemsize}; "
-                f"the vocabulary has {manifest.vocabulary_size}; prepare the data again"
+                f"the vocabulary has {size}; prepare the data again"
             )
 
 
-def _add_tables(manifest: Manifest, tables: dict[str, bytes], say: Callable[[str], None]) -> None:
-    """Upgrades a folder of version 1: adds block hashes, sums of the tokenizer's files and the manifest's own sum."""
+def _upgrade(manifest: Manifest, say: Callable[[str], None]) -> None:
+    """Makes a folder of version 1 one of today: adds block hashes, sums of the tokenizer's files and its own sum."""
     folder, names = manifest.folder, [f"{split}.blocks" for split in SPLITS]
     try:
         for split in SPLITS:
-            write_atomically(folder / f"{split}.blocks", tables[f"{split}.bin"])
-        files = manifest.files | file_sums(folder, [*names, *tokenizer_names(folder)])
-        fingerprint = content_fingerprint(files, manifest.tokenizer_sha256, manifest.end_of_document_token)
-        content = manifest.content | {"version": VERSION, "fingerprint": fingerprint, "files": files}
+            write_atomically(folder / f"{split}.blocks", hash_blocks(folder / f"{split}.bin").table)
+        files = manifest.files | {name: FileSum.of(folder / name) for name in [*names, *tokenizer_names(folder)]}
+        tokenizer = manifest.tokenizer
+        fingerprint = content_fingerprint(files, tokenizer.sha256, tokenizer.end_of_document_token)
+        sums = {name: entry.model_dump() for name, entry in files.items()}
+        content = manifest.content | {"version": VERSION, "fingerprint": fingerprint, "files": sums}
         write_atomically(folder / MANIFEST_NAME, manifest_text(content))
     except OSError as error:
         say(f"{folder} is whole; the hashes of its blocks could not be added: {error.strerror}")

@@ -9,10 +9,7 @@ _SECONDS = 6.0
 
 
 def unreachable_hub() -> str | None:
-    """Returns the hub's address where it does not answer.
-
-    None where it does, and also with HF_HUB_OFFLINE: the libraries keep to what they have downloaded before, at once.
-    """
+    """Returns the hub's address where it does not answer; None also with HF_HUB_OFFLINE, which needs no hub."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

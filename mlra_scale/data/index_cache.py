@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.data.blocks import sha256_of_file
-from mlra_scale.files import lock, sync
+from mlra_scale.files import lock, sync_tree
 
 _NAMES = ("documents.npy", "samples.npy")
 _SUMS = "sha256.json"
@@ -26,14 +26,9 @@ Indices = tuple[NDArray, NDArray]
 
 
 def cached_indices(cache: Path, identity: str, build: Callable[[], Indices]) -> Indices | None:
-    """Returns indices memory-mapped from a cache; builds them where they are missing or damaged.
+    """Returns the indices of `identity` memory-mapped from a folder; builds them where they are missing or damaged.
 
     On a file system without locks several builders may do the same work; the first rename wins.
-
-    Args:
-        cache: The folder of all indices of a data set.
-        identity: Everything that they are a function of.
-        build: Builds them.
 
     Returns:
         The indices; None where the folder cannot be used, so that they stay in memory.
@@ -70,21 +65,18 @@ def _damaged(folder: Path) -> list[str]:
 
 def _write(folder: Path, indices: Indices) -> None:
     """Writes the indices so that `folder` appears whole or not at all; a damaged one is replaced, a whole one stays."""
-    temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+        temporary = Path(name)
         temporary.chmod(0o755)
-        for name, array in zip(_NAMES, indices, strict=True):
-            with open(temporary / name, "wb") as stream:
-                np.save(stream, array, allow_pickle=False)
-        sums = {name: sha256_of_file(temporary / name) for name in _NAMES}
+        for file, array in zip(_NAMES, indices, strict=True):
+            np.save(temporary / file, array, allow_pickle=False)
+        sums = {file: sha256_of_file(temporary / file) for file in _NAMES}
         (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
-        for path in temporary.iterdir():
-            sync(path)
+        sync_tree(temporary)
         if _damaged(folder):  # a whole one stays: another process may have mapped it
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temporary, folder)
-    except OSError:
-        if _damaged(folder):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if _damaged(folder):  # else: another process was faster
+                    raise

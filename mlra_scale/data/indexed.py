@@ -1,7 +1,7 @@
 """Reads and checks the two files of a Megatron indexed data set (PREFIX.bin, PREFIX.idx) without importing Megatron.
 
-Megatron's own reader fails by an assertion, or later by reading past the end. Here every defect of a foreign, truncated
-or unfinished file becomes one clear error before training starts.
+Every defect of a foreign, truncated or unfinished file is one clear error, where Megatron's own reader fails by an
+assertion, or later by reading past the end.
 
 Layout of .idx (version 1, little endian): magic "MMIDIDX" and two zero bytes, uint64 version, uint8 dtype code, uint64
 number of sequences, uint64 number of document borders (documents + 1), then the int32 length of every sequence, its
@@ -27,7 +27,7 @@ _OLD_MAGIC = b"TNTIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 WHOLE_BYTES = 64_000_000
 """A .bin file up to this size is checked as a whole at every start; of a larger one each block when it is read."""
-_SEQUENCES_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 20
 """Sequences or document borders that are checked together: bounds the memory for them."""
 _DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
@@ -105,14 +105,7 @@ class IndexedFiles:
 
 @dataclass(frozen=True)
 class SequenceRange:
-    """The sequences [first, stop) of an indexed data set: one split of it.
-
-    Attributes:
-        files: The data set.
-        first: First sequence.
-        stop: One past the last sequence.
-        cache: Folder for large indices of an epoch.
-    """
+    """The sequences [first, stop) of an indexed data set, one split of it; `cache` is for large indices of an epoch."""
 
     files: IndexedFiles
     first: int
@@ -177,20 +170,15 @@ def _check_borders(index_path: str, borders: NDArray[np.int64], num_sequences: i
     """
     if len(borders) == 0 or borders[0] != 0:
         raise DataError(f"{index_path} is damaged: its first document does not start at sequence 0")
-    for first in range(0, len(borders), _SEQUENCES_AT_ONCE):
-        part = borders[first : first + _SEQUENCES_AT_ONCE + 1]  # with the first border of the next part
-        if (is_outside := (part < 0) | (part > num_sequences)).any():
-            bad = first + int(np.argmax(is_outside))
+    for first in range(0, len(borders), _AT_ONCE):
+        part = borders[first : first + _AT_ONCE + 1]  # with the first border of the next part
+        is_bad = (part < 0) | (part > num_sequences)
+        is_bad[1:] |= part[1:] < part[:-1]
+        if is_bad.any():
+            bad = first + int(np.argmax(is_bad))
             raise DataError(
-                f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, the index has "
-                f"{num_sequences} sequences; write the index again"
-            )
-        if (is_back := part[1:] < part[:-1]).any():
-            bad = first + int(np.argmax(is_back)) + 1
-            raise DataError(
-                f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, before document "
-                f"{bad - 1}, which starts at sequence {borders[bad - 1]} (of {num_sequences}); merge or write the "
-                "index again"
+                f"{index_path} is damaged: document {bad} starts at sequence {borders[bad]}, the one before it at "
+                f"sequence {borders[bad - 1]} of {num_sequences}; merge or write the index again"
             )
     if borders[-1] != num_sequences:
         raise DataError(
@@ -206,14 +194,14 @@ def _check_sequences(
     Gaps between sequences and sequences in another order are legal, though Megatron's builder writes neither.
     """
     is_ordered, end = True, 0
-    for first in range(0, len(lengths), _SEQUENCES_AT_ONCE):
-        begins = pointers[first : first + _SEQUENCES_AT_ONCE].astype(np.int64)
-        sizes = lengths[first : first + _SEQUENCES_AT_ONCE].astype(np.int64) * itemsize
+    for first in range(0, len(lengths), _AT_ONCE):
+        begins = pointers[first : first + _AT_ONCE].astype(np.int64)
+        sizes = lengths[first : first + _AT_ONCE].astype(np.int64) * itemsize
         # Not begins + sizes > bin_bytes: that sum may exceed 64 bits.
         is_bad = (sizes < 0) | (begins < 0) | (begins & (itemsize - 1) != 0) | (begins > bin_bytes - sizes)
         if is_bad.any():
-            bad = int(np.argmax(is_bad))
-            raise _bad_sequence(prefix, first + bad, int(begins[bad]), int(sizes[bad]) // itemsize, itemsize, bin_bytes)
+            bad = first + int(np.argmax(is_bad))
+            raise _bad_sequence(prefix, bad, int(pointers[bad]), int(lengths[bad]), itemsize, bin_bytes)
         ends = begins + sizes
         is_ordered &= bool(begins[0] >= end and (begins[1:] >= ends[:-1]).all())
         end = ends[-1]
@@ -222,9 +210,9 @@ def _check_sequences(
     filled = np.flatnonzero(lengths)
     filled = filled[np.argsort(pointers[filled], kind="stable")]
     ends = np.maximum.accumulate(pointers[filled] + lengths[filled].astype(np.int64) * itemsize)
-    places = np.flatnonzero(pointers[filled[1:]] < ends[:-1])
-    if len(places):
-        bad = int(np.maximum(filled[places], filled[places + 1]).min())
+    overlaps = np.flatnonzero(pointers[filled[1:]] < ends[:-1])
+    if len(overlaps):
+        bad = int(np.maximum(filled[overlaps], filled[overlaps + 1]).min())
         raise DataError(
             f"{prefix}.idx is damaged: sequence {bad} (offset {pointers[bad]}, {lengths[bad]} tokens) overlaps another "
             "sequence; offsets that were added up in too few bits do so: write the index again"
@@ -232,15 +220,12 @@ def _check_sequences(
 
 
 def _bad_sequence(prefix: str, number: int, offset: int, length: int, itemsize: int, bin_bytes: int) -> DataError:
-    """Returns the error for a sequence that is no stretch of whole tokens of the .bin file."""
-    sequence = f"sequence {number} (offset {offset}, {length} tokens)"
+    file = f"{prefix}.idx is damaged"
     if length < 0 or offset < 0:
-        return DataError(f"{prefix}.idx is damaged: {sequence} has a negative length or offset; write the index again")
-    if offset % itemsize:
-        return DataError(
-            f"{prefix}.idx is damaged: {sequence} starts inside a token of {itemsize} bytes; write the index again"
-        )
-    return DataError(
-        f"{prefix}.bin is truncated, or {prefix}.idx is damaged: {sequence} ends at byte {offset + length * itemsize}, "
-        f"the .bin file has {bin_bytes}"
-    )
+        fault = "has a negative length or offset; write the index again"
+    elif offset % itemsize:
+        fault = f"starts inside a token of {itemsize} bytes; write the index again"
+    else:
+        file = f"{prefix}.bin is truncated, or {file}"
+        fault = f"ends at byte {offset + length * itemsize}, the .bin file has {bin_bytes}"
+    return DataError(f"{file}: sequence {number} (offset {offset}, {length} tokens) {fault}")

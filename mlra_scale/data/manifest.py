@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,18 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mlra_scale.config.json_text import printable, read_json
 from mlra_scale.data import DataError
+from mlra_scale.data.blocks import sha256_of_file
 from mlra_scale.data.files import shown_names
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
-SPLITS = ("train", "validation")
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 FORMAT = "mlra-scale-data"
 VERSION = 2
 _OWN_SUM = "manifest_sha256"
 _INDEXED = tuple(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx"))
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_TokenCount = Annotated[int, Field(ge=0, lt=2**31)]
 _Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -38,20 +38,28 @@ class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _File(_Entry):
+class FileSum(_Entry):
+    """Size in bytes and SHA-256 of a file."""
+
     bytes: _Count
     sha256: _Sum
+
+    @classmethod
+    def of(cls, path: Path) -> FileSum:
+        """Reads a file."""
+        return cls(bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
 
 class _Tokenizer(_Entry):
     name: str
     sha256: _Sum
     vocabulary_size: Annotated[int, Field(ge=1, lt=2**31)]
-    end_of_document_token: _TokenCount
+    end_of_document_token: Annotated[int, Field(ge=0, lt=2**31)]
     end_of_document_text: str
+    round_trip_is_exact: bool = True
 
 
-class _Split(_Entry):
+class _SplitSize(_Entry):
     documents: _Count
     tokens: _Count
 
@@ -86,25 +94,35 @@ class _Source(_Entry):
         return self
 
 
-class _Content(_Entry):
+class Manifest(_Entry):
+    """The manifest of a folder made by tools/prepare_data.py, the entries that are not read here included.
+
+    Attributes:
+        folder: The folder.
+        tokenizer: Its `vocabulary_size` is the largest token id + 1.
+        files: Size and SHA-256 of every file with a recorded sum, by its name in the folder.
+    """
+
+    folder: Path = Field(exclude=True)
     version: int
-    fingerprint: _Sum
+    recorded_fingerprint: _Sum = Field(alias="fingerprint")
     documents: _Count
     tokens: _Count
+    text_bytes: _Count = 0
     dtype: str
     tokenizer: _Tokenizer
-    splits: dict[Literal["train", "validation"], _Split]
-    files: dict[str, _File]
+    splits: dict[Split, _SplitSize]
+    files: dict[str, FileSum]
     sources: list[_Source]
     empty_documents_left_out: _Count
     documents_without_tokens: _Count = 0
 
     @model_validator(mode="after")
-    def _fits_together(self) -> _Content:
+    def _fits_together(self) -> Manifest:
         _check_sum("documents", self.documents, sum(source.documents for source in self.sources))
         empty = [source.empty_documents for source in self.sources]
         if None not in empty:
-            _check_sum("empty documents", self.empty_documents_left_out, sum(count or 0 for count in empty))
+            _check_sum("empty documents", self.empty_documents_left_out, sum(filter(None, empty)))
         needed = [*_INDEXED, *(f"{split}.blocks" for split in SPLITS if self.version > 1)]
         if missing := [name for name in needed if name not in self.files]:
             raise ValueError(f"{missing[0]} is missing in `files`")
@@ -115,6 +133,35 @@ class _Content(_Entry):
         if self.tokenizer.end_of_document_token >= self.tokenizer.vocabulary_size:
             raise ValueError("the token that ends documents is outside the vocabulary")
         return self
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What manifest.json holds."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / MANIFEST_NAME
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer in Hugging Face format; AutoTokenizer reads it."""
+        return self.folder / TOKENIZER_FOLDER
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that changes training; independent of version and of where the folder lies."""
+        return content_fingerprint(self.files, self.tokenizer.sha256, self.tokenizer.end_of_document_token)
+
+    @property
+    def fingerprint_of_version_1(self) -> str:
+        """The fingerprint of these data in manifests and checkpoints of version 1."""
+        return sha256_of_lines([*_file_lines(self.files), self.tokenizer.sha256])
+
+    def blocks(self, split: str) -> Path | None:
+        """Returns the table of block hashes of a split's .bin file; None: version 1 has none, and an empty file."""
+        return None if self.version == 1 or not self.files[f"{split}.bin"].bytes else self.folder / f"{split}.blocks"
 
 
 def _check_sum(what: str, whole: int, parts: int) -> None:
@@ -127,84 +174,16 @@ def _is_of_tokenizer(name: str) -> bool:
     return folder == TOKENIZER_FOLDER and bool(inner) and not {"", ".", ".."} & set(inner) and "\0" not in name
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """The manifest of a folder made by tools/prepare_data.py.
-
-    Attributes:
-        folder: The folder.
-        content: What manifest.json holds.
-    """
-
-    folder: Path
-    content: dict[str, Any]
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / MANIFEST_NAME
-
-    @property
-    def version(self) -> int:
-        """Version of the form of manifest and folder."""
-        return int(self.content["version"])
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of token ids that the tokenizer can produce (largest id + 1)."""
-        return int(self.content["tokenizer"]["vocabulary_size"])
-
-    @property
-    def end_of_document_token(self) -> int:
-        """Id of the token that ends every document."""
-        return int(self.content["tokenizer"]["end_of_document_token"])
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """Checksum of the tokenizer (mlra_scale.data.tokenizer.tokenizer_sha256)."""
-        return str(self.content["tokenizer"]["sha256"])
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The tokenizer in Hugging Face format; AutoTokenizer reads it."""
-        return self.folder / TOKENIZER_FOLDER
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all that changes training; independent of version and of where the folder lies."""
-        return content_fingerprint(self.files, self.tokenizer_sha256, self.end_of_document_token)
-
-    @property
-    def fingerprint_of_version_1(self) -> str:
-        """The fingerprint of these data in manifests and checkpoints of version 1."""
-        return sha256_of_lines([*_file_lines(self.files), self.tokenizer_sha256])
-
-    @property
-    def files(self) -> dict[str, dict[str, Any]]:
-        """{"bytes": ..., "sha256": ...} of every file with a recorded sum, by its name in the folder."""
-        return dict(self.content["files"])
-
-    def prefix(self, split: str) -> str:
-        """Returns the Megatron prefix of "train" or "validation"."""
-        return str(self.folder / split)
-
-    def blocks(self, split: str) -> Path | None:
-        """Returns the table of block hashes of a split's .bin file; None: version 1 has none, and an empty file."""
-        return None if self.version == 1 or not self.files[f"{split}.bin"]["bytes"] else self.folder / f"{split}.blocks"
-
-
-def content_fingerprint(
-    files: Mapping[str, Mapping[str, Any]], tokenizer_sha256: str, end_of_document_token: int
-) -> str:
+def content_fingerprint(files: Mapping[str, FileSum], tokenizer_sha256: str, end_of_document_token: int) -> str:
     """Joins to one sum: the checksums of the data files and of the tokenizer, and the token that ends documents."""
     return sha256_of_lines(["version 2", *_file_lines(files), tokenizer_sha256, str(end_of_document_token)])
 
 
-def _file_lines(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [f"{name} {files[name]['bytes']} {files[name]['sha256']}" for name in sorted(_INDEXED)]
+def _file_lines(files: Mapping[str, FileSum]) -> list[str]:
+    return [f"{name} {files[name].bytes} {files[name].sha256}" for name in sorted(_INDEXED)]
 
 
-def sha256_of_lines(lines: list[str]) -> str:
+def sha256_of_lines(lines: Iterable[str]) -> str:
     """Returns the SHA-256 of lines of text as hexadecimal text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -244,56 +223,51 @@ def read_manifest(folder: Path) -> Manifest:
     if content.get(_OWN_SUM) != _own_sum(content) and not (version == 1 and _OWN_SUM not in content):
         raise DataError(f"{path} was changed after it was made: its checksum differs; copy or prepare the data again")
     try:
-        _Content.model_validate(content)
+        manifest = Manifest.model_validate(content | {"folder": folder})
     except ValidationError as error:
         first = error.errors()[0]
         where = printable(".".join(map(str, first["loc"])) or "its entries", 60)
         reason = first["msg"].removeprefix("Value error, ")
         raise DataError(f"{path} lacks or garbles an entry ({where}: {reason}); prepare the data again") from error
-    manifest = Manifest(folder, content)
-    if content["fingerprint"] != (manifest.fingerprint_of_version_1 if version == 1 else manifest.fingerprint):
+    expected = manifest.fingerprint_of_version_1 if version == 1 else manifest.fingerprint
+    if manifest.recorded_fingerprint != expected:
         raise DataError(f"{path} was changed by hand: its fingerprint is not that of its files; prepare the data again")
     return manifest
 
 
 def summary(manifest: Manifest) -> list[str]:
     """Returns the lines that say what was made: documents, tokens, what was read and what was not."""
-    content, tokenizer = manifest.content, manifest.content["tokenizer"]
-    lines = [f"{manifest.folder}: {content['documents']:,} documents, {content['tokens']:,} tokens, {content['dtype']}"]
-    for split in SPLITS:
-        entry = content["splits"][split]
-        lines.append(f"  {split:<11} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens")
+    tokenizer, size = manifest.tokenizer, manifest.text_bytes / manifest.tokens
+    lines = [f"{manifest.folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.dtype}"]
+    for name, split in manifest.splits.items():
+        lines.append(f"  {name:<11} {split.documents:>12,} documents {split.tokens:>16,} tokens")
     lines.append(
-        f"  {'tokenizer':<11} {tokenizer['name']}: {tokenizer['vocabulary_size']} tokens, documents end with "
-        f"{tokenizer['end_of_document_text']} = {tokenizer['end_of_document_token']}, "
-        f"{content['text_bytes'] / content['tokens']:.2f} bytes per token"
+        f"  {'tokenizer':<11} {tokenizer.name}: {tokenizer.vocabulary_size} tokens, documents end with "
+        f"{tokenizer.end_of_document_text} = {tokenizer.end_of_document_token}, {size:.2f} bytes per token"
     )
-    for source in content["sources"]:
+    for source in manifest.sources:
         lines += _lines_of_source(source)
-    if content["empty_documents_left_out"]:
-        lines.append(f"  left out    {content['empty_documents_left_out']:,} empty documents")
-    if content.get("documents_without_tokens"):  # older manifests do not count them
+    if manifest.empty_documents_left_out:
+        lines.append(f"  left out    {manifest.empty_documents_left_out:,} empty documents")
+    if manifest.documents_without_tokens:
         lines.append(
-            f"  note        {content['documents_without_tokens']:,} documents have text of which this tokenizer makes "
+            f"  note        {manifest.documents_without_tokens:,} documents have text of which this tokenizer makes "
             "no token but the end's"
         )
-    if not tokenizer["round_trip_is_exact"]:
+    if not tokenizer.round_trip_is_exact:
         lines.append("  note        this tokenizer changes text: decoding does not give it back exactly")
     return [*lines, f"  fingerprint {manifest.fingerprint}"]
 
 
-def _lines_of_source(source: dict[str, Any]) -> list[str]:
-    files = source.get("files")
-    if files is None:  # a data set of the hub, or a manifest from before files were counted
+def _lines_of_source(source: _Source) -> list[str]:
+    if (files := source.files) is None:  # a data set of the hub, or a manifest from before files were counted
         return []
     lines = []
-    if files["matched"] != 1 or files["not_read"]:
-        lines.append(f"  files       {files['read']:,} of {files['matched']:,} read of {printable(source['name'])}")
-    for group in files["not_read"]:
-        lines.append(
-            f"  not read    {group['files']:,} {group['reason']}: {shown_names(group['names'], group['files'])}"
-        )
-    if (group := files["without_documents"])["files"]:
-        names = shown_names(group["names"], group["files"])
-        lines.append(f"  note        {group['files']:,} read without any document: {names}")
+    if files.matched != 1 or files.not_read:
+        lines.append(f"  files       {files.read:,} of {files.matched:,} read of {source.name}")
+    for group in files.not_read:
+        lines.append(f"  not read    {group.files:,} {group.reason}: {shown_names(group.names, group.files)}")
+    if (empty := files.without_documents).files:
+        names = shown_names(empty.names, empty.files)
+        lines.append(f"  note        {empty.files:,} read without any document: {names}")
     return lines

@@ -7,7 +7,7 @@ that the pattern takes from a data set is the data set's sample number k + the n
 it. So every data set continues where it stopped: over the whole run its samples are 0, 1, 2, ... in the order of its
 own epochs, none twice and none left out, also after a pause.
 
-A data set is known by its fingerprint, not by its place on disk.
+A data set is known by its fingerprint, not by its path.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """Identifies data by their content, wherever they lie.
+    """Identifies data by their content, whatever their path.
 
     Attributes:
         mix: The training data, from sample 0.
@@ -113,15 +113,9 @@ class DataIdentity:
 
 
 def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
-    """Returns the history of a run that continues with a mix.
+    """Returns the history of a run that continues with a mix; empty is the history of a new run.
 
-    Args:
-        history: Of the run so far; empty for a new run.
-        mix: Its data sets and weights from sample `from_sample` on.
-
-    Returns:
-        The history itself if its last mix reads like the new one, else with the new one added. A mix of which nothing
-        was read is left out.
+    It stays the same if its last mix reads like the new one. A mix of which nothing was read is left out.
     """
     kept = [earlier for earlier in history if earlier.from_sample < mix.from_sample]
     assert kept or mix.from_sample == 0, "a history begins with the first sample"
@@ -131,7 +125,7 @@ def continued(history: Sequence[Mix], mix: Mix) -> tuple[Mix, ...]:
 class SampleOrder:
     """Where every sample of a run comes from: a data set's number, and the sample's number in that data set.
 
-    Data sets are numbered in the order of their first appearance in the history, whose first mix starts at sample 0.
+    Data sets are numbered in the order of their first appearance in the history.
     """
 
     def __init__(self, history: Sequence[Mix]) -> None:
@@ -167,7 +161,7 @@ class SampleOrder:
         spans = np.searchsorted(self._starts, samples, side="right") - 1
         for span in np.unique(spans):
             mine = spans == span
-            parts, counts = self.history[span].pattern.locate(samples[mine] - self._starts[span])
-            data_sets[mine] = self._numbers[span][parts]
+            numbers, counts = self.history[span].pattern.locate(samples[mine] - self._starts[span])
+            data_sets[mine] = self._numbers[span][numbers]
             local[mine] = counts + self._given[span, data_sets[mine]]
         return data_sets, local

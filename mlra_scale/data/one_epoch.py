@@ -1,14 +1,9 @@
 """One epoch of samples as Megatron packs them, a function of the data and the sequence length only.
 
 Megatron's GPTDataset shuffles documents by its random seed and packs them into samples of sequence_length + 1 tokens
-that overlap by one token. `OneEpoch` does this for exactly one epoch, with Megatron's own packing routine: no
-repetition and no separate last epoch, so that document order and sample index depend on (documents, sequence_length,
-random seed) and not on the length of a run. The seed is a constant: the packing belongs to the data. The order in which
-samples are read is keyed by (seed, epoch) in permutation.py; Megatron's shuffle of the samples is not used.
-
-Every process builds small indices in memory, which takes milliseconds. Large ones are built once in a cache folder
-beside the data and memory-mapped by all processes (index_cache.py); in memory as well where the folder is not writable.
-Unlike Megatron's cache this needs no torch.distributed, and no process depends on another.
+that overlap by one token. `OneEpoch` does this for exactly one epoch with Megatron's own packing routine and a constant
+seed, so that the packing does not depend on the length of a run. The order in which samples are read is keyed by (seed,
+epoch) in permutation.py; Megatron's shuffle of the samples is not used. No process depends on another here.
 """
 
 from __future__ import annotations
@@ -26,7 +21,8 @@ from mlra_scale.megatron import build_sample_idx
 _PACKING_SEED = 0
 _FORMAT = 1
 CACHE_FROM = 4_000_000
-"""Documents + samples from which the indices (12 bytes each, more while they are built) go to the cache folder."""
+"""Documents + samples from which the indices (12 bytes each, more while they are built) go to a cache folder beside the
+data, from which all processes map them into memory. Building smaller ones at every start takes milliseconds."""
 
 
 class OneEpoch:
@@ -35,7 +31,7 @@ class OneEpoch:
     Args:
         data_range: Which sequences; must hold at least one whole sample.
         sequence_length: Tokens per sample, without the extra one for the targets.
-        cache_from: Documents + samples from which the indices are kept in the cache folder.
+        cache_from: See CACHE_FROM.
 
     Attributes:
         document_index: Sequences in the order of the epoch, int32, shape [documents].
@@ -62,10 +58,7 @@ class OneEpoch:
         return len(self.sample_index) - 1
 
     def token_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Reads samples, all at once: no Python per sample, document or token.
-
-        Args:
-            rows: Sample indices in [0, len(self)), shape [B].
+        """Reads the samples `rows`, shape [B], all at once: no Python per sample, document or token.
 
         Returns:
             Token ids, int64, shape [B, sequence_length + 1].

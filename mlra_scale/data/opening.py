@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlra_scale.config import Config, ConfigError, Problem
-from mlra_scale.data.manifest import Manifest
-from mlra_scale.data.mix import DataIdentity, Mix, SampleOrder
-from mlra_scale.data.parts import (
-    FoundParts,
+from mlra_scale.data.data_sets import (
+    FoundData,
     blend_problems,
     content_problems,
-    find_parts,
+    find_data,
     length_problems,
     notices,
     token_problems,
     tokenizer_problems,
 )
+from mlra_scale.data.manifest import Manifest
+from mlra_scale.data.mix import DataIdentity, Mix, SampleOrder
 
 if TYPE_CHECKING:
     from mlra_scale.data.stream import SampleStream
 
 
 @dataclass(frozen=True)
-class Datasets:
+class OpenData:
     """The opened data of a run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Datasets:
     notices: tuple[str, ...]
 
 
-def check_data(config: Config, is_resumed: bool = False, found: FoundParts | None = None) -> list[Problem]:
+def check_data(config: Config, is_resumed: bool = False, found: FoundData | None = None) -> list[Problem]:
     """Finds everything that is wrong with data, tokenizer and manifest, without building anything heavy.
 
     Needs no process group, and no rank but its own. Content is compared with what was recorded, but for .bin files of
@@ -59,32 +59,32 @@ def check_data(config: Config, is_resumed: bool = False, found: FoundParts | Non
     Args:
         config: The configuration.
         is_resumed: Whether a run continues with these data; it may have begun with a blend that a new one may not have.
-        found: What find_parts returned for these data; None: they are found here.
+        found: What find_data returned for these data; None: they are found here.
     """
     found = _found(config, found)
     problems = list(found.problems)
-    if found.parts:
-        problems += content_problems(found.everything)
-        problems += () if is_resumed else blend_problems(found.parts)
+    if found.training:
+        problems += content_problems(found)
+        problems += () if is_resumed else blend_problems(found.training)
         problems += token_problems(config, found)
         problems += length_problems(found, config.train.sequence_length)
     return [*problems, *tokenizer_problems(config, found)]
 
 
-def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundParts | None = None) -> Datasets:
+def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundData | None = None) -> OpenData:
     """Opens the data; every rank can do so by itself, at any time, and gets the same samples.
 
     Args:
         config: The configuration.
         mixes: The history of mixes of a resumed run, the configuration's as the last; empty: there is none.
-        found: What find_parts returned for these data in this process; None: they are found here.
+        found: What find_data returned for these data in this process; None: they are found here.
 
     Raises:
         ConfigError: The data cannot be opened; what check_data finds, but for the tokenizer's problems and content.
     """
     found = _found(config, found)
     problems = list(found.problems)
-    if found.parts:
+    if found.training:
         problems += [*token_problems(config, found), *length_problems(found, config.train.sequence_length)]
     if problems:
         raise ConfigError(problems)
@@ -97,25 +97,25 @@ def open_datasets(config: Config, mixes: Sequence[Mix] = (), found: FoundParts |
         raise ConfigError([Problem("data", list(identity.mix.names), remedy)])
     mixes = tuple(mixes) or (identity.mix,)
     validation_mix = Mix(("validation",), (identity.validation,), (1.0,)) if identity.validation else identity.mix
-    training = [part.splits["train"] for part in found.parts]
-    validation = [part.splits["validation"] for part in found.validation_parts]
+    training = [data_set.splits["train"] for data_set in found.training]
+    validation = [data_set.splits["validation"] for data_set in found.validating]
     length, vocabulary = config.train.sequence_length, config.model.vocab_size
     seed = config.train.seed if config.data.seed is None else config.data.seed
     end, reset = found.end_of_document, config.data.reset_positions
     epochs, validation_epochs = ([OneEpoch(split, length) for split in splits] for splits in (training, validation))
-    return Datasets(
+    return OpenData(
         train=SampleStream(epochs, SampleOrder(mixes), seed, vocabulary, end, reset),
         validation=SampleStream(validation_epochs, SampleOrder([validation_mix]), None, vocabulary, end, reset),
         identity=identity,
         mixes=mixes,
-        manifests=tuple(part.manifest for part in found.parts if part.manifest is not None),
+        manifests=tuple(found.manifests),
         num_train_tokens=sum(split.num_tokens for split in training),
-        is_checked=all(part.is_checked for part in found.everything),
+        is_checked=all(data_set.is_checked for data_set in found.everything),
         notices=notices(found),
     )
 
 
-def identify_data(config: Config, found: FoundParts | None = None) -> DataIdentity:
+def identify_data(config: Config, found: FoundData | None = None) -> DataIdentity:
     """Returns the identity of data that pass check_data, cheaply; `found` is as for check_data.
 
     Its fingerprints change when the data do, not when they move, nor with seed or sequence length.
@@ -126,19 +126,21 @@ def identify_data(config: Config, found: FoundParts | None = None) -> DataIdenti
     return _identity(found)
 
 
-def _found(config: Config, found: FoundParts | None) -> FoundParts:
+def _found(config: Config, found: FoundData | None) -> FoundData:
     """Returns the data sets of a configuration; they are found anew where `found` is None or of other data."""
-    return found if found is not None and found.data == config.data else find_parts(config)
+    return found if found is not None and found.config == config.data else find_data(config)
 
 
-def _identity(found: FoundParts) -> DataIdentity:
-    weights = tuple(found.data.blend.values()) if found.data.blend else (1.0,)
-    names, fingerprints = (part.path for part in found.parts), (part.fingerprint for part in found.parts)
-    tokenizers = [part.manifest.tokenizer_sha256 for part in found.parts if part.manifest is not None]
+def _identity(found: FoundData) -> DataIdentity:
+    blend, data_sets = found.config.blend, found.training
     return DataIdentity(
-        mix=Mix(tuple(names), tuple(fingerprints), weights),
+        mix=Mix(
+            names=tuple(data_set.path for data_set in data_sets),
+            fingerprints=tuple(data_set.fingerprint for data_set in data_sets),
+            weights=tuple(blend.values()) if blend else (1.0,),
+        ),
         validation=found.validation.fingerprint if found.validation else None,
-        tokenizer=tokenizers[0] if tokenizers else None,
-        is_blend=bool(found.data.blend),
-        earlier={part.fingerprint_of_version_1: part.fingerprint for part in found.everything},
+        tokenizer=found.manifests[0].tokenizer.sha256 if found.manifests else None,
+        is_blend=bool(blend),
+        earlier={data_set.fingerprint_of_version_1: data_set.fingerprint for data_set in found.everything},
     )

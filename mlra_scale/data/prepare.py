@@ -1,7 +1,7 @@
 """Text to a prepared data set: a folder with Megatron indexed data sets, the tokenizer and a manifest.
 
 The folder's bytes are a function of the documents, the tokenizer and the options alone: not of the number of workers,
-of time or of place.
+of time or of the path.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_scale import __version__
+from mlra_scale.config.json_text import printable
 from mlra_scale.data import DataError
 from mlra_scale.data.encode import EncodedChunk, encode_in_order
-from mlra_scale.data.folder import file_sums, tokenizer_names
+from mlra_scale.data.folder import tokenizer_names
 from mlra_scale.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_FOLDER,
     VERSION,
+    FileSum,
     Manifest,
     content_fingerprint,
     manifest_text,
@@ -52,24 +54,14 @@ _ROUND_TRIP_CHARACTERS = 10_000
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare.
+    """What to prepare; `tools/prepare_data.py --help` describes the fields that are its flags.
 
     Attributes:
         output: Folder to make.
-        sources: See mlra_scale.data.sources.open_sources.
-        tokenizer: See mlra_scale.data.tokenizer.load_tokenizer; empty: train a BPE.
-        train_bpe: Vocabulary size of the BPE to train; None: load `tokenizer`.
+        tokenizer: See load_tokenizer; empty: train a BPE of `train_bpe` tokens.
         train_bpe_bytes: The BPE is trained on this many bytes of training text from the beginning of the corpus.
-        end_of_document: Text of the end-of-document token; None: the tokenizer's own.
-        field: Field or column of the text.
-        hf_split: Split of Hugging Face data sets.
-        hf_config: Configuration of Hugging Face data sets.
         max_bytes: Stop after the document with which this many bytes of text are reached; None: read all.
         validation_fraction: Expected share of documents in the validation split.
-        seed: Seed of the split.
-        workers: Number of tokenizing processes.
-        overwrite: Replace a finished data set at `output`.
-        progress: Show progress bars.
     """
 
     output: Path
@@ -104,7 +96,11 @@ class Corpus:
         return int.from_bytes(digest, "big") < self._options.validation_fraction * 2.0**64
 
     def documents(self) -> Iterator[Document]:
-        """Yields the documents; the position in this sequence is the document's index. Counts anew every time."""
+        """Yields the documents; the position in this sequence is the document's index. Counts anew every time.
+
+        Raises:
+            DataError: There is none.
+        """
         self.num_documents = [0] * len(self._sources)
         self.num_empty = [0] * len(self._sources)
         num_bytes = 0
@@ -118,6 +114,9 @@ class Corpus:
                 num_bytes += document.num_bytes
                 if self._options.max_bytes is not None and num_bytes >= self._options.max_bytes:
                     return
+        if not num_bytes:
+            names = ", ".join(self._options.sources)
+            raise DataError(f"the corpus is empty: no document with any text in {names}")
 
     def training_texts(self, max_bytes: int) -> Iterator[Document]:
         """Yields documents of the training split until they have `max_bytes` characters, to train a tokenizer on."""
@@ -134,9 +133,10 @@ class Corpus:
         """Returns the manifest's entries of the sources after a pass."""
         entries = []
         for source, documents, empty in zip(self._sources, self.num_documents, self.num_empty, strict=True):
-            entry = {"name": source.name, "kind": source.kind, "documents": documents, "empty_documents": empty}
-            counts = source.files()
-            entries.append(entry if counts is None else entry | {"files": counts.to_dict()})
+            entry: dict[str, Any] = {"name": printable(source.name), "kind": source.kind}
+            entry |= {"documents": documents, "empty_documents": empty}
+            files = source.files()
+            entries.append(entry if files is None else entry | {"files": files})
         return entries
 
     def progress_bar(self, title: str) -> tqdm:
@@ -177,7 +177,7 @@ def prepare(options: PrepareOptions) -> Manifest:
             _check_saved(folder / TOKENIZER_FOLDER, checksum)
             content = _write_splits(folder, corpus, tokenizer, checksum, options)
             content["sources"] = corpus.entries()
-            content["files"] |= file_sums(folder, tokenizer_names(folder))
+            content["files"] |= {name: FileSum.of(folder / name).model_dump() for name in tokenizer_names(folder)}
             (folder / MANIFEST_NAME).write_text(manifest_text(content), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
@@ -221,10 +221,7 @@ def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:
             yield document.text
 
     with corpus.progress_bar("reading for the BPE") as bar:
-        trained = train_bpe(texts(), options.train_bpe)
-    if not any(corpus.num_documents):
-        raise _nothing(options)
-    return trained
+        return train_bpe(texts(), options.train_bpe)
 
 
 def _check_saved(folder: Path, checksum: str) -> None:
@@ -245,7 +242,7 @@ def _write_splits(
         from mlra_scale.data.writer import SplitWriter, token_dtype
 
     end, dtype = tokenizer.end_of_document_token, token_dtype(tokenizer.vocabulary_size)
-    writers = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
+    writers: dict[str, SplitWriter] = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
     documents = corpus.documents()
     first_documents = list(islice(documents, _ROUND_TRIP_DOCUMENTS))
     is_exact = all(_survives_round_trip(tokenizer.tokenizer, document.text) for document in first_documents)
@@ -262,14 +259,14 @@ def _write_splits(
                 bar.set_postfix_str(f"{num_tokens / 1e6:.1f} M tokens, {rate / 1e3:.0f} k tokens/s", refresh=False)
                 bar.update(corpus.progress_of(chunk.text_bytes, chunk.consumed))
         _check_splits(writers, options)
-        files = {name: entry for writer in writers.values() for name, entry in writer.finish().items()}
+        sums = {name: entry for writer in writers.values() for name, entry in writer.finish().items()}
     finally:
         for writer in writers.values():
             writer.close()
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": content_fingerprint(files, checksum, end),
+        "fingerprint": content_fingerprint(sums, checksum, end),
         "documents": sum(writer.documents for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
         "text_bytes": text_bytes,
@@ -293,7 +290,7 @@ def _write_splits(
             "validation_fraction": options.validation_fraction,
         },
         "max_bytes": options.max_bytes,
-        "files": files,
+        "files": {name: entry.model_dump() for name, entry in sums.items()},
         "made_with": _versions(),
     }
 
@@ -316,20 +313,14 @@ def _write_chunk(chunk: EncodedChunk, corpus: Corpus, writers: dict[str, SplitWr
 
 
 def _check_splits(writers: dict[str, SplitWriter], options: PrepareOptions) -> None:
-    num_documents = sum(writer.documents for writer in writers.values())
-    if not num_documents:
-        raise _nothing(options)
     for split, writer in writers.items():
         if not writer.documents:
+            num_documents = sum(writer.documents for writer in writers.values())
             raise DataError(
                 f"none of the {num_documents} documents falls into the {split} split "
                 f"(--validation-fraction {options.validation_fraction}, --seed {options.seed}); "
                 "change one of the two, or give more documents (a .txt file is one document)"
             )
-
-
-def _nothing(options: PrepareOptions) -> DataError:
-    return DataError(f"the corpus is empty: no document with any text in {', '.join(options.sources)}")
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Reads the documents of one file: text, JSON lines or parquet. Every defect is named with file and line (or row)."""
+"""Reads the documents of one file: text, JSON lines or parquet.
+
+Every defect of a file is a DataError that names the file and the line or row.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,7 @@ class Document:
 
 
 def documents_of_file(path: Path, field: str) -> Iterator[Document]:
-    """Yields the documents of one file of a known kind; `field` is the field or column of the text (not of .txt).
-
-    Raises:
-        DataError: The file cannot be read, or something in it is not text.
-    """
+    """Yields the documents of one file of a known kind; `field` is the field or column of the text (not of .txt)."""
     kind = kind_of(path)
     if kind == ".txt":
         yield Document("".join(characters(path)), path.stat().st_size)
@@ -51,11 +50,7 @@ def documents_of_file(path: Path, field: str) -> Iterator[Document]:
 
 
 def characters(path: Path, stretch_bytes: int = 1 << 18) -> Iterator[str]:
-    """Yields the text of a .txt file in stretches of about `stretch_bytes` bytes, without a byte order mark.
-
-    Raises:
-        DataError: The file cannot be read or is not UTF-8.
-    """
+    """Yields the text of a .txt file in stretches of about `stretch_bytes` bytes, without a byte order mark."""
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
         with _opened(path) as (_, stream):
@@ -71,11 +66,7 @@ def characters(path: Path, stretch_bytes: int = 1 << 18) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Opens a file: its own bytes (whose position counts what was read) and the decompressed bytes.
-
-    Raises:
-        DataError: The file cannot be read or decompressed.
-    """
+    """Opens a file: its own bytes (whose position counts what was read) and the decompressed bytes."""
     try:
         with open(path, "rb") as raw:
             compression = compression_of(path)
@@ -111,17 +102,15 @@ def _json_lines(path: Path, field: str) -> Iterator[Document]:
                 raise DataError(f"{where}: a JSON object is wanted, this is {type(record).__name__}{hint}")
             if field not in record:
                 raise DataError(missing_field(where, field, record))
-            if text.count(f'"{field}"') > 1 and _count_of_key(text, field) > 1:
-                raise DataError(f"{where}: there are several fields {field!r}; a document has one text")
+            # json.loads keeps the last of equal keys; counting them takes a second pass.
+            if text.count(f'"{field}"') > 1:
+                keys = [key for key, _ in json.loads(text, object_pairs_hook=list)]
+                if keys.count(field) > 1:
+                    raise DataError(f"{where}: there are several fields {field!r}; a document has one text")
             before, position = position, raw.tell()
             if lines is raw:  # read ahead, so its own position says nothing of this line
                 position = before + len(line)
             yield Document(checked_text(record[field], where, field), position - before)
-
-
-def _count_of_key(text: str, field: str) -> int:
-    """Counts how often a JSON object has a key; json.loads keeps the last one only."""
-    return sum(key == field for key, _ in json.loads(text, object_pairs_hook=list))
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
@@ -160,11 +149,7 @@ def _values(column: Any, path: Path, row: int) -> list[Any]:
 
 
 def checked_text(value: Any, where: str, field: str) -> str:
-    """Returns the value if it is a text that UTF-8 can write.
-
-    Raises:
-        DataError: It is not.
-    """
+    """Returns the value; raises DataError unless it is a text that UTF-8 can write."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field {field!r} is {type(value).__name__}, not text")
     if not value.isascii():

@@ -1,7 +1,7 @@
 """Where documents come from: files, Hugging Face data sets, the embedded corpus. All are read as streams.
 
-A document is one text. Whatever is wrong with an input is an error that names file and line (or row). What a source
-matches and does not read is counted with the reason; only blank lines of JSON lines files are skipped silently.
+What a source matches and does not read is counted with the reason; only blank lines of JSON lines files are skipped
+silently.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from mlra_scale.data import DataError
 from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
-from mlra_scale.data.files import BEYOND, FileCounts, Matches, NotRead, find_files, identity
+from mlra_scale.data.files import BEYOND, NotRead, file_counts, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
 from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
 
@@ -20,13 +20,7 @@ HUGGING_FACE = "hf:"
 
 
 class Source(Protocol):
-    """A stream of documents.
-
-    Attributes:
-        name: What the user named.
-        kind: Kind of source, for the manifest.
-        total_bytes: Sum of `consumed` over all documents, or None if it is not known before.
-    """
+    """A stream of documents; `total_bytes` is the sum of their `consumed`, None if it is not known before."""
 
     name: str
     kind: str
@@ -35,8 +29,8 @@ class Source(Protocol):
     def documents(self) -> Iterator[Document]:
         """Yields the documents from the beginning, in the same order every time."""
 
-    def files(self) -> FileCounts | None:
-        """Returns what became of the source's files in the last pass; None if the source does not know its files."""
+    def files(self) -> dict[str, Any] | None:
+        """Returns the `file_counts` of the last pass; None if the source does not know its files."""
 
 
 def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str | None) -> list[Source]:
@@ -45,7 +39,7 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
     Args:
         names: "python-docs", "hf:NAME", or files, folders and globs.
         field: Field or column that holds the text (JSON lines, .parquet, Hugging Face).
-        hf_split: Split of Hugging Face data sets.
+        hf_split: Split of Hugging Face data sets, such as "train" or "train[:10%]".
         hf_config: Configuration of Hugging Face data sets.
 
     Raises:
@@ -60,7 +54,7 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
         elif name.startswith(HUGGING_FACE):
             sources.append(HuggingFace(name, field, hf_split, hf_config))
         else:
-            sources.append(LocalFiles(name, find_files(name), field))
+            sources.append(LocalFiles(name, field))
     folders = {source: source.folder.resolve() for source in sources if isinstance(source, HuggingFace)}
     owner: dict[tuple[int, int], str] = {}
     for local in (source for source in sources if isinstance(source, LocalFiles)):
@@ -73,13 +67,13 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
 
 
 class LocalFiles:
-    """Documents of local files of mixed kinds: the matches of what the user named."""
+    """Documents of local files of mixed kinds: what a path, folder or glob matches."""
 
     kind = "files"
 
-    def __init__(self, name: str, matches: Matches, field: str) -> None:
+    def __init__(self, name: str, field: str) -> None:
         self.name, self._field = name, field
-        self.paths, self.not_read = matches.files, matches.not_read
+        self.paths, self.not_read = find_files(name)
         self._num_read, self._without_documents = 0, list[str]()
         try:
             self.total_bytes: int | None = sum(file.stat().st_size for file in self.paths)
@@ -97,21 +91,14 @@ class LocalFiles:
             if document is None:
                 self._without_documents.append(str(path))
 
-    def files(self) -> FileCounts:
+    def files(self) -> dict[str, Any]:
         """Returns what became of the files in the last pass."""
         beyond = (NotRead(str(path), BEYOND) for path in self.paths[self._num_read :])
-        return FileCounts(self._num_read, self._without_documents, [*self.not_read, *beyond])
+        return file_counts(self._num_read, self._without_documents, [*self.not_read, *beyond])
 
 
 class HuggingFace:
-    """A data set of the Hugging Face hub (or a local folder in its format), streamed: nothing is held whole.
-
-    Args:
-        spec: "hf:" and the data set's name, or its folder.
-        field: Column of the text.
-        split: Split, such as "train" or "train[:10%]".
-        config: Configuration name, for data sets that have several.
-    """
+    """A data set of the Hugging Face hub (or a local folder in its format, "hf:FOLDER"), streamed."""
 
     kind = "hugging-face"
 
@@ -120,7 +107,7 @@ class HuggingFace:
         self.name = f"{spec} (config {config}, split {split})" if config else f"{spec} (split {split})"
         self.total_bytes: int | None = None
         self._field, self._split, self._config = field, split, config
-        self._files: FileCounts | None = None
+        self._files: dict[str, Any] | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents in the order of the data set."""
@@ -152,15 +139,12 @@ class HuggingFace:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"Hugging Face data set {self.name} cannot be read: {reason}") from error
 
-    def files(self) -> FileCounts | None:
-        """Returns what became of a local folder's files; None for the hub, which does not give files by name.
-
-        The library reads the files of one kind and of one split. With --max-bytes some of them may be unread.
-        """
+    def files(self) -> dict[str, Any] | None:
+        """Returns what became of a local folder's files (with --max-bytes some may be unread); None for the hub."""
         return self._files
 
 
-def _files_of_split(folder: Path, split: Sequence[str] | None) -> FileCounts | None:
+def _files_of_split(folder: Path, split: Sequence[str] | None) -> dict[str, Any] | None:
     """Compares the files of a folder, hidden ones apart, with those that the library takes for a split."""
     if split is None:
         return None
@@ -173,4 +157,4 @@ def _files_of_split(folder: Path, split: Sequence[str] | None) -> FileCounts | N
     ]
     reason = "not in this split as the datasets library sees the folder"
     not_read = [NotRead(str(path), reason) for path in present if path.resolve() not in taken]
-    return FileCounts(len(present) - len(not_read), (), not_read)
+    return file_counts(len(present) - len(not_read), (), not_read)

@@ -50,7 +50,7 @@ class SampleStream:
     (permutation.py). A validation stream (seed None) has one fixed order and starts over after samples_per_epoch.
 
     Args:
-        parts: One epoch of every data set of the order's last mix; those that have left the mix are not read any more.
+        epochs: One epoch of every data set of the order's last mix; those that have left the mix are not read any more.
         order: Which data set every sample comes from.
         seed: Seed of the order; None: unshuffled.
         vocabulary_size: Ids from here on are an error in the data.
@@ -60,51 +60,42 @@ class SampleStream:
 
     def __init__(
         self,
-        parts: Sequence[OneEpoch],
+        epochs: Sequence[OneEpoch],
         order: SampleOrder,
         seed: int | None,
         vocabulary_size: int,
         end_of_document_token: int | None = None,
         reset_positions: bool = False,
     ) -> None:
-        assert parts and len(parts) == len(order.current)
+        assert epochs and len(epochs) == len(order.current)
         self._order = order
-        self._parts = dict(zip(order.current, parts, strict=True))
+        self._epochs = dict(zip(order.current, epochs, strict=True))
         self._sizes = np.zeros(order.num_data_sets, dtype=np.int64)
-        self._sizes[order.current] = [len(part) for part in parts]
+        self._sizes[order.current] = [len(epoch) for epoch in epochs]
         self._seed = seed
         self._vocabulary_size = vocabulary_size
         self._end_of_document_token = end_of_document_token
         self._reset_positions = reset_positions
-        self.sequence_length = parts[0].sequence_length
+        self.sequence_length = epochs[0].sequence_length
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of different samples: the sum over the data sets.
-
-        In a blend the data sets finish their own epochs at different times; this number is then a size, not a period
-        (except for validation, which starts over here).
-        """
+        """Number of different samples: the sum over the data sets, each of which has epochs of its own."""
         return int(self._sizes.sum())
-
-    @property
-    def proportions(self) -> list[float]:
-        """The share of samples that each data set gives, in the order of the blend."""
-        return self._order.history[-1].pattern.proportions
 
     def locate(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns, for global sample indices of shape [n], the data set and the sample of that data set's epoch."""
         if self._seed is None:
             sample_ids = sample_ids % self.samples_per_epoch
-        parts, local = self._order.locate(sample_ids)
-        assert self._sizes[parts].all(), "samples of a data set that has left the mix"
-        epochs, rows = np.divmod(local, self._sizes[parts])
-        if self._seed is not None:
-            for part in np.unique(parts):
-                mine = parts == part
-                size = int(self._sizes[part])
-                rows[mine] = permute(rows[mine], size, self._seed, epochs[mine], stream=int(part))
-        return parts, rows
+        data_sets, local = self._order.locate(sample_ids)
+        assert self._sizes[data_sets].all(), "samples of a data set that has left the mix"
+        epochs, rows = np.divmod(local, self._sizes[data_sets])
+        if self._seed is None:
+            return data_sets, rows
+        for data_set in np.unique(data_sets):
+            mine, size = data_sets == data_set, int(self._sizes[data_set])
+            rows[mine] = permute(rows[mine], size, self._seed, epochs[mine], stream=int(data_set))
+        return data_sets, rows
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Reads samples first_sample ... first_sample + count - 1 of the endless order.
@@ -114,15 +105,15 @@ class SampleStream:
         """
         assert first_sample >= 0 and count >= 1
         sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        parts, rows = self.locate(sample_ids)
+        data_sets, rows = self.locate(sample_ids)
         text = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        for part in np.unique(parts):
-            mine = parts == part
-            text[mine] = self._parts[int(part)].token_rows(rows[mine])
+        for data_set in np.unique(data_sets):
+            mine = data_sets == data_set
+            text[mine] = self._epochs[int(data_set)].token_rows(rows[mine])
         if text.max() >= self._vocabulary_size or text.min() < 0:
             bad = int(np.argmax(((text >= self._vocabulary_size) | (text < 0)).any(axis=1)))
             raise DataError(
-                f"{self._parts[int(parts[bad])].prefix}.bin holds a token outside the model's vocabulary "
+                f"{self._epochs[int(data_sets[bad])].prefix}.bin holds a token outside the model's vocabulary "
                 f"(ids {text[bad].min()} to {text[bad].max()} in sample {sample_ids[bad]}, "
                 f"model.vocab_size {self._vocabulary_size}); mend the data set or set model.vocab_size to its "
                 "tokenizer's size"

@@ -28,9 +28,9 @@ class LoadedTokenizer:
     """A tokenizer and what the data need to know of it.
 
     Attributes:
-        tokenizer: The tokenizer itself, without truncation and padding.
+        tokenizer: Without truncation and padding.
         kind: "hugging-face", "tokenizer.json", "gpt2-files" or "trained-bpe".
-        name: What the user named, for the manifest.
+        name: What the user named.
         end_of_document: Text of the token that ends a document.
         hugging_face: The transformers object where it was loaded through that library, to be saved as it is.
     """
@@ -90,7 +90,7 @@ def _find(names: Sequence[str]) -> tuple[str, list[Path]]:
     if len(files) not in (1, 2):
         raise DataError(f"a tokenizer is one name or folder, or the two files vocab.json merges.txt, not: {label}")
     if len(files) == 2:
-        return "gpt2-files", _sorted_bpe_files(files)
+        return "gpt2-files", _vocabulary_and_merges(files)
     path = files[0]
     if path.is_file():
         return "tokenizer.json", [path]
@@ -112,8 +112,7 @@ def _find(names: Sequence[str]) -> tuple[str, list[Path]]:
 def _make_special(tokenizer: Tokenizer, end: str) -> None:
     """Makes an added token special, so that a text that spells it is text (see encode_special_tokens).
 
-    A token of the plain vocabulary stays one: adding it would make another tokenizer. The encoder refuses texts that
-    give it.
+    A token of the plain vocabulary stays one, and the encoder refuses texts that give it.
     """
     number = tokenizer.token_to_id(end)
     for added, token in tokenizer.get_added_tokens_decoder().items():
@@ -168,8 +167,7 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 def save_tokenizer(loaded: LoadedTokenizer, folder: Path) -> None:
     """Makes a folder that AutoTokenizer reads, and that this module reads back to the same checksum.
 
-    Its eos token is the one that ends documents, whatever the tokenizer itself has: generation has to end with what
-    the model was trained to end with.
+    Its eos token is the one that ends documents, so that generation ends with what the model was trained to end with.
     """
     folder.mkdir()
     if loaded.hugging_face is not None:
@@ -229,8 +227,7 @@ def _byte_level(model: Any) -> Tokenizer:
     return tokenizer
 
 
-def _sorted_bpe_files(files: Sequence[Path]) -> list[Path]:
-    """Returns vocabulary and merges in this order: the vocabulary is JSON."""
+def _vocabulary_and_merges(files: Sequence[Path]) -> list[Path]:
     vocabulary, merges = sorted(files, key=lambda file: file.suffix != ".json")
     for file in (vocabulary, merges):
         if not file.is_file():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import array
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlra_scale.data.blocks import BlockHasher
-from mlra_scale.data.indexed import sha256_of_file
+from mlra_scale.data.manifest import FileSum
 from mlra_scale.megatron import DType, IndexedDatasetBuilder
 
 
@@ -44,14 +43,9 @@ class SplitWriter:
         """Closes the .bin file without an index, after an error."""
         self._builder.data_file.close()
 
-    def finish(self) -> dict[str, dict[str, Any]]:
+    def finish(self) -> dict[str, FileSum]:
         """Writes the index and the table of block hashes; returns size and SHA-256 of the three files, by name."""
         self._builder.finalize(str(self._idx))
         self._blocks.write_bytes(self._hasher.table)
-        return {
-            self._bin.name: {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._hasher.sha256},
-            **{
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-                for path in (self._idx, self._blocks)
-            },
-        }
+        sums = {path.name: FileSum.of(path) for path in (self._idx, self._blocks)}
+        return {self._bin.name: FileSum(bytes=self.tokens * self._dtype.itemsize, sha256=self._hasher.sha256)} | sums

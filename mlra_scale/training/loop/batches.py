@@ -52,7 +52,7 @@ def read_collectively(read: Read, progress: Progress, topology: Topology, is_che
         read: Reads this rank's batches.
         progress: The counters before the step, for the message.
         topology: The mesh.
-        is_checked: Whether all data were checked at the start (Datasets.is_checked).
+        is_checked: Whether all data were checked at the start (OpenData.is_checked).
 
     Raises:
         BadData: Some rank's data are bad; on all ranks.

@@ -14,7 +14,7 @@ from mlra_scale.checkpoint import CheckpointError
 from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
 from mlra_scale.checkpoint.retention import checkpoint_name, remove_after, set_latest, step_named
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
-from mlra_scale.data import Datasets
+from mlra_scale.data import OpenData
 from mlra_scale.parallel import Engine
 from mlra_scale.stability.watcher import Watchers
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
@@ -43,7 +43,7 @@ class Checkpoints:
         self,
         run: ResolvedRun,
         engine: Engine,
-        datasets: Datasets,
+        datasets: OpenData,
         watchers: Watchers,
         on_saved: Callable[[FinishedSave], None],
     ) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from mlra_scale.data import Batch, Datasets
+from mlra_scale.data import Batch, OpenData
 from mlra_scale.parallel import Topology
 from mlra_scale.stability.guard import Action, Guard
 from mlra_scale.stability.tev import TevWatcher
@@ -39,7 +39,7 @@ class Session:
 
     run: ResolvedRun
     topology: Topology
-    datasets: Datasets
+    datasets: OpenData
     guard: Guard
     report: Report
     checkpoints: Checkpoints

@@ -43,7 +43,7 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
     """
     config, plan, device, is_main = run.config, run.plan, topology.device, topology.rank == 0
     hear_stop = partial(raise_if_stopped, interruption, topology)
-    datasets = open_datasets(config, run.resume.mixes, run.parts)
+    datasets = open_datasets(config, run.resume.mixes, run.found_data)
     with suppressed_output():
         engine = build_engine(config, plan, topology)
     finite = FiniteCheck(config.train, ends_run=not config.guard.enabled)

@@ -50,9 +50,9 @@ def agree_on_checkpoint(request: LaunchRequest, run: ResolvedRun, topology: Topo
         StartRefused: There is no good checkpoint; on all ranks.
     """
     excluded: dict[Path, str] = {}
-    parts = run.parts
+    found_data = run.found_data
     while True:
-        run = replace(_of_rank_0(run, topology), parts=parts)
+        run = replace(_of_rank_0(run, topology), found_data=found_data)
         checkpoint = run.resume.checkpoint
         faults = [] if checkpoint is None else checkpoint_faults(checkpoint, topology)
         if checkpoint is None or not faults:

@@ -15,7 +15,7 @@ from mlra_scale.checkpoint.manifest import read_complete_manifest
 from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
 from mlra_scale.data import Mix, check_data, identify_data
-from mlra_scale.data.parts import FoundParts, find_parts
+from mlra_scale.data.data_sets import FoundData, find_data
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
@@ -119,7 +119,7 @@ class ResolvedRun:
         directory: The run directory.
         resume: Where the run starts.
         layout: How the planner chose the layout; None: there was nothing to choose.
-        parts: The data sets as this process found them; not pickled, and so None in what another process sent.
+        found_data: The data sets as this process found them; not pickled, and so None in what another process sent.
     """
 
     config: Config
@@ -127,10 +127,10 @@ class ResolvedRun:
     directory: RunDirectory
     resume: ResumePoint = field(default_factory=ResumePoint)
     layout: LayoutChoice | None = None
-    parts: FoundParts | None = field(default=None, repr=False, compare=False)
+    found_data: FoundData | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "parts": None}
+        return {**self.__dict__, "found_data": None}
 
     @property
     def is_done(self) -> bool:
@@ -166,9 +166,9 @@ def resolve_run(
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
         validate(config, request.world_size, device=resolve_device(config))
     problems += check_device(config) if is_here else []
-    parts = find_parts(config)
+    found = find_data(config)
     is_continued = store is not None and store.kind == "training"
-    data_problems = check_data(config, is_continued, parts)
+    data_problems = check_data(config, is_continued, found)
     problems += data_problems
     resume = ResumePoint(choice.checkpoint, choice.rejected)
     if store is not None and not is_continued:
@@ -178,11 +178,11 @@ def resolve_run(
     elif store is not None:
         changes = _changes(compared, config, store)
         with _gathering(problems, request.resume):
-            resume = _continued(resume, request, store, changes, None if data_problems else (config, parts, named))
+            resume = _continued(resume, request, store, changes, None if data_problems else (config, found, named))
     if problems:
         raise ConfigError(problems)
     assert request.run is not None
-    return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, parts)
+    return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, found)
 
 
 def _continued(
@@ -190,14 +190,14 @@ def _continued(
     request: LaunchRequest,
     store: Store,
     changes: list[Change],
-    data: tuple[Config, FoundParts, Named] | None,
+    data: tuple[Config, FoundData, Named] | None,
 ) -> ResumePoint:
     """Returns where the run of a checkpoint continues; `data` is None where the data cannot be compared."""
     problems: list[Problem] = []
     progress, stored_data, history = read_progress(store)
     if data is not None:
-        config, parts, named = data
-        compared = compare_data(identify_data(config, parts), stored_data, progress.consumed_samples, named)
+        config, found, named = data
+        compared = compare_data(identify_data(config, found), stored_data, progress.consumed_samples, named)
         problems += compared.problems
         changes += compared.changes
         resume = replace(resume, mixes=compared.mixes)

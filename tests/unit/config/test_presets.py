@@ -39,13 +39,9 @@ ODD = ModelConfig(
 )
 
 
-def test_the_names() -> None:
-    assert preset_names() == tuple(PARAMETERS)
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_parameter_counts(name: str) -> None:
-    assert preset(name).model.num_parameters() == PARAMETERS[name]
+def test_names_and_parameter_counts() -> None:
+    counts = {name: preset(name).model.num_parameters() for name in preset_names()}
+    assert counts == PARAMETERS and [*counts] == [*PARAMETERS]
 
 
 def test_padding_and_pairing_do_not_count() -> None:

@@ -57,8 +57,7 @@ def test_a_duplicate_key_is_refused_with_both_places() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["a: [1", "a: b: c", "\t- x", "a: &x 1", "b: *x", "? [1]\n: 2", "1: 2", "!!python/object:x {}", "!!int 1"],
+    "text", ["a: [1", "a: b: c", "\t- x", "a: &x 1", "b: *x", "? [1]\n: 2", "1: 2", "!!python/object:x {}", "!!int 1"]
 )
 def test_what_is_not_plain_yaml_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(ValueError, match=r"^line \d+, column \d+: ") as caught:

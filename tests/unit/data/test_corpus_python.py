@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.data.corpus_python import PythonCorpus, module_texts
-from mlra_scale.data.files import FileCounts, NotRead
+from mlra_scale.data.files import NotRead, file_counts
 
 
 @pytest.fixture(scope="module")
@@ -73,29 +73,16 @@ def test_real_modules_stay_python_without_their_docstrings(corpus: PythonCorpus)
         assert len(english) > 5000 and english[200:400] not in code
 
 
-def test_a_file_that_does_not_parse_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "bad.py"
-    path.write_text("def (:\n")
-    assert module_texts("bad", path) is None
-    path.write_bytes(b'# coding: ascii\n"""caf\xe9"""\n')
-    assert module_texts("bad", path) is None
-
-
-def test_a_module_that_does_not_parse_is_counted(tmp_path: Path) -> None:
-    source = PythonCorpus()
+def test_a_module_that_does_not_parse_is_left_out_and_counted(tmp_path: Path) -> None:
+    source, path = PythonCorpus(), tmp_path / "bad.py"
     modules = source.modules
     for name in set(modules) - {"argparse", "this"}:
         del modules[name]
     source._names = [f"{kind} {name}" for name in modules for kind in ("docstrings", "source")]
-    modules["argparse"] = tmp_path / "argparse.py"
-    modules["argparse"].write_text("def (:\n")
+    modules["argparse"] = path
+    path.write_text("def (:\n")
     assert len(list(source.documents())) == 1
-    assert source.files() == FileCounts(1, (), [NotRead("argparse", "not Python source of this version")])
-
-
-def test_parsing_leaves_the_garbage_collector_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "bad.py"
-    for text in ("def (:\n", "x = 1\n"):
-        path.write_text(text)
-        module_texts("bad", path)
-        assert gc.isenabled()
+    assert source.files() == file_counts(1, (), [NotRead("argparse", "not Python source of this version")])
+    path.write_bytes(b'# coding: ascii\n"""caf\xe9"""\n')
+    assert module_texts("bad", path) is None
+    assert gc.isenabled()

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,18 @@ from mlra_scale.data import DataError, check_data, identify_data, indexed, open_
 from mlra_scale.data.blocks import BLOCK_BYTES
 from mlra_scale.data.folder import verify_folder
 from mlra_scale.data.indexed import sha256_of_file
-from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest
+from mlra_scale.data.manifest import content_fingerprint, manifest_text, read_manifest
 from tests.support.foreign_tokenizers import begins_with_bos, save
-from tests.unit.data.builders import config_for, prepare_texts
+from tests.unit.data.builders import config_for, edit, flip, prepare_texts, prepare_words
 
 VERSION_1 = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2" / "data"
-WORDS = ["the", "norm", "of", "a", "gradient", "and", "its", "layer", "deep", "rank", "low", "token"]
 FLIPS_PER_FILE = 24
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder whose train.bin has four blocks."""
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(40, 900))) for _ in range(250)]
-    folder = prepare_texts(tmp_path_factory.mktemp("x") / "data", texts, train_bpe=290, validation_fraction=0.1)
+    folder = prepare_words(tmp_path_factory.mktemp("x"), 400, 800)
     assert 3 * BLOCK_BYTES < (folder / "train.bin").stat().st_size < 5 * BLOCK_BYTES
     return folder
 
@@ -49,20 +45,6 @@ def old(tmp_path: Path) -> Path:
 
 def problems(folder: Path) -> str:
     return "\n".join(map(str, check_data(config_for(folder))))
-
-
-def flip(path: Path, byte: int, bit: int) -> None:
-    with open(path, "r+b") as stream:
-        stream.seek(byte)
-        value = stream.read(1)[0]
-        stream.seek(byte)
-        stream.write(bytes([value ^ 1 << bit]))
-
-
-def edited(path: Path, change: Callable[[Any], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -98,7 +80,7 @@ def test_a_flipped_bit_in_a_folder_of_version_1(old: Path) -> None:
                 accepted.add(path.name)
                 assert identify_data(config_for(old)) == before
                 manifest = read_manifest(old)
-                assert (manifest.vocabulary_size, manifest.end_of_document_token) == (512, 0)
+                assert (manifest.tokenizer.vocabulary_size, manifest.tokenizer.end_of_document_token) == (512, 0)
             else:
                 assert str(path) in found
             flip(path, byte, bit)
@@ -114,7 +96,7 @@ def swap_two_ids(content: Any) -> None:
 def test_two_swapped_ids_of_a_tokenizer_are_refused(data: Path, old: Path) -> None:
     for folder in (data, old):
         path = folder / "tokenizer" / "tokenizer.json"
-        edited(path, swap_two_ids)
+        edit(path, swap_two_ids)
         assert str(path) in problems(folder)
 
 
@@ -122,7 +104,7 @@ def test_two_swapped_ids_of_a_tokenizer_are_refused(data: Path, old: Path) -> No
 def test_another_end_of_document_token_is_refused(data: Path, old: Path, token: object) -> None:
     for folder in (data, old):
         path = folder / "manifest.json"
-        edited(path, lambda content: content["tokenizer"].update(end_of_document_token=token))
+        edit(path, lambda content: content["tokenizer"].update(end_of_document_token=token))
         assert str(path) in problems(folder)
 
 
@@ -158,18 +140,12 @@ def test_files_in_folders_beside_the_tokenizer_are_recorded(tmp_path: Path) -> N
     assert f"{output / inner} is damaged" in problems(output)
 
 
-DEEP = "[" * 200_000 + "]" * 200_000
-FOREIGN_MANIFESTS: dict[str, str] = {
-    "deep": '{"format": "mlra-scale-data", "version": 2, "x": ' + DEEP + "}",
+FOREIGN_MANIFESTS = {
     "list": "[1, 2]",
     "text": '"mlra-scale-data"',
-    "number of 5000 digits": '{"format": "mlra-scale-data", "version": ' + "1" * 5000 + "}",
-    "infinite version": '{"format": "mlra-scale-data", "version": 1e999}',
     "version 1 of nothing": '{"format": "mlra-scale-data", "version": 1}',
     "control characters": '{"format": "mlra-scale-data", "version": "\\u001b[2J\\u0007"}',
-    "lone surrogate": '{"format": "mlra-scale-data", "version": "\\ud800"}',
     "true": '{"format": "mlra-scale-data", "version": true}',
-    "empty": "",
 }
 
 
@@ -180,34 +156,18 @@ def test_a_foreign_manifest_is_one_clean_sentence(data: Path, name: str) -> None
     assert str(data / "manifest.json") in found and found.isprintable() and len(found) < 600
 
 
-def test_entries_of_a_manifest_that_do_not_fit_are_refused(data: Path) -> None:
+@pytest.mark.parametrize("change", [{"documents": 1}, {"tokens": 1}, {"dtype": "int32"}])
+def test_entries_that_do_not_fit_the_indices_are_refused(data: Path, change: dict[str, object]) -> None:
     # A manifest with a right checksum of its own, as a program with a fault would write it.
     content = read_manifest(data).content
-    changes: dict[str, Callable[[Any], object]] = {
-        "no tokenizer": lambda c: c.pop("tokenizer"),
-        "tokenizer is a list": lambda c: c.update(tokenizer=[1]),
-        "no split": lambda c: c["splits"].pop("validation"),
-        "negative count": lambda c: c["splits"]["train"].update(documents=-1),
-        "absurd count": lambda c: c["splits"]["train"].update(tokens=10**40),
-        "other documents": lambda c: c["splits"]["train"].update(documents=c["splits"]["train"]["documents"] + 1),
-        "other type": lambda c: c.update(dtype="int32"),
-        "no file": lambda c: c["files"].pop("train.bin"),
-        "no table": lambda c: c["files"].pop("train.blocks"),
-        "a file elsewhere": lambda c: c["files"].update({"../x": c["files"]["train.bin"]}),
-        "no sum": lambda c: c["files"]["train.idx"].update(sha256="x"),
-        "other fingerprint": lambda c: c.update(fingerprint="0" * 64),
-        "end outside the vocabulary": lambda c: c["tokenizer"].update(end_of_document_token=290),
-    }
-    for name, change in changes.items():
-        altered = json.loads(json.dumps(content))
-        change(altered)
-        (data / "manifest.json").write_text(manifest_text(altered))
-        assert str(data / "manifest.json") in problems(data), name
+    (content if "dtype" in change else content["splits"]["train"]).update(change)
+    (data / "manifest.json").write_text(manifest_text(content))
+    assert f"{data / 'manifest.json'} was changed by hand" in problems(data)
 
 
 def test_the_fingerprint_covers_the_end_of_documents(data: Path) -> None:
     manifest = read_manifest(data)
-    others = [content_fingerprint(manifest.files, manifest.tokenizer_sha256, end) for end in (1, 2)]
+    others = [content_fingerprint(manifest.files, manifest.tokenizer.sha256, end) for end in (1, 2)]
     assert len({manifest.fingerprint, *others}) == 3
 
 
@@ -271,7 +231,7 @@ def test_verify_names_everything_that_is_damaged(data: Path) -> None:
     flip(data / "tokenizer" / "tokenizer.json", 500, 2)
     found = verify_folder(data)
     assert len(found) == 4
-    assert f"{data / 'train.bin'} is damaged" in found[0] and "at offset 65536, 196608)" in found[0]
+    assert f"{data / 'train.bin'} is damaged" in found[0] and "at offset 65536, 196608 differ" in found[0]
     for name, problem in zip(("train.idx", "validation.blocks", "tokenizer.json"), found[1:], strict=True):
         assert name in problem
 
@@ -284,8 +244,9 @@ def test_verify_checks_tokens_and_ends(data: Path) -> None:
     ):
         content = json.loads(json.dumps(manifest.content))
         content["tokenizer"][entry] = value
-        fitting = Manifest(data, content)
-        content["fingerprint"] = fitting.fingerprint
+        content["fingerprint"] = content_fingerprint(
+            manifest.files, manifest.tokenizer.sha256, content["tokenizer"]["end_of_document_token"]
+        )
         (data / "manifest.json").write_text(manifest_text(content))
         with pytest.raises(DataError, match=message):
             verify_folder(data)

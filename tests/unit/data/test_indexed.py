@@ -83,56 +83,42 @@ def replaced(array: np.ndarray, places: slice | int, values: Any) -> np.ndarray:
     return changed
 
 
-WRONG_INDEXES: dict[str, tuple[np.ndarray, np.ndarray, str]] = {
-    "wrapped to negative": (
-        (POINTERS + 4096) % 8192 - 4096,
-        BORDERS,
-        r"set.idx is damaged: sequence 30 \(offset -3992, 70 tokens\) has a negative",
-    ),
-    "wrapped, all positive": (
-        replaced(POINTERS, slice(60, None), POINTERS[:40]),
-        BORDERS,
-        r"sequence 60 \(offset 0, 70 tokens\) overlaps",
-    ),
-    "overlaps by one token": (replaced(POINTERS, 7, 978), BORDERS, r"sequence 7 \(offset 978, 70 tokens\) overlaps"),
-    "inside a token": (replaced(POINTERS, 50, 7001), BORDERS, r"sequence 50 \(offset 7001, 70 tokens\) starts inside"),
-    "far beyond": (
-        replaced(POINTERS, 50, 10**9),
-        BORDERS,
-        r"sequence 50 \(offset 1000000000, .* the .bin file has 14000",
-    ),
-    "one token beyond": (replaced(POINTERS, 99, 13862), BORDERS, r"sequence 99 .* ends at byte 14002"),
-    "beyond 64 bits": (replaced(POINTERS, 50, 2**63 - 2), BORDERS, r"sequence 50 \(offset 9223372036854775806"),
-    "borders that restart": (
-        POINTERS,
-        np.array([*range(51), *range(1, 50), COUNT]),
-        "set.idx is damaged: document 51 starts at sequence 1, before document 50, which starts at sequence 50",
-    ),
-    "a border beyond": (
-        POINTERS,
-        replaced(BORDERS, -2, 10**6),
-        "document 99 starts at sequence 1000000, the index has 100",
-    ),
-    "a negative border": (POINTERS, replaced(BORDERS, 3, -4), "document 3 starts at sequence -4"),
-    "borders that begin late": (POINTERS, replaced(BORDERS, 0, 1), "first document does not start at sequence 0"),
-    "borders that end early": (POINTERS, BORDERS[:-1], "last document ends at sequence 99, it has 100"),
-    "no borders": (POINTERS, BORDERS[:0], "first document does not start at sequence 0"),
+WRONG_POINTERS: dict[str, tuple[np.ndarray, str]] = {
+    "negative": ((POINTERS + 4096) % 8192 - 4096, r"set.idx is damaged: sequence 30 \(offset -3992, .* has a negative"),
+    "wrapped": (replaced(POINTERS, slice(60, None), POINTERS[:40]), r"sequence 60 \(offset 0, 70 tokens\) overlaps"),
+    "overlaps by one token": (replaced(POINTERS, 7, 978), r"sequence 7 \(offset 978, 70 tokens\) overlaps"),
+    "inside a token": (replaced(POINTERS, 50, 7001), r"sequence 50 \(offset 7001, 70 tokens\) starts inside"),
+    "far beyond": (replaced(POINTERS, 50, 10**9), r"sequence 50 \(offset 1000000000, .* the .bin file has 14000"),
+    "one token beyond": (replaced(POINTERS, 99, 13862), r"sequence 99 .* ends at byte 14002"),
+    "beyond 64 bits": (replaced(POINTERS, 50, 2**63 - 2), r"sequence 50 \(offset 9223372036854775806"),
 }
+WRONG_BORDERS: dict[str, tuple[np.ndarray, str]] = {
+    "that restart": (
+        np.array([*range(51), *range(1, 50), COUNT]),
+        "set.idx is damaged: document 51 starts at sequence 1, the one before it at sequence 50 of 100",
+    ),
+    "beyond": (replaced(BORDERS, -2, 10**6), "document 99 starts at sequence 1000000, .* at sequence 98 of 100"),
+    "negative": (replaced(BORDERS, 3, -4), "document 3 starts at sequence -4"),
+    "that begin late": (replaced(BORDERS, 0, 1), "first document does not start at sequence 0"),
+    "that end early": (BORDERS[:-1], "last document ends at sequence 99, it has 100"),
+    "none": (BORDERS[:0], "first document does not start at sequence 0"),
+}
+WRONG = [(pointers, BORDERS, message) for pointers, message in WRONG_POINTERS.values()]
+WRONG += [(POINTERS, borders, message) for borders, message in WRONG_BORDERS.values()]
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 16])
-@pytest.mark.parametrize("name", WRONG_INDEXES)
+@pytest.mark.parametrize(("pointers", "borders", "message"), WRONG, ids=[*WRONG_POINTERS, *WRONG_BORDERS])
 def test_every_entry_of_an_index_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pointers: np.ndarray, borders: np.ndarray, message: str, chunk: int
 ) -> None:
-    monkeypatch.setattr("mlra_scale.data.indexed._SEQUENCES_AT_ONCE", chunk)
-    pointers, borders, message = WRONG_INDEXES[name]
+    monkeypatch.setattr("mlra_scale.data.indexed._AT_ONCE", chunk)
     with pytest.raises(DataError, match=message):
         open_indexed(written(tmp_path, [LENGTH] * COUNT, pointers.tolist(), borders.tolist()))
 
 
 def test_the_checks_take_memory_for_a_part_of_the_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlra_scale.data.indexed._SEQUENCES_AT_ONCE", 1000)
+    monkeypatch.setattr("mlra_scale.data.indexed._AT_ONCE", 1000)
     count = 200_000
     prefix = written(tmp_path, [1] * count, range(0, 2 * count, 2), range(count + 1))
     tracemalloc.start()

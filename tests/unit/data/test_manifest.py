@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mlra_scale.data import DataError
-from mlra_scale.data.files import FileCounts, NotRead
-from mlra_scale.data.manifest import Manifest, content_fingerprint, manifest_text, read_manifest, summary
+from mlra_scale.data.files import NotRead, file_counts
+from mlra_scale.data.manifest import FileSum, Manifest, content_fingerprint, manifest_text, read_manifest, summary
+from mlra_scale.data.prepare import PrepareOptions, prepare
 
 SUM = "0123456789abcdef" * 4
 NOT_READ = [NotRead(f"in/{i}.md", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
@@ -23,7 +24,7 @@ def content() -> dict[str, Any]:
     return {
         "format": "mlra-scale-data",
         "version": 2,
-        "fingerprint": content_fingerprint(files, SUM, 0),
+        "fingerprint": content_fingerprint(dict.fromkeys(files, FileSum(bytes=4, sha256=SUM)), SUM, 0),
         "documents": 9,
         "tokens": 90,
         "text_bytes": 180,
@@ -34,7 +35,7 @@ def content() -> dict[str, Any]:
         "splits": {"train": {"documents": 8, "tokens": 80}, "validation": {"documents": 1, "tokens": 10}},
         "files": files,
         "sources": [
-            source | {"files": FileCounts(4, ["in/a.jsonl"], NOT_READ).to_dict()},
+            source | {"files": file_counts(4, ["in/a.jsonl"], NOT_READ)},
             {"name": "hf:x (split train)", "kind": "hugging-face", "documents": 2, "empty_documents": 1},
         ],
     }
@@ -58,9 +59,9 @@ def test_an_entry_has_every_number_and_the_first_names(tmp_path: Path) -> None:
     ]
 
 
-def test_the_lines_of_a_summary() -> None:
-    lines = summary(Manifest(Path("data"), content()))
-    assert lines[0] == "data: 9 documents, 90 tokens, uint16"
+def test_the_lines_of_a_summary(tmp_path: Path) -> None:
+    lines = summary(read(tmp_path, content()))
+    assert lines[0] == f"{tmp_path}: 9 documents, 90 tokens, uint16"
     assert lines[3] == "  tokenizer   t: 9 tokens, documents end with <end> = 0, 2.00 bytes per token"
     assert lines[4:-1] == [
         "  files       4 of 17 read of in",
@@ -72,10 +73,17 @@ def test_the_lines_of_a_summary() -> None:
     ]
 
 
-def test_names_that_are_no_text_can_be_printed() -> None:
-    odd = content()
-    odd["sources"][0]["name"] = os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
-    assert summary(Manifest(Path("data"), odd))[4] == "  files       4 of 17 read of caf\\udce9 \\x1b[31m \u00e4"
+def test_names_that_are_no_text_are_recorded_so_that_they_can_be_printed(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m \xc3\xa4")
+    source.mkdir()
+    (source / "a.jsonl").write_text('{"text": "one text and another"}\n' * 40)
+    (source / os.fsdecode(b"\xe9.md")).touch()
+    options = PrepareOptions(tmp_path / "set", [str(source)], train_bpe=280, validation_fraction=0.2, progress=False)
+    printed = f"{tmp_path}/caf\\udce9 \\x1b[31m \u00e4"
+    assert summary(prepare(options))[4:6] == [
+        f"  files       1 of 2 read of {printed}",
+        f"  not read    1 of no known kind: {printed}/\\udce9.md",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,13 +93,25 @@ def test_names_that_are_no_text_can_be_printed() -> None:
         (lambda c: c.update(empty_documents_left_out=0), "it counts 0 empty documents, their parts 3"),
         (lambda c: c["sources"][0]["files"].update(read=5), "it counts 17 files of source in, their parts 18"),
         (lambda c: c["sources"][0]["files"]["not_read"].pop(), "it counts 17 files of source in, their parts 16"),
+        (lambda c: c.pop("tokenizer"), r"\(tokenizer: Field required\)"),
+        (lambda c: c.update(tokenizer=[1]), r"\(tokenizer: Input should be a valid"),
+        (lambda c: c["splits"].pop("validation"), "validation is missing in `splits`"),
+        (lambda c: c["splits"]["train"].update(documents=-1), r"\(splits.train.documents: "),
+        (lambda c: c["splits"]["train"].update(tokens=10**40), "has the integer"),
+        (lambda c: c["files"].pop("train.bin"), r"train\.bin is missing in `files`"),
+        (lambda c: c["files"].pop("train.blocks"), r"train\.blocks is missing in `files`"),
+        (lambda c: c["files"].update({"../x": c["files"]["train.bin"]}), r"\.\./x is no file of a data set"),
+        (lambda c: c["files"]["train.idx"].update(sha256="x"), r"\(files\.train\.idx\.sha256: "),
+        (lambda c: c.update(fingerprint="0" * 64), "its fingerprint is not that of its files"),
+        (lambda c: c["tokenizer"].update(end_of_document_token=9), "the token that ends documents is outside"),
     ],
 )
-def test_numbers_that_do_not_add_up(tmp_path: Path, change: Any, message: str) -> None:
+def test_entries_that_do_not_fit_together_are_refused_with_the_file(tmp_path: Path, change: Any, message: str) -> None:
     changed = content()
     change(changed)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         read(tmp_path, changed)
+    assert str(caught.value).startswith(str(tmp_path / "manifest.json"))
 
 
 def test_a_manifest_from_before_files_were_counted(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import random
 import threading
 from pathlib import Path
@@ -121,7 +120,7 @@ def test_many_openers_at_once_build_one_cache(tmp_path: Path) -> None:
     assert len(list(data_range.cache.iterdir())) == 2  # the indices and the lock
 
 
-@pytest.mark.parametrize("obstacle", ["a file in the way", "damaged indices", "no indices"])
+@pytest.mark.parametrize("obstacle", ["a file in the way", "no indices"])
 def test_without_a_usable_cache_the_indices_stay_in_memory(tmp_path: Path, obstacle: str) -> None:
     data_range = whole_range(write_documents(tmp_path / "set", random_documents(100, 20)))
     expected = rows(OneEpoch(data_range, 16))
@@ -129,11 +128,7 @@ def test_without_a_usable_cache_the_indices_stay_in_memory(tmp_path: Path, obsta
         data_range.cache.write_text("not a folder")
     else:
         OneEpoch(data_range, 16, cache_from=1)
-        (samples,) = data_range.cache.glob("*/samples.npy")
-        if obstacle == "no indices":
-            samples.unlink()
-        else:
-            samples.write_bytes(samples.read_bytes()[:50])
+        next(data_range.cache.glob("*/samples.npy")).unlink()
     assert (rows(OneEpoch(data_range, 16, cache_from=1)) == expected).all()
 
 
@@ -179,7 +174,3 @@ def test_whole_indices_are_never_replaced(tmp_path: Path, monkeypatch: pytest.Mo
 
 def no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
-
-
-def digest_on_rank(rank: int, world_size: int, prefix: Path, cache_from: int) -> str:
-    return hashlib.sha256(rows(OneEpoch(whole_range(prefix), 16, cache_from)).tobytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +12,14 @@ import pytest
 import torch
 
 from mlra_scale.config import ConfigError
-from mlra_scale.data import Datasets, check_data, identify_data, open_datasets
-from mlra_scale.data.parts import find_parts
-from tests.unit.data.builders import config_for, prepare_texts, random_documents, write_documents
-
-WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]
-
-
-def prepared(folder: Path, seed: int = 0, vocabulary: int = 290) -> Path:
-    """A prepared folder of random words."""
-    rng = np.random.default_rng(seed)
-    texts = [" ".join(rng.choice(WORDS, size=rng.integers(5, 60))) for _ in range(60)]
-    return prepare_texts(folder / f"data-{seed}", texts, train_bpe=vocabulary, validation_fraction=0.2)
+from mlra_scale.data import OpenData, check_data, identify_data, open_datasets
+from mlra_scale.data.data_sets import find_data
+from tests.unit.data.builders import config_for, edit, prepare_words, random_documents, write_documents
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("prepared"))
+    return prepare_words(tmp_path_factory.mktemp("prepared"), 60, 60)
 
 
 @pytest.fixture
@@ -54,16 +44,16 @@ def problems(path: Path | None, *overrides: str, **fields: Any) -> str:
     return "\n".join(map(str, found))
 
 
-def tokens(datasets: Datasets, first: int = 0, count: int = 64) -> torch.Tensor:
+def tokens(datasets: OpenData, first: int = 0, count: int = 64) -> torch.Tensor:
     return datasets.train.batch(first, count).tokens_BS
 
 
 def test_data_sets_that_were_found_for_other_data_are_not_used(data: Path, bare: Path) -> None:
-    found, other = find_parts(config_for(data)), config_for(bare)
+    found, other = find_data(config_for(data)), config_for(bare)
     assert identify_data(other, found) == identify_data(other) == open_datasets(other, (), found).identity
     assert identify_data(config_for(data, "train.seed=7"), found) == identify_data(config_for(data))
     refused, missing = config_for(data.parent / "missing"), check_data(config_for(data.parent / "missing"))
-    twice = find_parts(refused)
+    twice = find_data(refused)
     assert [check_data(refused, found=twice) for _ in range(2)] == [missing, missing] and len(missing) == 1
 
 
@@ -72,9 +62,9 @@ def test_a_prepared_folder_opens(data: Path) -> None:
     assert check_data(config) == []
     opened = open_datasets(config)
     (manifest,) = opened.manifests
-    assert opened.num_train_tokens == manifest.content["splits"]["train"]["tokens"]
+    assert opened.num_train_tokens == manifest.splits["train"].tokens
     batch = opened.train.batch(0, opened.train.samples_per_epoch)
-    assert int(batch.documents_BS.max()) > 0 and int(batch.tokens_BS.max()) < manifest.vocabulary_size
+    assert int(batch.documents_BS.max()) > 0 and int(batch.tokens_BS.max()) < manifest.tokenizer.vocabulary_size
     assert opened.validation.samples_per_epoch >= 1
     assert not (data / "cache").exists()  # small data leave no trace
 
@@ -141,7 +131,6 @@ def test_a_blend_has_its_weights(data: Path, bare: Path) -> None:
     config = config_for(None, f"data.blend={{{data}: 3, {bare}: 1}}")
     assert check_data(config) == []
     opened = open_datasets(config)
-    assert opened.train.proportions == [0.75, 0.25]
     parts, _ = opened.train.locate(np.arange(4000))
     assert np.bincount(parts).tolist() == [3000, 1000]
     assert len(opened.manifests) == 1
@@ -204,7 +193,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(data: Path, bare:
     first, first_bare = fingerprint(data), fingerprint(bare)
     moved = data.rename(tmp_path / "elsewhere")
     assert fingerprint(moved, "train.seed=9", "train.sequence_length=8") == first
-    assert fingerprint(prepared(tmp_path, seed=4)) != first
+    assert fingerprint(prepare_words(tmp_path, 60, 60, seed=4)) != first
     assert first_bare != first
     content = bytearray(Path(f"{bare}.bin").read_bytes())
     content[100] ^= 1
@@ -225,13 +214,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "long train.bin": (lambda d: (d / "train.bin").open("ab").write(b"12"), "its manifest says"),
     "foreign idx": (lambda d: (d / "train.idx").write_bytes(b"x" * 100), "is not a Megatron index"),
     "changed idx": (lambda d: (d / "train.idx").open("ab").write(b"12"), "is not the file that its manifest describes"),
-    "edited manifest": (lambda d: edit(d / "manifest.json", {"files": {}}), "was changed after it was made"),
-    "newer manifest": (lambda d: edit(d / "manifest.json", {"version": 3}), "has version 3"),
+    "edited manifest": (
+        lambda d: edit(d / "manifest.json", lambda c: c.update(files={})),
+        "was changed after it was made",
+    ),
+    "newer manifest": (lambda d: edit(d / "manifest.json", lambda c: c.update(version=3)), "has version 3"),
 }
-
-
-def edit(manifest: Path, change: dict[str, object]) -> None:
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -242,13 +230,11 @@ def test_damaged_folders_are_refused(data: Path, name: str) -> None:
     assert message in text and text.startswith("data.path = ") and "\n" not in text
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_half_a_prefix_is_refused(bare: Path, suffix: str) -> None:
-    Path(f"{bare}.{suffix}").unlink()
-    assert f"bare.{suffix} does not exist" in problems(bare)
-
-
-def test_missing_data_are_refused(tmp_path: Path) -> None:
+def test_missing_data_are_refused(tmp_path: Path, bare: Path) -> None:
+    for suffix in ("bin", "idx"):
+        file = Path(f"{bare}.{suffix}").rename(tmp_path / "aside")
+        assert f"bare.{suffix} does not exist" in problems(bare)
+        file.rename(f"{bare}.{suffix}")
     assert "neither a folder made by tools/prepare_data.py nor" in problems(tmp_path / "none")
     assert "no data: name a folder" in problems(None)
     assert "was not made, or not finished" in problems(tmp_path)
@@ -288,7 +274,7 @@ def test_vocabularies_must_fit(data: Path, bare: Path, tmp_path: Path) -> None:
 def test_tokenizers_must_match(data: Path, bare: Path, tmp_path: Path) -> None:
     assert problems(data, tokenizer=data / "tokenizer") == ""
     assert problems(data, tokenizer=data / "tokenizer" / "tokenizer.json") == ""
-    other = prepared(tmp_path, seed=8, vocabulary=275)
+    other = prepare_words(tmp_path, 60, 60, seed=8, vocabulary=275)
     assert "was made with another tokenizer" in problems(data, tokenizer=other / "tokenizer")
     assert "holds no tokenizer" in problems(data, tokenizer=tmp_path)
     assert "one model needs one tokenizer" in problems(None, f"data.blend={{{data}: 1, {other}: 1}}")

@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from mlra_scale.data import DataError
-from mlra_scale.data.files import FileCounts, NotRead, find_files
+from mlra_scale.data.files import NotRead, file_counts, find_files
 from mlra_scale.data.sources import open_sources
+from tests.unit.data.builders import packed, write_jsonl
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites: \u00e4 \u00f6 \u00fc \U0001f642", "", "x" * 5000]
 
@@ -25,23 +26,20 @@ def texts_of(*names: object, field: str = "text") -> list[str]:
     ]
 
 
-def write_jsonl(path: Path, texts: Sequence[object], field: str = "text") -> Path:
-    content = "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
 def write_parquet(path: Path, texts: Sequence[object], field: str = "text") -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path, row_group_size=2)
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "A.PARQUET"])
+ROWS = ["a.jsonl", "a.JSONL", "a.jsonl.gz", "a.json", "a.json.gz", "a.JSON.GZ", "a.jsonl.zst", "A.Jsonl.Zst"]
+
+
+@pytest.mark.parametrize("name", [*ROWS, "a.parquet", "A.PARQUET"])
 @pytest.mark.parametrize("field", ["text", "body"])
 def test_files_of_rows(tmp_path: Path, name: str, field: str) -> None:
     write = write_parquet if name.lower().endswith("parquet") else write_jsonl
     path = write(tmp_path / name, TEXTS, field)
-    assert texts_of(path, field=field) == TEXTS
+    assert texts_of(path, field=field) == texts_of(tmp_path, field=field) == TEXTS
     (source,) = open_sources([str(path)], field, "train", None)
     consumed = sum(document.consumed for document in source.documents())
     assert consumed == source.total_bytes == path.stat().st_size
@@ -75,11 +73,11 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "in" / "**" / "*.jsonl*") == ["b", "c"]
     assert texts_of(tmp_path / "i*") == ["a", "b", "d", "c"]
     assert texts_of(tmp_path / "in" / "d.parquet", tmp_path / "in" / "a.txt") == ["d", "a"]
-    assert [file.name for file in find_files(str(tmp_path / "in" / "deep")).files] == ["c.jsonl.gz"]
+    assert [file.name for file in find_files(str(tmp_path / "in" / "deep"))[0]] == ["c.jsonl.gz"]
     # Every file that matched is read or named with the reason.
     (source,) = open_sources([str(tmp_path / "in")], "text", "train", None)
     assert len(list(source.documents())) == 4
-    assert source.files() == FileCounts(
+    assert source.files() == file_counts(
         4,
         [],
         [
@@ -87,26 +85,6 @@ def test_folders_and_globs_of_mixed_kinds(tmp_path: Path) -> None:
             NotRead(str(tmp_path / "in" / "readme.md"), "of no known kind"),
         ],
     )
-
-
-def zstd(content: bytes) -> bytes:
-    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
-
-
-def packed(name: str, content: bytes) -> bytes:
-    """Compresses as the file's name says."""
-    ending = name.lower().rsplit(".")[-1]
-    return gzip.compress(content) if ending == "gz" else zstd(content) if ending == "zst" else content
-
-
-@pytest.mark.parametrize("kind", ["a.JSONL", "a.json", "a.json.gz", "a.jsonl.zst", "A.Jsonl.Zst", "a.JSON.GZ"])
-def test_every_way_to_write_json_lines(tmp_path: Path, kind: str) -> None:
-    content = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    # Both compressors may leave several streams one behind the other.
-    (tmp_path / kind).write_bytes(packed(kind, content[:60]) + packed(kind, content[60:]))
-    assert texts_of(tmp_path / kind) == texts_of(tmp_path) == TEXTS
-    (source,) = open_sources([str(tmp_path)], "text", "train", None)
-    assert sum(document.consumed for document in source.documents()) == source.total_bytes
 
 
 @pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.zst"])
@@ -128,16 +106,16 @@ def test_links_fifos_and_loops(tmp_path: Path) -> None:
     os.mkfifo(folder / "d.jsonl")  # opening it would wait for a writer for ever
     (tmp_path / "elsewhere").symlink_to(folder)
     for name in (folder, folder / "**", folder / "**" / "*", folder / "**" / "*.jsonl"):
-        matches = find_files(str(name))
-        assert matches.files == [folder / "a.jsonl"]
-        assert matches.not_read == [
+        files, not_read = find_files(str(name))
+        assert files == [folder / "a.jsonl"]
+        assert not_read == [
             NotRead(str(folder / "b.jsonl"), "the same file under a second name"),
             NotRead(str(folder / "c.jsonl"), "the same file under a second name"),
             NotRead(str(folder / "d.jsonl"), "not a regular file"),
             NotRead(str(folder / "deep" / "loop"), "a link to a folder"),
             NotRead(str(folder / "deep" / "ring"), "a link to a folder"),
         ]
-    assert find_files(str(tmp_path / "else*")).files == [tmp_path / "elsewhere" / "a.jsonl"]
+    assert find_files(str(tmp_path / "else*"))[0] == [tmp_path / "elsewhere" / "a.jsonl"]
     for other in (tmp_path / "elsewhere", folder / "c.jsonl", folder / "b.jsonl"):
         with pytest.raises(DataError, match="belongs to two sources"):
             texts_of(folder / "a.jsonl", other)
@@ -171,7 +149,7 @@ def test_files_without_documents_and_beyond_the_end_are_counted(tmp_path: Path) 
     stream = source.documents()
     assert [next(stream).text for _ in range(3)] == ["1", "2", "3"]
     beyond = [NotRead(str(tmp_path / "d.jsonl"), "beyond --max-bytes")]
-    assert source.files() == FileCounts(3, [str(tmp_path / "a.jsonl")], beyond)
+    assert source.files() == file_counts(3, [str(tmp_path / "a.jsonl")], beyond)
 
 
 def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
@@ -245,23 +223,23 @@ def test_parquet_text_that_is_not_utf_8(tmp_path: Path, kind: str) -> None:
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
-    text, table, packed, foreign = (tmp_path / name for name in ("a.txt", "a.parquet", "a.jsonl.gz", "b.jsonl.gz"))
+    text, table, cut, foreign = (tmp_path / name for name in ("a.txt", "a.parquet", "a.jsonl.gz", "b.jsonl.gz"))
     text.write_bytes(b"one\ntwo\n\xff\n")
     write_parquet(table, ["a", None])
-    write_jsonl(packed, [str(i) for i in range(5000)])
-    packed.write_bytes(packed.read_bytes()[:500])
+    write_jsonl(cut, [str(i) for i in range(5000)])
+    cut.write_bytes(cut.read_bytes()[:500])
     foreign.write_bytes(b"not gzip")
     for path, field, message in (
         (text, "text", "a.txt, line 3: not UTF-8"),
         (table, "text", r"a.parquet, row 2: field 'text' is NoneType"),
         (table, "body", r"a.parquet has no column 'body' \(it has: id, text\); choose with --field"),
         (table, "id", "a.parquet, row 1: field 'id' is int"),
-        (packed, "text", "a.jsonl.gz cannot be read"),
+        (cut, "text", "a.jsonl.gz cannot be read"),
         (foreign, "text", "b.jsonl.gz cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
             texts_of(path, field=field)
-    whole = zstd(b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(5000)))
+    whole = packed("c.zst", b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(5000)))
     for name, content, message in (
         ("c.jsonl.zst", whole[:500], "Truncated compressed stream"),
         ("c.jsonl.zst", b"(\xb5/\xfd", "Truncated compressed stream"),
@@ -303,7 +281,7 @@ def test_hugging_face_data_sets_are_streamed(tmp_path: Path) -> None:
             texts_of(other, name)
     reason = "not in this split as the datasets library sees the folder"
     others = [NotRead(str(tmp_path / "set" / "data" / "train.jsonl"), reason)]
-    assert source.files() == FileCounts(1, (), others)
+    assert source.files() == file_counts(1, (), others)
     for wanted, field, split, message in (
         (name, "body", "train", r"row 1: there is no field 'body' \(fields: id, text\)"),
         (name, "id", "train", "row 1: field 'id' is int"),

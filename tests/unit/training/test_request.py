@@ -37,7 +37,7 @@ def test_every_index_is_read_once_from_the_check_to_the_streams(
 
     monkeypatch.setattr(folder, "open_indexed", counted)
     run = resolved(place, resume)
-    opened = open_datasets(run.config, run.resume.mixes, run.parts)
+    opened = open_datasets(run.config, run.resume.mixes, run.found_data)
     assert run.resume.progress.step == (3 if resume == "auto" else 0) and len(opened.notices) == 1
     assert sorted(read) == [str(place / "data" / split) for split in ("train", "validation")]
     assert opened.identity == identify_data(run.config)
@@ -48,7 +48,7 @@ def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     run = resolved(Path(shutil.copytree(WRITTEN, tmp_path / "written")), "none")
     sent = pickle.dumps(run)
     received = pickle.loads(sent)
-    assert run.parts is not None and received.parts is None and received == run and len(sent) < 100_000
+    assert run.found_data is not None and received.found_data is None and received == run and len(sent) < 100_000
 
 
 def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The data sets that a configuration names: found, compared with what was recorded of them, and judged together."""
+"""The data sets that a configuration names: found, compared with what was recorded of them, and checked together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -15,40 +14,33 @@ from mlra_scale.config import Config, DataConfig, Problem
 from mlra_scale.data import DataError
 from mlra_scale.data.blend import BLOCK, BlendPattern
 from mlra_scale.data.blocks import sha256_of_file
-from mlra_scale.data.folder import Prepared, check_contents, notices_of, open_prepared
+from mlra_scale.data.folder import check_contents, notices_of, open_prepared
 from mlra_scale.data.indexed import SequenceRange, open_indexed
-from mlra_scale.data.manifest import MANIFEST_NAME, SPLITS, Manifest, sha256_of_lines
+from mlra_scale.data.manifest import MANIFEST_NAME, SPLITS, Manifest, Split, sha256_of_lines
 
 _LARGEST_DEVIATION = 0.01
 
-Split = Literal["train", "validation"]
-
 
 @dataclass(frozen=True)
-class Part:
-    """A data set that was found whole.
+class DataSet:
+    """A data set of a configuration, with its splits.
 
     Attributes:
         field: The configuration's field.
         path: As the configuration names it.
-        prepared: The folder; None: a bare Megatron prefix.
+        manifest: Of a prepared folder; None: a bare Megatron prefix.
         splits: The sequences of "train" and "validation".
     """
 
     field: str
     path: str
-    prepared: Prepared | None
+    manifest: Manifest | None
     splits: dict[Split, SequenceRange]
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """The manifest; None for a bare prefix."""
-        return None if self.prepared is None else self.prepared.manifest
 
     @property
     def is_checked(self) -> bool:
         """Whether all of its content is compared at every start with what was prepared."""
-        return self.prepared is not None and all(split.files.is_small for split in self.splits.values())
+        return self.manifest is not None and all(split.files.is_small for split in self.splits.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,39 +67,45 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class FoundParts:
+class FoundData:
     """The data sets of a configuration; it maps their index files into memory, so it stays in its process.
 
     Attributes:
-        data: The section of the configuration that names them.
-        parts: The data sets, in the order of the blend.
+        config: The section of the configuration that names them.
+        training: The data sets, in the order of the blend.
         validation: The separate validation data, if any.
         problems: What is wrong with those that are missing here.
     """
 
-    data: DataConfig
-    parts: list[Part]
-    validation: Part | None
+    config: DataConfig
+    training: list[DataSet]
+    validation: DataSet | None
     problems: tuple[Problem, ...]
 
     @property
-    def everything(self) -> list[Part]:
+    def everything(self) -> list[DataSet]:
         """All data sets, the separate validation data last."""
-        return self.parts + ([self.validation] if self.validation else [])
+        return self.training + ([self.validation] if self.validation else [])
 
     @property
-    def validation_parts(self) -> list[Part]:
+    def validating(self) -> list[DataSet]:
         """The data sets whose validation splits are read."""
-        return [self.validation] if self.validation else self.parts
+        return [self.validation] if self.validation else self.training
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """The manifests of the training data that have one, in the order of the blend."""
+        return [data_set.manifest for data_set in self.training if data_set.manifest is not None]
 
     @property
     def end_of_document(self) -> int | None:
         """The end-of-document token: the manifests' (they agree) or, for bare prefixes, the configuration's."""
-        manifests = [part.manifest for part in self.parts if part.manifest is not None]
-        return manifests[0].end_of_document_token if manifests else self.data.end_of_document_token
+        return (
+            self.manifests[0].tokenizer.end_of_document_token if self.manifests else self.config.end_of_document_token
+        )
 
 
-def find_parts(config: Config) -> FoundParts:
+def find_data(config: Config) -> FoundData:
     """Finds the data sets that the configuration names and the separate validation data, if any.
 
     All of every index is read: a minute for 500 million documents.
@@ -118,33 +116,33 @@ def find_parts(config: Config) -> FoundParts:
         named = {"data.path": data.path}
     if not named:
         problem = Problem("data.path", None, "no data: name a folder made by tools/prepare_data.py")
-        return FoundParts(data, [], None, (problem,))
+        return FoundData(data, [], None, (problem,))
     if data.validation_path is not None:
         named["data.validation_path"] = data.validation_path
-    found: dict[str, Part] = {}
+    found: dict[str, DataSet] = {}
     problems = []
     for field, path in named.items():
         try:
-            found[field] = _find_part(field, path, data)
+            found[field] = _find_data_set(field, path, data)
         except (DataError, OSError) as error:
             problems.append(Problem(field, path, str(error)))
     validation = found.pop("data.validation_path", None)
-    return FoundParts(data, list(found.values()), validation, tuple(problems))
+    return FoundData(data, list(found.values()), validation, tuple(problems))
 
 
-def _find_part(field: str, path: str, data: DataConfig) -> Part:
+def _find_data_set(field: str, path: str, data: DataConfig) -> DataSet:
     """Opens a prepared folder or a bare prefix.
 
     A bare prefix that is trained on keeps its last documents for validation, unless other data are named for that.
     """
     folder = Path(path)
     if folder.is_dir() and not (Path(f"{path}.idx").is_file() and not (folder / MANIFEST_NAME).is_file()):
-        prepared = open_prepared(folder)
-        train, validation = (
-            SequenceRange(files, 0, len(files.sequence_lengths), folder / "cache")
-            for files in (prepared.files[split] for split in SPLITS)
-        )
-        return Part(field, path, prepared, {"train": train, "validation": validation})
+        manifest, opened = open_prepared(folder)
+        splits: dict[Split, SequenceRange] = {
+            split: SequenceRange(opened[split], 0, len(opened[split].sequence_lengths), folder / "cache")
+            for split in SPLITS
+        }
+        return DataSet(field, path, manifest, splits)
     if not folder.parent.is_dir() or not (Path(f"{path}.idx").exists() or Path(f"{path}.bin").exists()):
         raise DataError(f"{path} is neither a folder made by tools/prepare_data.py nor a Megatron prefix (PREFIX.bin)")
     files, cache = open_indexed(path), Path(f"{path}.cache")
@@ -155,48 +153,49 @@ def _find_part(field: str, path: str, data: DataConfig) -> Part:
         kept = min(max(1, round(data.validation_fraction * files.num_documents)), files.num_documents)
         border = int(files.document_borders[files.num_documents - kept])
     train, validation = SequenceRange(files, 0, border, cache), SequenceRange(files, border, end, cache)
-    return Part(field, path, None, {"train": train, "validation": validation})
+    return DataSet(field, path, None, {"train": train, "validation": validation})
 
 
-def blend_problems(parts: Sequence[Part]) -> Iterator[Problem]:
-    """Refuses a blend of more data sets than its pattern has places, and one that names the same data twice."""
-    if len(parts) > BLOCK:
-        yield Problem("data.blend", f"{len(parts)} data sets", f"at most {BLOCK} can be blended; join some")
+def blend_problems(training: Sequence[DataSet]) -> Iterator[Problem]:
+    """Refuses a blend of more data sets than its pattern has slots, and one that names the same data twice."""
+    if len(training) > BLOCK:
+        yield Problem("data.blend", f"{len(training)} data sets", f"at most {BLOCK} can be blended; join some")
         return
-    seen: dict[str, Part] = {}
-    for part in parts if len(parts) > 1 else ():
-        first = seen.setdefault(part.fingerprint, part)
-        if first is not part:
+    seen: dict[str, DataSet] = {}
+    for data_set in training if len(training) > 1 else ():
+        first = seen.setdefault(data_set.fingerprint, data_set)
+        if first is not data_set:
             remedy = f"holds the same data as {first.path}; name them once, with the sum of the weights"
-            yield Problem(part.field, part.path, remedy)
+            yield Problem(data_set.field, data_set.path, remedy)
 
 
-def content_problems(parts: Sequence[Part]) -> Iterator[Problem]:
+def content_problems(found: FoundData) -> Iterator[Problem]:
     """Compares the content of prepared folders with what was recorded, but for large .bin files."""
-    for part in parts:
+    for data_set in found.everything:
         try:
-            if part.prepared is not None:
-                check_contents(part.prepared)
+            if data_set.manifest is not None:
+                check_contents(data_set.manifest, {name: split.files for name, split in data_set.splits.items()})
         except (DataError, OSError) as error:
-            yield Problem(part.field, part.path, str(error))
+            yield Problem(data_set.field, data_set.path, str(error))
 
 
-def token_problems(config: Config, found: FoundParts) -> Iterator[Problem]:
+def token_problems(config: Config, found: FoundData) -> Iterator[Problem]:
     """Checks that vocabulary and end-of-document token of all data sets suit the model and each other."""
     vocabulary, data, end = config.model.vocab_size, config.data, found.end_of_document
-    prepared = [(part, part.manifest) for part in found.everything if part.manifest is not None]
-    for part in found.everything:
-        if part.manifest is None:
-            yield from _bare_token_problems(part, vocabulary, end if data.document_attention == "masked" else None)
+    is_masked = data.document_attention == "masked"
+    prepared = [(data_set, data_set.manifest) for data_set in found.everything if data_set.manifest is not None]
+    for data_set in found.everything:
+        if data_set.manifest is None:
+            yield from _bare_token_problems(data_set, vocabulary, end if is_masked else None)
             continue
-        if part.manifest.vocabulary_size > vocabulary:
-            remedy = f"smaller than the {part.manifest.vocabulary_size} tokens of {part.path}; set it to that or more"
+        tokenizer, (first, manifest) = data_set.manifest.tokenizer, prepared[0]
+        if tokenizer.vocabulary_size > vocabulary:
+            remedy = f"smaller than the {tokenizer.vocabulary_size} tokens of {data_set.path}; set it to that or more"
             yield Problem("model.vocab_size", vocabulary, remedy)
-        first, manifest = prepared[0]
-        if part.manifest.tokenizer_sha256 != manifest.tokenizer_sha256:
+        if tokenizer.sha256 != manifest.tokenizer.sha256:
             remedy = f"made with another tokenizer than {first.path}; one model needs one tokenizer"
-            yield Problem(part.field, part.path, remedy)
-    if end is None and data.document_attention == "masked":
+            yield Problem(data_set.field, data_set.path, remedy)
+    if end is None and is_masked:
         remedy = "document_attention=masked has to know which token ends documents; name it"
         yield Problem("data.end_of_document_token", None, remedy)
     if prepared and data.end_of_document_token not in (None, end):
@@ -204,34 +203,36 @@ def token_problems(config: Config, found: FoundParts) -> Iterator[Problem]:
         yield Problem("data.end_of_document_token", data.end_of_document_token, remedy)
 
 
-def _bare_token_problems(part: Part, vocabulary: int, end: int | None) -> Iterator[Problem]:
+def _bare_token_problems(data_set: DataSet, vocabulary: int, end: int | None) -> Iterator[Problem]:
     """Looks at a sample of a bare prefix: ids outside the vocabulary, and (end given) no document that ends with it."""
-    files = part.splits["train"].files
+    files = data_set.splits["train"].files
     sample = files.token_sample()
     if (largest := int(sample.max(initial=0))) >= vocabulary:
-        remedy = f"too small for {part.path}, which holds the token {largest}; set it to the tokenizer's size"
+        remedy = f"too small for {data_set.path}, which holds the token {largest}; set it to the tokenizer's size"
         yield Problem("model.vocab_size", vocabulary, remedy)
     if int(sample.min(initial=0)) < 0:
-        yield Problem(part.field, part.path, "holds negative tokens; it is not a text data set")
+        yield Problem(data_set.field, data_set.path, "holds negative tokens; it is not a text data set")
     if end is not None and not (files.document_ends() == end).any():
-        remedy = f"no document of {part.path} ends with it; was the data set made without --append-eod?"
+        remedy = f"no document of {data_set.path} ends with it; was the data set made without --append-eod?"
         yield Problem("data.end_of_document_token", end, remedy)
 
 
-def length_problems(found: FoundParts, length: int) -> Iterator[Problem]:
+def length_problems(found: FoundData, length: int) -> Iterator[Problem]:
     """Refuses splits without a whole sample, which make no epoch."""
-    wanted: list[tuple[Part, Split]] = [(part, "train") for part in found.parts]
-    wanted += [(part, "validation") for part in found.validation_parts]
-    for part, split in wanted:
-        sequences = part.splits[split]
+    wanted: list[tuple[DataSet, Split]] = [(data_set, "train") for data_set in found.training]
+    wanted += [(data_set, "validation") for data_set in found.validating]
+    for data_set, split in wanted:
+        sequences = data_set.splits[split]
         if sequences.num_samples(length) == 0:
             what = f"only {sequences.num_tokens} tokens" if sequences.stop > sequences.first else "no documents"
             others = ", or other validation data (data.validation_path)" if split == "validation" else ""
             remedy = f"its {split} split has {what}, a sample needs {length + 1}; "
-            yield Problem(part.field, part.path, f"{remedy}give more data, a shorter train.sequence_length{others}")
+            yield Problem(
+                data_set.field, data_set.path, f"{remedy}give more data, a shorter train.sequence_length{others}"
+            )
 
 
-def tokenizer_problems(config: Config, found: FoundParts) -> Iterator[Problem]:
+def tokenizer_problems(config: Config, found: FoundData) -> Iterator[Problem]:
     """Compares the tokenizer that the configuration names, if any, with those of the manifests."""
     from mlra_scale.data.tokenizer import load_tokenizer, tokenizer_sha256
 
@@ -242,30 +243,29 @@ def tokenizer_problems(config: Config, found: FoundParts) -> Iterator[Problem]:
     except DataError as error:
         yield Problem("data.tokenizer", name, str(error))
         return
-    checksum, manifests = tokenizer_sha256(loaded.tokenizer), [part.manifest for part in found.parts if part.manifest]
-    for part in found.parts:
-        if (manifest := part.manifest) is not None and manifest.tokenizer_sha256 != checksum:
-            made_with = manifest.content["tokenizer"]["name"]
-            remedy = f"{part.path} was made with another tokenizer ({made_with}): {manifest.tokenizer_folder}"
-            yield Problem("data.tokenizer", name, remedy)
-    if found.parts and not manifests and loaded.vocabulary_size > config.model.vocab_size:
+    checksum = tokenizer_sha256(loaded.tokenizer)
+    for manifest in found.manifests:
+        if manifest.tokenizer.sha256 != checksum:
+            made_with = f"another tokenizer ({manifest.tokenizer.name}): {manifest.tokenizer_folder}"
+            yield Problem("data.tokenizer", name, f"{manifest.folder} was made with {made_with}")
+    if found.training and not found.manifests and loaded.vocabulary_size > config.model.vocab_size:
         remedy = f"smaller than the {loaded.vocabulary_size} tokens of data.tokenizer {name}"
         yield Problem("model.vocab_size", config.model.vocab_size, remedy)
 
 
-def notices(found: FoundParts) -> tuple[str, ...]:
+def notices(found: FoundData) -> tuple[str, ...]:
     """Returns what a user should know of data that are read all the same, a line each."""
-    lines = [line for part in found.everything if part.prepared for line in notices_of(part.prepared)]
-    weights = list(found.data.blend.values()) if found.data.blend else [1.0]
-    for part, weight, share in zip(found.parts, weights, BlendPattern(weights).proportions, strict=True):
+    lines = [line for data_set in found.everything if data_set.manifest for line in notices_of(data_set.manifest)]
+    weights = list(found.config.blend.values()) if found.config.blend else [1.0]
+    for data_set, weight, share in zip(found.training, weights, BlendPattern(weights).proportions, strict=True):
         wanted = weight / sum(weights)
         if abs(share - wanted) > _LARGEST_DEVIATION * wanted:
             lines.append(
-                f"data.blend: the weight of {part.path} asks for {wanted:.3g} of the samples and gets {share:.3g}: "
+                f"data.blend: the weight of {data_set.path} asks for {wanted:.3g} of the samples and gets {share:.3g}: "
                 f"every data set gives at least one of {BLOCK} samples"
             )
-    if (validation := found.validation) is not None and validation.prepared is None:
-        is_same = (part.prepared is None and part.fingerprint == validation.fingerprint for part in found.parts)
-        if any(is_same):
+    if (validation := found.validation) is not None and validation.manifest is None:
+        bare = (data_set.fingerprint for data_set in found.training if data_set.manifest is None)
+        if validation.fingerprint in bare:
             lines.append(f"data.validation_path: {validation.path} holds the data that are trained on")
     return tuple(dict.fromkeys(lines))
