@@ -18,9 +18,8 @@ from typing import IO
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, endpoint, free_port, listening_host
 from mlra_scale.cluster.job.policy import End, EndKind, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
-from mlra_scale.cluster.process_tree import end_process
-from mlra_scale.cluster.settings import Settings
-from mlra_scale.cluster.slurm import SlurmError, hostnames, slurm_environment, step_command
+from mlra_scale.cluster.settings import LauncherSettings
+from mlra_scale.cluster.slurm import SlurmError, end_process, hostnames, slurm_environment, step_command
 from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.config import ClusterConfig
 from mlra_scale.files import write_atomically
@@ -32,6 +31,7 @@ _FINAL: dict[ExitCode, EndKind] = {
     ExitCode.UNSTABLE: "unstable",
 }
 """Exit codes of ranks after which another attempt would end alike."""
+_WORKING = ("training", "evaluating", "saving", "rolling back")
 _EVIDENCE_SECONDS = 5.0
 """After the first rank has failed, how long the others may take to report their own errors, before they are killed."""
 _END_SECONDS = 60.0
@@ -63,8 +63,7 @@ class AttemptPlan:
         device: `cuda` or `cpu`.
         training: Arguments of the training.
         logs: Folder for the logs of this attempt.
-        settings: How ranks are started.
-        cluster: Memory and cores of the ranks, and how long their start, their stop and silence may take.
+        settings, cluster: How ranks are started, with what memory and cores, and how long they may take for what.
         hang_seconds: No progress for so long is a hang.
     """
 
@@ -74,7 +73,7 @@ class AttemptPlan:
     device: str
     training: tuple[str, ...]
     logs: Path
-    settings: Settings
+    settings: LauncherSettings
     cluster: ClusterConfig
     hang_seconds: float
 
@@ -101,7 +100,7 @@ class AttemptRunner:
         write_output: Takes the output of all ranks.
         say: Prints a line for the user.
         is_stop_asked: Whether a signal has asked the job to stop.
-        on_progress: Called when the first step begins, and about every second from then on.
+        on_progress: Called for each report of a node whose ranks train.
     """
 
     def __init__(
@@ -224,8 +223,8 @@ class AttemptRunner:
                 self._blame(odd_ones({name: other.versions or {} for name, other in self._nodes.items()}, versions()))
         if message.ranks is not None:
             node.ranks = [rank.model_copy(update={"node": heard.node}) for rank in message.ranks]
-            # Not only where ranks are watched: a short run may end with the next message.
-            self._note_progress(node.ranks)
+            if any(rank.heartbeat.phase in _WORKING for rank in node.ranks):
+                self._on_progress()
         if message.signalled:
             self._stop(hub, f"{heard.node} was signalled")
         if message.failures is not None:
@@ -246,10 +245,6 @@ class AttemptRunner:
             self._say(f"{self._failures[-len(failures)]}; the attempt ends")
         self._kill_after(_END_SECONDS if is_agreed else _EVIDENCE_SECONDS)
 
-    def _note_progress(self, ranks: Sequence[RankStatus]) -> None:
-        if any(rank.heartbeat.phase in ("training", "evaluating", "saving", "rolling back") for rank in ranks):
-            self._on_progress()
-
     def _watch(self, hub: Hub) -> None:
         """Looks for what no message reports: a stop that was asked for, a silent node, ranks without progress."""
         now, limits = time.monotonic(), self._plan.cluster
@@ -269,7 +264,6 @@ class AttemptRunner:
             elif now - node.heard > patience:
                 self._lose(name, f"nothing was heard of it for {patience:.0f} s")
         ranks = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
-        self._note_progress(ranks)
         if self._verdict is not None or self._kill_at is not None:
             return
         if self._stopping_since is not None and now - self._stopping_since > 60 * limits.stop_minutes:
