@@ -17,7 +17,7 @@ def all_end(pids: Collection[int], seconds: float = 20.0) -> bool:
         Whether all have ended.
     """
     deadline = time.monotonic() + seconds
-    while any(process_state(pid)[:1] not in ("", "Z") for pid in pids):
+    while any(process_state(pid) not in ("", "zombie") for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -28,6 +28,7 @@ from mlra_scale.cluster.node.watch import Watch, connect
 from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.versions import versions
+from tests.support.leftovers import all_end
 
 OPTIONS = [
     "--job=10.0.0.1:41000",
@@ -164,12 +165,12 @@ def test_the_job_hears_of_the_node_and_its_ranks(make_site: Sites) -> None:
     for number, rank in enumerate(reported):
         wanted = {"rank": number, "pid": ranks[number].pid, "phase": "training", "step": 4}
         assert rank["heartbeat"].items() >= wanted.items()
-        assert rank["silence"] < 5.0 and rank["state"] == "S (sleeping)"
+        assert rank["silence"] < 5.0 and rank["state"] == "sleeping"
     ranks[1].send_signal(signal.SIGSTOP)
 
     def is_seen_stopped() -> bool:
         silence, state = max((rank["silence"], rank["state"]) for rank in site.messages("ranks")[-1])
-        return silence > 0.9 and state == "T (stopped)"
+        return silence > 0.9 and state == "stopped"
 
     assert site.hear_until(is_seen_stopped)
 
@@ -297,7 +298,7 @@ class Agent:
 
     def is_rank_there(self) -> bool:
         """Whether the rank lives."""
-        return process_state(self.messages("ranks")[0][0]["heartbeat"]["pid"])[:1] not in ("", "Z")
+        return process_state(self.messages("ranks")[0][0]["heartbeat"]["pid"]) not in ("", "zombie")
 
     @property
     def calls(self) -> list[str]:
@@ -332,7 +333,7 @@ def test_a_rank_without_a_heartbeat_yet_is_ended_too(agent: Agent, tmp_path: Pat
     assert agent.hear_until(lambda: started.exists() and started.read_text())
     agent.hub.send({"order": "kill"})
     assert agent.process.wait(10.0) == 1
-    assert wait_until(lambda: process_state(int(started.read_text())) in ("", "Z (zombie)"), 5.0)
+    assert all_end([int(started.read_text())], 5.0)
 
 
 def test_ranks_do_not_outlive_the_job_and_it_is_queued_again(agent: Agent) -> None:

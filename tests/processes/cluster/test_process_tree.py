@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from mlra_scale.cluster.process_tree import descendants, process_state
+from tests.support.leftovers import all_end
 
 GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
 CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
@@ -61,10 +62,7 @@ def test_a_rank_dies_with_its_agent(started: list[subprocess.Popen[str]]) -> Non
     assert process_state(rank) != ""
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5.0
-    while process_state(rank) not in ("", "Z (zombie)") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process_state(rank) in ("", "Z (zombie)")
+    assert all_end([rank], 5.0)
 
 
 def wait_for_state(pid: int, state: str) -> None:
@@ -77,11 +75,11 @@ def wait_for_state(pid: int, state: str) -> None:
 def test_the_state_of_a_process() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
-            wait_for_state(process.pid, "S (sleeping)")
+            wait_for_state(process.pid, "sleeping")
             process.send_signal(signal.SIGSTOP)
-            wait_for_state(process.pid, "T (stopped)")
+            wait_for_state(process.pid, "stopped")
         finally:
             process.kill()
-        wait_for_state(process.pid, "Z (zombie)")
+        wait_for_state(process.pid, "zombie")
     assert process_state(process.pid) == ""
-    assert process_state(os.getpid()) == "R (running)"
+    assert process_state(os.getpid()) == "running"

@@ -14,12 +14,12 @@ from mlra_scale.cluster.channel import Heard, Hub
 from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
 from mlra_scale.cluster.job.policy import EndKind
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankMessage, printable
-from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ClusterConfig
 
 HEARTBEAT: dict[str, Any] = {"rank": 3, "local_rank": 1, "pid": 7, "phase": "training", "step": 4, "seconds": 0.5}
 HEARTBEAT |= {"location": "f (x.py:1)"}
-RANK = {"heartbeat": HEARTBEAT, "silence": 0, "state": "S (sleeping)"}
+RANK = {"heartbeat": HEARTBEAT, "silence": 0, "state": "sleeping"}
 FAILURE: dict[str, Any] = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
 
 
@@ -45,7 +45,7 @@ def attempt(said: list[str]) -> AttemptRunner:
         device="cpu",
         training=(),
         logs=Path("logs"),
-        settings=Settings(1, "cpu", (), ("python3",)),
+        settings=LauncherSettings(1, "cpu", (), ("python3",)),
         cluster=ClusterConfig(),
         hang_seconds=30.0,
     )
