@@ -70,10 +70,9 @@ def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
     return [*arguments, *words, *([f"cluster.file={Path(files[-1]).absolute()}"] if is_path else [])]
 
 
-def overrides_of_ranks(config: Config, device: str, world_size: int) -> list[str]:
+def overrides_of_ranks(device: str, world_size: int) -> list[str]:
     """Returns the overrides that the ranks of a job get beside those that were given."""
-    chosen = device if config.train.device == "auto" else config.train.device
-    return [f"train.device={chosen}", f"parallel.world_size={world_size}"]
+    return [f"train.device={device}", f"parallel.world_size={world_size}"]
 
 
 def check_on_this_node(
@@ -159,7 +158,8 @@ def check(training: Sequence[str], nodes: int, processes: int, device: str, is_l
     if config.parallel.world_size not in (None, world_size) and not config.cluster.elastic:
         remedy = f"the job has {nodes} node(s) for {processes} rank(s) each; correct one"
         problems.append(Problem("parallel.world_size", config.parallel.world_size, remedy))
-    config, named, is_stored_config = resolve(parsed, overrides_of_ranks(config, device, world_size))
+    device = device if config.train.device == "auto" else config.train.device
+    config, named, is_stored_config = resolve(parsed, overrides_of_ranks(device, world_size))
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)

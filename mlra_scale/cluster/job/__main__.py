@@ -80,14 +80,15 @@ class Job:
         settings: LauncherSettings,
         is_stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._allocation, self._settings, self._is_stop_asked = allocation, settings, is_stop_asked
+        self._allocation, self._is_stop_asked = allocation, is_stop_asked
         self._arguments = with_absolute_paths(arguments)
         parsed = build_parser().parse_intermixed_args(self._arguments)
         if parsed.run_dir is None:
             raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
         self._run = RunDirectory(Path(parsed.run_dir))
         self._config, self._named, _ = resolve(parsed)
-        self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
+        device = self._config.train.device
+        self._settings = settings if device == "auto" else replace(settings, device=device)
         self._checks: dict[int, CheckResult] = {}  # by number of nodes; those that have found nothing wrong
         self._too_few: set[int] = set()  # numbers of nodes that a check has refused
         self._usable = list(allocation.nodes)
@@ -207,11 +208,11 @@ class Job:
         config = self._config.model_copy(update={"parallel": parallel})
         # As the latest check has seen them; before the first one they are unknown.
         seen = next(reversed(self._checks.values()), CheckResult())
-        processes = self._settings.processes
-        devices = Devices(num_nodes * processes, processes, self._device, seen.device, seen.memory)
+        processes, device = self._settings.processes, self._settings.device
+        devices = Devices(num_nodes * processes, processes, device, seen.device, seen.memory)
         try:
             config, _ = resolve_layout(config, self._named, devices)
-            validate(config, num_nodes * processes, device=self._device)
+            validate(config, num_nodes * processes, device=device)
         except ConfigError:
             return False
         return True
@@ -310,8 +311,7 @@ class Job:
             nodes=nodes,
             here=here,
             addresses={node: slurm.address(node, self._is_stop_asked) for node in dict.fromkeys((here, *nodes))},
-            device=self._device,
-            training=(*self._arguments, *layout, *overrides_of_ranks(config, settings.device, world_size)),
+            training=(*self._arguments, *layout, *overrides_of_ranks(settings.device, world_size)),
             logs=self._run.logs / f"attempt-{number:03d}",
             settings=settings,
             cluster=config.cluster,

@@ -65,7 +65,6 @@ class Stage:
             nodes=("a", "b"),
             here="a",
             addresses=dict.fromkeys("abc", "127.0.0.1"),
-            device="cpu",
             training=TRAINING,
             logs=folder / "attempt-001",
             settings=LauncherSettings(1, "cpu", ("--label",), ("apptainer", "exec", "image.sif", "python3")),

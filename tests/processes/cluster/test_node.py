@@ -72,11 +72,11 @@ def test_arguments_after_the_dashes_are_of_the_training() -> None:
         parse(["--jo=10.0.0.1:41000", *OPTIONS[1:]])  # no short forms
 
 
-@pytest.mark.parametrize("index", range(len(OPTIONS)))
-def test_every_option_is_required(index: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse([*OPTIONS[:index], *OPTIONS[index + 1 :], "--", "--preset", "debug"])
-    assert OPTIONS[index].split("=")[0] in capsys.readouterr().err
+def test_every_option_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in OPTIONS:
+        with pytest.raises(SystemExit):
+            parse([*(other for other in OPTIONS if other != option), "--", "--preset", "debug"])
+        assert option.split("=")[0] in capsys.readouterr().err
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -88,25 +88,20 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
-class Site:
-    """A job's hub, a node's watch, and its ranks."""
+class JobSide:
+    """Plays the job.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        hub: Of the job.
+        said: What has been heard of the node.
+    """
+
+    def __init__(self) -> None:
         self.hub = Hub("secret")
-        self.heartbeats = HeartbeatSocket()
         self.said: list[Heard] = []
-        self.ranks: list[subprocess.Popen[str]] = []
-        self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
-        pids = lambda: [rank.pid for rank in self.ranks]  # noqa: E731
-        self.watch = Watch(self.link, self.heartbeats, folder, 1, 30.0, pids)
-
-    def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", RANK, self.heartbeats.address, str(len(self.ranks)), *arguments]
-        self.ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        return self.ranks[-1]
 
     def hear_until(self, is_enough: Callable[[], Any], seconds: float = 10.0) -> bool:
-        """Plays the job, which lets the node know that it is there."""
+        """Lets the node know that the job is there, until enough has been heard."""
 
         def listen() -> bool:
             self.said += self.hub.poll(0.02)
@@ -116,7 +111,25 @@ class Site:
         return wait_until(listen, seconds)
 
     def messages(self, key: str) -> list[Any]:
+        """What the node has said under a key."""
         return [heard.message[key] for heard in self.said if heard.message is not None and key in heard.message]
+
+
+class Site(JobSide):
+    """A job's hub, a node's watch, and its ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.heartbeats = HeartbeatSocket()
+        self.ranks: list[subprocess.Popen[str]] = []
+        self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
+        pids = lambda: [rank.pid for rank in self.ranks]  # noqa: E731
+        self.watch = Watch(self.link, self.heartbeats, folder, 1, 30.0, pids)
+
+    def start_rank(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", RANK, self.heartbeats.address, str(len(self.ranks)), *arguments]
+        self.ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return self.ranks[-1]
 
     def wait_for_ranks(self) -> None:
         def are_there() -> bool:
@@ -249,23 +262,22 @@ sys.exit(1)
 """
 
 
-class Agent:
+class Agent(JobSide):
     """An agent in a process of its own, as it ends that sometimes.
 
     Attributes:
         process: The agent.
-        hub: Of the job.
         attempt: Folder of the attempt's logs.
     """
 
     process: subprocess.Popen[bytes]
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.ExitStack) -> None:
+        super().__init__()
         self._stack, self._calls = stack, folder / "calls"
-        self.hub = stack.enter_context(contextlib.closing(Hub("secret")))
+        stack.callback(self.hub.close)
         self.attempt = folder / "run" / "logs" / "attempt-002"
         self.attempt.mkdir(parents=True)
-        self._said: list[Heard] = []
         (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {self._calls}\n')
         (folder / "scontrol").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -280,25 +292,12 @@ class Agent:
         self.process = self._stack.enter_context(subprocess.Popen(command))
         self._stack.callback(self.process.kill)
         is_heard = settings["has_rank"] and "play" not in settings
-        assert self.hear_until(lambda: self.messages("ranks" if is_heard else "versions"))
-
-    def hear_until(self, is_enough: Callable[[], Any], seconds: float = 10.0) -> bool:
-        """Plays the job, which lets the node know that it is there."""
-
-        def listen() -> bool:
-            self._said += self.hub.poll(0.02)
-            self.hub.send({"order": "none"})
-            return bool(is_enough())
-
-        return wait_until(listen, seconds)
-
-    def messages(self, key: str) -> list[Any]:
-        """What it has said, if that is something."""
-        return [heard.message[key] for heard in self._said if heard.message is not None and heard.message.get(key)]
+        assert self.hear_until(lambda: any(self.messages("ranks" if is_heard else "versions")))
 
     def is_rank_there(self) -> bool:
         """Whether the rank lives."""
-        return process_state(self.messages("ranks")[0][0]["heartbeat"]["pid"]) not in ("", "zombie")
+        first = next(ranks[0] for ranks in self.messages("ranks") if ranks)
+        return process_state(first["heartbeat"]["pid"]) not in ("", "zombie")
 
     @property
     def calls(self) -> list[str]:

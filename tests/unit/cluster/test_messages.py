@@ -42,7 +42,6 @@ def attempt(said: list[str]) -> AttemptRunner:
         nodes=("a", "b"),
         here="a",
         addresses={},
-        device="cpu",
         training=(),
         logs=Path("logs"),
         settings=LauncherSettings(1, "cpu", (), ("python3",)),
