@@ -33,7 +33,7 @@ from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.model.initialization import initial_state
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
-from tests.support.leftovers import all_end
+from tests.support.waiting import all_end
 
 ROOT = Path(__file__).resolve().parents[2]
 

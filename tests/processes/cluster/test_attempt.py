@@ -20,7 +20,7 @@ from mlra_scale.cluster.node.__main__ import parse
 from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ClusterConfig
 from tests.processes.cluster.player import PLAYS_VARIABLE, RECORD_VARIABLE, SRUN, QuickHub
-from tests.support.leftovers import all_end
+from tests.support.waiting import all_end
 
 TRAINING = ("--preset", "debug", "--run-dir", "runs/with space", "parallel.world_size=2")
 

@@ -38,7 +38,7 @@ case "$*" in
    case "$*" in "$TEST_REFUSED"*) echo "refused" >&2; exit 1 ;; esac ;;
 esac
 """
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("own_handlers")]
 
 
 class Desk:
@@ -70,15 +70,6 @@ class Desk:
     def orders(self) -> list[str]:
         path = self._folder / "scontrol"
         return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """Puts the handlers of signals back, which a job sets in the process of the tests."""
-    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -171,12 +162,6 @@ def test_a_signal_to_the_job_sends_it_back_to_the_queue(desk: Desk) -> None:
 
 ENDED = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
 BAD = "me.connect(); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(0, 6))"
-
-
-def test_a_bad_node_is_excluded(desk: Desk) -> None:
-    assert desk.job(a=BAD, b=ENDED) == 0
-    assert desk.file.excluded == {"b": "wrong sum"} and desk.file.state == "requeued"
-    assert desk.orders == ["requeue 41", "update JobId=41 ExcNodeList=b"]
 
 
 @pytest.mark.parametrize("layout", ["manual", "auto"])
@@ -444,19 +429,20 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
         ("COMPLETING 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
         ("CANCELLED 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
         ("COMPLETING 2 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("RUNNING 2 Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("RUNNING 2 Unknown", "requeue", 1, "failed", ["requeue 41"]),
         ("RUNNING 2 Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("TIMEOUT 2 Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
     ],
 )
-def test_the_state_of_a_job_that_slurm_ends_or_refuses_to_queue(
+def test_a_job_without_its_bad_node_goes_back_to_the_queue_unless_slurm_ends_it_or_refuses(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, slurms: str, refused: str, code: int, state: str, orders: list[str]
 ) -> None:
     for name, value in zip(("JOB_STATE", "RESTARTS", "END_TIME"), slurms.split(), strict=True):
         monkeypatch.setenv(f"TEST_{name}", value)
     monkeypatch.setenv("TEST_REFUSED", refused)
     assert desk.job(a=BAD, b=ENDED) == code
-    assert desk.file.state == state and desk.orders == orders
+    assert desk.file.state == state and desk.orders == orders and desk.file.excluded == {"b": "wrong sum"}
 
 
 def test_attempts_that_were_killed_with_their_job_get_an_end(desk: Desk) -> None:

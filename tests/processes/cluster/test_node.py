@@ -28,7 +28,7 @@ from mlra_scale.cluster.node.watch import Watch, connect
 from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.versions import versions
-from tests.support.leftovers import all_end
+from tests.support.waiting import all_end, eventually
 
 OPTIONS = [
     "--job=10.0.0.1:41000",
@@ -79,15 +79,6 @@ def test_every_option_is_required(capsys: pytest.CaptureFixture[str]) -> None:
         assert option.split("=")[0] in capsys.readouterr().err
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 class JobSide:
     """Plays the job.
 
@@ -108,7 +99,7 @@ class JobSide:
             self.hub.send({"order": "none"})
             return bool(is_enough())
 
-        return wait_until(listen, seconds)
+        return eventually(listen, seconds)
 
     def messages(self, key: str) -> list[Any]:
         """What the node has said under a key."""
@@ -340,7 +331,7 @@ def test_ranks_do_not_outlive_the_job_and_it_is_queued_again(agent: Agent) -> No
     (agent.attempt.parents[1] / "job.json").write_text(newest(2))
     agent.start()
     agent.hub.close()
-    assert wait_until(lambda: not agent.is_rank_there(), 2.0)
+    assert eventually(lambda: not agent.is_rank_there(), 2.0)
     assert agent.process.wait(10.0) == 1
     assert agent.calls == ["requeue 41"]
 
@@ -405,6 +396,7 @@ def test_a_run_directory_that_appears_late_is_waited_for(tmp_path: Path) -> None
     timer.join()
 
 
+@pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize(("tensor", "expected"), [(2, "1"), (1, None)])
 def test_ranks_get_what_cuda_reads_when_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: int, expected: str | None
@@ -421,8 +413,6 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
         return []
 
     monkeypatch.setattr(node, "run_ranks", run_ranks)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
     with contextlib.closing(Hub("secret")) as hub:
         is_over = threading.Event()
 
@@ -440,8 +430,6 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
         finally:
             is_over.set()
             thread.join()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     assert given == [expected]
 
 
@@ -451,7 +439,7 @@ def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
     agent.start(before=fails)
     agent.hub.send({"order": "stacks"})
     assert agent.process.wait(20.0) == 1
-    assert wait_until(lambda: not agent.is_rank_there())
+    assert eventually(lambda: not agent.is_rank_there())
     assert agent.calls == []
 
 
