@@ -295,7 +295,7 @@ def test_jobs_are_listed(cluster: SlurmCluster, start: Start, tmp_path: Path) ->
         return cluster.run(*tool, env=environment(), cwd=ROOT).stdout
 
     job = start("pretrain_zero3.sh", *ENDLESS, sbatch=("--nodes=1",))
-    # Ranks tell their node what they do every second, and nodes the job.
+    # Ranks report to their node every second, and nodes to the job.
     wait_until(lambda: job.has_ended() or (job.step() > 0 and job.job_file()["state"] == "running"), PATIENCE, job.text)
     assert "running" in (text := listed()) and job.job_id in text, text
     cluster.run("scontrol", "requeuehold", job.job_id)

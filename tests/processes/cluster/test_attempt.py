@@ -226,7 +226,7 @@ def test_a_node_whose_agent_ends_as_ordered_is_not_lost(stage: Stage) -> None:
 
 @pytest.mark.parametrize("way", ["me.link.close(); time.sleep(30)", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_a_node_that_vanishes_is_lost(stage: Stage, way: str) -> None:
-    """Though srun goes on waiting for it."""
+    """Though srun still waits for it."""
     b = f"me.join(); me.report(rank(1)); time.sleep(0.3); {way}"
     outcome = stage.run(a=KILLED, b=b)
     assert (outcome.kind, outcome.reason) == ("lost_node", "node b is lost: its connection broke")
@@ -401,7 +401,7 @@ def test_a_node_with_other_versions_is_bad(stage: Stage) -> None:
 
 
 def test_a_node_that_its_ranks_find_to_be_bad(stage: Stage) -> None:
-    """Also where the one that tells it is another node, and the job is to stop."""
+    """Also where another node reports it, and the job is to stop."""
     stage.is_stop_asked = has_trained
     a = "me.join(); me.report(rank(0)); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(0, 6))"
     b = "me.join(); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(1, 6))"

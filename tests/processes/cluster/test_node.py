@@ -221,7 +221,7 @@ def test_an_order_to_kill_ends_the_ranks_even_stopped_ones(make_site: Sites) -> 
     site.hub.send({"order": "kill"})
     assert [rank.wait(5.0) for rank in site.ranks] == [-signal.SIGKILL] * 2
     site.hear_until(lambda: False, 0.3)
-    assert None not in [heard.message for heard in site.said], "torchrun tells first how they ended"
+    assert None not in [heard.message for heard in site.said], "torchrun reports first how they ended"
 
 
 AGENT = """
@@ -304,7 +304,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
 
 @pytest.mark.parametrize("has_rank", [False, True])
 def test_an_agent_whose_torchrun_does_not_return_ends(agent: Agent, has_rank: bool) -> None:
-    """At once where no rank has come; where ranks were killed, torchrun may first tell how they ended."""
+    """At once where no rank has come; where ranks were killed, torchrun may first report how they ended."""
     agent.start(has_rank=has_rank, is_stuck=True, kill=0.3 if has_rank else 30.0)
     agent.hub.send({"order": "kill"})
     assert agent.process.wait(10.0) == 1
@@ -357,7 +357,7 @@ def test_a_silent_job_is_lost(agent: Agent) -> None:
 def test_a_lost_job_is_queued_again_only_where_it_is_lost(
     agent: Agent, job_file: str, is_signalled: bool, calls: list[str]
 ) -> None:
-    """Not where it has gone on without this node, nor where Slurm ends this node's part too."""
+    """Not where it continues without this node, nor where Slurm ends this node's part too."""
     (agent.attempt.parents[1] / "job.json").write_text(job_file)
     agent.start()
     agent.hub.close()

@@ -293,7 +293,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_strangers_are_few_at_a_time_and_nodes_come_through(hub: Hub, member: Link) -> None:
-    """Whoever opens many connections loses the oldest of them."""
+    """Of many connections from one machine, the oldest are ended."""
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(stranger(hub)) for _ in range(150)]
         heard_until(hub, lambda heard: sum(map(is_closed, crowd)) == 150 - module._MAX_STRANGERS)

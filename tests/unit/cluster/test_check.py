@@ -19,7 +19,7 @@ def check(capsys: Capture, *training: str, nodes: int = 1, gpus: int = 1) -> tup
     return code, printed.out + printed.err
 
 
-def test_everything_is_told_at_once(tmp_path: Path, capsys: Capture) -> None:
+def test_everything_is_reported_at_once(tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "job.json").write_text("{")

@@ -24,7 +24,7 @@ FAILURE: dict[str, Any] = {"rank": None, "code": 1, "time": 100.5, "message": "t
 
 
 class QuietHub(Hub):
-    """Hears what a test gives it, and tells nobody anything."""
+    """Hears what a test gives it, and sends nothing."""
 
     def __init__(self, heard: list[Heard]) -> None:
         self._messages = heard
@@ -146,10 +146,10 @@ messages = st.lists(
 def test_no_message_of_a_node_ends_the_job(said: list[Any]) -> None:
     """And its verdict can be written into job.json and onto a console."""
     as_sent = [json.loads(json.dumps(message)) for message in said if isinstance(message, dict)]
-    kind, reason, bad_nodes, told = take(*as_sent)
+    kind, reason, bad_nodes, printed = take(*as_sent)
     assert kind in get_args(EndKind)
     assert set(bad_nodes) <= {"a", "b"}
-    for text in (reason, *bad_nodes.values(), *told):
+    for text in (reason, *bad_nodes.values(), *printed):
         assert text.encode("utf-8") and text.isprintable()
 
 
