@@ -8,9 +8,7 @@ around a model so small that there is nothing else.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil, log2
 from typing import Any
@@ -21,16 +19,16 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.check import Task, Write
-from benchmarks.contenders import LEARNING_RATE, random_batch
+from benchmarks.contenders import LEARNING_RATE, MINUTES, mesh, random_batch
+from benchmarks.harness import now, seconds_of
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_named_config
 from mlra_scale.data import Batch
 from mlra_scale.model.low_rank_plan import BYTES
-from mlra_scale.parallel import Topology, build_engine, build_topology, destroy_topology, initialize_distributed
+from mlra_scale.parallel import Topology, build_engine, initialize_distributed
 from mlra_scale.planning.cluster import cluster_of_device, named_cluster
 from mlra_scale.planning.search import changed
 from mlra_scale.planning.step_time import UPDATE_BYTES
 
-MINUTES = 5.0
 REPEATS = 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEPTHS = (2, 8)
@@ -41,16 +39,6 @@ def device_of(task: Task) -> torch.device:
     """Starts the process group, and returns this rank's device."""
     torch.set_num_threads(1)
     return initialize_distributed(task.device, MINUTES)
-
-
-@contextmanager
-def mesh(config: Config, device: torch.device) -> Iterator[Topology]:
-    """The groups of a layout, for as long as its engines are in use."""
-    topology = build_topology(batch_plan(config, dist.get_world_size()), device, MINUTES)
-    try:
-        yield topology
-    finally:
-        destroy_topology(topology)
 
 
 def random_batches(config: Config, plan: BatchPlan, step: int) -> list[Batch]:
@@ -141,29 +129,16 @@ def preset_of(task: Task) -> Config:
 def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Returns the median time of an action that all ranks begin together, after one run that does not count."""
     times = []
-    for turn in range(REPEATS + 1):
+    for _ in range(REPEATS + 1):
         dist.barrier()
-        _wait_for(device)
-        start = time.perf_counter()
-        work()
-        _wait_for(device)
-        if turn:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        times.append(seconds_of(work, partial(now, device)))
+    return statistics.median(times[1:])
 
 
 def link_of(group: dist.ProcessGroup | None, device: torch.device, num_bytes: int) -> tuple[float, float]:
-    """Measures all-reduces of a group, as Traffic.seconds (planning/communication.py) counts them.
+    """Measures all-reduces of a group (None: of all ranks) as Traffic.seconds (planning/communication.py) counts them.
 
-    Args:
-        group: Of several ranks; None: all. Every rank of the job measures a group at the same time.
-        device: Of this rank.
-        num_bytes: Of the large all-reduce; the small one has 4,000.
+    Every rank of the job measures a group at the same time. The small all-reduce has 4,000 bytes.
 
     Returns:
         Bytes per second that a rank sends, and seconds of a message over the base-2 logarithm of the ranks.
@@ -272,7 +247,7 @@ def overheads_of(base: Config, device: torch.device, latency: float) -> dict[str
 
     Args:
         base: A configuration without settings of DeepSpeed.
-        device: Of this rank.
+        device: The device.
         latency: Seconds of a message among all ranks; 0 for one rank.
 
     Returns:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.processes import CommandFailed, end_on_sigterm, run_command
 from mlra_scale.cluster.channel import free_port
@@ -55,15 +55,15 @@ class Step:
         name: Its name.
         seconds: Its time-out in a check of ten minutes; it grows and shrinks with the minutes.
         function: The function of this folder that its processes call with (Task, Write), as module.name.
-        on: "one": one process on this node. "all": a process for each rank of all nodes.
-        needs: "", "gpu" or "ranks" (several): without them the step is left out.
+        on: one process on this node, or a process for each rank of all nodes.
+        needs: Without a GPU, or without several ranks, the step is left out.
     """
 
     name: str
     seconds: float
     function: str
-    on: str = "one"
-    needs: str = ""
+    on: Literal["one", "all"] = "one"
+    needs: Literal["", "gpu", "ranks"] = ""
 
 
 STEPS = (
@@ -90,11 +90,9 @@ class Task:
 
     Attributes:
         device: "cpu" or "cuda".
-        devices_per_node: Ranks on a node.
-        world_size: Ranks on all nodes.
+        devices_per_node, world_size: Ranks on a node, and on all nodes.
         folder: Results of all steps; a step may put more there.
-        preset: The model whose plan is compared.
-        overrides: Fields of it.
+        preset, overrides: The model whose plan is compared, and fields of it.
         is_quick: Whether sizes are tiny, to see that it runs.
         seconds: Time-out of the step.
     """
@@ -111,8 +109,7 @@ class Task:
     def result_of(self, step: str) -> dict[str, Any]:
         """Returns the result of a step; empty if it has none."""
         path = self.file_of(step, "json")
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return found
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def file_of(self, step: str, ending: str) -> Path:
         """Returns a file of a step."""
@@ -172,7 +169,7 @@ class Check:
             return "failed: it wrote no result"
         return {None: "measured", True: "agrees", False: "DIFFERS"}[found.get("holds")]
 
-    def _command(self, on: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    def _command(self, on: Literal["one", "all"], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         """Returns the command of a step's processes, and their environment."""
         job, settings, ranks = self._allocation, self._settings, self.task.devices_per_node
         own = {"DS_ACCELERATOR": self.task.device}
@@ -199,9 +196,8 @@ class Check:
         if self.cluster is None or not constants:
             return
         self._measured |= set(constants)
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()
-        }
+        values: dict[str, Any]
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
         self.cluster = replace(self.cluster, **values)
         write_cluster_file(self.folder / "cluster.json", self.cluster, self._measured)
 
@@ -211,17 +207,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--child"]:
         return child(words[1], Task(**json.loads(words[2])))
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.check", description="Agreement, speed and memory of a GPU or a cluster, in ten minutes."
-    )
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="for everything (default: 10)")
-    parser.add_argument("--steps", nargs="+", choices=NAMES, metavar="NAME", help=f"default: all of {', '.join(NAMES)}")
-    parser.add_argument("--output", type=Path, default=Path("runs/check"), metavar="FOLDER", help="%(default)s")
-    parser.add_argument("--preset", help="what is trained where the plan is compared (default: gpt2-mlra-72l)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
-    parser.add_argument("--processes", type=int, metavar="N", help="ranks on a node (default: its GPUs, or 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the preset")
+    description = "Agreement, speed and memory of a GPU or a cluster, in ten minutes."
+    parser = argparse.ArgumentParser(prog="benchmarks.check", description=description)
+    add = parser.add_argument
+    add("--minutes", type=float, default=10.0, metavar="M", help="for everything (default: 10)")
+    add("--steps", nargs="+", choices=NAMES, metavar="NAME", help=f"default: all of {', '.join(NAMES)}")
+    add("--output", type=Path, default=Path("runs/check"), metavar="FOLDER", help="%(default)s")
+    add("--preset", help="what is trained where the plan is compared (default: gpt2-mlra-72l)")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    add("--processes", type=int, metavar="N", help="ranks on a node (default: its GPUs, or 1)")
+    add("--quick", action="store_true", help="tiny sizes: shows that it runs")
+    add("overrides", nargs="*", metavar="section.field=value", help="fields of the preset")
     arguments = parser.parse_intermixed_args(words)
     if not 0.0 < arguments.minutes < math.inf:
         parser.error(f"--minutes {arguments.minutes:g}: a number above 0")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from runpy import run_path
 from types import FrameType
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.calibration import base_of, device_of, mesh, random_batches
+from benchmarks.calibration import base_of, device_of, random_batches
 from benchmarks.check import Task, Write
-from benchmarks.contenders import LEARNING_RATE, Shape, config_of
-from benchmarks.tensor_memory import recording
+from benchmarks.contenders import LEARNING_RATE, Shape, config_of, mesh
+from benchmarks.harness import now, seconds_of
+from benchmarks.tensor_memory import Started, start
 from mlra_scale.config import Config, batch_plan, load_named_config
 from mlra_scale.data import Batch
-from mlra_scale.parallel import Topology, build_engine
+from mlra_scale.parallel import Engine, StepResult, Topology, build_engine
 from mlra_scale.planning.choice import choose
 from mlra_scale.planning.cluster import GIB, Cluster, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
@@ -58,8 +59,12 @@ def training(task: Task, write: Write) -> dict[str, Any]:
     config, plan = candidate.config, candidate.plan
     with mesh(config, device) as topology:
         planned = rank_memory(config, plan, topology.pipeline_rank).device
-        step, peak, reserved = _started(config, topology)
-        seconds = [_timed(step, number, device) for number in range(2, 5)]
+        started = _started(config, topology)
+        peak, reserved = started.peak_bytes, 0.0
+        if device.type == "cuda":  # what the device holds beside tensors
+            free, total = torch.cuda.mem_get_info(device)
+            reserved = max(0.0, float(total - free - torch.cuda.max_memory_allocated(device)))
+        seconds = [_timed(started.step, number, device) for number in range(2, 5)]
         numbers = torch.tensor([peak, planned, peak / planned, reserved], dtype=torch.float64, device=device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
     most, most_planned, ratio, reserved = numbers.tolist()
@@ -77,39 +82,24 @@ def training(task: Task, write: Write) -> dict[str, Any]:
     return {"holds": 0.9 <= ratio <= 1.1, "lines": lines, "constants": constants, "cluster": cluster.name, **found}
 
 
-def _started(config: Config, topology: Topology) -> tuple[Callable[[int], float], float, float]:
-    """Returns a training step, the peak bytes of tensors of its second one, and the device's bytes beside tensors."""
-    plan, device = batch_plan(config, topology.world_size), topology.device
+def _started(config: Config, topology: Topology) -> Started[int]:
+    """Returns a training that has taken its steps 0 and 1."""
+    plan = batch_plan(config, topology.world_size)
 
-    def step(number: int) -> float:
-        return engine.train_batch(random_batches(config, plan, number), LEARNING_RATE, lambda each: each.is_finite).loss
+    def build() -> Callable[[int], float]:
+        engine = build_engine(config, plan, topology)
+        return lambda number: _step(engine, random_batches(config, plan, number)).loss
 
-    if device.type == "cpu":
-        with recording() as memory:
-            engine = build_engine(config, plan, topology)
-            step(0)
-            with memory.span("second"):
-                step(1)
-        return step, memory.peaks["second"], 0.0
-    before = torch.cuda.memory_allocated(device)
-    engine = build_engine(config, plan, topology)
-    step(0)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step(1)
-    torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    return step, peak - before, max(0.0, float(total - free - peak))
+    return start(build, topology.device, 0, 1)
+
+
+def _step(engine: Engine, batches: list[Batch]) -> StepResult:
+    return engine.train_batch(batches, LEARNING_RATE, lambda proposal: proposal.is_finite)
 
 
 def _timed(step: Callable[[int], float], number: int, device: torch.device) -> float:
     dist.barrier()
-    begin = time.perf_counter()
-    step(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return seconds_of(lambda: step(number), partial(now, device))
 
 
 def profile(task: Task, write: Write) -> dict[str, Any]:
@@ -118,12 +108,9 @@ def profile(task: Task, write: Write) -> dict[str, Any]:
     alone = replace(task, world_size=1, devices_per_node=1)
     candidate, _ = chosen(replace(alone, overrides=(*task.overrides, "train.global_batch_size=8")), device)
     with mesh(candidate.config, device) as topology:
-        step, _, _ = _started(candidate.config, topology)
+        started = _started(candidate.config, topology)
         with torch.profiler.profile() as recorded:
-            begin = time.perf_counter()
-            step(2)
-            torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - begin
+            seconds = _timed(started.step, 2, device)
         averages = recorded.key_averages()
         busy = sum(row.self_device_time_total for row in averages) / 1e6
         recorded.export_chrome_trace(str(Path(task.folder) / "profile-trace.json"))
@@ -142,11 +129,11 @@ def synchronizations(task: Task, write: Write) -> dict[str, Any]:
             engine = build_engine(config, batch_plan(config, 1), topology)
             batches = [_share(config, topology, step) for step in range(2 + STEPS)]
             for batch in batches[:2]:
-                engine.train_batch(batch, LEARNING_RATE, lambda each: each.is_finite)
+                _step(engine, batch)
             torch.cuda.set_sync_debug_mode("warn")
             with noted_waits() as found:
                 for batch in batches[2:]:
-                    engine.train_batch(batch, LEARNING_RATE, lambda each: each.is_finite)
+                    _step(engine, batch)
             torch.cuda.set_sync_debug_mode("default")
         for site, count in found.most_common():
             is_known = count / STEPS <= allowed.get(site, 0)
@@ -264,10 +251,7 @@ def _trajectory(
     with mesh(config, device) as topology:
         plan = batch_plan(config, topology.world_size)
         engine = build_engine(config, plan, topology)
-        results = [
-            engine.train_batch(_share(config, topology, step), LEARNING_RATE, lambda each: each.is_finite)
-            for step in range(STEPS)
-        ]
+        results = [_step(engine, _share(config, topology, step)) for step in range(STEPS)]
     return {"losses": [each.loss for each in results], "norms": [each.gradient_norm for each in results]}
 
 

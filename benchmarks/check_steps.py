@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import safe_open
 
 from benchmarks.check import Task, Write
 from benchmarks.harness import environment_of
+from mlra_scale.training.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,21 +89,18 @@ def _both_halves(task: Task, name: str, arguments: tuple[str, ...]) -> str:
         if code != 5:
             lines = run.with_suffix(f".{half}.log").read_text().strip().splitlines()
             return f"half {half} ended with exit code {code} instead of 5: {lines[-1] if lines else 'no output'}"
-    steps = [item["step"] for item in _records(run) if "loss" in item]
+    steps = [item["step"] for item in _losses(run)]
     if steps != list(range(1, len(steps) + 1)):
         return f"the record has the steps {steps}"
     return f"trained, stopped, resumed, stopped: steps 1 to {len(steps)}"
 
 
-def _records(run: Path) -> Iterator[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.endswith("}"):  # the last one may be half written
-            yield json.loads(line)
+def _losses(run: Path) -> list[dict[str, Any]]:
+    return [item for item in read_record(run / "metrics.jsonl") if "loss" in item]
 
 
 def _last_step(run: Path) -> int:
-    return max((item["step"] for item in _records(run) if "loss" in item), default=0)
+    return max((item["step"] for item in _losses(run)), default=0)
 
 
 def resume(task: Task, write: Write) -> dict[str, Any]:
@@ -131,7 +128,7 @@ def _train(command: list[str]) -> None:
 
 def _values(run: Path) -> list[tuple[Any, ...]]:
     names = ("step", "loss", "gradient_norm", "tev_mean", "tev_std")
-    return [tuple(item.get(name) for name in names) for item in _records(run) if "loss" in item and item["step"] > 4]
+    return [tuple(item.get(name) for name in names) for item in _losses(run) if item["step"] > 4]
 
 
 def _same_tensors(first: Path, second: Path) -> bool:

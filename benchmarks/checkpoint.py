@@ -8,7 +8,6 @@ training continues until the checkpoint is complete. Ratios are formed from time
 removed again. At the end the last checkpoints are verified: a save that is fast and wrong is an error.
 """
 
-import logging
 import subprocess
 import sys
 import tempfile
@@ -18,16 +17,13 @@ from time import perf_counter
 from typing import Any
 
 import psutil
-import torch
 
-from benchmarks.contenders import MLRA, Shape, build_ours, config_for, one_process_mesh, step_of_engine
-from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated, seconds_of, words_of
+from benchmarks.contenders import MLRA, TINY, WIDTH_512, Shape, build_ours, config_for, one_process_mesh, step_of_engine
+from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated, seconds_of
 from mlra_scale.checkpoint import Store
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.parallel import Topology
 
-SHAPE = Shape("D=512 L=12", num_layers=12, hidden_size=512, num_heads=8, batch_size=4)
-TINY = Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=2, sequence_length=16, vocab_size=256)
 STEPS_ALONE = 3
 DD_BLOCK = 8 * 2**20
 
@@ -35,26 +31,18 @@ DD_BLOCK = 8 * 2**20
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     parser = parser_of("benchmarks.checkpoint", "Cost of checkpoints on this machine.", rounds=7)
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--threads", type=int, default=1, help="CPU threads of training (default: %(default)s)")
-    add("--folder", type=Path, default=Path("."), help="a folder on the disk to be measured")
-    words = words_of(argv)
-    arguments = parse(parser, words)
+    parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to be measured")
+    arguments = parse(parser, argv)
     if not arguments.folder.is_dir():
         parser.error(f"--folder {arguments.folder}: there is no such folder")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(arguments.threads)
-    precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    report = Report.begin("benchmarks.checkpoint", words, arguments.device)
+    report = Report.begin(arguments)
     report.environment["disk"] = file_system_of(arguments.folder)
     print(f"disk: {report.environment['disk']}", flush=True)
-    shape = TINY if arguments.quick else SHAPE
+    shape = TINY if arguments.quick else WIDTH_512
     with one_process_mesh(arguments.device) as topology, tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        costs = Costs(shape, topology, precision, Path(name))
+        costs = Costs(shape, topology, arguments.precision, Path(name))
         report.numbers = costs.run(arguments.rounds)
-    for table in tables_of(f"{shape.name}, {precision}", report.numbers):
+    for table in tables_of(f"{shape.name}, {arguments.precision}", report.numbers):
         report.add(table)
     report.write(arguments.json)
     return 0
@@ -68,14 +56,7 @@ def file_system_of(folder: Path) -> str:
 
 
 class Costs:
-    """A model in training, and ways to put as many bytes on disk as its checkpoint has.
-
-    Args:
-        shape: What is trained.
-        topology: The mesh of this one process.
-        precision: "fp32" or "bf16".
-        folder: For everything that is written.
-    """
+    """A model in training, and ways to write as many bytes to a folder as its checkpoint has."""
 
     def __init__(self, shape: Shape, topology: Topology, precision: str, folder: Path) -> None:
         self.shape, self.folder = shape, folder
@@ -101,11 +82,7 @@ class Costs:
         return perf_counter() - start
 
     def run(self, rounds: int) -> dict[str, Any]:
-        """Warms up, and takes times.
-
-        Returns:
-            Bytes of a checkpoint, seconds by what was done and round, and the ratios formed from them.
-        """
+        """Warms up and takes times; returns bytes of a checkpoint, seconds by what was done and round, and ratios."""
         self.train()
         for saver in self.savers.values():  # the first snapshot allocates its memory
             self.save(saver)

@@ -14,12 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlra_scale.checkpoint.huggingface.gpt2_weights import LINEAR_MAPS, NORMS, OUTSIDE_BLOCKS
 from mlra_scale.config import Config, ModelConfig, batch_plan
 from mlra_scale.data import Batch
 from mlra_scale.model import initialization
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 from mlra_scale.parallel import Engine, Topology, build_engine, build_topology, destroy_topology, initialize_distributed
 
+MINUTES = 5.0
+"""Of a collective operation, until it fails."""
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 PLAIN, TRANSFORMERS, ZERO = "plain PyTorch", "transformers", "transformers ZeRO-1"
@@ -61,6 +64,10 @@ class Shape:
         return Batch(**{field.name: torch.cat([getattr(row, field.name) for row in rows]) for field in fields(Batch)})
 
 
+WIDTH_512 = Shape("D=512 L=12", num_layers=12, hidden_size=512, num_heads=8, batch_size=4)
+TINY = Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=2, sequence_length=16, vocab_size=256)
+
+
 def random_batch(seed: int, size: int, length: int, vocab_size: int) -> Batch:
     """Returns `size` samples of random tokens."""
     tokens = torch.randint(vocab_size, (size, length + 1), generator=torch.Generator().manual_seed(seed))
@@ -70,15 +77,23 @@ def random_batch(seed: int, size: int, length: int, vocab_size: int) -> Batch:
 
 
 @contextmanager
-def one_process_mesh(device: str) -> Iterator[Topology]:
-    """The mesh of a single process, for as long as engines are in use."""
-    shape = Shape("mesh", num_layers=1, hidden_size=8, num_heads=1, batch_size=1)
-    on_device = initialize_distributed(device, timeout_minutes=10.0)
-    topology = build_topology(batch_plan(config_of(shape, "dense", "fp32"), 1), on_device, timeout_minutes=10.0)
+def mesh(config: Config, device: torch.device) -> Iterator[Topology]:
+    """The groups of a layout, for as long as its engines are in use."""
+    topology = build_topology(batch_plan(config, dist.get_world_size()), device, MINUTES)
     try:
         yield topology
     finally:
         destroy_topology(topology)
+
+
+@contextmanager
+def one_process_mesh(device: str) -> Iterator[Topology]:
+    """The mesh of a single process, for as long as engines are in use."""
+    on_device = initialize_distributed(device, MINUTES)
+    try:
+        with mesh(config_of(TINY, "dense", "fp32"), on_device) as topology:
+            yield topology
+    finally:
         dist.destroy_process_group()
 
 
@@ -107,14 +122,9 @@ def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[
             "sequence_length": shape.sequence_length,
             "precision": precision,
         },
-        "optim": {
-            "lr": LEARNING_RATE,
-            "betas": list(BETAS),
-            "eps": EPSILON,
-            "weight_decay": WEIGHT_DECAY,
-            "grad_clip": CLIP,
-        },
+        "optim": {"lr": LEARNING_RATE, "betas": list(BETAS), "eps": EPSILON, "weight_decay": WEIGHT_DECAY},
     }
+    values["optim"]["grad_clip"] = CLIP
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return Config.from_dict(values)
@@ -185,16 +195,7 @@ def build(
     weights: Mapping[str, Tensor],
     **sections: Mapping[str, Any],
 ) -> Step:
-    """Builds a contender by its name.
-
-    Args:
-        name: With its endings.
-        shape: What is trained.
-        topology: The mesh of this process.
-        precision: "fp32" or "bf16".
-        weights: Initial weights of `draw_weights`, at least of the dense model.
-        **sections: As for `config_of`, of ours.
-    """
+    """Builds a contender, named with its endings, from weights of `draw_weights`; sections as for `config_of`."""
     kind = kind_of(name)
     if kind in OURS:
         with given_weights(weights):
@@ -211,22 +212,22 @@ def step_of_engine(engine: Engine) -> Step:
 
 
 class PlainBlock(nn.Module):
-    """Pre-LN transformer block: one fused projection for q, k and v, torch's attention, tanh GELU."""
+    """Pre-LN transformer block: one fused projection for q, k and v, torch's attention, tanh GELU; GPT-2's names."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.qkv, self.attention_out = nn.Linear(hidden_size, 3 * hidden_size), nn.Linear(hidden_size, hidden_size)
-        self.mlp_in, self.mlp_out = nn.Linear(hidden_size, 4 * hidden_size), nn.Linear(4 * hidden_size, hidden_size)
+        D, self.num_heads = hidden_size, num_heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D), "c_proj": nn.Linear(D, D)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
 
     def forward(self, hidden: Tensor) -> Tensor:
         batch, length, size = hidden.shape
-        qkv = self.qkv(self.attention_norm(hidden)).view(batch, length, 3, self.num_heads, size // self.num_heads)
+        qkv = self.attn["c_attn"](self.ln_1(hidden)).view(batch, length, 3, self.num_heads, size // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         heads = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        hidden = hidden + self.attention_out(heads.transpose(1, 2).reshape(batch, length, size))
-        return hidden + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(hidden)), approximate="tanh"))
+        hidden = hidden + self.attn["c_proj"](heads.transpose(1, 2).reshape(batch, length, size))
+        return hidden + self.mlp["c_proj"](functional.gelu(self.mlp["c_fc"](self.ln_2(hidden)), approximate="tanh"))
 
 
 class PlainGPT2(nn.Module):
@@ -234,19 +235,17 @@ class PlainGPT2(nn.Module):
 
     def __init__(self, shape: Shape, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.positions = nn.Embedding(shape.sequence_length, shape.hidden_size)
-        self.blocks = nn.ModuleList(PlainBlock(shape.hidden_size, shape.num_heads) for _ in range(shape.num_layers))
-        self.final_norm = nn.LayerNorm(shape.hidden_size)
-        parts = ("attention_norm", "mlp_norm", "qkv", "attention_out", "mlp_in", "mlp_out")
-        blocks = [[block.get_submodule(part) for part in parts] for block in self.blocks]
-        _copy_weights(weights, self.tokens, self.positions, self.final_norm, blocks, is_transposed=False)
+        self.wte = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.wpe = nn.Embedding(shape.sequence_length, shape.hidden_size)
+        self.h = nn.ModuleList(PlainBlock(shape.hidden_size, shape.num_heads) for _ in range(shape.num_layers))
+        self.ln_f = nn.LayerNorm(shape.hidden_size)
+        _copy_weights(weights, self, is_transposed=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        for block in self.blocks:
+        hidden = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        for block in self.h:
             hidden = block(hidden)
-        logits = functional.linear(self.final_norm(hidden), self.tokens.weight)
+        logits = functional.linear(self.ln_f(hidden), self.wte.weight)
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
@@ -276,49 +275,27 @@ class TransformersGPT2(nn.Module):
             attn_implementation="sdpa",
         )
         self.model = GPT2LMHeadModel(config)
-        body = self.model.transformer
-        parts = ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        blocks = [[block.get_submodule(part) for part in parts] for block in body.h]
-        _copy_weights(weights, body.wte, body.wpe, body.ln_f, blocks, is_transposed=True)
+        _copy_weights(weights, self.model.transformer, is_transposed=True)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=tokens).logits
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-_BLOCK_NAMES = (
-    ("attention_norm",),
-    ("mlp_norm",),
-    ("attention.q", "attention.k", "attention.v"),
-    ("attention.o",),
-    ("mlp.fc_in",),
-    ("mlp.fc_out",),
-)
-"""Canonical names within a block, in the order of the modules that `_copy_weights` takes."""
-
-
 @torch.no_grad()
-def _copy_weights(
-    weights: Mapping[str, Tensor],
-    tokens: Any,
-    positions: Any,
-    final_norm: Any,
-    blocks: Sequence[Sequence[Any]],
-    is_transposed: bool,
-) -> None:
-    """Copies the weights of a dense model, by canonical name; transformers' Conv1D keeps matrices as [in, out]."""
-    tokens.weight.copy_(weights["embedding.weight"][: tokens.num_embeddings])
-    positions.weight.copy_(weights["positions.weight"])
-    pairs = [(final_norm, ["final_norm"])]
-    for index, modules in enumerate(blocks):
-        pairs += [
-            (module, [f"blocks.{index}.{name}" for name in names])
-            for module, names in zip(modules, _BLOCK_NAMES, strict=True)
-        ]
-    for module, names in pairs:
-        matrix = torch.cat([weights[f"{name}.weight"] for name in names])
-        module.weight.copy_(matrix.t() if is_transposed else matrix)
-        module.bias.copy_(torch.cat([weights[f"{name}.bias"] for name in names]))
+def _copy_weights(weights: Mapping[str, Tensor], model: Any, is_transposed: bool) -> None:
+    """Copies the weights of a dense model, by canonical name, into one with GPT-2's names.
+
+    transformers' matrices are [in, out]. The model may have fewer rows of embeddings: ours are padded.
+    """
+    for name, ours in OUTSIDE_BLOCKS.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(weights[ours][: len(parameter)])
+    for index, block in enumerate(model.h):
+        for module, ours_of_module in {**{name: (ours,) for name, ours in NORMS.items()}, **LINEAR_MAPS}.items():
+            for kind in ("weight", "bias"):
+                value = torch.cat([weights[f"blocks.{index}.{ours}.{kind}"] for ours in ours_of_module])
+                block.get_parameter(f"{module}.{kind}").copy_(value.t() if is_transposed else value)
 
 
 def _adamw(module: nn.Module) -> torch.optim.AdamW:

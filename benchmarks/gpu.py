@@ -4,14 +4,13 @@
 
 For 72 layers of width 1024 and for gpt2-xl: our trainer under ZeRO 1, dense and MLRA at R = D/2, plain PyTorch and
 transformers' GPT2LMHeadModel, each compiled and not, one after another, each in a process of its own with the whole
-device. All have a vocabulary of 50304, so that none pays for an odd number of columns. The initial weights of a model
-are drawn once. A contender that fails (memory too small, an error of the compiler, not done in time) is reported with
-its reason, and the next one begins; the result is written after each of them. Rounds of two processes are not of the
-same time and are not paired: a ratio is that of the medians, with the extremes of each. Plain PyTorch runs twice, and
-its ratio to itself is the noise. Dense contenders start from the same weights and tokens; one
-whose first loss differs from plain PyTorch's is reported as differing, without any ratio. MFU is
-ModelConfig.flops_per_token (factors counted once, no recomputation) times tokens/s over the best rate of square matrix
-products in the same run, so it does not depend on a data sheet. The aim is 50 % or better.
+device. All have a vocabulary of 50304, so that none pays for an odd number of columns. A contender that fails (memory
+too small, a compiler error, not done in time) is reported with its reason, and the result is written after each.
+Contenders do not run at the same time, so rounds are not paired: a ratio is that of the medians. Plain PyTorch runs
+twice, and its ratio to itself is the noise. Dense contenders start from the same weights and tokens; one whose first
+loss differs from plain PyTorch's has no ratio. MFU is ModelConfig.flops_per_token (factors counted once, no
+recomputation) times tokens/s over the best rate of square matrix products in the same run, so it does not depend on a
+data sheet. The aim is 50 % or better.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks import check
 from benchmarks.check import Task, Write
-from benchmarks.child import run_child
 from benchmarks.contenders import (
     AGAIN,
     COMPILED,
@@ -40,19 +38,21 @@ from benchmarks.contenders import (
     MLRA,
     OURS,
     PLAIN,
+    TINY,
     TRANSFORMERS,
     Shape,
     build,
     config_for,
     draw_weights,
     kind_of,
+    one_process_mesh,
 )
-from benchmarks.harness import Table, median_of, seconds_of, text_of, words_of
-from benchmarks.processes import CommandFailed, end_on_sigterm
+from benchmarks.harness import Table, median_of, now, seconds_of, text_of
+from benchmarks.processes import end_on_sigterm, error_line
+from benchmarks.ranks import RanksFailed, alone
 from benchmarks.step_time import TOLERANCE
 from benchmarks.tensor_memory import start
 from mlra_scale.config import Config, batch_plan
-from mlra_scale.parallel import Topology
 from mlra_scale.planning.memory import rank_memory
 
 VOCAB = 50304
@@ -60,7 +60,6 @@ MODELS = {
     "72 layers": Shape("72 layers", 72, 1024, 16, batch_size=8, sequence_length=1024, vocab_size=VOCAB),
     "gpt2-xl": Shape("gpt2-xl", 48, 1600, 25, batch_size=8, sequence_length=1024, vocab_size=VOCAB),
 }
-TINY = Shape("tiny", 2, 32, 2, batch_size=2, sequence_length=16, vocab_size=256)
 FIRST = (MLRA[2], PLAIN, DENSE)
 NAMES = (
     *FIRST,
@@ -78,7 +77,7 @@ ZERO1 = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the steps of a single device."""
-    return check.main([*words_of(argv), "--steps", "parity", *MODELS])
+    return check.main([*(sys.argv[1:] if argv is None else argv), "--steps", "parity", *MODELS])
 
 
 def deep(task: Task, write: Write) -> dict[str, Any]:
@@ -94,38 +93,33 @@ def xl(task: Task, write: Write) -> dict[str, Any]:
 def contenders(task: Task, write: Write, model: str, names: Sequence[str] = NAMES) -> dict[str, Any]:
     """Times contenders of a model one after another, as long as there is time."""
     shape, end = TINY if task.is_quick else MODELS[model], time.monotonic() + task.seconds
-    arguments: dict[str, Any] = {"products": (128,) if task.is_quick else PRODUCTS}
+    products = (128,) if task.is_quick else PRODUCTS
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
-        try:
-            run_child("cpu", "gpu.draw", shape, {}, weights, task.seconds)
-            arguments["weights"] = str(weights)
-        except CommandFailed as error:
-            print(f"{shape.name}: the weights are drawn by each contender: {error.last_line}", flush=True)
+        save_file(draw_weights(shape), weights)
         for name in names:
             left = end - time.monotonic() - 1.0
-            found[name] = (
-                time_in_child(shape, {**arguments, "name": name}, task.device, left)
-                if left >= FEWEST_SECONDS
-                else {"failed": "the time of this step is over"}
-            )
+            found[name] = {"failed": "the time of this step is over"}
+            if left >= FEWEST_SECONDS:
+                found[name] = time_alone(shape, name, task.device, weights, products, left)
             evaluated = evaluate(shape, found)
             lines = text_of(table_of(evaluated)).splitlines()
             write(result := {"holds": None, "lines": lines, "report": evaluated})
     return result
 
 
-def time_in_child(shape: Shape, arguments: Mapping[str, Any], device: str, timeout_s: float) -> dict[str, Any]:
+def time_alone(
+    shape: Shape, name: str, device: str, weights: Path, products: Sequence[int], timeout_s: float
+) -> dict[str, Any]:
     """Returns what a contender reported from its process; `failed` with the reason, and `output`, if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        try:
-            run_child(device, "gpu.time_contender", shape, arguments, file, timeout_s)
-            found: dict[str, Any] = json.loads(file.read_text())
-        except CommandFailed as error:
-            print(error, file=sys.stderr)
-            return {"failed": error.last_line, "output": str(error)}
+    try:
+        found: dict[str, Any] = alone(name, device, timeout_s, time_contender, shape, name, weights, products)
+    except RanksFailed as error:
+        print(error, file=sys.stderr)
+        summary, _, output = str(error).partition("\n")
+        reason = error_line(output) if summary.endswith("raised an error") else summary
+        return {"failed": reason, "output": str(error)}
     return found
 
 
@@ -135,59 +129,42 @@ def gpu_config(shape: Shape, name: str, precision: str = PRECISION, **sections: 
     return config_for(shape, name, precision, **deepspeed, **sections)
 
 
-def draw(shape: Shape, topology: Topology) -> dict[str, torch.Tensor]:
-    """Returns the initial weights of a shape, dense and MLRA."""
-    return draw_weights(shape)
-
-
 def time_contender(
-    shape: Shape, topology: Topology, name: str, products: Sequence[int], weights: str | None = None
-) -> dict[str, Any]:
-    """Times one contender in this process.
+    commands: Iterator[Any], device: str, shape: Shape, name: str, weights: Path, products: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A process that times one contender.
 
     Args:
+        commands: None come.
+        device: "cpu" or "cuda".
         shape: What is trained.
-        topology: The mesh of this process.
         name: Of the contender.
+        weights: File of initial weights.
         products: Sizes of the square matrices whose product is timed; the best rate counts.
-        weights: A file of initial weights; None: they are drawn.
 
-    Returns:
+    Yields:
         Seconds per step by round, first loss, peak bytes, and FLOP/s of matrix products, as JSON values; `failed` and
         the rate alone if the device's memory is too small.
     """
-    if topology.device.type == "cpu":
-        torch.set_num_threads(1)  # as ranks have
-    rate = max(product_rate(size, topology.device) for size in products)
-    clock = partial(_synchronized, topology.device)
-    stored = draw_weights(shape) if weights is None else load_file(weights)
-    sections = {"deepspeed": gpu_config(shape, name).deepspeed} if kind_of(name) in OURS else {}
-    make = partial(build, name, shape, topology, PRECISION, stored, **sections)
-    try:
-        started = start(make, topology.device, shape.batch(0), shape.batch(1))
-        started.step(shape.batch(2))
-        seconds = []
-        for turn in range(ROUNDS):
-            batches = [shape.batch(3 + turn * STEPS_PER_ROUND + index) for index in range(STEPS_PER_ROUND)]
-            begin = clock()
-            for batch in batches:
-                started.step(batch)
-            seconds.append((clock() - begin) / STEPS_PER_ROUND)
-    except torch.OutOfMemoryError as error:
-        return {"failed": f"out of memory ({str(error).splitlines()[0]})", "product_flops": rate}
-    return {
-        "seconds_per_step": seconds,
-        "first_loss": started.loss,
-        "peak_bytes": started.peak_bytes,
-        "product_flops": rate,
-    }
-
-
-def _synchronized(device: torch.device) -> float:
-    """Returns the time when the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    with one_process_mesh(device) as topology:
+        rate = max(product_rate(size, topology.device) for size in products)
+        sections = {"deepspeed": gpu_config(shape, name).deepspeed} if kind_of(name) in OURS else {}
+        make = partial(build, name, shape, topology, PRECISION, load_file(weights), **sections)
+        try:
+            started = start(make, topology.device, shape.batch(0), shape.batch(1))
+            started.step(shape.batch(2))
+            seconds = []
+            for turn in range(ROUNDS):
+                batches = [shape.batch(3 + turn * STEPS_PER_ROUND + index) for index in range(STEPS_PER_ROUND)]
+                begin = now(topology.device)
+                for batch in batches:
+                    started.step(batch)
+                seconds.append((now(topology.device) - begin) / STEPS_PER_ROUND)
+        except torch.OutOfMemoryError as error:
+            yield {"failed": f"out of memory ({str(error).splitlines()[0]})", "product_flops": rate}
+            return
+    measured = {"seconds_per_step": seconds, "first_loss": started.loss, "peak_bytes": started.peak_bytes}
+    yield {**measured, "product_flops": rate}
 
 
 def product_rate(size: int, device: torch.device, repeats: int = 20) -> float:
@@ -199,7 +176,7 @@ def product_rate(size: int, device: torch.device, repeats: int = 20) -> float:
             left @ right
 
     products()
-    return repeats * 2 * size**3 / min(seconds_of(products, partial(_synchronized, device)) for _ in range(3))
+    return repeats * 2 * size**3 / min(seconds_of(products, partial(now, device)) for _ in range(3))
 
 
 def state_of(item: Mapping[str, Any]) -> str:
@@ -216,15 +193,9 @@ def predicted_bytes(shape: Shape, name: str) -> float:
 
 
 def evaluate(shape: Shape, reported: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns MFU, and ratios of tokens/s, of what contenders reported.
+    """Returns MFU, and ratios of tokens/s by medians, of what contenders reported (`time_contender`).
 
-    Args:
-        shape: What they train.
-        reported: By contender, as `time_contender` returns it.
-
-    Returns:
-        With `differs` at those whose first loss is not what it must be. A ratio is that of the medians; with it are the
-        extremes of the seconds per step of both.
+    Contenders whose first loss is not what it must be have `differs`, and no ratio.
     """
     found = {name: dict(item) for name, item in reported.items()}
     for name, reason in differences({name: item["first_loss"] for name, item in found.items() if "failed" not in item}):
@@ -239,11 +210,7 @@ def evaluate(shape: Shape, reported: Mapping[str, dict[str, Any]]) -> dict[str, 
         "contenders": found,
         "mfu": {name: flops[name] * shape.tokens_per_step / peak / median_of(times[name]) for name in times},
         "ratios": {
-            f"{name} / {other}": {
-                "of_medians": median_of(times[other]) / median_of(times[name]),
-                "seconds": [min(times[name]), max(times[name])],
-                "seconds_of_other": [min(times[other]), max(times[other])],
-            }
+            f"{name} / {other}": median_of(times[other]) / median_of(times[name])
             for name in times
             for other in references
             if other != name
@@ -272,10 +239,9 @@ def table_of(result: dict[str, Any]) -> Table:
     for name, item in result["contenders"].items():
         if name in states:
             continue
-        found = [result["ratios"].get(f"{name} / {other}") for other in (PLAIN, TRANSFORMERS)]
+        ratios = [result["ratios"].get(f"{name} / {other}") for other in (PLAIN, TRANSFORMERS)]
         seconds = [1e3 * value for value in item["seconds_per_step"]]
         memory = [item["peak_bytes"] / 2**30, result["predicted_bytes"][name] / 2**30]
-        ratios = [None if ratio is None else ratio["of_medians"] for ratio in found]
         extremes = f"{min(seconds):.1f} {max(seconds):.1f}"
         rows.append([name, median_of(seconds), extremes, 100 * result["mfu"][name], *memory, *ratios])
     products = f"{(result['product_flops'] or math.nan) / 1e12:.2f} TFLOP/s"

@@ -19,15 +19,15 @@ from unittest import mock
 import torch
 
 from mlra_scale import train
+from mlra_scale.cli.sweep import run_cells
 from mlra_scale.config import BatchPlan, ConfigError
 from mlra_scale.data import Batch, SampleStream
 from mlra_scale.model import embedding
 from mlra_scale.parallel import StepResult
 from mlra_scale.parallel.engine import Engine
 from mlra_scale.study.grid import Study, cells_of, load_study
-from mlra_scale.study.results import CellFiles, SweepDirectory
+from mlra_scale.study.results import SweepDirectory
 from mlra_scale.study.sweep import Sweep
-from mlra_scale.study.sweep_text import Progress, summary_text
 from mlra_scale.training.loop import batches as reading
 from mlra_scale.training.loop import session
 
@@ -123,25 +123,6 @@ def poison_of(name: str, turn: int) -> Poison:
     }[name]
 
 
-class PoisonedSweep(Sweep):
-    """A sweep whose runs are all poisoned in the same way.
-
-    Args:
-        poison: Name and turn.
-        *arguments: Of the sweep.
-    """
-
-    def __init__(self, poison: tuple[str, int], *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._poison = poison
-
-    def command(self, files: CellFiles) -> list[str]:
-        """Returns the command line of a cell: this module instead of the entry point."""
-        command = super().command(files)
-        entry = command.index("mlra_scale.train")
-        return [*command[:entry], "benchmarks.guard", "--train", *map(str, self._poison), *command[entry + 1 :]]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit code of the worst sweep."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -149,12 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with poisoned(poison_of(arguments[1], int(arguments[2]))):
             return train.main(arguments[3:])
     parser = argparse.ArgumentParser(prog="benchmarks.guard", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
-    parser.add_argument("--output", type=Path, default=Path("runs/guard"), metavar="DIR", help="where all of it goes")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: shows that it runs")
-    parser.add_argument(
-        "words", nargs="*", metavar="POISON|section.field=value", help="poisons, and fields of the runs"
-    )
+    add = parser.add_argument
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    add("--output", type=Path, default=Path("runs/guard"), metavar="DIR", help="where all of it goes")
+    add("--quick", action="store_true", help="one seed, few steps: shows that it runs")
+    add("words", nargs="*", metavar="POISON|section.field=value", help="poisons, and fields of the runs")
     options = parser.parse_intermixed_args(arguments)
     names = [word for word in options.words if "=" not in word] or list(NAMES)
     if unknown := set(names) - set(NAMES):
@@ -173,19 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(study: Study, poison: str, turn: int, output: Path, jobs: int, arguments: Sequence[str]) -> int:
-    """Runs the study with one poison; returns 1 if a run failed or it was stopped, else 0."""
+    """Runs the study with one poison; returns the exit code."""
     study = study.model_copy(update={"name": f"{study.name}-{poison}"})
-    cells, directory = cells_of(study), SweepDirectory(output)
-    sweep = PoisonedSweep((poison, turn), study, cells, directory)
-    to_do = sweep.prepare(cells, ["-m", "benchmarks.guard", *arguments])
-    progress = Progress(to_do, directory)
-    progress.print(f"{study.name}: {len(to_do)} of {len(cells)} cells to do, {jobs} at once, output {output}")
-    try:
-        stopped = sweep.run(to_do, jobs, progress.on_result, progress.on_poll)
-    finally:
-        progress.close()
-    print(summary_text(directory, cells, sweep), flush=True)
-    return int(stopped is not None or any(not directory.files(cell).is_done() for cell in cells))
+    entry = ["benchmarks.guard", "--train", poison, str(turn)]
+    sweep = Sweep(study, cells_of(study), SweepDirectory(output), entry)
+    return run_cells(sweep, sweep.cells, jobs, ["-m", "benchmarks.guard", *arguments])
 
 
 if __name__ == "__main__":

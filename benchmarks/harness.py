@@ -6,9 +6,11 @@ the spread of a ratio. `python -m benchmarks.render FILE ...` prints the tables 
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -29,14 +31,7 @@ Value = str | int | float | None | dict[str, float]
 
 @dataclass
 class Table:
-    """A table of a report.
-
-    Attributes:
-        title: What it shows, and in which units.
-        headers: One text per column.
-        rows: As many cells each.
-        note: What is said below it.
-    """
+    """A table of a report: title with units, one header per column, rows of as many cells, a note below it."""
 
     title: str
     headers: list[str]
@@ -65,12 +60,11 @@ class Report:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, name: str, words: Sequence[str], device: str) -> "Report":
-        """Returns an empty report of a run that begins now, and prints the environment."""
-        environment = environment_of(device)
+    def begin(cls, arguments: argparse.Namespace) -> "Report":
+        """Returns an empty report of a run that begins now (`parse`), and prints the environment."""
+        environment = environment_of(getattr(arguments, "device", "cpu"))
         print("\n".join(f"{key}: {value}" for key, value in environment.items()), flush=True)
-        command = " ".join(["python -m", name, *words])
-        return cls(command, f"{datetime.now(UTC):%Y-%m-%d}", commit(), environment)
+        return cls(arguments.command, f"{datetime.now(UTC):%Y-%m-%d}", commit(), environment)
 
     def add(self, table: Table) -> None:
         """Adds a table and prints it."""
@@ -101,22 +95,26 @@ def environment_of(device: str) -> dict[str, Any]:
     }
 
 
-def parser_of(module: str, description: str, rounds: int) -> argparse.ArgumentParser:
-    """Returns the parser of a benchmark, with --quick, --rounds and --json."""
+def parser_of(module: str, description: str, rounds: int, has_device: bool = True) -> argparse.ArgumentParser:
+    """Returns the parser of a benchmark, with --quick, --rounds, --json, and --device, --precision, --threads."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help="2 or more (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="tiny sizes and two rounds: shows that it runs")
+    add("--rounds", type=int, default=rounds, metavar="N", help="2 or more (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the report here")
+    if has_device:
+        add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+        add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line; ends the program with exit code 2 and a reason before anything is measured.
 
-    Returns:
-        The values; `rounds` is 2 with --quick.
+    Sets the number of threads. `rounds` is 2 with --quick, and `command` is the command line.
     """
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
     if getattr(arguments, "threads", 1) < 1:
@@ -127,12 +125,12 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     if file is not None and not file.parent.is_dir():
         parser.error(f"--json {file}: there is no folder {file.parent}; create it, or name a file elsewhere")
     arguments.rounds = 2 if arguments.quick else arguments.rounds
+    arguments.command = " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    torch.set_num_threads(getattr(arguments, "threads", 1))
+    if "device" in arguments:
+        arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
+        logging.disable(logging.WARNING)
     return arguments
-
-
-def words_of(argv: Sequence[str] | None) -> list[str]:
-    """Returns the words of the command line."""
-    return list(sys.argv[1:] if argv is None else argv)
 
 
 def rotated(things: Sequence[Thing], turn: int) -> list[Thing]:
@@ -146,11 +144,6 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[s
     values = sorted(above / below for above, below in zip(numerators, denominators, strict=True))
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "lower": low, "upper": high, "min": values[0], "max": values[-1]}
-
-
-def scaled(ratio: Mapping[str, float], factor: float) -> dict[str, float]:
-    """Returns a spread times a factor, for example in percent."""
-    return {name: factor * value for name, value in ratio.items()}
 
 
 def median_of(seconds: Sequence[float], factor: float = 1.0) -> float:
@@ -174,6 +167,13 @@ def text_of(table: Table) -> str:
     rows = [list(map(cell_text, row)) for row in table.rows]
     parts = [table.title, "", text_table(table.headers, rows, width=None), *([table.note] if table.note else [])]
     return "\n".join(parts)
+
+
+def now(device: torch.device) -> float:
+    """Returns the time in seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def seconds_of(action: Callable[[], Any], clock: Callable[[], float]) -> float:

@@ -6,11 +6,9 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -19,20 +17,20 @@ GRACE_SECONDS = 5.0
 
 
 class CommandFailed(RuntimeError):
-    """A command failed; the text ends with its output.
-
-    Args:
-        summary: Which command, and how it ended.
-        output: What it wrote.
-    """
+    """A command failed; the text is a summary and the end of its output."""
 
     def __init__(self, summary: str, output: str = "") -> None:
         super().__init__(f"{summary}\n{output[-3000:]}".strip())
-        lines = [re.sub(r"^\[rank\d+\]: ", "", line.strip()) for line in output.splitlines() if line.strip()]
-        # Compilers print advice after their error, and launchers an error of their own without a reason.
-        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
-        with_reason = [line for line in errors if not line.endswith(":")]
-        self.last_line = (with_reason or errors or lines or [summary])[-1]
+        self.last_line = error_line(output) or summary
+
+
+def error_line(output: str) -> str:
+    """Returns the line of an output that names the error; empty if there is no output."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line.strip()) for line in output.splitlines() if line.strip()]
+    # Compilers print advice after their error, and launchers an error of their own without a reason.
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
+    with_reason = [line for line in errors if not line.endswith(":")]
+    return (with_reason or errors or lines or [""])[-1]
 
 
 def end_on_sigterm() -> None:
@@ -40,27 +38,21 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def run_command(
-    name: str, command: Sequence[str], environment: Mapping[str, str], timeout_s: float, log: Path | None = None
-) -> None:
-    """Runs a command to its end.
+def run_command(name: str, command: Sequence[str], environment: Mapping[str, str], timeout_s: float, log: Path) -> None:
+    """Runs a command to its end, in a session of its own: compilers start processes that must not outlive it.
 
     Args:
         name: Its name in errors.
         command: Its words.
         environment: Of the process.
         timeout_s: Seconds after which it, and all that it has started, is ended.
-        log: Where its output goes; None: into the error only.
+        log: Where its output goes.
 
     Raises:
         CommandFailed: It ended with another exit code than 0, or was not done in time.
     """
-    # A file instead of a pipe, and a session of its own: compilers start processes that would keep the pipe open, and
-    # that must not outlive a command that is ended.
-    with contextlib.ExitStack() as stack:
-        file: IO[bytes]
-        file = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("w+b"))
-        process = None
+    process = None
+    with log.open("wb") as file:
         try:
             with _deferred_signals():
                 process = subprocess.Popen(
@@ -72,9 +64,8 @@ def run_command(
         finally:
             if process is not None:
                 _end(process)
-        if code != 0:
-            file.seek(0)
-            raise CommandFailed(f"{name}: exit code {code}", file.read().decode(errors="replace"))
+    if code != 0:
+        raise CommandFailed(f"{name}: exit code {code}", log.read_text(errors="replace"))
 
 
 @contextlib.contextmanager

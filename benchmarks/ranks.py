@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,8 @@ START_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCK
 """One thread per rank, as torchrun has it; set before a rank imports torch."""
 _LOG_LINES, _STACK_LINES = 25, 60
 _PR_SET_PDEATHSIG = 1
+_starting = threading.Lock()
+"""Held while the environment of this process is that of new ranks."""
 
 
 class RanksFailed(RuntimeError):
@@ -58,7 +61,7 @@ class _Plan:
     rank: int
     world_size: int
     store_port: int
-    group_timeout_s: float
+    timeout_s: float
     joins_group: bool
     log: Path
     parent: int
@@ -73,19 +76,14 @@ class Ranks:
         name: Their name in errors.
         world_size: Number of processes.
         serve: A function at module level, called as serve(commands, *arguments) on every rank. It yields a first answer
-            by itself, and one for every command of the iterator `commands`. Answers are picklable.
-        arguments: Picklable.
+            by itself, and one for every command of the iterator `commands`. Arguments and answers are picklable.
         timeout_s: Seconds that an answer may take; the first one includes the start of the processes.
         environment: Of the processes, beside START_ENVIRONMENT.
         grace_s: Seconds that the other ranks get to answer once one has failed.
-        group_timeout_s: Seconds after which a collective operation without its peers raises; None: timeout_s.
         joins_group: Whether all ranks form a default gloo process group; RANK, MASTER_PORT and so on are always set.
 
     Attributes:
-        first: The first answers, by rank.
-
-    Raises:
-        RanksFailed: As from `ask`.
+        first: The first answers, by rank; RanksFailed as from `ask`.
     """
 
     def __init__(
@@ -97,7 +95,6 @@ class Ranks:
         timeout_s: float,
         environment: Mapping[str, str] | None = None,
         grace_s: float = 10.0,
-        group_timeout_s: float | None = None,
         joins_group: bool = True,
     ) -> None:
         import torch.distributed as dist
@@ -110,12 +107,13 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._killed: set[int] = set()
         context = multiprocessing.get_context("spawn")
-        limit = timeout_s if group_timeout_s is None else group_timeout_s
-        with mock.patch.dict(os.environ, {**START_ENVIRONMENT, **(environment or {})}):
+        with _starting, mock.patch.dict(os.environ, {**START_ENVIRONMENT, **(environment or {})}):
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 log = self._log(rank)
-                plan = _Plan(rank, world_size, self._store.port, limit, joins_group, log, os.getpid(), serve, arguments)
+                plan = _Plan(
+                    rank, world_size, self._store.port, timeout_s, joins_group, log, os.getpid(), serve, arguments
+                )
                 process = context.Process(target=_work, args=(plan, theirs), name=f"{name} {rank}")
                 process.start()
                 theirs.close()
@@ -131,12 +129,7 @@ class Ranks:
 
     # Both ways by value: multiprocessing's own pickler would hand out file descriptors of tensors.
     def ask(self, command: Any, what: str = "", timeout_s: float | None = None) -> list[Any]:
-        """Sends a command to all ranks and returns their answers, by rank.
-
-        Args:
-            command: Picklable.
-            what: Its name in errors.
-            timeout_s: Seconds that the answers may take; None: as at the start.
+        """Sends a command to all ranks and returns their answers, by rank; `what` names it in errors.
 
         Raises:
             RanksFailed: A rank failed. Unless all that failed answered `Failed`, all ranks have been ended.
@@ -148,11 +141,7 @@ class Ranks:
         return self.receive(what or str(command), self._timeout_s if timeout_s is None else timeout_s)
 
     def receive(self, what: str, timeout_s: float) -> list[Any]:
-        """Returns one answer of every rank, by rank; for ranks that answer more than once to a command.
-
-        Raises:
-            RanksFailed: As from `ask`.
-        """
+        """Returns one answer of every rank, as `ask`; for ranks that answer more than once to a command."""
         what = f"{self._name}: {what}"
         problems: dict[int, str] = {}
         try:
@@ -267,6 +256,19 @@ class Ranks:
                 process.kill()
 
 
+def alone(name: str, device: str, timeout_s: float, serve: Callable[..., Iterator[Any]], *arguments: Any) -> Any:
+    """Returns the first answer of serve(commands, device, *arguments) in a process of its own, which then ends.
+
+    Raises:
+        RanksFailed: It failed, or did not answer in time.
+    """
+    # The process may form a process group of its own, with the store of this one.
+    environment = {"DS_ACCELERATOR": device, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    options: dict[str, Any] = {"timeout_s": timeout_s, "environment": environment, "joins_group": False}
+    with Ranks(name, 1, serve, device, *arguments, **options) as ranks:
+        return ranks.first[0]
+
+
 def _work(plan: _Plan, pipe: Connection) -> None:
     """One rank: answers until the pipe is closed or `serve` ends."""
     _leave_with_parent(plan.parent)
@@ -280,7 +282,7 @@ def _work(plan: _Plan, pipe: Connection) -> None:
     with suppress(BrokenPipeError):
         try:
             if plan.joins_group:
-                timeout = timedelta(seconds=plan.group_timeout_s)
+                timeout = timedelta(seconds=plan.timeout_s)
                 store = dist.TCPStore("127.0.0.1", plan.store_port, is_master=False, timeout=timeout)
                 dist.init_process_group(
                     "gloo", store=store, rank=plan.rank, world_size=plan.world_size, timeout=timeout

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Table, text_of, words_of
+from benchmarks.harness import Table, text_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description="Tables of benchmarks' reports.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="reports, as --json writes them")
     parser.add_argument("--figures", action="store_true", help="draw each report's figure beside its file")
-    arguments = parser.parse_args(words_of(argv))
+    arguments = parser.parse_args(argv)
     for file in arguments.files:
         report = json.loads(file.read_text())
         print(f"{report['command']}  ({report['date']}, commit {report['commit']})")

@@ -18,24 +18,23 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from benchmarks.contenders import LEARNING_RATE, Shape, config_of
-from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated, words_of
+from benchmarks import contenders
+from benchmarks.contenders import LEARNING_RATE, MINUTES, WIDTH_512, Shape, config_of, mesh
+from benchmarks.harness import Report, Table, median_of, parse, parser_of, ratios, rotated
 from benchmarks.ranks import Ranks
 from mlra_scale.config import Config, batch_plan
 from mlra_scale.data import Batch
-from mlra_scale.parallel import Topology, build_engine, build_topology, initialize_distributed
+from mlra_scale.parallel import Topology, build_engine, initialize_distributed
 
 TOLERANCE = 1e-5
-MINUTES, TIMEOUT_SECONDS = 10.0, 900.0
-FULL = Shape("D=512 L=12", num_layers=12, hidden_size=512, num_heads=8, batch_size=4)
-TINY = Shape("tiny", num_layers=2, hidden_size=32, num_heads=2, batch_size=4, sequence_length=16, vocab_size=256)
+TIMEOUT_SECONDS = 900.0
+TINY = replace(contenders.TINY, batch_size=4)
 CONTROL = "two at once"
 ENGINES = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
@@ -65,12 +64,9 @@ class Work:
     def config(self, shape: Shape, world_size: int) -> Config:
         """Returns its configuration. An engine that is no pipeline takes micro-batches of any size."""
         size = self.size if self.pipeline else shape.batch_size
-        data = world_size // (self.tensor * max(1, self.pipeline))
-        parallel = {
-            "tensor": self.tensor,
-            "pipeline": max(1, self.pipeline),
-            "engine": "pipeline" if self.pipeline else "zero",
-        }
+        stages, engine = (self.pipeline, "pipeline") if self.pipeline else (1, "zero")
+        data = world_size // (self.tensor * stages)
+        parallel = {"tensor": self.tensor, "pipeline": stages, "engine": engine}
         train = {"global_batch_size": self.count * size * data, "micro_batch_size": size, "device": "cpu"}
         sections: dict[str, Any] = {"parallel": parallel, "train": train}
         if self.stage:
@@ -83,9 +79,7 @@ class Work:
 def worlds_of(shape: Shape, pipelined: Sequence[int]) -> dict[str, tuple[int, dict[str, Work]]]:
     """Returns the processes: a number of ranks by name, and what they do in their turns.
 
-    Args:
-        shape: What is trained.
-        pipelined: Micro-batches per step of the pipeline; the first and the last are also accumulated by one process.
+    `pipelined` are micro-batches per step of the pipeline; the first and the last are also accumulated by one process.
     """
     size = shape.batch_size
     zero = {f"ZeRO {stage}": Work(size, stage=stage) for stage in range(4)}
@@ -108,11 +102,10 @@ def accumulated_of(pipelined: Sequence[int]) -> tuple[int, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
-    words = words_of(argv)
-    arguments = parse(parser_of("benchmarks.scaling", "Scaling from one process to two.", rounds=5), words)
-    torch.set_num_threads(1)
-    shape, pipelined = (TINY, (2, 4)) if arguments.quick else (FULL, (4, 8, 16))
-    report = Report.begin("benchmarks.scaling", words, "cpu")
+    parser = parser_of("benchmarks.scaling", "Scaling from one process to two.", rounds=5, has_device=False)
+    arguments = parse(parser, argv)
+    shape, pipelined = (TINY, (2, 4)) if arguments.quick else (WIDTH_512, (4, 8, 16))
+    report = Report.begin(arguments)
     results = measure(shape, worlds_of(shape, pipelined), arguments.rounds)
     check_losses(shape, results)
     timed = {name: values[1:] for name, values in results.items()}
@@ -144,27 +137,19 @@ def measure(shape: Shape, worlds: Mapping[str, tuple[int, dict[str, Work]]], rou
 
 def serve(commands: Iterator[tuple[str, int]], shape: Shape, works: Mapping[str, Work]) -> Iterator[Any]:
     """A rank: takes the step of a work for every (name, number of the round)."""
-    device, world_size = initialize_distributed("cpu", MINUTES), dist.get_world_size()
-    plan = batch_plan(next(iter(works.values())).config(shape, world_size), world_size)
-    topology = build_topology(plan, device, MINUTES)
-    engines: dict[Any, Any] = {}
-    steps = {name: step_of(work, shape, topology, engines) for name, work in works.items()}
-    yield "ready"
-    for name, number in commands:
-        yield steps[name](number)
+    device = initialize_distributed("cpu", MINUTES)
+    with mesh(next(iter(works.values())).config(shape, dist.get_world_size()), device) as topology:
+        engines: dict[Any, Any] = {}
+        steps = {name: step_of(work, shape, topology, engines) for name, work in works.items()}
+        yield "ready"
+        for name, number in commands:
+            yield steps[name](number)
 
 
 def step_of(work: Work, shape: Shape, topology: Topology, engines: dict[Any, Any]) -> Callable[[int], Measured]:
-    """Returns a training step as a function of the round's number.
+    """Returns a training step as a function of the round's number; it returns `seconds` and `loss`.
 
-    Args:
-        work: The step.
-        shape: What is trained.
-        topology: The mesh of this process.
-        engines: Those of earlier works; works that differ in the size of micro-batches alone share one.
-
-    Returns:
-        Gives `seconds` and `loss`.
+    `engines` are those of earlier works: works that differ in the size of micro-batches alone share one.
     """
     config, rank, ranks = work.config(shape, topology.world_size), topology.data_rank, topology.data
     per_step = work.count * work.size * ranks

@@ -13,21 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile
 
-from mlra_scale.data import Batch
-
 _MARK = "tensor_memory/"
 _GRACE_SECONDS = 1e-3
+Data = TypeVar("Data")
+"""What a step takes."""
 
 
 @dataclass(frozen=True)
-class Started:
-    """A contender that has taken two steps.
+class Started(Generic[Data]):
+    """A trainer that has taken two steps.
 
     Attributes:
         step: Takes one more, and returns its loss.
@@ -36,14 +36,16 @@ class Started:
             activations, temporary results. What existed before it was built does not count.
     """
 
-    step: Callable[[Batch], float]
+    step: Callable[[Data], float]
     loss: float
     peak_bytes: int
 
 
-def start(build: Callable[[], Callable[[Batch], float]], device: torch.device, first: Batch, second: Batch) -> Started:
-    """Builds a contender and takes two steps on two batches; from the second one on its memory is steady."""
-    gc.collect()  # what earlier contenders left must not be freed while this one is observed
+def start(
+    build: Callable[[], Callable[[Data], float]], device: torch.device, first: Data, second: Data
+) -> Started[Data]:
+    """Builds a trainer and takes two steps; from the second one on its memory is steady."""
+    gc.collect()  # what earlier ones left must not be freed while this one is observed
     if device.type == "cpu":
         with recording() as memory:
             step = build()
@@ -52,15 +54,15 @@ def start(build: Callable[[], Callable[[Batch], float]], device: torch.device, f
                 step(second)
         return Started(step, loss, memory.peaks["second"])
     torch.cuda.empty_cache()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
     step = build()
     loss = step(first)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
     step(second)
-    torch.cuda.synchronize()
-    return Started(step, loss, torch.cuda.max_memory_allocated() - before)
+    torch.cuda.synchronize(device)
+    return Started(step, loss, torch.cuda.max_memory_allocated(device) - before)
 
 
 @dataclass

@@ -14,8 +14,8 @@ from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import add_overrides, count
 
 if TYPE_CHECKING:
-    from mlra_scale.study.grid import Cell, Study
-    from mlra_scale.study.results import SweepDirectory
+    from mlra_scale.study.grid import Cell
+    from mlra_scale.study.sweep import Sweep
 
 EXAMPLES = """examples:
   PROG docs/studies/small.yaml --dry-run
@@ -45,17 +45,18 @@ def _run(options: argparse.Namespace) -> int:
     from mlra_scale.config import ConfigError
     from mlra_scale.study.grid import cells_of, load_study
     from mlra_scale.study.results import SweepDirectory
+    from mlra_scale.study.sweep import Sweep
     from mlra_scale.study.sweep_text import plan_text
 
     try:
         study = load_study(options.study, options.overrides)
         cells = cells_of(study)
         chosen = _choose(cells, options.cell, options.only)
-        output = SweepDirectory(options.output or Path("runs") / study.name)
+        sweep = Sweep(study, cells, SweepDirectory(options.output or Path("runs") / study.name))
         if options.dry_run:
-            print(plan_text(study, cells, chosen, output, options.jobs))
+            print(plan_text(sweep, chosen, options.jobs))
             return 0
-        return _run_cells(study, cells, chosen, output, options.jobs, ["tools/sweep.py", *options.arguments])
+        return run_cells(sweep, chosen, options.jobs, ["tools/sweep.py", *options.arguments])
     except ConfigError as error:
         print("\n".join(["sweep: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
         return 2
@@ -89,24 +90,29 @@ def _choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> l
     return chosen
 
 
-def _run_cells(
-    study: Study, cells: list[Cell], chosen: list[Cell], output: SweepDirectory, jobs: int, command: Sequence[str]
-) -> int:
-    """Runs cells and prints their results; returns the exit code."""
-    from mlra_scale.study.sweep import Sweep
+def run_cells(sweep: Sweep, chosen: list[Cell], jobs: int, command: Sequence[str]) -> int:
+    """Runs cells of a sweep and prints their results; returns the exit code.
+
+    Args:
+        sweep: The sweep.
+        chosen: Its cells to run.
+        jobs: Number of cells that are run at once.
+        command: The command line, for study.json.
+    """
     from mlra_scale.study.sweep_text import Progress, summary_text
 
-    sweep = Sweep(study, cells, output)
+    output = sweep.directory
     to_do = sweep.prepare(chosen, command)
     progress = Progress(to_do, output)
-    progress.print(f"{study.name}: {len(to_do)} of {len(chosen)} cells to do, {jobs} at once, output {output.path}")
-    if stale := output.stale(cells):
+    counts = f"{len(to_do)} of {len(chosen)} cells to do, {jobs} at once"
+    progress.print(f"{sweep.study.name}: {counts}, output {output.path}")
+    if stale := output.stale(sweep.cells):
         progress.print(f"results of an earlier grid, not in results.jsonl: {len(stale)} cells, such as {stale[0]}")
     try:
         stopped_by = sweep.run(to_do, jobs, progress.on_result, progress.on_poll)
     finally:
         progress.close()
-    print(summary_text(output, cells, sweep), flush=True)
+    print(summary_text(sweep), flush=True)
     if sweep.bad_input is not None:
         print(f"sweep: no more cells were started: the first one refused its input: {sweep.bad_input}", file=sys.stderr)
         return 2

@@ -6,14 +6,14 @@ together with its node cannot record that in its job.json. What cannot be read i
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,8 +22,16 @@ from mlra_scale.cluster.messages import first_error, printable
 from mlra_scale.cluster.slurm import SlurmError, jobs_of_user
 from mlra_scale.config import stored_yaml
 from mlra_scale.files import lock
-from mlra_scale.training.record import lines_from_end
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.run_reader import (
+    Record,
+    is_number,
+    last_start_or_end,
+    last_values,
+    read_lines,
+    read_mapping,
+    value_at,
+)
 
 _CURVES = ("loss", "validation_loss", "tev_mean", "tev_std", "tokens_per_second")
 _UNFINISHED = ("pending", "running", "preempted", "requeued")
@@ -33,8 +41,6 @@ _ENDED = {
     *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
 """Slurm's states of a job in the queue, and of one that has ended (kept for MinJobAge, some minutes)."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -125,19 +131,9 @@ def is_run(path: Path) -> bool:
 def read_run(path: Path, now: float) -> RunRow:
     """Returns the row of a run by what its directory holds; `now` is in seconds since the epoch."""
     directory, run = RunDirectory(path), RunRow(str(path), path.resolve().name)
-
-    def read(file: Path, reader: Callable[[Path], T], otherwise: T) -> T:
-        try:
-            return reader(file)
-        except FileNotFoundError:
-            return otherwise
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            run.unreadable.append(f"{file.name} cannot be read ({_why(error)})")
-            return otherwise
-
-    run.job = read(directory.job, lambda file: JobFile.read(file) if file.exists() else None, None)
-    events: list[dict[str, Any]] = read(directory.events, lambda file: _read_events(file, run.unreadable), [])
-    values: dict[str, Any] = read(directory.metrics, lambda file: _last_values(file, run.unreadable), {})
+    run.job = _read_job(directory.job, run.unreadable)
+    events = read_lines(directory.events, run.unreadable, is_optional=True)
+    values = last_values(directory.metrics, ("step", *_CURVES), run.unreadable)
     run.step = _newest_step(values, events)
     for name in _CURVES:
         setattr(run, name, values.get(name))
@@ -145,14 +141,28 @@ def read_run(path: Path, now: float) -> RunRow:
         _take_job(run, run.job)
     else:
         _take_events(run, events, directory)
-    if run.steps is None:
-        run.steps = read(directory.config, _read_steps, None)
-    signs = [values.get("written"), *(timestamp(event.get("time")) for event in events[:1])]
+    if run.steps is None and (config := read_mapping(directory.config, run.unreadable, stored_yaml.parse, True)):
+        run.steps = _whole(value_at(config, "train.steps"))
+        if run.steps is None:
+            run.unreadable.append("config.yaml cannot be read (it holds no number train.steps)")
+    signs = [timestamp(event.get("time")) for event in events[-1:]]
     signs += [timestamp(run.job.updated)] if run.job else []
+    with contextlib.suppress(OSError):
+        signs.append(directory.metrics.stat().st_mtime)
     if known := [sign for sign in signs if sign is not None]:
         run.last_sign = datetime.fromtimestamp(max(known), UTC).isoformat(timespec="seconds")
         run.age_seconds = max(0.0, round(now - max(known), 1))
     return run
+
+
+def _read_job(path: Path, notes: list[str]) -> JobFile | None:
+    try:
+        return JobFile.read(path) if path.exists() else None
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = first_error(cause) if isinstance(cause, ValidationError) else getattr(error, "strerror", None)
+        notes.append(f"{path.name} cannot be read ({printable(reason or str(cause))[:200]})")
+        return None
 
 
 def _take_job(run: RunRow, job: JobFile) -> None:
@@ -169,23 +179,20 @@ def _take_job(run: RunRow, job: JobFile) -> None:
         run.last_error = f"attempt {bad.number}: {bad.reason or bad.end}"
 
 
-def _take_events(run: RunRow, events: Sequence[dict[str, Any]], directory: RunDirectory) -> None:
-    """Reads the state of a run without a job from its events, the newest first."""
+def _take_events(run: RunRow, events: Sequence[Record], directory: RunDirectory) -> None:
+    """Reads the state of a run without a job from its events."""
     starts = [event for event in events if event.get("event") == "start"]
     if starts:
-        ranks, started = _number(starts[0].get("world_size")), starts[0].get("time")
-        run.ranks = None if ranks is None else int(ranks)
-        run.started = started if isinstance(started, str) else None
+        started = starts[-1].get("time")
+        run.ranks, run.started = _whole(starts[-1].get("world_size")), started if isinstance(started, str) else None
         run.restarts = len(starts) - 1
     errors = [event for event in events if event.get("event") in ("stopped", "failed")]
     if errors:
-        run.last_error = str(errors[0].get("reason") or errors[0]["event"])
-    last = events[0].get("event") if events else None
-    ends = {"finished": "done", "stopped": "failed", "failed": "failed"}
-    ends |= {"preempted": "preempted", "interrupted": "interrupted"}
-    if last in ends:
+        run.last_error = str(errors[-1].get("reason") or errors[-1]["event"])
+    end = last_start_or_end(events).get("event", "start")
+    if end != "start":
         # The lock is not tested: the test could get in the way of a new start that prepares itself.
-        run.state = ends[last]
+        run.state = {"finished": "done", "stopped": "failed"}.get(end, end)
         return
     is_running = is_held(directory)
     run.state = "running" if is_running else "unknown"
@@ -248,62 +255,18 @@ def _is_of_this_user(run: RunRow) -> bool:
         return False
 
 
-def _read_events(path: Path, faults: list[str]) -> list[dict[str, Any]]:
-    """Returns the events, the newest first."""
-    with path.open("rb", buffering=0) as file:
-        return [event for line in lines_from_end(file) if (event := _object(line, path, faults))]
-
-
-def _last_values(path: Path, faults: list[str]) -> dict[str, Any]:
-    """Returns the last recorded step, the last value of each curve (their cadences differ) and the time of writing."""
-    found: dict[str, Any] = {}
-    missing = {"step", *_CURVES}
-    with path.open("rb", buffering=0) as file:
-        for line in lines_from_end(file):
-            # Where one of them is rare, most lines need not be parsed.
-            if found and not any(f'"{key}"'.encode() in line for key in missing):
-                continue
-            record = _object(line, path, faults)
-            found |= {key: value for key in missing if (value := _number(record.get(key))) is not None}
-            missing -= set(found)
-            if not missing:
-                break
-        found["written"] = os.fstat(file.fileno()).st_mtime
-    return found
-
-
-def _object(line: bytes, path: Path, faults: list[str]) -> dict[str, Any]:
-    """Returns the object in a line; where there is none an empty one, and a note among the faults."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        values = None
-    if isinstance(values, dict):
-        return values
-    fault = f"{path.name} holds a line that is not JSON"
-    if fault not in faults:
-        faults.append(fault)
-    return {}
-
-
-def _newest_step(values: dict[str, Any], events: Sequence[dict[str, Any]]) -> int | None:
+def _newest_step(values: Record, events: Sequence[Record]) -> int | None:
     """Returns the last step of the record, or of the events since the newest start where they are ahead of it."""
     steps = [values.get("step")]
-    for event in events:
-        steps += [_number(event.get("step")), _number(event.get("steps"))]
+    for event in reversed(events):
+        steps += [event.get("step"), event.get("steps")]
         if event.get("event") == "start":
             break
-    return max((int(step) for step in steps if step is not None), default=None)
+    return max((int(step) for step in steps if is_number(step)), default=None)
 
 
-def _read_steps(path: Path) -> int | None:
-    steps = _number(stored_yaml.parse(path.read_text(encoding="utf-8"))["train"]["steps"])
-    return None if steps is None else int(steps)
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return value if is_number else None
+def _whole(value: Any) -> int | None:
+    return int(value) if is_number(value) else None
 
 
 def timestamp(text: Any) -> float | None:
@@ -312,11 +275,3 @@ def timestamp(text: Any) -> float | None:
         return datetime.fromisoformat(text).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    cause = error.__cause__ or error
-    text = first_error(cause) if isinstance(cause, ValidationError) else str(cause)
-    return printable(text)[:200] or type(error).__name__

@@ -74,10 +74,9 @@ class Cell:
 
     Attributes:
         index: Its index in the grid, from 0; also its index in a Slurm array.
-        name: Its name, made of the variant, the axes and the seed; also the name of its run directory.
-        variant: The variant.
+        name: Made of variant, axes and seed; also the name of its run directory.
+        variant, seed: Its variant, and train.seed.
         axes: The value of every axis.
-        seed: train.seed.
         overrides: Dotted overrides of its command line.
         config: Its resolved configuration.
     """
@@ -103,11 +102,7 @@ class Cell:
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Reads a study.
-
-    Args:
-        path: Its YAML file.
-        overrides: "section.field=value" for all cells; they are added to `base`.
+    """Reads a study; overrides "section.field=value" for all cells are added to `base`.
 
     Raises:
         ConfigError: With everything that is wrong in the file itself and in the form of the overrides. Fields of the

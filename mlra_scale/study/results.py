@@ -24,20 +24,20 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mlra_scale.config import ConfigError, Problem
-from mlra_scale.config.json_text import parse_json, read_json_object
+from mlra_scale.config.json_text import read_json_object
 from mlra_scale.files import lock, write_atomically
 from mlra_scale.study.grid import Cell, Study, load_study
 from mlra_scale.study.provenance import note_end
 from mlra_scale.training.exit_codes import ExitCode
-from mlra_scale.training.record import finite_or_none, lines_from_end, read_record
+from mlra_scale.training.record import finite_or_none, read_record
 from mlra_scale.training.resume import FREE, flat, is_in, read_stored
 from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.run_reader import last_start_or_end, last_values, value_at
 
 State = Literal["done", "diverged", "failed"]
 Record = Mapping[str, Any]
 
 _DIVERGED = (ExitCode.NON_FINITE, ExitCode.UNSTABLE)
-_ENDS = ("finished", "stopped", "preempted", "interrupted", "failed")
 _MAY_DIFFER = tuple(name for name in FREE if not name.startswith("data."))
 """Fields for where and how a cell is computed. Other data are another experiment, wherever they are stored."""
 _SPIKE_HORIZON = 10_000
@@ -46,12 +46,7 @@ _SPIKE_HORIZON = 10_000
 
 @dataclass(frozen=True)
 class CellFiles:
-    """The files of one cell.
-
-    Attributes:
-        cell: The cell.
-        run: Its run directory.
-    """
+    """The files of one cell: its run directory, and what the sweep adds to it."""
 
     cell: Cell
     run: RunDirectory
@@ -101,22 +96,11 @@ class CellFiles:
 
     def last_step(self) -> int:
         """Returns the last step in the record of the run; 0 without any."""
-        try:
-            with self.run.metrics.open("rb") as file:
-                for line in lines_from_end(file):
-                    with contextlib.suppress(ValueError, TypeError, KeyError):
-                        return int(parse_json(line, "the line", allow_nan=True)["step"])
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        return 0
+        return int(last_values(self.run.metrics, ("step",), []).get("step", 0))
 
 
 class SweepDirectory:
-    """The output folder of a sweep.
-
-    Args:
-        path: The folder; it need not exist yet.
-    """
+    """The output folder of a sweep; it need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -197,19 +181,10 @@ def events_of(run: RunDirectory) -> list[dict[str, Any]]:
         return []
 
 
-def ending_of(run: RunDirectory, after: int = 0) -> dict[str, Any]:
-    """Returns the event that the last start of a run ended with; {} if it has none.
-
-    Args:
-        run: Its directory.
-        after: Number of events of earlier starts.
-    """
-    for event in reversed(events_of(run)[after:]):
-        if event["event"] in _ENDS:
-            return event
-        if event["event"] == "start":
-            break
-    return {}
+def ending_of(run: RunDirectory, after: int = 0) -> Record:
+    """Returns the event that the last start of a run ended with, after that many events; {} if it has none."""
+    last = last_start_or_end(events_of(run)[after:])
+    return {} if last.get("event") == "start" else last
 
 
 def state_of(ending: Record) -> Literal["done", "diverged"] | None:
@@ -260,16 +235,17 @@ def _result(
         "initial_loss": losses[0][1] if losses else None,
         **{name: _last(records, name) for name in ("validation_loss", "tev_mean", "tev_std")},
     }
-    if (gradients := _last(records, "gradients")) is not None:
-        if "embedding" in gradients["kinds"]:
-            result["gradient_variance_embedding"] = gradients["kinds"]["embedding"]["gradient_variance"]
-        if (variances := gradients.get("layers", {}).get("gradient_variance")) and None not in variances:
-            shallow = variances[: num_shallow(len(variances))]
-            result["gradient_variance_shallow"] = math.fsum(shallow) / len(shallow)
-    if (activations := _last(records, "activations")) is not None:
-        result["residual_variance"] = activations["residual_variance"][-1]
-    if (scores := _last(records, "spike_scores")) is not None:
-        result["spikes"] = round(scores["loss_olmo_core"] * min(last_step, _SPIKE_HORIZON))
+    gradients, activations = _last(records, "gradients") or {}, _last(records, "activations") or {}
+    shallow = value_at(gradients, "layers.gradient_variance") or [None]
+    shallow = shallow[: num_shallow(len(shallow))]
+    scores = _last(records, "spike_scores") or {}
+    measured = {
+        "gradient_variance_embedding": value_at(gradients, "kinds.embedding.gradient_variance"),
+        "gradient_variance_shallow": None if None in shallow else math.fsum(shallow) / len(shallow),
+        "residual_variance": (activations.get("residual_variance") or [None])[-1],
+        "spikes": round(scores["loss_olmo_core"] * min(last_step, _SPIKE_HORIZON)) if scores else None,
+    }
+    result |= {name: value for name, value in measured.items() if value is not None}
     result |= {
         "diverged_at": steps if state == "diverged" else None,
         "seconds": round(_seconds(records), 3),
@@ -299,14 +275,10 @@ def _seconds(records: Sequence[Record]) -> float:
 
 
 def write_result(files: CellFiles, result: Record, keep_checkpoints: bool) -> None:
-    """Removes checkpoints and writes the result of a cell, in this order.
+    """Removes checkpoints and then writes the result of a cell, whose lock the caller holds.
 
-    If the sweep is killed in between, the next one makes the result from the record of the run.
-
-    Args:
-        files: The cell; the caller holds its lock.
-        result: What `result_of` returned.
-        keep_checkpoints: Whether its checkpoints stay. Those of a failed cell always do: it continues from them.
+    If the sweep is killed in between, the next one makes the result from the record of the run. The checkpoints of a
+    failed cell always stay: it continues from them.
     """
     folder = files.run.checkpoints
     # A link may lead to checkpoints of other runs.

@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
+import psutil
+
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.study.grid import Cell, Study
 from mlra_scale.study.provenance import gpu_names, note_start
 from mlra_scale.study.results import (
     CellFiles,
+    Record,
     State,
     SweepDirectory,
     changes_of,
@@ -47,13 +50,12 @@ class RunningCell:
 
     Attributes:
         files: The cell.
-        process: Its process: the training itself, or the torchrun of its ranks.
+        process: The training, or the launcher of its ranks.
         lock: The lock of the cell; the process inherits it.
         slot: Its number among the cells that are run at once.
-        num_events: Number of events of earlier starts.
-        log_size: Size of its log at the start, in bytes.
+        num_events, log_size: Events of earlier starts, and bytes of its log at this start.
         started: Time of the start, in seconds (time.monotonic).
-        is_killed: Whether a second Ctrl-C was forwarded.
+        is_killed: Whether a second Ctrl-C has ended it.
     """
 
     files: CellFiles
@@ -94,20 +96,25 @@ class StopSignals:
 class Sweep:
     """Runs a study in its output folder.
 
-    Args:
+    Attributes:
         study: The study.
         cells: Its whole grid.
         directory: Its output folder.
-
-    Attributes:
+        entry: What python runs for a cell of one process, after -m.
         locked_elsewhere: Cells that another process holds, each with its result at that time.
         unwritten: Cells that could not be started, or whose result could not be written, with the reason.
         interrupted: Cells that were stopped before their end.
         bad_input: Why no further cell was started: the first run refused its input.
     """
 
-    def __init__(self, study: Study, cells: Sequence[Cell], directory: SweepDirectory) -> None:
-        self._study, self._cells, self._directory = study, cells, directory
+    def __init__(
+        self,
+        study: Study,
+        cells: list[Cell],
+        directory: SweepDirectory,
+        entry: Sequence[str] = ("mlra_scale.train",),
+    ) -> None:
+        self.study, self.cells, self.directory, self.entry = study, cells, directory, entry
         self._commit = commit()
         self._waiting: list[Cell] = []
         self._running: list[RunningCell] = []
@@ -119,35 +126,28 @@ class Sweep:
         self.bad_input: str | None = None
 
     def prepare(self, chosen: Sequence[Cell], command: Sequence[str]) -> list[Cell]:
-        """Checks the output folder against the study, and records this start in it.
-
-        Args:
-            chosen: Cells to run.
-            command: The command line, for study.json.
+        """Checks the output folder against the study, and records this start and its command line in study.json.
 
         Returns:
-            The cells of them that have no result, or failed.
+            The chosen cells that have no result, or failed.
 
         Raises:
             ConfigError: The folder is another study's, or cells were run with another configuration.
         """
-        with self._directory.locked():
-            self._check(chosen, self._directory.read_study())
-            to_do = [cell for cell in chosen if not self._directory.files(cell).is_done()]
-            self._directory.write_study(self._study)
+        with self.directory.locked():
+            stored = self.directory.read_study()
+            if stored is not None and stored.name != self.study.name:
+                remedy = f"holds the study '{stored.name}', and this is '{self.study.name}'; name another folder"
+                raise ConfigError([Problem("--output", str(self.directory.path), remedy)])
+            # If the study has not changed, the other cells were checked when they were run.
+            checked = chosen if stored == self.study else self.cells
+            if problems := [problem for cell in checked for problem in changes_of(self.directory.files(cell))]:
+                raise ConfigError(problems)
+            to_do = [cell for cell in chosen if not self.directory.files(cell).is_done()]
+            self.directory.write_study(self.study)
             if to_do:
-                note_start(self._directory.about, self._study.name, command)
+                note_start(self.directory.about, self.study.name, command)
         return to_do
-
-    def _check(self, chosen: Sequence[Cell], stored: Study | None) -> None:
-        """Raises ConfigError if the folder holds another study, or this one with other values."""
-        if stored is not None and stored.name != self._study.name:
-            remedy = f"holds the study '{stored.name}', and this is '{self._study.name}'; name another folder"
-            raise ConfigError([Problem("--output", str(self._directory.path), remedy)])
-        # If the study has not changed, the other cells were checked when they were run.
-        checked = chosen if stored == self._study else self._cells
-        if problems := [problem for cell in checked for problem in changes_of(self._directory.files(cell))]:
-            raise ConfigError(problems)
 
     def run(
         self,
@@ -187,7 +187,7 @@ class Sweep:
                 for running in self._running:
                     running.process.terminate()
                 with contextlib.suppress(OSError, ConfigError):
-                    self._directory.collect(self._cells)
+                    self.directory.collect(self.cells)
         return stop.signal
 
     def _start_more(self, jobs: int, gpus: Sequence[str]) -> None:
@@ -195,7 +195,7 @@ class Sweep:
         while self._waiting and len(self._running) < jobs:
             cell, slot = self._waiting.pop(0), min(set(range(jobs)) - {running.slot for running in self._running})
             try:
-                if not self._start(self._directory.files(cell), slot, gpus):
+                if not self._start(self.directory.files(cell), slot, gpus):
                     locked.append(cell)
             except OSError as error:
                 # A full disk, perhaps: other cells may be on another one, and the next sweep tries this cell again.
@@ -225,7 +225,7 @@ class Sweep:
         with files.log.open("ab") as log:
             process = subprocess.Popen(
                 self.command(files),
-                env=_environment(slot, self._study.ranks, gpus, 60.0 * files.cell.config.cluster.stop_minutes),
+                env=_environment(slot, self.study.ranks, gpus),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -238,23 +238,23 @@ class Sweep:
 
     def command(self, files: CellFiles) -> list[str]:
         """Returns the command line of a cell, as a person would type it."""
-        module = ["-m", "mlra_scale.train", "--preset", self._study.preset]
-        if self._study.ranks > 1:
-            module = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self._study.ranks}", *module]
-        return [sys.executable, *module, "--run-dir", str(files.run.path), "--resume", "auto", *files.cell.overrides]
+        ranks = self.study.ranks
+        entry = ["mlra_scale.cli.main", "train", f"--nproc={ranks}"] if ranks > 1 else self.entry
+        run = ["--preset", self.study.preset, "--run-dir", str(files.run.path), "--resume", "auto"]
+        return [sys.executable, "-m", *entry, *run, *files.cell.overrides]
 
     def _forward(self, stop: StopSignals) -> None:
-        """Asks every run to stop, once; a second Ctrl-C ends them at once."""
+        """Asks every run to stop, once; a second Ctrl-C kills it with its ranks."""
         for running in self._running:
             name = running.files.cell.name
             if stop.signal is not None and name not in self.interrupted:
                 self.interrupted.append(name)
-                running.process.send_signal(signal.SIGTERM if self._study.ranks == 1 else signal.SIGINT)
+                running.process.terminate()
             elif stop.is_urgent and not running.is_killed:
                 running.is_killed = True
-                # A killed torchrun would leave its ranks behind. SIGTERM after SIGINT makes it end them: for a rank
-                # that is the second Ctrl-C.
-                running.process.send_signal(signal.SIGKILL if self._study.ranks == 1 else signal.SIGTERM)
+                for process in (*psutil.Process(running.process.pid).children(recursive=True), running.process):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
 
     def _finish(self, running: RunningCell, is_stopping: bool) -> None:
         """Writes the result of a cell whose process has ended, unless it was interrupted."""
@@ -280,8 +280,8 @@ class Sweep:
 
     def _write(self, files: CellFiles, result: dict[str, Any], seconds: float) -> None:
         try:
-            write_result(files, result, keep_checkpoints=self._study.checkpoints == "keep")
-            self._directory.collect(self._cells)
+            write_result(files, result, keep_checkpoints=self.study.checkpoints == "keep")
+            self.directory.collect(self.cells)
         except (OSError, ConfigError) as error:
             # The next sweep makes the result from the record of the run.
             reason = getattr(error, "strerror", None) or error
@@ -289,7 +289,7 @@ class Sweep:
         self._on_result(result, seconds)
 
 
-def _error_text(running: RunningCell, ending: dict[str, Any], code: int) -> str:
+def _error_text(running: RunningCell, ending: Record, code: int) -> str:
     """Returns why a cell failed: the reason of its last event, or the end of its log."""
     how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
     reason = ending.get("reason")
@@ -309,17 +309,12 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(len(gpu_names()))]
 
 
-def _environment(slot: int, ranks: int, gpus: Sequence[str], stop_seconds: float) -> dict[str, str]:
+def _environment(slot: int, ranks: int, gpus: Sequence[str]) -> dict[str, str]:
     """Returns the environment of a cell: one thread per process, this very code, GPUs of its own if there are enough.
 
-    Args:
-        slot: Its number among the cells that are run at once.
-        ranks: Its processes.
-        gpus: All GPUs; with fewer than twice the ranks all cells share them.
-        stop_seconds: Time for ranks to save before torchrun kills them.
+    Each running cell has a slot of its own. If there are fewer GPUs than two cells have ranks, all cells share them.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(max(1, round(stop_seconds))))
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if len(gpus) >= 2 * ranks:
         first = slot * ranks % (len(gpus) - len(gpus) % ranks)

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlra_scale.console import table
-from mlra_scale.study.grid import Cell, Study
+from mlra_scale.study.grid import Cell
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import RunningCell, Sweep
 
@@ -19,17 +19,9 @@ _CHECKPOINT_BYTES = 12
 """Bytes of a parameter in a checkpoint: its fp32 weight and two moments."""
 
 
-def plan_text(study: Study, cells: Sequence[Cell], chosen: Sequence[Cell], output: SweepDirectory, jobs: int) -> str:
-    """Returns the list of cells with their sizes, and an estimate for those that are to be run.
-
-    Args:
-        study: The study.
-        cells: Its whole grid.
-        chosen: Cells to list; those without a result would be run.
-        output: The output folder.
-        jobs: Number of cells that would be run at once.
-    """
-    files = {cell.index: output.files(cell) for cell in cells}
+def plan_text(sweep: Sweep, chosen: Sequence[Cell], jobs: int) -> str:
+    """Returns a list of chosen cells, and an estimate for those that would be run, some jobs at once."""
+    study, files = sweep.study, {cell.index: sweep.directory.files(cell) for cell in sweep.cells}
     factors = [f"{len(study.variants)} variant(s)", *(f"{len(values)} {axis}" for axis, values in study.axes.items())]
     rows = [
         (
@@ -44,8 +36,8 @@ def plan_text(study: Study, cells: Sequence[Cell], chosen: Sequence[Cell], outpu
     fate = "are removed when its result is written" if study.checkpoints == "discard" else "stay"
     return "\n".join(
         [
-            f"{study.name}: {len(cells)} cells = {' x '.join([*factors, f'{len(study.seeds)} seed(s)'])}",
-            f"preset {study.preset}, {study.ranks} process(es) a cell, output {output.path}",
+            f"{study.name}: {len(files)} cells = {' x '.join([*factors, f'{len(study.seeds)} seed(s)'])}",
+            f"preset {study.preset}, {study.ranks} process(es) a cell, output {sweep.directory.path}",
             "",
             table(("#", "cell", "parameters", "steps", "tokens", "TFLOP", "state"), rows, left=2),
             "",
@@ -165,16 +157,16 @@ def result_line(result: Mapping[str, Any]) -> str:
     return text
 
 
-def summary_text(output: SweepDirectory, cells: Sequence[Cell], sweep: Sweep) -> str:
+def summary_text(sweep: Sweep) -> str:
     """Returns the number of results, and what is missing."""
-    results = {cell.name: result for cell in cells if (result := output.files(cell).read_result()) is not None}
-    states = [result["state"] for result in results.values()]
-    counts = [f"{states.count(state)} {state}" for state in ("done", "diverged", "failed") if state in states]
-    lines = [f"{len(results)} of {len(cells)} cells have a result ({', '.join(counts) or 'none'}): {output.results}"]
-    failed = [cell for cell in cells if results.get(cell.name, {}).get("state") == "failed"]
-    lines += [f"failed: {cell.name}: see {output.files(cell).log}" for cell in failed]
+    files = {cell.name: sweep.directory.files(cell) for cell in sweep.cells}
+    states = {name: result["state"] for name, one in files.items() if (result := one.read_result()) is not None}
+    found = [*states.values()]
+    counts = ", ".join(f"{found.count(state)} {state}" for state in ("done", "diverged", "failed") if state in found)
+    lines = [f"{len(found)} of {len(files)} cells have a result ({counts or 'none'}): {sweep.directory.results}"]
+    lines += [f"failed: {name}: see {files[name].log}" for name, state in states.items() if state == "failed"]
     lines += [f"not written: {name}: {reason}" for name, reason in sweep.unwritten.items()]
-    if locked := [name for name in sweep.locked_elsewhere if name not in results]:
+    if locked := [name for name in sweep.locked_elsewhere if name not in states]:
         lines.append(f"still run by another process: {', '.join(locked)}; the same command takes them over")
     if sweep.interrupted:
         lines.append(f"interrupted: {', '.join(sweep.interrupted)}; the same command continues them")

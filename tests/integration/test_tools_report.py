@@ -171,9 +171,8 @@ def test_costs_are_shown_where_they_were_measured(tmp_path: Path) -> None:
     assert "took 0.500 s" in plain(page)
 
 
-@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
-def test_too_few_seeds_make_no_claim(tmp_path: Path, seeds: tuple[int, ...]) -> None:
-    write_sweep(tmp_path / "s", {"a": 0.0, "b": -5.0}, rates=(1e-3,), depths=(24,), seeds=seeds, record_steps=0)
+def test_too_few_seeds_make_no_claim(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s", {"a": 0.0, "b": -5.0}, rates=(1e-3,), depths=(24,), seeds=(1, 2), record_steps=0)
     text = plain(page_of(reported(tmp_path / "s")))
     assert "No difference between variants is supported by these runs." in text
     assert "no claim is made with fewer than 3 pairs" in text
@@ -233,7 +232,7 @@ def test_a_run_is_reported_however_little_there_is(tmp_path: Path, name: str) ->
         assert "TEV: mean and spread over tokens: not measured (needs tev.every)." in text
         assert "Activations: attention logits: not measured (needs activations.every)." in text
     if name == "broken lines":
-        assert "metrics.jsonl: 1 line(s) are no JSON objects and are left out." in text
+        assert "metrics.jsonl: 1 line(s) are no JSON objects and are left out" in text
     if name == "a torn line":
         assert "What could not be read" not in text and "1 of 4 steps recorded" in text
     if name == "no number at all":

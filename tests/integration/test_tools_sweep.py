@@ -141,7 +141,7 @@ def test_a_sweep_that_is_stopped_and_killed_loses_nothing(tmp_path: Path, traini
 
 @pytest.mark.slow
 def test_ranks_of_a_cell(tmp_path: Path, training_data: Path) -> None:
-    """torchrun's exit code does not say why a run ended: the events tell diverged runs from failed ones."""
+    """They are started by `mlra-scale train --nproc`, and end as a run of one process does."""
     study, output = write_study(tmp_path, training_data, "[10.0]", steps=30, ranks=2), tmp_path / "out"
     ended = sweep(study, output)
     assert ended.code == 0, ended.stdout + ended.stderr

@@ -57,7 +57,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
     ("training", "parallel"): {"", "fragments", "topology"},
     # What runs leave behind; none of these loads torch.
-    ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory"},
+    ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory", "run_reader"},
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {

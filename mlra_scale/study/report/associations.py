@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mlra_scale.study.report.comparisons import learning_rates
-from mlra_scale.study.report.records import Record, log10_or_nan, read_metrics, series
+from mlra_scale.study.report.records import log10_or_nan
 from mlra_scale.study.report.statistics import (
     KINDS,
     MIN_RUNS,
@@ -25,7 +25,11 @@ from mlra_scale.study.report.sweep_record import (
     EMBEDDING_VARIANCE,
     FINAL_LOSS,
     LEARNING_RATE,
+    LOSS_CURVE,
+    TEV_CURVE,
     TEV_MEAN,
+    VARIANCE_CURVE,
+    CellCurves,
     SweepRecord,
     axis_name,
     value_text,
@@ -35,6 +39,7 @@ TEV, VARIANCE, LOSS = "TEV mean", "gradient variance (embedding)", "loss"
 PAIRS = ((TEV, VARIANCE), (TEV, LOSS), (VARIANCE, LOSS))
 MAX_STEPS = 30
 """Steps per run: neighbouring steps are nearly equal, and a bootstrap over all of them would take minutes."""
+_OF_A_CELL = ["cell", "variant", "setting", "rate"]
 
 Fixed = tuple[str, list[str], pd.DataFrame]
 """What is held fixed: in words, as columns, and the table of values."""
@@ -55,21 +60,21 @@ def final_values(sweep: SweepRecord) -> pd.DataFrame:
     return sweep.in_state("done").rename(columns=names).reset_index(drop=True)
 
 
-def values_over_steps(sweep: SweepRecord) -> pd.DataFrame:
-    """Returns the values at up to MAX_STEPS steps per run, with the column `step`; only steps that two runs share."""
-    tables = [pd.DataFrame(columns=["step", TEV, VARIANCE, LOSS, "cell", "variant", "setting", "rate"])]
-    for cell in sweep.in_state("done")[["cell", "variant", "setting", "rate", "run"]].to_dict("records"):
-        tables.append(_values_over_steps(read_metrics(cell.pop("run"))).assign(**cell))
+def values_over_steps(runs: Sequence[CellCurves]) -> pd.DataFrame:
+    """Returns the values at up to MAX_STEPS steps of each run that is done, and `step`, where two runs share the step.
+
+    The steps are evenly spread over those at which TEV and gradient variance were measured.
+    """
+    tables = [pd.DataFrame(columns=["step", TEV, VARIANCE, LOSS, *_OF_A_CELL])]
+    for run in runs:
+        if run.cell["state"] == "done":
+            variance = run.curves[VARIANCE_CURVE.name].map(log10_or_nan)
+            values = {TEV: run.curves[TEV_CURVE.name], VARIANCE: variance, LOSS: run.curves[LOSS_CURVE.name]}
+            table = pd.DataFrame(values).dropna(subset=[TEV, VARIANCE]).rename_axis("step").reset_index()
+            spread = np.linspace(0, len(table) - 1, min(MAX_STEPS, len(table))).round().astype(int)
+            tables.append(table.iloc[np.unique(spread)].assign(**{name: run.cell[name] for name in _OF_A_CELL}))
     found = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     return found[found.groupby("step").step.transform("size") > 1].reset_index(drop=True)
-
-
-def _values_over_steps(records: Sequence[Record]) -> pd.DataFrame:
-    """Returns the values at evenly spread steps of those at which TEV and gradient variance were measured."""
-    variance = series(records, "gradients.kinds.embedding.gradient_variance").map(log10_or_nan)
-    columns = {TEV: series(records, "tev_mean"), VARIANCE: variance, LOSS: series(records, "loss")}
-    table = pd.DataFrame(columns).dropna(subset=[TEV, VARIANCE]).rename_axis("step").reset_index()
-    return table.iloc[np.unique(np.linspace(0, len(table) - 1, min(MAX_STEPS, len(table))).round().astype(int))]
 
 
 def of_finished_runs(sweep: SweepRecord) -> list[Association]:

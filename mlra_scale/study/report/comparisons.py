@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from mlra_scale.study.report.records import is_number
 from mlra_scale.study.report.statistics import LEVEL, Mean, holm, learning_rate_sensitivity, mean_of
 from mlra_scale.study.report.sweep_record import FINAL_LOSS, LEARNING_RATE, MEASURES, Measure, SweepRecord, setting_text
 from mlra_scale.study.report.wording import interval, number, p_text, to_error_digits, with_error
+from mlra_scale.training.run_reader import is_number
 
 MIN_PAIRS = 3
 """With fewer pairs no claim is made."""
@@ -27,14 +27,12 @@ class PairedComparison:
 
     Attributes:
         measure: What was compared.
-        first: A variant.
-        second: The variant that is subtracted.
+        first, second: The variants; the second is subtracted.
         setting: The setting.
         difference: The mean difference over seeds.
         left_out: Why pairs are missing, with their number.
         is_mean: Whether it is the mean over settings.
-        adjusted_p: p-value, adjusted by Holm's method over the claimable comparisons of the same measure, means over
-            settings and single settings each among themselves; nan for others.
+        adjusted_p: p-value, adjusted by Holm's method over the claimable comparisons of its family; nan for others.
         num_adjusted: Number of these comparisons.
     """
 
@@ -182,9 +180,7 @@ def are_log_spaced(rates: Sequence[float]) -> bool:
 def sensitivities(sweep: SweepRecord) -> pd.DataFrame:
     """Returns the learning-rate sensitivity by setting of the other axes, variant and seed.
 
-    Returns:
-        The columns setting, variant, seed, SENSITIVITY.name, and state: done, or why there is no value. No rows if
-        there is one learning rate.
+    The column `state` says done, or why there is no value. There are no rows if there is one learning rate.
     """
     rates, rows = learning_rates(sweep), []
     cells = sweep.cells.assign(setting=[setting_text(axes, LEARNING_RATE) for axes in sweep.cells.axis_values])

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mlra_scale.study.report.records import Record, series
+from mlra_scale.study.report.records import series
+from mlra_scale.training.run_reader import Record
 
 _NAMES = {
     "tev": "TEV",

@@ -30,16 +30,9 @@ _FILTERS: dict[str, Any] = {
 
 
 def write_report(output: Path, template: str, images: Images, **values: Any) -> list[Path]:
-    """Writes a report; an image of an earlier report that is None now is removed.
+    """Writes a page from a template and its variables, which are escaped, and its images, into a folder.
 
-    Args:
-        output: The folder; made if necessary.
-        template: Name of the template.
-        images: The figures.
-        **values: Variables of the template, escaped as text.
-
-    Returns:
-        The paths of the page and of the images.
+    An image of an earlier report that is None now is removed. Returns the paths of the page and of the images.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mlra_scale.study.report"),

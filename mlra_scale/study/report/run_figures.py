@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mlra_scale.study.report import style
-from mlra_scale.study.report.records import Array, Keys, Record, RunRecord, block_values, is_number, series
+from mlra_scale.study.report.records import Array, Keys, RunRecord, block_values, series
+from mlra_scale.training.run_reader import Record, is_number
 
 Kind = Literal["free", "linear", "share"]
-
 
 _LOGGED, _ACTIVATIONS, _TEV_UNIT = "a logged step", "activations.every", "TEV\n(unit of the weights)"
 TEV_MEAN, TEV_SPREAD, EVENTS = "TEV: mean and spread over tokens", "TEV: its distribution over tokens", "Events"
@@ -64,11 +64,12 @@ CURVES = (
 """The panel of each curve, its name, and where its values are in a record."""
 
 
+@style.drawing()
 def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
     """Draws all measures over steps, one below the other on one axis.
 
     Returns:
-        The figure as PNG, None if there is nothing to draw, and a sentence for each panel that is missing.
+        The figure as PNG (None: there is nothing to draw), and a sentence for each panel that is missing.
     """
     levels, rows = _quantile_levels(run), event_rows(run)
     measured = {panel for panel, _, keys in CURVES if _is_there(run.metrics, keys)}
@@ -80,21 +81,20 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
     if not titles:
         return None, missing
     heights = [1.5 if title != EVENTS else 0.45 + 0.24 * len(rows) for title in titles]
-    with style.drawing():
-        figure = style.new_figure(sum(heights) + 0.3 * len(heights) + 0.4)
-        grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, title in zip(grid, titles, strict=True):
-            if title == EVENTS:
-                _draw_events(axes, run, rows)
-            elif title == TEV_SPREAD:
-                _draw_quantiles(axes, {level: run.series(("tev_quantiles", level)) for level in levels})
-            else:
-                _draw_panel(axes, run, title)
-            axes.set_title(title)
-            _mark_guard(axes, run)
-            style.legend_beside(axes)
-        _finish_step_axis(list(grid), run)
-        return style.as_png(figure), missing
+    figure = style.new_figure(sum(heights) + 0.3 * len(heights) + 0.4)
+    grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, title in zip(grid, titles, strict=True):
+        if title == EVENTS:
+            _draw_events(axes, run, rows)
+        elif title == TEV_SPREAD:
+            _draw_quantiles(axes, {level: run.series(("tev_quantiles", level)) for level in levels})
+        else:
+            _draw_panel(axes, run, title)
+        axes.set_title(title)
+        _mark_guard(axes, run)
+        style.legend_beside(axes)
+    _finish_step_axis(list(grid), run)
+    return style.as_png(figure), missing
 
 
 def _read(records: list[Record], keys: Keys) -> pd.Series:
@@ -254,28 +254,28 @@ PROFILES = {
 }
 
 
+@style.drawing()
 def profile_figure(run: RunRecord) -> bytes | None:
     """Draws the measures per block at the first, the middle and the last measurement; None without any."""
     found = {title: profiles for title in PROFILES if (profiles := _profiles(run, PROFILES[title][0]))}
     if not found:
         return None
     rows = math.ceil(len(found) / 2)
-    with style.drawing():
-        figure = style.new_figure(2.1 * rows + 0.3)
-        grid = figure.subplots(rows, 2, squeeze=False).ravel()
-        for axes, (title, profiles) in zip(grid, found.items(), strict=False):
-            for index, (step, values) in enumerate(profiles):
-                style.curve(axes, np.arange(values.size, dtype=float), values, style.look(index), f"step {step:g}")
-            axes.set_title(title)
-            kind: Kind = "share" if title == _SATURATED else "free"
-            style.choose_scale(axes, np.concatenate([v for _, v in profiles]), PROFILES[title][1], kind)
-            # The residual stream is measured at the input of every block and after the last one.
-            axes.set_xlabel("input of block (the last: output)" if title == _RESIDUAL else "block")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-            style.legend_beside(axes)
-        for axes in grid[len(found) :]:
-            axes.set_visible(False)
-        return style.as_png(figure)
+    figure = style.new_figure(2.1 * rows + 0.3)
+    grid = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, (title, profiles) in zip(grid, found.items(), strict=False):
+        for index, (step, values) in enumerate(profiles):
+            style.curve(axes, np.arange(values.size, dtype=float), values, style.look(index), f"step {step:g}")
+        axes.set_title(title)
+        kind: Kind = "share" if title == _SATURATED else "free"
+        style.choose_scale(axes, np.concatenate([v for _, v in profiles]), PROFILES[title][1], kind)
+        # The residual stream is measured at the input of every block and after the last one.
+        axes.set_xlabel("input of block (the last: output)" if title == _RESIDUAL else "block")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        style.legend_beside(axes)
+    for axes in grid[len(found) :]:
+        axes.set_visible(False)
+    return style.as_png(figure)
 
 
 def _profiles(run: RunRecord, dotted: str) -> list[tuple[float, Array]]:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from mlra_scale.config import yaml_text
 from mlra_scale.study.report import run_figures
 from mlra_scale.study.report.costs import costs_of, costs_table
 from mlra_scale.study.report.page import write_report
-from mlra_scale.study.report.records import (
-    RunRecord,
-    is_number,
-    number_or_nan,
-    open_run,
-    read_mapping,
-    time_text,
-)
-from mlra_scale.study.report.statistics import coefficient, spearman_of_changes
+from mlra_scale.study.report.records import RunRecord, number_or_nan, open_run, time_text
 from mlra_scale.study.report.sweep_record import STUDY
 from mlra_scale.study.report.wording import number
+from mlra_scale.training.run_reader import is_number, parse_any_json, read_mapping
 
 _MAX_EVENTS = 200
 _MEASURES = {
@@ -44,15 +38,7 @@ _MEASURES = {
 
 
 def report_run(path: Path, output: Path) -> list[Path]:
-    """Writes the report of a run directory.
-
-    Args:
-        path: The run directory; the run may be in progress.
-        output: The folder to write to; made if necessary.
-
-    Returns:
-        The paths of the page and of its images.
-    """
+    """Writes the report of a run, which may be in progress, to a folder; returns the paths of page and images."""
     run = open_run(path)
     over_time, not_drawn = run_figures.time_figure(run)
     over_blocks = run_figures.profile_figure(run)
@@ -67,7 +53,7 @@ def report_run(path: Path, output: Path) -> list[Path]:
         facts=_facts(run),
         rows=rows,
         not_measured=not_measured,
-        remarks=[_tev_and_gradients(run), *remarks],
+        remarks=remarks,
         over_time=over_time,
         alternative=f"Curves of {len(run.metrics)} records over {run.last_step} steps; see the table above.",
         not_drawn=not_drawn,
@@ -143,24 +129,20 @@ def _commit(run: RunRecord) -> str | None:
     commits = [event["commit"] for event in run.events if event.get("commit")]
     if commits:
         return str(commits[-1])
-    study = run.path.resolve().parent.parent / STUDY
-    commit = read_mapping(study, []).get("commit") if study.is_file() else None
+    commit = read_mapping(run.path.resolve().parent.parent / STUDY, [], parse_any_json).get("commit")
     return None if commit is None else f"{commit} (of the sweep)"
 
 
-def _measures(run: RunRecord) -> tuple[list[tuple[object, ...]], list[str], list[str]]:
+def _measures(run: RunRecord) -> tuple[list[tuple[str, pd.Series, str]], list[str], list[str]]:
     """Returns the rows of the table, what was not measured, and remarks."""
-    rows: list[tuple[object, ...]] = []
-    missing, remarks = [], []
-    for name, (key, unit) in _MEASURES.items():
-        recorded = run.series(key)
-        finite = recorded.dropna()
-        if num_bad := recorded.size - finite.size:
-            remarks.append(f"{name}: {num_bad} of {recorded.size} recorded values are not finite numbers (gaps).")
-        if finite.empty:
-            missing.append(name)
-            continue
-        rows.append((name, finite, unit))
+    found = {name: (run.series(key), unit) for name, (key, unit) in _MEASURES.items()}
+    rows = [(name, values.dropna(), unit) for name, (values, unit) in found.items() if values.notna().any()]
+    missing = [name for name, (values, _) in found.items() if not values.notna().any()]
+    remarks = [
+        f"{name}: {values.isna().sum()} of {values.size} recorded values are not finite numbers (gaps)."
+        for name, (values, _) in found.items()
+        if values.isna().any()
+    ]
     if run.rolled_back:
         numbers = {record.get("rollback") for record in run.rolled_back}
         remarks.append(
@@ -168,17 +150,3 @@ def _measures(run: RunRecord) -> tuple[list[tuple[object, ...]], list[str], list
             "figures, and are drawn apart below."
         )
     return rows, missing, remarks
-
-
-def _tev_and_gradients(run: RunRecord) -> str:
-    tev, variance = run.series("tev_mean"), run.series("gradients.kinds.embedding.gradient_variance")
-    tev, variance = tev.dropna().align(variance.dropna(), join="inner")
-    if tev.size < 4:
-        return "TEV and gradient variance of the embedding were measured together at fewer than 4 steps."
-    plain, changes = coefficient("Spearman", tev, variance), spearman_of_changes(tev, variance)
-    text = f"{changes:.2f} of" if math.isfinite(changes) else "undefined for"
-    return (
-        f"TEV against gradient variance of the embedding within this run: Spearman {plain:.2f}, {text} their changes "
-        f"from one measurement to the next, over {tev.size} steps. Steps of one run are not independent observations: "
-        "no interval, and no claim."
-    )

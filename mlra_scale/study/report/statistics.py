@@ -31,15 +31,14 @@ KINDS: tuple[Kind, ...] = ("Spearman", "Pearson")
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over independent units (seeds, runs) with its error.
+    """A mean over independent units (seeds, runs) with its error; what too few units do not give is nan.
 
     Attributes:
         n: Number of units.
-        value: The mean; nan without units.
-        error: Standard error: sample standard deviation (ddof 1) / sqrt(n); nan for n < 2.
-        low: Lower end of the interval of Student's t with coverage LEVEL; nan for n < 2.
-        high: Upper end of it.
-        p: Two-sided p-value of Student's t against 0; nan for n < 2 and without spread.
+        value: The mean.
+        error: Standard error: sample standard deviation (ddof 1) / sqrt(n).
+        low, high: The interval of Student's t with coverage LEVEL.
+        p: Two-sided p-value of Student's t against 0; nan without spread too.
     """
 
     n: int
@@ -94,8 +93,7 @@ def learning_rate_sensitivity(losses: Numbers, initial_losses: Numbers) -> float
     """Returns the mean over learning rates of min(loss, loss at initialization) - best loss (Wortsman et al. 2023).
 
     Args:
-        losses: The final loss per learning rate, these evenly spaced in their logarithm; nan if the run diverged,
-            which counts as the loss at initialization.
+        losses: The final loss per learning rate, these evenly spaced in their logarithm; nan: the run diverged.
         initial_losses: The loss at initialization of the same runs.
 
     Returns:
@@ -109,15 +107,11 @@ def learning_rate_sensitivity(losses: Numbers, initial_losses: Numbers) -> float
 
 @dataclass(frozen=True)
 class Correlation:
-    """One coefficient.
+    """One coefficient of n observations from a number of runs.
 
     Attributes:
-        kind: Spearman or Pearson.
-        n: Number of observations.
-        runs: Number of runs that they come from.
         value: The coefficient; nan if a variable has no spread or there are fewer than MIN_RUNS runs.
-        low: Lower end of the percentile bootstrap interval of coverage LEVEL; nan without one.
-        high: Upper end of it.
+        low, high: The percentile bootstrap interval of coverage LEVEL; nan without one.
     """
 
     kind: Kind
@@ -143,8 +137,7 @@ def correlation(kind: Kind, x: Numbers, y: Numbers, runs: Labels, groups: Labels
         x: Finite values.
         y: As many.
         runs: The number of the run of each observation.
-        groups: What is held fixed, as the number of a group: the mean of the group is subtracted from x and y (from
-            their ranks). None: nothing.
+        groups: What is held fixed, as the number of a group: its mean is subtracted from x and y (from their ranks).
     """
     x, y = np.asarray(x), np.asarray(y)
     groups = np.zeros(x.size, dtype=np.int64) if groups is None else np.unique(groups, return_inverse=True)[1]

@@ -69,12 +69,7 @@ def new_figure(height: float) -> Figure:
 
 
 def grid_of(settings: Sequence[str], row_height: float, **shared: Any) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Returns a figure with a plot for each setting, titled by it if there are several.
-
-    Args:
-        settings: Settings of a sweep.
-        row_height: Height of a row of plots, in inches; a single column is a little higher.
-        **shared: sharex, sharey.
+    """Returns a figure with a plot for each setting, titled by it if there are several; rows have a height in inches.
 
     Returns:
         The figure, the plots in the order of the settings, and the leftmost of them.
@@ -123,14 +118,9 @@ def curve(axes: Axes, steps: Any, values: Any, how: Look, name: str | None = Non
 
 
 def choose_scale(axes: Axes, values: Any, unit: str, kind: Literal["free", "linear", "share"] = "free") -> None:
-    """Sets the scale and the label of the y axis.
+    """Sets the scale of the y axis by the values that are drawn, and its label.
 
-    Args:
-        axes: Where the values are drawn.
-        values: All of them.
-        unit: The label.
-        kind: free: logarithmic if the values are positive and span more than a factor of 20; linear: never
-            logarithmic; share: linear from 0 on.
+    A free scale is logarithmic if the values are positive and span more than a factor of 20; a share begins at 0.
     """
     finite = np.asarray(values)[np.isfinite(values)]
     if kind == "free" and finite.size > 0 and finite.min() > 0 and finite.max() > 20.0 * finite.min():

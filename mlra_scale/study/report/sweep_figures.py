@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from mlra_scale.study.report import style
 from mlra_scale.study.report.associations import LOSS, PAIRS, TEV, VARIANCE
 from mlra_scale.study.report.comparisons import MIN_PAIRS, PairedComparison
-from mlra_scale.study.report.records import is_number, number_or_nan
+from mlra_scale.study.report.records import number_or_nan
 from mlra_scale.study.report.sweep_record import (
     LEARNING_RATE,
     Measure,
@@ -23,6 +23,7 @@ from mlra_scale.study.report.sweep_record import (
     setting_text,
     value_text,
 )
+from mlra_scale.training.run_reader import is_number
 
 _MAX_RATE_ROWS = 4
 _CROSS_HEIGHT = 0.06
@@ -34,12 +35,9 @@ _LABELS = {
 }
 
 
+@style.drawing()
 def axis_figure(sweep: SweepRecord, axis: str, measure: Measure) -> bytes | None:
-    """Draws a measure over one axis, a plot for each setting of the others.
-
-    Returns:
-        The figure as PNG, or None if the axis has fewer than two numbers or nothing was measured.
-    """
+    """Draws a measure over one axis, a plot for each setting of the others; None: there are not two values."""
     values = [float(value) for value in sweep.axes.get(axis, []) if is_number(value)]
     numbers = sweep.cells.axis_values.map(lambda axes: number_or_nan(axes.get(axis)))
     others = sweep.cells.axis_values.map(lambda axes: setting_text(axes, without=axis))
@@ -49,29 +47,28 @@ def axis_figure(sweep: SweepRecord, axis: str, measure: Measure) -> bytes | None
     settings = [setting for setting in sweep.settings(axis) if (cells.others == setting).any()]
     diverging = [name for name in sweep.variants if "diverged" in set(sweep.cells.state[sweep.cells.variant == name])]
     is_log = min(values) > 0 and (axis == LEARNING_RATE or max(values) > 3 * min(values))
-    with style.drawing():
-        figure, plots, leftmost = style.grid_of(settings, 2.5, sharey=True)
-        for axes, setting in zip(plots, settings, strict=True):
-            for index, variant in enumerate(sweep.variants):
-                own = cells[(cells.others == setting) & (cells.variant == variant)]
-                x_of = dict(zip(values, _beside(values, index, len(sweep.variants), is_log), strict=True))
-                own = own.assign(x=own.number.map(x_of))
-                _draw_means(axes, own, list(x_of.values()), measure, style.look(index))
-                if variant in diverging:
-                    height = 1.0 - (diverging.index(variant) + 0.5) * _CROSS_HEIGHT
-                    _draw_diverged(axes, own.x[own.state == "diverged"], height, style.look(index))
-            _finish_axis(axes, axis, values, is_log)
-            if len(settings) == 1 and setting != "the one setting":
-                axes.set_title(style.label(setting, 60))
-        for axes in leftmost:
-            style.choose_scale(axes, cells[measure.name], f"{measure.name}\n({measure.unit})")
-        _make_room_above(plots[0], len(diverging) * _CROSS_HEIGHT)
-        handles = style.variant_handles(sweep.variants)
-        handles.append(style.handle("one run", ls="", marker="o", ms=3, mfc="white", mec="black"))
-        if diverging:
-            handles.append(style.handle("number diverged", ls="", marker="x", ms=5, mew=1.4, color="black"))
-        style.figure_legend(figure, handles, handlelength=3.2)
-        return style.as_png(figure)
+    figure, plots, leftmost = style.grid_of(settings, 2.5, sharey=True)
+    for axes, setting in zip(plots, settings, strict=True):
+        for index, variant in enumerate(sweep.variants):
+            own = cells[(cells.others == setting) & (cells.variant == variant)]
+            x_of = dict(zip(values, _beside(values, index, len(sweep.variants), is_log), strict=True))
+            own = own.assign(x=own.number.map(x_of))
+            _draw_means(axes, own, list(x_of.values()), measure, style.look(index))
+            if variant in diverging:
+                height = 1.0 - (diverging.index(variant) + 0.5) * _CROSS_HEIGHT
+                _draw_diverged(axes, own.x[own.state == "diverged"], height, style.look(index))
+        _finish_axis(axes, axis, values, is_log)
+        if len(settings) == 1 and setting != "the one setting":
+            axes.set_title(style.label(setting, 60))
+    for axes in leftmost:
+        style.choose_scale(axes, cells[measure.name], f"{measure.name}\n({measure.unit})")
+    _make_room_above(plots[0], len(diverging) * _CROSS_HEIGHT)
+    handles = style.variant_handles(sweep.variants)
+    handles.append(style.handle("one run", ls="", marker="o", ms=3, mfc="white", mec="black"))
+    if diverging:
+        handles.append(style.handle("number diverged", ls="", marker="x", ms=5, mew=1.4, color="black"))
+    style.figure_legend(figure, handles, handlelength=3.2)
+    return style.as_png(figure)
 
 
 def _draw_means(axes: Axes, cells: pd.DataFrame, x: list[float], measure: Measure, look: style.Look) -> None:
@@ -122,12 +119,9 @@ def _make_room_above(axes: Axes, share: float) -> None:
     axes.set_ylim(*scale.inverted().transform(np.array([low, low + (high - low) / (1.0 - share)])))
 
 
+@style.drawing()
 def difference_figure(comparisons: Sequence[PairedComparison]) -> bytes | None:
-    """Draws the paired differences of one measure with their intervals, a plot for each pair of variants.
-
-    Returns:
-        The figure as PNG; None if there is no pair.
-    """
+    """Draws the paired differences of one measure with intervals, a plot for each two variants; None: no pair."""
     by_names: dict[str, list[PairedComparison]] = {}
     for item in comparisons:
         if item.difference.n > 0:
@@ -135,21 +129,20 @@ def difference_figure(comparisons: Sequence[PairedComparison]) -> bytes | None:
     if not by_names:
         return None
     heights, measure = [0.5 + 0.2 * len(items) for items in by_names.values()], comparisons[0].measure
-    with style.drawing():
-        figure = style.new_figure(sum(heights) + 0.35 * len(heights) + 0.6)
-        grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (names, items) in zip(grid, by_names.items(), strict=True):
-            _draw_differences(axes, items[::-1])
-            axes.set_title(style.label(names, 80))
-            axes.tick_params(axis="x", labelbottom=True)
-        grid[-1].set_xlabel(f"paired difference of {measure.name} ({measure.unit}); left of 0: the first is lower")
-        handles = [
-            style.handle(style.label("supported after Holm's adjustment", 20), marker="o", color="black"),
-            style.handle(style.label("not supported", 20), marker="o", mfc="white", color="black"),
-            style.handle(style.label(f"fewer than {MIN_PAIRS} pairs", 20), marker="x", ls="", color="black"),
-        ]
-        style.figure_legend(figure, handles, title="95 % intervals")
-        return style.as_png(figure)
+    figure = style.new_figure(sum(heights) + 0.35 * len(heights) + 0.6)
+    grid = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (names, items) in zip(grid, by_names.items(), strict=True):
+        _draw_differences(axes, items[::-1])
+        axes.set_title(style.label(names, 80))
+        axes.tick_params(axis="x", labelbottom=True)
+    grid[-1].set_xlabel(f"paired difference of {measure.name} ({measure.unit}); left of 0: the first is lower")
+    handles = [
+        style.handle(style.label("supported after Holm's adjustment", 20), marker="o", color="black"),
+        style.handle(style.label("not supported", 20), marker="o", mfc="white", color="black"),
+        style.handle(style.label(f"fewer than {MIN_PAIRS} pairs", 20), marker="x", ls="", color="black"),
+    ]
+    style.figure_legend(figure, handles, title="95 % intervals")
+    return style.as_png(figure)
 
 
 def _draw_differences(axes: Axes, items: Sequence[PairedComparison]) -> None:
@@ -168,15 +161,11 @@ def _draw_differences(axes: Axes, items: Sequence[PairedComparison]) -> None:
     axes.grid(axis="y", visible=False)
 
 
+@style.drawing()
 def scatter_figure(sweep: SweepRecord, seen: pd.DataFrame) -> bytes | None:
-    """Draws final values of all runs against each other: the marker is the variant, the shade the learning rate.
+    """Draws final values of runs (`associations.final_values`) against each other; None: no run has two of them.
 
-    Args:
-        sweep: The sweep.
-        seen: What `associations.final_values` returned.
-
-    Returns:
-        The figure as PNG; None if no run has two of the values.
+    The marker is the variant, the shade the learning rate.
     """
     pairs = [pair for pair in PAIRS if len(seen.dropna(subset=[*pair])) > 0]
     if not pairs:
@@ -188,28 +177,27 @@ def scatter_figure(sweep: SweepRecord, seen: pd.DataFrame) -> bytes | None:
     # Values at different rates are far apart: each of a few rates has its own row of plots.
     row_of = index_of if 1 < rates.size <= _MAX_RATE_ROWS and seen.rate.notna().all() else {}
     rows = max(1, len(row_of))
-    with style.drawing():
-        figure = style.new_figure(0.4 + 2.7 * rows)
-        grid = figure.subplots(rows, len(pairs), squeeze=False)
-        for column, (first, second) in enumerate(pairs):
-            x, y = (LOSS, VARIANCE) if (first, second) == (VARIANCE, LOSS) else (first, second)
-            for run in seen.to_dict("records"):
-                how = {"ls": "", "marker": style.look(sweep.variants.index(run["variant"]))["marker"], "ms": 6}
-                fill = shades[index_of[run["rate"]]] if run["rate"] in index_of else "0.5"
-                axes = grid[row_of.get(run["rate"], 0), column]
-                axes.plot(run[x], run[y], mfc=fill, mec="black", mew=0.6, **how)
-            for axes in grid[:, column]:
-                axes.set_xlabel(_LABELS[x])
-                axes.set_ylabel(_LABELS[y])
-        for rate, row in row_of.items():
-            grid[row, 0].set_title(f"learning rate {value_text(float(rate))}")
-        empty: dict[str, Any] = {"ls": "", "mec": "black"}
-        handles = [
-            style.handle(style.label(variant, 18), marker=style.look(index)["marker"], mfc="white", **empty)
-            for index, variant in enumerate(sweep.variants)
-        ]
-        if rates.size > 1:
-            names = [f"rate {value_text(float(rate))}" for rate in rates]
-            handles += [style.handle(n, marker="o", mfc=s, **empty) for n, s in zip(names, shades, strict=True)]
-        style.figure_legend(figure, handles)
-        return style.as_png(figure)
+    figure = style.new_figure(0.4 + 2.7 * rows)
+    grid = figure.subplots(rows, len(pairs), squeeze=False)
+    for column, (first, second) in enumerate(pairs):
+        x, y = (LOSS, VARIANCE) if (first, second) == (VARIANCE, LOSS) else (first, second)
+        for run in seen.to_dict("records"):
+            how = {"ls": "", "marker": style.look(sweep.variants.index(run["variant"]))["marker"], "ms": 6}
+            fill = shades[index_of[run["rate"]]] if run["rate"] in index_of else "0.5"
+            axes = grid[row_of.get(run["rate"], 0), column]
+            axes.plot(run[x], run[y], mfc=fill, mec="black", mew=0.6, **how)
+        for axes in grid[:, column]:
+            axes.set_xlabel(_LABELS[x])
+            axes.set_ylabel(_LABELS[y])
+    for rate, row in row_of.items():
+        grid[row, 0].set_title(f"learning rate {value_text(float(rate))}")
+    empty: dict[str, Any] = {"ls": "", "mec": "black"}
+    handles = [
+        style.handle(style.label(variant, 18), marker=style.look(index)["marker"], mfc="white", **empty)
+        for index, variant in enumerate(sweep.variants)
+    ]
+    if rates.size > 1:
+        names = [f"rate {value_text(float(rate))}" for rate in rates]
+        handles += [style.handle(n, marker="o", mfc=s, **empty) for n, s in zip(names, shades, strict=True)]
+    style.figure_legend(figure, handles)
+    return style.as_png(figure)

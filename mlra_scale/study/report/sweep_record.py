@@ -1,4 +1,4 @@
-"""Reads the output folder of a sweep into one table; a sweep in progress or a torn line is not an error."""
+"""Reads the output folder of a sweep: one table of its cells, and the curves of their runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from mlra_scale.study.report.records import Record, is_number, log10_or_nan, number_or_nan, read_lines, read_mapping
+from mlra_scale.study.report.costs import Costs, costs_of
+from mlra_scale.study.report.records import log10_or_nan, number_or_nan, read_steps, series
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.run_reader import Record, is_number, parse_any_json, read_lines, read_mapping
 
 RESULTS, STUDY, PLAN = "results.jsonl", "study.json", "sweep.yaml"
 LEARNING_RATE, DEPTH = "optim.lr", "model.num_layers"
@@ -36,7 +39,44 @@ MEASURES = (
     Measure("log10 of shallow blocks' gradient variance", "decades", "gradient_variance_shallow", True),
     Measure("log10 of the last block's residual variance", "decades", "residual_variance", True),
 )
-FINAL_LOSS, VALIDATION_LOSS, TEV_MEAN, EMBEDDING_VARIANCE = (MEASURES[index].name for index in (0, 1, 2, 4))
+FINAL_LOSS, TEV_MEAN, EMBEDDING_VARIANCE = (MEASURES[index].name for index in (0, 2, 4))
+
+
+class Quantity(NamedTuple):
+    """What is drawn over steps: its name, the label of the y axis, and where it is in a line of metrics.jsonl."""
+
+    name: str
+    unit: str
+    keys: str
+
+
+LOSS_CURVE = Quantity("training loss", "loss\n(nats per token)", "loss")
+TEV_CURVE = Quantity("TEV mean", "TEV mean\n(unit of the weights)", "tev_mean")
+VARIANCE_CURVE = Quantity(
+    "gradient variance of the embedding", "gradient variance", "gradients.kinds.embedding.gradient_variance"
+)
+QUANTITIES = (
+    LOSS_CURVE,
+    TEV_CURVE,
+    Quantity("TEV spread", "TEV spread\n(unit of the weights)", "tev_std"),
+    VARIANCE_CURVE,
+)
+
+
+class CellCurves(NamedTuple):
+    """What the run of one cell recorded over its steps.
+
+    Attributes:
+        cell: Its row of `SweepRecord.cells`.
+        curves: The finite values by step, by the name of the quantity.
+        guarded: Steps at which the guard acted.
+        costs: What measuring cost; None if the run has not recorded it.
+    """
+
+    cell: Record
+    curves: dict[str, pd.Series]
+    guarded: list[int]
+    costs: Costs | None
 
 
 @dataclass
@@ -74,13 +114,12 @@ class SweepRecord:
         for axes in self.cells.axis_values:
             for axis, value in axes.items():
                 found.setdefault(axis, {})[value_text(value)] = value
-        return {axis: _sorted(values.values()) for axis, values in found.items()}
+        return {axis: _sorted(values) for axis, values in found.items()}
 
     @property
     def seeds(self) -> list[str]:
         """The seeds of the finished cells."""
-        seeds = [line.get("seed") for line in self.cells.line]
-        return [value_text(seed) for seed in _sorted({value_text(seed): seed for seed in seeds}.values())]
+        return sorted(set(self.cells.seed), key=lambda text: (len(text), text))  # numbers by size
 
     @property
     def num_planned(self) -> int | None:
@@ -113,12 +152,27 @@ def is_sweep(path: Path) -> bool:
 def open_sweep(path: Path) -> SweepRecord:
     """Reads the output folder of a sweep, of which any file may be missing; of two lines of a cell the later counts."""
     notes: list[str] = []
-    study, plan = (read_mapping(path / name, notes) for name in (STUDY, PLAN))
+    study = read_mapping(path / STUDY, notes, parse_any_json)
+    plan = read_mapping(path / PLAN, notes)
     lines = read_lines(path / RESULTS, notes)
     complete = [line for line in lines if isinstance(line.get("variant"), str) and line.get("state") is not None]
     if len(complete) < len(lines):
-        notes.append(f"{RESULTS}: {len(lines) - len(complete)} line(s) without variant or state are left out.")
+        notes.append(f"{RESULTS}: {len(lines) - len(complete)} line(s) without variant or state are left out")
     return SweepRecord(path, table_of(complete, path), study, plan, notes)
+
+
+def read_curves(sweep: SweepRecord) -> list[CellCurves]:
+    """Reads the record of every cell once; what cannot be read gives empty curves."""
+    found = []
+    for cell in sweep.cells.to_dict("records"):
+        run = RunDirectory(cell["run"])
+        records = read_steps(run.metrics, [], is_optional=True)
+        events = read_lines(run.events, [], is_optional=True)
+        steps = [event.get("step") for event in events if str(event.get("event")).startswith("guard_")]
+        curves = {quantity.name: series(records, quantity.keys).dropna() for quantity in QUANTITIES}
+        guarded = [int(step) for step in steps if is_number(step)]
+        found.append(CellCurves(cell, curves, guarded, costs_of(records)))
+    return found
 
 
 def table_of(lines: Collection[Record], folder: Path) -> pd.DataFrame:
@@ -174,5 +228,6 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _sorted(values: Collection[Any]) -> list[Any]:
-    return sorted(values, key=None if all(map(is_number, values)) else value_text)
+def _sorted(by_text: Mapping[str, Any]) -> list[Any]:
+    """Returns values, given by their texts: numbers by size, others by text."""
+    return sorted(by_text.values(), key=None if all(map(is_number, by_text.values())) else value_text)

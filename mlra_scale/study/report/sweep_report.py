@@ -10,18 +10,21 @@ from typing import Any
 
 from mlra_scale.study.report import associations, comparisons, step_figures, sweep_figures
 from mlra_scale.study.report.comparisons import PairedComparison
-from mlra_scale.study.report.costs import costs_of, costs_table
+from mlra_scale.study.report.costs import costs_table
 from mlra_scale.study.report.page import Images, write_report
-from mlra_scale.study.report.records import read_metrics, time_text
+from mlra_scale.study.report.records import time_text
 from mlra_scale.study.report.statistics import MIN_RUNS, Mean, mean_of
 from mlra_scale.study.report.sweep_record import (
     DEPTH,
     LEARNING_RATE,
     MEASURES,
+    QUANTITIES,
+    CellCurves,
     Measure,
     SweepRecord,
     axis_name,
     open_sweep,
+    read_curves,
     value_text,
 )
 
@@ -30,26 +33,18 @@ _LOSSES = (*MEASURES[:2], comparisons.SENSITIVITY)
 
 
 def report_sweep(path: Path, output: Path) -> list[Path]:
-    """Writes the report of a sweep's output folder.
-
-    Args:
-        path: The folder; the sweep may be in progress.
-        output: The folder to write to; made if necessary.
-
-    Returns:
-        The paths of the page and of its images.
-    """
+    """Writes the report of a sweep, which may be in progress, to a folder; returns the paths of page and images."""
     sweep, images = open_sweep(path), Images()
+    runs = read_curves(sweep)
     found, rates = comparisons.compare(sweep), comparisons.learning_rates(sweep)
     by_pair: dict[tuple[str, str], list[PairedComparison]] = {}
     for item in found:
         by_pair.setdefault((item.measure.name, item.names), []).append(item)
     differences = list(_differences(found, images))
-    curves, steps = list(_curves(sweep, images)), list(_over_steps(sweep, images))
+    curves, steps = list(_curves(sweep, images)), list(_over_steps(sweep, runs, images))
     stability = comparisons.stability_table(sweep)
-    final, over_steps = associations.final_values(sweep), associations.values_over_steps(sweep)
+    final, over_steps = associations.final_values(sweep), associations.values_over_steps(runs)
     images["associations.png"] = sweep_figures.scatter_figure(sweep, final)
-    costs = [of_run for run in sweep.cells.run if (of_run := costs_of(read_metrics(run))) is not None]
     return write_report(
         output,
         "sweep.html",
@@ -76,7 +71,7 @@ def report_sweep(path: Path, output: Path) -> list[Path]:
         final_associations=associations.of_finished_runs(sweep),
         step_associations=associations.within_steps(sweep, over_steps),
         within_runs=associations.within_runs(over_steps),
-        costs=costs_table(costs),
+        costs=costs_table([run.costs for run in runs if run.costs is not None]),
         notes=sweep.notes,
         min_pairs=comparisons.MIN_PAIRS,
         min_runs=MIN_RUNS,
@@ -132,9 +127,10 @@ def _curves(sweep: SweepRecord, images: Images) -> Iterator[tuple[str, bytes]]:
                 yield f"{measure.name} over {axis_name(axis)}", png
 
 
-def _over_steps(sweep: SweepRecord, images: Images) -> Iterator[tuple[str, bytes | None, bytes | None]]:
-    runs = step_figures.read_curves(sweep)
-    for quantity in step_figures.QUANTITIES:
+def _over_steps(
+    sweep: SweepRecord, runs: Sequence[CellCurves], images: Images
+) -> Iterator[tuple[str, bytes | None, bytes | None]]:
+    for quantity in QUANTITIES:
         name = file_text(quantity.name)
         png = images[f"steps-{name}.png"] = step_figures.step_figure(sweep, runs, quantity)
         difference = step_figures.difference_figure(sweep, runs, quantity)

@@ -382,30 +382,17 @@ def test_lines_from_the_end(block: int, content: bytes, monkeypatch: pytest.Monk
         assert limit < 1 or len(b"\n".join(found)) <= limit
 
 
-GOOD_JOB = {"job_id": "7", "state": "running", "steps": 5, "attempts": []}
-
-
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [
         ("job.json", b"", "job.json cannot be read ("),
-        ("job.json", b'{"job_id": "7", "att', "job.json cannot be read ("),
-        ("job.json", b"[1, 2]", "job.json cannot be read ("),
-        ("job.json", b"\xff\xfe", "job.json cannot be read ("),
         ("job.json", b"[" * 100_000, "job.json cannot be read ("),
-        ("job.json", json.dumps({**GOOD_JOB, "invented": 1}), "job.json cannot be read ("),
-        ("job.json", json.dumps({**GOOD_JOB, "steps": None}), "job.json cannot be read (steps: "),
-        ("job.json", json.dumps({**GOOD_JOB, "state": "lazy"}), "job.json cannot be read (state: "),
-        ("job.json", json.dumps({**GOOD_JOB, "excluded": [1]}), "job.json cannot be read (excluded: "),
-        (
-            "job.json",
-            json.dumps({**GOOD_JOB, "attempts": [{"number": 1, "job_id": "7", "nodes": None, "num_ranks": 2}]}),
-            "job.json cannot be read (attempts.0.nodes: ",
-        ),
-        ("metrics.jsonl", b'{"step": 9, "loss": 1.5}\n\0\0\0\n', "metrics.jsonl holds a line that is not JSON"),
-        ("metrics.jsonl", b'{"step": 9, "loss": 1.5}\n7\n[]\n', "metrics.jsonl holds a line that is not JSON"),
+        ("job.json", b'{"excluded": [1]}', "job.json cannot be read (excluded: "),
+        ("metrics.jsonl", b'{"step": 9, "loss": 1.5}\n\0\0\0\n', "metrics.jsonl: 1 line(s) are no JSON objects"),
+        ("metrics.jsonl", b'{"step": 9, "loss": 1.5}\n7\n[]\n', "metrics.jsonl: 2 line(s) are no JSON objects"),
+        ("metrics.jsonl", b'{"step": 9, "loss": 1.5}\n{"loss": ' + b"9" * 400 + b"}\n", "metrics.jsonl: 1 line(s) are"),
         ("metrics.jsonl", None, "metrics.jsonl cannot be read (Is a directory)"),
-        ("events.jsonl", b'\xff\n{"event": 5, "time": 6, "step": []}\n', "events.jsonl holds a line that is not JSON"),
+        ("events.jsonl", b'\xff\n{"event": 5, "time": 6, "step": []}\n', "events.jsonl: 1 line(s) are no JSON objects"),
         ("events.jsonl", None, "events.jsonl cannot be read (Is a directory)"),
         ("config.yaml", b"train: {steps: 9", "config.yaml cannot be read ("),
         ("config.yaml", b"- 1\n", "config.yaml cannot be read ("),
@@ -437,7 +424,7 @@ def test_damage_is_named_in_the_row(tmp_path: Path, tool: Tool, name: str, conte
 
 def test_odd_values_and_torn_lines_are_no_damage(tmp_path: Path) -> None:
     write_events(tmp_path, {**START, "world_size": "many", "reason": None}, {"event": "stopped"})
-    huge = b'{"step": 8, "loss": ' + b"9" * 400 + b', "tev_mean": NaN, "tokens_per_second": true}\n'
+    huge = b'{"step": 8, "loss": 1e400, "tev_mean": NaN, "tokens_per_second": true}\n'
     (tmp_path / "metrics.jsonl").write_bytes(huge + b'{"step": 9, "lo')
     row = only_row(tmp_path)
     assert (row.state, row.last_error, row.step, row.loss) == ("failed", "stopped", 8, None)
@@ -491,7 +478,7 @@ def test_errors_are_cut_to_the_terminal_and_nowhere_else(
     assert tool(tmp_path, "--attempts", "x")[1].count(shown) == 2
 
 
-def test_the_attempts_of_a_run(tmp_path: Path, tool: Tool) -> None:
+def test_the_attempts_of_a_run(tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = ["rank 3 on n2 was killed by SIGKILL", "rank 0 on n1 ended with exit code 1"]
     attempts = [
         attempt(
@@ -501,6 +488,7 @@ def test_the_attempts_of_a_run(tmp_path: Path, tool: Tool) -> None:
     ]
     write_job(tmp_path / "x", "running", attempts, excluded={"n9": "its GPU 3 has errors"})
     write_job(tmp_path / "y", "done")
+    monkeypatch.setattr(jobs.time, "time", lambda: NOW)  # the age is the same in every table
     code, out, err = tool(tmp_path, "--attempts", "x")
     assert (code, err) == (0, "") and tool(tmp_path / "x", "--attempts") == tool("--attempts", tmp_path / "x")
     lines = out.splitlines()

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from mlra_scale.config import load_config
 
-DONE, DIVERGED, FAILED, ENDLESS, BAD_INPUT, KILLED, GAVE_UP, STOPPED = range(1, 9)
+DONE, DIVERGED, FAILED, ENDLESS, BAD_INPUT, KILLED, GAVE_UP, STOPPED, STUBBORN = range(1, 10)
 
 
 def main() -> int:
@@ -49,6 +50,11 @@ def main() -> int:
                 return 5
 
             (folder / "waits").touch()
+            time.sleep(60)
+        if seed == STUBBORN:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
+            (folder / "waits").write_text(f"{rank.pid}\n")
             time.sleep(60)
     raise RuntimeError("no such thing")
 

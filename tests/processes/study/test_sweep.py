@@ -19,7 +19,18 @@ from mlra_scale.study.grid import Cell, Study, cells_of, load_study
 from mlra_scale.study.results import CellFiles, SweepDirectory
 from mlra_scale.study.sweep import RunningCell, StopSignals, Sweep
 from mlra_scale.study.sweep_text import Progress, plan_text, summary_text
-from tests.processes.study.fake_train import BAD_INPUT, DIVERGED, DONE, ENDLESS, FAILED, GAVE_UP, KILLED, STOPPED
+from tests.processes.study.fake_train import (
+    BAD_INPUT,
+    DIVERGED,
+    DONE,
+    ENDLESS,
+    FAILED,
+    GAVE_UP,
+    KILLED,
+    STOPPED,
+    STUBBORN,
+)
+from tests.support.leftovers import all_end
 from tests.support.tools import run_tool
 
 PLAYER = Path(__file__).with_name("fake_train.py")
@@ -112,7 +123,7 @@ def test_failed_cells_are_errors_that_are_tried_again(tmp_path: Path) -> None:
     # They continue from their checkpoints.
     assert (played.output.path / "cells" / "mlra-seed3" / "checkpoints").exists()
     assert not (played.output.path / "cells" / "mlra-seed1" / "checkpoints").exists()
-    text = summary_text(played.output, played.cells, played.sweep)
+    text = summary_text(played.sweep)
     assert "8 of 8 cells have a result (2 done, 6 failed)" in text and "failed: dense-seed6: see " in text
     Played(tmp_path, [DONE, FAILED, KILLED, STOPPED]).start()
     assert [played.starts(f"mlra-seed{seed}") for seed in errors] == [1, 2, 2, 2]
@@ -122,9 +133,9 @@ def test_failed_cells_are_errors_that_are_tried_again(tmp_path: Path) -> None:
 
 def test_bad_input_of_the_first_cell_starts_no_more(tmp_path: Path) -> None:
     played = Played(tmp_path, [BAD_INPUT, DONE])
-    played.start()
-    assert played.sweep.bad_input is not None and "there is no such folder" in played.sweep.bad_input
-    assert [result["state"] for result in played.seen] == ["failed"]
+    ran = run_tool("sweep", played.file, "--output", tmp_path / "out")
+    assert ran.code == 2 and "no more cells were started" in ran.stderr and "there is no such folder" in ran.stderr
+    assert [result["state"] for result in played.results().values()] == ["failed"]
     assert played.starts("dense-seed1") == 0
     # Where others have trained, it is that cell's own.
     later = Played(tmp_path, [DONE, BAD_INPUT])
@@ -133,7 +144,7 @@ def test_bad_input_of_the_first_cell_starts_no_more(tmp_path: Path) -> None:
     assert [result["state"] for result in later.seen] == ["done", "done", "failed", "failed"]
 
 
-def test_a_changed_cell_is_refused(tmp_path: Path) -> None:
+def test_a_changed_cell_and_another_study_are_refused(tmp_path: Path) -> None:
     Played(tmp_path, [DONE]).start()
     changed = Played(tmp_path, [DONE, DIVERGED], STUDY.replace("steps: 5", "steps: 6"))
     with pytest.raises(ConfigError) as caught:
@@ -149,10 +160,6 @@ def test_a_changed_cell_is_refused(tmp_path: Path) -> None:
     assert "the cell ran with 5; name another --output, or remove" in lines[0]
     assert changed.starts("dense-seed2") == 0
     assert load_study(changed.output.study).base == {"train.steps": 5}
-
-
-def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
-    Played(tmp_path, [DONE]).start()
     other = Played(tmp_path, [DONE], STUDY.replace("name: played", "name: other"))
     with pytest.raises(ConfigError, match="holds the study 'played', and this is 'other'"):
         other.start()
@@ -176,11 +183,25 @@ def test_a_stop_asks_the_runs_and_the_next_start_goes_on(tmp_path: Path) -> None
     for variant in ("dense", "mlra"):
         events = (played.output.path / "cells" / f"{variant}-seed{ENDLESS}" / "events.jsonl").read_text()
         assert '"preempted"' in events, "it was asked, not killed"
-    assert "the same command continues them" in summary_text(played.output, played.cells, played.sweep)
+    assert "the same command continues them" in summary_text(played.sweep)
     assert json.loads(played.output.about.read_text())["ended"] is None
     assert [cell.seed for cell in played.sweep.prepare(played.cells, ["sweep"])] == [ENDLESS, ENDLESS, DONE, DONE]
     # Handlers are those of before.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_kills_the_runs_with_their_ranks(tmp_path: Path) -> None:
+    played = Played(tmp_path, [STUBBORN])
+    pids = [played.output.path / "cells" / f"{variant}-seed{STUBBORN}" / "waits" for variant in ("dense", "mlra")]
+
+    def press(running: Sequence[RunningCell], locked: Collection[str]) -> None:
+        if all(file.exists() and file.read_text().endswith("\n") for file in pids):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    to_do = played.sweep.prepare(played.cells, ["sweep"])
+    assert played.sweep.run(to_do, 2, on_poll=press) is signal.SIGINT
+    assert len(played.sweep.interrupted) == 2 and played.results() == {}
+    assert all_end([int(file.read_text()) for file in pids])
 
 
 def test_what_was_not_written_down_is_made_from_the_record(tmp_path: Path) -> None:
@@ -242,7 +263,7 @@ def test_a_sweep_that_waits_can_be_stopped(tmp_path: Path) -> None:
         stopped = played.sweep.run(to_do, 1, lambda result, seconds: played.seen.append(result), watch)
     assert stopped is signal.SIGTERM
     assert list(played.results()) == ["mlra-seed1"] and [*played.sweep.locked_elsewhere] == ["dense-seed1"]
-    assert "still run by another process: dense-seed1" in summary_text(played.output, played.cells, played.sweep)
+    assert "still run by another process: dense-seed1" in summary_text(played.sweep)
 
 
 def test_the_run_of_a_killed_sweep_is_taken_over(tmp_path: Path) -> None:
@@ -285,7 +306,7 @@ def test_a_result_that_cannot_be_written_does_not_end_the_sweep(
     (tmp_path / "out").mkdir()
     assert played.start() is None
     assert list(played.results()) == ["mlra-seed1"] and played.sweep.interrupted == []
-    summary = summary_text(played.output, played.cells, played.sweep)
+    summary = summary_text(played.sweep)
     assert "not written: dense-seed1: its result cannot be written: No space left on device" in summary
     monkeypatch.undo()
     again = Sweep(played.study, played.cells, played.output)
@@ -318,15 +339,14 @@ def test_only_what_a_terminal_sends_stays_ignored(number: signal.Signals, is_hea
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(slot: int, ranks: int, gpus: list[str]) -> str | None:
-        return sweep_module._environment(slot, ranks, gpus, 240.0).get("CUDA_VISIBLE_DEVICES")
+        return sweep_module._environment(slot, ranks, gpus).get("CUDA_VISIBLE_DEVICES")
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [given(slot, 1, ["0", "1", "2"]) for slot in range(4)] == ["0", "1", "2", "0"]
     assert [given(slot, 2, ["0", "1", "2", "3", "4"]) for slot in range(3)] == ["0,1", "2,3", "0,1"]
     assert given(1, 1, ["0"]) is None and given(1, 2, ["0", "1", "2"]) is None and given(0, 1, []) is None
-    environment = sweep_module._environment(0, 1, [], 90.0)
-    assert environment["OMP_NUM_THREADS"] == "1" and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
+    assert sweep_module._environment(0, 1, [])["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     assert sweep_module._gpus() == ["GPU-a", "GPU-b"]
 
@@ -337,24 +357,24 @@ def test_the_command_of_a_cell_can_be_typed(tmp_path: Path, monkeypatch: pytest.
         played = Played(tmp_path, [1], STUDY + f"ranks: {ranks}\n")
         command = played.sweep.command(played.output.files(played.cells[0]))
         run = str(tmp_path / "out" / "cells" / "dense-seed1")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks == 2 else []
+        entry = ["mlra_scale.cli.main", "train", "--nproc=2"] if ranks == 2 else ["mlra_scale.train"]
         assert command == [
-            *(sys.executable, *launcher, "-m", "mlra_scale.train", "--preset", "debug", "--run-dir", run),
+            *(sys.executable, "-m", *entry, "--preset", "debug", "--run-dir", run),
             *("--resume", "auto", "train.steps=5", "model.attention=dense", "train.seed=1"),
         ]
 
 
 def test_the_plan_lists_cells_and_estimates_what_is_left(tmp_path: Path) -> None:
     played = Played(tmp_path, [DONE, ENDLESS])
-    text = plan_text(played.study, played.cells, played.cells[:1], played.output, jobs=1)
+    text = plan_text(played.sweep, played.cells[:1], jobs=1)
     assert not played.output.path.exists()
     assert "4 cells = 2 variant(s) x 2 seed(s)" in text and "to do: 1 of 1 cells, 2,560 tokens" in text
     assert "time: unknown" in text
     played.sweep.run(played.sweep.prepare(played.cells[:2], ["sweep"]), 1)
     # A played cell trains for 2.5 s: two are left, one after the other or both at once.
-    text = plan_text(played.study, played.cells, played.cells, played.output, jobs=1)
+    text = plan_text(played.sweep, played.cells, jobs=1)
     assert "to do: 2 of 4 cells" in text and "time: about 5 s with --jobs 1" in text
-    assert "time: about 2 s with --jobs 8" in plan_text(played.study, played.cells, played.cells, played.output, jobs=8)
+    assert "time: about 2 s with --jobs 8" in plan_text(played.sweep, played.cells, jobs=8)
     assert [line.split()[-1] for line in text.splitlines() if "-seed" in line] == ["done", "done", "do", "do"]
 
 

@@ -18,7 +18,7 @@ from mlra_scale.study.report.comparisons import (
     sensitivities,
     stability_table,
 )
-from mlra_scale.study.report.sweep_record import SweepRecord, open_sweep, table_of
+from mlra_scale.study.report.sweep_record import SweepRecord, open_sweep, read_curves, table_of
 from tests.support.study_folders import Record, cell_of, write_lines, write_sweep
 
 
@@ -110,13 +110,6 @@ def test_a_true_difference_is_named_and_a_null_is_not(tmp_path: Path) -> None:
     assert all(item.statement.startswith("higher by 0.10") for item in by_pair["control", "mlra"])
 
 
-def test_identical_runs_are_no_finding() -> None:
-    sweep = sweep_of([*losses("a", [5.0, 6.0, 7.0]), *losses("b", [5.0, 6.0, 7.0])])
-    (found,) = of_loss(compare(sweep))
-    assert not found.is_supported and found.num_adjusted == 0
-    assert "the difference is 0 in each of the 3 pairs" in found.statement
-
-
 def rate_lines(variant: str, by_rate: dict[float, list[float | None]], **more: Any) -> list[Record]:
     return [line for rate, values in by_rate.items() for line in losses(variant, values, {"optim.lr": rate}, **more)]
 
@@ -169,7 +162,7 @@ def test_associations_of_a_sweep(tmp_path: Path) -> None:
         assert spearman.is_supported and spearman.value > 0.6 and pearson.is_supported, fixed
     assert rows[TEV, VARIANCE, "nothing"][0].runs == 40
     assert rows[TEV, VARIANCE, "learning rate 0.001"][0].runs == 10
-    seen = associations.values_over_steps(sweep)
+    seen = associations.values_over_steps(read_curves(sweep))
     steps = {(row.first, row.second, row.fixed): row.found for row in associations.within_steps(sweep, seen)}
     spearman, _ = steps[TEV, VARIANCE, "step and learning rate"]
     assert spearman.is_supported and (spearman.n, spearman.runs) == (160, 40)
@@ -182,6 +175,6 @@ def test_associations_of_a_sweep(tmp_path: Path) -> None:
 def test_associations_of_unfinished_sweeps(tmp_path: Path) -> None:
     write_lines(tmp_path / "results.jsonl", [cell_of("a", {}, seed, tev_mean=0.1) for seed in (1, 2)])
     sweep = open_sweep(tmp_path)
-    seen = associations.values_over_steps(sweep)
+    seen = associations.values_over_steps(read_curves(sweep))
     assert associations.of_finished_runs(sweep) == [] and associations.within_steps(sweep, seen) == []
     assert associations.within_runs(seen).n == 0

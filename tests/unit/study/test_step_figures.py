@@ -11,18 +11,15 @@ from tests.support.study_folders import Record, cell_of, write_lines
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
 from mlra_scale.study.report.step_figures import (
-    QUANTITIES,
     difference_figure,
     differences,
     mean_and_error,
     mean_curve,
-    read_curves,
     step_figure,
     thin,
 )
-from mlra_scale.study.report.sweep_record import SweepRecord, table_of
-
-LOSS = QUANTITIES[0]
+from mlra_scale.study.report.sweep_record import LOSS_CURVE as LOSS
+from mlra_scale.study.report.sweep_record import QUANTITIES, SweepRecord, read_curves, table_of
 
 
 def sweep_of(folder: Path) -> SweepRecord:
@@ -49,7 +46,7 @@ def sweep_of(folder: Path) -> SweepRecord:
 
 
 def test_what_is_read(tmp_path: Path) -> None:
-    runs = {f"{run.variant}-{run.seed}": run for run in read_curves(sweep_of(tmp_path))}
+    runs = {run.cell["cell"]: run for run in read_curves(sweep_of(tmp_path))}
     values = runs["first-2"].curves[LOSS.name]
     assert values.index.tolist() == [1, 2, 3, 4, 5], "without the loss that is not finite"
     assert values.tolist() == pytest.approx([2.1, 2.2, 2.3, 2.4, 2.5])
@@ -77,7 +74,7 @@ def test_differences_are_of_the_same_seed_and_step(tmp_path: Path) -> None:
     assert means.tolist() == pytest.approx([2.0] * 4) and errors.tolist() == pytest.approx([1.0] * 4)
     assert mean_and_error([values])[1].tolist() == [0.0] * 4
     assert difference_figure(sweep, runs, LOSS) is not None
-    assert difference_figure(sweep, [run for run in runs if run.variant == "first"], LOSS) is None
+    assert difference_figure(sweep, [run for run in runs if run.cell["variant"] == "first"], LOSS) is None
 
 
 def test_the_mean_is_over_common_steps() -> None:

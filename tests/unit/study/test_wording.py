@@ -55,6 +55,7 @@ def test_fewer_than_three_pairs_make_no_claim(values: list[float]) -> None:
 def test_equal_differences_make_no_claim() -> None:
     assert text_of([0.0] * 5) == "no claim is made: the difference is 0 in each of the 5 pairs, so its error is unknown"
     assert "no claim is made: the difference is 0.100" in text_of([0.1] * 5)
+    assert not comparison([0.0] * 5).is_claimable
 
 
 @settings(deadline=None)
