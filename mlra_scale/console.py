@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 TABLE_WIDTH = 120
-
 _WAIT_SECONDS = 5.0
 """How long a non-blocking console that is full may take before a piece of text is dropped."""
+
+
+class InputError(Exception):
+    """The input cannot be used; the text says why and what to do. A command prints it and ends with exit code 2."""
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, width: int | None = TABLE_WIDTH) -> str:

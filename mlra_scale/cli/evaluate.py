@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output, text_fields, trained_model
 
 if TYPE_CHECKING:
@@ -45,14 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.checkpoint.files import CheckpointError
-    from mlra_scale.data import DataError
-    from mlra_scale.evaluation import EvaluationError
-
-    try:
-        content = _measure(options)
-    except (CheckpointError, DataError, EvaluationError) as error:
-        return refuse("evaluate", error)
+    content = _measure(options)
     print(json.dumps(content) if options.json else _as_text(content))
     return 0
 

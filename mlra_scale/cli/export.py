@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count
 
 if TYPE_CHECKING:
@@ -57,16 +57,11 @@ def _size(text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     # Megatron's import warns about libraries that nothing here would use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.verification import VerificationError
-    from mlra_scale.data import DataError
-    from mlra_scale.evaluation import EvaluationError
 
     try:
         with ExitStack() as stack:
             _export(options, stack)
-    except (CheckpointError, DataError, EvaluationError) as error:
-        return refuse("export_hf", error)
     except VerificationError as error:
         print(f"export_hf: the export failed its verification and was removed: {error}", file=sys.stderr)
         return 1

@@ -42,23 +42,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.config import ConfigError
     from mlra_scale.study.grid import cells_of, load_study
     from mlra_scale.study.results import SweepDirectory
     from mlra_scale.study.sweep_text import plan_text
 
-    try:
-        study = load_study(options.study, options.overrides)
-        cells = cells_of(study)
-        chosen = _choose(cells, options.cell, options.only)
-        output = SweepDirectory(options.output or Path("runs") / study.name)
-        if options.dry_run:
-            print(plan_text(study, cells, chosen, output, options.jobs))
-            return 0
-        return _run_cells(study, cells, chosen, output, options.jobs, ["tools/sweep.py", *options.arguments])
-    except ConfigError as error:
-        print("\n".join(["sweep: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
-        return 2
+    study = load_study(options.study, options.overrides)
+    cells = cells_of(study)
+    chosen = _choose(cells, options.cell, options.only)
+    output = SweepDirectory(options.output or Path("runs") / study.name)
+    if options.dry_run:
+        print(plan_text(study, cells, chosen, output, options.jobs))
+        return 0
+    return _run_cells(study, cells, chosen, output, options.jobs, ["tools/sweep.py", *options.arguments])
 
 
 def _choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:

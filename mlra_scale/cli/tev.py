@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output
 
 if TYPE_CHECKING:
@@ -31,13 +31,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.stability.tev_folder import FolderError, tev_of_folder, token_texts
+    from mlra_scale.stability.tev_folder import tev_of_folder, token_texts
 
-    try:
-        report = tev_of_folder(options.path, options.tensor, options.tokens, options.extremes)
-        text_of = token_texts(options.path) if options.extremes else lambda token: None
-    except FolderError as error:
-        return refuse("tev", error)
+    report = tev_of_folder(options.path, options.tensor, options.tokens, options.extremes)
+    text_of = token_texts(options.path) if options.extremes else lambda token: None
     print(_as_json(options.path, report, text_of) if options.json else _as_text(options.path, report, text_of))
     return 0
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mlra_scale.console import InputError
+
 if TYPE_CHECKING:
     from mlra_scale.data.manifest import Manifest as Manifest
     from mlra_scale.data.mix import DataIdentity as DataIdentity
@@ -28,7 +30,7 @@ _MODULES = {
 }
 
 
-class DataError(ValueError):
+class DataError(InputError, ValueError):
     """A source, a data set or a tokenizer cannot be used; the message names it and says what to do."""
 
 

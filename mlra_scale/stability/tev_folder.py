@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
+from mlra_scale.console import InputError
 from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +32,7 @@ INPUT_NAMES = (
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
-class FolderError(ValueError):
+class FolderError(InputError, ValueError):
     """A checkpoint folder holds no readable embedding; the text is for its user."""
 
 
