@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.stability.moments import Moments, cut_moments, merge_all, row_moments
+from mlra_scale.stability.moments import Moments, merge_all, row_moments
 from mlra_scale.stability.tev import TevRequest, TevStatistics, combine, report, tev_of_matrix
 
 QUANTILES = (0.0, 0.1, 0.5, 0.77, 1.0)
@@ -132,13 +132,10 @@ def measure_cut(
 
 
 def measure_ranks(ranks: list[list[tuple[int, torch.Tensor]]], request: TevRequest) -> TevStatistics:
-    reports = [
-        report(request, cut_moments(parts, request.num_tokens, request.hidden_size, torch.device("cpu")))
-        for parts in ranks
-    ]
-    longest = max(each.gathered.numel() for each in reports)
-    gathered = [np.pad(each.gathered.numpy(), (0, longest - each.gathered.numel())) for each in reports]
-    return combine(request, gathered, np.sum([each.summed.numpy() for each in reports], axis=0))
+    reports = [report(request, parts, torch.device("cpu")) for parts in ranks]
+    longest = max(gathered.numel() for gathered, _ in reports)
+    padded = [np.pad(gathered.numpy(), (0, longest - gathered.numel())) for gathered, _ in reports]
+    return combine(request, padded, np.sum([summed.numpy() for _, summed in reports], axis=0))
 
 
 @dataclass
