@@ -52,10 +52,7 @@ class Action:
 
 @dataclass(frozen=True)
 class _Episode:
-    """A time of trouble: from its first bad update until `calm_steps` have passed without one.
-
-    `skips` counts the bad updates since the rate was last lowered, `lowerings` how often it was lowered.
-    """
+    """From the first bad update until `calm_steps` pass without one; `skips` are those since the last lowering."""
 
     first_step: int
     first_sample: int

@@ -51,8 +51,8 @@ class TevStatistics:
         mean_embedding_norm: Euclidean norm of the mean of all embeddings.
         mean_row_rms: Mean over the tokens of the root mean square of the embedding.
         num_tokens: Number of tokens.
-        highest: (token, TEV) of the most variable tokens, highest first.
-        lowest: (token, TEV) of the least variable tokens, lowest first.
+        highest: (token, TEV) of the tokens with the highest TEV, the highest first.
+        lowest: The same of the lowest, the lowest first.
     """
 
     mean: float
@@ -209,11 +209,7 @@ def tev_of_matrix(
 class TevHook:
     """Measures TEV of the token embedding of a sharded model, whatever the layout.
 
-    Args:
-        table: The model's parameter table.
-        topology: The mesh.
-        config: Which numbers of the distribution to compute.
-        vocab_size: Number of real tokens; the rows after them are padding.
+    The rows from `vocab_size` on are padding.
     """
 
     def __init__(self, table: ParameterTable, topology: Topology, config: TevConfig, vocab_size: int):
@@ -226,11 +222,10 @@ class TevHook:
         self.request = TevRequest(vocab_size, hidden_size, config.quantiles, config.extremes)
 
     def measure(self, fragments: Iterable[Fragment]) -> TevStatistics:
-        """Measures TEV; every rank of the world calls it and gets the same result.
+        """Measures TEV; collective.
 
         Args:
-            fragments: The fp32 master weights that this rank owns; other parameters are ignored. Every element of the
-                embedding has exactly one owner.
+            fragments: The fp32 master weights that this rank owns. Every element of the embedding has one owner.
         """
         mine = ((self.first + fragment.start, fragment.values) for fragment in fragments if fragment.name == self.name)
         gathered, summed = report(self.request, mine, self.device)

@@ -38,16 +38,7 @@ class FolderError(InputError, ValueError):
 
 @dataclass(frozen=True)
 class EmbeddingReport:
-    """TEV of one tensor of a checkpoint.
-
-    Attributes:
-        name: The tensor's name in the checkpoint.
-        role: Input embedding, or the untied head.
-        rows: Stored rows.
-        hidden_size: Length of a row.
-        dtype: Stored type.
-        statistics: Over the real tokens.
-    """
+    """TEV of one tensor of a checkpoint, over its real tokens; `rows` are those that are stored."""
 
     name: str
     role: Literal["input", "head"]
@@ -59,11 +50,9 @@ class EmbeddingReport:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """TEV of a checkpoint.
+    """TEV of a checkpoint's input embedding, and of the head if that is a separate tensor.
 
-    Attributes:
-        embeddings: The input embedding, and the head if it is a separate tensor.
-        head_is_tied: Whether the head shares the input embedding, according to the tensors and config.json.
+    The tensors and config.json say whether the head shares the input embedding (`head_is_tied`).
     """
 
     embeddings: list[EmbeddingReport]
@@ -77,9 +66,9 @@ def tev_of_folder(
 
     Args:
         path: A checkpoint folder with model.safetensors, one or in shards, or a single .safetensors file.
-        tensor: Name of the tensor to measure, for checkpoints with unusual names; nothing else is then reported.
-        num_tokens: Number of real tokens, for checkpoints with padded rows. None: vocab_size of config.json if that is
-            smaller than the number of rows, else all rows.
+        tensor: Name of the tensor to measure; nothing else is then reported.
+        num_tokens: Number of real tokens. None: vocab_size of config.json if that is smaller than the number of rows,
+            else all rows.
         extremes: How many of the highest and of the lowest tokens to list.
 
     Raises:

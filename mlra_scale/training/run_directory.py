@@ -105,7 +105,7 @@ class RunDirectory:
         """Returns the rollbacks in guard.json, the oldest first; none where the file is missing.
 
         Raises:
-            ValueError: The file is not a list of rollbacks; the message begins with its path.
+            ValueError: The file is not a list of rollbacks.
         """
         if not self.guard.exists():
             return ()

@@ -142,10 +142,7 @@ class Report:
         self.say(text)
 
     def sync(self) -> str | None:
-        """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it.
-
-        Returns:
-            What another program has done to a file of the record, whose next lines would be lost; else None.
+        """Puts the record on disk, and returns what another program has done to one of its files.
 
         Raises:
             RecordLost: The run directory has been moved, removed or replaced: checkpoints would be lost too.
@@ -177,13 +174,7 @@ class Report:
     def record(
         self, progress: Progress, values: Mapping[str, Any], measuring_seconds: Mapping[str, float] | None = None
     ) -> None:
-        """Records what was measured after a step; if nothing was, only the progress bar moves.
-
-        Args:
-            progress: The counters after the step.
-            values: What was measured.
-            measuring_seconds: This rank's time for the measurements, by name.
-        """
+        """Records what was measured after a step and in how many seconds; if nothing was, only the bar moves."""
         self._step = progress.step
         if self._bar is not None:
             self._bar.update(progress.step - self._bar.n)
@@ -248,10 +239,8 @@ class Report:
     def on_guard_actions(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
         """Reports the guard's decisions, except a rollback, which is reported when it is done.
 
-        Args:
-            actions: The decisions.
-            factor: On the learning rate of the next step.
-            until: First step whose rate is the schedule's again; None: that of the next one is.
+        The learning rate of the next step is multiplied by `factor`; `until` is the first step that is on the schedule
+        again (None: the next one is).
         """
         for action in actions:
             if action.kind == "rollback":
@@ -263,15 +252,7 @@ class Report:
             self.note(f"guard_{action.kind}", text, step=action.step, reason=action.reason, **more)
 
     def on_rollback(self, action: Action, number: int, progress: Progress, factor: float, until: int | None) -> None:
-        """Cuts the record back to the checkpoint of a rollback; for rank 0.
-
-        Args:
-            action: The guard's decision.
-            number: Of this rollback, from 1.
-            progress: The counters to continue with.
-            factor: On the learning rate of the next step.
-            until: See `on_guard_actions`.
-        """
+        """Cuts the record back to the checkpoint of rollback `number` (from 1); for rank 0. See `on_guard_actions`."""
         assert action.skipped is not None
         start, stop = action.skipped
         lowered = "" if until is None else f", learning rate times {factor:g}"

@@ -18,14 +18,7 @@ from mlra_scale.planning.cluster import cluster_of_device
 
 @dataclass(frozen=True)
 class Launcher:
-    """The position of this process among those of its launcher; the defaults are those of a single process.
-
-    Attributes:
-        rank: Of all ranks.
-        world_size: Number of ranks.
-        local_rank: Of the ranks on this node.
-        local_world_size: Number of ranks on this node; None: the launcher did not set it.
-    """
+    """The position of this process among those of its launcher, and among those on this node (None: not set)."""
 
     rank: int = 0
     world_size: int = 1

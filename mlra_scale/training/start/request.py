@@ -146,7 +146,7 @@ def resolve_run(
     Args:
         request: What the command line asks for.
         excluded: Checkpoints that were found to be bad, with the reason.
-        is_here: Whether this process is a rank, or on its machine; else launcher and device are not checked.
+        is_here: Whether this process is on the machine of a rank; else launcher and device are not checked.
 
     Raises:
         ConfigError: With everything that is wrong.

@@ -25,13 +25,7 @@ from mlra_scale.training.schedule import Progress
 
 @dataclass(frozen=True)
 class DataHistory:
-    """The data of a run as its checkpoint stores them.
-
-    Attributes:
-        mixes: The mixes of data sets, each with its first sample.
-        validation: Fingerprint of separate validation data.
-        tokenizer: SHA-256 of the tokenizer, where it is known.
-    """
+    """The data of a run as its checkpoint stores them: mixes of data sets, and two fingerprints where there are any."""
 
     mixes: tuple[Mix, ...]
     validation: str | None
@@ -75,13 +69,7 @@ class DataHistory:
 
 @dataclass(frozen=True)
 class DataComparison:
-    """The data of a start, compared with those of the run that it continues.
-
-    Attributes:
-        mixes: The history of mixes to continue with.
-        changes: Differences from the run so far.
-        problems: Differences that are not allowed.
-    """
+    """The history of mixes to continue with, and differences from the run so far: accepted ones and refused ones."""
 
     mixes: tuple[Mix, ...]
     changes: list[Change] = field(default_factory=list)
@@ -92,12 +80,6 @@ def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: 
     """Compares data by their fingerprints, wherever they are stored.
 
     Another mix of data sets takes effect with the next sample if `data.blend` is named on the command line.
-
-    Args:
-        identity: Of the data of this start.
-        stored: Of the checkpoint.
-        consumed_samples: Samples that the run has read.
-        named: Which fields a person named.
     """
     changes, problems, converted = [], [], stored.renamed(identity.earlier)
     if converted != stored:
@@ -181,12 +163,7 @@ def _short(fingerprint: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A checkpoint that takes precedence but cannot be used.
-
-    Attributes:
-        path: Its folder, or the file that should name it.
-        reason: What is wrong with it.
-    """
+    """A checkpoint (or the file that should name one) that takes precedence but cannot be used, and why."""
 
     path: Path
     reason: str
@@ -194,12 +171,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ResumeChoice:
-    """The checkpoint of a start.
-
-    Attributes:
-        checkpoint: Its folder; None for a start at step 0.
-        rejected: Checkpoints that were passed over.
-    """
+    """The folder of a start's checkpoint (None: it starts at step 0), and the checkpoints that were passed over."""
 
     checkpoint: Path | None
     rejected: tuple[Rejected, ...] = ()

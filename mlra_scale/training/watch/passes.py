@@ -48,13 +48,7 @@ def raise_if_stopped(interruption: Interruption, topology: Topology) -> None:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The outcome of the passes after a step.
-
-    Attributes:
-        values: For the record.
-        left_out: Names of passes that a stop request or bad data left out.
-        bad_data: What is wrong with the data; None: nothing.
-    """
+    """Values for the record, and the passes that a stop request or bad data left out."""
 
     values: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -103,16 +97,15 @@ class DataPasses:
         `measuring_seconds` receives the time of the activation probe.
         """
         values: dict[str, Any] = {}
+        if is_stop:
+            return PassResult(values, tuple(names))
         passes = {"validation": self._measure_validation, "activations": self._measure_activations}
         for number, name in enumerate(names):
-            if is_stop:
-                return PassResult(values, tuple(names[number:]))
             try:
                 values |= passes[name](measuring_seconds)
-            except StopRequested:
-                return PassResult(values, tuple(names[number:]))
-            except BadData as error:
-                return PassResult(values, tuple(names[number:]), error)
+            except (StopRequested, BadData) as reason:
+                bad_data = reason if isinstance(reason, BadData) else None
+                return PassResult(values, tuple(names[number:]), bad_data)
         return PassResult(values)
 
     def _measure_validation(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
@@ -140,13 +133,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
 
-    Args:
-        engine: The model.
-        stream: Validation samples.
-        max_batches: Most global batches to read. No sample is read twice, unless the data set is smaller than one.
-        plan: The batch plan.
-        read: Reads batches on all ranks (Session.read).
-        between: See Engine.eval_batch.
+    No sample is read twice, unless the data set is smaller than a global batch. For `between` see Engine.eval_batch.
     """
     num_batches = min(max_batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
     total = 0.0

@@ -17,7 +17,6 @@ from mlra_scale.training.watch import step_watchers
 from mlra_scale.training.watch.step_watchers import (
     FIRST_COMPARED,
     LAST_COMPARED,
-    StepEstimate,
     StepMetrics,
     estimate_step,
     peak_memory_bytes,
@@ -118,7 +117,7 @@ def test_lines() -> None:
 def compared_with(seconds: float, devices: str, monkeypatch: pytest.MonkeyPatch) -> tuple[StepMetrics, list[str]]:
     """Metrics that compare steps with this estimate, and what they print."""
     config, printed = load_config("debug"), list[str]()
-    monkeypatch.setattr(step_watchers, "estimate_step", lambda *_: StepEstimate(seconds, devices))
+    monkeypatch.setattr(step_watchers, "estimate_step", lambda *_: (seconds, devices))
     return StepMetrics(config, batch_plan(config, 1), CPU, printed.append), printed
 
 
@@ -160,7 +159,7 @@ def test_more_than_a_quarter_off_is_a_warning(
 
 
 def test_cpus_are_compared_only_where_they_were_measured(tmp_path: Path) -> None:
-    def estimate_of(*overrides: str) -> StepEstimate | None:
+    def estimate_of(*overrides: str) -> tuple[float, str] | None:
         config: Config = load_config("debug", overrides=["train.device=cpu", *overrides])
         plan: BatchPlan = batch_plan(config, 1)
         return estimate_step(config, plan, CPU)
@@ -168,5 +167,5 @@ def test_cpus_are_compared_only_where_they_were_measured(tmp_path: Path) -> None
     file = tmp_path / "cluster.json"
     write_cluster_file(file, replace(named_cluster("cpu"), name="these cores"), [])
     estimate = estimate_of(f"cluster.file={file}")
-    assert estimate is not None and estimate.seconds > 0.0 and estimate.devices == "1 x 1 these cores"
+    assert estimate is not None and estimate[0] > 0.0 and estimate[1] == "1 x 1 these cores"
     assert estimate_of() is None
