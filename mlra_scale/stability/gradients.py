@@ -51,7 +51,7 @@ def kind_of(info: ParameterInfo) -> str:
 
 
 class Groups:
-    """The sets of parameters with statistics of their own: all and those of each kind (`kinds`), those of each block."""
+    """The sets of parameters with statistics of their own: all, each kind (`kinds` names these), and each block."""
 
     def __init__(self, table: ParameterTable):
         kinds = {name: kind_of(info) for name, info in table.items()}
