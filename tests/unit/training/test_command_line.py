@@ -16,16 +16,9 @@ def test_these_flags_and_no_more() -> None:
 
 def test_exit_codes_are_what_launchers_know() -> None:
     assert {code.name: code.value for code in ExitCode} == {
-        "DONE": 0,
-        "FAILED": 1,
-        "BAD_INPUT": 2,
-        "NON_FINITE": 3,
-        "CHECKPOINT_FAILED": 4,
-        "PREEMPTED": 5,
-        "BAD_NODE": 6,
-        "UNSTABLE": 7,
-        "INTERRUPTED": 130,
-    }
+        "DONE": 0, "FAILED": 1, "BAD_INPUT": 2, "NON_FINITE": 3, "CHECKPOINT_FAILED": 4, "PREEMPTED": 5, "BAD_NODE": 6,
+        "UNSTABLE": 7, "INTERRUPTED": 130,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -39,16 +32,12 @@ def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> Non
     assert "6 layers" in capsys.readouterr().out
 
 
-def test_dry_run_takes_the_launchers_number_of_ranks(
+def test_dry_run_takes_the_launchers_number_of_ranks_and_only_rank_0_prints_the_plan(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert train.main(["--preset", "debug", "--dry-run"]) == ExitCode.DONE
     assert "4 rank(s)" in capsys.readouterr().out
-
-
-def test_only_rank_0_prints_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert train.main(["--preset", "debug", "--dry-run"]) == ExitCode.DONE
     assert capsys.readouterr().out == ""

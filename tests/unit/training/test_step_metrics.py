@@ -48,33 +48,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100 80GB PCIe", 312.0),
-        ("NVIDIA A10", 125.0),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H200 NVL", 835.5),
-        ("NVIDIA GH200 480GB", 989.4),
-        ("NVIDIA B200", 2250.0),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA GeForce GTX 1080", None),
-    ],
-)
-def test_peak_by_name(name: str, peak: float | None) -> None:
-    assert peak_of_device_name(name) == peak
+PEAKS = {
+    "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0, "NVIDIA A10": 125.0,
+    "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "NVIDIA H200": 989.4, "NVIDIA H200 NVL": 835.5,
+    "NVIDIA GH200 480GB": 989.4, "NVIDIA B200": 2250.0, "NVIDIA L40S": 362.05, "NVIDIA L4": 121.0,
+    "NVIDIA GeForce GTX 1080": None,
+}  # fmt: skip
 
 
-def test_peak_is_unknown_on_a_cpu_unless_given() -> None:
+def test_peaks_are_known_by_name() -> None:
+    assert {name: peak_of_device_name(name) for name in PEAKS} == PEAKS
+
+
+def test_the_peak_is_unknown_on_a_cpu_and_in_fp32_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_tflops(load_config("debug"), CPU) is None
     assert peak_tflops(load_config("debug", overrides=["train.peak_tflops=0.5"]), CPU) == 0.5
-
-
-def test_peak_of_fp32_is_unknown_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     gpu = torch.device("cuda", 0)
     assert peak_tflops(load_config("debug"), gpu) is None
@@ -94,9 +82,6 @@ def test_throughput_counts_only_the_time_of_steps(clock: Clock) -> None:
     assert values["mfu"] == pytest.approx(256.0 * config.model.flops_per_token(64) / 2e12)
     assert clock.step(metrics, 1.0)["tokens_per_second"] == 512.0
     assert metrics.mean_tokens_per_second == 3 * 512 / 5.0
-
-
-def test_memory_of_a_cpu_process_is_its_resident_memory() -> None:
     assert 10 * 2**20 < peak_memory_bytes(CPU) < 2**40
 
 
