@@ -237,7 +237,7 @@ def test_a_resumed_run_takes_its_own_weight_decay(start: Start, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_another_mix_of_data_from_here_on(start: Start, tmp_path: Path, training_data: Path) -> None:
-    """Named, it is taken from the next sample on and kept from then on; a run stopped within it goes on bitwise."""
+    """Named, it is taken from the next sample on and kept from then on; a run stopped within it continues bitwise."""
     other = write_megatron_data(tmp_path / "counting")
     blend = "data.blend=" + json.dumps({str(training_data): 0.5, str(other): 0.5})
     fixed = ["optim.schedule=constant", *SMALL]

@@ -23,7 +23,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, training_data: Path) -> None:
     arguments += ["gradients.every=6", "gradients.noise_every=12", "activations.every=6"]
     result = train(*base_command(run, training_data, *arguments))
     assert result.code == ExitCode.DONE, result.stderr
-    # The profiler's tracing library announces itself and cannot be told not to.
+    # The profiler's tracing library announces itself and has no switch for it.
     noise = [line for line in result.stderr.splitlines() if not line.startswith("USDT:")]
     assert noise == [], "no banners, no warnings"
 

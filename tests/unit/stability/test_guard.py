@@ -345,7 +345,7 @@ def decisions(values: Iterable[float], cut: int | None) -> tuple[list[Action], l
     run = Run(divergence=1.5, divergence_steps=6)
     for number, value in enumerate(values):
         if number == cut:
-            # A requeue: the run goes on from a checkpoint of this very step.
+            # A requeue: the run continues from a checkpoint of this very step.
             stored = json.loads(json.dumps(run.guard.state()))
             run.guard = Guard(run.config, BATCH)
             run.guard.load_state(stored)

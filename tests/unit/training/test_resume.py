@@ -84,9 +84,9 @@ def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
 def test_a_file_cannot_change_the_run_by_itself() -> None:
     file = frozenset({"optim.lr", "train.steps"})
     result = compared([], ["optim.lr=1e-4", "train.steps=40", "tev.every=1"], file)
-    told = {problem.field: problem.remedy for problem in result.problems}
-    assert set(told) == file
-    assert "has 0.003" in told["optim.lr"] and "on the command line: optim.lr=0.0001" in told["optim.lr"]
+    refused = {problem.field: problem.remedy for problem in result.problems}
+    assert set(refused) == file
+    assert "has 0.003" in refused["optim.lr"] and "on the command line: optim.lr=0.0001" in refused["optim.lr"]
     assert changes(result) == {"tev.every": (5, 1)}
     assert compared(["optim.lr=1e-4", "train.steps=40"], ["optim.lr=1e-4", "train.steps=40"], file).problems == []
 
@@ -95,10 +95,10 @@ def test_what_the_run_is_never_changes() -> None:
     now = ["model.num_layers=5", "train.seed=7", "data.seed=8", "model.attention_rank=8", "train.sequence_length=32"]
     for file in (frozenset(), frozenset({"model.num_layers", "train.seed"})):
         result = compared([], now, file)
-        told = {problem.field: problem.remedy for problem in result.problems}
+        refused = {problem.field: problem.remedy for problem in result.problems}
         names = ["data.seed", "model.attention_rank", "model.num_layers", "train.seed", "train.sequence_length"]
-        assert sorted(told) == names, "all at once"
-        assert told["model.num_layers"] == "the run to be resumed has 4; leave it so, or start a new run"
+        assert sorted(refused) == names, "all at once"
+        assert refused["model.num_layers"] == "the run to be resumed has 4; leave it so, or start a new run"
 
 
 def test_data_that_are_not_named_are_those_of_the_run() -> None:
