@@ -69,6 +69,9 @@ class _Lowered:
     since: int
     until: int
 
+    def holds_at(self, step: int) -> bool:
+        return self.since <= step < self.until
+
 
 class Guard(Watcher):
     """Watches a run. Where it is disabled it decides nothing, but samples skipped by earlier rollbacks stay skipped.
@@ -115,15 +118,16 @@ class Guard(Watcher):
     def rate_factor(self, step: int) -> float:
         """Returns the factor on the scheduled learning rate of a step."""
         lowered = self._lowered
-        if lowered is None or self.lowered_until(step) is None:
+        if lowered is None or not lowered.holds_at(step):
             return 1.0
         share = (step - lowered.since) / (lowered.until - lowered.since)
         return lowered.factor + (1.0 - lowered.factor) * share
 
-    def lowered_until(self, step: int) -> int | None:
-        """Returns the first step that is back on the schedule; None: this step is on it."""
+    def rate_after(self, step: int) -> dict[str, float | int | None]:
+        """Returns the `factor` of the next step, and `until`, the first step on the schedule again (None: the next)."""
         lowered = self._lowered
-        return lowered.until if lowered is not None and lowered.since <= step < lowered.until else None
+        until = lowered.until if lowered is not None and lowered.holds_at(step + 1) else None
+        return {"factor": self.rate_factor(step + 1), "until": until}
 
     def first_sample(self, sample: int) -> int:
         """Returns where the next step reads: at `sample`, or after the samples that are skipped there."""

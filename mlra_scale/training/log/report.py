@@ -71,7 +71,6 @@ class Report:
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
         self._is_open = False
         self._folder: int | None = None
-        self._checkpoints: tuple[int, int] | None = None
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -150,7 +149,6 @@ class Report:
         if self._folder is None:
             return None
         check_same(self._directory.path, self._folder)
-        self._note_replaced_checkpoints()
         lost = []
         for log in (self._metrics, self._events):  # both, also if the first one is lost
             try:
@@ -158,18 +156,6 @@ class Report:
             except RecordLost as error:
                 lost.append(str(error))
         return "; ".join(lost) or None
-
-    def _note_replaced_checkpoints(self) -> None:
-        """Reports that the folder of checkpoints is another one than before; the run continues and saves into it."""
-        before, path = self._checkpoints, self._directory.checkpoints
-        try:
-            found = path.stat()
-            self._checkpoints = (found.st_dev, found.st_ino)
-        except OSError:
-            self._checkpoints = None
-        if before is not None and self._checkpoints != before:
-            text = f"{path} was moved, removed or replaced: its earlier checkpoints are no longer there"
-            self.note("checkpoints_replaced", text, path=str(path))
 
     def record(
         self, progress: Progress, values: Mapping[str, Any], measuring_seconds: Mapping[str, float] | None = None
@@ -236,26 +222,22 @@ class Report:
             text = f"step {save.step}: the checkpoint is complete, but of earlier ones {save.not_removed}"
             self.note("not_removed", text, step=save.step, reason=save.not_removed)
 
-    def on_guard_actions(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
-        """Reports the guard's decisions, except a rollback, which is reported when it is done.
-
-        The learning rate of the next step is multiplied by `factor`; `until` is the first step that is on the schedule
-        again (None: the next one is).
-        """
+    def on_guard_actions(self, actions: Sequence[Action], rate: Mapping[str, Any]) -> None:
+        """Reports the guard's decisions, but not a rollback before it is done; `rate`: see Guard.rate_after."""
         for action in actions:
             if action.kind == "rollback":
                 continue
-            more = {"factor": factor, "until": until} if action.kind == "lower_rate" else {}
+            more = rate if action.kind == "lower_rate" else {}
             self._wandb.log(action.step, {f"guard/{action.kind}": more.get("factor", 1)})
-            outcomes = {"skip": "update skipped", "lower_rate": f"learning rate times {factor:g}"}
+            outcomes = {"skip": "update skipped", "lower_rate": f"learning rate times {rate['factor']:g}"}
             text = f"guard, step {action.step}: {outcomes.get(action.kind, 'gives up')}: {action.reason}"
             self.note(f"guard_{action.kind}", text, step=action.step, reason=action.reason, **more)
 
-    def on_rollback(self, action: Action, number: int, progress: Progress, factor: float, until: int | None) -> None:
-        """Cuts the record back to the checkpoint of rollback `number` (from 1); for rank 0. See `on_guard_actions`."""
+    def on_rollback(self, action: Action, number: int, progress: Progress, rate: Mapping[str, Any]) -> None:
+        """Cuts the record back to the checkpoint of rollback `number` (from 1); for rank 0."""
         assert action.skipped is not None
         start, stop = action.skipped
-        lowered = "" if until is None else f", learning rate times {factor:g}"
+        lowered = "" if rate["until"] is None else f", learning rate times {rate['factor']:g}"
         self.note(
             "guard_rollback",
             f"guard, step {action.step}: back to step {progress.step}, samples {start:,} to {stop - 1:,} are not read "
@@ -264,8 +246,7 @@ class Report:
             to_step=progress.step,
             skipped_from=start,
             skipped_to=stop,
-            factor=factor,
-            until=until,
+            **rate,
             reason=action.reason,
         )
         self._metrics.close()

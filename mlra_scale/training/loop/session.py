@@ -206,9 +206,7 @@ class Session:
         if not self.guard.actions:
             return False
         last = self.guard.actions[-1]
-        following = last.step + 1
-        factor, until = self.guard.rate_factor(following), self.guard.lowered_until(following)
-        self.report.on_guard_actions(self.guard.actions, factor, until)
+        self.report.on_guard_actions(self.guard.actions, self.guard.rate_after(last.step))
         if last.kind == "give_up":
             raise self._given_up(last)
         if last.kind != "rollback":
@@ -235,9 +233,8 @@ class Session:
         def write() -> None:
             remove_after(self.run.directory.checkpoints, self.progress.step)
             self.run.directory.write_rollbacks(self.guard.rollbacks)
-            following = self.progress.step + 1
-            factor, until = self.guard.rate_factor(following), self.guard.lowered_until(following)
-            self.report.on_rollback(action, len(self.guard.rollbacks), self.progress, factor, until)
+            rate = self.guard.rate_after(self.progress.step)
+            self.report.on_rollback(action, len(self.guard.rollbacks), self.progress, rate)
 
         on_rank_0(write, self.topology, self.progress.step, ExitCode.CHECKPOINT_FAILED)
 

@@ -216,12 +216,12 @@ def guarded_run(folder: Path) -> RunDirectory:
     with report_of(folder) as report:
         report.open()
         report.record(Progress(1, 8, 512), VALUES)
-        report.on_guard_actions([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], 0.5, 203)
-        report.on_guard_actions(
-            [Action("skip", 3, "loss 9"), Action("rollback", 3, "2 bad updates", 1, (8, 24))], 0.5, 203
-        )
-        report.on_rollback(Action("rollback", 3, "2 bad updates", 1, (8, 24)), 2, Progress(1, 8, 512), 0.25, 201)
-        report.on_guard_actions([Action("give_up", 2, "in vain")], 0.25, 201)
+        lowered, lower = {"factor": 0.5, "until": 203}, {"factor": 0.25, "until": 201}
+        rollback = Action("rollback", 3, "2 bad updates", 1, (8, 24))
+        report.on_guard_actions([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], lowered)
+        report.on_guard_actions([Action("skip", 3, "loss 9"), rollback], lowered)
+        report.on_rollback(rollback, 2, Progress(1, 8, 512), lower)
+        report.on_guard_actions([Action("give_up", 2, "in vain")], lower)
     return RunDirectory(folder / "run")
 
 
