@@ -21,14 +21,10 @@ _POLL_SECONDS = 0.1
 
 
 def run_ranks(num_ranks: int, command: Sequence[str]) -> int:
-    """Runs a command as ranks of one process group, and waits until all have ended.
+    """Runs a command as ranks of one process group on this machine, and waits until all have ended.
 
     A signal that this process gets is passed on to every rank. When a rank fails, the others are ended by SIGTERM, and
     after 30 seconds by SIGKILL.
-
-    Args:
-        num_ranks: Number of processes, all on this machine.
-        command: Program and arguments of each.
 
     Returns:
         0, or the exit code of the rank that failed first: 128 and the signal's number where a signal ended it.

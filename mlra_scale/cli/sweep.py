@@ -57,16 +57,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:
-    """Returns the chosen cells.
-
-    Args:
-        cells: The whole grid.
-        wanted: The index or the name of one; None: all.
-        pattern: A pattern that their names match; None: any name.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Returns the cell of an index or name, or the cells whose names match a pattern; ConfigError if there is none."""
     from mlra_scale.config import ConfigError, Problem
     from mlra_scale.config.problems import nearest
 

@@ -52,9 +52,9 @@ class Launcher:
 
 
 def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
-    """Finds a process that srun or mpirun started beside others, each of which would train by itself.
+    """Finds a process that srun or mpirun, which do not set torch's variables, started beside others.
 
-    They do not set torch's variables. An srun that starts one torchrun per node is right: torchrun sets RANK.
+    An srun that starts one torchrun per node is right: torchrun sets RANK.
     """
     if "RANK" in environment:
         return []
@@ -78,8 +78,8 @@ class Devices:
         number: Of all of them.
         per_node: Of a node; None: as many as the planner's cluster has, if they divide the ranks.
         kind: `cuda` or `cpu`.
-        name: What the driver calls them; None: they cannot be seen from here.
-        memory: Bytes of one; None: it cannot be seen from here.
+        name: What the driver calls them; None: unknown here.
+        memory: Bytes of one; None: unknown here.
     """
 
     number: int

@@ -62,7 +62,7 @@ class DataPasses:
         engine: The model.
         config: How often, and on how many samples; what is on is also measured at the last step.
         plan: The batch plan.
-        validation: Validation samples, always the same first ones; the probe batch is the first of them.
+        validation: Validation samples; the first of them are the probe batch.
         read: Reads batches on all ranks (Session.read).
         hear_stop: See raise_if_stopped.
     """

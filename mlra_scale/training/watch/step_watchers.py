@@ -124,7 +124,7 @@ class FiniteCheck(Watcher):
 def peak_tflops(config: Config, device: torch.device) -> float | None:
     """Returns the peak of one device in TFLOP/s, for MFU: `train.peak_tflops`, or that of the table.
 
-    None where it is not known: CPUs, devices that are not in the table, and fp32, whose peak depends on TF32.
+    None for CPUs, unknown devices, and fp32, whose peak depends on TF32.
     """
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops
