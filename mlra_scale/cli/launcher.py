@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import FrameType
 
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from mlra_scale.training.interruption import STOP_SIGNALS
+
 _POLL_SECONDS = 0.1
 
 
@@ -34,7 +35,7 @@ def run_ranks(num_ranks: int, command: Sequence[str]) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    for number in FORWARDED_SIGNALS:
+    for number in STOP_SIGNALS:
         # A parent that has a signal ignored, as nohup has SIGHUP, wants it to stay so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, note)

@@ -169,7 +169,8 @@ class Guard(Watcher):
                 if episode.lowerings < self._config.max_lowerings:
                     actions.append(Action("lower_rate", number, reason))
                     episode = replace(episode, skips=0, lowerings=episode.lowerings + 1)
-                    self._lower(number)
+                    factor, since = self.rate_factor(number + 1) * self._config.rate_factor, number + 1
+                    self._lowered = _Lowered(factor, since, since + self._config.rate_steps)
                 else:
                     actions.append(self._roll_back(step, episode.first_sample, reason))
         elif has_diverged:
@@ -311,9 +312,3 @@ class Guard(Watcher):
             if math.isfinite(value):
                 is_judged = len(window) >= self._config.min_window
                 window.append(min(value, self._limit(window)) if is_judged else value)
-
-    def _lower(self, step: int) -> None:
-        since = step + 1
-        self._lowered = _Lowered(
-            self.rate_factor(since) * self._config.rate_factor, since, since + self._config.rate_steps
-        )

@@ -162,17 +162,13 @@ def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndar
     return TevStatistics(
         mean=tev.mean,
         std=tev.std,
-        quantiles={q: float(value) for q, value in zip(request.quantiles, _quantiles(values, request), strict=True)},
+        quantiles={q: float(np.quantile(values, q)) for q in request.quantiles},
         mean_embedding_norm=mean_embedding_norm,
         mean_row_rms=rms.mean,
         num_tokens=request.num_tokens,
         highest=_first(-values, values, request.extremes),
         lowest=_first(values, values, request.extremes),
     )
-
-
-def _quantiles(values: np.ndarray, request: TevRequest) -> np.ndarray:
-    return np.quantile(values, request.quantiles) if request.quantiles else np.zeros(0)
 
 
 def _first(keys: np.ndarray, values: np.ndarray, count: int) -> list[tuple[int, float]]:

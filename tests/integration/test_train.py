@@ -85,8 +85,6 @@ def test_two_ranks_train_like_one(start: Start, tmp_path: Path, training_data: P
             assert curve(tmp_path / run, name) == expected, (run, name)
 
 
-
-
 def test_megatrons_own_data_train_as_they_are_and_few_validation_data_are_reported(
     start: Start, tmp_path: Path
 ) -> None:

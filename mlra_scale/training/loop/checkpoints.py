@@ -12,7 +12,7 @@ from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError
 from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
-from mlra_scale.checkpoint.retention import checkpoint_name, set_latest, step_named
+from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.data import Datasets
 from mlra_scale.parallel import Engine
@@ -63,10 +63,6 @@ class Checkpoints:
             settings.asynchronous,
             may_copies_differ=settings.differing_copies == "report",
         )
-
-    @property
-    def newest_step(self) -> int | None:
-        return None if self.newest is None else step_named(self.newest)
 
     def load(self) -> None:
         """Loads the checkpoint that the run starts from, if there is one, whose checksums were compared before."""

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from mlra_scale.checkpoint.retention import remove_after
+from mlra_scale.checkpoint.retention import checkpoint_name, remove_after
 from mlra_scale.data import Batch, Datasets
 from mlra_scale.parallel import Topology
 from mlra_scale.stability.guard import Action, Guard
@@ -170,7 +170,9 @@ class Session:
     ) -> NoReturn:
         """Ends the run because of bad data or, without them, a signal; steps since the last checkpoint are saved."""
         self.checkpoints.finish(self.progress.step)
-        if self.progress != self.run.resume.progress and self.checkpoints.newest_step != self.progress.step:
+        newest, step = self.checkpoints.newest, self.progress.step
+        is_saved = newest is not None and newest.name == checkpoint_name(step)
+        if self.progress != self.run.resume.progress and not is_saved:
             self.save(validation_loss, is_last=True, left_out=left_out)
         code = ExitCode.PREEMPTED if bad_data is None else bad_data.exit_code
         self.interruption.limit(EXPENDABLE_SECONDS, code=code)

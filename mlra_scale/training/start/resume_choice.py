@@ -192,7 +192,8 @@ def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, st
     """
     if run.path.exists() and not run.path.is_dir():
         raise _refused(run, "is a file; name a directory")
-    if not os.access(_nearest_existing(run.path), os.W_OK | os.X_OK):
+    nearest_existing = next(path for path in (run.path, *run.path.resolve().parents) if path.exists())
+    if not os.access(nearest_existing, os.W_OK | os.X_OK):
         raise _refused(run, "cannot be written; name another directory")
     if resume == "auto":
         return _newest_good(run, excluded or {})
@@ -306,8 +307,3 @@ def read_progress(store: Store) -> tuple[Progress, DataHistory, History]:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{store.folder / STATE} is not sound ({reason}); use another checkpoint") from error
-
-
-def _nearest_existing(path: Path) -> Path:
-    """Returns the path itself or the closest of its parents that exists."""
-    return next(candidate for candidate in (path, *path.resolve().parents) if candidate.exists())

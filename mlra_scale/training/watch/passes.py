@@ -109,8 +109,15 @@ class DataPasses:
         return PassResult(values)
 
     def _measure_validation(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
-        num_batches = self._config.evaluation.batches
-        return evaluate(self._engine, self._validation, num_batches, self._plan, self._read, self._hear_stop)
+        """Reads no sample twice, unless the data set is smaller than a global batch."""
+        plan, stream, data_rank = self._plan, self._validation, self._engine.topology.data_rank
+        num_batches = min(self._config.evaluation.batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
+        total = 0.0
+        for index in range(num_batches):
+            batches = self._read(partial(read_batches, stream, plan, data_rank, index * plan.global_batch_size))
+            total += self._engine.eval_batch(batches, self._hear_stop)
+        loss = total / num_batches
+        return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
 
     def _measure_activations(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
         if self._probe_batches is None:
@@ -121,24 +128,3 @@ class DataPasses:
         activations = self._probe.measure(self._probe_batches, self._hear_stop)
         measuring_seconds["activations"] = time.perf_counter() - began
         return {"activations": activations}
-
-
-def evaluate(
-    engine: Engine,
-    stream: SampleStream,
-    max_batches: int,
-    plan: BatchPlan,
-    read: Callable[[Read], list[Batch]],
-    between: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
-
-    No sample is read twice, unless the data set is smaller than a global batch. For `between` see Engine.eval_batch.
-    """
-    num_batches = min(max_batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
-    total = 0.0
-    for index in range(num_batches):
-        batches = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
-        total += engine.eval_batch(read(batches), between)
-    loss = total / num_batches
-    return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
