@@ -69,7 +69,6 @@ class Report:
         self._run, self._is_main = run, is_main
         self._directory, self._total_steps = run.directory, run.config.train.steps
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
-        self._is_open = False
         self._folder: int | None = None
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
@@ -85,7 +84,6 @@ class Report:
         num_cut = cut_record(directory.metrics, self._step if resume.kind == "training" else -1)
         self._records = read_record(directory.metrics)
         self._metrics, self._events = JsonLines(directory.metrics), EventLog(directory.events)
-        self._is_open = True
         self._events.event("start", step=self._step, world_size=run.plan.world_size, commit=commit())
         self.say(short_report(run.config, run.plan, resolve_device(run.config)))
         if run.layout is not None:
@@ -290,7 +288,7 @@ class Report:
     ) -> None:
         """Records how the run ended, and closes everything."""
         self._close_bar()
-        if self._is_main and error is not None and not self._is_open and self._directory.events.exists():
+        if self._is_main and error is not None and self._folder is None and self._directory.events.exists():
             # A run that was to be resumed ends before its first step; a new one leaves nothing behind.
             self._events = EventLog(self._directory.events)
         code = ExitCode.DONE

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mlra_scale.cli.tev import COMMAND
+from tests.support.tools import run_tool
 
 VOCABULARY, HIDDEN = 53, 16
 Measure, Refuse = Callable[..., dict[str, Any]], Callable[..., str]
@@ -93,6 +94,16 @@ def test_an_untied_head_is_reported_too_and_a_tied_one_that_is_stored_twice_is_r
     save_file({"model.embed_tokens.weight": matrix, "lm_head.weight": matrix.clone()}, tmp_path / "model.safetensors")
     result = measure(tmp_path)
     assert len(result["embeddings"]) == 1 and result["head_is_tied"] is True
+
+
+def test_report_for_people(tmp_path: Path) -> None:
+    llama(tied=False).save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({f"word{i}": i for i in range(VOCABULARY)}))
+    done = run_tool("tev", tmp_path, "--extremes", 3)
+    assert done.code == 0, done.stderr
+    assert "input embedding model.embed_tokens.weight: 53 tokens x 16, float32" in done.stdout
+    assert "untied head lm_head.weight" in done.stdout
+    assert done.stdout.count("TEV mean") == 2 and done.stdout.count('"word') == 12
 
 
 def test_only_the_file_with_the_embedding_is_read(tmp_path: Path, measure: Measure) -> None:

@@ -1,12 +1,13 @@
-from pathlib import Path
+"""The flags, exit codes and dry runs of `mlra_scale.train`, and which warnings its console leaves out."""
+
+import warnings
 
 import pytest
 
 from mlra_scale import train
 from mlra_scale.config import preset_names
 from mlra_scale.training.exit_codes import ExitCode
-
-ROOT = Path(__file__).resolve().parents[3]
+from mlra_scale.training.log.console import silence_libraries
 
 
 def test_these_flags_and_no_more() -> None:
@@ -53,3 +54,15 @@ def test_another_rank_reports_only_what_rank_0_did_not(
     monkeypatch.setenv("RANK", "1")
     assert train.main(["--preset", "debog", "--dry-run"]) == ExitCode.BAD_INPUT
     assert "(rank 1)" in capsys.readouterr().err and waited == [train._RANK_0_SECONDS]
+
+
+def test_only_known_warnings_are_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        silence_libraries("cpu")
+        del shown[:]
+        known = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another."
+        warnings.warn_explicit(known, FutureWarning, "torch/distributed/c10d_logger.py", 83, "torch.distributed")
+        warnings.warn_explicit("loss is NaN", UserWarning, "torch/optim/adamw.py", 1, "torch.optim.adamw")
+    assert [str(warning.message) for warning in shown] == ["loss is NaN"]
