@@ -102,7 +102,7 @@ def report(request: TevRequest, parts: Iterable[tuple[int, Tensor]], device: tor
     num_tokens, width = request.num_tokens, request.hidden_size
     whole: list[tuple[int, Tensor, Tensor]] = []
     """First row, means and TEV of runs of whole rows."""
-    places: list[tuple[int, int]] = []
+    cut_rows: list[tuple[int, int]] = []
     """Row and length of each piece of a row."""
     pieces = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
     column_sum_D = torch.zeros(width, dtype=torch.float64, device=device)
@@ -113,7 +113,7 @@ def report(request: TevRequest, parts: Iterable[tuple[int, Tensor]], device: tor
             row, column = divmod(start, width)
             if span.numel() % width:
                 column_sum_D[column : column + span.numel()] += span.to(device)
-                places.append((row, span.numel()))
+                cut_rows.append((row, span.numel()))
                 pieces.append(torch.stack(row_moments(span[None]), dim=1).to(device))
             else:
                 mean, tev, sums = row_moments_and_column_sums(span.view(-1, width))
@@ -121,11 +121,11 @@ def report(request: TevRequest, parts: Iterable[tuple[int, Tensor]], device: tor
                 whole.append((row, mean.to(device), tev.to(device)))
     header = column_sum_D.new_zeros(HEADER)
     if whole:
-        mean, tev = (torch.cat(each) for each in list(zip(*whole, strict=True))[1:])
+        mean, tev = torch.cat([mean for _, mean, _ in whole]), torch.cat([tev for _, _, tev in whole])
         header[0].fill_(tev.numel())  # an assignment would copy from the host, and wait
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
-    rows_and_counts = torch.tensor(places, dtype=header.dtype, device=device).view(-1, 2)
+    rows_and_counts = torch.tensor(cut_rows, dtype=header.dtype, device=device).view(-1, 2)
     gathered = torch.cat([header, torch.cat([rows_and_counts, torch.cat(pieces)], dim=1).flatten()])
     if not request.needs_values:
         return gathered, column_sum_D
