@@ -57,7 +57,7 @@ class Command:
         return self.examples.replace("PROG", f"python tools/{prog}" if prog.endswith(".py") else prog)
 
     def main(self, arguments: Sequence[str], prog: str = "") -> int:
-        """Parses the arguments and runs the command; returns the exit code. In help it is `prog`, or `mlra-scale NAME`.
+        """Parses the arguments and runs the command; returns the exit code. Help and errors name the program `prog`.
 
         Raises:
             SystemExit: From argparse, after its help or for a wrong command line (exit code 2).

@@ -245,7 +245,8 @@ def _replace(path: Path, objects: Sequence[Mapping[str, Any]]) -> None:
 def first_lost_step(records: Sequence[Mapping[str, Any]], step: int, log_every: int) -> int | None:
     """Returns the first step whose loss is missing at the end of a record up to a checkpoint; None: nothing is missing.
 
-    Records are on disk before the checkpoint of their last step. Missing ones were removed between two starts.
+    Records are on disk before the checkpoint of their last step. Missing ones were removed between two starts. Losses
+    are recorded every `log_every` steps, and of the first step.
     """
     last = max((record["step"] for record in records if "loss" in record), default=0)
     due = 0 if step == 0 else max(1, step - step % log_every)
