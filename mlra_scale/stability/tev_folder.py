@@ -44,21 +44,10 @@ class EmbeddingReport:
     statistics: TevStatistics
 
 
-@dataclass(frozen=True)
-class FolderReport:
-    """TEV of a checkpoint's input embedding, and of the head if that is a separate tensor.
-
-    The tensors and config.json say whether the head shares the input embedding (`head_is_tied`).
-    """
-
-    embeddings: list[EmbeddingReport]
-    head_is_tied: bool
-
-
 def tev_of_folder(
     path: Path, tensor: str | None = None, num_tokens: int | None = None, extremes: int = 0
-) -> FolderReport:
-    """Measures TEV of a checkpoint's embedding.
+) -> tuple[list[EmbeddingReport], bool]:
+    """Measures TEV of a checkpoint's input embedding, and of the head if that is a separate tensor.
 
     Args:
         path: A checkpoint folder with model.safetensors, one or in shards, or a single .safetensors file.
@@ -66,6 +55,9 @@ def tev_of_folder(
         num_tokens: Number of real tokens. None: vocab_size of config.json if that is smaller than the number of rows,
             else all rows.
         extremes: How many of the highest and of the lowest tokens to list.
+
+    Returns:
+        The reports, and whether the head shares the input embedding, according to the tensors and config.json.
 
     Raises:
         InputError: The path holds no readable embedding.
@@ -86,12 +78,12 @@ def tev_of_folder(
         embeddings = [_measure(name, "input", matrix, num_tokens, extremes)]
         head = None if tensor else _head_name(files, name)
         if head is None:
-            return FolderReport(embeddings, tensor is None and _says_tied(config))
+            return embeddings, tensor is None and _says_tied(config)
         with _mapped(files[head], head) as head_matrix:
             if head_matrix.shape == matrix.shape and torch.equal(head_matrix, matrix):
-                return FolderReport(embeddings, True)
+                return embeddings, True
             embeddings.append(_measure(head, "head", head_matrix, min(num_tokens or rows, len(head_matrix)), extremes))
-    return FolderReport(embeddings, False)
+    return embeddings, False
 
 
 def token_texts(path: Path) -> Callable[[int], str | None]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.retention import checkpoint_folders, complete_checkpoints, latest
 from mlra_scale.checkpoint.state_contents import STATE
 from mlra_scale.config import ConfigError, Named, Problem
 from mlra_scale.data.mix import DataIdentity, Mix, continued
-from mlra_scale.training.resume import Change, History
+from mlra_scale.training.resume import RESETS_GUARD_STATISTICS, Change, History
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
 
@@ -170,15 +170,45 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class ResumeChoice:
-    """The folder of a start's checkpoint (None: it starts at step 0), and the checkpoints that were passed over."""
+class ResumePoint:
+    """Where a run starts: at step 0, at a checkpoint of its own or of another run, or at step 0 with given weights.
 
-    checkpoint: Path | None
+    Attributes:
+        checkpoint: The folder of the checkpoint; None for a fresh start.
+        rejected: Checkpoints that were passed over.
+        kind: `fresh`; `training` (the run of the checkpoint continues); or `weights` (a new run begins with them).
+        is_in_place: Whether the run in the run directory continues; else it is a new one, or a branch of another one.
+        progress: The counters to continue with.
+        mixes: The mixes of data sets so far, the present one included; empty: the run has none yet.
+        changes: Differences from the run so far.
+        history: All changes of the run, these included.
+        rollbacks: Of the guard, the oldest first.
+        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or incomplete.
+        left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
+        notice: A remark on the checkpoint's format; None where it is the current one.
+    """
+
+    checkpoint: Path | None = None
     rejected: tuple[Rejected, ...] = ()
+    kind: Literal["fresh", "training", "weights"] = "fresh"
+    is_in_place: bool = False
+    progress: Progress = field(default_factory=Progress)
+    mixes: tuple[Mix, ...] = ()
+    changes: tuple[Change, ...] = ()
+    history: History = field(default_factory=History)
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    is_good_step_lost: bool = False
+    left_out: tuple[str, ...] = ()
+    notice: str | None = None
+
+    @property
+    def resets_guard_statistics(self) -> bool:
+        """Whether a change makes the losses and gradient norms so far meaningless for those to come."""
+        return any(change.field in RESETS_GUARD_STATISTICS for change in self.changes)
 
 
-def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, str] | None = None) -> ResumeChoice:
-    """Finds the checkpoint to resume from, without writing; checksums of weights are not compared here.
+def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, str] | None = None) -> ResumePoint:
+    """Finds the checkpoint of a resume point, without writing; checksums of weights are not compared here.
 
     Args:
         run: The run directory.
@@ -201,10 +231,10 @@ def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, st
         return _named(run, resume, excluded or {})
     if run.holds_a_run():
         raise _refused(run, "holds another run; continue it with --resume auto, or name another directory")
-    return ResumeChoice(None)
+    return ResumePoint()
 
 
-def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumeChoice:
+def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumePoint:
     rejected = []
     pointer = latest(run.checkpoints)
     if pointer is None and checkpoint_folders(run.checkpoints):
@@ -212,7 +242,7 @@ def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumeChoic
     for path in _in_order(run.checkpoints, pointer):
         reason = _fault(path, excluded)
         if reason is None:
-            return ResumeChoice(path, tuple(rejected))
+            return ResumePoint(path, tuple(rejected))
         rejected.append(Rejected(path, reason))
     if rejected:
         reasons = "; ".join(f"{item.path.name}: {item.reason}" for item in rejected)
@@ -223,7 +253,7 @@ def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumeChoic
     if origin is not None and (reason := _fault(origin, excluded)) is not None:
         remedy = f"the run began from {origin}, which is no longer good: {reason}"
         raise ConfigError([Problem("--resume", "auto", remedy)])
-    return ResumeChoice(origin)
+    return ResumePoint(origin)
 
 
 def _in_order(checkpoints: Path, pointer: Path | None) -> list[Path]:
@@ -240,7 +270,7 @@ def _in_order(checkpoints: Path, pointer: Path | None) -> list[Path]:
     return [pointer, *sorted(others, key=lambda path: path.name > pointer.name)]
 
 
-def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> ResumeChoice:
+def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> ResumePoint:
     given = Path(resume).resolve()
     if _began_from(run, given):
         return _newest_good(run, excluded)
@@ -255,7 +285,7 @@ def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> Resu
     if run.holds_a_run() and not run.is_own(path):
         fault = f"holds a run, and {path} is none of its checkpoints; name a new directory for the branch, or continue "
         raise _refused(run, fault + "the run that is here with --resume auto")
-    return ResumeChoice(path)
+    return ResumePoint(path)
 
 
 def _began_from(run: RunDirectory, given: Path) -> bool:

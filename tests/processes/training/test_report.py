@@ -20,8 +20,8 @@ from mlra_scale.training.record import commit, read_record
 from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
-from mlra_scale.training.start.request import ResolvedRun, ResumePoint
-from mlra_scale.training.start.resume_choice import Rejected
+from mlra_scale.training.start.request import ResolvedRun
+from mlra_scale.training.start.resume_choice import Rejected, ResumePoint
 from tests.support.study_folders import write_run
 
 VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}

@@ -18,7 +18,7 @@ from mlra_scale.training.resume import (
     is_in,
     nested,
 )
-from mlra_scale.training.start.request import ResumePoint
+from mlra_scale.training.start.resume_choice import ResumePoint
 
 WITH_DATA = ["data.path=d"]
 
