@@ -6,7 +6,6 @@ import gc
 import math
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -146,8 +145,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Returns this process's peak memory: that of the device on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux counts in KiB
 
 
 def estimate_step(config: Config, plan: BatchPlan, device: torch.device) -> tuple[float, str] | None:
