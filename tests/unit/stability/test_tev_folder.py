@@ -17,7 +17,8 @@ from mlra_scale.cli.tev import COMMAND
 from tests.support.tools import run_tool
 
 VOCABULARY, HIDDEN = 53, 16
-Measure, Refuse = Callable[..., dict[str, Any]], Callable[..., str]
+Measure = Callable[..., dict[str, Any]]
+Refuse = Callable[..., str]
 
 
 @pytest.fixture
