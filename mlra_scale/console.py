@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 TABLE_WIDTH = 120
-
 _WAIT_SECONDS = 5.0
 """How long a non-blocking console that is full may take before a piece of text is dropped."""
+
+
+class InputError(Exception):
+    """The input cannot be used; the text says why and what to do. A command prints it and ends with exit code 2."""
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, width: int | None = TABLE_WIDTH) -> str:
@@ -42,18 +45,16 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, 
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def set_up_logging(rank: int | None = None, level: int = logging.INFO) -> None:
+def set_up_logging(rank: int | None = None) -> None:
     """Sends the messages of `logging.getLogger("mlra_scale...")` to standard error, with their level and rank.
 
-    Args:
-        rank: This process's; ranks other than 0 print warnings and errors only. None: the process is no rank.
-        level: The lowest level that rank 0 prints.
+    Ranks other than 0 print warnings and errors only. With rank None the process is no rank.
     """
     handler = _StandardError()
     handler.setFormatter(logging.Formatter(f"%(levelname)s{'' if rank is None else f' (rank {rank})'}: %(message)s"))
     logger = logging.getLogger("mlra_scale")
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(max(level, logging.WARNING) if rank else level)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
@@ -127,16 +128,11 @@ def _unfailing(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def run_tool(main: Callable[[], int], has_side_effects: bool) -> int:
-    """Runs the main function of a command-line tool.
+    """Runs the main function of a command-line tool; returns its exit code, or 1 or 130.
 
-    Args:
-        main: It; returns the exit code.
-        has_side_effects: Whether the tool leaves something behind: then the console never ends it. A tool that only
-            prints ends when nobody reads any more, and fails when its output cannot be written.
-
-    Returns:
-        The exit code: main's, 1 where the output could not be written, or 130 after Ctrl-C, SIGTERM or SIGHUP, of
-        which each has let the tool clear away what was unfinished.
+    The console never ends a tool that leaves something behind (`has_side_effects`). One that only prints ends when
+    nobody reads any more, and fails with 1 when its output cannot be written. 130 stands for Ctrl-C, SIGTERM and
+    SIGHUP, each of which lets the tool clear away what is unfinished.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:

@@ -87,15 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(
     argv: Sequence[str] | None = None, watchdog: Watchdog | None = None, interruption: Interruption | None = None
 ) -> int:
-    """Runs the command line.
+    """Runs the command line (None: that of the process) and returns the exit code, see ExitCode.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name.
         watchdog: Supervises this rank; None: nothing does.
         interruption: Handles signals already; None: they are handled until this returns.
-
-    Returns:
-        The exit code, see ExitCode.
     """
     if interruption is None:
         with Interruption() as interruption:
@@ -130,11 +127,7 @@ def main(
 
 
 def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Config, Named, bool]:
-    """Builds the configuration that a command line asks for.
-
-    Args:
-        arguments: The parsed arguments.
-        more: Further overrides.
+    """Builds the configuration that a command line asks for, with `more` overrides.
 
     Returns:
         The configuration, which of its fields were named, and whether it is that of the run directory, which holds

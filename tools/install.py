@@ -102,7 +102,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def torch_arguments(torch: str) -> list[str]:
-    """What pip has to be told for this choice of torch.
+    """The arguments of pip for this choice of torch.
 
     PyPI's torch for Linux is the CUDA build. The CPU build has an index of its own; where that cannot be reached, pip's
     own sources are all there is, which serves machines whose pip is set up with a mirror or a folder of wheels.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlra_scale.config.json_text import printable
+from mlra_scale.console import InputError
 from mlra_scale.files import name_errors
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(InputError, RuntimeError):
     """A checkpoint cannot be written or read; the text names the file, the fault and the remedy.
 
     Parts of the text come from files, so control characters are escaped.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output
 
 EXAMPLES = """examples:
@@ -51,15 +51,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Runs a sub-command; returns the exit code: 0, 1 for damage or a difference, or 2 for bad input."""
-    from mlra_scale.checkpoint import CheckpointError
     from mlra_scale.config.json_text import printable
 
     command = {"list": _list, "verify": _verify, "describe": _describe, "diff": _diff, "prune": _prune}[options.command]
-    try:
-        result, lines, code = command(options)
-    except CheckpointError as error:
-        return refuse("checkpoints", error)
+    result, lines, code = command(options)
     # Names and values come from files: what a terminal would obey is escaped.
     print(json.dumps(result) if options.json else "\n".join(map(printable, lines)))
     return code
@@ -171,19 +166,14 @@ def _prune(options: argparse.Namespace) -> Answer:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Locks the run directory while its checkpoints are removed; refuses where a run holds the lock."""
-    from mlra_scale.checkpoint import CheckpointError
-    from mlra_scale.config import ConfigError
     from mlra_scale.training.run_directory import RunDirectory, run_lock
 
     # The folder may be given as ".", and it or the run directory's entry for it may be a symbolic link.
     parents = {Path(os.path.abspath(folder)).parent.resolve(), folder.resolve().parent}
     with contextlib.ExitStack() as stack:
-        try:
-            for parent in parents:
-                if (parent / ".lock").exists():
-                    stack.enter_context(run_lock(RunDirectory(parent)))
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from None
+        for parent in parents:
+            if (parent / ".lock").exists():
+                stack.enter_context(run_lock(RunDirectory(parent)))
         yield
 
 

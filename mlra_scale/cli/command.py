@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlra_scale.console import make_unfailing, run_tool, set_up_logging
+from mlra_scale.console import InputError, make_unfailing, run_tool, set_up_logging
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Command:
         description: The first paragraph of the command's own help.
         examples: The end of its help; PROG stands for the beginning of a command line.
         add_arguments: Adds its options to a parser.
-        run: Does the work; returns the exit code. Its options hold the arguments as they were given, too.
+        run: Does the work; returns the exit code. Its options hold the arguments as they were given, too. An InputError
+            that it raises is printed.
         parents: Parsers whose options it shares with other commands.
         is_intermixed: Whether options may stand between its positional arguments.
         has_side_effects: Whether it leaves something behind; see `console.run_tool`.
@@ -56,19 +57,20 @@ class Command:
         return self.examples.replace("PROG", f"python tools/{prog}" if prog.endswith(".py") else prog)
 
     def main(self, arguments: Sequence[str], prog: str = "") -> int:
-        """Parses the arguments and runs the command; returns the exit code.
-
-        Args:
-            arguments: Those after the command's name.
-            prog: Name of the program in help and errors; "": `mlra-scale NAME`.
+        """Parses the arguments and runs the command; returns the exit code. Help and errors name the program `prog`.
 
         Raises:
             SystemExit: From argparse, after its help or for a wrong command line (exit code 2).
         """
         parser = self.parser(prog or f"mlra-scale {self.name}")
-        options = (parser.parse_intermixed_args if self.is_intermixed else parser.parse_args)(arguments)
-        options.arguments = [*arguments]
-        return self.run(options)
+        try:
+            options = (parser.parse_intermixed_args if self.is_intermixed else parser.parse_args)(arguments)
+            options.arguments = [*arguments]
+            return self.run(options)
+        except InputError as error:
+            text = str(error).replace("\n", "\n  ")
+            print(f"{prog.removesuffix('.py') or self.name}: error: {text}", file=sys.stderr)
+            return 2
 
     def start(self, arguments: Sequence[str] | None = None, prog: str = "") -> int:
         """Runs the command as the main function of a process; see `main`."""
@@ -78,9 +80,3 @@ class Command:
             make_unfailing()
             return self.main(words, prog)
         return run_tool(lambda: self.main(words, prog), self.has_side_effects)
-
-
-def refuse(name: str, reason: object) -> int:
-    """Prints an error of the input; returns the exit code for it."""
-    print(f"{name}: error: {reason}", file=sys.stderr)
-    return 2

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output, text_fields, trained_model
 
 if TYPE_CHECKING:
@@ -45,14 +44,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.checkpoint.files import CheckpointError
-    from mlra_scale.data import DataError
-    from mlra_scale.evaluation import EvaluationError
+    from mlra_scale.training.record import finite_or_none
 
-    try:
-        content = _measure(options)
-    except (CheckpointError, DataError, EvaluationError) as error:
-        return refuse("evaluate", error)
+    content = finite_or_none(_measure(options))  # a perplexity per word may be infinite
     print(json.dumps(content) if options.json else _as_text(content))
     return 0
 
@@ -78,9 +72,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "bytes": found.num_bytes,
         "negative_log_likelihood": found.negative_log_likelihood,
         "loss": found.loss,
-        "token_perplexity": _finite(found.token_perplexity),
-        "word_perplexity": _finite(found.word_perplexity),
-        "bits_per_byte": _finite(found.bits_per_byte),
+        "token_perplexity": found.token_perplexity,
+        "word_perplexity": found.word_perplexity,
+        "bits_per_byte": found.bits_per_byte,
         "window": window,
         "stride": stride,
         "start_token": options.start_token,
@@ -105,11 +99,6 @@ def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable
             options.text, encoder, options.field, options.split or "test", options.hf_config, note
         )
     return [joined(documents, encoder.end_of_document)] if options.join else documents
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity, and the perplexity of a model that knows nothing of long words may be infinite."""
-    return value if math.isfinite(value) else None
 
 
 def _as_text(content: dict[str, Any]) -> str:

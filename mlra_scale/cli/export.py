@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack
-from fractions import Fraction
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count
+from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.huggingface.exporting import VerificationText
@@ -29,7 +27,6 @@ EXAMPLES = """examples:
 exit code: 0 exported (and verified, unless --no-verify), 1 the verification failed, 2 wrong input or a damaged
 checkpoint. With 1 and 2 there is no output folder.
 """
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,36 +45,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    if not found or found[2].upper() not in UNITS or Fraction(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
-    return math.ceil(Fraction(found[1]) * UNITS[found[2].upper()])
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    with suppress(ValidationError):
+        if size := int(TypeAdapter(ByteSize).validate_python(text.strip())):
+            return size
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
 
 
 def _run(options: argparse.Namespace) -> int:
     # Megatron's import warns about libraries that nothing here would use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mlra_scale.checkpoint.files import CheckpointError
-    from mlra_scale.checkpoint.huggingface.verification import VerificationError
-    from mlra_scale.data import DataError
-    from mlra_scale.evaluation import EvaluationError
-
-    try:
-        with ExitStack() as stack:
-            _export(options, stack)
-    except (CheckpointError, DataError, EvaluationError) as error:
-        return refuse("export_hf", error)
-    except VerificationError as error:
-        print(f"export_hf: the export failed its verification and was removed: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _export(options: argparse.Namespace, stack: ExitStack) -> None:
-    """Checks the checkpoint, loads the text to verify on, and exports."""
-    from mlra_scale.checkpoint.files import CheckpointError
     from mlra_scale.checkpoint.huggingface.configuration import DTYPES
     from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, check_target, export_checkpoint
+    from mlra_scale.checkpoint.huggingface.verification import VerificationError
     from mlra_scale.checkpoint.reader import Store
     from mlra_scale.checkpoint.retention import checkpoint_at
 
@@ -85,18 +66,25 @@ def _export(options: argparse.Namespace, stack: ExitStack) -> None:
     store = Store.open(checkpoint_at(options.checkpoint))
     print(f"checkpoint {store.folder}: {store.manifest.total_bytes / 1e9:.3g} GB in {len(store.manifest.files)} files")
     if not options.no_checksums and (faults := store.verify()):
-        raise CheckpointError(f"{'; '.join(faults)}; use another checkpoint")
-    tokenizer = _exported_tokenizer(options.tokenizer, store, stack)
-    trained_with = _training_tokenizer(tokenizer, store)
-    text = None if options.no_verify else _text(options, store, trained_with)
-    if trained_with is None:
-        print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
-    settings = ExportOptions(options.format, DTYPES[options.dtype], options.max_shard_size, tokenizer, options.force)
-    export_checkpoint(store, options.output, settings, text, print)
+        raise InputError(f"{'; '.join(faults)}; use another checkpoint")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _exported_tokenizer(options.tokenizer, store, Path(folder, "tokenizer"))
+        trained_with = _training_tokenizer(tokenizer, store)
+        text = None if options.no_verify else _text(options, store, trained_with)
+        if trained_with is None:
+            print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
+        dtype, size = DTYPES[options.dtype], options.max_shard_size
+        try:
+            chosen = ExportOptions(options.format, dtype, size, tokenizer, options.force)
+            export_checkpoint(store, options.output, chosen, text, print)
+        except VerificationError as error:
+            print(f"export: the export failed its verification and was removed: {error}", file=sys.stderr)
+            return 1
     print(f"exported to {options.output}" + ("" if text else ", not verified"))
+    return 0
 
 
-def _exported_tokenizer(name: str | None, store: Store, stack: ExitStack) -> Path | None:
+def _exported_tokenizer(name: str | None, store: Store, folder: Path) -> Path | None:
     """Converts the tokenizer, named or imported, to a Hugging Face folder; None: the checkpoint's copy will do."""
     from mlra_scale.data.tokenizer import load_tokenizer, names_its_end, save_tokenizer
     from mlra_scale.evaluation.models import check_same_tokens
@@ -108,7 +96,6 @@ def _exported_tokenizer(name: str | None, store: Store, stack: ExitStack) -> Pat
     loaded = load_tokenizer([name or str(own)])
     if name is not None and own is not None:
         check_same_tokens(loaded, own)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
     save_tokenizer(loaded, folder)
     return folder
 
@@ -129,7 +116,6 @@ def _training_tokenizer(named: Path | None, store: Store) -> LoadedTokenizer | N
 
 def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokenizer | None) -> VerificationText:
     from mlra_scale.checkpoint.huggingface.exporting import VerificationText
-    from mlra_scale.evaluation import EvaluationError
     from mlra_scale.evaluation.verification_text import (
         documents_of_sequences,
         text_tokens,
@@ -139,7 +125,7 @@ def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokeniz
 
     if options.text is None:
         if store.config is None:
-            raise EvaluationError(
+            raise InputError(
                 f"{store.folder} was not trained by this project, so it names no validation data; name a text to "
                 "verify on with --text, or leave the verification out with --no-verify"
             )
@@ -147,7 +133,7 @@ def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokeniz
         documents = [] if trained_with is None else validation_documents(store.config, trained_with, options.tokens)
         return VerificationText(tokens_NS, "the run's validation data", tuple(documents))
     if trained_with is None:
-        raise EvaluationError("--text needs a tokenizer, and the checkpoint has no copy of one; name it (--tokenizer)")
+        raise InputError("--text needs a tokenizer, and the checkpoint has no copy of one; name it (--tokenizer)")
     length = store.model.max_positions if store.config is None else store.config.train.sequence_length
     tokens_NS = text_tokens([options.text], trained_with, length, options.tokens)
     # Of an imported model it is not known how its text was encoded.

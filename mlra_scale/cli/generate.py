@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import json_output, seed, settings_of, trained_model
-
-if TYPE_CHECKING:
-    from mlra_scale.evaluation.generation import Text
+from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
   PROG runs/first --prompt 'Return a list of'
@@ -53,35 +49,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.checkpoint.files import CheckpointError
-    from mlra_scale.data import DataError
-    from mlra_scale.evaluation import EvaluationError
-
-    try:
-        for number, text in enumerate(_texts(options)):
-            if options.json:
-                print(json.dumps(asdict(text)), flush=True)
-            else:
-                print(("-" * 20 + "\n" if number else "") + text.prompt + text.text, flush=True)
-    except (CheckpointError, DataError, EvaluationError) as error:
-        return refuse("generate", error)
-    return 0
-
-
-def _texts(options: argparse.Namespace) -> Iterator[Text]:
-    """Reads the prompts, opens the model and yields the texts."""
     prompts = _prompts(options)
     from mlra_scale.evaluation.generation import GenerationOptions, generate
     from mlra_scale.evaluation.models import open_model
 
     opened = open_model(options.model, options.dtype, options.device, options.trust_remote_code)
     loaded = opened.tokenizer(options.tokenizer)
-    yield from generate(opened, loaded, prompts, settings_of(options, GenerationOptions))
+    for number, text in enumerate(generate(opened, loaded, prompts, settings_of(options, GenerationOptions))):
+        if options.json:
+            print(json.dumps(asdict(text)), flush=True)
+        else:
+            print(("-" * 20 + "\n" if number else "") + text.prompt + text.text, flush=True)
+    return 0
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    from mlra_scale.evaluation import EvaluationError
-
     try:
         if options.prompt is not None:
             prompts = list(options.prompt)
@@ -93,13 +75,13 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         for prompt in prompts:
             prompt.encode("utf-8")  # bytes that are no text come from the command line as halves of characters
     except OSError as error:
-        raise EvaluationError(f"{options.prompts} cannot be read: {error.strerror}") from error
+        raise InputError(f"{options.prompts} cannot be read: {error.strerror}") from error
     except UnicodeEncodeError as error:
-        raise EvaluationError(f"prompt {error.object!a} is not UTF-8 text") from error
+        raise InputError(f"prompt {error.object!a} is not UTF-8 text") from error
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{options.prompts or 'standard input'} is not UTF-8 text ({error.reason})") from error
+        raise InputError(f"{options.prompts or 'standard input'} is not UTF-8 text ({error.reason})") from error
     if not prompts:
-        raise EvaluationError(f"{options.prompts} holds no prompt; it takes one on each line")
+        raise InputError(f"{options.prompts} holds no prompt; it takes one on each line")
     return prompts
 
 

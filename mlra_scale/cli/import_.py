@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output
-from mlra_scale.console import table
+from mlra_scale.console import InputError, table
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.huggingface.importing import Imported
@@ -49,20 +49,16 @@ def _projections(text: str) -> tuple[str, ...]:
 
 def _run(options: argparse.Namespace) -> int:
     if options.factorise and options.rank is None:
-        return refuse("import_hf", "--factorise needs --rank R")
-    from mlra_scale.checkpoint.files import CheckpointError
+        raise InputError("--factorise needs --rank R")
     from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 
-    try:
-        made = import_gpt2(
-            options.folder,
-            options.checkpoint,
-            rank=options.rank,
-            projections=options.factorise or ("q", "k", "v"),
-            vocab_padding_multiple=options.vocab_padding_multiple,
-        )
-    except CheckpointError as error:
-        return refuse("import_hf", error)
+    made = import_gpt2(
+        options.folder,
+        options.checkpoint,
+        rank=options.rank,
+        projections=options.factorise or ("q", "k", "v"),
+        vocab_padding_multiple=options.vocab_padding_multiple,
+    )
     print(_as_json(made) if options.json else _as_text(made))
     return 0
 

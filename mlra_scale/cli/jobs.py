@@ -11,8 +11,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import json_output, positive
+from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
   PROG
@@ -35,17 +36,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         while True:
-            code = _show(options)
-            sys.stdout.flush()
-            if options.watch is None or code != 0:
-                return code
+            _show(options)
+            if options.watch is None:
+                return 0
             time.sleep(options.watch)
     except KeyboardInterrupt:
         return 0
 
 
-def _show(options: argparse.Namespace) -> int:
-    """Prints the runs once; returns the exit code."""
+def _show(options: argparse.Namespace) -> None:
+    """Prints the runs once."""
     from mlra_scale.cluster import runs as run_list
     from mlra_scale.cluster import runs_text
 
@@ -55,11 +55,11 @@ def _show(options: argparse.Namespace) -> int:
         folders, wanted = [Path(wanted)], ""
     runs, notes = run_list.list_runs(folders, now)
     if not runs:
-        return refuse("jobs", f"no runs found: {'; '.join(notes)}")
+        raise InputError(f"no runs found: {'; '.join(notes)}")
     chosen = [run for run in runs if wanted in (None, "", run.name)]
     if wanted is not None and len(chosen) != 1:
         mistake = "needs the name of one run" if wanted == "" else f"{wanted}: {len(chosen)} runs have that name"
-        return refuse("jobs", f"--attempts {mistake}; there are {', '.join(run.path for run in runs)}")
+        raise InputError(f"--attempts {mistake}; there are {', '.join(run.path for run in runs)}")
     # Into a pipe or a file, lines go uncut.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
     if options.json:
@@ -70,7 +70,6 @@ def _show(options: argparse.Namespace) -> int:
     print(f"\033[H\033[2J{text}" if is_screen else text, flush=True)
     for note in notes:
         print(f"jobs: {note}", file=sys.stderr)
-    return 0
 
 
 COMMAND = Command(

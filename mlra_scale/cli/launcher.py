@@ -16,19 +16,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import FrameType
 
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from mlra_scale.training.interruption import STOP_SIGNALS
+
 _POLL_SECONDS = 0.1
 
 
 def run_ranks(num_ranks: int, command: Sequence[str]) -> int:
-    """Runs a command as ranks of one process group, and waits until all have ended.
+    """Runs a command as ranks of one process group on this machine, and waits until all have ended.
 
     A signal that this process gets is passed on to every rank. When a rank fails, the others are ended by SIGTERM, and
     after 30 seconds by SIGKILL.
-
-    Args:
-        num_ranks: Number of processes, all on this machine.
-        command: Program and arguments of each.
 
     Returns:
         0, or the exit code of the rank that failed first: 128 and the signal's number where a signal ended it.
@@ -38,7 +35,7 @@ def run_ranks(num_ranks: int, command: Sequence[str]) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    for number in FORWARDED_SIGNALS:
+    for number in STOP_SIGNALS:
         # A parent that has a signal ignored, as nohup has SIGHUP, wants it to stay so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, note)

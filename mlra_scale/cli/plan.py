@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import add_overrides, configuration, count, positive
+from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
-    from mlra_scale.config import Config, Named
     from mlra_scale.planning.cluster import Cluster
     from mlra_scale.planning.search import Candidate, Found
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = """examples:
   PROG --preset gpt2-mlra-72l --cluster h100 --nodes 4
   PROG --preset gpt2-xl --cluster a100 --memory-gib 40 --top 20 --json plan.json
@@ -60,29 +58,28 @@ def _share(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.config import ConfigError, load_named_config
+    from mlra_scale.config import load_named_config
     from mlra_scale.planning.choice import chosen_of, engines_for
-    from mlra_scale.planning.plan_text import found_text, nothing_fits
+    from mlra_scale.planning.plan_text import commands, found_text, nothing_fits
     from mlra_scale.planning.search import search
 
-    try:
-        cluster = _cluster(options)
-        config, named = load_named_config(options.preset, options.config, options.ds_config, options.overrides)
-        if not cluster.runs_ahead:
-            config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
-        found = search(config, named, cluster, engines_for(config))
-        if not found.feasible:
-            print(f"plan: {nothing_fits(found, cluster)}", file=sys.stderr)
-            return 2
-        chosen = chosen_of(found, cluster).chosen
-        lines = _commands(chosen, cluster, options)
-    except ConfigError as error:
-        print("\n".join(["plan: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
-        return 2
+    cluster = _cluster(options)
+    config, named = load_named_config(options.preset, options.config, options.ds_config, options.overrides)
+    if not cluster.runs_ahead:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    found = search(config, named, cluster, engines_for(config))
+    if not found.feasible:
+        raise InputError(nothing_fits(found, cluster))
+    chosen = chosen_of(found, cluster).chosen
+    flags = {"--preset": options.preset, "--config": options.config, "--ds-config": options.ds_config}
+    start = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
+    lines = commands(chosen, cluster, start, options.overrides)
     print(found_text(found, cluster, chosen, options.top))
     print("\nthe planner's choice (*), which parallel.layout=auto runs:")
     print("\n".join(f"  {line}" for line in lines))
-    return 0 if options.json is None else _write(options.json, found, cluster, chosen, lines)
+    if options.json is not None:
+        _write(options.json, found, cluster, chosen, lines)
+    return 0
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
@@ -104,31 +101,8 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return replace(cluster, **{name: value for name, value in given.items() if value is not None})
 
 
-def _commands(best: Candidate, cluster: Cluster, options: argparse.Namespace) -> list[str]:
-    """Returns the commands of a layout, after checking that they load as this layout."""
-    from mlra_scale.planning.plan_text import commands
-
-    flags = {"--preset": options.preset, "--config": options.config, "--ds-config": options.ds_config}
-    start = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
-    loaded, _ = _reload(best, options)
-    assert loaded.parallel == best.config.parallel and loaded.deepspeed == best.config.deepspeed
-    assert loaded.train.micro_batch_size == best.config.train.micro_batch_size
-    return commands(best, cluster, start, options.overrides)
-
-
-def _reload(best: Candidate, options: argparse.Namespace) -> tuple[Config, Named]:
-    from mlra_scale.config import load_named_config, validate
-
-    file = best.engine.file
-    ds_config = options.ds_config if file is None else ROOT / file
-    more = [*best.overrides(), *options.overrides, f"train.device={best.config.train.device}"]
-    loaded = load_named_config(options.preset, options.config, ds_config, more)
-    validate(loaded[0], best.plan.world_size)
-    return loaded
-
-
-def _write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines: list[str]) -> int:
-    """Writes all that was found as JSON; returns the exit code."""
+def _write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines: list[str]) -> None:
+    """Writes all that was found as JSON."""
     from mlra_scale.planning.plan_text import plain
 
     values = {
@@ -141,9 +115,7 @@ def _write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines:
     try:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        print(f"plan: {path} cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
 
 
 COMMAND = Command(

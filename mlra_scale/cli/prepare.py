@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import seed, settings_of, text_fields
+from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
   # no network needed: the documentation and sources that come with Python, and a BPE trained on them
@@ -80,15 +81,16 @@ class _Verify(argparse.Action):
     """Like --help, an option that does its work at once and stops: it needs none of the others."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: object, folder: Any, __: str | None = None) -> NoReturn:
-        """Verifies the folder; exit code 0 if it is whole, 2 if not."""
-        from mlra_scale.data import DataError
+        """Verifies the folder, and exits if it is whole."""
         from mlra_scale.data.folder import verify_folder
 
         try:
             problems = verify_folder(folder, print)
-        except (DataError, OSError) as error:
+        except OSError as error:
             problems = [str(error)]
-        parser.exit(max((refuse("prepare_data", problem) for problem in problems), default=0))
+        if problems:
+            raise InputError("\n".join(problems))
+        parser.exit()
 
 
 def _count(text: str, largest: int = 2**63 - 1) -> int:
@@ -113,15 +115,12 @@ def _run(options: argparse.Namespace) -> int:
     options.sources = options.sources or ["python-docs"]
     # Training a BPE uses threads: as many as there are workers later.
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
-    from mlra_scale.data import DataError
     from mlra_scale.data.manifest import summary
     from mlra_scale.data.prepare import PrepareOptions, prepare
 
     started = time.monotonic()
     try:
         manifest = prepare(settings_of(options, PrepareOptions))
-    except DataError as error:
-        return refuse("prepare_data", error)
     except KeyboardInterrupt:
         print("prepare_data: interrupted; nothing was left behind", file=sys.stderr)
         return 130

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
+from mlra_scale.console import InputError
 
 EXAMPLES = """examples:
   PROG runs/first
@@ -29,17 +30,17 @@ def _run(options: argparse.Namespace) -> int:
         from mlra_scale.study.report.sweep_report import report_sweep
     except ImportError as error:
         reason = f"reports need more libraries ({error}); install them with: pip install 'mlra-scale[report]'"
-        return refuse("report", reason)
+        raise InputError(reason) from None
     from mlra_scale.training.run_directory import RunDirectory
 
     path: Path = options.path
     if not is_sweep(path) and not RunDirectory(path).holds_a_run():
-        return refuse("report", f"{path}: neither a run directory nor a sweep's output folder")
+        raise InputError(f"{path}: neither a run directory nor a sweep's output folder")
     output = options.output or path / "report"
     try:
         paths = (report_sweep if is_sweep(path) else report_run)(path, output)
     except OSError as error:
-        return refuse("report", f"{output} cannot be written ({error.strerror})")
+        raise InputError(f"{output} cannot be written ({error.strerror})") from None
     print("\n".join(map(str, paths)))
     return 0
 

@@ -42,37 +42,23 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.config import ConfigError
     from mlra_scale.study.grid import cells_of, load_study
     from mlra_scale.study.results import SweepDirectory
     from mlra_scale.study.sweep import Sweep
     from mlra_scale.study.sweep_text import plan_text
 
-    try:
-        study = load_study(options.study, options.overrides)
-        cells = cells_of(study)
-        chosen = _choose(cells, options.cell, options.only)
-        sweep = Sweep(study, cells, SweepDirectory(options.output or Path("runs") / study.name))
-        if options.dry_run:
-            print(plan_text(sweep, chosen, options.jobs))
-            return 0
-        return run_cells(sweep, chosen, options.jobs, ["tools/sweep.py", *options.arguments])
-    except ConfigError as error:
-        print("\n".join(["sweep: bad input", *(f"  {problem}" for problem in error.problems)]), file=sys.stderr)
-        return 2
+    study = load_study(options.study, options.overrides)
+    cells = cells_of(study)
+    chosen = _choose(cells, options.cell, options.only)
+    sweep = Sweep(study, cells, SweepDirectory(options.output or Path("runs") / study.name))
+    if options.dry_run:
+        print(plan_text(sweep, chosen, options.jobs))
+        return 0
+    return run_cells(sweep, chosen, options.jobs, ["tools/sweep.py", *options.arguments])
 
 
 def _choose(cells: Sequence[Cell], wanted: str | None, pattern: str | None) -> list[Cell]:
-    """Returns the chosen cells.
-
-    Args:
-        cells: The whole grid.
-        wanted: The index or the name of one; None: all.
-        pattern: A pattern that their names match; None: any name.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Returns the cell of an index or name, or the cells whose names match a pattern; ConfigError if there is none."""
     from mlra_scale.config import ConfigError, Problem
     from mlra_scale.config.problems import nearest
 

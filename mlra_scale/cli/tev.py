@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlra_scale.cli.command import Command, refuse
+from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output
 
 if TYPE_CHECKING:
-    from mlra_scale.stability.tev_folder import EmbeddingReport, FolderReport
+    from mlra_scale.stability.tev_folder import EmbeddingReport
 
 EXAMPLES = """examples:
   PROG checkpoints/gpt2
@@ -31,39 +31,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mlra_scale.stability.tev_folder import FolderError, tev_of_folder, token_texts
+    from mlra_scale.stability.tev_folder import tev_of_folder, token_texts
 
-    try:
-        report = tev_of_folder(options.path, options.tensor, options.tokens, options.extremes)
-        text_of = token_texts(options.path) if options.extremes else lambda token: None
-    except FolderError as error:
-        return refuse("tev", error)
-    print(_as_json(options.path, report, text_of) if options.json else _as_text(options.path, report, text_of))
+    found, is_tied = tev_of_folder(options.path, options.tensor, options.tokens, options.extremes)
+    text_of = token_texts(options.path) if options.extremes else lambda token: None
+    if options.json:
+        embeddings = [_plain(embedding, text_of) for embedding in found]
+        print(json.dumps({"path": str(options.path), "ddof": 0, "head_is_tied": is_tied, "embeddings": embeddings}))
+        return 0
+    lines = [line for embedding in found for line in _lines(embedding, text_of)]
+    lines += ["  the head is tied to the input embedding"] if is_tied else []
+    print("\n".join([str(options.path), *lines]))
     return 0
 
 
-def _as_json(path: Path, report: FolderReport, text_of: Callable[[int], str | None]) -> str:
+def _plain(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> dict[str, Any]:
     def tokens(listed: list[tuple[int, float]]) -> list[dict[str, Any]]:
         return [{"token": token, "text": text_of(token), "tev": value} for token, value in listed]
 
-    embeddings = []
-    for embedding in report.embeddings:
-        content = asdict(embedding) | asdict(embedding.statistics)
-        del content["statistics"]
-        content["quantiles"] = {f"{q:g}": value for q, value in embedding.statistics.quantiles.items()}
-        content["highest"] = tokens(embedding.statistics.highest)
-        content["lowest"] = tokens(embedding.statistics.lowest)
-        embeddings.append(content)
-    return json.dumps({"path": str(path), "ddof": 0, "head_is_tied": report.head_is_tied, "embeddings": embeddings})
-
-
-def _as_text(path: Path, report: FolderReport, text_of: Callable[[int], str | None]) -> str:
-    lines = [str(path)]
-    for embedding in report.embeddings:
-        lines += _lines(embedding, text_of)
-    if report.head_is_tied:
-        lines.append("  the head is tied to the input embedding")
-    return "\n".join(lines)
+    content, statistics = asdict(embedding), embedding.statistics
+    del content["statistics"]
+    quantiles = {f"{q:g}": value for q, value in statistics.quantiles.items()}
+    extremes = {"highest": tokens(statistics.highest), "lowest": tokens(statistics.lowest)}
+    return content | asdict(statistics) | {"quantiles": quantiles} | extremes
 
 
 def _lines(embedding: EmbeddingReport, text_of: Callable[[int], str | None]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mlra_scale.config.json_text import printable
+from mlra_scale.console import InputError
 
 REQUIRED = "is required and has no default; set it, or start from a preset"
 
@@ -35,7 +36,7 @@ def _shown(value: Any) -> str:
     return f"{shown[:80]} ... {shown[-75:]}" if len(shown) > 160 else shown
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError, ValueError):
     """All problems of a configuration; its text has one line per problem."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

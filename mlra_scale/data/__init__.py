@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mlra_scale.console import InputError
+
 if TYPE_CHECKING:
     from mlra_scale.data.mix import Mix
     from mlra_scale.data.opening import OpenData, check_data, identify_data, open_datasets
@@ -18,7 +20,7 @@ _MODULES = {"Batch": "stream", "SampleStream": "stream", "Mix": "mix", "OpenData
 _MODULES |= dict.fromkeys(("check_data", "identify_data", "open_datasets"), "opening")
 
 
-class DataError(ValueError):
+class DataError(InputError, ValueError):
     """A source, a data set or a tokenizer cannot be used; the message names it and says what to do."""
 
 

@@ -4,6 +4,8 @@ models.py opens a store checkpoint or a Hugging Face folder, texts.py turns file
 perplexity.py scores them, generation.py writes.
 """
 
+from mlra_scale.console import InputError
 
-class EvaluationError(ValueError):
+
+class EvaluationError(InputError, ValueError):
     """A model, a text or an option cannot be used; the message names it and the remedy."""

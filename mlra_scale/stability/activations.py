@@ -35,13 +35,7 @@ if TYPE_CHECKING:
 class Tally:
     """Sums and maxima of one measurement in one vector, which one sum over all ranks completes.
 
-    A sum cannot find a maximum, so every rank that holds heads of a block has an element of its own for theirs.
-
-    Args:
-        num_layers: L.
-        num_ranks: K.
-        rank: This rank among the K.
-        device: Where the vector is.
+    A sum cannot find a maximum, so each of the K ranks that hold heads of a block has an element of its own for theirs.
 
     Attributes:
         packed: All of the following, float64.
@@ -86,11 +80,7 @@ class Tally:
             largest.copy_(torch.maximum(largest, piece.logits_NSS.amax()))
 
     def values(self, num_heads: int) -> dict[str, Any]:
-        """Returns the entry of the record.
-
-        Args:
-            num_heads: Heads of a block, over all tensor-parallel ranks.
-        """
+        """Returns the entry of the record; `num_heads` are those of a block, over all tensor-parallel ranks."""
         parts = self.packed.cpu().split(self._sizes)  # one read of the device
         tokens, residual_P, entropy_L, saturated_L, open_L, largest = (part.numpy() for part in parts)
         assert tokens[0] > 0
@@ -111,14 +101,7 @@ class Tally:
 
 
 class ActivationProbe:
-    """Measures activations in any layout; the result depends on the layout only by rounding.
-
-    Args:
-        engine: The model.
-        model: Its shape.
-        config: What to measure.
-        plan: Divides the samples over ranks and micro-batches.
-    """
+    """Measures activations in any layout; the result depends on the layout only by rounding."""
 
     def __init__(self, engine: Engine, model: ModelConfig, config: ActivationsConfig, plan: BatchPlan) -> None:
         self._engine = engine
@@ -128,11 +111,10 @@ class ActivationProbe:
         """Micro-batches that each data rank needs, laid out as those of a training step."""
 
     def measure(self, batches: Sequence[MicroBatch], between: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Measures on the samples number 0 ... samples - 1; every rank calls it and gets the same result.
+        """Measures on the samples number 0 ... samples - 1; collective.
 
         Args:
-            batches: This data rank's micro-batches of the probe batch. Further samples, which fill up micro-batches of
-                the engine's size, do not count.
+            batches: This data rank's micro-batches of the probe batch. Further samples in them do not count.
             between: See Engine.eval_batch.
 
         Returns:

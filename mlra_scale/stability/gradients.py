@@ -51,12 +51,7 @@ def kind_of(info: ParameterInfo) -> str:
 
 
 class Groups:
-    """The sets of parameters with statistics of their own: all, those of each kind, and those of each block.
-
-    Attributes:
-        kinds: Names of the first groups; the blocks follow.
-        size: Number of groups.
-    """
+    """The sets of parameters with statistics of their own: all, each kind (`kinds` names these), and each block."""
 
     def __init__(self, table: ParameterTable):
         kinds = {name: kind_of(info) for name, info in table.items()}
@@ -276,11 +271,7 @@ class GradientStatistics(Watcher):
     ) -> tuple[Tensor, Tensor]:
         """Measures this rank's fragments chunk by chunk, so that float64 copies are small, without padded rows.
 
-        Args:
-            fragments: Those that this rank owns.
-            parts: Which tensors of a fragment are measured.
-            measure: Maps a parameter's name and those tensors of a chunk to a float64 vector.
-            num_columns: Length of that vector.
+        `measure` maps a parameter's name and the named parts of a chunk to a float64 vector of length num_columns.
 
         Returns:
             Which chunk belongs to which group [G, F], and the vectors [F, num_columns].

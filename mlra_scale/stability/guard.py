@@ -52,10 +52,7 @@ class Action:
 
 @dataclass(frozen=True)
 class _Episode:
-    """A time of trouble: from its first bad update until `calm_steps` have passed without one.
-
-    `skips` counts the bad updates since the rate was last lowered, `lowerings` how often it was lowered.
-    """
+    """From the first bad update until `calm_steps` pass without one; `skips` are those since the last lowering."""
 
     first_step: int
     first_sample: int
@@ -71,6 +68,9 @@ class _Lowered:
     factor: float
     since: int
     until: int
+
+    def holds_at(self, step: int) -> bool:
+        return self.since <= step < self.until
 
 
 class Guard(Watcher):
@@ -118,15 +118,16 @@ class Guard(Watcher):
     def rate_factor(self, step: int) -> float:
         """Returns the factor on the scheduled learning rate of a step."""
         lowered = self._lowered
-        if lowered is None or self.lowered_until(step) is None:
+        if lowered is None or not lowered.holds_at(step):
             return 1.0
         share = (step - lowered.since) / (lowered.until - lowered.since)
         return lowered.factor + (1.0 - lowered.factor) * share
 
-    def lowered_until(self, step: int) -> int | None:
-        """Returns the first step that is back on the schedule; None: this step is on it."""
+    def rate_after(self, step: int) -> dict[str, float | int | None]:
+        """Returns the `factor` of the next step, and `until`, the first step on the schedule again (None: the next)."""
         lowered = self._lowered
-        return lowered.until if lowered is not None and lowered.since <= step < lowered.until else None
+        until = lowered.until if lowered is not None and lowered.holds_at(step + 1) else None
+        return {"factor": self.rate_factor(step + 1), "until": until}
 
     def first_sample(self, sample: int) -> int:
         """Returns where the next step reads: at `sample`, or after the samples that are skipped there."""
@@ -168,7 +169,8 @@ class Guard(Watcher):
                 if episode.lowerings < self._config.max_lowerings:
                     actions.append(Action("lower_rate", number, reason))
                     episode = replace(episode, skips=0, lowerings=episode.lowerings + 1)
-                    self._lower(number)
+                    factor, since = self.rate_factor(number + 1) * self._config.rate_factor, number + 1
+                    self._lowered = _Lowered(factor, since, since + self._config.rate_steps)
                 else:
                     actions.append(self._roll_back(step, episode.first_sample, reason))
         elif has_diverged:
@@ -310,9 +312,3 @@ class Guard(Watcher):
             if math.isfinite(value):
                 is_judged = len(window) >= self._config.min_window
                 window.append(min(value, self._limit(window)) if is_judged else value)
-
-    def _lower(self, step: int) -> None:
-        since = step + 1
-        self._lowered = _Lowered(
-            self.rate_factor(since) * self._config.rate_factor, since, since + self._config.rate_steps
-        )

@@ -5,7 +5,7 @@ sets merge by the formulas of Chan, Golub and LeVeque 1979 ('Updating formulae a
 sample variances'). Sums of squares would lose a constant row's exact zero and the small spread of a row with a large
 mean.
 
-Legend of shape suffixes: K rows, D columns, P pieces.
+Legend of shape suffixes: K rows, D columns.
 """
 
 from __future__ import annotations
@@ -75,75 +75,8 @@ def _consume_rows(rows_KD: Tensor) -> tuple[Tensor, Tensor]:
     return (first_K1 + mean_K1).squeeze(1), norm_K / math.sqrt(rows_KD.shape[1])
 
 
-@dataclass(frozen=True)
-class WholeRows:
-    """Statistics of consecutive complete rows.
-
-    Attributes:
-        first: Index of the first row.
-        mean_K: Mean of each row.
-        std_K: Population standard deviation of each row.
-    """
-
-    first: int
-    mean_K: Tensor
-    std_K: Tensor
-
-
-@dataclass(frozen=True)
-class CutMoments:
-    """Statistics of the pieces of a matrix that one rank owns.
-
-    Attributes:
-        whole: Runs of complete rows.
-        piece_rows: Row index of each piece of a row that is not complete on this rank.
-        piece_counts: Number of elements of each piece.
-        piece_moments_P2: Mean and standard deviation of each piece, float64.
-        column_sum_D: Sum over the owned elements of each column, float64.
-    """
-
-    whole: tuple[WholeRows, ...]
-    piece_rows: tuple[int, ...]
-    piece_counts: tuple[int, ...]
-    piece_moments_P2: Tensor
-    column_sum_D: Tensor
-
-
-def cut_moments(
-    parts: Iterable[tuple[int, Tensor]], num_rows: int, num_columns: int, device: torch.device
-) -> CutMoments:
-    """Returns statistics of parts of a row-major matrix, computed chunk by chunk on the device of the values.
-
-    Args:
-        parts: (flat offset in the matrix, 1-D values) of each part, of any length.
-        num_rows: Rows from here on are ignored.
-        num_columns: Length of a row, D.
-        device: Of the result.
-    """
-    whole: list[WholeRows] = []
-    rows: list[int] = []
-    counts: list[int] = []
-    pieces: list[Tensor] = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
-    column_sum_D = torch.zeros(num_columns, dtype=torch.float64, device=device)
-    for offset, values in parts:
-        values = values.detach()[: max(0, num_rows * num_columns - offset)]
-        for start, stop in _split_at_rows(offset, offset + values.numel(), num_columns):
-            span = values[start - offset : stop - offset]
-            row, column = divmod(start, num_columns)
-            if span.numel() % num_columns:
-                column_sum_D[column : column + span.numel()] += span.to(device)
-                rows.append(row)
-                counts.append(span.numel())
-                pieces.append(torch.stack(row_moments(span[None]), dim=1).to(device))
-            else:
-                means, stds, sums = _whole_rows(span.view(-1, num_columns))
-                column_sum_D += sums.to(device)
-                whole.append(WholeRows(row, means.to(device), stds.to(device)))
-    return CutMoments(tuple(whole), tuple(rows), tuple(counts), torch.cat(pieces), column_sum_D)
-
-
-def _whole_rows(rows_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns mean and standard deviation of each row, and the sum of each column, converted chunk by chunk."""
+def row_moments_and_column_sums(rows_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `row_moments` of many rows and the sum of each column, float64, converted chunk by chunk."""
     elements = CPU_CHUNK if rows_KD.device.type == "cpu" else ACCELERATOR_CHUNK
     means, stds = [], []
     column_sum_D = torch.zeros(rows_KD.shape[1], dtype=torch.float64, device=rows_KD.device)
@@ -156,7 +89,7 @@ def _whole_rows(rows_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(means), torch.cat(stds), column_sum_D
 
 
-def _split_at_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+def split_at_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
     """Cuts [start, stop) into a head that ends its row, whole rows, and a tail that begins one; skips empty ones."""
     body_start = min(stop, -(-start // width) * width)
     body_stop = max(body_start, stop // width * width)

@@ -36,14 +36,7 @@ if TYPE_CHECKING:
 
 
 class QkClip(Watcher):
-    """Clips in any layout; the result depends on the layout only by the rounding of the logits.
-
-    Args:
-        engine: The model.
-        model: Its shape.
-        config: Threshold and samples.
-        plan: Divides the samples over ranks and micro-batches.
-    """
+    """Clips in any layout; the result depends on the layout only by the rounding of the logits."""
 
     name, is_timed = "qk_clip", True
 
@@ -60,14 +53,11 @@ class QkClip(Watcher):
         return {"qk_clip": self.apply(step.batches, step.first_sample)}
 
     def apply(self, batches: Sequence[MicroBatch], first_sample: int) -> dict[str, Any]:
-        """Clips all heads above the threshold; every rank calls it and gets the same result.
+        """Clips all heads above the threshold and returns the entry `qk_clip` of the record; collective.
 
         Args:
             batches: This data rank's micro-batches of the step.
-            first_sample: Index of the first sample of the step, over all ranks.
-
-        Returns:
-            The entry `qk_clip` of the record: largest logit before, and number of heads that were clipped.
+            first_sample: Global index of the first sample of the step.
         """
         assert self._threshold is not None
         largest_LN = self._largest_logits(batches[: self._num_micro_batches], first_sample + self._samples)
@@ -108,13 +98,7 @@ def clip_factors(largest_LN: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def row_factors(factor_LN: torch.Tensor, model: ModelConfig, table: ParameterTable) -> dict[str, torch.Tensor]:
-    """Returns a factor for every row of the query and key weights (element, of biases) of blocks with a clipped head.
-
-    Args:
-        factor_LN: The result of `clip_factors`.
-        model: The model's shape.
-        table: The model's parameter table.
-    """
+    """Returns a factor for each row of the query and key weights (element, of biases) of blocks with a clipped head."""
     found = {}
     for block, factor_N in enumerate(factor_LN):
         if (factor_N == 1.0).all():

@@ -38,13 +38,9 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class _Part:
-    """Whole rows of a tensor-parallel shard of a weight; elements that another rank owns are zero.
+    """Whole rows of a tensor-parallel shard of a weight, from a row and column of the global weight on.
 
-    Attributes:
-        block: Index of the block.
-        row: First row, counted in the global weight.
-        column: First column, counted in the global weight.
-        values_OI: The rows.
+    Elements that another rank owns are zero.
     """
 
     block: int
@@ -55,12 +51,9 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Map:
-    """One factor (or dense weight) of every block, as a linear map of all heads' vectors.
+    """One factor or dense weight (such as q.down) of every block, as a linear map of all heads' vectors.
 
-    Attributes:
-        name: Of the weight, e.g. "q.down".
-        is_transposed: Whether it maps from its output to its input features.
-        enters_heads: Whether it ends in the head space, where each head keeps its own features only.
+    If it `enters_heads`, it ends in the head space, where each head keeps its own features only.
     """
 
     name: str
@@ -69,13 +62,7 @@ class _Map:
 
 
 class AttentionProducts:
-    """The products W_q,h^T W_k,h and W_o,h W_v,h of every head of every block.
-
-    Args:
-        model: Shapes and which projections are factorised.
-        table: The model's parameter table.
-        topology: The mesh.
-    """
+    """The products W_q,h^T W_k,h and W_o,h W_v,h of every head of every block."""
 
     def __init__(self, model: ModelConfig, table: ParameterTable, topology: Topology):
         self.model = model
@@ -85,7 +72,7 @@ class AttentionProducts:
         self.own_features_ND = heads_D == torch.arange(model.num_heads, device=topology.device)[:, None]
 
     def spectral_norms(self, fragments: Iterable[Fragment], iterations: int) -> dict[str, list[float]]:
-        """Estimates the largest singular values; every rank of the world calls it and gets the same result.
+        """Estimates the largest singular values; collective.
 
         Args:
             fragments: The fp32 master weights that this rank owns; each element has exactly one owner.

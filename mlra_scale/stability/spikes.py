@@ -151,12 +151,7 @@ class SpikeScores(Watcher):
 
 
 class Divergence:
-    """Detects that a loss has diverged: its mean over the last steps is far above the lowest such mean.
-
-    Args:
-        margin: By how many nats.
-        steps: Number of steps of the mean.
-    """
+    """Detects that a loss has diverged: its mean over some steps is `margin` nats above the lowest such mean."""
 
     def __init__(self, margin: float, steps: int) -> None:
         self._margin, self._recent = margin, Window(steps)

@@ -21,7 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlra_scale.stability.moments import CutMoments, Moments, cut_moments, merge_all, row_moments
+from mlra_scale.stability.moments import (
+    Moments,
+    merge_all,
+    row_moments,
+    row_moments_and_column_sums,
+    split_at_rows,
+)
 from mlra_scale.stability.watcher import Step, Watcher, is_due
 
 if TYPE_CHECKING:  # the plain function and tools/tev.py do without the libraries behind these
@@ -45,8 +51,8 @@ class TevStatistics:
         mean_embedding_norm: Euclidean norm of the mean of all embeddings.
         mean_row_rms: Mean over the tokens of the root mean square of the embedding.
         num_tokens: Number of tokens.
-        highest: (token, TEV) of the most variable tokens, highest first.
-        lowest: (token, TEV) of the least variable tokens, lowest first.
+        highest: (token, TEV) of the tokens with the highest TEV, the highest first.
+        lowest: The same of the lowest, the lowest first.
     """
 
     mean: float
@@ -80,47 +86,62 @@ HEADER = 4
 PIECE = 4
 
 
-@dataclass(frozen=True)
-class RankReport:
-    """The contribution of one rank.
+def report(request: TevRequest, parts: Iterable[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Measures what one rank owns of the matrix, chunk by chunk where the values are.
 
-    Attributes:
-        gathered: Header and pieces, to be gathered from all ranks.
-        summed: Column sums [D], then, if the request needs the values, TEV of each token whose row is whole on this
-            rank and zero elsewhere [V]; to be summed over all ranks (exactly, for the second part).
+    Args:
+        request: What to measure.
+        parts: Flat offset in the matrix and 1-D values of each run of elements.
+        device: Of the result.
+
+    Returns:
+        To be gathered from all ranks: header and pieces of rows.
+        To be summed over all ranks: column sums [D], then, if the request needs the values, TEV of each token whose row
+        is whole on this rank and zero elsewhere [V] (a sum that is exact).
     """
-
-    gathered: Tensor
-    summed: Tensor
-
-
-def report(request: TevRequest, cut: CutMoments) -> RankReport:
-    """Packs a rank's statistics."""
-    header = cut.column_sum_D.new_zeros(HEADER)
-    if cut.whole:
-        tev = torch.cat([rows.std_K for rows in cut.whole])
-        mean = torch.cat([rows.mean_K for rows in cut.whole])
+    num_tokens, width = request.num_tokens, request.hidden_size
+    whole: list[tuple[int, Tensor, Tensor]] = []
+    """First row, means and TEV of runs of whole rows."""
+    cut_rows: list[tuple[int, int]] = []
+    """Row and length of each piece of a row."""
+    pieces = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
+    column_sum_D = torch.zeros(width, dtype=torch.float64, device=device)
+    for offset, values in parts:
+        values = values.detach()[: max(0, num_tokens * width - offset)]
+        for start, stop in split_at_rows(offset, offset + values.numel(), width):
+            span = values[start - offset : stop - offset]
+            row, column = divmod(start, width)
+            if span.numel() % width:
+                column_sum_D[column : column + span.numel()] += span.to(device)
+                cut_rows.append((row, span.numel()))
+                pieces.append(torch.stack(row_moments(span[None]), dim=1).to(device))
+            else:
+                mean, tev, sums = row_moments_and_column_sums(span.view(-1, width))
+                column_sum_D += sums.to(device)
+                whole.append((row, mean.to(device), tev.to(device)))
+    header = column_sum_D.new_zeros(HEADER)
+    if whole:
+        mean, tev = torch.cat([mean for _, mean, _ in whole]), torch.cat([tev for _, _, tev in whole])
         header[0].fill_(tev.numel())  # an assignment would copy from the host, and wait
         header[1], header[2] = row_moments(tev[None])
         header[3] = torch.hypot(mean, tev).mean()
-    rows_and_counts = torch.tensor([cut.piece_rows, cut.piece_counts], dtype=header.dtype, device=header.device)
-    pieces = torch.cat([rows_and_counts.view(2, -1).T, cut.piece_moments_P2], dim=1)
-    gathered = torch.cat([header, pieces.flatten()])
+    rows_and_counts = torch.tensor(cut_rows, dtype=header.dtype, device=device).view(-1, 2)
+    gathered = torch.cat([header, torch.cat([rows_and_counts, torch.cat(pieces)], dim=1).flatten()])
     if not request.needs_values:
-        return RankReport(gathered, cut.column_sum_D)
-    values = cut.column_sum_D.new_zeros(request.num_tokens)
-    for rows in cut.whole:
-        values[rows.first : rows.first + rows.std_K.numel()] = rows.std_K
-    return RankReport(gathered, torch.cat([cut.column_sum_D, values]))
+        return gathered, column_sum_D
+    tev_V = column_sum_D.new_zeros(num_tokens)
+    for row, _, tev in whole:
+        tev_V[row : row + tev.numel()] = tev
+    return gathered, torch.cat([column_sum_D, tev_V])
 
 
 def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndarray) -> TevStatistics:
-    """Computes the statistics of the matrix from the contributions of all ranks.
+    """Computes the statistics of the matrix from the reports of all ranks.
 
     Args:
         request: What was measured.
-        gathered: RankReport.gathered of every rank in order; zeros may follow.
-        summed: The sum of RankReport.summed over the ranks.
+        gathered: The first part of every rank's report, in their order; zeros may follow.
+        summed: The sum of the second parts.
     """
     tev = merge_all(Moments.of(part[0], part[1], part[2]) for part in gathered)
     rms = merge_all(Moments.of(part[0], part[3], 0.0) for part in gathered)
@@ -141,17 +162,13 @@ def combine(request: TevRequest, gathered: Sequence[np.ndarray], summed: np.ndar
     return TevStatistics(
         mean=tev.mean,
         std=tev.std,
-        quantiles={q: float(value) for q, value in zip(request.quantiles, _quantiles(values, request), strict=True)},
+        quantiles={q: float(np.quantile(values, q)) for q in request.quantiles},
         mean_embedding_norm=mean_embedding_norm,
         mean_row_rms=rms.mean,
         num_tokens=request.num_tokens,
         highest=_first(-values, values, request.extremes),
         lowest=_first(values, values, request.extremes),
     )
-
-
-def _quantiles(values: np.ndarray, request: TevRequest) -> np.ndarray:
-    return np.quantile(values, request.quantiles) if request.quantiles else np.zeros(0)
 
 
 def _first(keys: np.ndarray, values: np.ndarray, count: int) -> list[tuple[int, float]]:
@@ -181,19 +198,14 @@ def tev_of_matrix(
     if not 0 < num_rows <= matrix.shape[0] or not matrix.shape[1]:
         raise ValueError(f"{num_rows} real rows of a matrix with shape {list(matrix.shape)}")
     request = TevRequest(num_rows, matrix.shape[1], quantiles, extremes)
-    cut = cut_moments([(0, matrix.reshape(-1))], num_rows, matrix.shape[1], matrix.device)
-    mine = report(request, cut)
-    return combine(request, [mine.gathered.cpu().numpy()], mine.summed.cpu().numpy())
+    gathered, summed = report(request, [(0, matrix.reshape(-1))], matrix.device)
+    return combine(request, [gathered.cpu().numpy()], summed.cpu().numpy())
 
 
 class TevHook:
     """Measures TEV of the token embedding of a sharded model, whatever the layout.
 
-    Args:
-        table: The model's parameter table.
-        topology: The mesh.
-        config: Which numbers of the distribution to compute.
-        vocab_size: Number of real tokens; the rows after them are padding.
+    The rows from `vocab_size` on are padding.
     """
 
     def __init__(self, table: ParameterTable, topology: Topology, config: TevConfig, vocab_size: int):
@@ -206,19 +218,17 @@ class TevHook:
         self.request = TevRequest(vocab_size, hidden_size, config.quantiles, config.extremes)
 
     def measure(self, fragments: Iterable[Fragment]) -> TevStatistics:
-        """Measures TEV; every rank of the world calls it and gets the same result.
+        """Measures TEV; collective.
 
         Args:
-            fragments: The fp32 master weights that this rank owns; other parameters are ignored. Every element of the
-                embedding has exactly one owner.
+            fragments: The fp32 master weights that this rank owns. Every element of the embedding has one owner.
         """
-        request = self.request
-        mine = [(self.first + fragment.start, fragment.values) for fragment in fragments if fragment.name == self.name]
-        parts = report(request, cut_moments(mine, request.num_tokens, request.hidden_size, self.device))
-        gathered = _all_gather(parts.gathered)
+        mine = ((self.first + fragment.start, fragment.values) for fragment in fragments if fragment.name == self.name)
+        gathered, summed = report(self.request, mine, self.device)
+        gathered_of_all = _all_gather(gathered)
         if dist.is_initialized():
-            dist.all_reduce(parts.summed)
-        return combine(request, gathered, parts.summed.cpu().numpy())
+            dist.all_reduce(summed)
+        return combine(self.request, gathered_of_all, summed.cpu().numpy())
 
 
 def _all_gather(mine: Tensor) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
+from mlra_scale.console import InputError
 from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
 
 INDEX = "model.safetensors.index.json"
@@ -31,22 +32,9 @@ INPUT_NAMES = (
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
-class FolderError(ValueError):
-    """A checkpoint folder holds no readable embedding; the text is for its user."""
-
-
 @dataclass(frozen=True)
 class EmbeddingReport:
-    """TEV of one tensor of a checkpoint.
-
-    Attributes:
-        name: The tensor's name in the checkpoint.
-        role: Input embedding, or the untied head.
-        rows: Stored rows.
-        hidden_size: Length of a row.
-        dtype: Stored type.
-        statistics: Over the real tokens.
-    """
+    """TEV of one tensor of a checkpoint, over its real tokens; `rows` are those that are stored."""
 
     name: str
     role: Literal["input", "head"]
@@ -56,38 +44,28 @@ class EmbeddingReport:
     statistics: TevStatistics
 
 
-@dataclass(frozen=True)
-class FolderReport:
-    """TEV of a checkpoint.
-
-    Attributes:
-        embeddings: The input embedding, and the head if it is a separate tensor.
-        head_is_tied: Whether the head shares the input embedding, according to the tensors and config.json.
-    """
-
-    embeddings: list[EmbeddingReport]
-    head_is_tied: bool
-
-
 def tev_of_folder(
     path: Path, tensor: str | None = None, num_tokens: int | None = None, extremes: int = 0
-) -> FolderReport:
-    """Measures TEV of a checkpoint's embedding.
+) -> tuple[list[EmbeddingReport], bool]:
+    """Measures TEV of a checkpoint's input embedding, and of the head if that is a separate tensor.
 
     Args:
         path: A checkpoint folder with model.safetensors, one or in shards, or a single .safetensors file.
-        tensor: Name of the tensor to measure, for checkpoints with unusual names; nothing else is then reported.
-        num_tokens: Number of real tokens, for checkpoints with padded rows. None: vocab_size of config.json if that is
-            smaller than the number of rows, else all rows.
+        tensor: Name of the tensor to measure; nothing else is then reported.
+        num_tokens: Number of real tokens. None: vocab_size of config.json if that is smaller than the number of rows,
+            else all rows.
         extremes: How many of the highest and of the lowest tokens to list.
 
+    Returns:
+        The reports, and whether the head shares the input embedding, according to the tensors and config.json.
+
     Raises:
-        FolderError: The path holds no readable embedding.
+        InputError: The path holds no readable embedding.
     """
     files = _tensor_files(path)
     config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if tensor is not None and tensor not in files:
-        raise FolderError(f"{path} has no tensor {tensor!r}; it has {_some(sorted(files))}")
+        raise InputError(f"{path} has no tensor {tensor!r}; it has {_some(sorted(files))}")
     name = tensor or _input_name(path, files)
     text_config = config.get("text_config")
     vocab_size = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
@@ -96,16 +74,16 @@ def tev_of_folder(
         if num_tokens is None and type(vocab_size) is int and 0 < vocab_size < rows:  # true is no number of tokens
             num_tokens = vocab_size
         if num_tokens is not None and not 0 < num_tokens <= rows:
-            raise FolderError(f"{name} has {rows} rows, not {num_tokens} tokens")
+            raise InputError(f"{name} has {rows} rows, not {num_tokens} tokens")
         embeddings = [_measure(name, "input", matrix, num_tokens, extremes)]
         head = None if tensor else _head_name(files, name)
         if head is None:
-            return FolderReport(embeddings, tensor is None and _says_tied(config))
+            return embeddings, tensor is None and _says_tied(config)
         with _mapped(files[head], head) as head_matrix:
             if head_matrix.shape == matrix.shape and torch.equal(head_matrix, matrix):
-                return FolderReport(embeddings, True)
+                return embeddings, True
             embeddings.append(_measure(head, "head", head_matrix, min(num_tokens or rows, len(head_matrix)), extremes))
-    return FolderReport(embeddings, False)
+    return embeddings, False
 
 
 def token_texts(path: Path) -> Callable[[int], str | None]:
@@ -117,9 +95,7 @@ def token_texts(path: Path) -> Callable[[int], str | None]:
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises nothing more precise
-            raise FolderError(
-                f"{folder / 'tokenizer.json'} is not a tokenizer: {printable(str(error), 300)}"
-            ) from error
+            raise InputError(f"{folder / 'tokenizer.json'} is not a tokenizer: {printable(str(error), 300)}") from error
 
         def decode(token: int) -> str | None:
             raw = tokenizer.id_to_token(token)
@@ -131,7 +107,7 @@ def token_texts(path: Path) -> Callable[[int], str | None]:
     if (folder / "vocab.json").is_file():
         vocabulary = _read_json(folder / "vocab.json")
         if not all(type(number) is int for number in vocabulary.values()):
-            raise FolderError(f"{folder / 'vocab.json'} is not a vocabulary: every token must have a whole number")
+            raise InputError(f"{folder / 'vocab.json'} is not a vocabulary: every token must have a whole number")
         return {number: token for token, number in vocabulary.items()}.get
     return lambda token: None
 
@@ -141,7 +117,7 @@ def _measure(
 ) -> EmbeddingReport:
     statistics = tev_of_matrix(matrix, num_tokens, extremes=extremes)
     if not math.isfinite(statistics.mean):
-        raise FolderError(f"{name} holds values that are not finite")
+        raise InputError(f"{name} holds values that are not finite")
     rows, hidden_size = matrix.shape
     return EmbeddingReport(name, role, rows, hidden_size, str(matrix.dtype).removeprefix("torch."), statistics)
 
@@ -151,12 +127,12 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     if path.is_file():
         files = [path]
     elif not path.is_dir():
-        raise FolderError(f"{path} is not there")
+        raise InputError(f"{path} is not there")
     elif (path / INDEX).is_file():
         try:
             return {name: path / file for name, file in weight_map(path / INDEX).items()}
         except ValueError as error:
-            raise FolderError(str(error)) from None
+            raise InputError(str(error)) from None
     elif (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     else:
@@ -164,7 +140,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     if not files:
         old = any(path.glob("pytorch_model*.bin"))
         hint = " (pytorch_model.bin is a pickle, which can run code: save it again with safetensors)" if old else ""
-        raise FolderError(f"{path} has no .safetensors file{hint}")
+        raise InputError(f"{path} has no .safetensors file{hint}")
     found: dict[str, Path] = {}
     for file in files:
         with _opened(file) as handle:
@@ -178,8 +154,8 @@ def _input_name(path: Path, files: dict[str, Path]) -> str:
         if len(names) == 1:
             return names[0]
         if names:
-            raise FolderError(f"{path} has several embeddings: choose one with --tensor: {_some(names)}")
-    raise FolderError(
+            raise InputError(f"{path} has several embeddings: choose one with --tensor: {_some(names)}")
+    raise InputError(
         f"no tensor of {path} is named like an embedding: choose one with --tensor: {_some(sorted(files))}"
     )
 
@@ -205,11 +181,11 @@ def _mapped(file: Path, name: str) -> Iterator[torch.Tensor]:
     """Yields one matrix of a file, paged in as it is read."""
     with _opened(file) as handle:
         if name not in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-            raise FolderError(f"{file} has no tensor {name!r}, although the index says so")
+            raise InputError(f"{file} has no tensor {name!r}, although the index says so")
         matrix = handle.get_tensor(name)
         if matrix.dim() != 2 or not matrix.is_floating_point() or not matrix.numel():
             kind = str(matrix.dtype).removeprefix("torch.")
-            raise FolderError(f"{name} is no embedding: {kind} {list(matrix.shape)}")
+            raise InputError(f"{name} is no embedding: {kind} {list(matrix.shape)}")
         yield matrix
 
 
@@ -218,7 +194,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         handle = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise FolderError(f"{file} cannot be read as safetensors: {printable(str(error), 300)}") from error
+        raise InputError(f"{file} cannot be read as safetensors: {printable(str(error), 300)}") from error
     with handle as opened:
         yield opened
 
@@ -227,7 +203,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         return read_foreign_json_object(file)
     except ValueError as error:
-        raise FolderError(str(error)) from None
+        raise InputError(str(error)) from None
 
 
 def _some(names: list[str], count: int = 8) -> str:

@@ -30,10 +30,9 @@ class Step:
         first_sample: Global index of its first sample.
         batches: This data rank's micro-batches.
         learning_rate: Of its update.
-        started: time.perf_counter() at its start, before its data were read.
+        started: time.perf_counter() before its data were read.
         read_seconds: Time that this rank waited for its data.
-        measuring_seconds: What measurements have taken on this rank so far, by name. On a GPU a measurement may have
-            waited for what was queued before it.
+        measuring_seconds: Time of each measurement on this rank; on a GPU with the wait for what was queued before.
     """
 
     number: int

@@ -45,10 +45,7 @@ def _is_under_torchrun() -> bool:
 
 
 class _Presses:
-    """Counts Ctrl-C.
-
-    torchrun passes the first Ctrl-C on to its ranks as SIGINT and answers a second one with SIGTERM.
-    """
+    """Counts Ctrl-C; torchrun passes the first one on to its ranks as SIGINT and answers a second one with SIGTERM."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -100,12 +97,9 @@ class Interruption:
         return self._stop is not None
 
     def limit(self, seconds: float | None, text: str = "", code: int = ExitCode.PREEMPTED) -> None:
-        """Sets how long the process may take to end from now on, once a signal requests it.
+        """Sets how long the process may take to end after a signal, or after this call if that is later.
 
-        Args:
-            seconds: From the signal or from this call, whichever is later; None: no limit.
-            text: What rank 0 prints if the process has to be ended.
-            code: Its exit code then.
+        If it has to be ended, rank 0 prints `text`, and its exit code is `code`. None: no limit.
         """
         self._limit = _Limit(seconds, text, code)
 
@@ -177,8 +171,8 @@ class Interruption:
     def until_exit(self) -> Interruption:
         """Handles signals until the process has ended, for a program's main module.
 
-        At its very end Python gives signals their default effect. A launcher ends all ranks when one ends: a rank that
-        is about to exit would be reported as killed instead of with its exit code.
+        At its very end Python gives signals their default effect. A launcher that ends all ranks when one ends would
+        then report a rank that is about to exit as killed.
         """
         atexit.register(self._ignore)  # the first to be registered is the last to run
         return self.__enter__()
@@ -218,21 +212,13 @@ class Interruption:
 
 
 class Watchdog:
-    """Does nothing. A cluster job passes a subclass to `train.main`.
-
-    Attributes:
-        lock_seconds: How long to wait for another run that still holds the lock of the run directory.
-    """
+    """Does nothing. A cluster job passes a subclass to `train.main`."""
 
     lock_seconds = 2.0
+    """How long to wait for another run that still holds the lock of the run directory."""
 
     def heartbeat(self, phase: str, step: int) -> None:
-        """Reports progress; called often, so it must be cheap compared with a step.
-
-        Args:
-            phase: What the rank does from now on, such as `training`.
-            step: Its present step.
-        """
+        """Reports the present step and what the rank does from now on (such as `training`); called often: be cheap."""
 
     def check(self, device: torch.device) -> None:
         """Checks all ranks together, once, as soon as they can communicate; collective."""

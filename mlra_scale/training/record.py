@@ -44,11 +44,8 @@ class RecordLost(Exception):
 class JsonLines:
     """A file of one JSON object per line; each line is given to the operating system at once.
 
-    Lines that the disk refuses, because it is full or because a network file system fails when they are synced, do not
-    end the run: they are kept in memory and written as soon as that is possible.
-
-    Args:
-        path: The file, opened for appending. None, on every rank but rank 0: lines are dropped.
+    Lines that the disk refuses, because it is full or because a network file system fails when they are synced, are
+    kept in memory and written as soon as that is possible. With path None, on ranks other than 0, lines are dropped.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -144,11 +141,7 @@ class EventLog(JsonLines):
 
 
 def check_same(path: Path, descriptor: int) -> None:
-    """Compares a path with the file or folder that was opened there.
-
-    Raises:
-        RecordLost: Another program has moved, removed or replaced it.
-    """
+    """Raises RecordLost if another program has moved, removed or replaced what was opened at a path."""
     opened = os.fstat(descriptor)
     try:
         present = path.stat()
@@ -173,14 +166,9 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_record(path: Path, key: str | None = None) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines.
+    """Returns the objects of a file of JSON lines, without an unfinished last line; a missing file reads as empty.
 
-    Args:
-        path: The file; a missing one reads as empty.
-        key: A key that every object must have: "step" with a whole number, any other with a text.
-
-    Returns:
-        The objects in order, without an unfinished last line.
+    Every object must have the key: "step" with a whole number, any other with a text.
 
     Raises:
         ValueError: A line before the last is not JSON, or a line is no object with the key.
@@ -208,9 +196,7 @@ def read_record(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 def lines_from_end(file: BinaryIO, limit: int = _TAIL_BYTES) -> Iterator[bytes]:
     """Yields the lines of a file from the last one backwards, and reads no more of the file than that takes.
 
-    Args:
-        file: The file; an unfinished last line is left out.
-        limit: Most bytes to read; a line that begins before them is left out.
+    An unfinished last line is left out, and so is what begins before the last `limit` bytes.
     """
     position = file.seek(0, os.SEEK_END)
     start, rest, is_torn = max(0, position - limit), b"", True
@@ -228,16 +214,9 @@ def lines_from_end(file: BinaryIO, limit: int = _TAIL_BYTES) -> Iterator[bytes]:
 
 
 def cut_record(path: Path, last_step: int, aside: Path | None = None, rollback: int = 0) -> int:
-    """Removes the lines after a step, which will be done again, in one atomic replacement.
+    """Removes the lines after `last_step`, which will be done again, in one atomic replacement; returns their number.
 
-    Args:
-        path: metrics.jsonl; a missing file stays missing.
-        last_step: The last step whose lines stay.
-        aside: A file to which the removed lines are appended.
-        rollback: Number of the rollback, stored in the lines of `aside`.
-
-    Returns:
-        Number of complete lines that were removed.
+    They are appended to the file `aside`, if one is given, with the number of the rollback.
     """
     if not path.exists():
         return 0
@@ -264,14 +243,10 @@ def _replace(path: Path, objects: Sequence[Mapping[str, Any]]) -> None:
 
 
 def first_lost_step(records: Sequence[Mapping[str, Any]], step: int, log_every: int) -> int | None:
-    """Returns the first step whose losses are missing at the end of a record; None: nothing is missing.
+    """Returns the first step whose loss is missing at the end of a record up to a checkpoint; None: nothing is missing.
 
-    Records are on disk before the checkpoint of their last step. Missing ones were removed between two starts.
-
-    Args:
-        records: Those up to the checkpoint.
-        step: Of the checkpoint that the run resumes from.
-        log_every: Steps between two recorded losses; the first step is recorded too.
+    Records are on disk before the checkpoint of their last step. Missing ones were removed between two starts. Losses
+    are recorded every `log_every` steps, and of the first step.
     """
     last = max((record["step"] for record in records if "loss" in record), default=0)
     due = 0 if step == 0 else max(1, step - step % log_every)

@@ -92,13 +92,7 @@ _NOT_ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Change:
-    """A field, or something else of the run, that has another value from this start on.
-
-    Attributes:
-        field: Its dotted name, or what changed.
-        was: Its value in the checkpoint.
-        now: Its value from here on.
-    """
+    """A field (its dotted name), or something else of the run, that has another value from this start on."""
 
     field: str
     was: Any
@@ -158,13 +152,7 @@ class History:
 
 @dataclass(frozen=True)
 class ConfigComparison:
-    """The configuration of a start, compared with that of the run that it continues.
-
-    Attributes:
-        config: The configuration to continue with: that of the start, with the stored values that are kept.
-        changes: Differences from the run so far.
-        problems: Differences that are not allowed.
-    """
+    """The configuration to continue with, and differences from the run so far: accepted ones and refused ones."""
 
     config: Config
     changes: list[Change] = field(default_factory=list)
@@ -205,11 +193,7 @@ def keep_stored_data(now: dict[str, Any], was: Mapping[str, Any], named: Named) 
 
 
 def compare_model(config: Config, stored: ModelConfig) -> list[Problem]:
-    """Compares the architecture of a new run with that of the weights it is to begin with.
-
-    Returns:
-        A problem for every field that differs.
-    """
+    """Returns a problem for every field of the architecture in which a new run differs from its first weights."""
     now, was = _architecture(config.model), _architecture(stored)
     return [
         Problem(f"model.{name}", now[name], f"the weights to begin with have {_shown(was[name])}; set it to that")

@@ -88,7 +88,7 @@ class RunDirectory:
         return Path(text)
 
     def create(self, config: Config, checkpoint: Path | None = None) -> None:
-        """Makes the directory; writes the configuration and the checkpoint of another run that this one begins from."""
+        """Makes the directory with the configuration and, of another run, the checkpoint that this one begins from."""
         self.path.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             (self.path / "started_from").unlink(missing_ok=True)  # of an earlier run of which all else was removed
@@ -105,7 +105,7 @@ class RunDirectory:
         """Returns the rollbacks in guard.json, the oldest first; none where the file is missing.
 
         Raises:
-            ValueError: The file is not a list of rollbacks; the message begins with its path.
+            ValueError: The file is not a list of rollbacks.
         """
         if not self.guard.exists():
             return ()
@@ -131,13 +131,13 @@ def _is_rollback(item: Mapping[str, Any]) -> bool:
 def run_lock(
     run: RunDirectory, seconds: float = 2.0, name: str = ".lock", is_stop_requested: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Makes the directory and locks it against other runs until the end of the block or of the process.
+    """Makes the directory and locks a file in it against other runs until the end of the block or of the process.
 
     Args:
         run: The run directory.
         seconds: How long to wait for another holder. A killed process holds its lock a moment longer; a network file
             system keeps the lock of a lost node for a minute or two.
-        name: Of the file that is locked.
+        name: Of the file.
         is_stop_requested: Ends the wait early when it returns True.
 
     Raises:

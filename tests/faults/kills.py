@@ -49,14 +49,14 @@ TRAINING = (
     killed_runs(
         "kills while measuring",
         "single",
-        Trigger("call mlra_scale/training/watch/passes.py evaluate"),
+        Trigger("call mlra_scale/training/watch/passes.py DataPasses._measure_validation"),
         Trigger("call mlra_scale/stability/activations.py *", 12),
         Trigger("call mlra_scale/stability/gradients.py *.before_step", 2),
         Trigger("call mlra_scale/parallel/zero_engine.py *eval_batch", 2),
         Trigger("call mlra_scale/stability/tev.py report"),
         Trigger("call mlra_scale/stability/spectral.py *", 9),
         Trigger("call mlra_scale/stability/gradients.py *.before_update", 2),
-        Trigger("call mlra_scale/training/watch/passes.py evaluate", 2),
+        Trigger("call mlra_scale/training/watch/passes.py DataPasses._measure_validation", 2),
         more=MEASURED,
     ),
     killed_runs(

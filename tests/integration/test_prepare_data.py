@@ -213,7 +213,7 @@ def test_bad_input_is_one_message_code_2_and_nothing_left(
     before = digests(tmp_path)
     assert run("--output", out, *(argument.replace("IN", str(source), 1) for argument in arguments)) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("prepare_data: error: ") and message in captured.err
+    assert captured.err.startswith("prepare: error: ") and message in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
     assert digests(tmp_path) == before and sorted(os.listdir(tmp_path)) == ["in"]
 
@@ -257,16 +257,18 @@ def test_verify_needs_no_other_option_and_says_what_is_damaged(
     data = Path(shutil.copytree(training_data, tmp_path / "data"))
 
     def verified(folder: Path) -> tuple[object, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            COMMAND.main(["--verify", str(folder)])
+        try:
+            code: object = COMMAND.main(["--verify", str(folder)])
+        except SystemExit as ended:
+            code = ended.code
         captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
+        return code, captured.out, captured.err
 
     code, out, err = verified(data)
     assert (code, err) == (0, "") and f"{data / 'train.bin'}: " in out
     flip(data / "train.bin", 70_000, 4)
     code, out, err = verified(data)
-    assert code == 2 and err.startswith(f"prepare_data: error: {data / 'train.bin'} is damaged")
+    assert code == 2 and err.startswith(f"prepare: error: {data / 'train.bin'} is damaged")
     assert "at offset 65536 differ" in err and err.count("\n") == 1
     code, _, err = verified(tmp_path)
     assert code == 2 and f"{tmp_path} has no manifest.json" in err

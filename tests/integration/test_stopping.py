@@ -90,10 +90,10 @@ def test_what_a_stop_leaves_out_is_made_up_for(
     # In each: steps of a pipeline's schedule, or micro-batches, in one evaluation.
     num_heard = {"zero1": 8, "pipeline2": 10, "zero3-dp2": 4}[layout]
     for where, nth, step, number in (
-        ("evaluate", num_heard + 2, 2, signal.SIGTERM),  # of step 0, which is done, and in that of step 2
+        ("_measure_validation", num_heard + 2, 2, signal.SIGTERM),  # of step 0, which is done, and in that of step 2
         ("gradient_norm", 2, 2, signal.SIGINT),  # before step 3: nothing was done since
         ("_measure_activations", 1, 3, signal.SIGHUP),
-        ("evaluate", num_heard + 2, 6, signal.SIGUSR1),
+        ("_measure_validation", num_heard + 2, 6, signal.SIGUSR1),
     ):
         finished = interrupted("parts", where, nth, *arguments, "--resume", "auto", number=number)
         event = events(tmp_path / "parts")[-1]
@@ -111,7 +111,7 @@ def test_what_a_stop_leaves_out_is_made_up_for(
 def test_a_stop_before_the_first_step_says_that_there_is_no_checkpoint(
     tmp_path: Path, start: Start, interrupted: Callable[..., Finished]
 ) -> None:
-    finished = interrupted("run", "evaluate", 2, *MEASURING)
+    finished = interrupted("run", "_measure_validation", 2, *MEASURING)
     assert re.search("before the first step, as a signal asked: there is no checkpoint yet", finished.stderr)
     assert not (tmp_path / "run" / "checkpoints").exists()
     start("run", *MEASURING, "--resume", "auto", num_processes=2)

@@ -65,21 +65,16 @@ def test_messages_have_level_and_rank(capsys: pytest.CaptureFixture[str], monkey
     ]
 
 
-def test_a_closed_pipe_takes_everything(broken: int) -> None:
-    with pytest.raises(BrokenPipeError):
-        os.write(broken, b"x")
-    shown = stream(broken)
-    for _ in range(3):
-        print("step 1", "x" * 100_000, file=shown, flush=True)
-    assert shown.fileno() == broken and not shown.isatty()
-
-
-def test_a_full_disk_takes_everything() -> None:
-    descriptor = os.open("/dev/full", os.O_WRONLY)
-    with pytest.raises(OSError, match="No space left"):
-        os.write(descriptor, b"x")
-    print("step 1", file=stream(descriptor), flush=True)
-    os.close(descriptor)
+def test_a_closed_pipe_and_a_full_disk_take_everything(broken: int) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in (broken, full):
+        with pytest.raises(OSError):
+            os.write(descriptor, b"x")
+        shown = stream(descriptor)
+        for _ in range(3):
+            print("step 1", "x" * 100_000, file=shown, flush=True)
+        assert shown.fileno() == descriptor and not shown.isatty()
+    os.close(full)
 
 
 def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
@@ -119,17 +114,13 @@ def test_a_tool_that_only_prints_says_that_nobody_got_it(
     )
 
 
-def test_an_interrupted_tool_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> int:
-        raise KeyboardInterrupt
+def test_an_interrupted_tool_says_so_and_an_error_of_a_file_is_not_one_of_the_console(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
 
-    assert console.run_tool(main, has_side_effects=False) == 130
+    assert console.run_tool(lambda: fail(KeyboardInterrupt()), has_side_effects=False) == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_an_error_of_a_file_is_not_one_of_the_console() -> None:
-    def main() -> int:
-        raise FileNotFoundError(2, "No such file or directory", "missing.txt")
-
     with pytest.raises(FileNotFoundError):
-        console.run_tool(main, has_side_effects=False)
+        console.run_tool(lambda: fail(FileNotFoundError(2, "No such file", "missing.txt")), has_side_effects=False)

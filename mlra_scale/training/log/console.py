@@ -17,14 +17,7 @@ CURVES = ("loss", "validation_loss", "tev_mean", "tev_std")
 
 
 def train_line(record: Mapping[str, Any], total_steps: int, elapsed: float, remaining: float | None) -> str:
-    """Returns the console line of a logged step.
-
-    Args:
-        record: Of the step; values that are absent are left out of the line.
-        total_steps: Steps of the run.
-        elapsed: Seconds since the start of this process.
-        remaining: Estimated seconds to the last step; None: unknown.
-    """
+    """Returns the console line of a logged step, with the seconds since this process started and to the last step."""
     parts = [
         _step(record["step"], total_steps),
         f"loss {record['loss']:.4f}",
@@ -76,12 +69,8 @@ def summary_of(
 ) -> dict[str, Any]:
     """Returns the summary of a run that reached its last step, for the event log and wandb.
 
-    Args:
-        records: Of the whole run.
-        steps: Done.
-        seconds: Of this process.
-        tokens_per_second: Mean over the steps of this process.
-        peak_memory_gib: The largest of any rank.
+    The curves are those of the whole run, seconds and tokens per second those of this process, and the memory is the
+    largest of any rank.
     """
     curves = {name: [record[name] for record in records if record.get(name) is not None] for name in CURVES}
     return {
@@ -129,11 +118,7 @@ _EXPECTED_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 
 
 def silence_libraries(device: str) -> None:
-    """Silences loggers and warnings; to be called before DeepSpeed is imported, which then chooses its accelerator.
-
-    Args:
-        device: `cpu` or `cuda`: DeepSpeed's accelerator.
-    """
+    """Silences loggers and warnings; to be called before DeepSpeed is imported, whose accelerator is then `device`."""
     os.environ["DS_ACCELERATOR"] = device
     for message, category in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)

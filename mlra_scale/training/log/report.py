@@ -69,9 +69,7 @@ class Report:
         self._run, self._is_main = run, is_main
         self._directory, self._total_steps = run.directory, run.config.train.steps
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
-        self._is_open = False
         self._folder: int | None = None
-        self._checkpoints: tuple[int, int] | None = None
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -86,7 +84,6 @@ class Report:
         num_cut = cut_record(directory.metrics, self._step if resume.kind == "training" else -1)
         self._records = read_record(directory.metrics)
         self._metrics, self._events = JsonLines(directory.metrics), EventLog(directory.events)
-        self._is_open = True
         self._events.event("start", step=self._step, world_size=run.plan.world_size, commit=commit())
         self.say(short_report(run.config, run.plan, resolve_device(run.config)))
         if run.layout is not None:
@@ -142,10 +139,7 @@ class Report:
         self.say(text)
 
     def sync(self) -> str | None:
-        """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it.
-
-        Returns:
-            What another program has done to a file of the record, whose next lines would be lost; else None.
+        """Puts the record on disk, and returns what another program has done to one of its files.
 
         Raises:
             RecordLost: The run directory has been moved, removed or replaced: checkpoints would be lost too.
@@ -153,7 +147,6 @@ class Report:
         if self._folder is None:
             return None
         check_same(self._directory.path, self._folder)
-        self._note_replaced_checkpoints()
         lost = []
         for log in (self._metrics, self._events):  # both, also if the first one is lost
             try:
@@ -162,28 +155,10 @@ class Report:
                 lost.append(str(error))
         return "; ".join(lost) or None
 
-    def _note_replaced_checkpoints(self) -> None:
-        """Reports that the folder of checkpoints is another one than before; the run continues and saves into it."""
-        before, path = self._checkpoints, self._directory.checkpoints
-        try:
-            found = path.stat()
-            self._checkpoints = (found.st_dev, found.st_ino)
-        except OSError:
-            self._checkpoints = None
-        if before is not None and self._checkpoints != before:
-            text = f"{path} was moved, removed or replaced: its earlier checkpoints are no longer there"
-            self.note("checkpoints_replaced", text, path=str(path))
-
     def record(
         self, progress: Progress, values: Mapping[str, Any], measuring_seconds: Mapping[str, float] | None = None
     ) -> None:
-        """Records what was measured after a step; if nothing was, only the progress bar moves.
-
-        Args:
-            progress: The counters after the step.
-            values: What was measured.
-            measuring_seconds: This rank's time for the measurements, by name.
-        """
+        """Records what was measured after a step and in how many seconds; if nothing was, only the bar moves."""
         self._step = progress.step
         if self._bar is not None:
             self._bar.update(progress.step - self._bar.n)
@@ -245,36 +220,22 @@ class Report:
             text = f"step {save.step}: the checkpoint is complete, but of earlier ones {save.not_removed}"
             self.note("not_removed", text, step=save.step, reason=save.not_removed)
 
-    def on_guard_actions(self, actions: Sequence[Action], factor: float, until: int | None) -> None:
-        """Reports the guard's decisions, except a rollback, which is reported when it is done.
-
-        Args:
-            actions: The decisions.
-            factor: On the learning rate of the next step.
-            until: First step whose rate is the schedule's again; None: that of the next one is.
-        """
+    def on_guard_actions(self, actions: Sequence[Action], rate: Mapping[str, Any]) -> None:
+        """Reports the guard's decisions, but not a rollback before it is done; `rate`: see Guard.rate_after."""
         for action in actions:
             if action.kind == "rollback":
                 continue
-            more = {"factor": factor, "until": until} if action.kind == "lower_rate" else {}
+            more = rate if action.kind == "lower_rate" else {}
             self._wandb.log(action.step, {f"guard/{action.kind}": more.get("factor", 1)})
-            outcomes = {"skip": "update skipped", "lower_rate": f"learning rate times {factor:g}"}
+            outcomes = {"skip": "update skipped", "lower_rate": f"learning rate times {rate['factor']:g}"}
             text = f"guard, step {action.step}: {outcomes.get(action.kind, 'gives up')}: {action.reason}"
             self.note(f"guard_{action.kind}", text, step=action.step, reason=action.reason, **more)
 
-    def on_rollback(self, action: Action, number: int, progress: Progress, factor: float, until: int | None) -> None:
-        """Cuts the record back to the checkpoint of a rollback; for rank 0.
-
-        Args:
-            action: The guard's decision.
-            number: Of this rollback, from 1.
-            progress: The counters to continue with.
-            factor: On the learning rate of the next step.
-            until: See `on_guard_actions`.
-        """
+    def on_rollback(self, action: Action, number: int, progress: Progress, rate: Mapping[str, Any]) -> None:
+        """Cuts the record back to the checkpoint of rollback `number` (from 1); for rank 0."""
         assert action.skipped is not None
         start, stop = action.skipped
-        lowered = "" if until is None else f", learning rate times {factor:g}"
+        lowered = "" if rate["until"] is None else f", learning rate times {rate['factor']:g}"
         self.note(
             "guard_rollback",
             f"guard, step {action.step}: back to step {progress.step}, samples {start:,} to {stop - 1:,} are not read "
@@ -283,8 +244,7 @@ class Report:
             to_step=progress.step,
             skipped_from=start,
             skipped_to=stop,
-            factor=factor,
-            until=until,
+            **rate,
             reason=action.reason,
         )
         self._metrics.close()
@@ -328,7 +288,7 @@ class Report:
     ) -> None:
         """Records how the run ended, and closes everything."""
         self._close_bar()
-        if self._is_main and error is not None and not self._is_open and self._directory.events.exists():
+        if self._is_main and error is not None and self._folder is None and self._directory.events.exists():
             # A run that was to be resumed ends before its first step; a new one leaves nothing behind.
             self._events = EventLog(self._directory.events)
         code = ExitCode.DONE

@@ -82,12 +82,7 @@ class WandbLog:
         self._run = run
 
     def finish(self, exit_code: int, summary: Mapping[str, Any] | None = None) -> None:
-        """Closes the run.
-
-        Args:
-            exit_code: Of the process; wandb shows a run with another code than 0 as failed.
-            summary: Final values for wandb's summary.
-        """
+        """Closes the run with final values; wandb shows a run with another exit code than 0 as failed."""
         while self._run is not None:
             run, self._run = self._run, None
             try:
@@ -101,16 +96,12 @@ class WandbLog:
 
 
 def open_wandb(config: Config, run_directory: RunDirectory, num_rollbacks: int = 0) -> WandbLog:
-    """Starts, or continues, the wandb run of a run directory.
+    """Starts, or continues, the wandb run of a run directory, under the id in its file wandb/run_id.
 
     Mode `auto` is online if wandb finds a key and WANDB_MODE does not ask for less, else offline. A server that does
     not answer within 15 s (WANDB_INIT_TIMEOUT) turns the run into an offline one, which `wandb sync` can send later.
-    Where not even that starts, the run continues without wandb.
-
-    Args:
-        config: The run's configuration; it becomes wandb's config.
-        run_directory: Holds wandb's files and, in wandb/run_id, the id under which a resumed run continues.
-        num_rollbacks: Of the run so far. wandb's steps only increase, so the run has a new id after each.
+    Where not even that starts, the run continues without wandb. wandb's steps only increase, so the run has a new id
+    after each rollback.
     """
     try:
         mode = wandb_mode(config)
@@ -173,7 +164,7 @@ def _start(wandb: Any, config: Config, run_directory: RunDirectory, run_id: str,
 
 
 def wandb_mode(config: Config) -> str:
-    """Returns the mode to start in: `online`, `offline` or `disabled`, with `auto` resolved."""
+    """Returns the mode to start in, with `auto` resolved."""
     if config.wandb.mode != "auto":
         return config.wandb.mode
     wanted = os.environ.get("WANDB_MODE", "").lower()

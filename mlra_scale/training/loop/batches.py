@@ -45,8 +45,8 @@ def read_collectively(read: Read, progress: Progress, topology: Topology, is_che
     """Reads batches, and stops all ranks if one of them cannot use what it has read; collective.
 
     Bad data are a token that the model does not have, or a damaged block of a large prepared file. One number is
-    exchanged per call, over gloo, so a GPU is not waited for. Data that were checked as a whole at the start need no
-    exchange.
+    exchanged per call, over gloo, so a GPU is not waited for. Data that were checked as a whole at the start
+    (Datasets.is_checked) need no exchange.
 
     Args:
         read: Reads this rank's batches.
@@ -78,13 +78,9 @@ def read_collectively(read: Read, progress: Progress, topology: Topology, is_che
 
 
 class Prefetcher:
-    """Reads the next step's micro-batches in a background thread while the current step computes.
+    """Reads the next step's micro-batches of a data rank in a background thread while the current step computes.
 
-    Args:
-        stream: Training samples.
-        plan: The batch plan.
-        data_rank: This process's coordinate on the data axis.
-        pins_memory: Whether batches go to page-locked memory: from any other, copying to a GPU waits for its queue.
+    They go to page-locked memory if `pins_memory`: copying to a GPU from any other waits for its queue.
     """
 
     def __init__(self, stream: SampleStream, plan: BatchPlan, data_rank: int, pins_memory: bool = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError
 from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
-from mlra_scale.checkpoint.retention import checkpoint_name, remove_after, set_latest, step_named
+from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
 from mlra_scale.data import OpenData
 from mlra_scale.parallel import Engine
@@ -37,6 +37,9 @@ class Checkpoints:
 
     Attributes:
         newest: The checkpoint of this run that was completed last, or that it resumed from; None: there is none.
+
+    Every method but `point_to_start` is collective. They raise TrainingStopped, on all ranks, where a checkpoint cannot
+    be saved or read.
     """
 
     def __init__(
@@ -61,31 +64,14 @@ class Checkpoints:
             may_copies_differ=settings.differing_copies == "report",
         )
 
-    @property
-    def newest_step(self) -> int | None:
-        return None if self.newest is None else step_named(self.newest)
-
     def load(self) -> None:
-        """Loads the checkpoint that the run starts from, if there is one; collective.
-
-        Its checksums were compared before (agree_on_checkpoint).
-
-        Raises:
-            TrainingStopped: It cannot be read; on all ranks.
-        """
+        """Loads the checkpoint that the run starts from, if there is one, whose checksums were compared before."""
         if self._resume.checkpoint is not None:
             has_watchers = self._resume.kind == "training"
             self._load(self._resume.checkpoint, self._resume.progress.step, has_watchers)
 
     def roll_back(self, step: int, heartbeat: Callable[[], None]) -> Progress:
-        """Loads an earlier checkpoint of this run, and makes `latest` name it; collective.
-
-        Returns:
-            The counters to continue with.
-
-        Raises:
-            TrainingStopped: It cannot be read, or the save in progress failed; on all ranks.
-        """
+        """Loads an earlier checkpoint of this run and makes `latest` name it; returns the counters to continue with."""
         self.finish(step)
         heartbeat()
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
@@ -98,14 +84,6 @@ class Checkpoints:
         on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         heartbeat()
         return Progress(**state["progress"])
-
-    def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of steps that a rollback has undone; for rank 0.
-
-        Raises:
-            CheckpointError: They cannot be removed.
-        """
-        remove_after(self._folder, step)
 
     def _load(self, checkpoint: Path, step: int, has_watchers: bool = True) -> dict[str, Any]:
         try:
@@ -135,7 +113,7 @@ class Checkpoints:
         pinned: int | None = None,
         left_out: Sequence[str] = (),
     ) -> None:
-        """Begins to save a checkpoint; the last one is complete when this returns. Collective.
+        """Begins to save a checkpoint; the last one is complete when this returns.
 
         Args:
             progress: The counters.
@@ -144,9 +122,6 @@ class Checkpoints:
             is_last: Whether the run ends here.
             pinned: Step of an earlier checkpoint that must be kept.
             left_out: Measurements that a stop request has left out after that step.
-
-        Raises:
-            TrainingStopped: It failed, or the one before did; on all ranks.
         """
         state = {
             "progress": asdict(progress),
@@ -176,20 +151,12 @@ class Checkpoints:
             self._report(self._saver.finish() if is_last else [])
 
     def finish(self, step: int) -> None:
-        """Waits for the save in progress, if there is one; collective.
-
-        Raises:
-            TrainingStopped: It failed; on all ranks.
-        """
+        """Waits for the save in progress, if there is one."""
         with self._failures_stop(step):
             self._report(self._saver.finish())
 
     def poll(self, step: int) -> None:
-        """Advances a save in progress and reports those that are complete; collective, after every step.
-
-        Raises:
-            TrainingStopped: The save failed; on all ranks on the same step.
-        """
+        """Advances a save in progress and reports those that are complete; called after every step."""
         with self._failures_stop(step):
             self._report(self._saver.poll())
 

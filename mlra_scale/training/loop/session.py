@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from mlra_scale.checkpoint.retention import checkpoint_name, remove_after
 from mlra_scale.data import Batch, OpenData
 from mlra_scale.parallel import Topology
 from mlra_scale.stability.guard import Action, Guard
@@ -30,11 +31,9 @@ from mlra_scale.training.watch.step_watchers import GIB, peak_memory_bytes
 
 @dataclass
 class Session:
-    """The parts of a run at work, and its position.
+    """The parts of a run at work, its counters, and the learning rate of its last step.
 
-    Attributes:
-        progress: The counters.
-        learning_rate: Of the last step.
+    The methods raise TrainingStopped, on all ranks, where the run ends.
     """
 
     run: ResolvedRun
@@ -52,11 +51,7 @@ class Session:
         self.progress = self.run.resume.progress
 
     def begin(self, tev: TevWatcher, passes: DataPasses) -> None:
-        """Loads the checkpoint, opens the record, and makes the measurements that precede the first step.
-
-        Raises:
-            TrainingStopped: The checkpoint or the record cannot be used, or a stop was requested; on all ranks.
-        """
+        """Loads the checkpoint, opens the record, and makes the measurements that precede the first step."""
         resume, config = self.run.resume, self.run.config
         self.checkpoints.load()
         self.guard.adopt_rollbacks(resume.rollbacks, self.progress.step)
@@ -131,11 +126,7 @@ class Session:
         return self.read(read)
 
     def next_step(self, next_batches: Callable[[int], list[Batch]]) -> Step:
-        """Reads the data of the next step by `next_batches`, which takes its first sample.
-
-        Raises:
-            BadData: Some rank's data are bad; on all ranks.
-        """
+        """Reads the data of the next step by `next_batches`, which takes its first sample."""
         config, number, started = self.run.config, self.progress.step + 1, time.perf_counter()
         self.watchdog.heartbeat("training", number)
         first_sample = self.guard.first_sample(self.progress.consumed_samples)
@@ -157,11 +148,7 @@ class Session:
         self.learning_rate = step.learning_rate
 
     def save(self, validation_loss: float | None, is_last: bool, left_out: Sequence[str] = ()) -> None:
-        """Saves a checkpoint, after the record of its steps is on disk.
-
-        Raises:
-            TrainingStopped: The checkpoint cannot be written, or another program has removed the record; on all ranks.
-        """
+        """Saves a checkpoint, after the record of its steps is on disk."""
         step = self.progress.step
         self.watchdog.heartbeat("saving", step)
         lost = on_rank_0(self.report.sync, self.topology, step, ExitCode.CHECKPOINT_FAILED)
@@ -181,13 +168,11 @@ class Session:
     def stop(
         self, bad_data: BadData | None = None, validation_loss: float | None = None, left_out: Sequence[str] = ()
     ) -> NoReturn:
-        """Ends the run because of bad data or, without them, a signal; steps since the last checkpoint are saved.
-
-        Raises:
-            TrainingStopped: On all ranks.
-        """
+        """Ends the run because of bad data or, without them, a signal; steps since the last checkpoint are saved."""
         self.checkpoints.finish(self.progress.step)
-        if self.progress != self.run.resume.progress and self.checkpoints.newest_step != self.progress.step:
+        newest, step = self.checkpoints.newest, self.progress.step
+        is_saved = newest is not None and newest.name == checkpoint_name(step)
+        if self.progress != self.run.resume.progress and not is_saved:
             self.save(validation_loss, is_last=True, left_out=left_out)
         code = ExitCode.PREEMPTED if bad_data is None else bad_data.exit_code
         self.interruption.limit(EXPENDABLE_SECONDS, code=code)
@@ -206,11 +191,7 @@ class Session:
         return TrainingStopped(f"{when}, as a signal asked: {left}", values, ExitCode.PREEMPTED)
 
     def after_step(self, step: Step, measured: PassResult, is_stop: bool) -> None:
-        """Does what follows a step: a rollback, a stop (`is_stop`: some rank was asked to) or a checkpoint.
-
-        Raises:
-            TrainingStopped: The run ends here, or a checkpoint cannot be written or read; on all ranks.
-        """
+        """Does what follows a step: a rollback, a stop (`is_stop`: some rank was asked to) or a checkpoint."""
         last, loss = self.run.config.train.steps, measured.values.get("validation_loss")
         is_stop = is_stop or bool(measured.left_out)
         self.checkpoints.poll(step.number)
@@ -227,9 +208,7 @@ class Session:
         if not self.guard.actions:
             return False
         last = self.guard.actions[-1]
-        following = last.step + 1
-        factor, until = self.guard.rate_factor(following), self.guard.lowered_until(following)
-        self.report.on_guard_actions(self.guard.actions, factor, until)
+        self.report.on_guard_actions(self.guard.actions, self.guard.rate_after(last.step))
         if last.kind == "give_up":
             raise self._given_up(last)
         if last.kind != "rollback":
@@ -246,9 +225,6 @@ class Session:
         In this order: killed before guard.json is written, the run continues from that checkpoint, meets the same
         trouble and rolls back again; killed after it, the run continues without those data, and no later checkpoint is
         left that would take precedence.
-
-        Raises:
-            TrainingStopped: The checkpoint cannot be read; on all ranks.
         """
         assert action.to_step is not None
         heartbeat = partial(self.watchdog.heartbeat, "rolling back", action.to_step)
@@ -257,11 +233,10 @@ class Session:
         self.guard.note_rollback(action)
 
         def write() -> None:
-            self.checkpoints.remove_after(self.progress.step)
+            remove_after(self.run.directory.checkpoints, self.progress.step)
             self.run.directory.write_rollbacks(self.guard.rollbacks)
-            following = self.progress.step + 1
-            factor, until = self.guard.rate_factor(following), self.guard.lowered_until(following)
-            self.report.on_rollback(action, len(self.guard.rollbacks), self.progress, factor, until)
+            rate = self.guard.rate_after(self.progress.step)
+            self.report.on_rollback(action, len(self.guard.rollbacks), self.progress, rate)
 
         on_rank_0(write, self.topology, self.progress.step, ExitCode.CHECKPOINT_FAILED)
 

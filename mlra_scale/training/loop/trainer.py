@@ -113,15 +113,15 @@ def launch(request: LaunchRequest, run: ResolvedRun, watchdog: Watchdog, interru
         check_same_layout(run.layout, device)
     watchdog.heartbeat("preparing", run.resume.progress.step)
     topology = build_topology(run.plan, device, minutes)
-    code, problems = ExitCode.DONE, []
+    code, refused = ExitCode.DONE, None
     try:
         run = agree_on_checkpoint(request, run, topology)
         if not run.is_done:
             fit(run, topology, interruption, watchdog)
         elif topology.rank == 0:
             report_nothing_to_do(run)
-    except StartRefused as refusal:
-        code, problems = ExitCode.BAD_INPUT, refusal.problems
+    except StartRefused as error:
+        code, refused = ExitCode.BAD_INPUT, error
     except TrainingStopped as stop:  # printed by rank 0's report
         code = stop.exit_code
     # A launcher ends all ranks when one ends: none may end before rank 0 has written everything. From here on each ends
@@ -131,8 +131,8 @@ def launch(request: LaunchRequest, run: ResolvedRun, watchdog: Watchdog, interru
     if owns_group:
         destroy_topology(topology)
         dist.destroy_process_group()
-    if problems and topology.rank == 0:
-        raise ConfigError(problems)
+    if refused is not None and topology.rank == 0:
+        raise refused
     return code
 
 

@@ -6,7 +6,7 @@ all files are compared by all ranks together, each with a share of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,27 +24,14 @@ from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolv
 T = TypeVar("T")
 
 
-class StartRefused(Exception):
-    """The run cannot start; raised on all ranks together.
-
-    Attributes:
-        problems: What rank 0 found wrong.
-    """
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("\n".join(map(str, problems)))
-        self.problems = list(problems)
+class StartRefused(ConfigError):
+    """The run cannot start, because of what rank 0 found; raised on all ranks together."""
 
 
 def agree_on_checkpoint(request: LaunchRequest, run: ResolvedRun, topology: Topology) -> ResolvedRun:
     """Returns rank 0's resolved run on all ranks, with a checkpoint whose checksums are right; collective.
 
-    With `--resume auto` a damaged checkpoint is replaced by the next one.
-
-    Args:
-        request: What the command line asks for.
-        run: What it resolved to on this rank, which keeps the data sets that it has found.
-        topology: The mesh.
+    With `--resume auto` a damaged checkpoint is replaced by the next one. Each rank keeps the data that it has found.
 
     Raises:
         StartRefused: There is no good checkpoint; on all ranks.
@@ -78,11 +65,7 @@ def _with_present_layout(request: LaunchRequest, run: ResolvedRun) -> LaunchRequ
 
 
 def checkpoint_faults(checkpoint: Path, topology: Topology) -> list[str]:
-    """Compares the checksums of a checkpoint, each rank those of a share of its files; collective.
-
-    Returns:
-        What is wrong with it; the same on every rank.
-    """
+    """Returns what is wrong with a checkpoint, on every rank; each compares the checksums of a share; collective."""
     try:
         faults = Store.open(checkpoint).verify(topology.rank, topology.world_size)
     except CheckpointError as error:
@@ -93,19 +76,10 @@ def checkpoint_faults(checkpoint: Path, topology: Topology) -> list[str]:
 
 
 def on_rank_0(work: Callable[[], T], topology: Topology, step: int, exit_code: ExitCode = ExitCode.BAD_INPUT) -> T:
-    """Does on rank 0 what only rank 0 does, such as writing files; collective.
-
-    Args:
-        work: What is to be done.
-        topology: The mesh.
-        step: The run's step, for the event log.
-        exit_code: How the run ends if the work fails.
-
-    Returns:
-        The result of `work`, on every rank.
+    """Returns on every rank the result of work that rank 0 does, such as writing files; collective.
 
     Raises:
-        TrainingStopped: The work failed because of a full disk, a damaged file, or one that another program has
+        TrainingStopped: With `exit_code`, because of a full disk, a damaged file, or one that another program has
             removed; on all ranks, which would otherwise wait for rank 0.
     """
     done: tuple[str | None, Any] = (None, None)

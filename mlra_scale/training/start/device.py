@@ -18,14 +18,7 @@ from mlra_scale.planning.cluster import cluster_of_device
 
 @dataclass(frozen=True)
 class Launcher:
-    """The position of this process among those of its launcher; the defaults are those of a single process.
-
-    Attributes:
-        rank: Of all ranks.
-        world_size: Number of ranks.
-        local_rank: Of the ranks on this node.
-        local_world_size: Number of ranks on this node; None: the launcher did not set it.
-    """
+    """The position of this process among those of its launcher, and among those on this node (None: not set)."""
 
     rank: int = 0
     world_size: int = 1
@@ -59,9 +52,9 @@ class Launcher:
 
 
 def check_launcher(environment: Mapping[str, str]) -> list[Problem]:
-    """Finds a process that srun or mpirun started beside others, each of which would train by itself.
+    """Finds a process that srun or mpirun, which do not set torch's variables, started beside others.
 
-    They do not set torch's variables. An srun that starts one torchrun per node is right: torchrun sets RANK.
+    An srun that starts one torchrun per node is right: torchrun sets RANK.
     """
     if "RANK" in environment:
         return []
@@ -85,8 +78,8 @@ class Devices:
         number: Of all of them.
         per_node: Of a node; None: as many as the planner's cluster has, if they divide the ranks.
         kind: `cuda` or `cpu`.
-        name: What the driver calls them; None: they cannot be seen from here.
-        memory: Bytes of one; None: it cannot be seen from here.
+        name: What the driver calls them; None: unknown here.
+        memory: Bytes of one; None: unknown here.
     """
 
     number: int

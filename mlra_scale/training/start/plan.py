@@ -82,9 +82,8 @@ def _measured(config: Config, kind: str) -> Cluster:
 def resolve_layout(config: Config, named: Named, devices: Devices) -> tuple[Config, LayoutChoice | None]:
     """Returns the configuration with its layout, and how the planner chose it; named fields stay as they are.
 
-    Returns:
-        The choice is None where there was nothing to choose: parallel.layout is manual, every field of the layout is
-        named, or a cluster job has chosen for its ranks.
+    The choice is None where there was nothing to choose: parallel.layout is manual, every field of the layout is named,
+    or a cluster job has chosen for its ranks.
 
     Raises:
         ConfigError: No layout passes the validation, none fits, or a field of the cluster is wrong.
@@ -128,14 +127,7 @@ _GROUPS_SHOWN = 8
 def plan_report(
     config: Config, plan: BatchPlan, layout: LayoutChoice | None = None, devices: Devices | None = None
 ) -> str:
-    """Returns the whole plan of a run.
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan; the ranks need not exist.
-        layout: How the planner chose the layout; None: there was nothing to choose.
-        devices: The devices of the run; None: those that the configuration names.
-    """
+    """Returns the whole plan of a run, whose ranks need not exist; devices None: those that the configuration names."""
     devices = devices or devices_elsewhere(config, plan.world_size)
     sections = [
         ("Model", _model_lines(config)),
@@ -253,9 +245,7 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
     ]
     checkpointing = config.parallel.activation_checkpointing
     other = "none" if checkpointing == "block" else "block"
-    section = config.parallel.model_copy(update={"activation_checkpointing": other})
-    changed = config.model_copy(update={"parallel": section})
-    peak = max(rank_memory(changed, plan, stage).device for stage in range(plan.pipeline))
+    peak = _largest_memory(changed(config, {"parallel": {"activation_checkpointing": other}}), plan)
     return [
         *table(("stage", *COMPONENTS, "sum", "host", "snapshot"), rows, left=0).splitlines(),
         f"(activation checkpointing: {checkpointing}; with {other} the largest sum would be {peak / GIB:.2f})",
@@ -265,6 +255,10 @@ def _memory_lines(config: Config, plan: BatchPlan) -> list[str]:
         " communication buffers are not included)",
         "(formulas: mlra_scale/planning/memory.py)",
     ]
+
+
+def _largest_memory(config: Config, plan: BatchPlan) -> float:
+    return max(rank_memory(config, plan, stage).device for stage in range(plan.pipeline))
 
 
 def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: LayoutChoice | None) -> list[str]:
@@ -293,7 +287,7 @@ def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: L
 
 def _not_fitting(config: Config, plan: BatchPlan, cluster: Cluster) -> str:
     """Returns by how much a layout exceeds the memory of its devices; empty if it fits."""
-    need = max(rank_memory(config, plan, stage).device for stage in range(plan.pipeline))
+    need = _largest_memory(config, plan)
     if need <= cluster.usable_memory:
         return ""
     usable = max(0.0, cluster.usable_memory) / GIB

@@ -7,19 +7,18 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.inspection import good_step
 from mlra_scale.checkpoint.manifest import read_complete_manifest
 from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
-from mlra_scale.data import Mix, check_data, identify_data
+from mlra_scale.data import check_data, identify_data
 from mlra_scale.data.data_sets import FoundData, find_data
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
-    RESETS_GUARD_STATISTICS,
     Change,
     ConfigComparison,
     History,
@@ -29,7 +28,6 @@ from mlra_scale.training.resume import (
     read_stored,
 )
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.schedule import Progress
 from mlra_scale.training.start.device import (
     Devices,
     Launcher,
@@ -41,8 +39,7 @@ from mlra_scale.training.start.device import (
 )
 from mlra_scale.training.start.plan import resolve_layout
 from mlra_scale.training.start.resume_choice import (
-    Rejected,
-    ResumeChoice,
+    ResumePoint,
     choose_checkpoint,
     compare_data,
     read_progress,
@@ -70,44 +67,6 @@ class LaunchRequest:
     world_size: int
     is_stored_config: bool = False
     ranks_per_node: int | None = None
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run starts: at step 0, at a checkpoint of its own or of another run, or at step 0 with given weights.
-
-    Attributes:
-        checkpoint: The folder of the checkpoint; None for a fresh start.
-        rejected: Checkpoints that were passed over.
-        kind: `fresh`; `training` (the run of the checkpoint continues); or `weights` (a new run begins with them).
-        is_in_place: Whether the run in the run directory continues; else it is a new one, or a branch of another one.
-        progress: The counters to continue with.
-        mixes: The mixes of data sets so far, the present one included; empty: the run has none yet.
-        changes: Differences from the run so far.
-        history: All changes of the run, these included.
-        rollbacks: Of the guard, the oldest first.
-        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or incomplete.
-        left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
-        notice: A remark on the checkpoint's format; None where it is the current one.
-    """
-
-    checkpoint: Path | None = None
-    rejected: tuple[Rejected, ...] = ()
-    kind: Literal["fresh", "training", "weights"] = "fresh"
-    is_in_place: bool = False
-    progress: Progress = field(default_factory=Progress)
-    mixes: tuple[Mix, ...] = ()
-    changes: tuple[Change, ...] = ()
-    history: History = field(default_factory=History)
-    rollbacks: tuple[Mapping[str, Any], ...] = ()
-    is_good_step_lost: bool = False
-    left_out: tuple[str, ...] = ()
-    notice: str | None = None
-
-    @property
-    def resets_guard_statistics(self) -> bool:
-        """Whether a change makes the losses and gradient norms so far meaningless for those to come."""
-        return any(change.field in RESETS_GUARD_STATISTICS for change in self.changes)
 
 
 @dataclass(frozen=True)
@@ -146,19 +105,19 @@ def resolve_run(
     Args:
         request: What the command line asks for.
         excluded: Checkpoints that were found to be bad, with the reason.
-        is_here: Whether this process is a rank, or on its machine; else launcher and device are not checked.
+        is_here: Whether this process is on the machine of a rank; else launcher and device are not checked.
 
     Raises:
         ConfigError: With everything that is wrong.
     """
     problems = check_launcher(os.environ) if is_here else []
-    choice, store = ResumeChoice(None), None
+    resume, store = ResumePoint(), None
     with _gathering(problems, request.resume):
         if request.run is None:
             remedy = "is required: name a directory for what the run leaves behind"
             raise ConfigError([Problem("--run-dir", None, remedy)])
-        choice = choose_checkpoint(request.run, request.resume, excluded)
-        store = None if choice.checkpoint is None else Store.open(choice.checkpoint)
+        resume = choose_checkpoint(request.run, request.resume, excluded)
+        store = None if resume.checkpoint is None else Store.open(resume.checkpoint)
     compared, named = _compare_configs(request, store)
     problems += compared.problems
     config, layout = compared.config, None
@@ -170,11 +129,11 @@ def resolve_run(
     is_continued = store is not None and store.kind == "training"
     data_problems = check_data(config, is_continued, found)
     problems += data_problems
-    resume = ResumePoint(choice.checkpoint, choice.rejected)
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
-        resume = replace(resume, kind="weights", history=History(begun_from=origin), notice=store.manifest.notice)
-        resume = replace(resume, changes=tuple(_changes(compared, config, store)))
+        changes, history = _changes(compared, config, store), History(begun_from=origin)
+        notice = store.manifest.notice
+        resume = replace(resume, kind="weights", changes=tuple(changes), history=history, notice=notice)
     elif store is not None:
         changes = _changes(compared, config, store)
         with _gathering(problems, request.resume):

@@ -11,27 +11,21 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.retention import checkpoint_folders, complete_checkpoints, latest
 from mlra_scale.checkpoint.state_contents import STATE
 from mlra_scale.config import ConfigError, Named, Problem
 from mlra_scale.data.mix import DataIdentity, Mix, continued
-from mlra_scale.training.resume import Change, History
+from mlra_scale.training.resume import RESETS_GUARD_STATISTICS, Change, History
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
 
 
 @dataclass(frozen=True)
 class DataHistory:
-    """The data of a run as its checkpoint stores them.
-
-    Attributes:
-        mixes: The mixes of data sets, each with its first sample.
-        validation: Fingerprint of separate validation data.
-        tokenizer: SHA-256 of the tokenizer, where it is known.
-    """
+    """The data of a run as its checkpoint stores them: mixes of data sets, and two fingerprints where there are any."""
 
     mixes: tuple[Mix, ...]
     validation: str | None
@@ -75,13 +69,7 @@ class DataHistory:
 
 @dataclass(frozen=True)
 class DataComparison:
-    """The data of a start, compared with those of the run that it continues.
-
-    Attributes:
-        mixes: The history of mixes to continue with.
-        changes: Differences from the run so far.
-        problems: Differences that are not allowed.
-    """
+    """The history of mixes to continue with, and differences from the run so far: accepted ones and refused ones."""
 
     mixes: tuple[Mix, ...]
     changes: list[Change] = field(default_factory=list)
@@ -92,12 +80,6 @@ def compare_data(identity: DataIdentity, stored: DataHistory, consumed_samples: 
     """Compares data by their fingerprints, wherever they are stored.
 
     Another mix of data sets takes effect with the next sample if `data.blend` is named on the command line.
-
-    Args:
-        identity: Of the data of this start.
-        stored: Of the checkpoint.
-        consumed_samples: Samples that the run has read.
-        named: Which fields a person named.
     """
     changes, problems, converted = [], [], stored.renamed(identity.earlier)
     if converted != stored:
@@ -181,32 +163,52 @@ def _short(fingerprint: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A checkpoint that takes precedence but cannot be used.
-
-    Attributes:
-        path: Its folder, or the file that should name it.
-        reason: What is wrong with it.
-    """
+    """A checkpoint (or the file that should name one) that takes precedence but cannot be used, and why."""
 
     path: Path
     reason: str
 
 
 @dataclass(frozen=True)
-class ResumeChoice:
-    """The checkpoint of a start.
+class ResumePoint:
+    """Where a run starts: at step 0, at a checkpoint of its own or of another run, or at step 0 with given weights.
 
     Attributes:
-        checkpoint: Its folder; None for a start at step 0.
+        checkpoint: The folder of the checkpoint; None for a fresh start.
         rejected: Checkpoints that were passed over.
+        kind: `fresh`; `training` (the run of the checkpoint continues); or `weights` (a new run begins with them).
+        is_in_place: Whether the run in the run directory continues; else it is a new one, or a branch of another one.
+        progress: The counters to continue with.
+        mixes: The mixes of data sets so far, the present one included; empty: the run has none yet.
+        changes: Differences from the run so far.
+        history: All changes of the run, these included.
+        rollbacks: Of the guard, the oldest first.
+        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or incomplete.
+        left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
+        notice: A remark on the checkpoint's format; None where it is the current one.
     """
 
-    checkpoint: Path | None
+    checkpoint: Path | None = None
     rejected: tuple[Rejected, ...] = ()
+    kind: Literal["fresh", "training", "weights"] = "fresh"
+    is_in_place: bool = False
+    progress: Progress = field(default_factory=Progress)
+    mixes: tuple[Mix, ...] = ()
+    changes: tuple[Change, ...] = ()
+    history: History = field(default_factory=History)
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    is_good_step_lost: bool = False
+    left_out: tuple[str, ...] = ()
+    notice: str | None = None
+
+    @property
+    def resets_guard_statistics(self) -> bool:
+        """Whether a change makes the losses and gradient norms so far meaningless for those to come."""
+        return any(change.field in RESETS_GUARD_STATISTICS for change in self.changes)
 
 
-def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, str] | None = None) -> ResumeChoice:
-    """Finds the checkpoint to resume from, without writing; checksums of weights are not compared here.
+def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, str] | None = None) -> ResumePoint:
+    """Finds the checkpoint of a resume point, without writing; checksums of weights are not compared here.
 
     Args:
         run: The run directory.
@@ -220,7 +222,8 @@ def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, st
     """
     if run.path.exists() and not run.path.is_dir():
         raise _refused(run, "is a file; name a directory")
-    if not os.access(_nearest_existing(run.path), os.W_OK | os.X_OK):
+    nearest_existing = next(path for path in (run.path, *run.path.resolve().parents) if path.exists())
+    if not os.access(nearest_existing, os.W_OK | os.X_OK):
         raise _refused(run, "cannot be written; name another directory")
     if resume == "auto":
         return _newest_good(run, excluded or {})
@@ -228,10 +231,10 @@ def choose_checkpoint(run: RunDirectory, resume: str, excluded: Mapping[Path, st
         return _named(run, resume, excluded or {})
     if run.holds_a_run():
         raise _refused(run, "holds another run; continue it with --resume auto, or name another directory")
-    return ResumeChoice(None)
+    return ResumePoint()
 
 
-def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumeChoice:
+def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumePoint:
     rejected = []
     pointer = latest(run.checkpoints)
     if pointer is None and checkpoint_folders(run.checkpoints):
@@ -239,7 +242,7 @@ def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumeChoic
     for path in _in_order(run.checkpoints, pointer):
         reason = _fault(path, excluded)
         if reason is None:
-            return ResumeChoice(path, tuple(rejected))
+            return ResumePoint(path, tuple(rejected))
         rejected.append(Rejected(path, reason))
     if rejected:
         reasons = "; ".join(f"{item.path.name}: {item.reason}" for item in rejected)
@@ -250,7 +253,7 @@ def _newest_good(run: RunDirectory, excluded: Mapping[Path, str]) -> ResumeChoic
     if origin is not None and (reason := _fault(origin, excluded)) is not None:
         remedy = f"the run began from {origin}, which is no longer good: {reason}"
         raise ConfigError([Problem("--resume", "auto", remedy)])
-    return ResumeChoice(origin)
+    return ResumePoint(origin)
 
 
 def _in_order(checkpoints: Path, pointer: Path | None) -> list[Path]:
@@ -267,7 +270,7 @@ def _in_order(checkpoints: Path, pointer: Path | None) -> list[Path]:
     return [pointer, *sorted(others, key=lambda path: path.name > pointer.name)]
 
 
-def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> ResumeChoice:
+def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> ResumePoint:
     given = Path(resume).resolve()
     if _began_from(run, given):
         return _newest_good(run, excluded)
@@ -282,7 +285,7 @@ def _named(run: RunDirectory, resume: str, excluded: Mapping[Path, str]) -> Resu
     if run.holds_a_run() and not run.is_own(path):
         fault = f"holds a run, and {path} is none of its checkpoints; name a new directory for the branch, or continue "
         raise _refused(run, fault + "the run that is here with --resume auto")
-    return ResumeChoice(path)
+    return ResumePoint(path)
 
 
 def _began_from(run: RunDirectory, given: Path) -> bool:
@@ -334,8 +337,3 @@ def read_progress(store: Store) -> tuple[Progress, DataHistory, History]:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{store.folder / STATE} is not sound ({reason}); use another checkpoint") from error
-
-
-def _nearest_existing(path: Path) -> Path:
-    """Returns the path itself or the closest of its parents that exists."""
-    return next(candidate for candidate in (path, *path.resolve().parents) if candidate.exists())

@@ -48,13 +48,7 @@ def raise_if_stopped(interruption: Interruption, topology: Topology) -> None:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The outcome of the passes after a step.
-
-    Attributes:
-        values: For the record.
-        left_out: Names of passes that a stop request or bad data left out.
-        bad_data: What is wrong with the data; None: nothing.
-    """
+    """Values for the record, and the passes that a stop request or bad data left out."""
 
     values: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -68,7 +62,7 @@ class DataPasses:
         engine: The model.
         config: How often, and on how many samples; what is on is also measured at the last step.
         plan: The batch plan.
-        validation: Validation samples, always the same first ones; the probe batch is the first of them.
+        validation: Validation samples; the first of them are the probe batch.
         read: Reads batches on all ranks (Session.read).
         hear_stop: See raise_if_stopped.
     """
@@ -103,21 +97,27 @@ class DataPasses:
         `measuring_seconds` receives the time of the activation probe.
         """
         values: dict[str, Any] = {}
+        if is_stop:
+            return PassResult(values, tuple(names))
         passes = {"validation": self._measure_validation, "activations": self._measure_activations}
         for number, name in enumerate(names):
-            if is_stop:
-                return PassResult(values, tuple(names[number:]))
             try:
                 values |= passes[name](measuring_seconds)
-            except StopRequested:
-                return PassResult(values, tuple(names[number:]))
-            except BadData as error:
-                return PassResult(values, tuple(names[number:]), error)
+            except (StopRequested, BadData) as reason:
+                bad_data = reason if isinstance(reason, BadData) else None
+                return PassResult(values, tuple(names[number:]), bad_data)
         return PassResult(values)
 
     def _measure_validation(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
-        num_batches = self._config.evaluation.batches
-        return evaluate(self._engine, self._validation, num_batches, self._plan, self._read, self._hear_stop)
+        """Reads no sample twice, unless the data set is smaller than a global batch."""
+        plan, stream, data_rank = self._plan, self._validation, self._engine.topology.data_rank
+        num_batches = min(self._config.evaluation.batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
+        total = 0.0
+        for index in range(num_batches):
+            batches = self._read(partial(read_batches, stream, plan, data_rank, index * plan.global_batch_size))
+            total += self._engine.eval_batch(batches, self._hear_stop)
+        loss = total / num_batches
+        return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}
 
     def _measure_activations(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
         if self._probe_batches is None:
@@ -128,30 +128,3 @@ class DataPasses:
         activations = self._probe.measure(self._probe_batches, self._hear_stop)
         measuring_seconds["activations"] = time.perf_counter() - began
         return {"activations": activations}
-
-
-def evaluate(
-    engine: Engine,
-    stream: SampleStream,
-    max_batches: int,
-    plan: BatchPlan,
-    read: Callable[[Read], list[Batch]],
-    between: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """Returns validation loss and perplexity over the first samples of the stream, always the same ones; collective.
-
-    Args:
-        engine: The model.
-        stream: Validation samples.
-        max_batches: Most global batches to read. No sample is read twice, unless the data set is smaller than one.
-        plan: The batch plan.
-        read: Reads batches on all ranks (Session.read).
-        between: See Engine.eval_batch.
-    """
-    num_batches = min(max_batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
-    total = 0.0
-    for index in range(num_batches):
-        batches = partial(read_batches, stream, plan, engine.topology.data_rank, index * plan.global_batch_size)
-        total += engine.eval_batch(read(batches), between)
-    loss = total / num_batches
-    return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700.0 else math.inf}

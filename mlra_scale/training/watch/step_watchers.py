@@ -6,10 +6,8 @@ import gc
 import math
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +123,7 @@ class FiniteCheck(Watcher):
 def peak_tflops(config: Config, device: torch.device) -> float | None:
     """Returns the peak of one device in TFLOP/s, for MFU: `train.peak_tflops`, or that of the table.
 
-    None where it is not known: CPUs, devices that are not in the table, and fp32, whose peak depends on TF32.
+    None for CPUs, unknown devices, and fp32, whose peak depends on TF32.
     """
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops
@@ -147,31 +145,20 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Returns this process's peak memory: that of the device on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux counts in KiB
 
 
-@dataclass(frozen=True)
-class StepEstimate:
-    """The planner's estimate of a step.
+def estimate_step(config: Config, plan: BatchPlan, device: torch.device) -> tuple[float, str] | None:
+    """Returns the planner's seconds for a step and the devices that they are for, such as `4 x 8 h100`.
 
-    Attributes:
-        seconds: Of the step.
-        devices: What it is for, such as `4 x 8 h100`.
+    None where the planner has no constants for the devices of this process.
     """
-
-    seconds: float
-    devices: str
-
-
-def estimate_step(config: Config, plan: BatchPlan, device: torch.device) -> StepEstimate | None:
-    """Returns the estimate for the devices of this process; None where the planner has no constants for them."""
     devices = devices_here(plan.world_size, device.type)
     if config.cluster.file is None and config.cluster.device is None and not devices.is_known():
         return None
     cluster = cluster_for(config, devices)
     name = f"{cluster.nodes} x {cluster.devices_per_node} {cluster.name}"
-    return StepEstimate(step_time(config, plan, cluster).seconds, name)
+    return step_time(config, plan, cluster).seconds, name
 
 
 class StepMetrics(Watcher):
@@ -236,19 +223,19 @@ class StepMetrics(Watcher):
 
     def _compare(self, seconds: float, is_plain: bool) -> None:
         """Compares the first steps with the estimate, which includes neither waits for data nor measurements."""
-        estimate = self._estimate
-        if estimate is None or self._steps > LAST_COMPARED:
+        if self._estimate is None or self._steps > LAST_COMPARED:
             return
         if self._steps >= FIRST_COMPARED and is_plain:
             self._compared.append(seconds)
         if self._steps < LAST_COMPARED or not self._compared:
             return
+        estimate, devices = self._estimate
         measured = statistics.median(self._compared)
-        share = measured / estimate.seconds - 1.0
+        share = measured / estimate - 1.0
         difference = f"{100 * abs(share):.0f} % {'longer' if share > 0 else 'shorter'} than"
         text = (
             f"a step takes {measured:.3g} s (median of {len(self._compared)} step(s), without waits for data), "
-            f"{difference} the planner's estimate of {estimate.seconds:.3g} s for {estimate.devices}"
+            f"{difference} the planner's estimate of {estimate:.3g} s for {devices}"
         )
         if abs(share) > TOLERANCE:
             text = (
@@ -263,7 +250,7 @@ class StepProfiler(Watcher):
     Args:
         config: First step, and first step that is no longer profiled; start None for no profile.
         folder: Where the trace is written.
-        device: Activity of a GPU is recorded on a GPU only.
+        device: On a GPU its activity is recorded too.
         last_step: The run's last step, at which a profile ends too.
         say: Prints; None on ranks that do not profile.
     """

@@ -1,4 +1,4 @@
-"""What a run tells: its record, its events, the console, and what rank 0 alone writes."""
+"""What a run reports: its record, its events, the console, and what rank 0 alone writes."""
 
 import io
 import os
@@ -20,8 +20,8 @@ from mlra_scale.training.record import commit, read_record
 from mlra_scale.training.resume import Change
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
-from mlra_scale.training.start.request import ResolvedRun, ResumePoint
-from mlra_scale.training.start.resume_choice import Rejected
+from mlra_scale.training.start.request import ResolvedRun
+from mlra_scale.training.start.resume_choice import Rejected, ResumePoint
 from tests.support.study_folders import write_run
 
 VALUES = {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "memory_gib": 0.5}
@@ -55,13 +55,19 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.Monke
         assert ("| 1/4 [" in stream.getvalue() or "| 0/4 [" in stream.getvalue()) is (name == "terminal")
 
 
-def test_the_last_tev_stands_in_the_lines_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with report_of(tmp_path) as report:
-        report.open()
-        report.record(Progress(1, 8, 512), {"tev_mean": 0.02, "tev_std": 0.001})
-        report.record(Progress(2, 16, 1024), VALUES)
-    assert "step 2/4 | loss 2.0000" in (out := capsys.readouterr().out) and "TEV 0.02000 +- 0.00100" in out
+def test_the_last_tev_is_in_the_lines_between_and_lines_that_a_new_start_removes_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        with report_of(tmp_path) as report:
+            report.open()
+            report.record(Progress(1, 8, 512), {"tev_mean": 0.02, "tev_std": 0.001})
+            report.record(Progress(2, 16, 1024), VALUES)
+    out = capsys.readouterr().out
+    assert "step 2/4 | loss 2.0000" in out and "TEV 0.02000 +- 0.00100" in out and "metrics.jsonl: 2 line(s)" in out
     assert ["loss" in record for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [False, True]
+    (event,) = [item for item in read_record(tmp_path / "run" / "events.jsonl") if item["event"] == "begun_anew"]
+    assert event["records_cut"] == 2
 
 
 @pytest.mark.parametrize(
@@ -126,17 +132,6 @@ def test_the_summary_of_a_resumed_run_begins_where_the_whole_run_began(
     assert [record["step"] for record in read_record(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
 
 
-def test_removed_lines_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):
-        with report_of(tmp_path) as report:
-            report.open()
-            report.record(Progress(1, 8, 512), VALUES)
-            report.record(Progress(2, 16, 1024), VALUES)
-    assert "metrics.jsonl: 2 line(s)" in capsys.readouterr().out
-    (event,) = [item for item in read_record(tmp_path / "run" / "events.jsonl") if item["event"] == "begun_anew"]
-    assert event["records_cut"] == 2
-
-
 def test_where_a_run_resumes_and_its_changes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields: dict[str, Any] = {
         "checkpoint": Path("step-1"),
@@ -148,30 +143,20 @@ def test_where_a_run_resumes_and_its_changes_are_reported(tmp_path: Path, capsys
     with report_of(tmp_path, **fields) as report:
         report.open()
     out = capsys.readouterr().out
-    for part in (
-        "step-2 is passed over: is missing",
-        "resumed from step-1",
-        "changed from here on: optim.lr: 0.1 -> 0.2",
-    ):
-        assert part in out
+    change = "changed from here on: optim.lr: 0.1 -> 0.2"
+    assert all(part in out for part in ("step-2 is passed over: is missing", "resumed from step-1", change)), out
     events = [{**event, "time": ""} for event in read_record(tmp_path / "run" / "events.jsonl")]
     assert [event["event"] for event in events] == ["start", "fallback", "resume", "changed", "changed"]
-    assert events[1] == {
-        "time": "",
-        "event": "fallback",
-        "passed_over": "step-2",
-        "reason": "is missing",
-        "used": "step-1",
-    }
+    fallback = {"passed_over": "step-2", "reason": "is missing", "used": "step-1"}
+    assert events[1] == {"time": "", "event": "fallback", **fallback}
     assert events[4] == {"time": "", "event": "changed", "field": "number of ranks", "was": 4, "now": 2}
-
-
-def test_a_run_that_begins_with_given_weights_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with report_of(tmp_path, kind="weights", checkpoint=tmp_path / "imported") as report:
+    weights = tmp_path / "imported"
+    with report_of(tmp_path / "new", kind="weights", checkpoint=weights) as report:
         report.open()
-    assert f"begins with the weights of {tmp_path / 'imported'}" in capsys.readouterr().out
-    assert [event["event"] for event in read_record(tmp_path / "run" / "events.jsonl")] == ["start", "initialized_from"]
-    assert RunDirectory(tmp_path / "run").origin() == tmp_path / "imported"
+    assert f"begins with the weights of {weights}" in capsys.readouterr().out
+    run = RunDirectory(tmp_path / "new" / "run")
+    assert [event["event"] for event in read_record(run.events)] == ["start", "initialized_from"]
+    assert run.origin() == weights
 
 
 def test_suppressed_output_is_shown_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,12 +201,12 @@ def guarded_run(folder: Path) -> RunDirectory:
     with report_of(folder) as report:
         report.open()
         report.record(Progress(1, 8, 512), VALUES)
-        report.on_guard_actions([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], 0.5, 203)
-        report.on_guard_actions(
-            [Action("skip", 3, "loss 9"), Action("rollback", 3, "2 bad updates", 1, (8, 24))], 0.5, 203
-        )
-        report.on_rollback(Action("rollback", 3, "2 bad updates", 1, (8, 24)), 2, Progress(1, 8, 512), 0.25, 201)
-        report.on_guard_actions([Action("give_up", 2, "in vain")], 0.25, 201)
+        lowered, lower = {"factor": 0.5, "until": 203}, {"factor": 0.25, "until": 201}
+        rollback = Action("rollback", 3, "2 bad updates", 1, (8, 24))
+        report.on_guard_actions([Action("skip", 2, "loss 9"), Action("lower_rate", 2, "2 bad updates")], lowered)
+        report.on_guard_actions([Action("skip", 3, "loss 9"), rollback], lowered)
+        report.on_rollback(rollback, 2, Progress(1, 8, 512), lower)
+        report.on_guard_actions([Action("give_up", 2, "in vain")], lower)
     return RunDirectory(folder / "run")
 
 
@@ -253,9 +238,6 @@ def test_what_the_guard_does_goes_to_wandb(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(report_module, "open_wandb", lambda *_: WandbLog(wandb))
     guarded_run(tmp_path)
     assert [entry for entry in logged if "loss" not in entry[1]] == [
-        (2, {"guard/skip": 1}),
-        (2, {"guard/lower_rate": 0.5}),
-        (3, {"guard/skip": 1}),
-        (3, {"guard/rollback": 2, "guard/to_step": 1}),
-        (2, {"guard/give_up": 1}),
-    ]
+        (2, {"guard/skip": 1}), (2, {"guard/lower_rate": 0.5}), (3, {"guard/skip": 1}),
+        (3, {"guard/rollback": 2, "guard/to_step": 1}), (2, {"guard/give_up": 1}),
+    ]  # fmt: skip

@@ -77,17 +77,15 @@ def test_with_a_key_and_no_server_it_falls_back_to_offline(tmp_path: Path) -> No
     assert [row["_step"] for row in history(tmp_path / "run")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:9", "elsewhere.example"])
-def test_a_key_in_netrc_counts_for_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+def test_a_key_in_netrc_counts_for_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     settings = SimpleNamespace(api_key=None, base_url="http://127.0.0.1:9")
     monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
-    assert wandb_mode(load_config("debug", overrides=["wandb.mode=auto"])) == (
-        "online" if host == "127.0.0.1:9" else "offline"
-    )
+    for host, mode in (("127.0.0.1:9", "online"), ("elsewhere.example", "offline")):
+        (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+        assert wandb_mode(load_config("debug", overrides=["wandb.mode=auto"])) == mode
 
 
 @pytest.mark.parametrize(
@@ -106,18 +104,11 @@ def test_off_is_off(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("wanted", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("", "online")])
-def test_the_environment_may_ask_for_less(monkeypatch: pytest.MonkeyPatch, wanted: str, mode: str) -> None:
+def test_the_environment_may_ask_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_MODE", wanted)
-    assert wandb_mode(load_config("debug", overrides=["wandb.mode=auto"])) == mode
-
-
-def test_other_ranks_have_a_log_that_forgets() -> None:
-    log = WandbLog()
-    log.log(1, {"loss": 1.0})
-    log.finish(ExitCode.NON_FINITE)
-    assert log.mode == "disabled"
+    for wanted, mode in (("offline", "offline"), ("dryrun", "offline"), ("", "online")):
+        monkeypatch.setenv("WANDB_MODE", wanted)
+        assert wandb_mode(load_config("debug", overrides=["wandb.mode=auto"])) == mode
 
 
 STOPPED = "WARNING (rank 0): wandb: stopped logging (the service is gone)\n"
@@ -128,42 +119,30 @@ def log_set_up() -> None:
     set_up_logging(0)
 
 
-def test_a_log_that_breaks_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    class Broken:
-        def log(self, values: object, step: int) -> None:
-            raise BrokenPipeError("the service is gone")
-
-    log = WandbLog(Broken())
-    log.log(1, {"loss": 1.0})
-    log.log(2, {"loss": 1.0})
-    assert log.mode == "disabled"
-    assert capsys.readouterr().err == STOPPED
-
-
-def test_a_log_that_cannot_finish_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    class Broken:
-        def __init__(self) -> None:
-            self.summary: dict[str, object] = {}
-
-        def finish(self, exit_code: int) -> None:
-            raise ConnectionResetError("Connection lost")
-
-    log = WandbLog(Broken())
-    log.finish(ExitCode.DONE, {"steps": 4})
-    log.finish(ExitCode.DONE)
-    assert capsys.readouterr().err == "WARNING (rank 0): wandb: could not finish (Connection lost)\n"
-
-
 class Recorder:
-    """A wandb run that takes a number of values and then breaks."""
+    """A wandb run that takes a number of values and then breaks, and that cannot finish."""
 
     def __init__(self, takes: int) -> None:
-        self.takes, self.steps = takes, list[int]()
+        self.takes, self.steps, self.summary = takes, list[int](), dict[str, object]()
 
     def log(self, values: object, step: int) -> None:
         if len(self.steps) == self.takes:
             raise BrokenPipeError("the service is gone")
         self.steps.append(step)
+
+    def finish(self, exit_code: int) -> None:
+        raise ConnectionResetError("Connection lost")
+
+
+def test_a_log_that_breaks_or_cannot_finish_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    log = WandbLog(Recorder(0))
+    log.log(1, {"loss": 1.0})
+    log.log(2, {"loss": 1.0})
+    assert log.mode == "disabled" and capsys.readouterr().err == STOPPED
+    log = WandbLog(Recorder(0))
+    log.finish(ExitCode.DONE, {"steps": 4})
+    log.finish(ExitCode.DONE)
+    assert capsys.readouterr().err == "WARNING (rank 0): wandb: could not finish (Connection lost)\n"
 
 
 def test_a_log_begins_anew_once_with_the_last_minute(

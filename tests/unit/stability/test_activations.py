@@ -79,15 +79,6 @@ def test_shares_of_ranks_add_up_to_the_whole() -> None:
     assert_entries_close(tallies[0].values(4), alone.values(4))
 
 
-def test_only_negative_logits_have_a_largest_one() -> None:
-    tally, ones = Tally(1, 2, 1), torch.ones(1, 1, 3, 4)
-    tally.add_hidden(0, ones[0])
-    tally.begin(0)
-    tally.add_heads(Heads(0, ones, -ones, None), 1, SATURATION)
-    tally.largest_KL[0] = -math.inf  # as the other rank, whose samples do not count, has it
-    assert tally.values(1)["largest_logit"] == [-2.0]
-
-
 def test_rows_without_a_choice_do_not_count_as_saturated() -> None:
     tally, q = Tally(1), torch.zeros(1, 2, 3, 4)
     every_key_a_document = torch.eye(3, dtype=torch.bool)[None, None]
@@ -100,7 +91,7 @@ def test_rows_without_a_choice_do_not_count_as_saturated() -> None:
     assert tally.values(2)["saturated_share"] == [0.5]
 
 
-def test_weights_that_underflow_have_no_entropy() -> None:
+def test_weights_that_underflow_have_no_entropy_and_only_negative_logits_a_largest_one() -> None:
     tally, q = Tally(1), torch.tensor([[[[30.0], [30.0]]]])
     tally.add_hidden(0, torch.zeros(1, 2, 1))
     tally.begin(0)
@@ -108,6 +99,12 @@ def test_weights_that_underflow_have_no_entropy() -> None:
     values = tally.values(1)
     assert values["attention_entropy"] == [0.0] and values["saturated_share"] == [1.0]
     assert values["largest_logit"] == [900.0]
+    tally, ones = Tally(1, 2, 1), torch.ones(1, 1, 3, 4)
+    tally.add_hidden(0, ones[0])
+    tally.begin(0)
+    tally.add_heads(Heads(0, ones, -ones, None), 1, SATURATION)
+    tally.largest_KL[0] = -math.inf  # as the other rank, whose samples do not count, has it
+    assert tally.values(1)["largest_logit"] == [-2.0]
 
 
 def test_values_that_are_not_finite_show() -> None:

@@ -97,14 +97,11 @@ def test_a_bad_update_is_skipped() -> None:
     assert run.applied == [*range(1, 21), 24]
 
 
-def test_nothing_is_judged_before_there_is_a_usual() -> None:
+def test_nothing_is_judged_before_there_is_a_usual_and_a_low_value_is_never_bad() -> None:
     run = Run()
     for value in (3.0, 90.0, 3.0, 3.0, 700.0):
         assert run.train(value) == []
     assert run.train(math.inf) != [], "but for what is no number"
-
-
-def test_a_low_value_is_not_bad() -> None:
     run = Run()
     run.calm(20)
     assert run.train(0.1, 0.001) == []
@@ -168,17 +165,9 @@ def test_it_gives_up() -> None:
     assert "the run went back 2 time(s) already" in run.actions[-1].reason
 
 
-def test_the_second_return_to_a_checkpoint_lowers_the_rate_too() -> None:
-    run = Run()
-    run.calm(25)
-    while run.kinds.count("rollback") < 2:
-        run.train(9.0)
-    assert [action.to_step for action in run.actions if action.kind == "rollback"] == [20, 20]
-    assert run.guard.rate_factor(21) == 0.5
-
-
 def test_a_run_without_a_checkpoint_gives_up() -> None:
     guard = Guard(GuardConfig(**SETTINGS | {"max_skips": 0, "max_lowerings": 0}), BATCH)
+    guard.load_state(None)  # of a checkpoint from before there was a guard
     assert [action.kind for action in judge(guard, 1, 0, math.nan, 1.0)[1]] == ["skip", "give_up"]
 
 
@@ -284,43 +273,39 @@ def test_disabled_it_does_nothing() -> None:
     assert guard.good_step is None and guard.first_sample(7) == 7 and guard.rate_factor(3) == 1.0
 
 
-def test_rollbacks_outlive_the_checkpoint_that_they_lead_to() -> None:
-    """Killed after guard.json was written, before the next checkpoint."""
-    run = Run()
-    run.calm(25)
-    while "rollback" not in run.kinds:
-        run.train(9.0)
-    again = Guard(run.config, BATCH)
-    again.load_state(json.loads(run.checkpoints[20][1]))
-    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), 20)
-    assert again.state() == run.guard.state()
-    again.adopt_rollbacks([], 20)
-    assert len(again.rollbacks) == 1, "an older record takes nothing away"
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_every_return_lowers_the_rate_further_and_a_restart_alike(number: int) -> None:
+def rolled_back(number: int) -> Run:
+    """A run that has rolled back so often."""
     run = Run(max_rollbacks=3)
     run.calm(25)
     while run.kinds.count("rollback") < number:
         run.train(9.0)
-    assert run.guard.rate_factor(21) == 0.5 ** (number - 1)
+    return run
+
+
+def restarted(run: Run, step: int) -> Guard:
+    """The guard of a start from a checkpoint, which was saved before the rollbacks that guard.json holds."""
     again = Guard(run.config, BATCH)
-    again.load_state(json.loads(run.checkpoints[20][1]))
-    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), 20)
+    again.load_state(json.loads(run.checkpoints[step][1]))
+    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), step)
+    return again
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_every_return_lowers_the_rate_further_and_a_restart_alike(number: int) -> None:
+    """Also killed after guard.json was written, before the next checkpoint."""
+    run = rolled_back(number)
+    assert [action.to_step for action in run.actions if action.kind == "rollback"] == [20] * number
+    assert run.guard.rate_factor(21) == 0.5 ** (number - 1)
+    again = restarted(run, 20)
     assert again.state() == run.guard.state()
     assert all(0.0 < again.rate_factor(step) <= 1.0 for step in range(1, 200))
+    again.adopt_rollbacks([], 20)
+    assert len(again.rollbacks) == number, "an older record takes nothing away"
 
 
 def test_from_an_earlier_checkpoint_only_the_data_stay_skipped() -> None:
     """The one that the run went back to was found to be damaged, or somebody names another one."""
-    run = Run(max_rollbacks=3)
-    run.calm(25)
-    while run.kinds.count("rollback") < 2:
-        run.train(9.0)
-    again = Guard(run.config, BATCH)
-    again.load_state(json.loads(run.checkpoints[10][1]))
-    again.adopt_rollbacks(json.loads(json.dumps([*run.guard.rollbacks])), 10)
+    again = restarted(rolled_back(2), 10)
     assert again.good_step == 10 and len(again.rollbacks) == 2
     assert {again.rate_factor(step) for step in range(1, 100)} == {1.0}
     assert again.first_sample(24 * BATCH) > 24 * BATCH
@@ -343,12 +328,6 @@ def test_the_checkpoint_that_a_run_began_from_has_no_episode_after_a_rollback() 
     assert run.guard.state()["episode"]["first_step"] == 22
 
 
-def test_a_checkpoint_from_before_the_guard_is_taken() -> None:
-    guard = Guard(GuardConfig(**SETTINGS), BATCH)
-    guard.load_state(None)
-    assert guard.good_step is None
-
-
 @pytest.mark.parametrize(
     ("sample", "expected"), [(0, 0), (8, 8), (16, 40), (20, 40), (32, 40), (33, 40), (40, 40), (90, 130), (200, 200)]
 )
@@ -366,7 +345,7 @@ def decisions(values: Iterable[float], cut: int | None) -> tuple[list[Action], l
     run = Run(divergence=1.5, divergence_steps=6)
     for number, value in enumerate(values):
         if number == cut:
-            # A requeue: the run goes on from a checkpoint of this very step.
+            # A requeue: the run continues from a checkpoint of this very step.
             stored = json.loads(json.dumps(run.guard.state()))
             run.guard = Guard(run.config, BATCH)
             run.guard.load_state(stored)

@@ -10,14 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.stability.spikes import (
-    OLMO2,
-    OLMO_CORE,
-    Divergence,
-    SpikeRule,
-    SpikeScore,
-    SpikeScores,
-)
+from mlra_scale.stability.spikes import OLMO2, OLMO_CORE, Divergence, SpikeRule, SpikeScore, SpikeScores
 from mlra_scale.stability.watcher import Step
 
 values = st.lists(st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf, 1.0]), max_size=60)
@@ -66,12 +59,8 @@ def update(scores: SpikeScores, loss: float, norm: float, is_overflow: bool = Fa
 
 def test_the_two_scores_are_those_of_their_sources() -> None:
     assert (OLMO2.window, OLMO2.sigmas, OLMO2.is_downward_too, OLMO2.horizon) == (1000, 7.0, True, None)
-    assert (OLMO_CORE.window, OLMO_CORE.sigmas, OLMO_CORE.is_downward_too, OLMO_CORE.horizon) == (
-        128,
-        6.0,
-        False,
-        10_000,
-    )
+    core = (OLMO_CORE.window, OLMO_CORE.sigmas, OLMO_CORE.is_downward_too, OLMO_CORE.horizon)
+    assert core == (128, 6.0, False, 10_000)
     scores, random = SpikeScores(), np.random.default_rng(0)
     for _ in range(200):
         found = update(scores, 3.0 + 0.01 * random.standard_normal(), 1.0 + 0.01 * random.standard_normal())
@@ -80,9 +69,7 @@ def test_the_two_scores_are_those_of_their_sources() -> None:
     assert update(scores, 3.5, 0.5) == {  # the loss jumps up, the norm down
         "loss_olmo2": 1 / 201, "loss_olmo_core": 1 / 201, "gradient_olmo2": 1 / 201, "gradient_olmo_core": 0.0,
     }  # fmt: skip
-
-
-def test_scores_load_what_an_older_checkpoint_has() -> None:
+    # An older checkpoint has some of the scores.
     scores = SpikeScores()
     update(scores, math.nan, 1.0)
     again = SpikeScores()

@@ -39,10 +39,7 @@ def test_a_step_reads_each_sample_once_over_all_ranks(data: int, micro: int, acc
     ]
     assert sorted(read) == list(range(consumed, consumed + plan.global_batch_size))
     assert len({len(first_samples(plan, rank, consumed)) for rank in range(data)}) == 1
-
-
-def test_micro_batches_interleave_the_ranks() -> None:
-    assert first_samples(plan_of(3, 2, 2), 1, 100) == [102, 108]
+    assert first_samples(plan_of(3, 2, 2), 1, 100) == [102, 108], "micro-batches interleave the ranks"
 
 
 def test_the_next_step_is_read_ahead_in_another_thread() -> None:
@@ -56,13 +53,9 @@ def test_the_next_step_is_read_ahead_in_another_thread() -> None:
     assert all(name.startswith("prefetch") for _, name in stream.asked)
 
 
-def test_any_step_may_be_asked_for() -> None:
-    plan = plan_of(1, 2, 1)
-    with Prefetcher(Stream(), plan, 0) as prefetcher:
+def test_any_step_may_be_asked_for_and_an_error_in_the_thread_reaches_the_loop() -> None:
+    with Prefetcher(Stream(), plan_of(1, 2, 1), 0) as prefetcher:
         for consumed in (0, 40, 42, 6):
             assert prefetcher.next_batches(consumed) == [range(consumed, consumed + 2)]
-
-
-def test_an_error_in_the_thread_reaches_the_loop() -> None:
-    with Prefetcher(Stream(), plan_of(1, 2, 1), 0) as prefetcher, pytest.raises(IndexError, match="no such sample"):
-        prefetcher.next_batches(-2)
+        with pytest.raises(IndexError, match="no such sample"):
+            prefetcher.next_batches(-2)

@@ -17,7 +17,8 @@ from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.loop import checkpoints
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.schedule import Progress
-from mlra_scale.training.start.request import ResolvedRun, ResumePoint
+from mlra_scale.training.start.request import ResolvedRun
+from mlra_scale.training.start.resume_choice import ResumePoint
 from mlra_scale.training.watch.step_watchers import FiniteCheck
 
 

@@ -1,12 +1,13 @@
-from pathlib import Path
+"""The flags, exit codes and dry runs of `mlra_scale.train`, and which warnings its console leaves out."""
+
+import warnings
 
 import pytest
 
 from mlra_scale import train
 from mlra_scale.config import preset_names
 from mlra_scale.training.exit_codes import ExitCode
-
-ROOT = Path(__file__).resolve().parents[3]
+from mlra_scale.training.log.console import silence_libraries
 
 
 def test_these_flags_and_no_more() -> None:
@@ -16,16 +17,9 @@ def test_these_flags_and_no_more() -> None:
 
 def test_exit_codes_are_what_launchers_know() -> None:
     assert {code.name: code.value for code in ExitCode} == {
-        "DONE": 0,
-        "FAILED": 1,
-        "BAD_INPUT": 2,
-        "NON_FINITE": 3,
-        "CHECKPOINT_FAILED": 4,
-        "PREEMPTED": 5,
-        "BAD_NODE": 6,
-        "UNSTABLE": 7,
-        "INTERRUPTED": 130,
-    }
+        "DONE": 0, "FAILED": 1, "BAD_INPUT": 2, "NON_FINITE": 3, "CHECKPOINT_FAILED": 4, "PREEMPTED": 5, "BAD_NODE": 6,
+        "UNSTABLE": 7, "INTERRUPTED": 130,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -39,16 +33,12 @@ def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> Non
     assert "6 layers" in capsys.readouterr().out
 
 
-def test_dry_run_takes_the_launchers_number_of_ranks(
+def test_dry_run_takes_the_launchers_number_of_ranks_and_only_rank_0_prints_the_plan(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert train.main(["--preset", "debug", "--dry-run"]) == ExitCode.DONE
     assert "4 rank(s)" in capsys.readouterr().out
-
-
-def test_only_rank_0_prints_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert train.main(["--preset", "debug", "--dry-run"]) == ExitCode.DONE
     assert capsys.readouterr().out == ""
@@ -64,3 +54,15 @@ def test_another_rank_reports_only_what_rank_0_did_not(
     monkeypatch.setenv("RANK", "1")
     assert train.main(["--preset", "debog", "--dry-run"]) == ExitCode.BAD_INPUT
     assert "(rank 1)" in capsys.readouterr().err and waited == [train._RANK_0_SECONDS]
+
+
+def test_only_known_warnings_are_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        silence_libraries("cpu")
+        del shown[:]
+        known = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another."
+        warnings.warn_explicit(known, FutureWarning, "torch/distributed/c10d_logger.py", 83, "torch.distributed")
+        warnings.warn_explicit("loss is NaN", UserWarning, "torch/optim/adamw.py", 1, "torch.optim.adamw")
+    assert [str(warning.message) for warning in shown] == ["loss is NaN"]

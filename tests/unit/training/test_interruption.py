@@ -47,7 +47,6 @@ def ends_with(codes: list[int]) -> list[int]:
 def test_a_first_signal_is_remembered_and_interrupts_nothing(
     number: signal.Signals, no_process_ends: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with training() as interruption:
         assert not interruption.is_stop_requested()
         for _ in range(2):  # the second SIGINT within a second is the same key press
@@ -57,7 +56,7 @@ def test_a_first_signal_is_remembered_and_interrupts_nothing(
         while "stops after this step" not in shown:
             shown += capfd.readouterr().err
     assert shown.count(number.name) == 1 and ("Ctrl-C again" in shown) == (number == signal.SIGINT)
-    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before and not no_process_ends
+    assert not no_process_ends
 
 
 def test_a_second_ctrl_c_ends_the_run_and_signals_of_a_cluster_do_not(
@@ -153,16 +152,11 @@ def test_handlers_are_put_back_after_an_error() -> None:
             raise ValueError
         assert interruption.is_stop_requested()
         assert [signal.getsignal(number) for number in STOP_SIGNALS] == [mine] * len(STOP_SIGNALS)
+        with training() as second:
+            assert not second.is_stop_requested(), "a stop of an earlier run"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def test_a_stop_does_not_come_from_an_earlier_run() -> None:
-    with training() as first:
-        signal.raise_signal(signal.SIGUSR1)
-    with training() as second:
-        assert first.is_stop_requested() and not second.is_stop_requested()
 
 
 def test_a_thread_leaves_the_handlers_alone() -> None:
@@ -181,7 +175,7 @@ def test_a_thread_leaves_the_handlers_alone() -> None:
 
 
 def test_a_signal_does_not_cut_a_wait_short() -> None:
-    """A rank in a collective is told in the middle of it, and goes on."""
+    """As that of a rank in a collective."""
     with training() as interruption:
         started = time.monotonic()
         ident = threading.main_thread().ident

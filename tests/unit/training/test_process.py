@@ -50,21 +50,13 @@ def test_the_trace_covers_the_span(tmp_path: Path) -> None:
     assert names.count("aten::matmul") == 2
 
 
-def test_a_run_that_ends_inside_the_span_still_leaves_a_trace(tmp_path: Path) -> None:
-    profiler = profiler_of(tmp_path, 3, (2, 9))
-    assert list(run(profiler, range(1, 4))) == [3]
-    assert (tmp_path / "profile" / "steps-2-3.json").exists()
-
-
-def test_a_run_resumed_behind_the_span_does_not_profile(tmp_path: Path) -> None:
-    profiler = profiler_of(tmp_path, 6, (2, 4))
-    assert run(profiler, range(4, 8)) == {}
-
-
-def test_no_span_and_other_ranks_leave_nothing(tmp_path: Path) -> None:
+def test_no_span_and_other_ranks_leave_nothing_and_a_run_that_ends_inside_the_span_a_trace(tmp_path: Path) -> None:
     for profiler in (profiler_of(tmp_path, 3), profiler_of(tmp_path, 3, (1, 2), is_main=False)):
         assert run(profiler, range(1, 4)) == {}
+    assert run(profiler_of(tmp_path, 6, (2, 4)), range(4, 8)) == {}, "resumed behind the span"
     assert not (tmp_path / "profile").exists()
+    assert list(run(profiler_of(tmp_path, 3, (2, 9)), range(1, 4))) == [3]
+    assert (tmp_path / "profile" / "steps-2-3.json").exists()
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:

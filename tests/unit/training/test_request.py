@@ -9,7 +9,7 @@ import pytest
 from mlra_scale.config import Config, Named
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
-from mlra_scale.planning.choice import FIELDS, RECORD
+from mlra_scale.planning.choice import FIELDS
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.agreement import _with_present_layout
 from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolve_run
@@ -77,15 +77,3 @@ def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_pa
     again = resolve_run(_with_present_layout(request, start), is_here=False)
     assert again.layout is None and again.plan == start.plan
     assert again.config.parallel == start.config.parallel and again.config.deepspeed == start.config.deepspeed
-
-
-def test_what_a_job_has_chosen_is_not_chosen_again(tmp_path: Path) -> None:
-    """Ranks get the layout as overrides: no rank plans."""
-    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
-    values = Config.from_yaml((WRITTEN / "zero3" / "config.yaml").read_text()).to_dict()
-    values |= {"data": {"path": str(place / "data")}, "parallel": values["parallel"] | {"layout": "auto"}}
-    config = Config.model_validate(values)
-    named = Named(frozenset({"data.path", *FIELDS, RECORD}))
-    request = LaunchRequest(config, named, RunDirectory(place / "new"), "none", 2)
-    start = resolve_run(request, is_here=False)
-    assert start.layout is None and start.config == config

@@ -18,7 +18,7 @@ from mlra_scale.training.resume import (
     is_in,
     nested,
 )
-from mlra_scale.training.start.request import ResumePoint
+from mlra_scale.training.start.resume_choice import ResumePoint
 
 WITH_DATA = ["data.path=d"]
 
@@ -55,11 +55,8 @@ def test_flat_and_nested_are_inverse() -> None:
 def test_free_fields_change_without_being_named() -> None:
     layout = ["parallel.tensor=2", 'deepspeed={"zero_optimization": {"stage": 3}}', "train.micro_batch_size=1"]
     result = compared([], layout)
-    assert result.problems == [] and set(changes(result)) == {
-        "parallel.tensor",
-        "deepspeed",
-        "train.micro_batch_size",
-    }
+    assert result.problems == []
+    assert set(changes(result)) == {"parallel.tensor", "deepspeed", "train.micro_batch_size"}
     assert result.config.parallel.tensor == 2
     back = compared(layout, [])
     assert back.problems == [] and back.config.parallel.tensor == 1 and changes(back)["parallel.tensor"] == (2, 1)
@@ -72,10 +69,7 @@ def test_named_fields_are_taken_from_the_command_line() -> None:
     assert result.problems == [] and len(result.changes) == len(now)
     assert changes(result)["train.steps"] == (20, 40) and str(result.changes[0]) == "model.residual_dropout: 0.0 -> 0.1"
     assert (result.config.train.steps, result.config.optim.decay_factors) == (40, False)
-
-
-def test_a_change_is_shown_without_what_a_terminal_obeys() -> None:
-    assert str(Change("data.path", "\x1b[2J", "b")) == r"data.path: \x1b[2J -> b"
+    assert str(Change("data.path", "\x1b[2J", "b")) == r"data.path: \x1b[2J -> b", "nothing that a terminal obeys"
 
 
 def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
@@ -90,9 +84,9 @@ def test_what_only_the_preset_says_is_kept_from_the_run() -> None:
 def test_a_file_cannot_change_the_run_by_itself() -> None:
     file = frozenset({"optim.lr", "train.steps"})
     result = compared([], ["optim.lr=1e-4", "train.steps=40", "tev.every=1"], file)
-    told = {problem.field: problem.remedy for problem in result.problems}
-    assert set(told) == file
-    assert "has 0.003" in told["optim.lr"] and "on the command line: optim.lr=0.0001" in told["optim.lr"]
+    refused = {problem.field: problem.remedy for problem in result.problems}
+    assert set(refused) == file
+    assert "has 0.003" in refused["optim.lr"] and "on the command line: optim.lr=0.0001" in refused["optim.lr"]
     assert changes(result) == {"tev.every": (5, 1)}
     assert compared(["optim.lr=1e-4", "train.steps=40"], ["optim.lr=1e-4", "train.steps=40"], file).problems == []
 
@@ -101,10 +95,10 @@ def test_what_the_run_is_never_changes() -> None:
     now = ["model.num_layers=5", "train.seed=7", "data.seed=8", "model.attention_rank=8", "train.sequence_length=32"]
     for file in (frozenset(), frozenset({"model.num_layers", "train.seed"})):
         result = compared([], now, file)
-        told = {problem.field: problem.remedy for problem in result.problems}
+        refused = {problem.field: problem.remedy for problem in result.problems}
         names = ["data.seed", "model.attention_rank", "model.num_layers", "train.seed", "train.sequence_length"]
-        assert sorted(told) == names, "all at once"
-        assert told["model.num_layers"] == "the run to be resumed has 4; leave it so, or start a new run"
+        assert sorted(refused) == names, "all at once"
+        assert refused["model.num_layers"] == "the run to be resumed has 4; leave it so, or start a new run"
 
 
 def test_data_that_are_not_named_are_those_of_the_run() -> None:
@@ -143,19 +137,15 @@ def test_weights_to_begin_with_need_the_same_architecture_only() -> None:
     problems = compare_model(load_config("debug", overrides=["model.num_heads=2", "model.attention_rank=8"]), stored)
     assert [problem.field for problem in problems] == ["model.num_heads", "model.attention_rank"]
     dense = load_config("debug", overrides=["model.attention=dense"])
-    assert (
-        compare_model(dense, load_config("debug", overrides=["model.attention=dense", "model.attention_rank=3"]).model)
-        == []
-    )
+    same = load_config("debug", overrides=["model.attention=dense", "model.attention_rank=3"]).model
+    assert compare_model(dense, same) == []
     assert "model.attention" in [problem.field for problem in compare_model(dense, stored)]
 
 
-@pytest.mark.parametrize(
-    ("field", "expected"),
-    [("data.blend", True), ("train.global_batch_size", True), ("optim.lr", False), ("data.path", False)],
-)
-def test_which_changes_reset_the_statistics_of_the_guard(field: str, expected: bool) -> None:
-    assert ResumePoint(changes=(Change(field, None, 1),)).resets_guard_statistics is expected
+def test_which_changes_reset_the_statistics_of_the_guard() -> None:
+    for field in ("data.blend", "train.global_batch_size", "optim.lr", "data.path"):
+        is_reset = ResumePoint(changes=(Change(field, None, 1),)).resets_guard_statistics
+        assert is_reset == (field in ("data.blend", "train.global_batch_size")), field
     assert all(is_in(NAMED, name) for name in RESETS_GUARD_STATISTICS), "others never change"
 
 
@@ -166,20 +156,11 @@ def test_changes_follow_each_other_and_survive_a_checkpoint() -> None:
     history = History().followed_by([LR], 10).followed_by([], 15).followed_by([BATCH], 20)
     again = History.of({"history": history.to_dict()}, 25)
     assert again == history and again.changes == ((10, LR), (20, BATCH)) and again.known_from == 0
-
-
-def test_what_changes_before_the_first_step_is_no_change() -> None:
-    assert History().followed_by([LR], 0) == History()
-
-
-def test_after_a_rollback_the_steps_have_the_present_settings() -> None:
-    history = History().followed_by([LR], 10).followed_by([BATCH], 20).after_rollback_to(15)
-    assert history.changes == ((10, LR), (15, BATCH))
-
-
-def test_an_old_checkpoint_does_not_know() -> None:
-    history = History.of({"progress": {"step": 7}}, 7).followed_by([LR], 7)
-    assert history.known_from == 7 and history.changes == ((7, LR),)
+    # After a rollback the steps that are done again have the present settings.
+    assert history.after_rollback_to(15).changes == ((10, LR), (15, BATCH))
+    assert History().followed_by([LR], 0) == History(), "before the first step nothing changes"
+    old = History.of({"progress": {"step": 7}}, 7).followed_by([LR], 7)
+    assert old.known_from == 7 and old.changes == ((7, LR),), "an old checkpoint has none"
 
 
 @pytest.mark.parametrize("stored", [[], {"changes": [{}]}, {"changes": 3}, {"changes": [], "known_from": "x"}])

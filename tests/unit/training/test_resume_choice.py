@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from, and what it says of those that it passes over."""
+"""Which checkpoint a start resumes from, and what it says of those that it passes over."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.training.run_directory import RunDirectory
-from mlra_scale.training.start.resume_choice import ResumeChoice, choose_checkpoint
+from mlra_scale.training.start.resume_choice import ResumePoint, choose_checkpoint
 from tests.unit.checkpoint.builders import config_of, write_checkpoint
 
 
@@ -53,8 +53,8 @@ def refused(run: RunDirectory, resume: str) -> Problem:
 
 
 def test_a_new_or_empty_directory_is_fine_and_stays_untouched(tmp_path: Path) -> None:
-    assert choose_checkpoint(RunDirectory(tmp_path / "a" / "b"), "none") == ResumeChoice(None)
-    assert choose_checkpoint(RunDirectory(tmp_path), "auto") == ResumeChoice(None)
+    assert choose_checkpoint(RunDirectory(tmp_path / "a" / "b"), "none") == ResumePoint()
+    assert choose_checkpoint(RunDirectory(tmp_path), "auto") == ResumePoint()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,35 +64,30 @@ def test_a_folder_prepared_for_the_checkpoints_is_no_run(run: RunDirectory, tmp_
     new.path.mkdir()
     scratch.mkdir()
     new.checkpoints.symlink_to(scratch)
-    assert choose_checkpoint(new, "none") == choose_checkpoint(new, "auto") == ResumeChoice(None)
+    assert choose_checkpoint(new, "none") == choose_checkpoint(new, "auto") == ResumePoint()
     write_checkpoint(scratch, 10, state=state_at(10))
     assert "holds another run" in refused(new, "none").remedy
     assert choose_checkpoint(new, "auto").checkpoint == at(new, 10)
 
 
-def test_files_of_others_are_no_run(tmp_path: Path) -> None:
+def test_files_of_others_are_no_run_and_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "slurm-12.out").write_text("")
-    assert choose_checkpoint(RunDirectory(tmp_path), "none") == ResumeChoice(None)
+    assert choose_checkpoint(RunDirectory(tmp_path), "none") == ResumePoint()
+    assert "is a file" in refused(RunDirectory(tmp_path / "slurm-12.out"), "none").remedy
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("")
-    assert "is a file" in refused(RunDirectory(tmp_path / "x"), "none").remedy
-
-
-@pytest.mark.parametrize("resume", ["none", "auto"])
-def test_a_directory_that_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
-) -> None:
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another user sees it; root may write everywhere, so the answer of the system is replaced."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "cannot be written" in refused(RunDirectory(tmp_path), resume).remedy
+    for resume in ("none", "auto"):
+        assert "cannot be written" in refused(RunDirectory(tmp_path), resume).remedy
 
 
 def test_another_run_is_refused_unless_resumed(run: RunDirectory) -> None:
     problem = refused(run, "none")
     assert problem.field == "--run-dir" and "--resume auto" in problem.remedy
-    assert choose_checkpoint(run, "auto") == ResumeChoice(at(run, 30))
+    assert choose_checkpoint(run, "auto") == ResumePoint(at(run, 30))
+    assert choose_checkpoint(run, str(at(run, 10))) == ResumePoint(at(run, 10)), "an earlier one may be named"
 
 
 def flip(path: Path) -> None:
@@ -165,14 +160,11 @@ def test_a_note_of_where_a_branch_began_that_is_damaged_is_named(tmp_path: Path,
     assert problem.field == "--run-dir" and "started_from" in problem.remedy
 
 
-def test_bad_ones_are_passed_over_one_after_another(run: RunDirectory) -> None:
+def test_bad_ones_are_passed_over_one_after_another_and_a_missing_pointer_is_reported(run: RunDirectory) -> None:
     (at(run, 20) / "state.json").unlink()
     choice = choose_checkpoint(run, "auto", {at(run, 30): "its sha256 is another"})
     assert choice.checkpoint == at(run, 10)
     assert [item.path for item in choice.rejected] == [at(run, 30), at(run, 20)]
-
-
-def test_a_missing_pointer_is_reported(run: RunDirectory) -> None:
     (run.checkpoints / "latest").unlink()
     choice = choose_checkpoint(run, "auto")
     assert choice.checkpoint == at(run, 30)
@@ -188,13 +180,13 @@ def test_checkpoints_that_are_all_bad_are_no_reason_to_begin_anew(run: RunDirect
     (run.checkpoints / "latest").unlink()
     assert checkpoint_name(10) in refused(run, "auto").remedy
     shutil.rmtree(run.checkpoints)
-    assert choose_checkpoint(run, "auto") == ResumeChoice(None), "stopped before its first checkpoint"
+    assert choose_checkpoint(run, "auto") == ResumePoint(), "stopped before its first checkpoint"
 
 
 def test_checkpoints_of_an_abandoned_branch_come_last(run: RunDirectory) -> None:
     """The latest is 20, since the run was continued from there: 30 belongs to a branch that was given up."""
     (run.checkpoints / "latest").write_text(f"{checkpoint_name(20)}\n")
-    assert choose_checkpoint(run, "auto") == ResumeChoice(at(run, 20))
+    assert choose_checkpoint(run, "auto") == ResumePoint(at(run, 20))
     bad = {at(run, 20): "bad"}
     assert choose_checkpoint(run, "auto", bad).checkpoint == at(run, 10)
     assert choose_checkpoint(run, "auto", bad | {at(run, 10): "bad"}).checkpoint == at(run, 30)
@@ -202,20 +194,14 @@ def test_checkpoints_of_an_abandoned_branch_come_last(run: RunDirectory) -> None
 
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/step-00000030"])
 def test_a_path_may_be_a_run_its_checkpoints_or_one_of_them(run: RunDirectory, part: str) -> None:
-    assert choose_checkpoint(run, str(run.path / part)) == ResumeChoice(at(run, 30))
-
-
-def test_an_earlier_checkpoint_may_be_named(run: RunDirectory) -> None:
-    assert choose_checkpoint(run, str(at(run, 10))) == ResumeChoice(at(run, 10))
-
-
-def test_a_path_without_a_checkpoint_is_refused(run: RunDirectory, tmp_path: Path) -> None:
-    assert "is no checkpoint" in refused(run, str(tmp_path)).remedy
+    assert choose_checkpoint(run, str(run.path / part)) == ResumePoint(at(run, 30))
 
 
 def test_a_branch_needs_a_directory_of_its_own(run: RunDirectory, tmp_path: Path) -> None:
-    other = RunDirectory(tmp_path / "other")
-    assert choose_checkpoint(other, str(at(run, 30))) == ResumeChoice(at(run, 30))
+    other, archived = RunDirectory(tmp_path / "other"), tmp_path / "archive" / "best"
+    assert choose_checkpoint(other, str(at(run, 30))) == ResumePoint(at(run, 30))
+    shutil.copytree(at(run, 10), archived)
+    assert choose_checkpoint(other, str(archived)) == ResumePoint(archived), "anywhere and under any name"
     other.create(config_of())
     assert "none of its checkpoints" in refused(other, str(at(run, 30))).remedy
 
@@ -224,7 +210,9 @@ def test_a_branch_that_has_no_checkpoint_yet_begins_again_where_it_began(run: Ru
     """Without this, --resume auto would begin at step 0 with new weights."""
     branch = RunDirectory(tmp_path / "branch")
     branch.create(config_of(), at(run, 20))
-    assert choose_checkpoint(branch, "auto") == ResumeChoice(at(run, 20))
+    assert choose_checkpoint(branch, "auto") == ResumePoint(at(run, 20))
+    assert "none of its checkpoints" in refused(branch, str(at(run, 10))).remedy, "another one than it began from"
+    assert "is no checkpoint" in refused(branch, str(tmp_path)).remedy
     shutil.rmtree(at(run, 20))
     assert "the run began from" in refused(branch, "auto").remedy
 
@@ -234,22 +222,9 @@ def test_the_command_that_began_a_branch_continues_it(run: RunDirectory, tmp_pat
     """A queue starts the same command line again, wherever the run that it branched from has come to in between."""
     branch, command = RunDirectory(tmp_path / "branch"), str(run.path / part)
     branch.create(config_of(), at(run, 20))
-    assert choose_checkpoint(branch, command) == ResumeChoice(at(run, 20)), "no checkpoint of its own yet"
+    assert choose_checkpoint(branch, command) == ResumePoint(at(run, 20)), "no checkpoint of its own yet"
     write_checkpoint(branch.checkpoints, 40, state=state_at(40))
     shutil.rmtree(run.path)
-    assert choose_checkpoint(branch, command) == ResumeChoice(at(branch, 40))
+    assert choose_checkpoint(branch, command) == ResumePoint(at(branch, 40))
     shutil.rmtree(branch.checkpoints)
     assert "the run began from" in refused(branch, command).remedy
-
-
-def test_another_path_than_the_branch_began_from_is_refused(run: RunDirectory, tmp_path: Path) -> None:
-    branch = RunDirectory(tmp_path / "branch")
-    branch.create(config_of(), at(run, 20))
-    assert "none of its checkpoints" in refused(branch, str(at(run, 10))).remedy
-    assert "is no checkpoint" in refused(branch, str(tmp_path)).remedy
-
-
-def test_a_checkpoint_may_lie_anywhere_under_any_name(run: RunDirectory, tmp_path: Path) -> None:
-    archived = tmp_path / "archive" / "best"
-    shutil.copytree(at(run, 10), archived)
-    assert choose_checkpoint(RunDirectory(tmp_path / "branch"), str(archived)) == ResumeChoice(archived)

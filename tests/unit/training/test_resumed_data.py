@@ -39,7 +39,7 @@ def test_a_checkpoint_of_version_1_knows_the_data_by_their_earlier_fingerprints(
     result = compared(was, now)
     assert result.mixes == (now.mix,) and result.problems == []
     assert list(map(str, result.changes)) == ["form of the data's fingerprints: 1 -> 2"]
-    # In another mix each data set goes on where it stopped: it is the same one.
+    # In another mix each data set continues where it stopped: it is the same one.
     other = replace(now, mix=replace(now.mix, weights=(1.0, 1.0)))
     mixes = compared(was, other, BLEND).mixes
     assert [mix.fingerprints for mix in mixes] == [now.mix.fingerprints] * 2

@@ -12,12 +12,6 @@ from mlra_scale.training.resume import read_stored
 from mlra_scale.training.run_directory import RunDirectory, run_lock
 
 
-def test_the_stored_configuration_loads_back_equal(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    run.create(preset("debug"))
-    assert Config.from_yaml(run.config.read_text()) == preset("debug") and run.holds_a_run()
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -46,12 +40,14 @@ def test_a_damaged_configuration_is_one_error_that_names_the_file(tmp_path: Path
     assert all(str(problem).isprintable() for problem in caught.value.problems)
 
 
-def test_a_configuration_of_version_1_is_read(tmp_path: Path) -> None:
-    """Commit 3a017c2 wrote none."""
-    text = preset("debug").to_yaml()
-    assert text.startswith("version: 3\n")
-    (tmp_path / "config.yaml").write_text(text.partition("\n")[2])
-    assert read_stored(tmp_path / "config.yaml") == preset("debug") == load_config(config_file=tmp_path / "config.yaml")
+def test_the_stored_configuration_loads_back_equal_and_so_does_one_of_version_1(tmp_path: Path) -> None:
+    """Commit 3a017c2 wrote no version."""
+    run = RunDirectory(tmp_path)
+    run.create(preset("debug"))
+    text = run.config.read_text()
+    assert Config.from_yaml(text) == preset("debug") and run.holds_a_run() and text.startswith("version: 3\n")
+    run.config.write_text(text.partition("\n")[2])
+    assert read_stored(run.config) == preset("debug") == load_config(config_file=run.config)
 
 
 BAD: tuple[Any, ...] = (None, -1, [], 1.5)
@@ -90,18 +86,13 @@ def test_a_damaged_record_of_the_guard_is_named(tmp_path: Path, content: str) ->
     assert str(caught.value).startswith(str(file)) and str(caught.value).isprintable()
 
 
-def test_where_a_branch_began_is_noted(tmp_path: Path) -> None:
+def test_where_a_branch_began_is_noted_and_a_run_that_begins_anew_began_nowhere_else(tmp_path: Path) -> None:
+    """A note left over from a run that was removed by hand would let --resume auto begin there."""
     run = RunDirectory(tmp_path / "run")
     run.create(preset("debug"), run.checkpoints / "step-00000010")
     assert run.origin() is None, "its own checkpoint"
     run.create(preset("debug"), tmp_path / "other run" / "checkpoints" / "step-00000010")
     assert run.origin() == tmp_path / "other run" / "checkpoints" / "step-00000010"
-
-
-def test_a_run_that_begins_anew_began_nowhere_else(tmp_path: Path) -> None:
-    """Left over from a run that was removed by hand: without a checkpoint, --resume auto would begin there."""
-    run = RunDirectory(tmp_path / "run")
-    run.create(preset("debug"), tmp_path / "other run" / "checkpoints" / "step-00000010")
     run.create(preset("debug"))
     assert run.origin() is None
 

@@ -25,29 +25,22 @@ def schedules(draw: st.DrawFn) -> tuple[OptimConfig, int]:
     decay = None
     if schedule != "constant" and longest >= 1:
         decay = draw(st.none() | st.integers(1, longest))
-    settings = optim(
-        schedule=schedule,
-        warmup_steps=warmup,
-        decay_steps=decay,
-        min_lr_ratio=draw(st.floats(0.0, 1.0)),
-    )
-    return settings, total
+    floor = draw(st.floats(0.0, 1.0))
+    return optim(schedule=schedule, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor), total
 
 
 @given(schedules())
-def test_stays_between_zero_and_the_peak_and_above_the_floor_after_warmup(case: tuple[OptimConfig, int]) -> None:
+def test_the_rate_rises_in_warmup_and_never_after_without_jumps_between_floor_and_peak(
+    case: tuple[OptimConfig, int],
+) -> None:
     settings, total = case
-    for step in range(1, total + 1):
-        rate = learning_rate(step, settings, total)
+    rates = [learning_rate(step, settings, total) for step in range(1, total + 1)]
+    for step, rate in enumerate(rates, start=1):
         assert 0.0 <= rate <= PEAK
         if step >= settings.warmup_steps:
             assert rate >= PEAK * settings.min_lr_ratio * (1 - 1e-12)
-
-
-@given(schedules())
-def test_has_no_jumps(case: tuple[OptimConfig, int]) -> None:
-    settings, total = case
-    rates = [learning_rate(step, settings, total) for step in range(1, total + 1)]
+        if step < total:
+            assert (rates[step] > rate) if step < settings.warmup_steps else (rates[step] <= rate)
     if settings.schedule == "constant":
         longest_decay = total
     elif settings.decay_steps is not None:
@@ -63,28 +56,12 @@ def test_has_no_jumps(case: tuple[OptimConfig, int]) -> None:
         assert abs(after - before) <= largest * (1 + 1e-9)
 
 
-@given(schedules())
-def test_rises_in_warmup_and_never_after(case: tuple[OptimConfig, int]) -> None:
-    settings, total = case
-    rates = {step: learning_rate(step, settings, total) for step in range(1, total + 1)}
-    for step in range(1, total):
-        if step < settings.warmup_steps:
-            assert rates[step + 1] > rates[step]
-        else:
-            assert rates[step + 1] <= rates[step]
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
-def test_peak_at_the_end_of_warmup(schedule: str) -> None:
-    settings = optim(schedule=schedule, warmup_steps=10)
+def test_the_peak_is_at_the_end_of_the_warmup_and_the_minimum_on_the_last_step(schedule: str) -> None:
+    settings = optim(schedule=schedule, warmup_steps=10, min_lr_ratio=0.1)
     assert learning_rate(1, settings, 100) == pytest.approx(PEAK / 10)
     assert learning_rate(10, settings, 100) == pytest.approx(PEAK)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_minimum_on_the_last_step(schedule: str) -> None:
-    settings = optim(schedule=schedule, warmup_steps=10, min_lr_ratio=0.1)
-    assert learning_rate(100, settings, 100) == pytest.approx(0.1 * PEAK)
+    assert learning_rate(100, settings, 100) == pytest.approx(PEAK if schedule == "constant" else 0.1 * PEAK)
 
 
 def test_cosine_halfway_and_beyond_its_length() -> None:
@@ -99,9 +76,7 @@ def test_wsd_is_flat_until_its_decay() -> None:
     assert {learning_rate(step, settings, 100) for step in range(10, 81)} == {PEAK}
     assert learning_rate(90, settings, 100) == pytest.approx(PEAK / 2)
     assert learning_rate(100, settings, 100) == 0.0
-
-
-def test_wsd_decays_over_a_fifth_by_default() -> None:
+    # By default the decay is a fifth of all steps.
     settings = optim(schedule="wsd", warmup_steps=0)
     assert learning_rate(80, settings, 100) == PEAK
     assert learning_rate(81, settings, 100) < PEAK

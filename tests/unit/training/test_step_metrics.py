@@ -17,7 +17,6 @@ from mlra_scale.training.watch import step_watchers
 from mlra_scale.training.watch.step_watchers import (
     FIRST_COMPARED,
     LAST_COMPARED,
-    StepEstimate,
     StepMetrics,
     estimate_step,
     peak_memory_bytes,
@@ -49,33 +48,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100 80GB PCIe", 312.0),
-        ("NVIDIA A10", 125.0),
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H200 NVL", 835.5),
-        ("NVIDIA GH200 480GB", 989.4),
-        ("NVIDIA B200", 2250.0),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA GeForce GTX 1080", None),
-    ],
-)
-def test_peak_by_name(name: str, peak: float | None) -> None:
-    assert peak_of_device_name(name) == peak
+PEAKS = {
+    "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0, "NVIDIA A10": 125.0,
+    "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "NVIDIA H200": 989.4, "NVIDIA H200 NVL": 835.5,
+    "NVIDIA GH200 480GB": 989.4, "NVIDIA B200": 2250.0, "NVIDIA L40S": 362.05, "NVIDIA L4": 121.0,
+    "NVIDIA GeForce GTX 1080": None,
+}  # fmt: skip
 
 
-def test_peak_is_unknown_on_a_cpu_unless_given() -> None:
+def test_peaks_are_known_by_name() -> None:
+    assert {name: peak_of_device_name(name) for name in PEAKS} == PEAKS
+
+
+def test_the_peak_is_unknown_on_a_cpu_and_in_fp32_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_tflops(load_config("debug"), CPU) is None
     assert peak_tflops(load_config("debug", overrides=["train.peak_tflops=0.5"]), CPU) == 0.5
-
-
-def test_peak_of_fp32_is_unknown_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     gpu = torch.device("cuda", 0)
     assert peak_tflops(load_config("debug"), gpu) is None
@@ -95,9 +82,6 @@ def test_throughput_counts_only_the_time_of_steps(clock: Clock) -> None:
     assert values["mfu"] == pytest.approx(256.0 * config.model.flops_per_token(64) / 2e12)
     assert clock.step(metrics, 1.0)["tokens_per_second"] == 512.0
     assert metrics.mean_tokens_per_second == 3 * 512 / 5.0
-
-
-def test_memory_of_a_cpu_process_is_its_resident_memory() -> None:
     assert 10 * 2**20 < peak_memory_bytes(CPU) < 2**40
 
 
@@ -118,7 +102,7 @@ def test_lines() -> None:
 def compared_with(seconds: float, devices: str, monkeypatch: pytest.MonkeyPatch) -> tuple[StepMetrics, list[str]]:
     """Metrics that compare steps with this estimate, and what they print."""
     config, printed = load_config("debug"), list[str]()
-    monkeypatch.setattr(step_watchers, "estimate_step", lambda *_: StepEstimate(seconds, devices))
+    monkeypatch.setattr(step_watchers, "estimate_step", lambda *_: (seconds, devices))
     return StepMetrics(config, batch_plan(config, 1), CPU, printed.append), printed
 
 
@@ -160,7 +144,7 @@ def test_more_than_a_quarter_off_is_a_warning(
 
 
 def test_cpus_are_compared_only_where_they_were_measured(tmp_path: Path) -> None:
-    def estimate_of(*overrides: str) -> StepEstimate | None:
+    def estimate_of(*overrides: str) -> tuple[float, str] | None:
         config: Config = load_config("debug", overrides=["train.device=cpu", *overrides])
         plan: BatchPlan = batch_plan(config, 1)
         return estimate_step(config, plan, CPU)
@@ -168,5 +152,5 @@ def test_cpus_are_compared_only_where_they_were_measured(tmp_path: Path) -> None
     file = tmp_path / "cluster.json"
     write_cluster_file(file, replace(named_cluster("cpu"), name="these cores"), [])
     estimate = estimate_of(f"cluster.file={file}")
-    assert estimate is not None and estimate.seconds > 0.0 and estimate.devices == "1 x 1 these cores"
+    assert estimate is not None and estimate[0] > 0.0 and estimate[1] == "1 x 1 these cores"
     assert estimate_of() is None
