@@ -15,7 +15,7 @@ from mlra_scale.cli.options import add_overrides, configuration, count, positive
 if TYPE_CHECKING:
     from mlra_scale.config import Config, Named
     from mlra_scale.planning.cluster import Cluster
-    from mlra_scale.planning.search import Candidate, Found
+    from mlra_scale.planning.search import Candidate, SearchResult
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = """examples:
@@ -127,7 +127,7 @@ def _reload(best: Candidate, options: argparse.Namespace) -> tuple[Config, Named
     return loaded
 
 
-def _write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines: list[str]) -> int:
+def _write(path: Path, found: SearchResult, cluster: Cluster, chosen: Candidate, lines: list[str]) -> int:
     """Writes all that was found as JSON; returns the exit code."""
     from mlra_scale.planning.plan_text import plain
 

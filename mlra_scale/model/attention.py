@@ -62,14 +62,12 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden_BSD: torch.Tensor, mask: AttentionMask | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the attention's contribution to the residual stream, in the form of `hidden_BSD`.
-
-        That is [B, S, D], equal on all tensor-parallel ranks; with sequence parallelism it is this rank's positions.
+        """Returns the contribution to the residual stream, [B, S, D], or with sequence parallelism own positions.
 
         Args:
             hidden_BSD: The hidden state.
             mask: See document_mask.py; None: causal.
-            sample_ids_B: Global index of each sample, where attention weights are dropped.
+            sample_ids_B: Global index of each sample; read where attention weights are dropped.
         """
         q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
         if self.recorder is not None:

@@ -57,12 +57,10 @@ class ModelContext:
 
     @cached_property
     def table(self) -> ParameterTable:
-        """The parameters of the model."""
         return ParameterTable(self.model)
 
     @cached_property
     def document_masks(self) -> DocumentMasks:
-        """The masks of documents in use."""
         return DocumentMasks(self.has_flex_attention)
 
     @cached_property
@@ -85,17 +83,14 @@ class ModelContext:
 
     @property
     def tensor_parallel(self) -> int:
-        """Number of tensor-parallel ranks."""
         return self.tensor_group.size()
 
     @property
     def tensor_rank(self) -> int:
-        """This process's rank in the tensor-parallel group."""
         return self.tensor_group.rank()
 
     @property
     def has_dropout(self) -> bool:
-        """Whether any dropout probability is positive."""
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 

@@ -80,12 +80,6 @@ def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: Paramete
     """Fills a tensor of the parameter's global shape with its initial values.
 
     The values are drawn in fp32 on the CPU, so that they do not depend on the tensor's device and type.
-
-    Args:
-        tensor: Destination of shape `info.shape`.
-        model: The model's configuration.
-        info: The table's entry.
-        seed: The run's seed.
     """
     assert tuple(tensor.shape) == info.shape, (info.name, tuple(tensor.shape), info.shape)
     if info.kind == "bias":

@@ -108,11 +108,11 @@ class _Head:
             hidden_CD: What enters the head.
             targets_C: Global token ids.
             hidden_gradient_CD: Receives the gradient of `hidden_CD`.
-            weight_gradient_VD: The sum of the chunks before, which this one is added to; None for the first chunk.
-            num_chunks: Number of chunks; the gradients of several are summed in fp32.
+            weight_gradient_VD: The sum of the chunks before; None for the first chunk. Of several it is in fp32.
+            num_chunks: Number of chunks.
 
         Returns:
-            The sum of the losses, and the sum of the weight's gradients.
+            The sum of the losses, and the sum of the weight's gradients with this chunk.
         """
         losses_C, exponentials_CV, *rest = self.losses(hidden_CD, targets_C)
         gradient_CV = self.gradient(exponentials_CV, *rest)

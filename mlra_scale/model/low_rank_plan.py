@@ -42,7 +42,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceRates:
     """What the choice depends on beside shapes.
 
     Attributes:
@@ -60,9 +60,9 @@ class Device:
     share: float = 0.5
 
 
-H100 = Device(flops=5e14, bandwidth=3.5e11, memory_bandwidth=2.7e12, latency=2e-5)
+H100 = DeviceRates(flops=5e14, bandwidth=3.5e11, memory_bandwidth=2.7e12, latency=2e-5)
 """Half of the bf16 peak, and the rate of NCCL's rings over NVLink 4: typical values, not measured here."""
-CPU_CORE = Device(flops=1e11, bandwidth=1e9, memory_bandwidth=8e9, latency=5e-4, share=0.8)
+CPU_CORE = DeviceRates(flops=1e11, bandwidth=1e9, memory_bandwidth=8e9, latency=5e-4, share=0.8)
 """One core in fp32, and gloo between two processes of one machine, as measured on one (docs/performance.md)."""
 
 
@@ -78,7 +78,6 @@ class Shape:
         factorised: f, how many of q, k and v are factorised.
         has_dense: Whether another of them is dense.
         element_bytes: Bytes of a number in compute precision.
-        has_sequence_parallel: Whether the ranks split the stream along the sequence.
     """
 
     tokens: int
@@ -125,7 +124,7 @@ def numbers_sent(plan: LowRankPlan, shape: Shape) -> float:
     return sent * (shape.ranks - 1) / shape.ranks
 
 
-def seconds(plan: LowRankPlan, shape: Shape, device: Device) -> float:
+def seconds(plan: LowRankPlan, shape: Shape, device: DeviceRates) -> float:
     """Returns the estimated time of one block's factorised q, k and v, forward and backward, for one micro-batch."""
     total = 3 * 2 * multiply_adds(plan, shape) / device.flops
     if shape.ranks == 1:
@@ -157,14 +156,11 @@ def shape_of(config: Config, plan: BatchPlan) -> Shape:
 def low_rank_plan(config: Config, plan: BatchPlan, device_type: str | None = None) -> LowRankPlan:
     """Returns the plan of a run: the configuration's, or the faster one by the cost model.
 
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        device_type: "cpu" or "cuda"; None: that of the configuration, where "auto" counts as a GPU.
+    `device_type`: "cpu" or "cuda"; None: that of the configuration, where "auto" counts as a GPU.
     """
-    asked = config.parallel.low_rank_plan
-    if asked != "auto":
-        return asked
+    requested = config.parallel.low_rank_plan
+    if requested != "auto":
+        return requested
     # sigmaReparam defines its scale on whole factors, one after the other.
     if config.model.sigma_reparam or not any(config.model.is_factorised(name) for name in "qkv"):
         return "replicated"
@@ -173,5 +169,5 @@ def low_rank_plan(config: Config, plan: BatchPlan, device_type: str | None = Non
 
 
 @lru_cache(maxsize=4096)
-def _faster(shape: Shape, device: Device) -> LowRankPlan:
+def _faster(shape: Shape, device: DeviceRates) -> LowRankPlan:
     return min(PLANS, key=lambda name: seconds(name, shape, device))

@@ -38,7 +38,6 @@ class ParameterInfo:
         return tuple(size // tensor_parallel if dim == self.shard_dim else size for dim, size in enumerate(self.shape))
 
     def numel(self) -> int:
-        """Number of elements of the global tensor."""
         return math.prod(self.shape)
 
 
@@ -107,10 +106,9 @@ class LinearMap:
     """One map W = up down that sigmaReparam normalises; of a dense one, one of the two is the identity.
 
     Attributes:
-        name: Canonical prefix of the map.
-        up: Canonical name of the factor at the output, or of the dense matrix of q, k, v, fc_in.
-        down: Canonical name of the factor at the input, or of the dense matrix of o, fc_out.
-        gain: Canonical name of the gain.
+        name: Canonical prefix of the map; the others are canonical names.
+        up: The factor at the output, or the dense matrix of q, k, v, fc_in.
+        down: The factor at the input, or the dense matrix of o, fc_out.
         size: Length of the vector between the two, which tensor parallelism never splits.
     """
 

@@ -45,11 +45,7 @@ class AdamState:
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
 
     def set_step(self, step: int) -> None:
-        """Sets the number of updates that the moments have seen.
-
-        Args:
-            step: The number; moments must exist, unless it is zero.
-        """
+        """Sets the number of updates that the moments have seen; moments must exist, unless it is zero."""
         for master in self.masters:
             state = self.optimizer.state.get(master)
             if state:

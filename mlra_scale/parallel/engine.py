@@ -58,13 +58,7 @@ class Engine(ABC):
         self._has_update = True
 
     def _install(self, deepspeed_engine: Any, named: dict[str, nn.Parameter], tied_copies: frozenset[str]) -> None:
-        """Adopts a DeepSpeed engine.
-
-        Args:
-            deepspeed_engine: The initialized engine.
-            named: This rank's parameters by canonical name.
-            tied_copies: Those that another stage owns.
-        """
+        """Adopts an initialized DeepSpeed engine with this rank's parameters, of which another stage owns some."""
         self.deepspeed_engine = deepspeed_engine
         self.module = deepspeed_engine.module
         if self.config.train.precision == "fp16":
@@ -205,7 +199,7 @@ class Engine(ABC):
     # Weights and gradients, as fragments of the global tensors.
 
     def owns(self, name: str) -> bool:
-        """Returns whether this rank is the owner of the elements of a parameter that it holds."""
+        """Returns whether this rank owns the elements of a parameter that it holds."""
         if name in self._tied_copies:
             return False
         if self.table[name].shard_dim is None and self.topology.tensor_rank != 0:

@@ -66,7 +66,6 @@ class MasterView(ABC):
         """
 
     def forget_moments(self) -> None:
-        """Puts the optimizer back to before its first update."""
         self.adam.forget()
 
     @abstractmethod
@@ -75,14 +74,7 @@ class MasterView(ABC):
 
 
 def master_view(optimizer: Any, named: NamedParameters, data_rank: int, device: torch.device) -> MasterView:
-    """Returns the view that fits DeepSpeed's optimizer; also mends what that does (see the classes).
-
-    Args:
-        optimizer: `engine.optimizer` of the DeepSpeed engine.
-        named: This rank's parameters by canonical name.
-        data_rank: Coordinate on the data axis.
-        device: Where this rank computes.
-    """
+    """Returns the view that fits `engine.optimizer` of DeepSpeed; also mends what that does (see the classes)."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         if device.type == "cuda":
             order_stage3_on_device(optimizer)

@@ -23,14 +23,8 @@ class Topology:
     """Degrees, coordinates and process groups of this rank. The world group is the default group.
 
     Attributes:
-        world_size: Number of ranks.
-        rank: This process's global rank.
-        tensor: Tensor-parallel degree.
-        pipeline: Number of pipeline stages.
-        data: Data-parallel degree.
-        tensor_rank: Coordinate on the tensor axis.
-        pipeline_rank: Coordinate on the pipeline axis (the stage).
-        data_rank: Coordinate on the data axis.
+        tensor, pipeline, data: Degrees.
+        tensor_rank, pipeline_rank, data_rank: Coordinates on the axes.
         tensor_group: Ranks that share this rank's stage and data shard.
         pipeline_group: Ranks that share this rank's tensor and data coordinates.
         data_group: Ranks that hold the same weights.
@@ -70,9 +64,6 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
     Args:
         device: `cpu` (gloo) or `cuda` (nccl).
         timeout_minutes: How long a collective may wait for its peers.
-
-    Returns:
-        This rank's device.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if device == "cuda":
@@ -95,16 +86,7 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
 
 
 def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float) -> Topology:
-    """Creates the process groups of a layout; every rank calls it.
-
-    Args:
-        plan: Degrees of the axes.
-        device: This rank's device.
-        timeout_minutes: Timeout of the collectives of the new groups.
-
-    Returns:
-        This rank's coordinates and groups.
-    """
+    """Creates the process groups of a layout, with a timeout for their collectives; every rank calls it."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
         pipeline_model_parallel_size=plan.pipeline,

@@ -211,9 +211,6 @@ def named_clusters() -> dict[str, Cluster]:
 def named_cluster(name: str) -> Cluster:
     """Returns a cluster by its name.
 
-    Args:
-        name: "h100", "a100", "h200" or "cpu".
-
     Raises:
         ConfigError: There is no such cluster.
     """
@@ -224,20 +221,12 @@ def named_cluster(name: str) -> Cluster:
 
 
 def cluster_of_device(name: str) -> str | None:
-    """Returns the named cluster that has such devices; None: the planner has no constants for them.
-
-    Args:
-        name: What the driver calls the device, such as "NVIDIA H100 80GB HBM3".
-    """
+    """Returns the named cluster with devices that the driver calls so, such as "NVIDIA H200"; None: there is none."""
     return None if _words(name) & _OTHER_PRODUCTS else generation_of_device(name)
 
 
 def generation_of_device(name: str) -> str | None:
-    """Returns the named cluster with devices of the same generation, though of another product; None: there is none.
-
-    Args:
-        name: What the driver calls the device, such as "NVIDIA H100 PCIe".
-    """
+    """Returns the named cluster with devices of the same generation, though of another product; None: there is none."""
     return next((device for device in _DEVICES if device in _words(name)), None)
 
 

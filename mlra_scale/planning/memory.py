@@ -78,14 +78,11 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class PeakPhase:
-    """What one phase of a step needs beside weights, master and Adam's moments, in bytes.
+    """What one phase of a step needs beside weights, master and Adam's moments, in bytes; see RankMemory.
 
     Attributes:
         gradients: Without the buffers of the reduction.
         buffers: Those of the reduction, where they are there in this phase.
-        activations: As in RankMemory.
-        logits: As in RankMemory.
-        temporary: As in RankMemory.
     """
 
     gradients: float
@@ -101,13 +98,7 @@ class PeakPhase:
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage_index: int) -> RankMemory:
-    """Estimates the memory of a rank of one pipeline stage (all tensor and data ranks of a stage are alike).
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        stage_index: The pipeline stage.
-    """
+    """Estimates the memory of a rank of one pipeline stage; all tensor and data ranks of a stage are alike."""
     stage = Stage(config, plan, stage_index)
     peak = max(phases_of_a_step(stage).values(), key=lambda phase: phase.total)
     state = {

@@ -33,7 +33,6 @@ class EngineSettings:
 
     Attributes:
         file: The --ds-config file that holds them; None: the configuration's own.
-        settings: Their content.
         for_pipelines: Whether they are meant for several stages; None: for any number.
     """
 
@@ -47,9 +46,6 @@ class Candidate:
     """A layout that the validation accepts, with its estimates.
 
     Attributes:
-        config: The whole configuration.
-        plan: Its batch plan.
-        engine: DeepSpeed's settings.
         memory: Of a rank of the stage that needs most.
         stage: That stage.
         time: Of a step.
@@ -75,7 +71,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -91,7 +87,7 @@ class Found:
     too_large: list[Candidate] = field(default_factory=list)
 
 
-def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> Found:
+def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> SearchResult:
     """Finds every layout that a cluster could run.
 
     Args:
@@ -106,17 +102,14 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
     valid: list[Candidate] = []
     left_out: Counter[str] = Counter()
     refused: ConfigError | None = None
-    for changed, engine in _combinations(config, named, cluster, engines):
+    for each, engine in _combinations(config, named, cluster, engines):
         try:
-            validate(changed, cluster.world_size, "cuda" if cluster.runs_ahead else "cpu")
+            validate(each, cluster.world_size, "cuda" if cluster.runs_ahead else "cpu")
         except ConfigError as error:
             refused = refused or error
             left_out[_reason(error.problems[0])] += 1
-            continue
-        candidate = evaluate(changed, cluster, engine)
-        valid.append(candidate)
-        if candidate.memory.device > cluster.usable_memory:
-            left_out[MEMORY] += 1
+        else:
+            valid.append(evaluate(each, cluster, engine))
     if not valid:
         if refused is None:  # the named degrees need more ranks than there are: nothing was tried
             validate(config, cluster.world_size)
@@ -125,7 +118,9 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
     valid.sort(key=_order)
     feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
     too_large = [candidate for candidate in valid if candidate.memory.device > cluster.usable_memory]
-    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device), too_large)
+    if too_large:
+        left_out[MEMORY] = len(too_large)
+    return SearchResult(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device), too_large)
 
 
 def _order(candidate: Candidate) -> tuple[float, int, float]:
@@ -208,12 +203,7 @@ def _over(settings: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:
-    """Returns a configuration with some fields replaced; `deepspeed` as a whole.
-
-    Args:
-        config: The configuration.
-        sections: New values by section and field.
-    """
+    """Returns a configuration with some fields replaced, by section and field; `deepspeed` as a whole."""
     updated: dict[str, Any] = {"deepspeed": sections.get("deepspeed", config.deepspeed)}
     for name, values in sections.items():
         if name != "deepspeed":

@@ -66,7 +66,6 @@ class StageTime:
 
     @property
     def total(self) -> float:
-        """Sum of all."""
         return self.compute + self.elementwise + self.tensor + self.pipeline + self.data + self.overhead
 
 
@@ -94,13 +93,7 @@ class StepTime:
 
 
 def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
-    """Estimates the time of one step.
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        cluster: The cluster; its ranks are numbered node by node, tensor ranks next to each other.
-    """
+    """Estimates the time of one step; ranks are numbered node by node, tensor ranks next to each other."""
     m = plan.accumulation_steps
     stages = [Stage(config, plan, index) for index in range(plan.pipeline)]
     kinds = [_kind(stage, cluster) for stage in stages]

@@ -9,7 +9,7 @@ from mlra_scale.model.low_rank_plan import (
     CPU_CORE,
     H100,
     PLANS,
-    Device,
+    DeviceRates,
     Shape,
     low_rank_plan,
     multiply_adds,
@@ -51,8 +51,8 @@ def test_one_rank_sends_nothing_and_merges_only_large_ranks() -> None:
 
 
 def test_merging_pays_for_many_tokens_and_the_latents_are_repeated_for_few() -> None:
-    slow = Device(1e15, 1e9)
-    for device in (Device(1e12, 1e15), slow):
+    slow = DeviceRates(1e15, 1e9)
+    for device in (DeviceRates(1e12, 1e15), slow):
         assert min(PLANS, key=lambda plan: seconds(plan, SHAPE, device)) == "merged"
     few_tokens = Shape(tokens=64, hidden_size=1024, rank=256, ranks=8)
     assert min(PLANS, key=lambda plan: seconds(plan, few_tokens, slow)) == "replicated"

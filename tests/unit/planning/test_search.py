@@ -4,7 +4,7 @@ import pytest
 
 from mlra_scale.config import Config, ConfigError, Named, load_named_config, validate
 from mlra_scale.planning.cluster import Cluster, named_cluster
-from mlra_scale.planning.search import MEMORY, EngineSettings, Found, search
+from mlra_scale.planning.search import MEMORY, EngineSettings, SearchResult, search
 
 ZERO = [
     EngineSettings(None, {}),
@@ -17,7 +17,7 @@ def start(*overrides: str) -> tuple[Config, Named]:
     return load_named_config("debug", overrides=overrides)
 
 
-def find(cluster: Cluster, *overrides: str) -> Found:
+def find(cluster: Cluster, *overrides: str) -> SearchResult:
     return search(*start(*overrides), cluster, ZERO)
 
 
