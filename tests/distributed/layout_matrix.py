@@ -4,7 +4,6 @@ The tests run a covering subset; `python -m tests.distributed.all_layouts` runs 
 docs/checkpoints.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from mlra_scale.config import Config
 from mlra_scale.parallel import Engine, Fragment
 from tests.support.layouts import (
+    DROPOUT,
     Layout,
     Piece,
     assemble,
@@ -24,9 +24,8 @@ from tests.support.layouts import (
     start,
     table_of,
 )
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Tensors = dict[str, dict[str, np.ndarray]]
 
 LAYOUTS = {
@@ -68,8 +67,7 @@ def layout_of(name: str) -> Layout:
 
 def matrix_config(name: str, **overrides: Any) -> Config:
     """The model of the matrix in a layout; dropout is on: its masks do not depend on the layout."""
-    rates = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
-    return layout_config(layout_of(name), **{**rates, **overrides})
+    return layout_config(layout_of(name), **{**DROPOUT, **overrides})
 
 
 def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:

@@ -1,6 +1,5 @@
 """Runs of a layout beside the oracle's: how the layout tests make and compare them."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -9,18 +8,16 @@ import torch
 
 from mlra_scale.config import Config
 from tests.distributed.steps import Record, train
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
+from tests.support.layouts import DROPOUT, Layout, assemble, canonical_weights, layout_config, table_of
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Options = dict[str, Any]
 Items = tuple[tuple[str, Any], ...]
 """Options that can be a key: their values are scalars and tuples."""
 Oracle = tuple[dict[str, torch.Tensor], ReferenceRun]
 
 STEPS = 5
-DROPOUT: Options = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 
 
 def identify(value: Any) -> str:

@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 
 from mlra_scale.config import BatchPlan, Config
 from mlra_scale.stability.activations import ActivationProbe
-from tests.support.layouts import Batch, Layout, layout_config, make_batch, micro_batches, sharp_weights, start
+from tests.distributed.oracle_runs import identify
+from tests.support.layouts import DROPOUT, Batch, Layout, layout_config, make_batch, micro_batches, sharp_weights, start
 from tests.support.oracle import build_reference, reference_activations
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Entry = dict[str, Any]
 
 SAMPLES = 5  # no multiple of a micro-batch: the last one counts in part
@@ -34,12 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "model__embedding_scale": "sqrt_width",
     },
     "sequence-parallel": {"parallel__sequence_parallel": True},
-    "checkpointing-dropout": {
-        "parallel__activation_checkpointing": "block",
-        "model__embedding_dropout": 0.1,
-        "model__attention_dropout": 0.1,
-        "model__residual_dropout": 0.1,
-    },
+    "checkpointing-dropout": {"parallel__activation_checkpointing": "block", **DROPOUT},
 }
 EVERYTHING = Layout(tensor=2, data=2, stage=3)
 CASES = [
@@ -55,10 +49,6 @@ CASES = [
     (Layout(pipeline=2, data=2, stage=1), "mlra"),
     *((EVERYTHING, option) for option in OPTIONS),
 ]
-
-
-def identify(value: Layout | str) -> str:
-    return str(value).replace(" ", "-")
 
 
 def probe_config(layout: Layout, option: str, precision: str = "fp32") -> Config:

@@ -1,7 +1,6 @@
 """The gate before an update, initialization and ownership, for every kind of DeepSpeed optimizer wrapper."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,7 @@ from mlra_scale.model.initialization import initial_state
 from mlra_scale.parallel.fragments import Fragment
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.layouts import Layout, assemble, layout_config, micro_batches, overwrite, pieces, start, table_of
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 # One layout per wrapper: plain AdamW, the bf16 one, ZeRO 1 and 2, ZeRO 3, and both pipelines.
 WRAPPERS = [

@@ -1,6 +1,5 @@
 """Micro-batches' bf16 gradients, joined and added by few kernels, give DeepSpeed's own sums to the last bit."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from mlra_scale.config import Config
 from mlra_scale.parallel import gradient_sums, master
 from tests.support.layouts import Layout, layout_config, micro_batches, pieces, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
 LAYOUTS = [Layout(tensor=2), Layout(data=2, stage=1), Layout(pipeline=2)]
 
@@ -42,7 +41,7 @@ def train(rank: int, world_size: int, config: Config, elements_per_piece: int | 
 
 @pytest.mark.slow_except("tp1pp2dp1 zero0")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_sums_are_deepspeeds_own(worker_pool: Callable[[int], WorkerPool], layout: Layout) -> None:
+def test_the_sums_are_deepspeeds_own(worker_pool: Pools, layout: Layout) -> None:
     """All of a rank's gradients joined to one piece, or a few parameters at a time with larger ones uncopied."""
     pool, config = worker_pool(2), layout_config(layout, train__precision="bf16")
     expected = pool.run(train, config, None)

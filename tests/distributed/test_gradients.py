@@ -1,7 +1,6 @@
 """Gradient statistics in every kind of layout: they equal numpy's and the oracle's, and they change nothing."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.layouts import (
+    DROPOUT,
     Layout,
     Piece,
     assemble,
@@ -26,13 +26,11 @@ from tests.support.layouts import (
     table_of,
 )
 from tests.support.oracle import build_reference, reference_run
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Tensors = dict[str, np.ndarray]
 
 STEPS, REFUSED = 3, 2
-DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 EVERYTHING = {"gradients__every": 1, "gradients__noise_every": 1, "gradients__spectral_iterations": 12}
 # Every place where DeepSpeed keeps masters and gradients, both engines, and rows that ZeRO cuts. Without dropout the
 # oracle knows the gradient.

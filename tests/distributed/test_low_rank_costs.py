@@ -3,7 +3,6 @@
 `pytest tests/distributed/test_low_rank_costs.py -m "" -s` prints the table.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,7 @@ from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.low_rank_plan import PLANS, LowRankPlan, multiply_adds, numbers_sent, shape_of
 from tests.support.counting import PRODUCTS, SentNumbers
 from tests.support.layouts import Layout, layout_config, start
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 
 @dataclass
@@ -56,11 +53,8 @@ CASES += [("dense", "replicated", is_split, 2) for is_split in (False, True)]
 
 
 @pytest.mark.slow_except(
-    "mlra-replicated-False-2",
-    "mlra-merged-True-2",
-    "mlra-replicated-False-4",
-    "v-dense-merged-False-2",
-    "dense-replicated-True-2",
+    *("mlra-replicated-False-2", "mlra-merged-False-2", "mlra-replicated-True-2", "mlra-merged-True-2"),
+    *("mlra-replicated-False-4", "v-dense-merged-False-2", "v-dense-replicated-True-2", "dense-replicated-True-2"),
 )
 @pytest.mark.parametrize(("model", "plan", "is_split", "tensor"), CASES)
 def test_the_cost_model_counts_what_happens(

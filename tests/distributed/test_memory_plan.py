@@ -1,7 +1,6 @@
 """The planned training state, and the planned peak, against the tensors that the ranks really hold."""
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,8 @@ from mlra_scale.planning.layout import Stage
 from mlra_scale.planning.memory import phases_of_a_step, rank_memory
 from mlra_scale.planning.memory_state import early_gradient_bytes, reduction_bytes
 from tests.support.layouts import Layout, layout_config, micro_batches, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 BUCKET = 50_021  # elements: a size that no other tensor has
 
 

@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import RanksFailed
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools, WorkerPool
 
 
 @pytest.fixture(scope="module")

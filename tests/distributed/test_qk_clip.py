@@ -1,6 +1,5 @@
 """QK-clip does to the weights what the oracle's logits say, in every layout, and training goes on from there."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +12,7 @@ from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.stability.activations import ActivationProbe
 from mlra_scale.stability.qk_clip import QkClip, clip_factors, row_factors
+from tests.distributed.oracle_runs import identify
 from tests.support.layouts import (
     Layout,
     Piece,
@@ -26,9 +26,7 @@ from tests.support.layouts import (
     table_of,
 )
 from tests.support.oracle import build_reference
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 SAMPLES = 5  # no multiple of a micro-batch
 # Nothing divides by two, so that ZeRO cuts rows.
@@ -51,10 +49,6 @@ CASES = [
     (Layout(tensor=2, data=2, stage=3), "mlra"),
     (Layout(tensor=2, data=2, stage=3), "odd-masked"),
 ]
-
-
-def identify(value: Layout | str) -> str:
-    return str(value).replace(" ", "-")
 
 
 @dataclass

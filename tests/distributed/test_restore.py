@@ -13,13 +13,11 @@ import torch
 from mlra_scale.config import Config
 from mlra_scale.parallel import Engine, Fragment, StepResult, build_engine
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, overwrite, start
-from tests.support.pool import WorkerPool
+from tests.support.layouts import DROPOUT, Layout, canonical_weights, layout_config, micro_batches, overwrite, start
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Captured = dict[tuple[str, int], list[torch.Tensor]]
 
-DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 STOP, STEPS = 3, 6
 
 CASES = [

@@ -4,16 +4,13 @@ The vocabulary is large, as it is in practice, so that the embedding does not li
 three data ranks are added up, since a sum of two has no order.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from mlra_scale.config import Config
 from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Pieces = list[tuple[int, list[torch.Tensor]]]
 
 

@@ -4,7 +4,6 @@
 docs/huggingface.md; the tests run a covering subset.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import torch
 
 from mlra_scale.config import Config
 from tests.support.layouts import Layout, canonical_weights, layout_config, make_batch, micro_batches, start
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 LAYOUTS = {
     "tp1, pipeline of 2 stages": Layout(pipeline=2),

@@ -11,6 +11,7 @@ from mlra_scale.config import BatchPlan, Config, ModelConfig, batch_plan
 from mlra_scale.model.parameters import ParameterTable
 
 VOCABULARY = 121  # odd: with a padding multiple of 16 there are padded rows in every layout
+DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ class WorkerPool:
             self._ranks.close()
 
 
+Pools = Callable[[int], WorkerPool]
+"""Gives the pool of a world size: the fixture `worker_pool`, or a registry."""
+
+
 class PoolRegistry:
     """Hands out one pool per world size; sizes that are rarely used live only until another one is asked for."""
 

@@ -37,7 +37,6 @@ PROPERTIES = SimpleNamespace(
     is_multi_gpu_board=0,
 )
 NUM_DEVICES = 8
-ALLOCATED = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 TYPED_TENSORS = {
     "FloatTensor": torch.float32,
     "DoubleTensor": torch.float64,

@@ -305,8 +305,10 @@ def test_the_probe_records_the_logits_that_attention_uses(option: str) -> None:
     def see_heads(index: int, heads: Heads) -> None:
         seen.append(torch.stack([piece.logits_NSS for piece in heads.logits()]))
 
-    with torch.no_grad(), observe(gpt, see_heads):
-        logits_of(gpt, tokens)
+    with torch.no_grad():
+        with observe(gpt, see_heads):
+            logits_of(gpt, tokens)
+        logits_of(gpt, tokens)  # which nobody observes
         expected = reference.attention_logits(tokens)
     for found, logits in zip(seen, expected, strict=True):
         torch.testing.assert_close(found.double(), logits, rtol=1e-5, atol=1e-5)
