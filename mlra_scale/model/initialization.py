@@ -29,7 +29,7 @@ import math
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.model.randomness import keyed_generator
 
 
@@ -93,12 +93,3 @@ def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: Paramete
         if info.kind == "embedding":
             values[model.vocab_size :] = 0.0
         tensor.copy_(values)
-
-
-def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Returns every initial global tensor by canonical name (fp32, CPU); for tests and small models."""
-    state = {}
-    for name, info in ParameterTable(model).items():
-        state[name] = torch.empty(info.shape)
-        fill_initial_values(state[name], model, info, seed)
-    return state

@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from mlra_scale.model.initialization import initial_state
 from mlra_scale.parallel.fragments import Fragment
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.layouts import Layout, assemble, layout_config, micro_batches, overwrite, pieces, start, table_of
+from tests.support.layouts import (
+    Layout,
+    assemble,
+    initial_state,
+    layout_config,
+    micro_batches,
+    overwrite,
+    pieces,
+    start,
+    table_of,
+)
 from tests.support.pool import Pools
 
 # One layout per wrapper: plain AdamW, the bf16 one, ZeRO 1 and 2, ZeRO 3, and both pipelines.

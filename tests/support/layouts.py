@@ -121,11 +121,20 @@ def global_batch(config: Config, step: int) -> Batch:
     return make_batch(config, range(step * size, (step + 1) * size))
 
 
+def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Every initial global tensor by canonical name (fp32, CPU)."""
+    from mlra_scale.model.initialization import fill_initial_values
+
+    state = {}
+    for name, info in ParameterTable(model).items():
+        state[name] = torch.empty(info.shape)
+        fill_initial_values(state[name], model, info, seed)
+    return state
+
+
 @torch.no_grad()
 def canonical_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
     """Random weights by canonical name, biases and norms included: nothing is zero or one by chance."""
-    from mlra_scale.model.initialization import initial_state
-
     generator = torch.Generator().manual_seed(seed)
     state = initial_state(model, seed)
     for name, tensor in state.items():

@@ -110,16 +110,13 @@ class ReferenceAttention(nn.Module):
         sigma_reparam: bool = False,
     ):
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
 
         def projection(name: str) -> nn.Module:
             if name not in factorised:
                 return linear(hidden_size, hidden_size, sigma_reparam, is_left=name == "o")
-            if rank is None:
-                raise ValueError("factorised projections need a rank")
+            assert rank is not None
             kind = SpectralLowRankProjection if sigma_reparam else LowRankProjection
             return kind(hidden_size, hidden_size, rank)
 
@@ -260,9 +257,6 @@ class ReferenceGPT(nn.Module):
         embedding_factor: float = 1.0,
     ):
         super().__init__()
-        unknown = set(factorised) - set("qkvo")
-        if unknown:
-            raise ValueError(f"factorised may hold q, k, v and o, not {sorted(unknown)}")
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.positions = nn.Embedding(max_positions, hidden_size)
         self.blocks = nn.ModuleList(
@@ -285,8 +279,7 @@ class ReferenceGPT(nn.Module):
     def set_vectors(self, vectors: dict[str, Tensor]) -> None:
         """Sets where the power iterations of sigmaReparam begin, by canonical name of the map (unit vectors)."""
         maps = {name: module for name, module in self.named_modules() if isinstance(module, SpectralMap)}
-        if maps.keys() != vectors.keys():
-            raise ValueError(f"vectors are missing or unknown: {sorted(maps.keys() ^ vectors.keys())}")
+        assert maps.keys() == vectors.keys(), maps.keys() ^ vectors.keys()
         for name, module in maps.items():
             module.vector = vectors[name]
 

@@ -12,12 +12,12 @@ from mlra_scale.checkpoint.huggingface.training_side import distributed_of_one
 from mlra_scale.config import ModelConfig
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.gpt import GPT
-from mlra_scale.model.initialization import initial_state, initial_std
+from mlra_scale.model.initialization import initial_std
 from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import iterated
 from mlra_scale.model.probe import Heads, observe
 from mlra_scale.model.spectral import load_vectors, scaled_linear, spectral_norms, stored_vectors
-from tests.support.layouts import canonical_weights
+from tests.support.layouts import canonical_weights, initial_state
 from tests.support.oracle import build_reference, initial_vectors
 from tests.support.reference import ReferenceGPT
 

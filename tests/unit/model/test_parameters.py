@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.initialization import initial_state, initial_std
+from mlra_scale.model.initialization import initial_std
 from mlra_scale.model.parameters import ParameterTable
+from tests.support.layouts import initial_state
 
 SHAPE: dict[str, Any] = {"num_layers": 3, "hidden_size": 256, "num_heads": 4, "vocab_size": 300, "max_positions": 32}
 
