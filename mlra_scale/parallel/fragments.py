@@ -30,7 +30,7 @@ def scale_rows(fragment: Fragment, width: int, factors: torch.Tensor) -> None:
     Args:
         fragment: Of a matrix, or of a vector, whose elements are its rows. It may begin and end inside a row.
         width: Elements of a row.
-        factors: One per row of this rank's tensor-parallel shard.
+        factors: Of the rows of this rank's tensor-parallel shard.
     """
     first_row, skipped = divmod(fragment.start, width)
     length = fragment.values.numel()

@@ -28,15 +28,13 @@ NamedParameters = Mapping[str, nn.Parameter]
 class MasterView(ABC):
     """One rank's view of the fp32 training state, ownership among replicas not yet decided.
 
-    Attributes:
-        adam: The optimizer's own state.
-        is_replicated_over_data: Whether every data rank holds all of it.
+    `inner` is the optimizer that DeepSpeed's wraps, `masters` its fp32 tensors.
     """
 
     is_replicated_over_data = False
+    """Whether every data rank holds all of it."""
 
     def __init__(self, optimizer: Any, named: NamedParameters, inner: Any, masters: Sequence[torch.Tensor]) -> None:
-        """Looks into DeepSpeed's optimizer (`inner`: the one that it wraps) with its fp32 tensors."""
         self.optimizer = optimizer
         self.named = named
         self.adam = AdamState(inner, masters)
@@ -352,7 +350,6 @@ class _Pieces:
         self.starts = [0, *accumulate(tensor.numel() for tensor in tensors)]
 
     def narrow(self, start: int, length: int) -> torch.Tensor:
-        """Elements start..start+length of the whole; they lie in one of the tensors."""
         index = bisect_right(self.starts, start) - 1
         offset = start - self.starts[index]
         assert offset + length <= self.tensors[index].numel(), "a gradient fragment crosses DeepSpeed's pieces"

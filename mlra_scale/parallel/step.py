@@ -37,7 +37,6 @@ class UpdateProposal:
 
     @property
     def is_finite(self) -> bool:
-        """Whether neither number is infinite or NaN."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 

@@ -49,12 +49,10 @@ class Topology:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the token embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
         return self.pipeline_rank == self.pipeline - 1
 
 

@@ -1,4 +1,4 @@
-"""Saving in one layout and going on in another: what the ranks do, and what must be equal afterwards.
+"""Saving in one layout and continuing in another: what the ranks do, and what must be equal afterwards.
 
 The tests run a covering subset; `python -m tests.distributed.all_layouts` runs every pair and prints the table of
 docs/checkpoints.md.
@@ -45,8 +45,8 @@ BF16_TOLERANCE = 2**-11  # what one bf16 process may err in a loss against fp32 
 
 
 @dataclass
-class Moment:
-    """One rank's account of the moment of a save or a load, and of the steps after it.
+class Account:
+    """One rank's account of a save or a load, and of the steps after it.
 
     Attributes:
         owned: Its pieces of weights and moments.
@@ -78,19 +78,19 @@ def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:
     }
 
 
-def go_on(engine: Engine, plan: Any, config: Config) -> Moment:
-    moment = Moment(owned_pieces(engine))
+def continue_training(engine: Engine, plan: Any, config: Config) -> Account:
+    account = Account(owned_pieces(engine))
     for step in range(SAVED_AT, SAVED_AT + MORE):
         batches = micro_batches(config, plan, engine.topology.data_rank, step)
         result = engine.train_batch(batches, config.optim.lr)
-        moment.losses.append(result.loss)
-        moment.gradient_norms.append(result.gradient_norm)
-    moment.final = owned_pieces(engine)
-    return moment
+        account.losses.append(result.loss)
+        account.gradient_norms.append(result.gradient_norm)
+    account.final = owned_pieces(engine)
+    return account
 
 
-def save(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
-    """Trains, saves, and goes on without interruption."""
+def save(rank: int, world_size: int, config: Config, folder: Path) -> Account:
+    """Trains, saves, and continues without interruption."""
     from mlra_scale.checkpoint import Saver
 
     engine, plan = start(config, world_size, canonical_weights(config.model))
@@ -100,16 +100,16 @@ def save(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
     state = {"engine": engine.training_state()}
     saver.save(engine, SAVED_AT, state, engine.buffers(), config.to_yaml(), None)
     saver.finish()
-    return go_on(engine, plan, config)
+    return continue_training(engine, plan, config)
 
 
-def load(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
-    """Goes on from the checkpoint, in an engine that was begun with other weights."""
+def load(rank: int, world_size: int, config: Config, folder: Path) -> Account:
+    """Continues from the checkpoint, in an engine that was begun with other weights."""
     from mlra_scale.checkpoint import Store, checkpoint_name, load_checkpoint
 
     engine, plan = start(config, world_size, canonical_weights(config.model, seed=11))
     load_checkpoint(engine, Store.open(folder / checkpoint_name(SAVED_AT)))
-    return go_on(engine, plan, config)
+    return continue_training(engine, plan, config)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Run:
 
     layout: Layout
     config: Config
-    ranks: list[Moment]
+    ranks: list[Account]
 
     def tensors(self, is_final: bool = False) -> Tensors:
         """The global tensors by part and name, at the checkpoint or after the last step; each element has one owner."""
@@ -128,7 +128,7 @@ class Run:
 
 
 class Matrix:
-    """Checkpoints that are made once and gone on from in many layouts.
+    """Checkpoints that are made once and continued from in many layouts.
 
     Args:
         pools: Gives the pool of a world size.
@@ -151,13 +151,13 @@ class Matrix:
         return self._saved[key]
 
     def loaded(self, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> Run:
-        """The run in a layout that goes on from the checkpoint of another one.
+        """The run in a layout that continues from the checkpoint of another one.
 
         Args:
             saved_in: The layout that saved.
-            name: The layout that goes on.
+            name: The layout that continues.
             was: Precision of the saving run.
-            overrides: Of the configuration that goes on.
+            overrides: Of the configuration that continues.
         """
         self.saved(saved_in, was)
         config, layout = matrix_config(name, **overrides), layout_of(name)

@@ -34,7 +34,7 @@ def test_the_pairs_cover_every_layout() -> None:
 
 @pytest.mark.slow_except("tp2pp2-zero3-tp2dp2")
 @pytest.mark.parametrize(("saved_in", "name"), PAIRS)
-def test_any_layout_goes_on_in_any_other(matrix: Matrix, saved_in: str, name: str) -> None:
+def test_any_layout_continues_in_any_other(matrix: Matrix, saved_in: str, name: str) -> None:
     before, after = matrix.saved(saved_in), matrix.loaded(saved_in, name)
     assert_same_tensors(before, after)
     assert largest_difference(before, after) < 1e-6
@@ -43,7 +43,7 @@ def test_any_layout_goes_on_in_any_other(matrix: Matrix, saved_in: str, name: st
 @pytest.mark.slow_except("tp2pp2-fp32", "zero3-tp2dp2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["tp2pp2", "zero1-dp2", "zero3-tp2dp2"])
-def test_the_same_layout_goes_on_bitwise(matrix: Matrix, name: str, precision: str) -> None:
+def test_the_same_layout_continues_bitwise(matrix: Matrix, name: str, precision: str) -> None:
     before = matrix.saved(name, precision)
     after = matrix.loaded(name, name, precision, train__precision=precision)
     assert_same_tensors(before, after)

@@ -143,7 +143,7 @@ def options_run(worker_pool: Pools, folder: Path, layout: Layout, attention: str
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_goes_on_bitwise(worker_pool: Pools, tmp_path: Path, name: str, precision: str) -> None:
+def test_a_resumed_run_continues_bitwise(worker_pool: Pools, tmp_path: Path, name: str, precision: str) -> None:
     """The power iterations, too: whatever else they began with would show in the first loss."""
     layout, attention = RESUMED[name]
     runs = [
@@ -155,7 +155,7 @@ def test_a_resumed_run_goes_on_bitwise(worker_pool: Pools, tmp_path: Path, name:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_has_the_vectors_of_all_stages_and_goes_on_in_other_layouts(
+def test_a_checkpoint_has_the_vectors_of_all_stages_and_continues_in_other_layouts(
     worker_pool: Pools, tmp_path: Path
 ) -> None:
     from mlra_scale.checkpoint import Store, checkpoint_name

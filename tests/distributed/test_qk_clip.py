@@ -1,4 +1,4 @@
-"""QK-clip does to the weights what the oracle's logits say, in every layout, and training goes on from there."""
+"""QK-clip does to the weights what the oracle's logits say, in every layout, and training continues from there."""
 
 from dataclasses import dataclass, field
 from functools import cache

@@ -1,4 +1,4 @@
-"""A run that is put back to a captured moment goes on bitwise as if nothing had happened, in every optimizer wrapper.
+"""A run that is put back to a captured state continues bitwise as if nothing had happened, in every optimizer wrapper.
 
 Captured in memory, fragment by fragment, so that nothing but the engine is under test; dropout is on.
 """

@@ -229,7 +229,7 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("was", "now"), [(was, now) for was in SAVED for now in SAVED])
-def test_a_checkpoint_goes_on_with_another_split_and_plan(
+def test_a_checkpoint_continues_with_another_split_and_plan(
     worker_pool: Pools, saved: Callable[[str], tuple[Run, Path]], was: str, now: str
 ) -> None:
     before, folder = saved(was)

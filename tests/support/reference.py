@@ -284,7 +284,7 @@ class ReferenceGPT(nn.Module):
             module.vector = vectors[name]
 
     def advance(self) -> None:
-        """Ends a training step: the power iterations go on from where the last forward pass left them."""
+        """Ends a training step: the power iterations continue from where the last forward pass left them."""
         for module in self.modules():
             if isinstance(module, SpectralMap):
                 module.vector = module.next_vector

@@ -63,12 +63,3 @@ def test_stages_share_nothing_but_the_tied_embedding(num_stages: int) -> None:
     model = preset("debug").model
     names = [info.name for stage in range(num_stages) for info in weights_of_stage(model, num_stages, stage)]
     assert sorted(names) == sorted([*ParameterTable(model), "embedding.weight"])
-
-
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_shards_add_up(tensor: int) -> None:
-    model = preset("debug").model
-    infos = list(ParameterTable(model).values())
-    sharded = sum(info.numel() for info in infos if info.shard_dim is not None)
-    whole = sum(info.numel() for info in infos)
-    assert num_held(infos, tensor) == whole - sharded + sharded // tensor
