@@ -41,7 +41,7 @@ def defects(name: str) -> list[tuple[Any, str, Any]]:
     found: dict[str, list[tuple[Any, str, Any]]] = {
         "latents": [(linear, "enter_tensor_parallel", lambda context, *tensors: list(tensors))],
         "qk-norm": [(norm, "copy_to_tensor_parallel", lambda context, *tensors: list(tensors))],
-        "sigma": [(spectral, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)],
+        "sigma": [(spectral, "copy_to_tensor_parallel", lambda context, *tensors: list(tensors))],
         "on_slice": [(module, "on_slice", lambda context, *values: list(values)) for module in (embedding, norm)],
         "slice_linear": [(linear, "slice_linear", lambda context, *values: functional.linear(*values))],
         "bias": [

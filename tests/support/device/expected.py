@@ -149,6 +149,8 @@ _EVALUATIONS = (
         "DeepSpeed lets no stage begin a pass before all have ended the one before",
     ),
 )
+NEW_TOKENS = 3
+"""Tokens that the trace generates after each of two prompts."""
 MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "noise scale": WAITS,
     "gradient statistics": (
@@ -214,6 +216,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
             "at the first save: the numbers by which copies are condensed; the copies themselves are not waited for",
         ),
     ),
+    "generation": (),
     "writing": (
         Wait(
             "event.synchronize",
