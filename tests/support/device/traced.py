@@ -60,8 +60,6 @@ class TracedRank:
         engine: Any = build_engine(self.config, self.plan, self.topology)
         self.engine = engine
         self.deepspeed_engine: Any = self.engine.deepspeed_engine
-        is_partitioned = getattr(self.deepspeed_engine, "is_pipe_partitioned", False)
-        self.trace.received = fake_ranks.Neighbour(self.config, self.plan, self.topology, is_partitioned).says
         self.blocks = _blocks(self.engine.module)
         self._mark_blocks()
         self.step_batches = self.batches()  # on a run, the feed's thread has them ready

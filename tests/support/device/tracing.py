@@ -72,20 +72,11 @@ def _kind_of(tensor: torch.Tensor) -> str:
 
 
 class Trace(TorchDispatchMode):
-    """The dispatch mode; enter it inside a FakeTensorMode.
+    """The dispatch mode; enter it inside a FakeTensorMode. `group_of` names a process group: tensor, data, ..."""
 
-    Args:
-        group_of: Returns the name of a process group: tensor, data, ...
-        received: Returns what another rank has put into a received tensor of integers, if it says something.
-    """
-
-    def __init__(
-        self,
-        group_of: Callable[[Any], str] = lambda group: "world",
-        received: Callable[[torch.Tensor], list[int] | None] = lambda tensor: None,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.group_of, self.received = group_of, received
+        self.group_of: Callable[[Any], str] = lambda group: "world"
         self.phases: dict[str, Phase] = {}
         self.live = self.pinned = 0
         self._storages: dict[int, _Storage] = {}
@@ -312,12 +303,6 @@ class Trace(TorchDispatchMode):
                 self._phase.misplaced[f"{name} over {group_name} of a tensor on {_kind_of(tensor)}: {found[0][1]}"] += 1
         if name == "barrier" and group_name != "control":
             self.wait("barrier")
-        if name == "recv_":
-            for tensor in tensors:
-                said = self.received(tensor)
-                with _disable_current_modes():
-                    values = None if said is None else torch.tensor(said)
-                self._remember(tensor, values)
 
     def _computes_on_host(self, func: Any, name: str, results: Sequence[torch.Tensor]) -> None:
         """Notes a large result of the host's own arithmetic."""
