@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import RanksFailed
+from tests.support.leftovers import all_end
 from tests.support.pool import Pools, WorkerPool
 
 
@@ -75,15 +76,6 @@ def read_process_state(rank: int, world_size: int) -> tuple[Any, ...]:
     return leftover, os.getcwd() == "/", torch.get_default_dtype(), torch.is_grad_enabled(), gc.isenabled()
 
 
-def exists(pid: int) -> bool:
-    """Whether a process runs (a zombie that waits for its parent does not)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_results_come_back_by_rank_from_the_same_processes(worker_pool: Pools, world_size: int) -> None:
     pool = worker_pool(world_size)
@@ -120,7 +112,7 @@ def test_hang_fails_with_the_stack_and_the_pool_is_rebuilt(own_pool: WorkerPool)
         own_pool.run(hang_on_rank_1, timeout=2.0)
     assert time.monotonic() - start < 6.0
     assert "in hang_on_rank_1" in failure.value.problems[1]
-    assert not any(exists(pid) for pid in pids) and own_pool.pids == []
+    assert all_end(pids, 0.0) and own_pool.pids == []
     assert own_pool.run(add_ranks, 1.0) == [torch.tensor([3.0])] * 2
 
 
@@ -146,10 +138,7 @@ def test_children_of_workers_are_killed_too(own_pool: WorkerPool, tmp_path: Any)
     with pytest.raises(RanksFailed, match="hung"):
         own_pool.run(start_child_and_hang, str(tmp_path / "pid"), timeout=2.0)
     children = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
-    deadline = time.monotonic() + 5.0
-    while any(exists(pid) for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(exists(pid) for pid in children)
+    assert all_end(children, 5.0)
 
 
 def test_process_state_does_not_leak_into_the_next_case(worker_pool: Pools) -> None:
