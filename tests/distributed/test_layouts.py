@@ -270,21 +270,3 @@ def test_evaluation_knows_no_dropout(worker_pool: Pools, layout: Layout) -> None
     config = in_layout(layout, optim__lr=1e-12, **DROPOUT)  # the weights stay what they are
     records = run(worker_pool, config, weights, steps=1)
     np.testing.assert_allclose(records[0].validation, without.losses[:1], rtol=1e-6)
-
-
-@pytest.mark.slow_except("tp2pp1dp1-zero0", "tp1pp1dp2-zero3")
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, stage=3), Layout(data=2, stage=1)], ids=identify)
-def test_tev_of_gpt2s_vocabulary(worker_pool: Pools, layout: Layout) -> None:
-    shape = {
-        "model__vocab_size": 50257,
-        "model__vocab_padding_multiple": 128,
-        "model__hidden_size": 24,
-        "model__num_layers": 1,
-        "train__sequence_length": 8,
-        "train__global_batch_size": 2 * layout.data,
-    }
-    config = in_layout(layout, **shape)
-    records = worker_pool(layout.world_size).run(train, config, 1)
-    final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
-    assert final["embedding.weight"].shape == (50304, 24)
-    assert_tev_is_numpys(records, config, final["embedding.weight"])
