@@ -43,20 +43,13 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """What the choice depends on beside shapes.
+    """What the choice depends on beside shapes."""
 
-    Attributes:
-        flops: Sustained rate of matrix products, FLOP/s.
-        bandwidth: Bytes per second that a rank sends in an all-reduce of its tensor-parallel group.
-        memory_bandwidth: Bytes per second that it reads and writes.
-        latency: Smallest time of a collective in seconds.
-        share: Time of a gather or a scatter, as a share of that of an all-reduce of the same numbers; half by bytes.
-    """
-
-    flops: float
-    bandwidth: float
-    memory_bandwidth: float = math.inf
-    latency: float = 0.0
+    flops: float  # sustained rate of matrix products, FLOP/s
+    bandwidth: float  # bytes per second that a rank sends in an all-reduce of its tensor-parallel group
+    memory_bandwidth: float = math.inf  # bytes per second that it reads and writes
+    latency: float = 0.0  # smallest time of a collective in seconds
+    # Time of a gather or a scatter, as a share of that of an all-reduce of the same numbers; half by bytes.
     share: float = 0.5
 
 
@@ -68,25 +61,15 @@ CPU_CORE = DeviceRates(flops=1e11, bandwidth=1e9, memory_bandwidth=8e9, latency=
 
 @dataclass(frozen=True)
 class Shape:
-    """What is computed.
+    """What is computed."""
 
-    Attributes:
-        tokens: T of a micro-batch.
-        hidden_size: D.
-        rank: R.
-        ranks: t, the tensor-parallel degree.
-        factorised: f, how many of q, k and v are factorised.
-        has_dense: Whether another of them is dense.
-        element_bytes: Bytes of a number in compute precision.
-    """
-
-    tokens: int
-    hidden_size: int
-    rank: int
-    ranks: int
-    factorised: int = 3
-    has_dense: bool = False
-    element_bytes: int = 4
+    tokens: int  # T of a micro-batch
+    hidden_size: int  # D
+    rank: int  # R
+    ranks: int  # t, the tensor-parallel degree
+    factorised: int = 3  # f, how many of q, k and v are factorised
+    has_dense: bool = False  # whether another of them is dense
+    element_bytes: int = 4  # bytes of a number in compute precision
     has_sequence_parallel: bool = False
 
 

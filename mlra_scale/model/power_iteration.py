@@ -22,23 +22,14 @@ _FIRST_ITERATIONS = 16
 
 
 class Iteration(NamedTuple):
-    """The result of one power iteration.
+    """The result of one power iteration."""
 
-    Attributes:
-        right_I: v, the singular vector at the input.
-        image_R: W_D v.
-        left_O: u, the singular vector at the output.
-        pullback_R: W_U^T u.
-        sigma: The estimate of the largest singular value, one number.
-        next_vector: The unit vector with which the next iteration begins.
-    """
-
-    right_I: torch.Tensor
-    image_R: torch.Tensor
-    left_O: torch.Tensor
-    pullback_R: torch.Tensor
-    sigma: torch.Tensor
-    next_vector: torch.Tensor
+    right_I: torch.Tensor  # v, the singular vector at the input
+    image_R: torch.Tensor  # W_D v
+    left_O: torch.Tensor  # u, the singular vector at the output
+    pullback_R: torch.Tensor  # W_U^T u
+    sigma: torch.Tensor  # the estimate of the largest singular value, one number
+    next_vector: torch.Tensor  # the unit vector with which the next iteration begins
 
 
 @torch.no_grad()

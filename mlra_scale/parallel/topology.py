@@ -20,18 +20,7 @@ from mlra_scale.parallel.network import set_gloo_interface
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees, coordinates and process groups of this rank. The world group is the default group.
-
-    Attributes:
-        tensor, pipeline, data: Degrees.
-        tensor_rank, pipeline_rank, data_rank: Coordinates on the axes.
-        tensor_group: Ranks that share this rank's stage and data shard.
-        pipeline_group: Ranks that share this rank's tensor and data coordinates.
-        data_group: Ranks that hold the same weights.
-        control_group: All ranks, over gloo whatever the device: for small objects about checkpoints, from the main
-            thread only, so that no collective of training can meet one of theirs.
-        device: Where this rank computes.
-    """
+    """Degrees, coordinates and process groups of this rank. The world group is the default group."""
 
     world_size: int
     rank: int
@@ -41,9 +30,11 @@ class Topology:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
-    tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    tensor_group: dist.ProcessGroup  # ranks that share this rank's stage and data shard
+    pipeline_group: dist.ProcessGroup  # ranks that share this rank's tensor and data coordinates
+    data_group: dist.ProcessGroup  # ranks that hold the same weights
+    # All ranks, over gloo whatever the device: for small objects about checkpoints, from the main thread only, so that
+    # no collective of training can meet one of theirs.
     control_group: dist.ProcessGroup
     device: torch.device
 

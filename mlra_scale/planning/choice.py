@@ -57,25 +57,17 @@ _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3"
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """A chosen layout, and what it was compared with.
-
-    Attributes:
-        fastest: The fastest layout by the estimate.
-        others: The next best, fastest first.
-        losses: Of the chosen layout, by changed constant.
-        losses_of_fragile: Of the layout that was not chosen because it loses too much; None: there is none.
-        num_fitting: How many layouts fit.
-        kept: Fields that were named and stayed as they were.
-    """
+    """A chosen layout, and what it was compared with."""
 
     cluster: Cluster
     chosen: Candidate
-    fastest: Candidate
-    others: tuple[Candidate, ...]
-    losses: Mapping[str, float]
+    fastest: Candidate  # the fastest layout by the estimate
+    others: tuple[Candidate, ...]  # the next best, fastest first
+    losses: Mapping[str, float]  # of the chosen layout, by changed constant
+    # Of the layout that was not chosen because it loses too much; None: there is none.
     losses_of_fragile: Mapping[str, float] | None
-    num_fitting: int
-    kept: tuple[str, ...] = ()
+    num_fitting: int  # how many layouts fit
+    kept: tuple[str, ...] = ()  # fields that were named and stayed as they were
 
     @property
     def worst(self) -> tuple[str, float]:

@@ -21,17 +21,11 @@ HOP = 0.2
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends.
+    """What one rank sends."""
 
-    Attributes:
-        sent: Bytes.
-        messages: Messages and sums, which pass through a tree of the ranks.
-        rings: Gathers and scatters, which pass from rank to rank.
-    """
-
-    sent: float = 0.0
-    messages: float = 0.0
-    rings: float = 0.0
+    sent: float = 0.0  # bytes
+    messages: float = 0.0  # messages and sums, which pass through a tree of the ranks
+    rings: float = 0.0  # gathers and scatters, which pass from rank to rank
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.sent + other.sent, self.messages + other.messages, self.rings + other.rings)

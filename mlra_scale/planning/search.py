@@ -29,34 +29,23 @@ _STAGE_0 = {"zero_optimization": {"stage": 0}}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Settings of DeepSpeed that a layout may run with.
+    """Settings of DeepSpeed that a layout may run with."""
 
-    Attributes:
-        file: The --ds-config file that holds them; None: the configuration's own.
-        for_pipelines: Whether they are meant for several stages; None: for any number.
-    """
-
-    file: str | None
+    file: str | None  # the --ds-config file that holds them; None: the configuration's own
     settings: dict[str, Any]
-    for_pipelines: bool | None = None
+    for_pipelines: bool | None = None  # whether they are meant for several stages; None: for any number
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that the validation accepts, with its estimates.
-
-    Attributes:
-        memory: Of a rank of the stage that needs most.
-        stage: That stage.
-        time: Of a step.
-    """
+    """A layout that the validation accepts, with its estimates."""
 
     config: Config
     plan: BatchPlan
     engine: EngineSettings
-    memory: RankMemory
-    stage: int
-    time: StepTime
+    memory: RankMemory  # of a rank of the stage that needs most
+    stage: int  # that stage
+    time: StepTime  # of a step
 
     def overrides(self) -> list[str]:
         """Returns the dotted overrides that choose this layout, beside the engine's file."""
@@ -72,19 +61,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        feasible: Layouts that fit, fastest first.
-        too_large: Layouts that do not, fastest first.
-        left_out: How many combinations were left out, by reason.
-        smallest: The valid layout that needs least memory, whether or not it fits.
-    """
-
-    feasible: list[Candidate]
-    left_out: Counter[str]
-    smallest: Candidate
-    too_large: list[Candidate] = field(default_factory=list)
+    feasible: list[Candidate]  # layouts that fit, fastest first
+    left_out: Counter[str]  # how many combinations were left out, by reason
+    smallest: Candidate  # the valid layout that needs least memory, whether or not it fits
+    too_large: list[Candidate] = field(default_factory=list)  # layouts that do not, fastest first
 
 
 def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> SearchResult:

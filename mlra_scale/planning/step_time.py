@@ -46,23 +46,14 @@ REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds that a stage spends on one micro-batch.
+    """Seconds that a stage spends on one micro-batch."""
 
-    Attributes:
-        compute: Matrix products and attention.
-        elementwise: Everything bound by memory bandwidth.
-        tensor: Collectives of the tensor-parallel group.
-        pipeline: Messages to and from neighbours.
-        data: Data-parallel traffic of every micro-batch (ZeRO 2 and 3), as far as it is not hidden.
-        overhead: Launching and engines, as far as it is not hidden.
-    """
-
-    compute: float
-    elementwise: float
-    tensor: float
-    pipeline: float
-    data: float
-    overhead: float
+    compute: float  # matrix products and attention
+    elementwise: float  # everything bound by memory bandwidth
+    tensor: float  # collectives of the tensor-parallel group
+    pipeline: float  # messages to and from neighbours
+    data: float  # data-parallel traffic of every micro-batch (ZeRO 2 and 3), as far as it is not hidden
+    overhead: float  # launching and engines, as far as it is not hidden
 
     @property
     def total(self) -> float:
@@ -71,24 +62,15 @@ class StageTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """The estimate of a step.
+    """The estimate of a step."""
 
-    Attributes:
-        seconds: The whole step.
-        stages: Per micro-batch, by stage.
-        bubble: Share of the pipeline's time in which its slowest stage waits.
-        reduction: Seconds of gradient reduction and gathering once a step, as far as they are not hidden.
-        update: Seconds of the optimizer.
-        mfu: Useful FLOPs over what the devices could do in that time at their peak.
-        sent: Bytes that a rank sends per step, by kind: tensor, pipeline, data; of the rank that sends most.
-    """
-
-    seconds: float
-    stages: tuple[StageTime, ...]
-    bubble: float
-    reduction: float
-    update: float
-    mfu: float
+    seconds: float  # the whole step
+    stages: tuple[StageTime, ...]  # per micro-batch, by stage
+    bubble: float  # share of the pipeline's time in which its slowest stage waits
+    reduction: float  # seconds of gradient reduction and gathering once a step, as far as they are not hidden
+    update: float  # seconds of the optimizer
+    mfu: float  # useful FLOPs over what the devices could do in that time at their peak
+    # Bytes that a rank sends per step, by kind: tensor, pipeline, data; of the rank that sends most.
     sent: dict[str, float]
 
 

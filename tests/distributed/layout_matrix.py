@@ -46,19 +46,12 @@ BF16_TOLERANCE = 2**-11  # what one bf16 process may err in a loss against fp32 
 
 @dataclass
 class Account:
-    """One rank's account of a save or a load, and of the steps after it.
+    """One rank's account of a save or a load, and of the steps after it."""
 
-    Attributes:
-        owned: Its pieces of weights and moments.
-        losses: Of the steps that followed.
-        gradient_norms: Likewise.
-        final: Its pieces after them.
-    """
-
-    owned: dict[str, list[Piece]]
-    losses: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
-    final: dict[str, list[Piece]] = field(default_factory=dict)
+    owned: dict[str, list[Piece]]  # its pieces of weights and moments
+    losses: list[float] = field(default_factory=list)  # of the steps that followed
+    gradient_norms: list[float] = field(default_factory=list)  # likewise
+    final: dict[str, list[Piece]] = field(default_factory=dict)  # its pieces after them
 
 
 def layout_of(name: str) -> Layout:

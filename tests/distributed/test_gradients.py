@@ -58,23 +58,16 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
 
 @dataclass
 class Account:
-    """What one rank saw of a run that measured.
+    """What one rank saw of a run that measured."""
 
-    Attributes:
-        records: What `after_step` returned, per step.
-        results: What the engine reported, per step.
-        gradients: Its share of each step's gradient.
-        weights: Its share of the weights before each step, and after the last.
-        overflow: fp16: the norm of an extra pass at too high a loss scale, and the scale and `num_skipped` after it.
-        is_unchanged: Whether a run without measurements was the same, bit by bit.
-    """
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-    gradients: list[list[Piece]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)  # what `after_step` returned, per step
+    results: list[Any] = field(default_factory=list)  # what the engine reported, per step
+    gradients: list[list[Piece]] = field(default_factory=list)  # its share of each step's gradient
+    # Its share of the weights before each step, and after the last.
     weights: list[list[Piece]] = field(default_factory=list)
+    # Fp16: the norm of an extra pass at too high a loss scale, and the scale and `num_skipped` after it.
     overflow: tuple[float, float, int] | None = None
-    is_unchanged: bool = False
+    is_unchanged: bool = False  # whether a run without measurements was the same, bit by bit
 
 
 def measured_and_plain(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Account:

@@ -19,17 +19,11 @@ from tests.support.pool import Pools
 
 @dataclass
 class Cost:
-    """Of one rank.
+    """Of one rank."""
 
-    Attributes:
-        multiply_adds: In matrix products of the forward pass.
-        multiply_adds_backward: Likewise, of the backward pass.
-        numbers: Sent in both.
-    """
-
-    multiply_adds: float
-    multiply_adds_backward: float
-    numbers: float
+    multiply_adds: float  # in matrix products of the forward pass
+    multiply_adds_backward: float  # likewise, of the backward pass
+    numbers: float  # sent in both
 
 
 def count(rank: int, world_size: int, config: Config) -> Cost:

@@ -53,25 +53,15 @@ CASES = [
 
 @dataclass
 class Account:
-    """One rank's account of a run: the first clip, weights and logits after it, and the steps from there.
+    """One rank's account of a run: the first clip, weights and logits after it, and the steps from there."""
 
-    Attributes:
-        clips: What each clip said.
-        before: Everything that the rank holds.
-        held: The same after the first clip.
-        owned: What it owns after the first clip.
-        logits: The largest logit of each block after the first clip.
-        losses: Of the steps after it.
-        gradient_norms: Likewise.
-    """
-
-    clips: list[dict[str, Any]] = field(default_factory=list)
-    before: list[Piece] = field(default_factory=list)
-    held: list[Piece] = field(default_factory=list)
-    owned: list[Piece] = field(default_factory=list)
-    logits: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)  # what each clip said
+    before: list[Piece] = field(default_factory=list)  # everything that the rank holds
+    held: list[Piece] = field(default_factory=list)  # the same after the first clip
+    owned: list[Piece] = field(default_factory=list)  # what it owns after the first clip
+    logits: list[float] = field(default_factory=list)  # the largest logit of each block after the first clip
+    losses: list[float] = field(default_factory=list)  # of the steps after it
+    gradient_norms: list[float] = field(default_factory=list)  # likewise
 
 
 def clip_config(layout: Layout, option: str, precision: str = "fp32", samples: int | None = SAMPLES) -> Config:

@@ -37,15 +37,10 @@ STEPS = 2
 
 @dataclass
 class Shard:
-    """What one rank saw of the logits.
+    """What one rank saw of the logits."""
 
-    Attributes:
-        tensor_rank: Which columns.
-        logits_BSV: Of the fixed batch; None on ranks that have no head.
-    """
-
-    tensor_rank: int
-    logits_BSV: np.ndarray | None
+    tensor_rank: int  # which columns
+    logits_BSV: np.ndarray | None  # of the fixed batch; None on ranks that have no head
 
 
 def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> Shard:

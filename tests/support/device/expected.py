@@ -19,19 +19,12 @@ MAX_OTHER_BYTES = 1024
 
 @dataclass(frozen=True)
 class Wait:
-    """A place where the host may wait for the device.
+    """A place where the host may wait for the device."""
 
-    Attributes:
-        kind: As tracing.Trace names it.
-        site: File and function.
-        number: How often in a step, at most.
-        reason: Why.
-    """
-
-    kind: str
-    site: str
-    number: int
-    reason: str
+    kind: str  # as tracing.Trace names it
+    site: str  # file and function
+    number: int  # how often in a step, at most
+    reason: str  # why
 
 
 _STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"

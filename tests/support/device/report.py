@@ -22,34 +22,22 @@ class Message:
 
 @dataclass
 class Phase:
-    """What happened in one phase of a traced rank.
+    """What happened in one phase of a traced rank."""
 
-    Attributes:
-        launches: Kernels by operator.
-        waits: By (kind, site, lines): how often the host waited for the device.
-        messages: By (operator, group, site).
-        wide_products: By site: matrix products of fp32.
-        host_results: By site: bytes of results that the host computed by itself.
-        misplaced: What is not where it must be.
-        start, peak, end: Bytes on the device.
-        host_start, host_peak: Bytes of page-locked memory.
-        holders: Who holds how many bytes at the peak, by the site that made them; known when the phase has ended.
-        marks: (name, launches so far).
-    """
-
-    launches: Counter[str] = field(default_factory=Counter)
-    waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    messages: dict[tuple[str, str, str], Message] = field(default_factory=dict)
-    wide_products: Counter[str] = field(default_factory=Counter)
-    host_results: Counter[str] = field(default_factory=Counter)
-    misplaced: Counter[str] = field(default_factory=Counter)
-    start: int = 0
+    launches: Counter[str] = field(default_factory=Counter)  # kernels by operator
+    waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # of the host, by (kind, site, lines)
+    messages: dict[tuple[str, str, str], Message] = field(default_factory=dict)  # by (operator, group, site)
+    wide_products: Counter[str] = field(default_factory=Counter)  # by site: matrix products of fp32
+    host_results: Counter[str] = field(default_factory=Counter)  # by site: bytes that the host computed by itself
+    misplaced: Counter[str] = field(default_factory=Counter)  # what is not where it must be
+    start: int = 0  # bytes on the device
     peak: int = 0
     end: int = 0
-    host_start: int = 0
+    host_start: int = 0  # bytes of page-locked memory
     host_peak: int = 0
+    # Who holds how many bytes at the peak, by the site that made them; known when the phase has ended.
     holders: Counter[str] = field(default_factory=Counter)
-    marks: list[tuple[str, int]] = field(default_factory=list)
+    marks: list[tuple[str, int]] = field(default_factory=list)  # (name, launches so far)
     num_launches: int = 0
 
     @property
@@ -69,39 +57,23 @@ class Phase:
 
 @dataclass
 class Report:
-    """What is known of a layout.
+    """What is known of a layout."""
 
-    Attributes:
-        layout: Its name.
-        engine: Names of DeepSpeed's engine and optimizer.
-        num_micro_batches: Of a step.
-        num_blocks: Of this rank.
-        num_parameters: Parameters (tensors) of this rank.
-        misplaced: Parameters and buffers that are not on the device.
-        phases: By name; `step` is the second step of training.
-        block_launches: Kernels of a block in the middle, or with ZeRO 3 of the mean block: forward, backward.
-        between_launches: Kernels between the blocks' backward pass and the next forward pass.
-        planned_bytes: planning.memory's peak.
-        planned_sent: planning.communication's bytes of a step: tensor, pipeline, tied, data.
-        mesh: Tensor-parallel, pipeline and data-parallel ranks.
-        groups: Process groups that the rank had a part in creating, by their number of ranks.
-        results: Of the measurements.
-    """
-
-    layout: str
-    engine: tuple[str, str]
-    num_micro_batches: int
-    num_blocks: int
-    num_parameters: int
-    misplaced: list[str]
-    phases: dict[str, Phase]
+    layout: str  # its name
+    engine: tuple[str, str]  # names of DeepSpeed's engine and optimizer
+    num_micro_batches: int  # of a step
+    num_blocks: int  # of this rank
+    num_parameters: int  # parameters (tensors) of this rank
+    misplaced: list[str]  # parameters and buffers that are not on the device
+    phases: dict[str, Phase]  # by name; `step` is the second step of training
+    # Kernels of a block in the middle, or with ZeRO 3 of the mean block: forward, backward.
     block_launches: tuple[float, float]
-    between_launches: int
-    planned_bytes: float
-    planned_sent: dict[str, float]
-    mesh: tuple[int, int, int]
-    groups: dict[int, int]
-    results: dict[str, Any] = field(default_factory=dict)
+    between_launches: int  # kernels between the blocks' backward pass and the next forward pass
+    planned_bytes: float  # planning.memory's peak
+    planned_sent: dict[str, float]  # planning.communication's bytes of a step: tensor, pipeline, tied, data
+    mesh: tuple[int, int, int]  # tensor-parallel, pipeline and data-parallel ranks
+    groups: dict[int, int]  # process groups that the rank had a part in creating, by their number of ranks
+    results: dict[str, Any] = field(default_factory=dict)  # of the measurements
 
     @property
     def step(self) -> Phase:

@@ -34,22 +34,16 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Mesh:
-    """A job that is simulated.
-
-    Attributes:
-        save_seconds: CPU time that a save may take rank 0.
-        fragments_bytes: Size that fragments.json may have.
-        is_large: Whether it takes a minute to simulate.
-    """
+    """A job that is simulated."""
 
     name: str
     world_size: int
     overrides: tuple[str, ...]
     ds_config: str
     preset: str = "gpt2-mlra-72l"
-    save_seconds: float = 5.0
-    fragments_bytes: int = 2 * MIB
-    is_large: bool = False
+    save_seconds: float = 5.0  # CPU time that a save may take rank 0
+    fragments_bytes: int = 2 * MIB  # size that fragments.json may have
+    is_large: bool = False  # whether it takes a minute to simulate
 
 
 PIPELINE, ZERO_3 = "ds_configs/zero1_pipeline.json", "ds_configs/zero3.json"
@@ -66,17 +60,11 @@ MESHES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What a save or a measurement costs.
+    """What a save or a measurement costs."""
 
-    Attributes:
-        cpu_seconds: Of the rank that does most (rank 0), in our own code.
-        sent: Bytes that an ordinary rank sends.
-        received: Bytes that arrive at the rank that gets most.
-    """
-
-    cpu_seconds: float
-    sent: int
-    received: int
+    cpu_seconds: float  # of the rank that does most (rank 0), in our own code
+    sent: int  # bytes that an ordinary rank sends
+    received: int  # bytes that arrive at the rank that gets most
 
 
 def configured(mesh: Mesh) -> tuple[Config, BatchPlan, float]:
