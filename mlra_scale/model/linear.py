@@ -190,15 +190,9 @@ class MergedMap(NamedTuple):
 def column_maps(
     context: ModelContext, inputs: Sequence[torch.Tensor], maps: Sequence[tuple[int, ColumnLinear | MergedMap]]
 ) -> list[torch.Tensor]:
-    """Takes tensors of the stream into column-parallel maps.
+    """Takes tensors of the stream, by one collective each way, into column-parallel maps.
 
-    Args:
-        context: The model's context.
-        inputs: [B, S, in] each, or of this rank's positions; they share one collective each way.
-        maps: The maps, each with the index of the input that it takes.
-
-    Returns:
-        [B, S, out / TP] for each map.
+    Each map comes with the index of its input. Returns [B, S, out / TP] for each.
     """
     if context.has_sequence_parallel and not context.model.sigma_reparam:
         return gathered_linear(context, inputs, [(source, each.weight, each.bias) for source, each in maps])

@@ -86,14 +86,9 @@ class SpectralNorm:
         self._image_R = weight_RI @ self._right_and_image[0].to(weight_RI.dtype)
 
     def scale(self, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Returns gamma / sigma(W), the factor of a dense matrix or of an up factor.
+        """Returns gamma / sigma(W), [1] in fp32 or fp64, with its gradient in the gain gamma [1] and all factors.
 
-        Args:
-            gain: gamma [1].
-            weight: The matrix or factor.
-
-        Returns:
-            [1] in fp32 or fp64, with its gradient in the gain and all factors.
+        `weight` is the dense matrix or the up factor.
         """
         if self._iteration is None:
             self._iteration = self._iterate(weight)

@@ -102,15 +102,10 @@ def gathered_linear(
     inputs: Sequence[torch.Tensor],
     maps: Sequence[tuple[int, torch.Tensor, torch.Tensor]],
 ) -> list[torch.Tensor]:
-    """Column-parallel maps of tensors of the stream under sequence parallelism.
+    """Column-parallel maps of tensors of the stream under sequence parallelism, by one collective each way.
 
-    Args:
-        context: The model's context.
-        inputs: [B, S / TP, in] each; they share one collective each way.
-        maps: Of each, the index of its input, this rank's rows of its weight [out / TP, in], and its bias [out / TP].
-
-    Returns:
-        [B, S, out / TP] for each map.
+    A map is the index of its input, this rank's rows of its weight [out / TP, in], and its bias [out / TP]. Returns
+    [B, S, out / TP] for each.
     """
     sources, weights, biases = zip(*maps, strict=True)
     keeps_gathered = context.activation_checkpointing == "block"

@@ -131,10 +131,8 @@ def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
 def fixed_fields(config: Config, named: Named) -> frozenset[str]:
     """Returns the fields that a choice leaves as they are.
 
-    Args:
-        config: If the planner chose the layout of its run, it lists the fields that were named then: they stay, and the
-            chosen ones do not count as named, although the file has them.
-        named: The fields that are named now.
+    A configuration whose layout was chosen lists the fields that were named then: they stay, and the chosen ones do not
+    count as named, although the file has them.
     """
     record = config.parallel.named_layout_fields
     return named.on_command_line | (named.in_file if record is None else frozenset[str](record))

@@ -70,13 +70,7 @@ class SearchResult:
 
 
 def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> SearchResult:
-    """Finds every layout that a cluster could run.
-
-    Args:
-        config: Everything that is not part of the layout.
-        named: The fields that must stay as they are.
-        cluster: The cluster.
-        engines: Settings to choose from where the configuration names none.
+    """Finds every layout that a cluster could run; `engines` are to choose from where the configuration names none.
 
     Raises:
         ConfigError: The validation accepts no layout; with the problems of the first one.
