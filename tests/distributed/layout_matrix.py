@@ -121,12 +121,7 @@ class Run:
 
 
 class Matrix:
-    """Checkpoints that are made once and continued from in many layouts.
-
-    Args:
-        pools: Gives the pool of a world size.
-        folder: Where the checkpoints go.
-    """
+    """Checkpoints that are made once and continued from in many layouts."""
 
     def __init__(self, pools: Pools, folder: Path) -> None:
         self._pools = pools
@@ -144,14 +139,7 @@ class Matrix:
         return self._saved[key]
 
     def loaded(self, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> Run:
-        """The run in a layout that continues from the checkpoint of another one.
-
-        Args:
-            saved_in: The layout that saved.
-            name: The layout that continues.
-            was: Precision of the saving run.
-            overrides: Of the configuration that continues.
-        """
+        """The run in a layout that continues from the checkpoint of another one."""
         self.saved(saved_in, was)
         config, layout = matrix_config(name, **overrides), layout_of(name)
         ranks = self._pools(layout.world_size).run(load, config, self._folder_of(saved_in, was))

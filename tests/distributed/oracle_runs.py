@@ -65,13 +65,6 @@ def assert_equals_oracle(
 ) -> dict[str, np.ndarray]:
     """Compares losses, gradient norms, validation, every gradient and the weights; ranks must agree.
 
-    Args:
-        config: Of the run.
-        records: Of its ranks.
-        expected: The oracle's run.
-        norms: Relative tolerance of gradient norms.
-        weights: Absolute tolerance of weights.
-
     Returns:
         The global weights after the last step.
     """

@@ -14,14 +14,7 @@ LAYOUTS = [Layout(tensor=2), Layout(data=2, stage=1), Layout(pipeline=2)]
 
 
 def train(rank: int, world_size: int, config: Config, elements_per_piece: int | None) -> tuple[list[float], list[Any]]:
-    """Trains three steps of several micro-batches; returns their gradient norms and this rank's weights.
-
-    Args:
-        rank: Of the pool.
-        world_size: Of the pool.
-        config: Its layout.
-        elements_per_piece: How many gradients are joined; None: DeepSpeed adds them itself.
-    """
+    """Trains three steps; returns their gradient norms and this rank's weights. None: DeepSpeed adds up by itself."""
     ours, size = master.GradientSums, gradient_sums._ELEMENTS_PER_PIECE
     if elements_per_piece is None:
         master.GradientSums = lambda optimizer: None  # type: ignore[assignment, misc, return-value]

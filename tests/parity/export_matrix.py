@@ -96,14 +96,7 @@ class Outcome:
 
 
 def run_case(pools: Pools, folder: Path, layout: Layout, **overrides: Any) -> Outcome:
-    """Trains and saves in a layout, exports to both formats with verification, and compares.
-
-    Args:
-        pools: Gives the pool of a world size.
-        folder: Where checkpoint and exports go.
-        layout: The layout.
-        overrides: Of the configuration.
-    """
+    """Trains and saves in a layout, exports to both formats with verification, and compares."""
     from transformers import GPT2LMHeadModel
 
     from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint

@@ -24,14 +24,7 @@ class HarnessResult:
 
 
 def run_harness(place: Path, folder: Path, more_texts: list[str], is_only_these: bool = False) -> HarnessResult:
-    """Measures the log-likelihood of local_text.jsonl in `place`, which is made there from the harness's own.
-
-    Args:
-        place: A folder to work in.
-        folder: The exported model, named as its user would.
-        more_texts: Texts that are added.
-        is_only_these: Whether those of the harness's own file are left out.
-    """
+    """Measures the log-likelihood of local_text.jsonl in `place`, which is made there from the harness's own."""
     for file in HARNESS.iterdir():
         shutil.copy(file, place)
     lines = place / "local_text.jsonl"

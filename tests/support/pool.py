@@ -18,13 +18,7 @@ KEPT_WORLD_SIZES = (1, 2, 4)
 
 
 class WorkerPool:
-    """``world_size`` ranks, started at first use and again after a failure that left them unusable.
-
-    Args:
-        world_size: number of ranks.
-        group_timeout: seconds after which a collective operation without its peers raises.
-        grace: seconds that the other ranks get to answer once one rank has failed.
-    """
+    """``world_size`` ranks, started at first use and again after a failure that left them unusable."""
 
     def __init__(self, world_size: int, group_timeout: float = 180.0, grace: float = 10.0):
         if world_size < 1:

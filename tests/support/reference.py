@@ -226,14 +226,8 @@ class ReferenceGPT(nn.Module):
 
     Args:
         vocab_size: number of real tokens V; there is no padding here.
-        max_positions: number of learned positions P.
-        num_layers: number of blocks.
-        hidden_size: D.
-        num_heads: N; must divide D.
-        ffn_hidden_size: F.
         factorised: which of "q", "k", "v", "o" are low-rank; empty for dense attention.
         rank: R of the factorised projections; not used when none is.
-        layer_norm_eps: epsilon of every LayerNorm.
         qk_norm: whether queries and keys are normalised.
         sigma_reparam: whether each linear map of a block is; then set_vectors comes before the first forward pass.
         layer_norm_scaling: whether the norms of block l, from 1, are multiplied by 1/sqrt(l).
@@ -307,15 +301,9 @@ class ReferenceGPT(nn.Module):
         return self.final_norm(x_BSD), attention_logits
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Computes the logits of the next token.
+        """Logits of the next token [B, S, V], from token ids [B, S].
 
-        Args:
-            tokens: token ids [B, S].
-            positions: position of each token [B, S]; None means 0, 1, ..., S - 1.
-            documents: id of each token's document [B, S]; given, a token attends only within its own document.
-
-        Returns:
-            Logits [B, S, V].
+        Positions None: 0, 1, ..., S - 1. With documents, a token attends only within its own.
         """
         hidden_BSD, _ = self._run(tokens, positions, documents)
         return hidden_BSD @ self.embedding.weight.T
@@ -330,13 +318,7 @@ class ReferenceGPT(nn.Module):
         return self._run(tokens, positions, documents)[1]
 
     def loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats, plus ``z_loss`` times the mean of log^2 Z (PaLM, Chowdhery et al. 2022, sec. 5).
-
-        Args:
-            logits: [B, S, V].
-            targets: token ids [B, S].
-            z_loss: coefficient of the z-loss term.
-        """
+        """Mean cross-entropy in nats, plus ``z_loss`` times the mean of log^2 Z (Chowdhery et al. 2022, sec. 5)."""
         log_z_BS = torch.logsumexp(logits, dim=-1)
         target_logits_BS = logits.gather(-1, targets[..., None]).squeeze(-1)
         loss = (log_z_BS - target_logits_BS).mean()

@@ -123,12 +123,7 @@ class _Device:
 
 
 def install(local_rank: int, report: Waits) -> None:
-    """Has torch.cuda answer.
-
-    Args:
-        local_rank: The device of this process.
-        report: Is given every wait of the host.
-    """
+    """Has torch.cuda answer."""
     cuda: Any = torch.cuda
     Event.report = _Stream.report = staticmethod(report)
     current = [0]

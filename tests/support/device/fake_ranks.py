@@ -47,11 +47,7 @@ def install(rank: int, world_size: int) -> Counter[int]:
 
 
 def exchange_objects(sends: Callable[[str, Any, int], None]) -> None:
-    """Has collectives of Python objects answer as if every rank had sent what this one sends.
-
-    Args:
-        sends: Is given the collective, its group, and the bytes that this rank sends.
-    """
+    """Has collectives of Python objects answer as if every rank had sent what this one sends."""
 
     def all_gather_object(gathered: list[Any], mine: Any, group: Any = None) -> None:
         sends("all_gather_object", group, len(pickle.dumps(mine)))

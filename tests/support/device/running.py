@@ -32,10 +32,6 @@ class TraceError(RuntimeError):
 def trace(layout: Layout, faults: tuple[str, ...] = ()) -> Report:
     """Traces a layout in a process of its own.
 
-    Args:
-        layout: The layout.
-        faults: Names of faults of faults.py to put in.
-
     Raises:
         TraceError: The process failed.
     """
