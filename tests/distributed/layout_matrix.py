@@ -22,7 +22,6 @@ from tests.support.layouts import (
     micro_batches,
     pieces,
     start,
-    table_of,
 )
 from tests.support.pool import Pools
 
@@ -115,9 +114,8 @@ class Run:
 
     def tensors(self, is_final: bool = False) -> Tensors:
         """The global tensors by part and name, at the checkpoint or after the last step; each element has one owner."""
-        table = table_of(self.config)
         accounts = [rank.final if is_final else rank.owned for rank in self.ranks]
-        return {part: assemble(table, self.layout.tensor, [account[part] for account in accounts]) for part in PARTS}
+        return {part: assemble(self.config, [account[part] for account in accounts]) for part in PARTS}
 
 
 class Matrix:

@@ -8,7 +8,7 @@ import torch
 
 from mlra_scale.config import Config
 from tests.distributed.steps import Record, train
-from tests.support.layouts import DROPOUT, Layout, assemble, canonical_weights, layout_config, table_of
+from tests.support.layouts import DROPOUT, Layout, assemble, canonical_weights, layout_config
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
 from tests.support.pool import Pools
 
@@ -56,7 +56,7 @@ def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor], st
 
 def assert_gradients(config: Config, records: list[Record], expected: ReferenceRun) -> float:
     """Compares every gradient of the first step; returns the largest difference as a share of what is allowed."""
-    gradients = assemble(table_of(config), config.parallel.tensor, [record.gradients for record in records])
+    gradients = assemble(config, [record.gradients for record in records])
     return assert_gradients_close(gradients, expected.gradients)
 
 
@@ -68,14 +68,14 @@ def assert_equals_oracle(
     Returns:
         The global weights after the last step.
     """
-    first, tensor = records[0], config.parallel.tensor
+    first = records[0]
     for record in records:
         assert (record.losses, record.gradient_norms) == (first.losses, first.gradient_norms), "ranks disagree"
     np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=norms)
     np.testing.assert_allclose(first.validation, [expected.validation], rtol=1e-6)
     worst = assert_gradients(config, records, expected)
-    final = assemble(table_of(config), tensor, [record.weights for record in records])
+    final = assemble(config, [record.weights for record in records])
     for name, value in expected.weights.items():
         np.testing.assert_allclose(final[name][: len(value)], value, rtol=1e-4, atol=weights, err_msg=name)
     numbers = "".join(f"{number:11.7f}" for number in first.losses + first.gradient_norms)

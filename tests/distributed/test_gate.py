@@ -18,7 +18,6 @@ from tests.support.layouts import (
     overwrite,
     pieces,
     start,
-    table_of,
 )
 from tests.support.pool import Pools
 
@@ -104,7 +103,6 @@ def without_refusal(rank: int, world_size: int, config: Any) -> tuple[list[Any],
 @pytest.mark.parametrize(("layout", "precision"), WRAPPERS, ids=lambda value: str(value).replace(" ", "-"))
 def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, precision: str) -> None:
     config = layout_config(layout, train__precision=precision)
-    table = table_of(config)
     reports = worker_pool(layout.world_size).run(survey, config)
     for report in reports:
         assert report["refused"] == (False, False, 1)
@@ -113,20 +111,20 @@ def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, pr
         assert report["broken"] == (False, True)
         assert report["broken_unchanged"], "a non-finite gradient changed the weights"
 
-    initial = assemble(table, layout.tensor, [report["initial"] for report in reports])
+    initial = assemble(config, [report["initial"] for report in reports])
     for name, tensor in initial_state(config.model, config.train.seed).items():
         expected = tensor.to(PRECISIONS[precision]).float()
         np.testing.assert_array_equal(initial[name], expected.numpy().astype(np.float64), err_msg=name)
 
-    final = assemble(table, layout.tensor, [report["final"] for report in reports])
+    final = assemble(config, [report["final"] for report in reports])
     ranks = worker_pool(layout.world_size).run(without_refusal, config)
-    control = assemble(table, layout.tensor, [weights for weights, _ in ranks])
-    for name in table:
+    control = assemble(config, [weights for weights, _ in ranks])
+    for name in final:
         np.testing.assert_array_equal(final[name], control[name], err_msg=name)
     for index in range(2):
-        found = assemble(table, layout.tensor, [report["moments"][index] for report in reports])
-        expected_moments = assemble(table, layout.tensor, [both[index] for _, both in ranks])
-        for name in table:
+        found = assemble(config, [report["moments"][index] for report in reports])
+        expected_moments = assemble(config, [both[index] for _, both in ranks])
+        for name in final:
             np.testing.assert_array_equal(found[name], expected_moments[name], err_msg=name)
             assert found[name].any() or name.endswith((".k.up.bias", ".k.bias")), name
 
@@ -162,9 +160,8 @@ def test_fp16_loss_scale(worker_pool: Pools, stage: int) -> None:
     # The scale that grew did not take anything from the gradients: the moments are those of fp32.
     plain = layout_config(Layout(data=2, stage=stage), optim__grad_clip=0.0)
     ranks = worker_pool(2).run(three_updates, plain)
-    table = table_of(config)
-    found = assemble(table, 1, [report["moments"][0] for report in reports])
-    expected = assemble(table, 1, [both[0] for both in ranks])
+    found = assemble(config, [report["moments"][0] for report in reports])
+    expected = assemble(config, [both[0] for both in ranks])
     name = "blocks.1.mlp.fc_in.weight"
     assert np.linalg.norm(found[name] - expected[name]) < 0.02 * np.linalg.norm(expected[name])
 

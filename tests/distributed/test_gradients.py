@@ -23,7 +23,6 @@ from tests.support.layouts import (
     overwrite,
     pieces,
     start,
-    table_of,
 )
 from tests.support.oracle import build_reference, reference_run
 from tests.support.pool import Pools
@@ -135,9 +134,8 @@ def test_statistics_are_right_and_change_nothing(worker_pool: Pools, case: str) 
         assert (account.records, account.results) == (first.records, first.results), "ranks disagree"
     assert [result.applied for result in first.results] == [True, False, True]
 
-    table = table_of(config)
-    gradients = [assemble(table, layout.tensor, [rank.gradients[step] for rank in ranks]) for step in range(STEPS)]
-    states = [assemble(table, layout.tensor, [rank.weights[step] for rank in ranks]) for step in range(STEPS + 1)]
+    gradients = [assemble(config, [rank.gradients[step] for rank in ranks]) for step in range(STEPS)]
+    states = [assemble(config, [rank.weights[step] for rank in ranks]) for step in range(STEPS + 1)]
     assert not gradients[0]["embedding.weight"][config.model.vocab_size :].any(), "padded rows have a gradient"
     for step, (record, result) in enumerate(zip(first.records, first.results, strict=True)):
         found = record["gradients"]

@@ -29,7 +29,7 @@ from tests.distributed.oracle_runs import (
     run,
 )
 from tests.distributed.steps import Record, train
-from tests.support.layouts import Layout, assemble, table_of
+from tests.support.layouts import Layout, assemble
 
 LAYOUTS = [
     Layout(),
@@ -123,7 +123,7 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layo
     allowed = bf16_error(worker_pool, layout, model__attention=attention)
     config = in_layout(layout, model__attention=attention, train__precision="bf16")
     records = run(worker_pool, config, weights)
-    final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
+    final = assemble(config, [record.weights for record in records])
     assert_tev_is_numpys(records, config, final["embedding.weight"])
     master = torch.from_numpy(final["embedding.weight"]).float()
     assert not torch.equal(master, master.bfloat16().float()), "these are rounded weights, not the fp32 masters"

@@ -23,7 +23,6 @@ from tests.support.layouts import (
     pieces,
     sharp_weights,
     start,
-    table_of,
 )
 from tests.support.oracle import build_reference
 from tests.support.pool import Pools
@@ -141,7 +140,7 @@ def assert_model_follows(
 
 def assert_copies_equal(config: Config, ranks: list[Account]) -> None:
     """What several ranks hold is the same on all of them, bit by bit."""
-    table = table_of(config)
+    table = ParameterTable(config.model)
     seen: dict[tuple[str, int, int], np.ndarray] = {}
     for account in ranks:
         for name, tensor_rank, first, values in account.held:
@@ -164,7 +163,7 @@ def test_fp32_clips_what_the_oracle_would(worker_pool: Pools, layout: Layout, op
     assert first.clips[0]["clipped_heads"] == num_clipped
     np.testing.assert_allclose(first.clips[0]["largest_logit"], float(largest.max()), rtol=1e-5)
 
-    found = assemble(table_of(config), layout.tensor, [account.owned for account in ranks])
+    found = assemble(config, [account.owned for account in ranks])
     weights = {name: tensor.double().numpy() for name, tensor in sharp_weights(config.model).items()}
     for name, value in weights.items():
         factor = factors.get(name, np.ones(len(value))).reshape(-1, *[1] * (value.ndim - 1))
@@ -216,7 +215,7 @@ def test_bf16_scales_the_fp32_weights_and_computes_with_them(worker_pool: Pools,
             masters = torch.from_numpy(after[is_scaled])
             assert masters.numel() < 8 or not torch.equal(masters, masters.bfloat16().float()), "not the fp32 weights"
     assert num_scaled > 0
-    owned = assemble(table_of(config), layout.tensor, [account.owned for account in ranks])
+    owned = assemble(config, [account.owned for account in ranks])
     assert_model_follows(config, first, owned, largest, error)
 
 

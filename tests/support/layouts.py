@@ -82,11 +82,6 @@ def layout_config(layout: Layout, **overrides: Any) -> Config:
     return Config.from_dict(values)
 
 
-def table_of(config: Config) -> ParameterTable:
-    """The parameter table of a run."""
-    return ParameterTable(config.model)
-
-
 def sample(config: Config, index: int) -> torch.Tensor:
     """Sequence number `index` of an endless random text: a pure function of the index."""
     generator = torch.Generator().manual_seed(1000 + index)
@@ -191,8 +186,9 @@ def pieces(engine: Any, fragments: Iterable[Any]) -> list[Piece]:
     return [(f.name, engine.topology.tensor_rank, f.start, f.values.detach().cpu().numpy().copy()) for f in fragments]
 
 
-def assemble(table: Any, tensor_parallel: int, ranks: Iterable[list[Piece]]) -> dict[str, np.ndarray]:
+def assemble(config: Config, ranks: Iterable[list[Piece]]) -> dict[str, np.ndarray]:
     """Global tensors from every rank's pieces; each element must come from exactly one of them."""
+    table, tensor_parallel = ParameterTable(config.model), config.parallel.tensor
     parts = {
         name: np.zeros((1 if info.shard_dim is None else tensor_parallel, *info.local_shape(tensor_parallel)))
         for name, info in table.items()
