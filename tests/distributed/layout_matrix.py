@@ -106,9 +106,8 @@ def load(rank: int, world_size: int, config: Config, folder: Path) -> Account:
 
 @dataclass
 class Run:
-    """A case on all ranks: where it was run, with what configuration, and the ranks' accounts."""
+    """A case on all ranks: its configuration and the ranks' accounts."""
 
-    layout: Layout
     config: Config
     ranks: list[Account]
 
@@ -131,17 +130,16 @@ class Matrix:
         key = (name, precision)
         if key not in self._saved:
             config = matrix_config(name, train__precision=precision)
-            layout = layout_of(name)
-            ranks = self._pools(layout.world_size).run(save, config, self._folder_of(*key))
-            self._saved[key] = Run(layout, config, ranks)
+            ranks = self._pools(layout_of(name).world_size).run(save, config, self._folder_of(*key))
+            self._saved[key] = Run(config, ranks)
         return self._saved[key]
 
     def loaded(self, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> Run:
         """The run in a layout that continues from the checkpoint of another one."""
         self.saved(saved_in, was)
-        config, layout = matrix_config(name, **overrides), layout_of(name)
-        ranks = self._pools(layout.world_size).run(load, config, self._folder_of(saved_in, was))
-        return Run(layout, config, ranks)
+        config = matrix_config(name, **overrides)
+        ranks = self._pools(layout_of(name).world_size).run(load, config, self._folder_of(saved_in, was))
+        return Run(config, ranks)
 
     def _folder_of(self, name: str, precision: str) -> Path:
         return self._folder / f"{name}-{precision}"

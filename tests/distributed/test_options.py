@@ -137,7 +137,7 @@ RESUMED = {
 def options_run(worker_pool: Pools, folder: Path, layout: Layout, attention: str, is_saving: bool, **more: Any) -> Run:
     config = in_layout(layout, **model_options("all", attention), model__residual_dropout=0.1, **more)
     ranks = worker_pool(layout.world_size).run(save if is_saving else load, config, folder)
-    return Run(layout, config, ranks)
+    return Run(config, ranks)
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
     split = {"parallel__sequence_parallel": is_split, "parallel__low_rank_plan": plan}
     config = layout_config(layout, **DROPOUT, **split)
     ranks = worker_pool(layout.world_size).run(save if is_saving else load, config, folder)
-    return Run(layout, config, ranks)
+    return Run(config, ranks)
 
 
 @pytest.mark.slow
