@@ -70,11 +70,11 @@ def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:
     }
 
 
-def continue_training(engine: Engine, plan: Any, config: Config) -> Account:
+def continue_training(engine: Engine) -> Account:
     account = Account(owned_pieces(engine))
     for step in range(SAVED_AT, SAVED_AT + MORE):
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
-        result = engine.train_batch(batches, config.optim.lr)
+        batches = micro_batches(engine, step)
+        result = engine.train_batch(batches, engine.config.optim.lr)
         account.losses.append(result.loss)
         account.gradient_norms.append(result.gradient_norm)
     account.final = owned_pieces(engine)
@@ -85,23 +85,23 @@ def save(rank: int, world_size: int, config: Config, folder: Path) -> Account:
     """Trains, saves, and continues without interruption."""
     from mlra_scale.checkpoint import Saver
 
-    engine, plan = start(config, world_size, canonical_weights(config.model))
+    engine = start(config, world_size, canonical_weights(config.model))
     for step in range(SAVED_AT):
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+        engine.train_batch(micro_batches(engine, step), config.optim.lr)
     saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=True)
     state = {"engine": engine.training_state()}
     saver.save(engine, SAVED_AT, state, engine.buffers(), config.to_yaml(), None)
     saver.finish()
-    return continue_training(engine, plan, config)
+    return continue_training(engine)
 
 
 def load(rank: int, world_size: int, config: Config, folder: Path) -> Account:
     """Continues from the checkpoint, in an engine that was begun with other weights."""
     from mlra_scale.checkpoint import Store, checkpoint_name, load_checkpoint
 
-    engine, plan = start(config, world_size, canonical_weights(config.model, seed=11))
+    engine = start(config, world_size, canonical_weights(config.model, seed=11))
     load_checkpoint(engine, Store.open(folder / checkpoint_name(SAVED_AT)))
-    return continue_training(engine, plan, config)
+    return continue_training(engine)
 
 
 @dataclass

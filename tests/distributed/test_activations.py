@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlra_scale.config import BatchPlan, Config
+from mlra_scale.config import Config
 from mlra_scale.stability.activations import ActivationProbe
 from tests.distributed.oracle_runs import identify
 from tests.support.layouts import DROPOUT, Batch, Layout, layout_config, make_batch, micro_batches, sharp_weights, start
@@ -63,17 +63,17 @@ def oracle(option: str, seed: int = 3) -> Entry:
     return reference_activations(config, reference, make_batch(config, range(SAMPLES)))
 
 
-def probe_batches(config: Config, plan: BatchPlan, data_rank: int, count: int) -> list[Batch]:
+def probe_batches(engine: Any, count: int) -> list[Batch]:
     """This data rank's micro-batches of the probe batch, laid out as those of a step."""
-    size = plan.micro_batch_size
-    starts = [(m * plan.data + data_rank) * size for m in range(count)]
-    return [make_batch(config, range(first, first + size)) for first in starts]
+    size = engine.plan.micro_batch_size
+    starts = [(m * engine.plan.data + engine.topology.data_rank) * size for m in range(count)]
+    return [make_batch(engine.config, range(first, first + size)) for first in starts]
 
 
 def measure(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Entry:
-    engine, plan = start(config, world_size, weights)
-    probe = ActivationProbe(engine, config.model, config.activations, plan)
-    return probe.measure(probe_batches(config, plan, engine.topology.data_rank, probe.num_micro_batches))
+    engine = start(config, world_size, weights)
+    probe = ActivationProbe(engine, config.model, config.activations, engine.plan)
+    return probe.measure(probe_batches(engine, probe.num_micro_batches))
 
 
 def run(worker_pool: Pools, layout: Layout, option: str, precision: str = "fp32", seed: int = 3) -> Entry:
@@ -150,13 +150,13 @@ def train_around_a_probe(
     rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor], is_probed: bool
 ) -> list[tuple[float, float]]:
     """Losses and gradient norms of three steps, with a probe before each or without."""
-    engine, plan = start(config, world_size, weights)
-    probe = ActivationProbe(engine, config.model, config.activations, plan)
+    engine = start(config, world_size, weights)
+    probe = ActivationProbe(engine, config.model, config.activations, engine.plan)
     losses = []
     for step in range(3):
         if is_probed:
-            probe.measure(probe_batches(config, plan, engine.topology.data_rank, probe.num_micro_batches))
-        result = engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+            probe.measure(probe_batches(engine, probe.num_micro_batches))
+        result = engine.train_batch(micro_batches(engine, step), config.optim.lr)
         losses.append((result.loss, result.gradient_norm))
     return losses
 

@@ -18,13 +18,13 @@ def masks_of_a_step(rank: int, world_size: int, config: Config) -> tuple[int, in
         made += 1
         return make(*arguments)  # type: ignore[arg-type]
 
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     document_mask.additive_mask = counted  # type: ignore[assignment]
     try:
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, 0), 1e-3)
+        engine.train_batch(micro_batches(engine, 0), 1e-3)
     finally:
         document_mask.additive_mask = make
-    return made, plan.accumulation_steps
+    return made, engine.plan.accumulation_steps
 
 
 @pytest.mark.parametrize("layout", [Layout(data=2, stage=1), Layout(data=2, stage=3), Layout(pipeline=2)], ids=str)

@@ -46,9 +46,9 @@ def survey(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     """Initial weights; three updates of which the second is refused; the same with it left out; a non-finite one."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     report: dict[str, Any] = {"initial": pieces(engine, engine.owned_fragments())}
-    batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(3)]
+    batches = [micro_batches(engine, step) for step in range(3)]
     proposals = []
 
     def refuse(proposal: Any) -> bool:
@@ -93,9 +93,9 @@ def without_refusal(rank: int, world_size: int, config: Any) -> tuple[list[Any],
     """The same run that never sees the refused batch: weights and moments."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     for step in (0, 2):
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3)
+        engine.train_batch(micro_batches(engine, step), 1e-3)
     return pieces(engine, engine.owned_fragments()), moments(engine)
 
 
@@ -132,16 +132,14 @@ def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, pr
 def overflow_and_grow(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     """A row of fp16 overflows down to the smallest scale; then a scale that grows with every update."""
     allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     scaler = engine.deepspeed_engine.optimizer.loss_scaler
-    batches = micro_batches(config, plan, engine.topology.data_rank, 0)
+    batches = micro_batches(engine, 0)
     scaler.cur_scale, scaler.min_scale = 1e30, 1e28
     row = [engine.train_batch(batches, 1e-3) for _ in range(12)]
     report: dict[str, Any] = {"row": [(r.applied, r.overflow) for r in row], "scales": [r.loss_scale for r in row]}
     scaler.cur_scale, scaler.scale_window = 256.0, 1
-    results = [
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3) for step in range(3)
-    ]
+    results = [engine.train_batch(micro_batches(engine, step), 1e-3) for step in range(3)]
     report["grown"] = [r.loss_scale for r in results]
     report["norms"] = [r.gradient_norm for r in results]
     report["moments"] = moments(engine)
@@ -168,9 +166,9 @@ def test_fp16_loss_scale(worker_pool: Pools, stage: int) -> None:
 
 def three_updates(rank: int, world_size: int, config: Any) -> list[list[Any]]:
     """Moments after the updates that `overflow_and_grow` ends with."""
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     for step in range(3):
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3)
+        engine.train_batch(micro_batches(engine, step), 1e-3)
     return moments(engine)
 
 

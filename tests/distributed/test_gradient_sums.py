@@ -21,11 +21,9 @@ def train(rank: int, world_size: int, config: Config, elements_per_piece: int | 
     else:
         gradient_sums._ELEMENTS_PER_PIECE = elements_per_piece
     try:
-        engine, plan = start(config, world_size)
-        assert plan.accumulation_steps > 1
-        results = [
-            engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3) for step in range(3)
-        ]
+        engine = start(config, world_size)
+        assert engine.plan.accumulation_steps > 1
+        results = [engine.train_batch(micro_batches(engine, step), 1e-3) for step in range(3)]
         return [result.gradient_norm for result in results], pieces(engine, engine.owned_fragments())
     finally:
         master.GradientSums = ours  # type: ignore[misc]

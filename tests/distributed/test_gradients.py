@@ -76,9 +76,9 @@ def measured_and_plain(rank: int, world_size: int, config: Config, weights: dict
 
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size, weights)
+    engine = start(config, world_size, weights)
     account, statistics = Account(), GradientStatistics(engine, config)
-    batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(STEPS)]
+    batches = [micro_batches(engine, step) for step in range(STEPS)]
 
     def approve(proposal: Any) -> bool:
         statistics.before_update(proposal)

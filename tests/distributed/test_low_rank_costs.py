@@ -28,7 +28,8 @@ class Cost:
 
 def count(rank: int, world_size: int, config: Config) -> Cost:
     """Counts one block's q, k and v of one micro-batch."""
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
+    plan = engine.plan
     attention = engine.module.blocks[0].attention
     length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
     hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)

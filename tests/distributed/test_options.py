@@ -177,12 +177,12 @@ def test_a_checkpoint_has_the_vectors_of_all_stages_and_continues_in_other_layou
 
 def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.ndarray]]:
     """The vectors of this rank before and after steps, a validation between them."""
-    engine, plan = start(config, world_size, canonical_weights(config.model))
+    engine = start(config, world_size, canonical_weights(config.model))
     seen: dict[str, list[np.ndarray]] = {}
     for step in range(2):
         for name, vector in engine.buffers().items():
             seen.setdefault(name, []).append(vector.numpy().copy())
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        batches = micro_batches(engine, step)
         norm = engine.gradient_norm(batches)
         for name, vector in engine.buffers().items():
             assert np.array_equal(seen[name][-1], vector.numpy()), "a pass without an update moves nothing"

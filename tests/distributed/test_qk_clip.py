@@ -94,20 +94,20 @@ def threshold(option: str, samples: int | None) -> float:
 
 
 def clip_and_train(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Account:
-    engine, plan = start(config, world_size, weights)
-    clip, account = QkClip(engine, config.model, config.qk_clip, plan), Account()
-    batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(3)]
+    engine = start(config, world_size, weights)
+    clip, account = QkClip(engine, config.model, config.qk_clip, engine.plan), Account()
+    batches = [micro_batches(engine, step) for step in range(3)]
     account.before = pieces(engine, engine.held_fragments())
     account.clips.append(clip.apply(batches[0], 0))
     account.held = pieces(engine, engine.held_fragments())
     account.owned = pieces(engine, engine.owned_fragments())
-    probe = ActivationProbe(engine, config.model, config.activations, plan)
+    probe = ActivationProbe(engine, config.model, config.activations, engine.plan)
     account.logits = probe.measure(batches[0])["largest_logit"]
     for step in range(3):
         result = engine.train_batch(batches[step], config.optim.lr)
         account.losses.append(result.loss)
         account.gradient_norms.append(result.gradient_norm)
-        account.clips.append(clip.apply(batches[step], step * plan.global_batch_size))
+        account.clips.append(clip.apply(batches[step], step * config.train.global_batch_size))
     return account
 
 
@@ -229,9 +229,9 @@ def test_the_whole_batch_is_looked_at_by_default(worker_pool: Pools) -> None:
 
 
 def clip_twice(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
-    engine, plan = start(config, world_size, sharp_weights(config.model))
-    clip = QkClip(engine, config.model, config.qk_clip, plan)
-    batches = micro_batches(config, plan, engine.topology.data_rank, 0)
+    engine = start(config, world_size, sharp_weights(config.model))
+    clip = QkClip(engine, config.model, config.qk_clip, engine.plan)
+    batches = micro_batches(engine, 0)
     return [clip.apply(batches, 0) for _ in range(2)]
 
 

@@ -168,7 +168,8 @@ def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layo
 
 def kept_bytes(rank: int, world_size: int, config: Config) -> int:
     """Bytes that one block keeps of a micro-batch for its backward pass, weights left out."""
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
+    plan = engine.plan
     block = engine.module.blocks[0]
     length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
     hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)

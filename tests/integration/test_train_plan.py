@@ -18,7 +18,7 @@ def build(rank: int, world_size: int, layout: Layout, num_layers: int) -> dict[s
 
     from tests.support.layouts import start
 
-    engine, _ = start(layout_config(layout, model__num_layers=num_layers), world_size)
+    engine = start(layout_config(layout, model__num_layers=num_layers), world_size)
     topology = engine.topology
     names = {name for name in (fragment.name for fragment in engine.held_fragments()) if name.startswith("blocks.")}
     return {

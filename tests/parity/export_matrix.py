@@ -58,9 +58,9 @@ def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> 
 
     TokenEmbedding.loss = recording  # type: ignore[method-assign, assignment]
     try:
-        engine, plan = start(config, world_size, canonical_weights(config.model))
+        engine = start(config, world_size, canonical_weights(config.model))
         for step in range(STEPS):
-            engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+            engine.train_batch(micro_batches(engine, step), config.optim.lr)
         saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=False)
         state = {"engine": engine.training_state(), "progress": {"step": STEPS}}
         saver.save(engine, STEPS, state, engine.buffers(), config.to_yaml(), None)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlra_scale.config import BatchPlan, Config, ModelConfig, batch_plan
+from mlra_scale.config import Config, ModelConfig, batch_plan
 from mlra_scale.model.parameters import ParameterTable
 
 VOCABULARY = 121  # odd: with a padding multiple of 16 there are padded rows in every layout
@@ -103,11 +103,12 @@ def make_batch(config: Config, indices: Sequence[int]) -> Batch:
     )
 
 
-def micro_batches(config: Config, plan: BatchPlan, data_rank: int, step: int) -> list[Batch]:
-    """This data rank's micro-batches of a step, in the order that the trainer uses."""
-    first, size = step * plan.global_batch_size, plan.micro_batch_size
-    starts = [first + (m * plan.data + data_rank) * size for m in range(plan.accumulation_steps)]
-    return [make_batch(config, range(start, start + size)) for start in starts]
+def micro_batches(engine: Any, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step, in the order that the trainer uses."""
+    plan, size = engine.plan, engine.plan.micro_batch_size
+    first = step * plan.global_batch_size
+    starts = [first + (m * plan.data + engine.topology.data_rank) * size for m in range(plan.accumulation_steps)]
+    return [make_batch(engine.config, range(start, start + size)) for start in starts]
 
 
 def global_batch(config: Config, step: int) -> Batch:
@@ -151,7 +152,7 @@ def sharp_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
     return weights
 
 
-def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | None = None) -> tuple[Any, BatchPlan]:
+def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | None = None) -> Any:
     """Builds the engine of this rank; `weights` replace the initial ones."""
     from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
 
@@ -161,7 +162,7 @@ def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | No
     engine = build_engine(config, plan, topology)
     if weights is not None:
         overwrite(engine, weights)
-    return engine, plan
+    return engine
 
 
 def overwrite(engine: Any, weights: dict[str, torch.Tensor]) -> None:
