@@ -308,14 +308,11 @@ class Stage3View(MasterView):
 
 
 class _KnownNorm:
-    """Gives a ZeRO optimizer the gradient norm and whether there is an overflow, which it would compute itself.
-
-    Attributes:
-        scaled: The norm times the loss scale; on the host, where DeepSpeed's update then finds it without a wait.
-    """
+    """Gives a ZeRO optimizer the gradient norm and whether there is an overflow, which it would compute itself."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        # The norm times the loss scale; on the host, where DeepSpeed's update then finds it without a wait.
         self.scaled = torch.tensor(math.nan)
         optimizer.check_overflow = self._check_overflow
 

@@ -180,7 +180,7 @@ def stage_time(stage: Stage, cluster: Cluster) -> StageTime:
         overhead = max(0.0, overhead - compute - elementwise)
     gradients, weights = (traffic.seconds(cluster, groups["data"]) for traffic in data_traffic_per_micro_batch(stage))
     data = gradients + weights
-    if _hides(stage, cluster):
+    if cluster.runs_ahead and stage.overlaps:
         # Both share the links: together they hide behind the computation, gradients behind its backward pass; also
         # while the device waits for the host.
         busy = compute + elementwise + overhead
@@ -203,7 +203,7 @@ def reduction_seconds(stage: Stage, cluster: Cluster, time: StageTime) -> float:
     gradients, weights = (traffic.seconds(cluster, groups["data"]) for traffic in data_traffic_per_step(stage))
     # DeepSpeed's bf16 optimizer of ZeRO 1 has no hooks: it reduces when the last backward pass has ended.
     is_late = stage.zero == 0 or stage.config.train.precision == "bf16"
-    if _hides(stage, cluster) and stage.plan.pipeline == 1 and not is_late:
+    if cluster.runs_ahead and stage.overlaps and stage.plan.pipeline == 1 and not is_late:
         gradients = _exposed(gradients, 2 / 3 * (time.compute + time.elementwise + time.overhead))
     return gradients + weights + tied_traffic(stage).seconds(cluster, groups["ends"])
 
@@ -211,11 +211,6 @@ def reduction_seconds(stage: Stage, cluster: Cluster, time: StageTime) -> float:
 def _exposed(seconds: float, hidden_behind: float) -> float:
     """What remains of a transfer that runs beside a computation; a tenth always does, its beginning and its end."""
     return max(0.1 * seconds, seconds - hidden_behind)
-
-
-def _hides(stage: Stage, cluster: Cluster) -> bool:
-    """Whether data-parallel traffic runs beside the computation."""
-    return cluster.runs_ahead and bool(stage.config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False))
 
 
 def update_seconds(stage: Stage, cluster: Cluster) -> float:
