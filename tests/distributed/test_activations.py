@@ -14,7 +14,18 @@ import torch
 from mlra_scale.config import Config
 from mlra_scale.stability.activations import ActivationProbe
 from tests.distributed.oracle_runs import identify
-from tests.support.layouts import DROPOUT, Batch, Layout, layout_config, make_batch, micro_batches, sharp_weights, start
+from tests.support.layouts import (
+    DROPOUT,
+    MASKED,
+    OPTIONS_OF_THE_MODEL,
+    Batch,
+    Layout,
+    layout_config,
+    make_batch,
+    micro_batches,
+    sharp_weights,
+    start,
+)
 from tests.support.oracle import build_reference, reference_activations
 from tests.support.pool import Pools
 
@@ -25,13 +36,8 @@ LISTS = ("residual_variance", "attention_entropy", "largest_logit", "saturated_s
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
-    "masked": {"data__document_attention": "masked", "data__reset_positions": True},
-    "options": {
-        "model__qk_norm": True,
-        "model__sigma_reparam": True,
-        "model__layer_norm_scaling": True,
-        "model__embedding_scale": "sqrt_width",
-    },
+    "masked": MASKED,
+    "options": OPTIONS_OF_THE_MODEL,
     "sequence-parallel": {"parallel__sequence_parallel": True},
     "checkpointing-dropout": {"parallel__activation_checkpointing": "block", **DROPOUT},
 }

@@ -13,6 +13,7 @@ from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.layouts import (
     DROPOUT,
+    ODD,
     Layout,
     Piece,
     assemble,
@@ -45,10 +46,7 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "zero2-fp16": (Layout(data=2, stage=2), {"train__precision": "fp16", **DROPOUT}),
     "zero3-bf16": (Layout(data=2, stage=3), {"train__precision": "bf16", **DROPOUT}),
     "pp2dp2-zero1-bf16": (Layout(pipeline=2, data=2, stage=1), {"train__precision": "bf16", **DROPOUT}),
-    "tp2dp2-zero3-odd": (
-        Layout(tensor=2, data=2, stage=3),
-        {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50, **DROPOUT},
-    ),
+    "tp2dp2-zero3-odd": (Layout(tensor=2, data=2, stage=3), {**ODD, **DROPOUT}),
     # Modules that read the weights of others, which ZeRO 3 has to know from the first pass on.
     "tp2dp2-zero3-merged": (Layout(tensor=2, data=2, stage=3), {"parallel__low_rank_plan": "merged", **DROPOUT}),
     "tp2dp2-zero3-sequence": (Layout(tensor=2, data=2, stage=3), {"parallel__sequence_parallel": True, **DROPOUT}),

@@ -29,7 +29,7 @@ from tests.distributed.oracle_runs import (
     run,
 )
 from tests.distributed.steps import Record, train
-from tests.support.layouts import Layout, assemble
+from tests.support.layouts import MASKED, ODD, Layout, assemble
 
 LAYOUTS = [
     Layout(),
@@ -151,11 +151,10 @@ OPTIONS: dict[str, Options] = {
     "o-factorised": {"model__factorised_projections": ("q", "k", "v", "o"), "model__attention_rank": 10},
     "k-dense": {"model__factorised_projections": ("q", "v")},
     "z-loss": {"model__z_loss": 1e-2},
-    "masked-documents": {"data__document_attention": "masked", "data__reset_positions": True},
+    "masked-documents": MASKED,
     "checkpointing": {"parallel__activation_checkpointing": "block"},
     "selective-checkpointing": {"parallel__activation_checkpointing": "selective"},
-    # Nothing divides by two, so that ZeRO cuts rows and pads the last rank's piece.
-    "odd-shapes": {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50},
+    "odd-shapes": ODD,
     "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120},
 }
 

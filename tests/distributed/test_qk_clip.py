@@ -14,6 +14,8 @@ from mlra_scale.stability.activations import ActivationProbe
 from mlra_scale.stability.qk_clip import QkClip, clip_factors, row_factors
 from tests.distributed.oracle_runs import identify
 from tests.support.layouts import (
+    MASKED,
+    ODD,
     Layout,
     Piece,
     assemble,
@@ -28,13 +30,11 @@ from tests.support.oracle import build_reference
 from tests.support.pool import Pools
 
 SAMPLES = 5  # no multiple of a micro-batch
-# Nothing divides by two, so that ZeRO cuts rows.
-ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50}
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
     "sequence-parallel": {"parallel__sequence_parallel": True},
-    "odd-masked": {**ODD, "data__document_attention": "masked", "data__reset_positions": True},
+    "odd-masked": {**ODD, **MASKED},
 }
 CASES = [
     *((Layout(), option) for option in ("mlra", "dense", "odd-masked")),

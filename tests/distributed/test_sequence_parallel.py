@@ -30,7 +30,7 @@ from tests.distributed.oracle_runs import (
     oracle,
     run,
 )
-from tests.support.layouts import Layout, layout_config, start
+from tests.support.layouts import MASKED, OPTIONS_OF_THE_MODEL, Layout, layout_config, start
 
 STEPS = 3
 OPTIONS: dict[str, Options] = {
@@ -38,13 +38,10 @@ OPTIONS: dict[str, Options] = {
     "dense": {"model__attention": "dense"},
     "o-factorised": {"model__factorised_projections": ("q", "k", "v", "o"), "model__attention_rank": 10},
     "v-dense": {"model__factorised_projections": ("q", "k", "o"), "model__qk_norm": True},
-    "masked": {"data__document_attention": "masked", "data__reset_positions": True},
+    "masked": MASKED,
     "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120, "model__z_loss": 1e-2},
     "options": {
-        "model__qk_norm": True,
-        "model__sigma_reparam": True,
-        "model__layer_norm_scaling": True,
-        "model__embedding_scale": "sqrt_width",
+        **OPTIONS_OF_THE_MODEL,
         "model__factorised_projections": ("q", "k", "o"),
         "model__attention_rank": 10,
         "model__init_std": 0.2,

@@ -12,6 +12,11 @@ from mlra_scale.model.parameters import ParameterTable
 
 VOCABULARY = 121  # odd: with a padding multiple of 16 there are padded rows in every layout
 DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
+MASKED = {"data__document_attention": "masked", "data__reset_positions": True}
+# Nothing divides by two, so that ZeRO cuts rows and pads the last rank's piece.
+ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50}
+NORMS = {"model__qk_norm": True, "model__sigma_reparam": True, "model__layer_norm_scaling": True}
+OPTIONS_OF_THE_MODEL = {**NORMS, "model__embedding_scale": "sqrt_width"}
 
 
 @dataclass(frozen=True)
