@@ -103,13 +103,11 @@ def engines() -> tuple[EngineSettings, ...]:
     """
     found = [EngineSettings(None, {})]
     for name, is_for_pipelines in _ENGINE_FILES.items():
-        path = DS_CONFIGS / f"{name}.json"
         try:
-            settings = read_json_object(path)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            remedy = f"{path}, one of the settings to choose from, cannot be read ({reason}); put the file back"
-            raise ConfigError([Problem("parallel.layout", "auto", remedy)]) from error
+            settings = read_json_object(DS_CONFIGS / f"{name}.json")
+        except ValueError as error:
+            remedy = f"{error}; it is one of the settings to choose from: put the file back"
+            raise ConfigError([Problem("parallel.layout", "auto", remedy)]) from None
         found.append(EngineSettings(f"ds_configs/{name}.json", settings, is_for_pipelines))
     return tuple(found)
 
