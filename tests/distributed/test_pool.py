@@ -145,8 +145,3 @@ def test_process_state_does_not_leak_into_the_next_case(worker_pool: Pools) -> N
     pool = worker_pool(1)
     pool.run(change_process_state)
     assert pool.run(read_process_state) == [(None, False, torch.float32, True, True)]
-
-
-def test_functions_that_no_worker_can_import_are_refused(worker_pool: Pools) -> None:
-    with pytest.raises(ValueError, match="import"):
-        worker_pool(1).run(lambda rank, world_size: None)
