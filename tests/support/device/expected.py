@@ -144,6 +144,8 @@ _EVALUATIONS = (
 )
 NEW_TOKENS = 3
 """Tokens that the trace generates after each of two prompts."""
+_NEW_TOKENS = "mlra_scale/evaluation/generation.py:_new_tokens"
+_GENERATION = "transformers/generation/utils.py:GenerationMixin"
 MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "noise scale": WAITS,
     "gradient statistics": (
@@ -209,7 +211,26 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
             "at the first save: the numbers by which copies are condensed; the copies themselves are not waited for",
         ),
     ),
-    "generation": (),
+    "generation": (
+        Wait("copy cpu to cuda", _NEW_TOKENS, 2, "the prompts and their mask"),
+        Wait("copy cpu to cuda", f"{_GENERATION}._prepare_special_tokens", 2, "the tokens that end and pad a text"),
+        Wait("item", f"{_GENERATION}._prepare_special_tokens", 2, "transformers checks these tokens"),
+        Wait("item", f"{_GENERATION}.generate", 2, "transformers checks the prompts"),
+        Wait("item", f"{_GENERATION}._get_logits_processor", 1, "transformers checks its options"),
+        Wait(
+            "copy cpu to cuda",
+            "transformers/cache_utils.py:DynamicLayer.lazy_initialization",
+            4,
+            "empty keys and values, once for each layer",
+        ),
+        Wait(
+            "item",
+            "transformers/generation/utils.py:StopCheck.__call__",
+            NEW_TOKENS,
+            "whether all texts have ended, after every token",
+        ),
+        Wait("tolist", _NEW_TOKENS, 2, "the new tokens of each text"),
+    ),
     "writing": (
         Wait(
             "event.synchronize",

@@ -6,6 +6,8 @@ TEV's `combine`, which checks that every row was counted, and nothing else.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -76,6 +78,8 @@ def _scale_some_rows(rank: TracedRank) -> None:
 
 def _generate(rank: TracedRank) -> None:
     """NEW_TOKENS after each of two prompts, by a small model as exports have it. FakeTensors have no inference mode."""
+    from transformers import GenerationMixin
+
     from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
     from mlra_scale.evaluation.generation import GenerationOptions, _new_tokens
     from mlra_scale.evaluation.models import OpenedModel
@@ -83,7 +87,21 @@ def _generate(rank: TracedRank) -> None:
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "attention_rank": 16}
     module = MlraForCausalLM(MlraConfig(vocab_size=64, max_position_embeddings=16, **shape)).to("cuda").eval()
     opened = OpenedModel(module, Path(), "mlra_gpt2", 64, 16, None)
-    with mock.patch.object(torch, "inference_mode", torch.no_grad), rank.trace.phase("generation"):
+
+    def without_gradients(is_inference: bool = True) -> AbstractContextManager[None]:
+        return torch.no_grad() if is_inference else nullcontext()
+
+    is_unfinished, number = GenerationMixin._has_unfinished_sequences, count()
+
+    def is_unfinished_until_the_end(*arguments: Any, **options: Any) -> bool:
+        """Nobody knows here that the longest text is reached; the read for it counts."""
+        return is_unfinished(*arguments, **options) and next(number) < NEW_TOKENS
+
+    with (
+        mock.patch.object(torch, "inference_mode", without_gradients),
+        mock.patch.object(GenerationMixin, "_has_unfinished_sequences", is_unfinished_until_the_end),
+        rank.trace.phase("generation"),
+    ):
         _new_tokens(opened, [[1, 2, 3], [4]], 0, GenerationOptions(max_new_tokens=NEW_TOKENS, is_greedy=True))
 
 
