@@ -112,7 +112,7 @@ def test_where_nothing_fits_the_smallest_and_a_remedy_are_printed() -> None:
     [
         (["--preset", "gpt2-mrla-72l"], "did you mean 'gpt2-mlra-72l'?"),
         (["--preset", "debug", "--cluster", "h10"], "--cluster = 'h10'"),
-        (["--preset", "debug", "--devices-per-node", "2", "parallel.tensor=3"], "parallel.tensor"),
+        (["--preset", "debug", "--devices-per-node", "3", "parallel.tensor=3"], "parallel.tensor = 3"),
         (["--preset", "debug", "optim.warmup_steps=99"], "optim.warmup_steps = 99"),
         (["--preset", "debug", "--nodes", "0"], "'0' is not a whole number from 1 on"),
         (["--preset", "debug", "--utilization", "1.5"], "'1.5' is more than the peak"),
