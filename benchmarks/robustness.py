@@ -15,7 +15,7 @@ from dataclasses import replace
 from mlra_scale.config import Config, Named, load_named_config, zero_stage
 from mlra_scale.planning.choice import BETTER, WORSE, LayoutChoice, changed_clusters, chosen_of, engines_for
 from mlra_scale.planning.cluster import GIB, Cluster, named_cluster
-from mlra_scale.planning.search import Candidate, Found, search
+from mlra_scale.planning.search import Candidate, SearchResult, search
 from mlra_scale.planning.step_time import step_time
 
 DEVICES = ("h100", "a100", "h200")
@@ -78,7 +78,7 @@ def cells(choice: LayoutChoice) -> Iterator[str]:
         yield " / ".join(parts)
 
 
-def memory_cell(found: Found, choice: LayoutChoice) -> str:
+def memory_cell(found: SearchResult, choice: LayoutChoice) -> str:
     """Returns the same for devices with more or less memory."""
     parts = []
     for factor in (BETTER, WORSE):

@@ -30,7 +30,6 @@ with _without_compiler():
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
-        copy_to_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
     )
 
@@ -42,7 +41,6 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "build_sample_idx",
-    "copy_to_tensor_model_parallel_region",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
 ]

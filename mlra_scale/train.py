@@ -148,12 +148,15 @@ def resolve(arguments: argparse.Namespace, more: Sequence[str] = ()) -> tuple[Co
 
 def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: Interruption) -> int:
     """Checks everything, locks the run directory, and trains."""
-    set_device_environment(request.config, os.environ, is_layout_open(request.config, request.named))
+    set_here = set_device_environment(request.config, os.environ, is_layout_open(request.config, request.named))
     from mlra_scale.training.log.report import report_nothing_to_do
     from mlra_scale.training.start.request import resolve_run
     from mlra_scale.training.start.resume_choice import choose_checkpoint
 
     run = resolve_run(request)
+    if run.config.parallel.tensor == 1 and "CUDA_DEVICE_MAX_CONNECTIONS" in set_here:
+        # The planner has looked at the device, but no context exists yet: the layout that it chose needs many queues.
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     directory = run.directory
     with run_lock(directory, watchdog.lock_seconds) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and choose_checkpoint(directory, request.resume).checkpoint != run.resume.checkpoint:

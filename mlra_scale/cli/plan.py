@@ -14,7 +14,7 @@ from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
     from mlra_scale.planning.cluster import Cluster
-    from mlra_scale.planning.search import Candidate, Found
+    from mlra_scale.planning.search import Candidate, SearchResult
 
 EXAMPLES = """examples:
   PROG --preset gpt2-mlra-72l --cluster h100 --nodes 4
@@ -101,7 +101,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return replace(cluster, **{name: value for name, value in given.items() if value is not None})
 
 
-def _write(path: Path, found: Found, cluster: Cluster, chosen: Candidate, lines: list[str]) -> None:
+def _write(path: Path, found: SearchResult, cluster: Cluster, chosen: Candidate, lines: list[str]) -> None:
     """Writes all that was found as JSON."""
     from mlra_scale.planning.plan_text import plain
 

@@ -28,7 +28,6 @@ from mlra_scale.model.linear import (
 )
 from mlra_scale.model.norm import HeadNorm
 from mlra_scale.model.randomness import dropout_attention, key_of
-from mlra_scale.model.spectral import SpectralNorm
 from mlra_scale.model.tensor_parallel import copy_to_tensor_parallel
 
 Recorder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
@@ -52,24 +51,25 @@ class SelfAttention(nn.Module):
         self.first_head = self.num_heads_local * context.tensor_rank
         self.dropout_key = key_of(context.seed, f"{name}/weights")
         self.recorder: Recorder | None = None
-        self.q = _input_projection(context, name, "q")
-        self.k = _input_projection(context, name, "k")
-        self.v = _input_projection(context, name, "v")
-        self.o = _output_projection(context, name)
+        self.q, self.k, self.v = (
+            LowRankInputProjection(context, f"{name}.{projection}")
+            if model.is_factorised(projection)
+            else ColumnLinear(context, f"{name}.{projection}")
+            for projection in "qkv"
+        )
+        self.o = (LowRankOutputProjection if model.is_factorised("o") else RowLinear)(context, f"{name}.o")
         self.q_norm = HeadNorm(context, f"{name}.q_norm") if model.qk_norm else None
         self.k_norm = HeadNorm(context, f"{name}.k_norm") if model.qk_norm else None
 
     def forward(
         self, hidden_BSD: torch.Tensor, mask: AttentionMask | None, sample_ids_B: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the attention's contribution to the residual stream, in the form of `hidden_BSD`.
-
-        That is [B, S, D], equal on all tensor-parallel ranks; with sequence parallelism it is this rank's positions.
+        """Returns the contribution to the residual stream, [B, S, D], or with sequence parallelism own positions.
 
         Args:
             hidden_BSD: The hidden state.
             mask: See document_mask.py; None: causal.
-            sample_ids_B: Global index of each sample, where attention weights are dropped.
+            sample_ids_B: Global index of each sample; read where attention weights are dropped.
         """
         q_BNSH, k_BNSH, v_BNSH = self._project(hidden_BSD)
         if self.recorder is not None:
@@ -124,20 +124,6 @@ class SelfAttention(nn.Module):
                 heads_BSNH = norm(heads_BSNH)  # in this memory order, or attention's output would be copied
             heads.append(heads_BSNH.transpose(1, 2))
         return heads
-
-
-def _input_projection(context: ModelContext, name: str, projection: str) -> LowRankInputProjection | ColumnLinear:
-    name = f"{name}.{projection}"
-    if context.model.is_factorised(projection):
-        return LowRankInputProjection(context, name)
-    return ColumnLinear(context, name, SpectralNorm.of(context, name))
-
-
-def _output_projection(context: ModelContext, name: str) -> LowRankOutputProjection | RowLinear:
-    name = f"{name}.o"
-    if context.model.is_factorised("o"):
-        return LowRankOutputProjection(context, name)
-    return RowLinear(context, name, spectral_norm=SpectralNorm.of(context, name))
 
 
 def _logits(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, mask_B1SS: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,6 @@ from mlra_scale.model.linear import ColumnLinear, RowLinear
 from mlra_scale.model.norm import BlockNorm
 from mlra_scale.model.randomness import dropout_hidden, key_of
 from mlra_scale.model.recomputation import recomputing
-from mlra_scale.model.spectral import SpectralNorm
 
 
 class FeedForward(nn.Module):
@@ -30,9 +29,8 @@ class FeedForward(nn.Module):
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
         self.context = context
-        fc_in, fc_out = f"{name}.fc_in", f"{name}.fc_out"
-        self.fc_in = ColumnLinear(context, fc_in, SpectralNorm.of(context, fc_in), enters_alone=True)
-        self.fc_out = RowLinear(context, fc_out, spectral_norm=SpectralNorm.of(context, fc_out))
+        self.fc_in = ColumnLinear(context, f"{name}.fc_in", enters_alone=True)
+        self.fc_out = RowLinear(context, f"{name}.fc_out")
 
     def forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         expanded_BSF = self.fc_in(hidden_BSD)

@@ -22,31 +22,23 @@ Stream = torch.Tensor | tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class ModelContext:
-    """Configuration and process group shared by the layers of one model.
+    """Configuration and process group shared by the layers of one model."""
 
-    Attributes:
-        model: Shapes and options.
-        seed: The run's seed: keys initial weights and dropout masks.
-        tensor_group: The tensor-parallel group (its size is the TP degree).
-        has_document_mask: Whether attention stops at document boundaries.
-        activation_checkpointing: What blocks compute again in the backward pass: "none", "selective" (what is cheap,
-            see recomputation.py) or "block" (all).
-        has_compiled_blocks: Whether blocks run through torch.compile.
-        low_rank_plan: How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
-        has_sequence_parallel: Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
-        has_flex_attention: Whether attention within documents runs through flex_attention (document_mask.py).
-        apply: Applies a torch.autograd.Function that communicates, never within a compiled graph.
-    """
-
-    model: ModelConfig
-    seed: int
-    tensor_group: dist.ProcessGroup
-    has_document_mask: bool = False
+    model: ModelConfig  # shapes and options
+    seed: int  # the run's seed: keys initial weights and dropout masks
+    tensor_group: dist.ProcessGroup  # the tensor-parallel group (its size is the TP degree)
+    has_document_mask: bool = False  # whether attention stops at document boundaries
+    # What blocks compute again in the backward pass: "none", "selective" (what is cheap, see recomputation.py) or
+    # "block" (all).
     activation_checkpointing: ActivationCheckpointing = "none"
-    has_compiled_blocks: bool = False
+    has_compiled_blocks: bool = False  # whether blocks run through torch.compile
+    # How tensor-parallel ranks share factorised q, k, v (see low_rank_plan.py).
     low_rank_plan: LowRankPlan = "replicated"
+    # Whether tensor-parallel ranks split the stream along the sequence (tensor_parallel.py).
     has_sequence_parallel: bool = False
+    # Whether attention within documents runs through flex_attention (document_mask.py).
     has_flex_attention: bool = False
+    # Applies a torch.autograd.Function that communicates, never within a compiled graph.
     apply: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,12 +49,10 @@ class ModelContext:
 
     @cached_property
     def table(self) -> ParameterTable:
-        """The parameters of the model."""
         return ParameterTable(self.model)
 
     @cached_property
     def document_masks(self) -> DocumentMasks:
-        """The masks of documents in use."""
         return DocumentMasks(self.has_flex_attention)
 
     @cached_property
@@ -85,17 +75,14 @@ class ModelContext:
 
     @property
     def tensor_parallel(self) -> int:
-        """Number of tensor-parallel ranks."""
         return self.tensor_group.size()
 
     @property
     def tensor_rank(self) -> int:
-        """This process's rank in the tensor-parallel group."""
         return self.tensor_group.rank()
 
     @property
     def has_dropout(self) -> bool:
-        """Whether any dropout probability is positive."""
         model = self.model
         return max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0
 

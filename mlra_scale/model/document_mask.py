@@ -41,11 +41,7 @@ def has_flex_attention(device_type: str, precision: str, model: ModelConfig) -> 
 
 
 class DocumentMasks:
-    """The masks of the document ids that are in use.
-
-    Args:
-        has_blocks: Whether masks are those of flex_attention.
-    """
+    """The masks of the document ids that are in use; with `has_blocks` those of flex_attention."""
 
     def __init__(self, has_blocks: bool) -> None:
         self.has_blocks = has_blocks
@@ -53,12 +49,7 @@ class DocumentMasks:
         self._masks: Any = WeakIdKeyDictionary()
 
     def of(self, documents_BS: torch.Tensor, dtype: torch.dtype) -> AttentionMask:
-        """Returns the mask of a micro-batch; the same object for the same ids in memory, which must not change.
-
-        Args:
-            documents_BS: The document of each token.
-            dtype: Type of queries and keys.
-        """
+        """Returns the mask for queries and keys of a type; the same object for the same ids, which must not change."""
         storage = documents_BS.untyped_storage()
         masks: dict[Any, AttentionMask] | None = self._masks.get(storage)
         if masks is None:

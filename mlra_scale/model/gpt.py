@@ -20,20 +20,13 @@ from mlra_scale.model.norm import FinalNorm
 
 
 class Layer(NamedTuple):
-    """One entry of the layer list.
-
-    Attributes:
-        name: Canonical prefix of the layer's parameters.
-        module_class: Class of its module.
-        arguments: What the class is called with.
-    """
+    """One entry of the layer list: the canonical prefix of its parameters, and its module's class and arguments."""
 
     name: str
     module_class: type[nn.Module]
     arguments: tuple[Any, ...]
 
     def build(self) -> nn.Module:
-        """Makes the module."""
         return self.module_class(*self.arguments)
 
 

@@ -29,7 +29,7 @@ import math
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.model.randomness import keyed_generator
 
 
@@ -80,12 +80,6 @@ def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: Paramete
     """Fills a tensor of the parameter's global shape with its initial values.
 
     The values are drawn in fp32 on the CPU, so that they do not depend on the tensor's device and type.
-
-    Args:
-        tensor: Destination of shape `info.shape`.
-        model: The model's configuration.
-        info: The table's entry.
-        seed: The run's seed.
     """
     assert tuple(tensor.shape) == info.shape, (info.name, tuple(tensor.shape), info.shape)
     if info.kind == "bias":
@@ -99,12 +93,3 @@ def fill_initial_values(tensor: torch.Tensor, model: ModelConfig, info: Paramete
         if info.kind == "embedding":
             values[model.vocab_size :] = 0.0
         tensor.copy_(values)
-
-
-def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Returns every initial global tensor by canonical name (fp32, CPU); for tests and small models."""
-    state = {}
-    for name, info in ParameterTable(model).items():
-        state[name] = torch.empty(info.shape)
-        fill_initial_values(state[name], model, info, seed)
-    return state

@@ -34,6 +34,11 @@ from mlra_scale.model.tensor_parallel import (
 )
 
 
+def _gain(context: ModelContext, name: str) -> nn.Parameter | None:
+    """The gain that the map's matrix, or its up factor, has with sigmaReparam."""
+    return nn.Parameter(torch.ones(1)) if f"{name}.gain" in context.table else None
+
+
 class ReplicatedLinear(nn.Module):
     """y = x W^T (+ b), held whole by every tensor-parallel rank, of the whole stream or this rank's positions.
 
@@ -42,15 +47,15 @@ class ReplicatedLinear(nn.Module):
     gain: [1], replicated over TP; of an up factor with sigmaReparam
     """
 
-    def __init__(self, context: ModelContext, name: str, is_up: bool, spectral_norm: SpectralNorm | None) -> None:
+    def __init__(self, context: ModelContext, name: str, spectral_norm: SpectralNorm | None) -> None:
         super().__init__()
         self.context = context
         info = context.table[f"{name}.weight"]
         self.weight = nn.Parameter(torch.empty(info.shape))
         context.initialize(info.name)(self.weight)
-        self.bias = nn.Parameter(torch.zeros(info.shape[0])) if is_up else None
+        self.bias = nn.Parameter(torch.zeros(info.shape[0])) if f"{name}.bias" in context.table else None
         self.spectral_norm = spectral_norm
-        self.gain = _gain(spectral_norm) if is_up else None
+        self.gain = _gain(context, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.spectral_norm is not None and self.gain is not None:
@@ -76,11 +81,7 @@ class ColumnLinear(ColumnParallelLinear):
     """
 
     def __init__(
-        self,
-        context: ModelContext,
-        name: str,
-        spectral_norm: SpectralNorm | None = None,
-        enters_alone: bool = False,
+        self, context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None, enters_alone: bool = False
     ) -> None:
         out_features, in_features = context.table[f"{name}.weight"].shape
         super().__init__(
@@ -92,8 +93,8 @@ class ColumnLinear(ColumnParallelLinear):
         )
         self.context = context
         self.enters_alone = enters_alone
-        self.spectral_norm = spectral_norm
-        self.gain = _gain(spectral_norm)
+        self.spectral_norm = spectral_norm or SpectralNorm.of(context, name)
+        self.gain = _gain(context, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.spectral_norm is not None and self.gain is not None:
@@ -114,23 +115,21 @@ class RowLinear(RowParallelLinear):
     gain: [1], replicated over TP; of a dense map with sigmaReparam
     """
 
-    def __init__(
-        self, context: ModelContext, name: str, is_down: bool = False, spectral_norm: SpectralNorm | None = None
-    ) -> None:
+    def __init__(self, context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None) -> None:
         out_features, in_features = context.table[f"{name}.weight"].shape
         super().__init__(
             in_features,
             out_features,
             config=context.megatron,
             init_method=context.initialize(f"{name}.weight"),
-            bias=not is_down,
+            bias=f"{name}.bias" in context.table,
             input_is_parallel=True,
             skip_bias_add=False,
             tp_group=context.tensor_group,
         )
         self.context = context
-        self.spectral_norm = spectral_norm
-        self.gain = None if is_down else _gain(spectral_norm)
+        self.spectral_norm = spectral_norm or SpectralNorm.of(context, name)
+        self.gain = _gain(context, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.spectral_norm is not None and self.gain is not None:
@@ -140,10 +139,6 @@ class RowLinear(RowParallelLinear):
         if self.spectral_norm is not None:
             self.spectral_norm.take_down_factor(self.weight)
         return y
-
-
-def _gain(spectral_norm: SpectralNorm | None) -> nn.Parameter | None:
-    return None if spectral_norm is None else nn.Parameter(torch.ones(1))
 
 
 class LowRankInputProjection(nn.Module):
@@ -157,7 +152,7 @@ class LowRankInputProjection(nn.Module):
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
         spectral_norm = SpectralNorm.of(context, name)
-        self.down = ReplicatedLinear(context, f"{name}.down", is_up=False, spectral_norm=spectral_norm)
+        self.down = ReplicatedLinear(context, f"{name}.down", spectral_norm)
         self.up = ColumnLinear(context, f"{name}.up", spectral_norm)
 
 
@@ -174,8 +169,8 @@ class LowRankOutputProjection(nn.Module):
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
         spectral_norm = SpectralNorm.of(context, name)
-        self.up = ReplicatedLinear(context, f"{name}.up", is_up=True, spectral_norm=spectral_norm)
-        self.down = RowLinear(context, f"{name}.down", is_down=True, spectral_norm=spectral_norm)
+        self.up = ReplicatedLinear(context, f"{name}.up", spectral_norm)
+        self.down = RowLinear(context, f"{name}.down", spectral_norm)
 
     def forward(self, heads_BSD: torch.Tensor) -> torch.Tensor:
         """Maps this rank's heads [B, S, D / TP] to the hidden state [B, S, D]."""
@@ -195,15 +190,9 @@ class MergedMap(NamedTuple):
 def column_maps(
     context: ModelContext, inputs: Sequence[torch.Tensor], maps: Sequence[tuple[int, ColumnLinear | MergedMap]]
 ) -> list[torch.Tensor]:
-    """Takes tensors of the stream into column-parallel maps.
+    """Takes tensors of the stream, by one collective each way, into column-parallel maps.
 
-    Args:
-        context: The model's context.
-        inputs: [B, S, in] each, or of this rank's positions; they share one collective each way.
-        maps: The maps, each with the index of the input that it takes.
-
-    Returns:
-        [B, S, out / TP] for each map.
+    Each map comes with the index of its input. Returns [B, S, out / TP] for each.
     """
     if context.has_sequence_parallel and not context.model.sigma_reparam:
         return gathered_linear(context, inputs, [(source, each.weight, each.bias) for source, each in maps])

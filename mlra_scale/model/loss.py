@@ -32,10 +32,10 @@ def head_loss(
 
     Args:
         context: The model's context.
-        hidden_BSD: What enters the head, [B, S, D]; its gradient is this rank's share, to be summed over the ranks.
-        weight_VD: This rank's rows of the embedding, [V, D].
+        hidden_BSD: What enters the head; its gradient is this rank's share, to be summed over the ranks.
+        weight_VD: This rank's rows of the embedding.
         bias_V: Added to the logits, -inf for padded columns; has no gradient.
-        targets_BS: Global token ids, [B, S].
+        targets_BS: Global token ids.
         is_training: Whether to add the z-loss.
 
     Returns:
@@ -104,15 +104,11 @@ class _Head:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes the loss of a chunk and its share of the gradients.
 
-        Args:
-            hidden_CD: What enters the head.
-            targets_C: Global token ids.
-            hidden_gradient_CD: Receives the gradient of `hidden_CD`.
-            weight_gradient_VD: The sum of the chunks before, which this one is added to; None for the first chunk.
-            num_chunks: Number of chunks; the gradients of several are summed in fp32.
+        The gradient of `hidden_CD` is written into `hidden_gradient_CD`. `weight_gradient_VD` is the sum of the chunks
+        before, None for the first one; of several chunks it is in fp32.
 
         Returns:
-            The sum of the losses, and the sum of the weight's gradients.
+            The sum of the losses, and the sum of the weight's gradients with this chunk.
         """
         losses_C, exponentials_CV, *rest = self.losses(hidden_CD, targets_C)
         gradient_CV = self.gradient(exponentials_CV, *rest)

@@ -42,52 +42,34 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Device:
-    """What the choice depends on beside shapes.
+class DeviceRates:
+    """What the choice depends on beside shapes."""
 
-    Attributes:
-        flops: Sustained rate of matrix products, FLOP/s.
-        bandwidth: Bytes per second that a rank sends in an all-reduce of its tensor-parallel group.
-        memory_bandwidth: Bytes per second that it reads and writes.
-        latency: Smallest time of a collective in seconds.
-        share: Time of a gather or a scatter, as a share of that of an all-reduce of the same numbers; half by bytes.
-    """
-
-    flops: float
-    bandwidth: float
-    memory_bandwidth: float = math.inf
-    latency: float = 0.0
+    flops: float  # sustained rate of matrix products, FLOP/s
+    bandwidth: float  # bytes per second that a rank sends in an all-reduce of its tensor-parallel group
+    memory_bandwidth: float = math.inf  # bytes per second that it reads and writes
+    latency: float = 0.0  # smallest time of a collective in seconds
+    # Time of a gather or a scatter, as a share of that of an all-reduce of the same numbers; half by bytes.
     share: float = 0.5
 
 
-H100 = Device(flops=5e14, bandwidth=3.5e11, memory_bandwidth=2.7e12, latency=2e-5)
+H100 = DeviceRates(flops=5e14, bandwidth=3.5e11, memory_bandwidth=2.7e12, latency=2e-5)
 """Half of the bf16 peak, and the rate of NCCL's rings over NVLink 4: typical values, not measured here."""
-CPU_CORE = Device(flops=1e11, bandwidth=1e9, memory_bandwidth=8e9, latency=5e-4, share=0.8)
+CPU_CORE = DeviceRates(flops=1e11, bandwidth=1e9, memory_bandwidth=8e9, latency=5e-4, share=0.8)
 """One core in fp32, and gloo between two processes of one machine, as measured on one (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is computed.
+    """What is computed."""
 
-    Attributes:
-        tokens: T of a micro-batch.
-        hidden_size: D.
-        rank: R.
-        ranks: t, the tensor-parallel degree.
-        factorised: f, how many of q, k and v are factorised.
-        has_dense: Whether another of them is dense.
-        element_bytes: Bytes of a number in compute precision.
-        has_sequence_parallel: Whether the ranks split the stream along the sequence.
-    """
-
-    tokens: int
-    hidden_size: int
-    rank: int
-    ranks: int
-    factorised: int = 3
-    has_dense: bool = False
-    element_bytes: int = 4
+    tokens: int  # T of a micro-batch
+    hidden_size: int  # D
+    rank: int  # R
+    ranks: int  # t, the tensor-parallel degree
+    factorised: int = 3  # f, how many of q, k and v are factorised
+    has_dense: bool = False  # whether another of them is dense
+    element_bytes: int = 4  # bytes of a number in compute precision
     has_sequence_parallel: bool = False
 
 
@@ -125,7 +107,7 @@ def numbers_sent(plan: LowRankPlan, shape: Shape) -> float:
     return sent * (shape.ranks - 1) / shape.ranks
 
 
-def seconds(plan: LowRankPlan, shape: Shape, device: Device) -> float:
+def seconds(plan: LowRankPlan, shape: Shape, device: DeviceRates) -> float:
     """Returns the estimated time of one block's factorised q, k and v, forward and backward, for one micro-batch."""
     total = 3 * 2 * multiply_adds(plan, shape) / device.flops
     if shape.ranks == 1:
@@ -157,14 +139,11 @@ def shape_of(config: Config, plan: BatchPlan) -> Shape:
 def low_rank_plan(config: Config, plan: BatchPlan, device_type: str | None = None) -> LowRankPlan:
     """Returns the plan of a run: the configuration's, or the faster one by the cost model.
 
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        device_type: "cpu" or "cuda"; None: that of the configuration, where "auto" counts as a GPU.
+    `device_type`: "cpu" or "cuda"; None: that of the configuration, where "auto" counts as a GPU.
     """
-    asked = config.parallel.low_rank_plan
-    if asked != "auto":
-        return asked
+    requested = config.parallel.low_rank_plan
+    if requested != "auto":
+        return requested
     # sigmaReparam defines its scale on whole factors, one after the other.
     if config.model.sigma_reparam or not any(config.model.is_factorised(name) for name in "qkv"):
         return "replicated"
@@ -173,5 +152,5 @@ def low_rank_plan(config: Config, plan: BatchPlan, device_type: str | None = Non
 
 
 @lru_cache(maxsize=4096)
-def _faster(shape: Shape, device: Device) -> LowRankPlan:
+def _faster(shape: Shape, device: DeviceRates) -> LowRankPlan:
     return min(PLANS, key=lambda name: seconds(name, shape, device))

@@ -16,19 +16,12 @@ Kind = Literal["embedding", "positions", "factor", "matrix", "bias", "norm"]
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One weight of the model.
+    """One weight of the model."""
 
-    Attributes:
-        name: Canonical name, e.g. `blocks.3.attention.q.down.weight`.
-        shape: Global shape; matrices are [out, in].
-        shard_dim: Dimension split over tensor-parallel ranks, or None where every rank holds the whole tensor.
-        kind: What the weight is; decides weight decay and reporting. Gains are of kind `norm`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    shard_dim: int | None
-    kind: Kind
+    name: str  # canonical name, e.g. `blocks.3.attention.q.down.weight`
+    shape: tuple[int, ...]  # of the global tensor; matrices are [out, in]
+    shard_dim: int | None  # dimension split over tensor-parallel ranks, or None where every rank holds the whole tensor
+    kind: Kind  # what the weight is; decides weight decay and reporting. Gains are of kind `norm`
 
     def local_shape(self, tensor_parallel: int) -> tuple[int, ...]:
         """Shape of one tensor-parallel rank's part."""
@@ -38,7 +31,6 @@ class ParameterInfo:
         return tuple(size // tensor_parallel if dim == self.shard_dim else size for dim, size in enumerate(self.shape))
 
     def numel(self) -> int:
-        """Number of elements of the global tensor."""
         return math.prod(self.shape)
 
 
@@ -104,21 +96,13 @@ def _linear(
 
 @dataclass(frozen=True)
 class LinearMap:
-    """One map W = up down that sigmaReparam normalises; of a dense one, one of the two is the identity.
+    """One map W = up down that sigmaReparam normalises; of a dense one, one of the two is the identity."""
 
-    Attributes:
-        name: Canonical prefix of the map.
-        up: Canonical name of the factor at the output, or of the dense matrix of q, k, v, fc_in.
-        down: Canonical name of the factor at the input, or of the dense matrix of o, fc_out.
-        gain: Canonical name of the gain.
-        size: Length of the vector between the two, which tensor parallelism never splits.
-    """
-
-    name: str
-    up: str | None
-    down: str | None
+    name: str  # canonical prefix of the map; the others are canonical names
+    up: str | None  # the factor at the output, or the dense matrix of q, k, v, fc_in
+    down: str | None  # the factor at the input, or the dense matrix of o, fc_out
     gain: str
-    size: int
+    size: int  # length of the vector between the two, which tensor parallelism never splits
 
 
 def linear_maps(model: ModelConfig) -> dict[str, LinearMap]:

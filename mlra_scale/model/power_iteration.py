@@ -6,7 +6,7 @@ iteration to the next: tensor parallelism splits the output of W_U or the input 
 Shape suffixes: O outputs, I inputs of a map, R between its factors; where O or I are split, a rank has its part.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,55 +21,56 @@ _FIRST_ITERATIONS = 16
 """Of the initial weights: sigma of a normal matrix is then some 3 % too small (D = 768), and soon exact."""
 
 
-class PowerIteration:
-    """One iteration on W = up down, from a unit vector between the two: first the input's side, then the output's.
+class Iteration(NamedTuple):
+    """The result of one power iteration."""
+
+    right_I: torch.Tensor  # v, the singular vector at the input
+    image_R: torch.Tensor  # W_D v
+    left_O: torch.Tensor  # u, the singular vector at the output
+    pullback_R: torch.Tensor  # W_U^T u
+    sigma: torch.Tensor  # the estimate of the largest singular value, one number
+    next_vector: torch.Tensor  # the unit vector with which the next iteration begins
+
+
+@torch.no_grad()
+def through_down(vector_R: torch.Tensor, down_RI: torch.Tensor, group: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns v and W_D v; `group`: over which the input is split."""
+    pulled_I = down_RI.T @ vector_R
+    right_I = pulled_I / _norm(pulled_I, group)
+    return right_I, _sum(down_RI @ right_I, group)
+
+
+@torch.no_grad()
+def through_up(
+    right_I: torch.Tensor | None, image_R: torch.Tensor, up_OR: torch.Tensor | None, group: Any = None
+) -> Iteration:
+    """Completes an iteration.
 
     Args:
-        vector: The unit vector.
-        input_group: Group over which the input is split; None: it is whole.
-        output_group: Likewise of the output.
-
-    Attributes:
-        right_I: v, the singular vector at the input.
-        image_R: W_D v.
-        left_O: u, the singular vector at the output.
-        sigma: The estimate of the largest singular value, one number.
-        pullback_R: W_U^T u.
-        next_vector: Where the next iteration begins.
+        right_I: v; None where W_D is the identity.
+        image_R: W_D v; where W_D is the identity, the vector that carries over.
+        up_OR: W_U; None where it is the identity.
+        group: Over which the output is split.
     """
+    if up_OR is None:
+        assert right_I is not None
+        sigma = image_R.norm()
+        left_O = image_R / sigma
+        return Iteration(right_I, image_R, left_O, left_O, sigma, left_O)
+    mapped_O = up_OR @ image_R
+    sigma = _norm(mapped_O, group)
+    left_O = mapped_O / sigma
+    pullback_R = _sum(up_OR.T @ left_O, group)
+    next_vector = pullback_R / pullback_R.norm()
+    if right_I is None:  # the vector that carries over is the input's: v is renewed like u
+        return Iteration(next_vector, next_vector, left_O, pullback_R, pullback_R.norm(), next_vector)
+    return Iteration(right_I, image_R, left_O, pullback_R, sigma, next_vector)
 
-    left_O: torch.Tensor
-    sigma: torch.Tensor
-    pullback_R: torch.Tensor
-    next_vector: torch.Tensor
 
-    def __init__(self, vector: torch.Tensor, input_group: Any = None, output_group: Any = None) -> None:
-        self.right_I = self.image_R = vector
-        self._input_group, self._output_group = input_group, output_group
-
-    @torch.no_grad()
-    def through_down(self, weight_RI: torch.Tensor) -> None:
-        """Finds v and W_D v. Not called where W_D is the identity."""
-        pulled_I = weight_RI.T @ self.image_R
-        self.right_I = pulled_I / _norm(pulled_I, self._input_group)
-        self.image_R = _sum(weight_RI @ self.right_I, self._input_group)
-
-    @torch.no_grad()
-    def through_up(self, weight_OR: torch.Tensor | None, has_down: bool) -> None:
-        """Finds u, sigma and W_U^T u; without a weight, W_U is the identity."""
-        if weight_OR is None:
-            self.sigma = self.image_R.norm()
-            self.left_O = self.pullback_R = self.next_vector = self.image_R / self.sigma
-            return
-        mapped_O = weight_OR @ self.image_R
-        self.sigma = _norm(mapped_O, self._output_group)
-        self.left_O = mapped_O / self.sigma
-        self.pullback_R = _sum(weight_OR.T @ self.left_O, self._output_group)
-        self.next_vector = self.pullback_R / self.pullback_R.norm()
-        if not has_down:
-            # The vector is the input's own: v is renewed like u.
-            self.sigma = self.pullback_R.norm()
-            self.right_I = self.image_R = self.next_vector
+def iterated(vector_R: torch.Tensor, up_OR: torch.Tensor | None, down_RI: torch.Tensor | None) -> Iteration:
+    """Returns one power iteration on whole matrices, from a unit vector of their type; None stands for the identity."""
+    right_I, image_R = (None, vector_R) if down_RI is None else through_down(vector_R, down_RI)
+    return through_up(right_I, image_R, up_OR)
 
 
 def _norm(part: torch.Tensor, group: Any) -> torch.Tensor:
@@ -83,30 +84,8 @@ def _sum(part: torch.Tensor, group: Any) -> torch.Tensor:
     return part
 
 
-def iterated(vector: torch.Tensor, up_OR: torch.Tensor | None, down_RI: torch.Tensor | None) -> PowerIteration:
-    """Returns one power iteration on whole matrices; None stands for the identity.
-
-    Args:
-        vector: Unit vector between the factors, of their type.
-        up_OR: Factor at the output.
-        down_RI: Factor at the input.
-    """
-    iteration = PowerIteration(vector)
-    if down_RI is not None:
-        iteration.through_down(down_RI)
-    iteration.through_up(up_OR, has_down=down_RI is not None)
-    return iteration
-
-
 def initial_vector(model: ModelConfig, seed: int, table: ParameterTable, linear_map: LinearMap) -> torch.Tensor:
-    """Returns a map's vector before the first step, fp32 on the CPU: a pure function of (seed, name) in every layout.
-
-    Args:
-        model: The model's configuration.
-        seed: The run's seed.
-        table: The model's parameters.
-        linear_map: The map.
-    """
+    """Returns a map's vector before the first step, fp32 on the CPU: a function of (seed, name) in every layout."""
 
     def initial(name: str | None) -> torch.Tensor | None:
         if name is None:

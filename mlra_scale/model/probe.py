@@ -26,35 +26,22 @@ LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class LogitPiece:
-    """Attention logits of some heads on one sample.
+    """Attention logits of some heads on one sample."""
 
-    Attributes:
-        sample: Index of the sample in the micro-batch.
-        first_head: First of the heads, counted on this tensor-parallel rank.
-        logits_NSS: Scaled logits in fp32, -inf where attention is not allowed.
-        allowed_SS: Where it is allowed; the same for all heads.
-    """
-
-    sample: int
-    first_head: int
-    logits_NSS: torch.Tensor
-    allowed_SS: torch.Tensor
+    sample: int  # in the micro-batch
+    first_head: int  # first of the heads, counted on this tensor-parallel rank
+    logits_NSS: torch.Tensor  # scaled logits in fp32, -inf where attention is not allowed
+    allowed_SS: torch.Tensor  # where it is allowed; the same for all heads
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries and keys of one block on one micro-batch, of this tensor-parallel rank's heads.
-
-    Attributes:
-        block: Index of the block.
-        q_BNSH: Queries, as they enter the product.
-        k_BNSH: Keys, likewise.
-        mask_B1SS: True where attention is allowed; None: to all keys that are not later than the query.
-    """
+    """Queries and keys of one block on one micro-batch, of this tensor-parallel rank's heads."""
 
     block: int
-    q_BNSH: torch.Tensor
-    k_BNSH: torch.Tensor
+    q_BNSH: torch.Tensor  # queries, as they enter the product
+    k_BNSH: torch.Tensor  # keys, likewise
+    # True where attention is allowed; None: to all keys that are not later than the query.
     mask_B1SS: torch.Tensor | None
 
     def logits(self, num_samples: int | None = None) -> Iterator[LogitPiece]:

@@ -50,17 +50,14 @@ def _keep_mask(key: torch.Tensor, num_elements: int, probability: float, first: 
 def dropout_hidden(
     hidden_BSD: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor, first_position: int = 0
 ) -> torch.Tensor:
-    """Inverted dropout of a hidden state that is replicated over tensor-parallel ranks, or split along the sequence.
+    """Inverted dropout of a hidden state: returns the kept elements times 1 / (1 - p).
 
     Args:
-        hidden_BSD: Values to drop.
-        probability: Probability of zeroing an element, 0 <= p < 1.
-        key: Key of (seed, layer, site).
+        hidden_BSD: Replicated over tensor-parallel ranks, or split along the sequence.
+        probability: Of zeroing an element, 0 <= p < 1.
+        key: Of (seed, layer, site).
         sample_ids_B: Global index of each sample, int64.
         first_position: Where in the sequence the values begin: a position's mask does not depend on the split.
-
-    Returns:
-        [B, S, D]: kept elements times 1 / (1 - p).
     """
     keys_B = hash_int64(sample_ids_B + key)
     first = first_position * hidden_BSD.size(-1)
@@ -71,17 +68,9 @@ def dropout_hidden(
 def dropout_attention(
     weights_BNSS: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor, first_head: int
 ) -> torch.Tensor:
-    """Inverted dropout of attention weights; a head's mask depends on its global number, so it is the same for any TP.
+    """The same of attention weights; a head's mask depends on its global number, so it is the same for any TP.
 
-    Args:
-        weights_BNSS: Softmax output of this rank's heads.
-        probability: Probability of zeroing an element, 0 <= p < 1.
-        key: Key of (seed, layer, site).
-        sample_ids_B: Global index of each sample, int64.
-        first_head: Global number of this rank's first head.
-
-    Returns:
-        [B, N_local, S, S].
+    `first_head`: Global number of this rank's first head.
     """
     heads_N = torch.arange(first_head, first_head + weights_BNSS.size(1), device=weights_BNSS.device)
     keys_BN = hash_int64(hash_int64(sample_ids_B + key).unsqueeze(1) + heads_N)

@@ -10,27 +10,13 @@ itself.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mlra_scale.model.context import ModelContext
-
-
-class _Again:
-    """A tensor that is computed when it is first read, for all who read it."""
-
-    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
-        self._compute = compute
-        self._value: torch.Tensor | None = None
-
-    def read(self) -> torch.Tensor:
-        if self._value is None:
-            with torch.no_grad():
-                self._value = self._compute()
-        return self._value
 
 
 @contextmanager
@@ -43,18 +29,22 @@ def recomputed(output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> Ite
             freed, and be valid until the backward pass.
     """
     storage, size = output.untyped_storage().data_ptr(), output.numel()
-    again = _Again(compute)
+
+    @cache  # computed when it is first read, for all who read it
+    def compute_once() -> torch.Tensor:
+        with torch.no_grad():
+            return compute()
 
     def pack(tensor: torch.Tensor) -> Any:
         is_output = tensor.untyped_storage().data_ptr() == storage and tensor.numel() == size
         # Readers may have another view of it: all tokens in one dimension.
-        return (again, tensor.shape) if is_output and tensor.is_contiguous() else tensor
+        return (compute_once, tensor.shape) if is_output and tensor.is_contiguous() else tensor
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        kept, shape = packed
-        tensor: torch.Tensor = kept.read().view(shape)
+        read, shape = packed
+        tensor: torch.Tensor = read().view(shape)
         return tensor
 
     with saved_tensors_hooks(pack, unpack):

@@ -15,27 +15,22 @@ Shape suffixes: O outputs, I inputs of a map, R rank; where tensor parallelism s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mlra_scale.megatron import copy_to_tensor_model_parallel_region
+from mlra_scale.model.context import ModelContext
 from mlra_scale.model.parameters import linear_map, vector_name
-from mlra_scale.model.power_iteration import PowerIteration, initial_vector
-
-if TYPE_CHECKING:
-    from mlra_scale.model.context import ModelContext
+from mlra_scale.model.power_iteration import Iteration, initial_vector, through_down, through_up
+from mlra_scale.model.tensor_parallel import copy_to_tensor_parallel
 
 
 class SpectralNorm:
     """sigma(W) of one map in training; the modules that hold the factors of a map share it.
 
     A pass through a factorised map calls `take_down_factor` and then `scale`, one through a dense map `scale` alone.
-
-    Attributes:
-        name: The map's.
     """
 
     def __init__(self, context: ModelContext, name: str) -> None:
@@ -50,8 +45,8 @@ class SpectralNorm:
         is_split = group is not None and (down_dim if self._map.up is None else up_dim) is not None
         self._is_seen_in_part = is_split or context.has_sequence_parallel
         self._vector: torch.Tensor | None = None
-        self._iteration: PowerIteration | None = None
-        self._is_found = False
+        self._right_and_image: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._iteration: Iteration | None = None
         self._image_R: torch.Tensor | None = None
 
     @classmethod
@@ -61,7 +56,7 @@ class SpectralNorm:
 
     @property
     def vector(self) -> torch.Tensor:
-        """What carries over from step to step: a unit vector, the same on every rank."""
+        """The unit vector that carries over from step to step, the same on every rank."""
         if self._vector is None:
             context = self._context
             self._vector = initial_vector(context.model, context.seed, context.table, self._map)
@@ -74,11 +69,11 @@ class SpectralNorm:
 
     def forget(self) -> None:
         """Drops what was found for weights that have changed or may have."""
-        self._iteration, self._is_found = None, False
+        self._right_and_image = self._iteration = None
 
     def advance(self) -> None:
         """Ends a training step: the next one begins with the vector that this one has found."""
-        assert self._iteration is not None and self._is_found
+        assert self._iteration is not None
         self.vector = self._iteration.next_vector
 
     def take_down_factor(self, weight_RI: torch.Tensor) -> None:
@@ -86,26 +81,19 @@ class SpectralNorm:
 
         Where the input is split, this is the rank's summand of W_D v: `scale` uses its gradient, not its value.
         """
-        if self._iteration is None:
-            self._iteration = self._begin(weight_RI)
-            self._iteration.through_down(_accurate(weight_RI))
-        self._image_R = weight_RI @ self._iteration.right_I.to(weight_RI.dtype)
+        if self._right_and_image is None:
+            self._right_and_image = through_down(self._start(weight_RI), _accurate(weight_RI), self._input_group)
+        self._image_R = weight_RI @ self._right_and_image[0].to(weight_RI.dtype)
 
     def scale(self, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Returns gamma / sigma(W), the factor of a dense matrix or of an up factor.
+        """Returns gamma / sigma(W), [1] in fp32 or fp64, with its gradient in the gain gamma [1] and all factors.
 
-        Args:
-            gain: gamma [1].
-            weight: The matrix or factor.
-
-        Returns:
-            [1] in fp32 or fp64, with its gradient in the gain and all factors.
+        `weight` is the dense matrix or the up factor.
         """
-        if not self._is_found:
-            self._find(weight)
-        found = self._iteration
-        assert found is not None
-        image_R, self._image_R = self._image_R, None
+        if self._iteration is None:
+            self._iteration = self._iterate(weight)
+        found, image_R = self._iteration, self._image_R
+        self._image_R = None
         right = found.right_I if image_R is None else found.image_R
         first_order = found.left_O.to(weight.dtype) @ (weight @ right.to(weight.dtype))
         if image_R is not None:
@@ -113,28 +101,20 @@ class SpectralNorm:
         # The value of sigma is known, the same in all passes of a step: only its gradient is taken from here.
         sigma = found.sigma + (first_order - first_order.detach())
         scale = gain.to(sigma.dtype) / sigma
-        if not self._is_seen_in_part:
-            return scale
         # A rank multiplies its part of the matrix or of the sequence only: it sees a part of this number's gradient.
-        entered: torch.Tensor = copy_to_tensor_model_parallel_region(scale, group=self._context.tensor_group)
-        return entered
+        return copy_to_tensor_parallel(self._context, scale)[0] if self._is_seen_in_part else scale
 
-    def _begin(self, weight: torch.Tensor) -> PowerIteration:
-        vector = self.vector.to(device=weight.device, dtype=_accurate_type(weight))
-        return PowerIteration(vector, self._input_group, self._output_group)
+    def _start(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.vector.to(device=weight.device, dtype=_accurate_type(weight))
 
-    def _find(self, weight: torch.Tensor) -> None:
-        is_factorised = self._map.up is not None and self._map.down is not None
-        if not is_factorised:
-            self._iteration = self._begin(weight)
-        assert self._iteration is not None, "the down factor comes first"
+    def _iterate(self, weight: torch.Tensor) -> Iteration:
         matrix = _accurate(weight)
         if self._map.up is None:
-            self._iteration.through_down(matrix)
-            self._iteration.through_up(None, has_down=True)
-        else:
-            self._iteration.through_up(matrix, has_down=is_factorised)
-        self._is_found = True
+            return through_up(*through_down(self._start(weight), matrix, self._input_group), None)
+        if self._map.down is None:
+            return through_up(None, self._start(weight), matrix, self._output_group)
+        assert self._right_and_image is not None, "the down factor comes first"
+        return through_up(*self._right_and_image, matrix, self._output_group)
 
 
 def _accurate_type(weight: torch.Tensor) -> torch.dtype:
@@ -157,7 +137,7 @@ def stored_vectors(norms: Iterable[SpectralNorm]) -> dict[str, torch.Tensor]:
 
 
 def load_vectors(norms: Iterable[SpectralNorm], stored: Mapping[str, torch.Tensor]) -> None:
-    """Sets the vectors to what a checkpoint holds, of all stages."""
+    """Sets the vectors to those of a checkpoint, which has them for all stages."""
     for norm in norms:
         norm.vector = stored[vector_name(norm.name)].clone()
 

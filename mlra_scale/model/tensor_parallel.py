@@ -20,6 +20,7 @@ checkpointing of whole blocks there is only one block's gathered input at a time
 Megatron's sum of what the ranks have computed is lost without an error where the summand is not contiguous: it sums a
 copy. Operations with collectives go through `ModelContext.apply`, which keeps them out of compiled graphs.
 
+A tensor of the stream is [B, S, ...], or with sequence parallelism [B, S / TP, ...] of this rank's positions.
 Shape suffixes: B batch, S sequence, D hidden.
 """
 
@@ -44,15 +45,7 @@ from mlra_scale.model.context import ModelContext
 
 
 def copy_to_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Marks replicated tensors as entering sharded computation: identity forward, one all-reduce of gradients backward.
-
-    Args:
-        context: The model's context.
-        *tensors: Replicated tensors of one type; they share the all-reduce.
-
-    Returns:
-        The same values.
-    """
+    """Marks replicated tensors of one type as entering sharded computation: identity, and backward one all-reduce."""
     if context.tensor_parallel == 1:
         return list(tensors)
     return list(context.apply(Copy, context.tensor_group, *tensors))
@@ -82,15 +75,7 @@ def whole_hidden(context: ModelContext, hidden_BSD: torch.Tensor) -> torch.Tenso
 
 
 def enter_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Takes tensors of the stream into sharded computation, where every rank needs all positions.
-
-    Args:
-        context: The model's context.
-        *tensors: [B, S, ...], or of this rank's positions; they share one collective each way.
-
-    Returns:
-        [B, S, ...] each.
-    """
+    """Takes tensors of the stream into sharded computation, [B, S, ...] each; they share one collective each way."""
     if context.has_sequence_parallel:
         return list(context.apply(Gather, context.tensor_group, *tensors))
     return copy_to_tensor_parallel(context, *tensors)
@@ -99,16 +84,10 @@ def enter_tensor_parallel(context: ModelContext, *tensors: torch.Tensor) -> list
 def leave_tensor_parallel(
     context: ModelContext, partial_BSD: torch.Tensor, bias_D: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sums what the ranks have computed of the stream.
+    """Returns the sum of the ranks' summands of the stream, plus a replicated bias.
 
-    Args:
-        context: The model's context.
-        partial_BSD: This rank's summand.
-        bias_D: Replicated; added once. Its gradient is whole and needs no collective of its own: the gradient of all
-            positions passes here on its way to `partial_BSD`.
-
-    Returns:
-        [B, S, D], or of this rank's positions.
+    The bias's gradient is whole and needs no collective of its own: the gradient of all positions passes here on its
+    way to the summand.
     """
     if context.has_sequence_parallel:
         output: torch.Tensor = context.apply(ScatterSum, context.tensor_group, partial_BSD, bias_D)
@@ -123,15 +102,10 @@ def gathered_linear(
     inputs: Sequence[torch.Tensor],
     maps: Sequence[tuple[int, torch.Tensor, torch.Tensor]],
 ) -> list[torch.Tensor]:
-    """Column-parallel maps of tensors of the stream under sequence parallelism.
+    """Column-parallel maps of tensors of the stream under sequence parallelism, by one collective each way.
 
-    Args:
-        context: The model's context.
-        inputs: [B, S / TP, in] each; they share one collective each way.
-        maps: Of each, the index of its input, this rank's rows of its weight [out / TP, in], and its bias [out / TP].
-
-    Returns:
-        [B, S, out / TP] for each map.
+    A map is the index of its input, this rank's rows of its weight [out / TP, in], and its bias [out / TP]. Returns
+    [B, S, out / TP] for each.
     """
     sources, weights, biases = zip(*maps, strict=True)
     keeps_gathered = context.activation_checkpointing == "block"
@@ -142,14 +116,7 @@ def gathered_linear(
 def enter_linear(context: ModelContext, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A column-parallel map that takes its input in: collectives run beside its matrix products.
 
-    Args:
-        context: The model's context.
-        x: Of the stream: [B, S, in], or of this rank's positions.
-        weight: This rank's rows, [out / TP, in].
-        bias: [out / TP].
-
-    Returns:
-        [B, S, out / TP].
+    x of the stream; weight [out / TP, in] and bias [out / TP] of this rank's rows; returns [B, S, out / TP].
     """
     if context.has_sequence_parallel:
         return gathered_linear(context, [x], [(0, weight, bias)])[0]
@@ -164,14 +131,8 @@ def leave_linear(
 ) -> torch.Tensor:
     """A row-parallel map: the sum over ranks of x W^T, + b.
 
-    Args:
-        context: The model's context.
-        x: [B, S, in / TP].
-        weight: This rank's columns, [out, in / TP].
-        bias: Replicated, [out]; its gradient is whole on every rank.
-
-    Returns:
-        Of the stream: [B, S, out], or of this rank's positions.
+    x [B, S, in / TP], weight [out, in / TP] of this rank's columns, bias [out] replicated, with a whole gradient on
+    every rank; returns the output in the form of the stream.
     """
     if context.tensor_parallel == 1:
         return functional.linear(x, weight, bias)
@@ -184,7 +145,7 @@ def leave_linear(
 def slice_linear(
     context: ModelContext, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """A replicated map x W^T (+ b) of the whole stream or this rank's positions.
+    """A replicated map x W^T (+ b) of the stream.
 
     With sequence parallelism the whole gradient of the weight is summed on the way back. Unlike a weight that went
     through `on_slice`, this one may be freed between the passes (ZeRO 3).

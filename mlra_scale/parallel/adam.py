@@ -11,16 +11,11 @@ import torch
 
 
 class AdamState:
-    """The state of one rank's Adam.
-
-    Attributes:
-        optimizer: torch's AdamW or DeepSpeedCPUAdam, without DeepSpeed's wrapper.
-        masters: The fp32 tensors that it updates.
-    """
+    """The state of one rank's Adam."""
 
     def __init__(self, optimizer: Any, masters: Sequence[torch.Tensor]) -> None:
-        self.optimizer = optimizer
-        self.masters = masters
+        self.optimizer = optimizer  # torch's AdamW or DeepSpeedCPUAdam, without DeepSpeed's wrapper
+        self.masters = masters  # the fp32 tensors that it updates
 
     def of(self, master: torch.Tensor) -> Mapping[str, Any]:
         """Returns the state of one tensor; empty before the first update."""
@@ -45,11 +40,7 @@ class AdamState:
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
 
     def set_step(self, step: int) -> None:
-        """Sets the number of updates that the moments have seen.
-
-        Args:
-            step: The number; moments must exist, unless it is zero.
-        """
+        """Sets the number of updates that the moments have seen; moments must exist, unless it is zero."""
         for master in self.masters:
             state = self.optimizer.state.get(master)
             if state:

@@ -13,17 +13,9 @@ from mlra_scale.parallel.zero_engine import ZeroEngine
 
 
 def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
-    """Builds the model on this rank and the engine around it; collective.
+    """Builds the model on this rank, with initial weights, and the engine around it; collective.
 
     One stage never builds a pipeline unless `parallel.engine` asks for it.
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan for this world.
-        topology: The mesh.
-
-    Returns:
-        The engine, weights initialized.
     """
     if config.train.compile:
         # All blocks share their graphs, but there is one for training and one for evaluation of every shape of a map;

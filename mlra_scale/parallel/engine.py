@@ -30,8 +30,6 @@ class Engine(ABC):
     """A model that trains on a mesh of ranks. Its methods are called on every rank alike.
 
     Attributes:
-        table: The parameter table.
-        topology: The mesh.
         module: This rank's module (a pipeline stage or the whole model).
         num_skipped: Updates left out so far, overflows included.
         deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
@@ -58,13 +56,7 @@ class Engine(ABC):
         self._has_update = True
 
     def _install(self, deepspeed_engine: Any, named: dict[str, nn.Parameter], tied_copies: frozenset[str]) -> None:
-        """Adopts a DeepSpeed engine.
-
-        Args:
-            deepspeed_engine: The initialized engine.
-            named: This rank's parameters by canonical name.
-            tied_copies: Those that another stage owns.
-        """
+        """Adopts an initialized DeepSpeed engine with this rank's parameters, of which another stage owns some."""
         self.deepspeed_engine = deepspeed_engine
         self.module = deepspeed_engine.module
         if self.config.train.precision == "fp16":
@@ -118,14 +110,11 @@ class Engine(ABC):
         """Returns the L2 norm of the gradient of the mean loss over these micro-batches of all data ranks; collective.
 
         The pass is that of a training step (with its dropout) without an update: weights, moments, loss scale and
-        `num_skipped` stay as they are.
+        `num_skipped` stay as they are. The norm is not finite if fp16 gradients overflow at the current loss scale.
 
         Args:
             batches: As many micro-batches as gradients are accumulated over.
             between: See eval_batch. After a pass that it ended, the engine can be saved, but not train.
-
-        Returns:
-            The norm, the same on every rank; not finite if fp16 gradients overflow at the current loss scale.
         """
         self._wants_stop = None
         self._has_update = False
@@ -205,7 +194,7 @@ class Engine(ABC):
     # Weights and gradients, as fragments of the global tensors.
 
     def owns(self, name: str) -> bool:
-        """Returns whether this rank is the owner of the elements of a parameter that it holds."""
+        """Returns whether this rank owns the elements of a parameter that it holds."""
         if name in self._tied_copies:
             return False
         if self.table[name].shard_dim is None and self.topology.tensor_rank != 0:
@@ -219,8 +208,8 @@ class Engine(ABC):
     def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
         """Returns this rank's share of the fp32 weights: each element of each tensor has exactly one owner.
 
-        Replicated over TP: tensor rank 0. Tied: the first stage. ZeRO stage 0: data rank 0. Moments are None before
-        the first update.
+        Replicated over TP: tensor rank 0. Tied: the first stage. ZeRO stage 0: data rank 0. No moments before the first
+        update.
         """
         return [fragment for fragment in self._view.weights(with_moments) if self.owns(fragment.name)]
 
@@ -235,7 +224,6 @@ class Engine(ABC):
                 yield Fragment(fragment.name, fragment.start, _unscaled(fragment.values, scale))
 
     def weight_decay(self, name: str) -> float:
-        """Returns the weight decay of a parameter."""
         optim = self.config.optim
         return optim.weight_decay if has_weight_decay(self.table[name], optim) else 0.0
 
@@ -273,9 +261,9 @@ class Engine(ABC):
         }
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Returns small tensors that continue a run besides weights and moments, by name; collective.
+        """Returns the vectors of sigmaReparam's power iterations by name; collective.
 
-        These are the vectors of sigmaReparam's power iterations. Rank 0 gets those of all stages; only its are stored.
+        Rank 0 gets those of all stages; only its are stored.
         """
         if not self.config.model.sigma_reparam:
             return {}
@@ -287,7 +275,7 @@ class Engine(ABC):
         return {name: vector for part in gathered or [mine] for name, vector in part.items()}
 
     def load_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Loads what `buffers` returned on rank 0, in whatever layout."""
+        """Loads what `buffers` returned on rank 0 in any layout."""
         load_vectors(self._spectral_norms, buffers)
 
     @torch.no_grad()
@@ -297,8 +285,7 @@ class Engine(ABC):
         Training then continues as if it had never stopped. None of DeepSpeed's own counters matters for it.
 
         Args:
-            fill: Writes new values into a fragment, moments included where it has them; called for every fragment that
-                this rank holds.
+            fill: Writes new values into every fragment that this rank holds, moments included where it has them.
             state: What `training_state` returned; None for a start at step 0 with these weights.
             with_moments: Whether the moments come back too; without them the optimizer starts anew.
         """

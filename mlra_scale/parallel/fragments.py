@@ -7,21 +7,13 @@ import torch
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of consecutive elements of one parameter.
+    """A run of consecutive elements of one parameter."""
 
-    Attributes:
-        name: Canonical parameter name.
-        start: First element, counted in this rank's tensor-parallel shard flattened row by row.
-        values: fp32 master weights, or gradients, 1-D.
-        exp_avg: Adam's first moment of the same elements, if requested.
-        exp_avg_sq: Adam's second moment of the same elements, if requested.
-    """
-
-    name: str
-    start: int
-    values: torch.Tensor
-    exp_avg: torch.Tensor | None = None
-    exp_avg_sq: torch.Tensor | None = None
+    name: str  # canonical parameter name
+    start: int  # first element, counted in this rank's tensor-parallel shard flattened row by row
+    values: torch.Tensor  # fp32 master weights, or gradients, 1-D
+    exp_avg: torch.Tensor | None = None  # Adam's first moment of the same elements, if requested
+    exp_avg_sq: torch.Tensor | None = None  # Adam's second moment of the same elements, if requested
 
 
 def scale_rows(fragment: Fragment, width: int, factors: torch.Tensor) -> None:
@@ -30,7 +22,7 @@ def scale_rows(fragment: Fragment, width: int, factors: torch.Tensor) -> None:
     Args:
         fragment: Of a matrix, or of a vector, whose elements are its rows. It may begin and end inside a row.
         width: Elements of a row.
-        factors: One per row of this rank's tensor-parallel shard.
+        factors: Of the rows of this rank's tensor-parallel shard.
     """
     first_row, skipped = divmod(fragment.start, width)
     length = fragment.values.numel()

@@ -26,11 +26,7 @@ class _Piece:
 
 
 class GradientSums:
-    """Replaces BF16_Optimizer's bookkeeping of gradients.
-
-    Args:
-        optimizer: DeepSpeed's BF16_Optimizer; its methods that touch gradients are replaced.
-    """
+    """Replaces the methods of DeepSpeed's BF16_Optimizer that touch gradients."""
 
     def __init__(self, optimizer: Any) -> None:
         self._pieces = list(_pieces(optimizer))

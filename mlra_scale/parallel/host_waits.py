@@ -14,6 +14,7 @@ PartitionedParameterCoordinator, `max_param_reduce_events` of its optimizer).
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -50,17 +51,12 @@ def order_stage2_on_device(optimizer: Any) -> None:
 def _ordered(method: Callable[..., Any], stream: torch.cuda.Stream) -> Callable[..., Any]:
     """The method, in which DeepSpeed's `get_accelerator().synchronize()` orders work after this stream."""
 
+    def order(device_index: int | None = None) -> None:
+        torch.cuda.current_stream().wait_stream(stream)
+
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        accelerator = get_accelerator()
-        before = accelerator.__dict__.get("synchronize")
-        accelerator.synchronize = lambda device_index=None: torch.cuda.current_stream().wait_stream(stream)
-        try:
+        with mock.patch.object(get_accelerator(), "synchronize", order):
             return method(*args, **kwargs)
-        finally:
-            if before is None:
-                del accelerator.synchronize
-            else:
-                accelerator.synchronize = before
 
     return call

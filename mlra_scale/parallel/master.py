@@ -28,15 +28,13 @@ NamedParameters = Mapping[str, nn.Parameter]
 class MasterView(ABC):
     """One rank's view of the fp32 training state, ownership among replicas not yet decided.
 
-    Attributes:
-        adam: The optimizer's own state.
-        is_replicated_over_data: Whether every data rank holds all of it.
+    `inner` is the optimizer that DeepSpeed's wraps, `masters` its fp32 tensors.
     """
 
     is_replicated_over_data = False
+    """Whether every data rank holds all of it."""
 
     def __init__(self, optimizer: Any, named: NamedParameters, inner: Any, masters: Sequence[torch.Tensor]) -> None:
-        """Looks into DeepSpeed's optimizer (`inner`: the one that it wraps) with its fp32 tensors."""
         self.optimizer = optimizer
         self.named = named
         self.adam = AdamState(inner, masters)
@@ -66,7 +64,6 @@ class MasterView(ABC):
         """
 
     def forget_moments(self) -> None:
-        """Puts the optimizer back to before its first update."""
         self.adam.forget()
 
     @abstractmethod
@@ -75,14 +72,7 @@ class MasterView(ABC):
 
 
 def master_view(optimizer: Any, named: NamedParameters, data_rank: int, device: torch.device) -> MasterView:
-    """Returns the view that fits DeepSpeed's optimizer; also mends what that does (see the classes).
-
-    Args:
-        optimizer: `engine.optimizer` of the DeepSpeed engine.
-        named: This rank's parameters by canonical name.
-        data_rank: Coordinate on the data axis.
-        device: Where this rank computes.
-    """
+    """Returns the view that fits `engine.optimizer` of DeepSpeed; also mends what that does (see the classes)."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         if device.type == "cuda":
             order_stage3_on_device(optimizer)
@@ -318,14 +308,11 @@ class Stage3View(MasterView):
 
 
 class _KnownNorm:
-    """Gives a ZeRO optimizer the gradient norm and whether there is an overflow, which it would compute itself.
-
-    Attributes:
-        scaled: The norm times the loss scale; on the host, where DeepSpeed's update then finds it without a wait.
-    """
+    """Gives a ZeRO optimizer the gradient norm and whether there is an overflow, which it would compute itself."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        # The norm times the loss scale; on the host, where DeepSpeed's update then finds it without a wait.
         self.scaled = torch.tensor(math.nan)
         optimizer.check_overflow = self._check_overflow
 
@@ -360,7 +347,6 @@ class _Pieces:
         self.starts = [0, *accumulate(tensor.numel() for tensor in tensors)]
 
     def narrow(self, start: int, length: int) -> torch.Tensor:
-        """Elements start..start+length of the whole; they lie in one of the tensors."""
         index = bisect_right(self.starts, start) - 1
         offset = start - self.starts[index]
         assert offset + length <= self.tensors[index].numel(), "a gradient fragment crosses DeepSpeed's pieces"

@@ -17,9 +17,6 @@ def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
     """Names the interface for gloo, unless the environment names it or has no MASTER_ADDR.
 
     With several hosts it is never the loopback interface, to which the first host's own name may resolve.
-
-    Args:
-        environment: Of a rank, with MASTER_ADDR and WORLD_SIZE as launchers set them.
     """
     if "GLOO_SOCKET_IFNAME" in environment or environment.get("WORLD_SIZE", "1") == "1":
         return
@@ -36,11 +33,7 @@ def is_loopback(name: str) -> bool:
 
 
 def interface_towards(host: str) -> str | None:
-    """Returns the name of the interface from which this machine reaches a host; None if it is not known.
-
-    Args:
-        host: A name or an address; nothing is sent to it.
-    """
+    """Returns the interface from which this machine reaches a host; None if it is not known. Nothing is sent."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:

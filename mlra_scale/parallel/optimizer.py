@@ -26,16 +26,9 @@ def has_weight_decay(info: ParameterInfo, optim: OptimConfig) -> bool:
 def parameter_groups(
     named: dict[str, nn.Parameter], table: ParameterTable, optim: OptimConfig, alone: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Splits parameters by weight decay.
+    """Splits this rank's parameters by weight decay, into groups as torch's optimizers take them; none is empty.
 
-    Args:
-        named: This rank's parameters by canonical name.
-        table: The parameter table.
-        optim: What decays.
-        alone: Parameters that get a group of their own, before the group that they would be in.
-
-    Returns:
-        Parameter groups as torch's optimizers take them; none is empty.
+    The parameters `alone` get a group of their own, before the group that they would be in.
     """
     groups = []
     for decay in (True, False):

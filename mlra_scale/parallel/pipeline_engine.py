@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -177,11 +178,8 @@ class PipelineEngine(Engine):
             schedule.steps = lambda: stepwise(steps())
             execute(schedule)
 
-        engine._exec_schedule = execute_stepwise
-        try:
+        with mock.patch.object(engine, "_exec_schedule", execute_stepwise):
             yield
-        finally:
-            del engine._exec_schedule
 
     def _local_loss(self) -> torch.Tensor:
         engine = self.deepspeed_engine

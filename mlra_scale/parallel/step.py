@@ -25,41 +25,26 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class UpdateProposal:
-    """What is known right before an optimizer update; the same numbers on every rank.
+    """What is known right before an optimizer update; the same numbers on every rank."""
 
-    Attributes:
-        loss: Mean loss of the global batch.
-        gradient_norm: Global L2 norm of its gradient, before clipping.
-    """
-
-    loss: float
-    gradient_norm: float
+    loss: float  # mean loss of the global batch
+    gradient_norm: float  # global L2 norm of its gradient, before clipping
 
     @property
     def is_finite(self) -> bool:
-        """Whether neither number is infinite or NaN."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step did; the same on every rank.
+    """What a training step did; the same on every rank."""
 
-    Attributes:
-        loss: Mean loss of the global batch before the update.
-        gradient_norm: Global L2 norm of its gradient, before clipping.
-        applied: Whether the weights were updated.
-        overflow: Whether fp16 gradients overflowed, so that the loss scale was lowered instead of an update.
-        loss_scale: fp16 loss scale used in this step, else None.
-        is_stop_wanted: Whether some rank wanted to stop after this step.
-    """
-
-    loss: float
-    gradient_norm: float
-    applied: bool
-    overflow: bool
-    loss_scale: float | None
-    is_stop_wanted: bool = False
+    loss: float  # mean loss of the global batch before the update
+    gradient_norm: float  # global L2 norm of its gradient, before clipping
+    applied: bool  # whether the weights were updated
+    overflow: bool  # whether fp16 gradients overflowed, so that the loss scale was lowered instead of an update
+    loss_scale: float | None  # fp16 loss scale used in this step, else None
+    is_stop_wanted: bool = False  # whether some rank wanted to stop after this step
 
 
 BeforeUpdate = Callable[[UpdateProposal], bool]

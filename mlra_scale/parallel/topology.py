@@ -20,24 +20,7 @@ from mlra_scale.parallel.network import set_gloo_interface
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees, coordinates and process groups of this rank. The world group is the default group.
-
-    Attributes:
-        world_size: Number of ranks.
-        rank: This process's global rank.
-        tensor: Tensor-parallel degree.
-        pipeline: Number of pipeline stages.
-        data: Data-parallel degree.
-        tensor_rank: Coordinate on the tensor axis.
-        pipeline_rank: Coordinate on the pipeline axis (the stage).
-        data_rank: Coordinate on the data axis.
-        tensor_group: Ranks that share this rank's stage and data shard.
-        pipeline_group: Ranks that share this rank's tensor and data coordinates.
-        data_group: Ranks that hold the same weights.
-        control_group: All ranks, over gloo whatever the device: for small objects about checkpoints, from the main
-            thread only, so that no collective of training can meet one of theirs.
-        device: Where this rank computes.
-    """
+    """Degrees, coordinates and process groups of this rank. The world group is the default group."""
 
     world_size: int
     rank: int
@@ -47,20 +30,20 @@ class Topology:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
-    tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    tensor_group: dist.ProcessGroup  # ranks that share this rank's stage and data shard
+    pipeline_group: dist.ProcessGroup  # ranks that share this rank's tensor and data coordinates
+    data_group: dist.ProcessGroup  # ranks that hold the same weights
+    # All ranks, over gloo whatever the device: for small objects about checkpoints, from the main thread only, so that
+    # no collective of training can meet one of theirs.
     control_group: dist.ProcessGroup
     device: torch.device
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the token embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
         return self.pipeline_rank == self.pipeline - 1
 
 
@@ -70,9 +53,6 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
     Args:
         device: `cpu` (gloo) or `cuda` (nccl).
         timeout_minutes: How long a collective may wait for its peers.
-
-    Returns:
-        This rank's device.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if device == "cuda":
@@ -95,16 +75,7 @@ def initialize_distributed(device: str, timeout_minutes: float) -> torch.device:
 
 
 def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float) -> Topology:
-    """Creates the process groups of a layout; every rank calls it.
-
-    Args:
-        plan: Degrees of the axes.
-        device: This rank's device.
-        timeout_minutes: Timeout of the collectives of the new groups.
-
-    Returns:
-        This rank's coordinates and groups.
-    """
+    """Creates the process groups of a layout, with a timeout for their collectives; every rank calls it."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
         pipeline_model_parallel_size=plan.pipeline,

@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
-from typing import get_args
+from typing import Any, get_args
 
 from mlra_scale.config import Config, ConfigError, Named, Problem, zero_stage
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.config.schema import LayoutField
 from mlra_scale.planning.cluster import FREE_SHARE, GIB, Cluster
 from mlra_scale.planning.plan_text import TIME_LEGEND, nothing_fits, time_table
-from mlra_scale.planning.search import CHECKPOINTING, Candidate, EngineSettings, Found, changed, search
+from mlra_scale.planning.search import CHECKPOINTING, Candidate, EngineSettings, SearchResult, changed, search
 from mlra_scale.planning.step_time import step_time
 
 SAME = 0.02
@@ -37,6 +37,19 @@ FIELDS: tuple[LayoutField, ...] = get_args(LayoutField)
 RECORD = "parallel.named_layout_fields"
 """The field of a configuration with a chosen layout that lists which of them were named."""
 
+_RATES = ("utilization", "memory_bandwidth", "update_bandwidth", "link_intra", "link_inter")
+_CONSTANTS: dict[str, tuple[str, ...]] = {
+    "utilization": ("utilization",),
+    "memory bandwidth": ("memory_bandwidth", "update_bandwidth"),
+    "links within a node": ("link_intra", "latency_intra"),
+    "links between nodes": ("link_inter", "latency_inter"),
+    "overheads": (
+        *("block_overhead", "zero_overhead", "pipeline_overhead", "micro_batch_overhead", "step_overhead"),
+        *("launch", "wait"),
+    ),
+}
+"""Fields of a cluster that are changed together; those that are no rates are times."""
+
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
 """Files of ds_configs/ that are tried, and whether they are meant for pipelines. Offloading is never chosen."""
@@ -44,27 +57,17 @@ _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3"
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """A chosen layout, and what it was compared with.
-
-    Attributes:
-        cluster: The cluster.
-        chosen: The layout.
-        fastest: The fastest layout by the estimate.
-        others: The next best, fastest first.
-        losses: Of the chosen layout, by changed constant.
-        losses_of_fragile: Of the layout that was not chosen because it loses too much; None: there is none.
-        num_fitting: How many layouts fit.
-        kept: Fields that were named and stayed as they were.
-    """
+    """A chosen layout, and what it was compared with."""
 
     cluster: Cluster
     chosen: Candidate
-    fastest: Candidate
-    others: tuple[Candidate, ...]
-    losses: Mapping[str, float]
+    fastest: Candidate  # the fastest layout by the estimate
+    others: tuple[Candidate, ...]  # the next best, fastest first
+    losses: Mapping[str, float]  # of the chosen layout, by changed constant
+    # Of the layout that was not chosen because it loses too much; None: there is none.
     losses_of_fragile: Mapping[str, float] | None
-    num_fitting: int
-    kept: tuple[str, ...] = ()
+    num_fitting: int  # how many layouts fit
+    kept: tuple[str, ...] = ()  # fields that were named and stayed as they were
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -100,24 +103,17 @@ def engines() -> tuple[EngineSettings, ...]:
     """
     found = [EngineSettings(None, {})]
     for name, is_for_pipelines in _ENGINE_FILES.items():
-        path = DS_CONFIGS / f"{name}.json"
         try:
-            settings = read_json_object(path)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            remedy = f"{path}, one of the settings to choose from, cannot be read ({reason}); put the file back"
-            raise ConfigError([Problem("parallel.layout", "auto", remedy)]) from error
+            settings = read_json_object(DS_CONFIGS / f"{name}.json")
+        except ValueError as error:
+            remedy = f"{error}; it is one of the settings to choose from: put the file back"
+            raise ConfigError([Problem("parallel.layout", "auto", remedy)]) from None
         found.append(EngineSettings(f"ds_configs/{name}.json", settings, is_for_pipelines))
     return tuple(found)
 
 
 def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
-    """Chooses the layout of a job.
-
-    Args:
-        config: Everything that is not part of the layout.
-        named: The fields that must stay as they are.
-        cluster: The job's nodes and devices.
+    """Chooses the layout of a job; the fields that are named stay as they are.
 
     Raises:
         ConfigError: The validation accepts no layout, or none fits into the memory.
@@ -133,16 +129,14 @@ def choose(config: Config, named: Named, cluster: Cluster) -> LayoutChoice:
 def fixed_fields(config: Config, named: Named) -> frozenset[str]:
     """Returns the fields that a choice leaves as they are.
 
-    Args:
-        config: If the planner chose the layout of its run, it lists the fields that were named then: they stay, and the
-            chosen ones do not count as named, although the file has them.
-        named: The fields that are named now.
+    A configuration whose layout was chosen lists the fields that were named then: they stay, and the chosen ones do not
+    count as named, although the file has them.
     """
     record = config.parallel.named_layout_fields
     return named.on_command_line | (named.in_file if record is None else frozenset[str](record))
 
 
-def chosen_of(found: Found, cluster: Cluster) -> LayoutChoice:
+def chosen_of(found: SearchResult, cluster: Cluster) -> LayoutChoice:
     """Chooses among the layouts that a search for a cluster found to fit."""
     fastest = found.feasible[0]
     # A layout that is slower by more than the largest change cannot become the fastest one.
@@ -176,32 +170,13 @@ def changed_clusters(cluster: Cluster) -> dict[str, Cluster]:
     """Returns the cluster with each constant 30 % better and 30 % worse, by the change."""
     clusters = {}
     for word, rate in (("better", BETTER), ("worse", WORSE)):
-        cost = 2.0 - rate
-        groups = {
-            "utilization": {"utilization": rate * cluster.utilization},
-            "memory bandwidth": {
-                "memory_bandwidth": rate * cluster.memory_bandwidth,
-                "update_bandwidth": rate * cluster.update_bandwidth,
-            },
-            "links within a node": {
-                "link_intra": rate * cluster.link_intra,
-                "latency_intra": cost * cluster.latency_intra,
-            },
-            "links between nodes": {
-                "link_inter": rate * cluster.link_inter,
-                "latency_inter": cost * cluster.latency_inter,
-            },
-            "overheads": {
-                name: cost * getattr(cluster, name)
-                for name in (
-                    *("block_overhead", "pipeline_overhead", "micro_batch_overhead", "step_overhead"),
-                    *("launch", "wait"),
-                )
-            }
-            | {"zero_overhead": tuple(cost * each for each in cluster.zero_overhead)},
-        }
-        for name, values in groups.items():
-            clusters[f"{name} 30 % {word}"] = replace(cluster, **values)
+        for constant, names in _CONSTANTS.items():
+            values: dict[str, Any] = {}
+            for name in names:
+                value = getattr(cluster, name)
+                factor = rate if name in _RATES else 2.0 - rate
+                values[name] = tuple(factor * each for each in value) if isinstance(value, tuple) else factor * value
+            clusters[f"{constant} 30 % {word}"] = replace(cluster, **values)
     return clusters
 
 
@@ -231,12 +206,7 @@ def choice_lines(choice: LayoutChoice) -> list[str]:
 
 
 def comparison_line(seconds: float, best: LayoutChoice) -> str:
-    """Compares a layout that was named with the one that the planner would choose.
-
-    Args:
-        seconds: The estimate of a step of the named layout.
-        best: The planner's choice where nothing is named.
-    """
+    """Compares a named layout, whose step takes so many seconds, with the planner's choice where nothing is named."""
     chosen = best.chosen
     layout = " ".join(chosen.overrides())
     zero = "" if chosen.engine.file is None else f" with {chosen.engine.file}"

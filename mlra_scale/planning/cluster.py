@@ -49,57 +49,36 @@ Label = Annotated[str, Field(strict=True), AfterValidator(_printable)]
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal devices. Types have the bounds that are checked where a file is read (cluster_file.py).
-
-    Attributes:
-        name: Its name in reports.
-        source: Where the numbers are from.
-        nodes: Number of nodes.
-        devices_per_node: Devices (ranks) of a node.
-        memory: Of one device.
-        reserved: Memory of it that tensors cannot have: context, libraries, communication buffers.
-        peak_flops: Peak of one device in FLOP/s, the denominator of MFU.
-        utilization: Share of the peak that matrix products of usual sizes reach.
-        memory_bandwidth: Bytes per second that a device reads and writes in norms, GELU, sums and softmax.
-        update_bandwidth: Bytes per second of the optimizer's update and of sums of gradients.
-        link_intra: Bytes per second that a device sends to another of its node.
-        link_inter: Bytes per second that a device sends to another node.
-        latency_intra: Smallest time of a message within a node.
-        latency_inter: Smallest time of a message between nodes.
-        block_overhead: Launching one block's operations, forward and backward together.
-        zero_overhead: ZeRO's bookkeeping for one block, forward and backward together, by stage 0 to 3.
-        pipeline_overhead: The pipeline engine's work per micro-batch, beside that of any engine.
-        micro_batch_overhead: An engine's own work per micro-batch.
-        step_overhead: An engine's own work per step.
-        launch: Time in which the host starts one operation.
-        wait: Time that a wait of the host for the device costs, such as `.item()`.
-        runs_ahead: Whether the host launches while the device computes: overhead then counts only where it is longer
-            than the computation, and reductions overlap with it (GPUs).
-    """
+    """Nodes of equal devices. Types have the bounds that are checked where a file is read (cluster_file.py)."""
 
     __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
 
-    name: Label
-    source: Label
-    nodes: Count
-    devices_per_node: Count
-    memory: Bytes
+    name: Label  # its name in reports
+    source: Label  # where the numbers are from
+    nodes: Count  # number of nodes
+    devices_per_node: Count  # devices (ranks) of a node
+    memory: Bytes  # of one device
+    # Memory of it that tensors cannot have: context, libraries, communication buffers.
     reserved: Annotated[float, Field(strict=True, ge=0.0, le=2.0**60), AfterValidator(_zero_or_some)]
-    peak_flops: Rate
+    peak_flops: Rate  # peak of one device in FLOP/s, the denominator of MFU
+    # Share of the peak that matrix products of usual sizes reach.
     utilization: Annotated[float, Field(strict=True, ge=1e-6, le=1.0)]
-    memory_bandwidth: Rate
-    update_bandwidth: Rate
-    link_intra: Rate
-    link_inter: Rate
-    latency_intra: Seconds
-    latency_inter: Seconds
-    block_overhead: Seconds
+    memory_bandwidth: Rate  # bytes per second that a device reads and writes in norms, GELU, sums and softmax
+    update_bandwidth: Rate  # bytes per second of the optimizer's update and of sums of gradients
+    link_intra: Rate  # bytes per second that a device sends to another of its node
+    link_inter: Rate  # bytes per second that a device sends to another node
+    latency_intra: Seconds  # smallest time of a message within a node
+    latency_inter: Seconds  # smallest time of a message between nodes
+    block_overhead: Seconds  # launching one block's operations, forward and backward together
+    # ZeRO's bookkeeping for one block, forward and backward together, by stage 0 to 3.
     zero_overhead: tuple[Seconds, Seconds, Seconds, Seconds]
-    pipeline_overhead: Seconds
-    micro_batch_overhead: Seconds
-    step_overhead: Seconds
-    launch: Seconds
-    wait: Seconds
+    pipeline_overhead: Seconds  # the pipeline engine's work per micro-batch, beside that of any engine
+    micro_batch_overhead: Seconds  # an engine's own work per micro-batch
+    step_overhead: Seconds  # an engine's own work per step
+    launch: Seconds  # time in which the host starts one operation
+    wait: Seconds  # time that a wait of the host for the device costs, such as `.item()`
+    # Whether the host launches while the device computes: overhead then counts only where it is longer than the
+    # computation, and reductions overlap with it (GPUs).
     runs_ahead: StrictBool
 
     @property
@@ -211,9 +190,6 @@ def named_clusters() -> dict[str, Cluster]:
 def named_cluster(name: str) -> Cluster:
     """Returns a cluster by its name.
 
-    Args:
-        name: "h100", "a100", "h200" or "cpu".
-
     Raises:
         ConfigError: There is no such cluster.
     """
@@ -224,20 +200,12 @@ def named_cluster(name: str) -> Cluster:
 
 
 def cluster_of_device(name: str) -> str | None:
-    """Returns the named cluster that has such devices; None: the planner has no constants for them.
-
-    Args:
-        name: What the driver calls the device, such as "NVIDIA H100 80GB HBM3".
-    """
+    """Returns the named cluster with devices that the driver calls so, such as "NVIDIA H200"; None: there is none."""
     return None if _words(name) & _OTHER_PRODUCTS else generation_of_device(name)
 
 
 def generation_of_device(name: str) -> str | None:
-    """Returns the named cluster with devices of the same generation, though of another product; None: there is none.
-
-    Args:
-        name: What the driver calls the device, such as "NVIDIA H100 PCIe".
-    """
+    """Returns the named cluster with devices of the same generation, though of another product; None: there is none."""
     return next((device for device in _DEVICES if device in _words(name)), None)
 
 

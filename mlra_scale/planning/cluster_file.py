@@ -33,11 +33,7 @@ _VALUES = TypeAdapter(Cluster)
 
 
 def read_cluster_file(path: Path, source: str = "--cluster-file") -> Cluster:
-    """Reads a cluster's constants.
-
-    Args:
-        path: A file of `write_cluster_file`.
-        source: What named the file, for messages.
+    """Reads a cluster's constants; `source` says in messages what named the file.
 
     Raises:
         ConfigError: The file cannot be read or has wrong values; with every fault, its field and its value.
@@ -53,12 +49,7 @@ def read_cluster_file(path: Path, source: str = "--cluster-file") -> Cluster:
 
 
 def write_cluster_file(path: Path, cluster: Cluster, measured: Collection[str]) -> None:
-    """Writes a cluster's constants.
-
-    Args:
-        path: The file.
-        cluster: What it holds.
-        measured: Names of the fields that were measured on it.
+    """Writes a cluster's constants, of which some fields were measured on it.
 
     Raises:
         OSError: It cannot be written.

@@ -13,7 +13,6 @@ from mlra_scale.config import BatchPlan
 from mlra_scale.model.low_rank_plan import collectives, numbers_sent, shape_of
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.layout import Stage, rank_of
-from mlra_scale.planning.memory_state import communication_bytes, reuse_distance
 
 HOP = 0.2
 """Time in which a running ring passes a chunk to the next rank, in latencies of a message: assumed."""
@@ -21,17 +20,11 @@ HOP = 0.2
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends.
+    """What one rank sends."""
 
-    Attributes:
-        sent: Bytes.
-        messages: Messages and sums, which pass through a tree of the ranks.
-        rings: Gathers and scatters, which pass from rank to rank.
-    """
-
-    sent: float = 0.0
-    messages: float = 0.0
-    rings: float = 0.0
+    sent: float = 0.0  # bytes
+    messages: float = 0.0  # messages and sums, which pass through a tree of the ranks
+    rings: float = 0.0  # gathers and scatters, which pass from rank to rank
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.sent + other.sent, self.messages + other.messages, self.rings + other.rings)
@@ -74,12 +67,12 @@ def tensor_traffic_of_block(stage: Stage) -> Traffic:
     if ranks == 1:
         return Traffic()
     shape = shape_of(stage.config, plan)
-    has_split = stage.config.parallel.sequence_parallel
+    has_split = stage.split > 1
     hidden = float(stage.hidden)
     output = hidden * model.rank / model.hidden_size if model.is_factorised("o") else hidden
     # With sequence parallelism a gather and a scatter take the place of a sum. What enters is gathered again in the
     # backward pass; with checkpointing it is kept, and the repeated forward pass gathers it.
-    again = scatter_or_gather(hidden, ranks) if gathers_again(stage) else Traffic()
+    again = scatter_or_gather(hidden, ranks) if has_split and not stage.keeps_gathered else Traffic()
     traffic = all_reduce(output, ranks) + all_reduce(hidden, ranks) + all_reduce(hidden, ranks) + again
     if has_split and model.is_factorised("o"):
         # The up factor works on a part of the tokens: its gradient is summed.
@@ -103,17 +96,12 @@ def tensor_traffic_of_block(stage: Stage) -> Traffic:
     return traffic + repeated if stage.checkpointing == "block" else traffic
 
 
-def gathers_again(stage: Stage) -> bool:
-    """Whether what entered a block's sharded computation is gathered once more in its backward pass."""
-    return stage.config.parallel.sequence_parallel and not stage.keeps_gathered
-
-
 def tensor_traffic(stage: Stage) -> Traffic:
     """What a rank of a stage sends to its tensor-parallel peers for one micro-batch: blocks, embedding and head."""
     ranks = stage.plan.tensor
     ends = all_reduce(float(stage.hidden), ranks).times(stage.is_first + stage.is_last)
     traffic = tensor_traffic_of_block(stage).times(stage.num_blocks) + ends
-    if stage.config.parallel.sequence_parallel and stage.is_first:
+    if stage.split > 1 and stage.is_first:
         # Ranks see other positions: the gradient of the position embedding is summed.
         traffic += all_reduce(float(stage.element * stage.model.max_positions * stage.model.hidden_size), ranks)
     return traffic
@@ -121,8 +109,8 @@ def tensor_traffic(stage: Stage) -> Traffic:
 
 def pipeline_traffic(stage: Stage) -> Traffic:
     """What a rank of a stage sends to its neighbours for one micro-batch, forward and backward."""
-    hidden, config = stage.hidden, stage.config
-    if config.parallel.sequence_parallel or config.deepspeed.get("pipeline", {}).get("pipe_partitioned", False):
+    hidden = stage.hidden
+    if stage.split > 1 or stage.config.deepspeed.get("pipeline", {}).get("pipe_partitioned", False):
         hidden //= stage.plan.tensor
     return Traffic(float(hidden), 1).times((not stage.is_first) + (not stage.is_last))
 
@@ -146,13 +134,13 @@ def data_traffic_per_micro_batch(stage: Stage) -> tuple[Traffic, Traffic]:
     reduced and scattered; weights are gathered, and once more what is not kept (stage3_max_reuse_distance).
     """
     num_weights, ranks = stage.num_weights, stage.plan.data
-    gradient = float(communication_bytes(stage.config)) * num_weights
+    gradient = float(stage.reduced_element) * num_weights
     if stage.zero == 2:
         return all_reduce(gradient, ranks), Traffic()
     if stage.zero < 3:
         return Traffic(), Traffic()
     gathered = scatter_or_gather(float(stage.element * num_weights), ranks)
-    times = 2 - min(reuse_distance(stage.config), num_weights) / num_weights
+    times = 2 - min(stage.reuse_distance, num_weights) / num_weights
     weights = Traffic(times * gathered.sent, rings=times * stage.num_blocks if ranks > 1 else 0)
     return scatter_or_gather(gradient, ranks), weights
 
@@ -166,7 +154,7 @@ def data_traffic_per_step(stage: Stage) -> tuple[Traffic, Traffic]:
     if tied and ranks > 2:
         gradients += all_reduce(tied, ranks)
     if stage.zero in (0, 1):
-        gradients += all_reduce(float(communication_bytes(stage.config)) * stage.num_weights, ranks)
+        gradients += all_reduce(float(stage.reduced_element) * stage.num_weights, ranks)
     if stage.zero in (1, 2):
         weights = scatter_or_gather(float(stage.element * stage.num_weights), ranks)
     return gradients, weights

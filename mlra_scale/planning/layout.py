@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
+
+import numpy as np
 
 from mlra_scale.config import BatchPlan, Config, ModelConfig, engine_kind, zero_stage
 from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+
+Axis = Literal["tensor", "pipeline", "data"]
+AXES: tuple[Axis, ...] = ("tensor", "pipeline", "data")
 
 
 def rank_of(plan: BatchPlan, stage: int, data_rank: int, tensor_rank: int) -> int:
@@ -14,31 +20,12 @@ def rank_of(plan: BatchPlan, stage: int, data_rank: int, tensor_rank: int) -> in
     return (stage * plan.data + data_rank) * plan.tensor + tensor_rank
 
 
-def tensor_groups(plan: BatchPlan) -> list[list[int]]:
-    """Returns the groups of ranks that split the matrices of a stage among them."""
-    return [
-        [rank_of(plan, stage, data, tensor) for tensor in range(plan.tensor)]
-        for stage in range(plan.pipeline)
-        for data in range(plan.data)
-    ]
-
-
-def pipeline_groups(plan: BatchPlan) -> list[list[int]]:
-    """Returns the groups of ranks that hand activations to each other, first stage first."""
-    return [
-        [rank_of(plan, stage, data, tensor) for stage in range(plan.pipeline)]
-        for data in range(plan.data)
-        for tensor in range(plan.tensor)
-    ]
-
-
-def data_groups(plan: BatchPlan) -> list[list[int]]:
-    """Returns the groups of ranks that hold the same weights and see different samples."""
-    return [
-        [rank_of(plan, stage, data, tensor) for data in range(plan.data)]
-        for stage in range(plan.pipeline)
-        for tensor in range(plan.tensor)
-    ]
+def groups_along(plan: BatchPlan, axis: Axis) -> list[list[int]]:
+    """Returns the groups of ranks that differ in their coordinate on one axis only, in its order."""
+    mesh = np.arange(plan.world_size).reshape(plan.pipeline, plan.data, plan.tensor)
+    dim = ("pipeline", "data", "tensor").index(axis)
+    groups: list[list[int]] = np.moveaxis(mesh, dim, -1).reshape(-1, mesh.shape[dim]).tolist()
+    return groups
 
 
 def blocks_of_stage(num_layers: int, num_stages: int, stage: int) -> range:
@@ -83,46 +70,37 @@ def _weights_of_ends_and_block(model: ModelConfig, tensor: int, num_stages: int,
 
 
 class Stage:
-    """One pipeline stage of a run, with the quantities that the planner's formulas share.
-
-    Attributes:
-        config: A validated configuration.
-        plan: Its batch plan.
-        index: Which stage.
-        model: Shapes and options of the model.
-        zero: The ZeRO stage.
-        is_pipeline: Whether the pipeline engine runs it.
-        is_first: Whether it holds the token embedding.
-        is_last: Whether it computes the loss.
-        num_blocks: Its blocks.
-        num_weights: Weights that one rank of it holds.
-        num_embedding: Of these, those of the token embedding, where the stage has it.
-        num_in_flight: Micro-batches whose activations it holds at once (1F1B: one forward, one backward in turns).
-        element: Bytes of a number in compute precision.
-        tokens: Tokens of a micro-batch.
-        hidden: Bytes of the whole hidden state of a micro-batch.
-        split: Over how many tensor-parallel ranks the stream between blocks is split.
-        low_rank_plan: How factorised q, k, v are computed.
-        checkpointing: Activation checkpointing: none, selective or block.
-        keeps_gathered: With sequence parallelism, whether blocks keep what they gathered instead of gathering it again.
-        adds_up_flat: Whether micro-batches add up in flat fp32 buffers, and bf16 gradients are freed once added.
-    """
+    """One pipeline stage of a run, with the quantities that the planner's formulas share."""
 
     def __init__(self, config: Config, plan: BatchPlan, index: int) -> None:
         self.config, self.plan, self.index = config, plan, index
         self.model = model = config.model
         self.zero = zero_stage(config)
-        self.is_pipeline = engine_kind(config) == "pipeline"
+        self.is_pipeline = engine_kind(config) == "pipeline"  # whether the pipeline engine runs it
         self.is_first, self.is_last = index == 0, index == plan.pipeline - 1
         self.num_blocks = len(blocks_of_stage(model.num_layers, plan.pipeline, index))
-        self.num_weights = num_weights_of_stage(model, plan, index)
+        self.num_weights = num_weights_of_stage(model, plan, index)  # that one rank of it holds
+        # Of these, those of the token embedding, where the stage has it.
         self.num_embedding = model.padded_vocab_size * model.hidden_size // plan.tensor
+        # Micro-batches whose activations it holds at once (1F1B: one forward, one backward in turns).
         self.num_in_flight = min(plan.accumulation_steps, plan.pipeline - index) if self.is_pipeline else 1
-        self.element = BYTES[config.train.precision]
-        self.tokens = plan.micro_batch_size * plan.sequence_length
-        self.hidden = self.element * self.tokens * model.hidden_size
+        self.device = "cpu" if config.train.device == "cpu" else "cuda"  # `auto` is planned as a GPU
+        settings = config.deepspeed.get("zero_optimization", {})
+        self.overlaps = bool(settings.get("overlap_comm", False))
+        self.has_buckets = bool(settings.get("contiguous_gradients", True))
+        self.bucket_size: int = settings.get("reduce_bucket_size", 500_000_000)  # elements
+        # Weights within which ZeRO 3 keeps whole what it will use again.
+        self.reuse_distance: int = settings.get("stage3_max_reuse_distance", 1_000_000_000)
+        # Bytes of a number in the reduction of gradients.
+        self.reduced_element = BYTES[config.deepspeed.get("communication_data_type", "fp32")]
+        self.element = BYTES[config.train.precision]  # bytes of a number in compute precision
+        self.tokens = plan.micro_batch_size * plan.sequence_length  # of a micro-batch
+        self.hidden = self.element * self.tokens * model.hidden_size  # bytes of its whole hidden state
+        # Over how many tensor-parallel ranks the stream between blocks is split.
         self.split = plan.tensor if config.parallel.sequence_parallel else 1
         self.low_rank_plan = low_rank_plan(config, plan)
         self.checkpointing = config.parallel.activation_checkpointing
+        # With sequence parallelism, whether blocks keep what they gathered instead of gathering it again.
         self.keeps_gathered = self.checkpointing == "block" or model.sigma_reparam
+        # Whether micro-batches add up in flat fp32 buffers, and bf16 gradients are freed once added.
         self.adds_up_flat = config.train.precision == "bf16" and self.zero == 1

@@ -45,29 +45,17 @@ from mlra_scale.planning.memory_state import (
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank.
+    """Bytes of one rank."""
 
-    Attributes:
-        weights: In compute precision.
-        gradients: Kept between micro-batches, with the buffers of their reduction.
-        master: fp32 copy of the weights.
-        moments: Adam's two.
-        activations: Kept for the backward pass, logits not included.
-        logits: What the head and the loss need at their peak.
-        temporary: What the phase that needs most adds to what is kept.
-        host: What offloading put on the host instead (not part of `device`).
-        snapshot: The copy of the state that asynchronous checkpoints are written from, on the host as well.
-    """
-
-    weights: float
-    gradients: float
-    master: float
-    moments: float
-    activations: float
-    logits: float
-    temporary: float
-    host: float
-    snapshot: float
+    weights: float  # in compute precision
+    gradients: float  # kept between micro-batches, with the buffers of their reduction
+    master: float  # fp32 copy of the weights
+    moments: float  # Adam's two
+    activations: float  # kept for the backward pass, logits not included
+    logits: float  # what the head and the loss need at their peak
+    temporary: float  # what the phase that needs most adds to what is kept
+    host: float  # what offloading put on the host instead (not part of `device`)
+    snapshot: float  # the copy of the state that asynchronous checkpoints are written from, on the host as well
 
     @property
     def device(self) -> float:
@@ -78,18 +66,10 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class PeakPhase:
-    """What one phase of a step needs beside weights, master and Adam's moments, in bytes.
+    """What one phase of a step needs beside weights, master and Adam's moments, in bytes; see RankMemory."""
 
-    Attributes:
-        gradients: Without the buffers of the reduction.
-        buffers: Those of the reduction, where they are there in this phase.
-        activations: As in RankMemory.
-        logits: As in RankMemory.
-        temporary: As in RankMemory.
-    """
-
-    gradients: float
-    buffers: float = 0.0
+    gradients: float  # without the buffers of the reduction
+    buffers: float = 0.0  # those of the reduction, where they are there in this phase
     activations: float = 0.0
     logits: float = 0.0
     temporary: float = 0.0
@@ -101,13 +81,7 @@ class PeakPhase:
 
 
 def rank_memory(config: Config, plan: BatchPlan, stage_index: int) -> RankMemory:
-    """Estimates the memory of a rank of one pipeline stage (all tensor and data ranks of a stage are alike).
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        stage_index: The pipeline stage.
-    """
+    """Estimates the memory of a rank of one pipeline stage; all tensor and data ranks of a stage are alike."""
     stage = Stage(config, plan, stage_index)
     peak = max(phases_of_a_step(stage).values(), key=lambda phase: phase.total)
     state = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from mlra_scale.model.head_chunks import num_chunks
 from mlra_scale.planning.layout import Stage
-from mlra_scale.planning.memory_state import device_of
 
 
 def block_bytes_per_token(stage: Stage) -> float:
@@ -105,7 +104,7 @@ def logit_bytes(stage: Stage) -> float:
     """
     model, element = stage.model, stage.element
     rows = model.padded_vocab_size // stage.plan.tensor
-    chunks = num_chunks(stage.tokens, rows, device_of(stage.config), stage.config.train.precision == "fp16")
+    chunks = num_chunks(stage.tokens, rows, stage.device, stage.config.train.precision == "fp16")
     logits, weight = -(-stage.tokens // chunks) * rows, rows * model.hidden_size
     summed = 4 * weight if chunks > 1 else 0
     if element == 4:
@@ -125,7 +124,7 @@ def backward_bytes(stage: Stage) -> float:
     model, tokens, tensor = stage.model, stage.tokens, stage.plan.tensor
     stream = 0.0 if stage.plan.pipeline > 1 else model.hidden_size / stage.split
     passing = tokens * (model.ffn_size / tensor + stream)
-    if stage.config.parallel.sequence_parallel:
+    if stage.split > 1:
         # The whole gradient of the stream. Gathered inputs and packed copies come when GELU's sides have gone, unless
         # these are not kept.
         whole = 1 if stage.checkpointing == "none" else 4

@@ -7,10 +7,8 @@ and e the bytes of a number in compute precision. They describe DeepSpeed 0.19 a
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-from mlra_scale.config import Config, offload_optimizer
-from mlra_scale.model.low_rank_plan import BYTES
+from mlra_scale.config import offload_optimizer
 from mlra_scale.planning.layout import Stage
 
 
@@ -18,13 +16,7 @@ def weight_bytes(stage: Stage) -> float:
     """Bytes of the weights in compute precision: e n; with ZeRO 3 e n / d, and e times what is gathered and kept."""
     if stage.zero < 3:
         return float(stage.element * stage.num_weights)
-    return stage.element * (stage.num_weights / stage.plan.data + min(stage.num_weights, reuse_distance(stage.config)))
-
-
-def reuse_distance(config: Config) -> int:
-    """Weights within which ZeRO 3 keeps whole what it will use again; 1e9 unless the --ds-config file differs."""
-    distance: int = config.deepspeed["zero_optimization"].get("stage3_max_reuse_distance", 1_000_000_000)
-    return distance
+    return stage.element * (stage.num_weights / stage.plan.data + min(stage.num_weights, stage.reuse_distance))
 
 
 def gradient_bytes(stage: Stage) -> float:
@@ -57,7 +49,7 @@ def joined_bytes(stage: Stage) -> float:
 
     A CPU converts them to fp32 before it adds, a GPU while it does.
     """
-    element = 6.0 if device_of(stage.config) == "cpu" else 2.0
+    element = 6.0 if stage.device == "cpu" else 2.0
     return element * min(stage.num_weights, 1 << 24) if stage.adds_up_flat else 0.0
 
 
@@ -68,20 +60,11 @@ def reduction_bytes(stage: Stage) -> float:
     ZeRO 3: one in the type of communication. ZeRO 1 and 2: one in compute precision, two with overlap_comm; in a
     pipeline one in the type of communication. None in bf16 with ZeRO 1.
     """
-    if stage.zero == 0 or stage.adds_up_flat:
+    if stage.zero == 0 or stage.adds_up_flat or not stage.has_buckets:
         return 0.0
-    zero = stage.config.deepspeed["zero_optimization"]
-    if not zero.get("contiguous_gradients", True):
-        return 0.0
-    size = float(zero.get("reduce_bucket_size", 500_000_000))
     if stage.zero == 3 or stage.is_pipeline:
-        return size * communication_bytes(stage.config)
-    return size * stage.element * (2 if zero.get("overlap_comm") else 1)
-
-
-def communication_bytes(config: Config) -> int:
-    """Bytes of a number in the reduction of gradients."""
-    return BYTES[config.deepspeed.get("communication_data_type", "fp32")]
+        return float(stage.bucket_size * stage.reduced_element)
+    return float(stage.bucket_size * stage.element * (2 if stage.overlaps else 1))
 
 
 def reduced_bytes(stage: Stage) -> float:
@@ -92,8 +75,7 @@ def reduced_bytes(stage: Stage) -> float:
     if stage.zero == 2:
         return partitioned_gradient_bytes(stage)
     if stage.zero == 3:
-        bucket = stage.config.deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)
-        return 2.0 * communication_bytes(stage.config) * min(bucket, stage.num_weights)
+        return 2.0 * stage.reduced_element * min(stage.bucket_size, stage.num_weights)
     return 0.0
 
 
@@ -166,7 +148,7 @@ def snapshot_bytes(stage: Stage) -> float:
     if stage.is_last and not stage.is_first:
         num_owned -= stage.num_embedding
     num_bytes = 12.0 * num_owned / (stage.plan.data if stage.zero >= 1 else 1)
-    return num_bytes if device_of(stage.config) == "cpu" else pinned_bytes(num_bytes)
+    return num_bytes if stage.device == "cpu" else pinned_bytes(num_bytes)
 
 
 def pinned_bytes(num_bytes: float) -> float:
@@ -175,8 +157,3 @@ def pinned_bytes(num_bytes: float) -> float:
     ATen/core/CachingHostAllocator.h of torch 2.13; `pinned_max_round_threshold_mb` in PYTORCH_ALLOC_CONF limits it.
     """
     return float(1 << (math.ceil(num_bytes) - 1).bit_length()) if num_bytes > 0 else 0.0
-
-
-def device_of(config: Config) -> Literal["cpu", "cuda"]:
-    """Returns the kind of device that is planned: `auto` is a GPU, for that is what plans are made for."""
-    return "cpu" if config.train.device == "cpu" else "cuda"

@@ -12,20 +12,13 @@ from mlra_scale.config import engine_kind, zero_stage
 from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.cluster import GIB, Cluster
-from mlra_scale.planning.search import Candidate, Found
+from mlra_scale.planning.search import Candidate, SearchResult
 
 COMPONENTS = ("weights", "gradients", "master", "moments", "activations", "logits", "temporary")
 
 
-def found_text(found: Found, cluster: Cluster, chosen: Candidate, top: int) -> str:
-    """Returns the tables of the fastest layouts and what was left out.
-
-    Args:
-        found: A search that found some.
-        cluster: What it was for.
-        chosen: The planner's choice among them, which is marked, and shown wherever it stands.
-        top: How many layouts to show.
-    """
+def found_text(found: SearchResult, cluster: Cluster, chosen: Candidate, top: int) -> str:
+    """Returns the tables of the `top` fastest layouts and what was left out; the choice is marked and always shown."""
     numbered = [(f"{number}{'*' * (each is chosen)}", each) for number, each in enumerate(found.feasible, start=1)]
     shown = [*numbered[:top], *(each for each in numbered[top:] if each[1] is chosen)]
     return "\n".join(
@@ -97,14 +90,14 @@ def _memory_row(number: str, candidate: Candidate) -> tuple[str, ...]:
     return (number, *numbers, str(candidate.stage), f"{(memory.host + memory.snapshot) / GIB:.2f}")
 
 
-def left_out_lines(found: Found) -> list[str]:
+def left_out_lines(found: SearchResult) -> list[str]:
     """Returns how many layouts were left out, and why."""
     if not found.left_out:
         return ["left out: none"]
     return ["left out:", *(f"  {count:>5}  {reason}" for reason, count in found.left_out.most_common())]
 
 
-def nothing_fits(found: Found, cluster: Cluster) -> str:
+def nothing_fits(found: SearchResult, cluster: Cluster) -> str:
     """Returns the message where no layout fits: the smallest need, and what would help."""
     smallest = found.smallest
     plan, memory = smallest.plan, smallest.memory
@@ -128,11 +121,11 @@ def nothing_fits(found: Found, cluster: Cluster) -> str:
 
 
 def commands(candidate: Candidate, cluster: Cluster, start: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Returns the command lines that train a layout.
+    """Returns the command lines that train a layout on a cluster.
 
     Args:
         candidate: The layout.
-        cluster: What it runs on; several nodes are started by sbatch, or by torchrun on each.
+        cluster: Several nodes are started by sbatch, or by torchrun on each.
         start: Flags that say where the configuration comes from.
         overrides: What else was given.
     """

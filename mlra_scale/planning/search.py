@@ -29,38 +29,23 @@ _STAGE_0 = {"zero_optimization": {"stage": 0}}
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Settings of DeepSpeed that a layout may run with.
+    """Settings of DeepSpeed that a layout may run with."""
 
-    Attributes:
-        file: The --ds-config file that holds them; None: the configuration's own.
-        settings: Their content.
-        for_pipelines: Whether they are meant for several stages; None: for any number.
-    """
-
-    file: str | None
+    file: str | None  # the --ds-config file that holds them; None: the configuration's own
     settings: dict[str, Any]
-    for_pipelines: bool | None = None
+    for_pipelines: bool | None = None  # whether they are meant for several stages; None: for any number
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that the validation accepts, with its estimates.
-
-    Attributes:
-        config: The whole configuration.
-        plan: Its batch plan.
-        engine: DeepSpeed's settings.
-        memory: Of a rank of the stage that needs most.
-        stage: That stage.
-        time: Of a step.
-    """
+    """A layout that the validation accepts, with its estimates."""
 
     config: Config
     plan: BatchPlan
     engine: EngineSettings
-    memory: RankMemory
-    stage: int
-    time: StepTime
+    memory: RankMemory  # of a rank of the stage that needs most
+    stage: int  # that stage
+    time: StepTime  # of a step
 
     def overrides(self) -> list[str]:
         """Returns the dotted overrides that choose this layout, beside the engine's file."""
@@ -75,30 +60,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The result of a search.
+class SearchResult:
+    """The result of a search."""
 
-    Attributes:
-        feasible: Layouts that fit, fastest first.
-        too_large: Layouts that do not, fastest first.
-        left_out: How many combinations were left out, by reason.
-        smallest: The valid layout that needs least memory, whether or not it fits.
-    """
-
-    feasible: list[Candidate]
-    left_out: Counter[str]
-    smallest: Candidate
-    too_large: list[Candidate] = field(default_factory=list)
+    feasible: list[Candidate]  # layouts that fit, fastest first
+    left_out: Counter[str]  # how many combinations were left out, by reason
+    smallest: Candidate  # the valid layout that needs least memory, whether or not it fits
+    too_large: list[Candidate] = field(default_factory=list)  # layouts that do not, fastest first
 
 
-def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> Found:
-    """Finds every layout that a cluster could run.
-
-    Args:
-        config: Everything that is not part of the layout.
-        named: The fields that must stay as they are.
-        cluster: The cluster.
-        engines: Settings to choose from where the configuration names none.
+def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[EngineSettings]) -> SearchResult:
+    """Finds every layout that a cluster could run; `engines` are to choose from where the configuration names none.
 
     Raises:
         ConfigError: The validation accepts no layout; with the problems of the first one.
@@ -106,17 +78,14 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
     valid: list[Candidate] = []
     left_out: Counter[str] = Counter()
     refused: ConfigError | None = None
-    for changed, engine in _combinations(config, named, cluster, engines):
+    for each, engine in _combinations(config, named, cluster, engines):
         try:
-            validate(changed, cluster.world_size, "cuda" if cluster.runs_ahead else "cpu")
+            validate(each, cluster.world_size, "cuda" if cluster.runs_ahead else "cpu")
         except ConfigError as error:
             refused = refused or error
             left_out[_reason(error.problems[0])] += 1
-            continue
-        candidate = evaluate(changed, cluster, engine)
-        valid.append(candidate)
-        if candidate.memory.device > cluster.usable_memory:
-            left_out[MEMORY] += 1
+        else:
+            valid.append(evaluate(each, cluster, engine))
     if not valid:
         if refused is None:  # the named degrees need more ranks than there are: nothing was tried
             validate(config, cluster.world_size)
@@ -125,7 +94,9 @@ def search(config: Config, named: Named, cluster: Cluster, engines: Sequence[Eng
     valid.sort(key=_order)
     feasible = [candidate for candidate in valid if candidate.memory.device <= cluster.usable_memory]
     too_large = [candidate for candidate in valid if candidate.memory.device > cluster.usable_memory]
-    return Found(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device), too_large)
+    if too_large:
+        left_out[MEMORY] = len(too_large)
+    return SearchResult(feasible, left_out, min(valid, key=lambda candidate: candidate.memory.device), too_large)
 
 
 def _order(candidate: Candidate) -> tuple[float, int, float]:
@@ -208,12 +179,7 @@ def _over(settings: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(config: Config, sections: dict[str, dict[str, Any]]) -> Config:
-    """Returns a configuration with some fields replaced; `deepspeed` as a whole.
-
-    Args:
-        config: The configuration.
-        sections: New values by section and field.
-    """
+    """Returns a configuration with some fields replaced, by section and field; `deepspeed` as a whole."""
     updated: dict[str, Any] = {"deepspeed": sections.get("deepspeed", config.deepspeed)}
     for name, values in sections.items():
         if name != "deepspeed":

@@ -46,61 +46,36 @@ REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds that a stage spends on one micro-batch.
+    """Seconds that a stage spends on one micro-batch."""
 
-    Attributes:
-        compute: Matrix products and attention.
-        elementwise: Everything bound by memory bandwidth.
-        tensor: Collectives of the tensor-parallel group.
-        pipeline: Messages to and from neighbours.
-        data: Data-parallel traffic of every micro-batch (ZeRO 2 and 3), as far as it is not hidden.
-        overhead: Launching and engines, as far as it is not hidden.
-    """
-
-    compute: float
-    elementwise: float
-    tensor: float
-    pipeline: float
-    data: float
-    overhead: float
+    compute: float  # matrix products and attention
+    elementwise: float  # everything bound by memory bandwidth
+    tensor: float  # collectives of the tensor-parallel group
+    pipeline: float  # messages to and from neighbours
+    data: float  # data-parallel traffic of every micro-batch (ZeRO 2 and 3), as far as it is not hidden
+    overhead: float  # launching and engines, as far as it is not hidden
 
     @property
     def total(self) -> float:
-        """Sum of all."""
         return self.compute + self.elementwise + self.tensor + self.pipeline + self.data + self.overhead
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """The estimate of a step.
+    """The estimate of a step."""
 
-    Attributes:
-        seconds: The whole step.
-        stages: Per micro-batch, by stage.
-        bubble: Share of the pipeline's time in which its slowest stage waits.
-        reduction: Seconds of gradient reduction and gathering once a step, as far as they are not hidden.
-        update: Seconds of the optimizer.
-        mfu: Useful FLOPs over what the devices could do in that time at their peak.
-        sent: Bytes that a rank sends per step, by kind: tensor, pipeline, data; of the rank that sends most.
-    """
-
-    seconds: float
-    stages: tuple[StageTime, ...]
-    bubble: float
-    reduction: float
-    update: float
-    mfu: float
+    seconds: float  # the whole step
+    stages: tuple[StageTime, ...]  # per micro-batch, by stage
+    bubble: float  # share of the pipeline's time in which its slowest stage waits
+    reduction: float  # seconds of gradient reduction and gathering once a step, as far as they are not hidden
+    update: float  # seconds of the optimizer
+    mfu: float  # useful FLOPs over what the devices could do in that time at their peak
+    # Bytes that a rank sends per step, by kind: tensor, pipeline, data; of the rank that sends most.
     sent: dict[str, float]
 
 
 def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
-    """Estimates the time of one step.
-
-    Args:
-        config: A validated configuration.
-        plan: Its batch plan.
-        cluster: The cluster; its ranks are numbered node by node, tensor ranks next to each other.
-    """
+    """Estimates the time of one step; ranks are numbered node by node, tensor ranks next to each other."""
     m = plan.accumulation_steps
     stages = [Stage(config, plan, index) for index in range(plan.pipeline)]
     kinds = [_kind(stage, cluster) for stage in stages]
@@ -205,7 +180,7 @@ def stage_time(stage: Stage, cluster: Cluster) -> StageTime:
         overhead = max(0.0, overhead - compute - elementwise)
     gradients, weights = (traffic.seconds(cluster, groups["data"]) for traffic in data_traffic_per_micro_batch(stage))
     data = gradients + weights
-    if _hides(stage, cluster):
+    if cluster.runs_ahead and stage.overlaps:
         # Both share the links: together they hide behind the computation, gradients behind its backward pass; also
         # while the device waits for the host.
         busy = compute + elementwise + overhead
@@ -228,7 +203,7 @@ def reduction_seconds(stage: Stage, cluster: Cluster, time: StageTime) -> float:
     gradients, weights = (traffic.seconds(cluster, groups["data"]) for traffic in data_traffic_per_step(stage))
     # DeepSpeed's bf16 optimizer of ZeRO 1 has no hooks: it reduces when the last backward pass has ended.
     is_late = stage.zero == 0 or stage.config.train.precision == "bf16"
-    if _hides(stage, cluster) and stage.plan.pipeline == 1 and not is_late:
+    if cluster.runs_ahead and stage.overlaps and stage.plan.pipeline == 1 and not is_late:
         gradients = _exposed(gradients, 2 / 3 * (time.compute + time.elementwise + time.overhead))
     return gradients + weights + tied_traffic(stage).seconds(cluster, groups["ends"])
 
@@ -236,11 +211,6 @@ def reduction_seconds(stage: Stage, cluster: Cluster, time: StageTime) -> float:
 def _exposed(seconds: float, hidden_behind: float) -> float:
     """What remains of a transfer that runs beside a computation; a tenth always does, its beginning and its end."""
     return max(0.1 * seconds, seconds - hidden_behind)
-
-
-def _hides(stage: Stage, cluster: Cluster) -> bool:
-    """Whether data-parallel traffic runs beside the computation."""
-    return cluster.runs_ahead and bool(stage.config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False))
 
 
 def update_seconds(stage: Stage, cluster: Cluster) -> float:

@@ -25,7 +25,7 @@ TOGETHER = {
 
 @pytest.mark.slow
 def test_faults_are_found() -> None:
-    found = problems(trace(SMALL, ",".join(TOGETHER)))
+    found = problems(trace(SMALL, tuple(TOGETHER)))
     before = problems(trace(SMALL))
     for fault, words in TOGETHER.items():
         assert [line for line in found if words in line], fault
@@ -34,11 +34,11 @@ def test_faults_are_found() -> None:
 
 def test_a_tensor_on_the_wrong_device_ends_the_trace() -> None:
     with pytest.raises(TraceError, match="Expected all tensors to be on the same device"):
-        trace(SMALL, "mixes_devices")
+        trace(SMALL, ("mixes_devices",))
 
 
 @pytest.mark.slow
 def test_a_kept_chunk_is_found() -> None:
     layout = LAYOUTS["several head chunks"]
     assert not [line for line in problems(trace(layout)) if "the peak is" in line]
-    assert [line for line in problems(trace(layout, "keeps_a_chunk")) if "the peak is" in line]
+    assert [line for line in problems(trace(layout, ("keeps_a_chunk",))) if "the peak is" in line]

@@ -26,11 +26,11 @@ CHANGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tp2pp2, 128 rows of vocabulary to 150": ("tp2pp2", "fp32", {"model__vocab_padding_multiple": 50}),
     "zero3-tp2dp2, 128 rows to 122": ("zero3-tp2dp2", "fp32", {"model__vocab_padding_multiple": 2}),
 }
-"""Layout and precision that save, and what is other in the run that goes on."""
+"""Layout and precision that save, and what differs in the run that continues."""
 
 
 def cell(matrix: Matrix, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> str:
-    """Goes on from one layout in another: tensors bitwise, losses within the tolerance, the same run bitwise."""
+    """Continues from one layout in another: tensors bitwise, losses within the tolerance, the same run bitwise."""
     before, after = matrix.saved(saved_in, was), matrix.loaded(saved_in, name, was, **overrides)
     assert_same_tensors(before, after)
     difference = largest_difference(before, after)
@@ -43,7 +43,7 @@ def cell(matrix: Matrix, saved_in: str, name: str, was: str = "fp32", **override
 
 
 def table(title: str, matrix: Matrix, rows: dict[str, tuple[str, str, dict[str, Any]]]) -> None:
-    """Prints a row for every way to save and go on, a column for every layout that goes on."""
+    """Prints a row for every way to save and continue, a column for every layout that continues."""
     print(f"\n| {title} | " + " | ".join(LAYOUTS) + " |")
     print("|---" * (len(LAYOUTS) + 1) + "|")
     for label, (saved_in, was, overrides) in rows.items():

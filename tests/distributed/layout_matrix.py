@@ -1,10 +1,9 @@
-"""Saving in one layout and going on in another: what the ranks do, and what must be equal afterwards.
+"""Saving in one layout and continuing in another: what the ranks do, and what must be equal afterwards.
 
 The tests run a covering subset; `python -m tests.distributed.all_layouts` runs every pair and prints the table of
 docs/checkpoints.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from mlra_scale.config import Config
 from mlra_scale.parallel import Engine, Fragment
 from tests.support.layouts import (
+    DROPOUT,
     Layout,
     Piece,
     assemble,
@@ -22,11 +22,9 @@ from tests.support.layouts import (
     micro_batches,
     pieces,
     start,
-    table_of,
 )
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Tensors = dict[str, dict[str, np.ndarray]]
 
 LAYOUTS = {
@@ -46,20 +44,13 @@ BF16_TOLERANCE = 2**-11  # what one bf16 process may err in a loss against fp32 
 
 
 @dataclass
-class Moment:
-    """One rank's account of the moment of a save or a load, and of the steps after it.
+class Account:
+    """One rank's account of a save or a load, and of the steps after it."""
 
-    Attributes:
-        owned: Its pieces of weights and moments.
-        losses: Of the steps that followed.
-        gradient_norms: Likewise.
-        final: Its pieces after them.
-    """
-
-    owned: dict[str, list[Piece]]
-    losses: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
-    final: dict[str, list[Piece]] = field(default_factory=dict)
+    owned: dict[str, list[Piece]]  # its pieces of weights and moments
+    losses: list[float] = field(default_factory=list)  # of the steps that followed
+    gradient_norms: list[float] = field(default_factory=list)  # likewise
+    final: dict[str, list[Piece]] = field(default_factory=dict)  # its pieces after them
 
 
 def layout_of(name: str) -> Layout:
@@ -68,8 +59,7 @@ def layout_of(name: str) -> Layout:
 
 def matrix_config(name: str, **overrides: Any) -> Config:
     """The model of the matrix in a layout; dropout is on: its masks do not depend on the layout."""
-    rates = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
-    return layout_config(layout_of(name), **{**rates, **overrides})
+    return layout_config(layout_of(name), **{**DROPOUT, **overrides})
 
 
 def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:
@@ -80,62 +70,55 @@ def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:
     }
 
 
-def go_on(engine: Engine, plan: Any, config: Config) -> Moment:
-    moment = Moment(owned_pieces(engine))
+def continue_training(engine: Engine) -> Account:
+    account = Account(owned_pieces(engine))
     for step in range(SAVED_AT, SAVED_AT + MORE):
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
-        result = engine.train_batch(batches, config.optim.lr)
-        moment.losses.append(result.loss)
-        moment.gradient_norms.append(result.gradient_norm)
-    moment.final = owned_pieces(engine)
-    return moment
+        batches = micro_batches(engine, step)
+        result = engine.train_batch(batches, engine.config.optim.lr)
+        account.losses.append(result.loss)
+        account.gradient_norms.append(result.gradient_norm)
+    account.final = owned_pieces(engine)
+    return account
 
 
-def save(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
-    """Trains, saves, and goes on without interruption."""
+def save(rank: int, world_size: int, config: Config, folder: Path) -> Account:
+    """Trains, saves, and continues without interruption."""
     from mlra_scale.checkpoint import Saver
 
-    engine, plan = start(config, world_size, canonical_weights(config.model))
+    engine = start(config, world_size, canonical_weights(config.model))
     for step in range(SAVED_AT):
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+        engine.train_batch(micro_batches(engine, step), config.optim.lr)
     saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=True)
     state = {"engine": engine.training_state()}
     saver.save(engine, SAVED_AT, state, engine.buffers(), config.to_yaml(), None)
     saver.finish()
-    return go_on(engine, plan, config)
+    return continue_training(engine)
 
 
-def load(rank: int, world_size: int, config: Config, folder: Path) -> Moment:
-    """Goes on from the checkpoint, in an engine that was begun with other weights."""
+def load(rank: int, world_size: int, config: Config, folder: Path) -> Account:
+    """Continues from the checkpoint, in an engine that was begun with other weights."""
     from mlra_scale.checkpoint import Store, checkpoint_name, load_checkpoint
 
-    engine, plan = start(config, world_size, canonical_weights(config.model, seed=11))
+    engine = start(config, world_size, canonical_weights(config.model, seed=11))
     load_checkpoint(engine, Store.open(folder / checkpoint_name(SAVED_AT)))
-    return go_on(engine, plan, config)
+    return continue_training(engine)
 
 
 @dataclass
 class Run:
-    """A case on all ranks: where it was run, with what configuration, and the ranks' accounts."""
+    """A case on all ranks: its configuration and the ranks' accounts."""
 
-    layout: Layout
     config: Config
-    ranks: list[Moment]
+    ranks: list[Account]
 
     def tensors(self, is_final: bool = False) -> Tensors:
         """The global tensors by part and name, at the checkpoint or after the last step; each element has one owner."""
-        table = table_of(self.config)
         accounts = [rank.final if is_final else rank.owned for rank in self.ranks]
-        return {part: assemble(table, self.layout.tensor, [account[part] for account in accounts]) for part in PARTS}
+        return {part: assemble(self.config, [account[part] for account in accounts]) for part in PARTS}
 
 
 class Matrix:
-    """Checkpoints that are made once and gone on from in many layouts.
-
-    Args:
-        pools: Gives the pool of a world size.
-        folder: Where the checkpoints go.
-    """
+    """Checkpoints that are made once and continued from in many layouts."""
 
     def __init__(self, pools: Pools, folder: Path) -> None:
         self._pools = pools
@@ -147,24 +130,16 @@ class Matrix:
         key = (name, precision)
         if key not in self._saved:
             config = matrix_config(name, train__precision=precision)
-            layout = layout_of(name)
-            ranks = self._pools(layout.world_size).run(save, config, self._folder_of(*key))
-            self._saved[key] = Run(layout, config, ranks)
+            ranks = self._pools(layout_of(name).world_size).run(save, config, self._folder_of(*key))
+            self._saved[key] = Run(config, ranks)
         return self._saved[key]
 
     def loaded(self, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> Run:
-        """The run in a layout that goes on from the checkpoint of another one.
-
-        Args:
-            saved_in: The layout that saved.
-            name: The layout that goes on.
-            was: Precision of the saving run.
-            overrides: Of the configuration that goes on.
-        """
+        """The run in a layout that continues from the checkpoint of another one."""
         self.saved(saved_in, was)
-        config, layout = matrix_config(name, **overrides), layout_of(name)
-        ranks = self._pools(layout.world_size).run(load, config, self._folder_of(saved_in, was))
-        return Run(layout, config, ranks)
+        config = matrix_config(name, **overrides)
+        ranks = self._pools(layout_of(name).world_size).run(load, config, self._folder_of(saved_in, was))
+        return Run(config, ranks)
 
     def _folder_of(self, name: str, precision: str) -> Path:
         return self._folder / f"{name}-{precision}"

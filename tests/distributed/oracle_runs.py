@@ -1,26 +1,21 @@
 """Runs of a layout beside the oracle's: how the layout tests make and compare them."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from mlra_scale.config import Config
+from mlra_scale.config import Config, DataConfig, ModelConfig
 from tests.distributed.steps import Record, train
-from tests.support.layouts import Layout, assemble, canonical_weights, layout_config, table_of
+from tests.support.layouts import Layout, assemble, canonical_weights, layout_config
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Options = dict[str, Any]
-Items = tuple[tuple[str, Any], ...]
-"""Options that can be a key: their values are scalars and tuples."""
 Oracle = tuple[dict[str, torch.Tensor], ReferenceRun]
 
 STEPS = 5
-DROPOUT: Options = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 
 
 def identify(value: Any) -> str:
@@ -39,15 +34,20 @@ def in_layout(layout: Layout, **options: Any) -> Config:
     return layout_config(layout, parallel__world_size=layout.world_size, **{"optim__eps": 1e-4, **options})
 
 
-def oracle(seed: int = 3, steps: int = STEPS, **options: Any) -> Oracle:
-    """Random weights of a seed, and what the oracle makes of them; once for the same arguments."""
-    return _oracle(seed, steps, tuple(sorted(options.items())))
+def with_model_of(config: Config, layout: Layout, **options: Any) -> Config:
+    """A configuration of a layout with the model and the data of another one."""
+    return in_layout(layout, **options).model_copy(update={"model": config.model, "data": config.data})
+
+
+def oracle(config: Config, steps: int = STEPS, seed: int = 3) -> Oracle:
+    """Random weights of a seed, and the oracle's run from them with a configuration's model and data (no dropout)."""
+    return _oracle(config.model, config.data, steps, seed)
 
 
 @cache
-def _oracle(seed: int, steps: int, options: Items) -> Oracle:
-    config = in_layout(Layout(), **dict(options))
-    weights = canonical_weights(config.model, seed)
+def _oracle(model: ModelConfig, data: DataConfig, steps: int, seed: int) -> Oracle:
+    config = in_layout(Layout()).model_copy(update={"model": model, "data": data})
+    weights = canonical_weights(model, seed)
     return weights, reference_run(config, weights, steps)
 
 
@@ -57,10 +57,23 @@ def run(worker_pool: Pools, config: Config, weights: dict[str, torch.Tensor], st
     return worker_pool(config.parallel.world_size).run(train, config, steps, weights)
 
 
+def trained(worker_pool: Pools, config: Config, steps: int = STEPS) -> tuple[list[Record], ReferenceRun]:
+    """Runs of the ranks of a configuration, and the oracle's run, from the same weights."""
+    weights, expected = oracle(config, steps)
+    return run(worker_pool, config, weights, steps), expected
+
+
 def assert_gradients(config: Config, records: list[Record], expected: ReferenceRun) -> float:
     """Compares every gradient of the first step; returns the largest difference as a share of what is allowed."""
-    gradients = assemble(table_of(config), config.parallel.tensor, [record.gradients for record in records])
+    gradients = assemble(config, [record.gradients for record in records])
     return assert_gradients_close(gradients, expected.gradients)
+
+
+def assert_losses_and_gradients(config: Config, records: list[Record], expected: ReferenceRun) -> None:
+    """Compares the losses of the steps that were taken, and every gradient of the first one."""
+    losses = records[0].losses
+    np.testing.assert_allclose(losses, expected.losses[: len(losses)], rtol=1e-6)
+    assert_gradients(config, records, expected)
 
 
 def assert_equals_oracle(
@@ -68,24 +81,17 @@ def assert_equals_oracle(
 ) -> dict[str, np.ndarray]:
     """Compares losses, gradient norms, validation, every gradient and the weights; ranks must agree.
 
-    Args:
-        config: Of the run.
-        records: Of its ranks.
-        expected: The oracle's run.
-        norms: Relative tolerance of gradient norms.
-        weights: Absolute tolerance of weights.
-
     Returns:
         The global weights after the last step.
     """
-    first, tensor = records[0], config.parallel.tensor
+    first = records[0]
     for record in records:
         assert (record.losses, record.gradient_norms) == (first.losses, first.gradient_norms), "ranks disagree"
     np.testing.assert_allclose(first.losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(first.gradient_norms, expected.gradient_norms, rtol=norms)
     np.testing.assert_allclose(first.validation, [expected.validation], rtol=1e-6)
     worst = assert_gradients(config, records, expected)
-    final = assemble(table_of(config), tensor, [record.weights for record in records])
+    final = assemble(config, [record.weights for record in records])
     for name, value in expected.weights.items():
         np.testing.assert_allclose(final[name][: len(value)], value, rtol=1e-4, atol=weights, err_msg=name)
     numbers = "".join(f"{number:11.7f}" for number in first.losses + first.gradient_norms)
@@ -93,10 +99,10 @@ def assert_equals_oracle(
     return final
 
 
-def assert_same_under_dropout(worker_pool: Pools, config: Config, steps: int = STEPS, **options: Any) -> None:
-    """Compares a run with dropout with that of one process; the options are those of the model."""
-    weights, without = oracle(steps=steps, **options)
-    (expected,) = run(worker_pool, in_layout(Layout(), **DROPOUT, **options), weights, steps)
+def assert_same_under_dropout(worker_pool: Pools, config: Config, steps: int = STEPS) -> None:
+    """Compares a run with dropout with that of one process."""
+    weights, without = oracle(config, steps)
+    (expected,) = run(worker_pool, with_model_of(config, Layout()), weights, steps)
     records = run(worker_pool, config, weights, steps)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].gradient_norms, expected.gradient_norms, rtol=1e-6)
@@ -111,23 +117,24 @@ def errors(record: Record, expected: ReferenceRun) -> tuple[float, float]:
     return float(loss), float(norm)
 
 
-def bf16_error(
-    worker_pool: Pools, layout: Layout, steps: int = STEPS, stage: int = 0, **options: Any
-) -> tuple[float, float]:
+def bf16_error(worker_pool: Pools, config: Config, steps: int = STEPS, stage: int = 0) -> tuple[float, float]:
     """Largest error that one bf16 process shows against fp32 in loss and gradient norm, over the steps of four models.
 
     One process of the layout's engine. Four models, because in one of them the rounding errors may cancel by luck.
     """
-    engine = "pipeline" if layout.pipeline > 1 else "zero"
-    return _bf16_error(worker_pool, engine, steps, stage, tuple(sorted(options.items())))
+    engine = "pipeline" if config.parallel.pipeline > 1 else "zero"
+    return _bf16_error(worker_pool, engine, config.model, config.data, steps, stage)
 
 
 @cache
-def _bf16_error(worker_pool: Pools, engine: str, steps: int, stage: int, options: Items) -> tuple[float, float]:
+def _bf16_error(
+    worker_pool: Pools, engine: str, model: ModelConfig, data: DataConfig, steps: int, stage: int
+) -> tuple[float, float]:
+    config = in_layout(Layout(stage=stage, engine=engine), train__precision="bf16")
+    config = config.model_copy(update={"model": model, "data": data})
     found = []
     for seed in range(3, 7):
-        weights, expected = oracle(seed, steps, **dict(options))
-        config = in_layout(Layout(stage=stage, engine=engine), train__precision="bf16", **dict(options))
+        weights, expected = oracle(config, steps, seed)
         (record,) = run(worker_pool, config, weights, steps)
         found.append(errors(record, expected))
     losses, norms = zip(*found, strict=True)

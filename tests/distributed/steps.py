@@ -37,7 +37,7 @@ def train(
     """Trains `steps` steps; gradients are those of the first, weights those after the last; then evaluates step 0."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size, weights)
+    engine = start(config, world_size, weights)
     record = Record()
 
     def before_update(proposal: Any) -> bool:
@@ -46,13 +46,13 @@ def train(
         return True
 
     for step in range(steps):
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        batches = micro_batches(engine, step)
         result = engine.train_batch(batches, config.optim.lr, before_update)
         assert result.applied
         record.losses.append(result.loss)
         record.gradient_norms.append(result.gradient_norm)
     # With a batch that was trained on, so that the oracle need not know another one.
-    record.validation.append(engine.eval_batch(micro_batches(config, plan, engine.topology.data_rank, 0)))
+    record.validation.append(engine.eval_batch(micro_batches(engine, 0)))
     record.weights = pieces(engine, engine.owned_fragments())
     hook = TevHook(engine.table, engine.topology, config.tev, config.model.vocab_size)
     record.tev = hook.measure(engine.owned_fragments())

@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,13 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from mlra_scale.config import BatchPlan, Config
+from mlra_scale.config import Config
 from mlra_scale.stability.activations import ActivationProbe
-from tests.support.layouts import Batch, Layout, layout_config, make_batch, micro_batches, sharp_weights, start
+from tests.distributed.oracle_runs import identify
+from tests.support.layouts import (
+    DROPOUT,
+    MASKED,
+    OPTIONS_OF_THE_MODEL,
+    Batch,
+    Layout,
+    layout_config,
+    make_batch,
+    micro_batches,
+    sharp_weights,
+    start,
+)
 from tests.support.oracle import build_reference, reference_activations
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Entry = dict[str, Any]
 
 SAMPLES = 5  # no multiple of a micro-batch: the last one counts in part
@@ -26,20 +36,10 @@ LISTS = ("residual_variance", "attention_entropy", "largest_logit", "saturated_s
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
-    "masked": {"data__document_attention": "masked", "data__reset_positions": True},
-    "options": {
-        "model__qk_norm": True,
-        "model__sigma_reparam": True,
-        "model__layer_norm_scaling": True,
-        "model__embedding_scale": "sqrt_width",
-    },
+    "masked": MASKED,
+    "options": OPTIONS_OF_THE_MODEL,
     "sequence-parallel": {"parallel__sequence_parallel": True},
-    "checkpointing-dropout": {
-        "parallel__activation_checkpointing": "block",
-        "model__embedding_dropout": 0.1,
-        "model__attention_dropout": 0.1,
-        "model__residual_dropout": 0.1,
-    },
+    "checkpointing-dropout": {"parallel__activation_checkpointing": "block", **DROPOUT},
 }
 EVERYTHING = Layout(tensor=2, data=2, stage=3)
 CASES = [
@@ -57,10 +57,6 @@ CASES = [
 ]
 
 
-def identify(value: Layout | str) -> str:
-    return str(value).replace(" ", "-")
-
-
 def probe_config(layout: Layout, option: str, precision: str = "fp32") -> Config:
     shared = {"train__precision": precision, "activations__samples": SAMPLES, "activations__saturation": 0.6}
     return layout_config(layout, **OPTIONS[option], **shared)
@@ -73,17 +69,17 @@ def oracle(option: str, seed: int = 3) -> Entry:
     return reference_activations(config, reference, make_batch(config, range(SAMPLES)))
 
 
-def probe_batches(config: Config, plan: BatchPlan, data_rank: int, count: int) -> list[Batch]:
+def probe_batches(engine: Any, count: int) -> list[Batch]:
     """This data rank's micro-batches of the probe batch, laid out as those of a step."""
-    size = plan.micro_batch_size
-    starts = [(m * plan.data + data_rank) * size for m in range(count)]
-    return [make_batch(config, range(first, first + size)) for first in starts]
+    size = engine.plan.micro_batch_size
+    starts = [(m * engine.plan.data + engine.topology.data_rank) * size for m in range(count)]
+    return [make_batch(engine.config, range(first, first + size)) for first in starts]
 
 
 def measure(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Entry:
-    engine, plan = start(config, world_size, weights)
-    probe = ActivationProbe(engine, config.model, config.activations, plan)
-    return probe.measure(probe_batches(config, plan, engine.topology.data_rank, probe.num_micro_batches))
+    engine = start(config, world_size, weights)
+    probe = ActivationProbe(engine, config.model, config.activations, engine.plan)
+    return probe.measure(probe_batches(engine, probe.num_micro_batches))
 
 
 def run(worker_pool: Pools, layout: Layout, option: str, precision: str = "fp32", seed: int = 3) -> Entry:
@@ -160,13 +156,13 @@ def train_around_a_probe(
     rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor], is_probed: bool
 ) -> list[tuple[float, float]]:
     """Losses and gradient norms of three steps, with a probe before each or without."""
-    engine, plan = start(config, world_size, weights)
-    probe = ActivationProbe(engine, config.model, config.activations, plan)
+    engine = start(config, world_size, weights)
+    probe = ActivationProbe(engine, config.model, config.activations, engine.plan)
     losses = []
     for step in range(3):
         if is_probed:
-            probe.measure(probe_batches(config, plan, engine.topology.data_rank, probe.num_micro_batches))
-        result = engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+            probe.measure(probe_batches(engine, probe.num_micro_batches))
+        result = engine.train_batch(micro_batches(engine, step), config.optim.lr)
         losses.append((result.loss, result.gradient_norm))
     return losses
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.all_layouts import CHANGES, cell
-from tests.distributed.layout_matrix import LAYOUTS, OTHERS, Matrix, Pools
+from tests.distributed.layout_matrix import LAYOUTS, Matrix
+from tests.support.pool import Pools
 
 pytestmark = pytest.mark.nightly
 
@@ -18,14 +19,8 @@ def matrix(worker_pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> Matr
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("saved_in", LAYOUTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_layout_goes_on_in_every_other(matrix: Matrix, precision: str, saved_in: str, name: str) -> None:
+def test_every_layout_continues_in_every_other(matrix: Matrix, precision: str, saved_in: str, name: str) -> None:
     cell(matrix, saved_in, name, precision, train__precision=precision)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_layouts_go_on_bitwise(matrix: Matrix, name: str, precision: str) -> None:
-    assert cell(matrix, name, name, precision, train__precision=precision) == "bitwise"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -2,15 +2,9 @@
 
 import pytest
 
-from tests.distributed.layout_matrix import (
-    BF16_TOLERANCE,
-    LAYOUTS,
-    Matrix,
-    Pools,
-    assert_same_run,
-    assert_same_tensors,
-    largest_difference,
-)
+from tests.distributed.all_layouts import cell
+from tests.distributed.layout_matrix import LAYOUTS, Matrix, matrix_config
+from tests.support.pool import Pools
 
 # Every layout saves once and loads once; pipeline to ZeRO and back; from and to every world size.
 PAIRS = [
@@ -34,20 +28,15 @@ def test_the_pairs_cover_every_layout() -> None:
 
 @pytest.mark.slow_except("tp2pp2-zero3-tp2dp2")
 @pytest.mark.parametrize(("saved_in", "name"), PAIRS)
-def test_any_layout_goes_on_in_any_other(matrix: Matrix, saved_in: str, name: str) -> None:
-    before, after = matrix.saved(saved_in), matrix.loaded(saved_in, name)
-    assert_same_tensors(before, after)
-    assert largest_difference(before, after) < 1e-6
+def test_any_layout_continues_in_any_other(matrix: Matrix, saved_in: str, name: str) -> None:
+    cell(matrix, saved_in, name)
 
 
 @pytest.mark.slow_except("tp2pp2-fp32", "zero3-tp2dp2-bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["tp2pp2", "zero1-dp2", "zero3-tp2dp2"])
-def test_the_same_layout_goes_on_bitwise(matrix: Matrix, name: str, precision: str) -> None:
-    before = matrix.saved(name, precision)
-    after = matrix.loaded(name, name, precision, train__precision=precision)
-    assert_same_tensors(before, after)
-    assert_same_run(before, after)
+def test_the_same_layout_continues_bitwise(matrix: Matrix, name: str, precision: str) -> None:
+    assert cell(matrix, name, name, precision, train__precision=precision) == "bitwise"
 
 
 @pytest.mark.slow_except("tp2pp2-fp32-zero3-tp2dp2-bf16")
@@ -60,16 +49,12 @@ def test_the_same_layout_goes_on_bitwise(matrix: Matrix, name: str, precision: s
     ],
 )
 def test_precisions_may_change(matrix: Matrix, saved_in: str, was: str, name: str, precision: str) -> None:
-    before, after = matrix.saved(saved_in, was), matrix.loaded(saved_in, name, was, train__precision=precision)
-    assert_same_tensors(before, after)
-    assert 0.0 < largest_difference(before, after) < BF16_TOLERANCE
+    assert cell(matrix, saved_in, name, was, train__precision=precision) not in ("0", "bitwise")
 
 
 @pytest.mark.slow_except("tp1-1-121")
 @pytest.mark.parametrize(("name", "multiple", "rows"), [("tp1", 1, 121), ("zero2-tp2", 50, 150)])
 def test_the_vocabulary_may_be_padded_otherwise(matrix: Matrix, name: str, multiple: int, rows: int) -> None:
-    before = matrix.saved("tp2pp2")
-    after = matrix.loaded("tp2pp2", name, model__vocab_padding_multiple=multiple)
-    assert (before.config.model.padded_vocab_size, after.config.model.padded_vocab_size) == (128, rows)
-    assert_same_tensors(before, after)
-    assert largest_difference(before, after) < 1e-6
+    assert matrix_config("tp2pp2").model.padded_vocab_size == 128
+    assert matrix_config(name, model__vocab_padding_multiple=multiple).model.padded_vocab_size == rows
+    cell(matrix, "tp2pp2", name, model__vocab_padding_multiple=multiple)

@@ -1,13 +1,11 @@
 """The mask of documents is made once per micro-batch and rank, whatever an engine does to the tensors on their way."""
 
-from collections.abc import Callable
-
 import pytest
 
 from mlra_scale.config import Config
 from mlra_scale.model import document_mask
 from tests.support.layouts import Layout, layout_config, micro_batches, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
 
 def masks_of_a_step(rank: int, world_size: int, config: Config) -> tuple[int, int]:
@@ -20,17 +18,17 @@ def masks_of_a_step(rank: int, world_size: int, config: Config) -> tuple[int, in
         made += 1
         return make(*arguments)  # type: ignore[arg-type]
 
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     document_mask.additive_mask = counted  # type: ignore[assignment]
     try:
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, 0), 1e-3)
+        engine.train_batch(micro_batches(engine, 0), 1e-3)
     finally:
         document_mask.additive_mask = make
-    return made, plan.accumulation_steps
+    return made, engine.plan.accumulation_steps
 
 
 @pytest.mark.parametrize("layout", [Layout(data=2, stage=1), Layout(data=2, stage=3), Layout(pipeline=2)], ids=str)
-def test_blocks_share_the_mask_of_a_micro_batch(worker_pool: Callable[[int], WorkerPool], layout: Layout) -> None:
+def test_blocks_share_the_mask_of_a_micro_batch(worker_pool: Pools, layout: Layout) -> None:
     config = layout_config(layout, data__document_attention="masked")
     for made, num_micro_batches in worker_pool(2).run(masks_of_a_step, config):
         assert made == num_micro_batches > 1

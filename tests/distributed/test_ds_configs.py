@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.oracle_runs import Pools, assert_gradients, in_layout, oracle
+from tests.distributed.oracle_runs import Pools, assert_losses_and_gradients, in_layout, oracle
 from tests.distributed.steps import train
 from tests.support.layouts import Layout
 
@@ -31,10 +31,9 @@ def test_file_trains_to_the_oracles_losses(worker_pool: Pools, name: str) -> Non
     layout = LAYOUTS[name]
     config = in_layout(layout)
     config = config.model_copy(update={"deepspeed": json.loads((FILES / name).read_text())})
-    weights, expected = oracle(steps=3)
+    weights, expected = oracle(config, steps=3)
     # DeepSpeed compiles its CPUAdam at first use: a minute or two, once per machine.
     timeout = 420.0 if name == OFFLOAD else 120.0
     records = worker_pool(layout.world_size).run(train, config, 3, weights, timeout=timeout)
-    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].gradient_norms, expected.gradient_norms, rtol=2e-6)
-    assert_gradients(config, records, expected)
+    assert_losses_and_gradients(config, records, expected)

@@ -1,20 +1,25 @@
 """The gate before an update, initialization and ownership, for every kind of DeepSpeed optimizer wrapper."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mlra_scale.model.initialization import initial_state
 from mlra_scale.parallel.fragments import Fragment
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.layouts import Layout, assemble, layout_config, micro_batches, overwrite, pieces, start, table_of
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.layouts import (
+    Layout,
+    assemble,
+    initial_state,
+    layout_config,
+    micro_batches,
+    overwrite,
+    pieces,
+    start,
+)
+from tests.support.pool import Pools
 
 # One layout per wrapper: plain AdamW, the bf16 one, ZeRO 1 and 2, ZeRO 3, and both pipelines.
 WRAPPERS = [
@@ -41,9 +46,9 @@ def survey(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     """Initial weights; three updates of which the second is refused; the same with it left out; a non-finite one."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     report: dict[str, Any] = {"initial": pieces(engine, engine.owned_fragments())}
-    batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(3)]
+    batches = [micro_batches(engine, step) for step in range(3)]
     proposals = []
 
     def refuse(proposal: Any) -> bool:
@@ -88,9 +93,9 @@ def without_refusal(rank: int, world_size: int, config: Any) -> tuple[list[Any],
     """The same run that never sees the refused batch: weights and moments."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     for step in (0, 2):
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3)
+        engine.train_batch(micro_batches(engine, step), 1e-3)
     return pieces(engine, engine.owned_fragments()), moments(engine)
 
 
@@ -98,7 +103,6 @@ def without_refusal(rank: int, world_size: int, config: Any) -> tuple[list[Any],
 @pytest.mark.parametrize(("layout", "precision"), WRAPPERS, ids=lambda value: str(value).replace(" ", "-"))
 def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, precision: str) -> None:
     config = layout_config(layout, train__precision=precision)
-    table = table_of(config)
     reports = worker_pool(layout.world_size).run(survey, config)
     for report in reports:
         assert report["refused"] == (False, False, 1)
@@ -107,20 +111,20 @@ def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, pr
         assert report["broken"] == (False, True)
         assert report["broken_unchanged"], "a non-finite gradient changed the weights"
 
-    initial = assemble(table, layout.tensor, [report["initial"] for report in reports])
+    initial = assemble(config, [report["initial"] for report in reports])
     for name, tensor in initial_state(config.model, config.train.seed).items():
         expected = tensor.to(PRECISIONS[precision]).float()
         np.testing.assert_array_equal(initial[name], expected.numpy().astype(np.float64), err_msg=name)
 
-    final = assemble(table, layout.tensor, [report["final"] for report in reports])
+    final = assemble(config, [report["final"] for report in reports])
     ranks = worker_pool(layout.world_size).run(without_refusal, config)
-    control = assemble(table, layout.tensor, [weights for weights, _ in ranks])
-    for name in table:
+    control = assemble(config, [weights for weights, _ in ranks])
+    for name in final:
         np.testing.assert_array_equal(final[name], control[name], err_msg=name)
     for index in range(2):
-        found = assemble(table, layout.tensor, [report["moments"][index] for report in reports])
-        expected_moments = assemble(table, layout.tensor, [both[index] for _, both in ranks])
-        for name in table:
+        found = assemble(config, [report["moments"][index] for report in reports])
+        expected_moments = assemble(config, [both[index] for _, both in ranks])
+        for name in final:
             np.testing.assert_array_equal(found[name], expected_moments[name], err_msg=name)
             assert found[name].any() or name.endswith((".k.up.bias", ".k.bias")), name
 
@@ -128,16 +132,14 @@ def test_the_gate_holds_for_every_wrapper(worker_pool: Pools, layout: Layout, pr
 def overflow_and_grow(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     """A row of fp16 overflows down to the smallest scale; then a scale that grows with every update."""
     allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     scaler = engine.deepspeed_engine.optimizer.loss_scaler
-    batches = micro_batches(config, plan, engine.topology.data_rank, 0)
+    batches = micro_batches(engine, 0)
     scaler.cur_scale, scaler.min_scale = 1e30, 1e28
     row = [engine.train_batch(batches, 1e-3) for _ in range(12)]
     report: dict[str, Any] = {"row": [(r.applied, r.overflow) for r in row], "scales": [r.loss_scale for r in row]}
     scaler.cur_scale, scaler.scale_window = 256.0, 1
-    results = [
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3) for step in range(3)
-    ]
+    results = [engine.train_batch(micro_batches(engine, step), 1e-3) for step in range(3)]
     report["grown"] = [r.loss_scale for r in results]
     report["norms"] = [r.gradient_norm for r in results]
     report["moments"] = moments(engine)
@@ -156,18 +158,17 @@ def test_fp16_loss_scale(worker_pool: Pools, stage: int) -> None:
     # The scale that grew did not take anything from the gradients: the moments are those of fp32.
     plain = layout_config(Layout(data=2, stage=stage), optim__grad_clip=0.0)
     ranks = worker_pool(2).run(three_updates, plain)
-    table = table_of(config)
-    found = assemble(table, 1, [report["moments"][0] for report in reports])
-    expected = assemble(table, 1, [both[0] for both in ranks])
+    found = assemble(config, [report["moments"][0] for report in reports])
+    expected = assemble(config, [both[0] for both in ranks])
     name = "blocks.1.mlp.fc_in.weight"
     assert np.linalg.norm(found[name] - expected[name]) < 0.02 * np.linalg.norm(expected[name])
 
 
 def three_updates(rank: int, world_size: int, config: Any) -> list[list[Any]]:
     """Moments after the updates that `overflow_and_grow` ends with."""
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     for step in range(3):
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3)
+        engine.train_batch(micro_batches(engine, step), 1e-3)
     return moments(engine)
 
 

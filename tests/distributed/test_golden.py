@@ -7,7 +7,6 @@ run; on any other the losses must agree to rounding. After a change that is mean
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from mlra_scale.config import Config, load_config
 from tests.distributed.steps import train
 from tests.support.layouts import Layout
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools, WorkerPool
 
 FILE = Path(__file__).with_name("golden_debug.json")
 STEPS = 10
@@ -36,7 +35,7 @@ def losses_of(pool: WorkerPool) -> list[float]:
     return record.losses
 
 
-def test_the_debug_presets_losses(worker_pool: Callable[[int], WorkerPool]) -> None:
+def test_the_debug_presets_losses(worker_pool: Pools) -> None:
     golden = json.loads(FILE.read_text())
     losses = losses_of(worker_pool(Layout().world_size))
     if machine() in golden:

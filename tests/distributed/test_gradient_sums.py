@@ -1,6 +1,5 @@
 """Micro-batches' bf16 gradients, joined and added by few kernels, give DeepSpeed's own sums to the last bit."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,31 +8,22 @@ import pytest
 from mlra_scale.config import Config
 from mlra_scale.parallel import gradient_sums, master
 from tests.support.layouts import Layout, layout_config, micro_batches, pieces, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
 LAYOUTS = [Layout(tensor=2), Layout(data=2, stage=1), Layout(pipeline=2)]
 
 
 def train(rank: int, world_size: int, config: Config, elements_per_piece: int | None) -> tuple[list[float], list[Any]]:
-    """Trains three steps of several micro-batches; returns their gradient norms and this rank's weights.
-
-    Args:
-        rank: Of the pool.
-        world_size: Of the pool.
-        config: Its layout.
-        elements_per_piece: How many gradients are joined; None: DeepSpeed adds them itself.
-    """
+    """Trains three steps; returns their gradient norms and this rank's weights. None: DeepSpeed adds up by itself."""
     ours, size = master.GradientSums, gradient_sums._ELEMENTS_PER_PIECE
     if elements_per_piece is None:
         master.GradientSums = lambda optimizer: None  # type: ignore[assignment, misc, return-value]
     else:
         gradient_sums._ELEMENTS_PER_PIECE = elements_per_piece
     try:
-        engine, plan = start(config, world_size)
-        assert plan.accumulation_steps > 1
-        results = [
-            engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3) for step in range(3)
-        ]
+        engine = start(config, world_size)
+        assert engine.plan.accumulation_steps > 1
+        results = [engine.train_batch(micro_batches(engine, step), 1e-3) for step in range(3)]
         return [result.gradient_norm for result in results], pieces(engine, engine.owned_fragments())
     finally:
         master.GradientSums = ours  # type: ignore[misc]
@@ -42,7 +32,7 @@ def train(rank: int, world_size: int, config: Config, elements_per_piece: int | 
 
 @pytest.mark.slow_except("tp1pp2dp1 zero0")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_sums_are_deepspeeds_own(worker_pool: Callable[[int], WorkerPool], layout: Layout) -> None:
+def test_the_sums_are_deepspeeds_own(worker_pool: Pools, layout: Layout) -> None:
     """All of a rank's gradients joined to one piece, or a few parameters at a time with larger ones uncopied."""
     pool, config = worker_pool(2), layout_config(layout, train__precision="bf16")
     expected = pool.run(train, config, None)

@@ -1,7 +1,6 @@
 """Gradient statistics in every kind of layout: they equal numpy's and the oracle's, and they change nothing."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,8 @@ from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.layouts import (
+    DROPOUT,
+    ODD,
     Layout,
     Piece,
     assemble,
@@ -23,16 +24,13 @@ from tests.support.layouts import (
     overwrite,
     pieces,
     start,
-    table_of,
 )
 from tests.support.oracle import build_reference, reference_run
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Tensors = dict[str, np.ndarray]
 
 STEPS, REFUSED = 3, 2
-DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 EVERYTHING = {"gradients__every": 1, "gradients__noise_every": 1, "gradients__spectral_iterations": 12}
 # Every place where DeepSpeed keeps masters and gradients, both engines, and rows that ZeRO cuts. Without dropout the
 # oracle knows the gradient.
@@ -48,10 +46,7 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
     "zero2-fp16": (Layout(data=2, stage=2), {"train__precision": "fp16", **DROPOUT}),
     "zero3-bf16": (Layout(data=2, stage=3), {"train__precision": "bf16", **DROPOUT}),
     "pp2dp2-zero1-bf16": (Layout(pipeline=2, data=2, stage=1), {"train__precision": "bf16", **DROPOUT}),
-    "tp2dp2-zero3-odd": (
-        Layout(tensor=2, data=2, stage=3),
-        {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50, **DROPOUT},
-    ),
+    "tp2dp2-zero3-odd": (Layout(tensor=2, data=2, stage=3), {**ODD, **DROPOUT}),
     # Modules that read the weights of others, which ZeRO 3 has to know from the first pass on.
     "tp2dp2-zero3-merged": (Layout(tensor=2, data=2, stage=3), {"parallel__low_rank_plan": "merged", **DROPOUT}),
     "tp2dp2-zero3-sequence": (Layout(tensor=2, data=2, stage=3), {"parallel__sequence_parallel": True, **DROPOUT}),
@@ -60,23 +55,16 @@ CASES: dict[str, tuple[Layout, dict[str, Any]]] = {
 
 @dataclass
 class Account:
-    """What one rank saw of a run that measured.
+    """What one rank saw of a run that measured."""
 
-    Attributes:
-        records: What `after_step` returned, per step.
-        results: What the engine reported, per step.
-        gradients: Its share of each step's gradient.
-        weights: Its share of the weights before each step, and after the last.
-        overflow: fp16: the norm of an extra pass at too high a loss scale, and the scale and `num_skipped` after it.
-        is_unchanged: Whether a run without measurements was the same, bit by bit.
-    """
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-    gradients: list[list[Piece]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)  # what `after_step` returned, per step
+    results: list[Any] = field(default_factory=list)  # what the engine reported, per step
+    gradients: list[list[Piece]] = field(default_factory=list)  # its share of each step's gradient
+    # Its share of the weights before each step, and after the last.
     weights: list[list[Piece]] = field(default_factory=list)
+    # Fp16: the norm of an extra pass at too high a loss scale, and the scale and `num_skipped` after it.
     overflow: tuple[float, float, int] | None = None
-    is_unchanged: bool = False
+    is_unchanged: bool = False  # whether a run without measurements was the same, bit by bit
 
 
 def measured_and_plain(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Account:
@@ -86,9 +74,9 @@ def measured_and_plain(rank: int, world_size: int, config: Config, weights: dict
 
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size, weights)
+    engine = start(config, world_size, weights)
     account, statistics = Account(), GradientStatistics(engine, config)
-    batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(STEPS)]
+    batches = [micro_batches(engine, step) for step in range(STEPS)]
 
     def approve(proposal: Any) -> bool:
         statistics.before_update(proposal)
@@ -144,9 +132,8 @@ def test_statistics_are_right_and_change_nothing(worker_pool: Pools, case: str) 
         assert (account.records, account.results) == (first.records, first.results), "ranks disagree"
     assert [result.applied for result in first.results] == [True, False, True]
 
-    table = table_of(config)
-    gradients = [assemble(table, layout.tensor, [rank.gradients[step] for rank in ranks]) for step in range(STEPS)]
-    states = [assemble(table, layout.tensor, [rank.weights[step] for rank in ranks]) for step in range(STEPS + 1)]
+    gradients = [assemble(config, [rank.gradients[step] for rank in ranks]) for step in range(STEPS)]
+    states = [assemble(config, [rank.weights[step] for rank in ranks]) for step in range(STEPS + 1)]
     assert not gradients[0]["embedding.weight"][config.model.vocab_size :].any(), "padded rows have a gradient"
     for step, (record, result) in enumerate(zip(first.records, first.results, strict=True)):
         found = record["gradients"]

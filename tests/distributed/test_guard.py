@@ -20,7 +20,7 @@ from mlra_scale.training.record import read_record
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start import request
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
 
 BATCH = 8
@@ -119,7 +119,7 @@ Whole = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def run(worker_pool: Callable[[int], WorkerPool], training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(worker_pool: Pools, training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     def run(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
         processes, degrees = LAYOUTS[layout]
         folder = folder or tmp_path_factory.mktemp("guarded") / "run"

@@ -13,23 +13,22 @@ import torch._dynamo
 from mlra_scale.config import Config
 from mlra_scale.model import head_chunks
 from tests.distributed.oracle_runs import (
-    DROPOUT,
     STEPS,
     Options,
     Pools,
     assert_equals_oracle,
     assert_errs_like_one_process,
-    assert_gradients,
+    assert_losses_and_gradients,
     assert_same_under_dropout,
     bf16_error,
     errors,
     identify,
     in_layout,
     oracle,
-    run,
+    trained,
 )
 from tests.distributed.steps import Record, train
-from tests.support.layouts import Layout, assemble, table_of
+from tests.support.layouts import DROPOUT, MASKED, ODD, Layout, assemble
 
 LAYOUTS = [
     Layout(),
@@ -79,9 +78,8 @@ def assert_tev_is_numpys(records: list[Record], config: Config, embedding: np.nd
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=identify)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, attention: str) -> None:
-    weights, expected = oracle(model__attention=attention)
     config = in_layout(layout, model__attention=attention)
-    records = run(worker_pool, config, weights)
+    records, expected = trained(worker_pool, config)
     final = assert_equals_oracle(config, records, expected)
     assert_tev_is_numpys(records, config, final["embedding.weight"])
 
@@ -98,9 +96,8 @@ PLANS = [
 @pytest.mark.slow_except("replicated-tp2pp2dp1-zero0", "merged-tp2pp1dp2-zero3")
 @pytest.mark.parametrize(("plan", "layout"), PLANS, ids=identify)
 def test_every_low_rank_plan_equals_the_oracle(worker_pool: Pools, plan: str, layout: Layout) -> None:
-    weights, expected = oracle()
     config = in_layout(layout, parallel__low_rank_plan=plan)
-    assert_equals_oracle(config, run(worker_pool, config, weights), expected)
+    assert_equals_oracle(config, *trained(worker_pool, config))
 
 
 @pytest.mark.slow
@@ -108,22 +105,18 @@ def test_every_low_rank_plan_equals_the_oracle(worker_pool: Pools, plan: str, la
 def test_one_of_the_projections_may_be_dense(worker_pool: Pools, plan: str) -> None:
     """It takes the hidden state, the others their latents."""
     options: Options = {"model__factorised_projections": ("q", "k", "o"), "model__qk_norm": True}
-    weights, expected = oracle(**options)
     config = in_layout(Layout(tensor=2), parallel__low_rank_plan=plan, **options)
-    records = run(worker_pool, config, weights)
-    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
-    assert_gradients(config, records, expected)
+    assert_losses_and_gradients(config, *trained(worker_pool, config))
 
 
 @pytest.mark.slow_except("tp2pp1dp2-zero3-mlra")
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size > 1], ids=identify)
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, attention: str) -> None:
-    weights, expected = oracle(model__attention=attention)
-    allowed = bf16_error(worker_pool, layout, model__attention=attention)
     config = in_layout(layout, model__attention=attention, train__precision="bf16")
-    records = run(worker_pool, config, weights)
-    final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
+    records, expected = trained(worker_pool, config)
+    allowed = bf16_error(worker_pool, config)
+    final = assemble(config, [record.weights for record in records])
     assert_tev_is_numpys(records, config, final["embedding.weight"])
     master = torch.from_numpy(final["embedding.weight"]).float()
     assert not torch.equal(master, master.bfloat16().float()), "these are rounded weights, not the fp32 masters"
@@ -141,8 +134,7 @@ FP16_LAYOUTS = [
 @pytest.mark.slow_except("tp1pp1dp2-zero3", "tp1pp2dp1-zero1")
 @pytest.mark.parametrize("layout", FP16_LAYOUTS, ids=identify)
 def test_fp16_errs_by_rounding_only(worker_pool: Pools, layout: Layout) -> None:
-    weights, expected = oracle()
-    records = run(worker_pool, in_layout(layout, train__precision="fp16"), weights)
+    records, expected = trained(worker_pool, in_layout(layout, train__precision="fp16"))
     loss, norm = errors(records[0], expected)
     assert loss < 2**-14 and norm < 2**-11
 
@@ -151,11 +143,10 @@ OPTIONS: dict[str, Options] = {
     "o-factorised": {"model__factorised_projections": ("q", "k", "v", "o"), "model__attention_rank": 10},
     "k-dense": {"model__factorised_projections": ("q", "v")},
     "z-loss": {"model__z_loss": 1e-2},
-    "masked-documents": {"data__document_attention": "masked", "data__reset_positions": True},
+    "masked-documents": MASKED,
     "checkpointing": {"parallel__activation_checkpointing": "block"},
     "selective-checkpointing": {"parallel__activation_checkpointing": "selective"},
-    # Nothing divides by two, so that ZeRO cuts rows and pads the last rank's piece.
-    "odd-shapes": {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50},
+    "odd-shapes": ODD,
     "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120},
 }
 
@@ -177,12 +168,10 @@ OPTIONS: dict[str, Options] = {
     ids=identify,
 )
 def test_model_options_equal_the_oracle(worker_pool: Pools, layout: Layout, option: str) -> None:
-    weights, expected = oracle(steps=2, **OPTIONS[option])
     config = in_layout(layout, **OPTIONS[option])
-    records = run(worker_pool, config, weights, steps=2)
-    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
+    records, expected = trained(worker_pool, config, steps=2)
+    assert_losses_and_gradients(config, records, expected)
     np.testing.assert_allclose(records[0].validation, [expected.validation], rtol=1e-6)
-    assert_gradients(config, records, expected)
 
 
 def train_compiled(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> tuple[Record, int]:
@@ -208,14 +197,13 @@ def train_in_chunks(rank: int, world_size: int, config: Config, steps: int, weig
     ids=identify,
 )
 def test_a_head_in_several_chunks_equals_the_oracle(worker_pool: Pools, layout: Layout, precision: str) -> None:
-    weights, expected = oracle()
     config = in_layout(layout, train__precision=precision)
+    weights, expected = oracle(config)
     records = worker_pool(layout.world_size).run(train_in_chunks, config, STEPS, weights)
     if precision == "bf16":
-        assert_errs_like_one_process(records, expected, bf16_error(worker_pool, layout, model__attention="mlra"))
-        return
-    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
-    assert_gradients(config, records, expected)
+        assert_errs_like_one_process(records, expected, bf16_error(worker_pool, config))
+    else:
+        assert_losses_and_gradients(config, records, expected)
 
 
 COMPILED = [
@@ -232,14 +220,13 @@ COMPILED_CASES += [(Layout(), {"model__layer_norm_scaling": True, "model__num_la
 @pytest.mark.slow_except("tp2pp1dp1-zero0-mlra-replicated")
 @pytest.mark.parametrize(("layout", "model", "split"), COMPILED_CASES, ids=identify)
 def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, model: Options, split: Options) -> None:
-    weights, expected = oracle(steps=1, **model)
     config = in_layout(layout, train__compile=True, **model, **split)
+    weights, expected = oracle(config, steps=1)
     records, num_compiled = zip(*worker_pool(layout.world_size).run(train_compiled, config, weights), strict=True)
     assert min(num_compiled) > 0, "nothing was compiled"
     if "model__layer_norm_scaling" in model:
         assert num_compiled == (2,), "one for training and one for evaluation: blocks share them"
-    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
-    assert_gradients(config, list(records), expected)
+    assert_losses_and_gradients(config, list(records), expected)
 
 
 @pytest.mark.slow_except("tp2pp2dp1-zero1-2-block")
@@ -266,25 +253,6 @@ def test_dropout_masks_do_not_depend_on_the_layout(
 @pytest.mark.slow_except("tp1pp2dp1-zero0")
 @pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2), Layout(data=2, stage=3)], ids=identify)
 def test_evaluation_knows_no_dropout(worker_pool: Pools, layout: Layout) -> None:
-    weights, without = oracle()
     config = in_layout(layout, optim__lr=1e-12, **DROPOUT)  # the weights stay what they are
-    records = run(worker_pool, config, weights, steps=1)
+    records, without = trained(worker_pool, config, steps=1)
     np.testing.assert_allclose(records[0].validation, without.losses[:1], rtol=1e-6)
-
-
-@pytest.mark.slow_except("tp2pp1dp1-zero0", "tp1pp1dp2-zero3")
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, stage=3), Layout(data=2, stage=1)], ids=identify)
-def test_tev_of_gpt2s_vocabulary(worker_pool: Pools, layout: Layout) -> None:
-    shape = {
-        "model__vocab_size": 50257,
-        "model__vocab_padding_multiple": 128,
-        "model__hidden_size": 24,
-        "model__num_layers": 1,
-        "train__sequence_length": 8,
-        "train__global_batch_size": 2 * layout.data,
-    }
-    config = in_layout(layout, **shape)
-    records = worker_pool(layout.world_size).run(train, config, 1)
-    final = assemble(table_of(config), layout.tensor, [record.weights for record in records])
-    assert final["embedding.weight"].shape == (50304, 24)
-    assert_tev_is_numpys(records, config, final["embedding.weight"])

@@ -3,7 +3,6 @@
 `pytest tests/distributed/test_low_rank_costs.py -m "" -s` prints the table.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,29 +14,22 @@ from mlra_scale.config import Config, batch_plan
 from mlra_scale.model.low_rank_plan import PLANS, LowRankPlan, multiply_adds, numbers_sent, shape_of
 from tests.support.counting import PRODUCTS, SentNumbers
 from tests.support.layouts import Layout, layout_config, start
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 
 @dataclass
 class Cost:
-    """Of one rank.
+    """Of one rank."""
 
-    Attributes:
-        multiply_adds: In matrix products of the forward pass.
-        multiply_adds_backward: Likewise, of the backward pass.
-        numbers: Sent in both.
-    """
-
-    multiply_adds: float
-    multiply_adds_backward: float
-    numbers: float
+    multiply_adds: float  # in matrix products of the forward pass
+    multiply_adds_backward: float  # likewise, of the backward pass
+    numbers: float  # sent in both
 
 
 def count(rank: int, world_size: int, config: Config) -> Cost:
     """Counts one block's q, k and v of one micro-batch."""
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
+    plan = engine.plan
     attention = engine.module.blocks[0].attention
     length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
     hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)
@@ -56,11 +48,8 @@ CASES += [("dense", "replicated", is_split, 2) for is_split in (False, True)]
 
 
 @pytest.mark.slow_except(
-    "mlra-replicated-False-2",
-    "mlra-merged-True-2",
-    "mlra-replicated-False-4",
-    "v-dense-merged-False-2",
-    "dense-replicated-True-2",
+    *("mlra-replicated-False-2", "mlra-merged-False-2", "mlra-replicated-True-2", "mlra-merged-True-2"),
+    *("mlra-replicated-False-4", "v-dense-merged-False-2", "v-dense-replicated-True-2", "dense-replicated-True-2"),
 )
 @pytest.mark.parametrize(("model", "plan", "is_split", "tensor"), CASES)
 def test_the_cost_model_counts_what_happens(

@@ -1,7 +1,6 @@
 """The planned training state, and the planned peak, against the tensors that the ranks really hold."""
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,8 @@ from mlra_scale.planning.layout import Stage
 from mlra_scale.planning.memory import phases_of_a_step, rank_memory
 from mlra_scale.planning.memory_state import early_gradient_bytes, reduction_bytes
 from tests.support.layouts import Layout, layout_config, micro_batches, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 BUCKET = 50_021  # elements: a size that no other tensor has
 
 
@@ -44,7 +42,7 @@ def storages() -> dict[int, torch.UntypedStorage]:
 def measure(rank: int, world_size: int, config: Config) -> Held:
     """Trains two steps and looks between micro-batches, inside the backward pass and before the update."""
     before = storages()  # kept, so that no address of theirs is given out again
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     held = Held()
 
     def look(*_: Any, is_backward: bool = False) -> bool:
@@ -58,12 +56,12 @@ def measure(rank: int, world_size: int, config: Config) -> Held:
     def look_inside(*_: Any) -> None:
         look(is_backward=True)
 
-    if plan.pipeline == 1:
+    if engine.plan.pipeline == 1:
         engine.module.register_forward_pre_hook(lambda *_: look() and None)
         engine.module.blocks[0].register_full_backward_pre_hook(look_inside)
     for step in range(2):
-        assert plan.accumulation_steps > 1
-        engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3, look)
+        assert engine.plan.accumulation_steps > 1
+        engine.train_batch(micro_batches(engine, step), 1e-3, look)
     for fragment in engine.owned_fragments(with_moments=True):
         parts = (fragment.values, fragment.exp_avg, fragment.exp_avg_sq)
         held.owned += sum(part.nbytes for part in parts if part is not None)
@@ -122,10 +120,10 @@ def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
 def record(rank: int, world_size: int, config: Config) -> int:
     """Trains three steps and returns the peak of all tensors within the last two."""
     with recording() as memory:
-        engine, plan = start(config, world_size)
+        engine = start(config, world_size)
         for step in range(3):
             with memory.span("later" if step else "first"):
-                engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), 1e-3)
+                engine.train_batch(micro_batches(engine, step), 1e-3)
     return memory.peaks["later"]
 
 

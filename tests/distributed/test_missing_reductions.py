@@ -41,7 +41,7 @@ def defects(name: str) -> list[tuple[Any, str, Any]]:
     found: dict[str, list[tuple[Any, str, Any]]] = {
         "latents": [(linear, "enter_tensor_parallel", lambda context, *tensors: list(tensors))],
         "qk-norm": [(norm, "copy_to_tensor_parallel", lambda context, *tensors: list(tensors))],
-        "sigma": [(spectral, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)],
+        "sigma": [(spectral, "copy_to_tensor_parallel", lambda context, *tensors: list(tensors))],
         "on_slice": [(module, "on_slice", lambda context, *values: list(values)) for module in (embedding, norm)],
         "slice_linear": [(linear, "slice_linear", lambda context, *values: functional.linear(*values))],
         "bias": [
@@ -67,8 +67,8 @@ def train_with_a_defect(
 @pytest.mark.parametrize("name", CASES)
 def test_a_missing_reduction_is_caught(worker_pool: Pools, name: str) -> None:
     model, split, spoilt = CASES[name]
-    weights, expected = oracle(steps=3, **model)
     config = in_layout(Layout(tensor=2), parallel__low_rank_plan="replicated", **split, **model)
+    weights, expected = oracle(config, steps=3)
     records = worker_pool(2).run(train_with_a_defect, config, weights, name)
     np.testing.assert_allclose(records[0].losses, expected.losses[:1], rtol=1e-6)
     with pytest.raises(AssertionError, match=spoilt):

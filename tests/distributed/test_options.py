@@ -20,8 +20,7 @@ from tests.distributed.oracle_runs import (
     assert_errs_like_one_process,
     bf16_error,
     in_layout,
-    oracle,
-    run,
+    trained,
 )
 from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, start
 from tests.support.oracle import build_reference, reference_loss
@@ -69,10 +68,8 @@ def model_options(option: str, attention: str) -> Options:
 @pytest.mark.parametrize(("layout", "option", "attention"), CASES, ids=str)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str, attention: str) -> None:
     """The validation is computed with vectors of its own step: those that the next step would find."""
-    weights, expected = oracle(steps=STEPS, **model_options(option, attention))
     config = in_layout(layout, **model_options(option, attention))
-    records = run(worker_pool, config, weights, STEPS)
-    assert_equals_oracle(config, records, expected, norms=2e-6, weights=4e-6)
+    assert_equals_oracle(config, *trained(worker_pool, config, STEPS), norms=2e-6, weights=4e-6)
 
 
 def test_options_change_what_is_computed() -> None:
@@ -104,9 +101,8 @@ def test_options_change_what_is_computed() -> None:
 def test_vectors_belong_to_a_step_however_it_is_cut(
     worker_pool: Pools, layout: Layout, micro_batch_size: int, checkpointing: str, attention: str
 ) -> None:
-    weights, expected = oracle(steps=STEPS, **model_options("all", attention))
     cut = {"train__micro_batch_size": micro_batch_size, "parallel__activation_checkpointing": checkpointing}
-    records = run(worker_pool, in_layout(layout, **model_options("all", attention), **cut), weights, STEPS)
+    records, expected = trained(worker_pool, in_layout(layout, **model_options("all", attention), **cut), STEPS)
     np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
     np.testing.assert_allclose(records[0].validation, [expected.validation], rtol=1e-6)
 
@@ -118,10 +114,9 @@ def test_vectors_belong_to_a_step_however_it_is_cut(
     ids=str,
 )
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout) -> None:
-    options = model_options("all", "mlra")
-    weights, expected = oracle(steps=STEPS, **options)
-    allowed = bf16_error(worker_pool, layout, STEPS, **options)
-    records = run(worker_pool, in_layout(layout, train__precision="bf16", **options), weights, STEPS)
+    config = in_layout(layout, train__precision="bf16", **model_options("all", "mlra"))
+    records, expected = trained(worker_pool, config, STEPS)
+    allowed = bf16_error(worker_pool, config, STEPS)
     assert_errs_like_one_process(records, expected, allowed)
     # And one process itself errs by rounding only: bf16 has a relative precision of 2**-8.
     assert allowed[0] < 2**-10 and allowed[1] < 2**-6
@@ -137,13 +132,13 @@ RESUMED = {
 def options_run(worker_pool: Pools, folder: Path, layout: Layout, attention: str, is_saving: bool, **more: Any) -> Run:
     config = in_layout(layout, **model_options("all", attention), model__residual_dropout=0.1, **more)
     ranks = worker_pool(layout.world_size).run(save if is_saving else load, config, folder)
-    return Run(layout, config, ranks)
+    return Run(config, ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_goes_on_bitwise(worker_pool: Pools, tmp_path: Path, name: str, precision: str) -> None:
+def test_a_resumed_run_continues_bitwise(worker_pool: Pools, tmp_path: Path, name: str, precision: str) -> None:
     """The power iterations, too: whatever else they began with would show in the first loss."""
     layout, attention = RESUMED[name]
     runs = [
@@ -155,7 +150,7 @@ def test_a_resumed_run_goes_on_bitwise(worker_pool: Pools, tmp_path: Path, name:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_has_the_vectors_of_all_stages_and_goes_on_in_other_layouts(
+def test_a_checkpoint_has_the_vectors_of_all_stages_and_continues_in_other_layouts(
     worker_pool: Pools, tmp_path: Path
 ) -> None:
     from mlra_scale.checkpoint import Store, checkpoint_name
@@ -177,12 +172,12 @@ def test_a_checkpoint_has_the_vectors_of_all_stages_and_goes_on_in_other_layouts
 
 def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.ndarray]]:
     """The vectors of this rank before and after steps, a validation between them."""
-    engine, plan = start(config, world_size, canonical_weights(config.model))
+    engine = start(config, world_size, canonical_weights(config.model))
     seen: dict[str, list[np.ndarray]] = {}
     for step in range(2):
         for name, vector in engine.buffers().items():
             seen.setdefault(name, []).append(vector.numpy().copy())
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        batches = micro_batches(engine, step)
         norm = engine.gradient_norm(batches)
         for name, vector in engine.buffers().items():
             assert np.array_equal(seen[name][-1], vector.numpy()), "a pass without an update moves nothing"

@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import RanksFailed
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.waiting import all_end
+from tests.support.pool import Pools, WorkerPool
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +76,6 @@ def read_process_state(rank: int, world_size: int) -> tuple[Any, ...]:
     return leftover, os.getcwd() == "/", torch.get_default_dtype(), torch.is_grad_enabled(), gc.isenabled()
 
 
-def exists(pid: int) -> bool:
-    """Whether a process runs (a zombie that waits for its parent does not)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_results_come_back_by_rank_from_the_same_processes(worker_pool: Pools, world_size: int) -> None:
     pool = worker_pool(world_size)
@@ -122,7 +112,7 @@ def test_hang_fails_with_the_stack_and_the_pool_is_rebuilt(own_pool: WorkerPool)
         own_pool.run(hang_on_rank_1, timeout=2.0)
     assert time.monotonic() - start < 6.0
     assert "in hang_on_rank_1" in failure.value.problems[1]
-    assert not any(exists(pid) for pid in pids) and own_pool.pids == []
+    assert all_end(pids, 0.0) and own_pool.pids == []
     assert own_pool.run(add_ranks, 1.0) == [torch.tensor([3.0])] * 2
 
 
@@ -148,18 +138,10 @@ def test_children_of_workers_are_killed_too(own_pool: WorkerPool, tmp_path: Any)
     with pytest.raises(RanksFailed, match="hung"):
         own_pool.run(start_child_and_hang, str(tmp_path / "pid"), timeout=2.0)
     children = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
-    deadline = time.monotonic() + 5.0
-    while any(exists(pid) for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(exists(pid) for pid in children)
+    assert all_end(children, 5.0)
 
 
 def test_process_state_does_not_leak_into_the_next_case(worker_pool: Pools) -> None:
     pool = worker_pool(1)
     pool.run(change_process_state)
     assert pool.run(read_process_state) == [(None, False, torch.float32, True, True)]
-
-
-def test_functions_that_no_worker_can_import_are_refused(worker_pool: Pools) -> None:
-    with pytest.raises(ValueError, match="import"):
-        worker_pool(1).run(lambda rank, world_size: None)

@@ -1,132 +1,41 @@
-"""Layouts of Megatron-core groups and DeepSpeed engines can follow each other in the same processes."""
+"""Engines of different layouts can follow each other in the same processes."""
 
 import gc
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from mlra_scale.config import Config
 from tests.distributed import steps
+from tests.distributed.oracle_runs import Pools, in_layout
 from tests.support.layouts import Layout, canonical_weights, layout_config
-from tests.support.pool import WorkerPool
 
-Pools = Callable[[int], WorkerPool]
-HIDDEN, BATCH = 8, 8
-
-# tensor, pipeline, ZeRO stage; data parallelism takes the rest of the ranks
-LAYOUTS = [(1, 1, 0), (2, 2, 1), (2, 1, 3), (1, 2, 0), (4, 1, 1), (1, 4, 1), (1, 1, 2)]
+LAYOUTS = [
+    *(Layout(data=4), Layout(tensor=2, pipeline=2, stage=1), Layout(tensor=2, data=2, stage=3)),
+    *(Layout(pipeline=2, data=2), Layout(tensor=4, stage=1), Layout(pipeline=4, stage=1), Layout(data=4, stage=2)),
+]
 
 
-class MegatronAsMpu:
-    """What DeepSpeed asks of a model-parallel unit, answered by Megatron's global groups."""
-
-    def __init__(self) -> None:
-        from megatron.core import parallel_state
-
-        self.get_model_parallel_rank = parallel_state.get_tensor_model_parallel_rank
-        self.get_model_parallel_world_size = parallel_state.get_tensor_model_parallel_world_size
-        self.get_model_parallel_group = parallel_state.get_tensor_model_parallel_group
-        self.get_data_parallel_rank = parallel_state.get_data_parallel_rank
-        self.get_data_parallel_world_size = parallel_state.get_data_parallel_world_size
-        self.get_data_parallel_group = parallel_state.get_data_parallel_group
-
-
-def make_layers() -> list[Any]:
-    import torch
-    from megatron.core import ModelParallelConfig
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
-    class Pair(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            config = ModelParallelConfig(use_cpu_initialization=True, gradient_accumulation_fusion=False)
-            common: dict[str, Any] = {"config": config, "init_method": torch.nn.init.xavier_normal_, "bias": True}
-            self.column = ColumnParallelLinear(HIDDEN, 4 * HIDDEN, gather_output=False, **common)
-            self.row = RowParallelLinear(4 * HIDDEN, HIDDEN, input_is_parallel=True, skip_bias_add=False, **common)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.row(torch.tanh(self.column(x)[0]))[0]
-
-    layers = []
-    for i in range(4):
-        torch.manual_seed(i)
-        layers.append(Pair())
-    return layers
-
-
-def squared_error(output: Any, target: Any) -> Any:
-    return ((output - target) ** 2).mean()
-
-
-def train(rank: int, world_size: int, tensor: int, pipeline: int, stage: int) -> tuple[list[float], int, int]:
+def train(rank: int, world_size: int, config: Config) -> tuple[list[float], int, int]:
     """Losses of two steps, and how many file descriptors and tensors the process holds before they begin."""
-    import deepspeed
     import torch
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-    from megatron.core import parallel_state
 
     descriptors = len(os.listdir("/proc/self/fd"))
     tensors = sum(torch.is_tensor(thing) for thing in gc.get_objects())
-    parallel_state.initialize_model_parallel(tensor, pipeline)
-    data = world_size // tensor // pipeline
-    config = {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": BATCH // data,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": 0.0,  # on by default, and a pipeline at stage 0 clips by the norm of each stage alone
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1000000,
-    }
-    deepspeed.init_distributed(dist_backend="gloo")
-    mpu: Any = None
-    if pipeline > 1:
-        topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
-        module: Any = PipelineModule(
-            make_layers(), topology=topology, loss_fn=squared_error, partition_method="uniform"
-        )
-    elif stage == 3:
-        mpu = MegatronAsMpu()
-        group = mpu.get_data_parallel_group()
-        with deepspeed.zero.Init(mpu=mpu, data_parallel_group=group, config_dict_or_path=config):
-            module = torch.nn.Sequential(*make_layers())
-    else:
-        mpu = MegatronAsMpu()
-        module = torch.nn.Sequential(*make_layers())
-    parameters = list(module.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    losses = []
-    data_rank = parallel_state.get_data_parallel_rank()
-    mine = slice(data_rank * BATCH // data, (data_rank + 1) * BATCH // data)
-    for step in range(2):
-        generator = torch.Generator().manual_seed(step)
-        x, target = torch.randn(2, BATCH, HIDDEN, generator=generator)[:, mine]
-        if pipeline > 1:
-            losses.append(float(engine.train_batch(iter([(x, target)]))))
-        else:
-            loss = squared_error(engine(x), target)
-            engine.backward(loss)
-            engine.step()
-            mean = loss.detach().clone()
-            torch.distributed.all_reduce(mean, group=mpu.get_data_parallel_group())
-            losses.append(float(mean) / data)
-    return losses, descriptors, tensors
+    record = steps.train(rank, world_size, config, 2, canonical_weights(config.model))
+    return record.losses, descriptors, tensors
 
 
 @pytest.mark.slow
 def test_layouts_follow_each_other_and_leave_nothing_behind(worker_pool: Pools) -> None:
     pool = worker_pool(4)
-    expected = worker_pool(1).run(train, 1, 1, 0)[0][0]
-    assert expected[1] < expected[0]
+    expected = worker_pool(1).run(train, in_layout(Layout()))[0][0]
     pids = None
     held = []
     for _ in range(2):
         for layout in LAYOUTS:
-            results = pool.run(train, *layout)
+            results = pool.run(train, in_layout(layout))
             for losses, _, _ in results:
                 assert losses == pytest.approx(expected, rel=1e-6), layout
             held.append([result[1:] for result in results])

@@ -1,6 +1,5 @@
-"""QK-clip does to the weights what the oracle's logits say, in every layout, and training goes on from there."""
+"""QK-clip does to the weights what the oracle's logits say, in every layout, and training continues from there."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,7 +12,10 @@ from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.stability.activations import ActivationProbe
 from mlra_scale.stability.qk_clip import QkClip, clip_factors, row_factors
+from tests.distributed.oracle_runs import identify
 from tests.support.layouts import (
+    MASKED,
+    ODD,
     Layout,
     Piece,
     assemble,
@@ -23,21 +25,16 @@ from tests.support.layouts import (
     pieces,
     sharp_weights,
     start,
-    table_of,
 )
 from tests.support.oracle import build_reference
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 SAMPLES = 5  # no multiple of a micro-batch
-# Nothing divides by two, so that ZeRO cuts rows.
-ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50}
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
     "sequence-parallel": {"parallel__sequence_parallel": True},
-    "odd-masked": {**ODD, "data__document_attention": "masked", "data__reset_positions": True},
+    "odd-masked": {**ODD, **MASKED},
 }
 CASES = [
     *((Layout(), option) for option in ("mlra", "dense", "odd-masked")),
@@ -53,31 +50,17 @@ CASES = [
 ]
 
 
-def identify(value: Layout | str) -> str:
-    return str(value).replace(" ", "-")
-
-
 @dataclass
 class Account:
-    """One rank's account of a run: the first clip, weights and logits after it, and the steps from there.
+    """One rank's account of a run: the first clip, weights and logits after it, and the steps from there."""
 
-    Attributes:
-        clips: What each clip said.
-        before: Everything that the rank holds.
-        held: The same after the first clip.
-        owned: What it owns after the first clip.
-        logits: The largest logit of each block after the first clip.
-        losses: Of the steps after it.
-        gradient_norms: Likewise.
-    """
-
-    clips: list[dict[str, Any]] = field(default_factory=list)
-    before: list[Piece] = field(default_factory=list)
-    held: list[Piece] = field(default_factory=list)
-    owned: list[Piece] = field(default_factory=list)
-    logits: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)  # what each clip said
+    before: list[Piece] = field(default_factory=list)  # everything that the rank holds
+    held: list[Piece] = field(default_factory=list)  # the same after the first clip
+    owned: list[Piece] = field(default_factory=list)  # what it owns after the first clip
+    logits: list[float] = field(default_factory=list)  # the largest logit of each block after the first clip
+    losses: list[float] = field(default_factory=list)  # of the steps after it
+    gradient_norms: list[float] = field(default_factory=list)  # likewise
 
 
 def clip_config(layout: Layout, option: str, precision: str = "fp32", samples: int | None = SAMPLES) -> Config:
@@ -111,20 +94,20 @@ def threshold(option: str, samples: int | None) -> float:
 
 
 def clip_and_train(rank: int, world_size: int, config: Config, weights: dict[str, torch.Tensor]) -> Account:
-    engine, plan = start(config, world_size, weights)
-    clip, account = QkClip(engine, config.model, config.qk_clip, plan), Account()
-    batches = [micro_batches(config, plan, engine.topology.data_rank, step) for step in range(3)]
+    engine = start(config, world_size, weights)
+    clip, account = QkClip(engine, config.model, config.qk_clip, engine.plan), Account()
+    batches = [micro_batches(engine, step) for step in range(3)]
     account.before = pieces(engine, engine.held_fragments())
     account.clips.append(clip.apply(batches[0], 0))
     account.held = pieces(engine, engine.held_fragments())
     account.owned = pieces(engine, engine.owned_fragments())
-    probe = ActivationProbe(engine, config.model, config.activations, plan)
+    probe = ActivationProbe(engine, config.model, config.activations, engine.plan)
     account.logits = probe.measure(batches[0])["largest_logit"]
     for step in range(3):
         result = engine.train_batch(batches[step], config.optim.lr)
         account.losses.append(result.loss)
         account.gradient_norms.append(result.gradient_norm)
-        account.clips.append(clip.apply(batches[step], step * plan.global_batch_size))
+        account.clips.append(clip.apply(batches[step], step * config.train.global_batch_size))
     return account
 
 
@@ -157,7 +140,7 @@ def assert_model_follows(
 
 def assert_copies_equal(config: Config, ranks: list[Account]) -> None:
     """What several ranks hold is the same on all of them, bit by bit."""
-    table = table_of(config)
+    table = ParameterTable(config.model)
     seen: dict[tuple[str, int, int], np.ndarray] = {}
     for account in ranks:
         for name, tensor_rank, first, values in account.held:
@@ -180,7 +163,7 @@ def test_fp32_clips_what_the_oracle_would(worker_pool: Pools, layout: Layout, op
     assert first.clips[0]["clipped_heads"] == num_clipped
     np.testing.assert_allclose(first.clips[0]["largest_logit"], float(largest.max()), rtol=1e-5)
 
-    found = assemble(table_of(config), layout.tensor, [account.owned for account in ranks])
+    found = assemble(config, [account.owned for account in ranks])
     weights = {name: tensor.double().numpy() for name, tensor in sharp_weights(config.model).items()}
     for name, value in weights.items():
         factor = factors.get(name, np.ones(len(value))).reshape(-1, *[1] * (value.ndim - 1))
@@ -232,7 +215,7 @@ def test_bf16_scales_the_fp32_weights_and_computes_with_them(worker_pool: Pools,
             masters = torch.from_numpy(after[is_scaled])
             assert masters.numel() < 8 or not torch.equal(masters, masters.bfloat16().float()), "not the fp32 weights"
     assert num_scaled > 0
-    owned = assemble(table_of(config), layout.tensor, [account.owned for account in ranks])
+    owned = assemble(config, [account.owned for account in ranks])
     assert_model_follows(config, first, owned, largest, error)
 
 
@@ -246,9 +229,9 @@ def test_the_whole_batch_is_looked_at_by_default(worker_pool: Pools) -> None:
 
 
 def clip_twice(rank: int, world_size: int, config: Config) -> list[dict[str, Any]]:
-    engine, plan = start(config, world_size, sharp_weights(config.model))
-    clip = QkClip(engine, config.model, config.qk_clip, plan)
-    batches = micro_batches(config, plan, engine.topology.data_rank, 0)
+    engine = start(config, world_size, sharp_weights(config.model))
+    clip = QkClip(engine, config.model, config.qk_clip, engine.plan)
+    batches = micro_batches(engine, 0)
     return [clip.apply(batches, 0) for _ in range(2)]
 
 

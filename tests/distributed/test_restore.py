@@ -1,4 +1,4 @@
-"""A run that is put back to a captured moment goes on bitwise as if nothing had happened, in every optimizer wrapper.
+"""A run that is put back to a captured state continues bitwise as if nothing had happened, in every optimizer wrapper.
 
 Captured in memory, fragment by fragment, so that nothing but the engine is under test; dropout is on.
 """
@@ -13,13 +13,11 @@ import torch
 from mlra_scale.config import Config
 from mlra_scale.parallel import Engine, Fragment, StepResult, build_engine
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, overwrite, start
-from tests.support.pool import WorkerPool
+from tests.support.layouts import DROPOUT, Layout, canonical_weights, layout_config, micro_batches, overwrite, start
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Captured = dict[tuple[str, int], list[torch.Tensor]]
 
-DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
 STOP, STEPS = 3, 6
 
 CASES = [
@@ -73,13 +71,13 @@ def model_weights(engine: Any) -> list[torch.Tensor]:
     return [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
 
 
-def steps(engine: Engine, plan: Any, config: Config, first: int, stop: int) -> list[StepResult]:
-    if config.train.precision == "fp16":
+def steps(engine: Engine, first: int, stop: int) -> list[StepResult]:
+    if engine.config.train.precision == "fp16":
         # So that the scale grows within the few steps here; this is configuration, nothing that is restored.
         engine.deepspeed_engine.optimizer.loss_scaler.scale_window = 2
     found = []
     for step in range(first, stop):
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        batches = micro_batches(engine, step)
         found.append(engine.train_batch(batches, 1e-3 / (step + 1)))
     return found
 
@@ -88,41 +86,41 @@ def interrupt(rank: int, world_size: int, config: Config) -> list[StepResult]:
     """Six steps; then again from step 3 in the same engine and in a new one, with and without moments."""
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
     if config.train.precision == "fp16":
         scaler = engine.deepspeed_engine.optimizer.loss_scaler
         scaler.cur_scale = 1e30  # overflows once
-        results = steps(engine, plan, config, 0, 1)
+        results = steps(engine, 0, 1)
         scaler.cur_scale = 256.0
-        results += steps(engine, plan, config, 1, STOP)
+        results += steps(engine, 1, STOP)
     else:
-        results = steps(engine, plan, config, 0, STOP)
+        results = steps(engine, 0, STOP)
     num_applied = sum(result.applied for result in results)
     captured, state = capture(engine), json.loads(json.dumps(engine.training_state()))
     assert (state["optimizer_step"], state["num_skipped"]) == (num_applied, STOP - num_applied)
-    expected = steps(engine, plan, config, STOP, STEPS)
+    expected = steps(engine, STOP, STEPS)
     final, final_state, computed = capture(engine), engine.training_state(), model_weights(engine)
 
-    new = build_engine(config, plan, engine.topology)
+    new = build_engine(config, engine.plan, engine.topology)
     overwrite(new, canonical_weights(config.model, seed=5))
     for candidate in (engine, new):
         candidate.restore(filler(captured), state, with_moments=True)
         assert candidate.training_state() == state
         assert_same(capture(candidate), captured)
-        assert steps(candidate, plan, config, STOP, STEPS) == expected
+        assert steps(candidate, STOP, STEPS) == expected
         assert_same(capture(candidate), final)
         assert candidate.training_state() == final_state
         assert all(map(torch.equal, model_weights(candidate), computed))
 
     # Without moments: as a new optimizer on these weights, whatever the engine has done before.
-    fresh = build_engine(config, plan, engine.topology)
+    fresh = build_engine(config, engine.plan, engine.topology)
     fresh.restore(filler(captured), None, with_moments=False)
     beginning = fresh.training_state()
-    without = steps(fresh, plan, config, 0, STOP)
+    without = steps(fresh, 0, STOP)
     new.restore(filler(captured), None, with_moments=False)
     assert new.training_state() == beginning
     assert all(f.exp_avg is f.exp_avg_sq is None for f in new.owned_fragments(with_moments=True))
-    assert steps(new, plan, config, 0, STOP) == without
+    assert steps(new, 0, STOP) == without
     assert_same(capture(new), capture(fresh))
     return results + expected
 
@@ -164,7 +162,7 @@ def test_offloaded_optimizer_continues_bitwise(worker_pool: Pools, name: str) ->
 
 
 def ownership(rank: int, world_size: int, config: Config) -> tuple[set[str], set[str]]:
-    engine, _ = start(config, world_size)
+    engine = start(config, world_size)
     held = engine.held_fragments()
     owned = {(f.name, f.start) for f in engine.owned_fragments()}
     assert owned == {(f.name, f.start) for f in held if engine.owns(f.name)}

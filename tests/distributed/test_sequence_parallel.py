@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,19 +17,17 @@ from mlra_scale.planning.memory_activations import block_bytes_per_token
 from tests.distributed import oracle_runs
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
 from tests.distributed.oracle_runs import (
-    DROPOUT,
     Options,
     Pools,
     assert_equals_oracle,
     assert_errs_like_one_process,
-    assert_gradients,
+    assert_losses_and_gradients,
     assert_same_under_dropout,
     bf16_error,
     identify,
-    oracle,
-    run,
+    trained,
 )
-from tests.support.layouts import Layout, layout_config, start
+from tests.support.layouts import DROPOUT, MASKED, OPTIONS_OF_THE_MODEL, Layout, layout_config, start
 
 STEPS = 3
 OPTIONS: dict[str, Options] = {
@@ -38,13 +35,10 @@ OPTIONS: dict[str, Options] = {
     "dense": {"model__attention": "dense"},
     "o-factorised": {"model__factorised_projections": ("q", "k", "v", "o"), "model__attention_rank": 10},
     "v-dense": {"model__factorised_projections": ("q", "k", "o"), "model__qk_norm": True},
-    "masked": {"data__document_attention": "masked", "data__reset_positions": True},
+    "masked": MASKED,
     "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120, "model__z_loss": 1e-2},
     "options": {
-        "model__qk_norm": True,
-        "model__sigma_reparam": True,
-        "model__layer_norm_scaling": True,
-        "model__embedding_scale": "sqrt_width",
+        **OPTIONS_OF_THE_MODEL,
         "model__factorised_projections": ("q", "k", "o"),
         "model__attention_rank": 10,
         "model__init_std": 0.2,
@@ -90,9 +84,8 @@ def in_layout(layout: Layout, model: str, **overrides: Any) -> Config:
 )
 @pytest.mark.parametrize(("layout", "model", "more"), CASES, ids=identify)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, model: str, more: Options) -> None:
-    weights, expected = oracle(steps=STEPS, **MODELS[model])
     config = in_layout(layout, model, **more)
-    assert_equals_oracle(config, run(worker_pool, config, weights, STEPS), expected, weights=4e-6)
+    assert_equals_oracle(config, *trained(worker_pool, config, STEPS), weights=4e-6)
 
 
 RELEASING = {
@@ -123,12 +116,9 @@ SELECTIVE: Options = {"parallel__activation_checkpointing": "selective"}
 )
 def test_zero_3_that_keeps_nothing_gathered(worker_pool: Pools, model: str, more: Options) -> None:
     """Where weights are used outside their own module's forward: the cases above are too small to release any."""
-    weights, expected = oracle(steps=STEPS, **MODELS[model])
     config = in_layout(Layout(tensor=2, data=2, stage=3), model, **more)
     config = config.model_validate(config.model_dump() | {"deepspeed": {"zero_optimization": RELEASING}})
-    records = run(worker_pool, config, weights, STEPS)
-    np.testing.assert_allclose(records[0].losses, expected.losses, rtol=1e-6)
-    assert_gradients(config, records, expected)
+    assert_losses_and_gradients(config, *trained(worker_pool, config, STEPS))
 
 
 @pytest.mark.slow_except("tp2pp2dp1-zero0-block")
@@ -144,7 +134,7 @@ def test_zero_3_that_keeps_nothing_gathered(worker_pool: Pools, model: str, more
 )
 def test_dropout_masks_do_not_depend_on_the_split(worker_pool: Pools, layout: Layout, more: Options) -> None:
     config = in_layout(layout, "masked", **DROPOUT, **more)
-    assert_same_under_dropout(worker_pool, config, STEPS, **MODELS["masked"])
+    assert_same_under_dropout(worker_pool, config, STEPS)
 
 
 @pytest.mark.slow
@@ -160,15 +150,15 @@ def test_dropout_masks_do_not_depend_on_the_split(worker_pool: Pools, layout: La
     ids=identify,
 )
 def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, model: str) -> None:
-    weights, expected = oracle(steps=STEPS, **MODELS[model])
-    allowed = bf16_error(worker_pool, layout, STEPS, min(layout.stage, 1), **MODELS[model])
-    records = run(worker_pool, in_layout(layout, model, train__precision="bf16"), weights, STEPS)
-    assert_errs_like_one_process(records, expected, allowed)
+    config = in_layout(layout, model, train__precision="bf16")
+    records, expected = trained(worker_pool, config, STEPS)
+    assert_errs_like_one_process(records, expected, bf16_error(worker_pool, config, STEPS, min(layout.stage, 1)))
 
 
 def kept_bytes(rank: int, world_size: int, config: Config) -> int:
     """Bytes that one block keeps of a micro-batch for its backward pass, weights left out."""
-    engine, plan = start(config, world_size)
+    engine = start(config, world_size)
+    plan = engine.plan
     block = engine.module.blocks[0]
     length = plan.sequence_length // (plan.tensor if config.parallel.sequence_parallel else 1)
     hidden_BSD = torch.randn(plan.micro_batch_size, length, config.model.hidden_size, requires_grad=True)
@@ -224,12 +214,12 @@ def continued(worker_pool: Pools, folder: Path, name: str, is_saving: bool = Fal
     split = {"parallel__sequence_parallel": is_split, "parallel__low_rank_plan": plan}
     config = layout_config(layout, **DROPOUT, **split)
     ranks = worker_pool(layout.world_size).run(save if is_saving else load, config, folder)
-    return Run(layout, config, ranks)
+    return Run(config, ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("was", "now"), [(was, now) for was in SAVED for now in SAVED])
-def test_a_checkpoint_goes_on_with_another_split_and_plan(
+def test_a_checkpoint_continues_with_another_split_and_plan(
     worker_pool: Pools, saved: Callable[[str], tuple[Run, Path]], was: str, now: str
 ) -> None:
     before, folder = saved(was)

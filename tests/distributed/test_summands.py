@@ -1,7 +1,5 @@
 """What leaves tensor parallelism is summed over its ranks, in whatever order of memory it comes."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +7,8 @@ import torch.distributed as dist
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.tensor_parallel import enter_linear, leave_linear, leave_tensor_parallel
 from tests.support.layouts import Layout, layout_config
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 RTOL = 1e-5
 
 

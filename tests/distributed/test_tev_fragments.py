@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from mlra_scale.config import ModelConfig, TevConfig
 from mlra_scale.model.parameters import ParameterTable
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 HIDDEN = 24
 VOCABULARY = 50257
 MODEL = ModelConfig(num_layers=1, hidden_size=HIDDEN, num_heads=2, vocab_size=VOCABULARY)

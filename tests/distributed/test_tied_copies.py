@@ -4,25 +4,22 @@ The vocabulary is large, as it is in practice, so that the embedding does not li
 three data ranks are added up, since a sum of two has no order.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from mlra_scale.config import Config
 from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
-Pools = Callable[[int], WorkerPool]
 Pieces = list[tuple[int, list[torch.Tensor]]]
 
 
 def embedding_after(rank: int, world_size: int, config: Config, steps: int) -> tuple[list[float], Pieces]:
     """Losses, and this rank's pieces of the embedding and of its moments after some steps."""
-    engine, plan = start(config, world_size, canonical_weights(config.model))
+    engine = start(config, world_size, canonical_weights(config.model))
     losses = []
     for step in range(steps):
-        batches = micro_batches(config, plan, engine.topology.data_rank, step)
+        batches = micro_batches(engine, step)
         losses.append(engine.train_batch(batches, config.optim.lr).loss)
     held = [f for f in engine.held_fragments(with_moments=True) if f.name == "embedding.weight"]
     return losses, [(f.start, [t.clone() for t in (f.values, f.exp_avg, f.exp_avg_sq) if t is not None]) for f in held]

@@ -1,6 +1,5 @@
 """Every process group of an engine, DeepSpeed's own included, waits as long as the configuration says."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from mlra_scale.config import batch_plan
 from mlra_scale.parallel import build_topology, destroy_topology, initialize_distributed
 from tests.support.layouts import Layout, layout_config, start
-from tests.support.pool import WorkerPool
+from tests.support.pool import Pools
 
 
 def timeouts(rank: int, world_size: int, config: Any) -> list[timedelta]:
@@ -23,7 +22,7 @@ def timeouts(rank: int, world_size: int, config: Any) -> list[timedelta]:
 
 @pytest.mark.slow_except("tp1pp2dp1 zero0")
 @pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(data=2, stage=3)], ids=str)
-def test_all_groups_have_the_configured_timeout(worker_pool: Callable[[int], WorkerPool], layout: Layout) -> None:
+def test_all_groups_have_the_configured_timeout(worker_pool: Pools, layout: Layout) -> None:
     config = layout_config(layout, parallel__timeout_minutes=7.0)
     for found in worker_pool(2).run(timeouts, config):
         assert len(found) >= 5
@@ -49,7 +48,7 @@ def control_groups(rank: int, world_size: int, config: Any) -> list[tuple[bool, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_control_group_is_one_of_its_own(worker_pool: Callable[[int], WorkerPool], world_size: int) -> None:
+def test_the_control_group_is_one_of_its_own(worker_pool: Pools, world_size: int) -> None:
     everybody = [{"rank": rank} for rank in range(world_size)]
     for found in worker_pool(world_size).run(control_groups, layout_config(Layout(data=world_size))):
         assert found == [(True, "gloo", world_size, everybody)] * 2

@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.config import Config, batch_plan
-from mlra_scale.planning.layout import (
-    blocks_of_stage,
-    data_groups,
-    num_held,
-    pipeline_groups,
-    tensor_groups,
-    weights_of_stage,
-)
+from mlra_scale.planning.layout import AXES, blocks_of_stage, groups_along, num_held, weights_of_stage
 from tests.support.layouts import Layout, layout_config
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, main_on_rank
@@ -25,7 +18,7 @@ def build(rank: int, world_size: int, layout: Layout, num_layers: int) -> dict[s
 
     from tests.support.layouts import start
 
-    engine, _ = start(layout_config(layout, model__num_layers=num_layers), world_size)
+    engine = start(layout_config(layout, model__num_layers=num_layers), world_size)
     topology = engine.topology
     names = {name for name in (fragment.name for fragment in engine.held_fragments()) if name.startswith("blocks.")}
     return {
@@ -54,10 +47,8 @@ def test_ranks_hold_what_the_plan_says(
         stage = found["stage"]
         assert found["numbers"] == num_held(weights_of_stage(config.model, plan.pipeline, stage), plan.tensor)
         assert found["blocks"] == list(blocks_of_stage(num_layers, plan.pipeline, stage))
-        for ours, theirs in zip(
-            (tensor_groups(plan), pipeline_groups(plan), data_groups(plan)), found["groups"], strict=True
-        ):
-            assert theirs in ours and rank in theirs
+        for axis, group in zip(AXES, found["groups"], strict=True):
+            assert group in groups_along(plan, axis) and rank in group
 
 
 def with_a_field_of_its_own(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:

@@ -4,7 +4,6 @@
 docs/huggingface.md; the tests run a covering subset.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import torch
 
 from mlra_scale.config import Config
 from tests.support.layouts import Layout, canonical_weights, layout_config, make_batch, micro_batches, start
-from tests.support.pool import WorkerPool
-
-Pools = Callable[[int], WorkerPool]
+from tests.support.pool import Pools
 
 LAYOUTS = {
     "tp1, pipeline of 2 stages": Layout(pipeline=2),
@@ -40,15 +37,10 @@ STEPS = 2
 
 @dataclass
 class Shard:
-    """What one rank saw of the logits.
+    """What one rank saw of the logits."""
 
-    Attributes:
-        tensor_rank: Which columns.
-        logits_BSV: Of the fixed batch; None on ranks that have no head.
-    """
-
-    tensor_rank: int
-    logits_BSV: np.ndarray | None
+    tensor_rank: int  # which columns
+    logits_BSV: np.ndarray | None  # of the fixed batch; None on ranks that have no head
 
 
 def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> Shard:
@@ -66,9 +58,9 @@ def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> 
 
     TokenEmbedding.loss = recording  # type: ignore[method-assign, assignment]
     try:
-        engine, plan = start(config, world_size, canonical_weights(config.model))
+        engine = start(config, world_size, canonical_weights(config.model))
         for step in range(STEPS):
-            engine.train_batch(micro_batches(config, plan, engine.topology.data_rank, step), config.optim.lr)
+            engine.train_batch(micro_batches(engine, step), config.optim.lr)
         saver = Saver(folder, engine.topology, keep_last=1, keep_every=0, asynchronous=False)
         state = {"engine": engine.training_state(), "progress": {"step": STEPS}}
         saver.save(engine, STEPS, state, engine.buffers(), config.to_yaml(), None)
@@ -104,14 +96,7 @@ class Outcome:
 
 
 def run_case(pools: Pools, folder: Path, layout: Layout, **overrides: Any) -> Outcome:
-    """Trains and saves in a layout, exports to both formats with verification, and compares.
-
-    Args:
-        pools: Gives the pool of a world size.
-        folder: Where checkpoint and exports go.
-        layout: The layout.
-        overrides: Of the configuration.
-    """
+    """Trains and saves in a layout, exports to both formats with verification, and compares."""
     from transformers import GPT2LMHeadModel
 
     from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint

@@ -56,22 +56,19 @@ def test_no_file_decides_what_the_planner_decides() -> None:
         assert not any("parallel." in line or "micro_batch" in line for line in lines), path
 
 
-@pytest.mark.slow_except("train_mlra_72L.sh-h100", "pretrain_zero3.sh-h100")
+@pytest.mark.slow_except("h100")
 @pytest.mark.parametrize("device", ["h100", "a100", "h200"])
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_a_file_runs_within_a_tenth_of_the_best_layout(path: Path, device: str) -> None:
-    """At its nodes, with what it names, against the planner's fastest layout where nothing is named."""
-    text = path.read_text()
-    values = dict(re.findall(r"^(preset|ds_config)=(\S+)$", text, re.MULTILINE))
+def test_zero_3_is_within_a_tenth_of_the_best_layout_where_its_file_names_it(device: str) -> None:
+    """At the file's nodes, against the planner's fastest layout where nothing is named."""
+    path = FOLDER / "pretrain_zero3.sh"
+    values = dict(re.findall(r"^(preset|ds_config)=(\S+)$", path.read_text(), re.MULTILINE))
     nodes, gpus = int(directive(path, "nodes")), int(directive(path, "gpus-per-node"))
     overrides = ["parallel.layout=auto", f"cluster.device={device}"]
-    file = ROOT / values["ds_config"] if "ds_config" in values else None
-    config, named = load_named_config(values["preset"], None, file, overrides)
+    config, named = load_named_config(values["preset"], None, ROOT / values["ds_config"], overrides)
     devices = Devices(nodes * gpus, gpus, "cuda")
     _, chosen = resolve_layout(config, named, devices)
-    fastest = best_layout(config, devices).fastest
-    assert chosen is not None and chosen.chosen.time.seconds <= 1.1 * fastest.time.seconds
-    assert chosen.chosen.memory.device + chosen.cluster.reserved <= 0.9 * chosen.cluster.memory
+    assert chosen is not None and zero_stage(chosen.chosen.config) == 3
+    assert chosen.chosen.time.seconds <= 1.1 * best_layout(config, devices).fastest.time.seconds
 
 
 def test_a_manual_layout_of_a_file_stays(tmp_path: Path) -> None:

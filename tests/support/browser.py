@@ -52,25 +52,16 @@ def chromium() -> str | None:
 
 @dataclass
 class Loaded:
-    """What came of loading a page.
+    """What came of loading a page."""
 
-    Attributes:
-        title: Of the document.
-        text: What a reader sees.
-        complaints: Console messages above info, exceptions and log entries.
-        requests: Everything that was asked for beside the page itself and data: URLs.
-        images: Size and state of every image.
-        overflowing: Elements that reach beyond the viewport.
-        screenshot: The whole page as PNG.
-    """
-
-    title: str = ""
-    text: str = ""
-    complaints: list[str] = field(default_factory=list)
+    title: str = ""  # of the document
+    text: str = ""  # what a reader sees
+    complaints: list[str] = field(default_factory=list)  # console messages above info, exceptions and log entries
+    # Everything that was asked for beside the page itself and data: URLs.
     requests: list[str] = field(default_factory=list)
-    images: list[dict[str, Any]] = field(default_factory=list)
-    overflowing: list[str] = field(default_factory=list)
-    screenshot: bytes = b""
+    images: list[dict[str, Any]] = field(default_factory=list)  # size and state of every image
+    overflowing: list[str] = field(default_factory=list)  # elements that reach beyond the viewport
+    screenshot: bytes = b""  # the whole page as PNG
 
 
 class Browser:

@@ -45,13 +45,7 @@ def end_is_not_special() -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path, **settings: Any) -> Path:
-    """Writes tokenizer.json and tokenizer_config.json.
-
-    Args:
-        tokenizer: The tokenizer.
-        folder: The folder to make.
-        settings: Of tokenizer_config.json, beside <s> and </s> where the vocabulary has them.
-    """
+    """Writes tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>"}

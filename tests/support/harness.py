@@ -17,26 +17,14 @@ NEED = "needs lm-evaluation-harness: pip install 'lm-eval[hf]==0.4.13'"
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """What the harness found.
+    """What the harness found."""
 
-    Attributes:
-        log_likelihoods: Of each text, in nats.
-        figures: Of the task: word_perplexity,none and bits_per_byte,none among others.
-    """
-
-    log_likelihoods: dict[str, float]
-    figures: dict[str, Any]
+    log_likelihoods: dict[str, float]  # of each text, in nats
+    figures: dict[str, Any]  # of the task: word_perplexity,none and bits_per_byte,none among others
 
 
 def run_harness(place: Path, folder: Path, more_texts: list[str], is_only_these: bool = False) -> HarnessResult:
-    """Measures the log-likelihood of local_text.jsonl in `place`, which is made there from the harness's own.
-
-    Args:
-        place: A folder to work in.
-        folder: The exported model, named as its user would.
-        more_texts: Texts that are added.
-        is_only_these: Whether those of the harness's own file are left out.
-    """
+    """Measures the log-likelihood of local_text.jsonl in `place`, which is made there from the harness's own."""
     for file in HARNESS.iterdir():
         shutil.copy(file, place)
     lines = place / "local_text.jsonl"

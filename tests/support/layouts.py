@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlra_scale.config import BatchPlan, Config, ModelConfig, batch_plan
+from mlra_scale.config import Config, ModelConfig, batch_plan
 from mlra_scale.model.parameters import ParameterTable
 
 VOCABULARY = 121  # odd: with a padding multiple of 16 there are padded rows in every layout
+DROPOUT = {"model__embedding_dropout": 0.1, "model__attention_dropout": 0.1, "model__residual_dropout": 0.1}
+MASKED = {"data__document_attention": "masked", "data__reset_positions": True}
+# Nothing divides by two, so that ZeRO cuts rows and pads the last rank's piece.
+ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50}
+NORMS = {"model__qk_norm": True, "model__sigma_reparam": True, "model__layer_norm_scaling": True}
+OPTIONS_OF_THE_MODEL = {**NORMS, "model__embedding_scale": "sqrt_width"}
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,6 @@ def layout_config(layout: Layout, **overrides: Any) -> Config:
     return Config.from_dict(values)
 
 
-def table_of(config: Config) -> ParameterTable:
-    """The parameter table of a run."""
-    return ParameterTable(config.model)
-
-
 def sample(config: Config, index: int) -> torch.Tensor:
     """Sequence number `index` of an endless random text: a pure function of the index."""
     generator = torch.Generator().manual_seed(1000 + index)
@@ -107,11 +108,12 @@ def make_batch(config: Config, indices: Sequence[int]) -> Batch:
     )
 
 
-def micro_batches(config: Config, plan: BatchPlan, data_rank: int, step: int) -> list[Batch]:
-    """This data rank's micro-batches of a step, in the order that the trainer uses."""
-    first, size = step * plan.global_batch_size, plan.micro_batch_size
-    starts = [first + (m * plan.data + data_rank) * size for m in range(plan.accumulation_steps)]
-    return [make_batch(config, range(start, start + size)) for start in starts]
+def micro_batches(engine: Any, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step, in the order that the trainer uses."""
+    plan, size = engine.plan, engine.plan.micro_batch_size
+    first = step * plan.global_batch_size
+    starts = [first + (m * plan.data + engine.topology.data_rank) * size for m in range(plan.accumulation_steps)]
+    return [make_batch(engine.config, range(start, start + size)) for start in starts]
 
 
 def global_batch(config: Config, step: int) -> Batch:
@@ -120,11 +122,20 @@ def global_batch(config: Config, step: int) -> Batch:
     return make_batch(config, range(step * size, (step + 1) * size))
 
 
+def initial_state(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Every initial global tensor by canonical name (fp32, CPU)."""
+    from mlra_scale.model.initialization import fill_initial_values
+
+    state = {}
+    for name, info in ParameterTable(model).items():
+        state[name] = torch.empty(info.shape)
+        fill_initial_values(state[name], model, info, seed)
+    return state
+
+
 @torch.no_grad()
 def canonical_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
     """Random weights by canonical name, biases and norms included: nothing is zero or one by chance."""
-    from mlra_scale.model.initialization import initial_state
-
     generator = torch.Generator().manual_seed(seed)
     state = initial_state(model, seed)
     for name, tensor in state.items():
@@ -146,7 +157,7 @@ def sharp_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
     return weights
 
 
-def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | None = None) -> tuple[Any, BatchPlan]:
+def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | None = None) -> Any:
     """Builds the engine of this rank; `weights` replace the initial ones."""
     from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
 
@@ -156,7 +167,7 @@ def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | No
     engine = build_engine(config, plan, topology)
     if weights is not None:
         overwrite(engine, weights)
-    return engine, plan
+    return engine
 
 
 def overwrite(engine: Any, weights: dict[str, torch.Tensor]) -> None:
@@ -181,8 +192,9 @@ def pieces(engine: Any, fragments: Iterable[Any]) -> list[Piece]:
     return [(f.name, engine.topology.tensor_rank, f.start, f.values.detach().cpu().numpy().copy()) for f in fragments]
 
 
-def assemble(table: Any, tensor_parallel: int, ranks: Iterable[list[Piece]]) -> dict[str, np.ndarray]:
+def assemble(config: Config, ranks: Iterable[list[Piece]]) -> dict[str, np.ndarray]:
     """Global tensors from every rank's pieces; each element must come from exactly one of them."""
+    table, tensor_parallel = ParameterTable(config.model), config.parallel.tensor
     parts = {
         name: np.zeros((1 if info.shard_dim is None else tensor_parallel, *info.local_shape(tensor_parallel)))
         for name, info in table.items()

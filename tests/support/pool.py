@@ -18,17 +18,9 @@ KEPT_WORLD_SIZES = (1, 2, 4)
 
 
 class WorkerPool:
-    """``world_size`` ranks, started at first use and again after a failure that left them unusable.
-
-    Args:
-        world_size: number of ranks.
-        group_timeout: seconds after which a collective operation without its peers raises.
-        grace: seconds that the other ranks get to answer once one rank has failed.
-    """
+    """``world_size`` ranks, started at first use and again after a failure that left them unusable."""
 
     def __init__(self, world_size: int, group_timeout: float = 180.0, grace: float = 10.0):
-        if world_size < 1:
-            raise ValueError(f"world_size {world_size} is not positive")
         self.world_size = world_size
         self._group_timeout, self._grace = group_timeout, grace
         self._ranks: Ranks | None = None
@@ -53,8 +45,6 @@ class WorkerPool:
         Raises:
             RanksFailed: some rank raised, hung or died.
         """
-        if function.__module__ == "__main__" or "<" in function.__qualname__:
-            raise ValueError(f"{function.__qualname__} is not a function that another process can import")
         if not self.pids:
             self._ranks = Ranks(
                 f"pool of {self.world_size}",
@@ -80,6 +70,10 @@ class WorkerPool:
         """Ends the ranks."""
         if self._ranks is not None:
             self._ranks.close()
+
+
+Pools = Callable[[int], WorkerPool]
+"""Gives the pool of a world size: the fixture `worker_pool`, or a registry."""
 
 
 class PoolRegistry:

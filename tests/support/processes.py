@@ -133,12 +133,7 @@ class Program:
         return self._process.poll() is not None
 
     def wait(self, timeout: float = TIMEOUT, end: bool = True) -> int:
-        """Waits for the end of the process that was started, and returns its exit code (minus the signal).
-
-        Args:
-            timeout: Seconds; then it fails.
-            end: Whether to kill what it has started.
-        """
+        """Waits for the end of the process that was started, and returns its exit code (minus the signal)."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -185,12 +180,6 @@ class Program:
 
 def train(*arguments: str, num_processes: int = 1, timeout: float = 180.0, **extra: Any) -> Finished:
     """Runs `mlra_scale.train` with these arguments and waits for its end.
-
-    Args:
-        arguments: Of the command line.
-        num_processes: 1: plain python; more: torchrun.
-        timeout: Seconds until everything that was started is killed and the test fails.
-        extra: Further environment variables.
 
     Returns:
         Exit code (that of torchrun is 1 whatever the workers' is) and output.

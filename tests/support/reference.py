@@ -110,16 +110,13 @@ class ReferenceAttention(nn.Module):
         sigma_reparam: bool = False,
     ):
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
 
         def projection(name: str) -> nn.Module:
             if name not in factorised:
                 return linear(hidden_size, hidden_size, sigma_reparam, is_left=name == "o")
-            if rank is None:
-                raise ValueError("factorised projections need a rank")
+            assert rank is not None
             kind = SpectralLowRankProjection if sigma_reparam else LowRankProjection
             return kind(hidden_size, hidden_size, rank)
 
@@ -229,14 +226,8 @@ class ReferenceGPT(nn.Module):
 
     Args:
         vocab_size: number of real tokens V; there is no padding here.
-        max_positions: number of learned positions P.
-        num_layers: number of blocks.
-        hidden_size: D.
-        num_heads: N; must divide D.
-        ffn_hidden_size: F.
         factorised: which of "q", "k", "v", "o" are low-rank; empty for dense attention.
         rank: R of the factorised projections; not used when none is.
-        layer_norm_eps: epsilon of every LayerNorm.
         qk_norm: whether queries and keys are normalised.
         sigma_reparam: whether each linear map of a block is; then set_vectors comes before the first forward pass.
         layer_norm_scaling: whether the norms of block l, from 1, are multiplied by 1/sqrt(l).
@@ -260,9 +251,6 @@ class ReferenceGPT(nn.Module):
         embedding_factor: float = 1.0,
     ):
         super().__init__()
-        unknown = set(factorised) - set("qkvo")
-        if unknown:
-            raise ValueError(f"factorised may hold q, k, v and o, not {sorted(unknown)}")
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.positions = nn.Embedding(max_positions, hidden_size)
         self.blocks = nn.ModuleList(
@@ -285,13 +273,12 @@ class ReferenceGPT(nn.Module):
     def set_vectors(self, vectors: dict[str, Tensor]) -> None:
         """Sets where the power iterations of sigmaReparam begin, by canonical name of the map (unit vectors)."""
         maps = {name: module for name, module in self.named_modules() if isinstance(module, SpectralMap)}
-        if maps.keys() != vectors.keys():
-            raise ValueError(f"vectors are missing or unknown: {sorted(maps.keys() ^ vectors.keys())}")
+        assert maps.keys() == vectors.keys(), maps.keys() ^ vectors.keys()
         for name, module in maps.items():
             module.vector = vectors[name]
 
     def advance(self) -> None:
-        """Ends a training step: the power iterations go on from where the last forward pass left them."""
+        """Ends a training step: the power iterations continue from where the last forward pass left them."""
         for module in self.modules():
             if isinstance(module, SpectralMap):
                 module.vector = module.next_vector
@@ -314,15 +301,9 @@ class ReferenceGPT(nn.Module):
         return self.final_norm(x_BSD), attention_logits
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Computes the logits of the next token.
+        """Logits of the next token [B, S, V], from token ids [B, S].
 
-        Args:
-            tokens: token ids [B, S].
-            positions: position of each token [B, S]; None means 0, 1, ..., S - 1.
-            documents: id of each token's document [B, S]; given, a token attends only within its own document.
-
-        Returns:
-            Logits [B, S, V].
+        Positions None: 0, 1, ..., S - 1. With documents, a token attends only within its own.
         """
         hidden_BSD, _ = self._run(tokens, positions, documents)
         return hidden_BSD @ self.embedding.weight.T
@@ -337,13 +318,7 @@ class ReferenceGPT(nn.Module):
         return self._run(tokens, positions, documents)[1]
 
     def loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats, plus ``z_loss`` times the mean of log^2 Z (PaLM, Chowdhery et al. 2022, sec. 5).
-
-        Args:
-            logits: [B, S, V].
-            targets: token ids [B, S].
-            z_loss: coefficient of the z-loss term.
-        """
+        """Mean cross-entropy in nats, plus ``z_loss`` times the mean of log^2 Z (Chowdhery et al. 2022, sec. 5)."""
         log_z_BS = torch.logsumexp(logits, dim=-1)
         target_logits_BS = logits.gather(-1, targets[..., None]).squeeze(-1)
         loss = (log_z_BS - target_logits_BS).mean()

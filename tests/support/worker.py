@@ -19,14 +19,10 @@ from benchmarks.ranks import Failed
 
 @dataclass
 class Frozen:
-    """What the collector no longer walks through.
+    """What the collector no longer walks through."""
 
-    Attributes:
-        num_modules: Modules that were loaded at the last freeze.
-        caches: DeepSpeed's methods with a cache among it: they keep engines, and a search for them would miss them.
-    """
-
-    num_modules: int = 0
+    num_modules: int = 0  # modules that were loaded at the last freeze
+    # DeepSpeed's methods with a cache among it: they keep engines, and a search for them would miss them.
     caches: list[Any] = field(default_factory=list)
 
 

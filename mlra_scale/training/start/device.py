@@ -141,18 +141,27 @@ def check_device(config: Config) -> list[Problem]:
     return []
 
 
-def set_device_environment(config: Config, environment: MutableMapping[str, str], is_layout_open: bool = False) -> None:
+def set_device_environment(
+    config: Config, environment: MutableMapping[str, str], is_layout_open: bool = False
+) -> set[str]:
     """Sets the variables of CUDA's libraries that are not set already, in a process that has not touched its device.
 
     With `is_layout_open` the planner, which looks at the device, may still choose tensor parallelism.
+
+    Returns:
+        The names of the variables that this has set.
     """
+    variables = {}
     if config.parallel.tensor > 1 or is_layout_open:
         # One hardware queue starts kernels in the order of their launch: a sum that is launched before a matrix
         # product then overlaps with it (model/tensor_parallel.py).
-        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if config.train.deterministic:
         # cuBLAS otherwise chooses among several workspaces, and its sums depend on the choice.
-        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    missing = variables.keys() - environment.keys()
+    environment.update({name: variables[name] for name in missing})
+    return missing
 
 
 def memory_of_node() -> float:

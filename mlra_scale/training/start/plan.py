@@ -14,15 +14,7 @@ from mlra_scale.model.low_rank_plan import low_rank_plan
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines, choose, comparison_line
 from mlra_scale.planning.cluster import GIB, Cluster, generation_of_device, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
-from mlra_scale.planning.layout import (
-    blocks_of_stage,
-    data_groups,
-    num_held,
-    pipeline_groups,
-    rank_of,
-    tensor_groups,
-    weights_of_stage,
-)
+from mlra_scale.planning.layout import AXES, blocks_of_stage, groups_along, num_held, rank_of, weights_of_stage
 from mlra_scale.planning.memory import rank_memory
 from mlra_scale.planning.plan_text import COMPONENTS
 from mlra_scale.planning.search import changed
@@ -189,14 +181,11 @@ def _layout_line(config: Config, plan: BatchPlan) -> str:
 
 def _mesh_lines(config: Config, plan: BatchPlan) -> list[str]:
     lines = [_layout_line(config, plan), *_low_rank_lines(config, plan)]
-    for name, groups in (
-        ("tensor", tensor_groups(plan)),
-        ("pipeline", pipeline_groups(plan)),
-        ("data", data_groups(plan)),
-    ):
+    for axis in AXES:
+        groups = groups_along(plan, axis)
         shown = " ".join(_ranks(group) for group in groups[:_GROUPS_SHOWN])
         more = f" ... ({len(groups)} groups)" if len(groups) > _GROUPS_SHOWN else ""
-        lines.append(f"{name + ' groups':<16} {shown}{more}")
+        lines.append(f"{axis + ' groups':<16} {shown}{more}")
     for stage in range(plan.pipeline):
         blocks = blocks_of_stage(config.model.num_layers, plan.pipeline, stage)
         first = rank_of(plan, stage, 0, 0)

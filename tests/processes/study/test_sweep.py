@@ -30,7 +30,7 @@ from tests.processes.study.fake_train import (
     STOPPED,
     STUBBORN,
 )
-from tests.support.leftovers import all_end
+from tests.support.waiting import all_end
 from tests.support.tools import run_tool
 
 PLAYER = Path(__file__).with_name("fake_train.py")

@@ -63,6 +63,26 @@ def test_what_cuda_reads_is_there_before_the_device_is_looked_at(
     assert seen and all(values == expected for _, *values in seen), seen
 
 
+# Starts until the process groups would be created, and says what CUDA would read from then on.
+PREPARED_START = """
+import os, sys
+from mlra_scale import train
+from mlra_scale.training.loop import trainer
+trainer.launch = lambda *_: print("variable:", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")) or 0
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("variables", "expected"), [({}, "None"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8")])
+def test_a_chosen_layout_without_tensor_parallelism_keeps_all_queues(
+    tmp_path: Path, training_data: Path, variables: dict[str, str], expected: str
+) -> None:
+    fields = ["parallel.layout=auto", "train.device=cpu", f"data.path={training_data}"]
+    result = python(PREPARED_START, "--preset", "debug", "--run-dir", str(tmp_path / "run"), *fields, **variables)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"variable: {expected}\n" in result.stdout
+
+
 def test_what_the_user_has_set_stays() -> None:
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
     set_device_environment(load_config("debug", overrides=["parallel.tensor=2"]), environment)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tests.support.device import expected
-from tests.support.device.report import PhaseReport, Report
+from tests.support.device.report import Phase, Report
 
 GROUPS = {"tensor": "tensor", "pipeline": "pipeline", "tied": "ends", "data": "data"}
 """The planner's kind of message, and the group over which it goes."""
@@ -41,7 +42,7 @@ def memory(report: Report) -> Iterator[str]:
     """A peak that is not the planned one."""
     traced, planned = report.step.peak, report.planned_bytes
     if abs(traced / planned - 1.0) > expected.MEMORY_TOLERANCE:
-        held = ", ".join(f"{size / MIB:.0f} {site}" for site, size in list(report.step.holders.items())[:6])
+        held = ", ".join(f"{size / MIB:.0f} {site}" for site, size in report.step.holders.most_common(6))
         yield (
             f"the peak is {traced / MIB:.0f} MiB and planned are {planned / MIB:.0f} ({traced / planned - 1.0:+.1%}); "
             f"held there, in MiB: {held}"
@@ -55,7 +56,7 @@ def messages(report: Report) -> Iterator[str]:
         if abs(sent - planned) > expected.BYTES_TOLERANCE * max(planned, MIB):
             change = f" ({sent / planned - 1.0:+.1%})" if planned else ""
             yield f"{kind}: {sent / MIB:.2f} MiB are sent in a step, and planned are {planned / MIB:.2f}{change}"
-    others = {group for _, group, *_ in report.step.messages} - set(GROUPS.values())
+    others = {group for _, group, _ in report.step.messages} - set(GROUPS.values())
     if (sent := report.step.sent(*others)) > expected.MAX_OTHER_BYTES:
         most = expected.MAX_OTHER_BYTES
         yield f"{sent:.0f} bytes are sent in a step over {', '.join(sorted(others))}; {most} at most"
@@ -80,22 +81,22 @@ def flow_control(report: Report) -> Iterator[str]:
         yield f"flow control lets the host wait {report.step.num_flow_control} times in a step"
     for wait in expected.FLOW_CONTROL:
         most = wait.number * report.num_parameters * report.num_micro_batches
-        number = sum(count for kind, site, _, count in report.step.waits if (kind, site) == (wait.kind, wait.site))
+        number = sum(n for (kind, site, _), n in report.step.waits.items() if (kind, site) == (wait.kind, wait.site))
         if number > most:
             yield f"flow control lets the host wait {number} times in {wait.site}; {most} at most"
 
 
-def unlisted(phase: PhaseReport, allowed: tuple[expected.Wait, ...]) -> Iterator[str]:
+def unlisted(phase: Phase, allowed: tuple[expected.Wait, ...]) -> Iterator[str]:
     """Waits that a list does not have, or not as often; flow control is none of them."""
     limits = {(wait.kind, wait.site): wait.number for wait in allowed}
-    found: dict[tuple[str, str], int] = {}
-    for kind, site, _, number in phase.waits:
+    found: Counter[tuple[str, str]] = Counter()
+    for (kind, site, _), number in phase.waits.items():
         if not expected.is_flow_control(kind, site):
-            found[kind, site] = found.get((kind, site), 0) + number
+            found[kind, site] += number
     for (kind, site), number in found.items():
         limit = limits.get((kind, site), 0)
         if number > limit:
-            lines = next(lines for of, at, lines, _ in phase.waits if (of, at) == (kind, site))
+            lines = next(lines for of, at, lines in phase.waits if (of, at) == (kind, site))
             yield f"the host waits {number} times ({limit} are listed) for {kind} in {site}: {lines}"
 
 

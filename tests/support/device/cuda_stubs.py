@@ -37,7 +37,6 @@ PROPERTIES = SimpleNamespace(
     is_multi_gpu_board=0,
 )
 NUM_DEVICES = 8
-ALLOCATED = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 TYPED_TENSORS = {
     "FloatTensor": torch.float32,
     "DoubleTensor": torch.float64,
@@ -124,12 +123,7 @@ class _Device:
 
 
 def install(local_rank: int, report: Waits) -> None:
-    """Has torch.cuda answer.
-
-    Args:
-        local_rank: The device of this process.
-        report: Is given every wait of the host.
-    """
+    """Has torch.cuda answer."""
     cuda: Any = torch.cuda
     Event.report = _Stream.report = staticmethod(report)
     current = [0]

@@ -19,19 +19,12 @@ MAX_OTHER_BYTES = 1024
 
 @dataclass(frozen=True)
 class Wait:
-    """A place where the host may wait for the device.
+    """A place where the host may wait for the device."""
 
-    Attributes:
-        kind: As tracing.Trace names it.
-        site: File and function.
-        number: How often in a step, at most.
-        reason: Why.
-    """
-
-    kind: str
-    site: str
-    number: int
-    reason: str
+    kind: str  # as tracing.Trace names it
+    site: str  # file and function
+    number: int  # how often in a step, at most
+    reason: str  # why
 
 
 _STAGE_3 = "deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3"
@@ -149,6 +142,10 @@ _EVALUATIONS = (
         "DeepSpeed lets no stage begin a pass before all have ended the one before",
     ),
 )
+NEW_TOKENS = 3
+"""Tokens that the trace generates after each of two prompts."""
+_NEW_TOKENS = "mlra_scale/evaluation/generation.py:_new_tokens"
+_GENERATION = "transformers/generation/utils.py:GenerationMixin"
 MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
     "noise scale": WAITS,
     "gradient statistics": (
@@ -213,6 +210,26 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
             1,
             "at the first save: the numbers by which copies are condensed; the copies themselves are not waited for",
         ),
+    ),
+    "generation": (
+        Wait("copy cpu to cuda", _NEW_TOKENS, 2, "the prompts and their mask"),
+        Wait("copy cpu to cuda", f"{_GENERATION}._prepare_special_tokens", 2, "the tokens that end and pad a text"),
+        Wait("item", f"{_GENERATION}._prepare_special_tokens", 2, "transformers checks these tokens"),
+        Wait("item", f"{_GENERATION}.generate", 2, "transformers checks the prompts"),
+        Wait("item", f"{_GENERATION}._get_logits_processor", 1, "transformers checks its options"),
+        Wait(
+            "copy cpu to cuda",
+            "transformers/cache_utils.py:DynamicLayer.lazy_initialization",
+            4,
+            "empty keys and values, once for each layer",
+        ),
+        Wait(
+            "item",
+            "transformers/generation/utils.py:StopCheck.__call__",
+            NEW_TOKENS,
+            "whether all texts have ended, after every token",
+        ),
+        Wait("tolist", _NEW_TOKENS, 2, "the new tokens of each text"),
     ),
     "writing": (
         Wait(

@@ -1,29 +1,21 @@
 """The other ranks, which are not there: a process group of any size, and what they would have sent.
 
-Collectives leave tensors as they are: every rank's values count as the same. What a pipeline's neighbour says of its
-messages (shapes, partitions) is made here, so that DeepSpeed's own code reads it, and waits for it, as on a GPU.
+Collectives leave tensors as they are: every rank's values count as the same.
 """
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import TENSOR_META_SIZE, PipelineEngine
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mlra_scale.config import BatchPlan, Config
-
 BACKENDS: dict[str, str] = {}
 """The backend that the code asked for, by name of group; one that is not here has the default's: nccl."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def install(rank: int, world_size: int) -> Counter[int]:
@@ -55,11 +47,7 @@ def install(rank: int, world_size: int) -> Counter[int]:
 
 
 def exchange_objects(sends: Callable[[str, Any, int], None]) -> None:
-    """Has collectives of Python objects answer as if every rank had sent what this one sends.
-
-    Args:
-        sends: Is given the collective, its group, and the bytes that this rank sends.
-    """
+    """Has collectives of Python objects answer as if every rank had sent what this one sends."""
 
     def all_gather_object(gathered: list[Any], mine: Any, group: Any = None) -> None:
         sends("all_gather_object", group, len(pickle.dumps(mine)))
@@ -103,44 +91,3 @@ def group_names(topology: Any) -> Callable[[dist.ProcessGroup], str]:
         return found[key]
 
     return name_of
-
-
-class Neighbour:
-    """What the stage before, or after, says of what it sends.
-
-    Args:
-        config: The configuration.
-        plan: Its batch plan.
-        topology: This rank's place.
-        is_partitioned: Whether DeepSpeed cuts what is sent among the tensor-parallel ranks.
-    """
-
-    def __init__(self, config: Config, plan: BatchPlan, topology: Any, is_partitioned: bool) -> None:
-        split = plan.tensor if config.parallel.sequence_parallel else 1
-        batch, sequence = plan.micro_batch_size, plan.sequence_length
-        hidden = [batch, sequence // split, config.model.hidden_size]
-        numel, dtype = math.prod(hidden), DTYPES[config.train.precision]
-        borders = [numel * part // plan.tensor for part in range(plan.tensor + 1)]
-        self._partition = [len(hidden), *hidden, plan.tensor, topology.tensor_rank, *borders]
-        self._tensors: list[tuple[torch.dtype, list[int]]] = [(dtype, hidden)]
-        if is_partitioned:
-            self._tensors = [(torch.int64, [len(self._partition)]), (dtype, [numel // plan.tensor])]
-        model = config.model
-        if config.data.document_attention == "masked":
-            self._tensors.append((torch.int64, [batch, sequence]))
-        if max(model.embedding_dropout, model.attention_dropout, model.residual_dropout) > 0.0:
-            self._tensors.append((torch.int64, [batch]))
-
-    def says(self, received: torch.Tensor) -> list[int] | None:
-        """Returns the values of a received tensor of integers that is about others; None: it is none of these."""
-        if received.dtype == torch.int32 and received.numel() == TENSOR_META_SIZE:
-            message = self._announcement()
-            return message + [0] * (TENSOR_META_SIZE - len(message))
-        if received.dtype == torch.int64 and received.shape == (len(self._partition),):
-            return self._partition
-        return None
-
-    def _announcement(self) -> list[int]:
-        """The message before a stage's first activations (PipelineEngine._send_tensor_meta)."""
-        described = [[PipelineEngine.DTYPE_TO_ID[dtype], len(shape), *shape] for dtype, shape in self._tensors]
-        return [0, *described[0]] if len(described) == 1 else [2, len(described), *chain(*described)]

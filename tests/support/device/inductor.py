@@ -47,7 +47,7 @@ def main(overrides: list[str]) -> None:
 
 
 def _install_device() -> None:
-    """Tells Triton and inductor of the device."""
+    """Makes the device known to Triton and inductor."""
     import torch
     import torch._dynamo.device_interface as interfaces
     import torch._inductor.config as inductor

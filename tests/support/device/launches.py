@@ -54,13 +54,7 @@ def is_free(func: Any, name: str) -> bool:
 
 
 def num_launches(func: Any, name: str, arguments: Sequence[Any]) -> int:
-    """Returns the number of kernels of an operator that is not free.
-
-    Args:
-        func: The operator.
-        name: Its name.
-        arguments: Its positional arguments.
-    """
+    """Returns the number of kernels of an operator that is not free."""
     if not name.startswith(("_foreach_", "_fused_")):
         return 1
     lists = [value for value in arguments if isinstance(value, list | tuple) and _holds_tensors(value)]
@@ -77,13 +71,7 @@ def num_launches(func: Any, name: str, arguments: Sequence[Any]) -> int:
 
 
 def multi_tensor_launches(sizes: Sequence[int], depth: int, limits: Sequence[int]) -> int:
-    """Returns how often the multi-tensor kernel is started.
-
-    Args:
-        sizes: Elements of each tensor.
-        depth: Number of lists.
-        limits: Tensors of one launch, by number of lists.
-    """
+    """Returns how often the multi-tensor kernel is started."""
     launches = tensors = chunks = 0
     for size in sizes:
         rest = -(-size // CHUNK)

@@ -20,29 +20,17 @@ PLANS = ("replicated", "merged")
 
 @dataclass(frozen=True)
 class Layout:
-    """What one subprocess traces.
+    """What one subprocess traces."""
 
-    Attributes:
-        name: Of the layout.
-        overrides: Of the configuration, as on the command line.
-        world_size: Number of ranks.
-        rank: The rank that is traced.
-        ds_config: DeepSpeed's configuration: a file of ds_configs/, or none.
-        preset: The preset.
-        num_layers: Blocks of the whole model.
-        num_micro_batches: Of a step, on every data rank.
-        with_measurements: Whether TEV, statistics, QK-clip, snapshot and evaluation are traced too.
-    """
-
-    name: str
-    overrides: tuple[str, ...] = ()
-    world_size: int = 1
-    rank: int = 0
-    ds_config: str | None = None
-    preset: str = "gpt2-mlra-72l"
-    num_layers: int = 8
-    num_micro_batches: int = 6
-    with_measurements: bool = False
+    name: str  # of the layout
+    overrides: tuple[str, ...] = ()  # of the configuration, as on the command line
+    world_size: int = 1  # number of ranks
+    rank: int = 0  # the rank that is traced
+    ds_config: str | None = None  # DeepSpeed's configuration: a file of ds_configs/, or none
+    preset: str = "gpt2-mlra-72l"  # the preset
+    num_layers: int = 8  # blocks of the whole model
+    num_micro_batches: int = 6  # of a step, on every data rank
+    with_measurements: bool = False  # whether TEV, statistics, QK-clip, snapshot and evaluation are traced too
 
 
 PARALLEL = ("parallel.tensor=2", "parallel.pipeline=4")

@@ -1,4 +1,4 @@
-"""What happens beside training steps, traced: TEV, statistics, QK-clip, activations, snapshot, evaluation.
+"""What happens beside training steps, traced: TEV, statistics, QK-clip, activations, snapshot, evaluation, generation.
 
 The real parts run. Two functions that only calculate on the host with numbers that nobody knows here are answered:
 TEV's `combine`, which checks that every row was counted, and nothing else.
@@ -6,10 +6,16 @@ TEV's `combine`, which checks that every row was counted, and nothing else.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
+
+from tests.support.device.expected import NEW_TOKENS
 
 if TYPE_CHECKING:
     from tests.support.device.traced import TracedRank
@@ -58,6 +64,7 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     with phase("evaluation"):
         engine.eval_batch(batches)
     _snapshot(rank)
+    _generate(rank)
     return {"planned_snapshot": rank_memory(config, plan, rank.topology.pipeline_rank).snapshot}
 
 
@@ -67,6 +74,35 @@ def _scale_some_rows(rank: TracedRank) -> None:
 
     model = rank.config.model
     rank.engine.scale_rows(row_factors(torch.full((2, model.num_heads), 0.5).double(), model, rank.engine.table))
+
+
+def _generate(rank: TracedRank) -> None:
+    """NEW_TOKENS after each of two prompts, by a small model as exports have it. FakeTensors have no inference mode."""
+    from transformers import GenerationMixin
+
+    from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
+    from mlra_scale.evaluation.generation import GenerationOptions, _new_tokens
+    from mlra_scale.evaluation.models import OpenedModel
+
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "attention_rank": 16}
+    module = MlraForCausalLM(MlraConfig(vocab_size=64, max_position_embeddings=16, **shape)).to("cuda").eval()
+    opened = OpenedModel(module, Path(), "mlra_gpt2", 64, 16, None)
+
+    def without_gradients(is_inference: bool = True) -> AbstractContextManager[None]:
+        return torch.no_grad() if is_inference else nullcontext()
+
+    is_unfinished, number = GenerationMixin._has_unfinished_sequences, count()
+
+    def is_unfinished_until_the_end(*arguments: Any, **options: Any) -> bool:
+        """Nobody knows here that the longest text is reached; the read for it counts."""
+        return is_unfinished(*arguments, **options) and next(number) < NEW_TOKENS
+
+    with (
+        mock.patch.object(torch, "inference_mode", without_gradients),
+        mock.patch.object(GenerationMixin, "_has_unfinished_sequences", is_unfinished_until_the_end),
+        rank.trace.phase("generation"),
+    ):
+        _new_tokens(opened, [[1, 2, 3], [4]], 0, GenerationOptions(max_new_tokens=NEW_TOKENS, is_greedy=True))
 
 
 def _snapshot(rank: TracedRank) -> None:

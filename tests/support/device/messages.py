@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_iter
 
-
-@dataclass(frozen=True)
-class Message:
-    """Messages of a kind.
-
-    Attributes:
-        number: How many.
-        sent: Bytes that this rank sends in them.
-    """
-
-    number: int = 0
-    sent: float = 0.0
-
-    def __add__(self, other: Message) -> Message:
-        return Message(self.number + other.number, self.sent + other.sent)
+from tests.support.device.report import Message
 
 
 def _nbytes(value: Any) -> int:

@@ -34,27 +34,16 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Mesh:
-    """A job that is simulated.
-
-    Attributes:
-        name: Of it.
-        world_size: Ranks.
-        overrides: Of the configuration.
-        ds_config: DeepSpeed's file.
-        preset: The model.
-        save_seconds: CPU time that a save may take rank 0.
-        fragments_bytes: Size that fragments.json may have.
-        is_large: Whether it takes a minute to simulate.
-    """
+    """A job that is simulated."""
 
     name: str
     world_size: int
     overrides: tuple[str, ...]
     ds_config: str
     preset: str = "gpt2-mlra-72l"
-    save_seconds: float = 5.0
-    fragments_bytes: int = 2 * MIB
-    is_large: bool = False
+    save_seconds: float = 5.0  # CPU time that a save may take rank 0
+    fragments_bytes: int = 2 * MIB  # size that fragments.json may have
+    is_large: bool = False  # whether it takes a minute to simulate
 
 
 PIPELINE, ZERO_3 = "ds_configs/zero1_pipeline.json", "ds_configs/zero3.json"
@@ -71,21 +60,11 @@ MESHES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What one part of a job costs one rank.
+    """What a save or a measurement costs."""
 
-    Attributes:
-        part: Start-up, TEV, save, ...
-        cpu_seconds: Of the rank that does most (rank 0), in our own code.
-        messages: That a rank takes part in.
-        sent: Bytes that an ordinary rank sends in them.
-        received: Bytes that arrive at the rank that gets most.
-    """
-
-    part: str
-    cpu_seconds: float
-    messages: int = 0
-    sent: int = 0
-    received: int = 0
+    cpu_seconds: float  # of the rank that does most (rank 0), in our own code
+    sent: int  # bytes that an ordinary rank sends
+    received: int  # bytes that arrive at the rank that gets most
 
 
 def configured(mesh: Mesh) -> tuple[Config, BatchPlan, float]:
@@ -179,7 +158,7 @@ def save_costs(config: Config, plan: BatchPlan, folder: Path) -> tuple[Cost, int
     content = manifest.to_json()
     seconds = time.process_time() - began
     # gather_object sends as many bytes for every rank as the longest report has; before it, and after, a few numbers.
-    cost = Cost("save", seconds, 5, max(sizes), max(sizes) * plan.world_size)
+    cost = Cost(seconds, max(sizes), max(sizes) * plan.world_size)
     return cost, (folder / "fragments.json").stat().st_size, len(content)
 
 
@@ -200,7 +179,7 @@ def tev_costs(config: Config, plan: BatchPlan) -> Cost:
     combine(request, gathered, summed)
     seconds = time.process_time() - began
     sent = 8 + gathered[0].nbytes + summed.nbytes
-    return Cost("TEV", seconds, 3, sent, gathered[0].nbytes * plan.world_size + summed.nbytes)
+    return Cost(seconds, sent, gathered[0].nbytes * plan.world_size + summed.nbytes)
 
 
 def _count_rows(vector: np.ndarray, start: int, stop: int, width: int) -> None:

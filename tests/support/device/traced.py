@@ -1,13 +1,9 @@
-"""One rank of a layout on a device that is not there: builds the real engine, trains two steps, reports.
-
-python -m tests.support.device.traced LAYOUT_AS_JSON [FAULT]     (running.py does that)
-"""
+"""One rank of a layout on a device that is not there: builds the real engine, trains two steps, reports."""
 
 from __future__ import annotations
 
-import json
+import pickle
 import sys
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,10 +15,8 @@ from tests.support.device import cuda_stubs, measured
 from tests.support.device.answers import Answers
 from tests.support.device.faults import FAULTS
 from tests.support.device.layouts import Layout
-from tests.support.device.report import PhaseReport, Report
-from tests.support.device.tracing import Phase, Trace
-
-HOLDERS_SHOWN = 24
+from tests.support.device.report import Phase, Report
+from tests.support.device.tracing import Trace
 
 
 def configured(layout: Layout) -> Any:
@@ -44,7 +38,6 @@ class TracedRank:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.seconds: dict[str, float] = {}
         self.trace = Trace()
         cuda_stubs.install(layout.rank % cuda_stubs.NUM_DEVICES, self.trace.wait)
 
@@ -61,15 +54,12 @@ class TracedRank:
         cuda_stubs.answer_for_cpu_adam()
         self.config = configured(self.layout)
         self.plan = batch_plan(self.config, self.layout.world_size)
-        place = initialize_distributed("cuda", 10.0)
-        self.topology = build_topology(self.plan, place, 10.0)
+        self.topology = build_topology(self.plan, initialize_distributed("cuda", 10.0), 10.0)
         self.trace.group_of = fake_ranks.group_names(self.topology)
         fake_ranks.exchange_objects(self.trace.sends_object)
         engine: Any = build_engine(self.config, self.plan, self.topology)
         self.engine = engine
         self.deepspeed_engine: Any = self.engine.deepspeed_engine
-        is_partitioned = getattr(self.deepspeed_engine, "is_pipe_partitioned", False)
-        self.trace.received = fake_ranks.Neighbour(self.config, self.plan, self.topology, is_partitioned).says
         self.blocks = _blocks(self.engine.module)
         self._mark_blocks()
         self.step_batches = self.batches()  # on a run, the feed's thread has them ready
@@ -122,26 +112,23 @@ class TracedRank:
         module, step = self.engine.module, self.trace.phases["step"]
         named = [*module.named_parameters(), *module.named_buffers()]
         optimizer = type(self.deepspeed_engine.optimizer).__name__
-        between, of_micro_batch = _between(step, self.plan.accumulation_steps)
         # Of ZeRO 3 the mean of all blocks: a bucket of gradients is flushed in some of them.
         passes = _pass_launches(step, "all") if "Stage3" in optimizer else _pass_launches(step, "middle")
         num_blocks = len(self.blocks) if "Stage3" in optimizer else 1
         return Report(
             layout=self.layout.name,
             engine=(type(self.deepspeed_engine).__name__, optimizer),
-            seconds=self.seconds,
             num_micro_batches=self.plan.accumulation_steps,
             num_blocks=len(self.blocks),
             num_parameters=len(list(module.parameters())),
             misplaced=[name for name, value in named if value.device.type != "cuda"],
-            phases={name: _phase_report(phase) for name, phase in self.trace.phases.items()},
+            phases=self.trace.phases,
             block_launches=(passes[0] / num_blocks, passes[1] / num_blocks),
-            between_launches=between,
-            micro_batch_launches=of_micro_batch,
+            between_launches=_between(step, self.plan.accumulation_steps),
             planned_bytes=rank_memory(self.config, self.plan, self.topology.pipeline_rank).device,
             planned_sent=_planned_sent(self.config, self.plan, self.topology.pipeline_rank),
             mesh=(self.plan.tensor, self.plan.pipeline, self.plan.data),
-            groups={str(size): number for size, number in sorted(self.groups.items())},
+            groups=dict(self.groups),
         )
 
 
@@ -190,47 +177,27 @@ def _pass_launches(phase: Phase, of: str) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _between(phase: Phase, num_micro_batches: int) -> tuple[int, int]:
-    """Kernels between the blocks' backward pass and the next forward pass, and those from forward pass to forward pass.
+def _between(phase: Phase, num_micro_batches: int) -> int:
+    """Kernels between the blocks' backward pass and the next forward pass.
 
-    Both near the end of the step, where a pipeline does one of each in turns, and before gradients are reduced.
+    Near the end of the step, where a pipeline does one of each in turns, and before gradients are reduced.
     """
     begins = [number for name, number in phase.marks if name == "all begins"]
     backs = [number for name, number in phase.marks if name == "all begins backward"]
     assert len(begins) == len(backs) == num_micro_batches, f"not every micro-batch was seen: {phase.marks}"
     if num_micro_batches < 2:
-        return 0, 0
+        return 0
     earlier, later = begins[-2], begins[-1]
     between = [later - number for number in backs if earlier < number <= later]
     assert between, f"no backward pass between the last two forward passes: {phase.marks}"
-    return between[-1], later - earlier
+    return between[-1]
 
 
-def _phase_report(phase: Phase) -> PhaseReport:
-    return PhaseReport(
-        start=phase.start,
-        peak=phase.peak,
-        end=phase.end,
-        host_start=phase.host_start,
-        host_peak=phase.host_peak,
-        num_launches=phase.num_launches,
-        launches=dict(phase.launches.most_common()),
-        waits=[(*key, number) for key, number in phase.waits.most_common()],
-        messages=[(*key, message.number, message.sent) for key, message in phase.messages.items()],
-        wide_products=dict(phase.wide_products),
-        host_results=dict(phase.host_results),
-        misplaced=dict(phase.misplaced),
-        holders=dict(phase.holders().most_common(HOLDERS_SHOWN)),
-    )
-
-
-def main(layout_as_json: str, faults: str) -> None:
-    """Traces and prints the report."""
-    layout = Layout(**json.loads(layout_as_json))
-    layout = Layout(**{**vars(layout), "overrides": tuple(layout.overrides)})
-    began = time.monotonic()
+def main() -> None:
+    """Traces the layout that stdin holds, pickled with faults and the file in which the report is left."""
+    layout, faults, file = pickle.load(sys.stdin.buffer)
     rank = TracedRank(layout)
-    for name in filter(None, faults.split(",")):
+    for name in faults:
         FAULTS[name]()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -239,14 +206,9 @@ def main(layout_as_json: str, faults: str) -> None:
         for name, work in (("build", rank.build), ("first step", rank.train), ("step", rank.train)):
             with rank.trace.phase(name):
                 work()
-            rank.seconds[name] = time.monotonic() - began
         report = rank.report()
         if layout.with_measurements:
             report.results |= measured.trace_measurements(rank)
-            report.phases |= {name: _phase_report(phase) for name, phase in rank.trace.phases.items()}
-            rank.seconds["measurements"] = time.monotonic() - began
-    from tests.support.device.running import MARK
-
-    print(f"\n{MARK}{report.to_json()}")
-    sys.stdout.flush()
+        content = pickle.dumps(report)
+    file.write_bytes(content)
     dist.destroy_process_group()

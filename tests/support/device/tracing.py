@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 
 from tests.support.device.launches import is_free, num_launches
-from tests.support.device.messages import Message, message_of
+from tests.support.device.messages import message_of
+from tests.support.device.report import Message, Phase
 
 ROUNDING = 512
 SMALL = 1 << 13
@@ -38,48 +38,6 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_efficient_atte
 WAITING = {"nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount", "argwhere"}
 """Operators whose result has a size, or is a value, that the host must know."""
 KEEPS_VALUES = {"_to_copy", "clone", "lift_fresh", "detach", "alias", "copy_", "view", "slice", "select", "_pin_memory"}
-
-
-@dataclass
-class Phase:
-    """What happened between two moments.
-
-    Attributes:
-        launches: Kernels by operator.
-        waits: By (kind, site, lines): how often the host waited for the device.
-        messages: By (operator, group, site): number of messages and bytes that this rank sends.
-        wide_products: By site: matrix products of fp32.
-        host_results: By site: bytes of results that the host computed by itself.
-        misplaced: What is not where it must be.
-        start, peak, end: Bytes on the device.
-        host_start, host_peak: Bytes of page-locked memory.
-        journal: (site, bytes) of every storage that came or, with a minus, went; the first entries are what was there.
-        peak_place: Length of the journal at the peak.
-        marks: (name, launches so far).
-    """
-
-    launches: Counter[str] = field(default_factory=Counter)
-    waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    messages: dict[tuple[str, str, str], Message] = field(default_factory=dict)
-    wide_products: Counter[str] = field(default_factory=Counter)
-    host_results: Counter[str] = field(default_factory=Counter)
-    misplaced: Counter[str] = field(default_factory=Counter)
-    start: int = 0
-    peak: int = 0
-    end: int = 0
-    host_start: int = 0
-    host_peak: int = 0
-    journal: list[tuple[str, int]] = field(default_factory=list)
-    peak_place: int = 0
-    marks: list[tuple[str, int]] = field(default_factory=list)
-    num_launches: int = 0
-
-    def holders(self) -> Counter[str]:
-        """Returns who holds how many bytes at the peak, by the site that made them."""
-        found: Counter[str] = Counter()
-        for site, size in self.journal[: self.peak_place]:
-            found[site] += size
-        return found
 
 
 @dataclass
@@ -114,38 +72,34 @@ def _kind_of(tensor: torch.Tensor) -> str:
 
 
 class Trace(TorchDispatchMode):
-    """The dispatch mode; enter it inside a FakeTensorMode.
+    """The dispatch mode; enter it inside a FakeTensorMode. `group_of` names a process group: tensor, data, ..."""
 
-    Args:
-        group_of: Returns the name of a process group: tensor, data, ...
-        received: Returns what another rank has put into a received tensor of integers, if it says something.
-    """
-
-    def __init__(
-        self,
-        group_of: Callable[[Any], str] = lambda group: "world",
-        received: Callable[[torch.Tensor], list[int] | None] = lambda tensor: None,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.group_of, self.received = group_of, received
+        self.group_of: Callable[[Any], str] = lambda group: "world"
         self.phases: dict[str, Phase] = {}
         self.live = self.pinned = 0
         self._storages: dict[int, _Storage] = {}
         self._phase = Phase()
+        # (site, bytes) of every storage that came or, with a minus, went; and the journal's length at the peak.
+        self._journal: list[tuple[str, int]] = []
+        self._length_at_peak = 0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Phase]:
-        """Counts what happens inside as the phase of a name."""
-        before, self._phase = self._phase, Phase(start=self.live, peak=self.live)
-        self._phase.host_start = self._phase.host_peak = self.pinned
-        self._phase.journal = [(held.site, held.device_bytes) for held in self._storages.values()]
-        self._phase.peak_place = len(self._phase.journal)
-        self.phases[name] = self._phase
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts what happens inside as the phase of a name; phases may be nested."""
+        outer = self._phase, self._journal, self._length_at_peak
+        phase = Phase(start=self.live, peak=self.live, host_start=self.pinned, host_peak=self.pinned)
+        self._phase = self.phases[name] = phase
+        self._journal = [(held.site, held.device_bytes) for held in self._storages.values()]
+        self._length_at_peak = len(self._journal)
         try:
-            yield self._phase
+            yield
         finally:
-            self._phase.end = self.live
-            self._phase = before
+            phase.end = self.live
+            for site, size in self._journal[: self._length_at_peak]:
+                phase.holders[site] += size
+            self._phase, self._journal, self._length_at_peak = outer
 
     def mark(self, name: str) -> None:
         """Notes how many kernels were started until now."""
@@ -200,7 +154,7 @@ class Trace(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         storage = self._storages.pop(key)
         self.live -= storage.device_bytes
-        self._phase.journal.append((storage.site, -storage.device_bytes))
+        self._journal.append((storage.site, -storage.device_bytes))
         self.pinned -= storage.pinned_bytes
 
     def _allocated(self, tensor: torch.Tensor) -> None:
@@ -212,10 +166,9 @@ class Trace(TorchDispatchMode):
         storage.device_bytes = -(-wrapped.nbytes() // ROUNDING) * ROUNDING
         storage.site = frames(1)[0][1]
         self.live += storage.device_bytes
-        phase = self._phase
-        phase.journal.append((storage.site, storage.device_bytes))
-        if self.live > phase.peak:
-            phase.peak, phase.peak_place = self.live, len(phase.journal)
+        self._journal.append((storage.site, storage.device_bytes))
+        if self.live > self._phase.peak:
+            self._phase.peak, self._length_at_peak = self.live, len(self._journal)
 
     def _remember(self, tensor: torch.Tensor, values: torch.Tensor | None) -> None:
         """Keeps the values of a whole tensor of a storage of its own."""
@@ -350,12 +303,6 @@ class Trace(TorchDispatchMode):
                 self._phase.misplaced[f"{name} over {group_name} of a tensor on {_kind_of(tensor)}: {found[0][1]}"] += 1
         if name == "barrier" and group_name != "control":
             self.wait("barrier")
-        if name == "recv_":
-            for tensor in tensors:
-                said = self.received(tensor)
-                with _disable_current_modes():
-                    values = None if said is None else torch.tensor(said)
-                self._remember(tensor, values)
 
     def _computes_on_host(self, func: Any, name: str, results: Sequence[torch.Tensor]) -> None:
         """Notes a large result of the host's own arithmetic."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mlra_scale.config import ModelConfig
-from mlra_scale.model.initialization import initial_state, initial_std, product_std
+from mlra_scale.model.initialization import initial_std
 from mlra_scale.model.parameters import ParameterTable
+from tests.support.layouts import initial_state
 
 SHAPE: dict[str, Any] = {"num_layers": 3, "hidden_size": 256, "num_heads": 4, "vocab_size": 300, "max_positions": 32}
 
@@ -39,25 +40,6 @@ def test_measured_stds_are_those_of_the_table(scheme: Literal["gpt2", "xavier", 
         initial_std(model, table["blocks.0.attention.o.down.weight"]),
     )
     assert up == pytest.approx(down / math.sqrt(2 * model.num_layers))
-
-
-@pytest.mark.parametrize("paired", ["gpt2", "xavier", "matched"])
-def test_the_control_has_the_variance_of_the_paired_product(paired: Literal["gpt2", "xavier", "matched"]) -> None:
-    mlra = ModelConfig(**SHAPE, attention_init=paired)
-    dense = ModelConfig(**SHAPE, attention="dense", attention_init="matched-to-mlra", paired_mlra_init=paired)
-    state = initial_state(mlra, 5)
-    product = state["blocks.0.attention.q.up.weight"] @ state["blocks.0.attention.q.down.weight"]
-    control = initial_state(dense, 5)["blocks.0.attention.q.weight"]
-    assert product.std().item() == pytest.approx(product_std(mlra, paired), rel=0.03)
-    assert control.std().item() == pytest.approx(product.std().item(), rel=0.03)
-    # What is not factorised in the pair keeps the dense initialization.
-    assert measured(dense)["blocks.0.attention.o.weight"] == pytest.approx(0.02 / math.sqrt(6), rel=0.03)
-
-
-def test_gpt2_factors_at_rank_384_have_the_product_std_of_the_paper_notes() -> None:
-    model = ModelConfig(num_layers=2, hidden_size=768, num_heads=12)
-    assert product_std(model, "gpt2") == pytest.approx(0.0078, abs=5e-5)
-    assert product_std(model, "matched") == pytest.approx(0.02)
 
 
 def test_padded_rows_biases_and_norms() -> None:

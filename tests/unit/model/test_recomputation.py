@@ -2,12 +2,13 @@
 
 import gc
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from mlra_scale.model.recomputation import _Again, recomputed
+from mlra_scale.model.recomputation import recomputed
 
 
 def run(x: torch.Tensor, weights: list[torch.Tensor], compute: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
@@ -45,7 +46,7 @@ def test_it_is_computed_once_for_all_readers_and_the_gradients_are_the_same() ->
 
 
 def test_the_output_is_not_kept_and_the_graph_is_freed() -> None:
-    kept = []
+    kept, computed = [], WeakSet[torch.Tensor]()
     for is_recomputed in (False, True):
         x = torch.randn(4, 8, requires_grad=True)
         weight = torch.randn(3, 8, requires_grad=True)
@@ -53,7 +54,13 @@ def test_the_output_is_not_kept_and_the_graph_is_freed() -> None:
         storage = StorageWeakRef(activated.untyped_storage())
         if is_recomputed:
             source = x.detach()
-            with recomputed(activated, lambda source=source: functional.gelu(source)):  # type: ignore[misc]
+
+            def compute(source: torch.Tensor = source) -> torch.Tensor:
+                again = functional.gelu(source)
+                computed.add(again)
+                return again
+
+            with recomputed(activated, compute):
                 output = functional.linear(activated, weight)
         else:
             output = functional.linear(activated, weight)
@@ -63,4 +70,4 @@ def test_the_output_is_not_kept_and_the_graph_is_freed() -> None:
     del output
     assert kept == [True, False]
     gc.collect()
-    assert not any(isinstance(thing, _Again) for thing in gc.get_objects())
+    assert not computed

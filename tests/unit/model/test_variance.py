@@ -71,5 +71,9 @@ def test_std_of_the_merged_weight_is_the_one_that_the_dense_control_copies(schem
     assert std == pytest.approx(product_std(model, scheme), rel=0.01)
     control = config(HIDDEN // 2, attention="dense", attention_init="matched-to-mlra", paired_mlra_init=scheme)
     assert float(initial(control, "q.weight", 0).std()) == pytest.approx(std, rel=0.015)
+    # What is not factorised in the pair keeps the dense initialization.
+    assert float(initial(control, "o.weight", 0).std()) == pytest.approx(0.02 / math.sqrt(2), rel=0.01)
     if scheme == "matched":
         assert std == pytest.approx(model.base_std, rel=0.01)
+    if scheme == "gpt2":
+        assert product_std(model, scheme) == pytest.approx(0.0078, abs=5e-5), "the paper's notes"

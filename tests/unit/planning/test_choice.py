@@ -20,7 +20,7 @@ from mlra_scale.planning.choice import (
 )
 from mlra_scale.planning.cluster import FREE_SHARE, Cluster, cluster_of_device, named_cluster
 from mlra_scale.planning.memory import rank_memory
-from mlra_scale.planning.search import Candidate, Found, evaluate, heavy_stages, search
+from mlra_scale.planning.search import Candidate, SearchResult, evaluate, heavy_stages, search
 from mlra_scale.planning.step_time import step_time
 
 NODE = replace(named_cluster("h100"), devices_per_node=4)
@@ -107,7 +107,7 @@ def test_a_choice_that_could_lose_much_gives_way_to_a_more_robust_one() -> None:
     cluster = _two_nodes(1.02 * fast)
     pair = [evaluate(each.config, cluster, each.engine) for each in (data, stages)]
     assert pair[0].time.seconds < pair[1].time.seconds
-    choice = chosen_of(Found(pair, Counter(), pair[0]), cluster)
+    choice = chosen_of(SearchResult(pair, Counter(), pair[0]), cluster)
     assert choice.fastest is pair[0] and choice.losses_of_fragile is not None
     assert max(choice.losses_of_fragile.values()) > LARGEST_LOSS
     assert choice.chosen is pair[1] and choice.worst[1] < max(choice.losses_of_fragile.values())
@@ -115,7 +115,7 @@ def test_a_choice_that_could_lose_much_gives_way_to_a_more_robust_one() -> None:
     # Where it is the fastest by far it is chosen.
     cluster = _two_nodes(100 * fast)
     pair = [evaluate(each.config, cluster, each.engine) for each in (data, stages)]
-    choice = chosen_of(Found(pair, Counter(), pair[0]), cluster)
+    choice = chosen_of(SearchResult(pair, Counter(), pair[0]), cluster)
     assert choice.chosen is choice.fastest is pair[0] and choice.worst[1] <= LARGEST_LOSS
 
 
@@ -133,13 +133,13 @@ def test_of_layouts_that_cannot_be_told_apart_the_plainest_is_chosen() -> None:
     ]
     candidates.sort(key=lambda each: each.time.seconds)
     assert candidates[-1].time.seconds < (1 + SAME) * candidates[0].time.seconds
-    choice = chosen_of(Found(candidates, Counter(), candidates[0]), cluster)
+    choice = chosen_of(SearchResult(candidates, Counter(), candidates[0]), cluster)
     assert zero_stage(choice.chosen.config) == 1 and choice.fastest is candidates[0]
     slow = replace(cluster, zero_overhead=(0.0, 0.1, 0.0, 0.0))
     candidates = sorted(
         (evaluate(each.config, slow, each.engine) for each in candidates), key=lambda each: each.time.seconds
     )
-    assert zero_stage(chosen_of(Found(candidates, Counter(), candidates[0]), slow).chosen.config) == 2
+    assert zero_stage(chosen_of(SearchResult(candidates, Counter(), candidates[0]), slow).chosen.config) == 2
 
 
 @pytest.mark.parametrize(

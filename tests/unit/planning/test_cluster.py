@@ -4,7 +4,7 @@ import pytest
 
 from mlra_scale.config import ConfigError
 from mlra_scale.model.low_rank_plan import CPU_CORE, H100
-from mlra_scale.planning.cluster import named_cluster, named_clusters
+from mlra_scale.planning.cluster import named_cluster
 
 
 def test_rates_have_one_owner() -> None:
@@ -22,15 +22,6 @@ def test_a_group_within_a_node_uses_the_fast_link() -> None:
     assert cluster.link([0, 1, 4, 5])[0] == 20.0
     assert replace(cluster, link_inter=60.0).link([0, 1, 4, 5])[0] == 100.0, "no more than a node carries"
     assert cluster.link([0, 4])[1] == cluster.latency_inter
-
-
-def test_every_named_cluster_says_where_its_numbers_are_from() -> None:
-    assert {name: bool(cluster.source) for name, cluster in named_clusters().items()} == {
-        "h100": True,
-        "a100": True,
-        "h200": True,
-        "cpu": True,
-    }
 
 
 def test_an_unknown_cluster_is_named_with_the_known_ones() -> None:

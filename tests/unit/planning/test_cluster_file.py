@@ -99,7 +99,7 @@ def test_memory_of_a_device_that_cannot_be_is_refused(value: str) -> None:
         load_config("debug", overrides=[f"cluster.device_memory_gib={value}"])
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_reported_at_once(tmp_path: Path) -> None:
     path = written(tmp_path, lambda content: content["cluster"].update(nodes=0, memory="all", peak=1.0))
     with pytest.raises(ConfigError) as caught:
         read_cluster_file(path)

@@ -6,14 +6,7 @@ from hypothesis import strategies as st
 
 from mlra_scale.config import BatchPlan, preset, preset_names
 from mlra_scale.model.parameters import ParameterTable
-from mlra_scale.planning.layout import (
-    blocks_of_stage,
-    data_groups,
-    num_held,
-    pipeline_groups,
-    tensor_groups,
-    weights_of_stage,
-)
+from mlra_scale.planning.layout import AXES, blocks_of_stage, groups_along, num_held, rank_of, weights_of_stage
 
 
 def plan_of(tensor: int, pipeline: int, data: int) -> BatchPlan:
@@ -24,22 +17,17 @@ degrees = st.builds(plan_of, st.integers(1, 5), st.integers(1, 5), st.integers(1
 
 
 @given(degrees)
-def test_each_kind_of_group_holds_every_rank_once(plan: BatchPlan) -> None:
-    for groups, size in (
-        (tensor_groups(plan), plan.tensor),
-        (pipeline_groups(plan), plan.pipeline),
-        (data_groups(plan), plan.data),
-    ):
-        assert {len(group) for group in groups} == {size}
+def test_the_groups_of_an_axis_hold_every_rank_once_and_share_at_most_one_with_those_of_another(
+    plan: BatchPlan,
+) -> None:
+    for axis in AXES:
+        groups = groups_along(plan, axis)
+        assert {len(group) for group in groups} == {getattr(plan, axis)}
         assert sorted(rank for group in groups for rank in group) == list(range(plan.world_size))
-
-
-@given(degrees)
-def test_two_groups_of_different_kind_share_at_most_one_rank(plan: BatchPlan) -> None:
-    kinds = [tensor_groups(plan), pipeline_groups(plan), data_groups(plan)]
-    for index, kind in enumerate(kinds):
-        for other in kinds[index + 1 :]:
-            assert all(len(set(group) & set(second)) <= 1 for group in kind for second in other)
+        for other in set(AXES) - {axis}:
+            assert all(len(set(group) & set(second)) <= 1 for group in groups for second in groups_along(plan, other))
+    assert rank_of(plan, plan.pipeline - 1, 0, 0) == groups_along(plan, "pipeline")[0][-1]
+    assert rank_of(plan, 0, plan.data - 1, 0) == groups_along(plan, "data")[0][-1]
 
 
 @given(st.integers(1, 200), st.integers(1, 16))
@@ -75,12 +63,3 @@ def test_stages_share_nothing_but_the_tied_embedding(num_stages: int) -> None:
     model = preset("debug").model
     names = [info.name for stage in range(num_stages) for info in weights_of_stage(model, num_stages, stage)]
     assert sorted(names) == sorted([*ParameterTable(model), "embedding.weight"])
-
-
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_shards_add_up(tensor: int) -> None:
-    model = preset("debug").model
-    infos = list(ParameterTable(model).values())
-    sharded = sum(info.numel() for info in infos if info.shard_dim is not None)
-    whole = sum(info.numel() for info in infos)
-    assert num_held(infos, tensor) == whole - sharded + sharded // tensor

@@ -1,10 +1,8 @@
 from dataclasses import replace
 
-import pytest
-
-from mlra_scale.config import Config, ConfigError, Named, load_named_config, validate
+from mlra_scale.config import Config, Named, load_named_config, validate
 from mlra_scale.planning.cluster import Cluster, named_cluster
-from mlra_scale.planning.search import MEMORY, EngineSettings, Found, search
+from mlra_scale.planning.search import MEMORY, EngineSettings, SearchResult, search
 
 ZERO = [
     EngineSettings(None, {}),
@@ -17,7 +15,7 @@ def start(*overrides: str) -> tuple[Config, Named]:
     return load_named_config("debug", overrides=overrides)
 
 
-def find(cluster: Cluster, *overrides: str) -> Found:
+def find(cluster: Cluster, *overrides: str) -> SearchResult:
     return search(*start(*overrides), cluster, ZERO)
 
 
@@ -31,11 +29,6 @@ def test_every_layout_passes_the_validation_and_fits() -> None:
         assert each.plan.tensor <= 4, "tensor groups stay within a node"
     layouts = {(*each.overrides(), str(each.config.deepspeed)) for each in found.feasible}
     assert len(layouts) == len(found.feasible), "none is listed twice"
-
-
-def test_the_fastest_comes_first() -> None:
-    seconds = [each.time.seconds for each in find(CLUSTER).feasible]
-    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
 
 
 def test_every_dimension_is_tried() -> None:
@@ -80,13 +73,3 @@ def test_where_nothing_fits_the_smallest_is_known() -> None:
     found = find(replace(CLUSTER, memory=1e5))
     assert not found.feasible
     assert found.smallest.memory.device == min(each.memory.device for each in find(CLUSTER).feasible)
-
-
-def test_a_configuration_that_no_layout_mends_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.warmup_steps"):
-        find(CLUSTER, "optim.warmup_steps=99")
-
-
-def test_a_degree_that_does_not_divide_is_refused_with_its_field() -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.tensor = 3"):
-        find(replace(CLUSTER, devices_per_node=3), "parallel.tensor=3")

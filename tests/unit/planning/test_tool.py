@@ -101,18 +101,18 @@ def test_numbers_of_the_cluster_can_be_given() -> None:
     assert "2400 Gbit/s within a node and 100 between nodes" in ran.stdout
 
 
-def test_where_nothing_fits_the_smallest_and_a_remedy_are_told() -> None:
+def test_where_nothing_fits_the_smallest_and_a_remedy_are_printed() -> None:
     ran = run_tool("plan", "--preset", "gpt2-xl", "--cluster", "a100", "--devices-per-node", 1, "--memory-gib", 16)
     assert ran.code == 2 and ran.stdout == ""
     assert "no layout fits: the smallest needs" in ran.stderr and "offload the optimizer" in ran.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--preset", "gpt2-mrla-72l"], "did you mean 'gpt2-mlra-72l'?"),
         (["--preset", "debug", "--cluster", "h10"], "--cluster = 'h10'"),
-        (["--preset", "debug", "--devices-per-node", "2", "parallel.tensor=3"], "parallel.tensor"),
+        (["--preset", "debug", "--devices-per-node", "3", "parallel.tensor=3"], "parallel.tensor = 3"),
         (["--preset", "debug", "optim.warmup_steps=99"], "optim.warmup_steps = 99"),
         (["--preset", "debug", "--nodes", "0"], "'0' is not a whole number from 1 on"),
         (["--preset", "debug", "--utilization", "1.5"], "'1.5' is more than the peak"),
@@ -120,7 +120,7 @@ def test_where_nothing_fits_the_smallest_and_a_remedy_are_told() -> None:
         (["--preset", "debug", "--cluster", "cpu", "--json", "."], ". cannot be written"),
     ],
 )
-def test_bad_input_is_told_in_one_error(arguments: list[str], told: str) -> None:
+def test_bad_input_is_reported_in_one_error(arguments: list[str], reported: str) -> None:
     ran = run_tool("plan", *arguments)
     assert ran.code == 2
-    assert told in ran.stderr
+    assert reported in ran.stderr

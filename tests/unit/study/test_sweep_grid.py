@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mlra_scale.config import ConfigError, load_config
-from mlra_scale.model.initialization import initial_state, initial_std
+from mlra_scale.model.initialization import initial_std
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.study.grid import Cell, Study, cell_name, cells_of, load_study
+from tests.support.layouts import initial_state
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDIES = sorted((ROOT / "docs" / "studies").glob("*.yaml"))
