@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlra_scale.checkpoint.huggingface.gpt2_weights import LINEAR_MAPS, NORMS, OUTSIDE_BLOCKS
+from mlra_scale.checkpoint.huggingface.gpt2_weights import gpt2_tensors
 from mlra_scale.config import Config, ModelConfig, batch_plan
 from mlra_scale.data import Batch
 from mlra_scale.model import initialization
@@ -239,7 +239,7 @@ class PlainGPT2(nn.Module):
         self.wpe = nn.Embedding(shape.sequence_length, shape.hidden_size)
         self.h = nn.ModuleList(PlainBlock(shape.hidden_size, shape.num_heads) for _ in range(shape.num_layers))
         self.ln_f = nn.LayerNorm(shape.hidden_size)
-        _copy_weights(weights, self, is_transposed=False)
+        _copy_weights(shape, weights, self, is_transposed=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         hidden = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
@@ -275,7 +275,7 @@ class TransformersGPT2(nn.Module):
             attn_implementation="sdpa",
         )
         self.model = GPT2LMHeadModel(config)
-        _copy_weights(weights, self.model.transformer, is_transposed=True)
+        _copy_weights(shape, weights, self.model.transformer, is_transposed=True)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=tokens).logits
@@ -283,19 +283,14 @@ class TransformersGPT2(nn.Module):
 
 
 @torch.no_grad()
-def _copy_weights(weights: Mapping[str, Tensor], model: Any, is_transposed: bool) -> None:
+def _copy_weights(shape: Shape, weights: Mapping[str, Tensor], model: nn.Module, is_transposed: bool) -> None:
     """Copies the weights of a dense model, by canonical name, into one with GPT-2's names.
 
     transformers' matrices are [in, out]. The model may have fewer rows of embeddings: ours are padded.
     """
-    for name, ours in OUTSIDE_BLOCKS.items():
-        parameter = model.get_parameter(name)
-        parameter.copy_(weights[ours][: len(parameter)])
-    for index, block in enumerate(model.h):
-        for module, ours_of_module in {**{name: (ours,) for name, ours in NORMS.items()}, **LINEAR_MAPS}.items():
-            for kind in ("weight", "bias"):
-                value = torch.cat([weights[f"blocks.{index}.{ours}.{kind}"] for ours in ours_of_module])
-                block.get_parameter(f"{module}.{kind}").copy_(value.t() if is_transposed else value)
+    for tensor in gpt2_tensors(config_of(shape, "dense", "fp32").model):
+        parameter, value = model.get_parameter(tensor.name), torch.cat([weights[name] for name in tensor.parameters])
+        parameter.copy_(value.t() if is_transposed and tensor.is_transposed else value[: len(parameter)])
 
 
 def _adamw(module: nn.Module) -> torch.optim.AdamW:

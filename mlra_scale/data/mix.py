@@ -2,10 +2,10 @@
 
 A run has one mix from its first sample on. A resumed run may continue with another one: other weights, a data set more
 or less. The history of mixes, a short list, is the only state: the order of samples stays a pure function of (history,
-i). In the span of a mix, sample i is sample i - from_sample of the mix's own pattern (blend.py), and the k-th sample
-that the pattern takes from a data set is the data set's sample number k + the number that all earlier spans took from
-it. So every data set continues where it stopped: over the whole run its samples are 0, 1, 2, ... in the order of its
-own epochs, none twice and none left out, also after a pause.
+i). A mix that begins at sample f takes sample i from data set q, the entry i - f of its pattern (blend.py). If that is
+the pattern's k-th entry of q, and earlier mixes read n_q samples of q, the sample is number n_q + k of q. So every data
+set continues where it stopped: over the whole run its samples are 0, 1, 2, ... in the order of its own epochs, none
+twice and none left out, also after a pause.
 
 A data set is known by its fingerprint, not by its path.
 """

@@ -169,7 +169,7 @@ class SummedLinear(torch.autograd.Function):
 
 
 class LinearSum(torch.autograd.Function):
-    """A linear map whose output is summed over the ranks; the bias, of rank 0, has the gradient of all."""
+    """A linear map whose output is summed over the ranks. Rank 0 adds the bias; all compute its gradient."""
 
     @staticmethod
     def forward(

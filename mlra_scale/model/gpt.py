@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 def model_layers(context: ModelContext) -> list[Layer]:
-    """The layers in order, without the head, which is `TokenEmbedding.logits` of the first one."""
+    """The layers in order, without the head: the token embedding also computes loss and logits."""
     return [
         Layer("embedding", TokenEmbedding, (context,)),
         Layer("positions", PositionEmbedding, (context,)),

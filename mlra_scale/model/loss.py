@@ -87,7 +87,10 @@ class _Head:
         return losses_C, exponentials_CV, sum_C, log_z_C, columns_C, is_here_C
 
     def gradient(self, exponentials_CV: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        """Turns what `losses` returned after the losses into the gradient of their sum by the logits, [C, V]."""
+        """Returns the gradient of the summed losses by the logits, softmax (1 + 2 c log Z) - onehot(target), [C, V].
+
+        c is the coefficient of the z-loss. The arguments are what `losses` returns after the losses.
+        """
         sum_C, log_z_C, columns_C, is_here_C = rest
         factor_C = (1.0 + 2.0 * self.z_loss * log_z_C) / sum_C
         gradient_CV = exponentials_CV.mul_(factor_C.unsqueeze(-1))

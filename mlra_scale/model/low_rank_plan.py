@@ -12,7 +12,8 @@ input, held whole, W_U that at the output, whose rows (heads) are split over the
     merged       f R D^2 / t + f T D^2 / t       2 T D + 2 f R D
 
 With sequence parallelism (tensor_parallel.py) the stream is split by positions: with the plan `replicated` a rank has
-the latents of its T / t tokens, and they are gathered. What is gathered is gathered again in the backward pass.
+the latents of its T / t tokens, and they are gathered. Gathered latents are not stored for the backward pass but
+gathered again: hence the factor 3.
 
     plan         multiply-adds, forward          numbers that a rank sends, forward and backward, times t / (t - 1)
     dense        f T D^2 / t                     3 T D

@@ -17,8 +17,9 @@ A gathered input is not kept for the backward pass but gathered again (sec. 4.2.
 computed: a block then keeps nothing that is as long as the whole sequence and as wide as the model. With activation
 checkpointing of whole blocks there is only one block's gathered input at a time, and it is kept.
 
-Megatron's sum of what the ranks have computed is lost without an error where the summand is not contiguous: it sums a
-copy. Operations with collectives go through `ModelContext.apply`, which keeps them out of compiled graphs.
+Megatron's all-reduce works in place. Given a tensor that is not contiguous it sums a copy and returns the input
+unsummed, without an error: what is summed here is made contiguous first. Operations with collectives go through
+`ModelContext.apply`, which keeps them out of compiled graphs.
 
 A tensor of the stream is [B, S, ...], or with sequence parallelism [B, S / TP, ...] of this rank's positions.
 Shape suffixes: B batch, S sequence, D hidden.

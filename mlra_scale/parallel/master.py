@@ -45,7 +45,11 @@ class MasterView(ABC):
 
     @abstractmethod
     def gradients(self) -> Iterator[Fragment]:
-        """Yields fragments of the reduced gradient, in DeepSpeed's type and times the loss scale; only in the gate."""
+        """Yields fragments of the reduced gradient, unclipped and times the loss scale.
+
+        They exist only between the reduction and the update, that is within `Engine._gated_update`. Their dtype is that
+        in which DeepSpeed keeps them.
+        """
 
     @abstractmethod
     def update(self, gradient_norm: float, limit: float) -> None:
@@ -149,11 +153,11 @@ class _MappedView(MasterView):
             yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach(), *moments)
 
     def gradients(self) -> Iterator[Fragment]:
-        groups: dict[int, _Pieces] = {}
+        groups: dict[int, _FlatGradients] = {}
         for name, mapping in self._mappings():
             group, where = mapping.param_group_index, mapping.hp_fragment_address
             if group not in groups:
-                groups[group] = _Pieces(self._flat_gradients(group))
+                groups[group] = _FlatGradients(self._flat_gradients(group))
             yield Fragment(name, mapping.lp_fragment_address.start, groups[group].narrow(where.start, where.numel))
 
     def forget_moments(self) -> None:
@@ -339,7 +343,7 @@ def _moments(state: Mapping[str, Any], start: int, length: int) -> tuple[torch.T
     return exp_avg, exp_avg_sq
 
 
-class _Pieces:
+class _FlatGradients:
     """Consecutive tensors that together are one flat tensor."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:

@@ -59,9 +59,10 @@ class PipelineEngine(Engine):
             )
         self._assert_same_groups(module)
         named = self._canonical_names(module, [layer.name for layer in layers])
-        # With several stages the tied embedding has a parameter group of its own, so that ZeRO cuts both copies at the
-        # same places. Otherwise it cuts the rest of the stage along with them, and Adam rounds the last few elements of
-        # a piece otherwise than those before (they fill no vector register): the copies would drift apart there.
+        # With several stages the tied embedding has a parameter group of its own, so that ZeRO cuts both copies into
+        # the same pieces. In one group with other weights the pieces of the two stages would differ. Fused Adam on CPUs
+        # rounds the last few elements of a piece, which fill no vector register, differently from the others: the two
+        # copies would drift apart.
         alone = {"embedding.weight"} if topology.pipeline > 1 else set()
         optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim, alone))
         engine, *_ = deepspeed.initialize(

@@ -27,7 +27,7 @@ class MicroBatch(Protocol):
 class UpdateProposal:
     """What is known right before an optimizer update; the same numbers on every rank."""
 
-    loss: float  # mean loss of the global batch
+    loss: float  # mean over all tokens of the global batch, in nats, z-loss included
     gradient_norm: float  # global L2 norm of its gradient, before clipping
 
     @property
@@ -39,7 +39,7 @@ class UpdateProposal:
 class StepResult:
     """What a training step did; the same on every rank."""
 
-    loss: float  # mean loss of the global batch before the update
+    loss: float  # as in UpdateProposal: before the update
     gradient_norm: float  # global L2 norm of its gradient, before clipping
     applied: bool  # whether the weights were updated
     overflow: bool  # whether fp16 gradients overflowed, so that the loss scale was lowered instead of an update

@@ -106,9 +106,9 @@ def _model_parallel_unit(topology: Topology) -> SimpleNamespace:
 def _register_read_parameters(model: GPT) -> None:
     """Registers with ZeRO 3 the weights that a module reads without calling their owner.
 
-    DeepSpeed finds such a weight by itself only where it is not gathered when it is first read. Small weights
-    (stage3_param_persistence_threshold) are gathered then. DeepSpeed finds them in a later pass, and refuses that pass,
-    because it differs from the one that it has recorded.
+    In its first pass DeepSpeed records which module uses which weight, and it ends with an error if a later pass
+    differs. It notices a weight that is read without its module only while the weight is not gathered. Small weights
+    (below stage3_param_persistence_threshold) are still gathered in the first pass and are missed.
     """
     for module in model.modules():
         if isinstance(module, SelfAttention | OutputHead):

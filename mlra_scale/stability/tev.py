@@ -5,8 +5,11 @@ standard deviation over the real tokens are the two numbers to watch (Chung et a
 are left out.
 
 One algorithm serves every layout: a rank measures the runs of elements that it owns, wherever they are cut, and the
-matrix itself never moves. Ranks exchange a few numbers each, the moments of row pieces at boundaries, one value per
-column, and, for quantiles and extremes, one value per token.
+matrix itself never moves. Element `start` of the flattened rows of tensor rank tau is element tau (V' / t) D + start of
+the whole matrix, with V' padded rows over t tensor ranks. Under ZeRO 3 data rank r of R holds elements r s to (r + 1) s
+of the n = V' D / t of its tensor rank, s = ceil(n / R), so that a row may be cut. Three messages are exchanged: the
+longest length (maximum); four numbers per rank and four per piece of a cut row (all-gather); D column sums and, for
+quantiles and extremes, one value per token (sum).
 """
 
 from __future__ import annotations
@@ -245,7 +248,7 @@ def _all_gather(mine: Tensor) -> list[np.ndarray]:
 
 
 class TevWatcher(Watcher):
-    """Records TEV every `tev.every` steps and at the last one."""
+    """Records TEV before the first step of a run, every `tev.every` steps and at the last one."""
 
     name, is_timed = "tev", True
 

@@ -1,6 +1,6 @@
 """The protocol of everything that watches training steps: checks, the guard, measurements, profilers.
 
-The order of the watchers of a run stands in one tuple, in training/loop/trainer.py.
+`fit` in training/loop/trainer.py lists the watchers of a run in their order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # importing an engine imports DeepSpeed
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Returns whether something that happens every so many steps (0: not), and at the last step, happens now."""
+    """Returns whether a step is the last one or a multiple of `every` (0: only the last one)."""
     return step == last or (every > 0 and step % every == 0)
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import RanksFailed
-from tests.support.waiting import all_end
 from tests.support.pool import Pools, WorkerPool
+from tests.support.waiting import all_end
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ from tests.processes.study.fake_train import (
     STOPPED,
     STUBBORN,
 )
-from tests.support.waiting import all_end
 from tests.support.tools import run_tool
+from tests.support.waiting import all_end
 
 PLAYER = Path(__file__).with_name("fake_train.py")
 STUDY = """

@@ -86,7 +86,7 @@ def _generate(rank: TracedRank) -> None:
 
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "attention_rank": 16}
     module = MlraForCausalLM(MlraConfig(vocab_size=64, max_position_embeddings=16, **shape)).to("cuda").eval()
-    opened = OpenedModel(module, Path(), "mlra_gpt2", 64, 16, None)
+    opened = OpenedModel(module, Path(), 64, 16, None)
 
     def without_gradients(is_inference: bool = True) -> AbstractContextManager[None]:
         return torch.no_grad() if is_inference else nullcontext()
