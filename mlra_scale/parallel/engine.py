@@ -208,8 +208,8 @@ class Engine(ABC):
     def owned_fragments(self, with_moments: bool = False) -> list[Fragment]:
         """Returns this rank's share of the fp32 weights: each element of each tensor has exactly one owner.
 
-        Tensor rank 0 owns a weight that all tensor ranks hold, the first pipeline stage owns the tied embedding, and data
-        rank 0 owns what ZeRO does not shard. There are no moments before the first update.
+        Tensor rank 0 owns a weight that all tensor ranks hold, the first pipeline stage owns the tied embedding, and
+        data rank 0 owns what ZeRO does not shard. There are no moments before the first update.
         """
         return [fragment for fragment in self._view.weights(with_moments) if self.owns(fragment.name)]
 
