@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from benchmarks.check import Task, Write
 from benchmarks.contenders import LEARNING_RATE, MINUTES, mesh, random_batch
-from benchmarks.harness import now, seconds_of
+from benchmarks.harness import seconds_of
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_named_config
 from mlra_scale.data import Batch
 from mlra_scale.model.low_rank_plan import BYTES
@@ -131,7 +131,7 @@ def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(REPEATS + 1):
         dist.barrier()
-        times.append(seconds_of(work, partial(now, device)))
+        times.append(seconds_of(work, device))
     return statistics.median(times[1:])
 
 

@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from runpy import run_path
 from types import FrameType
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from benchmarks.calibration import base_of, device_of, random_batches
 from benchmarks.check import Task, Write
 from benchmarks.contenders import LEARNING_RATE, Shape, config_of, mesh
-from benchmarks.harness import now, seconds_of
+from benchmarks.harness import seconds_of
 from benchmarks.tensor_memory import Started, start
 from mlra_scale.config import Config, batch_plan, load_named_config
 from mlra_scale.data import Batch
@@ -99,7 +98,7 @@ def _step(engine: Engine, batches: list[Batch]) -> StepResult:
 
 def _timed(step: Callable[[int], float], number: int, device: torch.device) -> float:
     dist.barrier()
-    return seconds_of(lambda: step(number), partial(now, device))
+    return seconds_of(lambda: step(number), device)
 
 
 def profile(task: Task, write: Write) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Costs:
     """A model in training, and ways to write as many bytes to a folder as its checkpoint has."""
 
     def __init__(self, shape: Shape, topology: Topology, precision: str, folder: Path) -> None:
-        self.shape, self.folder = shape, folder
+        self.shape, self.folder, self.device = shape, folder, topology.device
         config = config_for(shape, MLRA[2], precision)
         self.engine, self.config_text = build_ours(config, topology), config.to_yaml()
         self.savers = {
@@ -72,7 +72,7 @@ class Costs:
     def train(self) -> float:
         """Takes one step; returns its seconds."""
         self.num_steps += 1
-        return seconds_of(lambda: self.step(self.shape.batch(self.num_steps)), perf_counter)
+        return seconds_of(lambda: self.step(self.shape.batch(self.num_steps)), self.device)
 
     def save(self, saver: Saver) -> float:
         """Begins a save; returns for how many seconds training waits."""
@@ -108,7 +108,7 @@ class Costs:
         target = self.folder / "plain"
         command = ["dd", "if=/dev/zero", f"of={target}", f"bs={DD_BLOCK}", f"count={self.num_bytes}"]
         command += ["iflag=count_bytes", "conv=fsync", "status=none"]
-        seconds = seconds_of(lambda: subprocess.run(command, check=True), perf_counter)
+        seconds = seconds_of(lambda: subprocess.run(command, check=True), self.device)
         target.unlink()
         return {"dd": seconds}
 

@@ -98,14 +98,7 @@ def one_process_mesh(device: str) -> Iterator[Topology]:
 
 
 def config_of(shape: Shape, attention: str, precision: str, **sections: Mapping[str, Any]) -> Config:
-    """Returns the package's configuration of a shape.
-
-    Args:
-        shape: What is trained.
-        attention: "dense" or "mlra".
-        precision: "fp32" or "bf16".
-        **sections: Fields by section, added to those below: `model={"attention_rank": 32}`.
-    """
+    """Returns the package's configuration of a shape, with more fields by section: `model={"attention_rank": 32}`."""
     values: dict[str, dict[str, Any]] = {
         "model": {
             "vocab_size": shape.vocab_size,

@@ -132,19 +132,10 @@ def gpu_config(shape: Shape, name: str, precision: str = PRECISION, **sections: 
 def time_contender(
     commands: Iterator[Any], device: str, shape: Shape, name: str, weights: Path, products: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A process that times one contender.
+    """A process that times one contender from a file of weights, and square matrix products of some sizes.
 
-    Args:
-        commands: None come.
-        device: "cpu" or "cuda".
-        shape: What is trained.
-        name: Of the contender.
-        weights: File of initial weights.
-        products: Sizes of the square matrices whose product is timed; the best rate counts.
-
-    Yields:
-        Seconds per step by round, first loss, peak bytes, and FLOP/s of matrix products, as JSON values; `failed` and
-        the rate alone if the device's memory is too small.
+    Yields seconds per step by round, first loss, peak bytes, and the best FLOP/s of products, as JSON values; `failed`
+    and the rate alone if the device's memory is too small.
     """
     with one_process_mesh(device) as topology:
         rate = max(product_rate(size, topology.device) for size in products)
@@ -176,7 +167,7 @@ def product_rate(size: int, device: torch.device, repeats: int = 20) -> float:
             left @ right
 
     products()
-    return repeats * 2 * size**3 / min(seconds_of(products, partial(now, device)) for _ in range(3))
+    return repeats * 2 * size**3 / min(seconds_of(products, device) for _ in range(3))
 
 
 def state_of(item: Mapping[str, Any]) -> str:

@@ -41,15 +41,9 @@ class Table:
 
 @dataclass
 class Report:
-    """The result of one run of a benchmark.
+    """The result of one run of a benchmark: its tables, and every time and value that they were made from.
 
-    Attributes:
-        command: The command line.
-        date: Day of the run (UTC).
-        commit: Commit of the code; None outside of git.
-        environment: Hardware and versions.
-        tables: What was measured.
-        numbers: Every time and value that the tables were made from.
+    The day is in UTC; the commit is None outside of git.
     """
 
     command: str
@@ -176,8 +170,8 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_of(action: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Returns the seconds that an action takes."""
-    begin = clock()
+def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
+    """Returns the seconds that an action takes, until the device has finished its work."""
+    begin = now(device)
     action()
-    return clock() - begin
+    return now(device) - begin

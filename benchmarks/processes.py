@@ -41,12 +41,7 @@ def end_on_sigterm() -> None:
 def run_command(name: str, command: Sequence[str], environment: Mapping[str, str], timeout_s: float, log: Path) -> None:
     """Runs a command to its end, in a session of its own: compilers start processes that must not outlive it.
 
-    Args:
-        name: Its name in errors.
-        command: Its words.
-        environment: Of the process.
-        timeout_s: Seconds after which it, and all that it has started, is ended.
-        log: Where its output goes.
+    Its output goes to the log. After the time-out it is ended with all that it has started.
 
     Raises:
         CommandFailed: It ended with another exit code than 0, or was not done in time.

@@ -61,12 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def note_start(path: Path, name: str, command: Sequence[str]) -> None:
-    """Writes study.json at the start of a sweep; `started` of an earlier start stays.
-
-    Args:
-        path: study.json.
-        name: Name of the study.
-        command: The command line of this start.
+    """Writes study.json, with the command line, at the start of a sweep; `started` of an earlier start stays.
 
     Raises:
         ConfigError: The file is damaged, or of a newer version.

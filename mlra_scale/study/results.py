@@ -199,12 +199,7 @@ def state_of(ending: Record) -> Literal["done", "diverged"] | None:
 def result_of(files: CellFiles, state: State, ending: Record, error: str | None, commit: str | None) -> dict[str, Any]:
     """Returns the result of a cell from the record of its run; docs/studies/README.md lists its fields.
 
-    Args:
-        files: The cell.
-        state: How it ended.
-        ending: The event that it ended with.
-        error: What went wrong in a failed cell.
-        commit: The commit of this start, for a run that has not recorded any.
+    `error` is what went wrong in a failed cell, `commit` that of this start, for a run that has not recorded any.
     """
     try:
         records = read_record(files.run.metrics, "step")

@@ -156,16 +156,13 @@ class Sweep:
         on_result: Callable[[dict[str, Any], float], None] = lambda result, seconds: None,
         on_poll: Callable[[Sequence[RunningCell], Collection[str]], None] = lambda running, locked: None,
     ) -> signal.Signals | None:
-        """Runs cells.
+        """Runs cells that `prepare` returned, some at once; returns the signal that stopped the sweep, or None.
 
         Args:
-            cells: What `prepare` returned.
+            cells: The cells.
             jobs: Number of cells that are run at once.
             on_result: Called with every new result, and the seconds that this start of the cell took.
             on_poll: Called every _POLL_SECONDS with the running cells and the names of those locked elsewhere.
-
-        Returns:
-            The signal that stopped the sweep, or None.
         """
         self._waiting, self._on_result = list(cells), on_result
         gpus = _gpus() if jobs > 1 else []
