@@ -1,11 +1,11 @@
 """Preset, file, DeepSpeed file and overrides: precedence, and one clear line for whatever is wrong."""
 
-import logging
 from pathlib import Path
 
 import pytest
 
 from mlra_scale.config import Config, ConfigError, Named, load_config, load_named_config, preset, stored_yaml
+from mlra_scale.console import set_up_logging
 
 ZERO1 = Path(__file__).resolve().parents[3] / "ds_configs" / "zero1.json"
 
@@ -50,20 +50,17 @@ def test_a_run_directorys_file_loads_back_equal(tmp_path: Path) -> None:
     assert load_config("gpt2-mlra-72l", config_file=file) == config
 
 
-def test_a_stored_plan_that_was_removed_is_read_as_auto(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stored_plan_that_was_removed_is_read_as_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files of runs have it since version 2 or before; on the command line it is refused with the reason."""
     stored = "version: 2\npreset: debug\nparallel: {tensor: 2, low_rank_plan: sharded}\n"
     stored_yaml._notice_sharded.cache_clear()
-    monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)  # which a command may have switched off
+    set_up_logging()
     for _ in range(2):
         config = load_config(config_file=write(tmp_path / "c.yaml", stored))
         assert (config.parallel.low_rank_plan, config.parallel.tensor) == ("auto", 2)
-    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("mlra_scale")]
-    assert said == (
-        "parallel.low_rank_plan = 'sharded' in a stored configuration: the plan sharded was removed: it was the "
-        "fastest one in 0 of 36 measured cases; auto takes its place"
+    assert capsys.readouterr().err == (
+        "WARNING: parallel.low_rank_plan = 'sharded' in a stored configuration: the plan sharded was removed: it was "
+        "the fastest one in 0 of 36 measured cases; auto takes its place\n"
     )
     assert Config.from_yaml(config.to_yaml()) == config and config.to_yaml().startswith("version: 3\n")
     assert lines(preset="debug", overrides=["parallel.low_rank_plan=sharded"]) == [
