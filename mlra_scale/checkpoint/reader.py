@@ -41,10 +41,7 @@ class Store:
     """One checkpoint, open for reading.
 
     Attributes:
-        folder: The checkpoint's folder.
-        manifest: What it consists of.
-        config: The configuration of the run, or None for kind "weights".
-        model: The model section of the configuration.
+        config: The configuration of the run, or None for kind "weights", which has only its section `model`.
         table: The parameter table of the model.
         state: The content of state.json.
     """

@@ -51,13 +51,10 @@ def write_safetensors(
 
     Args:
         path: The file; it must not exist.
-        specs: Every tensor of the file, in order; they make up the header, which comes first.
+        specs: Every tensor of the file, in order; with `metadata` they make up the header, which comes first.
         tensors: The same names in the same order, each with its tensor; asked for one at a time.
         metadata: Text for the header.
         before_chunk: Called before each piece is written; may raise to end the writing.
-
-    Returns:
-        Size and checksum of the file.
 
     Raises:
         OSError: The file cannot be written; the caller removes the part of it that was.

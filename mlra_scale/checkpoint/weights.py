@@ -36,8 +36,7 @@ def write_weights(
     Args:
         folder: The checkpoint to make; it must not exist. It appears when it is complete.
         model_values: The `model:` section of the configuration.
-        tensors: Every parameter by canonical name, in the order of ParameterTable, of its global (padded) shape; asked
-            for one at a time and stored as fp32.
+        tensors: Every parameter in the order of ParameterTable, of its global (padded) shape; stored as fp32.
         tokenizer: A tokenizer's folder, to be copied.
         origin: Where the weights come from, as JSON values: `state["origin"]` of the checkpoint.
         buffers: Small tensors beside the parameters, by name.

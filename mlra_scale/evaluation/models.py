@@ -37,13 +37,7 @@ _MIN_LAYER_BYTES = 512
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A language model in evaluation mode, with the checkpoint or folder that it comes from.
-
-    Attributes:
-        module: The model, one of transformers' (or a remote one in its style).
-        max_positions: Longest input, in tokens.
-        tokenizer_folder: Folder with the model's tokenizer, if there is one.
-    """
+    """A language model of transformers in evaluation mode, with its checkpoint or folder, and that of its tokenizer."""
 
     module: Any
     path: Path

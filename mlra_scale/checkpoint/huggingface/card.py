@@ -58,15 +58,7 @@ _CHANGES_NOT_SHOWN = (
 def model_card(
     store: Store, export_format: Format, dtype: str, verification: Verification | None, text: str | None
 ) -> str:
-    """Returns the content of README.md.
-
-    Args:
-        store: The exported checkpoint.
-        export_format: "gpt2" or "mlra".
-        dtype: Name of the weights' type.
-        verification: The figures; None: the export was not verified.
-        text: The source of the text of the verification.
-    """
+    """Returns the content of README.md; `text` is the source of the text of the verification, if there was one."""
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["mlra-scale", export_format]
     )

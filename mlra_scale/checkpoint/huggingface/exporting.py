@@ -41,12 +41,9 @@ class VerificationText:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of an export.
+    """Options of an export: "gpt2" is stock GPT-2, "mlra" keeps the factors and ships code.
 
     Attributes:
-        export_format: "gpt2" (stock GPT-2) or "mlra" (factors kept, code shipped).
-        dtype: Type of the written weights.
-        max_shard_bytes: Largest size of one file.
         tokenizer: Folder of a tokenizer to write instead of the checkpoint's own.
         is_replacing: Whether an export at the target is replaced.
     """

@@ -152,15 +152,9 @@ def verify_folder(
     tokens_NS: torch.Tensor,
     files: Mapping[str, FileEntry],
 ) -> Verification:
-    """Compares an exported folder with the checkpoint that it was made from.
+    """Compares an exported folder, and the files as they were written, with the checkpoint that it was made from.
 
-    Args:
-        folder: The export.
-        export_format: "gpt2" or "mlra".
-        dtype: Type of its weights.
-        store: The checkpoint.
-        tokens_NS: Real text: token ids, one more per sequence than are passed to the models.
-        files: Size and checksum of the files that were written.
+    `tokens_NS` is real text: token ids, one more per sequence than are passed to the models.
 
     Returns:
         The figures, whether they pass or not.
