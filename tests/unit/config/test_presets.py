@@ -6,26 +6,6 @@ from mlra_scale.config import ConfigError, ModelConfig, preset, preset_names, va
 from mlra_scale.config.presets import DEEP_LAYERS
 from mlra_scale.model.parameters import ParameterTable
 
-PARAMETERS = {
-    "debug": 236_928,
-    "laptop": 5_299_456,
-    "gpt2-mlra-48l": 657_132_544,
-    "gpt2-mlra-72l": 959_441_920,
-    "gpt2-mlra-96l": 1_261_751_296,
-    "gpt2-mlra-192l": 2_470_988_800,
-    "gpt2-48l": 657_132_544,
-    "gpt2-72l": 959_441_920,
-    "gpt2-96l": 1_261_751_296,
-    "gpt2-192l": 2_470_988_800,
-    "gpt2-mlra-72l-wide": 14_709_403_648,
-    "gpt2-72l-wide": 14_709_403_648,
-    "gpt2": 124_439_808,
-    "gpt2-medium": 354_823_168,
-    "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
-}
-
-
 ODD = ModelConfig(
     vocab_size=101,
     vocab_padding_multiple=1,
@@ -37,11 +17,6 @@ ODD = ModelConfig(
     attention_rank=5,
     factorised_projections=("k", "o"),
 )
-
-
-def test_names_and_parameter_counts() -> None:
-    counts = {name: preset(name).model.num_parameters() for name in preset_names()}
-    assert counts == PARAMETERS and [*counts] == [*PARAMETERS]
 
 
 def test_padding_and_pairing_do_not_count() -> None:
