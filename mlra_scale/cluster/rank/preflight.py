@@ -1,8 +1,8 @@
 """Checks of the nodes by the ranks themselves, before the first step: a bad node is named.
 
-Alone, each rank lets its device compute a known product. Together they check that the first rank sees what every node
-writes to the run directory, and that a sum over all of them is right; they measure how fast it is, and connect over
-gloo, as checkpoints will.
+Alone, each rank lets its device compute a known product. Together they check that every node sees what the others write
+to the run directory, and that a sum over all ranks is right; they measure how fast it is, and connect over gloo, as
+checkpoints will.
 """
 
 from __future__ import annotations
@@ -45,11 +45,7 @@ class BadNodes(Exception):
 
 
 def check_alone(node: str, local_rank: int, device: str) -> None:
-    """Checks this rank's own device, `cuda` or `cpu`.
-
-    Raises:
-        BadNodes: The device is not there, or computes wrong.
-    """
+    """Checks this rank's own device, `cuda` or `cpu`; raises BadNodes if it is not there or computes wrong."""
     if device == "cuda":
         number = torch.cuda.device_count()
         if local_rank >= number:
@@ -58,10 +54,13 @@ def check_alone(node: str, local_rank: int, device: str) -> None:
     try:
         is_right = _computes_right(torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu"))
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadNodes({node: f"{device} of local rank {local_rank} fails: {first_line}"}, False) from error
+        raise BadNodes({node: f"{device} of local rank {local_rank} fails: {_first_line(error)}"}, False) from error
     if not is_right:
         raise BadNodes({node: f"{device} of local rank {local_rank} computes wrong"}, False)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _computes_right(device: torch.device) -> bool:
@@ -74,9 +73,6 @@ def _computes_right(device: torch.device) -> bool:
 
 def check_together(device: torch.device, node: str, shared: Path) -> None:
     """Checks what only all ranks together can; collective over the default group.
-
-    Each node's agent has checked that the node sees what the job writes into the folder. Here the first rank looks for
-    what every node has written there.
 
     Args:
         device: Of this rank.
@@ -91,7 +87,8 @@ def check_together(device: torch.device, node: str, shared: Path) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = _gathered((node, name, _wrong_parts(device)))
     nodes = [of_rank[0] for of_rank in facts]
-    unseen = _gathered(_unseen_nodes(shared, nodes) if rank == 0 else [])[0]
+    # One look from each node is enough, and kinder to the file system.
+    unseen = _gathered(_unseen_nodes(shared, nodes) if nodes.index(node) == rank else [])
     seconds = _seconds_of_sum(device)
     _check_gloo(nodes)
     bad = blamed_for_sum(nodes, [of_rank[2] for of_rank in facts]) | blamed_for_folder(nodes, unseen)
@@ -161,19 +158,15 @@ def _faults_over_gloo(ranks: Sequence[int] | None) -> list[str]:
             pair = dist.ProcessGroupGloo(store, [*ranks].index(dist.get_rank()), len(ranks), timeout)
             pair.barrier().wait()  # type: ignore[attr-defined]
     except RuntimeError as error:
-        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fault = _first_line(error)
     return _gathered(fault)
 
 
 def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, str]]], list[bool]]) -> list[str]:
-    """Finds the nodes that do not connect with others, in few rounds of pairs that connect at the same time.
+    """Finds the nodes that do not connect with one that does with another, in few rounds.
 
-    Args:
-        nodes: All nodes.
-        connect: Returns which of some disjoint pairs connect.
-
-    Returns:
-        Nodes that do not connect with one that does with another; empty where there is none, or where no pair connects.
+    `connect` returns which of some disjoint pairs, all tried at the same time, connect. The result is empty where no
+    pair does.
     """
     good: list[str] = []
     for shift in range(3 if len(nodes) > 2 else len(nodes) - 1):
@@ -190,18 +183,28 @@ def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, st
     return bad
 
 
-def blamed_for_folder(nodes: Sequence[str], unseen: Sequence[str]) -> dict[str, str]:
-    """Returns the nodes that do not share the run directory, with the reason.
+def blamed_for_folder(nodes: Sequence[str], unseen: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Returns the nodes that do not share the run directory, with the reason; the same on every rank.
+
+    Two nodes share it if each sees what the other has written. A node is to blame that shares it with no other; where
+    this is true of all, the first one is kept. Where it is true of none, those are that do not see all others.
 
     Args:
         nodes: Of each rank.
-        unseen: Nodes whose file the first node does not see.
+        unseen: By rank, the nodes whose file it does not see; empty where it has not looked.
     """
-    others = {*nodes} - {nodes[0]}
-    # Of several other nodes, not all are wrong. Of two nodes that do not see each other, the first one is kept.
-    bad = [nodes[0]] if len(others) > 1 and {*unseen} == others else unseen
-    reason = "the run directory is not the one that the other nodes have: it must be on a shared file system"
-    return dict.fromkeys(bad, reason)
+    apart = {frozenset((node, other)) for node, others in zip(nodes, unseen, strict=True) for other in others}
+    names = list(dict.fromkeys(nodes))
+    bad = [name for name in names if all(frozenset((name, other)) in apart for other in names if other != name)]
+    bad = bad[1:] if len(bad) == len(names) else bad
+    if bad:
+        reason = "the run directory is not the one that the other nodes have: it must be on a shared file system"
+        return dict.fromkeys(bad, reason)
+    return {
+        node: f"does not see in the run directory what {', '.join(others)} wrote"
+        for node, others in zip(nodes, unseen, strict=True)
+        if others
+    }
 
 
 def blamed_for_sum(nodes: Sequence[str], wrong: Sequence[Sequence[int]]) -> dict[str, str]:
@@ -224,15 +227,15 @@ def blamed_for_sum(nodes: Sequence[str], wrong: Sequence[Sequence[int]]) -> dict
 def _unseen_nodes(shared: Path, nodes: Sequence[str]) -> list[str]:
     """Returns the nodes whose files (node/__main__.py) this rank does not see."""
 
-    def is_there(node: str) -> bool:
-        try:
-            return (shared / f"nonce-{node}").read_bytes() == (shared / "nonce").read_bytes()
-        except OSError:
-            return False
+    def content(name: str) -> bytes | None:
+        with contextlib.suppress(OSError):
+            return (shared / name).read_bytes()
+        return None
 
     deadline = time.monotonic() + _SECONDS_TO_SEE
     while True:
-        unseen = [node for node in dict.fromkeys(nodes) if not is_there(node)]
+        nonce = content("nonce")
+        unseen = [node for node in dict.fromkeys(nodes) if nonce is None or content(f"nonce-{node}") != nonce]
         if not unseen or time.monotonic() > deadline:
             return unseen
         with contextlib.suppress(OSError):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlra_scale.cluster.rank import preflight
 from mlra_scale.cluster.rank.preflight import (
@@ -61,18 +63,47 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check_alone("a", 3, "cuda")
 
 
+@settings(deadline=None)
+@given(st.data(), st.integers(2, 6), st.integers(1, 3))
+def test_nodes_that_share_the_run_directory_with_no_other_are_named(
+    data: st.DataObject, number: int, processes: int
+) -> None:
+    """Whether they see nothing, or are not seen, or both; of nodes that share it with no other, the first is kept."""
+    names = "abcdef"[:number]
+    apart = data.draw(st.sets(st.sampled_from(names), max_size=number - 1))
+    ways = {name: data.draw(st.sampled_from(["blind", "hidden", "both"])) for name in apart}
+
+    def sees(node: str, other: str) -> bool:
+        return node == other or (ways.get(node) in (None, "hidden") and ways.get(other) in (None, "blind"))
+
+    nodes = [name for name in names for _ in range(processes)]
+    unseen = [[other for other in names if not sees(node, other)] for node in nodes]
+    is_first = [nodes.index(node) == rank for rank, node in enumerate(nodes)]
+    looked = [others if first else [] for others, first in zip(unseen, is_first, strict=True)]
+    others = {frozenset((a, b)) for a in names for b in names if sees(a, b) and sees(b, a) and a != b}
+    alone = [name for name in names if not any(name in pair for pair in others)]
+    assert blamed_for_folder(nodes, looked) == dict.fromkeys(alone[1:] if len(alone) == number else alone, SHARED)
+    assert apart <= {*alone}
+
+
 @pytest.mark.parametrize(
     ("nodes", "unseen", "named"),
     [
-        ("aabb", "", ""),
-        ("aabb", "b", "b"),  # of two that do not see each other, the second
-        ("abc", "c", "c"),
-        ("aabbcc", "bc", "a"),  # it is the first node that does not see the others
-        ("abcd", "bd", "bd"),
+        ("aabb", ["", "", "", ""], ""),
+        ("ab", ["b", ""], "b"),  # of two, the second, whichever does not see the other
+        ("ab", ["", "a"], "b"),
+        ("aabbcc", ["bc", "", "", "", "", ""], "a"),
+        ("abc", ["", "a", "a"], "a"),  # the first node sees all others, and none of them sees it
+        ("abcd", ["bd", "acd", "bd", "abc"], "bd"),
     ],
 )
-def test_a_node_that_does_not_share_the_run_directory_is_named(nodes: str, unseen: str, named: str) -> None:
-    assert blamed_for_folder([*nodes], [*unseen]) == dict.fromkeys(named, SHARED)
+def test_a_node_that_does_not_share_the_run_directory_is_named(nodes: str, unseen: list[str], named: str) -> None:
+    assert blamed_for_folder([*nodes], unseen) == dict.fromkeys(named, SHARED)
+
+
+def test_a_node_that_does_not_see_some_others_is_named_with_them() -> None:
+    found = blamed_for_folder(["a", "b", "c", "d"], ["", "cd", "", ""])
+    assert found == {"b": "does not see in the run directory what c, d wrote"}
 
 
 def four(*values: Any) -> Any:
