@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.processes import CommandFailed, end_on_sigterm, run_command
 from mlra_scale.cluster.channel import free_port
-from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.cluster.slurm import Allocation, address, slurm_environment, step_command
 from mlra_scale.config import ConfigError
 from mlra_scale.files import write_atomically
@@ -128,7 +128,7 @@ class Check:
         allocation: Of the Slurm job; None outside of one, where all ranks are on this machine.
     """
 
-    def __init__(self, task: Task, settings: Settings, allocation: Allocation | None) -> None:
+    def __init__(self, task: Task, settings: LauncherSettings, allocation: Allocation | None) -> None:
         self.task, self._settings, self._allocation = task, settings, allocation
         self.folder = Path(task.folder)
         self.cluster: Cluster | None = None
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.processes is not None and arguments.processes < 1:
         parser.error(f"--processes {arguments.processes}: at least 1")
     try:
-        settings = Settings.of(os.environ)
+        settings = LauncherSettings.of(os.environ)
         allocation = Allocation.of(os.environ) if "SLURM_JOB_ID" in os.environ else None
     except ConfigError as error:
         parser.error(error.in_one_line)

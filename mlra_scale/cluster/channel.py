@@ -18,8 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 TOKEN_VARIABLE = "MLRA_SCALE_JOB_TOKEN"
 _LONGEST_LINE = 1 << 20
@@ -35,14 +34,8 @@ _LAST_WORDS_SECONDS = 5.0
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Heard:
-    """Something from a node.
-
-    Attributes:
-        node: Its name.
-        message: What it sent; None: the connection has ended.
-    """
+class Heard(NamedTuple):
+    """What a node has sent; `message` None: its connection has ended."""
 
     node: str
     message: Message | None
@@ -56,10 +49,8 @@ def _parsed(line: bytes) -> Message | None:
     return message if isinstance(message, dict) else None
 
 
-def _print_unless_of_the_system(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handles errors of the hub's loop; where no descriptor is free, the loop accepts connections a second later."""
-    if not isinstance(context.get("exception"), OSError):
-        loop.default_exception_handler(context)
+def _encoded(message: Message) -> bytes:
+    return json.dumps(message).encode("ascii") + b"\n"
 
 
 class _Connection(asyncio.Protocol):
@@ -78,7 +69,7 @@ class _Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         # After what has arrived with the connection: a greeting makes room too.
         loop.call_later(0.0, self._hub._make_room)
-        loop.call_later(_STRANGER_SECONDS, self._end_stranger)
+        loop.call_later(_STRANGER_SECONDS, lambda: None if self.node else transport.close())
 
     def data_received(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -96,10 +87,6 @@ class _Connection(asyncio.Protocol):
             del self._hub._nodes[self.node]
             self._hub._heard.put(Heard(self.node, None))
 
-    def _end_stranger(self) -> None:
-        if self.node is None:
-            self.transport.close()
-
     def _fits(self, line: bytes) -> bool:
         return len(line) <= (_LONGEST_GREETING if self.node is None else _LONGEST_LINE)
 
@@ -109,7 +96,7 @@ class _Connection(asyncio.Protocol):
             return False
         if self.node is None:
             name, token = message.get("node"), message.pop("token", None)
-            if not isinstance(name, str) or name in self._hub._nodes or not self._hub._is_secret(token):
+            if not isinstance(name, str) or not name or name in self._hub._nodes or not self._hub._is_secret(token):
                 return False
             self.node = name
             self._hub._strangers.remove(self)
@@ -123,7 +110,7 @@ class Hub:
 
     Args:
         token: The secret.
-        host: The address to listen at, of this machine; empty: all addresses, IPv4 and IPv6. See `listening_host`.
+        host: The address of this machine to listen at (`listening_host`); empty: all addresses, IPv4 and IPv6.
     """
 
     def __init__(self, token: str, host: str = "") -> None:
@@ -144,11 +131,6 @@ class Hub:
         """Where it listens."""
         return int(self._socket.getsockname()[1])
 
-    @property
-    def address(self) -> str:
-        """The address at which it listens."""
-        return str(self._socket.getsockname()[0])
-
     def poll(self, seconds: float) -> list[Heard]:
         """Waits until something is heard, at most so long, and returns all that was heard, in order."""
         heard: list[Heard] = []
@@ -160,11 +142,10 @@ class Hub:
 
     def send(self, message: Message) -> None:
         """Sends a message to all nodes; one that has ended is heard to end."""
-        line = json.dumps(message).encode("ascii") + b"\n"
 
         def write() -> None:
             for connection in self._nodes.values():
-                connection.transport.write(line)
+                connection.transport.write(_encoded(message))
 
         self._loop.call_soon_threadsafe(write)
 
@@ -203,17 +184,21 @@ class Hub:
             next(stranger for stranger in strangers if stranger.host == crowd).transport.close()
 
 
+def _print_unless_of_the_system(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handles errors of the hub's loop; where no descriptor is free, the loop accepts connections a second later."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
+
+
 def listening_host(host: str, others: Iterable[str]) -> str:
-    """Finds the address of this machine at which other nodes reach it.
+    """Returns the address of this machine at which other nodes reach it; empty, for all addresses, where it is unclear.
+
+    It is unclear where the name is not known here, has several addresses or that of another machine, or means the
+    loopback (as some distributions write a machine's own name into /etc/hosts) while other nodes are elsewhere.
 
     Args:
         host: This node's name or address, as Slurm gives it to the others.
         others: Theirs.
-
-    Returns:
-        The address, if this machine has exactly this one. Empty, for all addresses, where it cannot be found: the name
-        is not known here, or means an address of another machine, or means the loopback (as some distributions write a
-        machine's own name into /etc/hosts) while other nodes are elsewhere.
     """
     addresses = _addresses(host)
     if len(addresses) != 1:
@@ -295,7 +280,7 @@ class Link:
     def _write(self, message: Message) -> None:
         self._socket.settimeout(10.0)
         try:
-            self._socket.sendall(json.dumps(message).encode("ascii") + b"\n")
+            self._socket.sendall(_encoded(message))
         finally:
             self._socket.settimeout(0.0)
 

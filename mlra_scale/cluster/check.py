@@ -15,62 +15,49 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlra_scale.cluster.job_file import read_job_file
-from mlra_scale.cluster.process_tree import end_process
 from mlra_scale.cluster.runs import is_held
-from mlra_scale.cluster.settings import Settings
-from mlra_scale.cluster.slurm import Allocation, slurm_environment, step_command
+from mlra_scale.cluster.settings import LauncherSettings
+from mlra_scale.cluster.slurm import Allocation, end_process, slurm_environment, step_command
 from mlra_scale.config import Config, ConfigError, Problem
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.plan import plan_report
 
-_LAYOUT = "layout of the ranks: "
-"""Beginning of the line after the plan that holds a ChosenLayout as JSON."""
+_RESULT = "result of the check: "
+"""Beginning of the line of output that holds a CheckResult as JSON."""
 _CHECK_SECONDS = 300.0
 _POLL_SECONDS = 0.5
 _END_SECONDS = 5.0
 """How long srun may take to end its task, before it is killed."""
 
 
-class ChosenLayout(BaseModel):
-    """The layout that the planner has chosen for a job.
-
-    Attributes:
-        overrides: That name it; none where everything was named.
-        device: What the driver calls the devices that it was chosen for; None: unknown.
-        memory: Bytes of one of them; None: unknown.
-    """
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    overrides: list[str]
-    device: str | None
-    memory: Annotated[float, Field(gt=0)] | None
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What the check on a node of the job has found.
+class CheckResult(BaseModel):
+    """What a check has found.
 
     Attributes:
         kind: bad_input: the message says what to change; failed: it could not be made; None: nothing is wrong.
         message: What is wrong.
         plan: The plan of the run.
-        layout: What the planner has chosen; None with parallel.layout=manual.
+        overrides: That name the layout which the planner has chosen; none where everything was named.
+        device: What the driver calls the devices that the layout was chosen for; None: unknown.
+        memory: Bytes of one of them; None: unknown.
     """
 
-    kind: Literal["bad_input", "failed"] | None
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    kind: Literal["bad_input", "failed"] | None = None
     message: str = ""
     plan: str = ""
-    layout: ChosenLayout | None = None
+    overrides: list[str] = []
+    device: str | None = None
+    memory: Annotated[float, Field(gt=0)] | None = None
 
 
 def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
@@ -83,16 +70,15 @@ def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
     return [*arguments, *words, *([f"cluster.file={Path(files[-1]).absolute()}"] if is_path else [])]
 
 
-def overrides_of_ranks(config: Config, device: str, world_size: int) -> list[str]:
+def overrides_of_ranks(device: str, world_size: int) -> list[str]:
     """Returns the overrides that the ranks of a job get beside those that were given."""
-    chosen = device if config.train.device == "auto" else config.train.device
-    return [f"train.device={chosen}", f"parallel.world_size={world_size}"]
+    return [f"train.device={device}", f"parallel.world_size={world_size}"]
 
 
 def check_on_this_node(
     arguments: Sequence[str],
     allocation: Allocation,
-    settings: Settings,
+    settings: LauncherSettings,
     config: Config,
     num_nodes: int,
     is_stop_asked: Callable[[], bool],
@@ -106,34 +92,25 @@ def check_on_this_node(
     command += [*settings.python, "-m", "mlra_scale.cluster.check", f"--nodes={num_nodes}"]
     command += [f"--processes={settings.processes}", f"--device={settings.device}", "--", *arguments]
     try:
-        result = _run(command, is_stop_asked)
+        code, output, errors = _run(command, is_stop_asked)
     except (OSError, subprocess.SubprocessError) as error:
-        return CheckResult("failed", f"the check of the start failed: {error}")
-    if result.returncode == ExitCode.DONE:
-        if config.parallel.layout == "manual":
-            return CheckResult(None, plan=result.stdout)
-        return read_output(result.stdout)
-    # srun ends with its task's exit code, and prints a line about it.
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("srun: ")]
-    message = "\n".join(lines).strip()
-    if result.returncode == ExitCode.BAD_INPUT and message:
-        return CheckResult("bad_input", message)
-    message = message or result.stderr.strip()
-    return CheckResult("failed", f"the check of the start ended with exit code {result.returncode}: {message}")
+        return CheckResult(kind="failed", message=f"the check of the start failed: {error}")
+    return read_output(output) or CheckResult(
+        kind="failed", message=f"the check of the start ended with exit code {code}: {errors.strip()}"
+    )
 
 
-def read_output(output: str) -> CheckResult:
-    """Reads what a check with parallel.layout=auto has printed; text after the line of the layout is ignored."""
-    plan, _, rest = output.rpartition(_LAYOUT)
-    line = rest.partition("\n")[0]
+def read_output(output: str) -> CheckResult | None:
+    """Reads what a check has printed, among what a container prints; None: it holds no result."""
+    lines = [line.removeprefix(_RESULT) for line in output.splitlines() if line.startswith(_RESULT)]
     try:
-        return CheckResult(None, plan=plan, layout=ChosenLayout.model_validate_json(line))
+        return CheckResult.model_validate_json(lines[-1]) if lines else None
     except ValueError:
-        return CheckResult("failed", f"the check of the start does not say which layout it has chosen: {line[-200:]}")
+        return CheckResult(kind="failed", message=f"the result of the check is not understood: {lines[-1][-200:]}")
 
 
-def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
-    """Runs a command until it ends, or a signal asks for a stop.
+def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> tuple[int, str, str]:
+    """Runs a command until it ends, or a signal asks for a stop; returns its exit code, output and errors.
 
     Raises:
         subprocess.TimeoutExpired: It took too long, or a stop was asked for; it has been ended.
@@ -151,7 +128,7 @@ def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> subproces
         while True:
             try:
                 output, errors = process.communicate(timeout=min(_POLL_SECONDS, _CHECK_SECONDS))
-                return subprocess.CompletedProcess(command, process.returncode, output, errors)
+                return process.returncode, output, errors
             except subprocess.TimeoutExpired:
                 if time.monotonic() < deadline and not is_stop_asked():
                     continue
@@ -159,9 +136,7 @@ def _run(command: Sequence[str], is_stop_asked: Callable[[], bool]) -> subproces
                 raise subprocess.TimeoutExpired(command, _CHECK_SECONDS) from None
 
 
-def check(
-    training: Sequence[str], nodes: int, processes: int, device: str, is_login: bool = False
-) -> tuple[str, ChosenLayout | None]:
+def check(training: Sequence[str], nodes: int, processes: int, device: str, is_login: bool = False) -> CheckResult:
     """Checks the start of a job, in this process.
 
     Args:
@@ -170,9 +145,6 @@ def check(
         processes: Ranks on each of them.
         device: Of the ranks, where the configuration leaves it open: `cpu` or `cuda`.
         is_login: Whether this is not a node of the job.
-
-    Returns:
-        The plan of the run, and the layout that the planner has chosen; None with parallel.layout=manual.
 
     Raises:
         ConfigError: With everything that is wrong.
@@ -186,7 +158,8 @@ def check(
     if config.parallel.world_size not in (None, world_size) and not config.cluster.elastic:
         remedy = f"the job has {nodes} node(s) for {processes} rank(s) each; correct one"
         problems.append(Problem("parallel.world_size", config.parallel.world_size, remedy))
-    config, named, is_stored_config = resolve(parsed, overrides_of_ranks(config, device, world_size))
+    device = device if config.train.device == "auto" else config.train.device
+    config, named, is_stored_config = resolve(parsed, overrides_of_ranks(device, world_size))
     run = None if parsed.run_dir is None else RunDirectory(Path(parsed.run_dir))
     if run is not None:
         problems += _directory_problems(run, is_login)
@@ -197,12 +170,13 @@ def check(
         raise ConfigError([*problems, *error.problems]) from error
     if problems:
         raise ConfigError(problems)
-    devices = devices_of(request, resolved.config, not is_login)
-    plan = plan_report(resolved.config, resolved.plan, resolved.layout, devices)
-    if resolved.config.parallel.layout == "manual":
-        return plan, None
-    overrides = [] if resolved.layout is None else list(resolved.layout.overrides)
-    return plan, ChosenLayout(overrides=overrides, device=devices.name, memory=devices.memory)
+    devices, layout = devices_of(request, resolved.config, not is_login), resolved.layout
+    return CheckResult(
+        plan=plan_report(resolved.config, resolved.plan, layout, devices),
+        overrides=[] if layout is None else [*layout.overrides],
+        device=devices.name,
+        memory=devices.memory,
+    )
 
 
 def _directory_problems(run: RunDirectory, is_login: bool) -> list[Problem]:
@@ -232,20 +206,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan of the run, or everything that is wrong with it; returns the exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
+    is_login = arguments.processes is None
     try:
-        if arguments.processes is not None:
-            plan, layout = check(arguments.training, arguments.nodes, arguments.processes, arguments.device)
-            print(plan if layout is None else f"{plan}\n{_LAYOUT}{layout.model_dump_json()}")
-        else:
+        if is_login:
             # The shell may be inside another job, whose GPUs are not those of this one.
             shell = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-            settings = Settings.of({**shell, "SLURM_GPUS_ON_NODE": str(arguments.gpus_per_node or 0)})
-            plan, _ = check(arguments.training, arguments.nodes, settings.processes, settings.device, is_login=True)
-            print(f"{plan}\n\nchecked: the job would be accepted, as far as a login node can see")
+            settings = LauncherSettings.of({**shell, "SLURM_GPUS_ON_NODE": str(arguments.gpus_per_node or 0)})
+            arguments.processes, arguments.device = settings.processes, settings.device
+        result = check(arguments.training, arguments.nodes, arguments.processes, arguments.device, is_login)
     except ConfigError as error:
-        print(f"mlra_scale.cluster.check: bad input\n{textwrap.indent(str(error), '  ')}", file=sys.stderr, flush=True)
-        return ExitCode.BAD_INPUT
-    return ExitCode.DONE
+        message = f"mlra_scale.cluster.check: bad input\n{textwrap.indent(str(error), '  ')}"
+        result = CheckResult(kind="bad_input", message=message)
+    if not is_login:
+        print(f"{_RESULT}{result.model_dump_json()}", flush=True)
+    elif result.kind is None:
+        print(f"{result.plan}\n\nchecked: the job would be accepted, as far as a login node can see")
+    else:
+        print(result.message, file=sys.stderr, flush=True)
+    return ExitCode.DONE if result.kind is None else ExitCode.BAD_INPUT
 
 
 if __name__ == "__main__":

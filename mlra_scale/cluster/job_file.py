@@ -41,10 +41,8 @@ class JobAttempt:
         job_id: The Slurm job.
         nodes: Names, in order of their ranks.
         num_ranks: Over all nodes.
-        started: Time.
-        ended: Time; None: it runs, or the job was killed with it.
-        end: Of which kind (policy.EndKind).
-        reason: How it ended, in words.
+        started, ended: Times; `ended` None: it runs, or the job was killed with it.
+        end, reason: How it ended: the kind (policy.EndKind), and in words.
         has_progressed: Whether a checkpoint was completed in it.
         failures: What single ranks ended with, the first one first.
         first_step_seconds: From its start until a rank began its first step.
@@ -69,17 +67,15 @@ class JobFile:
 
     Attributes:
         path: The file.
-        job_id: The Slurm job that is or was last at work here.
-        name: Its name.
+        job_id, name: The Slurm job that is or was last at work here.
         command: Arguments of the training.
-        state: pending: it has nodes, and checks them and starts the ranks; running: they train; preempted or requeued:
-            it is back in the queue, after a signal or a failure; cancelled: Slurm has ended it, by scancel or at its
-            time limit; failed, done: it has ended.
-        reason: Why it is in this state.
+        state, reason: pending: it has nodes, and checks them and starts the ranks; running: they train; preempted or
+            requeued: it is back in the queue, after a signal or a failure; cancelled: Slurm has ended it, by scancel or
+            at its time limit; failed, done: it has ended.
         updated: When the file was written.
         steps: train.steps.
         num_requeues: How often Slurm has started the job again.
-        console: The merged output of all ranks.
+        console: Path of the merged output of all ranks.
         excluded: Nodes that are not used any more, with the reason.
         first_counted: How many of the attempts belong to earlier jobs: their failures do not count any more.
         attempts: All of them, the newest last.
@@ -103,11 +99,7 @@ class JobFile:
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
-        """Reads the file of a run directory; a missing one is a job without attempts.
-
-        Raises:
-            ValueError: It is not one of ours.
-        """
+        """Reads the file; a missing one is a job without attempts. A ValueError says that it is not one of ours."""
         if not path.exists():
             return cls(path)
         try:
@@ -159,19 +151,12 @@ class JobFile:
 
     @property
     def ends(self) -> list[tuple[str, bool]]:
-        """(kind, has_progressed) of the attempts of this job that have ended, for the policy.
-
-        One that was killed together with its job has no end, and counts as failed.
-        """
+        """(kind, has_progressed) of the attempts of this job; one that was killed with its job counts as failed."""
         return [(attempt.end or "failed", attempt.has_progressed) for attempt in self.attempts[self.first_counted :]]
 
 
 def read_job_file(run: RunDirectory) -> JobFile:
-    """Reads job.json of a run directory.
-
-    Raises:
-        ConfigError: It cannot be read, or is not one of ours.
-    """
+    """Reads job.json of a run directory; a ConfigError says that it cannot be read or is not one of ours."""
     try:
         return JobFile.read(run.job)
     except OSError as error:
@@ -180,7 +165,7 @@ def read_job_file(run: RunDirectory) -> JobFile:
         raise ConfigError([Problem("--run-dir", str(run.path), str(error))]) from error
 
 
-def events_since(run: RunDirectory, time: str = "") -> list[dict[str, Any]]:
+def _events_since(run: RunDirectory, time: str) -> list[dict[str, Any]]:
     """Returns the events that a run has recorded since a time; none where they cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         return [
@@ -193,5 +178,18 @@ def events_since(run: RunDirectory, time: str = "") -> list[dict[str, Any]]:
 
 def num_checkpoints(run: RunDirectory, since: str = "") -> int:
     """Returns how many checkpoints a run has recorded since a time; that of step 0 does not count."""
-    steps = [event.get("step") for event in events_since(run, since) if event["event"] == "checkpoint"]
+    steps = [event.get("step") for event in _events_since(run, since) if event["event"] == "checkpoint"]
     return sum(isinstance(step, int) and step > 0 for step in steps)
+
+
+def recorded_reason(run: RunDirectory, kind: str, attempt: JobAttempt) -> str | None:
+    """Returns what the run recorded of its end in an attempt, or wrote to the log of rank 0 before it could record."""
+    if kind == "bad_input":
+        with contextlib.suppress(OSError):
+            log = run.logs / f"attempt-{attempt.number:03d}" / "rank-00000.log"
+            if message := " ".join(log.read_text(errors="replace").partition("bad input")[2].split()):
+                return message[:2000]
+    if kind not in ("bad_input", "non_finite", "unstable", "failed"):
+        return None
+    stops = [event for event in _events_since(run, attempt.started) if event["event"] == "stopped"]
+    return stops[-1].get("reason") if stops else None

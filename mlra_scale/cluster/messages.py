@@ -24,6 +24,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
+def first_error(error: ValidationError) -> str:
+    """Returns the first fault that pydantic has found: where it is, and what is wrong."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 _Text = Annotated[str, AfterValidator(lambda text: printable(text[: 2 * _LONGEST_TEXT])[:_LONGEST_TEXT])]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 _Number = Annotated[float, Field(ge=0.0, le=_LARGEST, allow_inf_nan=False)]
@@ -46,24 +52,11 @@ class _Message(BaseModel):
             raise ValueError(printable(first_error(error))) from error
 
 
-def first_error(error: ValidationError) -> str:
-    """Returns the first fault that pydantic has found: where it is, and what is wrong."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
 class Heartbeat(_Message):
-    """A rank's sign of life.
+    """A sign of life of a rank, by its global number.
 
-    Attributes:
-        rank: Its global rank.
-        local_rank: Its number on the node.
-        pid: Its process.
-        phase: `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `rolling back`,
-            `ending`.
-        step: The step that it is at.
-        seconds: Since the phase began; a step of training begins it anew.
-        location: Of its main thread: innermost function of this package, and innermost function of all.
+    `phase` is one of `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `rolling
+    back`, `ending`, and began `seconds` ago; a step of training begins it anew. `location` is where the main thread is.
     """
 
     rank: _Count
@@ -76,12 +69,11 @@ class Heartbeat(_Message):
 
 
 class RankStatus(_Message):
-    """The last heartbeat of a rank, as its node has it.
+    """The last heartbeat of a rank, and what its node knows of it.
 
     Attributes:
-        heartbeat: The last one.
-        silence: Seconds since then.
-        state: Of its process, by the kernel: `T (stopped)`, `D (disk sleep)`, ...; empty: there is no such process.
+        heartbeat: The last one, `silence` seconds ago.
+        state: Of its process: `stopped`, `disk-sleep`, ...; empty: there is no such process.
         node: Where it runs; the job fills it in.
     """
 

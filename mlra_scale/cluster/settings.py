@@ -1,4 +1,4 @@
-"""What slurm/launch.sh hands down in the environment."""
+"""What slurm/launch.sh hands down in the environment: how many ranks a node has, and how they are started."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlra_scale.config import ConfigError, Problem
 
 
 @dataclass(frozen=True)
-class Settings:
+class LauncherSettings:
     """How ranks are started.
 
     Attributes:
@@ -29,18 +29,13 @@ class Settings:
     python: tuple[str, ...]
 
     @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Settings:
-        """Reads them.
-
-        Raises:
-            ConfigError: A number is none, or the GPUs cannot be counted.
-        """
+    def of(cls, environment: Mapping[str, str]) -> LauncherSettings:
+        """Reads them; a ConfigError says that a number is none, or that the GPUs cannot be counted."""
         gpus = _number_of_gpus(environment)
         given = environment.get("PROCESSES_PER_NODE") or str(gpus or 1)
         if not given.isdecimal() or int(given) < 1:
-            raise ConfigError(
-                [Problem("PROCESSES_PER_NODE", given, "must be the number of ranks on each node, such as 8")]
-            )
+            remedy = "must be the number of ranks on each node, such as 8"
+            raise ConfigError([Problem("PROCESSES_PER_NODE", given, remedy)])
         return cls(
             processes=int(given),
             device="cuda" if gpus else "cpu",

@@ -1,4 +1,4 @@
-"""What a job asks of Slurm and orders from it, by Slurm's own commands."""
+"""What a job asks of Slurm and orders from it, by Slurm's own commands, and how it starts and ends a step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from mlra_scale.config import ConfigError, Problem
 
 _PATIENCE_SECONDS, _SECONDS_BETWEEN = 300.0, 2.0
 _GIVEN_UP_SECONDS = 30.0
-"""How long Slurm is given to notice that a node is dead; until then it would give it to the job again."""
+"""How long Slurm may take to notice that a node is dead; until then it would give it to the job again."""
 _PASSING = (
     *("Unable to contact", "timed out", "Connection refused", "Connection reset", "Communication", "Zero Bytes"),
     *("temporarily", "exit code -", "DB index is being set"),
 )
 """Words of Slurm's commands when its controller is busy, is being restarted, or still works on the job."""
-
 _SLURMS_PREFIXES = (
     *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SCONTROL_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_"),
     "PMI_",
@@ -77,7 +76,7 @@ class Allocation:
             nodes=tuple(nodes),
             here=environment.get("SLURMD_NODENAME", nodes[0]),
             # Not SLURM_RESTART_COUNT: a job that was submitted from inside another one has that of the other.
-            num_requeues=_number_of_restarts(job_fields(job_id, is_stop_asked)),
+            num_requeues=_number_of_restarts(show("job", job_id, is_stop_asked)),
         )
 
 
@@ -88,19 +87,12 @@ def hostnames(node_list: str, is_stop_asked: Callable[[], bool] = _never) -> lis
 
 def address(node: str, is_stop_asked: Callable[[], bool] = _never) -> str:
     """Returns the address at which other nodes reach a node, as Slurm knows it."""
-    return _node_fields(node, is_stop_asked).get("NodeAddr", node)
+    return show("node", node, is_stop_asked).get("NodeAddr", node)
 
 
-def _node_fields(node: str, is_stop_asked: Callable[[], bool] = _never) -> dict[str, str]:
-    return _fields(_ask("scontrol", "--oneliner", "show", "node", node, is_stop_asked=is_stop_asked))
-
-
-def job_fields(job_id: str, is_stop_asked: Callable[[], bool] = _never) -> dict[str, str]:
-    """Returns what Slurm knows of a job: JobState, Reason, Restarts, ..."""
-    return _fields(_ask("scontrol", "--oneliner", "show", "job", job_id, is_stop_asked=is_stop_asked))
-
-
-def _fields(line: str) -> dict[str, str]:
+def show(kind: Literal["job", "node"], name: str, is_stop_asked: Callable[[], bool] = _never) -> dict[str, str]:
+    """Returns what Slurm knows of a job or a node: JobState, Restarts, NodeAddr, ..."""
+    line = _ask("scontrol", "--oneliner", "show", kind, name, is_stop_asked=is_stop_asked)
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
@@ -110,11 +102,7 @@ def _number_of_restarts(fields: Mapping[str, str]) -> int:
 
 
 def jobs_of_user() -> dict[str, tuple[str, str]]:
-    """Returns Slurm's state and reason of each job of this user that it still knows.
-
-    Raises:
-        SlurmError: It does not answer.
-    """
+    """Returns Slurm's state and reason of each job of this user that it still knows, by number."""
     # Not --jobs: one job that Slurm does not know any more makes squeue fail. %A is what a job of an array finds in
     # SLURM_JOB_ID, and --all shows the partitions that are hidden otherwise.
     answer = _ask("squeue", "--noheader", "--me", "--all", "--states=all", "--format=%A %T %r", patience=0.0)
@@ -123,12 +111,8 @@ def jobs_of_user() -> dict[str, tuple[str, str]]:
 
 
 def how_slurm_ends_it(allocation: Allocation) -> Literal["requeued", "cancelled"] | None:
-    """Returns how Slurm is ending the job already, and whether it will start it again; None: it is not ending it.
-
-    Raises:
-        SlurmError: Slurm does not say.
-    """
-    fields = job_fields(allocation.job_id)
+    """Returns how Slurm is ending the job already, and whether it will start it again; None: it is not ending it."""
+    fields = show("job", allocation.job_id)
     if fields.get("JobState") in ("RUNNING", "TIMEOUT"):
         return None
     # While its processes end, a job in the queue and a cancelled one are both COMPLETING, also where it was cancelled
@@ -158,7 +142,7 @@ def put_back(
         say: Prints a line for the user.
 
     Raises:
-        SlurmError: Slurm refuses.
+        SlurmError: Slurm refuses it, as for a job that was submitted with --no-requeue.
     """
     if lost:
         # Slurm would queue the job again only after it has given up on every dead node of it, which takes minutes, and
@@ -169,7 +153,7 @@ def put_back(
             with contextlib.suppress(SlurmError):
                 while time.monotonic() < deadline and not all(map(is_given_up, lost)):
                     time.sleep(1.0)
-        except SlurmError as error:
+        except (SlurmError, OSError) as error:
             say(f"the lost node stays in the job until Slurm has given it up ({error})")
     requeue(allocation.job_id)
     if excluded:
@@ -180,17 +164,13 @@ def put_back(
 
 
 def requeue(job_id: str) -> None:
-    """Sends a job back to the queue; Slurm then ends this batch script.
-
-    Raises:
-        SlurmError: It refuses; the job was submitted with --no-requeue, for example.
-    """
+    """Sends a job back to the queue."""
     _ask("scontrol", "requeue", job_id)
 
 
 def exclude(job_id: str, nodes: Sequence[str]) -> None:
     """Adds nodes to those that a job in the queue must not get."""
-    before = job_fields(job_id).get("ExcNodeList", "(null)")
+    before = show("job", job_id).get("ExcNodeList", "(null)")
     all_nodes = set(nodes) | set([] if before == "(null)" else hostnames(before))
     _ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(all_nodes))}")
 
@@ -198,16 +178,13 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
 def shrink(job_id: str, nodes: Sequence[str]) -> None:
     """Gives back all nodes of a running job but these."""
     # scontrol leaves a script for the job's shell in the current directory.
-    try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
-    except OSError as error:
-        raise SlurmError(f"no temporary folder can be made: {error.strerror}") from error
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        _ask("scontrol", "update", f"JobId={job_id}", f"NodeList={','.join(nodes)}", folder=folder)
 
 
 def is_given_up(node: str) -> bool:
     """Returns whether Slurm has noticed that a node does not answer, and gives it to no job any more."""
-    state = _node_fields(node).get("State", "")
+    state = show("node", node).get("State", "")
     return "*" in state or "DOWN" in state or "NOT_RESPONDING" in state
 
 
@@ -227,19 +204,24 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def step_command(nodes: Sequence[str], memory: str, cpu_bind: str, more: Sequence[str]) -> list[str]:
-    """Returns the beginning of a command line that runs one task on each of some nodes of this job.
+    """Returns the beginning of a command line that runs one task on each of some nodes of this job, in their order.
 
-    A step without --cpus-per-task has all cores of the job on its nodes, and without --gres all its GPUs.
-
-    Args:
-        nodes: Names, in the order of the tasks' ranks.
-        memory: Of the task on each node, as srun takes it; 0: all that the job has there.
-        cpu_bind: The tasks' binding to cores, as srun takes it.
-        more: Further options, which win.
+    `memory` (0: all that the job has there) and `cpu_bind` are the task's, as srun takes them; the options in `more`
+    win. A step without --cpus-per-task has all cores of the job on its nodes, and without --gres all its GPUs.
     """
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
     command += [f"--nodelist={','.join(nodes)}", f"--mem={memory}", f"--cpu-bind={cpu_bind}"]
     return [*command, "--overlap", "--input=none", "--export=ALL", *more]
+
+
+def end_process(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Ends a child, by force if it takes longer than so many seconds; one that has ended already is left alone."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _ask(

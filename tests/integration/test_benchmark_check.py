@@ -28,19 +28,19 @@ from benchmarks.contenders import config_of, draw_weights, given_weights
 from benchmarks.harness import text_of
 from benchmarks.parity import compare_bf16, compare_fp32
 from benchmarks.processes import CommandFailed, run_command
-from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ConfigError, batch_plan, validate
 from mlra_scale.model.initialization import initial_state
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
-from tests.support.leftovers import all_end
+from tests.support.waiting import all_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_in(folder: Path, preset: str = "debug", world_size: int = 1) -> Check:
     task = Task("cpu", world_size, world_size, str(folder), preset, (), is_quick=True, seconds=0.0)
-    return Check(task, Settings(world_size, "cpu", (), (sys.executable,)), None)
+    return Check(task, LauncherSettings(world_size, "cpu", (), (sys.executable,)), None)
 
 
 def step(name: str) -> check.Step:

@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -28,8 +27,15 @@ from mlra_scale.cluster import slurm
 from mlra_scale.cluster.check import CheckResult, check_on_this_node, overrides_of_ranks, with_absolute_paths
 from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
 from mlra_scale.cluster.job.policy import Decision, End, EndKind, decide, seconds_before_restart
-from mlra_scale.cluster.job_file import JobAttempt, JobFile, events_since, now, num_checkpoints, read_job_file
-from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.job_file import (
+    JobAttempt,
+    JobFile,
+    now,
+    num_checkpoints,
+    read_job_file,
+    recorded_reason,
+)
+from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ConfigError, Problem, validate
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
@@ -60,38 +66,90 @@ class Job:
         allocation: From Slurm.
         settings: From the launcher.
         is_stop_asked: Whether a signal has asked the job to stop.
-        check: What a check of the start on all nodes of the allocation has found; None: it was not made.
 
     Raises:
-        ConfigError: The arguments are wrong, or the run directory cannot be used.
+        ConfigError: The arguments are wrong.
     """
+
+    _file: JobFile
 
     def __init__(
         self,
         arguments: Sequence[str],
         allocation: slurm.Allocation,
-        settings: Settings,
+        settings: LauncherSettings,
         is_stop_asked: Callable[[], bool] = lambda: False,
-        check: CheckResult | None = None,
     ) -> None:
-        self._allocation, self._settings = allocation, settings
-        self._checks = {} if check is None or check.kind is not None else {len(allocation.nodes): check}
-        self._too_few: set[int] = set()  # numbers of nodes that a check has refused
+        self._allocation, self._is_stop_asked = allocation, is_stop_asked
         self._arguments = with_absolute_paths(arguments)
         parsed = build_parser().parse_intermixed_args(self._arguments)
+        if parsed.run_dir is None:
+            raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
         self._run = RunDirectory(Path(parsed.run_dir))
         self._config, self._named, _ = resolve(parsed)
-        self._device = settings.device if self._config.train.device == "auto" else self._config.train.device
-        self._is_stop_asked = is_stop_asked
+        device = self._config.train.device
+        self._settings = settings if device == "auto" else replace(settings, device=device)
+        self._checks: dict[int, CheckResult] = {}  # by number of nodes; those that have found nothing wrong
+        self._too_few: set[int] = set()  # numbers of nodes that a check has refused
+        self._usable = list(allocation.nodes)
+        self._console: IO[bytes] | None = None
+
+    def run(self) -> int:
+        """Runs the job under the lock of its run directory; job.json has the state in which it ended, however it ended.
+
+        Returns:
+            The batch script's exit code.
+
+        Raises:
+            ConfigError: The run directory cannot be used.
+        """
+        if not os.path.lexists(self._run.path):
+            check = self._check_start(len(self._allocation.nodes))
+            if check.kind == "bad_input":  # a mistake leaves nothing behind
+                print(check.message, file=sys.stderr, flush=True)
+                return ExitCode.BAD_INPUT
+        waits = list(_FILE_WAITS)
+        while True:
+            try:
+                with run_lock(self._run, _LOCK_SECONDS, ".job.lock", self._is_stop_asked):
+                    self._open()
+                    try:
+                        return self._run_attempts()
+                    except BaseException as error:
+                        traceback.print_exc()
+                        code = self._fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
+                        if isinstance(error, Exception):
+                            return code
+                        raise
+            except WaitStopped as stopped:
+                # Another job holds the run directory; its job.json is left alone.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                print(f"stopped by a signal before it began: {stopped}", file=sys.stderr, flush=True)
+                if slurm.how_slurm_ends_it(self._allocation) is None:
+                    slurm.put_back(self._allocation, (), self._allocation.nodes, (), print)
+                return ExitCode.DONE
+            except ConfigError as error:
+                # A full disk or a file server that does not answer has an OSError as its cause, a mistake of the user
+                # has not. A job that has run before is not ended by it at once.
+                is_passing = isinstance(error.__cause__, OSError) and self._allocation.num_requeues > 0
+                if not is_passing or self._is_stop_asked() or not waits:
+                    with contextlib.suppress(OSError, ValueError):
+                        file = JobFile.read(self._run.job)
+                        if file.job_id == self._allocation.job_id and file.attempts:
+                            file.become("failed", " ".join(str(error).split()))
+                    raise
+                print(f"{error}; tried again in {waits[0]:.0f} s", file=sys.stderr, flush=True)
+                wait_for_stop(waits.pop(0), self._is_stop_asked)
+
+    def _open(self) -> None:
+        """Reads job.json, ends the attempts in it that were killed with their job, and makes it this job's."""
         try:
             self._run.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             remedy = f"cannot be written ({error.strerror}); name another directory"
             raise ConfigError([Problem("--run-dir", str(self._run.path), remedy)]) from error
-        self._file = read_job_file(self._run)
-        self._console: IO[bytes] | None = None
-        self._usable = list(allocation.nodes)
-        file = self._file
+        self._file = file = read_job_file(self._run)
+        allocation = self._allocation
         for attempt in file.attempts:
             if attempt.ended is None:
                 attempt.has_progressed = num_checkpoints(self._run, attempt.started) > 0
@@ -104,8 +162,8 @@ class Job:
         file.console = str(self._run.logs / "console.log")
         file.become("pending")
 
-    def run(self) -> int:
-        """Runs attempts until the job ends here; returns the batch script's exit code."""
+    def _run_attempts(self) -> int:
+        """Runs attempts until the job ends here; returns the exit code."""
         allocation = self._allocation
         self._say(f"job {allocation.job_id} on {len(allocation.nodes)} node(s): {' '.join(allocation.nodes)}")
         nodes, end = self._check_or_shrink(self._first_nodes())
@@ -149,12 +207,12 @@ class Job:
         parallel = self._config.parallel.model_copy(update={"world_size": None})
         config = self._config.model_copy(update={"parallel": parallel})
         # As the latest check has seen them; before the first one they are unknown.
-        seen = next((check.layout for check in reversed(self._checks.values())), None)
-        name, memory = (None, None) if seen is None else (seen.device, seen.memory)
-        devices = Devices(num_nodes * self._settings.processes, self._settings.processes, self._device, name, memory)
+        seen = next(reversed(self._checks.values()), CheckResult())
+        processes, device = self._settings.processes, self._settings.device
+        devices = Devices(num_nodes * processes, processes, device, seen.device, seen.memory)
         try:
             config, _ = resolve_layout(config, self._named, devices)
-            validate(config, num_nodes * self._settings.processes, device=self._device)
+            validate(config, num_nodes * processes, device=device)
         except ConfigError:
             return False
         return True
@@ -181,17 +239,24 @@ class Job:
             bad = set(self._allocation.nodes) & set(self._file.excluded)
             message = f"Slurm has given nodes that were found to be bad: {' '.join(sorted(bad))}"
             return self._refused("bad_node", message)
-        number, allocation = len(nodes), self._allocation
-        check = self._checks.get(number) or check_on_this_node(
-            self._arguments, allocation, self._settings, self._config, number, self._is_stop_asked
-        )
-        self._print(check.plan.encode(errors="replace"))
-        if (stopped := self._stopped_before()) is not None:
+        check = self._check_start(len(nodes))
+        if check.plan:
+            self._print(f"{check.plan}\n".encode(errors="replace"))
+        stopped = self._stopped_before()
+        if stopped is not None or check.kind is None:
             return stopped
-        if check.kind is not None:
-            return self._refused(check.kind, check.message)
-        self._checks[number] = check
-        return None
+        return self._refused(check.kind, check.message)
+
+    def _check_start(self, num_nodes: int) -> CheckResult:
+        """Checks the start on so many nodes; one that has found nothing wrong is not made again."""
+        if num_nodes not in self._checks:
+            check = check_on_this_node(
+                self._arguments, self._allocation, self._settings, self._config, num_nodes, self._is_stop_asked
+            )
+            if check.kind is not None:
+                return check
+            self._checks[num_nodes] = check
+        return self._checks[num_nodes]
 
     def _stopped_before(self) -> End | None:
         return self._refused("preempted", "stopped by a signal before it began") if self._is_stop_asked() else None
@@ -230,7 +295,7 @@ class Job:
             # with a rank that fails, a later attempt may succeed.
             kind: EndKind = "preempted" if self._is_stop_asked() else "failed"
             end = End(kind, f"the job's own process failed: {_in_words(error)}")
-        end = replace(end, reason=self._reason_of_run(end.kind, attempt) or end.reason)
+        end = replace(end, reason=recorded_reason(self._run, end.kind, attempt) or end.reason)
         attempt.end, attempt.reason, attempt.ended, attempt.failures = end.kind, end.reason, now(), [*end.failures]
         attempt.has_progressed = num_checkpoints(self._run) > checkpoints_before
         self._file.excluded |= end.bad_nodes if end.kind == "bad_node" else {}
@@ -240,16 +305,13 @@ class Job:
 
     def _plan(self, nodes: tuple[str, ...], number: int) -> AttemptPlan:
         config, settings, here = self._config, self._settings, self._allocation.here
-        check = self._checks.get(len(nodes))
-        layout = [] if check is None or check.layout is None else check.layout.overrides
+        layout = self._checks.get(len(nodes), CheckResult()).overrides
         world_size = len(nodes) * settings.processes
-        training = [*self._arguments, *layout, *overrides_of_ranks(config, settings.device, world_size)]
         return AttemptPlan(
             nodes=nodes,
             here=here,
             addresses={node: slurm.address(node, self._is_stop_asked) for node in dict.fromkeys((here, *nodes))},
-            device=self._device,
-            training=tuple(training),
+            training=(*self._arguments, *layout, *overrides_of_ranks(settings.device, world_size)),
             logs=self._run.logs / f"attempt-{number:03d}",
             settings=settings,
             cluster=config.cluster,
@@ -262,7 +324,7 @@ class Job:
             self._file.become("done", decision.reason)
             return ExitCode.DONE
         if decision.action == "fail":
-            return self.fail(decision.reason, ExitCode.BAD_INPUT if end.kind == "bad_input" else ExitCode.FAILED)
+            return self._fail(decision.reason, ExitCode.BAD_INPUT if end.kind == "bad_input" else ExitCode.FAILED)
         self._file.become("preempted" if end.kind == "preempted" else "requeued", decision.reason)
         # From here on Slurm's signal is the expected end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -274,13 +336,13 @@ class Job:
                 slurm.put_back(self._allocation, lost, self._usable, self._file.excluded, self._say)
                 return ExitCode.DONE
         except slurm.SlurmError as error:
-            return self.fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
+            return self._fail(f"cannot be queued again ({error}); {decision.reason}", ExitCode.FAILED)
         if state == "cancelled":
             self._file.become("cancelled", f"ended by Slurm (scancel, or the time limit); {decision.reason}")
         self._say(f"Slurm is ending the job already: {self._file.state}")
         return ExitCode.DONE
 
-    def fail(self, reason: str, code: int) -> int:
+    def _fail(self, reason: str, code: int) -> int:
         """Ends the job for good; returns the exit code."""
         for attempt in self._file.attempts[-1:]:
             if attempt.ended is None:
@@ -288,18 +350,6 @@ class Job:
         self._file.become("failed", reason)
         self._say(f"the job ends and is not queued again: {reason}")
         return code
-
-    def _reason_of_run(self, kind: str, attempt: JobAttempt) -> str | None:
-        """What the run itself recorded of its end, or wrote to the log of rank 0 if it did not get as far as that."""
-        if kind == "bad_input":
-            with contextlib.suppress(OSError):
-                log = self._run.logs / f"attempt-{attempt.number:03d}" / "rank-00000.log"
-                if message := " ".join(log.read_text(errors="replace").partition("bad input")[2].split()):
-                    return message[:2000]
-        if kind not in ("bad_input", "non_finite", "unstable", "failed"):
-            return None
-        stops = [event for event in events_since(self._run, attempt.started) if event["event"] == "stopped"]
-        return stops[-1].get("reason") if stops else None
 
     def _say(self, text: str) -> None:
         line = f"[job {datetime.now().astimezone().isoformat(timespec='milliseconds')}] {text}\n"
@@ -325,7 +375,7 @@ def _in_words(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns the exit code of the batch script."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = sys.argv[1:] if argv is None else argv
     signals: list[int] = []
     for stop_signal in _STOP_SIGNALS:
         signal.signal(stop_signal, lambda number, frame: signals.append(number))
@@ -335,65 +385,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         allocation = slurm.Allocation.of(os.environ, is_stop_asked)
-        settings = Settings.of(os.environ)
-        parsed = build_parser().parse_intermixed_args(arguments)
-        if parsed.run_dir is None:
-            raise ConfigError([Problem("--run-dir", None, "is required: name a directory on a shared file system")])
-        # A mistake leaves nothing behind.
-        config, _, _ = resolve(parsed)
-        run, check = RunDirectory(Path(parsed.run_dir).absolute()), None
-        if not os.path.lexists(run.path):
-            words, number = with_absolute_paths(arguments), len(allocation.nodes)
-            check = check_on_this_node(words, allocation, settings, config, number, is_stop_asked)
-            if check.kind == "bad_input":
-                print(check.message, file=sys.stderr, flush=True)
-                return ExitCode.BAD_INPUT
-        make_job = partial(Job, arguments, allocation, settings, is_stop_asked, check)
-        return _run_alone(run, allocation, make_job, is_stop_asked)
+        return Job(arguments, allocation, LauncherSettings.of(os.environ), is_stop_asked).run()
     except ConfigError as error:
         print(f"mlra_scale.cluster.job: bad input\n{textwrap.indent(str(error), '  ')}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT
     except slurm.SlurmError as error:
         print(f"mlra_scale.cluster.job: {error}", file=sys.stderr, flush=True)
         return ExitCode.FAILED
-
-
-def _run_alone(
-    run: RunDirectory, allocation: slurm.Allocation, make_job: Callable[[], Job], is_stop_asked: Callable[[], bool]
-) -> int:
-    """Runs the job under the lock of its run directory; job.json has the state in which it ended, however it ended."""
-    waits = list(_FILE_WAITS)
-    while True:
-        try:
-            with run_lock(run, _LOCK_SECONDS, ".job.lock", is_stop_asked):
-                job = make_job()
-                try:
-                    return job.run()
-                except BaseException as error:
-                    traceback.print_exc()
-                    code = job.fail(f"{type(error).__name__}: {error}", ExitCode.FAILED)
-                    if isinstance(error, Exception):
-                        return code
-                    raise
-        except WaitStopped as stopped:
-            # Another job holds the run directory; its job.json is left alone.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            print(f"stopped by a signal before it began: {stopped}", file=sys.stderr, flush=True)
-            if slurm.how_slurm_ends_it(allocation) is None:
-                slurm.put_back(allocation, (), allocation.nodes, (), print)
-            return ExitCode.DONE
-        except ConfigError as error:
-            # A full disk or a file server that does not answer has an OSError as its cause, a mistake of the user has
-            # not. A job that has run before is not ended by it at once.
-            is_passing = isinstance(error.__cause__, OSError) and allocation.num_requeues > 0
-            if not is_passing or is_stop_asked() or not waits:
-                with contextlib.suppress(OSError, ValueError):
-                    file = JobFile.read(run.job)
-                    if file.job_id == allocation.job_id and file.attempts:
-                        file.become("failed", " ".join(str(error).split()))
-                raise
-            print(f"{error}; tried again in {waits[0]:.0f} s", file=sys.stderr, flush=True)
-            wait_for_stop(waits.pop(0), is_stop_asked)
 
 
 if __name__ == "__main__":

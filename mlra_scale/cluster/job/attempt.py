@@ -15,12 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, endpoint, free_port, listening_host
+from mlra_scale.cluster.channel import TOKEN_VARIABLE, Hub, endpoint, free_port, listening_host
 from mlra_scale.cluster.job.policy import End, EndKind, are_meeting, describe, hang_seconds, suspects
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankStatus
-from mlra_scale.cluster.process_tree import end_process
-from mlra_scale.cluster.settings import Settings
-from mlra_scale.cluster.slurm import SlurmError, hostnames, slurm_environment, step_command
+from mlra_scale.cluster.settings import LauncherSettings
+from mlra_scale.cluster.slurm import SlurmError, end_process, hostnames, slurm_environment, step_command
 from mlra_scale.cluster.versions import odd_ones, versions
 from mlra_scale.config import ClusterConfig
 from mlra_scale.files import write_atomically
@@ -32,6 +31,7 @@ _FINAL: dict[ExitCode, EndKind] = {
     ExitCode.UNSTABLE: "unstable",
 }
 """Exit codes of ranks after which another attempt would end alike."""
+_WORKING = ("training", "evaluating", "saving", "rolling back")
 _EVIDENCE_SECONDS = 5.0
 """After the first rank has failed, how long the others may take to report their own errors, before they are killed."""
 _END_SECONDS = 60.0
@@ -60,21 +60,18 @@ class AttemptPlan:
         nodes: Names, in order of their ranks.
         here: Name of this process's node.
         addresses: At which other nodes reach these nodes and `here`, by name.
-        device: `cuda` or `cpu`.
         training: Arguments of the training.
         logs: Folder for the logs of this attempt.
-        settings: How ranks are started.
-        cluster: Memory and cores of the ranks, and how long their start, their stop and silence may take.
+        settings, cluster: How ranks are started, with what memory and cores, and how long they may take for what.
         hang_seconds: No progress for so long is a hang.
     """
 
     nodes: tuple[str, ...]
     here: str
     addresses: Mapping[str, str]
-    device: str
     training: tuple[str, ...]
     logs: Path
-    settings: Settings
+    settings: LauncherSettings
     cluster: ClusterConfig
     hang_seconds: float
 
@@ -92,6 +89,11 @@ class _Node:
     broken_since: float | None = None
     was_misunderstood: bool = False
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing more is expected of it."""
+        return self.has_ended or self.is_lost
+
 
 class AttemptRunner:
     """Runs one start of all ranks, from srun to its end; for one thread.
@@ -101,7 +103,7 @@ class AttemptRunner:
         write_output: Takes the output of all ranks.
         say: Prints a line for the user.
         is_stop_asked: Whether a signal has asked the job to stop.
-        on_progress: Called when the first step begins, and about every second from then on.
+        on_progress: Called for each report of a node whose ranks train.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class AttemptRunner:
         step += [f"--job={endpoint(plan.addresses[plan.here], port)}"]
         step += [f"--master={endpoint(plan.addresses[plan.nodes[0]], free_port())}"]
         step += [f"--run-id={plan.logs.name}", f"--nodes={len(plan.nodes)}", f"--processes={settings.processes}"]
-        step += [f"--device={plan.device}", f"--logs={plan.logs}", f"--nonce={nonce}"]
+        step += [f"--device={settings.device}", f"--logs={plan.logs}", f"--nonce={nonce}"]
         step += [f"--start-seconds={60 * cluster.start_minutes}", f"--lost-seconds={cluster.lost_node_seconds}"]
         return subprocess.Popen(
             [*step, "--", *plan.training],
@@ -186,20 +188,20 @@ class AttemptRunner:
     def _hear(self, hub: Hub, seconds: float) -> bool:
         """Takes what was heard, after a wait of at most so many seconds; returns whether anything was."""
         all_heard = hub.poll(seconds)
-        for heard in all_heard:
-            if heard.node not in self._nodes:
+        for name, message in all_heard:
+            node = self._nodes.get(name)
+            if node is None:
                 continue
-            node = self._nodes[heard.node]
             node.heard = time.monotonic()
-            if heard.message is None:
-                self._take_break(heard.node, node)
+            if message is None:
+                self._take_break(name, node)
                 continue
             try:
-                self._take(hub, heard, node, NodeMessage.of(heard.message))
+                self._take(hub, name, node, NodeMessage.of(message))
             except ValueError as error:
                 # From another version of this package, perhaps: its node is then named as one.
                 if not node.was_misunderstood:
-                    self._say(f"{heard.node} sent a message that is not understood: {error}")
+                    self._say(f"{name} sent a message that is not understood: {error}")
                 node.was_misunderstood = True
         return bool(all_heard)
 
@@ -215,22 +217,22 @@ class AttemptRunner:
     def _are_connected(self) -> bool:
         return all(node.versions is not None for node in self._nodes.values())
 
-    def _take(self, hub: Hub, heard: Heard, node: _Node, message: NodeMessage) -> None:
+    def _take(self, hub: Hub, name: str, node: _Node, message: NodeMessage) -> None:
         if unknown := {*(message.bad_nodes or {})} - {*self._nodes}:
             raise ValueError(f"bad_nodes: {', '.join(sorted(unknown))} is not of this attempt")
         if message.versions is not None:
             node.versions = message.versions
             if self._are_connected():
-                self._blame(odd_ones({name: other.versions or {} for name, other in self._nodes.items()}, versions()))
+                self._blame(odd_ones({each: other.versions or {} for each, other in self._nodes.items()}, versions()))
         if message.ranks is not None:
-            node.ranks = [rank.model_copy(update={"node": heard.node}) for rank in message.ranks]
-            # Not only where ranks are watched: a short run may end with the next message.
-            self._note_progress(node.ranks)
+            node.ranks = [rank.model_copy(update={"node": name}) for rank in message.ranks]
+            if any(rank.heartbeat.phase in _WORKING for rank in node.ranks):
+                self._on_progress()
         if message.signalled:
-            self._stop(hub, f"{heard.node} was signalled")
+            self._stop(hub, f"{name} was signalled")
         if message.failures is not None:
             node.has_ended = node.has_reported = True
-            self._take_failures(heard.node, message.failures)
+            self._take_failures(name, message.failures)
         self._blame(message.bad_nodes or {})
 
     def _take_failures(self, name: str, failures: Sequence[RankFailure]) -> None:
@@ -246,10 +248,6 @@ class AttemptRunner:
             self._say(f"{self._failures[-len(failures)]}; the attempt ends")
         self._kill_after(_END_SECONDS if is_agreed else _EVIDENCE_SECONDS)
 
-    def _note_progress(self, ranks: Sequence[RankStatus]) -> None:
-        if any(rank.heartbeat.phase in ("training", "evaluating", "saving", "rolling back") for rank in ranks):
-            self._on_progress()
-
     def _watch(self, hub: Hub) -> None:
         """Looks for what no message reports: a stop that was asked for, a silent node, ranks without progress."""
         now, limits = time.monotonic(), self._plan.cluster
@@ -262,14 +260,13 @@ class AttemptRunner:
         self._lose_unconnected()
         for name, node in self._nodes.items():
             patience = _CONNECT_SECONDS if node.versions is None else limits.lost_node_seconds
-            if node.has_ended or node.is_lost:
+            if node.is_gone:
                 continue
             if node.broken_since is not None and now - node.broken_since > _BROKEN_SECONDS:
                 self._lose(name, "its connection broke")
             elif now - node.heard > patience:
                 self._lose(name, f"nothing was heard of it for {patience:.0f} s")
         ranks = [rank for node in self._nodes.values() for rank in node.ranks if not node.has_ended]
-        self._note_progress(ranks)
         if self._verdict is not None or self._kill_at is not None:
             return
         if self._stopping_since is not None and now - self._stopping_since > 60 * limits.stop_minutes:
@@ -304,7 +301,7 @@ class AttemptRunner:
                     names = hostnames(node_list, self._is_stop_asked)
             for name in names:
                 node = self._nodes.get(name)
-                if node is not None and node.versions is None and not (node.has_ended or node.is_lost):
+                if node is not None and node.versions is None and not node.is_gone:
                     self._lose(name, f"its agent ended before it connected ({reason})")
 
     def _find_unstarted(self) -> None:
@@ -353,8 +350,7 @@ class AttemptRunner:
             hub.send({"order": "kill"})
         if self._killed_at is None:
             return
-        have_ended = all(node.has_ended or node.is_lost for node in self._nodes.values())
-        if have_ended or now - self._killed_at > _KILL_SECONDS:
+        if all(node.is_gone for node in self._nodes.values()) or now - self._killed_at > _KILL_SECONDS:
             end_process(process, _SRUN_SECONDS)
 
     def _ordered_failures(self) -> list[RankFailure]:

@@ -1,7 +1,7 @@
-"""The decisions of a job as pure functions, so that every case is a line in a test.
+"""The decisions of a job as pure functions.
 
-Whether ranks hang and which of them the others wait for, from their last heartbeats; and what follows the end of an
-attempt.
+From the last heartbeats: whether ranks hang, and which of them the others wait for. From the end of an attempt: what
+follows it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ def are_meeting(ranks: Sequence[RankStatus], num_ranks: int) -> bool:
 
 
 def suspects(ranks: Sequence[RankStatus]) -> dict[int, str]:
-    """Finds the ranks that the others wait for.
+    """Returns the ranks that the others wait for, each with what marks it; empty where nothing does.
 
-    Returns:
-        By rank, what marks it: it gives no sign of life; or it is at an earlier step; or its phase or its location
-        differs from those of most ranks. Empty where nothing tells one rank from another.
+    A rank is marked if it gives no sign of life; else if it is at an earlier step; else if its phase or its location
+    differs from those of most ranks.
     """
     silent = {
         rank.heartbeat.rank: f"no sign of life for {rank.silence:.0f} s (process {rank.heartbeat.pid} on {rank.node}: "
@@ -108,8 +107,7 @@ class End:
     """How an attempt ended.
 
     Attributes:
-        kind: Of what kind.
-        reason: In words, naming rank and node where they are known.
+        kind, reason: Of what kind, and in words that name rank and node where they are known.
         bad_nodes: Nodes that must not be used again, by name, with the reason.
         failures: How single ranks ended, the cause first.
     """
@@ -124,11 +122,8 @@ class End:
 class Decision:
     """What follows an end.
 
-    Attributes:
-        action: finish: the run is done. fail: the job ends and is not queued again. requeue: it goes back to the queue.
-            restart: the next attempt starts in this allocation.
-        reason: Why.
-        nodes: For a restart, its nodes.
+    finish: the run is done. fail: the job ends and is not queued again. requeue: it goes back to the queue. restart:
+    the next attempt starts on `nodes` of this allocation.
     """
 
     action: Action
@@ -139,8 +134,8 @@ class Decision:
 def in_a_row(ends: Sequence[tuple[str, bool]], kinds: Sequence[str]) -> int:
     """Counts the attempts that ended in one of these kinds since the last one that completed a checkpoint.
 
-    Failures and preemptions are counted apart, and neither interrupts the other's row: failures come from the run or
-    its nodes, preemptions from the cluster. `ends` holds (kind, has_progressed) of all attempts, the newest last.
+    Failures come from the run or its nodes and preemptions from the cluster: neither interrupts the other's row. `ends`
+    holds (kind, has_progressed) of all attempts, the newest last.
     """
     number = 0
     for kind, has_progressed in reversed(ends):

@@ -53,14 +53,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def folder_fault(folder: Path, node: str, nonce: str) -> str:
-    """Returns what is wrong with the run directory as this node sees it; empty: nothing.
+    """Returns what is wrong with the folder of this attempt's logs as this node sees it; empty: nothing.
 
-    The node writes the nonce into a file of its own, for which the first rank looks (rank/preflight.py).
-
-    Args:
-        folder: Of this attempt's logs.
-        node: This node's name.
-        nonce: What the job has written into the file of this name there.
+    The job has written `nonce` into the file of this name there. The node writes it into a file of its own, for which
+    the other nodes look (rank/preflight.py).
     """
     deadline = time.monotonic() + _SECONDS_TO_SEE
     while True:

@@ -12,10 +12,7 @@ class RankLogs(DefaultLogsSpecs):
     """torchrun's logs under names that do not collide between nodes, such as rank-00007.log.
 
     A rank sends its standard error to the same file (rank/__main__.py), so that its log has everything in order.
-
-    Args:
-        folder: Shared by all nodes.
-        first_rank: The lowest rank on this node.
+    `first_rank` is the lowest one on this node; the folder is shared by all nodes.
     """
 
     def __init__(self, folder: Path, first_rank: int) -> None:

@@ -45,7 +45,7 @@ class Watch:
         logs: Folder of this attempt's logs, in the run directory.
         node_rank: The node's number.
         lost_seconds: A job that was silent for so long is lost.
-        processes: Returns the processes that have been started here; to be killed with the ranks among them.
+        processes: Returns all processes that were started here, the ranks among them; they are killed on order.
     """
 
     def __init__(

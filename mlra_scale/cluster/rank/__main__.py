@@ -32,13 +32,7 @@ from mlra_scale.training.interruption import Watchdog
 
 
 class NodeWatchdog(Watchdog):
-    """Sends the node heartbeats, and checks the nodes before the ranks train.
-
-    Args:
-        heartbeats: The connection to the node.
-        node: The node's name.
-        shared: A folder that all nodes must see alike.
-    """
+    """Sends the node heartbeats, and checks the nodes before the ranks train; `shared` is of all nodes."""
 
     # The launcher has ended the run before this one: what still holds the lock is about to end.
     lock_seconds = 150.0
@@ -75,7 +69,7 @@ def main() -> None:
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # one log for both, in order
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     node, shared = os.environ[NODE_VARIABLE], Path(os.environ[LOGS_VARIABLE])
-    heartbeats = HeartbeatSender(os.environ.get(HEARTBEAT_VARIABLE), rank, local_rank)
+    heartbeats = HeartbeatSender(os.environ[HEARTBEAT_VARIABLE], rank, local_rank)
     with _stacks_file(shared / f"rank-{rank:05d}.stacks") as stacks:
         # Written by the signal's handler in C: it works while the interpreter waits in a collective.
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)

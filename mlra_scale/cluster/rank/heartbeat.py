@@ -1,7 +1,7 @@
-"""Heartbeats: every rank sends its node each second what it does, over a local datagram socket.
+"""Heartbeats: a thread of every rank sends its node each second what the rank does, over a local datagram socket.
 
-A thread of its own sends them. It stands still with its process (stopped, or kept by native code that does not release
-the interpreter), and so tells a silent rank from one that waits for others.
+The thread stands still with its process (stopped, or kept by native code that does not release the interpreter). This
+tells a silent rank from one that waits for others.
 """
 
 from __future__ import annotations
@@ -25,23 +25,15 @@ _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 
 
 class HeartbeatSender:
-    """A rank's end; without an address it does nothing.
+    """A rank's end: sends to the node's socket with this address, as the rank with these numbers."""
 
-    Args:
-        address: Of the node's socket; None: no node listens.
-        rank: Global rank.
-        local_rank: Its number on the node.
-    """
-
-    def __init__(self, address: str | None, rank: int, local_rank: int) -> None:
-        self._address, self._rank, self._local_rank = address, rank, local_rank
+    def __init__(self, address: str, rank: int, local_rank: int) -> None:
+        self._address, self._rank, self._local_rank = f"\0{address}", rank, local_rank
         self._phase, self._step, self._since = "starting", 0, time.monotonic()
         self._main_thread = threading.main_thread().ident
-        self._socket: socket.socket | None = None
-        if address is not None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.settimeout(1.0)
-            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(1.0)
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Notes the phase that the rank begins, at the same step as before if none is given; the thread sends it."""
@@ -50,10 +42,9 @@ class HeartbeatSender:
 
     def send(self, **values: Any) -> None:
         """Sends the node a message (messages.RankMessage) at once."""
-        if self._socket is not None and self._address is not None:
-            # A node that does not read for a second loses some messages, and an ended one all; the rank continues.
-            with contextlib.suppress(OSError):
-                self._socket.sendto(json.dumps(values).encode("ascii"), f"\0{self._address}")
+        # A node that does not read for a second loses some messages, and an ended one all; the rank continues.
+        with contextlib.suppress(OSError):
+            self._socket.sendto(json.dumps(values).encode("ascii"), self._address)
 
     def _run(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""A stand-in for srun, which starts one process per node that plays the node's agent: it does what its play says.
+"""A stand-in for srun, which starts one process per node that plays the node's agent.
 
 A play is a few lines of Python that call the functions below.
 """
@@ -19,7 +19,8 @@ from mlra_scale.cluster.channel import TOKEN_VARIABLE, Heard, Hub, Link, host_an
 PLAYS_VARIABLE = "TEST_PLAYS"
 RECORD_VARIABLE = "TEST_RECORD"
 CHECK_VARIABLE = "TEST_CHECK"
-LAYOUT_VARIABLE = "TEST_LAYOUT"
+SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
+"""The program srun."""
 _LONGEST = 40
 
 
@@ -27,7 +28,7 @@ def rank(number: int, step: int = 3, phase: str = "training", seconds: float = 0
     """A rank as an agent reports it."""
     heartbeat = {"rank": number, "local_rank": 0, "pid": 1000 + number, "phase": phase, "step": step}
     heartbeat |= {"seconds": seconds, "location": "all_reduce (x.py:1)"}
-    return {"heartbeat": heartbeat, "silence": 0.0, "state": "S (sleeping)"}
+    return {"heartbeat": heartbeat, "silence": 0.0, "state": "sleeping"}
 
 
 def failure(number: int | None, code: int, at: float = 0.0, message: str = "") -> dict[str, Any]:
@@ -130,12 +131,15 @@ def main() -> int:
             time.sleep(_LONGEST)
         asked = int(next(word for word in command if word.startswith("--nodes=")).partition("=")[2])
         said = os.environ.get(CHECK_VARIABLE, "0")
-        code = int(said) if said != "too few" else 2 * (asked < 2)
-        print("the plan" if code == 0 else "data.path = None: is required", file=sys.stderr if code else sys.stdout)
-        if code == 0 and "parallel.layout=auto" in command and os.environ.get(LAYOUT_VARIABLE) != "silent":
-            layout = {"overrides": [f"train.micro_batch_size={asked}"], "device": None, "memory": None}
-            print(f"layout of the ranks: {json.dumps(layout)}\nwhat a container says at its end")
-        return code
+        if said == "silent":
+            return 1
+        if said == "2" or (said == "too few" and asked < 2):
+            result: dict[str, Any] = {"kind": "bad_input", "message": "data.path = None: is required"}
+        else:
+            is_auto = "parallel.layout=auto" in command
+            result = {"plan": "the plan", "overrides": [f"train.micro_batch_size={asked}"] if is_auto else []}
+        print(f"what a container says\nresult of the check: {json.dumps(result)}\nwhat it says at its end")
+        return 0
     nodes = next(option for option in options if option.startswith("--nodelist=")).split("=", 1)[1].split(",")
     players = []
     for number, node in enumerate(nodes):

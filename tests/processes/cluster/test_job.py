@@ -16,23 +16,16 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.cluster import check, slurm
-from mlra_scale.cluster.check import CheckResult, ChosenLayout
+from mlra_scale.cluster.check import CheckResult
 from mlra_scale.cluster.job import __main__ as job
 from mlra_scale.cluster.job import attempt
 from mlra_scale.cluster.job.__main__ import Job, main
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
-from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.cluster.slurm import Allocation
 from mlra_scale.config import ConfigError, load_config
-from tests.processes.cluster.player import (
-    CHECK_VARIABLE,
-    LAYOUT_VARIABLE,
-    PLAYS_VARIABLE,
-    RECORD_VARIABLE,
-    QuickHub,
-)
+from tests.processes.cluster.player import CHECK_VARIABLE, PLAYS_VARIABLE, RECORD_VARIABLE, SRUN, QuickHub
 
-SRUN = f"#!{sys.executable} -S\nimport sys\nfrom tests.processes.cluster.player import main\nsys.exit(main())\n"
 SCONTROL = """#!/bin/sh
 case "$*" in
 *"show hostnames"*) printf 'a\\nb\\n' ;;
@@ -45,7 +38,7 @@ case "$*" in
    case "$*" in "$TEST_REFUSED"*) echo "refused" >&2; exit 1 ;; esac ;;
 esac
 """
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("own_handlers")]
 
 
 class Desk:
@@ -77,15 +70,6 @@ class Desk:
     def orders(self) -> list[str]:
         path = self._folder / "scontrol"
         return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """Puts the handlers of signals back, which a job sets in the process of the tests."""
-    before = {number: signal.getsignal(number) for number in job._STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -180,12 +164,6 @@ ENDED = "me.connect(); me.report(rank(1)); me.obey_kill(1)"
 BAD = "me.connect(); me.link.send({'bad_nodes': {'b': 'wrong sum'}}); me.end(failure(0, 6))"
 
 
-def test_a_bad_node_is_excluded(desk: Desk) -> None:
-    assert desk.job(a=BAD, b=ENDED) == 0
-    assert desk.file.excluded == {"b": "wrong sum"} and desk.file.state == "requeued"
-    assert desk.orders == ["requeue 41", "update JobId=41 ExcNodeList=b"]
-
-
 @pytest.mark.parametrize("layout", ["manual", "auto"])
 def test_an_elastic_job_continues_without_a_bad_node(
     desk: Desk, capfdbinary: pytest.CaptureFixture[bytes], layout: str
@@ -220,43 +198,40 @@ def test_fewer_nodes_are_judged_by_the_devices_that_the_check_has_seen(
 ) -> None:
     allocation = Allocation("41", "deep", ("a", "b", "c"), "a", 1)
     arguments = ["--run-dir", str(desk.run), "--preset", "gpt2-mlra-72l-wide", "parallel.layout=auto"]
-    result = CheckResult(None, layout=ChosenLayout(overrides=[], device=device, memory=gib * 2**30))
-    it = Job(arguments, allocation, Settings(4, "cuda", (), ("python",)), check=result)
+    it = Job(arguments, allocation, LauncherSettings(4, "cuda", (), ("python",)))
+    it._checks[3] = CheckResult(device=device, memory=gib * 2**30)
     assert [number for number in (1, 2) if it._divides_over(number)] == expected
 
 
 @pytest.mark.parametrize(
-    ("printed", "is_layout"),
+    ("printed", "is_result"),
     [
-        ('{"overrides": ["a=1"], "device": "NVIDIA H200", "memory": 1e9}\nslurm: job ends', True),
+        ('{"plan": "p", "overrides": ["a=1"], "device": "NVIDIA H200", "memory": 1e9}\nslurm: job ends', True),
         ('["a=1"]', False),
-        ('{"overrides": "a=1", "device": null, "memory": null}', False),
-        ('{"overrides": [1], "device": null, "memory": null}', False),
-        ('{"overrides": [], "device": 3, "memory": null}', False),
-        ('{"overrides": [], "device": null, "memory": "much"}', False),
+        ('{"overrides": "a=1"}', False),
+        ('{"overrides": [1]}', False),
+        ('{"device": 3}', False),
+        ('{"memory": "much"}', False),
+        ('{"kind": "odd"}', False),
         ("", False),
     ],
 )
-def test_the_line_of_the_layout_is_read_alone_and_its_shape_is_checked(printed: str, is_layout: bool) -> None:
-    found = check.read_output(f"the plan\nlayout of the ranks: {printed}\n")
-    assert (found.kind is None) == is_layout
-    if is_layout:
-        layout = ChosenLayout(overrides=["a=1"], device="NVIDIA H200", memory=1e9)
-        assert found == CheckResult(None, "", "the plan\n", layout)
+def test_the_line_of_the_result_is_read_alone_and_its_shape_is_checked(printed: str, is_result: bool) -> None:
+    found = check.read_output(f"of a container\nresult of the check: {printed}\n")
+    assert found is not None and check.read_output("the plan\n") is None
+    if is_result:
+        assert found == CheckResult(plan="p", overrides=["a=1"], device="NVIDIA H200", memory=1e9)
     else:
-        assert found.kind == "failed" and "does not say which layout" in found.message
+        assert found.kind == "failed" and "is not understood" in found.message
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [(LAYOUT_VARIABLE, "silent", "does not say which layout"), (CHECK_VARIABLE, "1", "ended with exit code 1")],
-)
-def test_a_check_that_fails_counts_as_a_failure_and_starts_no_ranks(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+def test_a_check_without_a_result_counts_as_a_failure_and_starts_no_ranks(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(CHECK_VARIABLE, "silent")
     assert desk.job("parallel.layout=auto", "cluster.max_failures=1", a=DONE, b=DONE) == 1
-    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])] and message in desk.file.reason
+    assert desk.file.state == "failed" and desk.ends == [("failed", ["a"])]
+    assert "ended with exit code 1" in desk.file.reason
 
 
 def test_a_lost_node_is_given_back_before_the_job_is_queued_again(desk: Desk) -> None:
@@ -454,19 +429,20 @@ def test_an_error_of_ours_leaves_no_running_job_behind(desk: Desk, monkeypatch: 
         ("COMPLETING 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),  # requeued, then cancelled
         ("CANCELLED 3 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
         ("COMPLETING 2 2020-01-01T04:51:39", "nothing", 0, "cancelled", []),
+        ("RUNNING 2 Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("RUNNING 2 Unknown", "requeue", 1, "failed", ["requeue 41"]),
         ("RUNNING 2 Unknown", "update", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
         ("TIMEOUT 2 Unknown", "nothing", 0, "requeued", ["requeue 41", "update JobId=41 ExcNodeList=b"]),
     ],
 )
-def test_the_state_of_a_job_that_slurm_ends_or_refuses_to_queue(
+def test_a_job_without_its_bad_node_goes_back_to_the_queue_unless_slurm_ends_it_or_refuses(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, slurms: str, refused: str, code: int, state: str, orders: list[str]
 ) -> None:
     for name, value in zip(("JOB_STATE", "RESTARTS", "END_TIME"), slurms.split(), strict=True):
         monkeypatch.setenv(f"TEST_{name}", value)
     monkeypatch.setenv("TEST_REFUSED", refused)
     assert desk.job(a=BAD, b=ENDED) == code
-    assert desk.file.state == state and desk.orders == orders
+    assert desk.file.state == state and desk.orders == orders and desk.file.excluded == {"b": "wrong sum"}
 
 
 def test_attempts_that_were_killed_with_their_job_get_an_end(desk: Desk) -> None:
@@ -477,12 +453,11 @@ def test_attempts_that_were_killed_with_their_job_get_an_end(desk: Desk) -> None
     JobFile(desk.run / "job.json", "41", attempts=attempts).write()
     event = '{"time": "2026-01-04T00:00:00.5+00:00", "event": "checkpoint", "step": 10}\n'
     (desk.run / "events.jsonl").write_text(event)
-    allocation = Allocation("41", "deep", ("a",), "a", 1)
-    Job(["--run-dir", str(desk.run), "--preset", "debug"], allocation, Settings(1, "cpu", (), ("python",)))
+    assert desk.job(a=DONE, b=DONE) == 0
     settled = desk.file.attempts
-    assert [attempt.end for attempt in settled] == ["failed"] * 3
+    assert [attempt.end for attempt in settled] == ["failed"] * 3 + ["done"]
     assert settled[0].reason == "killed together with its job"
-    assert [attempt.has_progressed for attempt in settled[1:]] == [True, False]
+    assert [attempt.has_progressed for attempt in settled[1:3]] == [True, False]
 
 
 def test_a_new_job_counts_its_own_failures(desk: Desk) -> None:
@@ -505,37 +480,37 @@ def test_an_allocation_without_a_usable_node_goes_back(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, Settings(1, "cpu", (), (sys.executable,))),
-        ({"SLURM_GPUS_ON_NODE": "0"}, Settings(1, "cpu", (), (sys.executable,))),
-        ({"SLURM_GPUS_ON_NODE": "8"}, Settings(8, "cuda", (), (sys.executable,))),
-        ({"SLURM_JOB_GPUS": "0,1,5"}, Settings(3, "cuda", (), (sys.executable,))),
-        ({"SLURM_GPUS_ON_NODE": "8", "PROCESSES_PER_NODE": "4"}, Settings(4, "cuda", (), (sys.executable,))),
-        ({"PROCESSES_PER_NODE": "4"}, Settings(4, "cpu", (), (sys.executable,))),
+        ({}, LauncherSettings(1, "cpu", (), (sys.executable,))),
+        ({"SLURM_GPUS_ON_NODE": "0"}, LauncherSettings(1, "cpu", (), (sys.executable,))),
+        ({"SLURM_GPUS_ON_NODE": "8"}, LauncherSettings(8, "cuda", (), (sys.executable,))),
+        ({"SLURM_JOB_GPUS": "0,1,5"}, LauncherSettings(3, "cuda", (), (sys.executable,))),
+        ({"SLURM_GPUS_ON_NODE": "8", "PROCESSES_PER_NODE": "4"}, LauncherSettings(4, "cuda", (), (sys.executable,))),
+        ({"PROCESSES_PER_NODE": "4"}, LauncherSettings(4, "cpu", (), (sys.executable,))),
         (
             {"MLRA_PYTHON": "apptainer exec --nv 'my image.sif' python3", "MLRA_SRUN_ARGUMENTS": "--mem=0 -v"},
-            Settings(1, "cpu", ("--mem=0", "-v"), ("apptainer", "exec", "--nv", "my image.sif", "python3")),
+            LauncherSettings(1, "cpu", ("--mem=0", "-v"), ("apptainer", "exec", "--nv", "my image.sif", "python3")),
         ),
     ],
 )
 def test_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Settings
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: LauncherSettings
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # also where this machine has GPUs
-    assert Settings.of(environment) == expected
+    assert LauncherSettings.of(environment) == expected
 
 
 def test_gpus_that_slurm_does_not_count_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: x (UUID: 1)'\necho '  MIG'\necho 'GPU 1: x'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert Settings.of({}).processes == 2 and Settings.of({}).device == "cuda"
-    assert Settings.of({"SLURM_GPUS_ON_NODE": "0"}).device == "cpu"
+    assert LauncherSettings.of({}).processes == 2 and LauncherSettings.of({}).device == "cuda"
+    assert LauncherSettings.of({"SLURM_GPUS_ON_NODE": "0"}).device == "cpu"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "all", "1.5"])
 def test_a_wrong_number_of_processes_is_bad_input(value: str) -> None:
     with pytest.raises(ConfigError, match="PROCESSES_PER_NODE"):
-        Settings.of({"PROCESSES_PER_NODE": value})
+        LauncherSettings.of({"PROCESSES_PER_NODE": value})
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +20,7 @@ sys.exit(int(os.environ["LOCAL_RANK"]))
 """
 
 
-@pytest.fixture
-def _handlers() -> Iterator[None]:
-    """torchrun sets handlers of signals in its own process, and leaves them there."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_handlers")
+@pytest.mark.usefixtures("own_handlers")
 def test_processes_of_torchrun_write_there(tmp_path: Path) -> None:
     """In order, and merged on the console with the rank in front."""
     left = {"message": {"message": "broken", "extraInfo": {"timestamp": 5}}}

@@ -28,6 +28,7 @@ from mlra_scale.cluster.node.watch import Watch, connect
 from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.versions import versions
+from tests.support.waiting import all_end, eventually
 
 OPTIONS = [
     "--job=10.0.0.1:41000",
@@ -71,29 +72,46 @@ def test_arguments_after_the_dashes_are_of_the_training() -> None:
         parse(["--jo=10.0.0.1:41000", *OPTIONS[1:]])  # no short forms
 
 
-@pytest.mark.parametrize("index", range(len(OPTIONS)))
-def test_every_option_is_required(index: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse([*OPTIONS[:index], *OPTIONS[index + 1 :], "--", "--preset", "debug"])
-    assert OPTIONS[index].split("=")[0] in capsys.readouterr().err
+def test_every_option_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in OPTIONS:
+        with pytest.raises(SystemExit):
+            parse([*(other for other in OPTIONS if other != option), "--", "--preset", "debug"])
+        assert option.split("=")[0] in capsys.readouterr().err
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
+class JobSide:
+    """Plays the job.
+
+    Attributes:
+        hub: Of the job.
+        said: What has been heard of the node.
+    """
+
+    def __init__(self) -> None:
+        self.hub = Hub("secret")
+        self.said: list[Heard] = []
+
+    def hear_until(self, is_enough: Callable[[], Any], seconds: float = 10.0) -> bool:
+        """Lets the node know that the job is there, until enough has been heard."""
+
+        def listen() -> bool:
+            self.said += self.hub.poll(0.02)
+            self.hub.send({"order": "none"})
+            return bool(is_enough())
+
+        return eventually(listen, seconds)
+
+    def messages(self, key: str) -> list[Any]:
+        """What the node has said under a key."""
+        return [heard.message[key] for heard in self.said if heard.message is not None and key in heard.message]
 
 
-class Site:
+class Site(JobSide):
     """A job's hub, a node's watch, and its ranks."""
 
     def __init__(self, folder: Path) -> None:
-        self.hub = Hub("secret")
+        super().__init__()
         self.heartbeats = HeartbeatSocket()
-        self.said: list[Heard] = []
         self.ranks: list[subprocess.Popen[str]] = []
         self.link = connect(f"127.0.0.1:{self.hub.port}", "a")
         pids = lambda: [rank.pid for rank in self.ranks]  # noqa: E731
@@ -103,19 +121,6 @@ class Site:
         command = [sys.executable, "-c", RANK, self.heartbeats.address, str(len(self.ranks)), *arguments]
         self.ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return self.ranks[-1]
-
-    def hear_until(self, is_enough: Callable[[], Any], seconds: float = 10.0) -> bool:
-        """Plays the job, which lets the node know that it is there."""
-
-        def listen() -> bool:
-            self.said += self.hub.poll(0.02)
-            self.hub.send({"order": "none"})
-            return bool(is_enough())
-
-        return wait_until(listen, seconds)
-
-    def messages(self, key: str) -> list[Any]:
-        return [heard.message[key] for heard in self.said if heard.message is not None and key in heard.message]
 
     def wait_for_ranks(self) -> None:
         def are_there() -> bool:
@@ -164,12 +169,12 @@ def test_the_job_hears_of_the_node_and_its_ranks(make_site: Sites) -> None:
     for number, rank in enumerate(reported):
         wanted = {"rank": number, "pid": ranks[number].pid, "phase": "training", "step": 4}
         assert rank["heartbeat"].items() >= wanted.items()
-        assert rank["silence"] < 5.0 and rank["state"] == "S (sleeping)"
+        assert rank["silence"] < 5.0 and rank["state"] == "sleeping"
     ranks[1].send_signal(signal.SIGSTOP)
 
     def is_seen_stopped() -> bool:
         silence, state = max((rank["silence"], rank["state"]) for rank in site.messages("ranks")[-1])
-        return silence > 0.9 and state == "T (stopped)"
+        return silence > 0.9 and state == "stopped"
 
     assert site.hear_until(is_seen_stopped)
 
@@ -216,7 +221,7 @@ def test_an_order_to_kill_ends_the_ranks_even_stopped_ones(make_site: Sites) -> 
     site.hub.send({"order": "kill"})
     assert [rank.wait(5.0) for rank in site.ranks] == [-signal.SIGKILL] * 2
     site.hear_until(lambda: False, 0.3)
-    assert None not in [heard.message for heard in site.said], "torchrun tells first how they ended"
+    assert None not in [heard.message for heard in site.said], "torchrun reports first how they ended"
 
 
 AGENT = """
@@ -248,23 +253,22 @@ sys.exit(1)
 """
 
 
-class Agent:
+class Agent(JobSide):
     """An agent in a process of its own, as it ends that sometimes.
 
     Attributes:
         process: The agent.
-        hub: Of the job.
         attempt: Folder of the attempt's logs.
     """
 
     process: subprocess.Popen[bytes]
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, stack: contextlib.ExitStack) -> None:
+        super().__init__()
         self._stack, self._calls = stack, folder / "calls"
-        self.hub = stack.enter_context(contextlib.closing(Hub("secret")))
+        stack.callback(self.hub.close)
         self.attempt = folder / "run" / "logs" / "attempt-002"
         self.attempt.mkdir(parents=True)
-        self._said: list[Heard] = []
         (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {self._calls}\n')
         (folder / "scontrol").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -279,25 +283,12 @@ class Agent:
         self.process = self._stack.enter_context(subprocess.Popen(command))
         self._stack.callback(self.process.kill)
         is_heard = settings["has_rank"] and "play" not in settings
-        assert self.hear_until(lambda: self.messages("ranks" if is_heard else "versions"))
-
-    def hear_until(self, is_enough: Callable[[], Any], seconds: float = 10.0) -> bool:
-        """Plays the job, which lets the node know that it is there."""
-
-        def listen() -> bool:
-            self._said += self.hub.poll(0.02)
-            self.hub.send({"order": "none"})
-            return bool(is_enough())
-
-        return wait_until(listen, seconds)
-
-    def messages(self, key: str) -> list[Any]:
-        """What it has said, if that is something."""
-        return [heard.message[key] for heard in self._said if heard.message is not None and heard.message.get(key)]
+        assert self.hear_until(lambda: any(self.messages("ranks" if is_heard else "versions")))
 
     def is_rank_there(self) -> bool:
         """Whether the rank lives."""
-        return process_state(self.messages("ranks")[0][0]["heartbeat"]["pid"])[:1] not in ("", "Z")
+        first = next(ranks[0] for ranks in self.messages("ranks") if ranks)
+        return process_state(first["heartbeat"]["pid"]) not in ("", "zombie")
 
     @property
     def calls(self) -> list[str]:
@@ -313,7 +304,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
 
 @pytest.mark.parametrize("has_rank", [False, True])
 def test_an_agent_whose_torchrun_does_not_return_ends(agent: Agent, has_rank: bool) -> None:
-    """At once where no rank has come; where ranks were killed, torchrun may first tell how they ended."""
+    """At once where no rank has come; where ranks were killed, torchrun may first report how they ended."""
     agent.start(has_rank=has_rank, is_stuck=True, kill=0.3 if has_rank else 30.0)
     agent.hub.send({"order": "kill"})
     assert agent.process.wait(10.0) == 1
@@ -332,7 +323,7 @@ def test_a_rank_without_a_heartbeat_yet_is_ended_too(agent: Agent, tmp_path: Pat
     assert agent.hear_until(lambda: started.exists() and started.read_text())
     agent.hub.send({"order": "kill"})
     assert agent.process.wait(10.0) == 1
-    assert wait_until(lambda: process_state(int(started.read_text())) in ("", "Z (zombie)"), 5.0)
+    assert all_end([int(started.read_text())], 5.0)
 
 
 def test_ranks_do_not_outlive_the_job_and_it_is_queued_again(agent: Agent) -> None:
@@ -340,7 +331,7 @@ def test_ranks_do_not_outlive_the_job_and_it_is_queued_again(agent: Agent) -> No
     (agent.attempt.parents[1] / "job.json").write_text(newest(2))
     agent.start()
     agent.hub.close()
-    assert wait_until(lambda: not agent.is_rank_there(), 2.0)
+    assert eventually(lambda: not agent.is_rank_there(), 2.0)
     assert agent.process.wait(10.0) == 1
     assert agent.calls == ["requeue 41"]
 
@@ -366,7 +357,7 @@ def test_a_silent_job_is_lost(agent: Agent) -> None:
 def test_a_lost_job_is_queued_again_only_where_it_is_lost(
     agent: Agent, job_file: str, is_signalled: bool, calls: list[str]
 ) -> None:
-    """Not where it has gone on without this node, nor where Slurm ends this node's part too."""
+    """Not where it continues without this node, nor where Slurm ends this node's part too."""
     (agent.attempt.parents[1] / "job.json").write_text(job_file)
     agent.start()
     agent.hub.close()
@@ -405,6 +396,7 @@ def test_a_run_directory_that_appears_late_is_waited_for(tmp_path: Path) -> None
     timer.join()
 
 
+@pytest.mark.usefixtures("own_handlers")
 @pytest.mark.parametrize(("tensor", "expected"), [(2, "1"), (1, None)])
 def test_ranks_get_what_cuda_reads_when_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: int, expected: str | None
@@ -421,8 +413,6 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
         return []
 
     monkeypatch.setattr(node, "run_ranks", run_ranks)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
-    handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
     with contextlib.closing(Hub("secret")) as hub:
         is_over = threading.Event()
 
@@ -440,8 +430,6 @@ def test_ranks_get_what_cuda_reads_when_it_begins(
         finally:
             is_over.set()
             thread.join()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     assert given == [expected]
 
 
@@ -451,7 +439,7 @@ def test_an_agent_whose_watch_fails_leaves_no_ranks(agent: Agent) -> None:
     agent.start(before=fails)
     agent.hub.send({"order": "stacks"})
     assert agent.process.wait(20.0) == 1
-    assert wait_until(lambda: not agent.is_rank_there())
+    assert eventually(lambda: not agent.is_rank_there())
     assert agent.calls == []
 
 

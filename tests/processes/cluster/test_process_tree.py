@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from mlra_scale.cluster.process_tree import descendants, process_state
+from tests.support.waiting import all_end, eventually
 
 GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
 CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
@@ -61,27 +61,17 @@ def test_a_rank_dies_with_its_agent(started: list[subprocess.Popen[str]]) -> Non
     assert process_state(rank) != ""
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5.0
-    while process_state(rank) not in ("", "Z (zombie)") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process_state(rank) in ("", "Z (zombie)")
-
-
-def wait_for_state(pid: int, state: str) -> None:
-    deadline = time.monotonic() + 10.0
-    while process_state(pid) != state:
-        assert time.monotonic() < deadline, process_state(pid)
-        time.sleep(0.01)
+    assert all_end([rank], 5.0)
 
 
 def test_the_state_of_a_process() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
-            wait_for_state(process.pid, "S (sleeping)")
+            assert eventually(lambda: process_state(process.pid) == "sleeping")
             process.send_signal(signal.SIGSTOP)
-            wait_for_state(process.pid, "T (stopped)")
+            assert eventually(lambda: process_state(process.pid) == "stopped")
         finally:
             process.kill()
-        wait_for_state(process.pid, "Z (zombie)")
+        assert eventually(lambda: process_state(process.pid) == "zombie")
     assert process_state(process.pid) == ""
-    assert process_state(os.getpid()) == "R (running)"
+    assert process_state(os.getpid()) == "running"

@@ -153,7 +153,7 @@ def test_formats_of_the_user_do_not_reach_the_commands(scontrol: Scontrol, monke
     monkeypatch.setenv("SCONTROL_ALL", "1")
     monkeypatch.setenv("SLURM_CONF", "/etc/x")
     scontrol('echo "a=${SCONTROL_ALL:-unset} b=$SLURM_CONF"')
-    assert slurm.job_fields("41") == {"a": "unset", "b": "/etc/x"}
+    assert slurm.show("job", "41") == {"a": "unset", "b": "/etc/x"}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ ENVIRONMENT = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
 def test_the_allocation_is_read(scontrol: Scontrol) -> None:
     """How often it was started is Slurm's word: the shell that it was submitted from may have a count of its own."""
     scontrol(cases(show_hostnames="n1\nn2", show_job=JOB.format(excluded="(null)")))
-    assert slurm.job_fields("41")["TRES"] == "cpu=2,node=2", "only the first = counts"
+    assert slurm.show("job", "41")["TRES"] == "cpu=2,node=2", "only the first = counts"
     assert Allocation.of(ENVIRONMENT) == Allocation("41", "mlra-scale", ("n1", "n2"), "n1", 2)
     more = {**ENVIRONMENT, "SLURM_JOB_NAME": "deep", "SLURMD_NODENAME": "n2", "SLURM_RESTART_COUNT": "7"}
     assert Allocation.of(more) == Allocation("41", "deep", ("n1", "n2"), "n2", 2)
@@ -217,7 +217,7 @@ def test_a_stop_ends_the_wait_for_a_busy_controller(scontrol: Scontrol, monkeypa
         lambda: Allocation.of(ENVIRONMENT, is_third),
         lambda: slurm.hostnames("n1", is_third),
         lambda: slurm.address("n1", is_third),
-        lambda: slurm.job_fields("41", is_third),
+        lambda: slurm.show("job", "41", is_third),
     ]
     for number, ask in enumerate(questions, start=1):
         with pytest.raises(SlurmError, match="Unable to contact"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.cluster.check import main
+from mlra_scale.cluster.check import main, read_output
 from mlra_scale.cluster.job_file import JobFile
 from mlra_scale.config import load_config
 
@@ -19,7 +19,7 @@ def check(capsys: Capture, *training: str, nodes: int = 1, gpus: int = 1) -> tup
     return code, printed.out + printed.err
 
 
-def test_everything_is_told_at_once(tmp_path: Path, capsys: Capture) -> None:
+def test_everything_is_reported_at_once(tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "job.json").write_text("{")
@@ -77,7 +77,8 @@ def test_in_a_job_the_device_is_looked_for(tmp_path: Path, capsys: Capture, monk
     JobFile(tmp_path / "job.json").write()
     arguments = ["--nodes=1", "--processes=1", "--device=cuda", "--", "--preset", "debug", "--run-dir", str(tmp_path)]
     assert main(arguments) == 2
-    assert "torch sees no GPU here" in capsys.readouterr().err
+    result = read_output(capsys.readouterr().out)
+    assert result is not None and result.kind == "bad_input" and "torch sees no GPU here" in result.message
 
 
 def test_a_run_that_is_resumed_alone_is_checked_with_its_own_configuration(tmp_path: Path, capsys: Capture) -> None:

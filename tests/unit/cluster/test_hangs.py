@@ -17,7 +17,7 @@ def status(
     seconds: float = 100.0,
     location: str = WAITING,
     silence: float = 0.5,
-    state: str = "S (sleeping)",
+    state: str = "sleeping",
 ) -> RankStatus:
     heartbeat = Heartbeat(
         rank=rank, local_rank=rank % 2, pid=1000 + rank, phase=phase, step=step, seconds=seconds, location=location
@@ -36,7 +36,7 @@ def worlds(draw: st.DrawFn) -> list[RankStatus]:
             draw(st.floats(0, 1e4)),
             draw(st.sampled_from([WAITING, "read (feed.py:3)", ""])),
             draw(st.sampled_from([0.0, 1.0, SILENT_SECONDS, SILENT_SECONDS + 0.1, 1e4])),
-            draw(st.sampled_from(["S (sleeping)", "T (stopped)", ""])),
+            draw(st.sampled_from(["sleeping", "stopped", ""])),
         )
         for rank in ranks
     ]
@@ -92,12 +92,12 @@ def test_a_suspect_is_described() -> None:
     """A silent rank goes before one that is behind, and that before one elsewhere in the program."""
     ranks = [
         status(0),
-        status(1, silence=42.4, state="T (stopped)"),
+        status(1, silence=42.4, state="stopped"),
         status(2, step=4),
         status(3, location="read (feed.py:3)"),
     ]
     where = f"step 5, training, {WAITING}"
-    silent = f"no sign of life for 42 s (process 1001 on n0: T (stopped)), last seen at {where}"
+    silent = f"no sign of life for 42 s (process 1001 on n0: stopped), last seen at {where}"
     assert suspects(ranks) == {1: silent}
     assert "(process 1001 on n0: gone)" in suspects([status(0), status(1, silence=42, state="")])[1]
     odd = suspects([status(0), status(1), status(2, location="read (feed.py:3)"), status(3)])

@@ -14,17 +14,17 @@ from mlra_scale.cluster.channel import Heard, Hub
 from mlra_scale.cluster.job.attempt import AttemptPlan, AttemptRunner
 from mlra_scale.cluster.job.policy import EndKind
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, RankMessage, printable
-from mlra_scale.cluster.settings import Settings
+from mlra_scale.cluster.settings import LauncherSettings
 from mlra_scale.config import ClusterConfig
 
 HEARTBEAT: dict[str, Any] = {"rank": 3, "local_rank": 1, "pid": 7, "phase": "training", "step": 4, "seconds": 0.5}
 HEARTBEAT |= {"location": "f (x.py:1)"}
-RANK = {"heartbeat": HEARTBEAT, "silence": 0, "state": "S (sleeping)"}
+RANK = {"heartbeat": HEARTBEAT, "silence": 0, "state": "sleeping"}
 FAILURE: dict[str, Any] = {"rank": None, "code": 1, "time": 100.5, "message": "torchrun: odd"}
 
 
 class QuietHub(Hub):
-    """Hears what a test gives it, and tells nobody anything."""
+    """Hears what a test gives it, and sends nothing."""
 
     def __init__(self, heard: list[Heard]) -> None:
         self._messages = heard
@@ -42,10 +42,9 @@ def attempt(said: list[str]) -> AttemptRunner:
         nodes=("a", "b"),
         here="a",
         addresses={},
-        device="cpu",
         training=(),
         logs=Path("logs"),
-        settings=Settings(1, "cpu", (), ("python3",)),
+        settings=LauncherSettings(1, "cpu", (), ("python3",)),
         cluster=ClusterConfig(),
         hang_seconds=30.0,
     )
@@ -147,10 +146,10 @@ messages = st.lists(
 def test_no_message_of_a_node_ends_the_job(said: list[Any]) -> None:
     """And its verdict can be written into job.json and onto a console."""
     as_sent = [json.loads(json.dumps(message)) for message in said if isinstance(message, dict)]
-    kind, reason, bad_nodes, told = take(*as_sent)
+    kind, reason, bad_nodes, printed = take(*as_sent)
     assert kind in get_args(EndKind)
     assert set(bad_nodes) <= {"a", "b"}
-    for text in (reason, *bad_nodes.values(), *told):
+    for text in (reason, *bad_nodes.values(), *printed):
         assert text.encode("utf-8") and text.isprintable()
 
 
