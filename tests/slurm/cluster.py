@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -51,7 +51,9 @@ SlurmctldDebug=verbose
 SlurmdDebug=verbose
 MailProg=/bin/true
 # No cgroups, no accounting, no MPI: none of it is there on an arbitrary machine.
-ProctrackType={proctrack}
+# All processes of a step get every signal. With cgroup, as on most machines, only the batch script and the tasks
+# themselves do, and all get SIGKILL.
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
@@ -65,7 +67,7 @@ GresTypes=gpu
 JobRequeue=1
 ReturnToService=2
 KillWait={kill_wait}
-SlurmdTimeout={slurmd_timeout}
+SlurmdTimeout=15
 MessageTimeout=10
 InactiveLimit=0
 # A finished job can be looked at for as long as the tests run.
@@ -151,19 +153,9 @@ class SlurmCluster:
         directory: an empty directory of its own, with a path short enough for sockets.
         nodes: how many nodes run from the start.
         kill_wait: seconds between SIGTERM and SIGKILL where Slurm ends a job.
-        slurmd_timeout: seconds after which a silent node is DOWN.
-        proctrack: how slurmd follows the processes of a step. With linuxproc all processes of a step get every signal;
-            with cgroup, as on most machines, only the batch script and the tasks themselves do, and all get SIGKILL.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        nodes: int = 3,
-        kill_wait: int = 20,
-        slurmd_timeout: int = 15,
-        proctrack: str = "proctrack/linuxproc",
-    ) -> None:
+    def __init__(self, directory: Path, nodes: int = 3, kill_wait: int = 20) -> None:
         self.directory = directory.resolve()
         self.environment = {"SLURM_CONF": str(self.directory / "slurm.conf")}
         self._first_nodes = nodes
@@ -184,9 +176,7 @@ class SlurmCluster:
             controller_port=ports[0],
             user=getpass.getuser(),
             directory=self.directory,
-            proctrack=proctrack,
             kill_wait=kill_wait,
-            slurmd_timeout=slurmd_timeout,
             nodes="\n".join(lines),
             names=f"n[1-{MAX_NODES}]",
         )
@@ -342,10 +332,6 @@ class SlurmCluster:
 
         wait_until(is_empty, timeout, lambda: f"jobs are left: {queue[0]}")
 
-    def nodes(self) -> dict[str, str]:
-        """The state of every node that was defined, as sinfo prints it: idle, mixed, down*, ..."""
-        return _node_states(self.query(*NODE_STATES))
-
     def processes(self, node: str) -> list[int]:
         """Every process of a running node: slurmd, step daemons, and the jobs' processes."""
         return keeper.descendants(self._keepers[node].pid) if node in self._keepers else []
@@ -353,9 +339,9 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """A machine that fails: slurmd, its steps and all their processes are gone at once.
 
-        Its sockets are closed by the kernel, which a machine without power does not do: see freeze_node. Slurm finds it
-        out after 25 s or more, however low the slurmd_timeout, unless mark_down tells it. A node that comes back before
-        is no reboot to Slurm, and the jobs that it ran stay RUNNING without a process.
+        The kernel closes its sockets, which a machine without power does not do. Slurm finds it out after 25 s or more,
+        unless mark_down tells it. A node that comes back before is no reboot to Slurm, and the jobs that it ran stay
+        RUNNING without a process.
         """
         self._end(node)
         self._killed.add(node)
@@ -364,21 +350,9 @@ class SlurmCluster:
         """Tells Slurm now that a killed node is DOWN."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
-    def freeze_node(self, node: str) -> None:
-        """A machine that no longer answers: connections stay open and silent. Only kill_node comes after it."""
-        # Twice: what was forked between the look and the signal.
-        for _ in range(2):
-            keeper.send(self.processes(node), signal.SIGSTOP)
-
-    def start_node(self, node: str, timeout: float = 60) -> None:
-        """Starts a node, for the first time or again, and waits until jobs can run on it."""
-        self._start([node], timeout)
-
     def start_nodes(self, number: int, timeout: float = 60) -> None:
-        """Starts those of n1, n2, ... that do not run yet; ``sbatch --test-only`` counts no others."""
-        self._start([f"n{index + 1}" for index in range(number)], timeout)
-
-    def _start(self, nodes: Sequence[str], timeout: float) -> None:
+        """Starts those of n1, n2, ... that do not run, and waits until jobs can run on all of them."""
+        nodes = [f"n{index + 1}" for index in range(number)]
         for node in nodes:
             if node not in self._keepers:
                 self._keep("slurmd", "-D", "-N", node, node=node)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def submit(
     folder: Path,
     script: str,
     *overrides: str,
-    sbatch: tuple[str, ...] = (),
+    sbatch: tuple[str, ...] = ("--nodes=2",),
     processes: int = 1,
     data: Path | None = None,
     run: Path | None = None,
@@ -160,45 +161,18 @@ def submit(
 ) -> Submitted:
     """Submits one of slurm/*.sh as a user would, from the project's root, at a tiny size.
 
-    Args:
-        cluster: The cluster.
-        folder: For the run and the job's output.
-        script: The file.
-        overrides: Arguments of the training.
-        sbatch: Further options of sbatch.
-        processes: Ranks on each node.
-        data: The data set.
-        run: The run directory; None: one in the folder.
-        inside: A command in whose environment sbatch is called, such as salloc.
-        variables: Further variables of the environment.
+    The run (unless `run` is another) and the job's output are in the folder; `overrides` are arguments of the training,
+    `sbatch` further options of sbatch, and `variables` of the environment, which is that of a command such as salloc
+    where one is given (`inside`).
     """
     # A space on its way through sbatch, the launcher, srun and torchrun.
     run, output = run or folder / "the run", folder / "slurm.out"
     folder.mkdir(parents=True, exist_ok=True)
     # The environment that the tests run in has no home of wandb, no GPU, and the interpreter of these tests.
-    given = {
-        **environment(),
-        "PROCESSES_PER_NODE": str(processes),
-        "VENV": sys.prefix,
-        **variables,
-    }
-    source = [] if data is None else [f"data.path={data}"]
-    submitted = cluster.run(
-        *inside,
-        "sbatch",
-        "--parsable",
-        *SMALL,
-        f"--output={output}",
-        *sbatch,
-        f"slurm/{script}",
-        *TINY,
-        *source,
-        *overrides,
-        "--run-dir",
-        str(run),
-        env=given,
-        cwd=ROOT,
-    )
+    given = {**environment(), "PROCESSES_PER_NODE": str(processes), "VENV": sys.prefix, **variables}
+    command = [*inside, "sbatch", "--parsable", *SMALL, f"--output={output}", *sbatch, f"slurm/{script}", *TINY]
+    command += [*([] if data is None else [f"data.path={data}"]), *overrides, "--run-dir", str(run)]
+    submitted = cluster.run(*command, env=given, cwd=ROOT)
     return Submitted(cluster, submitted.stdout.strip().partition(";")[0], run, output)
 
 
@@ -213,8 +187,6 @@ def compared(run: Path, last_step: int | None = None) -> list[dict[str, Any]]:
 
 def moment(text: str, pattern: str) -> float:
     """Seconds since the epoch at which the job said something; the first line that holds the pattern."""
-    from datetime import datetime
-
     line = next(line for line in text.splitlines() if line.startswith("[job ") and pattern in line)
     return datetime.fromisoformat(line[5 : line.index("]")]).timestamp()
 

@@ -75,7 +75,7 @@ def keep(command: list[str]) -> None:
     """Runs the command until standard input closes, then leaves no process."""
     if LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot become a subreaper")
-    # Ending before what it keeps would set that free: whoever signals all processes of a test run reaches us as well.
+    # Ending before what it keeps would set that free: a signal to all processes of a test run reaches this one too.
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,7 @@ from tests.slurm.jobs import PATIENCE, SMALL
 from tests.support.tools import run_tool
 from tests.support.training_runs import ROOT, environment
 
-pytestmark = pytest.mark.timeout(6 * PATIENCE)
-
-
-@pytest.fixture(autouse=True)
-def calm(cluster: SlurmCluster) -> Iterator[None]:
-    cluster.start_nodes(2)
-    yield
-    cluster.cancel_all()
+pytestmark = [pytest.mark.timeout(6 * PATIENCE), pytest.mark.usefixtures("calm")]
 
 
 @pytest.mark.slow_except("links")

@@ -4,7 +4,6 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from tests.slurm.cluster import SlurmCluster, parse_record
 from tests.slurm.jobs import PATIENCE, TINY, submit
 from tests.support.training_runs import ROOT, environment
 
-pytestmark = pytest.mark.timeout(6 * PATIENCE)
+pytestmark = [pytest.mark.timeout(6 * PATIENCE), pytest.mark.usefixtures("calm")]
 
 OUTER = {
     "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
@@ -28,14 +27,6 @@ OUTER = {
 """What a step of another job has in its environment, beside what salloc gives."""
 FOREIGN = [*(f"{name}={value}" for name, value in OUTER.items()), "SLURM_MEM_PER_CPU=10", "SLURM_NTASKS_PER_GPU=1"]
 """Variables that no rank of a job which is submitted from there may see."""
-
-
-@pytest.fixture(autouse=True)
-def calm(cluster: SlurmCluster) -> Iterator[None]:
-    """Begins with three nodes that are up, and ends without jobs."""
-    cluster.start_nodes(3)
-    yield
-    cluster.cancel_all()
 
 
 def python_that_tells(folder: Path) -> tuple[Path, Path]:
@@ -130,7 +121,7 @@ def test_everything_that_a_start_refuses_is_found_on_a_login_node_at_once(traini
 def test_a_forgotten_data_path_is_found_before_ranks_start_and_leaves_nothing(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path, "pretrain_zero3.sh", "train.micro_batch_size=3", sbatch=("--nodes=2",))
+    job = submit(cluster, tmp_path, "pretrain_zero3.sh", "train.micro_batch_size=3")
     record = job.wait_for_end("FAILED")
     assert record["Restarts"] == "0" and record["ExitCode"] == "2:0", job.text()
     assert "data.path" in job.text() and "train.micro_batch_size" in job.text() and "Traceback" not in job.text()

@@ -1,6 +1,6 @@
 """Jobs whose layout the planner chooses, on a real Slurm cluster: named fields stay, a lost node changes the rest."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,9 @@ from tests.slurm.jobs import EARLY, ENDLESS, MIDDLE, PATIENCE, TINY, compared, s
 from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, events, main_on_rank
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * PATIENCE)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * PATIENCE), pytest.mark.usefixtures("calm")]
 
 AUTO = "parallel.layout=auto"
-
-
-@pytest.fixture(autouse=True)
-def calm(cluster: SlurmCluster) -> Iterator[None]:
-    """Begins with three nodes that are up, and ends without jobs."""
-    cluster.start_nodes(3)
-    yield
-    cluster.cancel_all()
 
 
 def layouts_on(num_nodes: int) -> list[Candidate]:
@@ -94,8 +86,7 @@ def test_a_named_mesh_stays_and_the_planner_chooses_the_rest(
 ) -> None:
     """The command in the file's header: tensor 2 x pipeline 4, on eight ranks."""
     named = ("parallel.tensor=2", "parallel.pipeline=4", AUTO, "train.steps=2")
-    sbatch = ("--nodes=2",)
-    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *named, sbatch=sbatch, processes=4, data=training_data)
+    job = submit(cluster, tmp_path, "train_mlra_72L.sh", *named, processes=4, data=training_data)
     job.wait_for_end()
     assert "8 rank(s): tensor 2" in job.text() and "x pipeline 4 x data 1" in job.text()
     assert "kept as named: parallel.tensor, parallel.pipeline, train.micro_batch_size" in job.text()

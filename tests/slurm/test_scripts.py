@@ -154,7 +154,7 @@ def test_the_plan_fits_the_documented_nodes(path: Path) -> None:
     sums = [line.split()[-3] for line in plan.stdout.splitlines() if re.match(r"^ +\d+( +\d+\.\d+){10}$", line)]
     reserved = named_cluster("h100").reserved
     assert sums and all(float(value) + reserved / 2**30 < 0.9 * 80e9 / 2**30 for value in sums)
-    # Whoever changes the number of nodes on the command line of sbatch sees that plan too.
+    # The plan for another number of ranks on each node can be seen too.
     more = dry_run(path, "--dry-run", PROCESSES_PER_NODE="16")
     assert f"{2 * ranks} rank(s)" in more.stdout, more.stderr
 
