@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from benchmarks import check
@@ -96,8 +98,12 @@ def contenders(task: Task, write: Write, model: str, names: Sequence[str] = NAME
     products = (128,) if task.is_quick else PRODUCTS
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.safetensors"
-        save_file(draw_weights(shape), weights)
+        weights: Path | None = Path(folder) / "weights.safetensors"
+        try:
+            save_file(draw_weights(shape), weights)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            print(f"each contender draws its weights by itself: {error}", flush=True)
+            weights = None  # /tmp may be full: gpt2-xl takes several GB
         for name in names:
             left = end - time.monotonic() - 1.0
             found[name] = {"failed": "the time of this step is over"}
@@ -110,7 +116,7 @@ def contenders(task: Task, write: Write, model: str, names: Sequence[str] = NAME
 
 
 def time_alone(
-    shape: Shape, name: str, device: str, weights: Path, products: Sequence[int], timeout_s: float
+    shape: Shape, name: str, device: str, weights: Path | None, products: Sequence[int], timeout_s: float
 ) -> dict[str, Any]:
     """Returns what a contender reported from its process; `failed` with the reason, and `output`, if it failed."""
     try:
@@ -130,17 +136,19 @@ def gpu_config(shape: Shape, name: str, precision: str = PRECISION, **sections: 
 
 
 def time_contender(
-    commands: Iterator[Any], device: str, shape: Shape, name: str, weights: Path, products: Sequence[int]
+    commands: Iterator[Any], device: str, shape: Shape, name: str, weights: Path | None, products: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A process that times one contender from a file of weights, and square matrix products of some sizes.
+    """A process that times one contender from a file of weights (None: drawn), and square products of some sizes.
 
     Yields seconds per step by round, first loss, peak bytes, and the best FLOP/s of products, as JSON values; `failed`
     and the rate alone if the device's memory is too small.
     """
+    torch.set_num_threads(min(8, len(os.sched_getaffinity(0))))  # models are built on the host
     with one_process_mesh(device) as topology:
         rate = max(product_rate(size, topology.device) for size in products)
         sections = {"deepspeed": gpu_config(shape, name).deepspeed} if kind_of(name) in OURS else {}
-        make = partial(build, name, shape, topology, PRECISION, load_file(weights), **sections)
+        state = draw_weights(shape) if weights is None else load_file(weights)
+        make = partial(build, name, shape, topology, PRECISION, state, **sections)
         try:
             started = start(make, topology.device, shape.batch(0), shape.batch(1))
             started.step(shape.batch(2))

@@ -40,7 +40,7 @@ def system_errors(action: str, path: Path, remedy: str | None = None) -> Iterato
     Args:
         action: What the block does: "written", "read", "removed".
         path: Named where the system's error names no file.
-        remedy: For every error but a full disk; None: those of a run's checkpoints.
+        remedy: What the user can do about any error but a full disk; None: what helps with a run's checkpoints.
     """
     try:
         yield

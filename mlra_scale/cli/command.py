@@ -62,14 +62,14 @@ class Command:
         Raises:
             SystemExit: From argparse, after its help or for a wrong command line (exit code 2).
         """
-        parser = self.parser(prog or f"mlra-scale {self.name}")
+        parser, program = self.parser(prog or f"mlra-scale {self.name}"), prog.removesuffix(".py") or self.name
         try:
             options = (parser.parse_intermixed_args if self.is_intermixed else parser.parse_args)(arguments)
-            options.arguments = [*arguments]
+            options.arguments, options.program = [*arguments], program
             return self.run(options)
         except InputError as error:
             text = str(error).replace("\n", "\n  ")
-            print(f"{prog.removesuffix('.py') or self.name}: error: {text}", file=sys.stderr)
+            print(f"{program}: error: {text}", file=sys.stderr)
             return 2
 
     def start(self, arguments: Sequence[str] | None = None, prog: str = "") -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,12 +47,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    with suppress(ValidationError):
-        if size := int(TypeAdapter(ByteSize).validate_python(text.strip())):
-            return size
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?", text.strip(), re.IGNORECASE)
+    if found is None or Fraction(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    unit = (found[2] or "b").lower()
+    return math.ceil(Fraction(found[1]) * (1024 if "i" in unit else 1000) ** "bkmgt".index(unit[0]))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
             chosen = ExportOptions(options.format, dtype, size, tokenizer, options.force)
             export_checkpoint(store, options.output, chosen, text, print)
         except VerificationError as error:
-            print(f"export: the export failed its verification and was removed: {error}", file=sys.stderr)
+            print(f"{options.program}: the export failed its verification and was removed: {error}", file=sys.stderr)
             return 1
     print(f"exported to {options.output}" + ("" if text else ", not verified"))
     return 0

@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         manifest = prepare(settings_of(options, PrepareOptions))
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; nothing was left behind", file=sys.stderr)
+        print(f"{options.program}: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     print("\n".join(summary(manifest)))
     workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"

@@ -9,6 +9,7 @@ DeepSpeed's JSON; on a login node not the GPUs, which are elsewhere, but whether
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -101,8 +102,8 @@ def check_on_this_node(
 
 
 def read_output(output: str) -> CheckResult | None:
-    """Reads what a check has printed, among what a container prints; None: it holds no result."""
-    lines = [line.removeprefix(_RESULT) for line in output.splitlines() if line.startswith(_RESULT)]
+    """Reads what a check has printed, among what a container prints and srun writes before a line; None: no result."""
+    lines = [line.partition(_RESULT)[2] for line in output.split("\n") if _RESULT in line]
     try:
         return CheckResult.model_validate_json(lines[-1]) if lines else None
     except ValueError:
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"mlra_scale.cluster.check: bad input\n{textwrap.indent(str(error), '  ')}"
         result = CheckResult(kind="bad_input", message=message)
     if not is_login:
-        print(f"{_RESULT}{result.model_dump_json()}", flush=True)
+        print(_RESULT + json.dumps(result.model_dump()), flush=True)  # ASCII, whatever the encoding of the output
     elif result.kind is None:
         print(f"{result.plan}\n\nchecked: the job would be accepted, as far as a login node can see")
     else:

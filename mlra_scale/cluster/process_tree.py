@@ -1,4 +1,4 @@
-"""Processes of one machine: the descendants of one, the state of one, and one that ends with its parent (Linux)."""
+"""Processes of one machine (Linux): descendants and state of a process; how a process ends with its parent."""
 
 from __future__ import annotations
 
@@ -25,15 +25,24 @@ def die_with_parent(parent: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Returns the children of a process, theirs, and so on; not those that another process has adopted."""
-    with contextlib.suppress(psutil.Error):
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    return []
+    """Returns the children of a process, theirs, and so on; not those that another process has adopted.
+
+    Processes that this one may not see (/proc mounted with hidepid) are passed over: psutil's own `children` would find
+    none at all then.
+    """
+    children: dict[int, list[int]] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            children.setdefault(process.ppid(), []).append(process.pid)
+    found = list(children.get(pid, []))
+    for each in found:
+        found += children.get(each, [])
+    return found
 
 
 def process_state(pid: int) -> str:
     """Returns the state of a process, such as `stopped` or `zombie`; empty where there is no such process."""
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error, OSError):  # OSError: this process has no free descriptor
         return str(psutil.Process(pid).status())
     return ""
 

@@ -30,7 +30,7 @@ class LauncherSettings:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> LauncherSettings:
-        """Reads them; a ConfigError says that a number is none, or that the GPUs cannot be counted."""
+        """Reads them from the environment; ConfigError: a variable is not a number, or the GPUs cannot be counted."""
         gpus = _number_of_gpus(environment)
         given = environment.get("PROCESSES_PER_NODE") or str(gpus or 1)
         if not given.isdecimal() or int(given) < 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,7 @@ def load_named_config(
             problems.append(Problem("--preset", None, remedy + "with the --run-dir that holds it"))
     on_command_line: set[str] = set()
     if ds_config_file is not None:
-        file, parse = Path(ds_config_file), partial(parse_json, where="the file")
-        given["deepspeed"] = _read_mapping(file, "--ds-config", problems, parse, "a JSON object { ... }")
+        given["deepspeed"] = _read_mapping(Path(ds_config_file), "--ds-config", problems, _json_object)
         on_command_line.add("deepspeed")
     for text in (text for text in overrides if not _is_default(text)):
         on_command_line |= _apply_override(given, text, problems)
@@ -145,19 +143,22 @@ def read_text(path: Path, field: str, problems: list[Problem]) -> str | None:
     return None
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    values = parse_json(text, where="the file")
+    if not isinstance(values, dict):
+        raise ValueError("must hold a JSON object { ... } at its top")
+    return values
+
+
 def _read_mapping(
-    path: Path,
-    flag: str,
-    problems: list[Problem],
-    parse: Callable[[str], Any] = stored_yaml.parse,
-    wanted: str = "sections (model:, train:, ...)",
+    path: Path, flag: str, problems: list[Problem], parse: Callable[[str], Any] = stored_yaml.parse
 ) -> dict[str, Any]:
     """Returns the mapping in a file ({} for an empty one), or {} with one more problem of `flag` in `problems`."""
     text = read_text(path, flag, problems)
     try:
         values = parse(text) if text is not None else {}
         if not isinstance(values, dict | None):
-            raise ValueError(f"must hold {wanted} at its top")
+            raise ValueError("must hold sections (model:, train:, ...) at its top")
         return values or {}
     except ValueError as error:
         problems.append(Problem(flag, str(path), str(error)))

@@ -48,6 +48,11 @@ class BlockHasher:
         return bytes(self._digests) + (self._block.digest() if self._room < BLOCK_BYTES else b"")
 
 
+def table_bytes(file_bytes: int) -> int:
+    """Returns the size of the table of a file of so many bytes."""
+    return -(-file_bytes // BLOCK_BYTES) * _DIGEST_BYTES
+
+
 class CheckedFile:
     """A .bin file, not empty, each block of which is compared with its hash in a .blocks file when it is first read.
 
@@ -61,11 +66,10 @@ class CheckedFile:
         self._path = path
         self._bytes = np.asarray(np.memmap(path, mode="r"))
         digests = np.asarray(np.memmap(table, mode="r"))
-        count = -(-len(self._bytes) // BLOCK_BYTES)
-        if len(digests) != count * _DIGEST_BYTES:
-            raise DataError(f"{table} has {len(digests)} bytes, {path} needs {count * _DIGEST_BYTES}; prepare it again")
-        self._digests = digests.reshape(count, _DIGEST_BYTES)
-        self._is_checked = np.zeros(count, dtype=np.bool_)
+        if len(digests) != (wanted := table_bytes(len(self._bytes))):
+            raise DataError(f"{table} has {len(digests)} bytes, {path} needs {wanted}; prepare it again")
+        self._digests = digests.reshape(-1, _DIGEST_BYTES)
+        self._is_checked = np.zeros(len(self._digests), dtype=np.bool_)
 
     def check(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
         """Checks the blocks of the stretches [begin, end) of bytes, shape [n], that were not checked before.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlra_scale.data import DataError
-from mlra_scale.data.blocks import CheckedFile, hash_blocks, sha256_of_file
+from mlra_scale.data.blocks import CheckedFile, hash_blocks, sha256_of_file, table_bytes
 from mlra_scale.data.index_cache import damaged_caches
 from mlra_scale.data.indexed import WHOLE_BYTES, IndexedFiles, open_indexed
 from mlra_scale.data.manifest import (
@@ -125,7 +125,7 @@ def _check_file(path: Path, recorded: FileSum, table: Path | None = None) -> Non
     if (size := path.stat().st_size) != recorded.bytes:
         raise DataError(f"{path} has {size} bytes, its manifest says {recorded.bytes}; {_REMEDY}")
     if sha256_of_file(path) != recorded.sha256:
-        if table is not None and table.is_file():
+        if table is not None and table.is_file() and table.stat().st_size == table_bytes(size):
             CheckedFile(path, table).check_all()
         raise DataError(f"{path} is damaged: it is not the file that its manifest describes; {_REMEDY}")
 
@@ -171,7 +171,9 @@ def verify_folder(folder: Path, say: Callable[[str], None] = lambda line: None) 
     for name, recorded in manifest.files.items():
         path = folder / name
         try:
-            _check_file(path, recorded, manifest.blocks(path.stem) if path.suffix == ".bin" else None)
+            _check_file(
+                path, recorded, manifest.blocks(path.stem) if name in (f"{split}.bin" for split in SPLITS) else None
+            )
             say(f"{path}: {recorded.bytes:,} bytes, as prepared")
         except DataError as error:
             problems.append(str(error))

@@ -41,6 +41,7 @@ from mlra_scale.training.interruption import OFTEN_IGNORED, STOP_SIGNALS
 from mlra_scale.training.record import ROOT, commit
 
 _POLL_SECONDS = 0.5
+_TRAIN = ("mlra_scale.train",)
 _ERROR_CHARACTERS = 2000
 
 
@@ -112,7 +113,7 @@ class Sweep:
         study: Study,
         cells: list[Cell],
         directory: SweepDirectory,
-        entry: Sequence[str] = ("mlra_scale.train",),
+        entry: Sequence[str] = _TRAIN,
     ) -> None:
         self.study, self.cells, self.directory, self.entry = study, cells, directory, entry
         self._commit = commit()
@@ -236,6 +237,7 @@ class Sweep:
     def command(self, files: CellFiles) -> list[str]:
         """Returns the command line of a cell, as a person would type it."""
         ranks = self.study.ranks
+        assert ranks == 1 or tuple(self.entry) == _TRAIN, "another entry point is for runs of one rank"
         entry = ["mlra_scale.cli.main", "train", f"--nproc={ranks}"] if ranks > 1 else self.entry
         run = ["--preset", self.study.preset, "--run-dir", str(files.run.path), "--resume", "auto"]
         return [sys.executable, "-m", *entry, *run, *files.cell.overrides]

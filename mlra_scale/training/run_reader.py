@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +16,7 @@ _ENDS = ("finished", "stopped", "failed", "preempted", "interrupted")
 
 
 def read_lines(path: Path, notes: list[str], is_optional: bool = False) -> list[Record]:
-    """Reads the objects of a file of JSON lines, without an unfinished last line.
+    """Reads the objects of a file of JSON lines; a last line that is torn is left out without a note.
 
     Args:
         path: The file.
@@ -25,13 +24,13 @@ def read_lines(path: Path, notes: list[str], is_optional: bool = False) -> list[
         is_optional: Whether a missing file is normal.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            lines = [line for line in lines_from_end(file, sys.maxsize) if line.strip()]
+        *lines, last = path.read_bytes().split(b"\n")
     except OSError as error:
         _note_error(path, error, notes, is_optional)
         return []
-    objects = [item for line in reversed(lines) if (item := _object_in(line)) is not None]
-    if num_bad := len(lines) - len(objects):
+    found = [_object_in(line) for line in lines if line.strip()]
+    objects = [item for item in (*found, _object_in(last)) if item is not None]
+    if num_bad := found.count(None):
         notes.append(f"{path.name}: {num_bad} line(s) are no JSON objects and are left out")
     return objects
 

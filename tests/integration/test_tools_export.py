@@ -213,7 +213,8 @@ def test_bad_input_is_refused_before_any_work(run: Path, tmp_path: Path, exports
     assert "give --force to replace it" in refused(2, run, exports["gpt2"])
     assert "not an export of this tool" in refused(2, run, run, "--force")
     assert "lies in the checkpoint" in refused(2, run, checkpoint_at(run) / "exported")
-    for arguments in (["--dtype", "int8"], ["--format", "onnx"], ["--max-shard-size", "big"], ["--tokens", "0"]):
+    sizes = [["--max-shard-size", size] for size in ("big", "1,5GB", "1.5.2GB", "5-GB", "5 GB x", "5gbit", "0")]
+    for arguments in (["--dtype", "int8"], ["--format", "onnx"], *sizes, ["--tokens", "0"]):
         assert arguments[1] in refused(2, run, tmp_path / "out", *arguments)
     (tmp_path / "empty.txt").touch()
     assert "tokens" in refused(2, run, tmp_path / "out", "--text", tmp_path / "empty.txt")

@@ -62,7 +62,7 @@ class AttemptPlan:
         addresses: At which other nodes reach these nodes and `here`, by name.
         training: Arguments of the training.
         logs: Folder for the logs of this attempt.
-        settings, cluster: How ranks are started, with what memory and cores, and how long they may take for what.
+        settings, cluster: How ranks are started, with what memory and cores, and the limits of time of each phase.
         hang_seconds: No progress for so long is a hang.
     """
 

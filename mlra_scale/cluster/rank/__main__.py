@@ -32,7 +32,7 @@ from mlra_scale.training.interruption import Watchdog
 
 
 class NodeWatchdog(Watchdog):
-    """Sends the node heartbeats, and checks the nodes before the ranks train; `shared` is of all nodes."""
+    """Sends the node heartbeats, and checks the nodes before the ranks train; `shared` is a folder of all nodes."""
 
     # The launcher has ended the run before this one: what still holds the lock is about to end.
     lock_seconds = 150.0

@@ -25,7 +25,7 @@ _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 
 
 class HeartbeatSender:
-    """A rank's end: sends to the node's socket with this address, as the rank with these numbers."""
+    """Sends the heartbeats of a rank, with its global and local number, to the socket of the node's agent."""
 
     def __init__(self, address: str, rank: int, local_rank: int) -> None:
         self._address, self._rank, self._local_rank = f"\0{address}", rank, local_rank

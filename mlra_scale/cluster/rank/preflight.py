@@ -163,7 +163,7 @@ def _faults_over_gloo(ranks: Sequence[int] | None) -> list[str]:
 
 
 def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, str]]], list[bool]]) -> list[str]:
-    """Finds the nodes that do not connect with one that does with another, in few rounds.
+    """Finds the nodes that do not connect with any of the nodes that connect with each other, in few rounds.
 
     `connect` returns which of some disjoint pairs, all tried at the same time, connect. The result is empty where no
     pair does.
@@ -186,8 +186,8 @@ def unreached_of(nodes: Sequence[str], connect: Callable[[Sequence[tuple[str, st
 def blamed_for_folder(nodes: Sequence[str], unseen: Sequence[Sequence[str]]) -> dict[str, str]:
     """Returns the nodes that do not share the run directory, with the reason; the same on every rank.
 
-    Two nodes share it if each sees what the other has written. A node is to blame that shares it with no other; where
-    this is true of all, the first one is kept. Where it is true of none, those are that do not see all others.
+    Two nodes share it if each sees what the other has written. A node that shares it with no other is to
+    blame; if all are like that, all but the first. If none is, the nodes that miss the file of some other are to blame.
 
     Args:
         nodes: Of each rank.

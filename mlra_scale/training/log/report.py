@@ -70,6 +70,7 @@ class Report:
         self._directory, self._total_steps = run.directory, run.config.train.steps
         self._metrics, self._events, self._wandb = JsonLines(None), EventLog(None), WandbLog()
         self._folder: int | None = None
+        self._checkpoints: tuple[int, int] | None = None
         self._bar: Any = None
         self._last_tev: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []
@@ -80,10 +81,10 @@ class Report:
         """Makes the run directory, cuts the record back to the resumed step and opens everything; for rank 0."""
         run, resume, directory = self._run, self._run.resume, self._directory
         directory.create(run.config, resume.checkpoint)
-        self._folder = os.open(directory.path, os.O_RDONLY | os.O_DIRECTORY)
         num_cut = cut_record(directory.metrics, self._step if resume.kind == "training" else -1)
         self._records = read_record(directory.metrics)
         self._metrics, self._events = JsonLines(directory.metrics), EventLog(directory.events)
+        self._folder = os.open(directory.path, os.O_RDONLY | os.O_DIRECTORY)  # from here on the record is open
         self._events.event("start", step=self._step, world_size=run.plan.world_size, commit=commit())
         self.say(short_report(run.config, run.plan, resolve_device(run.config)))
         if run.layout is not None:
@@ -139,7 +140,10 @@ class Report:
         self.say(text)
 
     def sync(self) -> str | None:
-        """Puts the record on disk, and returns what another program has done to one of its files.
+        """Puts the record on disk: a checkpoint must not outlive the lines of the steps before it.
+
+        Returns:
+            What another program has done to a file of the record, whose next lines would be lost; else None.
 
         Raises:
             RecordLost: The run directory has been moved, removed or replaced: checkpoints would be lost too.
@@ -147,6 +151,7 @@ class Report:
         if self._folder is None:
             return None
         check_same(self._directory.path, self._folder)
+        self._note_replaced_checkpoints()
         lost = []
         for log in (self._metrics, self._events):  # both, also if the first one is lost
             try:
@@ -154,6 +159,18 @@ class Report:
             except RecordLost as error:
                 lost.append(str(error))
         return "; ".join(lost) or None
+
+    def _note_replaced_checkpoints(self) -> None:
+        """Reports that the folder of checkpoints is another one than before; the run continues and saves into it."""
+        before, path = self._checkpoints, self._directory.checkpoints
+        try:
+            found = path.stat()
+            self._checkpoints = (found.st_dev, found.st_ino)
+        except OSError:
+            self._checkpoints = None
+        if before is not None and self._checkpoints != before:
+            text = f"{path} was moved, removed or replaced: its earlier checkpoints are no longer there"
+            self.note("checkpoints_replaced", text, path=str(path))
 
     def record(
         self, progress: Progress, values: Mapping[str, Any], measuring_seconds: Mapping[str, float] | None = None

@@ -46,7 +46,7 @@ def read_collectively(read: Read, progress: Progress, topology: Topology, is_che
 
     Bad data are a token that the model does not have, or a damaged block of a large prepared file. One number is
     exchanged per call, over gloo, so a GPU is not waited for. Data that were checked as a whole at the start
-    (Datasets.is_checked) need no exchange.
+    need no exchange.
 
     Args:
         read: Reads this rank's batches.

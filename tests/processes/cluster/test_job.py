@@ -216,8 +216,12 @@ def test_fewer_nodes_are_judged_by_the_devices_that_the_check_has_seen(
         ("", False),
     ],
 )
-def test_the_line_of_the_result_is_read_alone_and_its_shape_is_checked(printed: str, is_result: bool) -> None:
-    found = check.read_output(f"of a container\nresult of the check: {printed}\n")
+@pytest.mark.parametrize("label", ["", "0: ", "a banner without an end"])
+def test_the_line_of_the_result_is_read_alone_and_its_shape_is_checked(
+    printed: str, is_result: bool, label: str
+) -> None:
+    """srun writes the rank before every line if MLRA_SRUN_ARGUMENTS has --label."""
+    found = check.read_output(f"of a container\n{label}result of the check: {printed}\n")
     assert found is not None and check.read_output("the plan\n") is None
     if is_result:
         assert found == CheckResult(plan="p", overrides=["a=1"], device="NVIDIA H200", memory=1e9)

@@ -1,11 +1,13 @@
 """Processes that end with those that started them, and what the kernel knows of processes."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from mlra_scale.cluster.process_tree import descendants, process_state
@@ -75,3 +77,27 @@ def test_the_state_of_a_process() -> None:
         assert eventually(lambda: process_state(process.pid) == "zombie")
     assert process_state(process.pid) == ""
     assert process_state(os.getpid()) == "running"
+
+
+def test_a_process_that_may_not_be_seen_hides_no_other(
+    started: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc mounted with hidepid."""
+    parent, _ = start(started, CHILD)
+    ppid = psutil.Process.ppid
+
+    def unseen(process: psutil.Process) -> int:
+        if process.pid == 1:
+            raise psutil.AccessDenied(1)
+        return int(ppid(process))
+
+    monkeypatch.setattr(psutil.Process, "ppid", unseen)
+    assert len(descendants(parent.pid)) == 1
+
+
+def test_without_free_descriptors_a_state_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(process: psutil.Process) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(psutil.Process, "status", fail)
+    assert process_state(os.getpid()) == ""

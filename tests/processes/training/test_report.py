@@ -104,6 +104,31 @@ def test_an_end_before_the_first_step_is_an_event_of_a_run_that_is_there(tmp_pat
     assert (last["event"], last["reason"], last["exit_code"]) == ("stopped", "cannot be read", 4)
 
 
+def test_a_record_that_cannot_be_opened_is_an_event(tmp_path: Path) -> None:
+    with report_of(tmp_path) as report:
+        report.open()
+    (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError), report_of(tmp_path) as report:
+        report.open()
+    (*_, last) = read_record(tmp_path / "run" / "events.jsonl")
+    assert last["event"] == "failed" and "IsADirectoryError" in last["reason"]
+
+
+def test_replaced_checkpoints_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with report_of(tmp_path) as report:
+        report.open()
+        checkpoints.mkdir()
+        assert report.sync() is None
+        checkpoints.rename(tmp_path / "moved")
+        checkpoints.mkdir()
+        assert report.sync() is None and report.sync() is None
+    assert f"{checkpoints} was moved, removed or replaced" in capsys.readouterr().out
+    events = [item["event"] for item in read_record(tmp_path / "run" / "events.jsonl")]
+    assert events.count("checkpoints_replaced") == 1
+
+
 def test_a_run_that_is_done_reports_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with report_of(tmp_path) as report:
         report.open()

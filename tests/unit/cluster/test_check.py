@@ -81,6 +81,14 @@ def test_in_a_job_the_device_is_looked_for(tmp_path: Path, capsys: Capture, monk
     assert result is not None and result.kind == "bad_input" and "torch sees no GPU here" in result.message
 
 
+def test_the_result_is_ascii_and_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    field = "train.st\u00e9ps\u2028x=1"
+    main(["--nodes=1", "--processes=1", "--device=cpu", "--", "--preset", "debug", "--run-dir", str(tmp_path), field])
+    printed = capsys.readouterr().out
+    result = read_output(printed)
+    assert printed.isascii() and result is not None and result.kind == "bad_input" and "st\u00e9ps" in result.message
+
+
 def test_a_run_that_is_resumed_alone_is_checked_with_its_own_configuration(tmp_path: Path, capsys: Capture) -> None:
     """As train.py resolves it: neither a preset nor a file is named."""
     overrides = ["train.micro_batch_size=3", "parallel.world_size=2"]

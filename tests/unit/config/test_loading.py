@@ -192,7 +192,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("{\n\n", "is not valid JSON: line 3, column 1: "), ("[]", "must hold a JSON object { ... } at its top")],
+    [
+        ("{\n\n", "is not valid JSON: line 3, column 1: "),
+        *((text, "must hold a JSON object { ... } at its top") for text in ("[]", "null")),
+    ],
 )
 def test_bad_deepspeed_files(tmp_path: Path, text: str, line: str) -> None:
     file = write(tmp_path / "d.json", text)

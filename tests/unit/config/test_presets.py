@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlra_scale.config import ConfigError, ModelConfig, preset, preset_names, validate
+from mlra_scale.config import Config, ConfigError, ModelConfig, preset, preset_names, validate
 from mlra_scale.config.presets import DEEP_LAYERS
 from mlra_scale.model.parameters import ParameterTable
 
@@ -65,6 +65,24 @@ def test_the_wide_model_differs_from_the_deep_one_in_width_and_rate() -> None:
     assert wide.model == deep.model.model_copy(update={"hidden_size": 4096, "num_heads": 32})
     assert wide.train == deep.train.model_copy(update={"micro_batch_size": 1})
     assert wide.optim == deep.optim.model_copy(update={"lr": 1e-4})
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_gpt2s_are_as_large_as_those_that_were_published(name: str, number: int) -> None:
+    assert preset(name).model.num_parameters() == number
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_loads_back_equal(name: str) -> None:
+    assert Config.from_yaml(preset(name).to_yaml()) == preset(name)
 
 
 @pytest.mark.parametrize("name", preset_names())

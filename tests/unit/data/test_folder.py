@@ -236,6 +236,15 @@ def test_verify_names_everything_that_is_damaged(data: Path) -> None:
         assert name in problem
 
 
+def test_verify_names_a_damaged_file_whose_table_is_damaged_too(data: Path) -> None:
+    flip(data / "train.bin", BLOCK_BYTES, 0)
+    with open(data / "train.blocks", "r+b") as table:
+        table.truncate(table.seek(0, 2) - 1)
+    found = verify_folder(data)
+    assert any(line.startswith(f"{data / 'train.bin'} is damaged") for line in found)
+    assert any(line.startswith(f"{data / 'train.blocks'} has ") for line in found)
+
+
 def test_verify_checks_tokens_and_ends(data: Path) -> None:
     manifest = read_manifest(data)
     for entry, value, message in (
