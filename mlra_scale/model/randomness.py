@@ -68,7 +68,7 @@ def dropout_hidden(
 def dropout_attention(
     weights_BNSS: torch.Tensor, probability: float, key: int, sample_ids_B: torch.Tensor, first_head: int
 ) -> torch.Tensor:
-    """The same of attention weights; a head's mask depends on its global number, so it is the same for any TP.
+    """Dropout of attention weights; a head's mask depends on its global number, so it is the same for any TP degree.
 
     `first_head`: Global number of this rank's first head.
     """

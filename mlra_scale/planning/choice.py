@@ -64,7 +64,7 @@ class LayoutChoice:
     fastest: Candidate  # the fastest layout by the estimate
     others: tuple[Candidate, ...]  # the next best, fastest first
     losses: Mapping[str, float]  # of the chosen layout, by changed constant
-    # Of the layout that was not chosen because it loses too much; None: there is none.
+    # Likewise of a faster layout that was passed over because a changed constant costs it too much; or None.
     losses_of_fragile: Mapping[str, float] | None
     num_fitting: int  # how many layouts fit
     kept: tuple[str, ...] = ()  # fields that were named and stayed as they were

@@ -124,7 +124,7 @@ class Guard(Watcher):
         return lowered.factor + (1.0 - lowered.factor) * share
 
     def rate_after(self, step: int) -> dict[str, float | int | None]:
-        """Returns the `factor` of the next step, and `until`, the first step on the schedule again (None: the next)."""
+        """Returns the next step's `factor` on the rate, and `until`, the step at which the factor ends (or None)."""
         lowered = self._lowered
         until = lowered.until if lowered is not None and lowered.holds_at(step + 1) else None
         return {"factor": self.rate_factor(step + 1), "until": until}

@@ -99,7 +99,7 @@ class Interruption:
     def limit(self, seconds: float | None, text: str = "", code: int = ExitCode.PREEMPTED) -> None:
         """Sets how long the process may take to end after a signal, or after this call if that is later.
 
-        If it has to be ended, rank 0 prints `text`, and its exit code is `code`. None: no limit.
+        If it has to be ended, rank 0 prints `text`, and its exit code is `code`. With `seconds` None there is no limit.
         """
         self._limit = _Limit(seconds, text, code)
 

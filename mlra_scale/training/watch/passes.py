@@ -48,7 +48,7 @@ def raise_if_stopped(interruption: Interruption, topology: Topology) -> None:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Values for the record, and the passes that a stop request or bad data left out."""
+    """Values for the record, and the passes that were left out, because of a stop request or of `bad_data`."""
 
     values: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ class DataPasses:
         return PassResult(values)
 
     def _measure_validation(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
-        """Reads no sample twice, unless the data set is smaller than a global batch."""
+        """Returns mean validation loss and perplexity for the record; no sample counts twice if there are enough."""
         plan, stream, data_rank = self._plan, self._validation, self._engine.topology.data_rank
         num_batches = min(self._config.evaluation.batches, max(1, stream.samples_per_epoch // plan.global_batch_size))
         total = 0.0
