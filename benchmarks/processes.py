@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from mlra_scale.process_tree import descendants
+
 GRACE_SECONDS = 5.0
 """Between SIGTERM, at which srun ends the tasks of a step on all nodes, and SIGKILL."""
 
@@ -86,13 +88,15 @@ def _deferred_signals() -> Iterator[None]:
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Ends a process that still runs, its descendants in any session, and the rest of its own session."""
-    descendants: list[psutil.Process] = []
+    tree: list[psutil.Process] = []
     if process.poll() is None:
-        descendants = psutil.Process(process.pid).children(recursive=True)
+        for pid in descendants(process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                tree.append(psutil.Process(pid))
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE_SECONDS)
-    for descendant in descendants:
+    for descendant in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             descendant.kill()
     # The number of a group stays taken while one of its processes lives.

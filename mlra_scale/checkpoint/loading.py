@@ -75,7 +75,8 @@ def _check_model(engine: Engine, store: Store) -> None:
     """Compares names and shapes; the embedding may have another number of padded rows."""
     if engine.table.vocab_size != store.table.vocab_size:
         raise CheckpointError(
-            f"{store.folder} has a vocabulary of {store.table.vocab_size} tokens, this run {engine.table.vocab_size}"
+            f"{store.folder} has a vocabulary of {store.table.vocab_size} tokens, this run {engine.table.vocab_size}:"
+            " continue with the prepared data of that run, or start another run directory"
         )
     for name in sorted(engine.table.keys() | store.table.keys()):
         mine, stored = (table[name].shape if name in table else None for table in (engine.table, store.table))
@@ -83,4 +84,7 @@ def _check_model(engine: Engine, store: Store) -> None:
         if mine is not None and stored is not None and engine.table[name].kind == "embedding":
             is_same = mine[1:] == stored[1:]
         if not is_same:
-            raise CheckpointError(f"{store.folder} has {name} of shape {stored}, the model of this run {mine}")
+            raise CheckpointError(
+                f"{store.folder} has {name} of shape {stored}, the model of this run {mine}: continue with the `model`"
+                " section of config.yaml there, or start another run directory"
+            )

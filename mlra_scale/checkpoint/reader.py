@@ -152,7 +152,10 @@ class Store:
         shape = info.shape
         may_differ = info.kind == "embedding" and shape[0] >= self.model.vocab_size
         if shape[1:] != stored[1:] or (shape[0] != stored[0] and not may_differ):
-            raise CheckpointError(f"{self.folder} has {fragment.name} of shape {stored}, asked for is {shape}")
+            raise CheckpointError(
+                f"{self.folder} has {fragment.name} of shape {stored}, asked for is {shape}: take the shape from"
+                " `Store.table`"
+            )
         shard = shard_of(shape, info.shard_dim, tensor_parallel, tensor_rank)
         boxes = boxes_of(shard, fragment.start, fragment.values.numel())
         for part, target in parts_of(fragment):
@@ -227,7 +230,7 @@ class Store:
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
         if name not in self.manifest.parameters:
-            raise CheckpointError(f"{self.folder} has no parameter {name}: its model is another one")
+            raise CheckpointError(f"{self.folder} has no parameter {name}; `Store.table` lists those it has")
         return self.manifest.parameters[name].shape
 
     def _read_config(self) -> tuple[Config | None, ModelConfig]:

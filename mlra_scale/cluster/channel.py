@@ -13,11 +13,13 @@ import hmac
 import ipaddress
 import json
 import queue
+import random
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 TOKEN_VARIABLE = "MLRA_SCALE_JOB_TOKEN"
@@ -30,6 +32,9 @@ _STRANGER_SECONDS = 20.0
 """How long a connection may take to send its greeting."""
 _BACKLOG = 1024
 _LAST_WORDS_SECONDS = 5.0
+_PORTS = (10000, 65536)
+"""Below 10000 are the ports of well-known services, Slurm's among them."""
+_OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 Message = dict[str, Any]
 
@@ -232,9 +237,27 @@ def _listen(host: str) -> socket.socket:
 
 
 def free_port() -> int:
-    """Returns a port of this machine that no process uses; another one each time."""
+    """Returns a port of this machine that no process uses; another one each time.
+
+    It is outside the range from which the kernel takes the ports of outgoing connections, where it has enough others:
+    within that range, any connection of another process could take the port before it is listened at.
+    """
+    candidates = set(range(*_PORTS)) - _outgoing_ports()
+    if len(candidates) >= 1000:
+        for port in random.SystemRandom().sample(sorted(candidates), 100):
+            with contextlib.suppress(OSError), socket.create_server(("", port)):
+                return port
     with socket.create_server(("", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def _outgoing_ports() -> set[int]:
+    """Returns the range from which Linux takes the ports of outgoing connections; its default where it is unknown."""
+    try:
+        first, last = map(int, _OUTGOING_PORTS.read_text("ascii").split())
+    except (OSError, ValueError):
+        first, last = 32768, 60999
+    return set(range(first, last + 1))
 
 
 def endpoint(host: str, port: int) -> str:

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
-import psutil
-
 from mlra_scale.config import ConfigError, Problem
+from mlra_scale.process_tree import kill_with_descendants
 from mlra_scale.study.grid import Cell, Study
 from mlra_scale.study.provenance import gpu_names, note_start
 from mlra_scale.study.results import (
@@ -251,9 +250,7 @@ class Sweep:
                 running.process.terminate()
             elif stop.is_urgent and not running.is_killed:
                 running.is_killed = True
-                for process in (*psutil.Process(running.process.pid).children(recursive=True), running.process):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
+                kill_with_descendants(running.process)
 
     def _finish(self, running: RunningCell, is_stopping: bool) -> None:
         """Writes the result of a cell whose process has ended, unless it was interrupted."""

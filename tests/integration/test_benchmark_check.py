@@ -6,6 +6,7 @@ tests/slurm/test_check.py runs it on two nodes.
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_nothing_is_left_when_it_is_ended(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert children and all_end([child.pid for child in children])
+
+
+def test_a_command_leaves_no_process_of_another_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where /proc hides the processes of others, so that psutil itself finds no children."""
+
+    def hide(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "children", hide)
+    grandchild = ["setsid", "sh", "-c", "echo $$ > pid; exec sleep 60"]
+    command = ["sh", "-c", f"cd {tmp_path}; {shlex.join(grandchild)} & wait"]
+    with pytest.raises(CommandFailed, match="not done after 2 s"):
+        run_command("sleeper", command, os.environ, 2.0, tmp_path / "log")
+    assert all_end([int((tmp_path / "pid").read_text())])
 
 
 def test_no_step_begins_when_the_minutes_are_over(tmp_path: Path) -> None:

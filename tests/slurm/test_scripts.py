@@ -68,7 +68,20 @@ def test_zero_3_is_within_a_tenth_of_the_best_layout_where_its_file_names_it(dev
     devices = Devices(nodes * gpus, gpus, "cuda")
     _, chosen = resolve_layout(config, named, devices)
     assert chosen is not None and zero_stage(chosen.chosen.config) == 3
+    assert chosen.chosen.memory.device + chosen.cluster.reserved <= 0.9 * chosen.cluster.memory
     assert chosen.chosen.time.seconds <= 1.1 * best_layout(config, devices).fastest.time.seconds
+
+
+@pytest.mark.slow_except("h100")
+@pytest.mark.parametrize("device", ["h100", "a100", "h200"])
+def test_the_layout_of_72_layers_leaves_a_tenth_of_the_memory(device: str) -> None:
+    path = FOLDER / "train_mlra_72L.sh"
+    overrides = ["parallel.layout=auto", f"cluster.device={device}"]
+    config, named = load_named_config("gpt2-mlra-72l", overrides=overrides)
+    nodes, gpus = int(directive(path, "nodes")), int(directive(path, "gpus-per-node"))
+    _, chosen = resolve_layout(config, named, Devices(nodes * gpus, gpus, "cuda"))
+    assert chosen is not None
+    assert chosen.chosen.memory.device + chosen.cluster.reserved <= 0.9 * chosen.cluster.memory
 
 
 def test_a_manual_layout_of_a_file_stays(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection
 
-from mlra_scale.cluster.process_tree import process_state
+from mlra_scale.process_tree import process_state
 
 
 def eventually(is_so: Callable[[], object], seconds: float = 10.0) -> bool:

@@ -18,13 +18,14 @@ PACKAGE = "mlra_scale"
 SCRIPT_FOLDERS = ("tools", "benchmarks")
 
 # Rooms of one file that every room may import; they import none of ours.
-LEAVES = {"console", "files"}
+LEAVES = {"console", "files", "process_tree"}
 # room -> further rooms of ours that it may import. A room that is not there yet has its line already.
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "console": set(),
     "files": set(),
     "megatron": set(),
+    "process_tree": set(),
     "model": {"config", "megatron"},
     "parallel": {"config", "model", "megatron"},
     "data": {"config", "megatron"},

@@ -22,10 +22,10 @@ from typing import Any
 
 from mlra_scale.cluster.messages import NodeMessage, RankFailure, printable
 from mlra_scale.cluster.node.watch import Watch, connect
-from mlra_scale.cluster.process_tree import descendants
 from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.config import ConfigError
+from mlra_scale.process_tree import descendants
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.start.device import set_device_environment
 

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 from mlra_scale.cluster.channel import TOKEN_VARIABLE, Link, host_and_port
 from mlra_scale.cluster.job_file import JobAttempt, JobFile
 from mlra_scale.cluster.messages import Heartbeat, NodeMessage, RankMessage, RankStatus
-from mlra_scale.cluster.process_tree import process_state, send_signal
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.slurm import SlurmError, requeue
 from mlra_scale.cluster.versions import versions
+from mlra_scale.process_tree import process_state, send_signal
 
 _REPORT_SECONDS = 1.0
 _JOB_SECONDS = 30.0

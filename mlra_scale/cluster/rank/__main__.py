@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from mlra_scale.cluster.process_tree import die_with_parent
 from mlra_scale.cluster.rank import AGENT_VARIABLE, DEVICE_VARIABLE, HEARTBEAT_VARIABLE, LOGS_VARIABLE, NODE_VARIABLE
+from mlra_scale.process_tree import die_with_parent
 
 if __name__ == "__main__":
     # Before the seconds that the other imports take.

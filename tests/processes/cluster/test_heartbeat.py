@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mlra_scale.cluster.messages import Heartbeat
-from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSender, HeartbeatSocket
+from mlra_scale.process_tree import process_state
 
 RANK = """
 import ctypes, os, signal, socket, sys, time

@@ -25,9 +25,9 @@ from mlra_scale.cluster.node import __main__ as node
 from mlra_scale.cluster.node import watch as watch_module
 from mlra_scale.cluster.node.__main__ import folder_fault, parse
 from mlra_scale.cluster.node.watch import Watch, connect
-from mlra_scale.cluster.process_tree import process_state
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 from mlra_scale.cluster.versions import versions
+from mlra_scale.process_tree import process_state
 from tests.support.waiting import all_end, eventually
 
 OPTIONS = [
@@ -229,7 +229,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from mlra_scale.cluster.messages import NodeMessage, RankFailure
 from mlra_scale.cluster.node import watch as module
-from mlra_scale.cluster.process_tree import descendants
+from mlra_scale.process_tree import descendants
 from mlra_scale.cluster.rank.heartbeat import HeartbeatSocket
 signal.alarm(60)
 job, logs, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlra_scale.config import ConfigError
@@ -190,7 +191,13 @@ def test_a_stop_asks_the_runs_and_the_next_start_goes_on(tmp_path: Path) -> None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_kills_the_runs_with_their_ranks(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_kills_the_runs_with_their_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where /proc hides the processes of others, so that psutil itself finds no children."""
+
+    def hide(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "children", hide)
     played = Played(tmp_path, [STUBBORN])
     pids = [played.output.path / "cells" / f"{variant}-seed{STUBBORN}" / "waits" for variant in ("dense", "mlra")]
 

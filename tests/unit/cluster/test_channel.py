@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -391,5 +393,29 @@ def test_the_address_at_which_a_hub_listens(host: str, others: list[str], expect
     assert listening_host(host, others) == expected
 
 
-def test_free_ports_differ() -> None:
-    assert len({free_port() for _ in range(20)}) > 15
+@pytest.mark.parametrize(
+    ("outgoing", "is_free"),
+    [
+        ("32768\t60999\n", lambda port: port < 32768 or port > 60999),
+        ("10000 64000", lambda port: port > 64000),
+        ("1024 65535", lambda port: port >= 1024),  # no others are left
+        (None, lambda port: port < 32768 or port > 60999),
+    ],
+)
+def test_free_ports_differ_and_no_outgoing_connection_takes_them(
+    outgoing: str | None, is_free: Callable[[int], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port within the range of outgoing connections was taken between its choice and torchrun's start."""
+    if outgoing is not None:
+        (tmp_path / "range").write_text(outgoing)
+    monkeypatch.setattr(module, "_OUTGOING_PORTS", tmp_path / "range")
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 15 and all(map(is_free, ports))
+
+
+def test_a_free_port_is_not_one_that_is_listened_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", free_port())) as server:
+        taken = server.getsockname()[1]
+        free = free_port()
+        monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, count: [taken, free])
+        assert free_port() == free

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mlra_scale.cluster.process_tree import descendants, process_state
+from mlra_scale.process_tree import descendants, process_state
 from tests.support.waiting import all_end, eventually
 
 GRANDCHILD = "import time; print('runs', flush=True); time.sleep(60)"
 CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
 RANK = """
 import os, sys, time
-from mlra_scale.cluster.process_tree import die_with_parent
+from mlra_scale.process_tree import die_with_parent
 die_with_parent(int(sys.argv[1]))
 print(os.getpid(), flush=True)
 time.sleep(60)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 
 import psutil
@@ -38,6 +39,13 @@ def descendants(pid: int) -> list[int]:
     for each in found:
         found += children.get(each, [])
     return found
+
+
+def kill_with_descendants(process: subprocess.Popen[bytes]) -> None:
+    """Kills a child of this process, unless it has ended, and its descendants in any session."""
+    for pid in descendants(process.pid):
+        send_signal(pid, signal.SIGKILL)
+    process.kill()
 
 
 def process_state(pid: int) -> str:
