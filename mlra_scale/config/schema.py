@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
+from mlra_scale.config.optim_config import OptimConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
 from mlra_scale.config.section import (
     ActivationsConfig,
@@ -81,34 +82,6 @@ class TrainConfig(Section):
     max_consecutive_overflows: int = Field(50, ge=1)
     """fp16: this many loss-scale overflows in a row end the run, or make a guard take it back to its last good
     checkpoint."""
-
-
-class OptimConfig(Section):
-    """AdamW and the learning-rate schedule."""
-
-    lr: float = Field(gt=0.0, le=10.0)
-    """Peak learning rate."""
-    betas: tuple[Probability, Probability] = Field((0.9, 0.95), strict=False)
-    """Decay rates of Adam's two moments."""
-    eps: float = Field(1e-8, gt=0.0, le=1.0)
-    """Epsilon of Adam."""
-    weight_decay: float = Field(0.1, ge=0.0, lt=10.0)
-    """Decoupled weight decay; never on biases and norms."""
-    decay_factors: bool = True
-    """Decay MLRA factors (which is not decay of their product)."""
-    decay_embedding: bool = True
-    """Decay token and position embedding (this drives TEV)."""
-    grad_clip: float = Field(1.0, ge=0.0)
-    """Largest global gradient norm; 0: no clipping."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine decay, stay-then-decay (wsd), or constant."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up to lr. A preset's shrinks with train.steps unless it is given."""
-    decay_steps: int | None = Field(None, ge=1)
-    """cosine: length of the decay after warm-up, null: the rest of the run; wsd: length of the final decay, null: 20 %
-    of the steps."""
-    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    """Learning rate at the end of the decay, as a share."""
 
 
 LayoutField = Literal[

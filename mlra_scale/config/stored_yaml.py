@@ -19,8 +19,9 @@ from mlra_scale.config.json_text import read_bytes
 logger = logging.getLogger(__name__)
 
 KEY = "version"
-VERSION = 3
-"""Version 2 is version 1 with the key `version`; version 3 has no `parallel.low_rank_plan: sharded`."""
+VERSION = 4
+"""Version 2 is version 1 with the key `version`; version 3 has no `parallel.low_rank_plan: sharded`; version 4 has
+`optim.rules` in place of `optim.decay_factors` and `optim.decay_embedding`."""
 
 NO_SHARDED = "the plan sharded was removed: it was the fastest one in 0 of 36 measured cases"
 
@@ -44,7 +45,22 @@ def _notice_sharded() -> None:
     logger.warning("parallel.low_rank_plan = 'sharded' in a stored configuration: %s; auto takes its place", NO_SHARDED)
 
 
-_CONVERSIONS: Mapping[int, Callable[[Values], Values]] = {1: lambda values: values, 2: _without_sharded}
+def _with_rules(values: Values) -> Values:
+    """Turns `decay_factors` and `decay_embedding` into rules with the same results."""
+    optim = values.get("optim")
+    if not isinstance(optim, dict):
+        return values
+    optim = dict(optim)
+    rules: list[Values] = []
+    for field, kinds in (("decay_factors", ("factor",)), ("decay_embedding", ("embedding", "positions"))):
+        if isinstance(optim.get(field), bool) and not optim.pop(field):
+            rules += [{"kind": kind, "weight_decay": 0.0} for kind in kinds]
+    if rules:
+        optim["rules"] = [*rules, *optim.get("rules", [])]
+    return {**values, "optim": optim}
+
+
+_CONVERSIONS: Mapping[int, Callable[[Values], Values]] = {1: lambda values: values, 2: _without_sharded, 3: _with_rules}
 """For every version before the current one: what turns its values into those of the next version."""
 
 
