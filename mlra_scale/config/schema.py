@@ -18,7 +18,6 @@ from mlra_scale.config.section import (
     GradientsConfig,
     GuardConfig,
     Positive,
-    Probability,
     QkClipConfig,
     Section,
     Tag,
