@@ -30,7 +30,6 @@ from mlra_scale.config import (
     batch_plan,
     load_named_config,
     preset_names,
-    validate,
 )
 from mlra_scale.console import set_up_logging
 from mlra_scale.data import DataError
@@ -45,7 +44,7 @@ from mlra_scale.training.start.device import (
     resolve_device,
     set_device_environment,
 )
-from mlra_scale.training.start.plan import is_layout_open, plan_report, resolve_layout
+from mlra_scale.training.start.plan import check_config, is_layout_open, plan_report, resolve_layout
 
 if TYPE_CHECKING:
     from mlra_scale.training.start.request import LaunchRequest  # imports torch, which --dry-run does not need
@@ -179,7 +178,7 @@ def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
     layout = None
     try:
         config, layout = resolve_layout(config, named, devices)
-        validate(config, devices.number)
+        check_config(config, devices.number)
     except ConfigError as error:
         problems += error.problems
     if config.data.path is not None or config.data.blend is not None:

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."""
     depth_scaled_init: bool | None = None
     """Whether o and fc_out, which write to the residual stream, start smaller by 1/sqrt(2 L), as in GPT-2; null: unless
-    layer_norm_scaling, which works better without, or depth_rule completep, which has it in another form."""
+    layer_norm_scaling, which works better without, or depth_rule completep, which scales the branches themselves."""
     embedding_dropout: Probability = 0.0
     """Dropout after the sum of token and position embedding."""
     attention_dropout: Probability = 0.0
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     all parameters of blocks, so that the best learning rate stays the same over depth (CompleteP, arXiv 2505.01618,
     alpha = 1)."""
     base_depth: int = Field(48, ge=1, le=MAX_LAYERS)
-    """depth_rule completep: the depth L0 at which it changes nothing."""
+    """depth_rule completep: the depth L0 at which branches and epsilon are multiplied by 1."""
     embedding_scale: Literal["none", "sqrt_width"] = "none"
     """sqrt_width: token embeddings enter times sqrt(D); the tied head is not scaled."""
     z_loss: float = Field(0.0, ge=0.0)

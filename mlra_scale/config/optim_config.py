@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,19 +12,13 @@ from mlra_scale.config.section import Probability, Section, Text
 OptimizerName = Literal["adamw", "muon", "spectron"]
 ParameterKind = Literal["embedding", "positions", "factor", "matrix", "bias", "norm"]
 
-REPLACED = {
-    "decay_factors": "[{kind: factor, weight_decay: 0}]",
-    "decay_embedding": "[{kind: embedding, weight_decay: 0}, {kind: positions, weight_decay: 0}]",
-}
-"""Fields that optim.rules has replaced, and the rules that stand for their value false."""
-
 
 class ParameterRule(Section):
     """What is different for some parameters; a field that is null stays as it is without the rule."""
 
     names: Text | None = None
     """The parameters, by a pattern of canonical names in which * stands for any text, such as
-    blocks.*.attention.q.*.weight."""
+    `blocks.*.attention.q.*.weight`."""
     kind: ParameterKind | None = None
     """The parameters, by their kind, instead of names. factor: of a low-rank map; matrix: other weights of blocks;
     norm: weights and biases of norms, and gains; bias: of linear maps."""
@@ -45,6 +40,13 @@ class ParameterRule(Section):
 
 class OptimConfig(Section):
     """The optimizer and the learning-rate schedule."""
+
+    replaced: ClassVar[Mapping[str, str]] = {
+        "decay_factors": "was replaced by optim.rules; leave true out, and instead of false write "
+        "optim.rules=[{kind: factor, weight_decay: 0}]",
+        "decay_embedding": "was replaced by optim.rules; leave true out, and instead of false write "
+        "optim.rules=[{kind: embedding, weight_decay: 0}, {kind: positions, weight_decay: 0}]",
+    }
 
     name: OptimizerName = "adamw"
     """Optimizer of the matrices of the blocks (kinds factor and matrix); embedding, positions, norms and biases always
@@ -85,11 +87,3 @@ class OptimConfig(Section):
     of the steps."""
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
     """Learning rate at the end of the decay, as a share."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_replaced_fields(cls, values: Any) -> Any:
-        for field, rules in REPLACED.items():
-            if isinstance(values, dict) and field in values:
-                raise ValueError(f"{field} has been replaced by optim.rules; for {field}=false write rules={rules}")
-        return values

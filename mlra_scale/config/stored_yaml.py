@@ -45,18 +45,26 @@ def _notice_sharded() -> None:
     logger.warning("parallel.low_rank_plan = 'sharded' in a stored configuration: %s; auto takes its place", NO_SHARDED)
 
 
+_EMBEDDINGS = ("embedding", "positions")
+
+
 def _with_rules(values: Values) -> Values:
-    """Turns `decay_factors` and `decay_embedding` into rules with the same results."""
-    optim = values.get("optim")
+    """Turns `decay_factors` and `decay_embedding` into rules with the same results.
+
+    A dense model may have `decay_factors: false`, which had no effect; a rule that matches nothing is an error.
+    """
+    optim, model = values.get("optim"), values.get("model")
     if not isinstance(optim, dict):
         return values
+    is_dense = isinstance(model, dict) and model.get("attention") == "dense"
     optim = dict(optim)
     rules: list[Values] = []
-    for field, kinds in (("decay_factors", ("factor",)), ("decay_embedding", ("embedding", "positions"))):
+    for field, kinds in (("decay_factors", () if is_dense else ("factor",)), ("decay_embedding", _EMBEDDINGS)):
         if isinstance(optim.get(field), bool) and not optim.pop(field):
             rules += [{"kind": kind, "weight_decay": 0.0} for kind in kinds]
-    if rules:
-        optim["rules"] = [*rules, *optim.get("rules", [])]
+    given = optim.get("rules", [])
+    if rules and isinstance(given, list):
+        optim["rules"] = [*rules, *given]
     return {**values, "optim": optim}
 
 

@@ -92,6 +92,18 @@ def _model(config: Config) -> Failures:
         )
     if model.attention == "dense" and model.attention_init == "matched":
         yield ("model.attention_init", "is for factors; with model.attention dense use gpt2, xavier or matched-to-mlra")
+    if model.depth_rule == "completep" and model.layer_norm_scaling:
+        yield (
+            "model.depth_rule",
+            "is a rule for the depth, and model.layer_norm_scaling is another one; set depth_rule to none, or "
+            "layer_norm_scaling to false",
+        )
+    if model.depth_rule == "completep" and model.depth_scaled_init:
+        yield (
+            "model.depth_scaled_init",
+            "makes the branches depend on the depth once more, beside model.depth_rule completep; leave it null, or "
+            "set depth_rule to none",
+        )
     needs_factors = model.attention == "mlra" or model.attention_init == "matched-to-mlra"
     if needs_factors and not model.factorised_projections:
         yield (

@@ -43,6 +43,7 @@ def build_reference(
         sigma_reparam=model.sigma_reparam,
         layer_norm_scaling=model.layer_norm_scaling,
         embedding_factor=model.hidden_size**0.5 if model.embedding_scale == "sqrt_width" else 1.0,
+        branch_factor=model.base_depth / model.num_layers if model.depth_rule == "completep" else 1.0,
     ).double()
     state = {name: tensor.double() for name, tensor in weights.items()}
     state["embedding.weight"] = state["embedding.weight"][: model.vocab_size]

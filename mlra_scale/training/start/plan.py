@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, engine_kind, zero_stage
+from mlra_scale.config import (
+    BatchPlan,
+    Config,
+    ConfigError,
+    Named,
+    Problem,
+    engine_kind,
+    optimizer_text,
+    rule_text,
+    validate,
+    zero_stage,
+)
 from mlra_scale.config.json_text import printable
 from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.update_rules import matches, update_rules
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines, choose, comparison_line
 from mlra_scale.planning.cluster import GIB, Cluster, generation_of_device, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
@@ -113,6 +127,27 @@ def best_layout(config: Config, devices: Devices) -> LayoutChoice:
     return choose(config, Named(), cluster_for(config, devices))
 
 
+def check_config(config: Config, num_ranks: int, device: str | None = None) -> None:
+    """Checks all fields together, and the parameter rules against the parameters of the model.
+
+    Args:
+        config: The configuration, with its layout.
+        num_ranks: Number of ranks that run it, or would.
+        device: See `validate`.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    problems: list[Problem] = []
+    for check in (lambda: validate(config, num_ranks, device), lambda: update_rules(config.model, config.optim)):
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
 _GROUPS_SHOWN = 8
 
 
@@ -124,6 +159,7 @@ def plan_report(
     sections = [
         ("Model", _model_lines(config)),
         ("Batch", _batch_lines(config, plan)),
+        ("Optimizer", _optimizer_lines(config)),
         ("Mesh", _mesh_lines(config, plan)),
         ("Parameters per rank", _parameter_lines(config, plan)),
         ("Memory per rank, GiB", _memory_lines(config, plan)),
@@ -169,6 +205,26 @@ def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
         f"(accumulation) x {plan.data} (data ranks), sequences of {plan.sequence_length}",
         f"tokens per step {plan.tokens_per_step:,}, steps {config.train.steps:,}, total tokens {total:,}",
     ]
+
+
+def _optimizer_lines(config: Config) -> list[str]:
+    """Returns the optimizer, how many parameters each optimizer updates, and what each rule matches."""
+    model, optim = config.model, config.optim
+    table, found = ParameterTable(model), update_rules(model, optim)
+    updated = Counter(rule.optimizer for rule in found.values())
+    lines = [
+        *wrap(optimizer_text(model, optim), 112),
+        f"weight decay {optim.weight_decay:g}, none on biases and norms{' but by rules' * bool(optim.rules)}; updated: "
+        + ", ".join(f"{number} parameters by {name}" for name, number in updated.items()),
+    ]
+    for index, rule in enumerate(optim.rules):
+        names = matches(rule, table)
+        shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        number = (
+            f"{len(names)} parameter{'s' * (len(names) != 1)}, {sum(table[name].numel() for name in names):,} weights"
+        )
+        lines.append(f"optim.rules.{index}: {printable(rule_text(rule))} ({number}: {shown})")
+    return lines
 
 
 def _layout_line(config: Config, plan: BatchPlan) -> str:

@@ -13,7 +13,7 @@ from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.inspection import good_step
 from mlra_scale.checkpoint.manifest import read_complete_manifest
 from mlra_scale.checkpoint.retention import checkpoint_name
-from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
+from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan
 from mlra_scale.data import check_data, identify_data
 from mlra_scale.data.data_sets import FoundData, find_data
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
@@ -37,7 +37,7 @@ from mlra_scale.training.start.device import (
     devices_here,
     resolve_device,
 )
-from mlra_scale.training.start.plan import resolve_layout
+from mlra_scale.training.start.plan import check_config, resolve_layout
 from mlra_scale.training.start.resume_choice import (
     ResumePoint,
     choose_checkpoint,
@@ -123,7 +123,7 @@ def resolve_run(
     config, layout = compared.config, None
     with _gathering(problems):
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
-        validate(config, request.world_size, device=resolve_device(config))
+        check_config(config, request.world_size, resolve_device(config))
     problems += check_device(config) if is_here else []
     found = find_data(config)
     is_continued = store is not None and store.kind == "training"

@@ -17,6 +17,10 @@ model.sigma_reparam=true qk_clip.threshold=90.0
     qk_clip.threshold: model.sigma_reparam divides by their size
 model.sigma_reparam=true gradients.spectral_iterations=3
     gradients.spectral_iterations: measures weights as they are stored
+model.depth_rule=completep model.layer_norm_scaling=true
+    model.depth_rule: is a rule for the depth, and model.layer_norm_scaling is another one; set depth_rule to none, or layer_norm_scaling to false
+model.depth_rule=completep model.depth_scaled_init=true
+    model.depth_scaled_init: depend on the depth once more, beside model.depth_rule completep; leave it null
 guard.enabled=true checkpoint.every=0
     checkpoint.every: set it to the number of steps that you can afford to lose
 train.sequence_length=65
@@ -127,6 +131,9 @@ zero.stage=3 zero.offload_optimizer.device=cpu
 zero.stage=0 zero.offload_optimizer.device=none
 cluster.hang_minutes=4.9 parallel.timeout_minutes=5.0
 model.qk_norm=true model.sigma_reparam=true model.layer_norm_scaling=true model.depth_scaled_init=true
+model.depth_rule=completep model.qk_norm=true model.sigma_reparam=true model.embedding_scale=sqrt_width
+model.depth_rule=completep model.depth_scaled_init=false model.base_depth=1 train.compile=true
+model.depth_rule=completep gradients.spectral_iterations=3 qk_clip.threshold=90.0 optim.name=spectron
 model.qk_norm=true gradients.spectral_iterations=3
 model.layer_norm_scaling=true qk_clip.threshold=90.0
 parallel.sequence_parallel=true parallel.tensor=2 model.attention=dense @2

@@ -7,7 +7,7 @@ from mlra_scale.config import ConfigError, batch_plan, load_config, load_named_c
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.training.start.device import Devices
-from mlra_scale.training.start.plan import plan_report, resolve_layout, short_report
+from mlra_scale.training.start.plan import check_config, plan_report, resolve_layout, short_report
 
 
 def report_of(preset: str, world_size: int, *overrides: str) -> str:
@@ -29,6 +29,44 @@ def test_one_rank_holds_everything_and_long_groups_are_shortened() -> None:
     assert "whole" in text and "236,928" in text
     text = report_of("gpt2-mlra-72l", 512, "train.micro_batch_size=1")
     assert "[0 1 .. 511]" in text and "(512 groups)" in text
+
+
+def section_of(text: str, title: str) -> list[str]:
+    """The lines of a section of the report."""
+    (section,) = [part for part in text.split("\n\n") if part.startswith(title)]
+    return [line.strip() for line in section.splitlines()[1:]]
+
+
+def test_the_optimizer_and_what_each_rule_matches_are_shown() -> None:
+    assert section_of(report_of("debug", 1), "Optimizer") == [
+        "AdamW (betas 0.9, 0.95; epsilon 1e-08)",
+        "weight decay 0.1, none on biases and norms; updated: 80 parameters by adamw",
+    ]
+    rules = "[{kind: factor, optimizer: spectron}, {names: 'blocks.1.mlp.*', lr_factor: 0.5, weight_decay: 0},"
+    rules += "{kind: embedding, weight_decay: 0}]"
+    deep = ("model.depth_rule=completep", "optim.name=muon", f"optim.rules={rules}")
+    lines = section_of(report_of("debug", 1, *deep), "Optimizer")
+    assert " ".join(lines[:2]) == (
+        "muon for matrices of blocks, AdamW (betas 0.9, 0.95; epsilon 1e-08, in blocks times 48/4) for all else; muon "
+        "and spectron: Nesterov momentum 0.95, 5 Newton-Schulz steps"
+    )
+    assert lines[2:] == [
+        "weight decay 0.1, none on biases and norms but by rules; updated: 44 parameters by adamw, 24 parameters by "
+        "spectron, 12 parameters by muon",
+        "optim.rules.0: kind factor: optimizer spectron (24 parameters, 49,152 weights: "
+        "blocks.0.attention.q.down.weight to blocks.3.attention.v.up.weight)",
+        "optim.rules.1: blocks.1.mlp.*: learning rate times 0.5, weight decay 0 (4 parameters, 33,088 weights: "
+        "blocks.1.mlp.fc_in.weight to blocks.1.mlp.fc_out.bias)",
+        "optim.rules.2: kind embedding: weight decay 0 (1 parameter, 32,768 weights: embedding.weight)",
+    ]
+
+
+def test_all_fields_and_the_rules_are_checked_together() -> None:
+    overrides = ["model.num_heads=5", "optim.rules=[{names: blocks.7.*, lr_factor: 2}]"]
+    with pytest.raises(ConfigError) as caught:
+        check_config(load_config("debug", overrides=overrides), 1)
+    assert [problem.field for problem in caught.value.problems] == ["model.num_heads", "optim.rules.0"]
+    check_config(load_config("debug"), 1)
 
 
 def test_the_short_report_names_model_batch_and_layout() -> None:

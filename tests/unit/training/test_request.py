@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import Config, Named
+from mlra_scale.config import Config, ConfigError, Named, load_named_config
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
 from mlra_scale.planning.choice import FIELDS
@@ -41,6 +41,15 @@ def test_every_index_is_read_once_from_the_check_to_the_streams(
     assert run.resume.progress.step == (3 if resume == "auto" else 0) and len(opened.notices) == 1
     assert sorted(read) == [str(place / "data" / split) for split in ("train", "validation")]
     assert opened.identity == identify_data(run.config)
+
+
+def test_a_rule_that_matches_nothing_ends_a_start_with_all_else_that_is_wrong(tmp_path: Path) -> None:
+    overrides = ["optim.rules=[{names: blocks.9.*, lr_factor: 2}]", "optim.warmup_steps=21", "data.path=/nowhere"]
+    config, named = load_named_config("debug", overrides=overrides)
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(LaunchRequest(config, named, RunDirectory(tmp_path / "new"), "none", 1), is_here=False)
+    assert [each.field for each in caught.value.problems] == ["optim.warmup_steps", "optim.rules.0", "data.path"]
+    assert "blocks.9.*" in str(caught.value.problems[1])
 
 
 def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
