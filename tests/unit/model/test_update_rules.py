@@ -84,7 +84,7 @@ def test_of_several_rules_the_last_one_that_gives_a_field_counts() -> None:
     rules = rules_of(
         "optim.rules=["
         "{names: 'blocks.*', weight_decay: 0.5, lr_factor: 2}, {kind: matrix, weight_decay: 0.25},"
-        "{names: 'blocks.0.*.fc_in.*', optimizer: muon, lr_factor: 0}]"
+        "{names: 'blocks.0.*.fc_in.weight', optimizer: muon, lr_factor: 0}]"
     )
     first, second = rules["blocks.0.mlp.fc_in.weight"], rules["blocks.1.mlp.fc_in.weight"]
     assert (first.optimizer, first.lr_factor, first.weight_decay) == ("muon", 0.0, 0.25)
