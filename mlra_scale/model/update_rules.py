@@ -83,6 +83,15 @@ def update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule
     return {name: replace(of, scale=_scale(table, name, of)) for name, of in found.items()}
 
 
+def vector_lengths(rules: Mapping[str, UpdateRule], table: Mapping[str, ParameterInfo]) -> dict[str, int]:
+    """Returns the vectors of spectron's power iterations, as checkpoints keep them: name and length.
+
+    They have the prefix `optimizer_vector/`, and then the name of the factor.
+    """
+    factors = [name for name, rule in rules.items() if rule.optimizer == "spectron"]
+    return {f"optimizer_vector/{name}": table[name].shape[1] for name in factors}
+
+
 _GIVEN = ("lr_factor", "weight_decay", "optimizer")
 
 
