@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.other_optimizer import adam_begun_at, begins_anew
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.model.update_rules import vector_lengths
 
 if TYPE_CHECKING:
     from mlra_scale.parallel import Engine
@@ -50,11 +52,11 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     _check_model(engine, store)
     topology = engine.topology
     faults: list[str] = []
-    buffers, anew = store.buffers(), frozenset(begins_anew(store, engine.update_rules))
+    buffers, anew = _buffers(store, engine), frozenset(begins_anew(store, engine.rules))
     state = store.state.get("engine")
     if state is not None:
-        state = {**state, "adam_begun_at": adam_begun_at(store, engine.update_rules)}
-        if not engine.counts_updates_for(state["adam_begun_at"]):
+        state = {**state, "adam_begun_at": adam_begun_at(store, engine.rules)}
+        if not engine.has_counts_for(state["adam_begun_at"]):
             raise CheckpointError(
                 f"{store.folder} is older than two changes of the optimizer; continue from it with --resume"
                 f" {store.folder}"
@@ -75,6 +77,15 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     engine.load_buffers(buffers)
     _raise_on_all_ranks(f"{store.folder} cannot be loaded", faults, topology)
     return store.state
+
+
+def _buffers(store: Store, engine: Engine) -> dict[str, torch.Tensor]:
+    """The stored vectors of power iterations; those of spectron only together, so that all begin anew or none does."""
+    stored = store.buffers()
+    needed = vector_lengths(engine.rules, store.table).keys()
+    if not needed <= stored.keys():
+        stored = {name: vector for name, vector in stored.items() if name not in needed}
+    return stored
 
 
 def _raise_on_all_ranks(what: str, faults: list[str], topology: Topology) -> None:

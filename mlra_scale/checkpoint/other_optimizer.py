@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from mlra_scale.model.update_rules import UpdateRule, vector_lengths
+from mlra_scale.model.update_rules import VECTOR_PREFIX, UpdateRule, vector_lengths
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -46,18 +46,17 @@ def notice_of_change(store: Store, rules: Rules) -> str | None:
     if not store.manifest.has_moments:
         return None
     with_both = [name for name in rules if "exp_avg_sq" in store.parts(name)]
+    vectors = vector_lengths(rules, store.table).keys()
+    factors = [name.removeprefix(VECTOR_PREFIX) for name in vectors]
     found = [
         ("AdamW begins anew, with moments of zero, for", begins_anew(store, rules)),
         (
             "AdamW's first moment becomes the momentum, and its second one is dropped, of",
             [name for name in with_both if rules[name].optimizer != "adamw"],
         ),
-        (
-            "power iterations begin anew for",
-            [name.partition("/")[2] for name in vector_lengths(rules, store.table).keys() - store.buffer_names],
-        ),
+        ("power iterations begin anew for", [] if vectors <= store.buffer_names else factors),
     ]
-    parts = [f"{what} {_shown(sorted(names, key=list(store.table).index))}" for what, names in found if names]
+    parts = [f"{what} {_shown(names)}" for what, names in found if names]
     return f"another optimizer than in the checkpoint: {'; '.join(parts)}" if parts else None
 
 
