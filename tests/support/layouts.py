@@ -201,8 +201,8 @@ def assemble(
     config: Config, ranks: Iterable[list[Piece]], names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
     """Global tensors from every rank's pieces, all or `names`; each element must come from exactly one of them."""
-    table, tensor_parallel = ParameterTable(config.model), config.parallel.tensor
-    table = {name: info for name, info in table.items() if names is None or name in names}
+    tensor_parallel, whole = config.parallel.tensor, ParameterTable(config.model)
+    table = {name: info for name, info in whole.items() if names is None or name in names}
     parts = {
         name: np.zeros((1 if info.shard_dim is None else tensor_parallel, *info.local_shape(tensor_parallel)))
         for name, info in table.items()
