@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.device.expected import is_flow_control
+from tests.support.device.expected import is_flow_control, is_of_matrices
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,15 @@ class Phase:
         return sum(number for (kind, site, _), number in self.waits.items() if is_flow_control(kind, site))
 
     def sent(self, *groups: str) -> float:
-        """Bytes that the rank sends in groups of these names."""
-        return sum(message.sent for (_, group, _), message in self.messages.items() if group in groups)
+        """Bytes that the rank sends in groups of these names, those of MatrixOptimizer not counted."""
+        others = [(group, sent) for (_, group, site), sent in self.messages.items() if not is_of_matrices(site)]
+        return sum(message.sent for group, message in others if group in groups)
+
+    @property
+    def of_matrices(self) -> Message:
+        """Messages of MatrixOptimizer."""
+        found = [message for (_, _, site), message in self.messages.items() if is_of_matrices(site)]
+        return sum(found, Message())
 
 
 @dataclass
