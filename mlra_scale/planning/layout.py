@@ -82,6 +82,10 @@ class Matrix(NamedTuple):
         """Returns the number of elements of the global tensor."""
         return self.rows * self.columns
 
+    def num_held(self, tensor_parallel: int) -> int:
+        """Returns how many of them one tensor-parallel rank holds."""
+        return self.numel() // (1 if self.shard_dim is None else tensor_parallel)
+
 
 @lru_cache(maxsize=16)
 def _update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule]:
@@ -142,7 +146,14 @@ class Stage:
         """The matrices of the stage that muon and spectron update."""
         return matrices_of_stage(self.model, self.config.optim, self.plan.pipeline, self.index)
 
+    @property
+    def transported_element(self) -> int:
+        """Bytes of a number in Newton-Schulz iterations, and of what is sent for them."""
+        precision = self.config.optim.newton_schulz_precision
+        is_fp32 = precision == "fp32" or (precision == "auto" and self.config.train.precision == "fp32")
+        return BYTES["fp32" if is_fp32 else "bf16"]
+
     @cached_property
     def num_in_matrices(self) -> int:
         """Weights of these matrices that one rank of the stage holds."""
-        return sum(matrix.numel() // (1 if matrix.shard_dim is None else self.plan.tensor) for matrix in self.matrices)
+        return sum(matrix.num_held(self.plan.tensor) for matrix in self.matrices)

@@ -20,8 +20,8 @@ def message_of(name: str, args: Sequence[Any]) -> tuple[Message, dist.ProcessGro
     """Returns the message of a c10d operator, and its group.
 
     An all-reduce of k ranks sends 2 (k - 1) / k of the tensor; a gather, a reduce-scatter and a broadcast
-    (k - 1) / k of the whole; an all-to-all all but the part that the rank keeps; of a pair, one sends all, and receiving
-    sends nothing.
+    (k - 1) / k of the whole; an all-to-all sends all but the part that the rank keeps; of a pair, one sends all, and
+    receiving sends nothing.
     """
     group = next(
         dist.ProcessGroup.unbox(value)
