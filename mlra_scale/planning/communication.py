@@ -165,30 +165,51 @@ def data_traffic_per_step(stage: Stage) -> tuple[Traffic, Traffic]:
 def matrix_traffic(stage: Stage) -> Traffic:
     """What the mean rank of a stage sends for updates of muon and spectron, once a step: see `_matrix_traffic`."""
     plan = stage.plan
-    data = plan.data if stage.zero else 1
-    return _matrix_traffic(stage.matrices, plan.tensor, data, plan.tensor * plan.data, stage.transported_element)
+    return _matrix_traffic(stage.matrices, plan.tensor, plan.data, stage.zero, stage.transported_element)
 
 
 @lru_cache(maxsize=4096)
-def _matrix_traffic(matrices: tuple[Matrix, ...], tensor: int, data: int, ranks: int, element: int) -> Traffic:
-    """Traffic of the matrices of a stage of so many ranks; `data` are the data ranks over which ZeRO cuts its weights.
+def _matrix_traffic(matrices: tuple[Matrix, ...], tensor: int, data: int, zero: int, element: int) -> Traffic:
+    """Traffic of the matrices of a stage.
 
     A round has two all-to-alls (parallel/matrix_exchange.py): every matrix goes to its owner, which has a part of it,
     and what becomes of it goes to all ranks that hold parts. Spectron sums two vectors of all its factors in fp32, of
     their rows and of their columns.
     """
+    ranks = tensor * data
     if ranks == 1 or not matrices:
         return Traffic()
-    numbers = 0.0
-    for matrix in matrices:
-        of_owner = matrix.num_held(tensor) / data
-        numbers += matrix.numel() + ranks * of_owner - 2 * of_owner
-    num_rounds = len(rounds_of([matrix[:2] for matrix in matrices], ranks))
-    traffic = Traffic(element * numbers / ranks, rings=2 * num_rounds)
+    copies = data if zero == 0 else 1
+    numbers = sum(matrix.numel() + tensor * copies * matrix.num_held(tensor) for matrix in matrices)
+    rounds = rounds_of([matrix[:2] for matrix in matrices], ranks)
+    sent = numbers - 2 * _num_kept(matrices, rounds, tensor, data, zero)
+    traffic = Traffic(element * sent / ranks, rings=2 * len(rounds))
     factors = [matrix for matrix in matrices if matrix.is_spectron]
     for length in (sum(matrix.rows for matrix in factors), sum(matrix.columns for matrix in factors)):
         traffic += all_reduce(4.0 * length, ranks) if factors else Traffic()
     return traffic
+
+
+def _num_kept(matrices: tuple[Matrix, ...], rounds: list[list[int]], tensor: int, data: int, zero: int) -> float:
+    """Numbers of all matrices that their owners hold themselves, and so neither send nor receive.
+
+    ZeRO 1 and 2 cut a parameter group, one weight after the other, into equal pieces for the data ranks; ZeRO 3 cuts
+    each weight.
+    """
+    sizes = [matrix.num_held(tensor) for matrix in matrices]
+    if zero not in (1, 2):
+        return sum(sizes) / (data if zero else 1)
+    starts, totals = [], dict.fromkeys((matrix.group for matrix in matrices), 0)
+    for matrix, size in zip(matrices, sizes, strict=True):
+        starts.append(totals[matrix.group])
+        totals[matrix.group] += size
+    kept = 0.0
+    for indices in rounds:
+        for owner, index in enumerate(indices):
+            piece = totals[matrices[index].group] / data
+            begin = owner // tensor * piece - starts[index]
+            kept += max(0.0, min(begin + piece, sizes[index]) - max(begin, 0.0))
+    return kept
 
 
 def ranks_of_stage(plan: BatchPlan, stage: int) -> list[int]:

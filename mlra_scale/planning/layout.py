@@ -76,7 +76,12 @@ class Matrix(NamedTuple):
     rows: int  # of the global tensor
     columns: int
     shard_dim: int | None  # as ParameterInfo.shard_dim
-    is_spectron: bool
+    group: tuple[str, float, float]  # optimizer, weight decay, learning-rate factor: ZeRO 1 and 2 cut each group
+
+    @property
+    def is_spectron(self) -> bool:
+        """Whether it is a factor that spectron updates."""
+        return self.group[0] == "spectron"
 
     def numel(self) -> int:
         """Returns the number of elements of the global tensor."""
@@ -98,11 +103,13 @@ def matrices_of_stage(model: ModelConfig, optim: OptimConfig, num_stages: int, s
     if optim.name == "adamw" and all(rule.optimizer in (None, "adamw") for rule in optim.rules):
         return ()
     rules = _update_rules(model, optim)
-    return tuple(
-        Matrix(info.shape[0], info.shape[1], info.shard_dim, rules[info.name].optimizer == "spectron")
-        for info in weights_of_stage(model, num_stages, stage)
-        if rules[info.name].optimizer != "adamw"
-    )
+    matrices = []
+    for info in weights_of_stage(model, num_stages, stage):
+        rule = rules[info.name]
+        if rule.optimizer != "adamw":
+            group = (rule.optimizer, rule.weight_decay, rule.lr_factor)
+            matrices.append(Matrix(info.shape[0], info.shape[1], info.shard_dim, group))
+    return tuple(matrices)
 
 
 class Stage:

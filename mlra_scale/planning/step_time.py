@@ -13,14 +13,15 @@ step * ranks * peak.
 Data-parallel traffic (communication.py) overlaps with nothing on CPUs. On GPUs with `overlap_comm` reductions hide
 behind the backward pass of the micro-batch they belong to, two thirds of its compute, and together with ZeRO 3's
 gathers behind all of it, but for a tenth. Reductions at ZeRO 0, in bf16 at ZeRO 1 and in a pipeline begin when the last
-backward pass has ended, and updated weights are gathered after the update: they hide behind nothing. The update includes
-the rounds in which muon and spectron orthogonalise matrices (`matrix_time`).
+backward pass has ended, and updated weights are gathered after the update: they hide behind nothing. Nor does what muon
+and spectron do with matrices (`matrix_time`), which is a part of the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from mlra_scale.config import BatchPlan, Config, offload_optimizer
@@ -259,6 +260,21 @@ def _moving_seconds(stage: Stage, cluster: Cluster, num_bytes: float) -> float:
     return 10.0 * seconds if offload_optimizer(stage.config) else seconds
 
 
+def matrix_launches(stage: Stage) -> float:
+    """Operations that a rank of a stage starts for the update of its matrices, of the mean rank that owns one a round.
+
+    ZeRO 1 and 2 cut the whole stage, so that a rank holds few matrices, nearly whole; ZeRO 3 cuts each of them.
+    """
+    plan = stage.plan
+    num_factors = sum(matrix.is_spectron for matrix in stage.matrices)
+    num_rounds = ceil(len(stage.matrices) / (plan.tensor * plan.data))
+    share = 1 / plan.data if stage.zero in (1, 2) else 1.0
+    parts = PART_LAUNCHES * len(stage.matrices) + SPECTRON_PART_LAUNCHES * num_factors
+    holders = plan.tensor * (plan.data if stage.zero in (0, 3) else 1)
+    owned = OWNER_LAUNCHES + ITERATION_LAUNCHES * stage.config.optim.newton_schulz_steps + holders
+    return share * parts + num_rounds * owned + FACTOR_LAUNCHES * num_factors
+
+
 def matrix_time(stage: Stage, cluster: Cluster) -> MatrixTime | None:
     """Estimates the update of a stage's matrices by muon and spectron; None: there are none.
 
@@ -276,13 +292,7 @@ def matrix_time(stage: Stage, cluster: Cluster) -> MatrixTime | None:
     num_in_factors = sum(matrix.num_held(plan.tensor) for matrix in factors)
     moved = stage.num_in_matrices * (MATRIX_BYTES + 5 * stage.transported_element) + num_in_factors * SPECTRON_BYTES
     busy = orthogonalisation + _moving_seconds(stage, cluster, moved)
-    # ZeRO 1 and 2 cut the whole stage, so that a rank holds few matrices, nearly whole; ZeRO 3 cuts each of them.
-    share = 1 / plan.data if stage.zero in (1, 2) else 1.0
-    parts = PART_LAUNCHES * len(stage.matrices) + SPECTRON_PART_LAUNCHES * len(factors)
-    holders = plan.tensor * (plan.data if stage.zero in (0, 3) else 1)
-    owned = OWNER_LAUNCHES + ITERATION_LAUNCHES * optim.newton_schulz_steps + holders
-    launches = share * parts + owned * len(rounds) + FACTOR_LAUNCHES * len(factors)
-    starting = launches * cluster.launch
+    starting = matrix_launches(stage) * cluster.launch
     computing = max(busy, starting) if cluster.runs_ahead else busy + starting
     traffic = matrix_traffic(stage)
     return MatrixTime(

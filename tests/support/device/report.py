@@ -62,6 +62,19 @@ class Phase:
         return sum(found, Message())
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """What muon and spectron do in a step, beside the messages of the trace (Phase.of_matrices)."""
+
+    number: int  # of matrices of the stage
+    num_launches: int  # kernels of the update of matrices
+    planned_launches: float  # planning.step_time's
+    expected_sent: float  # bytes that this rank sends, by what DeepSpeed gives every rank
+    mean_sent: float  # the same of the mean rank of the stage
+    planned_sent: float  # planning.communication's, of the mean rank
+    planned_messages: int
+
+
 @dataclass
 class Report:
     """What is known of a layout."""
@@ -79,6 +92,7 @@ class Report:
     planned_bytes: float  # planning.memory's peak
     planned_sent: dict[str, float]  # planning.communication's bytes of a step: tensor, pipeline, tied, data
     mesh: tuple[int, int, int]  # tensor-parallel, pipeline and data-parallel ranks
+    matrices: Matrices | None  # of muon and spectron
     groups: dict[int, int]  # process groups that the rank had a part in creating, by their number of ranks
     results: dict[str, Any] = field(default_factory=dict)  # of the measurements
 
