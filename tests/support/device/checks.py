@@ -73,7 +73,8 @@ def matrices(report: Report) -> Iterator[str]:
     if abs(traced.sent - planned.expected_sent) > 1.0:
         yield f"{traced.sent:.0f} bytes are sent for matrices; {planned.expected_sent:.0f} are to be moved"
     if abs(planned.mean_sent - planned.planned_sent) > expected.BYTES_TOLERANCE * planned.planned_sent:
-        yield f"the mean rank sends {planned.mean_sent:.0f} bytes for matrices, and planned are {planned.planned_sent:.0f}"
+        mean, of_plan = planned.mean_sent, planned.planned_sent
+        yield f"the mean rank sends {mean:.0f} bytes for matrices, and planned are {of_plan:.0f}"
     if traced.number != planned.planned_messages:
         yield f"{traced.number} messages are sent for matrices, and planned are {planned.planned_messages}"
     if abs(planned.num_launches / planned.planned_launches - 1.0) > expected.LAUNCHES_TOLERANCE:

@@ -1,7 +1,7 @@
 """What every rank of a stage holds of the matrices of muon and spectron, and what all of them send for it.
 
-MatrixExchange asks the other ranks when an engine is built. Here it is told, by the arithmetic of DeepSpeed's partitions,
-which for the traced rank must give what the rank really holds.
+MatrixExchange asks the other ranks when an engine is built. Here the arithmetic of DeepSpeed's partitions answers for
+them, which for the traced rank must give what the rank really holds.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class MatrixRuns:
     def sent_by_ranks(self, element: int) -> list[float]:
         """Returns the bytes that every rank of the stage sends in a step; `element` are those of a number.
 
-        Each part of a matrix goes to the owner, but of ranks that hold the same one only, that nearest to the owner; and
-        what becomes of it goes to all who hold parts. Spectron sums a number per row and per column of every factor.
+        Each part of a matrix goes to the owner; where several ranks hold the same, that nearest to the owner sends it.
+        What becomes of it goes to all who hold parts. Spectron sums a number per row and per column of every factor.
         """
         from mlra_scale.model.matrix_rounds import rounds_of
 
