@@ -329,6 +329,8 @@ class Engine(ABC):
             self._view.adam.create()
         else:
             self._view.forget_moments()
+            if self._factor_norms is not None:
+                self._factor_norms.load_vectors({})
         for fragment in self._view.weights(with_moments):
             fill(fragment)
         if state is not None and with_moments:

@@ -33,24 +33,28 @@ class Part:
 
 @dataclass(frozen=True)
 class Transfer:
-    """The way of one matrix [M, N] to its owner and back.
+    """The way of one matrix [M, N] to its owner and back, as this rank sees it.
 
     Attributes:
         name: Canonical name.
         owner: The rank, within the stage, that gets the whole matrix.
+        num_sent: Number of elements that this rank sends to the owner; 0 also where another rank sends the same.
+        num_held: Number of elements of which this rank gets the result.
         num_shards: How many tensor ranks hold different parts; 1 where each holds all of it.
         shard_dim: See ParameterInfo.
-        senders: Parts that together are the matrix, each once, by `start`.
-        holders: All parts that ranks hold, by `rank`.
+        senders: Parts that together are the matrix, each once, by `start`; known to the owner only.
+        holders: All parts that ranks hold, by `rank`; known to the owner only.
     """
 
     name: str
     shape: tuple[int, int]
     owner: int
+    num_sent: int
+    num_held: int
     num_shards: int
     shard_dim: int | None
-    senders: tuple[Part, ...]
-    holders: tuple[Part, ...]
+    senders: tuple[Part, ...] = ()
+    holders: tuple[Part, ...] = ()
 
 
 def work(shape: Sequence[int]) -> int:
@@ -119,7 +123,11 @@ class MatrixExchange:
         senders.sort(key=lambda part: part.start)
         rows, columns = info.shape
         assert sum(part.numel for part in senders) == rows * columns, (info.name, senders)
-        return Transfer(info.name, (rows, columns), owner, num_shards, info.shard_dim, tuple(senders), tuple(holders))
+        num_sent, num_held = (
+            sum(part.numel for part in parts if part.rank == self.rank) for parts in (senders, holders)
+        )
+        tables = (tuple(senders), tuple(holders)) if owner == self.rank else ((), ())
+        return Transfer(info.name, (rows, columns), owner, num_sent, num_held, num_shards, info.shard_dim, *tables)
 
     def to_owner(self, transfers: Sequence[Transfer], parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Sends the parts of a round's matrices to their owners.
@@ -133,8 +141,8 @@ class MatrixExchange:
         """
         sent_sizes, sent = self._no_sizes(), []
         for transfer in transfers:
-            if any(part.rank == self.rank for part in transfer.senders):
-                sent_sizes[transfer.owner] = parts[transfer.name].numel()
+            if transfer.num_sent > 0:
+                sent_sizes[transfer.owner] = transfer.num_sent
                 sent.append(parts[transfer.name])
         mine = self._owned(transfers)
         senders = () if mine is None else mine.senders
@@ -155,9 +163,9 @@ class MatrixExchange:
             sent = [flat[part.start : part.start + part.numel] for part in mine.holders]
         received_sizes = self._no_sizes()
         for transfer in transfers:
-            received_sizes[transfer.owner] = self._sizes(transfer.holders)[self.rank]
+            received_sizes[transfer.owner] = transfer.num_held
         received = self._exchange(sent, self._sizes(() if mine is None else mine.holders), received_sizes)
-        return {each.name: received[each.owner] for each in transfers if received[each.owner].numel() > 0}
+        return {each.name: received[each.owner] for each in transfers if each.num_held > 0}
 
     def _owned(self, transfers: Sequence[Transfer]) -> Transfer | None:
         return next((transfer for transfer in transfers if transfer.owner == self.rank), None)
