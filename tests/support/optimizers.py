@@ -5,7 +5,7 @@ Written from the papers and independent of mlra_scale/parallel and mlra_scale/mo
 - Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): B <- mu B + G; what is orthogonalised is G + mu B with
   Nesterov's momentum, else B. Orthogonalising does not see a scale, so B may as well be the mean (1 - mu) B.
 - The scale 0.2 sqrt(max(m, n)), and decoupled decay by the same rate: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
-- Spectron (Janson et al. 2026, arXiv 2602.12429), algorithms 1 and 3, as far as an implementation by others shows them:
+- Spectron (Janson et al. 2026, arXiv 2602.12429), algorithms 1 and 3, as an implementation by others quotes them:
   both factors of W = U D move by rho = eta / (s_U + s_D + 1), where s comes of one power iteration on each factor
   before its update. eta has the scale of W here.
 
@@ -28,6 +28,9 @@ from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 
 SMALLEST_NORM = 1e-7
 """A matrix whose Frobenius norm is smaller is divided by this instead (torch.optim.Muon's default)."""
+
+FIRST_ITERATIONS = 16
+"""Power iterations of Spectron's first update; later ones do one."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,10 @@ class ReferenceOptimizer:
         return orthogonalised(direction, self._optim.newton_schulz_steps, self._optim.newton_schulz_coefficients)
 
     def _estimate_sigmas(self) -> None:
-        for name in self.vectors:
-            sigma, self.vectors[name] = power_iteration(self._parameters[name], self.vectors[name])
-            self.sigmas[name] = float(sigma)
+        for _ in range(1 if self.sigmas else FIRST_ITERATIONS):
+            for name in self.vectors:
+                sigma, self.vectors[name] = power_iteration(self._parameters[name], self.vectors[name])
+                self.sigmas[name] = float(sigma)
 
     def _step_size(self, name: str, rate: float) -> float:
         if self.treatments[name].optimizer == "muon":

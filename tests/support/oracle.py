@@ -8,11 +8,15 @@ import numpy as np
 import torch
 
 from mlra_scale.config import Config, ModelConfig
-from mlra_scale.model.parameters import LinearMap, ParameterTable, linear_maps
+from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import initial_vector
+from mlra_scale.model.randomness import keyed_generator
 from tests.support.layouts import Batch, global_batch
 from tests.support.optimizers import ReferenceOptimizer, treatments
-from tests.support.reference import ReferenceGPT
+from tests.support.reference import ReferenceGPT, unit
+
+VECTOR = "optimizer_vector"
+"""Prefix of the names of Spectron's vectors in `engine.buffers()`."""
 
 
 @dataclass
@@ -67,11 +71,13 @@ def initial_vectors(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def optimizer_vectors(config: Config) -> dict[str, torch.Tensor]:
-    """Where Spectron's power iterations begin in a new run, by name of the factor."""
-    table = ParameterTable(config.model)
-    factors = [name for name, treatment in treatments(config).items() if treatment.optimizer == "spectron"]
-    maps = [LinearMap(name, name, None, "", table[name].shape[1]) for name in factors]
-    return {entry.name: initial_vector(config.model, config.train.seed, table, entry) for entry in maps}
+    """Where Spectron's power iterations begin, by name of the factor: unit vectors of (seed, name)."""
+    table, vectors = ParameterTable(config.model), {}
+    for name, treatment in treatments(config).items():
+        if treatment.optimizer == "spectron":
+            generator = keyed_generator(config.train.seed, f"{VECTOR}/{name}")
+            vectors[name] = unit(torch.randn(table[name].shape[1], generator=generator))
+    return vectors
 
 
 def reference_loss(config: Config, reference: ReferenceGPT, step: int, with_z_loss: bool = True) -> torch.Tensor:
