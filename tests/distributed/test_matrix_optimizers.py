@@ -8,11 +8,14 @@ added to all keys alike, and normed inputs have one direction in common), whose 
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from mlra_scale.config import Config
+from mlra_scale.model.parameters import ParameterTable
 from tests.distributed.oracle_runs import (
     Options,
     Pools,
@@ -196,6 +199,34 @@ def test_completep_takes_its_epsilon_to_the_blocks(worker_pool: Pools, layout: L
     assert_equals_oracle(config, records, expected)
     if name != "adamw":
         assert_matrices_equal(config, records, expected)
+
+
+def orthogonalised_shapes(rank: int, world_size: int, config: Config) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that this rank orthogonalises in one step."""
+    from mlra_scale.parallel import matrix_optimizer
+
+    original, shapes = matrix_optimizer.orthogonalised, []
+
+    def counted(matrix: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        shapes.append(tuple(matrix.shape))
+        return original(matrix, *arguments)
+
+    with mock.patch.object(matrix_optimizer, "orthogonalised", counted):
+        train(rank, world_size, config, 1)
+    return shapes
+
+
+@pytest.mark.slow_except("tp2pp1dp2-zero3")
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.world_size > 1], ids=identify)
+def test_each_matrix_is_orthogonalised_once_and_whole(worker_pool: Pools, layout: Layout) -> None:
+    """In all layouts, and the ranks of a stage have equally many, but for one."""
+    config = in_layout(layout, **SPECTRON)
+    table = ParameterTable(config.model)
+    expected = [table[name].shape for name, treatment in treatments(config).items() if treatment.optimizer != "adamw"]
+    ranks = worker_pool(layout.world_size).run(orthogonalised_shapes, config)
+    assert sorted(shape for shapes in ranks for shape in shapes) == sorted(expected)
+    counts = [len(shapes) for shapes in ranks]
+    assert max(counts) - min(counts) <= 1, counts
 
 
 OFFLOADED: dict[str, dict[str, Any]] = {
