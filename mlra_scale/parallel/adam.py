@@ -1,7 +1,8 @@
 """The state of either Adam: torch's fused AdamW or DeepSpeed's CPUAdam (offload).
 
 Both create it at the first update, in `optimizer.state`, by the tensor that is updated: two moments of that tensor's
-shape and the number of updates.
+shape and the number of updates. The momentum of muon and spectron lies there too, as the first moment of tensors that
+have no second one and no number of updates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,18 @@ import torch
 
 
 class AdamState:
-    """The state of one rank's Adam."""
+    """The state of one rank's Adam, and the momentum of its other optimizers.
 
-    def __init__(self, optimizer: Any, masters: Sequence[torch.Tensor]) -> None:
-        self.optimizer = optimizer  # torch's AdamW or DeepSpeedCPUAdam, without DeepSpeed's wrapper
-        self.masters = masters  # the fp32 tensors that it updates
+    Args:
+        optimizer: torch's AdamW or DeepSpeedCPUAdam, without DeepSpeed's wrapper.
+        masters: The fp32 tensors of all parameter groups.
+        has_momentum_only: Which of them muon or spectron updates.
+    """
+
+    def __init__(self, optimizer: Any, masters: Sequence[torch.Tensor], has_momentum_only: Sequence[bool]) -> None:
+        self.optimizer = optimizer
+        self.masters = masters
+        self._has_momentum_only = has_momentum_only
 
     def of(self, master: torch.Tensor) -> Mapping[str, Any]:
         """Returns the state of one tensor; empty before the first update."""
@@ -31,6 +39,7 @@ class AdamState:
     def create(self) -> None:
         """Creates the missing state with the values that it has right before the first update."""
         has_tensor_step = isinstance(self.optimizer, torch.optim.AdamW)
+        self.create_momentum()
         for master in self.masters:
             state = self.optimizer.state[master]
             if "exp_avg" not in state:
@@ -39,11 +48,18 @@ class AdamState:
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
 
+    def create_momentum(self) -> None:
+        """Creates the missing momentum of muon and spectron."""
+        for master, is_without_more in zip(self.masters, self._has_momentum_only, strict=True):
+            state = self.optimizer.state[master] if is_without_more else {"exp_avg": None}
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+
     def set_step(self, step: int) -> None:
         """Sets the number of updates that the moments have seen; moments must exist, unless it is zero."""
         for master in self.masters:
-            state = self.optimizer.state.get(master)
-            if state:
+            state = self.optimizer.state.get(master, {})
+            if "step" in state:
                 is_tensor = torch.is_tensor(state["step"])
                 state["step"] = torch.full_like(state["step"], step) if is_tensor else step
         if not isinstance(self.optimizer, torch.optim.AdamW):

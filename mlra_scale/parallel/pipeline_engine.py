@@ -64,7 +64,7 @@ class PipelineEngine(Engine):
         # rounds the last few elements of a piece, which fill no vector register, differently from the others: the two
         # copies would drift apart.
         alone = {"embedding.weight"} if topology.pipeline > 1 else set()
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim, alone))
+        optimizer = build_optimizer(config, parameter_groups(named, self.rules, alone))
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self._settings, dist_init_required=False
         )

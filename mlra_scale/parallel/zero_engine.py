@@ -36,7 +36,7 @@ class ZeroEngine(Engine):
             _register_read_parameters(model)
         named = dict(model.named_parameters())
         assert set(named) == set(self.table), set(named) ^ set(self.table)
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
+        optimizer = build_optimizer(config, parameter_groups(named, self.rules))
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings, mpu=unit, dist_init_required=False
         )

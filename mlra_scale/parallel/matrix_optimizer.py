@@ -1,0 +1,110 @@
+"""Muon and Spectron for the matrices of blocks, in every layout; AdamW of the same engine updates all other parameters.
+
+Muon (Jordan et al. 2024; scaled as in Moonlight, arXiv 2502.16982): with gradient G (clipped), momentum
+B <- mu B + (1 - mu) G, by Nesterov's method U = mu B + (1 - mu) G, and O = Newton-Schulz(U),
+
+    W <- (1 - lr wd) W - eta O,        eta = 0.2 sqrt(max(m, n)) lr for W of m x n.
+
+Spectron (Janson et al. 2026, arXiv 2602.12429) for W = W_U W_D: each factor is orthogonalised by itself and takes
+rho = eta / (s_U + s_D + 1) in place of eta, with m and n of the product and estimates s of the largest singular values
+sigma of the factors. With c the larger one of the largest singular values of the two O, the change of the product is at
+most c rho (sigma_U + sigma_D) + c^2 rho^2 in spectral norm, before weight decay.
+
+Momentum is kept where DeepSpeed keeps the master weights, in the same pieces, as `exp_avg` of the optimizer's state.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from mlra_scale.config import Config
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.update_rules import UpdateRule, other_factor
+from mlra_scale.parallel.factor_norms import FactorNorms
+from mlra_scale.parallel.fragments import Fragment
+from mlra_scale.parallel.matrix_exchange import MatrixExchange, Transfer
+from mlra_scale.parallel.newton_schulz import orthogonalised
+from mlra_scale.parallel.topology import Topology
+
+
+def is_orthogonalised(rule: UpdateRule) -> bool:
+    """Returns whether MatrixOptimizer updates a parameter, and not AdamW."""
+    return rule.optimizer != "adamw"
+
+
+class MatrixOptimizer:
+    """Updates the matrices of a stage in place, and keeps their momentum. Collective over the ranks of the stage.
+
+    Args:
+        rules: Of all parameters of the stage.
+        held: First element and number of elements that this rank holds of its parameters.
+        owns: See FactorNorms.
+        is_replicated_over_data: Whether every data rank holds the same.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        table: ParameterTable,
+        topology: Topology,
+        rules: Mapping[str, UpdateRule],
+        held: Mapping[str, tuple[int, int]],
+        owns: Callable[[str], bool],
+        is_replicated_over_data: bool,
+    ) -> None:
+        self._optim = config.optim
+        self.rules = {name: rule for name, rule in rules.items() if is_orthogonalised(rule)}
+        infos = [table[name] for name in self.rules]
+        precision = config.optim.newton_schulz_precision
+        is_fp32 = precision == "fp32" or (precision == "auto" and config.train.precision == "fp32")
+        self._exchange = MatrixExchange(
+            infos, held, topology, is_replicated_over_data, torch.float32 if is_fp32 else torch.bfloat16
+        )
+        factors = [info for info in infos if self.rules[info.name].optimizer == "spectron"]
+        self.norms = FactorNorms(factors, topology, owns, config.train.seed) if factors else None
+
+    @torch.no_grad()
+    def update(
+        self, masters: Mapping[str, Fragment], gradients: Iterable[Fragment], factor: float, learning_rate: float
+    ) -> None:
+        """Makes one update.
+
+        Args:
+            masters: The fp32 fragments that this rank holds, with their momentum as `exp_avg`.
+            gradients: The reduced gradient of the same elements; may also have those of other parameters.
+            factor: What the gradient is multiplied by: clipping, and one over the loss scale.
+            learning_rate: That of the schedule.
+        """
+        largest = {} if self.norms is None else self.norms.advance(masters)
+        found = {gradient.name: gradient.values for gradient in gradients if gradient.name in self.rules}
+        for transfers in self._exchange.rounds:
+            names = [each.name for each in transfers if each.name in found]
+            parts = {name: self._direction(masters[name], found[name], factor) for name in names}
+            for name, update in self._orthogonalised(transfers, parts).items():
+                if name in largest:
+                    update = update.to(torch.float32) / (largest[name] + largest[other_factor(name)] + 1.0)
+                self._apply(masters[name].values, update, self.rules[name], learning_rate)
+
+    def _direction(self, master: Fragment, gradient: torch.Tensor, factor: float) -> torch.Tensor:
+        """Adds a gradient to the momentum; returns what is to be orthogonalised, in the type of transport."""
+        assert master.exp_avg is not None, master.name
+        mu = self._optim.momentum
+        scaled = gradient.to(torch.float32) * factor
+        master.exp_avg.lerp_(scaled, 1.0 - mu)
+        direction = scaled.lerp_(master.exp_avg, mu) if self._optim.nesterov else master.exp_avg
+        return direction.to(self._exchange.dtype, copy=True)
+
+    def _orthogonalised(self, transfers: list[Transfer], parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        matrix = self._exchange.to_owner(transfers, parts)
+        if matrix is not None:
+            optim = self._optim
+            matrix = orthogonalised(
+                matrix, optim.newton_schulz_coefficients, optim.newton_schulz_steps, self._exchange.dtype
+            )
+        return self._exchange.from_owner(transfers, matrix)
+
+    @staticmethod
+    def _apply(weights: torch.Tensor, update: torch.Tensor, rule: UpdateRule, learning_rate: float) -> None:
+        rate = learning_rate * rule.lr_factor
+        weights.mul_(1.0 - rate * rule.weight_decay)
+        weights.add_(update.to(weights.device), alpha=-rate * rule.scale)
