@@ -244,7 +244,7 @@ class GradientStatistics(Watcher):
         """Returns the squared norm of the update of each group, [G]."""
         if not was_applied:
             return torch.zeros(self.groups.size, dtype=torch.float64, device=self.engine.topology.device)
-        optim, rules = self.config.optim, self.engine.update_rules
+        optim, rules = self.config.optim, self.engine.rules
         num_updates = self.engine.training_state()["optimizer_step"]
 
         def square(name: str, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class GradientStatistics(Watcher):
         return _sum_over_ranks(square_G)
 
     def _has_adam(self, name: str) -> bool:
-        return self.engine.update_rules[name].optimizer == "adamw"
+        return self.engine.rules[name].optimizer == "adamw"
 
     def _changes(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
         """Yields the change of every fragment that was copied before the update, written over its copy."""

@@ -64,7 +64,7 @@ class FakeEngine:
             name: sorted({0, info.numel(), *generator.integers(0, info.numel(), num_cuts).tolist()})
             for name, info in TABLE.items()
         }
-        self.update_rules = {name: rule_of(name) for name in TABLE}
+        self.rules = {name: rule_of(name) for name in TABLE}
         self.extra_passes: list[Any] = []
         self.small_norm = 2.0
 
@@ -129,7 +129,7 @@ def check(found: dict[str, Any], names: list[str], engine: FakeEngine) -> None:
     mean, square = (engine.real(part, names) for part in ("exp_avg", "exp_avg_sq"))
     each = {name: len(engine.real("values", [name])) for name in names}
     rates, decay, eps = (
-        np.concatenate([np.full(size, value(engine.update_rules[name])) for name, size in each.items()])
+        np.concatenate([np.full(size, value(engine.rules[name])) for name, size in each.items()])
         for value in (lambda of: LEARNING_RATE * of.lr_factor, lambda of: of.weight_decay, lambda of: of.eps)
     )
     beta1, beta2 = CONFIG.optim.betas
@@ -171,7 +171,7 @@ def test_statistics_equal_numpys_however_tensors_are_cut(seed: int, num_cuts: in
 def test_updates_follow_the_rule_of_each_parameter() -> None:
     engine = FakeEngine(num_cuts=2)
     for name, info in TABLE.items():
-        engine.update_rules[name] = rule_of(
+        engine.rules[name] = rule_of(
             name, lr_factor=3.0 if info.kind == "factor" else 1.0, eps=1e-3 if name.startswith("blocks.1.") else 1e-8
         )
     report = measure(engine)["gradients"]
@@ -185,7 +185,7 @@ def test_orthogonalised_updates_are_differences_of_the_weights(applied: bool) ->
     """There is no second moment, and the first does not tell an element's update."""
     engine = FakeEngine(num_cuts=3)
     theirs = [name for name, info in TABLE.items() if info.kind in ("factor", "matrix")]
-    engine.update_rules |= {name: rule_of(name, "muon") for name in theirs}
+    engine.rules |= {name: rule_of(name, "muon") for name in theirs}
     both = engine.fragments
 
     def without_second(*parts: str) -> list[Any]:
