@@ -1,4 +1,4 @@
-"""What the three stages say about the hypotheses of README.md."""
+"""What the three sweeps say about the hypotheses of README.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from docs.studies.combine.protocol import ARMS, HYPOTHESES, MARGIN, RATES, RATES_DEPTH, SEEDS, Hypothesis
-from docs.studies.combine.stages import VALIDATION, StageError, best_rates
+from docs.studies.combine.sweeps import VALIDATION, SweepError, best_rates
 from docs.studies.combine.text import as_markdown
 from mlra_scale.files import write_atomically
 from mlra_scale.study.report import sweep_figures
@@ -27,7 +27,7 @@ FIGURES = {"loss-over-rates.png": "validation_loss", "logit-over-rates.png": "la
 
 
 @dataclass(frozen=True)
-class Stages:
+class Sweeps:
     """The three sweeps."""
 
     screening: SweepRecord
@@ -46,15 +46,15 @@ def report(folders: tuple[Path, Path, Path], output: Path) -> dict[str, Any]:
         What combine.json holds.
 
     Raises:
-        StageError: A sweep cannot be read.
+        SweepError: A sweep cannot be read.
     """
-    stages = Stages(*map(_opened, folders))
-    result = analyse(stages)
+    sweeps = Sweeps(*map(_opened, folders))
+    result = analyse(sweeps)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "combine.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomically(output / "combine.md", as_markdown(result))
     for name, key in FIGURES.items():
-        png = sweep_figures.axis_figure(stages.rates, LEARNING_RATE, _BY_KEY[key])
+        png = sweep_figures.axis_figure(sweeps.rates, LEARNING_RATE, _BY_KEY[key])
         if png is not None:
             (output / name).write_bytes(png)
     return result
@@ -63,21 +63,21 @@ def report(folders: tuple[Path, Path, Path], output: Path) -> dict[str, Any]:
 def _opened(folder: Path) -> SweepRecord:
     sweep = open_sweep(folder)
     if sweep.cells.empty:
-        raise StageError(f"{folder} holds no results of a sweep")
+        raise SweepError(f"{folder} holds no results of a sweep")
     return sweep
 
 
-def analyse(stages: Stages) -> dict[str, Any]:
+def analyse(sweeps: Sweeps) -> dict[str, Any]:
     """Returns the whole analysis as plain values."""
-    values = values_of(stages)
+    values = values_of(sweeps)
     differences = {item.name: _difference(item, values) for item in HYPOTHESES}
     directed = [item.name for item in HYPOTHESES if item.sign != "none"]
     adjusted = dict(zip(directed, holm([_or_one(differences[name].p) for name in directed]), strict=True))
     return {
-        "studies": {name: sweep.study for name, sweep in vars(stages).items()},
+        "studies": {name: sweep.study for name, sweep in vars(sweeps).items()},
         "seeds": list(SEEDS),
-        "screening": _screening(stages.screening),
-        "arms": {arm: _arm(arm, stages, values) for arm in ARMS},
+        "screening": _screening(sweeps.screening),
+        "arms": {arm: _arm(arm, sweeps, values) for arm in ARMS},
         "hypotheses": [
             {
                 **asdict(item),
@@ -90,17 +90,17 @@ def analyse(stages: Stages) -> dict[str, Any]:
     }
 
 
-def values_of(stages: Stages) -> dict[tuple[str, str, int], pd.Series]:
+def values_of(sweeps: Sweeps) -> dict[tuple[str, str, int], pd.Series]:
     """Returns values by seed, by quantity, arm and depth; nan where a run that they need diverged or is missing.
 
     best loss: validation loss at the rate that is best by the mean of the *other* seeds, so that no seed chooses its
     own rate. sensitivity: of the final training loss over RATES (Wortsman et al. 2023). largest logit, largest singular
-    value, TEV: the mean over RATES of the decimal logarithm. loss at depth: validation loss of the third stage.
+    value, TEV: the mean over RATES of the decimal logarithm. loss at depth: validation loss of the third sweep.
     """
     found: dict[tuple[str, str, int], pd.Series] = {}
-    sensitive = sensitivities(stages.rates)
+    sensitive = sensitivities(sweeps.rates)
     for arm in ARMS:
-        cells = _of(stages.rates, arm)
+        cells = _of(sweeps.rates, arm)
         own = sensitive[sensitive.variant == arm].set_index("seed")[SENSITIVITY.name] if len(sensitive) else None
         found["sensitivity", arm, RATES_DEPTH] = _by_seed(own)
         found["best loss", arm, RATES_DEPTH] = best_losses(_table(cells, VALIDATION))
@@ -108,7 +108,7 @@ def values_of(stages: Stages) -> dict[tuple[str, str, int], pd.Series]:
         logarithms["TEV"] = np.log10(_table(cells, TEV))
         for quantity, table in logarithms.items():
             found[quantity, arm, RATES_DEPTH] = table.mean(axis=1, skipna=False)
-        cells = _of(stages.depths, arm)
+        cells = _of(sweeps.depths, arm)
         for depth, at_depth in cells.groupby(cells.axis_values.map(lambda axes: axes.get(DEPTH))):
             found["loss at depth", arm, int(depth)] = _by_seed(at_depth.set_index("seed")[VALIDATION])
     return found
@@ -151,7 +151,7 @@ def _difference(item: Hypothesis, values: Mapping[tuple[str, str, int], pd.Serie
 def _screening(sweep: SweepRecord) -> dict[str, Any]:
     try:
         best = best_rates(sweep)
-    except StageError:
+    except SweepError:
         best = {}
     arms = {}
     for arm in sweep.variants:
@@ -161,8 +161,8 @@ def _screening(sweep: SweepRecord) -> dict[str, Any]:
     return arms
 
 
-def _arm(arm: str, stages: Stages, values: Mapping[tuple[str, str, int], pd.Series]) -> dict[str, Any]:
-    cells = _of(stages.rates, arm)
+def _arm(arm: str, sweeps: Sweeps, values: Mapping[tuple[str, str, int], pd.Series]) -> dict[str, Any]:
+    cells = _of(sweeps.rates, arm)
     by_rate = _table(cells, VALIDATION).mean(skipna=False)
     found = {f"{q}, {d} blocks": _plain(mean_of(v.dropna())) for (q, a, d), v in values.items() if a == arm}
     return {

@@ -15,14 +15,14 @@ ARMS = (
     "mlra-muon",
     "mlra-spectron",
 )
-"""The arms of the second and third stage."""
+"""The arms of the second and third sweep."""
 SEEDS = (11, 12, 13, 14, 15)
 """The screening has seed 1."""
 RATES = (1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1)
 RATES_DEPTH = 48
-"""Rates and depth of the second stage."""
+"""Rates and depth of the second sweep."""
 DEPTHS = (12, 96)
-"""Of the third stage, in which each arm has the best rate of the screening."""
+"""Of the third sweep, in which each arm has the best rate of the screening."""
 MARGIN = 0.02
 """Nats per token: a difference whose interval lies within it is called none."""
 

@@ -18,7 +18,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     header = ["", "first - second", "expected", "difference", "95 % interval", "n", "Holm's p", "verdict"]
     lines += table(header, [_hypothesis(item) for item in result["hypotheses"]])
     lines += ["", "## All rates, validation loss", "", *_by_rate(result["arms"], with_best=False)]
-    lines += ["", "## Values, mean and standard error over seeds", "", *_values(result["arms"])]
+    lines += ["", "## Values, mean over seeds and 95 % interval", "", *_values(result["arms"])]
     lines += ["", "## Screening, validation loss of one seed", "", *_by_rate(result["screening"], with_best=True)]
     return "\n".join([*lines, ""])
 
@@ -57,7 +57,7 @@ def _values(arms: Mapping[str, Any]) -> list[str]:
 def _mean(value: Mapping[str, Any] | None) -> str:
     if value is None or value["value"] is None:
         return "-"
-    return f"{value['value']:.4f}" + ("" if value["error"] is None else f" +- {value['error']:.4f}")
+    return f"{value['value']:.3f}" + ("" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]")
 
 
 def number(value: float | None, form: str) -> str:

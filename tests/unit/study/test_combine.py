@@ -1,4 +1,4 @@
-"""The study that combines techniques: its stages follow from the screening, and planted effects are found."""
+"""The study that combines techniques: its sweeps follow from the screening, and planted effects are found."""
 
 import json
 import re
@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
 from docs.studies.combine.__main__ import main
-from docs.studies.combine.analysis import Stages, analyse, best_losses, report
+from docs.studies.combine.analysis import Sweeps, analyse, best_losses, report
 from docs.studies.combine.protocol import ARMS, DEPTHS, HYPOTHESES, MARGIN, RATES, RATES_DEPTH, SEEDS
-from docs.studies.combine.stages import StageError, best_rates, choose
+from docs.studies.combine.sweeps import SweepError, best_rates, choose
 from docs.studies.combine.text import as_markdown
 from mlra_scale.study.grid import cells_of, load_study
 from mlra_scale.study.report.sweep_record import open_sweep
@@ -50,7 +50,7 @@ def screening(folder: Path, best: Callable[[str], int] = lambda arm: 2) -> Path:
     return folder
 
 
-def stages(folder: Path, value: Value, **more: Callable[[str, float, int], float]) -> tuple[Path, Path, Path]:
+def sweeps(folder: Path, value: Value, **more: Callable[[str, float, int], float]) -> tuple[Path, Path, Path]:
     """Three finished sweeps; `value` is the loss of an arm, depth, rate and seed."""
     rates = [
         line(arm, RATES_DEPTH, rate, seed, value(arm, RATES_DEPTH, rate, seed))
@@ -71,7 +71,7 @@ def noise(*key: Any) -> float:
 
 
 def result_of(folders: tuple[Path, Path, Path]) -> dict[str, Any]:
-    return analyse(Stages(*map(open_sweep, folders)))
+    return analyse(Sweeps(*map(open_sweep, folders)))
 
 
 def verdicts(result: dict[str, Any]) -> dict[str, str]:
@@ -123,7 +123,7 @@ def test_the_best_rate_is_the_lowest_and_diverged_runs_are_none(tmp_path: Path) 
     lines += [line("mlra-muon", 24, rate, 1, 6.0, state="diverged") for rate in SCREENED]
     lines += [line("dense-muon", 24, 1e-2, 1, 6.0, state="failed")]
     write(tmp_path, lines)
-    with pytest.raises(StageError, match="dense-muon: 3 of 4 rates have a result; mlra-muon: every rate diverged"):
+    with pytest.raises(SweepError, match="dense-muon: 3 of 4 rates have a result; mlra-muon: every rate diverged"):
         best_rates(open_sweep(tmp_path))
 
 
@@ -145,7 +145,7 @@ def planted(arm: str, depth: int, rate: float, seed: int) -> float:
 
 
 def test_planted_effects_are_found_and_no_others(tmp_path: Path) -> None:
-    folders = stages(
+    folders = sweeps(
         tmp_path,
         planted,
         tev_mean=lambda arm, rate, seed: (0.14 if arm == "mlra-undecayed" else 0.1) * (1 + noise(arm, rate, seed)),
@@ -168,7 +168,7 @@ def test_planted_effects_are_found_and_no_others(tmp_path: Path) -> None:
 
 
 def test_nothing_is_claimed_from_noise_and_the_reverse_is_called_so(tmp_path: Path) -> None:
-    flat = verdicts(result_of(stages(tmp_path / "flat", lambda arm, depth, rate, seed: 6.0 + noise(arm, rate, seed))))
+    flat = verdicts(result_of(sweeps(tmp_path / "flat", lambda arm, depth, rate, seed: 6.0 + noise(arm, rate, seed))))
     for item in HYPOTHESES:
         is_loss = item.quantity in ("best loss", "sensitivity", "loss at depth")
         assert flat[item.name] == ("supported" if item.sign == "none" else "undecided") or not is_loss, item
@@ -178,12 +178,12 @@ def test_nothing_is_claimed_from_noise_and_the_reverse_is_called_so(tmp_path: Pa
     def reversed_(arm: str, depth: int, rate: float, seed: int) -> float:
         return planted({"mlra-muon": "mlra", "mlra": "mlra-muon"}.get(arm, arm), depth, rate, seed)
 
-    found = verdicts(result_of(stages(tmp_path / "reverse", reversed_)))
+    found = verdicts(result_of(sweeps(tmp_path / "reverse", reversed_)))
     assert found["H2"] == "the reverse" and found["H1"] == "supported" and found["H5"] == "refuted"
 
 
 def test_a_run_that_diverged_takes_its_seed_away_but_counts_in_the_sensitivity(tmp_path: Path) -> None:
-    folders = stages(tmp_path, planted)
+    folders = sweeps(tmp_path, planted)
     lines = [json.loads(text) for text in (folders[1] / "results.jsonl").read_text().splitlines()]
     for item in lines:
         if (item["variant"], item["axes"]["optim.lr"], item["seed"]) == ("mlra", 1e-1, SEEDS[0]):

@@ -1,4 +1,4 @@
-"""The second and third stage, made from the screening: each arm at its own best rate, by the rule of README.md."""
+"""The second and third sweep, made from the screening: each arm at its own best rate, by the rule of README.md."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mlra_scale.files import write_atomically
 from mlra_scale.study.grid import Study, load_study
 from mlra_scale.study.report.sweep_record import DEPTH, LEARNING_RATE, MEASURES, SweepRecord, open_sweep
 
-STAGES = ("rates", "depths")
+NAMES = ("rates", "depths")
 VALIDATION = MEASURES[1].name
 
 
-class StageError(ValueError):
-    """A stage cannot be made or read; its text says why."""
+class SweepError(ValueError):
+    """A sweep cannot be made or read; its text says why."""
 
 
 def best_rates(screening: SweepRecord) -> dict[str, float]:
@@ -24,7 +24,7 @@ def best_rates(screening: SweepRecord) -> dict[str, float]:
     A run that diverged counts as infinitely high.
 
     Raises:
-        StageError: A run of a named arm is missing or failed, or all runs of an arm diverged.
+        SweepError: A run of a named arm is missing or failed, or all runs of an arm diverged.
     """
     found, problems = {}, []
     rates = screening.axes.get(LEARNING_RATE, [])
@@ -42,32 +42,32 @@ def best_rates(screening: SweepRecord) -> dict[str, float]:
         elif arm in ARMS:
             problems.append(f"{arm}: every rate diverged")
     if problems:
-        raise StageError(f"{screening.path} names no rates yet: {'; '.join(problems)}")
+        raise SweepError(f"{screening.path} names no rates yet: {'; '.join(problems)}")
     return found
 
 
 def choose(folder: Path) -> dict[str, Path]:
-    """Writes the studies of the second and third stage into the folder of the screening.
+    """Writes the studies of the second and third sweep into the folder of the screening.
 
     Returns:
-        Their files by the name of the stage.
+        Their files by the names of the sweeps.
 
     Raises:
-        StageError: The screening is not complete.
+        SweepError: The screening is not complete.
     """
     file = folder / "sweep.yaml"
     if not file.exists():
-        raise StageError(f"{folder} holds no sweep; run tools/sweep.py docs/studies/combine.yaml first")
+        raise SweepError(f"{folder} holds no sweep; run tools/sweep.py docs/studies/combine.yaml first")
     screening, best = load_study(file), best_rates(open_sweep(folder))
     written = {}
-    for stage, study in zip(STAGES, stages_of(screening, best), strict=True):
-        written[stage] = folder / f"{stage}.yaml"
-        write_atomically(written[stage], study.to_yaml())
+    for name, study in zip(NAMES, sweeps_of(screening, best), strict=True):
+        written[name] = folder / f"{name}.yaml"
+        write_atomically(written[name], study.to_yaml())
     return written
 
 
-def stages_of(screening: Study, best: dict[str, float]) -> tuple[Study, Study]:
-    """Returns the second stage, all rates at one depth, and the third, the best rate at other depths."""
+def sweeps_of(screening: Study, best: dict[str, float]) -> tuple[Study, Study]:
+    """Returns the second sweep, all rates at one depth, and the third, the best rate at other depths."""
     arms = {arm: screening.variants[arm] for arm in ARMS}
     seeds = {"seeds": SEEDS, "description": ""}
     rates = {"name": "combine-rates", "variants": arms, "axes": {DEPTH: [RATES_DEPTH], LEARNING_RATE: [*RATES]}}
