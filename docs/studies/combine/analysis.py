@@ -23,7 +23,11 @@ from mlra_scale.study.report.sweep_record import DEPTH, LEARNING_RATE, MEASURES,
 
 _BY_KEY = {measure.key: measure for measure in MEASURES}
 LOGIT, SINGULAR, TEV = (_BY_KEY[key].name for key in ("largest_logit", "largest_qk_singular_value", "tev_mean"))
-FIGURES = {"loss-over-rates.png": "validation_loss", "logit-over-rates.png": "largest_logit"}
+FIGURES = {
+    "loss-over-rates.png": "validation_loss",
+    "logit-over-rates.png": "largest_logit",
+    "singular-value-over-rates.png": "largest_qk_singular_value",
+}
 
 
 @dataclass(frozen=True)

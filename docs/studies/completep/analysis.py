@@ -80,7 +80,7 @@ def read_curves(sweep: SweepRecord) -> dict[tuple[str, int], Curve]:
     """Returns the losses by rule and depth.
 
     Raises:
-        SweepError: A rule has no results at a depth of the other, or fewer than two depths.
+        SweepError: At some depth a rule has no rate with a loss of every seed, or there are fewer than two depths.
     """
     cells = sweep.cells.assign(depth=[int(axes.get(DEPTH, 0)) for axes in sweep.cells.axis_values])
     found = {}
@@ -88,7 +88,12 @@ def read_curves(sweep: SweepRecord) -> dict[tuple[str, int], Curve]:
         table = own.drop_duplicates("cell", keep="last").pivot(index="seed", columns="rate", values=_VALIDATION)
         found[rule, depth] = Curve(np.log2(table.columns.to_numpy(np.float64)), table.to_numpy(np.float64))
     depths = sorted({depth for _, depth in found})
-    missing = [f"{rule} at {depth} blocks" for rule in RULES for depth in depths if (rule, depth) not in found]
+    missing = [
+        f"{rule} at {depth} blocks"
+        for rule in RULES
+        for depth in depths
+        if (rule, depth) not in found or not np.isfinite(found[rule, depth].losses_SR.mean(axis=0)).any()
+    ]
     if missing or len(depths) < 2:
         raise SweepError(f"{sweep.path} lacks {', '.join(missing) or 'a second depth'}")
     return found

@@ -163,7 +163,7 @@ def test_planted_effects_are_found_and_no_others(tmp_path: Path) -> None:
     text = (tmp_path / "report" / "combine.md").read_text()
     assert text == as_markdown(result) and "| H12 | TEV: mlra-undecayed - mlra | higher | +0.14" in text
     assert result["arms"]["mlra"]["losses"]["0.01"] == pytest.approx(6.65, abs=0.02)
-    for name in ("loss-over-rates.png", "logit-over-rates.png"):
+    for name in ("loss-over-rates.png", "logit-over-rates.png", "singular-value-over-rates.png"):
         assert (tmp_path / "report" / name).read_bytes()[1:4] == b"PNG"
 
 
