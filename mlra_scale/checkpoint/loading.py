@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.other_optimizer import adam_begun_at, begins_anew
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.model.update_rules import vector_lengths
 
 if TYPE_CHECKING:
     from mlra_scale.parallel import Engine
@@ -35,7 +39,8 @@ def open_on_all_ranks(folder: Path, topology: Topology) -> Store:
 def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     """Loads weights, moments, optimizer step and loss scale into an engine of any layout; collective.
 
-    Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify.
+    Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify. Where a parameter has
+    another optimizer than in the checkpoint, see other_optimizer.py.
 
     Returns:
         The checkpoint's state section.
@@ -47,19 +52,40 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     _check_model(engine, store)
     topology = engine.topology
     faults: list[str] = []
-    buffers = store.power_vectors()
+    buffers, anew = _buffers(store, engine), frozenset(begins_anew(store, engine.rules))
+    state = store.state.get("engine")
+    if state is not None:
+        state = {**state, "adam_begun_at": adam_begun_at(store, engine.rules)}
+        if not engine.has_counts_for(state["adam_begun_at"]):
+            raise CheckpointError(
+                f"{store.folder} is older than two changes of the optimizer; continue from it with --resume"
+                f" {store.folder}"
+            )
 
     def fill(fragment: Fragment) -> None:
+        if fragment.name in anew and fragment.exp_avg is not None and fragment.exp_avg_sq is not None:
+            fragment.exp_avg.zero_()
+            fragment.exp_avg_sq.zero_()
+            fragment = replace(fragment, exp_avg=None, exp_avg_sq=None)
         try:
             store.fill(fragment, topology.tensor, topology.tensor_rank, engine.table[fragment.name])
         except (CheckpointError, OSError) as error:
             # Restoring is collective: this rank continues with the others, and reports its fault at the end.
             faults.append(str(error))
 
-    engine.restore(fill, store.state.get("engine"), store.manifest.has_moments)
+    engine.restore(fill, state, store.manifest.has_moments)
     engine.load_buffers(buffers)
     _raise_on_all_ranks(f"{store.folder} cannot be loaded", faults, topology)
     return store.state
+
+
+def _buffers(store: Store, engine: Engine) -> dict[str, torch.Tensor]:
+    """The stored vectors of power iterations; those of spectron only together, so that all begin anew or none does."""
+    stored = store.buffers()
+    needed = vector_lengths(engine.rules, store.table).keys()
+    if not needed <= stored.keys():
+        stored = {name: vector for name, vector in stored.items() if name not in needed}
+    return stored
 
 
 def _raise_on_all_ranks(what: str, faults: list[str], topology: Topology) -> None:

@@ -15,6 +15,9 @@ RMS_OF_ADAM = 0.2
 """Root mean square of the elements of an AdamW update, which orthogonalised updates are scaled to, so that they take
 AdamW's learning rate and weight decay (Moonlight, arXiv 2502.16982, section 2.2)."""
 
+VECTOR_PREFIX = "optimizer_vector/"
+"""Before the name of a factor: the name of the vector of its power iteration in a checkpoint."""
+
 
 @dataclass(frozen=True)
 class UpdateRule:
@@ -81,6 +84,12 @@ def update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule
     if problems:
         raise ConfigError(problems)
     return {name: replace(of, scale=_scale(table, name, of)) for name, of in found.items()}
+
+
+def vector_lengths(rules: Mapping[str, UpdateRule], table: Mapping[str, ParameterInfo]) -> dict[str, int]:
+    """Returns the vectors of spectron's power iterations by the names that checkpoints have: their lengths."""
+    factors = [name for name, rule in rules.items() if rule.optimizer == "spectron"]
+    return {VECTOR_PREFIX + name: table[name].shape[1] for name in factors}
 
 
 _GIVEN = ("lr_factor", "weight_decay", "optimizer")

@@ -41,6 +41,8 @@ class Engine(ABC):
     Attributes:
         module: This rank's module (a pipeline stage or the whole model).
         rules: How each parameter is updated.
+        adam_begun_at: After how many updates of the run AdamW of a parameter began, of those where that is not 0: its
+            optimizer was another one until then. AdamW counts its updates from there.
         num_skipped: Updates left out so far, overflows included.
         deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
     """
@@ -49,12 +51,13 @@ class Engine(ABC):
     deepspeed_engine: Any
     _view: MasterView
 
-    def __init__(self, config: Config, plan: BatchPlan, topology: Topology) -> None:
+    def __init__(self, config: Config, plan: BatchPlan, topology: Topology, adam_begun_at: Mapping[str, int]) -> None:
         self.config = config
         self.plan = plan
         self.topology = topology
         self.table = ParameterTable(config.model)
         self.rules = update_rules(config.model, config.optim)
+        self.adam_begun_at = self._built_for = adam_begun_at
         self.num_skipped = 0
         self._learning_rate = 0.0
         self._settings = deepspeed_config(config, plan)
@@ -278,11 +281,12 @@ class Engine(ABC):
         """Returns what continues a run besides weights and moments; the same on every rank, and fit for JSON.
 
         Returns:
-            optimizer_step: Updates that the moments have seen. num_skipped: Updates left out. loss_scaler: State of the
-            fp16 loss scale, else None.
+            optimizer_step: Updates that the moments have seen. adam_begun_at: See Engine. num_skipped: Updates left
+            out. loss_scaler: State of the fp16 loss scale, else None.
         """
         return {
             "optimizer_step": self._view.adam.step(),
+            "adam_begun_at": dict(self.adam_begun_at),
             "num_skipped": self.num_skipped,
             "loss_scaler": self._loss_scaler_state(),
         }
@@ -321,10 +325,12 @@ class Engine(ABC):
 
         Args:
             fill: Writes new values into every fragment that this rank holds, moments included where it has them.
-            state: What `training_state` returned; None for a start at step 0 with these weights.
+            state: What `training_state` returned, `adam_begun_at` such that `has_counts_for` is true; None for a start
+                at step 0 with these weights.
             with_moments: Whether the moments come back too; without them the optimizer starts anew.
         """
         assert state is not None or not with_moments
+        self.adam_begun_at = state["adam_begun_at"] if state is not None and with_moments else {}
         if with_moments:
             self._view.adam.create()
         else:
@@ -334,13 +340,24 @@ class Engine(ABC):
         for fragment in self._view.weights(with_moments):
             fill(fragment)
         if state is not None and with_moments:
-            self._view.adam.set_step(state["optimizer_step"])
+            begun = dict(self._counts_for(self.adam_begun_at))
+            self._view.adam.set_step(state["optimizer_step"], begun)
         self.num_skipped = state["num_skipped"] if state is not None else 0
         if self._initial_loss_scaler is not None:
             stored = state["loss_scaler"] if state is not None else None
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
         self._view.copy_masters_to_model()
         self._forget_spectra()
+
+    def has_counts_for(self, adam_begun_at: Mapping[str, int]) -> bool:
+        """Returns whether parameters whose updates this engine counts together began together, too."""
+        pairs = self._counts_for(adam_begun_at)
+        return len(pairs) == len({built for built, _ in pairs})
+
+    def _counts_for(self, adam_begun_at: Mapping[str, int]) -> set[tuple[int, int]]:
+        """For AdamW's parameters: when they began in the state that the engine was built for, and in another one."""
+        names = [name for name, rule in self.rules.items() if rule.optimizer == "adamw"]
+        return {(self._built_for.get(name, 0), adam_begun_at.get(name, 0)) for name in names}
 
     def _forget_spectra(self) -> None:
         """Weights may have changed: the next pass through the model finds their largest singular values anew."""

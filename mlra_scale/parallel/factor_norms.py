@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.model.randomness import keyed_generator
+from mlra_scale.model.update_rules import VECTOR_PREFIX
 from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.topology import Topology
 
 _FIRST_ITERATIONS = 16
 """Before the first update, from random vectors."""
-_PREFIX = "optimizer_vector/"
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,20 @@ class FactorNorms:
         return _Sums(sizes, self._topology)
 
     def _initial_vector(self, info: ParameterInfo) -> torch.Tensor:
-        vector = torch.randn(info.shape[1], generator=keyed_generator(self._seed, f"{_PREFIX}{info.name}"))
+        vector = torch.randn(info.shape[1], generator=keyed_generator(self._seed, f"{VECTOR_PREFIX}{info.name}"))
         return functional.normalize(vector, dim=0).to(self._topology.device)
 
     def stored_vectors(self) -> dict[str, torch.Tensor]:
         """Returns what a checkpoint keeps, in host memory; empty before the first update."""
-        return {_PREFIX + name: vector.to("cpu", copy=True) for name, vector in self._vectors.items()}
+        return {VECTOR_PREFIX + name: vector.to("cpu", copy=True) for name, vector in self._vectors.items()}
 
     def load_vectors(self, stored: Mapping[str, torch.Tensor]) -> None:
         """Takes the vectors of this stage from a checkpoint; without them the next update begins anew."""
-        names = [name for name in self._infos if _PREFIX + name in stored]
+        names = [name for name in self._infos if VECTOR_PREFIX + name in stored]
         self._vectors = {}
         if len(names) == len(self._infos):
             device = self._topology.device
-            self._vectors = {name: stored[_PREFIX + name].to(device, torch.float32, copy=True) for name in names}
+            self._vectors = {name: stored[VECTOR_PREFIX + name].to(device, torch.float32, copy=True) for name in names}
 
 
 class _Sums:

@@ -45,7 +45,7 @@ class MasterView(ABC):
         """`groups`: the parameter group of each master."""
         self.optimizer = optimizer
         self.named = named
-        self.adam = AdamState(inner, masters, [group["updated_by"] != "adamw" for group in groups])
+        self.adam = AdamState(inner, masters, groups)
 
     @abstractmethod
     def weights(self, with_moments: bool) -> Iterator[Fragment]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mlra_scale.model.matrix_rounds import rounds_of
 from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.parallel.topology import Topology
 
@@ -57,12 +58,6 @@ class Transfer:
     holders: tuple[Part, ...] = ()
 
 
-def work(shape: Sequence[int]) -> int:
-    """Returns the multiply-adds of an orthogonalisation's iteration, about: 2 m^2 n + m^3 with m <= n."""
-    small, large = sorted(shape)
-    return 2 * small * small * large + small**3
-
-
 class MatrixExchange:
     """The rounds of a stage. Collective over its ranks, like `to_owner` and `from_owner`.
 
@@ -92,10 +87,8 @@ class MatrixExchange:
         gathered = [torch.empty_like(runs) for _ in range(self._num_ranks)]
         dist.all_gather(gathered, runs, group=self._group)
         runs_of_ranks = [of_rank.tolist() for of_rank in gathered]
-        order = sorted(range(len(infos)), key=lambda index: -work(infos[index].shape))
         self.rounds: list[list[Transfer]] = []
-        for first in range(0, len(order), self._num_ranks):
-            indices = order[first : first + self._num_ranks]
+        for indices in rounds_of([info.shape for info in infos], self._num_ranks):
             parts = [[of_rank[index] for of_rank in runs_of_ranks] for index in indices]
             self.rounds.append(
                 [

@@ -11,25 +11,28 @@ from mlra_scale.model.update_rules import UpdateRule
 
 
 def parameter_groups(
-    named: Mapping[str, nn.Parameter], rules: Mapping[str, UpdateRule], alone: Collection[str] = ()
+    named: Mapping[str, nn.Parameter],
+    rules: Mapping[str, UpdateRule],
+    begun_at: Mapping[str, int],
+    alone: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Splits this rank's parameters by their rules, into groups as torch's optimizers take them; none is empty.
 
     Groups of AdamW come first, and those with weight decay before those without. The parameters `alone` get a group of
-    their own, before the group that they would be in.
+    their own, before the group that they would be in. `begun_at`: see Engine; a group has one count of updates.
     """
     members: dict[tuple[Any, ...], list[str]] = {}
     for name in named:
         rule = rules[name]
-        key = (rule.optimizer, -rule.weight_decay, rule.lr_factor, rule.eps)
+        key = (rule.optimizer, -rule.weight_decay, rule.lr_factor, rule.eps, begun_at.get(name, 0))
         members.setdefault(key, []).append(name)
     groups = []
     for key in sorted(members):
-        optimizer, decay, lr_factor, eps = key
+        optimizer, decay, lr_factor, eps, begun = key
         names = members[key]
         for of_group in (*([name] for name in names if name in alone), [name for name in names if name not in alone]):
             settings = {"weight_decay": -decay, "eps": eps, "lr_factor": lr_factor, "updated_by": optimizer}
-            groups.append({"params": [named[name] for name in of_group], **settings})
+            groups.append({"params": [named[name] for name in of_group], "begun_at": begun, **settings})
     return [group for group in groups if group["params"]]
 
 

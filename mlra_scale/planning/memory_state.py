@@ -1,4 +1,4 @@
-"""Memory of the state of training on one rank: weights, gradients, master weights, Adam's moments. Imports no torch.
+"""Memory of the state of training on one rank: weights, gradients, master weights, moments. Imports no torch.
 
 In the formulas n is the number of weights that the rank holds (its stage and tensor shard), d the data-parallel degree
 and e the bytes of a number in compute precision. They describe DeepSpeed 0.19 as our engines set it up.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from mlra_scale.config import offload_optimizer
-from mlra_scale.planning.layout import Stage
+from mlra_scale.planning.layout import Matrix, Stage
 
 
 def weight_bytes(stage: Stage) -> float:
@@ -123,6 +123,21 @@ def update_bytes(stage: Stage) -> float:
     return 4.0 * stage.num_weights / (stage.plan.data if stage.zero else 1)
 
 
+def matrix_bytes(stage: Stage) -> float:
+    """Bytes that a round of muon and spectron adds: e (3 m n + 2 m^2) of the largest matrix, m <= n, and parts.
+
+    The owner has the matrix that came, two states of the iteration and two products of m x m. Beside them are the parts
+    that the rank has sent, of as many matrices as the stage has ranks.
+    """
+    if not stage.matrices:
+        return 0.0
+    largest = max(stage.matrices, key=Matrix.numel)
+    num_in_round = min(len(stage.matrices), stage.plan.tensor * stage.plan.data)
+    parts = num_in_round * largest.num_held(stage.plan.tensor) / (stage.plan.data if stage.zero else 1)
+    owned = 3 * largest.numel() + 2 * min(largest.rows, largest.columns) ** 2
+    return stage.transported_element * (owned + parts)
+
+
 def master_bytes(stage: Stage) -> float:
     """Bytes of the fp32 copy of the weights: 4 n, with ZeRO 4 n / d; none in fp32 without ZeRO."""
     if stage.zero == 0:
@@ -131,23 +146,24 @@ def master_bytes(stage: Stage) -> float:
 
 
 def moment_bytes(stage: Stage) -> float:
-    """Bytes of Adam's two moments in fp32: 8 n, with ZeRO 8 n / d."""
-    return 8.0 * stage.num_weights / (stage.plan.data if stage.zero >= 1 else 1)
+    """Bytes of the moments in fp32: Adam's two, 8 n, with ZeRO 8 n / d; half of it for weights of muon and spectron."""
+    return (8.0 * stage.num_weights - 4.0 * stage.num_in_matrices) / (stage.plan.data if stage.zero >= 1 else 1)
 
 
 def snapshot_bytes(stage: Stage) -> float:
     """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint.
 
-    12 bytes (fp32 weight, two moments) per weight that the rank owns: with ZeRO n / d, else data rank 0 owns all n. The
-    last stage's copy of the tied embedding belongs to the first stage. Tensor rank 0 owns the replicated weights, the
-    other tensor ranks a little less than is shown. For a GPU the memory is page-locked.
+    12 bytes (fp32 weight, two moments) per weight that the rank owns, 8 where muon or spectron updates it: with ZeRO
+    n / d, else data rank 0 owns all n. The last stage's copy of the tied embedding belongs to the first stage. Tensor
+    rank 0 owns the replicated weights, the other tensor ranks a little less than is shown. For a GPU the memory is
+    page-locked.
     """
     if not stage.config.checkpoint.asynchronous:
         return 0.0
     num_owned = stage.num_weights
     if stage.is_last and not stage.is_first:
         num_owned -= stage.num_embedding
-    num_bytes = 12.0 * num_owned / (stage.plan.data if stage.zero >= 1 else 1)
+    num_bytes = (12.0 * num_owned - 4.0 * stage.num_in_matrices) / (stage.plan.data if stage.zero >= 1 else 1)
     return num_bytes if stage.device == "cpu" else pinned_bytes(num_bytes)
 
 

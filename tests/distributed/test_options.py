@@ -185,7 +185,7 @@ def test_a_checkpoint_has_the_vectors_of_all_stages_and_continues_in_other_layou
 
     before = options_run(worker_pool, tmp_path, Layout(tensor=2, pipeline=2), "mlra", is_saving=True)
     store = Store.open(tmp_path / checkpoint_name(5))
-    vectors = store.power_vectors()
+    vectors = store.buffers()
     assert set(vectors) == {vector_name(name) for name in linear_maps(before.config.model)}
     for vector in vectors.values():
         assert vector.dtype == torch.float32 and abs(float(vector.norm()) - 1) < 1e-6

@@ -55,7 +55,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
     ("stability", "parallel"): {"", "fragments", "topology"},
     ("checkpoint", "parallel"): {"", "fragments", "topology"},
-    ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
+    ("planning", "model"): {"head_chunks", "low_rank_plan", "matrix_rounds", "parameters", "update_rules"},
     ("training", "parallel"): {"", "fragments", "topology"},
     # What runs leave behind; none of these loads torch.
     ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory", "run_reader"},

@@ -47,14 +47,11 @@ class PlainWeights:
 
     Attributes:
         names: Those that a plain model has, in the order of the model.
-
-    Raises:
-        CheckpointError: The store lacks vectors of power iterations.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._vectors = store.power_vectors()
+        self._vectors = store.buffers()
         maps = linear_maps(store.model).values()
         self._normalised = {entry.up or entry.down: entry for entry in maps}
         gains = {entry.gain for entry in maps}

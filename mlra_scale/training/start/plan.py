@@ -30,7 +30,7 @@ from mlra_scale.planning.cluster import GIB, Cluster, generation_of_device, name
 from mlra_scale.planning.cluster_file import read_cluster_file
 from mlra_scale.planning.layout import AXES, blocks_of_stage, groups_along, num_held, rank_of, weights_of_stage
 from mlra_scale.planning.memory import rank_memory
-from mlra_scale.planning.plan_text import COMPONENTS
+from mlra_scale.planning.plan_text import COMPONENTS, optimizer_line
 from mlra_scale.planning.search import changed
 from mlra_scale.planning.step_time import step_time
 from mlra_scale.training.start.device import Devices, devices_elsewhere
@@ -323,6 +323,7 @@ def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: L
         f"on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}: step {time.seconds:.3g} s, "
         f"{plan.tokens_per_step / time.seconds:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, bubble "
         f"{100 * time.bubble:.1f} %",
+        *wrap(optimizer_line(config, time), 112),
         f"GB that a rank sends per step: {sent}",
         *wrap(comparison, 112),
         *wrap(f"({cluster.source})", 112, subsequent_indent=" "),

@@ -11,6 +11,8 @@ MEMORY_TOLERANCE = 0.02
 """Share by which the traced peak may differ from planning.memory's."""
 BYTES_TOLERANCE = 0.01
 """Share by which bytes sent may differ from planning.communication's."""
+LAUNCHES_TOLERANCE = 0.1
+"""Share by which the kernels of muon and spectron may differ from planning.step_time's."""
 MAX_WAITS, MAX_WAITS_ZERO_3, MAX_WAITS_OFFLOAD = 1, 2, 6
 """Waits of the host in one step, all together but for flow control: ZeRO 0 to 2 and pipelines, ZeRO 3, offload."""
 MAX_OTHER_BYTES = 1024
@@ -80,6 +82,11 @@ bounded. `number` is per parameter and micro-batch here. An event of the trace i
 def is_flow_control(kind: str, site: str) -> bool:
     """Whether a wait is one of FLOW_CONTROL."""
     return any((wait.kind, wait.site) == (kind, site) for wait in FLOW_CONTROL)
+
+
+def is_of_matrices(site: str) -> bool:
+    """Whether muon and spectron send something here: matrices, sums of vectors."""
+    return site.startswith(("mlra_scale/parallel/matrix_exchange.py", "mlra_scale/parallel/factor_norms.py"))
 
 
 HOST_RESULTS = {

@@ -60,6 +60,37 @@ def test_training_state_per_weight(precision: str, zero: int, expected: tuple[fl
     assert tuple(part(one) for part in (weight_bytes, gradient_bytes, master_bytes, moment_bytes)) == expected
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_muon_and_spectron_have_one_moment_and_a_round_of_matrices(zero: int) -> None:
+    """The debug preset: 4 blocks of 6 factors of 64 x 32, o of 64 x 64, and two matrices of 64 x 256; fp32."""
+    shards = 4 if zero else 1
+    in_matrices = 4 * (6 * 64 * 32 + 64 * 64 + 2 * 64 * 256)
+    for name in ("muon", "spectron"):
+        adamw, of = stage(4, zero=zero), stage(4, f"optim.name={name}", zero=zero)
+        assert of.num_in_matrices == in_matrices and adamw.num_in_matrices == 0
+        assert moment_bytes(adamw) - moment_bytes(of) == 4 * in_matrices / shards
+        # On the host: what a checkpoint's copy does without.
+        cpu = ("train.device=cpu", f"optim.name={name}")
+        owned = 12 * held(of) - 4 * in_matrices
+        assert memory(stage(4, *cpu, zero=zero)).snapshot == owned / shards
+        phases = phases_of_a_step(of)
+        assert phases.keys() - phases_of_a_step(adamw).keys() == {"orthogonalisation"}
+        # A matrix of 64 x 256 three times, two products of 64 x 64, and parts of four such matrices.
+        own = 3 * 64 * 256 + 2 * 64 * 64
+        assert phases["orthogonalisation"].temporary == 4 * (own + 4 * 64 * 256 / shards)
+
+
+def test_a_rule_takes_matrices_from_their_optimizer() -> None:
+    rule = 'optim.rules=[{names: "blocks.*.mlp.*.weight", optimizer: adamw}]'
+    assert stage(1, "optim.name=muon", rule).num_in_matrices == 4 * (6 * 64 * 32 + 64 * 64)
+    rule = "optim.rules=[{kind: matrix, optimizer: muon}]"
+    stages = [stage(2, rule, "parallel.pipeline=2", index=index) for index in range(2)]
+    assert [of.num_in_matrices for of in stages] == [2 * (64 * 64 + 2 * 64 * 256)] * 2
+    split = stage(2, "optim.name=muon", "parallel.tensor=2")
+    # Down factors of q, k, v are whole on every tensor rank.
+    assert split.num_in_matrices == 4 * (3 * 64 * 32 + 3 * 64 * 32 / 2 + 64 * 64 / 2 + 64 * 256)
+
+
 def test_state_of_a_rank_counts_its_own_weights() -> None:
     for index in range(2):
         of = stage(4, "parallel.tensor=2", "parallel.pipeline=2", index=index)

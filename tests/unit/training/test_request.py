@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,26 @@ def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     sent = pickle.dumps(run)
     received = pickle.loads(sent)
     assert run.found_data is not None and received.found_data is None and received == run and len(sent) < 100_000
+
+
+def test_a_start_with_another_optimizer_says_what_is_carried_over(tmp_path: Path) -> None:
+    """From the AdamW of the fixture to muon; what muon leaves to AdamW is in tests/unit/checkpoint."""
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    run = RunDirectory(place / "zero3")
+    values = Config.from_yaml(run.config.read_text()).to_dict()
+    data = values | {"data": {"path": str(place / "data")}}
+    start = resolved_with(run, data | {"optim": values["optim"] | {"name": "muon"}}, "optim.name")
+    format_notice, carried = start.resume.notices
+    assert "version 1 of the format" in format_notice
+    assert "AdamW's first moment becomes the momentum" in carried and "of 18 parameters (blocks.0." in carried
+    assert start.resume.adam_begun_at == {} and start.config.optim.name == "muon"
+    assert len(resolved_with(run, data).resume.notices) == 1
+
+
+def resolved_with(run: RunDirectory, values: dict[str, Any], *named: str) -> ResolvedRun:
+    """The continuation of a run with a configuration of which these fields are named."""
+    names = Named(frozenset({"data.path", *named}))
+    return resolve_run(LaunchRequest(Config.model_validate(values), names, run, "auto", 2), is_here=False)
 
 
 def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_path: Path) -> None:

@@ -99,6 +99,20 @@ def test_a_file_cannot_change_the_run_by_itself() -> None:
     assert compared(["optim.lr=1e-4", "train.steps=40"], ["optim.lr=1e-4", "train.steps=40"], file).problems == []
 
 
+def test_another_optimizer_has_to_be_named_on_the_command_line() -> None:
+    rules = "optim.rules=[{kind: factor, optimizer: spectron}]"
+    result = compared(["optim.name=muon"], ["optim.name=adamw", rules])
+    assert result.problems == [] and result.config.optim.name == "adamw" and len(result.config.optim.rules) == 1
+    assert changes(result)["optim.name"] == ("muon", "adamw")
+    file = frozenset({"optim.name", "optim.rules"})
+    refused = {problem.field: problem.remedy for problem in compared(["optim.name=muon"], [rules], file).problems}
+    assert list(refused) == ["optim.rules"] and "on the command line: optim.rules=[" in refused["optim.rules"]
+    (problem,) = compared(["optim.name=muon"], ["optim.name=spectron"], file).problems
+    assert "has muon; if the change is meant, name it on the command line: optim.name=spectron" in problem.remedy
+    kept = compared(["optim.name=muon", rules], [])
+    assert kept.changes == [] and kept.config.optim.name == "muon" and len(kept.config.optim.rules) == 1
+
+
 def test_what_the_run_is_never_changes() -> None:
     now = ["model.num_layers=5", "train.seed=7", "data.seed=8", "model.attention_rank=8", "train.sequence_length=32"]
     for file in (frozenset(), frozenset({"model.num_layers", "train.seed"})):

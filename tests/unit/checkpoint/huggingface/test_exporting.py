@@ -207,10 +207,11 @@ def test_an_embedding_that_is_scaled_in_the_wrong_place_fails(
         export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
 
 
-def test_a_checkpoint_without_its_vectors_is_not_exported(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_vectors_is_not_opened(tmp_path: Path) -> None:
     values = model_config("sigma-reparam").model_dump(mode="json")
     folder = write_weights(tmp_path / "checkpoint", values, weights("sigma-reparam").items(), None, {})
-    assert "lacks the power-iteration vector of blocks.0.attention.q" in refusal(tmp_path, Store.open(folder))
+    with pytest.raises(CheckpointError, match=r"lacks power_iteration/blocks\.0\.attention\.q, a vector of 16"):
+        Store.open(folder)
 
 
 def test_the_card_names_the_options(tmp_path: Path) -> None:
