@@ -213,7 +213,7 @@ def _optimizer_lines(config: Config) -> list[str]:
     table, found = ParameterTable(model), update_rules(model, optim)
     updated = Counter(rule.optimizer for rule in found.values())
     lines = [
-        *wrap(optimizer_text(model, optim), 112),
+        optimizer_text(model, optim),
         f"weight decay {optim.weight_decay:g}, none on biases and norms{' but by rules' * bool(optim.rules)}; updated: "
         + ", ".join(f"{number} parameters by {name}" for name, number in updated.items()),
     ]
@@ -224,7 +224,7 @@ def _optimizer_lines(config: Config) -> list[str]:
             f"{len(names)} parameter{'s' * (len(names) != 1)}, {sum(table[name].numel() for name in names):,} weights"
         )
         lines.append(f"optim.rules.{index}: {printable(rule_text(rule))} ({number}: {shown})")
-    return lines
+    return [part for line in lines for part in wrap(line, 112, subsequent_indent="  ", break_on_hyphens=False)]
 
 
 def _layout_line(config: Config, plan: BatchPlan) -> str:

@@ -46,19 +46,18 @@ def test_the_optimizer_and_what_each_rule_matches_are_shown() -> None:
     rules += "{kind: embedding, weight_decay: 0}]"
     deep = ("model.depth_rule=completep", "optim.name=muon", f"optim.rules={rules}")
     lines = section_of(report_of("debug", 1, *deep), "Optimizer")
-    assert " ".join(lines[:2]) == (
+    assert max(map(len, lines)) <= 112
+    assert " ".join(lines) == (
         "muon for matrices of blocks, AdamW (betas 0.9, 0.95; epsilon 1e-08, in blocks times 48/4) for all else; muon "
-        "and spectron: Nesterov momentum 0.95, 5 Newton-Schulz steps"
-    )
-    assert lines[2:] == [
+        "and spectron: Nesterov momentum 0.95, 5 Newton-Schulz steps "
         "weight decay 0.1, none on biases and norms but by rules; updated: 44 parameters by adamw, 24 parameters by "
-        "spectron, 12 parameters by muon",
+        "spectron, 12 parameters by muon "
         "optim.rules.0: kind factor: optimizer spectron (24 parameters, 49,152 weights: "
-        "blocks.0.attention.q.down.weight to blocks.3.attention.v.up.weight)",
+        "blocks.0.attention.q.down.weight to blocks.3.attention.v.up.weight) "
         "optim.rules.1: blocks.1.mlp.*: learning rate times 0.5, weight decay 0 (4 parameters, 33,088 weights: "
-        "blocks.1.mlp.fc_in.weight to blocks.1.mlp.fc_out.bias)",
-        "optim.rules.2: kind embedding: weight decay 0 (1 parameter, 32,768 weights: embedding.weight)",
-    ]
+        "blocks.1.mlp.fc_in.weight to blocks.1.mlp.fc_out.bias) "
+        "optim.rules.2: kind embedding: weight decay 0 (1 parameter, 32,768 weights: embedding.weight)"
+    )
 
 
 def test_all_fields_and_the_rules_are_checked_together() -> None:

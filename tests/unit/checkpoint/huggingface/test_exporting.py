@@ -16,6 +16,7 @@ from mlra_scale.checkpoint.files import CheckpointError, entry_of
 from mlra_scale.checkpoint.huggingface import exporting
 from mlra_scale.checkpoint.huggingface.configuration import model_from_store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
+from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
 from mlra_scale.checkpoint.huggingface.verification import LogitComparison, Verification, VerificationError
@@ -161,6 +162,18 @@ def test_completep_folds_into_what_ends_a_branch(tmp_path: Path, variant: str) -
             if is_factorised and owner == "attention.o.up":
                 matrix = matrix @ ours[ours_name.replace(".up.", ".down.")].double()
             assert 0.999 * gain < 1.5 * torch.linalg.matrix_norm(matrix, 2) < 2 * gain, name
+
+
+def test_an_exported_completep_model_comes_back_as_one_without_a_depth_rule(tmp_path: Path) -> None:
+    """Its branches are scaled by weights then: scaled once more it would be another model."""
+    source = checkpoint(tmp_path / "checkpoint", "completep-dense")
+    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    made = import_gpt2(tmp_path / "out", tmp_path / "made")
+    assert source.model.depth_rule == "completep" and made.model.depth_rule == "none"
+    tokens = random_text().tokens_NS[:, :-1]
+    with torch.no_grad():
+        logits = model_from_store(Store.open(tmp_path / "made"))(tokens).logits
+        torch.testing.assert_close(logits.double(), oracle("completep-dense")(tokens), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"])
