@@ -29,7 +29,7 @@ QK_NORM: Options = {"model__qk_norm": True}
 SIGMA: Options = {"model__sigma_reparam": True}
 NORMS: Options = {"model__layer_norm_scaling": True}
 EMBEDDING: Options = {"model__embedding_scale": "sqrt_width"}
-DEPTH: Options = {"model__depth_rule": "completep", "model__base_depth": 2}
+DEPTH: Options = {"model__depth_rule": "completep", "model__base_depth": 1}
 ALL: Options = {**QK_NORM, **SIGMA, **NORMS, **EMBEDDING, "model__z_loss": 1e-2}
 OPTIONS = {
     "qk-norm": QK_NORM,
