@@ -11,8 +11,10 @@ MEMORY_TOLERANCE = 0.02
 """Share by which the traced peak may differ from planning.memory's."""
 BYTES_TOLERANCE = 0.01
 """Share by which bytes sent may differ from planning.communication's."""
-LAUNCHES_TOLERANCE = 0.1
+LAUNCHES_TOLERANCE = 0.15
 """Share by which the kernels of muon and spectron may differ from planning.step_time's."""
+ADDED_TOLERANCE = 0.1
+"""Share by which what the update of matrices adds to the device's memory may differ from planning.memory_state's."""
 MAX_WAITS, MAX_WAITS_ZERO_3, MAX_WAITS_OFFLOAD = 1, 2, 6
 """Waits of the host in one step, all together but for flow control: ZeRO 0 to 2 and pipelines, ZeRO 3, offload."""
 MAX_OTHER_BYTES = 1024

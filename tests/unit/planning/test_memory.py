@@ -75,9 +75,13 @@ def test_muon_and_spectron_have_one_moment_and_a_round_of_matrices(zero: int) ->
         assert memory(stage(4, *cpu, zero=zero)).snapshot == owned / shards
         phases = phases_of_a_step(of)
         assert phases.keys() - phases_of_a_step(adamw).keys() == {"orthogonalisation"}
-        # A matrix of 64 x 256 three times, two products of 64 x 64, and parts of four such matrices.
-        own = 3 * 64 * 256 + 2 * 64 * 64
-        assert phases["orthogonalisation"].temporary == 4 * (own + 4 * 64 * 256 / shards)
+        # A result of 64 x 256, twice, and once for each who holds it; parts of four such matrices, and of their results.
+        largest = 64 * 256
+        sent_back = largest * 4 / shards
+        assert phases["orthogonalisation"].temporary == 4 * (2 * largest + sent_back + 2 * 4 * largest / shards)
+    # On one rank all is alike, and an iteration has two more products of 64 x 64 beside its two states.
+    alone = stage(1, "optim.name=muon", "optim.rules=[{kind: factor, optimizer: adamw}]", "model.num_layers=1")
+    assert phases_of_a_step(alone)["orthogonalisation"].temporary == 4 * 5 * 64 * 256
 
 
 def test_a_rule_takes_matrices_from_their_optimizer() -> None:
