@@ -128,7 +128,8 @@ def matrix_bytes(stage: Stage) -> float:
 
     N = m n are its numbers, m <= n, and p those of the parts that the rank holds, of as many matrices as the stage has
     ranks: they stay while an iteration has the matrix that came, two states and two products of m x m. Later there are
-    the result, twice, what is sent to all who hold parts of it (s, N unless several hold the same), and what comes back.
+    the result, twice, what is sent to all who hold parts of it (s, N unless several hold the same), and what comes
+    back.
     """
     if not stage.matrices:
         return 0.0
