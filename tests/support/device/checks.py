@@ -77,7 +77,8 @@ def matrices(report: Report) -> Iterator[str]:
         yield f"the mean rank sends {mean:.0f} bytes for matrices, and planned are {of_plan:.0f}"
     if traced.number != planned.planned_messages:
         yield f"{traced.number} messages are sent for matrices, and planned are {planned.planned_messages}"
-    if abs(planned.added / planned.planned_added - 1.0) > expected.ADDED_TOLERANCE:
+    least, most = expected.ADDED_SHARES
+    if not least <= planned.added / planned.planned_added <= most:
         yield (
             f"the update of matrices needs {planned.added / MIB:.1f} MiB, and planned are "
             f"{planned.planned_added / MIB:.1f}"
