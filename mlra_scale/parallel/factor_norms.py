@@ -100,13 +100,13 @@ class FactorNorms:
         images = self._sums({name: info.shape[0] for name, info in self._infos.items()})
         for name, window, values in parts:
             rectangle = _rectangle(values.to(device), window)
-            images.of[name][window.rows] += rectangle @ self._vectors[name][window.columns]
+            images.of[name][window.rows].add_(rectangle @ self._vectors[name][window.columns])
         images.add_up()
         lefts = {name: functional.normalize(image, dim=0) for name, image in images.of.items()}
         pullbacks = self._sums({name: info.shape[1] for name, info in self._infos.items()})
         for name, window, values in parts:
             rectangle = _rectangle(values.to(device), window)
-            pullbacks.of[name][window.columns] += rectangle.T @ lefts[name][window.rows]
+            pullbacks.of[name][window.columns].add_(rectangle.T @ lefts[name][window.rows])
         pullbacks.add_up()
         self._vectors = {name: functional.normalize(pulled, dim=0) for name, pulled in pullbacks.of.items()}
         return {name: pulled.norm() for name, pulled in pullbacks.of.items()}

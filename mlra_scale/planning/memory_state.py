@@ -124,18 +124,21 @@ def update_bytes(stage: Stage) -> float:
 
 
 def matrix_bytes(stage: Stage) -> float:
-    """Bytes that a round of muon and spectron adds: e (3 m n + 2 m^2) of the largest matrix, m <= n, and parts.
+    """Bytes that a round of muon and spectron adds: e (p + 2 N + max(N + 2 m^2, s + p)), for the largest matrix.
 
-    The owner has the matrix that came, two states of the iteration and two products of m x m. Beside them are the parts
-    that the rank has sent, of as many matrices as the stage has ranks.
+    N = m n are its numbers, m <= n, and p those of the parts that the rank holds, of as many matrices as the stage has
+    ranks: they stay while an iteration has the matrix that came, two states and two products of m x m. Later there are
+    the result, twice, what is sent to all who hold parts of it (s, N unless several hold the same), and what comes
+    back.
     """
     if not stage.matrices:
         return 0.0
-    largest = max(stage.matrices, key=Matrix.numel)
-    num_in_round = min(len(stage.matrices), stage.plan.tensor * stage.plan.data)
-    parts = num_in_round * largest.num_held(stage.plan.tensor) / (stage.plan.data if stage.zero else 1)
-    owned = 3 * largest.numel() + 2 * min(largest.rows, largest.columns) ** 2
-    return stage.transported_element * (owned + parts)
+    largest, tensor, data = max(stage.matrices, key=Matrix.numel), stage.plan.tensor, stage.plan.data
+    held = largest.num_held(tensor)
+    parts = min(len(stage.matrices), tensor * data) * held / (data if stage.zero else 1)
+    sent_back = tensor * held * (1 if stage.zero else data)
+    iteration = largest.numel() + 2 * min(largest.rows, largest.columns) ** 2
+    return stage.transported_element * (parts + 2 * largest.numel() + max(iteration, sent_back + parts))
 
 
 def master_bytes(stage: Stage) -> float:

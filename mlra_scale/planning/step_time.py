@@ -49,7 +49,7 @@ MATRIX_BYTES = 64
 other (parallel/matrix_optimizer.py), gradient norm and clipping."""
 SPECTRON_BYTES = 24
 """What spectron adds for a factor: its weights read twice, its update divided in fp32."""
-PART_LAUNCHES, OWNER_LAUNCHES, ITERATION_LAUNCHES = 7, 7, 3
+PART_LAUNCHES, OWNER_LAUNCHES, ITERATION_LAUNCHES = 7, 6, 3
 """Operations of muon for a part of a matrix that a rank holds; for a matrix that it owns, and of that per iteration."""
 SPECTRON_PART_LAUNCHES, FACTOR_LAUNCHES = 8, 7
 """What spectron adds for a part of a factor that a rank holds, and on every rank for each factor of its stage."""
@@ -269,10 +269,11 @@ def matrix_launches(stage: Stage) -> float:
     num_factors = sum(matrix.is_spectron for matrix in stage.matrices)
     num_rounds = ceil(len(stage.matrices) / (plan.tensor * plan.data))
     share = 1 / plan.data if stage.zero in (1, 2) else 1.0
-    parts = PART_LAUNCHES * len(stage.matrices) + SPECTRON_PART_LAUNCHES * num_factors
+    num_cut = 1 - share  # a data rank's piece ends within a matrix
+    parts = PART_LAUNCHES * (share * len(stage.matrices) + num_cut) + SPECTRON_PART_LAUNCHES * share * num_factors
     holders = plan.tensor * (plan.data if stage.zero in (0, 3) else 1)
     owned = OWNER_LAUNCHES + ITERATION_LAUNCHES * stage.config.optim.newton_schulz_steps + holders
-    return share * parts + num_rounds * owned + FACTOR_LAUNCHES * num_factors
+    return parts + num_rounds * owned + FACTOR_LAUNCHES * num_factors
 
 
 def matrix_time(stage: Stage, cluster: Cluster) -> MatrixTime | None:

@@ -77,6 +77,12 @@ def matrices(report: Report) -> Iterator[str]:
         yield f"the mean rank sends {mean:.0f} bytes for matrices, and planned are {of_plan:.0f}"
     if traced.number != planned.planned_messages:
         yield f"{traced.number} messages are sent for matrices, and planned are {planned.planned_messages}"
+    least, most = expected.ADDED_SHARES
+    if not least <= planned.added / planned.planned_added <= most:
+        yield (
+            f"the update of matrices needs {planned.added / MIB:.1f} MiB, and planned are "
+            f"{planned.planned_added / MIB:.1f}"
+        )
     if abs(planned.num_launches / planned.planned_launches - 1.0) > expected.LAUNCHES_TOLERANCE:
         yield (
             f"muon and spectron start {planned.num_launches} kernels for {planned.number} matrices, and planned are "

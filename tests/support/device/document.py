@@ -59,13 +59,13 @@ def matrices_table(reports: Iterable[Report]) -> str:
     """The table of what muon and spectron do in a step; bytes of the traced rank, of the mean rank, and planned."""
     header = (
         *("layout", "matrices", "kernels", "planned", "messages", "planned"),
-        *("sent, MiB", "mean rank", "planned"),
+        *("sent, MiB", "mean rank", "planned", "memory, MiB", "planned"),
     )
     rows = []
     for report in reports:
         if (of := report.matrices) is not None:
             numbers = [of.number, of.num_launches, of.planned_launches, report.step.of_matrices.number]
-            sent = [report.step.of_matrices.sent, of.mean_sent, of.planned_sent]
+            sent = [report.step.of_matrices.sent, of.mean_sent, of.planned_sent, of.added, of.planned_added]
             cells = [f"{number:.0f}" for number in (*numbers, of.planned_messages)]
             rows.append([report.layout, *cells, *(f"{each / MIB:.2f}" for each in sent)])
     return _table(header, rows)

@@ -73,6 +73,8 @@ class Matrices:
     mean_sent: float  # the same of the mean rank of the stage
     planned_sent: float  # planning.communication's, of the mean rank
     planned_messages: int
+    added: int  # bytes of the device beside what is there when the update of matrices begins, at most
+    planned_added: float  # planning.memory_state's
 
 
 @dataclass

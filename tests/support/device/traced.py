@@ -110,12 +110,16 @@ class TracedRank:
         hooked(first, last, "all")
 
     def _mark_matrices(self) -> None:
-        """Has the trace note where muon and spectron begin and end."""
+        """Has the trace note where muon and spectron begin and end; in the first step they are a phase of their own."""
         from mlra_scale.parallel.matrix_optimizer import MatrixOptimizer
 
         update = MatrixOptimizer.update
 
         def marked(optimizer: Any, *arguments: Any) -> None:
+            if "step" not in self.trace.phases:
+                with self.trace.phase("matrices"):
+                    update(optimizer, *arguments)
+                return
             self.trace.mark("matrices begin")
             update(optimizer, *arguments)
             self.trace.mark("matrices end")
@@ -153,6 +157,7 @@ class TracedRank:
         """What muon and spectron do in a step; None: AdamW updates everything."""
         from mlra_scale.planning.communication import matrix_traffic
         from mlra_scale.planning.layout import Stage
+        from mlra_scale.planning.memory_state import matrix_bytes
         from mlra_scale.planning.step_time import matrix_launches
 
         stage = Stage(self.config, self.plan, self.topology.pipeline_rank)
@@ -168,6 +173,8 @@ class TracedRank:
             mean_sent=sum(sent) / len(sent),
             planned_sent=planned.sent,
             planned_messages=round(planned.messages + planned.rings),
+            added=self.trace.phases["matrices"].peak - self.trace.phases["matrices"].start,
+            planned_added=matrix_bytes(stage),
         )
 
 

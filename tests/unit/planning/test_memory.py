@@ -25,6 +25,10 @@ def stage(world_size: int, *overrides: str, index: int = 0, zero: int = 0, **set
     return Stage(config, batch_plan(config, world_size), index)
 
 
+SQUARE = ('optim.rules=[{kind: matrix, optimizer: adamw}, {names: "blocks.*.o.weight", optimizer: muon}]',)
+"""With optim.name=muon: o and the factors."""
+
+
 def memory(of: Stage) -> RankMemory:
     return rank_memory(of.config, of.plan, of.index)
 
@@ -75,9 +79,14 @@ def test_muon_and_spectron_have_one_moment_and_a_round_of_matrices(zero: int) ->
         assert memory(stage(4, *cpu, zero=zero)).snapshot == owned / shards
         phases = phases_of_a_step(of)
         assert phases.keys() - phases_of_a_step(adamw).keys() == {"orthogonalisation"}
-        # A matrix of 64 x 256 three times, two products of 64 x 64, and parts of four such matrices.
-        own = 3 * 64 * 256 + 2 * 64 * 64
-        assert phases["orthogonalisation"].temporary == 4 * (own + 4 * 64 * 256 / shards)
+        # A result of 64 x 256, twice, once for each who holds it; parts of four such matrices, and of their results.
+        largest = 64 * 256
+        sent_back = largest * 4 / shards
+        assert phases["orthogonalisation"].temporary == 4 * (2 * largest + sent_back + 2 * 4 * largest / shards)
+    # On one rank a part is a whole matrix. With 64 x 64 the iteration needs most: three such matrices, two products.
+    alone, square = stage(1, "optim.name=muon"), stage(4, "optim.name=muon", "model.num_layers=1", *SQUARE, zero=3)
+    assert phases_of_a_step(alone)["orthogonalisation"].temporary == 4 * 5 * 64 * 256
+    assert phases_of_a_step(square)["orthogonalisation"].temporary == 4 * (3 + 2 + 4 / 4) * 64 * 64
 
 
 def test_a_rule_takes_matrices_from_their_optimizer() -> None:

@@ -270,7 +270,7 @@ def test_ranks_orthogonalise_matrices_of_equal_work_at_the_same_time() -> None:
     on_one = 8 * products["mlp"] + 4 * products["o"] + 24 * products["factor"]
     for ranks, number in ((8, on_eight), (1, on_one)):
         for steps in (5, 7):
-            names = ("optim.name=muon", f"optim.newton_schulz_steps={steps}")
+            names = ("optim.name=muon", f"optim.newton_schulz_steps={steps}", "train.global_batch_size=16")
             time = matrix_time(Stage(*case(ranks, *names), 0), plain)
             assert time is not None and time.seconds == pytest.approx(time.orthogonalisation)
             assert time.orthogonalisation == pytest.approx(2 * steps * number / plain.flops)
