@@ -245,11 +245,13 @@ class GradientStatistics(Watcher):
         if not was_applied:
             return torch.zeros(self.groups.size, dtype=torch.float64, device=self.engine.topology.device)
         optim, rules = self.config.optim, self.engine.rules
-        num_updates = self.engine.training_state()["optimizer_step"]
+        state = self.engine.training_state()
+        num_updates, begun_at = state["optimizer_step"], state["adam_begun_at"]
 
         def square(name: str, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
             rule = rules[name]
-            update = AdamWUpdate(learning_rate * rule.lr_factor, optim.betas, rule.eps, num_updates)
+            num_of_adam = num_updates - begun_at.get(name, 0)
+            update = AdamWUpdate(learning_rate * rule.lr_factor, optim.betas, rule.eps, num_of_adam)
             change = update.of(weight, exp_avg, exp_avg_sq, rule.weight_decay)
             return torch.linalg.vector_norm(change).square()[None]
 
