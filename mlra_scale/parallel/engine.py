@@ -296,9 +296,10 @@ class Engine(ABC):
 
         Rank 0 gets those of all stages; only its are stored.
         """
-        norms, topology = self._factor_norms, self.topology
-        if not self._spectral_norms and norms is None:
+        # Not by what this stage has: optim.rules may give factors of another stage alone to spectron.
+        if not self.config.model.sigma_reparam and all(rule.optimizer != "spectron" for rule in self.rules.values()):
             return {}
+        norms, topology = self._factor_norms, self.topology
         is_first_copy = topology.tensor_rank == 0 and topology.data_rank == 0
         mine = stored_vectors(self._spectral_norms) if is_first_copy else {}
         if is_first_copy and norms is not None:

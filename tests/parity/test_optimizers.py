@@ -188,7 +188,7 @@ def test_the_projects_rules_are_the_oracles(name: str, depth_rule: str) -> None:
     assert ours["embedding.weight"].weight_decay == 0.0 and ours["positions.weight"].weight_decay == 0.1
     assert ours["blocks.1.mlp.fc_in.bias"].lr_factor == 0.5 and ours["blocks.0.mlp.fc_in.bias"].lr_factor == 1.0
     assert ours["blocks.0.mlp.fc_in.bias"].weight_decay == ours["final_norm.bias"].weight_decay == 0.3
-    assert ours["blocks.0.mlp.fc_in.bias"].eps == (3e-8 if depth_rule == "completep" else 1e-8)
+    assert ours["blocks.0.mlp.fc_in.bias"].eps == pytest.approx(3e-8 if depth_rule == "completep" else 1e-8, rel=1e-12)
     assert ours["final_norm.bias"].eps == 1e-8
     assert ours["blocks.0.attention.v.up.weight"].optimizer == "muon"
     assert ours["blocks.0.attention.q.up.weight"].optimizer == name
