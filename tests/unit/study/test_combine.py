@@ -132,8 +132,10 @@ def test_no_seed_chooses_its_own_rate() -> None:
     losses = pd.DataFrame({1e-3: [5.9, 5.5, 5.6], 1e-2: [5.0, 5.8, 5.9]}, index=["a", "b", "c"])
     # Without b, and without c, the mean of the second rate is the lower one.
     assert best_losses(losses).to_dict() == {"a": 5.9, "b": 5.8, "c": 5.9}
+    # A diverged run is never chosen for the others; where they choose its rate, its seed has no value.
     losses.loc["b", 1e-2] = np.nan
-    assert best_losses(losses).to_dict() == {"a": 5.9, "b": 5.5, "c": 5.6}
+    found = best_losses(losses)
+    assert (found["a"], found["c"]) == (5.9, 5.6) and np.isnan(found["b"])
 
 
 def planted(arm: str, depth: int, rate: float, seed: int) -> float:
@@ -168,7 +170,8 @@ def test_planted_effects_are_found_and_no_others(tmp_path: Path) -> None:
 
 
 def test_nothing_is_claimed_from_noise_and_the_reverse_is_called_so(tmp_path: Path) -> None:
-    flat = verdicts(result_of(sweeps(tmp_path / "flat", lambda arm, depth, rate, seed: 6.0 + noise(arm, rate, seed))))
+    # Of 30 such sweeps one had a false claim, as Holm's method allows in one of 20.
+    flat = verdicts(result_of(sweeps(tmp_path / "flat", lambda *key: 6.0 + noise(0, *key))))
     for item in HYPOTHESES:
         is_loss = item.quantity in ("best loss", "sensitivity", "loss at depth")
         assert flat[item.name] == ("supported" if item.sign == "none" else "undecided") or not is_loss, item
