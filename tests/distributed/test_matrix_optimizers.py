@@ -85,6 +85,17 @@ def assert_trains_like_the_oracle(worker_pool: Pools, config: Config) -> None:
     assert_matrices_equal(config, records, expected)
 
 
+@pytest.mark.parametrize("attention", ["mlra", "dense"])
+def test_gradients_have_full_rank(attention: str) -> None:
+    """But for a dense k, whose gradient has one direction less: what the comparison with the oracle stands on."""
+    _, expected = oracle(in_layout(Layout(), **MUON, model__attention=attention))
+    for name in expected.momenta:
+        values = np.linalg.svd(expected.gradients[name], compute_uv=False)
+        smallest, next_one = values[[-1, -2]] / np.linalg.norm(values)
+        is_dense_k = name.endswith("attention.k.weight")
+        assert next_one > 1e-6 and (smallest < 1e-12 if is_dense_k else smallest > 1e-6), (name, smallest, next_one)
+
+
 @pytest.mark.slow_except(
     "tp1pp1dp1-zero0-muon-dense",
     "tp1pp1dp2-zero1-spectron-mlra",
