@@ -27,7 +27,8 @@ def best_rates(screening: SweepRecord) -> dict[str, float]:
         SweepError: A run of a named arm is missing or failed, or all runs of an arm diverged.
     """
     found, problems = {}, []
-    rates = screening.axes.get(LEARNING_RATE, [])
+    planned = screening.plan.get("axes") or screening.axes  # of a sweep in progress, rates may have no result yet
+    rates = planned.get(LEARNING_RATE, [])
     for arm in dict.fromkeys([*ARMS, *screening.variants]):
         cells = screening.cells[screening.cells.variant == arm]
         losses = {

@@ -127,6 +127,14 @@ def test_the_best_rate_is_the_lowest_and_diverged_runs_are_none(tmp_path: Path) 
         best_rates(open_sweep(tmp_path))
 
 
+def test_a_screening_in_progress_names_no_rates(tmp_path: Path) -> None:
+    folder = screening(tmp_path)
+    lines = [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()]
+    write(folder, [item for item in lines if item["axes"]["optim.lr"] != SCREENED[-1]])
+    with pytest.raises(SweepError, match="dense: 3 of 4 rates have a result"):
+        choose(folder)
+
+
 def test_no_seed_chooses_its_own_rate() -> None:
     """Seed a is lucky at the second rate; the others say that the first one is best."""
     losses = pd.DataFrame({1e-3: [5.9, 5.5, 5.6], 1e-2: [5.0, 5.8, 5.9]}, index=["a", "b", "c"])
