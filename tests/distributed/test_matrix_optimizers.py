@@ -1,8 +1,9 @@
 """Muon and Spectron update the same in every layout: weights, momenta and power iterations equal the fp64 oracle's.
 
-Newton-Schulz computes in fp32 here, and gradients have full rank: a step has 128 tokens, more than any matrix has rows
-or columns that are its rank. Only the gradient of a dense k has a direction without any (softmax does not see what is
-added to all keys alike, and normed inputs have one direction in common), whose rounding noise is multiplied by 485.
+Newton-Schulz computes in fp32 here. A step has 128 tokens, more than the rank of any matrix. Some gradients have one
+direction less all the same: of o and fc_out, since layer norms do not see what is added to all coordinates of the
+stream alike, and of a dense k, since softmax does not see what is added to all keys alike, and normed inputs have one
+direction in common. Rounding noise in such a direction is multiplied by 485, and stays far below the bounds in fp32.
 `pytest tests/distributed/test_matrix_optimizers.py -m "" -s` prints the table of docs/equality.md.
 """
 
@@ -86,14 +87,14 @@ def assert_trains_like_the_oracle(worker_pool: Pools, config: Config) -> None:
 
 
 @pytest.mark.parametrize("attention", ["mlra", "dense"])
-def test_gradients_have_full_rank(attention: str) -> None:
-    """But for a dense k, whose gradient has one direction less: what the comparison with the oracle stands on."""
-    _, expected = oracle(in_layout(Layout(), **MUON, model__attention=attention))
+def test_gradients_have_full_rank_but_for_known_directions(attention: str) -> None:
+    """What the comparison with the oracle stands on."""
+    _, expected = oracle(in_layout(Layout(), **MUON, model__attention=attention), steps=1)
     for name in expected.momenta:
         values = np.linalg.svd(expected.gradients[name], compute_uv=False)
         smallest, next_one = values[[-1, -2]] / np.linalg.norm(values)
-        is_dense_k = name.endswith("attention.k.weight")
-        assert next_one > 1e-6 and (smallest < 1e-12 if is_dense_k else smallest > 1e-6), (name, smallest, next_one)
+        lacks_one = name.endswith(("attention.k.weight", "attention.o.weight", "mlp.fc_out.weight"))
+        assert next_one > 1e-6 and (smallest < 1e-12 if lacks_one else smallest > 1e-8), (name, smallest, next_one)
 
 
 @pytest.mark.slow_except(
