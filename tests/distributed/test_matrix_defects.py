@@ -62,7 +62,7 @@ def defect(name: str) -> tuple[Any, str, Callable[..., Any]]:
         found = from_owner(self, transfers, matrix)
         return {name: part if owners[name] == self.rank else torch.zeros_like(part) for name, part in found.items()}
 
-    return {
+    defects: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "shards-alone": (exchange, "to_owner", without_the_others),
         "pieces-alone": (exchange, "to_owner", without_the_others),
         "results-swapped": (exchange, "from_owner", swapped),
@@ -70,7 +70,8 @@ def defect(name: str) -> tuple[Any, str, Callable[..., Any]]:
         "columns-as-rows": (matrix_exchange, "_whole", lambda flat, transfer: flat.view(transfer.shape)),
         "norms-of-shards": (factor_norms._Sums, "add_up", lambda self: None),
         "norms-of-pieces": (factor_norms._Sums, "add_up", lambda self: None),
-    }[name]
+    }
+    return defects[name]
 
 
 def train_with_a_defect(

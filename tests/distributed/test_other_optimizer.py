@@ -86,9 +86,9 @@ def change(rank: int, world_size: int, config: Config, folder: Path) -> None:
     for (name, begin), (weight, mean, square) in capture(new).items():
         has_moments = name not in begun
         assert has_moments or not (mean.any() or square.any()), name
-        if (before := old.get((name, begin))) is not None:  # other groups may be cut elsewhere
+        if (of_old := old.get((name, begin))) is not None:  # other groups may be cut elsewhere
             kept = (weight, mean, square) if has_moments else (weight,)
-            assert all(map(torch.equal, kept, before)), name
+            assert all(map(torch.equal, kept, of_old)), name
     for step in range(BEGUN, BEGUN + STEPS):
         before, observed = capture(new), Observed(new)
         new.train_batch(micro_batches(new, step), config.optim.lr, observed)

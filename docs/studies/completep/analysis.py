@@ -103,7 +103,9 @@ def analyse(sweep: SweepRecord) -> dict[str, Any]:
     """Returns the analysis as plain values."""
     curves = read_curves(sweep)
     depths = np.array(sorted({depth for _, depth in curves}), np.float64)
-    generator, rules, slopes = np.random.default_rng(_SEED), {}, {}
+    generator = np.random.default_rng(_SEED)
+    rules: dict[str, Any] = {}
+    slopes: dict[str, np.ndarray] = {}
     for rule in RULES:
         of_rule = [curves[rule, int(depth)] for depth in depths]
         best = [curve.best() for curve in of_rule]

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fields = [*FIELDS, *(QUICK if options.quick else []), *options.fields]
     runs = [(optimizer, rate) for rate in options.rates for optimizer in OPTIMIZERS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda run: train_one(options.output, *run, fields), runs))
+        codes = list(pool.map(lambda run: train_one(options.output, run[0], run[1], fields), runs))
     if any(codes):
         return next(code for code in codes if code)
     report(options.output, runs)

@@ -31,7 +31,7 @@ def report(output: Path, runs: Runs) -> dict[str, Any]:
         lines = [json.loads(line) for line in file_of(output, optimizer, rate).read_text().splitlines()]
         names = [name for name in lines[0] if name != "step"]
         curves[f"{optimizer} {rate:g}"] = {name: [line[name] for line in lines] for name in names}
-    result = {
+    result: dict[str, Any] = {
         "commit": commit(),
         "hardware": hardware(),
         "versions": versions(),

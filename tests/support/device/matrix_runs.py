@@ -47,8 +47,8 @@ class MatrixRuns:
                 exchange(of, infos, held, topology, *arguments)
             self.num_rounds = len(of.rounds)
 
-        Engine._build_matrix_optimizer = build_answered  # type: ignore[method-assign]
-        MatrixExchange.__init__ = exchange_answered  # type: ignore[method-assign]
+        Engine._build_matrix_optimizer = build_answered  # type: ignore[method-assign,assignment]
+        MatrixExchange.__init__ = exchange_answered  # type: ignore[method-assign,assignment]
 
     def _all_gather(self, gathered: list[torch.Tensor], runs: torch.Tensor, group: Any) -> None:
         for rank, tensor in enumerate(gathered):

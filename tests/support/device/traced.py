@@ -124,7 +124,7 @@ class TracedRank:
             update(optimizer, *arguments)
             self.trace.mark("matrices end")
 
-        MatrixOptimizer.update = marked  # type: ignore[method-assign]
+        MatrixOptimizer.update = marked  # type: ignore[method-assign,assignment]
 
     def report(self) -> Report:
         """Everything that was noted."""

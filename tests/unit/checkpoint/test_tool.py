@@ -100,7 +100,8 @@ def test_a_checkpoint_is_described(tmp_path: Path, tool: Tool) -> None:
 
 def test_momentum_is_described_and_compared(tmp_path: Path, tool: Tool) -> None:
     """A matrix of muon has no second moment to compare; one that only the other run has is a difference."""
-    muon, adamw = ({"name": name} for name in ("muon", "adamw"))
+    muon: dict[str, Any] = {"name": "muon"}
+    adamw: dict[str, Any] = {"name": "adamw"}
     one = write_run(tmp_path / "one", 10, values=parts_with(**muon), optim=muon)
     assert "training, with Adam's moments, and of 18 matrices the momentum alone" in tool("describe", one)[1]
     assert json.loads(tool("describe", one, "--json")[1])["momentum_only"] == 18

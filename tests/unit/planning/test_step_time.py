@@ -226,7 +226,7 @@ def numbers_moved(of: Stage) -> int:
     for matrix in of.matrices:
         size, start = matrix.num_held(tensor), starts[matrix.group]
         starts[matrix.group] += size
-        elements = [range(size)] * data
+        elements = [list(range(size)) for _ in range(data)]
         if of.zero == 1:  # a number of the group is the data rank's in whose piece it is
             piece = whole[matrix.group] // data
             elements = [[each for each in range(size) if (start + each) // piece == rank] for rank in range(data)]

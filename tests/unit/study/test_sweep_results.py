@@ -53,7 +53,7 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
     )
     for step in range(1, 41):
         # Started again after step 20.
-        line = {"step": step, "seconds": 0.5 * step if step <= 20 else 0.25 * step, "loss": loss[step]}
+        line: dict[str, Any] = {"step": step, "seconds": 0.5 * step if step <= 20 else 0.25 * step, "loss": loss[step]}
         if step == 10:  # the largest of the whole run count
             line |= {"activations": {"max_logit": 20.0}, "gradients": {"layers": {"qk_spectral_norm": [7.0, None]}}}
         if step == 40:

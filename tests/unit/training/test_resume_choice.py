@@ -156,11 +156,11 @@ def test_a_state_that_is_not_sound_is_passed_over(
 
 def test_a_checkpoint_without_the_vectors_of_its_power_iterations_is_passed_over(run: RunDirectory) -> None:
     """It would begin them anew, and not continue as if it had not been stopped."""
-    spectron = {"name": "spectron"}
+    spectron: dict[str, Any] = {"name": "spectron"}
     write_checkpoint(run.checkpoints, 40, values=parts_with(**spectron), optim=spectron, state=state_at(40))
     choice = choose_checkpoint(run, "auto")
     assert choice.checkpoint == at(run, 30) and "lacks optimizer_vector/blocks.0" in choice.rejected[0].reason
-    whole = {"optim": spectron, "buffers": vectors_with(**spectron), "state": state_at(40)}
+    whole: dict[str, Any] = {"optim": spectron, "buffers": vectors_with(**spectron), "state": state_at(40)}
     write_checkpoint(run.checkpoints, 40, values=parts_with(**spectron), **whole)
     assert choose_checkpoint(run, "auto").checkpoint == at(run, 40)
 
