@@ -140,12 +140,13 @@ def analyse(sweep: SweepRecord) -> dict[str, Any]:
     return {"study": sweep.study, "rules": rules, "difference_interval": difference, "verdicts": verdicts}
 
 
-def interval(values: Numbers) -> list[float]:
+def interval(values: Numbers) -> tuple[float, float]:
     """Returns the percentile interval of resampled values."""
-    return [float(end) for end in np.quantile(values, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])]
+    low, high = np.quantile(values, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
+    return float(low), float(high)
 
 
-def side(low: float, high: float, above: bool) -> str:
+def side(low: float, high: float, *, above: bool) -> str:
     """Returns whether an interval supports a number above 0, or below it."""
     if low > 0.0 or high < 0.0:
         return "supported" if (low > 0.0) == above else "refuted"
