@@ -135,7 +135,8 @@ def rank_reports(config: Config, plan: BatchPlan) -> list[RankReport]:
                 ]
                 file = f"rank-{rank:05d}.safetensors"
                 line = line_of(file, tensor_rank, mine)
-                report = RankReport(rank, tensor_rank, stage, has_moments=True, digests=digests, entry=entry, line=line)
+                report = RankReport(rank, tensor_rank, stage, has_moments=True, entry=entry, line=line)
+                report.digests = digests  # type: ignore[assignment]
                 reports[rank] = report
     return reports
 
