@@ -41,7 +41,7 @@ def _torch() -> Path:
     return Path(spec.origin).parent
 
 
-def library() -> Path:
+def compiled_library() -> Path:
     """Returns the compiled library; compiles it (seconds) where the cache does not have it for this torch."""
     about = f"{metadata.version('torch')} {_compiler()} {FLAGS}"
     key = hashlib.sha256(about.encode() + SOURCE.read_bytes()).hexdigest()[:20]
@@ -60,7 +60,7 @@ def library() -> Path:
 def load() -> None:
     """Makes `cuda` a device of this process; before torch is imported."""
     assert "torch" not in sys.modules, "torch has looked for its devices already"
-    compiled = library()
+    compiled = compiled_library()
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(compiled), mode=ctypes.RTLD_GLOBAL)

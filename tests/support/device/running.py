@@ -35,7 +35,7 @@ def trace(layout: Layout, faults: tuple[str, ...] = ()) -> Report:
     Raises:
         TraceError: The process failed.
     """
-    fake_cuda.library()
+    fake_cuda.compiled_library()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
     environment |= {"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"RANK": str(layout.rank), "WORLD_SIZE": str(layout.world_size)}
