@@ -8,6 +8,7 @@ for rounding); how far below the true value it stays depends on how fast the fac
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,12 @@ from torch.nn import functional
 
 from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.model.randomness import keyed_generator
-from mlra_scale.model.update_rules import VECTOR_PREFIX
+from mlra_scale.model.update_rules import VECTOR_PREFIX, other_factor
 from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.topology import Topology
+
+_SMALLEST_NORM = 1e-12
+"""A vector whose norm is smaller is divided by this instead."""
 
 _FIRST_ITERATIONS = 16
 """Before the first update, from random vectors."""
@@ -66,20 +70,22 @@ class FactorNorms:
     def __init__(
         self, infos: Sequence[ParameterInfo], topology: Topology, owns: Callable[[str], bool], seed: int
     ) -> None:
-        self._infos = {info.name: info for info in infos}
+        # The factors of one shape lie side by side, so that their vectors can be normalised at once.
+        self._infos = {info.name: info for info in sorted(infos, key=lambda info: info.shape)}
+        order = list(self._infos)
+        others = [order.index(other_factor(name)) for name in order]
+        self._others = torch.tensor(others, device=topology.device)
         self._topology = topology
         self._owns = owns
         self._seed = seed
         self._vectors: dict[str, torch.Tensor] = {}
+        self._norms = torch.ones(len(order), device=topology.device)
 
-    def advance(self, masters: Mapping[str, Fragment]) -> dict[str, torch.Tensor]:
+    def advance(self, masters: Mapping[str, Fragment]) -> None:
         """Does one iteration, or several before the first update.
 
         Args:
             masters: The fp32 fragments of the factors that this rank holds, by name.
-
-        Returns:
-            The estimate of every factor, a tensor of one number on the device, equal on all ranks of the stage.
         """
         num_iterations = 1
         if not self._vectors:
@@ -90,29 +96,34 @@ class FactorNorms:
             if name in self._infos and self._owns(name):
                 window = _window(self._infos[name], fragment, self._topology)
                 parts.append((name, window, fragment.values))
-        norms: dict[str, torch.Tensor] = {}
         for _ in range(num_iterations):
-            norms = self._iterate(parts)
-        return norms
+            self._iterate(parts)
 
-    def _iterate(self, parts: Sequence[tuple[str, _Window, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def estimates(self) -> dict[str, torch.Tensor]:
+        """Returns those of the last iteration, tensors of one number on the device, equal on all ranks of the stage."""
+        return dict(zip(self._infos, self._norms.unbind(), strict=True))
+
+    def divisors(self) -> dict[str, torch.Tensor]:
+        """Returns, by factor, 1 and the estimates of it and of the other factor of its map, added up."""
+        return dict(zip(self._infos, (self._norms + self._norms[self._others] + 1.0).unbind(), strict=True))
+
+    def _iterate(self, parts: Sequence[tuple[str, _Window, torch.Tensor]]) -> None:
         device = self._topology.device
-        images = self._sums({name: info.shape[0] for name, info in self._infos.items()})
+        images = self._sums(dim=0)
+        for name, window, values in parts:
+            images.of[name][window.rows].addmv_(
+                _rectangle(values.to(device), window), self._vectors[name][window.columns]
+            )
+        images.normalise()
+        pullbacks = self._sums(dim=1)
         for name, window, values in parts:
             rectangle = _rectangle(values.to(device), window)
-            images.of[name][window.rows].add_(rectangle @ self._vectors[name][window.columns])
-        images.add_up()
-        lefts = {name: functional.normalize(image, dim=0) for name, image in images.of.items()}
-        pullbacks = self._sums({name: info.shape[1] for name, info in self._infos.items()})
-        for name, window, values in parts:
-            rectangle = _rectangle(values.to(device), window)
-            pullbacks.of[name][window.columns].add_(rectangle.T @ lefts[name][window.rows])
-        pullbacks.add_up()
-        self._vectors = {name: functional.normalize(pulled, dim=0) for name, pulled in pullbacks.of.items()}
-        return {name: pulled.norm() for name, pulled in pullbacks.of.items()}
+            pullbacks.of[name][window.columns].addmv_(rectangle.T, images.of[name][window.rows])
+        self._norms = pullbacks.normalise()
+        self._vectors = pullbacks.of
 
-    def _sums(self, sizes: Mapping[str, int]) -> "_Sums":
-        return _Sums(sizes, self._topology)
+    def _sums(self, dim: int) -> "_Sums":
+        return _Sums({name: info.shape[dim] for name, info in self._infos.items()}, self._topology)
 
     def _initial_vector(self, info: ParameterInfo) -> torch.Tensor:
         vector = torch.randn(info.shape[1], generator=keyed_generator(self._seed, f"{VECTOR_PREFIX}{info.name}"))
@@ -120,7 +131,11 @@ class FactorNorms:
 
     def stored_vectors(self) -> dict[str, torch.Tensor]:
         """Returns what a checkpoint keeps, in host memory; empty before the first update."""
-        return {VECTOR_PREFIX + name: vector.to("cpu", copy=True) for name, vector in self._vectors.items()}
+        if not self._vectors:
+            return {}
+        packed = torch.cat(list(self._vectors.values())).cpu()
+        parts = packed.split([vector.numel() for vector in self._vectors.values()])
+        return {VECTOR_PREFIX + name: part.clone() for name, part in zip(self._vectors, parts, strict=True)}
 
     def load_vectors(self, stored: Mapping[str, torch.Tensor]) -> None:
         """Takes the vectors of this stage from a checkpoint; without them the next update begins anew."""
@@ -137,7 +152,20 @@ class _Sums:
     def __init__(self, sizes: Mapping[str, int], topology: Topology) -> None:
         self._buffer = torch.zeros(sum(sizes.values()), device=topology.device)
         self._group = topology.stage_group
+        self._lengths = [(length, len(list(same))) for length, same in groupby(sizes.values())]
         self.of = dict(zip(sizes, self._buffer.split(list(sizes.values())), strict=True))
 
     def add_up(self) -> None:
         dist.all_reduce(self._buffer, group=self._group)
+
+    def normalise(self) -> torch.Tensor:
+        """Adds up over the ranks, divides each vector by its norm, and returns the norms."""
+        self.add_up()
+        found = []
+        for vectors in self._buffer.split([length * count for length, count in self._lengths]):
+            length, count = self._lengths[len(found)]
+            rows = vectors.view(count, length)
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            rows.div_(norms.clamp(min=_SMALLEST_NORM)[:, None])
+            found.append(norms)
+        return torch.cat(found)

@@ -122,42 +122,51 @@ class MatrixExchange:
         tables = (tuple(senders), tuple(holders)) if owner == self.rank else ((), ())
         return Transfer(info.name, (rows, columns), owner, num_sent, num_held, num_shards, info.shard_dim, *tables)
 
-    def to_owner(self, transfers: Sequence[Transfer], parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    def to_owner(self, transfers: Sequence[Transfer], parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sends the parts of a round's matrices to their owners.
 
         Args:
             transfers: A round.
-            parts: The elements that this rank holds, 1-D.
+            parts: The elements that this rank holds, 1-D, of any type. Emptied, to free them before matrices come.
 
         Returns:
-            The whole matrix [M, N] that this rank owns in this round, in the type of transport, or None.
+            The whole matrix [M, N] that this rank owns in this round, in the type of transport; [0, 0] if it owns none.
         """
-        sent_sizes, sent = self._no_sizes(), []
+        sizes = self._no_sizes()
         for transfer in transfers:
-            if transfer.num_sent > 0:
-                sent_sizes[transfer.owner] = transfer.num_sent
-                sent.append(parts[transfer.name])
+            sizes[transfer.owner] = transfer.num_sent
+        outgoing = self._packed([parts[each.name] for each in transfers if each.num_sent > 0], sum(sizes))
+        parts.clear()
         mine = self._owned(transfers)
-        senders = () if mine is None else mine.senders
-        received = self._exchange(sent, sent_sizes, self._sizes(senders))
-        return None if mine is None else _whole(torch.cat([received[part.rank] for part in senders]), mine)
+        if mine is None:
+            self._exchange(outgoing, sizes, self._no_sizes())
+            return torch.empty(0, 0, dtype=self.dtype, device=self._device)
+        received_sizes = self._sizes(mine.senders)
+        received = self._exchange(outgoing, sizes, received_sizes)
+        del outgoing
+        order = [part.rank for part in mine.senders]
+        if order != sorted(order):
+            of_rank = received.split(received_sizes)
+            received = torch.cat([of_rank[rank] for rank in order])
+        return _whole(received, mine)
 
-    def from_owner(self, transfers: Sequence[Transfer], matrix: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def from_owner(self, transfers: Sequence[Transfer], matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """Sends what each owner made of its matrix [M, N] back to all who hold parts of it.
 
         Returns:
-            The elements that this rank holds, 1-D, by name.
+            The elements that this rank holds, 1-D, by name: parts of one buffer, which may be the matrix's.
         """
         mine = self._owned(transfers)
-        sent = []
-        if mine is not None:
-            assert matrix is not None
-            flat = _in_shards(matrix, mine)
-            sent = [flat[part.start : part.start + part.numel] for part in mine.holders]
+        holders = () if mine is None else mine.holders
+        flat = matrix if mine is None else _in_shards(matrix, mine)
+        del matrix
+        sent = [flat[part.start : part.start + part.numel] for part in holders]
+        outgoing = self._packed(sent, sum(part.numel for part in holders))
+        del flat, sent
         received_sizes = self._no_sizes()
         for transfer in transfers:
             received_sizes[transfer.owner] = transfer.num_held
-        received = self._exchange(sent, self._sizes(() if mine is None else mine.holders), received_sizes)
+        received = self._exchange(outgoing, self._sizes(holders), received_sizes).split(received_sizes)
         return {each.name: received[each.owner] for each in transfers if each.num_held > 0}
 
     def _owned(self, transfers: Sequence[Transfer]) -> Transfer | None:
@@ -173,18 +182,21 @@ class MatrixExchange:
             sizes[part.rank] = part.numel
         return sizes
 
-    def _exchange(
-        self, sent: Sequence[torch.Tensor], sent_sizes: list[int], received_sizes: list[int]
-    ) -> tuple[torch.Tensor, ...]:
-        """Sends each rank its tensor (in the order of ranks); returns what each rank has sent to this one."""
-        outgoing = torch.empty(sum(sent_sizes), dtype=self.dtype, device=self._device)
-        for target, tensor in zip(outgoing.split([each.numel() for each in sent]), sent, strict=True):
-            target.copy_(tensor, non_blocking=True)
+    def _packed(self, tensors: list[torch.Tensor], numel: int) -> torch.Tensor:
+        """Copies tensors, in the order of the ranks that they are for, into one of the type and device of transport."""
+        packed = torch.empty(numel, dtype=self.dtype, device=self._device)
+        if tensors:
+            targets = list(packed.split([each.numel() for each in tensors]))
+            torch._foreach_copy_(targets, tensors, non_blocking=True)
+        return packed
+
+    def _exchange(self, outgoing: torch.Tensor, sent_sizes: list[int], received_sizes: list[int]) -> torch.Tensor:
+        """Sends each rank its part; returns what all ranks have sent to this one, in the order of ranks."""
         if self._num_ranks == 1:
-            return (outgoing,)
+            return outgoing
         incoming = torch.empty(sum(received_sizes), dtype=self.dtype, device=self._device)
         dist.all_to_all_single(incoming, outgoing, received_sizes, sent_sizes, group=self._group)
-        return incoming.split(received_sizes)
+        return incoming
 
 
 def _whole(flat: torch.Tensor, transfer: Transfer) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
-from mlra_scale.model.update_rules import UpdateRule, other_factor
+from mlra_scale.model.update_rules import UpdateRule
 from mlra_scale.parallel.factor_norms import FactorNorms
 from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.matrix_exchange import MatrixExchange, Transfer
@@ -75,36 +75,61 @@ class MatrixOptimizer:
             factor: What the gradient is multiplied by: clipping, and one over the loss scale.
             learning_rate: That of the schedule.
         """
-        largest = {} if self.norms is None else self.norms.advance(masters)
+        divisors: dict[str, torch.Tensor] = {}
+        if self.norms is not None:
+            self.norms.advance(masters)
+            divisors = self.norms.divisors()
         found = {gradient.name: gradient.values for gradient in gradients if gradient.name in self.rules}
         for transfers in self._exchange.rounds:
             names = [each.name for each in transfers if each.name in found]
-            parts = {name: self._direction(masters[name], found[name], factor) for name in names}
-            for name, update in self._orthogonalised(transfers, parts).items():
-                if name in largest:
-                    update = update.to(torch.float32) / (largest[name] + largest[other_factor(name)] + 1.0)
-                self._apply(masters[name].values, update, self.rules[name], learning_rate)
+            fragments = {name: masters[name] for name in names}
+            directions = self._directions(fragments, [found[name] for name in names], factor)
+            updates = self._exchange.from_owner(transfers, self._orthogonalised(transfers, directions))
+            self._apply(fragments, updates, divisors, learning_rate)
+            del updates  # frees the buffer in which they came before the next round
 
-    def _direction(self, master: Fragment, gradient: torch.Tensor, factor: float) -> torch.Tensor:
-        """Adds a gradient to the momentum; returns what is to be orthogonalised, in the type of transport."""
-        assert master.exp_avg is not None, master.name
+    def _directions(
+        self, masters: Mapping[str, Fragment], gradients: list[torch.Tensor], factor: float
+    ) -> dict[str, torch.Tensor]:
+        """Adds gradients to the momentum; returns what is to be orthogonalised, in fp32."""
         mu = self._optim.momentum
-        scaled = gradient.to(torch.float32) * factor
-        master.exp_avg.lerp_(scaled, 1.0 - mu)
-        direction = scaled.lerp_(master.exp_avg, mu) if self._optim.nesterov else master.exp_avg
-        return direction.to(self._exchange.dtype, copy=True)
+        momenta = [_momentum(master) for master in masters.values()]
+        if not momenta:
+            return {}
+        scaled = list(torch._foreach_mul([gradient.to(torch.float32) for gradient in gradients], factor))
+        torch._foreach_lerp_(momenta, scaled, 1.0 - mu)
+        if self._optim.nesterov:
+            torch._foreach_lerp_(scaled, momenta, mu)
+        return dict(zip(masters, scaled if self._optim.nesterov else momenta, strict=True))
 
-    def _orthogonalised(self, transfers: list[Transfer], parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        matrix = self._exchange.to_owner(transfers, parts)
-        if matrix is not None:
-            optim = self._optim
-            matrix = orthogonalised(
-                matrix, optim.newton_schulz_coefficients, optim.newton_schulz_steps, self._exchange.dtype
-            )
-        return self._exchange.from_owner(transfers, matrix)
+    def _orthogonalised(self, transfers: list[Transfer], directions: dict[str, torch.Tensor]) -> torch.Tensor:
+        optim, dtype = self._optim, self._exchange.dtype
+        coefficients, steps = optim.newton_schulz_coefficients, optim.newton_schulz_steps
+        # No name here for the matrix that came: `orthogonalised` frees it.
+        return orthogonalised(self._exchange.to_owner(transfers, directions), coefficients, steps, dtype)
 
-    @staticmethod
-    def _apply(weights: torch.Tensor, update: torch.Tensor, rule: UpdateRule, learning_rate: float) -> None:
-        rate = learning_rate * rule.lr_factor
-        weights.mul_(1.0 - rate * rule.weight_decay)
-        weights.add_(update.to(weights.device), alpha=-rate * rule.scale)
+    def _apply(
+        self,
+        masters: Mapping[str, Fragment],
+        updates: Mapping[str, torch.Tensor],
+        divisors: Mapping[str, torch.Tensor],
+        learning_rate: float,
+    ) -> None:
+        """Moves the weights of a round: decay, then the update."""
+        if not masters:
+            return
+        rules = [self.rules[name] for name in masters]
+        rates = [learning_rate * rule.lr_factor for rule in rules]
+        weights = [master.values for master in masters.values()]
+        moves = [updates[name].to(weight.device, torch.float32) for name, weight in zip(masters, weights, strict=True)]
+        of_factors = [(move, divisors[name]) for name, move in zip(masters, moves, strict=True) if name in divisors]
+        for move, divisor in of_factors:
+            move.div_(divisor)
+        torch._foreach_mul_(weights, [1.0 - rate * rule.weight_decay for rate, rule in zip(rates, rules, strict=True)])
+        torch._foreach_mul_(moves, [rate * rule.scale for rate, rule in zip(rates, rules, strict=True)])
+        torch._foreach_sub_(weights, moves)
+
+
+def _momentum(master: Fragment) -> torch.Tensor:
+    assert master.exp_avg is not None, master.name
+    return master.exp_avg

@@ -17,7 +17,7 @@ def orthogonalised(
     """Returns a matrix [M, N] with the singular vectors of the given one and singular values near 1, of type `dtype`.
 
     Args:
-        matrix_MN: Any matrix; it is not changed.
+        matrix_MN: Any matrix, also one without elements; it is not changed.
         coefficients: a, b, c of an iteration X <- a X + (b A + c A A) X with A = X X^T.
         steps: Number of iterations.
         dtype: Type in which they compute. In bf16 the result is that of torch.optim.Muon, bit for bit.
@@ -25,6 +25,7 @@ def orthogonalised(
     a, b, c = coefficients
     is_tall = matrix_MN.shape[0] > matrix_MN.shape[1]
     X = (matrix_MN.T if is_tall else matrix_MN).to(dtype, copy=True)
+    del matrix_MN  # frees it if the caller has no other reference
     X.div_(X.norm().clamp(min=_SMALLEST_NORM))
     for _ in range(steps):
         A = X @ X.T

@@ -28,10 +28,9 @@ def recorded(file: Path) -> Iterator[None]:
     records: list[dict[str, Any]] = []
     estimates: dict[str, float] = {}
 
-    def advance_and_tell(norms: FactorNorms, masters: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = advance(norms, masters)
-        estimates.update({name: float(value) for name, value in found.items()})
-        return found
+    def advance_and_tell(norms: FactorNorms, masters: Mapping[str, Any]) -> None:
+        advance(norms, masters)
+        estimates.update({name: float(value) for name, value in norms.estimates().items()})
 
     def train_and_record(engine: Engine, batches: Sequence[Any], learning_rate: float, *more: Any) -> StepResult:
         estimates.clear()
