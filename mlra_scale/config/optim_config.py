@@ -17,8 +17,8 @@ class ParameterRule(Section):
     """What is different for some parameters; a field that is null stays as it is without the rule."""
 
     names: Text | None = None
-    """The parameters, by a pattern of canonical names in which * stands for any text, such as
-    `blocks.*.attention.q.*.weight`."""
+    """The parameters, by a pattern of canonical names such as `blocks.*.attention.q.*.weight`: * stands for any text, ?
+    for any character, [05] for one of these."""
     kind: ParameterKind | None = None
     """The parameters, by their kind, instead of names. factor: of a low-rank map; matrix: other weights of blocks;
     norm: weights and biases of norms, and gains; bias: of linear maps."""
@@ -53,7 +53,7 @@ class OptimConfig(Section):
     stay with AdamW. muon: momentum, orthogonalised by Newton-Schulz iterations; spectron: likewise, and the step of a
     low-rank map's two factors is divided by the sum of their largest singular values and 1 (other matrices as muon)."""
     lr: float = Field(gt=0.0, le=10.0)
-    """Peak learning rate, of all optimizers: updates of muon and spectron are scaled to the size of AdamW's."""
+    """Peak learning rate, of all optimizers; matrix_scale brings updates of muon to about the size of AdamW's."""
     betas: tuple[Probability, Probability] = Field((0.9, 0.95), strict=False)
     """Decay rates of Adam's two moments."""
     eps: float = Field(1e-8, gt=0.0, le=1.0)
@@ -70,6 +70,10 @@ class OptimConfig(Section):
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """muon, spectron: type in which the iterations compute, and in which updates are sent; auto: fp32 where
     train.precision is fp32, else bf16."""
+    matrix_scale: Literal["match_rms_adamw", "none"] = "match_rms_adamw"
+    """muon, spectron: what an orthogonalised update of an m x n matrix is multiplied by beside the learning rate.
+    match_rms_adamw: 0.2 sqrt(max(m, n)), so that AdamW's learning rates carry over; none: 1, the rule of Spectron's
+    paper."""
     weight_decay: float = Field(0.1, ge=0.0, lt=10.0)
     """Decoupled weight decay; by default not on biases and norms."""
     rules: tuple[ParameterRule, ...] = Field((), strict=False)

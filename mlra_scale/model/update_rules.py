@@ -12,8 +12,8 @@ from mlra_scale.config import ConfigError, ModelConfig, OptimConfig, OptimizerNa
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 
 RMS_OF_ADAM = 0.2
-"""Root mean square of the elements of an AdamW update, which orthogonalised updates are scaled to, so that they take
-AdamW's learning rate and weight decay (Moonlight, arXiv 2502.16982, section 2.2)."""
+"""Root mean square of the elements of an AdamW update as Moonlight saw it (0.2 to 0.4, arXiv 2502.16982, section 2.2).
+Orthogonalised updates are scaled to it, so that they take AdamW's learning rate and weight decay."""
 
 VECTOR_PREFIX = "optimizer_vector/"
 """Before the name of a factor: the name of the vector of its power iteration in a checkpoint."""
@@ -29,7 +29,7 @@ class UpdateRule:
         weight_decay: Its decoupled weight decay.
         eps: Adam's epsilon.
         scale: muon, spectron: what an orthogonalised update is multiplied by beside the rate, 0.2 sqrt(max(m, n)) for a
-            global matrix of m x n; for a factor updated by spectron, that of the product.
+            global matrix of m x n, for a factor updated by spectron that of the product; 1 with matrix_scale none.
     """
 
     optimizer: OptimizerName
@@ -83,7 +83,7 @@ def update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule
             found[name] = replace(of, optimizer="muon")
     if problems:
         raise ConfigError(problems)
-    return {name: replace(of, scale=_scale(table, name, of)) for name, of in found.items()}
+    return {name: replace(of, scale=_scale(table, name, of, optim)) for name, of in found.items()}
 
 
 def vector_lengths(rules: Mapping[str, UpdateRule], table: Mapping[str, ParameterInfo]) -> dict[str, int]:
@@ -106,9 +106,9 @@ def _default(info: ParameterInfo, model: ModelConfig, optim: OptimConfig) -> Upd
     )
 
 
-def _scale(table: Mapping[str, ParameterInfo], name: str, rule: UpdateRule) -> float:
+def _scale(table: Mapping[str, ParameterInfo], name: str, rule: UpdateRule, optim: OptimConfig) -> float:
     """See UpdateRule.scale."""
-    if rule.optimizer == "adamw":
+    if rule.optimizer == "adamw" or optim.matrix_scale == "none":
         return 1.0
     sizes = table[name].shape
     if rule.optimizer == "spectron":

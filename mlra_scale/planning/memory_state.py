@@ -124,21 +124,21 @@ def update_bytes(stage: Stage) -> float:
 
 
 def matrix_bytes(stage: Stage) -> float:
-    """Bytes that a round of muon and spectron adds: e (p + 2 N + max(N + 2 m^2, s + p)), for the largest matrix.
+    """Bytes that a round of muon and spectron adds: the larger one of (4 + e) p, 2 e (N + m^2), e (N + s), e (s + p).
 
-    N = m n are its numbers, m <= n, and p those of the parts that the rank holds, of as many matrices as the stage has
-    ranks: they stay while an iteration has the matrix that came, two states and two products of m x m. Later there are
-    the result, twice, what is sent to all who hold parts of it (s, N unless several hold the same), and what comes
-    back.
+    N = m n are the numbers of the largest matrix, m <= n, and p those of the parts that the rank holds, of as many
+    matrices as the stage has ranks. One after the other there are: directions in fp32 and what is sent of them; of an
+    iteration, two states of the whole matrix and two products of m x m; the result and what is sent to all who hold
+    parts of it (s, N unless several hold the same); this and what comes back; what came back, also in fp32.
     """
     if not stage.matrices:
         return 0.0
     largest, tensor, data = max(stage.matrices, key=Matrix.numel), stage.plan.tensor, stage.plan.data
-    held = largest.num_held(tensor)
+    element, whole, held = stage.transported_element, largest.numel(), largest.num_held(tensor)
     parts = min(len(stage.matrices), tensor * data) * held / (data if stage.zero else 1)
     sent_back = tensor * held * (1 if stage.zero else data)
-    iteration = largest.numel() + 2 * min(largest.rows, largest.columns) ** 2
-    return stage.transported_element * (parts + 2 * largest.numel() + max(iteration, sent_back + parts))
+    iteration = 2 * (whole + min(largest.rows, largest.columns) ** 2)
+    return max((4 + element) * parts, element * max(iteration, whole + sent_back, sent_back + parts))
 
 
 def master_bytes(stage: Stage) -> float:

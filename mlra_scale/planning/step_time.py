@@ -44,15 +44,16 @@ from mlra_scale.planning.memory_state import matrix_bytes
 UPDATE_BYTES = 44
 """Per weight, beside its copy in compute precision: read weight, gradient, two moments and write three of them;
 gradient norm: read; clipping: read and write."""
-MATRIX_BYTES = 64
+MATRIX_BYTES = 72
 """The same of muon and spectron, beside 5 times the type that is sent: momentum, direction and update one after the
-other (parallel/matrix_optimizer.py), gradient norm and clipping."""
-SPECTRON_BYTES = 24
+other (parallel/matrix_optimizer.py), and the gradient norm."""
+SPECTRON_BYTES = 16
 """What spectron adds for a factor: its weights read twice, its update divided in fp32."""
-PART_LAUNCHES, OWNER_LAUNCHES, ITERATION_LAUNCHES = 7, 6, 3
-"""Operations of muon for a part of a matrix that a rank holds; for a matrix that it owns, and of that per iteration."""
-SPECTRON_PART_LAUNCHES, FACTOR_LAUNCHES = 8, 7
-"""What spectron adds for a part of a factor that a rank holds, and on every rank for each factor of its stage."""
+ROUND_LAUNCHES, OWNER_LAUNCHES, ITERATION_LAUNCHES, PART_LAUNCHES = 8, 4, 3, 1
+"""Operations of muon in a round, most of them on lists of tensors; for the matrix that a rank owns in it, and of that
+per iteration; for a part of a matrix that a rank holds."""
+SPECTRON_LAUNCHES, SPECTRON_PART_LAUNCHES = 15, 3
+"""What spectron adds in a step, and for a part of a factor that a rank holds."""
 WAITS = 2
 """Waits of the host for the device in a step: the packed read, and DeepSpeed's norm (tests/device traces them)."""
 REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
@@ -270,10 +271,9 @@ def matrix_launches(stage: Stage) -> float:
     num_rounds = ceil(len(stage.matrices) / (plan.tensor * plan.data))
     share = 1 / plan.data if stage.zero in (1, 2) else 1.0
     num_cut = 1 - share  # a data rank's piece ends within a matrix
+    rounds = ROUND_LAUNCHES + OWNER_LAUNCHES + ITERATION_LAUNCHES * stage.config.optim.newton_schulz_steps
     parts = PART_LAUNCHES * (share * len(stage.matrices) + num_cut) + SPECTRON_PART_LAUNCHES * share * num_factors
-    holders = plan.tensor * (plan.data if stage.zero in (0, 3) else 1)
-    owned = OWNER_LAUNCHES + ITERATION_LAUNCHES * stage.config.optim.newton_schulz_steps + holders
-    return parts + num_rounds * owned + FACTOR_LAUNCHES * num_factors
+    return num_rounds * rounds + parts + (SPECTRON_LAUNCHES if num_factors else 0)
 
 
 def matrix_time(stage: Stage, cluster: Cluster) -> MatrixTime | None:
