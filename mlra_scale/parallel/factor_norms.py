@@ -72,14 +72,14 @@ class FactorNorms:
     ) -> None:
         # The factors of one shape lie side by side, so that their vectors can be normalised at once.
         self._infos = {info.name: info for info in sorted(infos, key=lambda info: info.shape)}
-        order = list(self._infos)
-        others = [order.index(other_factor(name)) for name in order]
+        position = {name: index for index, name in enumerate(self._infos)}
+        others = [position[other_factor(name)] for name in position]
         self._others = torch.tensor(others, device=topology.device)
         self._topology = topology
         self._owns = owns
         self._seed = seed
         self._vectors: dict[str, torch.Tensor] = {}
-        self._norms = torch.ones(len(order), device=topology.device)
+        self._norms = torch.ones(len(others), device=topology.device)
 
     def advance(self, masters: Mapping[str, Fragment]) -> None:
         """Does one iteration, or several before the first update.

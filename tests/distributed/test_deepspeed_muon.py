@@ -2,7 +2,7 @@
 
 By its definition, which is another one: an update is scaled by sqrt(max(1, m / n)), positions are updated by Muon too,
 and gradients are clipped after orthogonalising. Newton-Schulz computes in fp32 here. What is asserted is what was
-measured (docs/equality.md), so that another version shows its changes; `pytest tests/distributed/test_deepspeed_muon.py -m "" -s` prints
+measured, so that another version shows its changes: `pytest tests/distributed/test_deepspeed_muon.py -m "" -s` prints
 the table of docs/equality.md.
 """
 
