@@ -115,7 +115,12 @@ def test_only_a_run_that_has_ended_is_recorded(tmp_path: Path, monkeypatch: pyte
 
 def test_a_quick_run_does_not_stand_in_for_a_run_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs: list[Path] = []
-    monkeypatch.setattr("docs.studies.update_norm.__main__.train_one", lambda output, *_: outputs.append(output) or 1)
+
+    def fail(output: Path, *_: Any) -> int:
+        outputs.append(output)
+        return 1
+
+    monkeypatch.setattr("docs.studies.update_norm.__main__.train_one", fail)
     assert main(["--quick", "--rates", "1e-2"]) == main(["--rates", "1e-2"]) == 1
     assert len(outputs) == 6 and not set(outputs[:3]) & set(outputs[3:])
 
