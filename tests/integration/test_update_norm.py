@@ -23,8 +23,8 @@ def test_the_bound_holds_at_every_step_of_a_run(tmp_path: Path, training_data: P
     curves = json.loads((output / "update_norm.json").read_text())["curves"]
     assert set(curves) == {"adamw 0.01", "muon 0.01", "spectron 0.01"}
     found = curves["spectron 0.01"]
-    assert len(found["bound_share"]) == 8 and max(found["bound_share"]) <= 1.0 + 1e-4  # fp32 weights
-    # Five iterations end between 0.68 and 1.2; a power iteration never overestimates.
-    assert 0.68 < min(found["c"]) <= max(found["c"]) < 1.25 and max(found["estimate_share"]) <= 1.0 + 1e-5
+    assert len(found["bound_share"]) == 8 and max(found["bound_share"]) <= 1.0
+    # Five iterations end between 0.68 and 1.21; a power iteration never overestimates.
+    assert 0.68 < min(found["c"]) <= max(found["c"]) <= 1.21 and max(found["estimate_share"]) <= 1.0 + 1e-5
     for updates, eta, spectron in zip(curves["adamw 0.01"]["update"], found["eta"], found["update"], strict=True):
         assert spectron < eta < updates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from docs.studies.combine.protocol import ARMS, HYPOTHESES, MARGIN, RATES, RATES_DEPTH, SEEDS, Hypothesis
 from docs.studies.combine.sweeps import VALIDATION, SweepError, best_rates
-from docs.studies.combine.text import as_markdown
+from docs.studies.combine.text import OPTIMIZER_ARMS, OPTIMIZERS_FIGURE, as_markdown
 from mlra_scale.files import write_atomically
 from mlra_scale.study.report import sweep_figures
 from mlra_scale.study.report.comparisons import SENSITIVITY, sensitivities
@@ -58,10 +58,15 @@ def report(folders: tuple[Path, Path, Path], output: Path) -> dict[str, Any]:
     write_atomically(output / "combine.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomically(output / "combine.md", as_markdown(result))
     for name, key in FIGURES.items():
-        png = sweep_figures.axis_figure(sweeps.rates, LEARNING_RATE, _BY_KEY[key])
-        if png is not None:
-            (output / name).write_bytes(png)
+        _draw(sweeps.rates, key, output / name)
+    shown = sweeps.rates.cells.variant.isin(OPTIMIZER_ARMS)
+    _draw(replace(sweeps.rates, cells=sweeps.rates.cells[shown]), "validation_loss", output / OPTIMIZERS_FIGURE)
     return result
+
+
+def _draw(sweep: SweepRecord, key: str, file: Path) -> None:
+    if png := sweep_figures.axis_figure(sweep, LEARNING_RATE, _BY_KEY[key]):
+        file.write_bytes(png)
 
 
 def _opened(folder: Path) -> SweepRecord:
@@ -98,11 +103,11 @@ def values_of(sweeps: Sweeps) -> dict[tuple[str, str, int], pd.Series]:
     """Returns values by seed, by quantity, arm and depth; nan where a run that they need diverged or is missing.
 
     best loss: validation loss at the rate that is best by the mean of the *other* seeds, so that no seed chooses its
-    own rate. sensitivity: of the final training loss over RATES (Wortsman et al. 2023). largest logit, largest singular
+    own rate. sensitivity: of the validation loss over RATES (Wortsman et al. 2023). largest logit, largest singular
     value, TEV: the mean over RATES of the decimal logarithm. loss at depth: validation loss of the third sweep.
     """
     found: dict[tuple[str, str, int], pd.Series] = {}
-    sensitive = sensitivities(sweeps.rates)
+    sensitive = sensitivities(sweeps.rates, VALIDATION)
     for arm in ARMS:
         cells = _of(sweeps.rates, arm)
         own = sensitive[sensitive.variant == arm].set_index("seed")[SENSITIVITY.name] if len(sensitive) else None

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+OPTIMIZER_ARMS = ("mlra", "mlra-muon", "mlra-spectron")
+OPTIMIZERS_FIGURE = "optimizers-over-rates.png"
+"""Arms of H7 and H8, which compare sensitivities between optimizers, and the picture of their losses."""
+
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """Returns the analysis as Markdown.
@@ -17,10 +21,17 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines += ["", f"Seeds {', '.join(map(str, result['seeds']))}; of the screening 1.", "", "## Hypotheses", ""]
     header = ["", "first - second", "expected", "difference", "95 % interval", "n", "Holm's p", "verdict"]
     lines += table(header, [_hypothesis(item) for item in result["hypotheses"]])
+    lines += ["", "## Loss over rate of the arms of H7 and H8", "", _CAUTION, "", f"![]({OPTIMIZERS_FIGURE})", ""]
+    lines += _by_rate({arm: result["arms"][arm] for arm in OPTIMIZER_ARMS}, with_best=False)
     lines += ["", "## All rates, validation loss", "", *_by_rate(result["arms"], with_best=False)]
     lines += ["", "## Values, mean over seeds and 95 % interval", "", *_values(result["arms"])]
     lines += ["", "## Screening, validation loss of one seed", "", *_by_rate(result["screening"], with_best=True)]
     return "\n".join([*lines, ""])
+
+
+_CAUTION = """A learning rate does not mean the same for different optimizers, so that a difference of sensitivities
+may be one of where the best rate lies between the ends of the sweep. H7 and H8 alone support no claim about
+stability."""
 
 
 def _about(study: Mapping[str, Any]) -> str:

@@ -18,8 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the analysis; returns the exit code: 0, or 2 if the sweep cannot be analysed."""
     parser = argparse.ArgumentParser(
         prog="python -m docs.studies.completep",
-        description="Best learning rates over depth, with bootstrap intervals. Protocol: "
-        "docs/studies/completep/README.md.",
+        description="Best learning rates over depth, with intervals. Protocol: docs/studies/completep/README.md.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of tools/sweep.py")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: FOLDER)")

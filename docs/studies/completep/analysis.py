@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from mlra_scale.files import write_atomically
 from mlra_scale.study.report import style
 from mlra_scale.study.report.sweep_record import DEPTH, MEASURES, SweepRecord, open_sweep
 
 RULES = ("none", "completep")
-RESAMPLES, LEVEL, BOUND = 2000, 0.95, 0.25
-"""Of the bootstrap; BOUND: octaves per doubling within which a slope is called 0."""
-_SEED = 2505_01618
+LEVEL, BOUND = 0.95, 0.25
+"""Coverage of intervals; octaves per doubling within which a slope is called 0."""
 _VALIDATION = MEASURES[1].name
 Numbers = NDArray[np.float64]
 
@@ -40,40 +40,69 @@ class Curve:
     rates_R: Numbers
     losses_SR: Numbers
 
-    def best(self, seeds: NDArray[np.int64] | None = None) -> tuple[float, bool]:
-        """Returns the log2 of the best rate, and whether neighbours with a loss enclose it.
+    def best(self) -> Best:
+        """Returns where the parabola through the lowest mean loss and its two neighbours is lowest.
 
-        Args:
-            seeds: Indices of the seeds whose mean is taken; None: each once.
+        The variance is that of the delta method: the vertex is linear in small changes of the three losses, and the
+        change that each seed's losses make is one of S independent values with that mean.
         """
-        chosen = self.losses_SR if seeds is None else self.losses_SR[seeds]
-        return vertex(self.rates_R, chosen.mean(axis=0))
+        losses_R, num_seeds = self.losses_SR.mean(axis=0), len(self.losses_SR)
+        lowest = int(np.nanargmin(losses_R))
+        chosen, place = slice(lowest - 1, lowest + 2), float(self.rates_R[lowest])
+        if lowest in (0, len(losses_R) - 1) or not np.isfinite(losses_R[chosen]).all():
+            return Best(place, math.nan, num_seeds)
+        x_3, losses_S3 = self.rates_R[chosen], self.losses_SR[:, chosen]
+        slopes_S2 = np.diff(losses_S3) / np.diff(x_3)  # divided differences, the second of which is the curvature
+        curvatures_S = (slopes_S2[:, 1] - slopes_S2[:, 0]) / (x_3[2] - x_3[0])
+        slope, curvature = slopes_S2[:, 0].mean(), curvatures_S.mean()
+        if not curvature > 0.0:  # three equal losses
+            return Best(place, math.nan, num_seeds)
+        shift = slope / (2.0 * curvature)
+        changes_S = -slopes_S2[:, 0] / (2.0 * curvature) + shift * curvatures_S / curvature
+        variance = changes_S.var(ddof=1) / num_seeds if num_seeds > 1 else math.nan
+        return Best(float(x_3[:2].mean() - shift), float(variance), num_seeds, is_enclosed=True)
+
+    def count_enclosed(self) -> int:
+        """Returns the number of seeds whose own best rate is enclosed."""
+        alone = [Curve(self.rates_R, own_R[None]) for own_R in self.losses_SR if np.isfinite(own_R).any()]
+        return sum(curve.best().is_enclosed for curve in alone)
 
 
-def vertex(rates_R: Numbers, losses_R: Numbers) -> tuple[float, bool]:
-    """Returns where the parabola through the lowest loss and its two neighbours is lowest.
+@dataclass(frozen=True)
+class Best:
+    """The best rate of a curve.
 
-    Args:
-        rates_R: Sorted, not necessarily evenly spaced.
-        losses_R: nan where there is none.
-
-    Returns:
-        The place, and True; or the rate of the lowest loss and False if a neighbour is missing. nan without any loss.
+    Attributes:
+        place: Its log2; the rate of the lowest loss itself unless neighbours with a higher loss enclose it.
+        variance: Of the place; nan unless it is enclosed and there are two seeds.
+        num_seeds: Seeds whose mean it is.
+        is_enclosed: Whether the place is the vertex of a parabola.
     """
-    if not np.isfinite(losses_R).any():
-        return math.nan, False
-    lowest = int(np.nanargmin(losses_R))
-    if lowest in (0, len(rates_R) - 1) or not np.isfinite(losses_R[lowest - 1 : lowest + 2]).all():
-        return float(rates_R[lowest]), False
-    # Around the lowest point, where both neighbours are higher or equal: the curvature is not negative.
-    places, heights = rates_R[lowest - 1 : lowest + 2] - rates_R[lowest], losses_R[lowest - 1 : lowest + 2]
-    curvature, slope, _ = np.polyfit(places, heights, 2)
-    return (float(rates_R[lowest] - slope / (2.0 * curvature)) if curvature > 0.0 else float(rates_R[lowest])), True
+
+    place: float
+    variance: float
+    num_seeds: int
+    is_enclosed: bool = False
 
 
-def slope_of(depths: Numbers, best: Numbers) -> float:
-    """Returns octaves of the best rate per doubling of the depth."""
-    return float(np.polyfit(np.log2(depths), best, 1)[0])
+def slope_weights(depths: Numbers) -> Numbers:
+    """Returns what best rates are summed with to give octaves per doubling of the depth, by least squares."""
+    doublings = np.log2(depths) - np.log2(depths).mean()
+    return doublings / (doublings**2).sum()
+
+
+def interval(weights: Numbers, best: Sequence[Best]) -> tuple[float, float] | None:
+    """Returns the interval of Student's t of a weighted sum of best rates, whose errors are independent.
+
+    Degrees of freedom: Satterthwaite 1946, Biometrics Bulletin 2(6). None: a rate is not enclosed, or without spread.
+    """
+    terms = weights**2 * np.array([one.variance for one in best])
+    if not terms.sum() > 0.0:
+        return None
+    freedom = terms.sum() ** 2 / (terms**2 / np.array([one.num_seeds - 1.0 for one in best])).sum()
+    middle = float(weights @ np.array([one.place for one in best]))
+    half = float(stats.t.ppf((1.0 + LEVEL) / 2.0, freedom)) * math.sqrt(terms.sum())
+    return middle - half, middle + half
 
 
 def read_curves(sweep: SweepRecord) -> dict[tuple[str, int], Curve]:
@@ -100,64 +129,55 @@ def read_curves(sweep: SweepRecord) -> dict[tuple[str, int], Curve]:
 
 
 def analyse(sweep: SweepRecord) -> dict[str, Any]:
-    """Returns the analysis as plain values."""
+    """Returns the analysis as plain values; an interval that cannot be given is None."""
     curves = read_curves(sweep)
     depths = np.array(sorted({depth for _, depth in curves}), np.float64)
-    generator = np.random.default_rng(_SEED)
+    weights, one = slope_weights(depths), np.ones(1)
+    best = {rule: [curves[rule, int(depth)].best() for depth in depths] for rule in RULES}
     rules: dict[str, Any] = {}
-    slopes: dict[str, np.ndarray] = {}
     for rule in RULES:
-        of_rule = [curves[rule, int(depth)] for depth in depths]
-        best = [curve.best() for curve in of_rule]
-        drawn_BL = np.array(
-            [
-                [curve.best(generator.integers(0, len(curve.losses_SR), len(curve.losses_SR)))[0] for curve in of_rule]
-                for _ in range(RESAMPLES)
-            ]
-        )
-        slopes[rule] = np.array([slope_of(depths, row) for row in drawn_BL])
         rules[rule] = {
-            "slope": slope_of(depths, np.array([place for place, _ in best])),
-            "slope_interval": interval(slopes[rule]),
+            "slope": float(weights @ np.array([found.place for found in best[rule]])),
+            "slope_interval": interval(weights, best[rule]),
             "depths": {
                 str(int(depth)): {
-                    "best_rate": 2.0**place,
-                    "is_enclosed": is_enclosed,
-                    "octaves_interval": [end - place for end in interval(drawn_BL[:, column])],
+                    "best_rate": 2.0**found.place,
+                    "is_enclosed": found.is_enclosed,
+                    "enclosed_seeds": curve.count_enclosed(),
+                    "seeds": found.num_seeds,
+                    "octaves_interval": ends and [end - found.place for end in ends],
                     "loss": float(np.nanmin(curve.losses_SR.mean(axis=0))),
                     "rates": (2.0**curve.rates_R).tolist(),
                     "losses": [None if math.isnan(x) else float(x) for x in curve.losses_SR.mean(axis=0)],
                 }
-                for column, (depth, (place, is_enclosed), curve) in enumerate(zip(depths, best, of_rule, strict=True))
+                for depth, found in zip(depths, best[rule], strict=True)
+                for curve, ends in [(curves[rule, int(depth)], interval(one, [found]))]
             },
         }
-    difference = interval(slopes["completep"] - slopes["none"])
+    difference = interval(np.concatenate([weights, -weights]), best["completep"] + best["none"])
     verdicts = {
-        "C1": side(*rules["none"]["slope_interval"], above=False),
-        "C2": side(*difference, above=True),
-        "C3": within(*rules["completep"]["slope_interval"]),
+        "C1": side(rules["none"]["slope_interval"], above=False),
+        "C2": side(difference, above=True),
+        "C3": within(rules["completep"]["slope_interval"]),
     }
     return {"study": sweep.study, "rules": rules, "difference_interval": difference, "verdicts": verdicts}
 
 
-def interval(values: Numbers) -> tuple[float, float]:
-    """Returns the percentile interval of resampled values."""
-    low, high = np.quantile(values, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
-    return float(low), float(high)
-
-
-def side(low: float, high: float, *, above: bool) -> str:
+def side(ends: tuple[float, float] | None, *, above: bool) -> str:
     """Returns whether an interval supports a number above 0, or below it."""
-    if low > 0.0 or high < 0.0:
-        return "supported" if (low > 0.0) == above else "refuted"
+    if ends and (ends[0] > 0.0 or ends[1] < 0.0):
+        return "supported" if (ends[0] > 0.0) == above else "refuted"
     return "undecided"
 
 
-def within(low: float, high: float) -> str:
+def within(ends: tuple[float, float] | None) -> str:
     """Returns whether an interval supports a number within BOUND of 0."""
-    if -low < BOUND and high < BOUND:
+    if ends is None:
+        return "undecided"
+    low, high = ends
+    if low > -BOUND and high < BOUND:
         return "supported"
-    return "refuted" if low > BOUND or -high > BOUND else "undecided"
+    return "refuted" if low > BOUND or high < -BOUND else "undecided"
 
 
 def report(folder: Path, output: Path) -> dict[str, Any]:
@@ -174,21 +194,23 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     """Returns the analysis as Markdown."""
     verdicts = ", ".join(f"{name} {verdict}" for name, verdict in result["verdicts"].items())
     lines = [f"Verdicts: {verdicts}.", ""]
-    lines += ["| rule | blocks | best rate | 95 % interval, octaves | loss there |", "|---|---|---|---|---|"]
+    lines += ["| rule | blocks | best rate | 95 % interval, octaves | seeds enclosed | loss there |"]
+    lines += ["|---|---|---|---|---|---|"]
     for rule, found in result["rules"].items():
         for depth, at in found["depths"].items():
-            low, high = at["octaves_interval"]
-            mark = "" if at["is_enclosed"] else " (end of the sweep)"
-            lines.append(
-                f"| {rule} | {depth} | {at['best_rate']:.2e}{mark} | {low:+.2f} to {high:+.2f} | {at['loss']:.3f} |"
-            )
+            best = f"{at['best_rate']:.2e}" + ("" if at["is_enclosed"] else " (not enclosed)")
+            best += f" | {_ends(at['octaves_interval'])} | {at['enclosed_seeds']} of {at['seeds']}"
+            lines.append(f"| {rule} | {depth} | {best} | {at['loss']:.3f} |")
     lines += ["", "| | octaves per doubling of the depth | 95 % interval |", "|---|---|---|"]
     for rule, found in result["rules"].items():
-        low, high = found["slope_interval"]
-        lines.append(f"| {rule} | {found['slope']:+.2f} | {low:+.2f} to {high:+.2f} |")
-    low, high = result["difference_interval"]
-    lines.append(f"| completep - none | | {low:+.2f} to {high:+.2f} |")
+        lines.append(f"| {rule} | {found['slope']:+.2f} | {_ends(found['slope_interval'])} |")
+    slopes = [result["rules"][rule]["slope"] for rule in RULES]
+    lines.append(f"| completep - none | {slopes[1] - slopes[0]:+.2f} | {_ends(result['difference_interval'])} |")
     return "\n".join([*lines, ""])
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:+.2f} to {ends[1]:+.2f}"
 
 
 @style.drawing()

@@ -2,7 +2,8 @@
 
     python -m docs.studies.thousand runs/thousand [--output DIR]
 
-Run in the root folder of the project. Writes thousand.json, thousand.md and gradient-norms.png.
+Run in the root folder of the project; README.md says which options are in it. Writes thousand.json,
+thousand.md and gradient-norms.png.
 """
 
 import argparse
@@ -46,14 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for cell in sweep.cells.to_dict("records")
     ]
-    result = {"study": sweep.study, "cells": cells, "growth": growth(cells)}
+    missing = max(0, (sweep.num_planned or 0) - len(cells))
+    result = {"study": sweep.study, "cells": cells, "missing": missing, "growth": growth(cells)}
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "thousand.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomically(output / "thousand.md", as_markdown(result))
     if png := figure(cells):
         (output / "gradient-norms.png").write_bytes(png)
     print((output / "thousand.md").read_text(encoding="utf-8"), end="")
-    return int(not all(cell["state"] == "done" and cell["is_finite"] for cell in cells))
+    return int(missing > 0 or not all(cell["state"] == "done" and cell["is_finite"] for cell in cells))
 
 
 def measured(path: Path) -> dict[str, Any]:
@@ -105,6 +107,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         finite = "yes" if cell["is_finite"] else "**no**"
         row = [cell["variant"], f"{cell['depth']:,}", str(cell["steps"]), finite, *numbers, spread]
         lines.append("| " + " | ".join(row) + " |")
+    if result["missing"]:
+        lines += ["", f"**{result['missing']} cells of the study have no result.**"]
     lines += [
         "",
         "Largest distance from a straight line over depth:",
@@ -118,6 +122,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+_CURVES = 7
+"""Of a plot: looks repeat after eight."""
 _COLUMNS = {"last_loss": ".3f", "seconds_per_step": ".3f", "memory_gib": ".3f"}
 
 
@@ -132,15 +138,18 @@ def figure(cells: Sequence[Mapping[str, Any]]) -> bytes | None:
     chosen = [cell for cell in cells if cell["depth"] == deepest and cell["gradient_norms"]]
     if not chosen:
         return None
-    image = style.new_figure(4.6)
-    axes = image.subplots()
-    for index, cell in enumerate(chosen):
-        values = np.array([math.nan if value is None else value for value in cell["gradient_norms"]])
-        style.curve(axes, np.arange(values.size), values, style.look(index), cell["variant"])
-    axes.set_yscale("log")
+    halves = [half for half in (chosen[:_CURVES], chosen[_CURVES:]) if half]
+    image = style.new_figure(0.6 + 3.6 * len(halves))
+    for axes, half in zip(
+        image.subplots(len(halves), sharex=True, sharey=True, squeeze=False)[:, 0], halves, strict=True
+    ):
+        for index, cell in enumerate(half):
+            values = np.array([math.nan if value is None else value for value in cell["gradient_norms"]])
+            style.curve(axes, np.arange(values.size), values, style.look(index), cell["variant"])
+        axes.set_yscale("log")
+        axes.set_ylabel("gradient norm of the block\n(log scale)")
+        style.legend_beside(axes)
     axes.set_xlabel("block")
-    axes.set_ylabel("gradient norm of the block\n(log scale)")
-    style.legend_beside(axes)
     return style.as_png(image)
 
 

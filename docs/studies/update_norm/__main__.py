@@ -4,10 +4,12 @@
 
 Run in the root folder of the project; README.md says what is measured. Each optimizer and rate is a normal training run
 in DIR/OPTIMIZER-lrRATE, whose engine is watched from outside: before and after every update all factors are read. A
-finished run is not run again. Writes update_norm.json, update_norm.md and update-norm.png into DIR.
+finished run is not run again; the folder of one that was stopped must be removed first. Writes update_norm.json,
+update_norm.md and update-norm.png into DIR.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from docs.studies.update_norm.report import OPTIMIZERS, report
 from mlra_scale.console import run_tool
+from mlra_scale.files import write_atomically
 
 FIELDS = [
     "data.path=data/python-docs",
@@ -43,27 +46,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from docs.studies.update_norm.recorder import recorded
         from mlra_scale import train
 
-        with recorded(Path(words[1])):
-            return train.main(words[2:])
+        with recorded() as records:
+            code = train.main(words[2:])
+        if code == 0:  # the record of a run that was stopped is not complete
+            write_atomically(Path(words[1]), "".join(json.dumps(record) + "\n" for record in records))
+        return code
     parser = argparse.ArgumentParser(
         prog="python -m docs.studies.update_norm",
         description="Spectral norm of the update of low-rank products. docs/studies/update_norm/README.md explains it.",
     )
     add = parser.add_argument
-    add("--output", type=Path, default=Path("runs/update_norm"), metavar="DIR", help="default: %(default)s")
+    add("--output", type=Path, metavar="DIR", help="default: runs/update_norm, with --quick runs/update_norm-quick")
     add("--rates", type=float, nargs="+", default=[3e-3, 1e-2], metavar="LR", help="learning rates (3e-3 and 1e-2)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--quick", action="store_true", help="two blocks, four steps: shows that it runs")
     add("fields", nargs="*", metavar="section.field=value", help="fields of all runs")
     options = parser.parse_intermixed_args(words)
     fields = [*FIELDS, *(QUICK if options.quick else []), *options.fields]
+    output = options.output or Path("runs/update_norm-quick" if options.quick else "runs/update_norm")
     runs = [(optimizer, rate) for rate in options.rates for optimizer in OPTIMIZERS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda run: train_one(options.output, run[0], run[1], fields), runs))
+        codes = list(pool.map(lambda run: train_one(output, run[0], run[1], fields), runs))
     if any(codes):
         return next(code for code in codes if code)
-    report(options.output, runs)
-    print((options.output / "update_norm.md").read_text(encoding="utf-8"), end="")
+    report(output, runs)
+    print((output / "update_norm.md").read_text(encoding="utf-8"), end="")
     return 0
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from mlra_scale.files import write_atomically
+from docs.studies.update_norm.report import LARGEST_C
 from mlra_scale.model.update_rules import other_factor
 from mlra_scale.parallel import StepResult
 from mlra_scale.parallel.engine import Engine
@@ -22,8 +20,8 @@ _UP = ".up.weight"
 
 
 @contextlib.contextmanager
-def recorded(file: Path) -> Iterator[None]:
-    """Records every update of this process's engine until the end of the block, and then writes the file."""
+def recorded() -> Iterator[list[dict[str, Any]]]:
+    """Records every update of this process's engine in the list that it yields, until the end of the block."""
     train_batch, advance = Engine.train_batch, FactorNorms.advance
     records: list[dict[str, Any]] = []
     estimates: dict[str, float] = {}
@@ -43,8 +41,7 @@ def recorded(file: Path) -> Iterator[None]:
         mock.patch.object(FactorNorms, "advance", advance_and_tell),
         mock.patch.object(Engine, "train_batch", train_and_record),
     ):
-        yield
-    write_atomically(file, "".join(json.dumps(record) + "\n" for record in records))
+        yield records
 
 
 def factors_of(engine: Engine) -> dict[str, Tensor]:
@@ -69,16 +66,20 @@ def measured(
         estimates: The s of every factor that Spectron used; empty for other optimizers.
 
     Returns:
-        update: |U' D' - U D|, spectral; median_update: its median over the products. eta: 0.2 sqrt(max(m, n)) times the
-        rate. sigma: |W| after it. For Spectron also bound_share: the change before weight decay over
-        c rho (sigma_U + sigma_D) + c^2 rho^2; c: largest singular value of an orthogonalised momentum; estimate_share:
-        the smallest s / sigma; rho: the largest.
+        update: |dW|, the spectral norm of the change U* D* - U D, where a star stands for a factor after the update
+        without its weight decay; median_update: its median over the products. eta: 0.2 sqrt(max(m, n)) times the rate.
+        sigma: |W| after the update, with decay. For Spectron also c: the largest singular value of an orthogonalised
+        momentum, from the factors' own moves; bound_share: |dW| over C rho (sigma_U + sigma_D) + C^2 rho^2 with
+        C = LARGEST_C; estimate_share: the smallest s / sigma; rho: the largest.
     """
     after = factors_of(engine)
     ups = [name for name in after if name.endswith(_UP)]
     old_U, new_U = (_stacked(of, ups) for of in (before, after))
     old_D, new_D = (_stacked(of, [other_factor(name) for name in ups]) for of in (before, after))
-    updates = _norms(new_U @ new_D - old_U @ old_D)
+    # W' = (1 - rate decay) W - move of each factor, for every optimizer here.
+    kept = 1.0 - learning_rate * engine.weight_decay(ups[0])
+    move_U, move_D = kept * old_U - new_U, kept * old_D - new_D
+    updates = _norms((old_U - move_U) @ (old_D - move_D) - old_U @ old_D)
     size = max(new_U.shape[-2], new_D.shape[-1])
     eta = 0.2 * size**0.5 * learning_rate
     found = {
@@ -92,15 +93,12 @@ def measured(
         return found
     s_U, s_D = (torch.tensor([estimates[of(name)] for name in ups]).double() for of in (str, other_factor))
     rho = eta / (s_U + s_D + 1.0)
-    # W' = (1 - rate decay) W - rho O of each factor.
-    kept = 1.0 - learning_rate * engine.weight_decay(ups[0])
-    move_U, move_D = kept * old_U - new_U, kept * old_D - new_D
     sigma_U, sigma_D = _norms(old_U), _norms(old_D)
+    # The move is rho times the orthogonalised momentum. With their own c any two moves keep the bound.
     c = torch.maximum(_norms(move_U), _norms(move_D)) / rho
-    change = _norms((old_U - move_U) @ (old_D - move_D) - old_U @ old_D)
-    bound = c * rho * (sigma_U + sigma_D) + (c * rho).square()
+    bound = LARGEST_C * rho * (sigma_U + sigma_D) + (LARGEST_C * rho).square()
     return found | {
-        "bound_share": float((change / bound).max()),
+        "bound_share": float((updates / bound).max()),
         "c": float(c.max()),
         "estimate_share": float(torch.cat([s_U / sigma_U, s_D / sigma_D]).min()),
         "rho": float(rho.max()),

@@ -173,8 +173,24 @@ def test_planted_effects_are_found_and_no_others(tmp_path: Path) -> None:
     text = (tmp_path / "report" / "combine.md").read_text()
     assert text == as_markdown(result) and "| H12 | TEV: mlra-undecayed - mlra | higher | +0.14" in text
     assert result["arms"]["mlra"]["losses"]["0.01"] == pytest.approx(6.65, abs=0.02)
-    for name in ("loss-over-rates.png", "logit-over-rates.png", "singular-value-over-rates.png"):
+    section = text.split("## Loss over rate of the arms of H7 and H8")[1].split("##")[0]
+    assert "no claim about stability" in section and "![](optimizers-over-rates.png)" in section
+    assert re.findall(r"^\| (mlra\S*) \|", section, re.M) == ["mlra", "mlra-muon", "mlra-spectron"]
+    for name in (
+        "optimizers-over-rates.png",
+        "loss-over-rates.png",
+        "logit-over-rates.png",
+        "singular-value-over-rates.png",
+    ):
         assert (tmp_path / "report" / name).read_bytes()[1:4] == b"PNG"
+
+
+def test_the_sensitivity_is_that_of_the_validation_loss(tmp_path: Path) -> None:
+    """Training losses that do not depend on the rate change nothing."""
+    sensitivity = "sensitivity, 48 blocks"
+    expected = result_of(sweeps(tmp_path / "a", planted))["arms"]["mlra"]["values"][sensitivity]
+    found = result_of(sweeps(tmp_path / "b", planted, final_loss=lambda *_: 5.0))["arms"]["mlra"]["values"][sensitivity]
+    assert found == expected and found["value"] == pytest.approx(0.3, abs=0.02)  # 0.5 at three of five rates
 
 
 def test_nothing_is_claimed_from_noise_and_the_reverse_is_called_so(tmp_path: Path) -> None:

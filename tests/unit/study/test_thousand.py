@@ -8,8 +8,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
-from docs.studies.thousand.__main__ import main
+from docs.studies.thousand.__main__ import figure, main
+from mlra_scale.study.grid import load_study
 
+STUDY = Path(__file__).resolve().parents[3] / "docs" / "studies" / "thousand.yaml"
 DEPTHS = (250, 500, 1000)
 
 
@@ -56,6 +58,27 @@ def test_a_loss_that_is_not_finite_and_quadratic_growth_are_seen(tmp_path: Path)
     result = json.loads((folder / "thousand.json").read_text())
     assert not any(cell["is_finite"] for cell in result["cells"])
     assert result["growth"]["mlra"]["seconds_per_step"] > 0.2
+    planned = {"variants": {"mlra": {}}, "axes": {"model.num_layers": [*DEPTHS, 2000]}, "seeds": [1]}
+    (good := write(tmp_path / "part", lambda depth: 0.002 * depth)).joinpath("sweep.yaml").write_text(
+        json.dumps(planned)
+    )
+    assert main([str(good)]) == 1 and "**1 cells of the study have no result.**" in (good / "thousand.md").read_text()
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main([str(empty)]) == 2
+
+
+def test_no_two_options_of_a_plot_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, drawn = load_study(STUDY), []
+    monkeypatch.setattr(
+        "docs.studies.thousand.__main__.style.curve", lambda *args: drawn.append((id(args[0]), args[3]))
+    )
+    assert figure([{"variant": name, "depth": 1000, "gradient_norms": [1.0, 2.0]} for name in study.variants])
+    assert len(drawn) == len(study.variants) == 13
+    assert not any(one == other for index, one in enumerate(drawn) for other in drawn[:index])
+
+
+def test_the_document_names_what_the_study_varies() -> None:
+    text = (STUDY.parent / "thousand" / "README.md").read_text()
+    fields = {field.rsplit(".", 1)[-1] for values in load_study(STUDY).variants.values() for field in values}
+    assert {field for field in fields if field not in text} == set()

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
+from docs.studies.update_norm.__main__ import main
 from docs.studies.update_norm.recorder import factors_of, measured
-from docs.studies.update_norm.report import OPTIMIZERS, file_of, report
+from docs.studies.update_norm.report import LARGEST_C, OPTIMIZERS, file_of, report
 from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.update_rules import other_factor
@@ -78,16 +79,50 @@ def test_what_is_off_is_told() -> None:
     assert max(off["bound_share"], longer["bound_share"]) <= 1.0
 
 
-def test_other_optimizers_have_no_bound() -> None:
+def test_updates_that_are_too_long_break_the_bound() -> None:
+    """With the c of the update itself the bound would hold for any of them."""
+    assert spectron_step(length=1.3)["c"] > LARGEST_C and spectron_step(length=5.0)["bound_share"] > 1.0
+
+
+def test_newton_schulz_stays_below_the_constant() -> None:
+    optim, values = CONFIG.optim, torch.linspace(0.0, 1.0, 100_001, dtype=torch.float64)
+    a, b, c = optim.newton_schulz_coefficients
+    for _ in range(optim.newton_schulz_steps):
+        values = a * values + b * values**3 + c * values**5
+    assert 1.2 < values.max() < LARGEST_C - 0.005
+
+
+def test_other_optimizers_have_no_bound_and_decay_is_no_update() -> None:
     engine: Any = Weights()
     before = factors_of(engine)
     assert set(before) == {name for name, info in TABLE.items() if info.kind == "factor"}
-    assert measured(engine, before, RATE, {})["update"] == 0.0
+    for name in before:
+        engine.of[name] = (1.0 - RATE * DECAY) * engine.of[name]
+    assert measured(engine, before, RATE, {})["update"] < 1e-6  # fp32 weights; with the decay it is 0.002 |W|
     engine.of["blocks.1.attention.k.up.weight"] += 0.5
     found = measured(engine, before, RATE, {})
-    expected = 0.5 * torch.ones(16, 8) @ engine.of["blocks.1.attention.k.down.weight"]
+    expected = 0.5 * torch.ones(16, 8).double() @ before["blocks.1.attention.k.down.weight"]
     assert found["update"] == pytest.approx(float(torch.linalg.svdvals(expected)[0]), rel=1e-5)
-    assert found["median_update"] == 0.0 and "bound_share" not in found
+    assert found["median_update"] < 1e-6 and "bound_share" not in found
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_only_a_run_that_has_ended_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr("mlra_scale.train.main", lambda words: code)
+    file = tmp_path / "updates.jsonl"
+    assert main(["--train", str(file)]) == code and file.exists() is (code == 0)
+
+
+def test_a_quick_run_does_not_stand_in_for_a_run_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs: list[Path] = []
+
+    def fail(output: Path, *_: Any) -> int:
+        outputs.append(output)
+        return 1
+
+    monkeypatch.setattr("docs.studies.update_norm.__main__.train_one", fail)
+    assert main(["--quick", "--rates", "1e-2"]) == main(["--rates", "1e-2"]) == 1
+    assert len(outputs) == 6 and not set(outputs[:3]) & set(outputs[3:])
 
 
 def test_the_report_has_the_extremes_of_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
