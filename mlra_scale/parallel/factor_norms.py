@@ -161,7 +161,7 @@ class _Sums:
     def normalise(self) -> torch.Tensor:
         """Adds up over the ranks, divides each vector by its norm, and returns the norms."""
         self.add_up()
-        found = []
+        found: list[torch.Tensor] = []
         for vectors in self._buffer.split([length * count for length, count in self._lengths]):
             length, count = self._lengths[len(found)]
             rows = vectors.view(count, length)
