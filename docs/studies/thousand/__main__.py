@@ -138,12 +138,12 @@ def figure(cells: Sequence[Mapping[str, Any]]) -> bytes | None:
     chosen = [cell for cell in cells if cell["depth"] == deepest and cell["gradient_norms"]]
     if not chosen:
         return None
-    halves = [half for half in (chosen[:_CURVES], chosen[_CURVES:]) if half]
-    image = style.new_figure(0.6 + 3.6 * len(halves))
-    for axes, half in zip(
-        image.subplots(len(halves), sharex=True, sharey=True, squeeze=False)[:, 0], halves, strict=True
+    plots = [chosen[first : first + _CURVES] for first in range(0, len(chosen), _CURVES)]
+    image = style.new_figure(0.6 + 3.6 * len(plots))
+    for axes, plotted in zip(
+        image.subplots(len(plots), sharex=True, sharey=True, squeeze=False)[:, 0], plots, strict=True
     ):
-        for index, cell in enumerate(half):
+        for index, cell in enumerate(plotted):
             values = np.array([math.nan if value is None else value for value in cell["gradient_norms"]])
             style.curve(axes, np.arange(values.size), values, style.look(index), cell["variant"])
         axes.set_yscale("log")

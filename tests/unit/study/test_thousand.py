@@ -74,7 +74,7 @@ def test_no_two_options_of_a_plot_look_alike(monkeypatch: pytest.MonkeyPatch) ->
         "docs.studies.thousand.__main__.style.curve", lambda *args: drawn.append((id(args[0]), args[3]))
     )
     assert figure([{"variant": name, "depth": 1000, "gradient_norms": [1.0, 2.0]} for name in study.variants])
-    assert len(drawn) == len(study.variants) == 13
+    assert len(drawn) == len(study.variants) == 17
     assert not any(one == other for index, one in enumerate(drawn) for other in drawn[:index])
 
 
