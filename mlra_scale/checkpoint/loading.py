@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.files import CheckpointError
-from mlra_scale.checkpoint.other_optimizer import adam_begun_at, begins_anew
+from mlra_scale.checkpoint.other_optimizer import adam_begun_at, begins_anew, vectors_anew
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.model.update_rules import vector_lengths
 
 if TYPE_CHECKING:
     from mlra_scale.parallel import Engine
@@ -52,15 +50,12 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     _check_model(engine, store)
     topology = engine.topology
     faults: list[str] = []
-    buffers, anew = _buffers(store, engine), frozenset(begins_anew(store, engine.rules))
+    begun, anew = adam_begun_for(engine, store), frozenset(begins_anew(store, engine.rules))
+    dropped = frozenset(vectors_anew(store, engine.rules))
+    buffers = {name: vector for name, vector in store.buffers().items() if name not in dropped}
     state = store.state.get("engine")
     if state is not None:
-        state = {**state, "adam_begun_at": adam_begun_at(store, engine.rules)}
-        if not engine.has_counts_for(state["adam_begun_at"]):
-            raise CheckpointError(
-                f"{store.folder} is older than two changes of the optimizer; continue from it with --resume"
-                f" {store.folder}"
-            )
+        state = {**state, "adam_begun_at": begun}
 
     def fill(fragment: Fragment) -> None:
         if fragment.name in anew and fragment.exp_avg is not None and fragment.exp_avg_sq is not None:
@@ -79,13 +74,18 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     return store.state
 
 
-def _buffers(store: Store, engine: Engine) -> dict[str, torch.Tensor]:
-    """The stored vectors of power iterations; those of spectron only together, so that all begin anew or none does."""
-    stored = store.buffers()
-    needed = vector_lengths(engine.rules, store.table).keys()
-    if not needed <= stored.keys():
-        stored = {name: vector for name, vector in stored.items() if name not in needed}
-    return stored
+def adam_begun_for(engine: Engine, store: Store) -> dict[str, int]:
+    """Returns `adam_begun_at` of a checkpoint for the rules of an engine.
+
+    Raises:
+        CheckpointError: The engine has one count of updates for parameters that have several in the checkpoint.
+    """
+    begun = adam_begun_at(store, engine.rules)
+    if not engine.has_counts_for(begun):
+        raise CheckpointError(
+            f"{store.folder} is older than two changes of the optimizer; continue from it with --resume {store.folder}"
+        )
+    return begun
 
 
 def _raise_on_all_ranks(what: str, faults: list[str], topology: Topology) -> None:

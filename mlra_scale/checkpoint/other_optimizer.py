@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from mlra_scale.model.update_rules import VECTOR_PREFIX, UpdateRule, vector_lengths
+from mlra_scale.model.update_rules import VECTOR_PREFIX, UpdateRule, update_rules, vector_lengths
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -41,20 +41,32 @@ def adam_begun_at(store: Store, rules: Rules) -> dict[str, int]:
     return {name: at for name, at in (begun | anew).items() if at > 0}
 
 
+def vectors_anew(store: Store, rules: Rules) -> list[str]:
+    """Returns spectron's vectors if they begin with the next update of a start of these rules: all of them or none.
+
+    A rank knows those of its own stage only: all layouts must decide alike.
+    """
+    names = vector_lengths(rules, store.table).keys()
+    return [] if names <= store.buffer_names else list(names)
+
+
 def notice_of_change(store: Store, rules: Rules) -> str | None:
     """Returns one line about what begins anew, is converted or dropped; None where parameters keep their optimizers."""
     if not store.manifest.has_moments:
         return None
+    assert store.config is not None
     with_both = [name for name in rules if "exp_avg_sq" in store.parts(name)]
-    vectors = vector_lengths(rules, store.table).keys()
-    factors = [name.removeprefix(VECTOR_PREFIX) for name in vectors]
+    vectors = vectors_anew(store, rules)
+    # A run that has made no update with spectron yet continues as it is, without vectors.
+    is_same = set(vectors) <= vector_lengths(update_rules(store.model, store.config.optim), store.table).keys()
+    factors = [] if is_same else [name.removeprefix(VECTOR_PREFIX) for name in vectors]
     found = [
         ("AdamW begins anew, with moments of zero, for", begins_anew(store, rules)),
         (
             "AdamW's first moment becomes the momentum, and its second one is dropped, of",
             [name for name in with_both if rules[name].optimizer != "adamw"],
         ),
-        ("power iterations begin anew for", [] if vectors <= store.buffer_names else factors),
+        ("power iterations begin anew for", factors),
     ]
     parts = [f"{what} {_shown(names)}" for what, names in found if names]
     return f"another optimizer than in the checkpoint: {'; '.join(parts)}" if parts else None

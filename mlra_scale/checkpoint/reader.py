@@ -275,16 +275,22 @@ class Store:
                 )
 
     def _check_buffers(self) -> None:
-        """The vectors of power iterations must be stored: sigmaReparam's, and after an update those of spectron."""
+        """The vectors of power iterations: sigmaReparam's must be stored, those of spectron all or none.
+
+        A run that has made no update with spectron yet has none, and may have moments of another optimizer.
+        """
         needed = {vector_name(each.name): each.size for each in linear_maps(self.model).values()}
+        of_spectron: dict[str, int] = {}
         if self.config is not None and self.manifest.has_moments:
             try:
-                needed |= vector_lengths(update_rules(self.model, self.config.optim), self.table)
+                of_spectron = vector_lengths(update_rules(self.model, self.config.optim), self.table)
             except ConfigError as error:
                 raise CheckpointError(
                     f"{self.folder / CONFIG} is not sound ({error.in_one_line}); use another checkpoint"
                 ) from None
-        stored = self.buffer_names if needed else frozenset()
+        stored = self.buffer_names if needed or of_spectron else frozenset()
+        if stored & of_spectron.keys():
+            needed |= of_spectron
         for name, length in needed.items():
             if name in stored:
                 piece = self._map(BUFFERS).get_slice(name)

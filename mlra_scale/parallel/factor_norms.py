@@ -138,12 +138,9 @@ class FactorNorms:
         return {VECTOR_PREFIX + name: part.clone() for name, part in zip(self._vectors, parts, strict=True)}
 
     def load_vectors(self, stored: Mapping[str, torch.Tensor]) -> None:
-        """Takes the vectors of this stage from a checkpoint; without them the next update begins anew."""
-        names = [name for name in self._infos if VECTOR_PREFIX + name in stored]
-        self._vectors = {}
-        if len(names) == len(self._infos):
-            device = self._topology.device
-            self._vectors = {name: stored[VECTOR_PREFIX + name].to(device, torch.float32, copy=True) for name in names}
+        """Takes the vectors of this stage, of all factors or none; without them the next update begins anew."""
+        names, device = [name for name in self._infos if VECTOR_PREFIX + name in stored], self._topology.device
+        self._vectors = {name: stored[VECTOR_PREFIX + name].to(device, torch.float32, copy=True) for name in names}
 
 
 class _Sums:

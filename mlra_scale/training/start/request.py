@@ -11,7 +11,6 @@ from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.inspection import good_step
-from mlra_scale.checkpoint.manifest import read_complete_manifest
 from mlra_scale.checkpoint.other_optimizer import adam_begun_at, notice_of_change
 from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan
@@ -267,7 +266,7 @@ def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
     if (step := good_step(store.state)) is None:
         return False
     try:
-        read_complete_manifest(run.checkpoints / checkpoint_name(step))
+        Store.open(run.checkpoints / checkpoint_name(step))
     except CheckpointError:
         return True
     return False

@@ -183,7 +183,7 @@ class ResumePoint:
         changes: Differences from the run so far.
         history: All changes of the run, these included.
         rollbacks: Of the guard, the oldest first.
-        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or incomplete.
+        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or cannot be opened.
         left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
         notices: Lines about the checkpoint's format and about moments that begin anew.
         adam_begun_at: After how many updates of the run AdamW of a parameter began, where that was not with the run.

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
+from mlra_scale.checkpoint import Store
 from mlra_scale.config import Config, ConfigError, Named, load_named_config
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
 from mlra_scale.planning.choice import FIELDS
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.agreement import _with_present_layout
-from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolve_run
+from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, _is_good_step_lost, resolve_run
+from tests.unit.checkpoint.builders import flip_a_byte, write_checkpoint
 
 WRITTEN = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2"
 
@@ -107,3 +109,13 @@ def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_pa
     again = resolve_run(_with_present_layout(request, start), is_here=False)
     assert again.layout is None and again.plan == start.plan
     assert again.config.parallel == start.config.parallel and again.config.deepspeed == start.config.deepspeed
+
+
+def test_the_checkpoint_of_the_next_rollback_counts_as_lost_where_it_cannot_be_opened(tmp_path: Path) -> None:
+    """Its sizes are right, and a file of it is damaged."""
+    run = RunDirectory(tmp_path)
+    good = write_checkpoint(run.checkpoints, 10)
+    store = Store.open(write_checkpoint(run.checkpoints, 20, state={"windows": {"guard": {"good_step": 10}}}))
+    assert not _is_good_step_lost(run, store)
+    flip_a_byte(good / "state.json")
+    assert _is_good_step_lost(run, store)

@@ -68,7 +68,7 @@ def test_the_row_of_the_optimizer_tells_of_a_change_to_any_of_its_fields(store: 
     assert "last of several" not in row
 
 
-def test_the_optimizer_and_its_rules_are_told(store: Store) -> None:
+def test_the_card_has_the_optimizer_and_its_rules(store: Store) -> None:
     adamw = "AdamW (betas 0.9, 0.95; epsilon 1e-08)"
     card = card_of(store)
     assert f"| optimizer | {adamw}; weight decay 0.1, none on biases and norms |" in card
@@ -102,7 +102,7 @@ def test_what_is_not_recorded_is_not_claimed(store: Store) -> None:
     assert "before step 3 is not recorded" in later and "| 3 | optim.lr | 0.001 | 0.0003 |" in later
 
 
-def test_the_weights_that_a_run_began_with_are_told(store: Store) -> None:
+def test_the_card_has_the_weights_that_a_run_began_with(store: Store) -> None:
     begun_from = {"checkpoint": "abc", "format": "gpt2", "folder": "/home/me/gpt2", "attention_rank": 384}
     card = card_of(store, begun_from=begun_from)
     assert "| began with weights: format | gpt2 |" in card and "| began with weights: folder | gpt2 |" in card
