@@ -164,7 +164,7 @@ class _Sums:
             rows = vectors.view(count, length)
             norms = torch.linalg.vector_norm(rows, dim=1)
             rows.div_(norms.clamp(min=_SMALLEST_NORM)[:, None])
-            # Of a factor that is zero; the iteration goes on from here when it no longer is.
+            # Of a factor that is zero; the iteration continues from here when it no longer is.
             rows.masked_fill_((norms == 0.0)[:, None], length**-0.5)
             found.append(norms)
         return torch.cat(found)
