@@ -6,7 +6,7 @@ import pytest
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.planning.layout import Stage, num_held, weights_of_stage
 from mlra_scale.planning.memory import RankMemory, phases_of_a_step, rank_memory
-from mlra_scale.planning.memory_activations import block_bytes_per_token, logit_bytes
+from mlra_scale.planning.memory_activations import backward_bytes, block_bytes_per_token, logit_bytes
 from mlra_scale.planning.memory_state import (
     gradient_bytes,
     master_bytes,
@@ -136,6 +136,14 @@ def test_qk_norm_keeps_queries_and_keys_twice() -> None:
     plain = stage(2, "parallel.tensor=2")
     normed = stage(2, "parallel.tensor=2", "model.qk_norm=true", "model.sigma_reparam=true")
     assert block_bytes_per_token(normed) - block_bytes_per_token(plain) == 4 * 2 * plain.model.hidden_size / 2
+
+
+@pytest.mark.parametrize("options", [(), ("parallel.tensor=2", "parallel.sequence_parallel=true")])
+def test_a_branch_with_a_factor_has_a_gradient_of_its_own(options: tuple[str, ...]) -> None:
+    plain, scaled = (stage(2, *options, "model.depth_rule=completep", f"model.base_depth={depth}") for depth in (4, 8))
+    added = [backward_bytes(each) for each in (plain, scaled)]
+    assert added[1] - added[0] == 4 * plain.tokens * plain.model.hidden_size / plain.split
+    assert added[0] == backward_bytes(stage(2, *options))
 
 
 def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:
