@@ -33,6 +33,7 @@ from mlra_scale.config import (
 )
 from mlra_scale.console import set_up_logging
 from mlra_scale.data import DataError
+from mlra_scale.model.validation import validate
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Interruption, Watchdog
 from mlra_scale.training.log.console import silence_libraries
@@ -44,7 +45,7 @@ from mlra_scale.training.start.device import (
     resolve_device,
     set_device_environment,
 )
-from mlra_scale.training.start.plan import check_config, is_layout_open, plan_report, resolve_layout
+from mlra_scale.training.start.plan import is_layout_open, plan_report, resolve_layout
 
 if TYPE_CHECKING:
     from mlra_scale.training.start.request import LaunchRequest  # imports torch, which --dry-run does not need
@@ -178,7 +179,7 @@ def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
     layout = None
     try:
         config, layout = resolve_layout(config, named, devices)
-        check_config(config, devices.number)
+        validate(config, devices.number)
     except ConfigError as error:
         problems += error.problems
     if config.data.path is not None or config.data.blend is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
@@ -255,6 +255,19 @@ class Config(Section):
     """Failures on a cluster; the planner's cluster."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0, in bf16 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_rules(cls, values: Any) -> Any:
+        return stored_yaml.without_idle_rules(values)
+
+    @property
+    def newton_schulz_precision(self) -> Literal["fp32", "bf16"]:
+        """Type in which Newton-Schulz iterations compute, and in which matrices are sent for them."""
+        given = self.optim.newton_schulz_precision
+        if given == "auto":
+            return "fp32" if self.train.precision == "fp32" else "bf16"
+        return given
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as plain mappings, lists and scalars, every field written out."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from mlra_scale.config import ConfigError, ModelConfig, OptimConfig, OptimizerName, ParameterRule, Problem
@@ -38,6 +39,11 @@ class UpdateRule:
     eps: float
     scale: float = 1.0
 
+    @property
+    def is_adamw(self) -> bool:
+        """Whether AdamW updates it; the other optimizers orthogonalise."""
+        return self.optimizer == "adamw"
+
 
 def other_factor(name: str) -> str:
     """Returns the canonical name of the other factor of a low-rank map."""
@@ -59,6 +65,19 @@ def update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule
     Raises:
         ConfigError: A rule matches nothing, or gives an optimizer to parameters that it is not for.
     """
+    found, problems = _resolved(model, optim)
+    if problems:
+        raise ConfigError(list(problems))
+    return dict(found)
+
+
+def rule_problems(model: ModelConfig, optim: OptimConfig) -> list[Problem]:
+    """Returns what `update_rules` would raise."""
+    return list(_resolved(model, optim)[1])
+
+
+@lru_cache(maxsize=16)  # the planner asks for each of its layouts
+def _resolved(model: ModelConfig, optim: OptimConfig) -> tuple[dict[str, UpdateRule], tuple[Problem, ...]]:
     table = ParameterTable(model)
     found = {name: _default(info, model, optim) for name, info in table.items()}
     problems: list[Problem] = []
@@ -82,8 +101,8 @@ def update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule
         elif of.optimizer == "spectron":
             found[name] = replace(of, optimizer="muon")
     if problems:
-        raise ConfigError(problems)
-    return {name: replace(of, scale=_scale(table, name, of, optim)) for name, of in found.items()}
+        return {}, tuple(problems)
+    return {name: replace(of, scale=_scale(table, name, of, optim)) for name, of in found.items()}, ()
 
 
 def vector_lengths(rules: Mapping[str, UpdateRule], table: Mapping[str, ParameterInfo]) -> dict[str, int]:
@@ -108,7 +127,7 @@ def _default(info: ParameterInfo, model: ModelConfig, optim: OptimConfig) -> Upd
 
 def _scale(table: Mapping[str, ParameterInfo], name: str, rule: UpdateRule, optim: OptimConfig) -> float:
     """See UpdateRule.scale."""
-    if rule.optimizer == "adamw" or optim.matrix_scale == "none":
+    if rule.is_adamw or optim.matrix_scale == "none":
         return 1.0
     sizes = table[name].shape
     if rule.optimizer == "spectron":

@@ -23,7 +23,7 @@ class AdamState:
     def __init__(self, optimizer: Any, masters: Sequence[torch.Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
         self.optimizer = optimizer
         self.masters = masters
-        self._of_adam = [group["updated_by"] == "adamw" for group in groups]
+        self._is_adamw = [group["is_adamw"] for group in groups]
         self._counts = [group["begun_at"] for group in groups]
 
     def of(self, master: torch.Tensor) -> Mapping[str, Any]:
@@ -51,8 +51,8 @@ class AdamState:
 
     def create_momentum(self) -> None:
         """Creates the missing momentum of muon and spectron."""
-        for master, is_of_adam in zip(self.masters, self._of_adam, strict=True):
-            state = {"exp_avg": None} if is_of_adam else self.optimizer.state[master]
+        for master, is_adamw in zip(self.masters, self._is_adamw, strict=True):
+            state = {"exp_avg": None} if is_adamw else self.optimizer.state[master]
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
 
@@ -75,8 +75,8 @@ class AdamState:
 
     def _masters_of_adam(self) -> Iterator[tuple[torch.Tensor, int]]:
         """The tensors that AdamW updates, each with the `begun_at` of its group."""
-        for master, is_of_adam, count in zip(self.masters, self._of_adam, self._counts, strict=True):
-            if is_of_adam:
+        for master, is_adamw, count in zip(self.masters, self._is_adamw, self._counts, strict=True):
+            if is_adamw:
                 yield master, count
 
     def forget(self) -> None:

@@ -27,7 +27,7 @@ from mlra_scale.parallel.master import (
     grow_loss_scale_after_update,
     master_view,
 )
-from mlra_scale.parallel.matrix_optimizer import MatrixOptimizer, is_orthogonalised
+from mlra_scale.parallel.matrix_optimizer import MatrixOptimizer
 from mlra_scale.parallel.step import BeforeUpdate, Between, MicroBatch, StepResult, UpdateProposal
 from mlra_scale.parallel.topology import Topology
 
@@ -92,7 +92,7 @@ class Engine(ABC):
 
     def _build_matrix_optimizer(self, named: Mapping[str, nn.Parameter]) -> MatrixOptimizer | None:
         rules = {name: self.rules[name] for name in self.table if name in named}
-        if not any(map(is_orthogonalised, rules.values())):
+        if all(rule.is_adamw for rule in rules.values()):
             return None
         held = {each.name: (each.start, each.values.numel()) for each in self._view.weights(with_moments=False)}
         return MatrixOptimizer(
@@ -357,7 +357,7 @@ class Engine(ABC):
 
     def _counts_for(self, adam_begun_at: Mapping[str, int]) -> set[tuple[int, int]]:
         """For AdamW's parameters: when they began in the state that the engine was built for, and in another one."""
-        names = [name for name, rule in self.rules.items() if rule.optimizer == "adamw"]
+        names = [name for name, rule in self.rules.items() if rule.is_adamw]
         return {(self._built_for.get(name, 0), adam_begun_at.get(name, 0)) for name in names}
 
     def _forget_spectra(self) -> None:

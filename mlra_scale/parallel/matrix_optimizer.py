@@ -27,11 +27,6 @@ from mlra_scale.parallel.newton_schulz import orthogonalised
 from mlra_scale.parallel.topology import Topology
 
 
-def is_orthogonalised(rule: UpdateRule) -> bool:
-    """Returns whether MatrixOptimizer updates a parameter, and not AdamW."""
-    return rule.optimizer != "adamw"
-
-
 class MatrixOptimizer:
     """Updates the matrices of a stage in place, and keeps their momentum. Collective over the ranks of the stage.
 
@@ -53,13 +48,10 @@ class MatrixOptimizer:
         is_replicated_over_data: bool,
     ) -> None:
         self._optim = config.optim
-        self.rules = {name: rule for name, rule in rules.items() if is_orthogonalised(rule)}
+        self.rules = {name: rule for name, rule in rules.items() if not rule.is_adamw}
         infos = [table[name] for name in self.rules]
-        precision = config.optim.newton_schulz_precision
-        is_fp32 = precision == "fp32" or (precision == "auto" and config.train.precision == "fp32")
-        self._exchange = MatrixExchange(
-            infos, held, topology, is_replicated_over_data, torch.float32 if is_fp32 else torch.bfloat16
-        )
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.newton_schulz_precision]
+        self._exchange = MatrixExchange(infos, held, topology, is_replicated_over_data, dtype)
         factors = [info for info in infos if self.rules[info.name].optimizer == "spectron"]
         self.norms = FactorNorms(factors, topology, owns, config.train.seed) if factors else None
 

@@ -28,10 +28,11 @@ def parameter_groups(
         members.setdefault(key, []).append(name)
     groups = []
     for key in sorted(members):
-        optimizer, decay, lr_factor, eps, begun = key
+        _, decay, lr_factor, eps, begun = key
         names = members[key]
+        is_adamw = rules[names[0]].is_adamw
         for of_group in (*([name] for name in names if name in alone), [name for name in names if name not in alone]):
-            settings = {"weight_decay": -decay, "eps": eps, "lr_factor": lr_factor, "updated_by": optimizer}
+            settings = {"weight_decay": -decay, "eps": eps, "lr_factor": lr_factor, "is_adamw": is_adamw}
             groups.append({"params": [named[name] for name in of_group], "begun_at": begun, **settings})
     return [group for group in groups if group["params"]]
 
@@ -49,7 +50,7 @@ def build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim
         optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-    if any(group["updated_by"] != "adamw" for group in groups):
+    if not all(group["is_adamw"] for group in groups):
         _pass_over_other_groups(optimizer)
     return optimizer
 
@@ -59,7 +60,7 @@ def _pass_over_other_groups(optimizer: Any) -> None:
 
     def step_of_adamw() -> None:
         groups = optimizer.param_groups
-        optimizer.param_groups = [group for group in groups if group["updated_by"] == "adamw"]
+        optimizer.param_groups = [group for group in groups if group["is_adamw"]]
         try:
             step()
         finally:

@@ -10,7 +10,7 @@ import numpy as np
 from mlra_scale.config import BatchPlan, Config, ModelConfig, OptimConfig, engine_kind, zero_stage
 from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
-from mlra_scale.model.update_rules import UpdateRule, update_rules
+from mlra_scale.model.update_rules import update_rules
 
 Axis = Literal["tensor", "pipeline", "data"]
 AXES: tuple[Axis, ...] = ("tensor", "pipeline", "data")
@@ -92,21 +92,16 @@ class Matrix(NamedTuple):
         return self.numel() // (1 if self.shard_dim is None else tensor_parallel)
 
 
-@lru_cache(maxsize=16)
-def _update_rules(model: ModelConfig, optim: OptimConfig) -> dict[str, UpdateRule]:
-    return update_rules(model, optim)
-
-
 @lru_cache(maxsize=4096)
 def matrices_of_stage(model: ModelConfig, optim: OptimConfig, num_stages: int, stage: int) -> tuple[Matrix, ...]:
     """Returns the matrices of a stage that muon and spectron update, in the order of the table."""
-    if optim.name == "adamw" and all(rule.optimizer in (None, "adamw") for rule in optim.rules):
+    rules = update_rules(model, optim)
+    if all(rule.is_adamw for rule in rules.values()):
         return ()
-    rules = _update_rules(model, optim)
     matrices = []
     for info in weights_of_stage(model, num_stages, stage):
         rule = rules[info.name]
-        if rule.optimizer != "adamw":
+        if not rule.is_adamw:
             group = (rule.optimizer, rule.weight_decay, rule.lr_factor)
             matrices.append(Matrix(info.shape[0], info.shape[1], info.shard_dim, group))
     return tuple(matrices)
@@ -156,9 +151,7 @@ class Stage:
     @property
     def transported_element(self) -> int:
         """Bytes of a number in Newton-Schulz iterations, and of what is sent for them."""
-        precision = self.config.optim.newton_schulz_precision
-        is_fp32 = precision == "fp32" or (precision == "auto" and self.config.train.precision == "fp32")
-        return BYTES["fp32" if is_fp32 else "bf16"]
+        return BYTES[self.config.newton_schulz_precision]
 
     @cached_property
     def num_in_matrices(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from mlra_scale.config import Config, engine_kind, zero_stage
 from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.update_rules import update_rules
 from mlra_scale.planning.cluster import GIB, Cluster
 from mlra_scale.planning.search import Candidate, SearchResult
 from mlra_scale.planning.step_time import StepTime
@@ -45,9 +46,11 @@ def optimizer_line(config: Config, time: StepTime) -> str:
     cost = time.matrices
     if cost is None:
         return ""
-    name = config.optim.name if config.optim.name != "adamw" else "the optimizers of optim.rules"
+    rules = update_rules(config.model, config.optim).values()
+    names = dict.fromkeys(rule.optimizer for rule in rules if not rule.is_adamw)
+    share = 100 * cost.seconds / time.seconds
     return (
-        f"{name}: matrices take {1e3 * cost.seconds:.3g} ms of the step ({100 * cost.seconds / time.seconds:.1f} %; "
+        f"{' and '.join(names)}: matrices take {1e3 * cost.seconds:.3g} ms of the step ({share:.1f} %; "
         f"products of Newton-Schulz {1e3 * cost.orthogonalisation:.3g} ms), in which a rank sends "
         f"{cost.sent / 1e9:.3g} GB in {cost.messages:.0f} messages and needs {cost.memory / GIB:.3g} GiB"
     )

@@ -212,7 +212,7 @@ class GradientStatistics(Watcher):
         merged = merged_moments(membership_GF, moments_F3, weight_square_G)
         self._gradients = _Gradients(*merged, self._spectral_norms(weights))
         for fragment in weights:
-            if not self._has_adam(fragment.name):
+            if not self.engine.rules[fragment.name].is_adamw:
                 self._before[fragment.name, fragment.start] = fragment.values.detach().clone()
         return True
 
@@ -259,16 +259,13 @@ class GradientStatistics(Watcher):
             return torch.linalg.vector_norm(change, dtype=torch.float64).square()[None]
 
         fragments = self.engine.owned_fragments(with_moments=True)
-        of_adam = [fragment for fragment in fragments if self._has_adam(fragment.name)]
+        of_adam = [fragment for fragment in fragments if rules[fragment.name].is_adamw]
         membership_GF, squares_F1 = self._measure(of_adam, ["values", "exp_avg", "exp_avg_sq"], square, 1)
         square_G = membership_GF @ squares_F1[:, 0]
         if self._before:
             membership_GF, squares_F1 = self._measure(self._changes(fragments), ["values"], square_of_change, 1)
             square_G += membership_GF @ squares_F1[:, 0]
         return _sum_over_ranks(square_G)
-
-    def _has_adam(self, name: str) -> bool:
-        return self.engine.rules[name].optimizer == "adamw"
 
     def _changes(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
         """Yields the change of every fragment that was copied before the update, written over its copy."""

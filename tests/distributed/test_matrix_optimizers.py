@@ -118,6 +118,7 @@ VARIANTS: dict[str, Options] = {
     "k-dense": {**SPECTRON, "model__factorised_projections": ("q", "v")},
     "without-nesterov": {**MUON, "optim__nesterov": False, "optim__momentum": 0.8},
     "other-iterations": {**MUON, **ITERATIONS},
+    "rule-of-the-paper": {**SPECTRON, "optim__matrix_scale": "none", "optim__nesterov": False},
     "without-clipping": {**SPECTRON, "optim__grad_clip": 0.0},
     "one-sample-at-a-time": {**SPECTRON, "train__micro_batch_size": 1},
     "odd-shapes": {**SPECTRON, **ODD},
@@ -129,6 +130,7 @@ VARIANTS: dict[str, Options] = {
     "tp2pp1dp2-zero3-all-factorised",
     "tp2pp2dp1-zero1-one-sample-at-a-time",
     "tp2pp2dp1-zero1-other-iterations",
+    "tp2pp2dp1-zero1-rule-of-the-paper",
     "tp2pp1dp2-zero3-odd-shapes",
 )
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -149,8 +151,8 @@ RULES: dict[str, Options] = {
         "optim__weight_decay": 1.0,
         "optim__rules": [
             {"kind": "embedding", "weight_decay": 0.0},
-            {"names": "blocks.1.*", "lr_factor": 0.5},
-            {"names": "blocks.*.attention.q.up.weight", "lr_factor": 2.0, "weight_decay": 0.0},
+            {"names": "blocks.[13].*", "lr_factor": 0.5},
+            {"names": "blocks.*.attention.?.up.weight", "lr_factor": 2.0, "weight_decay": 0.0},
             {"kind": "norm", "lr_factor": 0.25, "weight_decay": 0.5},
         ],
     },

@@ -7,7 +7,7 @@ Written from the papers and independent of mlra_scale/parallel and mlra_scale/mo
 - The scale 0.2 sqrt(max(m, n)), and decoupled decay by the same rate: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
 - Spectron (Janson et al. 2026, arXiv 2602.12429), algorithms 1 and 3, as an implementation by others quotes them:
   both factors of W = U D move by rho = eta / (s_U + s_D + 1), where s comes of one power iteration on each factor
-  before its update. eta has the scale of W here.
+  before its update. eta has the scale of W here, and none (eta = lr) with `optim.matrix_scale` none.
 
 A Newton-Schulz iteration X <- a X + b X X^T X + c X X^T X X^T X changes singular values only, each on its own: here it
 is applied to them, between the singular vectors of torch's SVD, and no matrix is multiplied by itself.
@@ -15,6 +15,7 @@ is applied to them, between the singular vectors of torch's SVD, and no matrix i
 Legend of shape suffixes: M rows, N columns of a matrix, R their minimum.
 """
 
+import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -66,10 +67,10 @@ def treatments(config: Config) -> dict[str, Treatment]:
 
 
 def is_meant(info: ParameterInfo, kind: str | None, names: str | None) -> bool:
-    """Whether a rule is for a parameter: by its kind, or by a pattern in which * stands for any text."""
+    """Whether a rule is for a parameter: by its kind, or by a pattern of the shell."""
     if names is None:
         return info.kind == kind
-    return re.fullmatch(".*".join(map(re.escape, names.split("*"))), info.name) is not None
+    return re.fullmatch(fnmatch.translate(names), info.name) is not None
 
 
 def other_factor_of(name: str) -> str:
@@ -162,8 +163,11 @@ class ReferenceOptimizer:
 
     def _step_size(self, name: str, rate: float) -> float:
         if self.treatments[name].optimizer == "muon":
-            return rate * 0.2 * math.sqrt(max(self._table[name].shape))
+            return rate * self._scale(max(self._table[name].shape))
         other = other_factor_of(name)
         up, down = (name, other) if ".up." in name else (other, name)
         size = max(self._table[up].shape[0], self._table[down].shape[1])  # of W = U D
-        return rate * 0.2 * math.sqrt(size) / (self.sigmas[name] + self.sigmas[other] + 1)
+        return rate * self._scale(size) / (self.sigmas[name] + self.sigmas[other] + 1)
+
+    def _scale(self, size: int) -> float:
+        return 1.0 if self._optim.matrix_scale == "none" else 0.2 * math.sqrt(size)

@@ -14,7 +14,8 @@ from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.checkpoint.state_contents import STATE
-from mlra_scale.config import Config, ModelConfig, OptimConfig, optimizer_text, rule_text
+from mlra_scale.config import Config, ModelConfig, OptimConfig
+from mlra_scale.model.optim_text import optimizer_text, rule_text
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -30,7 +31,7 @@ _FIELDS_OF_ROWS: dict[str, tuple[str, ...]] = {
     "learning rate": ("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps"),
     "optimizer": (
         *(f"optim.{name}" for name in ("name", "betas", "eps", "momentum", "nesterov", "newton_schulz_")),
-        *(f"optim.{name}" for name in ("weight_decay", "rules", *OptimConfig.replaced)),
+        *(f"optim.{name}" for name in ("matrix_scale", "weight_decay", "rules", *OptimConfig.replaced)),
     ),
     "dropout": ("model.embedding_dropout", "model.attention_dropout", "model.residual_dropout"),
     "layout": ("parallel.", "number of ranks"),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from mlra_scale.config import Config, ConfigError, optimizer_text, rule_text, yaml_text
+from mlra_scale.config import Config, ConfigError, yaml_text
+from mlra_scale.model.optim_text import optimizer_text, rule_text
 from mlra_scale.study.report import run_figures
 from mlra_scale.study.report.costs import costs_of, costs_table
 from mlra_scale.study.report.page import write_report
@@ -120,10 +121,11 @@ def _optimizer(run: RunRecord) -> str | None:
     """The optimizer with its rules; None where the configuration cannot be read."""
     try:
         config = Config.from_dict(run.config)
+        text = optimizer_text(config.model, config.optim)
     except ConfigError:
         return None
     rules = [rule_text(rule) for rule in config.optim.rules]
-    return "; ".join([optimizer_text(config.model, config.optim), *(rules and ["rules: " + "; ".join(rules)])])
+    return "; ".join([text, *(rules and ["rules: " + "; ".join(rules)])])
 
 
 def _layout(run: RunRecord, world: Any) -> str:

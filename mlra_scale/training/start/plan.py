@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
@@ -15,16 +15,14 @@ from mlra_scale.config import (
     Named,
     Problem,
     engine_kind,
-    optimizer_text,
-    rule_text,
-    validate,
     zero_stage,
 )
 from mlra_scale.config.json_text import printable
 from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.optim_text import optimizer_text, rule_text
 from mlra_scale.model.parameters import ParameterTable
-from mlra_scale.model.update_rules import matches, update_rules
+from mlra_scale.model.update_rules import matches
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines, choose, comparison_line
 from mlra_scale.planning.cluster import GIB, Cluster, generation_of_device, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
@@ -127,27 +125,6 @@ def best_layout(config: Config, devices: Devices) -> LayoutChoice:
     return choose(config, Named(), cluster_for(config, devices))
 
 
-def check_config(config: Config, num_ranks: int, device: str | None = None) -> None:
-    """Checks all fields together, and the parameter rules against the parameters of the model.
-
-    Args:
-        config: The configuration, with its layout.
-        num_ranks: Number of ranks that run it, or would.
-        device: See `validate`.
-
-    Raises:
-        ConfigError: With every problem found.
-    """
-    problems: list[Problem] = []
-    for check in (lambda: validate(config, num_ranks, device), lambda: update_rules(config.model, config.optim)):
-        try:
-            check()
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-
-
 _GROUPS_SHOWN = 8
 
 
@@ -189,13 +166,17 @@ def _model_lines(config: Config) -> list[str]:
     ends = counts["embedding"] + counts["positions"]
     flops = model.flops_per_token(config.train.sequence_length)
     tokens_per_step = config.train.global_batch_size * config.train.sequence_length
-    return [
+    lines = [
         f"{printable(config.preset or 'model')}: {model.num_layers} layers, width {model.hidden_size}, "
         f"{model.num_heads} heads, attention {attention}",
         f"parameters {model.num_parameters():,} (embedding {counts['embedding']:,}, positions {counts['positions']:,}, "
         f"rest {model.num_parameters() - ends:,}), tied head counted once",
         f"FLOPs per token {flops:.4g}, per step {flops * tokens_per_step:.4g}",
     ]
+    if model.depth_rule != "none":
+        factor = f"{model.base_depth}/{model.num_layers} = {model.branch_factor:.4g}"
+        lines.append(f"depth rule {model.depth_rule}: branches times {factor} (model.base_depth / model.num_layers)")
+    return lines
 
 
 def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
@@ -208,23 +189,28 @@ def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def _optimizer_lines(config: Config) -> list[str]:
-    """Returns the optimizer, how many parameters each optimizer updates, and what each rule matches."""
+    """Returns the optimizers, and what each rule matches; * stands for the numbers of several blocks."""
     model, optim = config.model, config.optim
-    table, found = ParameterTable(model), update_rules(model, optim)
-    updated = Counter(rule.optimizer for rule in found.values())
+    table = ParameterTable(model)
     lines = [
         optimizer_text(model, optim),
-        f"weight decay {optim.weight_decay:g}, none on biases and norms{' but by rules' * bool(optim.rules)}; updated: "
-        + ", ".join(f"{number} parameters by {name}" for name, number in updated.items()),
+        f"weight decay {optim.weight_decay:g}, none on biases and norms{' but by rules' * bool(optim.rules)}",
     ]
     for index, rule in enumerate(optim.rules):
         names = matches(rule, table)
-        shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         number = (
             f"{len(names)} parameter{'s' * (len(names) != 1)}, {sum(table[name].numel() for name in names):,} weights"
         )
-        lines.append(f"optim.rules.{index}: {printable(rule_text(rule))} ({number}: {shown})")
+        lines.append(f"optim.rules.{index}: {printable(rule_text(rule))} ({number}: {', '.join(_short(names))})")
     return [part for line in lines for part in wrap(line, 112, subsequent_indent="  ", break_on_hyphens=False)]
+
+
+def _short(names: list[str]) -> list[str]:
+    """Returns names of parameters, with * for the number of the block where several blocks have the same one."""
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(re.sub(r"^blocks\.\d+", "blocks.*", name), []).append(name)
+    return [form if len(of) > 1 else of[0] for form, of in forms.items()]
 
 
 def _layout_line(config: Config, plan: BatchPlan) -> str:

@@ -17,6 +17,7 @@ from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, ba
 from mlra_scale.data import check_data, identify_data
 from mlra_scale.data.data_sets import FoundData, find_data
 from mlra_scale.model.update_rules import update_rules
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
@@ -38,7 +39,7 @@ from mlra_scale.training.start.device import (
     devices_here,
     resolve_device,
 )
-from mlra_scale.training.start.plan import check_config, resolve_layout
+from mlra_scale.training.start.plan import resolve_layout
 from mlra_scale.training.start.resume_choice import (
     ResumePoint,
     choose_checkpoint,
@@ -124,7 +125,7 @@ def resolve_run(
     config, layout = compared.config, None
     with _gathering(problems):
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
-        check_config(config, request.world_size, resolve_device(config))
+        validate(config, request.world_size, resolve_device(config))
     problems += check_device(config) if is_here else []
     found = find_data(config)
     is_continued = store is not None and store.kind == "training"

@@ -21,9 +21,10 @@ from mlra_scale.checkpoint.copies import Digest, differing_copies
 from mlra_scale.checkpoint.files import FileEntry
 from mlra_scale.checkpoint.fragments import ElementRun, line_of
 from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest
-from mlra_scale.config import BatchPlan, Config, batch_plan, validate, zero_stage
+from mlra_scale.config import BatchPlan, Config, batch_plan, zero_stage
 from mlra_scale.config.loading import load_named_config
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.layout import rank_of, weights_of_stage
 from mlra_scale.planning.memory import rank_memory
 from mlra_scale.stability.tev import HEADER, PIECE, TevRequest, combine

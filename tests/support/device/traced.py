@@ -22,8 +22,8 @@ from tests.support.device.tracing import Trace
 
 def configured(layout: Layout) -> Any:
     """The validated configuration of a layout."""
-    from mlra_scale.config import validate
     from mlra_scale.config.loading import load_named_config
+    from mlra_scale.model.validation import validate
 
     base = ["train.device=cuda", "data.path=x", f"model.num_layers={layout.num_layers}", *layout.overrides]
     config, _ = load_named_config(layout.preset, None, layout.ds_config, base)

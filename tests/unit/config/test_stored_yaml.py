@@ -56,6 +56,29 @@ def test_a_dense_model_has_no_factors_whose_decay_could_be_off(attention: str) -
     assert len(config.optim.rules) == (attention == "mlra")
 
 
+@pytest.mark.parametrize("version", ["", "version: 3\n"])
+def test_whether_a_model_is_dense_is_known_when_all_sources_are_merged(tmp_path: Path, version: str) -> None:
+    """`decay_factors: false` has no effect in a dense model, and in a model with factors whatever the file says."""
+    file = tmp_path / "c.yaml"
+    file.write_text(version + "optim: {decay_factors: false, decay_embedding: false}\n", encoding="utf-8")
+    for preset_name, override in (("debug", "model.attention=dense"), ("gpt2", "train.seed=1")):
+        config = load_config(preset_name, file, overrides=[override])
+        assert [rule.kind for rule in config.optim.rules] == ["embedding", "positions"]
+        assert decays(config)["embedding"] == {0.0}
+    file.write_text(
+        version + "preset: debug\nmodel: {attention: dense}\noptim: {decay_factors: false}\n", encoding="utf-8"
+    )
+    config = load_config(config_file=file, overrides=["model.attention=mlra"])
+    assert decays(config)["factor"] == {0.0}
+
+
+def test_a_rule_for_factors_that_a_person_wrote_is_an_error_in_a_dense_model(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: debug\noptim: {rules: [{kind: factor, weight_decay: 0}]}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no parameter of this kind"):
+        decays(load_config(config_file=file, overrides=["model.attention=dense"]))
+
+
 def test_a_file_of_this_version_cannot_have_the_old_fields() -> None:
     with pytest.raises(ConfigError) as caught:
         Config.from_yaml(stored(4, decay_embedding=False))

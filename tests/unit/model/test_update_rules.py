@@ -57,7 +57,11 @@ def test_updates_are_scaled_by_the_larger_side_of_a_matrix_and_spectrons_by_that
         for factor in ("up", "down"):
             assert spectron[f"blocks.1.attention.{projection}.{factor}.weight"].scale == pytest.approx(0.2 * 8)
     assert spectron["blocks.0.mlp.fc_out.weight"] == muon["blocks.0.mlp.fc_out.weight"]
-    assert {rule.scale for rule in muon.values() if rule.optimizer == "adamw"} == {1.0}
+    assert {rule.scale for rule in muon.values() if rule.is_adamw} == {1.0}
+    for optimizer in ("muon", "spectron"):
+        unscaled = rules_of(f"optim.name={optimizer}", "optim.matrix_scale=none", *shapes)
+        assert {rule.scale for rule in unscaled.values()} == {1.0}
+        assert sum(not rule.is_adamw for rule in unscaled.values()) == 4 * 8
 
 
 def test_names_and_kinds_select_parameters() -> None:

@@ -6,7 +6,7 @@ import pytest
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.planning.layout import Stage, num_held, weights_of_stage
 from mlra_scale.planning.memory import RankMemory, phases_of_a_step, rank_memory
-from mlra_scale.planning.memory_activations import block_bytes_per_token, logit_bytes
+from mlra_scale.planning.memory_activations import backward_bytes, block_bytes_per_token, logit_bytes
 from mlra_scale.planning.memory_state import (
     gradient_bytes,
     master_bytes,
@@ -79,14 +79,13 @@ def test_muon_and_spectron_have_one_moment_and_a_round_of_matrices(zero: int) ->
         assert memory(stage(4, *cpu, zero=zero)).snapshot == owned / shards
         phases = phases_of_a_step(of)
         assert phases.keys() - phases_of_a_step(adamw).keys() == {"orthogonalisation"}
-        # A result of 64 x 256, twice, once for each who holds it; parts of four such matrices, and of their results.
-        largest = 64 * 256
-        sent_back = largest * 4 / shards
-        assert phases["orthogonalisation"].temporary == 4 * (2 * largest + sent_back + 2 * 4 * largest / shards)
-    # On one rank a part is a whole matrix. With 64 x 64 the iteration needs most: three such matrices, two products.
+        # Without ZeRO directions of four matrices of 64 x 256, and what is sent of them; with it the iteration of one.
+        expected = 2 * (64 * 256 + 64 * 64) if zero else 2 * 4 * 64 * 256
+        assert phases["orthogonalisation"].temporary == 4 * expected
+    # Two states of the matrix and two products.
     alone, square = stage(1, "optim.name=muon"), stage(4, "optim.name=muon", "model.num_layers=1", *SQUARE, zero=3)
-    assert phases_of_a_step(alone)["orthogonalisation"].temporary == 4 * 5 * 64 * 256
-    assert phases_of_a_step(square)["orthogonalisation"].temporary == 4 * (3 + 2 + 4 / 4) * 64 * 64
+    assert phases_of_a_step(alone)["orthogonalisation"].temporary == 4 * 2 * (64 * 256 + 64 * 64)
+    assert phases_of_a_step(square)["orthogonalisation"].temporary == 4 * (2 + 2) * 64 * 64
 
 
 def test_a_rule_takes_matrices_from_their_optimizer() -> None:
@@ -136,6 +135,14 @@ def test_qk_norm_keeps_queries_and_keys_twice() -> None:
     plain = stage(2, "parallel.tensor=2")
     normed = stage(2, "parallel.tensor=2", "model.qk_norm=true", "model.sigma_reparam=true")
     assert block_bytes_per_token(normed) - block_bytes_per_token(plain) == 4 * 2 * plain.model.hidden_size / 2
+
+
+@pytest.mark.parametrize("options", [(), ("parallel.tensor=2", "parallel.sequence_parallel=true")])
+def test_a_branch_with_a_factor_has_a_gradient_of_its_own(options: tuple[str, ...]) -> None:
+    plain, scaled = (stage(2, *options, "model.depth_rule=completep", f"model.base_depth={depth}") for depth in (4, 8))
+    added = [backward_bytes(each) for each in (plain, scaled)]
+    assert added[1] - added[0] == 4 * plain.tokens * plain.model.hidden_size / plain.split
+    assert added[0] == backward_bytes(stage(2, *options))
 
 
 def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:

@@ -67,7 +67,9 @@ def test_the_optimizer_is_named_with_its_rules_where_the_configuration_can_be_re
     rules = ["optim.name=spectron", "optim.rules=[{kind: embedding, weight_decay: 0}]"]
     config = load_config("debug", overrides=rules).to_dict()
     text = _optimizer(RunRecord(Path("x"), config=config))
-    assert text is not None and text.startswith("spectron for matrices of blocks, AdamW (betas 0.9, 0.95; ")
+    assert text is not None and text.startswith(
+        "spectron for 24 factors, muon for 12 matrices, AdamW (betas 0.9, 0.95; "
+    )
     assert text.endswith("; rules: kind embedding: weight decay 0")
     plain = _optimizer(RunRecord(Path("x"), config=load_config("debug").to_dict()))
     assert plain == "AdamW (betas 0.9, 0.95; epsilon 1e-08)"

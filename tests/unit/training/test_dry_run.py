@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.config import ConfigError, batch_plan, load_config, load_named_config
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.training.start.device import Devices
-from mlra_scale.training.start.plan import check_config, plan_report, resolve_layout, short_report
+from mlra_scale.training.start.plan import plan_report, resolve_layout, short_report
 
 
 def report_of(preset: str, world_size: int, *overrides: str) -> str:
@@ -40,32 +41,67 @@ def section_of(text: str, title: str) -> list[str]:
 def test_the_optimizer_and_what_each_rule_matches_are_shown() -> None:
     assert section_of(report_of("debug", 1), "Optimizer") == [
         "AdamW (betas 0.9, 0.95; epsilon 1e-08)",
-        "weight decay 0.1, none on biases and norms; updated: 80 parameters by adamw",
+        "weight decay 0.1, none on biases and norms",
     ]
     rules = "[{kind: factor, optimizer: spectron}, {names: 'blocks.1.mlp.*', lr_factor: 0.5, weight_decay: 0},"
-    rules += "{kind: embedding, weight_decay: 0}]"
+    rules += "{kind: embedding, weight_decay: 0}, {kind: norm, lr_factor: 2}]"
     deep = ("model.depth_rule=completep", "optim.name=muon", f"optim.rules={rules}")
     lines = section_of(report_of("debug", 1, *deep), "Optimizer")
     assert max(map(len, lines)) <= 112
     assert " ".join(lines) == (
-        "muon for matrices of blocks, AdamW (betas 0.9, 0.95; epsilon 1e-08, in blocks times 48/4) for all else; muon "
-        "and spectron: Nesterov momentum 0.95, 5 Newton-Schulz steps "
-        "weight decay 0.1, none on biases and norms but by rules; updated: 44 parameters by adamw, 24 parameters by "
-        "spectron, 12 parameters by muon "
+        "spectron for 24 factors, muon for 12 matrices, AdamW (betas 0.9, 0.95; epsilon 1e-08, in blocks times 48/4) "
+        "for all else; spectron and muon: Nesterov momentum 0.95, 5 Newton-Schulz steps, updates times 0.2 "
+        "sqrt(max(m, n)) "
+        "weight decay 0.1, none on biases and norms but by rules "
         "optim.rules.0: kind factor: optimizer spectron (24 parameters, 49,152 weights: "
-        "blocks.0.attention.q.down.weight to blocks.3.attention.v.up.weight) "
+        "blocks.*.attention.q.down.weight, blocks.*.attention.q.up.weight, blocks.*.attention.k.down.weight, "
+        "blocks.*.attention.k.up.weight, blocks.*.attention.v.down.weight, blocks.*.attention.v.up.weight) "
         "optim.rules.1: blocks.1.mlp.*: learning rate times 0.5, weight decay 0 (4 parameters, 33,088 weights: "
-        "blocks.1.mlp.fc_in.weight to blocks.1.mlp.fc_out.bias) "
-        "optim.rules.2: kind embedding: weight decay 0 (1 parameter, 32,768 weights: embedding.weight)"
+        "blocks.1.mlp.fc_in.weight, blocks.1.mlp.fc_in.bias, blocks.1.mlp.fc_out.weight, blocks.1.mlp.fc_out.bias) "
+        "optim.rules.2: kind embedding: weight decay 0 (1 parameter, 32,768 weights: embedding.weight) "
+        "optim.rules.3: kind norm: learning rate times 2 (18 parameters, 1,152 weights: "
+        "blocks.*.attention_norm.weight, blocks.*.attention_norm.bias, blocks.*.mlp_norm.weight, "
+        "blocks.*.mlp_norm.bias, final_norm.weight, final_norm.bias)"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("optim.name=spectron", "model.attention=dense"), "muon for 24 matrices, AdamW"),
+        (("optim.rules=[{kind: factor, optimizer: muon}, {names: '*', optimizer: adamw}]",), "AdamW"),
+        (("optim.name=muon", "optim.rules=[{kind: matrix, optimizer: adamw}]"), "muon for 24 factors, AdamW"),
+        (("optim.rules=[{names: blocks.0.mlp.fc_in.weight, optimizer: muon}]",), "muon for 1 matrix, AdamW"),
+        (("optim.name=muon", "optim.matrix_scale=none", "optim.nesterov=false"), "muon for 24 factors and 12 matrices"),
+    ],
+)
+def test_only_optimizers_that_update_something_are_named(overrides: tuple[str, ...], said: str) -> None:
+    text = report_of("debug", 1, *overrides)
+    line = " ".join(section_of(text, "Optimizer"))
+    has_muon = "muon" in said
+    assert line.startswith(said) and "spectron" not in text
+    assert ("muon: " in line) == ("Newton-Schulz" in line) == ("muon: matrices take" in text) == has_muon
+    unscaled = "muon: momentum 0.95, 5 Newton-Schulz steps, updates times 1 weight decay"
+    assert (unscaled in line) == ("optim.matrix_scale=none" in overrides)
+
+
+def test_the_factor_of_the_branches_is_shown() -> None:
+    """A base depth above the model's multiplies them, which a look must show."""
+    assert "branches" not in report_of("debug", 1)
+    lines = section_of(report_of("debug", 1, "model.depth_rule=completep"), "Model")
+    assert lines[-1] == "depth rule completep: branches times 48/4 = 12 (model.base_depth / model.num_layers)"
 
 
 def test_all_fields_and_the_rules_are_checked_together() -> None:
     overrides = ["model.num_heads=5", "optim.rules=[{names: blocks.7.*, lr_factor: 2}]"]
     with pytest.raises(ConfigError) as caught:
-        check_config(load_config("debug", overrides=overrides), 1)
+        validate(load_config("debug", overrides=overrides), 1)
     assert [problem.field for problem in caught.value.problems] == ["model.num_heads", "optim.rules.0"]
-    check_config(load_config("debug"), 1)
+    validate(load_config("debug"), 1)
+    config, named = load_named_config("debug", overrides=[*overrides, "parallel.layout=auto"])
+    with pytest.raises(ConfigError) as caught:
+        resolve_layout(config, named, Devices(1, 1, "cuda"))
+    assert [problem.field for problem in caught.value.problems] == ["model.num_heads", "optim.rules.0"]
 
 
 def test_the_short_report_names_model_batch_and_layout() -> None:

@@ -60,7 +60,7 @@ def test_every_change_is_told_with_its_step(store: Store) -> None:
     assert "/home/me" not in card, "where things lay is nobody's business"
 
 
-@pytest.mark.parametrize("name", ["name", "betas", "newton_schulz_steps", "weight_decay", "decay_embedding"])
+@pytest.mark.parametrize("name", ["name", "betas", "matrix_scale", "newton_schulz_steps", "decay_embedding"])
 def test_the_row_of_the_optimizer_tells_of_a_change_to_any_of_its_fields(store: Store, name: str) -> None:
     (row,) = [line for line in card_of(store, (1, f"optim.{name}", 1, 2)).splitlines() if "| optimizer |" in line]
     assert "last of several" in row
@@ -78,7 +78,8 @@ def test_the_card_has_the_optimizer_and_its_rules(store: Store) -> None:
     optim = store.config.optim.model_copy(update={"name": "muon", "rules": rules})
     store.config = store.config.model_copy(update={"optim": optim})
     card = card_of(store)
-    muon = f"muon for matrices of blocks, {adamw} for all else; muon: Nesterov momentum 0.95, 5 Newton-Schulz steps"
+    settings = "Nesterov momentum 0.95, 5 Newton-Schulz steps, updates times 0.2 sqrt(max(m, n))"
+    muon = f"muon for 12 factors and 6 matrices, {adamw} for all else; muon: {settings}"
     assert f"| optimizer | {muon}; weight decay 0.1, none on biases and norms |" in card
     assert "| parameter rules | kind embedding: weight decay 0; blocks.0.*: learning rate times 0.5 |" in card
 
