@@ -262,7 +262,7 @@ def test_another_optimizer_from_here_on(start: Start, tmp_path: Path, layout: st
     file.write_text("optim:\n  name: adamw\n")
     command = ["train.steps=5", *fixed, "--config", str(file), "--resume", "auto"]
     refused = start("trunk", *command, num_processes=num_processes, code=ExitCode.BAD_INPUT)
-    assert "optim.name = adamw: the run to be resumed has muon; if the change is meant" in refused.stderr
+    assert "optim.name = 'adamw': the run to be resumed has muon; if the change is meant" in refused.stderr
     branch = [*fixed, "optim.name=adamw", "--resume", str(trunk)]
     result = start("whole", "train.steps=7", *branch, num_processes=num_processes)
     notice = "AdamW begins anew, with moments of zero, for 18 parameters (blocks.0.attention.q.down.weight to "
