@@ -1,3 +1,59 @@
-"""Pre-training of very deep GPT-2 models with multi-head low-rank attention factors (MLRA)."""
+"""Pre-training of very deep GPT-2 models with multi-head low-rank attention factors (MLRA).
+
+The names below are for training loops other than this package's own (docs/library.md). Each is loaded at its first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlra_scale.library.auto_classes import MlraConfig, MlraForCausalLM, MlraModel
+    from mlra_scale.library.deepspeed_engine import attach_tev
+    from mlra_scale.library.lightning_callback import LightningTevCallback
+    from mlra_scale.library.replacement import merge_attention_projections, replace_attention_projections
+    from mlra_scale.library.tev import tev
+    from mlra_scale.library.transformers_callback import TevCallback
+    from mlra_scale.shipped.low_rank_linear import LowRankLinear
+    from mlra_scale.stability.tev import TevStatistics
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "LightningTevCallback": "library.lightning_callback",
+    "LowRankLinear": "shipped.low_rank_linear",
+    "MlraConfig": "library.auto_classes",
+    "MlraForCausalLM": "library.auto_classes",
+    "MlraModel": "library.auto_classes",
+    "TevCallback": "library.transformers_callback",
+    "TevStatistics": "stability.tev",
+    "attach_tev": "library.deepspeed_engine",
+    "merge_attention_projections": "library.replacement",
+    "replace_attention_projections": "library.replacement",
+    "tev": "library.tev",
+}
+
+__all__ = [
+    "LightningTevCallback",
+    "LowRankLinear",
+    "MlraConfig",
+    "MlraForCausalLM",
+    "MlraModel",
+    "TevCallback",
+    "TevStatistics",
+    "attach_tev",
+    "merge_attention_projections",
+    "replace_attention_projections",
+    "tev",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library == __name__:
+            raise
+        raise ImportError(f"{__name__}.{name} needs {library}: pip install {library}", name=error.name) from error

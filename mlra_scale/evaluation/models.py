@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from mlra_scale.checkpoint import CheckpointError, Store, checkpoint_at
 from mlra_scale.checkpoint.files import first_line, some_of
 from mlra_scale.checkpoint.huggingface.configuration import DTYPES, model_from_store, quiet_transformers
-from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
 from mlra_scale.data import DataError
 from mlra_scale.data.tokenizer import LoadedTokenizer, contradict, load_tokenizer
 from mlra_scale.evaluation import EvaluationError
+from mlra_scale.shipped.modeling_mlra import MlraConfig, MlraForCausalLM
 
 # Masks that old versions of transformers stored as if they were weights.
 _OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")

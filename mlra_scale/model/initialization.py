@@ -33,6 +33,7 @@ import torch
 from mlra_scale.config import ModelConfig
 from mlra_scale.model.parameters import ParameterInfo
 from mlra_scale.model.randomness import keyed_generator
+from mlra_scale.shipped.low_rank_linear import factor_stds
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:
@@ -42,11 +43,8 @@ def xavier_std(fan_in: int, fan_out: int) -> float:
 
 def factor_std(model: ModelConfig, scheme: str) -> float:
     """Standard deviation of each of the two factors under `scheme` (`gpt2`, `xavier` or `matched`)."""
-    if scheme == "xavier":
-        return xavier_std(model.hidden_size, model.rank)
-    if scheme == "matched":
-        return math.sqrt(model.base_std) * model.rank**-0.25
-    return model.base_std
+    down_std, _ = factor_stds(model.hidden_size, model.hidden_size, model.rank, scheme, model.base_std)
+    return down_std
 
 
 def product_std(model: ModelConfig, scheme: str) -> float:

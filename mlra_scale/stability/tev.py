@@ -197,12 +197,48 @@ def tev_of_matrix(
     matrix = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.asarray(matrix))
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ValueError(f"an embedding is a matrix of real numbers, not {matrix.dtype} {list(matrix.shape)}")
-    num_rows = matrix.shape[0] if num_rows is None else num_rows
-    if not 0 < num_rows <= matrix.shape[0] or not matrix.shape[1]:
-        raise ValueError(f"{num_rows} real rows of a matrix with shape {list(matrix.shape)}")
-    request = TevRequest(num_rows, matrix.shape[1], quantiles, extremes)
-    gathered, summed = report(request, [(0, matrix.reshape(-1))], matrix.device)
-    return combine(request, [gathered.cpu().numpy()], summed.cpu().numpy())
+    request = checked_request(tuple(matrix.shape), num_rows, quantiles, extremes)
+    return measure(request, [(0, matrix.reshape(-1))], matrix.device, ())
+
+
+def checked_request(
+    shape: tuple[int, ...], num_rows: int | None, quantiles: Sequence[float], extremes: int
+) -> TevRequest:
+    """Returns the request for a matrix [rows, D], whose rows from `num_rows` on are padding.
+
+    Raises:
+        ValueError: It has no elements, or fewer than `num_rows` rows.
+    """
+    rows, hidden_size = shape
+    num_rows = rows if num_rows is None else num_rows
+    if not 0 < num_rows <= rows or not hidden_size:
+        raise ValueError(f"{num_rows} real rows of a matrix with shape {list(shape)}")
+    return TevRequest(num_rows, hidden_size, quantiles, extremes)
+
+
+def measure(
+    request: TevRequest,
+    parts: Iterable[tuple[int, Tensor]],
+    device: torch.device,
+    groups: Sequence[dist.ProcessGroup | None],
+) -> TevStatistics:
+    """Measures TEV of a matrix whose elements are spread over the ranks of some groups; collective.
+
+    Args:
+        request: What to measure.
+        parts: See `report`. Every element has one owner among the ranks that the groups reach.
+        device: Of what is exchanged.
+        groups: Of the ranks that exchange, one group after another: one (None: all ranks), or one for each dimension of
+            a mesh of ranks along which the matrix is cut. Empty: this process holds the whole matrix.
+
+    Returns:
+        The same numbers on every rank.
+    """
+    gathered, summed = report(request, parts, device)
+    gathered_of_all = _all_gather(gathered, groups)
+    for group in groups:
+        dist.all_reduce(summed, group=group)
+    return combine(request, gathered_of_all, summed.cpu().numpy())
 
 
 class TevHook:
@@ -227,24 +263,23 @@ class TevHook:
             fragments: The fp32 master weights that this rank owns. Every element of the embedding has one owner.
         """
         mine = ((self.first + fragment.start, fragment.values) for fragment in fragments if fragment.name == self.name)
-        gathered, summed = report(self.request, mine, self.device)
-        gathered_of_all = _all_gather(gathered)
-        if dist.is_initialized():
-            dist.all_reduce(summed)
-        return combine(self.request, gathered_of_all, summed.cpu().numpy())
+        return measure(self.request, mine, self.device, (None,) if dist.is_initialized() else ())
 
 
-def _all_gather(mine: Tensor) -> list[np.ndarray]:
+def _all_gather(mine: Tensor, groups: Sequence[dist.ProcessGroup | None]) -> list[np.ndarray]:
     """Gathers vectors whose lengths differ between ranks, padded with zeros."""
-    if not dist.is_initialized():
+    if not groups:
         return [mine.cpu().numpy()]
     longest = torch.full((1,), mine.numel(), device=mine.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    padded = torch.zeros(int(longest), dtype=mine.dtype, device=mine.device)
-    padded[: mine.numel()] = mine
-    collected = padded.new_zeros(dist.get_world_size() * padded.numel())
-    dist.all_gather_into_tensor(collected, padded)
-    return list(collected.cpu().numpy().reshape(-1, padded.numel()))
+    for group in groups:
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    length = int(longest)
+    collected = torch.zeros(length, dtype=mine.dtype, device=mine.device)
+    collected[: mine.numel()] = mine
+    for group in groups:
+        padded, collected = collected, collected.new_zeros(dist.get_world_size(group) * collected.numel())
+        dist.all_gather_into_tensor(collected, padded, group=group)
+    return list(collected.cpu().numpy().reshape(-1, length))
 
 
 class TevWatcher(Watcher):

@@ -13,23 +13,10 @@ from safetensors import SafetensorError, safe_open
 from mlra_scale.config.json_text import printable, read_foreign_json_object
 from mlra_scale.config.weight_map import weight_map
 from mlra_scale.console import InputError
+from mlra_scale.stability.embedding_names import HEAD_NAMES, input_embeddings
 from mlra_scale.stability.tev import TevStatistics, tev_of_matrix
 
 INDEX = "model.safetensors.index.json"
-# Names of input embeddings, most specific first; the first one that occurs is taken.
-INPUT_NAMES = (
-    "wte.weight",  # GPT-2, GPT-J, Falcon
-    "embed_tokens.weight",  # Llama, Qwen, Mistral, Gemma, OPT, Phi
-    "word_embeddings.weight",  # BLOOM, BERT, Megatron
-    "tok_embeddings.weight",  # ModernBERT, Llama's own files
-    "embed_in.weight",  # GPT-NeoX
-    "token_embedding.weight",
-    "word_embedding.weight",
-    "embeddings.weight",  # Mamba, RWKV
-    "embedding.weight",  # this project's own name
-    "shared.weight",  # T5
-)
-HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -149,12 +136,11 @@ def _tensor_files(path: Path) -> dict[str, Path]:
 
 
 def _input_name(path: Path, files: dict[str, Path]) -> str:
-    for ending in INPUT_NAMES:
-        names = sorted(name for name in files if name == ending or name.endswith("." + ending))
-        if len(names) == 1:
-            return names[0]
-        if names:
-            raise InputError(f"{path} has several embeddings: choose one with --tensor: {_some(names)}")
+    names = input_embeddings(files)
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise InputError(f"{path} has several embeddings: choose one with --tensor: {_some(names)}")
     raise InputError(
         f"no tensor of {path} is named like an embedding: choose one with --tensor: {_some(sorted(files))}"
     )

@@ -100,9 +100,9 @@ def run_case(pools: Pools, folder: Path, layout: Layout, **overrides: Any) -> Ou
     from transformers import GPT2LMHeadModel
 
     from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
-    from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
     from mlra_scale.checkpoint.reader import Store
     from mlra_scale.checkpoint.retention import checkpoint_at
+    from mlra_scale.shipped.modeling_mlra import MlraForCausalLM
 
     config = layout_config(layout, **overrides)
     shards = pools(layout.world_size).run(train_and_save, config, folder / "checkpoints")

@@ -26,13 +26,18 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "megatron": set(),
     "process_tree": set(),
-    "model": {"config", "megatron"},
+    # Travels with exports.
+    "shipped": set(),
+    "model": {"config", "megatron", "shipped"},
     "parallel": {"config", "model", "megatron"},
     "data": {"config", "megatron"},
     "stability": {"config", "model", "parallel"},
-    "checkpoint": {"config", "model", "parallel"},
+    "checkpoint": {"config", "model", "parallel", "shipped"},
+    # The public face; the package's own __init__ offers its names.
+    "library": {"shipped", "stability"},
+    "__init__": {"library", "shipped", "stability"},
     "planning": {"config", "model"},
-    "evaluation": {"config", "model", "parallel", "data", "checkpoint"},
+    "evaluation": {"config", "model", "parallel", "data", "checkpoint", "shipped"},
     "training": {"config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation"},
     "study": {"config", "model", "training"},
     "train": {"config", "model", "data", "training"},
@@ -53,6 +58,8 @@ ROOMS: dict[str, set[str]] = {
 # Rooms that see only a part of another one: its parameter table, its interface, what its probe path shows.
 PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
+    # Both do with torch and numpy alone.
+    ("library", "stability"): {"embedding_names", "tev", "watcher"},
     ("stability", "parallel"): {"", "fragments", "topology"},
     ("checkpoint", "parallel"): {"", "fragments", "topology"},
     ("planning", "model"): {
@@ -69,7 +76,8 @@ PARTS: dict[tuple[str, str], set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "torch": set(ROOMS) - {"config", "console", "files", "planning", "study"},
     "rich": {"console"},
-    "deepspeed": {"parallel", "training"},
+    "deepspeed": {"library", "parallel", "training"},
+    "lightning": {"library"},
     "megatron": {"megatron"},
     "datasets": {"data"},
     "matplotlib": {"study"},

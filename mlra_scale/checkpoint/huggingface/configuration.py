@@ -13,9 +13,9 @@ import torch
 from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging
 
-from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import Format, export_tensors
 from mlra_scale.config import ModelConfig
+from mlra_scale.shipped.modeling_mlra import MlraConfig, MlraForCausalLM
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -96,6 +96,7 @@ def mlra_config(model: ModelConfig) -> MlraConfig:
         residual_dropout=model.residual_dropout,
         layer_norm_eps=model.layer_norm_eps,
         initializer_range=model.base_std,
+        attention_init=model.attention_init if factorised else "gpt2",
         qk_norm=model.qk_norm,
         embedding_scale=model.embedding_factor,
     )

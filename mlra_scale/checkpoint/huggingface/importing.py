@@ -3,8 +3,8 @@
     c_attn.weight [D, 3 D]   its columns are q, k, v; stored [in, out], here [out, in]
     factorised at rank R     W = U S V^T;  up = U sqrt(S) [D, R],  down = sqrt(S) V^T [R, D], the first R of each
 
-That product is the nearest of its rank to W in the Frobenius norm (Eckart and Young 1936); that both factors have the
-same singular values is ours to choose, and gives them gradients of one size.
+That product is the nearest of its rank to W (`factorise`); that both factors have the same singular values is ours to
+choose, and gives them gradients of one size.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.config import ModelConfig
 from mlra_scale.config.json_text import printable, read_json_object
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.shipped.low_rank_linear import factorise
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -104,18 +105,6 @@ def import_gpt2(
         values = model.model_dump(mode="json")
         write_weights(checkpoint, values, _parameters(model, weights, kept), tokenizer, origin)
     return Imported(checkpoint, model, dtypes, tokenizer is not None, kept, notes)
-
-
-def factorise(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Cuts a matrix [out, in] into balanced factors by its singular value decomposition, computed in fp64.
-
-    Returns:
-        up [out, R] and down [R, in] in fp32, and the share of the squared singular values that they keep.
-    """
-    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    roots = singular[:rank].sqrt()
-    energy, total = float(singular[:rank].square().sum()), float(singular.square().sum())
-    return (left[:, :rank] * roots).float(), (roots[:, None] * right[:rank]).float(), energy / total if total else 1.0
 
 
 def _read_config(

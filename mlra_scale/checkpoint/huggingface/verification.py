@@ -10,10 +10,11 @@ Shape suffixes: N sequences, S positions, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,25 +210,25 @@ def loaded_model(folder: Path, export_format: Format, dtype: torch.dtype) -> Ite
 def _code_of(folder: Path, export_format: Format) -> Iterator[Any]:
     """Yields the class that loads a folder.
 
-    Code is imported from the folder itself: loading it as remote code would leave a copy in the user's cache.
+    Code is imported from the folder itself, as a package, since its files import each other: loading it as remote code
+    would leave a copy in the user's cache.
     """
     if export_format == "gpt2":
         yield transformers.GPT2LMHeadModel
         return
     named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]["AutoModelForCausalLM"]
     module_name, class_name = named.split(".")
-    name = f"_exported_{module_name}_{id(folder)}"
-    spec = importlib.util.spec_from_file_location(name, folder / f"{module_name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    package = types.ModuleType(f"_exported_{id(folder)}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    importlib.invalidate_caches()  # the folder may be a new one in the place of another
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # or the export would hold a __pycache__
     try:
-        spec.loader.exec_module(module)
-        yield getattr(module, class_name)
+        yield getattr(importlib.import_module(f"{package.__name__}.{module_name}"), class_name)
     finally:
         sys.dont_write_bytecode = bytecode
-        del sys.modules[name]
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
 
 
 def _check_loaded(model: Any, store: Store, dtype: torch.dtype, is_tied: bool) -> None:

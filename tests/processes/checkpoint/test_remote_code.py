@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from mlra_scale.checkpoint.huggingface import modeling_mlra
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, export_checkpoint
-from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
+from mlra_scale.shipped import low_rank_linear, modeling_mlra
+from mlra_scale.shipped.modeling_mlra import MlraConfig, MlraForCausalLM
 from tests.parity.test_reference import make_reference
 from tests.support.gpt2_folders import tokenizer
 from tests.unit.checkpoint.huggingface.builders import checkpoint
@@ -47,7 +47,9 @@ def test_saved_models_load_as_remote_code_in_a_process_without_this_package(tmp_
     assert name == "MlraForCausalLM" and module.startswith("transformers_modules.")
     assert generated == expected
     # What the remote code saves is whole again.
-    assert (tmp_path / "saved-again" / "modeling_mlra.py").read_text() == Path(modeling_mlra.__file__).read_text()
+    for module in (modeling_mlra, low_rank_linear):
+        source = Path(str(module.__file__))
+        assert (tmp_path / "saved-again" / source.name).read_text() == source.read_text()
     assert json.loads((tmp_path / "saved-again" / "config.json").read_text())["auto_map"]
 
 

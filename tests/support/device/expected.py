@@ -193,9 +193,7 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
             "the longest vector of all ranks, which sizes the gather",
         ),
         Wait("copy cuda to cpu", "mlra_scale/stability/tev.py:_all_gather", 1, "what the ranks have sent"),
-        Wait(
-            "copy cuda to cpu", "mlra_scale/stability/tev.py:TevHook.measure", 1, "TEV of every token, and column sums"
-        ),
+        Wait("copy cuda to cpu", "mlra_scale/stability/tev.py:measure", 1, "TEV of every token, and column sums"),
     ),
     "QK-clip": (
         *_EVALUATIONS,

@@ -80,9 +80,9 @@ def _generate(rank: TracedRank) -> None:
     """NEW_TOKENS after each of two prompts, by a small model as exports have it. FakeTensors have no inference mode."""
     from transformers import GenerationMixin
 
-    from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
     from mlra_scale.evaluation.generation import GenerationOptions, _new_tokens
     from mlra_scale.evaluation.models import OpenedModel
+    from mlra_scale.shipped.modeling_mlra import MlraConfig, MlraForCausalLM
 
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "attention_rank": 16}
     module = MlraForCausalLM(MlraConfig(vocab_size=64, max_position_embeddings=16, **shape)).to("cuda").eval()

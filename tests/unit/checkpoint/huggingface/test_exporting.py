@@ -17,12 +17,12 @@ from mlra_scale.checkpoint.huggingface import exporting
 from mlra_scale.checkpoint.huggingface.configuration import model_from_store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
-from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
 from mlra_scale.checkpoint.huggingface.verification import LogitComparison, Verification, VerificationError
 from mlra_scale.checkpoint.reader import Store
 from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
+from mlra_scale.shipped.modeling_mlra import MlraForCausalLM
 from tests.support.gpt2_folders import gpt2_folder, tokenizer
 from tests.support.oracle import build_reference
 from tests.support.reference import ReferenceGPT
@@ -87,7 +87,8 @@ def test_exports_equal_the_oracle(tmp_path: Path, variant: str, export_format: F
     assert logits.shape[-1] == tokenizer().vocabulary_size, "no padded row leaks"
     names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     names |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
-    assert files_of(tmp_path / "out") == names | ({"modeling_mlra.py"} if export_format == "mlra" else set())
+    names |= {"modeling_mlra.py", "low_rank_linear.py"} if export_format == "mlra" else set()
+    assert files_of(tmp_path / "out") == names
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

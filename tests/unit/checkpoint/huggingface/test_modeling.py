@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
 
-from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraConfig, MlraForCausalLM
+from mlra_scale.shipped.modeling_mlra import MlraConfig, MlraForCausalLM
 from tests.parity.test_reference import HEADS, HIDDEN, LAYERS, POSITIONS, RANK, VOCAB, make_huggingface, make_reference
 from tests.support.reference import ReferenceGPT
 

@@ -1,6 +1,7 @@
 """GPT-2 with low-rank attention projections (MLRA) for Hugging Face transformers: configuration and model.
 
-The file stands alone (torch and transformers only) and travels with exported checkpoints as remote code:
+With low_rank_linear.py the file stands alone (torch and transformers only): both travel with exported checkpoints as
+remote code:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -13,6 +14,7 @@ Legend of shape suffixes: B batch, S sequence (queries), T keys, D hidden, N hea
 F feed-forward, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
+
+# Relative: that is how transformers finds the files that remote code needs.
+from .low_rank_linear import INITIALIZATIONS, LowRankLinear
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -48,7 +53,9 @@ class MlraConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of every layer norm.
         qk_norm: Whether queries and keys pass a layer norm without bias over the width of a head.
         embedding_scale: What token embeddings are multiplied by on entry; the head takes them as they are.
-        initializer_range: Standard deviation of weights that no checkpoint gives.
+        initializer_range: Standard deviation of weights that no checkpoint gives; those of maps that write to the
+            residual stream are divided by sqrt(2 num_hidden_layers), as in GPT-2.
+        attention_init: Initialization of factors that no checkpoint gives: "gpt2", "xavier" or "matched".
         use_cache: Whether the forward pass returns its keys and values by default.
     """
 
@@ -70,6 +77,7 @@ class MlraConfig(PreTrainedConfig):
     qk_norm: bool = False
     embedding_scale: float = 1.0
     initializer_range: float = 0.02
+    attention_init: str = "gpt2"
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -85,26 +93,13 @@ class MlraConfig(PreTrainedConfig):
             raise ValueError(f"factorised_projections may name q, k, v and o, not {', '.join(unknown)}")
         if self.factorised_projections and not self.attention_rank:
             raise ValueError("attention_rank is missing: factorised_projections is not empty")
+        if self.attention_init not in INITIALIZATIONS:
+            raise ValueError(f"attention_init is {self.attention_init!r}; use {', '.join(INITIALIZATIONS)}")
         # A list, as JSON gives it back, so that a configuration equals itself after saving and loading.
         self.factorised_projections = [name for name in PROJECTIONS if name in self.factorised_projections]
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
-
-
-class LowRankLinear(nn.Module):
-    """A linear map as the product of two factors, nothing between them.
-
-    down.weight: [R, in]; up.weight: [out, R]; up.bias: [out]
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
 
 
 def eager_attention(
@@ -217,10 +212,35 @@ def _causal_mask(hidden_BSD: Tensor, num_keys: int, num_past: int | Tensor) -> T
 
 
 def _projection(config: MlraConfig, name: str) -> nn.Module:
-    if name in config.factorised_projections:
-        assert config.attention_rank is not None
-        return LowRankLinear(config.hidden_size, config.hidden_size, config.attention_rank)
-    return nn.Linear(config.hidden_size, config.hidden_size)
+    width, scale = config.hidden_size, _residual_scale(config) if name == "o" else 1.0
+    if name not in config.factorised_projections:
+        return _with_initial_std(nn.Linear(width, width), config.initializer_range * scale)
+    assert config.attention_rank is not None
+    result = LowRankLinear(
+        width,
+        width,
+        config.attention_rank,
+        init=config.attention_init,
+        std=config.initializer_range,
+        up_scale=scale,
+    )
+    _with_initial_std(result.down, result.down_std)
+    _with_initial_std(result.up, result.up_std)
+    return result
+
+
+def _residual_scale(config: MlraConfig) -> float:
+    """What the initial weights of a map that writes to the residual stream are multiplied by."""
+    return 1.0 / math.sqrt(2.0 * config.num_hidden_layers)
+
+
+def _with_initial_std(layer: nn.Linear, std: float) -> nn.Linear:
+    """Marks a layer with the standard deviation of its initial weights, where it is another one than the model's.
+
+    transformers initializes weights that a checkpoint lacks layer by layer, after the model has been built.
+    """
+    layer.initial_std = std  # type: ignore[assignment]
+    return layer
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -245,7 +265,8 @@ class MlraFeedForward(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None
         self.fc_in = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc_out = _with_initial_std(fc_out, config.initializer_range * _residual_scale(config))
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         return self.fc_out(functional.gelu(self.fc_in(hidden_BSD), approximate="tanh"))
@@ -289,6 +310,13 @@ class MlraPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std: Any = getattr(module, "initial_std", None)
+        if std is not None:
+            assert isinstance(module, nn.Linear)
+            nn.init.normal_(module.weight, std=std)
 
 
 class MlraModel(MlraPreTrainedModel):

@@ -1,0 +1,98 @@
+"""Low-rank projections in a GPT-2 of transformers: the same model at full rank, trained, and merged back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+from mlra_scale import LowRankLinear, merge_attention_projections, replace_attention_projections
+from tests.support.gpt2_folders import random_gpt2
+
+WIDTH = 32
+TOKENS = torch.arange(20).view(2, 10)
+
+
+def logits(model: GPT2LMHeadModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("projections", [("q", "k", "v"), ("q", "k", "v", "o"), ("v",), ("o",)], ids="".join)
+def test_at_full_rank_it_is_the_same_model(projections: tuple[str, ...]) -> None:
+    model = random_gpt2().double()
+    before = logits(model)
+    replace_attention_projections(model, WIDTH, projections)
+    found = sum(isinstance(module, LowRankLinear) for module in model.modules())
+    assert found == 2 * len(projections)
+    # The factors are rounded to fp32.
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_it_trains_and_merges_into_a_plain_gpt2(tmp_path: Path) -> None:
+    model = random_gpt2()
+    before = logits(model)
+    replace_attention_projections(model, 8, "qkvo")
+    assert not torch.allclose(logits(model), before), "a rank of 8 of 32 loses something"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    start: dict[str, Any] = {name: value.clone() for name, value in model.named_parameters()}
+    losses = []
+    for _ in range(5):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    factors = [name for name, _ in model.named_parameters() if ".down." in name or ".up." in name]
+    assert len(factors) == 2 * 4 * 3
+    # A key's bias changes nothing, so that its gradient is rounding noise.
+    assert all(not torch.equal(model.get_parameter(name), start[name]) for name in factors if ".k.up.bias" not in name)
+    trained = logits(model)
+    merge_attention_projections(model)
+    torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(logits(again.eval()), logits(model))
+
+
+def test_new_factors_begin_with_the_chosen_spread_and_keep_biases() -> None:
+    model = random_gpt2(n_embd=256, n_layer=2, n_head=4)
+    biases = model.transformer.h[0].attn.c_attn.bias.detach().clone()
+    torch.manual_seed(0)
+    replace_attention_projections(model, 64, "qkvo", init="matched")
+    attention = model.transformer.h[0].attn
+    std = math.sqrt(model.config.initializer_range) * 64**-0.25
+    assert float(attention.c_attn.k.down.weight.std()) == pytest.approx(std, rel=0.03)
+    assert float(attention.c_proj.up.weight.std()) == pytest.approx(std / math.sqrt(2 * 2), rel=0.03)
+    assert torch.equal(torch.cat([getattr(attention.c_attn, name).up.bias for name in "qkv"]), biases)
+
+
+def test_types_are_kept() -> None:
+    model = random_gpt2().to(torch.bfloat16)
+    replace_attention_projections(model, 8, ("q", "v"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    merge_attention_projections(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_what_cannot_be_replaced_is_refused() -> None:
+    model = random_gpt2()
+    for rank in (0, WIDTH + 1):
+        with pytest.raises(ValueError, match=f"rank is {rank}; use 1 to 32"):
+            replace_attention_projections(model, rank)
+    with pytest.raises(ValueError, match=r"name some of q, k, v, o"):
+        replace_attention_projections(model, 4, ("q", "x"))
+    with pytest.raises(ValueError, match="init is 'other'"):
+        replace_attention_projections(model, 4, init="other")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Linear has no attention of GPT-2"):
+        replace_attention_projections(nn.Linear(3, 3), 2)
+    replace_attention_projections(model, 4)
+    with pytest.raises(ValueError, match="replaced already"):
+        replace_attention_projections(model, 4)
+    with pytest.raises(ValueError, match="encoder"):
+        replace_attention_projections(random_gpt2(add_cross_attention=True), 4)
