@@ -31,8 +31,8 @@ def tev(
 ) -> TevStatistics:
     """Measures the token embedding variability of a model or a matrix, in fp64.
 
-    Under DeepSpeed the fp32 master weights are measured. Where the ranks of a job hold parts of the embedding, as with
-    ZeRO and FSDP2, the call is collective: all of them make it, and all get the same numbers.
+    Under DeepSpeed's ZeRO the fp32 master weights are measured. Where the ranks of a job hold parts of the embedding, as
+    with ZeRO and FSDP2, the call is collective: all of them make it, and all get the same numbers.
 
     Args:
         model_or_matrix: A model, wrapped or not, or the embedding itself: [rows, D].
@@ -180,7 +180,7 @@ def _held_in_zero3(weight: Any, shape: tuple[int, ...]) -> _Held:
 
 
 def _held_in_zero(weight: Any, shape: tuple[int, ...]) -> _Held:
-    """DeepSpeed ZeRO 1 and 2, and 16 bits with ZeRO 0: the fp32 weights are split over data ranks, or equal on all."""
+    """DeepSpeed ZeRO 1 and 2: runs of the fp32 weights, split over data ranks; None where a rank has none."""
     mapping = weight._hp_mapping
     values = None if mapping is None else mapping.hp_fragment.detach()
     parts = [] if values is None else [(mapping.lp_fragment_address.start, values)]

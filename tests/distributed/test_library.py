@@ -30,6 +30,12 @@ ZERO: dict[str, dict[str, Any]] = {
         f"zero-{stage}-offload": {"zero_optimization": {"stage": stage, "offload_optimizer": CPU}}
         for stage in (1, 2, 3)
     },
+    # The third of DeepSpeed's wrappers, BF16_Optimizer.
+    "zero-1-bf16-fp32-sums": {
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
     "zero-3-offload-bf16": {
         "zero_optimization": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
         "bf16": {"enabled": True},

@@ -100,5 +100,5 @@ def test_a_new_model_of_transformers_begins_like_one_of_the_trainer(init: Any, f
     for name, info in table.items():
         if info.kind not in ("bias", "norm"):
             # At least 4,608 elements: the standard error is 1 %.
-            assert float(weights[name].std()) == pytest.approx(initial_std(model, info), rel=0.06), name
+            assert float(weights[name].detach().std()) == pytest.approx(initial_std(model, info), rel=0.06), name
     assert factor_stds(96, 96, 48, init, 0.02)[0] == initial_std(model, table["blocks.0.attention.v.down.weight"])
