@@ -31,8 +31,8 @@ def tev(
 ) -> TevStatistics:
     """Measures the token embedding variability of a model or a matrix, in fp64.
 
-    Under DeepSpeed's ZeRO the fp32 master weights are measured. Where the ranks of a job hold parts of the embedding, as
-    with ZeRO and FSDP2, the call is collective: all of them make it, and all get the same numbers.
+    Under DeepSpeed's ZeRO the fp32 master weights are measured. Where the ranks of a job hold parts of the embedding,
+    as with ZeRO and FSDP2, the call is collective: all of them make it, and all get the same numbers.
 
     Args:
         model_or_matrix: A model, wrapped or not, or the embedding itself: [rows, D].
