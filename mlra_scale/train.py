@@ -30,10 +30,10 @@ from mlra_scale.config import (
     batch_plan,
     load_named_config,
     preset_names,
-    validate,
 )
 from mlra_scale.console import set_up_logging
 from mlra_scale.data import DataError
+from mlra_scale.model.validation import validate
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.interruption import Interruption, Watchdog
 from mlra_scale.training.log.console import silence_libraries

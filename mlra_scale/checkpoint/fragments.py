@@ -33,7 +33,7 @@ FRAGMENTS = "fragments.json"
 
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 PARTS: tuple[Part, ...] = ("weight", "exp_avg", "exp_avg_sq")
-"""What is stored of a parameter: the weight, and in a checkpoint with moments those of the optimizer."""
+"""What is stored of a parameter: the weight, and in a checkpoint with moments those that its optimizer keeps."""
 ElementRun = tuple[str, int, int]
 """Parameter, first element, number of elements: an entry of `runs` in fragments.json."""
 

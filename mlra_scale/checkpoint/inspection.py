@@ -107,9 +107,10 @@ def describe_checkpoint(store: Store) -> dict[str, Any]:
             "parameters": model.num_parameters(),
         },
         "has_moments": manifest.has_moments,
+        "momentum_only": len(manifest.momentum_only),
         "has_tokenizer": store.tokenizer_folder is not None,
         "state": sorted(store.state),
-        "buffers": sorted(store.buffers()),
+        "buffers": sorted(store.buffer_names),
         "versions": dict(manifest.versions),
         "format_version": manifest.version,
         "learning_rate": store.state.get("learning_rate"),
@@ -144,7 +145,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def compare_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[dict[str, Any]]:
     """Yields the tensors in which two checkpoints differ, whatever their layouts; a few rows are in memory at a time.
 
-    Padded vocabulary rows are left out. With moments, both must have them. An entry has name, part, and either `fault`
+    Padded vocabulary rows are left out. With moments, both must have some. An entry has name, part, and either `fault`
     (one of them lacks it, or has another shape), or `max_abs`, the largest absolute difference, and `relative`, the
     norm of the difference over the norm of the first (None where that is zero or not finite).
     """
@@ -154,6 +155,13 @@ def compare_tensors(one: Store, other: Store, with_moments: bool) -> Iterator[di
             yield {"name": name, "part": None, "fault": f"shape {shapes[0]} in the first, {shapes[1]} in the second"}
             continue
         for part in PARTS if with_moments else PARTS[:1]:
+            # Of a checkpoint without any moments, reading one is an error.
+            has_part = [part in store.parts(name) or not store.manifest.has_moments for store in (one, other)]
+            if has_part in ([True, False], [False, True]):
+                which = "second" if has_part[0] else "first"
+                yield {"name": name, "part": part, "fault": f"the {which} has the momentum alone"}
+            if has_part != [True, True]:
+                continue
             difference = _difference(one, other, name, part, shapes[0])
             if difference is not None:
                 yield {"name": name, "part": part, "fault": None, **difference}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.files import CheckpointError
+from mlra_scale.checkpoint.other_optimizer import adam_begun_at, begins_anew, vectors_anew
 from mlra_scale.checkpoint.reader import Store
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def open_on_all_ranks(folder: Path, topology: Topology) -> Store:
 def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     """Loads weights, moments, optimizer step and loss scale into an engine of any layout; collective.
 
-    Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify.
+    Every rank reads what it holds and no more. Checksums are not compared here: see Store.verify. Where a parameter has
+    another optimizer than in the checkpoint, see other_optimizer.py.
 
     Returns:
         The checkpoint's state section.
@@ -47,19 +50,42 @@ def load_checkpoint(engine: Engine, store: Store) -> dict[str, Any]:
     _check_model(engine, store)
     topology = engine.topology
     faults: list[str] = []
-    buffers = store.power_vectors()
+    begun, anew = adam_begun_for(engine, store), frozenset(begins_anew(store, engine.rules))
+    dropped = frozenset(vectors_anew(store, engine.rules))
+    buffers = {name: vector for name, vector in store.buffers().items() if name not in dropped}
+    state = store.state.get("engine")
+    if state is not None:
+        state = {**state, "adam_begun_at": begun}
 
     def fill(fragment: Fragment) -> None:
+        if fragment.name in anew and fragment.exp_avg is not None and fragment.exp_avg_sq is not None:
+            fragment.exp_avg.zero_()
+            fragment.exp_avg_sq.zero_()
+            fragment = replace(fragment, exp_avg=None, exp_avg_sq=None)
         try:
             store.fill(fragment, topology.tensor, topology.tensor_rank, engine.table[fragment.name])
         except (CheckpointError, OSError) as error:
             # Restoring is collective: this rank continues with the others, and reports its fault at the end.
             faults.append(str(error))
 
-    engine.restore(fill, store.state.get("engine"), store.manifest.has_moments)
+    engine.restore(fill, state, store.manifest.has_moments)
     engine.load_buffers(buffers)
     _raise_on_all_ranks(f"{store.folder} cannot be loaded", faults, topology)
     return store.state
+
+
+def adam_begun_for(engine: Engine, store: Store) -> dict[str, int]:
+    """Returns `adam_begun_at` of a checkpoint for the rules of an engine.
+
+    Raises:
+        CheckpointError: The engine has one count of updates for parameters that have several in the checkpoint.
+    """
+    begun = adam_begun_at(store, engine.rules)
+    if not engine.has_counts_for(begun):
+        raise CheckpointError(
+            f"{store.folder} is older than two changes of the optimizer; continue from it with --resume {store.folder}"
+        )
+    return begun
 
 
 def _raise_on_all_ranks(what: str, faults: list[str], topology: Topology) -> None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = "mlra-scale-checkpoint"
-VERSION = 2
+VERSION = 3
+"""Version 2 is version 1 with a version in config.yaml. Version 3 has `momentum_only`, and `adam_begun_at` in
+state.json, without which an older program would continue AdamW with wrong bias corrections."""
 _LAST_YEAR = 9000
 _LONG = ("files", "parameters")
 
@@ -76,6 +78,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[Annotated[str, AfterValidator(_inside)], FileEntry]
     parameters: Mapping[str, StoredParameter]
+    momentum_only: tuple[str, ...] = ()
     version: int = VERSION
 
     @property
@@ -102,7 +105,7 @@ class Manifest:
         return "{{\n{}\n}}\n".format(",\n".join(lines)).encode("ascii")
 
 
-def _check_splits(manifest: Manifest) -> Manifest:
+def _check_parameters(manifest: Manifest) -> Manifest:
     # Every tensor-parallel rank has a file; without this bound the shards of a damaged degree are counted for hours.
     if manifest.tensor > len(manifest.files):
         raise ValueError(f"{manifest.tensor} tensor-parallel ranks have {len(manifest.files)} files")
@@ -110,10 +113,12 @@ def _check_splits(manifest: Manifest) -> Manifest:
         shape, dim = parameter.shape, parameter.shard_dim
         if dim is not None and (dim >= len(shape) or shape[dim] % manifest.tensor):
             raise ValueError(f"{name} of shape {shape} is split over {manifest.tensor} tensor ranks along {dim}")
+    if unknown := sorted(set(manifest.momentum_only) - manifest.parameters.keys()):
+        raise ValueError(f"momentum_only has {unknown[0]}, which is no parameter")
     return manifest
 
 
-_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, AfterValidator(_check_splits)])
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, AfterValidator(_check_parameters)])
 
 
 def stored_parameters(table: ParameterTable) -> dict[str, StoredParameter]:
@@ -163,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has version {version!r} of the format, this program reads 1 to {VERSION}; "
                 "use the program that wrote it"
             )
-        # Version 2 differs from 1 in config.yaml alone, which has a version of its own (config/stored_yaml.py).
+        # Nothing has to be converted: what older versions lack has a default. config.yaml has a version of its own.
         return _MANIFEST.validate_json(raw, strict=True)
     except ValidationError as error:
         first = error.errors()[0]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from mlra_scale.checkpoint.files import CheckpointError, checksum_fault, system_errors
 from mlra_scale.checkpoint.fragments import (
     FRAGMENTS,
+    PARTS,
     Box,
     Part,
     StoredFragment,
@@ -32,6 +33,7 @@ from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.state_contents import BUFFERS, CONFIG, STATE, TOKENIZER, parse_model, parse_state
 from mlra_scale.config import Config, ConfigError, ModelConfig, stored_yaml
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable, linear_maps, vector_name
+from mlra_scale.model.update_rules import update_rules, vector_lengths
 
 if TYPE_CHECKING:
     from mlra_scale.parallel.fragments import Fragment
@@ -57,7 +59,9 @@ class Store:
         self._boxes: dict[str, list[tuple[StoredFragment, list[Box]]]] = {}
         self._fragments: dict[str, list[StoredFragment]] = defaultdict(list)
         self._mapped_files: dict[str, Any] = {}
+        self._momentum_only = frozenset(manifest.momentum_only)
         self._check_parameters()
+        self._check_buffers()
         for fragment in parse_fragments(self._read_small_file(FRAGMENTS), manifest, folder / FRAGMENTS):
             self._fragments[fragment.name].append(fragment)
 
@@ -84,6 +88,12 @@ class Store:
         """The copy of the data's tokenizer, if there is one."""
         has_one = any(name.startswith(f"{TOKENIZER}/") for name in self.manifest.files)
         return self.folder / TOKENIZER if has_one else None
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """Returns what is stored of a parameter: the weight, and the moments that its optimizer keeps."""
+        if not self.manifest.has_moments:
+            return PARTS[:1]
+        return PARTS[:2] if name in self._momentum_only else PARTS
 
     def verify(self, part: int = 0, of: int = 1) -> list[str]:
         """Compares files with their checksums, which reads them whole; returns a fault for each damaged one.
@@ -113,24 +123,12 @@ class Store:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Returns the tensors stored beside parameters and moments, by name."""
-        if BUFFERS not in self.manifest.files:
-            return {}
-        return {name: self._tensor(BUFFERS, name).clone() for name in self._map(BUFFERS).keys()}  # noqa: SIM118
+        return {name: self._tensor(BUFFERS, name).clone() for name in sorted(self.buffer_names)}
 
-    def power_vectors(self) -> dict[str, torch.Tensor]:
-        """Returns the vectors of sigmaReparam's power iterations by name; none where the model does not use it.
-
-        Raises:
-            CheckpointError: Some are missing.
-        """
-        stored = self.buffers() if self.model.sigma_reparam else {}
-        for linear_map in linear_maps(self.model).values():
-            vector = stored.get(vector_name(linear_map.name))
-            if vector is None or tuple(vector.shape) != (linear_map.size,):
-                raise CheckpointError(
-                    f"{self.folder} lacks the power-iteration vector of {linear_map.name}; use another checkpoint"
-                )
-        return stored
+    @property
+    def buffer_names(self) -> frozenset[str]:
+        """The names of the tensors beside parameters and moments."""
+        return frozenset(self._map(BUFFERS).keys()) if BUFFERS in self.manifest.files else frozenset()
 
     def fill(
         self, fragment: Fragment, tensor_parallel: int, tensor_rank: int, info: ParameterInfo | None = None
@@ -145,7 +143,7 @@ class Store:
                 other padded rows than were stored: additional ones become zero.
 
         Raises:
-            CheckpointError: The parameter is not stored, has another shape, or has no moments.
+            CheckpointError: The parameter is not stored, has another shape, or not these moments.
         """
         stored = self._stored_shape(fragment.name)
         info = replace(self.table[fragment.name], shape=stored) if info is None else info
@@ -199,6 +197,8 @@ class Store:
         """A stored fragment as a view of its mapped file."""
         if part != "weight" and not self.manifest.has_moments:
             raise CheckpointError(f"{self.folder} has no optimizer moments; it is the start of a run, not its middle")
+        if part not in self.parts(fragment.name):
+            raise CheckpointError(f"{self.folder} has the momentum of {fragment.name} alone, and no {part}")
         values = self._tensor(fragment.file, tensor_key(part, fragment.name, fragment.start))
         if values.dtype != torch.float32 or values.numel() != fragment.numel:
             path = self.folder / fragment.file
@@ -273,3 +273,29 @@ class Store:
                     f"{self.folder / CONFIG} makes {name} {made}, stored is {stored.get(name)}; "
                     "use the program that wrote the checkpoint"
                 )
+
+    def _check_buffers(self) -> None:
+        """The vectors of power iterations: sigmaReparam's must be stored, those of spectron all or none.
+
+        A run that has made no update with spectron yet has none, and may have moments of another optimizer.
+        """
+        needed = {vector_name(each.name): each.size for each in linear_maps(self.model).values()}
+        of_spectron: dict[str, int] = {}
+        if self.config is not None and self.manifest.has_moments:
+            try:
+                of_spectron = vector_lengths(update_rules(self.model, self.config.optim), self.table)
+            except ConfigError as error:
+                raise CheckpointError(
+                    f"{self.folder / CONFIG} is not sound ({error.in_one_line}); use another checkpoint"
+                ) from None
+        stored = self.buffer_names if needed or of_spectron else frozenset()
+        if stored & of_spectron.keys():
+            needed |= of_spectron
+        for name, length in needed.items():
+            if name in stored:
+                piece = self._map(BUFFERS).get_slice(name)
+                if (piece.get_shape(), piece.get_dtype()) == ([length], "F32"):
+                    continue
+            raise CheckpointError(
+                f"{self.folder} lacks {name}, a vector of {length} numbers of a power iteration; use another checkpoint"
+            )

@@ -125,12 +125,14 @@ class Snapshot:
         tensors: The tensors of its file.
         runs: The fragments that these are.
         has_moments: Whether moments are among them; None where the rank owns nothing.
+        momentum_only: Parameters of which the first moment is among them, and no second one.
         wait: Waits until copies from a GPU are complete; returns the checksums of parameters that others hold too.
     """
 
     tensors: NamedTensors
     runs: list[ElementRun]
     has_moments: bool | None
+    momentum_only: frozenset[str]
     wait: Callable[[], Digests]
 
 
@@ -161,7 +163,9 @@ def take_snapshot(engine: Engine, copied: frozenset[str], memory: HostMemory | N
         return collect(keys, host.tolist())
 
     runs = [(fragment.name, fragment.start, fragment.values.numel()) for fragment in owned]
-    return Snapshot(tensors, runs, owned[0].exp_avg is not None if owned else None, wait)
+    has_moments = owned[0].exp_avg is not None if owned else None
+    momentum_only = frozenset(fragment.name for fragment in owned if has_moments and fragment.exp_avg_sq is None)
+    return Snapshot(tensors, runs, has_moments, momentum_only, wait)
 
 
 @dataclass
@@ -170,7 +174,7 @@ class RankReport:
 
     Attributes:
         rank: Global rank; `tensor_rank` and `pipeline_rank` are its coordinates.
-        has_moments: See Snapshot.
+        has_moments: See Snapshot; `momentum_only` too.
         digests: Checksums of parameters that other ranks hold too.
         entry: The file, and `line` its line of fragments.json.
         stall_seconds: How long training waited.
@@ -181,6 +185,7 @@ class RankReport:
     tensor_rank: int
     pipeline_rank: int
     has_moments: bool | None = None
+    momentum_only: frozenset[str] = frozenset()
     digests: Digests = field(default_factory=dict)
     entry: FileEntry | None = None
     line: bytes = b""
@@ -216,6 +221,7 @@ def write_share(
             raise Cancelled
 
     report = RankReport(topology.rank, topology.tensor_rank, topology.pipeline_rank, snapshot.has_moments)
+    report.momentum_only = snapshot.momentum_only
     report.digests = snapshot.wait()
     report.line = line_of(report.file, report.tensor_rank, snapshot.runs)
     specs = {name: spec_of(tensor) for name, tensor in snapshot.tensors}
@@ -242,6 +248,7 @@ def build_manifest(
     has_moments = {report.has_moments for report in reports} - {None}
     if len(has_moments) > 1:
         raise CheckpointError("some ranks have moments of the optimizer and others have none; nothing was saved")
+    momentum_only = frozenset[str]().union(*(report.momentum_only for report in reports))
     content = join_lines(report.line for report in reports)
     files = {report.file: report.entry for report in reports if report.entry is not None}
     with system_errors("written", unfinished):
@@ -266,8 +273,14 @@ def build_manifest(
         versions=library_versions(),
         files=files,
         parameters=stored_parameters(table),
+        momentum_only=tuple(name for name in table if name in momentum_only),
     )
-    parse_fragments(content, manifest, unfinished / FRAGMENTS)
+    by_file = {report.file: report.momentum_only for report in reports}
+    for fragment in parse_fragments(content, manifest, unfinished / FRAGMENTS):
+        if fragment.name in momentum_only and fragment.name not in by_file[fragment.file]:
+            raise CheckpointError(
+                f"some ranks have a second moment of {fragment.name} and others have none; nothing was saved"
+            )
     return manifest
 
 

@@ -43,7 +43,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("describe", "layout, step, tokens, model and files of a checkpoint", one)
     diff = add("diff", "configuration fields and tensors in which two checkpoints differ", f"first: {one}")
     diff.add_argument("other", type=Path, metavar="OTHER", help="the second one")
-    diff.add_argument("--moments", action="store_true", help="compare Adam's moments too")
+    diff.add_argument("--moments", action="store_true", help="compare the moments too")
     prune = add("prune", "remove checkpoints but the newest ones, and the one that the guard would go back to", run)
     prune.add_argument("--keep-last", type=count, required=True, metavar="N", help="how many of the newest stay")
     prune.add_argument("--keep-every", type=count, default=0, metavar="M", help="multiples of M steps stay too")
@@ -105,7 +105,7 @@ def _describe(options: argparse.Namespace) -> Answer:
     progress = "" if found["tokens"] is None else f", {found['samples']:,} samples, {found['tokens']:,} tokens"
     lines = [
         found["folder"],
-        f"  kind        {found['kind']}, {'with' if found['has_moments'] else 'without'} Adam's moments",
+        f"  kind        {found['kind']}, {_moments(found)}",
         f"  step        {found['step']}{progress}",
         f"  model       {model['attention']}{rank}, {model['layers']} layers, width {model['hidden_size']}, "
         f"{model['heads']} heads, vocabulary {model['vocabulary']:,}, {model['positions']} positions: "
@@ -175,6 +175,12 @@ def _locked(folder: Path) -> Iterator[None]:
             if (parent / ".lock").exists():
                 stack.enter_context(run_lock(RunDirectory(parent)))
         yield
+
+
+def _moments(found: dict[str, Any]) -> str:
+    if not found["has_moments"] or not found["momentum_only"]:
+        return f"{'with' if found['has_moments'] else 'without'} Adam's moments"
+    return f"with Adam's moments, and of {found['momentum_only']} matrices the momentum alone"
 
 
 def _value(value: Any) -> str:

@@ -13,7 +13,7 @@ from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.deepspeed_json import check_deepspeed_keys
 from mlra_scale.config.json_text import parse_json
 from mlra_scale.config.presets import preset_names, preset_values
-from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of
+from mlra_scale.config.problems import REQUIRED, ConfigError, Problem, model_at, nearest, problems_of, replacement
 from mlra_scale.config.schema import Config
 
 
@@ -238,7 +238,7 @@ def _split_path(path: str) -> list[str]:
         raise ValueError(f"is a section; set one of its fields: {', '.join(model.model_fields)}")
     field, *rest = inner
     if field not in model.model_fields:
-        raise ValueError(f"unknown key '{field}'" + nearest(field, model.model_fields))
+        raise ValueError(replacement(field, model) or f"unknown key '{field}'" + nearest(field, model.model_fields))
     if not rest:
         return [section, field]
     if field != "blend":

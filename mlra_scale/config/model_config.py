@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """The MLRA initialization that matched-to-mlra copies the variance of; read by nothing else."""
     depth_scaled_init: bool | None = None
     """Whether o and fc_out, which write to the residual stream, start smaller by 1/sqrt(2 L), as in GPT-2; null: unless
-    layer_norm_scaling, which works better without."""
+    layer_norm_scaling, which works better without, or depth_rule completep, which scales the branches themselves."""
     embedding_dropout: Probability = 0.0
     """Dropout after the sum of token and position embedding."""
     attention_dropout: Probability = 0.0
@@ -69,6 +69,12 @@ class ModelConfig(Section):
     where it is factorised)."""
     layer_norm_scaling: bool = False
     """Both layer norms of block l (counted from 1) are multiplied by 1/sqrt(l)."""
+    depth_rule: Literal["none", "completep"] = "none"
+    """completep: both branches of every block are multiplied by base_depth / num_layers, and so is Adam's epsilon for
+    all parameters of blocks, so that the best learning rate stays the same over depth (CompleteP, arXiv 2505.01618,
+    alpha = 1)."""
+    base_depth: int = Field(48, ge=1, le=MAX_LAYERS)
+    """depth_rule completep: the depth L0 at which branches and epsilon are multiplied by 1."""
     embedding_scale: Literal["none", "sqrt_width"] = "none"
     """sqrt_width: token embeddings enter times sqrt(D); the tied head is not scaled."""
     z_loss: float = Field(0.0, ge=0.0)
@@ -115,13 +121,20 @@ class ModelConfig(Section):
     @property
     def residual_scale(self) -> float:
         """Factor of the initialization of what writes to the residual stream."""
-        is_scaled = not self.layer_norm_scaling if self.depth_scaled_init is None else self.depth_scaled_init
+        is_scaled = self.depth_scaled_init
+        if is_scaled is None:
+            is_scaled = not self.layer_norm_scaling and self.depth_rule == "none"
         return 1.0 / math.sqrt(2.0 * self.num_layers) if is_scaled else 1.0
 
     @property
     def embedding_factor(self) -> float:
         """What token embeddings are multiplied by where they enter the blocks."""
         return math.sqrt(self.hidden_size) if self.embedding_scale == "sqrt_width" else 1.0
+
+    @property
+    def branch_factor(self) -> float:
+        """What both branches of every block, and Adam's epsilon for the blocks, are multiplied by: L0 / L."""
+        return self.base_depth / self.num_layers if self.depth_rule == "completep" else 1.0
 
     def norm_factor(self, block: int) -> float:
         """Returns what the layer norms of a block (counted from 0) are multiplied by."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -59,14 +59,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
+def replacement(name: str, owner: type[BaseModel] | None) -> str | None:
+    """Returns what to write instead of a field that a model had in an earlier version; None if it never had it."""
+    replaced: Mapping[str, str] = getattr(owner, "replaced", {})
+    return replaced.get(name)
+
+
 def model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
-    """Returns the model at the dotted path `path` below `model`; None if there is a plain field or nothing."""
-    current: type[BaseModel] | None = model
+    """Returns the model at the dotted path `path` below `model`; None if there is a plain field or nothing.
+
+    A part of the path that follows a list is the number of one of its items.
+    """
+    current: Any = model
     for part in path:
-        field = current.model_fields.get(str(part)) if current is not None else None
-        kind = field.annotation if field is not None else None
-        current = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return current
+        if get_origin(current) is tuple:
+            current = get_args(current)[0]
+        else:
+            field = current.model_fields.get(str(part)) if _is_model(current) else None
+            current = None if field is None else field.annotation
+    return current if _is_model(current) else None
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 _GIVEN = {str: "text", bool: "true/false", int: "an integer", float: "a fraction", type(None): "null", list: "a list"}
@@ -105,8 +120,8 @@ def _remedy(error: Any, model: type[BaseModel]) -> str:
     """Turns one pydantic error into a sentence that says what to write instead."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        owner = model_at(model, error["loc"][:-1])
-        return "unknown key" + nearest(str(error["loc"][-1]), owner.model_fields if owner else ())
+        owner, name = model_at(model, error["loc"][:-1]), str(error["loc"][-1])
+        return replacement(name, owner) or "unknown key" + nearest(name, owner.model_fields if owner else ())
     if kind == "missing":
         return REQUIRED
     if kind in _WANTED:

@@ -28,6 +28,8 @@ def _type_name(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema["type"] == "array":
         items = schema.get("prefixItems", [schema.get("items")])
+        if "$ref" in items[0]:
+            return "list of mappings, whose fields are in the next table"
         return f"list of {f'{len(items)} x ' if len(items) > 1 else ''}{_type_name(items[0])}"
     if schema["type"] == "object":
         return f"mapping of text to {_type_name(schema['additionalProperties'])}"
@@ -41,15 +43,30 @@ def _field_tables() -> Iterator[str]:
     for section, entry in schema["properties"].items():
         if "$ref" not in entry:
             continue
-        model = schema["$defs"][entry["$ref"].rpartition("/")[2]]
-        yield f"### {section}\n\n{model['description'].splitlines()[0]}\n"
-        yield "| field | type | default | meaning |\n|---|---|---|---|"
+        model = _definition(schema, entry)
+        yield f"### {section}\n"
+        yield from _table(model, f"{section}.")
         for name, field in model["properties"].items():
-            # JSON is YAML, so that a default can be copied into a file as it stands.
-            default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
-            meaning = " ".join(field["description"].split()).replace("|", "\\|")
-            yield f"| `{section}.{name}` | {_type_name(field)} | {default} | {meaning} |"
-        yield ""
+            if "$ref" in field.get("items", {}):
+                yield f"### {section}.{name}, each item\n"
+                yield from _table(_definition(schema, field["items"]), "")
+
+
+def _definition(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """The model that an entry of the schema refers to."""
+    found: dict[str, Any] = schema["$defs"][entry["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _table(model: dict[str, Any], prefix: str) -> Iterator[str]:
+    yield f"{model['description'].splitlines()[0]}\n"
+    yield "| field | type | default | meaning |\n|---|---|---|---|"
+    for name, field in model["properties"].items():
+        # JSON is YAML, so that a default can be copied into a file as it stands.
+        default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+        meaning = " ".join(field["description"].split()).replace("|", "\\|")
+        yield f"| `{prefix}{name}` | {_type_name(field)} | {default} | {meaning} |"
+    yield ""
 
 
 def _preset_table() -> Iterator[str]:

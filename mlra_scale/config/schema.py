@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.model_config import ModelConfig
+from mlra_scale.config.optim_config import OptimConfig
 from mlra_scale.config.problems import ConfigError, Problem, problems_of
 from mlra_scale.config.section import (
     ActivationsConfig,
     GradientsConfig,
     GuardConfig,
     Positive,
-    Probability,
     QkClipConfig,
     Section,
     Tag,
@@ -81,34 +81,6 @@ class TrainConfig(Section):
     max_consecutive_overflows: int = Field(50, ge=1)
     """fp16: this many loss-scale overflows in a row end the run, or make a guard take it back to its last good
     checkpoint."""
-
-
-class OptimConfig(Section):
-    """AdamW and the learning-rate schedule."""
-
-    lr: float = Field(gt=0.0, le=10.0)
-    """Peak learning rate."""
-    betas: tuple[Probability, Probability] = Field((0.9, 0.95), strict=False)
-    """Decay rates of Adam's two moments."""
-    eps: float = Field(1e-8, gt=0.0, le=1.0)
-    """Epsilon of Adam."""
-    weight_decay: float = Field(0.1, ge=0.0, lt=10.0)
-    """Decoupled weight decay; never on biases and norms."""
-    decay_factors: bool = True
-    """Decay MLRA factors (which is not decay of their product)."""
-    decay_embedding: bool = True
-    """Decay token and position embedding (this drives TEV)."""
-    grad_clip: float = Field(1.0, ge=0.0)
-    """Largest global gradient norm; 0: no clipping."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine decay, stay-then-decay (wsd), or constant."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up to lr. A preset's shrinks with train.steps unless it is given."""
-    decay_steps: int | None = Field(None, ge=1)
-    """cosine: length of the decay after warm-up, null: the rest of the run; wsd: length of the final decay, null: 20 %
-    of the steps."""
-    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    """Learning rate at the end of the decay, as a share."""
 
 
 LayoutField = Literal[
@@ -283,6 +255,19 @@ class Config(Section):
     """Failures on a cluster; the planner's cluster."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own knobs, the content of a --ds-config file; {}: ZeRO stage 0, in bf16 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_rules(cls, values: Any) -> Any:
+        return stored_yaml.without_idle_rules(values)
+
+    @property
+    def newton_schulz_precision(self) -> Literal["fp32", "bf16"]:
+        """Type in which Newton-Schulz iterations compute, and in which matrices are sent for them."""
+        given = self.optim.newton_schulz_precision
+        if given == "auto":
+            return "fp32" if self.train.precision == "fp32" else "bf16"
+        return given
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as plain mappings, lists and scalars, every field written out."""

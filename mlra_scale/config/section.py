@@ -6,7 +6,8 @@ Tuples are declared with strict=False, because YAML and JSON know lists only; th
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +20,9 @@ Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict, no unknown keys, finite numbers; a docstring describes each field."""
+
+    replaced: ClassVar[Mapping[str, str]] = {}
+    """Fields of earlier versions, and what to write instead of each."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True

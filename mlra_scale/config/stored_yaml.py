@@ -19,8 +19,9 @@ from mlra_scale.config.json_text import read_bytes
 logger = logging.getLogger(__name__)
 
 KEY = "version"
-VERSION = 3
-"""Version 2 is version 1 with the key `version`; version 3 has no `parallel.low_rank_plan: sharded`."""
+VERSION = 4
+"""Version 2 is version 1 with the key `version`; version 3 has no `parallel.low_rank_plan: sharded`; version 4 has
+`optim.rules` in place of `optim.decay_factors` and `optim.decay_embedding`."""
 
 NO_SHARDED = "the plan sharded was removed: it was the fastest one in 0 of 36 measured cases"
 
@@ -44,7 +45,30 @@ def _notice_sharded() -> None:
     logger.warning("parallel.low_rank_plan = 'sharded' in a stored configuration: %s; auto takes its place", NO_SHARDED)
 
 
-_CONVERSIONS: Mapping[int, Callable[[Values], Values]] = {1: lambda values: values, 2: _without_sharded}
+class _Converted(Values):
+    """A rule that an old field became."""
+
+
+_KINDS = {"decay_factors": ("factor",), "decay_embedding": ("embedding", "positions")}
+
+
+def _with_rules(values: Values) -> Values:
+    """Turns `decay_factors` and `decay_embedding` into rules with the same results."""
+    optim = values.get("optim")
+    if not isinstance(optim, dict):
+        return values
+    optim = dict(optim)
+    rules: list[Values] = []
+    for field, kinds in _KINDS.items():
+        if isinstance(optim.get(field), bool) and not optim.pop(field):
+            rules += [_Converted(kind=kind, weight_decay=0.0) for kind in kinds]
+    given = optim.get("rules", [])
+    if rules and isinstance(given, list):
+        optim["rules"] = [*rules, *given]
+    return {**values, "optim": optim}
+
+
+_CONVERSIONS: Mapping[int, Callable[[Values], Values]] = {1: lambda values: values, 2: _without_sharded, 3: _with_rules}
 """For every version before the current one: what turns its values into those of the next version."""
 
 
@@ -73,6 +97,22 @@ def parse(text: str) -> Any:
     for older in range(version, VERSION):
         values = _CONVERSIONS[older](values)
     return values
+
+
+def without_idle_rules(values: Any) -> Any:
+    """Returns the values of a whole configuration without converted rules for what its model does not have.
+
+    `decay_factors: false` had no effect in a dense model, where a rule for factors is an error. Whether a model is
+    dense is known when presets, files and overrides are merged.
+    """
+    model, optim = (values.get(name) if isinstance(values, dict) else None for name in ("model", "optim"))
+    if not (isinstance(model, dict) and isinstance(optim, dict) and model.get("attention") == "dense"):
+        return values
+    rules = optim.get("rules")
+    if not isinstance(rules, list):
+        return values
+    kept = [rule for rule in rules if not (isinstance(rule, _Converted) and rule["kind"] == "factor")]
+    return {**values, "optim": {**optim, "rules": kept}}
 
 
 def with_version(values: Mapping[str, Any]) -> Values:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import chain
+from math import isfinite
 from typing import Any
 
 from mlra_scale.config.batch import batch_problems
@@ -15,7 +17,7 @@ from mlra_scale.config.deepspeed_json import (
     section_at,
     zero_stage,
 )
-from mlra_scale.config.problems import ConfigError, Problem
+from mlra_scale.config.problems import Problem
 from mlra_scale.config.schema import Config
 
 Failures = Iterator[tuple[str, str]]
@@ -29,16 +31,13 @@ def engine_kind(config: Config) -> str:
     return "pipeline" if config.parallel.pipeline > 1 else "zero"
 
 
-def validate(config: Config, world_size: int, device: str | None = None) -> None:
-    """Checks everything that needs more than one field.
+def config_problems(config: Config, world_size: int, device: str | None = None) -> list[Problem]:
+    """Returns what is wrong among the fields; `mlra_scale.model.validation.validate` also checks optim.rules.
 
     Args:
         config: The configuration.
         world_size: Number of ranks that run (or, for a dry run, would run) it.
         device: "cpu" or "cuda" where train.device "auto" has been resolved; None takes train.device as it stands.
-
-    Raises:
-        ConfigError: With every problem found.
     """
     failures = chain(
         _model(config),
@@ -47,15 +46,14 @@ def validate(config: Config, world_size: int, device: str | None = None) -> None
         _engine(config),
         _compile(config),
         _precision(config, device or config.train.device),
+        _newton_schulz(config),
         _schedule(config),
         _data(config),
         _stability(config, world_size),
         _cluster(config),
     )
     problems = [Problem(field, _value_at(config, field), remedy) for field, remedy in failures]
-    problems += [*batch_problems(config, world_size), *check_deepspeed_keys(config.deepspeed)]
-    if problems:
-        raise ConfigError(problems)
+    return [*problems, *batch_problems(config, world_size), *check_deepspeed_keys(config.deepspeed)]
 
 
 def _value_at(config: Config, path: str) -> Any:
@@ -92,6 +90,18 @@ def _model(config: Config) -> Failures:
         )
     if model.attention == "dense" and model.attention_init == "matched":
         yield ("model.attention_init", "is for factors; with model.attention dense use gpt2, xavier or matched-to-mlra")
+    if model.depth_rule == "completep" and model.layer_norm_scaling:
+        yield (
+            "model.depth_rule",
+            "is a rule for the depth, and model.layer_norm_scaling is another one; set depth_rule to none, or "
+            "layer_norm_scaling to false",
+        )
+    if model.depth_rule == "completep" and model.depth_scaled_init:
+        yield (
+            "model.depth_scaled_init",
+            "makes the branches depend on the depth once more, beside model.depth_rule completep; leave it null, or "
+            "set depth_rule to none",
+        )
     needs_factors = model.attention == "mlra" or model.attention_init == "matched-to-mlra"
     if needs_factors and not model.factorised_projections:
         yield (
@@ -214,6 +224,40 @@ def _precision(config: Config, device: str) -> Failures:
             "train.precision",
             "at ZeRO stage 0 DeepSpeed does not scale the loss; use --ds-config ds_configs/zero1.json, or bf16",
         )
+
+
+LARGEST_VALUE = 2.0
+"""Up to which Newton-Schulz iterations may bring a singular value; the usual ones bring them to 0.68 to 1.21."""
+_VALUES = [0.985**power for power in range(1000)]  # from 1 to 3e-7: where iterations begin
+
+
+def _newton_schulz(config: Config) -> Failures:
+    optim = config.optim
+    start, end = _worst_value(optim.newton_schulz_coefficients, optim.newton_schulz_steps)
+    if not abs(end) <= LARGEST_VALUE:
+        yield (
+            "optim.newton_schulz_coefficients",
+            f"{optim.newton_schulz_steps} iterations s <- a s + b s^3 + c s^5 (optim.newton_schulz_steps) bring the "
+            f"singular value {start:.3g} to {end:.3g}, and at most {LARGEST_VALUE:g} is allowed; use others, such as "
+            "[3.4445, -4.775, 2.0315] with 5 iterations",
+        )
+
+
+@lru_cache(maxsize=16)
+def _worst_value(coefficients: tuple[float, float, float], steps: int) -> tuple[float, float]:
+    """Returns the singular value that the iterations bring furthest away, and where to."""
+    a, b, c = coefficients
+    worst = (0.0, 0.0)
+    for start in _VALUES:
+        value = start
+        for _ in range(steps):
+            square = value * value
+            value *= a + (b + c * square) * square
+        if not abs(value) <= abs(worst[1]):
+            worst = (start, value)
+        if not isfinite(value):
+            break
+    return worst
 
 
 def _schedule(config: Config) -> Failures:

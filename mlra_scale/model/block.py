@@ -40,7 +40,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block: h + attention(LN(h)), then h + feed-forward(LN(h)).
+    """Pre-LN transformer block: h + f attention(LN(h)), then h + f feed-forward(LN(h)).
+
+    f is 1, and with `model.depth_rule` completep L0 / L (CompleteP with alpha = 1; Dey et al. 2025, arXiv 2505.01618).
 
     attention_norm, mlp_norm: weight [D], bias [D], replicated over TP
     """
@@ -49,6 +51,7 @@ class Block(nn.Module):
         super().__init__()
         name = f"blocks.{index}"
         self.context = context
+        self.branch_factor = context.model.branch_factor
         self.attention_norm = BlockNorm(context, index)
         self.attention = SelfAttention(context, f"{name}.attention", index)
         self.mlp_norm = BlockNorm(context, index)
@@ -78,11 +81,15 @@ class Block(nn.Module):
         normed_BSD = self.attention_norm(hidden_BSD)
         with self.attention_norm.recomputing(hidden_BSD, normed_BSD):
             attended_BSD = self.attention(normed_BSD, mask, sample_ids_B)
-        hidden_BSD = hidden_BSD + self._dropout(attended_BSD, 0, sample_ids_B)
+        hidden_BSD = self._add(hidden_BSD, self._dropout(attended_BSD, 0, sample_ids_B))
         normed_BSD = self.mlp_norm(hidden_BSD)
         with self.mlp_norm.recomputing(hidden_BSD, normed_BSD):
             expanded_BSD = self.mlp(normed_BSD)
-        return hidden_BSD + self._dropout(expanded_BSD, 1, sample_ids_B)
+        return self._add(hidden_BSD, self._dropout(expanded_BSD, 1, sample_ids_B))
+
+    def _add(self, hidden_BSD: torch.Tensor, branch_BSD: torch.Tensor) -> torch.Tensor:
+        """Returns h + f branch by one operation, which keeps nothing for the backward pass and rounds once."""
+        return torch.add(hidden_BSD, branch_BSD, alpha=self.branch_factor)
 
     def _dropout(self, branch_BSD: torch.Tensor, site: int, sample_ids_B: torch.Tensor | None) -> torch.Tensor:
         probability = self.context.model.residual_dropout if self.training else 0.0

@@ -20,7 +20,9 @@ blocks. The product of two factors with stds a and b has element std a b sqrt(R)
 `matched-to-mlra`, the control of the paper's claim, copies into a dense weight. The paper's own initialization is
 not known to us: these are our choices.
 
-`model.depth_scaled_init` false takes every 1/sqrt(2 L) out; null means true, and with `model.layer_norm_scaling` false.
+`model.depth_scaled_init` false takes every 1/sqrt(2 L) out; null means true, and false with `model.layer_norm_scaling`
+or `model.depth_rule` completep. The latter multiplies both branches of a block by L0 / L as they are computed, at every
+step: no initial value depends on the depth, and at L = L0 the model is that of depth_rule none without the 1/sqrt(2 L).
 With sigmaReparam the scale of a matrix does not change what the model computes, only how fast the matrix turns.
 """
 

@@ -1,5 +1,7 @@
 """Chooses and builds the engine that a configuration asks for."""
 
+from collections.abc import Mapping
+
 import torch
 
 from mlra_scale.config import BatchPlan, Config, engine_kind
@@ -12,10 +14,13 @@ from mlra_scale.parallel.topology import Topology
 from mlra_scale.parallel.zero_engine import ZeroEngine
 
 
-def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
+def build_engine(
+    config: Config, plan: BatchPlan, topology: Topology, adam_begun_at: Mapping[str, int] | None = None
+) -> Engine:
     """Builds the model on this rank, with initial weights, and the engine around it; collective.
 
-    One stage never builds a pipeline unless `parallel.engine` asks for it.
+    One stage never builds a pipeline unless `parallel.engine` asks for it. `adam_begun_at`: see Engine; that of the
+    checkpoint to be loaded.
     """
     if config.train.compile:
         # All blocks share their graphs, but there is one for training and one for evaluation of every shape of a map;
@@ -33,4 +38,4 @@ def build_engine(config: Config, plan: BatchPlan, topology: Topology) -> Engine:
         has_flex_attention=has_flex_attention(topology.device.type, config.train.precision, config.model),
     )
     engine_class = PipelineEngine if engine_kind(config) == "pipeline" else ZeroEngine
-    return engine_class(config, plan, topology, context)
+    return engine_class(config, plan, topology, context, adam_begun_at or {})

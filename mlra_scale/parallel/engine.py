@@ -16,9 +16,18 @@ from torch import nn
 from mlra_scale.config import BatchPlan, Config, deepspeed_config, zero_stage
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
+from mlra_scale.model.update_rules import update_rules
+from mlra_scale.parallel.factor_norms import FactorNorms
 from mlra_scale.parallel.fragments import Fragment, scale_rows
-from mlra_scale.parallel.master import Bf16View, MasterView, ReplicatedView, grow_loss_scale_after_update, master_view
-from mlra_scale.parallel.optimizer import has_weight_decay
+from mlra_scale.parallel.master import (
+    Bf16View,
+    MasterView,
+    ReplicatedView,
+    clipping_factor,
+    grow_loss_scale_after_update,
+    master_view,
+)
+from mlra_scale.parallel.matrix_optimizer import MatrixOptimizer
 from mlra_scale.parallel.step import BeforeUpdate, Between, MicroBatch, StepResult, UpdateProposal
 from mlra_scale.parallel.topology import Topology
 
@@ -31,6 +40,9 @@ class Engine(ABC):
 
     Attributes:
         module: This rank's module (a pipeline stage or the whole model).
+        rules: How each parameter is updated.
+        adam_begun_at: After how many updates of the run AdamW of a parameter began, of those where that is not 0: its
+            optimizer was another one until then. AdamW counts its updates from there.
         num_skipped: Updates left out so far, overflows included.
         deepspeed_engine: DeepSpeed's engine, whose `optimizer.step` is replaced by the gated update.
     """
@@ -39,12 +51,15 @@ class Engine(ABC):
     deepspeed_engine: Any
     _view: MasterView
 
-    def __init__(self, config: Config, plan: BatchPlan, topology: Topology) -> None:
+    def __init__(self, config: Config, plan: BatchPlan, topology: Topology, adam_begun_at: Mapping[str, int]) -> None:
         self.config = config
         self.plan = plan
         self.topology = topology
         self.table = ParameterTable(config.model)
+        self.rules = update_rules(config.model, config.optim)
+        self.adam_begun_at = self._built_for = adam_begun_at
         self.num_skipped = 0
+        self._learning_rate = 0.0
         self._settings = deepspeed_config(config, plan)
         if zero_stage(config) == 0:
             self._settings["gradient_clipping"] = 0.0  # see ReplicatedView.update
@@ -68,11 +83,21 @@ class Engine(ABC):
             deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
         self._spectral_norms: list[SpectralNorm] = spectral_norms(self.module)
+        self._matrix_optimizer = self._build_matrix_optimizer(named)
         self._initial_loss_scaler = self._loss_scaler_state()
         deepspeed_engine.optimizer.step = self._gated_update
         for name, parameter in named.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             assert tuple(shape) == self.table[name].local_shape(self.topology.tensor), (name, tuple(shape))
+
+    def _build_matrix_optimizer(self, named: Mapping[str, nn.Parameter]) -> MatrixOptimizer | None:
+        rules = {name: self.rules[name] for name in self.table if name in named}
+        if all(rule.is_adamw for rule in rules.values()):
+            return None
+        held = {each.name: (each.start, each.values.numel()) for each in self._view.weights(with_moments=False)}
+        return MatrixOptimizer(
+            self.config, self.table, self.topology, rules, held, self.owns, self._view.is_replicated_over_data
+        )
 
     # Training and evaluation.
 
@@ -94,8 +119,9 @@ class Engine(ABC):
                 it changes nothing in the step.
         """
         self._before_update, self._wants_stop = before_update, wants_stop
+        self._learning_rate = learning_rate
         for group in self.deepspeed_engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_factor"]
         loss_scale = self._loss_scale()
         proposal = self._pass(batches, None)
         for norm in self._spectral_norms:
@@ -179,10 +205,15 @@ class Engine(ABC):
             return
         is_wanted = self._before_update is None or self._before_update(proposal)
         self._was_applied = is_finite and is_wanted
-        if self._was_applied:
-            self._view.update(proposal.gradient_norm, limit)
-        else:
+        if not self._was_applied:
             self._view.skip_update()
+            return
+        if self._matrix_optimizer is not None:
+            self._view.adam.create_momentum()
+            masters = {each.name: each for each in self._view.weights(with_moments=True)}
+            factor = clipping_factor(proposal.gradient_norm, limit) / (self._loss_scale() or 1.0)
+            self._matrix_optimizer.update(masters, self._view.gradients(), factor, self._learning_rate)
+        self._view.update(proposal.gradient_norm, limit)
 
     def _on_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Copies tensors of a batch to the device, from pinned memory, so that the host does not wait for it."""
@@ -224,8 +255,7 @@ class Engine(ABC):
                 yield Fragment(fragment.name, fragment.start, _unscaled(fragment.values, scale))
 
     def weight_decay(self, name: str) -> float:
-        optim = self.config.optim
-        return optim.weight_decay if has_weight_decay(self.table[name], optim) else 0.0
+        return self.rules[name].weight_decay
 
     @torch.no_grad()
     def scale_rows(self, factors: Mapping[str, torch.Tensor]) -> None:
@@ -251,25 +281,29 @@ class Engine(ABC):
         """Returns what continues a run besides weights and moments; the same on every rank, and fit for JSON.
 
         Returns:
-            optimizer_step: Updates that the moments have seen. num_skipped: Updates left out. loss_scaler: State of the
-            fp16 loss scale, else None.
+            optimizer_step: Updates that the moments have seen. adam_begun_at: See Engine. num_skipped: Updates left
+            out. loss_scaler: State of the fp16 loss scale, else None.
         """
         return {
             "optimizer_step": self._view.adam.step(),
+            "adam_begun_at": dict(self.adam_begun_at),
             "num_skipped": self.num_skipped,
             "loss_scaler": self._loss_scaler_state(),
         }
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Returns the vectors of sigmaReparam's power iterations by name; collective.
+        """Returns the vectors of power iterations, of sigmaReparam and spectron, by name; collective.
 
         Rank 0 gets those of all stages; only its are stored.
         """
-        if not self.config.model.sigma_reparam:
+        # Not by what this stage has: optim.rules may give factors of another stage alone to spectron.
+        if not self.config.model.sigma_reparam and all(rule.optimizer != "spectron" for rule in self.rules.values()):
             return {}
-        topology = self.topology
+        norms, topology = self._factor_norms, self.topology
         is_first_copy = topology.tensor_rank == 0 and topology.data_rank == 0
         mine = stored_vectors(self._spectral_norms) if is_first_copy else {}
+        if is_first_copy and norms is not None:
+            mine |= norms.stored_vectors()
         gathered: list[Any] | None = [None] * topology.world_size if topology.rank == 0 else None
         dist.gather_object(mine, gathered, dst=0, group=topology.control_group)
         return {name: vector for part in gathered or [mine] for name, vector in part.items()}
@@ -277,6 +311,12 @@ class Engine(ABC):
     def load_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Loads what `buffers` returned on rank 0 in any layout."""
         load_vectors(self._spectral_norms, buffers)
+        if self._factor_norms is not None:
+            self._factor_norms.load_vectors(buffers)
+
+    @property
+    def _factor_norms(self) -> FactorNorms | None:
+        return None if self._matrix_optimizer is None else self._matrix_optimizer.norms
 
     @torch.no_grad()
     def restore(self, fill: Callable[[Fragment], None], state: dict[str, Any] | None, with_moments: bool) -> None:
@@ -286,24 +326,39 @@ class Engine(ABC):
 
         Args:
             fill: Writes new values into every fragment that this rank holds, moments included where it has them.
-            state: What `training_state` returned; None for a start at step 0 with these weights.
+            state: What `training_state` returned, `adam_begun_at` such that `has_counts_for` is true; None for a start
+                at step 0 with these weights.
             with_moments: Whether the moments come back too; without them the optimizer starts anew.
         """
         assert state is not None or not with_moments
+        self.adam_begun_at = state["adam_begun_at"] if state is not None and with_moments else {}
         if with_moments:
             self._view.adam.create()
         else:
             self._view.forget_moments()
+            if self._factor_norms is not None:
+                self._factor_norms.load_vectors({})
         for fragment in self._view.weights(with_moments):
             fill(fragment)
         if state is not None and with_moments:
-            self._view.adam.set_step(state["optimizer_step"])
+            begun = dict(self._counts_for(self.adam_begun_at))
+            self._view.adam.set_step(state["optimizer_step"], begun)
         self.num_skipped = state["num_skipped"] if state is not None else 0
         if self._initial_loss_scaler is not None:
             stored = state["loss_scaler"] if state is not None else None
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
         self._view.copy_masters_to_model()
         self._forget_spectra()
+
+    def has_counts_for(self, adam_begun_at: Mapping[str, int]) -> bool:
+        """Returns whether parameters whose updates this engine counts together began together, too."""
+        pairs = self._counts_for(adam_begun_at)
+        return len(pairs) == len({built for built, _ in pairs})
+
+    def _counts_for(self, adam_begun_at: Mapping[str, int]) -> set[tuple[int, int]]:
+        """For AdamW's parameters: when they began in the state that the engine was built for, and in another one."""
+        names = [name for name, rule in self.rules.items() if rule.is_adamw]
+        return {(self._built_for.get(name, 0), adam_begun_at.get(name, 0)) for name in names}
 
     def _forget_spectra(self) -> None:
         """Weights may have changed: the next pass through the model finds their largest singular values anew."""

@@ -12,8 +12,8 @@ class Fragment:
     name: str  # canonical parameter name
     start: int  # first element, counted in this rank's tensor-parallel shard flattened row by row
     values: torch.Tensor  # fp32 master weights, or gradients, 1-D
-    exp_avg: torch.Tensor | None = None  # Adam's first moment of the same elements, if requested
-    exp_avg_sq: torch.Tensor | None = None  # Adam's second moment of the same elements, if requested
+    exp_avg: torch.Tensor | None = None  # Adam's first moment, or momentum, of the same elements, if requested
+    exp_avg_sq: torch.Tensor | None = None  # Adam's second moment likewise; None where only momentum is kept
 
 
 def scale_rows(fragment: Fragment, width: int, factors: torch.Tensor) -> None:

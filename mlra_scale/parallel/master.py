@@ -34,10 +34,18 @@ class MasterView(ABC):
     is_replicated_over_data = False
     """Whether every data rank holds all of it."""
 
-    def __init__(self, optimizer: Any, named: NamedParameters, inner: Any, masters: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        named: NamedParameters,
+        inner: Any,
+        masters: Sequence[torch.Tensor],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """`groups`: the parameter group of each master."""
         self.optimizer = optimizer
         self.named = named
-        self.adam = AdamState(inner, masters)
+        self.adam = AdamState(inner, masters, groups)
 
     @abstractmethod
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
@@ -120,7 +128,9 @@ class ReplicatedView(MasterView):
     is_replicated_over_data = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, named: NamedParameters) -> None:
-        super().__init__(optimizer, named, optimizer, list(named.values()))
+        masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        super().__init__(optimizer, named, optimizer, masters, groups)
         self._step = optimizer.step
 
     def weights(self, with_moments: bool) -> Iterator[Fragment]:
@@ -189,7 +199,8 @@ class Bf16View(_MappedView):
     """
 
     def __init__(self, optimizer: BF16_Optimizer, named: NamedParameters) -> None:
-        super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_groups_flat_partition)
+        inner = optimizer.optimizer
+        super().__init__(optimizer, named, inner, optimizer.fp32_groups_flat_partition, inner.param_groups)
         GradientSums(optimizer)
 
     def update(self, gradient_norm: float, limit: float) -> None:
@@ -209,7 +220,8 @@ class PartitionedView(_MappedView):
     """ZeRO 1 and 2, but for bf16 with ZeRO 1."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer, named: NamedParameters) -> None:
-        super().__init__(optimizer, named, optimizer.optimizer, optimizer.single_partition_of_fp32_groups)
+        inner = optimizer.optimizer
+        super().__init__(optimizer, named, inner, optimizer.single_partition_of_fp32_groups, inner.param_groups)
         self._step = optimizer.step
         self._known = _KnownNorm(optimizer)
         optimizer.scaled_global_norm = lambda norm_type=2: self._known.scaled
@@ -251,7 +263,9 @@ class Stage3View(MasterView):
     """
 
     def __init__(self, optimizer: Any, named: NamedParameters, data_rank: int) -> None:
-        super().__init__(optimizer, named, optimizer.optimizer, optimizer.fp32_partitioned_groups_flat)
+        inner, masters = optimizer.optimizer, optimizer.fp32_partitioned_groups_flat
+        groups = [inner.param_groups[optimizer.sub_group_to_group_id[index]] for index in range(len(masters))]
+        super().__init__(optimizer, named, inner, masters, groups)
         self.data_rank = data_rank
         self._step = optimizer.step
         self._known = _KnownNorm(optimizer)
@@ -331,15 +345,20 @@ class _KnownNorm:
 
 def _clip(gradients: list[torch.Tensor], gradient_norm: float, limit: float) -> None:
     """Scales gradients down, in place, so that their global norm is at most the limit; 0: never."""
-    if 0.0 < limit < gradient_norm:
-        torch._foreach_mul_(gradients, limit / (gradient_norm + 1e-6))
+    if (factor := clipping_factor(gradient_norm, limit)) != 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
+def clipping_factor(gradient_norm: float, limit: float) -> float:
+    """Returns what a gradient is multiplied by so that its global norm is at most the limit; 0: never."""
+    return limit / (gradient_norm + 1e-6) if 0.0 < limit < gradient_norm else 1.0
 
 
 def _moments(state: Mapping[str, Any], start: int, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Adam's moments of elements start..start+length; (None, None) before the first update."""
-    if "exp_avg" not in state:
-        return None, None
-    exp_avg, exp_avg_sq = (state[key].view(-1).narrow(0, start, length) for key in ("exp_avg", "exp_avg_sq"))
+    """Moments of elements start..start+length; None before the first update, and the second one where it has none."""
+    exp_avg, exp_avg_sq = (
+        state[key].view(-1).narrow(0, start, length) if key in state else None for key in ("exp_avg", "exp_avg_sq")
+    )
     return exp_avg, exp_avg_sq
 
 

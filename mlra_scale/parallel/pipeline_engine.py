@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -37,8 +37,15 @@ def _hidden_and_weight(embedding: TokenEmbedding, hidden_BSD: torch.Tensor) -> t
 class PipelineEngine(Engine):
     """DeepSpeed's pipeline engine around the layer list."""
 
-    def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
-        super().__init__(config, plan, topology)
+    def __init__(
+        self,
+        config: Config,
+        plan: BatchPlan,
+        topology: Topology,
+        context: ModelContext,
+        adam_begun_at: Mapping[str, int],
+    ) -> None:
+        super().__init__(config, plan, topology, adam_begun_at)
         layers = model_layers(context)
         embedding, *rest = layers
         # The token embedding is at both ends of the pipeline; the last stage uses its copy as the head.
@@ -64,7 +71,7 @@ class PipelineEngine(Engine):
         # rounds the last few elements of a piece, which fill no vector register, differently from the others: the two
         # copies would drift apart.
         alone = {"embedding.weight"} if topology.pipeline > 1 else set()
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim, alone))
+        optimizer = build_optimizer(config, parameter_groups(named, self.rules, self.adam_begun_at, alone))
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self._settings, dist_init_required=False
         )

@@ -33,6 +33,7 @@ class Topology:
     tensor_group: dist.ProcessGroup  # ranks that share this rank's stage and data shard
     pipeline_group: dist.ProcessGroup  # ranks that share this rank's tensor and data coordinates
     data_group: dist.ProcessGroup  # ranks that hold the same weights
+    stage_group: dist.ProcessGroup  # ranks of this rank's pipeline stage: data_rank * tensor + tensor_rank in it
     # All ranks, over gloo whatever the device: for small objects about checkpoints, from the main thread only, so that
     # no collective of training can meet one of theirs.
     control_group: dist.ProcessGroup
@@ -94,11 +95,14 @@ def build_topology(plan: BatchPlan, device: torch.device, timeout_minutes: float
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        stage_group=parallel_state.get_tensor_and_data_parallel_group(),
         control_group=dist.new_group(timeout=timedelta(minutes=timeout_minutes), backend="gloo"),
         device=device,
     )
     expected = (topology.pipeline_rank * topology.data + topology.data_rank) * topology.tensor + topology.tensor_rank
     assert topology.rank == expected, (topology.rank, expected)
+    in_stage = dist.get_process_group_ranks(topology.stage_group)
+    assert in_stage.index(topology.rank) == topology.data_rank * topology.tensor + topology.tensor_rank, in_stage
     return topology
 
 

@@ -1,6 +1,6 @@
 """The ZeRO engine: TP x DP, ZeRO stages 0 to 3, the whole model on every rank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +21,15 @@ from mlra_scale.parallel.topology import Topology
 class ZeroEngine(Engine):
     """DeepSpeed's plain engine around the whole model."""
 
-    def __init__(self, config: Config, plan: BatchPlan, topology: Topology, context: ModelContext) -> None:
-        super().__init__(config, plan, topology)
+    def __init__(
+        self,
+        config: Config,
+        plan: BatchPlan,
+        topology: Topology,
+        context: ModelContext,
+        adam_begun_at: Mapping[str, int],
+    ) -> None:
+        super().__init__(config, plan, topology, adam_begun_at)
         unit = _model_parallel_unit(topology)
         # The data group must be given to zero.Init too: with mpu alone, parameters are partitioned over the world.
         with deepspeed.zero.Init(
@@ -36,7 +43,7 @@ class ZeroEngine(Engine):
             _register_read_parameters(model)
         named = dict(model.named_parameters())
         assert set(named) == set(self.table), set(named) ^ set(self.table)
-        optimizer = build_optimizer(config, parameter_groups(named, self.table, config.optim))
+        optimizer = build_optimizer(config, parameter_groups(named, self.rules, self.adam_begun_at))
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings, mpu=unit, dist_init_required=False
         )

@@ -7,6 +7,7 @@ project. benchmarks/check.py measures these numbers for the machine it runs on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
@@ -105,10 +106,10 @@ class Cluster:
         Args:
             group: Global ranks; rank r is on node r // devices_per_node.
         """
-        nodes = [rank // self.devices_per_node for rank in group]
-        if len(set(nodes)) == 1:
+        ranks_of_nodes = Counter(rank // self.devices_per_node for rank in group)
+        if len(ranks_of_nodes) == 1:
             return self.link_intra, self.latency_intra
-        per_node = min(nodes.count(node) for node in set(nodes))
+        per_node = min(ranks_of_nodes.values())
         return min(self.link_intra, per_node * self.link_inter), self.latency_inter
 
 

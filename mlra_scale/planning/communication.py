@@ -7,12 +7,14 @@ Bytes that one rank sends: of k ranks an all-reduce sends 2 (k - 1) / k of the t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log2
 
 from mlra_scale.config import BatchPlan
 from mlra_scale.model.low_rank_plan import collectives, numbers_sent, shape_of
+from mlra_scale.model.matrix_rounds import rounds_of
 from mlra_scale.planning.cluster import Cluster
-from mlra_scale.planning.layout import Stage, rank_of
+from mlra_scale.planning.layout import Matrix, Stage, rank_of
 
 HOP = 0.2
 """Time in which a running ring passes a chunk to the next rank, in latencies of a message: assumed."""
@@ -24,7 +26,7 @@ class Traffic:
 
     sent: float = 0.0  # bytes
     messages: float = 0.0  # messages and sums, which pass through a tree of the ranks
-    rings: float = 0.0  # gathers and scatters, which pass from rank to rank
+    rings: float = 0.0  # gathers, scatters and all-to-alls: something from or to every other rank
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.sent + other.sent, self.messages + other.messages, self.rings + other.rings)
@@ -158,6 +160,61 @@ def data_traffic_per_step(stage: Stage) -> tuple[Traffic, Traffic]:
     if stage.zero in (1, 2):
         weights = scatter_or_gather(float(stage.element * stage.num_weights), ranks)
     return gradients, weights
+
+
+def matrix_traffic(stage: Stage) -> Traffic:
+    """What the mean rank of a stage sends for updates of muon and spectron, once a step: see `_matrix_traffic`."""
+    plan = stage.plan
+    return _matrix_traffic(stage.matrices, plan.tensor, plan.data, stage.zero, stage.transported_element)
+
+
+@lru_cache(maxsize=4096)
+def _matrix_traffic(matrices: tuple[Matrix, ...], tensor: int, data: int, zero: int, element: int) -> Traffic:
+    """Traffic of the matrices of a stage.
+
+    A round has two all-to-alls (parallel/matrix_exchange.py): every matrix goes to its owner, which has a part of it,
+    and what becomes of it goes to all ranks that hold parts. Spectron sums two vectors of all its factors in fp32, of
+    their rows and of their columns.
+    """
+    ranks = tensor * data
+    if ranks == 1 or not matrices:
+        return Traffic()
+    copies = data if zero == 0 else 1
+    numbers = sum(matrix.numel() + tensor * copies * matrix.num_held(tensor) for matrix in matrices)
+    rounds = rounds_of([matrix[:2] for matrix in matrices], ranks)
+    sent = numbers - 2 * _num_kept(matrices, rounds, tensor, data, zero)
+    traffic = Traffic(element * sent / ranks, rings=2 * len(rounds))
+    factors = [matrix for matrix in matrices if matrix.is_spectron]
+    for length in (sum(matrix.rows for matrix in factors), sum(matrix.columns for matrix in factors)):
+        traffic += all_reduce(4.0 * length, ranks) if factors else Traffic()
+    return traffic
+
+
+def _num_kept(matrices: tuple[Matrix, ...], rounds: list[list[int]], tensor: int, data: int, zero: int) -> float:
+    """Numbers of all matrices that their owners hold themselves, and so neither send nor receive.
+
+    ZeRO 1 and 2 cut a parameter group, one weight after the other, into equal pieces for the data ranks; ZeRO 3 cuts
+    each weight.
+    """
+    sizes = [matrix.num_held(tensor) for matrix in matrices]
+    if zero not in (1, 2):
+        return sum(sizes) / (data if zero else 1)
+    starts, totals = [], dict.fromkeys((matrix.group for matrix in matrices), 0)
+    for matrix, size in zip(matrices, sizes, strict=True):
+        starts.append(totals[matrix.group])
+        totals[matrix.group] += size
+    kept = 0.0
+    for indices in rounds:
+        for owner, index in enumerate(indices):
+            piece = totals[matrices[index].group] / data
+            begin = owner // tensor * piece - starts[index]
+            kept += max(0.0, min(begin + piece, sizes[index]) - max(begin, 0.0))
+    return kept
+
+
+def ranks_of_stage(plan: BatchPlan, stage: int) -> list[int]:
+    """Returns all ranks of a stage, which exchange its matrices."""
+    return [rank_of(plan, stage, data_rank, rank) for data_rank in range(plan.data) for rank in range(plan.tensor)]
 
 
 def groups_of(plan: BatchPlan, stage: int) -> dict[str, list[int]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mlra_scale.config import BatchPlan, Config, ModelConfig, engine_kind, zero_stage
+from mlra_scale.config import BatchPlan, Config, ModelConfig, OptimConfig, engine_kind, zero_stage
 from mlra_scale.model.low_rank_plan import BYTES, low_rank_plan
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.update_rules import update_rules
 
 Axis = Literal["tensor", "pipeline", "data"]
 AXES: tuple[Axis, ...] = ("tensor", "pipeline", "data")
@@ -69,6 +70,43 @@ def _weights_of_ends_and_block(model: ModelConfig, tensor: int, num_stages: int,
     return num_held(ends, tensor), num_held(block, tensor)
 
 
+class Matrix(NamedTuple):
+    """A matrix that muon or spectron updates. Without its name, so that stages with equal matrices are equal."""
+
+    rows: int  # of the global tensor
+    columns: int
+    shard_dim: int | None  # as ParameterInfo.shard_dim
+    group: tuple[str, float, float]  # optimizer, weight decay, learning-rate factor: ZeRO 1 and 2 cut each group
+
+    @property
+    def is_spectron(self) -> bool:
+        """Whether it is a factor that spectron updates."""
+        return self.group[0] == "spectron"
+
+    def numel(self) -> int:
+        """Returns the number of elements of the global tensor."""
+        return self.rows * self.columns
+
+    def num_held(self, tensor_parallel: int) -> int:
+        """Returns how many of them one tensor-parallel rank holds."""
+        return self.numel() // (1 if self.shard_dim is None else tensor_parallel)
+
+
+@lru_cache(maxsize=4096)
+def matrices_of_stage(model: ModelConfig, optim: OptimConfig, num_stages: int, stage: int) -> tuple[Matrix, ...]:
+    """Returns the matrices of a stage that muon and spectron update, in the order of the table."""
+    rules = update_rules(model, optim)
+    if all(rule.is_adamw for rule in rules.values()):
+        return ()
+    matrices = []
+    for info in weights_of_stage(model, num_stages, stage):
+        rule = rules[info.name]
+        if not rule.is_adamw:
+            group = (rule.optimizer, rule.weight_decay, rule.lr_factor)
+            matrices.append(Matrix(info.shape[0], info.shape[1], info.shard_dim, group))
+    return tuple(matrices)
+
+
 class Stage:
     """One pipeline stage of a run, with the quantities that the planner's formulas share."""
 
@@ -104,3 +142,18 @@ class Stage:
         self.keeps_gathered = self.checkpointing == "block" or model.sigma_reparam
         # Whether micro-batches add up in flat fp32 buffers, and bf16 gradients are freed once added.
         self.adds_up_flat = config.train.precision == "bf16" and self.zero == 1
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices of the stage that muon and spectron update."""
+        return matrices_of_stage(self.model, self.config.optim, self.plan.pipeline, self.index)
+
+    @property
+    def transported_element(self) -> int:
+        """Bytes of a number in Newton-Schulz iterations, and of what is sent for them."""
+        return BYTES[self.config.newton_schulz_precision]
+
+    @cached_property
+    def num_in_matrices(self) -> int:
+        """Weights of these matrices that one rank of the stage holds."""
+        return sum(matrix.num_held(self.plan.tensor) for matrix in self.matrices)

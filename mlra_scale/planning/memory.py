@@ -31,6 +31,7 @@ from mlra_scale.planning.memory_state import (
     has_gradients_on_host,
     joined_bytes,
     master_bytes,
+    matrix_bytes,
     moment_bytes,
     num_embedding_gradients,
     partitioned_gradient_bytes,
@@ -50,7 +51,7 @@ class RankMemory:
     weights: float  # in compute precision
     gradients: float  # kept between micro-batches, with the buffers of their reduction
     master: float  # fp32 copy of the weights
-    moments: float  # Adam's two
+    moments: float  # Adam's two, or the momentum of muon and spectron
     activations: float  # kept for the backward pass, logits not included
     logits: float  # what the head and the loss need at their peak
     temporary: float  # what the phase that needs most adds to what is kept
@@ -66,7 +67,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class PeakPhase:
-    """What one phase of a step needs beside weights, master and Adam's moments, in bytes; see RankMemory."""
+    """What one phase of a step needs beside weights, master and moments, in bytes; see RankMemory."""
 
     gradients: float  # without the buffers of the reduction
     buffers: float = 0.0  # those of the reduction, where they are there in this phase
@@ -140,6 +141,8 @@ def phases_of_a_step(stage: Stage) -> dict[str, PeakPhase]:
         "reduction": PeakPhase(reduced_at_once, reducing, temporary=flat_gradient_bytes(stage)),
         "update": PeakPhase(update_gradient_bytes(stage), always, temporary=update_bytes(stage)),
     }
+    if stage.matrices:
+        phases["orthogonalisation"] = PeakPhase(update_gradient_bytes(stage), always, temporary=matrix_bytes(stage))
     if stage.model.attention_dropout > 0.0:
         phases["dropout mask"] = PeakPhase(early, always, kept, temporary=dropout_bytes(stage))
     return phases

@@ -120,9 +120,13 @@ def output_bytes(stage: Stage) -> float:
 
 
 def backward_bytes(stage: Stage) -> float:
-    """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's."""
+    """Bytes that the backward pass of a block adds: gradients beside GELU and of the stream, the largest matrix's.
+
+    A branch with a factor (`model.depth_rule`) has a gradient of its own instead of the stream's.
+    """
     model, tokens, tensor = stage.model, stage.tokens, stage.plan.tensor
-    stream = 0.0 if stage.plan.pipeline > 1 else model.hidden_size / stage.split
+    num_streams = (stage.plan.pipeline == 1) + (model.branch_factor != 1.0)
+    stream = num_streams * model.hidden_size / stage.split
     passing = tokens * (model.ffn_size / tensor + stream)
     if stage.split > 1:
         # The whole gradient of the stream. Gathered inputs and packed copies come when GELU's sides have gone, unless

@@ -1,4 +1,4 @@
-"""Memory of the state of training on one rank: weights, gradients, master weights, Adam's moments. Imports no torch.
+"""Memory of the state of training on one rank: weights, gradients, master weights, moments. Imports no torch.
 
 In the formulas n is the number of weights that the rank holds (its stage and tensor shard), d the data-parallel degree
 and e the bytes of a number in compute precision. They describe DeepSpeed 0.19 as our engines set it up.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from mlra_scale.config import offload_optimizer
-from mlra_scale.planning.layout import Stage
+from mlra_scale.planning.layout import Matrix, Stage
 
 
 def weight_bytes(stage: Stage) -> float:
@@ -123,6 +123,24 @@ def update_bytes(stage: Stage) -> float:
     return 4.0 * stage.num_weights / (stage.plan.data if stage.zero else 1)
 
 
+def matrix_bytes(stage: Stage) -> float:
+    """Bytes that a round of muon and spectron adds: the larger one of (4 + e) p, 2 e (N + m^2), e (N + s), e (s + p).
+
+    N = m n are the numbers of the largest matrix, m <= n, and p those of the parts that the rank holds, of as many
+    matrices as the stage has ranks. One after the other there are: directions in fp32 and what is sent of them; of an
+    iteration, two states of the whole matrix and two products of m x m; the result and what is sent to all who hold
+    parts of it (s, N unless several hold the same); this and what comes back; what came back, also in fp32.
+    """
+    if not stage.matrices:
+        return 0.0
+    largest, tensor, data = max(stage.matrices, key=Matrix.numel), stage.plan.tensor, stage.plan.data
+    element, whole, held = stage.transported_element, largest.numel(), largest.num_held(tensor)
+    parts = min(len(stage.matrices), tensor * data) * held / (data if stage.zero else 1)
+    sent_back = tensor * held * (1 if stage.zero else data)
+    iteration = 2 * (whole + min(largest.rows, largest.columns) ** 2)
+    return max((4 + element) * parts, element * max(iteration, whole + sent_back, sent_back + parts))
+
+
 def master_bytes(stage: Stage) -> float:
     """Bytes of the fp32 copy of the weights: 4 n, with ZeRO 4 n / d; none in fp32 without ZeRO."""
     if stage.zero == 0:
@@ -131,23 +149,24 @@ def master_bytes(stage: Stage) -> float:
 
 
 def moment_bytes(stage: Stage) -> float:
-    """Bytes of Adam's two moments in fp32: 8 n, with ZeRO 8 n / d."""
-    return 8.0 * stage.num_weights / (stage.plan.data if stage.zero >= 1 else 1)
+    """Bytes of the moments in fp32: Adam's two, 8 n, with ZeRO 8 n / d; half of it for weights of muon and spectron."""
+    return (8.0 * stage.num_weights - 4.0 * stage.num_in_matrices) / (stage.plan.data if stage.zero >= 1 else 1)
 
 
 def snapshot_bytes(stage: Stage) -> float:
     """Bytes of host memory of the rank of a stage that owns most, for the copy of an asynchronous checkpoint.
 
-    12 bytes (fp32 weight, two moments) per weight that the rank owns: with ZeRO n / d, else data rank 0 owns all n. The
-    last stage's copy of the tied embedding belongs to the first stage. Tensor rank 0 owns the replicated weights, the
-    other tensor ranks a little less than is shown. For a GPU the memory is page-locked.
+    12 bytes (fp32 weight, two moments) per weight that the rank owns, 8 where muon or spectron updates it: with ZeRO
+    n / d, else data rank 0 owns all n. The last stage's copy of the tied embedding belongs to the first stage. Tensor
+    rank 0 owns the replicated weights, the other tensor ranks a little less than is shown. For a GPU the memory is
+    page-locked.
     """
     if not stage.config.checkpoint.asynchronous:
         return 0.0
     num_owned = stage.num_weights
     if stage.is_last and not stage.is_first:
         num_owned -= stage.num_embedding
-    num_bytes = 12.0 * num_owned / (stage.plan.data if stage.zero >= 1 else 1)
+    num_bytes = (12.0 * num_owned - 4.0 * stage.num_in_matrices) / (stage.plan.data if stage.zero >= 1 else 1)
     return num_bytes if stage.device == "cpu" else pinned_bytes(num_bytes)
 
 

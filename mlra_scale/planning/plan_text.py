@@ -8,11 +8,13 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
-from mlra_scale.config import engine_kind, zero_stage
+from mlra_scale.config import Config, engine_kind, zero_stage
 from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.update_rules import update_rules
 from mlra_scale.planning.cluster import GIB, Cluster
 from mlra_scale.planning.search import Candidate, SearchResult
+from mlra_scale.planning.step_time import StepTime
 
 COMPONENTS = ("weights", "gradients", "master", "moments", "activations", "logits", "temporary")
 
@@ -29,12 +31,28 @@ def found_text(found: SearchResult, cluster: Cluster, chosen: Candidate, top: in
             "and the planner's choice (*):",
             time_table(shown),
             *wrap(TIME_LEGEND, 116, subsequent_indent=" "),
+            *wrap(optimizer_line(chosen.config, chosen.time), 116, subsequent_indent=" "),
             "",
             f"memory of a rank of the largest stage, GiB ({cluster.usable_memory / GIB:.1f} usable):",
             table(_MEMORY_HEADER, [_memory_row(number, each) for number, each in shown], left=0),
             "",
             *left_out_lines(found),
         ]
+    )
+
+
+def optimizer_line(config: Config, time: StepTime) -> str:
+    """Returns what the update of matrices by muon and spectron costs; empty where AdamW updates everything."""
+    cost = time.matrices
+    if cost is None:
+        return ""
+    rules = update_rules(config.model, config.optim).values()
+    names = dict.fromkeys(rule.optimizer for rule in rules if not rule.is_adamw)
+    share = 100 * cost.seconds / time.seconds
+    return (
+        f"{' and '.join(names)}: matrices take {1e3 * cost.seconds:.3g} ms of the step ({share:.1f} %; "
+        f"products of Newton-Schulz {1e3 * cost.orthogonalisation:.3g} ms), in which a rank sends "
+        f"{cost.sent / 1e9:.3g} GB in {cost.messages:.0f} messages and needs {cost.memory / GIB:.3g} GiB"
     )
 
 
@@ -174,4 +192,5 @@ def plain(candidate: Candidate) -> dict[str, Any]:
         "stage_seconds": [asdict(stage) for stage in time.stages],
         "reduction_seconds": time.reduction,
         "update_seconds": time.update,
+        "matrices": None if time.matrices is None else asdict(time.matrices),
     }

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
+from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.memory import RankMemory, rank_memory
 from mlra_scale.planning.step_time import StepTime, step_time

@@ -13,31 +13,47 @@ step * ranks * peak.
 Data-parallel traffic (communication.py) overlaps with nothing on CPUs. On GPUs with `overlap_comm` reductions hide
 behind the backward pass of the micro-batch they belong to, two thirds of its compute, and together with ZeRO 3's
 gathers behind all of it, but for a tenth. Reductions at ZeRO 0, in bf16 at ZeRO 1 and in a pipeline begin when the last
-backward pass has ended, and updated weights are gathered after the update: they hide behind nothing.
+backward pass has ended, and updated weights are gathered after the update: they hide behind nothing. Nor does what muon
+and spectron do with matrices (`matrix_time`), which is a part of the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from mlra_scale.config import BatchPlan, Config, offload_optimizer
 from mlra_scale.model.low_rank_plan import multiply_adds, shape_of
+from mlra_scale.model.matrix_rounds import rounds_of, work
 from mlra_scale.planning.cluster import Cluster
 from mlra_scale.planning.communication import (
     data_traffic_per_micro_batch,
     data_traffic_per_step,
     groups_of,
+    matrix_traffic,
     pipeline_traffic,
+    ranks_of_stage,
     tensor_traffic,
     tied_traffic,
 )
 from mlra_scale.planning.layout import Stage
+from mlra_scale.planning.memory_state import matrix_bytes
 
 UPDATE_BYTES = 44
 """Per weight, beside its copy in compute precision: read weight, gradient, two moments and write three of them;
 gradient norm: read; clipping: read and write."""
+MATRIX_BYTES = 72
+"""The same of muon and spectron, beside 5 times the type that is sent: momentum, direction and update one after the
+other (parallel/matrix_optimizer.py), and the gradient norm."""
+SPECTRON_BYTES = 16
+"""What spectron adds for a factor: its weights read twice, its update divided in fp32."""
+ROUND_LAUNCHES, OWNER_LAUNCHES, ITERATION_LAUNCHES, PART_LAUNCHES = 8, 4, 3, 1
+"""Operations of muon in a round, most of them on lists of tensors; for the matrix that a rank owns in it, and of that
+per iteration; for a part of a matrix that a rank holds."""
+SPECTRON_LAUNCHES, SPECTRON_PART_LAUNCHES = 15, 3
+"""What spectron adds in a step, and for a part of a factor that a rank holds."""
 WAITS = 2
 """Waits of the host for the device in a step: the packed read, and DeepSpeed's norm (tests/device traces them)."""
 REPEATED_LAUNCHES = {"none": 0, "selective": 4, "block": 20}
@@ -69,9 +85,21 @@ class StepTime:
     bubble: float  # share of the pipeline's time in which its slowest stage waits
     reduction: float  # seconds of gradient reduction and gathering once a step, as far as they are not hidden
     update: float  # seconds of the optimizer
+    matrices: MatrixTime | None  # of these, what matrices of muon and spectron take; None: AdamW updates everything
     mfu: float  # useful FLOPs over what the devices could do in that time at their peak
     # Bytes that a rank sends per step, by kind: tensor, pipeline, data; of the rank that sends most.
     sent: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MatrixTime:
+    """What updating the matrices of muon and spectron takes of a step, of the stage where it takes most."""
+
+    seconds: float  # of the step
+    orthogonalisation: float  # of these, in matrix products of Newton-Schulz iterations
+    sent: float  # bytes that the mean rank sends
+    messages: float  # that it has a part in
+    memory: float  # bytes that a rank needs while it orthogonalises
 
 
 def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
@@ -86,6 +114,7 @@ def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
     pipeline = passage + (m - 1) * slowest
     reduction = max(reduction_seconds(stage, cluster, time_of[kind]) for kind, stage in first.items())
     update = max(update_seconds(stage, cluster) for stage in first.values())
+    of_matrices = [time for stage in first.values() if (time := matrix_time(stage, cluster)) is not None]
     seconds = pipeline + reduction + update + cluster.step_overhead + WAITS * cluster.wait
     useful = config.model.flops_per_token(plan.sequence_length) * plan.tokens_per_step
     return StepTime(
@@ -94,6 +123,7 @@ def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
         bubble=1.0 - m * slowest / pipeline,
         reduction=reduction,
         update=update,
+        matrices=max(of_matrices, key=lambda time: time.seconds, default=None),
         mfu=useful / (seconds * plan.world_size * cluster.peak_flops),
         sent=sent_per_step(stages),
     )
@@ -102,11 +132,14 @@ def step_time(config: Config, plan: BatchPlan, cluster: Cluster) -> StepTime:
 def _kind(stage: Stage, cluster: Cluster) -> tuple[Any, ...]:
     """Returns what the time of a stage depends on: stages with the same value take equally long."""
     links = [cluster.link(group) for group in groups_of(stage.plan, stage.index).values()]
-    return stage.is_first, stage.is_last, stage.num_blocks, *links
+    return stage.is_first, stage.is_last, stage.num_blocks, stage.matrices, *links
 
 
 def sent_per_step(stages: Sequence[Stage]) -> dict[str, float]:
-    """Bytes that a rank sends per step, by kind; of the stage that sends most of it."""
+    """Bytes that a rank sends per step, by kind; of the stage that sends most of it.
+
+    Kind "optimizer" is there where muon or spectron update matrices.
+    """
     m = stages[0].plan.accumulation_steps
     largest = {stages[index] for index in (0, min(1, len(stages) - 1), -1)}  # later ones hold no more than the second
     sent: dict[str, list[float]] = {"tensor": [], "pipeline": [], "data": []}
@@ -115,6 +148,8 @@ def sent_per_step(stages: Sequence[Stage]) -> dict[str, float]:
         sent["pipeline"].append(m * pipeline_traffic(stage).sent + tied_traffic(stage).sent)
         per_micro_batch = sum(traffic.sent for traffic in data_traffic_per_micro_batch(stage))
         sent["data"].append(m * per_micro_batch + sum(traffic.sent for traffic in data_traffic_per_step(stage)))
+    if optimizer := max(matrix_traffic(stage).sent for stage in largest):
+        sent["optimizer"] = [optimizer]
     return {kind: max(values) for kind, values in sent.items()}
 
 
@@ -215,6 +250,56 @@ def _exposed(seconds: float, hidden_behind: float) -> float:
 
 def update_seconds(stage: Stage, cluster: Cluster) -> float:
     """Seconds of the update. Offloaded optimizers are estimated at a tenth of the rate."""
-    num_updated = stage.num_weights / (stage.plan.data if stage.zero else 1)
-    seconds = num_updated * (UPDATE_BYTES + stage.element) / cluster.update_bandwidth
+    of_adam = (stage.num_weights - stage.num_in_matrices) * (UPDATE_BYTES + stage.element)
+    matrices = matrix_time(stage, cluster)
+    return _moving_seconds(stage, cluster, of_adam) + (0.0 if matrices is None else matrices.seconds)
+
+
+def _moving_seconds(stage: Stage, cluster: Cluster, num_bytes: float) -> float:
+    """Seconds in which the optimizer moves so many bytes of a tensor shard, which ZeRO cuts over data ranks."""
+    seconds = num_bytes / (stage.plan.data if stage.zero else 1) / cluster.update_bandwidth
     return 10.0 * seconds if offload_optimizer(stage.config) else seconds
+
+
+def matrix_launches(stage: Stage) -> float:
+    """Operations that a rank of a stage starts for the update of its matrices, of the mean rank that owns one a round.
+
+    ZeRO 1 and 2 cut the whole stage, so that a rank holds few matrices, nearly whole; ZeRO 3 cuts each of them.
+    """
+    plan = stage.plan
+    num_factors = sum(matrix.is_spectron for matrix in stage.matrices)
+    num_rounds = ceil(len(stage.matrices) / (plan.tensor * plan.data))
+    share = 1 / plan.data if stage.zero in (1, 2) else 1.0
+    num_cut = 1 - share  # a data rank's piece ends within a matrix
+    rounds = ROUND_LAUNCHES + OWNER_LAUNCHES + ITERATION_LAUNCHES * stage.config.optim.newton_schulz_steps
+    parts = PART_LAUNCHES * (share * len(stage.matrices) + num_cut) + SPECTRON_PART_LAUNCHES * share * num_factors
+    return num_rounds * rounds + parts + (SPECTRON_LAUNCHES if num_factors else 0)
+
+
+def matrix_time(stage: Stage, cluster: Cluster) -> MatrixTime | None:
+    """Estimates the update of a stage's matrices by muon and spectron; None: there are none.
+
+    In every round all wait for the rank with most to compute, and for its messages; nothing of it is hidden. With
+    `runs_ahead` starting operations counts where it takes longer than what they do.
+    """
+    if not stage.matrices:
+        return None
+    optim, plan = stage.config.optim, stage.plan
+    rounds = rounds_of([matrix[:2] for matrix in stage.matrices], plan.tensor * plan.data)
+    # 2 (2 m^2 n + m^3) FLOPs an iteration: X X^T, its square, and their product with X.
+    num_products = sum(work(stage.matrices[first][:2]) for first, *_ in rounds)
+    orthogonalisation = 2.0 * optim.newton_schulz_steps * num_products / cluster.flops
+    factors = [matrix for matrix in stage.matrices if matrix.is_spectron]
+    num_in_factors = sum(matrix.num_held(plan.tensor) for matrix in factors)
+    moved = stage.num_in_matrices * (MATRIX_BYTES + 5 * stage.transported_element) + num_in_factors * SPECTRON_BYTES
+    busy = orthogonalisation + _moving_seconds(stage, cluster, moved)
+    starting = matrix_launches(stage) * cluster.launch
+    computing = max(busy, starting) if cluster.runs_ahead else busy + starting
+    traffic = matrix_traffic(stage)
+    return MatrixTime(
+        seconds=computing + traffic.seconds(cluster, ranks_of_stage(plan, stage.index)),
+        orthogonalisation=orthogonalisation,
+        sent=traffic.sent,
+        messages=traffic.messages + traffic.rings,
+        memory=matrix_bytes(stage),
+    )

@@ -8,10 +8,12 @@ Means and variances are float64 without cancellation: each run of elements has i
 (stability.moments), and the runs are merged by Chan's formula for many sets at once (Chan, Golub and LeVeque 1979):
 first the mean of all, by one all-reduce, then M2 = sum_i M2_i + n_i (mean_i - mean)^2 by another.
 
-An update is computed from Adam's moments after it, so no copy of the weights from before it is needed (Loshchilov and
-Hutter 2019, arXiv 1711.05101, algorithm 2):
+An update of AdamW is computed from the moments after it, so no copy of the weights from before it is needed (Loshchilov
+and Hutter 2019, arXiv 1711.05101, algorithm 2):
     w = w_before (1 - lr decay) - lr step,  step = m_hat / (sqrt(v_hat) + eps),
-so that w - w_before = -lr (step + decay w) / (1 - lr decay).
+so that w - w_before = -lr (step + decay w) / (1 - lr decay). An orthogonalised update (muon, spectron) does not follow
+from an element's own momentum: these weights are copied before the update, at measuring steps only. The copy takes as
+much as the second moment that they do not have.
 
 Legend of shape suffixes: F runs of elements (fragments, cut into chunks), G groups.
 """
@@ -19,8 +21,8 @@ Legend of shape suffixes: F runs of elements (fragments, cut into chunks), G gro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +176,7 @@ class GradientStatistics(Watcher):
         self._is_due = False
         self._gradients: _Gradients | None = None
         self._small_square: float | None = None
+        self._before: dict[tuple[str, int], Tensor] = {}
 
     def before_step(self, step: Step) -> None:
         """Makes one more pass, without an update, where the noise scale is due.
@@ -208,6 +211,9 @@ class GradientStatistics(Watcher):
         weight_square_G = weight_membership_GF @ weight_squares_F1[:, 0]
         merged = merged_moments(membership_GF, moments_F3, weight_square_G)
         self._gradients = _Gradients(*merged, self._spectral_norms(weights))
+        for fragment in weights:
+            if not self.engine.rules[fragment.name].is_adamw:
+                self._before[fragment.name, fragment.start] = fragment.values.detach().clone()
         return True
 
     def after_step(self, step: Step, result: StepResult) -> Mapping[str, Any]:
@@ -222,6 +228,7 @@ class GradientStatistics(Watcher):
             large_square = result.gradient_norm**2
             values["noise"] = noise_scale(small_batch, train.global_batch_size, self._small_square, large_square)
         self._is_due, self._gradients, self._small_square = False, None, None
+        self._before.clear()
         return values
 
     def _spectral_norms(self, weights: Iterable[Fragment]) -> dict[str, list[float]]:
@@ -237,16 +244,35 @@ class GradientStatistics(Watcher):
         """Returns the squared norm of the update of each group, [G]."""
         if not was_applied:
             return torch.zeros(self.groups.size, dtype=torch.float64, device=self.engine.topology.device)
-        optim = self.config.optim
-        update = AdamWUpdate(learning_rate, optim.betas, optim.eps, self.engine.training_state()["optimizer_step"])
+        optim, rules = self.config.optim, self.engine.rules
+        state = self.engine.training_state()
+        num_updates, begun_at = state["optimizer_step"], state["adam_begun_at"]
 
         def square(name: str, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-            change = update.of(weight, exp_avg, exp_avg_sq, self.engine.weight_decay(name))
+            rule = rules[name]
+            num_of_adam = num_updates - begun_at.get(name, 0)
+            update = AdamWUpdate(learning_rate * rule.lr_factor, optim.betas, rule.eps, num_of_adam)
+            change = update.of(weight, exp_avg, exp_avg_sq, rule.weight_decay)
             return torch.linalg.vector_norm(change).square()[None]
 
+        def square_of_change(name: str, change: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(change, dtype=torch.float64).square()[None]
+
         fragments = self.engine.owned_fragments(with_moments=True)
-        membership_GF, squares_F1 = self._measure(fragments, ["values", "exp_avg", "exp_avg_sq"], square, 1)
-        return _sum_over_ranks(membership_GF @ squares_F1[:, 0])
+        of_adam = [fragment for fragment in fragments if rules[fragment.name].is_adamw]
+        membership_GF, squares_F1 = self._measure(of_adam, ["values", "exp_avg", "exp_avg_sq"], square, 1)
+        square_G = membership_GF @ squares_F1[:, 0]
+        if self._before:
+            membership_GF, squares_F1 = self._measure(self._changes(fragments), ["values"], square_of_change, 1)
+            square_G += membership_GF @ squares_F1[:, 0]
+        return _sum_over_ranks(square_G)
+
+    def _changes(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+        """Yields the change of every fragment that was copied before the update, written over its copy."""
+        for fragment in fragments:
+            before = self._before.pop((fragment.name, fragment.start), None)
+            if before is not None:
+                yield replace(fragment, values=torch.sub(fragment.values.detach(), before, out=before))
 
     def _report(self, found: _Gradients, update_square_G: Tensor) -> dict[str, Any]:
         square_G = found.m2_G + found.count_G * found.mean_G.square()

@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
-from mlra_scale.config import Config, ConfigError, Problem, load_config, validate, yaml_text
+from mlra_scale.config import Config, ConfigError, Problem, load_config, yaml_text
 from mlra_scale.config.loading import read_text
 from mlra_scale.config.problems import problems_of
 from mlra_scale.config.section import Section, Text
+from mlra_scale.model.validation import validate
 
 SEED = "train.seed"
 _SHORT = {"model.num_layers": "L", "model.hidden_size": "D", "optim.lr": "lr"}

@@ -238,6 +238,8 @@ def _result(
         "gradient_variance_embedding": value_at(gradients, "kinds.embedding.gradient_variance"),
         "gradient_variance_shallow": None if None in shallow else math.fsum(shallow) / len(shallow),
         "residual_variance": (activations.get("residual_variance") or [None])[-1],
+        "largest_logit": _largest(records, "activations.max_logit"),
+        "largest_qk_singular_value": _largest(records, "gradients.layers.qk_spectral_norm"),
         "spikes": round(scores["loss_olmo_core"] * min(last_step, _SPIKE_HORIZON)) if scores else None,
     }
     result |= {name: value for name, value in measured.items() if value is not None}
@@ -253,6 +255,13 @@ def _result(
 
 def _last(records: Sequence[Record], name: str) -> Any:
     return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+
+
+def _largest(records: Sequence[Record], keys: str) -> float | None:
+    """Returns the largest of all recorded numbers, or of their lists over blocks; None if there are none."""
+    found = [value_at(record, keys) for record in records]
+    values = [value for item in found for value in (item if isinstance(item, list) else [item])]
+    return max((float(value) for value in values if value is not None), default=None)
 
 
 def _mean_of_last_tenth(losses: Sequence[tuple[int, float]], steps: int) -> float | None:

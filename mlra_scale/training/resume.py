@@ -208,6 +208,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
     values["ffn_hidden_size"] = model.ffn_size
     is_factorised = model.attention == "mlra"
     values["attention_rank"] = model.rank if is_factorised else None
+    values["base_depth"] = model.base_depth if model.depth_rule == "completep" else None
     values["factorised_projections"] = list(model.factorised_projections) if is_factorised else None
     return values
 

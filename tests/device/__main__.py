@@ -33,7 +33,9 @@ def changed(layout: Layout, overrides: list[str]) -> Layout:
 
 def write() -> None:
     """Writes the tables of docs/device.md."""
-    document.write("layouts", document.layouts_table(map(trace, ALL)))
+    reports = [trace(layout) for layout in ALL]
+    document.write("layouts", document.layouts_table(reports))
+    document.write("matrices", document.matrices_table(reports))
     document.write("waits", document.waits_table())
     document.write("flow control", document.flow_control_table())
     document.write("measured waits", document.measured_table())
@@ -53,7 +55,7 @@ def main(arguments: list[str]) -> int:
     name, *overrides = arguments
     for layout in (layout for layout in (*ALL, *MEASURING) if name in layout.name):
         report = trace(changed(layout, overrides))
-        print(document.layouts_table([report]), *checks.problems(report), sep="\n")
+        print(document.layouts_table([report]), document.matrices_table([report]), *checks.problems(report), sep="\n")
         pprint.pprint(report, width=160, compact=True)
     return 0
 

@@ -28,8 +28,8 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["model.layer_norm_scaling=true"], ["model.attention=dense"]],
-    ids=["mlra", "layer-norm-scaling", "dense"],
+    [[], ["model.layer_norm_scaling=true"], ["model.depth_rule=completep"], ["model.attention=dense"]],
+    ids=["mlra", "layer-norm-scaling", "completep", "dense"],
 )
 def test_a_block_compiles_to_kernels(tmp_path: Path, overrides: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlra_scale.config import Config
+from mlra_scale.model.update_rules import update_rules
 from mlra_scale.parallel import Engine, Fragment
 from tests.support.layouts import (
     DROPOUT,
@@ -48,9 +49,11 @@ class Account:
     """One rank's account of a save or a load, and of the steps after it."""
 
     owned: dict[str, list[Piece]]  # its pieces of weights and moments
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)  # of power iterations; all of them, on rank 0
     losses: list[float] = field(default_factory=list)  # of the steps that followed
     gradient_norms: list[float] = field(default_factory=list)  # likewise
     final: dict[str, list[Piece]] = field(default_factory=dict)  # its pieces after them
+    final_vectors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def layout_of(name: str) -> Layout:
@@ -65,19 +68,23 @@ def matrix_config(name: str, **overrides: Any) -> Config:
 def owned_pieces(engine: Engine) -> dict[str, list[Piece]]:
     owned = engine.owned_fragments(with_moments=True)
     return {
-        part: pieces(engine, [Fragment(f.name, f.start, getattr(f, field)) for f in owned])
-        for part, field in PARTS.items()
+        part: pieces(engine, [Fragment(f.name, f.start, getattr(f, of)) for f in owned if getattr(f, of) is not None])
+        for part, of in PARTS.items()
     }
 
 
+def vectors_of(engine: Engine) -> dict[str, np.ndarray]:
+    return {name: vector.numpy().copy() for name, vector in engine.buffers().items()}
+
+
 def continue_training(engine: Engine) -> Account:
-    account = Account(owned_pieces(engine))
+    account = Account(owned_pieces(engine), vectors_of(engine))
     for step in range(SAVED_AT, SAVED_AT + MORE):
         batches = micro_batches(engine, step)
         result = engine.train_batch(batches, engine.config.optim.lr)
         account.losses.append(result.loss)
         account.gradient_norms.append(result.gradient_norm)
-    account.final = owned_pieces(engine)
+    account.final, account.final_vectors = owned_pieces(engine), vectors_of(engine)
     return account
 
 
@@ -114,7 +121,10 @@ class Run:
     def tensors(self, is_final: bool = False) -> Tensors:
         """The global tensors by part and name, at the checkpoint or after the last step; each element has one owner."""
         accounts = [rank.final if is_final else rank.owned for rank in self.ranks]
-        return {part: assemble(self.config, [account[part] for account in accounts]) for part in PARTS}
+        rules = update_rules(self.config.model, self.config.optim)
+        names = {part: list(rules) for part in PARTS}
+        names["exp_avg_sq"] = [name for name, rule in rules.items() if rule.optimizer == "adamw"]
+        return {part: assemble(self.config, [each[part] for each in accounts], names[part]) for part in PARTS}
 
 
 class Matrix:
@@ -123,30 +133,31 @@ class Matrix:
     def __init__(self, pools: Pools, folder: Path) -> None:
         self._pools = pools
         self._folder = folder
-        self._saved: dict[tuple[str, str], Run] = {}
+        self._saved: dict[tuple[str, str, str], Run] = {}
 
-    def saved(self, name: str, precision: str = "fp32") -> Run:
+    def saved(self, name: str, precision: str = "fp32", optimizer: str = "adamw") -> Run:
         """The run in a layout that saves; made at the first call."""
-        key = (name, precision)
+        key = (name, precision, optimizer)
         if key not in self._saved:
-            config = matrix_config(name, train__precision=precision)
+            config = matrix_config(name, train__precision=precision, optim__name=optimizer)
             ranks = self._pools(layout_of(name).world_size).run(save, config, self._folder_of(*key))
             self._saved[key] = Run(config, ranks)
         return self._saved[key]
 
-    def loaded(self, saved_in: str, name: str, was: str = "fp32", **overrides: Any) -> Run:
+    def loaded(self, saved_in: str, name: str, was: str = "fp32", optimizer: str = "adamw", **overrides: Any) -> Run:
         """The run in a layout that continues from the checkpoint of another one."""
-        self.saved(saved_in, was)
-        config = matrix_config(name, **overrides)
-        ranks = self._pools(layout_of(name).world_size).run(load, config, self._folder_of(saved_in, was))
+        self.saved(saved_in, was, optimizer)
+        config = matrix_config(name, optim__name=optimizer, **overrides)
+        ranks = self._pools(layout_of(name).world_size).run(load, config, self._folder_of(saved_in, was, optimizer))
         return Run(config, ranks)
 
-    def _folder_of(self, name: str, precision: str) -> Path:
-        return self._folder / f"{name}-{precision}"
+    def _folder_of(self, *key: str) -> Path:
+        return self._folder / "-".join(key)
 
 
 def assert_same_tensors(before: Run, after: Run) -> None:
-    """Weights and moments are bitwise those that were saved; rows of the vocabulary's padding are zero."""
+    """Weights, moments and vectors are bitwise those that were saved; rows of the vocabulary's padding are zero."""
+    assert_same_vectors(before.ranks[0].vectors, after.ranks[0].vectors)
     vocabulary = before.config.model.vocab_size
     old, new = before.tensors(), after.tensors()
     for part in PARTS:
@@ -167,6 +178,13 @@ def assert_same_run(before: Run, after: Run) -> None:
     for part in PARTS:
         for name, expected_tensor in old[part].items():
             np.testing.assert_array_equal(new[part][name], expected_tensor, err_msg=f"{part} of {name}")
+    assert_same_vectors(before.ranks[0].final_vectors, after.ranks[0].final_vectors)
+
+
+def assert_same_vectors(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, vector in expected.items():
+        np.testing.assert_array_equal(found[name], vector, err_msg=name)
 
 
 def largest_difference(before: Run, after: Run) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlra_scale.config import Config, DataConfig, ModelConfig
+from mlra_scale.config import Config, DataConfig, ModelConfig, OptimConfig
 from tests.distributed.steps import Record, train
 from tests.support.layouts import Layout, assemble, canonical_weights, layout_config
 from tests.support.oracle import ReferenceRun, assert_gradients_close, reference_run
@@ -40,13 +40,16 @@ def with_model_of(config: Config, layout: Layout, **options: Any) -> Config:
 
 
 def oracle(config: Config, steps: int = STEPS, seed: int = 3) -> Oracle:
-    """Random weights of a seed, and the oracle's run from them with a configuration's model and data (no dropout)."""
-    return _oracle(config.model, config.data, steps, seed)
+    """Random weights of a seed, and the oracle's run from them with a configuration's model, data and optimizer.
+
+    Without dropout.
+    """
+    return _oracle(config.model, config.data, config.optim, steps, seed)
 
 
 @cache
-def _oracle(model: ModelConfig, data: DataConfig, steps: int, seed: int) -> Oracle:
-    config = in_layout(Layout()).model_copy(update={"model": model, "data": data})
+def _oracle(model: ModelConfig, data: DataConfig, optim: OptimConfig, steps: int, seed: int) -> Oracle:
+    config = in_layout(Layout()).model_copy(update={"model": model, "data": data, "optim": optim})
     weights = canonical_weights(model, seed)
     return weights, reference_run(config, weights, steps)
 
@@ -123,15 +126,15 @@ def bf16_error(worker_pool: Pools, config: Config, steps: int = STEPS, stage: in
     One process of the layout's engine. Four models, because in one of them the rounding errors may cancel by luck.
     """
     engine = "pipeline" if config.parallel.pipeline > 1 else "zero"
-    return _bf16_error(worker_pool, engine, config.model, config.data, steps, stage)
+    return _bf16_error(worker_pool, engine, config.model, config.data, config.optim, steps, stage)
 
 
 @cache
 def _bf16_error(
-    worker_pool: Pools, engine: str, model: ModelConfig, data: DataConfig, steps: int, stage: int
+    worker_pool: Pools, engine: str, model: ModelConfig, data: DataConfig, optim: OptimConfig, steps: int, stage: int
 ) -> tuple[float, float]:
     config = in_layout(Layout(stage=stage, engine=engine), train__precision="bf16")
-    config = config.model_copy(update={"model": model, "data": data})
+    config = config.model_copy(update={"model": model, "data": data, "optim": optim})
     found = []
     for seed in range(3, 7):
         weights, expected = oracle(config, steps, seed)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from mlra_scale.config import Config
@@ -19,6 +20,8 @@ class Record:
     validation: list[float] = field(default_factory=list)
     gradients: list[Piece] = field(default_factory=list)
     weights: list[Piece] = field(default_factory=list)
+    momenta: list[Piece] = field(default_factory=list)  # exp_avg of all parameters
+    buffers: dict[str, np.ndarray] = field(default_factory=dict)  # on rank 0: what carries over beside moments
     tev: TevStatistics | None = None
 
 
@@ -34,7 +37,9 @@ def allow_fp16_on_cpu() -> None:
 def train(
     rank: int, world_size: int, config: Config, steps: int, weights: dict[str, torch.Tensor] | None = None
 ) -> Record:
-    """Trains `steps` steps; gradients are those of the first, weights those after the last; then evaluates step 0."""
+    """Trains `steps` steps, and evaluates step 0; gradients are those of the first step, the rest is after the last."""
+    from mlra_scale.parallel import Fragment
+
     if config.train.precision == "fp16":
         allow_fp16_on_cpu()
     engine = start(config, world_size, weights)
@@ -53,7 +58,10 @@ def train(
         record.gradient_norms.append(result.gradient_norm)
     # With a batch that was trained on, so that the oracle need not know another one.
     record.validation.append(engine.eval_batch(micro_batches(engine, 0)))
-    record.weights = pieces(engine, engine.owned_fragments())
+    owned = engine.owned_fragments(with_moments=True)
+    record.weights = pieces(engine, owned)
+    record.momenta = pieces(engine, [Fragment(f.name, f.start, f.exp_avg) for f in owned if f.exp_avg is not None])
+    record.buffers = {name: vector.numpy().copy() for name, vector in engine.buffers().items()}
     hook = TevHook(engine.table, engine.topology, config.tev, config.model.vocab_size)
     record.tev = hook.measure(engine.owned_fragments())
     return record

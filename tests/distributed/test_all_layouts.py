@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.all_layouts import CHANGES, cell
+from tests.distributed.all_layouts import CHANGES, MATRIX_OPTIMIZERS, cell
 from tests.distributed.layout_matrix import LAYOUTS, Matrix
 from tests.support.pool import Pools
 
@@ -19,8 +19,11 @@ def matrix(worker_pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> Matr
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("saved_in", LAYOUTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_layout_continues_in_every_other(matrix: Matrix, precision: str, saved_in: str, name: str) -> None:
-    cell(matrix, saved_in, name, precision, train__precision=precision)
+@pytest.mark.parametrize("optimizer", ["adamw", *MATRIX_OPTIMIZERS])
+def test_every_layout_continues_in_every_other(
+    matrix: Matrix, optimizer: str, precision: str, saved_in: str, name: str
+) -> None:
+    cell(matrix, saved_in, name, precision, optimizer, train__precision=precision)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.all_layouts import cell
+from tests.distributed.all_layouts import MATRIX_OPTIMIZERS, cell
 from tests.distributed.layout_matrix import LAYOUTS, Matrix, matrix_config
 from tests.support.pool import Pools
 
@@ -30,6 +30,21 @@ def test_the_pairs_cover_every_layout() -> None:
 @pytest.mark.parametrize(("saved_in", "name"), PAIRS)
 def test_any_layout_continues_in_any_other(matrix: Matrix, saved_in: str, name: str) -> None:
     cell(matrix, saved_in, name)
+
+
+@pytest.mark.slow_except("tp2pp2-zero3-tp2dp2-spectron")
+@pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
+@pytest.mark.parametrize(("saved_in", "name"), PAIRS)
+def test_momentum_and_vectors_continue_in_any_other(matrix: Matrix, saved_in: str, name: str, optimizer: str) -> None:
+    cell(matrix, saved_in, name, optimizer=optimizer)
+
+
+@pytest.mark.slow_except("pp2dp2-bf16-spectron")
+@pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tp2pp2", "pp2dp2", "zero1-dp2", "zero3-tp2dp2"])
+def test_matrix_optimizers_continue_bitwise(matrix: Matrix, name: str, precision: str, optimizer: str) -> None:
+    assert cell(matrix, name, name, precision, optimizer, train__precision=precision) == "bitwise"
 
 
 @pytest.mark.slow_except("tp2pp2-fp32", "zero3-tp2dp2-bf16")

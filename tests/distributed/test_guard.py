@@ -21,6 +21,7 @@ from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start import request
 from tests.distributed.steps import allow_fp16_on_cpu
 from tests.support.pool import Pools
+from tests.support.stored import assert_bitwise_equal, store_of
 from tests.support.training_runs import Finished, base_command, curve, events, main_on_rank, metrics
 
 BATCH = 8
@@ -59,6 +60,8 @@ SHUFFLED, REPEATED = (24, 33), range(44, 50)
 POISONS = {
     "rate": Poison(rate=range(30, 33), rate_factor=300.0),
     "fp16": Poison(rate=[30], rate_factor=1e6),
+    "step 5": Poison(nan=[4], batch=BATCH),
+    "steps 6 and 7": Poison(nan=[5, 6], batch=BATCH),
     "nan": Poison(nan=[SHUFFLED[0], *REPEATED], batch=BATCH),
     "none": Poison(),
 }
@@ -114,18 +117,28 @@ def run_on_rank(rank: int, world_size: int, poison: str, arguments: tuple[str, .
             return Finished(ExitCode.FAILED, "", str(error))
 
 
+Start = Callable[..., Finished]
 Run = Callable[..., Path]
 Whole = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def run(worker_pool: Pools, training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    def run(layout: str, *arguments: str, poison: str = "data", code: int = 0, folder: Path | None = None) -> Path:
+def start(worker_pool: Pools, training_data: Path) -> Start:
+    def start(folder: Path, layout: str, *arguments: str, poison: str = "data", code: int = 0) -> Finished:
         processes, degrees = LAYOUTS[layout]
-        folder = folder or tmp_path_factory.mktemp("guarded") / "run"
         command = base_command(folder, training_data, *TRAINING, *degrees, *arguments)
         finished: list[Finished] = worker_pool(processes).run(run_on_rank, poison, tuple(command), timeout=400.0)
         assert {result.code for result in finished} == {code}, finished[0].stdout[-2000:] + finished[0].stderr[-3000:]
+        return finished[0]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    def run(layout: str, *arguments: str, folder: Path | None = None, **options: Any) -> Path:
+        folder = folder or tmp_path_factory.mktemp("guarded") / "run"
+        start(folder, layout, *arguments, **options)
         return folder
 
     return run
@@ -322,3 +335,65 @@ def test_without_a_guard_a_run_is_what_it_was(run: Run, tmp_path: Path) -> None:
     free = run("one process", poison="none")
     for name in ("loss", "gradient_norm", "learning_rate", "consumed_samples"):
         assert curve(watched, name) == curve(free, name), name
+
+
+CHANGED = [*GUARD, "guard.calm_steps=50", "guard.max_lowerings=0", "--resume", "auto"]
+"""Two bad updates are one too many, and the episode does not end."""
+
+
+def test_a_run_whose_first_update_with_another_optimizer_was_skipped_saves_and_continues_bitwise(
+    run: Run, tmp_path: Path
+) -> None:
+    """Spectron's power iterations have not begun then."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    run("one process", *CHANGED, "optim.name=adamw", "train.steps=4", folder=parts, poison="none")
+    shutil.copytree(parts, whole)
+    run("one process", *CHANGED, "optim.name=spectron", "train.steps=8", folder=whole, poison="step 5")
+    run("one process", *CHANGED, "optim.name=spectron", "train.steps=5", folder=parts, poison="step 5")
+    assert [event[:2] for event in decisions(parts)] == [("guard_skip", 5)]
+    store = store_of(parts, 5)
+    assert store.manifest.momentum_only and not store.buffer_names
+    run("one process", *CHANGED, "train.steps=8", folder=parts, poison="none")
+    assert_bitwise_equal(store_of(parts, 8), store_of(whole, 8))
+    assert store_of(parts, 8).buffer_names and curve(parts, "loss") == curve(whole, "loss")
+
+
+@pytest.mark.slow_except("adamw-spectron")
+@pytest.mark.parametrize(
+    ("was", "now"), [("adamw", "spectron"), ("muon", "adamw")], ids=["adamw-spectron", "muon-adamw"]
+)
+def test_a_rollback_to_another_optimizer_begins_as_a_start_does_and_prints_the_same(
+    start: Start, tmp_path: Path, was: str, now: str
+) -> None:
+    """After an update with the new optimizer, whose state is dropped."""
+    folder, again = tmp_path / "run", tmp_path / "again"
+    start(folder, "one process", *CHANGED, f"optim.name={was}", "train.steps=4", poison="none")
+    shutil.copytree(folder, again)
+    arguments = ["one process", *CHANGED, f"optim.name={now}", "train.steps=8"]
+    printed = start(folder, *arguments, poison="steps 6 and 7").stdout
+    assert [event[:3] for event in decisions(folder)][-1] == ("guard_rollback", 7, 4)
+    before, after = printed.split("back to step 4")
+    (notice,) = [line for line in before.splitlines() if line.startswith("another optimizer than in the checkpoint")]
+    assert notice in after.splitlines()
+    shutil.copy(folder / "guard.json", again)  # what the rollback skipped
+    assert notice in start(again, *arguments, poison="steps 6 and 7").stdout
+    assert_bitwise_equal(store_of(folder, 8), store_of(again, 8))
+
+
+def test_a_start_whose_guard_could_not_roll_back_across_two_changes_is_refused(start: Start, tmp_path: Path) -> None:
+    """The good checkpoint is of step 4: from there AdamW would begin anew for the factors and continue for the rest."""
+    folder, branch = tmp_path / "run", tmp_path / "branch"
+    rules = "optim.rules=[{kind: factor, optimizer: muon}]"
+    start(folder, "one process", *CHANGED, "optim.name=adamw", rules, "train.steps=4", poison="none")
+    arguments = ["one process", *CHANGED, "optim.rules=[]"]
+    start(folder, *arguments, "optim.name=muon", "train.steps=5", poison="step 5")
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "events.jsonl"}
+    arguments += ["optim.name=adamw", "train.steps=7"]
+    refused = start(folder, *arguments, poison="none", code=ExitCode.BAD_INPUT).stderr
+    good, newest = (folder / "checkpoints" / f"step-0000000{step}" for step in (4, 5))
+    assert f"optim.name = 'adamw': the guard could not roll back: {good} is older than two changes" in refused
+    assert f"--resume {good}, or from {newest} in a new --run-dir" in refused
+    assert files == {path: path.read_bytes() for path in files}
+    start(branch, *arguments, "--resume", str(newest), poison="none")
+    start(folder, *arguments, "--resume", str(good), poison="none")
+    assert all(store_of(path, 7).state["engine"]["optimizer_step"] for path in (branch, folder))

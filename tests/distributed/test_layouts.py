@@ -214,7 +214,12 @@ COMPILED_CASES: list[tuple[Layout, Options, Options]] = [
     (layout, {"model__attention": attention}, {}) for layout in COMPILED for attention in ("mlra", "dense")
 ]
 COMPILED_CASES += [(Layout(tensor=2, data=2, stage=1), {}, {"parallel__sequence_parallel": True})]
-COMPILED_CASES += [(Layout(), {"model__layer_norm_scaling": True, "model__num_layers": 4}, {})]
+SHARING: list[Options] = [
+    {"model__layer_norm_scaling": True},
+    {"model__depth_rule": "completep", "model__base_depth": 3},
+]
+COMPILED_CASES += [(Layout(), {**options, "model__num_layers": 4}, {}) for options in SHARING]
+COMPILED_CASES += [(Layout(tensor=2, data=2, stage=1), SHARING[1], {"parallel__sequence_parallel": True})]
 
 
 @pytest.mark.slow_except("tp2pp1dp1-zero0-mlra-replicated")
@@ -224,7 +229,7 @@ def test_compiled_blocks_equal_the_oracle(worker_pool: Pools, layout: Layout, mo
     weights, expected = oracle(config, steps=1)
     records, num_compiled = zip(*worker_pool(layout.world_size).run(train_compiled, config, weights), strict=True)
     assert min(num_compiled) > 0, "nothing was compiled"
-    if "model__layer_norm_scaling" in model:
+    if "model__num_layers" in model:
         assert num_compiled == (2,), "one for training and one for evaluation: blocks share them"
     assert_losses_and_gradients(config, list(records), expected)
 

@@ -98,6 +98,26 @@ def test_weights_that_zero_3_need_not_keep_are_not_planned(worker_pool: Pools) -
     compare(worker_pool, planned_config(layout, "fp32", **less), layout)
 
 
+@pytest.mark.slow_except("muon-tp1pp1dp2 zero3-fp32")
+@pytest.mark.parametrize(
+    ("name", "layout", "precision"),
+    [
+        ("muon", Layout(data=2, stage=3), "fp32"),
+        ("muon", Layout(data=2, stage=1), "bf16"),
+        ("muon", Layout(pipeline=2), "fp32"),
+        ("spectron", Layout(tensor=2), "fp32"),
+        ("spectron", Layout(data=2, stage=2), "bf16"),
+    ],
+    ids=str,
+)
+def test_muon_and_spectron_hold_one_moment_as_planned(
+    worker_pool: Pools, name: str, layout: Layout, precision: str
+) -> None:
+    config = planned_config(layout, precision)
+    optim = config.optim.model_copy(update={"name": name})
+    compare(worker_pool, config.model_copy(update={"optim": optim}), layout)
+
+
 def compare(worker_pool: Pools, config: Config, layout: Layout) -> None:
     plan = batch_plan(config, layout.world_size)
     ranks = worker_pool(layout.world_size).run(measure, config)

@@ -29,8 +29,17 @@ QK_NORM: Options = {"model__qk_norm": True}
 SIGMA: Options = {"model__sigma_reparam": True}
 NORMS: Options = {"model__layer_norm_scaling": True}
 EMBEDDING: Options = {"model__embedding_scale": "sqrt_width"}
+DEPTH: Options = {"model__depth_rule": "completep", "model__base_depth": 1}
 ALL: Options = {**QK_NORM, **SIGMA, **NORMS, **EMBEDDING, "model__z_loss": 1e-2}
-OPTIONS = {"qk-norm": QK_NORM, "sigma": SIGMA, "layer-norm-scaling": NORMS, "embedding-scale": EMBEDDING, "all": ALL}
+OPTIONS = {
+    "qk-norm": QK_NORM,
+    "sigma": SIGMA,
+    "layer-norm-scaling": NORMS,
+    "embedding-scale": EMBEDDING,
+    "completep": DEPTH,
+    "completep-all": {**DEPTH, **QK_NORM, **SIGMA, **EMBEDDING, "model__z_loss": 1e-2},
+    "all": ALL,
+}
 ATTENTIONS: dict[str, Options] = {
     "mlra": {},
     "dense": {"model__attention": "dense"},
@@ -40,7 +49,8 @@ STEPS = 3
 SMALL: Options = {"model__num_layers": 3, "model__init_std": 0.2}
 
 PAIRS = [Layout(tensor=2), Layout(pipeline=2)]
-CASES = [(layout, option, kind) for layout in PAIRS for option in OPTIONS for kind in ("mlra", "dense")]
+ALONE = [option for option in OPTIONS if option != "completep-all"]
+CASES = [(layout, option, kind) for layout in PAIRS for option in ALONE for kind in ("mlra", "dense")]
 CASES += [(Layout(), "all", "mlra"), (Layout(engine="pipeline"), "all", "dense")]
 CASES += [(layout, "all", "o-factorised") for layout in (Layout(tensor=2), Layout(pipeline=2))]
 CASES += [(Layout(data=2, stage=stage), "all", "mlra") for stage in range(4)]
@@ -51,6 +61,13 @@ CASES += [
     (Layout(tensor=2, data=2, stage=3), "all", "o-factorised"),
     (Layout(tensor=2, data=2, stage=2), "all", "dense"),
     (Layout(tensor=4), "sigma", "dense"),
+]
+CASES += [(Layout(data=2, stage=stage), "completep", "mlra") for stage in range(4)]
+CASES += [
+    (Layout(), "completep", "mlra"),
+    (Layout(tensor=2, pipeline=2, stage=1), "completep-all", "o-factorised"),
+    (Layout(tensor=2, data=2, stage=3), "completep-all", "o-factorised"),
+    (Layout(tensor=2, data=2, stage=2), "completep-all", "dense"),
 ]
 
 
@@ -64,6 +81,8 @@ def model_options(option: str, attention: str) -> Options:
     "tp1pp2dp1 zero0-sigma-dense",
     "tp1pp2dp1 zero0-layer-norm-scaling-mlra",
     "tp2pp1dp2 zero3-all-mlra",
+    "tp1pp2dp1 zero0-completep-mlra",
+    "tp2pp1dp2 zero3-completep-all-o-factorised",
 )
 @pytest.mark.parametrize(("layout", "option", "attention"), CASES, ids=str)
 def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str, attention: str) -> None:
@@ -75,14 +94,22 @@ def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, option: str,
 def test_options_change_what_is_computed() -> None:
     plain = layout_config(Layout(), **SMALL)
     losses = set()
-    for overrides in ({}, QK_NORM, SIGMA, NORMS, EMBEDDING):
+    for overrides in ({}, QK_NORM, SIGMA, NORMS, EMBEDDING, DEPTH):
         config = layout_config(Layout(), **SMALL, **overrides)
         weights = canonical_weights(config.model)
         shared = canonical_weights(plain.model)
         weights = {name: shared.get(name, value) for name, value in weights.items()}
         with torch.no_grad():
             losses.add(round(reference_loss(config, build_reference(config, weights), 0).item(), 4))
-    assert len(losses) == 5, losses
+    assert len(losses) == 6, losses
+
+
+@pytest.mark.slow_except("selective")
+@pytest.mark.parametrize("checkpointing", ["selective", "block"])
+def test_completep_with_recomputation_equals_the_oracle(worker_pool: Pools, checkpointing: str) -> None:
+    layout, more = Layout(tensor=2), {"parallel__activation_checkpointing": checkpointing}
+    config = in_layout(layout, **model_options("completep-all", "mlra"), **more)
+    assert_equals_oracle(config, *trained(worker_pool, config, STEPS), norms=2e-6, weights=4e-6)
 
 
 @pytest.mark.slow_except("tp1pp1dp1 zero0-1-block-mlra")
@@ -108,13 +135,14 @@ def test_vectors_belong_to_a_step_however_it_is_cut(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("option", ["all", "completep-all"])
 @pytest.mark.parametrize(
     "layout",
     [Layout(tensor=2), Layout(pipeline=2), Layout(data=2, stage=1), Layout(tensor=2, data=2, stage=3)],
     ids=str,
 )
-def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout) -> None:
-    config = in_layout(layout, train__precision="bf16", **model_options("all", "mlra"))
+def test_bf16_errs_at_most_twice_as_much_as_one_process(worker_pool: Pools, layout: Layout, option: str) -> None:
+    config = in_layout(layout, train__precision="bf16", **model_options(option, "mlra"))
     records, expected = trained(worker_pool, config, STEPS)
     allowed = bf16_error(worker_pool, config, STEPS)
     assert_errs_like_one_process(records, expected, allowed)
@@ -157,7 +185,7 @@ def test_a_checkpoint_has_the_vectors_of_all_stages_and_continues_in_other_layou
 
     before = options_run(worker_pool, tmp_path, Layout(tensor=2, pipeline=2), "mlra", is_saving=True)
     store = Store.open(tmp_path / checkpoint_name(5))
-    vectors = store.power_vectors()
+    vectors = store.buffers()
     assert set(vectors) == {vector_name(name) for name in linear_maps(before.config.model)}
     for vector in vectors.values():
         assert vector.dtype == torch.float32 and abs(float(vector.norm()) - 1) < 1e-6

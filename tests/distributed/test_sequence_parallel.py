@@ -37,6 +37,11 @@ OPTIONS: dict[str, Options] = {
     "v-dense": {"model__factorised_projections": ("q", "k", "o"), "model__qk_norm": True},
     "masked": MASKED,
     "no-padding": {"model__vocab_padding_multiple": 1, "model__vocab_size": 120, "model__z_loss": 1e-2},
+    "completep": {
+        "model__depth_rule": "completep",
+        "model__base_depth": 2,
+        "model__factorised_projections": ("q", "k", "o"),
+    },
     "options": {
         **OPTIONS_OF_THE_MODEL,
         "model__factorised_projections": ("q", "k", "o"),
@@ -67,6 +72,8 @@ CASES: list[tuple[Layout, str, Options]] = [
     (Layout(tensor=2, data=2, stage=3), "mlra", MERGED),
     (Layout(tensor=2, data=2, stage=3), "o-factorised", CHECKPOINTING),
     (Layout(tensor=2, data=2, stage=3), "options", {}),
+    (Layout(tensor=2, data=2, stage=3), "completep", {}),
+    (Layout(tensor=2, pipeline=2, stage=1), "completep", {"parallel__activation_checkpointing": "selective"}),
     (Layout(tensor=2, data=2, stage=3), "dense", {}),
 ]
 

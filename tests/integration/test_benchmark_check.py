@@ -30,7 +30,8 @@ from benchmarks.harness import text_of
 from benchmarks.parity import compare_bf16, compare_fp32
 from benchmarks.processes import CommandFailed, run_command
 from mlra_scale.cluster.settings import LauncherSettings
-from mlra_scale.config import ConfigError, batch_plan, validate
+from mlra_scale.config import ConfigError, batch_plan
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
 from tests.support.layouts import initial_state

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkpoint, render, scaling, step_time
+from benchmarks import checkpoint, optimizers, render, scaling, step_time
 from benchmarks.contenders import PlainGPT2, Shape, Step, TransformersGPT2, config_of, step_of_module
 from benchmarks.harness import Report, Table, ratios, rotated, text_of
 from benchmarks.tensor_memory import start
@@ -41,7 +41,7 @@ def spreads_of(report: dict[str, Any]) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("benchmark", [checkpoint, scaling, step_time], ids=lambda it: it.__name__)
+@pytest.mark.parametrize("benchmark", [checkpoint, optimizers, scaling, step_time], ids=lambda it: it.__name__)
 def test_benchmarks_refuse_at_once(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [(["--rounds", "1"], "--rounds 1: a spread needs at least 2")]
     if benchmark is step_time:
@@ -203,6 +203,19 @@ def test_scaling_runs_and_reports_every_layout(tmp_path: Path) -> None:
     for expected in ("control: two single processes", "data: ZeRO 3 weak", "tensor: strong", "pipeline: m = 4"):
         assert expected in text
     assert len(spreads_of(report)) == 2 * (8 + 2 + 3) and all(ratio["min"] > 0.0 for ratio in spreads_of(report))
+
+
+@pytest.mark.slow
+def test_optimizers_run_and_their_messages_are_counted(tmp_path: Path) -> None:
+    _, report = run_quick("optimizers", tmp_path / "report.json")
+    assert len(spreads_of(report)) == 2 * 4 and all(ratio["min"] > 0.0 for ratio in spreads_of(report))
+    # Alone nothing is sent. With two owners a round takes two matrices: there and back.
+    alone, counted = (table["rows"] for table in report["tables"] if "collectives" in table["title"])
+    assert "alltoall_base_" not in {row[1] for row in alone}
+    exchanges = {row[0]: row[2] for row in counted if row[1] == "alltoall_base_"}
+    matrices = {name: 2 * (9 if "mlra" in name else 6) for name in exchanges}  # two blocks
+    assert exchanges == {name: 2 * math.ceil(number / 2) for name, number in matrices.items()}
+    assert set(exchanges) == {"muon, mlra", "spectron, mlra", "muon, dense"}
 
 
 def test_data_ranks_share_the_samples_of_one_process() -> None:

@@ -55,7 +55,7 @@ def test_a_run_is_continued_to_the_same_digits(
     command += ["train.log_every=1", f"data.path={written / 'data'}", *LAYOUTS[layout]]
     for rank, result in enumerate(worker_pool(2).run(main_on_rank, tuple(command))):
         assert result.code == 0, (rank, result.stderr[-4000:])
-        assert ("has version 1 of the format and is read as version 2" in result.stdout) == (rank == 0)
+        assert ("has version 1 of the format and is read as version 3" in result.stdout) == (rank == 0)
     expected = [json.loads(line) for line in (written / f"{layout}-continued.jsonl").read_text().splitlines()]
     found = {record["step"]: numbers(record) for record in metrics(run)}
     assert list(found) == [record["step"] for record in expected] == list(range(7))

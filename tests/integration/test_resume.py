@@ -59,8 +59,7 @@ def test_model_options_are_resumed_bitwise_and_never_change(start: Start, tmp_pa
         assert curve(parts, name) == curve(whole, name), name
     stores = [store_of(folder, 6) for folder in (whole, parts)]
     assert_bitwise_equal(*stores)
-    vectors, others = (store.power_vectors() for store in stores)
-    assert len(vectors) == 12 and all(torch.equal(vectors[name], others[name]) for name in vectors)
+    assert len(stores[0].buffer_names) == 12
     refused = ["train.steps=8", *fixed, "model.qk_norm=false", "--resume", "auto"]
     result = start("parts", *refused, num_processes=4, code=ExitCode.BAD_INPUT)
     assert "model.qk_norm = False: the run to be resumed has true" in result.stderr
@@ -250,6 +249,32 @@ def test_another_mix_of_data_from_here_on(start: Start, tmp_path: Path, training
     assert [mix["from_sample"] for mix in mixes] == [0, 16]
     changed = [event["field"] for event in events(tmp_path / "parts") if event["event"] == "changed"]
     assert changed == ["data.path", "train.steps", "data.blend", "train.steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero1-dp2", "pipeline-tp2pp2"])
+def test_another_optimizer_from_here_on(start: Start, tmp_path: Path, layout: str) -> None:
+    """Named on the command line, it is taken and kept from then on, and a run stopped within it continues bitwise."""
+    num_processes, degrees = LAYOUTS[layout]
+    fixed = ["optim.schedule=constant", *SMALL, *degrees]
+    start("trunk", "train.steps=3", "optim.name=muon", *fixed, num_processes=num_processes)
+    trunk, file = tmp_path / "trunk", tmp_path / "adamw.yaml"
+    file.write_text("optim:\n  name: adamw\n")
+    command = ["train.steps=5", *fixed, "--config", str(file), "--resume", "auto"]
+    refused = start("trunk", *command, num_processes=num_processes, code=ExitCode.BAD_INPUT)
+    assert "optim.name = 'adamw': the run to be resumed has muon; if the change is meant" in refused.stderr
+    branch = [*fixed, "optim.name=adamw", "--resume", str(trunk)]
+    result = start("whole", "train.steps=7", *branch, num_processes=num_processes)
+    notice = "AdamW begins anew, with moments of zero, for 18 parameters (blocks.0.attention.q.down.weight to "
+    assert notice in result.stdout and "optim.name: muon -> adamw" in result.stdout
+    start("parts", "train.steps=5", *branch, num_processes=num_processes)
+    result = start("parts", "train.steps=7", *fixed, "--resume", "auto", num_processes=num_processes)
+    assert "begins anew" not in result.stdout
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert curve(parts, "loss") == curve(whole, "loss")
+    assert_bitwise_equal(store_of(whole, 7), store_of(parts, 7))
+    engine = store_of(parts, 7).state["engine"]
+    assert engine["optimizer_step"] == 7 and set(engine["adam_begun_at"].values()) == {3}
 
 
 @pytest.mark.slow

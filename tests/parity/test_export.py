@@ -32,11 +32,19 @@ def test_exports_give_the_engines_logits(tmp_path: Path, worker_pool: Pools, lay
     assert max(outcome.gpt2, outcome.mlra) < 1e-4
 
 
+OWN_DEPTH_RULE: dict[str, Any] = {"model__layer_norm_scaling": True}
+COMPLETEP: dict[str, Any] = {"model__depth_rule": "completep", "model__base_depth": 3}
+
+
 @pytest.mark.slow
-def test_options_fold_into_the_exports_of_a_run(tmp_path: Path, worker_pool: Pools) -> None:
-    options: dict[str, Any] = {"model__sigma_reparam": True, "model__layer_norm_scaling": True}
-    options |= {"model__embedding_scale": "sqrt_width"}
-    outcome = run_case(worker_pool, tmp_path, LAYOUTS["tp2, pipeline of 2 stages"], **options)
+@pytest.mark.parametrize("rule", [OWN_DEPTH_RULE, COMPLETEP], ids=["layer-norm-scaling", "completep"])
+@pytest.mark.parametrize("attention", ["MLRA", "o factorised"])
+def test_options_fold_into_the_exports_of_a_run(
+    tmp_path: Path, worker_pool: Pools, attention: str, rule: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"model__sigma_reparam": True, "model__embedding_scale": "sqrt_width", **rule}
+    layout = LAYOUTS["tp2, pipeline of 2 stages"]
+    outcome = run_case(worker_pool, tmp_path, layout, **ATTENTIONS[attention], **options)
     assert max(outcome.gpt2, outcome.mlra) < 1e-4
 
 

@@ -1,6 +1,6 @@
 """Trains small models in any layout and puts the ranks' fragments together again, for comparison with the oracle."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,14 +157,19 @@ def sharp_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
     return weights
 
 
-def start(config: Config, world_size: int, weights: dict[str, torch.Tensor] | None = None) -> Any:
-    """Builds the engine of this rank; `weights` replace the initial ones."""
+def start(
+    config: Config,
+    world_size: int,
+    weights: dict[str, torch.Tensor] | None = None,
+    adam_begun_at: Mapping[str, int] | None = None,
+) -> Any:
+    """Builds the engine of this rank; `weights` replace the initial ones; `adam_begun_at`: see build_engine."""
     from mlra_scale.parallel import build_engine, build_topology, initialize_distributed
 
     plan = batch_plan(config, world_size)
     device = initialize_distributed("cpu", config.parallel.timeout_minutes)
     topology = build_topology(plan, device, config.parallel.timeout_minutes)
-    engine = build_engine(config, plan, topology)
+    engine = build_engine(config, plan, topology, adam_begun_at)
     if weights is not None:
         overwrite(engine, weights)
     return engine
@@ -192,9 +197,12 @@ def pieces(engine: Any, fragments: Iterable[Any]) -> list[Piece]:
     return [(f.name, engine.topology.tensor_rank, f.start, f.values.detach().cpu().numpy().copy()) for f in fragments]
 
 
-def assemble(config: Config, ranks: Iterable[list[Piece]]) -> dict[str, np.ndarray]:
-    """Global tensors from every rank's pieces; each element must come from exactly one of them."""
-    table, tensor_parallel = ParameterTable(config.model), config.parallel.tensor
+def assemble(
+    config: Config, ranks: Iterable[list[Piece]], names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Global tensors from every rank's pieces, all or `names`; each element must come from exactly one of them."""
+    tensor_parallel, whole = config.parallel.tensor, ParameterTable(config.model)
+    table = {name: info for name, info in whole.items() if names is None or name in names}
     parts = {
         name: np.zeros((1 if info.shard_dim is None else tensor_parallel, *info.local_shape(tensor_parallel)))
         for name, info in table.items()

@@ -1,6 +1,7 @@
-"""The single-process reference run in fp64: ReferenceGPT under torch's AdamW, with clipping and decay groups."""
+"""The single-process reference run in fp64: ReferenceGPT under the configuration's optimizers, with clipping."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,29 @@ import torch
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable, linear_maps
 from mlra_scale.model.power_iteration import initial_vector
+from mlra_scale.model.randomness import keyed_generator
 from tests.support.layouts import Batch, global_batch
-from tests.support.reference import ReferenceGPT
+from tests.support.optimizers import ReferenceOptimizer, treatments
+from tests.support.reference import ReferenceGPT, unit
+
+VECTOR = "optimizer_vector"
+"""Prefix of the names of Spectron's vectors in `engine.buffers()`."""
 
 
 @dataclass
 class ReferenceRun:
-    """What the oracle computed; embedding tensors have no padded rows."""
+    """What the oracle computed; embedding tensors have no padded rows.
+
+    `momenta` and `vectors` are those of Muon and Spectron after the last step.
+    """
 
     losses: list[float]
     gradient_norms: list[float]
     gradients: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
     validation: float
+    momenta: dict[str, np.ndarray] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def build_reference(
@@ -43,6 +54,7 @@ def build_reference(
         sigma_reparam=model.sigma_reparam,
         layer_norm_scaling=model.layer_norm_scaling,
         embedding_factor=model.hidden_size**0.5 if model.embedding_scale == "sqrt_width" else 1.0,
+        branch_factor=model.base_depth / model.num_layers if model.depth_rule == "completep" else 1.0,
     ).double()
     state = {name: tensor.double() for name, tensor in weights.items()}
     state["embedding.weight"] = state["embedding.weight"][: model.vocab_size]
@@ -59,6 +71,16 @@ def initial_vectors(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return {name: initial_vector(model, seed, table, entry) for name, entry in linear_maps(model).items()}
 
 
+def optimizer_vectors(config: Config) -> dict[str, torch.Tensor]:
+    """Where Spectron's power iterations begin, by name of the factor: unit vectors of (seed, name)."""
+    table, vectors = ParameterTable(config.model), {}
+    for name, treatment in treatments(config).items():
+        if treatment.optimizer == "spectron":
+            generator = keyed_generator(config.train.seed, f"{VECTOR}/{name}")
+            vectors[name] = unit(torch.randn(table[name].shape[1], generator=generator))
+    return vectors
+
+
 def reference_loss(config: Config, reference: ReferenceGPT, step: int, with_z_loss: bool = True) -> torch.Tensor:
     """Loss of a step's global batch."""
     batch = global_batch(config, step)
@@ -70,19 +92,10 @@ def reference_loss(config: Config, reference: ReferenceGPT, step: int, with_z_lo
 def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) -> ReferenceRun:
     """Trains the oracle; gradients are those of the first step, before clipping."""
     reference = build_reference(config, weights)
-    table, optim = ParameterTable(config.model), config.optim
-    kinds = {True: ("matrix", "factor", "embedding", "positions"), False: ("bias", "norm")}
-    groups = [
-        {
-            "params": [p for name, p in reference.named_parameters() if table[name].kind in kinds[decays]],
-            "weight_decay": optim.weight_decay if decays else 0.0,
-        }
-        for decays in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    optimizer = ReferenceOptimizer(config, reference, optimizer_vectors(config))
     run = ReferenceRun([], [], {}, {}, 0.0)
     for step in range(steps):
-        optimizer.zero_grad()
+        reference.zero_grad()
         loss = reference_loss(config, reference, step)
         loss.backward()
         if step == 0:
@@ -90,13 +103,15 @@ def reference_run(config: Config, weights: dict[str, torch.Tensor], steps: int) 
                 name: np.array(p.grad.numpy()) for name, p in reference.named_parameters() if p.grad is not None
             }
         run.losses.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), optim.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), config.optim.grad_clip or math.inf)
         run.gradient_norms.append(norm.item())
         optimizer.step()
         reference.advance()
     with torch.no_grad():
         run.validation = reference_loss(config, reference, 0, with_z_loss=False).item()
     run.weights = {name: p.detach().numpy() for name, p in reference.named_parameters()}
+    run.momenta = {name: momentum.numpy() for name, momentum in optimizer.momenta().items()}
+    run.vectors = {name: vector.numpy() for name, vector in optimizer.vectors.items()}
     return run
 
 

@@ -191,6 +191,7 @@ class ReferenceBlock(nn.Module):
     """Pre-LN transformer block. Weights: attention_norm and mlp_norm (weight, bias [D]), attention, mlp.
 
     Both norms are multiplied by norm_factor: 1/sqrt(l) in block l with LayerNorm Scaling (arXiv 2502.05795), else 1.
+    Both branches are multiplied by branch_factor: L0/L with CompleteP (arXiv 2505.01618, alpha = 1), else 1.
     """
 
     def __init__(
@@ -204,8 +205,10 @@ class ReferenceBlock(nn.Module):
         qk_norm: bool = False,
         sigma_reparam: bool = False,
         norm_factor: float = 1.0,
+        branch_factor: float = 1.0,
     ):
         super().__init__()
+        self.branch_factor = branch_factor
         qk_norm_eps = layer_norm_eps if qk_norm else None
         self.norm_factor = norm_factor
         self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
@@ -215,8 +218,8 @@ class ReferenceBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, mask_B1ST: Tensor) -> tuple[Tensor, Tensor]:
         attended_BSD, logits_BNST = self.attention(self.norm_factor * self.attention_norm(x_BSD), mask_B1ST)
-        x_BSD = x_BSD + attended_BSD
-        return x_BSD + self.mlp(self.norm_factor * self.mlp_norm(x_BSD)), logits_BNST
+        x_BSD = x_BSD + self.branch_factor * attended_BSD
+        return x_BSD + self.branch_factor * self.mlp(self.norm_factor * self.mlp_norm(x_BSD)), logits_BNST
 
 
 class ReferenceGPT(nn.Module):
@@ -232,6 +235,7 @@ class ReferenceGPT(nn.Module):
         sigma_reparam: whether each linear map of a block is; then set_vectors comes before the first forward pass.
         layer_norm_scaling: whether the norms of block l, from 1, are multiplied by 1/sqrt(l).
         embedding_factor: what token embeddings are multiplied by on entry, but not in the head (arXiv 2312.16903).
+        branch_factor: what both branches of every block are multiplied by.
     """
 
     def __init__(
@@ -249,6 +253,7 @@ class ReferenceGPT(nn.Module):
         sigma_reparam: bool = False,
         layer_norm_scaling: bool = False,
         embedding_factor: float = 1.0,
+        branch_factor: float = 1.0,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, hidden_size)
@@ -264,6 +269,7 @@ class ReferenceGPT(nn.Module):
                 qk_norm,
                 sigma_reparam,
                 1.0 / math.sqrt(block) if layer_norm_scaling else 1.0,
+                branch_factor,
             )
             for block in range(1, num_layers + 1)
         )

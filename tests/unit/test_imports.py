@@ -34,9 +34,9 @@ ROOMS: dict[str, set[str]] = {
     "planning": {"config", "model"},
     "evaluation": {"config", "model", "parallel", "data", "checkpoint"},
     "training": {"config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation"},
-    "study": {"config", "training"},
-    "train": {"config", "data", "training"},
-    "cluster": {"config", "training", "train"},
+    "study": {"config", "model", "training"},
+    "train": {"config", "model", "data", "training"},
+    "cluster": {"config", "model", "training", "train"},
     "cli": {
         "config",
         "data",
@@ -55,7 +55,12 @@ PARTS: dict[tuple[str, str], set[str]] = {
     ("stability", "model"): {"parameters", "probe"},
     ("stability", "parallel"): {"", "fragments", "topology"},
     ("checkpoint", "parallel"): {"", "fragments", "topology"},
-    ("planning", "model"): {"head_chunks", "low_rank_plan", "parameters"},
+    ("planning", "model"): {
+        *("head_chunks", "low_rank_plan", "matrix_rounds", "parameters", "update_rules", "validation"),
+    },
+    ("study", "model"): {"optim_text", "validation"},
+    ("train", "model"): {"validation"},
+    ("cluster", "model"): {"validation"},
     ("training", "parallel"): {"", "fragments", "topology"},
     # What runs leave behind; none of these loads torch.
     ("study", "training"): {"exit_codes", "interruption", "record", "resume", "run_directory", "run_reader"},

@@ -14,7 +14,8 @@ from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.checkpoint.state_contents import STATE
-from mlra_scale.config import Config, ModelConfig
+from mlra_scale.config import Config, ModelConfig, OptimConfig
+from mlra_scale.model.optim_text import optimizer_text, rule_text
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -28,7 +29,10 @@ _FIELDS_OF_ROWS: dict[str, tuple[str, ...]] = {
     "batch": ("train.global_batch_size",),
     "precision": ("train.precision",),
     "learning rate": ("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps"),
-    "Adam": ("optim.betas", "optim.weight_decay"),
+    "optimizer": (
+        *(f"optim.{name}" for name in ("name", "betas", "eps", "momentum", "nesterov", "newton_schulz_")),
+        *(f"optim.{name}" for name in ("matrix_scale", "weight_decay", "rules", *OptimConfig.replaced)),
+    ),
     "dropout": ("model.embedding_dropout", "model.attention_dropout", "model.residual_dropout"),
     "layout": ("parallel.", "number of ranks"),
     "data": ("data.blend",),
@@ -77,6 +81,8 @@ def model_card(
         factorised=", ".join(name for name in ("q", "k", "v", "o") if model.is_factorised(name)),
         is_gpt2=export_format == "gpt2",
         options=_options(model),
+        optimizer=None if config is None else optimizer_text(model, config.optim),
+        rules=[] if config is None else [rule_text(rule) for rule in config.optim.rules],
         dropouts=(model.embedding_dropout, model.attention_dropout, model.residual_dropout),
         progress=store.state.get("progress") or {},
         validation_loss=store.state.get("validation_loss"),
@@ -97,11 +103,12 @@ def model_card(
 
 def _options(model: ModelConfig) -> list[str]:
     """The model's options beside its shape, and how the export represents them."""
-    factor = model.embedding_factor
+    factor, branches = model.embedding_factor, f"branches times {model.base_depth}/{model.num_layers}"
     found = {
         "QK-norm (arXiv 2302.05442)": model.qk_norm,
         "sigmaReparam (arXiv 2303.06296), folded into the weights": model.sigma_reparam,
         "LayerNorm Scaling (arXiv 2502.05795), folded into the norms": model.layer_norm_scaling,
+        f"CompleteP (arXiv 2505.01618), {branches}, folded into o and fc_out": model.depth_rule == "completep",
         f"token embeddings times {factor:g} on entry and not in the head": factor != 1.0,
     }
     return [text for text, is_on in found.items() if is_on]

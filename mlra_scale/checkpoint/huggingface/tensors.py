@@ -10,6 +10,7 @@ and the head are two matrices. Options that a plain model does not have are fold
 
     sigmaReparam:       the matrix, or the up factor, times gamma / sigma; the gains are left out
     LayerNorm Scaling:  weights and biases of the norms of block l times 1/sqrt(l)
+    CompleteP:          weight (or up factor) and bias of o, weight and bias of fc_out, times L0 / L
 
 Folded weights are float64, all others are as they are stored.
 """
@@ -46,26 +47,32 @@ class PlainWeights:
 
     Attributes:
         names: Those that a plain model has, in the order of the model.
-
-    Raises:
-        CheckpointError: The store lacks vectors of power iterations.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._vectors = store.power_vectors()
+        self._vectors = store.buffers()
         maps = linear_maps(store.model).values()
         self._normalised = {entry.up or entry.down: entry for entry in maps}
         gains = {entry.gain for entry in maps}
         self.names = [name for name in store.table if name not in gains]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor, parts = self._store.tensor(name), name.split(".")
+        tensor, factor = self._store.tensor(name), self._factor(name)
         if name in self._normalised:
-            return tensor.double() * self._scale(self._normalised[name])
-        is_scaled_norm = parts[0] == "blocks" and parts[2] in ("attention_norm", "mlp_norm")
-        factor = self._store.model.norm_factor(int(parts[1])) if is_scaled_norm else 1.0
+            tensor = tensor.double() * self._scale(self._normalised[name])
         return tensor if factor == 1.0 else tensor.double() * factor
+
+    def _factor(self, name: str) -> float:
+        """What LayerNorm Scaling and CompleteP multiply a parameter by."""
+        model, (room, *parts) = self._store.model, name.split(".")
+        if room != "blocks":
+            return 1.0
+        block, owner = int(parts[0]), ".".join(parts[1:-1])
+        if owner in ("attention_norm", "mlp_norm"):
+            return model.norm_factor(block)
+        # The maps that end a branch; their bias comes after their gain and is multiplied by this factor only.
+        return model.branch_factor if owner in ("attention.o", "attention.o.up", "mlp.fc_out") else 1.0
 
     def merged(self, name: str) -> torch.Tensor:
         """Returns a parameter of the dense model; the factors of a factorised matrix are multiplied in float64."""

@@ -64,7 +64,7 @@ class TrainingSide:
     def __init__(self, store: Store, dtype: torch.dtype) -> None:
         self._store = store
         self._dtype = dtype
-        self._vectors = store.power_vectors()
+        self._vectors = store.buffers()
         # A group of one without means to communicate: any attempt would fail.
         self._context = _Context(store.model, seed=0, tensor_group=dist.ProcessGroup(dist.HashStore(), 0, 1))
 

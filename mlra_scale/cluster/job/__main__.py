@@ -36,7 +36,8 @@ from mlra_scale.cluster.job_file import (
     recorded_reason,
 )
 from mlra_scale.cluster.settings import LauncherSettings
-from mlra_scale.config import ConfigError, Problem, validate
+from mlra_scale.config import ConfigError, Problem
+from mlra_scale.model.validation import validate
 from mlra_scale.train import build_parser, resolve
 from mlra_scale.training.exit_codes import ExitCode
 from mlra_scale.training.run_directory import RunDirectory, WaitStopped, run_lock

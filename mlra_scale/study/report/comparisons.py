@@ -177,16 +177,21 @@ def are_log_spaced(rates: Sequence[float]) -> bool:
     return bool(steps.size == 0 or steps.max() <= 1.15 * steps.min())
 
 
-def sensitivities(sweep: SweepRecord) -> pd.DataFrame:
+def sensitivities(sweep: SweepRecord, loss: str = FINAL_LOSS) -> pd.DataFrame:
     """Returns the learning-rate sensitivity by setting of the other axes, variant and seed.
 
-    The column `state` says done, or why there is no value. There are no rows if there is one learning rate.
+    Args:
+        sweep: The sweep.
+        loss: Column of its cells with the loss of a run; Wortsman et al. 2023, section 2.2, take the validation loss.
+
+    Returns:
+        A table whose column `state` says done, or why there is no value; no rows if there is one learning rate.
     """
     rates, rows = learning_rates(sweep), []
     cells = sweep.cells.assign(setting=[setting_text(axes, LEARNING_RATE) for axes in sweep.cells.axis_values])
     for key, own in cells.groupby(["setting", "variant", "seed"]) if rates else ():
         runs = own[has_outcome(own) & own.initial_loss.notna() & own.rate.notna()].drop_duplicates("rate", keep="last")
-        value, state = learning_rate_sensitivity(runs[FINAL_LOSS], runs.initial_loss), "done"
+        value, state = learning_rate_sensitivity(runs[loss], runs.initial_loss), "done"
         if len(runs) < len(rates):
             value, state = math.nan, "without all learning rates"
         elif math.isnan(value):

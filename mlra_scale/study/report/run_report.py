@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from mlra_scale.config import yaml_text
+from mlra_scale.config import Config, ConfigError, yaml_text
+from mlra_scale.model.optim_text import optimizer_text, rule_text
 from mlra_scale.study.report import run_figures
 from mlra_scale.study.report.costs import costs_of, costs_table
 from mlra_scale.study.report.page import write_report
@@ -83,6 +84,7 @@ def _facts(run: RunRecord) -> list[tuple[str, Any]]:
         ("data", get("data.path") or get("data.blend")),
         ("batch", batch),
         ("learning rate", rate),
+        ("optimizer", _optimizer(run)),
         ("layout", _layout(run, starts[-1].get("world_size") if starts else get("parallel.world_size"))),
         ("precision", get("train.precision")),
         ("guard", None if get("guard") is None else "on" if get("guard.enabled") is True else "off"),
@@ -113,6 +115,17 @@ def _model(model: Any) -> str | None:
     if model.get("attention") == "mlra":
         kind += f" of rank {model.get('attention_rank') or '{} of the width'.format(model.get('attention_rank_ratio'))}"
     return f"{shape}, {kind}, initialized {model.get('attention_init')}"
+
+
+def _optimizer(run: RunRecord) -> str | None:
+    """The optimizer with its rules; None where the configuration cannot be read."""
+    try:
+        config = Config.from_dict(run.config)
+        text = optimizer_text(config.model, config.optim)
+    except ConfigError:
+        return None
+    rules = [rule_text(rule) for rule in config.optim.rules]
+    return "; ".join([text, *(rules and ["rules: " + "; ".join(rules)])])
 
 
 def _layout(run: RunRecord, world: Any) -> str:

@@ -36,6 +36,7 @@ _LOOKS: tuple[Look, ...] = (
     {"color": "#cc79a7", "ls": (0, (8, 2)), "marker": "v"},
     {"color": "#56b4e9", "ls": (0, (3, 1, 1, 1, 1, 1)), "marker": "P"},
     {"color": "#8a6d00", "ls": "-", "marker": "X"},
+    {"color": "#7b3294", "ls": (0, (1, 3)), "marker": "*"},
 )
 UNDONE: Look = {
     "color": "#777777",
@@ -50,7 +51,7 @@ UNDONE: Look = {
 
 
 def look(index: int) -> Look:
-    """Returns the look of the index-th curve of a figure; looks repeat after seven."""
+    """Returns the look of the index-th curve of a figure; looks repeat after eight."""
     return _LOOKS[index % len(_LOOKS)]
 
 

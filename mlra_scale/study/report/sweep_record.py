@@ -38,6 +38,8 @@ MEASURES = (
     Measure("log10 of the embedding's gradient variance", "decades", "gradient_variance_embedding", True),
     Measure("log10 of shallow blocks' gradient variance", "decades", "gradient_variance_shallow", True),
     Measure("log10 of the last block's residual variance", "decades", "residual_variance", True),
+    Measure("log10 of the largest attention logit", "decades", "largest_logit", True),
+    Measure("log10 of the largest singular value of q k^T", "decades", "largest_qk_singular_value", True),
 )
 FINAL_LOSS, TEV_MEAN, EMBEDDING_VARIANCE = (MEASURES[index].name for index in (0, 2, 4))
 

@@ -113,8 +113,8 @@ class Report:
         elif num_cut > 0:
             text = f"the run here was stopped before its first checkpoint: it begins anew, from step {self._step}"
             self.note("begun_anew", text, records_cut=num_cut)
-        if resume.notice is not None:
-            self.say(resume.notice)
+        for notice in resume.notices:
+            self.say(notice)
         for change in resume.changes:
             text = f"changed from here on: {change}"
             self.note("changed", text, field=change.field, was=change.was, now=change.now)

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from mlra_scale.checkpoint import CheckpointError
-from mlra_scale.checkpoint.loading import load_checkpoint, open_on_all_ranks
+from mlra_scale.checkpoint import CheckpointError, Store
+from mlra_scale.checkpoint.loading import adam_begun_for, load_checkpoint, open_on_all_ranks
+from mlra_scale.checkpoint.other_optimizer import notice_of_change
 from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
+from mlra_scale.config import Problem
 from mlra_scale.data import OpenData
 from mlra_scale.parallel import Engine
 from mlra_scale.stability.watcher import Watchers
@@ -70,25 +71,39 @@ class Checkpoints:
             has_watchers = self._resume.kind == "training"
             self._load(self._resume.checkpoint, self._resume.progress.step, has_watchers)
 
-    def roll_back(self, step: int, heartbeat: Callable[[], None]) -> Progress:
-        """Loads an earlier checkpoint of this run and makes `latest` name it; returns the counters to continue with."""
+    def check_rollback_to(self, step: int) -> None:
+        """Makes sure that a checkpoint of this run is not older than two changes of the optimizer."""
+        try:
+            adam_begun_for(self._engine, open_on_all_ranks(self._folder / checkpoint_name(step), self._engine.topology))
+        except CheckpointError as error:
+            remedy = f"the guard could not roll back: {error}, or from {self._resume.checkpoint} in a new --run-dir"
+            problem = Problem("optim.name", self._config.optim.name, remedy)
+            raise TrainingStopped(str(problem), {"step": self._resume.progress.step}, ExitCode.BAD_INPUT) from error
+
+    def roll_back(self, step: int, heartbeat: Callable[[], None]) -> tuple[Progress, str | None]:
+        """Loads an earlier checkpoint of this run and makes `latest` name it.
+
+        Returns:
+            The counters to continue with, and a line about what another optimizer does not take over, if there is one.
+        """
         self.finish(step)
         heartbeat()
         checkpoint, topology = self._folder / checkpoint_name(step), self._engine.topology
         if faults := checkpoint_faults(checkpoint, topology):
             raise TrainingStopped("; ".join(faults), {"step": step}, ExitCode.CHECKPOINT_FAILED)
         heartbeat()
-        state = self._load(checkpoint, step)
+        store = self._load(checkpoint, step)
         self.newest = checkpoint
         self._history = self._history.after_rollback_to(step)
         on_rank_0(partial(set_latest, self._folder, checkpoint), topology, step, ExitCode.CHECKPOINT_FAILED)
         heartbeat()
-        return Progress(**state["progress"])
+        return Progress(**store.state["progress"]), notice_of_change(store, self._engine.rules)
 
-    def _load(self, checkpoint: Path, step: int, has_watchers: bool = True) -> dict[str, Any]:
+    def _load(self, checkpoint: Path, step: int, has_watchers: bool = True) -> Store:
         try:
             with suppressed_output():
-                state = load_checkpoint(self._engine, open_on_all_ranks(checkpoint, self._engine.topology))
+                store = open_on_all_ranks(checkpoint, self._engine.topology)
+                state = load_checkpoint(self._engine, store)
         except CheckpointError as error:
             raise TrainingStopped(str(error), {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
         if has_watchers:
@@ -97,7 +112,7 @@ class Checkpoints:
             except ValueError as error:
                 message = f"state.json of {checkpoint}: the state of {error}; resume from another checkpoint"
                 raise TrainingStopped(message, {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
-        return state
+        return store
 
     def point_to_start(self) -> None:
         """Makes `latest` name the checkpoint that the run resumes from, which need not be its last one; for rank 0."""

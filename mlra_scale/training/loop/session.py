@@ -57,6 +57,12 @@ class Session:
         self.guard.adopt_rollbacks(resume.rollbacks, self.progress.step)
         if resume.resets_guard_statistics:
             self.guard.reset_statistics(self.progress.step)
+        has_good_step = self.guard.good_step is not None and not resume.is_good_step_lost
+        begins_here = self.guard.is_enabled and (not has_good_step or bool(resume.rejected) or not resume.is_in_place)
+        if begins_here:
+            self.guard.begin_at(self.progress.step)  # the first rollback needs a checkpoint too
+        elif self.guard.is_enabled and self.guard.good_step is not None:
+            self.checkpoints.check_rollback_to(self.guard.good_step)  # before anything is written
         on_rank_0(self._open_record, self.topology, self.progress.step)
         self._note_data()
         if self.progress.step > 0:
@@ -68,11 +74,8 @@ class Session:
             measured = self._measure_left_out(passes)
         if measured.left_out:
             raise measured.bad_data or self._stopped_by_signal()
-        has_good_step = self.guard.good_step is not None and not resume.is_good_step_lost
-        if self.guard.is_enabled and (not has_good_step or resume.rejected or not resume.is_in_place):
-            self.guard.begin_at(self.progress.step)  # the first rollback needs a checkpoint too
-            if not resume.is_in_place:
-                self.save(None, is_last=False)
+        if begins_here and not resume.is_in_place:
+            self.save(None, is_last=False)
         self.interruption.limit(None)  # from here on there is something to save
 
     def _open_record(self) -> None:
@@ -229,7 +232,7 @@ class Session:
         assert action.to_step is not None
         heartbeat = partial(self.watchdog.heartbeat, "rolling back", action.to_step)
         heartbeat()
-        self.progress = self.checkpoints.roll_back(action.to_step, heartbeat)
+        self.progress, notice = self.checkpoints.roll_back(action.to_step, heartbeat)
         self.guard.note_rollback(action)
 
         def write() -> None:
@@ -237,6 +240,8 @@ class Session:
             self.run.directory.write_rollbacks(self.guard.rollbacks)
             rate = self.guard.rate_after(self.progress.step)
             self.report.on_rollback(action, len(self.guard.rollbacks), self.progress, rate)
+            if notice is not None:
+                self.report.say(notice)
 
         on_rank_0(write, self.topology, self.progress.step, ExitCode.CHECKPOINT_FAILED)
 

@@ -45,7 +45,7 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
     hear_stop = partial(raise_if_stopped, interruption, topology)
     datasets = open_datasets(config, run.resume.mixes, run.found_data)
     with suppressed_output():
-        engine = build_engine(config, plan, topology)
+        engine = build_engine(config, plan, topology, run.resume.adam_begun_at)
     finite = FiniteCheck(config.train, ends_run=not config.guard.enabled)
     guard = Guard(config.guard, plan.global_batch_size, finite.overflow_fault)
     report = Report(run, is_main)

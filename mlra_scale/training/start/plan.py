@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, engine_kind, zero_stage
+from mlra_scale.config import (
+    BatchPlan,
+    Config,
+    ConfigError,
+    Named,
+    Problem,
+    engine_kind,
+    zero_stage,
+)
 from mlra_scale.config.json_text import printable
 from mlra_scale.console import table
 from mlra_scale.model.low_rank_plan import low_rank_plan
+from mlra_scale.model.optim_text import optimizer_text, rule_text
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.update_rules import matches
 from mlra_scale.planning.choice import FIELDS, RECORD, LayoutChoice, choice_lines, choose, comparison_line
 from mlra_scale.planning.cluster import GIB, Cluster, generation_of_device, named_cluster
 from mlra_scale.planning.cluster_file import read_cluster_file
 from mlra_scale.planning.layout import AXES, blocks_of_stage, groups_along, num_held, rank_of, weights_of_stage
 from mlra_scale.planning.memory import rank_memory
-from mlra_scale.planning.plan_text import COMPONENTS
+from mlra_scale.planning.plan_text import COMPONENTS, optimizer_line
 from mlra_scale.planning.search import changed
 from mlra_scale.planning.step_time import step_time
 from mlra_scale.training.start.device import Devices, devices_elsewhere
@@ -124,6 +136,7 @@ def plan_report(
     sections = [
         ("Model", _model_lines(config)),
         ("Batch", _batch_lines(config, plan)),
+        ("Optimizer", _optimizer_lines(config)),
         ("Mesh", _mesh_lines(config, plan)),
         ("Parameters per rank", _parameter_lines(config, plan)),
         ("Memory per rank, GiB", _memory_lines(config, plan)),
@@ -153,13 +166,17 @@ def _model_lines(config: Config) -> list[str]:
     ends = counts["embedding"] + counts["positions"]
     flops = model.flops_per_token(config.train.sequence_length)
     tokens_per_step = config.train.global_batch_size * config.train.sequence_length
-    return [
+    lines = [
         f"{printable(config.preset or 'model')}: {model.num_layers} layers, width {model.hidden_size}, "
         f"{model.num_heads} heads, attention {attention}",
         f"parameters {model.num_parameters():,} (embedding {counts['embedding']:,}, positions {counts['positions']:,}, "
         f"rest {model.num_parameters() - ends:,}), tied head counted once",
         f"FLOPs per token {flops:.4g}, per step {flops * tokens_per_step:.4g}",
     ]
+    if model.depth_rule != "none":
+        factor = f"{model.base_depth}/{model.num_layers} = {model.branch_factor:.4g}"
+        lines.append(f"depth rule {model.depth_rule}: branches times {factor} (model.base_depth / model.num_layers)")
+    return lines
 
 
 def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
@@ -169,6 +186,31 @@ def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
         f"(accumulation) x {plan.data} (data ranks), sequences of {plan.sequence_length}",
         f"tokens per step {plan.tokens_per_step:,}, steps {config.train.steps:,}, total tokens {total:,}",
     ]
+
+
+def _optimizer_lines(config: Config) -> list[str]:
+    """Returns the optimizers, and what each rule matches; * stands for the numbers of several blocks."""
+    model, optim = config.model, config.optim
+    table = ParameterTable(model)
+    lines = [
+        optimizer_text(model, optim),
+        f"weight decay {optim.weight_decay:g}, none on biases and norms{' but by rules' * bool(optim.rules)}",
+    ]
+    for index, rule in enumerate(optim.rules):
+        names = matches(rule, table)
+        number = (
+            f"{len(names)} parameter{'s' * (len(names) != 1)}, {sum(table[name].numel() for name in names):,} weights"
+        )
+        lines.append(f"optim.rules.{index}: {printable(rule_text(rule))} ({number}: {', '.join(_short(names))})")
+    return [part for line in lines for part in wrap(line, 112, subsequent_indent="  ", break_on_hyphens=False)]
+
+
+def _short(names: list[str]) -> list[str]:
+    """Returns names of parameters, with * for the number of the block where several blocks have the same one."""
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(re.sub(r"^blocks\.\d+", "blocks.*", name), []).append(name)
+    return [form if len(of) > 1 else of[0] for form, of in forms.items()]
 
 
 def _layout_line(config: Config, plan: BatchPlan) -> str:
@@ -267,6 +309,7 @@ def _estimate_lines(config: Config, plan: BatchPlan, devices: Devices, layout: L
         f"on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}: step {time.seconds:.3g} s, "
         f"{plan.tokens_per_step / time.seconds:,.0f} tokens/s, MFU {100 * time.mfu:.1f} %, bubble "
         f"{100 * time.bubble:.1f} %",
+        *wrap(optimizer_line(config, time), 112),
         f"GB that a rank sends per step: {sent}",
         *wrap(comparison, 112),
         *wrap(f"({cluster.source})", 112, subsequent_indent=" "),

@@ -11,11 +11,13 @@ from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.inspection import good_step
-from mlra_scale.checkpoint.manifest import read_complete_manifest
+from mlra_scale.checkpoint.other_optimizer import adam_begun_at, notice_of_change
 from mlra_scale.checkpoint.retention import checkpoint_name
-from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan, validate
+from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan
 from mlra_scale.data import check_data, identify_data
 from mlra_scale.data.data_sets import FoundData, find_data
+from mlra_scale.model.update_rules import update_rules
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
@@ -123,7 +125,7 @@ def resolve_run(
     config, layout = compared.config, None
     with _gathering(problems):
         config, layout = resolve_layout(config, request.named, devices_of(request, config, is_here))
-        validate(config, request.world_size, device=resolve_device(config))
+        validate(config, request.world_size, resolve_device(config))
     problems += check_device(config) if is_here else []
     found = find_data(config)
     is_continued = store is not None and store.kind == "training"
@@ -132,14 +134,18 @@ def resolve_run(
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)
-        notice = store.manifest.notice
-        resume = replace(resume, kind="weights", changes=tuple(changes), history=history, notice=notice)
+        notices = _lines(store.manifest.notice)
+        resume = replace(resume, kind="weights", changes=tuple(changes), history=history, notices=notices)
     elif store is not None:
         changes = _changes(compared, config, store)
         with _gathering(problems, request.resume):
             resume = _continued(resume, request, store, changes, None if data_problems else (config, found, named))
     if problems:
         raise ConfigError(problems)
+    if store is not None and is_continued:
+        rules = update_rules(config.model, config.optim)
+        notices = (*resume.notices, *_lines(notice_of_change(store, rules)))
+        resume = replace(resume, notices=notices, adam_begun_at=adam_begun_at(store, rules))
     assert request.run is not None
     return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, found)
 
@@ -185,8 +191,12 @@ def _continued(
         progress=progress,
         changes=tuple(changes),
         history=history.followed_by(changes, progress.step),
-        notice=store.manifest.notice,
+        notices=_lines(store.manifest.notice),
     )
+
+
+def _lines(notice: str | None) -> tuple[str, ...]:
+    return () if notice is None else (notice,)
 
 
 @contextlib.contextmanager
@@ -257,7 +267,7 @@ def _is_good_step_lost(run: RunDirectory, store: Store) -> bool:
     if (step := good_step(store.state)) is None:
         return False
     try:
-        read_complete_manifest(run.checkpoints / checkpoint_name(step))
+        Store.open(run.checkpoints / checkpoint_name(step))
     except CheckpointError:
         return True
     return False

@@ -183,9 +183,10 @@ class ResumePoint:
         changes: Differences from the run so far.
         history: All changes of the run, these included.
         rollbacks: Of the guard, the oldest first.
-        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or incomplete.
+        is_good_step_lost: Whether the checkpoint for the guard's next rollback is missing or cannot be opened.
         left_out: Measurements that a stop left out after the step of the checkpoint; they are made first.
-        notice: A remark on the checkpoint's format; None where it is the current one.
+        notices: Lines about the checkpoint's format and about moments that begin anew.
+        adam_begun_at: After how many updates of the run AdamW of a parameter began, where that was not with the run.
     """
 
     checkpoint: Path | None = None
@@ -199,7 +200,8 @@ class ResumePoint:
     rollbacks: tuple[Mapping[str, Any], ...] = ()
     is_good_step_lost: bool = False
     left_out: tuple[str, ...] = ()
-    notice: str | None = None
+    notices: tuple[str, ...] = ()
+    adam_begun_at: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def resets_guard_statistics(self) -> bool:
@@ -330,6 +332,7 @@ def read_progress(store: Store) -> tuple[Progress, DataHistory, History]:
         for name in ("optimizer_step", "num_skipped"):
             if type(number := store.state["engine"][name]) is not int or number < 0:
                 raise ValueError(f"engine has {name} {number!r}")
+        _check_begun(store.state["engine"], store)
         if not isinstance(store.state["windows"], dict):
             raise ValueError(f"windows is {store.state['windows']!r}")
         progress = Progress(**store.state["progress"])
@@ -337,3 +340,12 @@ def read_progress(store: Store) -> tuple[Progress, DataHistory, History]:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{store.folder / STATE} is not sound ({reason}); use another checkpoint") from error
+
+
+def _check_begun(engine: Mapping[str, Any], store: Store) -> None:
+    """Checks the counts of updates of single parameters (see checkpoint/other_optimizer.py)."""
+    if not isinstance(begun := engine.get("adam_begun_at", {}), dict):
+        raise ValueError(f"engine has adam_begun_at {str(begun)[:80]!r}")
+    for name, at in begun.items():
+        if name not in store.table or type(at) is not int or not 0 < at <= engine["optimizer_step"]:
+            raise ValueError(f"engine has adam_begun_at {name[:80]!r} {at!r}")

@@ -203,6 +203,16 @@ def test_fewer_nodes_are_judged_by_the_devices_that_the_check_has_seen(
     assert [number for number in (1, 2) if it._divides_over(number)] == expected
 
 
+@pytest.mark.parametrize(("names", "is_accepted"), [("embedding.*", True), ("nothing.*", False)])
+def test_a_rule_that_matches_nothing_is_refused_on_any_number_of_nodes(
+    desk: Desk, names: str, is_accepted: bool
+) -> None:
+    rule = f"optim.rules=[{{names: '{names}', lr_factor: 2}}]"
+    arguments = ["--run-dir", str(desk.run), "--preset", "debug", rule]
+    it = Job(arguments, Allocation("41", "deep", ("a",), "a", 1), LauncherSettings(1, "cpu", (), ("python",)))
+    assert it._divides_over(1) == is_accepted
+
+
 @pytest.mark.parametrize(
     ("printed", "is_result"),
     [

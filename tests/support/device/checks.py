@@ -19,6 +19,7 @@ def problems(report: Report) -> list[str]:
         *placement(report),
         *memory(report),
         *messages(report),
+        *matrices(report),
         *waits(report),
         *launches(report),
         *types(report),
@@ -60,6 +61,33 @@ def messages(report: Report) -> Iterator[str]:
     if (sent := report.step.sent(*others)) > expected.MAX_OTHER_BYTES:
         most = expected.MAX_OTHER_BYTES
         yield f"{sent:.0f} bytes are sent in a step over {', '.join(sorted(others))}; {most} at most"
+
+
+def matrices(report: Report) -> Iterator[str]:
+    """What muon and spectron send or start, and do not plan to."""
+    traced, planned = report.step.of_matrices, report.matrices
+    if planned is None:
+        if traced.number:
+            yield f"{traced.number} messages are sent for matrices, which AdamW updates"
+        return
+    if abs(traced.sent - planned.expected_sent) > 1.0:
+        yield f"{traced.sent:.0f} bytes are sent for matrices; {planned.expected_sent:.0f} are to be moved"
+    if abs(planned.mean_sent - planned.planned_sent) > expected.BYTES_TOLERANCE * planned.planned_sent:
+        mean, of_plan = planned.mean_sent, planned.planned_sent
+        yield f"the mean rank sends {mean:.0f} bytes for matrices, and planned are {of_plan:.0f}"
+    if traced.number != planned.planned_messages:
+        yield f"{traced.number} messages are sent for matrices, and planned are {planned.planned_messages}"
+    least, most = expected.ADDED_SHARES
+    if not least <= planned.added / planned.planned_added <= most:
+        yield (
+            f"the update of matrices needs {planned.added / MIB:.1f} MiB, and planned are "
+            f"{planned.planned_added / MIB:.1f}"
+        )
+    if abs(planned.num_launches / planned.planned_launches - 1.0) > expected.LAUNCHES_TOLERANCE:
+        yield (
+            f"muon and spectron start {planned.num_launches} kernels for {planned.number} matrices, and planned are "
+            f"{planned.planned_launches:.0f}"
+        )
 
 
 def waits(report: Report) -> Iterator[str]:

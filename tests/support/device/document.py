@@ -11,7 +11,7 @@ from tests.support.device.report import Report
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "device.md"
 BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->\n"
-GIB = 2.0**30
+MIB, GIB = 2.0**20, 2.0**30
 HEADER = (
     "layout",
     "peak, GiB",
@@ -53,6 +53,22 @@ def row_of(report: Report) -> list[str]:
 def layouts_table(reports: Iterable[Report]) -> str:
     """The table of layouts."""
     return _table(HEADER, [row_of(report) for report in reports])
+
+
+def matrices_table(reports: Iterable[Report]) -> str:
+    """The table of what muon and spectron do in a step; bytes of the traced rank, of the mean rank, and planned."""
+    header = (
+        *("layout", "matrices", "kernels", "planned", "messages", "planned"),
+        *("sent, MiB", "mean rank", "planned", "memory, MiB", "planned"),
+    )
+    rows = []
+    for report in reports:
+        if (of := report.matrices) is not None:
+            numbers = [of.number, of.num_launches, of.planned_launches, report.step.of_matrices.number]
+            sent = [report.step.of_matrices.sent, of.mean_sent, of.planned_sent, of.added, of.planned_added]
+            cells = [f"{number:.0f}" for number in (*numbers, of.planned_messages)]
+            rows.append([report.layout, *cells, *(f"{each / MIB:.2f}" for each in sent)])
+    return _table(header, rows)
 
 
 def waits_table() -> str:

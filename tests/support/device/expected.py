@@ -11,6 +11,11 @@ MEMORY_TOLERANCE = 0.02
 """Share by which the traced peak may differ from planning.memory's."""
 BYTES_TOLERANCE = 0.01
 """Share by which bytes sent may differ from planning.communication's."""
+LAUNCHES_TOLERANCE = 0.15
+"""Share by which the kernels of muon and spectron may differ from planning.step_time's."""
+ADDED_SHARES = (0.75, 1.02)
+"""What the update of matrices adds to the device's memory, as shares of planning.memory_state's: at ZeRO 1 the traced
+rank may hold fewer parts of the round's matrices than the mean one."""
 MAX_WAITS, MAX_WAITS_ZERO_3, MAX_WAITS_OFFLOAD = 1, 2, 6
 """Waits of the host in one step, all together but for flow control: ZeRO 0 to 2 and pipelines, ZeRO 3, offload."""
 MAX_OTHER_BYTES = 1024
@@ -82,6 +87,11 @@ def is_flow_control(kind: str, site: str) -> bool:
     return any((wait.kind, wait.site) == (kind, site) for wait in FLOW_CONTROL)
 
 
+def is_of_matrices(site: str) -> bool:
+    """Whether muon and spectron send something here: matrices, sums of vectors."""
+    return site.startswith(("mlra_scale/parallel/matrix_exchange.py", "mlra_scale/parallel/factor_norms.py"))
+
+
 HOST_RESULTS = {
     f"mul_ {_STAGE_3}.unscale_and_clip_grads": "offload: gradients are clipped where Adam runs",
 }
@@ -118,6 +128,12 @@ LAUNCHES: dict[str, float] = {
     "tensor 2, dense": 45,
     "tensor 2, plan replicated": 53,
     "tensor 2, plan merged": 55,
+    "muon, ZeRO 1 x data 8": 53,
+    "muon, ZeRO 3 x data 8": 107,
+    "muon, tensor 2": 55,
+    "spectron, ZeRO 1 x data 8": 53,
+    "spectron, ZeRO 3 x data 8": 107,
+    "spectron, tensor 2": 56,
 }
 """Kernels per block and micro-batch, by layout."""
 PROCESS_GROUPS = {(2, 4, 4): 239, (1, 1, 8): 95, (2, 1, 4): 74, (1, 1, 1): 23}

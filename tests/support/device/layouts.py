@@ -96,6 +96,11 @@ WITHOUT_PIPELINE: tuple[Layout, ...] = (
     _with(TENSOR, "tensor 2, factorised o", "model.factorised_projections=[q,k,v,o]"),
     _with(TENSOR, "tensor 2, dense", preset="gpt2-72l"),
     *(_with(TENSOR, f"tensor 2, plan {plan}", f"parallel.low_rank_plan={plan}") for plan in PLANS),
+    *(
+        _with(layout, f"{name}, {layout.name}", f"optim.name={name}")
+        for name in ("muon", "spectron")
+        for layout in (_zero(1), _zero(3), TENSOR)
+    ),
 )
 ALL = (*WITH_PIPELINE, *WITHOUT_PIPELINE)
 LAYOUTS = {layout.name: layout for layout in ALL}

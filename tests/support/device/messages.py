@@ -20,7 +20,8 @@ def message_of(name: str, args: Sequence[Any]) -> tuple[Message, dist.ProcessGro
     """Returns the message of a c10d operator, and its group.
 
     An all-reduce of k ranks sends 2 (k - 1) / k of the tensor; a gather, a reduce-scatter and a broadcast
-    (k - 1) / k of the whole; of a pair, one sends all, and receiving sends nothing.
+    (k - 1) / k of the whole; an all-to-all sends all but the part that the rank keeps; of a pair, one sends all, and
+    receiving sends nothing.
     """
     group = next(
         dist.ProcessGroup.unbox(value)
@@ -34,6 +35,9 @@ def message_of(name: str, args: Sequence[Any]) -> tuple[Message, dist.ProcessGro
         return Message(1, float(_nbytes(args[0]))), group
     if name == "barrier":
         return Message(1), group
+    if name.startswith("alltoall"):
+        parts = args[4] or [1] * size
+        return Message(1, _nbytes(args[1]) * (1.0 - parts[group.rank()] / max(1, sum(parts)))), group
     whole = max(_nbytes(args[0]), _nbytes(args[1]))
     times = 2 if name.startswith("allreduce") else 1
     return Message(1, times * whole * (size - 1) / size), group

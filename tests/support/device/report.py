@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.device.expected import is_flow_control
+from tests.support.device.expected import is_flow_control, is_of_matrices
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,30 @@ class Phase:
         return sum(number for (kind, site, _), number in self.waits.items() if is_flow_control(kind, site))
 
     def sent(self, *groups: str) -> float:
-        """Bytes that the rank sends in groups of these names."""
-        return sum(message.sent for (_, group, _), message in self.messages.items() if group in groups)
+        """Bytes that the rank sends in groups of these names, those of MatrixOptimizer not counted."""
+        others = [(group, sent) for (_, group, site), sent in self.messages.items() if not is_of_matrices(site)]
+        return sum(message.sent for group, message in others if group in groups)
+
+    @property
+    def of_matrices(self) -> Message:
+        """Messages of MatrixOptimizer."""
+        found = [message for (_, _, site), message in self.messages.items() if is_of_matrices(site)]
+        return sum(found, Message())
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What muon and spectron do in a step, beside the messages of the trace (Phase.of_matrices)."""
+
+    number: int  # of matrices of the stage
+    num_launches: int  # kernels of the update of matrices
+    planned_launches: float  # planning.step_time's
+    expected_sent: float  # bytes that this rank sends, by what DeepSpeed gives every rank
+    mean_sent: float  # the same of the mean rank of the stage
+    planned_sent: float  # planning.communication's, of the mean rank
+    planned_messages: int
+    added: int  # bytes of the device beside what is there when the update of matrices begins, at most
+    planned_added: float  # planning.memory_state's
 
 
 @dataclass
@@ -72,6 +94,7 @@ class Report:
     planned_bytes: float  # planning.memory's peak
     planned_sent: dict[str, float]  # planning.communication's bytes of a step: tensor, pipeline, tied, data
     mesh: tuple[int, int, int]  # tensor-parallel, pipeline and data-parallel ranks
+    matrices: Matrices | None  # of muon and spectron
     groups: dict[int, int]  # process groups that the rank had a part in creating, by their number of ranks
     results: dict[str, Any] = field(default_factory=dict)  # of the measurements
 

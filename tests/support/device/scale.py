@@ -21,9 +21,10 @@ from mlra_scale.checkpoint.copies import Digest, differing_copies
 from mlra_scale.checkpoint.files import FileEntry
 from mlra_scale.checkpoint.fragments import ElementRun, line_of
 from mlra_scale.checkpoint.saving import MainFiles, RankReport, build_manifest
-from mlra_scale.config import BatchPlan, Config, batch_plan, validate, zero_stage
+from mlra_scale.config import BatchPlan, Config, batch_plan, zero_stage
 from mlra_scale.config.loading import load_named_config
 from mlra_scale.model.parameters import ParameterInfo, ParameterTable
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.layout import rank_of, weights_of_stage
 from mlra_scale.planning.memory import rank_memory
 from mlra_scale.stability.tev import HEADER, PIECE, TevRequest, combine
@@ -135,7 +136,9 @@ def rank_reports(config: Config, plan: BatchPlan) -> list[RankReport]:
                 ]
                 file = f"rank-{rank:05d}.safetensors"
                 line = line_of(file, tensor_rank, mine)
-                reports[rank] = RankReport(rank, tensor_rank, stage, True, digests, entry, line)  # type: ignore[arg-type]
+                report = RankReport(rank, tensor_rank, stage, has_moments=True, entry=entry, line=line)
+                report.digests = digests  # type: ignore[assignment]
+                reports[rank] = report
     return reports
 
 

@@ -15,14 +15,15 @@ from tests.support.device import cuda_stubs, measured
 from tests.support.device.answers import Answers
 from tests.support.device.faults import FAULTS
 from tests.support.device.layouts import Layout
-from tests.support.device.report import Phase, Report
+from tests.support.device.matrix_runs import MatrixRuns
+from tests.support.device.report import Matrices, Phase, Report
 from tests.support.device.tracing import Trace
 
 
 def configured(layout: Layout) -> Any:
     """The validated configuration of a layout."""
-    from mlra_scale.config import validate
     from mlra_scale.config.loading import load_named_config
+    from mlra_scale.model.validation import validate
 
     base = ["train.device=cuda", "data.path=x", f"model.num_layers={layout.num_layers}", *layout.overrides]
     config, _ = load_named_config(layout.preset, None, layout.ds_config, base)
@@ -57,6 +58,9 @@ class TracedRank:
         self.topology = build_topology(self.plan, initialize_distributed("cuda", 10.0), 10.0)
         self.trace.group_of = fake_ranks.group_names(self.topology)
         fake_ranks.exchange_objects(self.trace.sends_object)
+        self.matrix_runs = MatrixRuns()
+        self.matrix_runs.install()
+        self._mark_matrices()
         engine: Any = build_engine(self.config, self.plan, self.topology)
         self.engine = engine
         self.deepspeed_engine: Any = self.engine.deepspeed_engine
@@ -105,6 +109,23 @@ class TracedRank:
         hooked(of_middle, of_middle, "middle")
         hooked(first, last, "all")
 
+    def _mark_matrices(self) -> None:
+        """Has the trace note where muon and spectron begin and end; in the first step they are a phase of their own."""
+        from mlra_scale.parallel.matrix_optimizer import MatrixOptimizer
+
+        update = MatrixOptimizer.update
+
+        def marked(optimizer: Any, *arguments: Any) -> None:
+            if "step" not in self.trace.phases:
+                with self.trace.phase("matrices"):
+                    update(optimizer, *arguments)
+                return
+            self.trace.mark("matrices begin")
+            update(optimizer, *arguments)
+            self.trace.mark("matrices end")
+
+        MatrixOptimizer.update = marked  # type: ignore[method-assign,assignment]
+
     def report(self) -> Report:
         """Everything that was noted."""
         from mlra_scale.planning.memory import rank_memory
@@ -127,8 +148,33 @@ class TracedRank:
             between_launches=_between(step, self.plan.accumulation_steps),
             planned_bytes=rank_memory(self.config, self.plan, self.topology.pipeline_rank).device,
             planned_sent=_planned_sent(self.config, self.plan, self.topology.pipeline_rank),
+            matrices=self._matrices(step),
             mesh=(self.plan.tensor, self.plan.pipeline, self.plan.data),
             groups=dict(self.groups),
+        )
+
+    def _matrices(self, step: Phase) -> Matrices | None:
+        """What muon and spectron do in a step; None: AdamW updates everything."""
+        from mlra_scale.planning.communication import matrix_traffic
+        from mlra_scale.planning.layout import Stage
+        from mlra_scale.planning.memory_state import matrix_bytes
+        from mlra_scale.planning.step_time import matrix_launches
+
+        stage = Stage(self.config, self.plan, self.topology.pipeline_rank)
+        if not stage.matrices:
+            return None
+        sent = self.matrix_runs.sent_by_ranks(stage.transported_element)
+        planned, marks = matrix_traffic(stage), dict(step.marks)
+        return Matrices(
+            number=len(stage.matrices),
+            num_launches=marks["matrices end"] - marks["matrices begin"],
+            planned_launches=matrix_launches(stage),
+            expected_sent=sent[self.topology.data_rank * self.topology.tensor + self.topology.tensor_rank],
+            mean_sent=sum(sent) / len(sent),
+            planned_sent=planned.sent,
+            planned_messages=round(planned.messages + planned.rings),
+            added=self.trace.phases["matrices"].peak - self.trace.phases["matrices"].start,
+            planned_added=matrix_bytes(stage),
         )
 
 

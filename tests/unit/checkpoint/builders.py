@@ -20,17 +20,19 @@ from mlra_scale.checkpoint.saving import MainFiles, build_manifest, commit, take
 from mlra_scale.checkpoint.state_contents import json_bytes
 from mlra_scale.config import Config, ModelConfig
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.update_rules import UpdateRule, update_rules, vector_lengths
 from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.parallel.topology import Topology
 
 MODEL = ModelConfig(vocab_size=21, vocab_padding_multiple=4, max_positions=6, num_layers=2, hidden_size=8, num_heads=2)
 Globals = dict[str, dict[str, torch.Tensor]]
+_FIELDS = {"weight": "values", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
-def config_of(model: ModelConfig = MODEL) -> Config:
-    """A run of the model."""
+def config_of(model: ModelConfig = MODEL, **optim: Any) -> Config:
+    """A run of the model; `optim`: fields of this section."""
     train = {"steps": 10, "global_batch_size": 2, "micro_batch_size": 1, "sequence_length": 4}
-    return Config.from_dict({"model": model.model_dump(mode="json"), "train": train, "optim": {"lr": 0.1}})
+    return Config.from_dict({"model": model.model_dump(mode="json"), "train": train, "optim": {"lr": 0.1, **optim}})
 
 
 def global_values(model: ModelConfig = MODEL, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -47,6 +49,24 @@ def global_values(model: ModelConfig = MODEL, seed: int = 0) -> dict[str, torch.
 def all_parts(model: ModelConfig = MODEL) -> Globals:
     """Weights and moments of the model."""
     return {part: global_values(model, seed) for seed, part in enumerate(PARTS)}
+
+
+def rules_of(model: ModelConfig = MODEL, **optim: Any) -> dict[str, UpdateRule]:
+    """How each parameter of the run is updated."""
+    return update_rules(model, config_of(model, **optim).optim)
+
+
+def parts_with(model: ModelConfig = MODEL, **optim: Any) -> Globals:
+    """Weights and moments as the optimizers of the run keep them."""
+    values, rules = all_parts(model), rules_of(model, **optim)
+    kept = {name: tensor for name, tensor in values["exp_avg_sq"].items() if rules[name].optimizer == "adamw"}
+    return values | {"exp_avg_sq": kept}
+
+
+def vectors_with(model: ModelConfig = MODEL, **optim: Any) -> dict[str, torch.Tensor]:
+    """Vectors of the power iterations of the run's optimizers."""
+    lengths = vector_lengths(rules_of(model, **optim), ParameterTable(model))
+    return {name: torch.full((length,), float(index)) for index, (name, length) in enumerate(lengths.items())}
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -113,23 +133,28 @@ class Layout:
 
 @dataclass
 class FakeEngine:
-    """One rank's fragments of given global values."""
+    """One rank's fragments of given global values; `optim`: fields of the section of its configuration."""
 
     topology: Topology
     layout: Layout
     values: Globals
     model: ModelConfig = MODEL
+    optim: dict[str, Any] = field(default_factory=dict)
     table: ParameterTable = field(init=False)
     restored: dict[str, Any] | None = None
+    loaded_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    can_count: bool = True
     fragments: list[Fragment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.table = ParameterTable(self.model)
+        self.rules = rules_of(self.model, **self.optim)
         for name in self.table:
             if self._holds(name):
-                local = {part: self._local(part, name) for part in self.values}
+                local = {part: self._local(part, name) for part in self.values if name in self.values[part]}
                 for start, stop in self._cuts(name, local["weight"].numel()):
-                    self.fragments.append(Fragment(name, start, *(local[part][start:stop] for part in self.values)))
+                    pieces = {_FIELDS[part]: values[start:stop] for part, values in local.items()}
+                    self.fragments.append(Fragment(name, start, **pieces))
 
     def _holds(self, name: str) -> bool:
         """The first stage has the embeddings, the last the tied head and the final norm, blocks are dealt out."""
@@ -158,7 +183,10 @@ class FakeEngine:
         return [(start, stop)] if stop > start else []
 
     def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
-        assert buffers == {}, "this model has no power iterations"
+        self.loaded_buffers = buffers
+
+    def has_counts_for(self, adam_begun_at: dict[str, int]) -> bool:
+        return self.can_count
 
     def owns(self, name: str) -> bool:
         if name == "embedding.weight" and self.topology.pipeline_rank > 0:
@@ -191,7 +219,7 @@ def write_checkpoint(
         step: Of the checkpoint.
         layout: Of the ranks.
         values: Weights, and moments if there are any.
-        options: model, state, buffers, tokenizer, keep_last, keep_every, faults (a list that commit adds to).
+        options: model, optim, state, buffers, tokenizer, keep_last, keep_every, faults (a list that commit adds to).
     """
     layout, values = layout or Layout(), all_parts() if values is None else values
     model, save_id = options.get("model", MODEL), uuid4().hex
@@ -199,7 +227,8 @@ def write_checkpoint(
     unfinished.mkdir(parents=True)
     state = {"engine": {"optimizer_step": step}} | options.get("state", {})
     buffers = list(options.get("buffers", {}).items())
-    main = MainFiles(json_bytes(state), buffers, config_of(model).to_yaml(), options.get("tokenizer"))
+    config = config_of(model, **options.get("optim", {}))
+    main = MainFiles(json_bytes(state), buffers, config.to_yaml(), options.get("tokenizer"))
     reports, table = [], ParameterTable(model)
     for rank in range(layout.world_size):
         topology = layout.topology(rank)

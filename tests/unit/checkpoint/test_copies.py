@@ -13,7 +13,7 @@ from mlra_scale.checkpoint.copies import collect, differing_copies, digests_on_d
 from mlra_scale.checkpoint.saving import RankReport
 from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.parallel.fragments import Fragment
-from tests.unit.checkpoint.builders import MODEL, FakeEngine, Layout, all_parts
+from tests.unit.checkpoint.builders import MODEL, FakeEngine, Layout, all_parts, parts_with
 
 TABLE = ParameterTable(MODEL)
 EVERYTHING = frozenset(TABLE)
@@ -108,3 +108,19 @@ def test_one_copy_that_differs_is_named(layout: Layout, name: str, bad: int, mes
     found = differing_copies(reports_of(layout, spoil), TABLE, layout.tensor)
     assert found is not None and re.search(message, found)
     assert ("exp_avg_sq of " in found) == (part == "exp_avg_sq")
+
+
+def test_copies_of_a_momentum_are_compared() -> None:
+    """Of a factor of o, which every tensor rank holds and muon updates: it has no second moment."""
+    layout, name = Layout(tensor=2), "blocks.0.attention.o.up.weight"
+    model = MODEL.model_copy(update={"factorised_projections": ("q", "k", "v", "o")})
+    reports = []
+    for rank in range(2):
+        engine = FakeEngine(layout.topology(rank), layout, parts_with(model, name="muon"), model)
+        fragment = next(fragment for fragment in engine.fragments if fragment.name == name)
+        assert fragment.exp_avg is not None and fragment.exp_avg_sq is None
+        fragment.exp_avg[-1] += 1e-3 * rank
+        keys, sums = digests_on_device(engine.fragments, frozenset(engine.table))
+        reports.append(RankReport(rank, rank, 0, digests=collect(keys, sums.tolist())))
+    found = differing_copies(reports, ParameterTable(model), 2)
+    assert found == f"copies of exp_avg of {name} that should be equal differ between rank(s) 0 and rank(s) 1"

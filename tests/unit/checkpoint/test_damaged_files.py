@@ -145,7 +145,7 @@ def test_a_configuration_with_any_key_missing_or_wrong(whole: Path, tmp_path: Pa
         ("fragments.json", "[]", "is not sound"),
         ("config.yaml", DEEP, "nested too deeply"),
         ("config.yaml", "a: &x [1]\nb: *x", "aliases"),
-        ("config.yaml", "version: 4\nmodel: {}", "version = 4: the file was written by a newer program"),
+        ("config.yaml", "version: 5\nmodel: {}", "version = 5: the file was written by a newer program"),
         ("config.yaml", '"\\x1b[2J": 1', r"\x1b[2J"),
         ("config.yaml", "x" * 2**21, "is larger than"),
     ],

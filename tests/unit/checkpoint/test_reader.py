@@ -245,6 +245,7 @@ def test_a_manifest_that_is_not_sound_is_refused(tmp_path: Path) -> None:
             "parameters": {**manifest.parameters, "final_norm.bias": StoredParameter((8,), 1)}
         },
         "layout: world_size is None": {"layout": {}},
+        "momentum_only has head, which is no parameter": {"momentum_only": ("head",)},
         r"config\.yaml makes \S+ \(\(.*stored is None": {"parameters": {}},
         r"config\.yaml makes embedding\.weight \(\(24, 8\), 0\), stored is \(\(24, 8\), 1\)": {
             "parameters": {**manifest.parameters, "embedding.weight": StoredParameter((24, 8), 1)}
@@ -270,11 +271,11 @@ def test_files_of_other_saves_are_told_apart(tmp_path: Path) -> None:
         Store.open(two)
 
 
-@pytest.mark.parametrize("version", [3, 0, "2", None, True])
+@pytest.mark.parametrize("version", [4, 0, "2", None, True])
 def test_another_version_says_so(tmp_path: Path, version: Any) -> None:
     folder = write_checkpoint(tmp_path, 1)
     write_manifest(folder, json.loads((folder / MANIFEST).read_text()) | {"version": version})
-    with pytest.raises(CheckpointError, match=f"has version {version!r} of the format, this program reads 1 to 2"):
+    with pytest.raises(CheckpointError, match=f"has version {version!r} of the format, this program reads 1 to 3"):
         Store.open(folder)
 
 
@@ -282,12 +283,24 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     """What commit 3a017c2 wrote: version 1 in the manifest, none in config.yaml."""
     folder = write_checkpoint(tmp_path, 1)
     config = (folder / "config.yaml").read_text()
-    assert config.startswith("version: 3\n")
+    assert config.startswith("version: 4\n")
     sign(folder, "config.yaml", config.partition("\n")[2].encode())
     write_manifest(folder, json.loads((folder / MANIFEST).read_text()) | {"version": 1})
     store = Store.open(folder)
     assert (store.manifest.version, store.config) == (1, config_of())
-    assert store.manifest.notice == "the checkpoint has version 1 of the format and is read as version 2"
+    assert store.manifest.notice == "the checkpoint has version 1 of the format and is read as version 3"
+
+
+def test_version_2_is_read(tmp_path: Path) -> None:
+    """It does not say of which parameters a momentum alone is stored: there were none."""
+    folder, values = write_checkpoint(tmp_path, 1), all_parts()
+    content = json.loads((folder / MANIFEST).read_text())
+    assert content.pop("momentum_only") == []
+    write_manifest(folder, content | {"version": 2})
+    store = Store.open(folder)
+    assert store.manifest.notice == "the checkpoint has version 2 of the format and is read as version 3"
+    for part in PARTS:
+        assert torch.equal(store.tensor("final_norm.bias", part), values[part]["final_norm.bias"])
 
 
 class SplitTable(ParameterTable):
@@ -325,7 +338,7 @@ def test_loading_into_an_engine(tmp_path: Path, one_process: Any) -> None:
     }
     engine: Any = FakeEngine(layout.topology(0, one_process), layout, empty)
     assert load_checkpoint(engine, store) == {"engine": {"optimizer_step": 5}}
-    assert engine.restored == {"state": {"optimizer_step": 5}, "with_moments": True}
+    assert engine.restored == {"state": {"optimizer_step": 5, "adam_begun_at": {}}, "with_moments": True}
     full = FakeEngine(layout.topology(0), layout, values)
     for mine, stored in zip(engine.fragments, full.fragments, strict=True):
         assert torch.equal(mine.values, stored.values)

@@ -15,7 +15,15 @@ from mlra_scale.checkpoint import checkpoint_name, inspection, retention
 from mlra_scale.cli.checkpoints import COMMAND
 from mlra_scale.training import run_directory
 from mlra_scale.training.run_directory import RunDirectory, run_lock
-from tests.unit.checkpoint.builders import MODEL, Layout, all_parts, flip_a_byte, write_checkpoint, write_tokenizer
+from tests.unit.checkpoint.builders import (
+    MODEL,
+    Layout,
+    all_parts,
+    flip_a_byte,
+    parts_with,
+    write_checkpoint,
+    write_tokenizer,
+)
 
 Tool = Callable[..., tuple[int, str, str]]
 
@@ -88,6 +96,26 @@ def test_a_checkpoint_is_described(tmp_path: Path, tool: Tool) -> None:
     found = json.loads(tool("describe", folder / checkpoint_name(10), "--json")[1])
     assert found["tokens"] == 10_000 and found["model"]["rank"] == 4
     assert sum(found["files"].values()) == found["bytes"]
+
+
+def test_momentum_is_described_and_compared(tmp_path: Path, tool: Tool) -> None:
+    """A matrix of muon has no second moment to compare; one that only the other run has is a difference."""
+    muon: dict[str, Any] = {"name": "muon"}
+    adamw: dict[str, Any] = {"name": "adamw"}
+    one = write_run(tmp_path / "one", 10, values=parts_with(**muon), optim=muon)
+    assert "training, with Adam's moments, and of 18 matrices the momentum alone" in tool("describe", one)[1]
+    assert json.loads(tool("describe", one, "--json")[1])["momentum_only"] == 18
+    values = parts_with(**muon)
+    values["exp_avg"]["blocks.1.mlp.fc_in.weight"][2] += 1.0
+    two = write_run(tmp_path / "two", 10, values=values, optim=muon, layout=Layout(2, 1, 2))
+    code, out, _ = tool("diff", one, two, "--moments")
+    assert code == 1 and "exp_avg of blocks.1.mlp.fc_in.weight: largest difference 1, relative" in out
+    assert "1 tensor(s) of the weights and moments differ" in out
+    three = write_run(tmp_path / "three", 10, values=all_parts(), optim=adamw)
+    code, out, _ = tool("diff", one, three, "--moments")
+    assert code == 1 and "optim.name: 'muon' -> 'adamw'" in out
+    assert out.count("exp_avg_sq of ") == out.count(": the first has the momentum alone") == 18
+    assert tool("diff", three, one)[1].count("tensor(s) of the weights differ") == 1
 
 
 def test_differences_are_found_whatever_the_layout(tmp_path: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from mlra_scale.config import (
     offload_optimizer,
     offload_param,
     preset,
-    validate,
     zero_stage,
 )
 from mlra_scale.config.deepspeed_json import OURS, REFUSED, TABLES, YOURS, check_deepspeed_keys
+from mlra_scale.model.validation import validate
 
 FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 

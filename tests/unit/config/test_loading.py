@@ -62,7 +62,7 @@ def test_a_stored_plan_that_was_removed_is_read_as_auto(tmp_path: Path, capsys: 
         "WARNING: parallel.low_rank_plan = 'sharded' in a stored configuration: the plan sharded was removed: it was "
         "the fastest one in 0 of 36 measured cases; auto takes its place\n"
     )
-    assert Config.from_yaml(config.to_yaml()) == config and config.to_yaml().startswith("version: 3\n")
+    assert Config.from_yaml(config.to_yaml()) == config and config.to_yaml().startswith("version: 4\n")
     assert lines(preset="debug", overrides=["parallel.low_rank_plan=sharded"]) == [
         "parallel.low_rank_plan = 'sharded': the plan sharded was removed: it was the fastest one in 0 of 36 measured "
         "cases; use auto, replicated or merged"
@@ -121,6 +121,11 @@ def test_a_shorter_run_of_a_preset_has_a_shorter_warmup(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
+        (
+            "optim.decay_factors=false",
+            "optim.decay_factors = False: was replaced by optim.rules; leave true out, and instead of false write "
+            "optim.rules=[{kind: factor, weight_decay: 0}]",
+        ),
         ("train.step=3", "train.step = 3: unknown key 'step'; did you mean 'steps'?"),
         ("modle.num_layers=3", "modle.num_layers = 3: unknown key 'modle'; did you mean 'model'?"),
         ("model.zzzz=3", "model.zzzz = 3: unknown key 'zzzz'; known: attention, attention_dropout, "),

@@ -2,9 +2,10 @@
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, ModelConfig, preset, preset_names, validate
+from mlra_scale.config import Config, ConfigError, ModelConfig, preset, preset_names
 from mlra_scale.config.presets import DEEP_LAYERS
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.validation import validate
 
 ODD = ModelConfig(
     vocab_size=101,

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_scale.config import Config, ConfigError, batch_plan, load_config, preset, validate, yaml_text
+from mlra_scale.config import Config, ConfigError, batch_plan, load_config, preset, yaml_text
+from mlra_scale.model.validation import validate
 
 # Everything that JSON knows, which is what the deepspeed section and a YAML document may hold.
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)

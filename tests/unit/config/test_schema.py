@@ -3,7 +3,7 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from mlra_scale.config import Config, ConfigError, ModelConfig, preset
+from mlra_scale.config import Config, ConfigError, ModelConfig, OptimConfig, ParameterRule, preset
 from mlra_scale.config.problems import model_at
 
 
@@ -45,7 +45,16 @@ def test_configurations_are_frozen() -> None:
         ("optim", "betas", [0.9], "has too few values"),
         ("optim", "betas", [0.9, 0.95, 0.99], "has 3 values where 2 belong"),
         ("optim", "betas", 0.9, "must be a list, not a fraction"),
-        ("optim", "decay_factors", "yes", "must be true or false, not text"),
+        ("optim", "nesterov", "yes", "must be true or false, not text"),
+        ("optim", "decay_factors", True, "was replaced by optim.rules; leave true out, and instead of false write"),
+        (
+            "optim",
+            "decay_embedding",
+            False,
+            "write optim.rules=[{kind: embedding, weight_decay: 0}, {kind: positions, ",
+        ),
+        ("optim", "rules", {"kind": "factor"}, "must be a list, not a mapping"),
+        ("optim", "newton_schulz_coefficients", [1.5, -0.5], "has too few values"),
         ("model", "attention", "mrla", "must be one of mlra, dense; did you mean 'mlra'?"),
         ("wandb", "mode", "off", "must be one of auto, online, offline, disabled; did you mean 'disabled'?"),
         ("parallel", "activation_checkpointing", False, "must be one of none, selective, block; did you mean 'none'?"),
@@ -81,6 +90,35 @@ def test_wrong_items_are_named_by_their_place() -> None:
     assert str(caught.value) == "data.blend.b = -1: must be > 0.0"
 
 
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"knid": "factor", "weight_decay": 0}, "optim.rules.1.knid = 'factor': unknown key; did you mean 'kind'?"),
+        ({"kind": "factors", "weight_decay": 0}, "optim.rules.1.kind = 'factors': must be one of embedding, positions"),
+        ({"names": "", "weight_decay": 0}, "optim.rules.1.names = '': must not be empty"),
+        ({"weight_decay": 0}, "optim.rules.1 = {'weight_decay': 0}: must name its parameters by names or by kind"),
+        ({"names": "*", "kind": "factor", "lr_factor": 2}, "must name its parameters by names or by kind, and by one"),
+        (
+            {"kind": "factor"},
+            "optim.rules.1 = {'kind': 'factor'}: changes nothing; give lr_factor, weight_decay or opt",
+        ),
+        ({"kind": "factor", "lr_factor": -1}, "optim.rules.1.lr_factor = -1: must be >= 0"),
+        ({"kind": "factor", "optimizer": "adam"}, "did you mean 'adamw'?"),
+        ("factor", "optim.rules.1 = 'factor': must be a mapping, not text"),
+    ],
+)
+def test_a_wrong_rule_is_named_by_its_place(rule: object, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        debug_with("optim", rules=[{"kind": "norm", "lr_factor": 2}, rule])
+    assert problem in str(caught.value) and len(caught.value.problems) == 1
+
+
+def test_models_below_the_configuration_are_found_by_their_path() -> None:
+    assert model_at(Config, ["optim"]) is OptimConfig and model_at(Config, ["optim", "rules", 1]) is ParameterRule
+    for path in (["optim", "rules"], ["optim", "betas", 0], ["optim", "lr", "x"], ["optim", "rules", 1, "kind"], ["x"]):
+        assert model_at(Config, path) is None, path
+
+
 def test_integers_are_numbers_and_lists_are_tuples() -> None:
     config = debug_with("optim", weight_decay=0, betas=[0, 0.5])
     assert config.optim.weight_decay == 0.0
@@ -105,6 +143,16 @@ def test_derived_sizes() -> None:
     assert model.model_copy(update={"attention_rank": 7}).rank == 7
     assert model.model_copy(update={"attention_rank_ratio": 1e-9}).rank == 1
     assert model.model_copy(update={"vocab_size": 256}).padded_vocab_size == 256
+
+
+@pytest.mark.parametrize(("num_layers", "factor"), [(24, 2.0), (48, 1.0), (96, 0.5)])
+def test_completep_scales_branches_by_depth_and_leaves_the_depth_scaled_init_out(
+    num_layers: int, factor: float
+) -> None:
+    model = debug_with("model", depth_rule="completep", num_layers=num_layers).model
+    assert (model.branch_factor, model.residual_scale) == (factor, 1.0)
+    other = debug_with("model", num_layers=num_layers).model
+    assert other.branch_factor == 1.0 and other.residual_scale == pytest.approx((2 * num_layers) ** -0.5)
 
 
 @pytest.mark.parametrize(

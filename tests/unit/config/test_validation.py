@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlra_scale.config import BatchPlan, Config, ConfigError, batch_plan, engine_kind, load_config, preset, validate
+from mlra_scale.config import BatchPlan, Config, ConfigError, batch_plan, engine_kind, load_config, preset
+from mlra_scale.model.validation import validate
 
 # Two lines per rule: overrides of the debug preset and "@ranks" (if not 1), then the field that fails and a part of its
 # remedy. "zero." stands for deepspeed.zero_optimization.
@@ -17,8 +18,20 @@ model.sigma_reparam=true qk_clip.threshold=90.0
     qk_clip.threshold: model.sigma_reparam divides by their size
 model.sigma_reparam=true gradients.spectral_iterations=3
     gradients.spectral_iterations: measures weights as they are stored
+model.depth_rule=completep model.layer_norm_scaling=true
+    model.depth_rule: is a rule for the depth, and model.layer_norm_scaling is another one; set depth_rule to none, or layer_norm_scaling to false
+model.depth_rule=completep model.depth_scaled_init=true
+    model.depth_scaled_init: depend on the depth once more, beside model.depth_rule completep; leave it null
 guard.enabled=true checkpoint.every=0
     checkpoint.every: set it to the number of steps that you can afford to lose
+optim.newton_schulz_coefficients=[30,4,2]
+    optim.newton_schulz_coefficients: 5 iterations s <- a s + b s^3 + c s^5 (optim.newton_schulz_steps) bring the singular value 1 to inf, and at most 2
+optim.newton_schulz_coefficients=[1.0,0.0,0.3] optim.newton_schulz_steps=2
+    optim.newton_schulz_coefficients: 2 iterations s <- a s + b s^3 + c s^5 (optim.newton_schulz_steps) bring the singular value 1 to 2.41
+optim.newton_schulz_coefficients=[4.0,-7.0,0.5] optim.newton_schulz_steps=1
+    optim.newton_schulz_coefficients: bring the singular value 1 to -2.5, and
+optim.newton_schulz_coefficients=[8.0,-14.0,7.0] optim.newton_schulz_steps=1
+    optim.newton_schulz_coefficients: bring the singular value 0.484 to 2.47
 train.sequence_length=65
     train.sequence_length: longer than model.max_positions 64
 parallel.tensor=8 @8
@@ -127,6 +140,11 @@ zero.stage=3 zero.offload_optimizer.device=cpu
 zero.stage=0 zero.offload_optimizer.device=none
 cluster.hang_minutes=4.9 parallel.timeout_minutes=5.0
 model.qk_norm=true model.sigma_reparam=true model.layer_norm_scaling=true model.depth_scaled_init=true
+optim.newton_schulz_coefficients=[2.0,-1.5,0.5] optim.newton_schulz_steps=100
+optim.newton_schulz_steps=100
+model.depth_rule=completep model.qk_norm=true model.sigma_reparam=true model.embedding_scale=sqrt_width
+model.depth_rule=completep model.depth_scaled_init=false model.base_depth=1 train.compile=true
+model.depth_rule=completep gradients.spectral_iterations=3 qk_clip.threshold=90.0 optim.name=spectron
 model.qk_norm=true gradients.spectral_iterations=3
 model.layer_norm_scaling=true qk_clip.threshold=90.0
 parallel.sequence_parallel=true parallel.tensor=2 model.attention=dense @2

@@ -105,7 +105,7 @@ def test_what_cannot_be_is_told(opened: OpenedModel) -> None:
             texts(opened, ["A window"], **options)
 
 
-def test_folders_that_cannot_be_used_are_told(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     folder = gpt2_folder(tmp_path / "gpt2", has_tokenizer=False)
     with pytest.raises(EvaluationError, match="holds no tokenizer"):
         open_model(folder).tokenizer()

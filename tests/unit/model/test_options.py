@@ -37,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sigma-reparam": {"sigma_reparam": True},
     "layer-norm-scaling": {"layer_norm_scaling": True},
     "embedding-scale": {"embedding_scale": "sqrt_width"},
+    "completep": {"depth_rule": "completep", "base_depth": 2},
+    "completep-all": {"depth_rule": "completep", "base_depth": 8, "qk_norm": True, "sigma_reparam": True},
     "all": {"qk_norm": True, "sigma_reparam": True, "layer_norm_scaling": True, "embedding_scale": "sqrt_width"},
 }
 ATTENTIONS: dict[str, dict[str, Any]] = {
@@ -103,9 +105,10 @@ def test_logits_and_every_gradient_equal_the_oracle(option: str, attention: str)
         assert gradient.norm() > 1e-9 or (name.endswith((".k.bias", ".k.up.bias")) and not model.qk_norm), name
 
 
+@pytest.mark.parametrize("option", ["all", "completep-all"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_recomputation_gives_the_same_gradients(attention: str) -> None:
-    model = model_of("all", attention)
+def test_recomputation_gives_the_same_gradients(attention: str, option: str) -> None:
+    model = model_of(option, attention)
     weights = canonical_weights(model)
     tokens, targets = tokens_of()
     gradients = []
@@ -330,13 +333,15 @@ def test_the_table_counts_what_the_configuration_counts(option: str, attention: 
     state = initial_state(model, SEED)
     assert all(bool((state[name] == 1).all()) for name in new)
     # A parameter that both have begins with the same values, but for the depth-scaled ones.
-    scaled = ("o.weight", "o.up.weight", "fc_out.weight") if model.layer_norm_scaling else ()
+    has_own_rule = model.layer_norm_scaling or model.depth_rule != "none"
+    scaled = ("o.weight", "o.up.weight", "fc_out.weight") if has_own_rule else ()
     for name, value in initial_state(plain, SEED).items():
         assert torch.equal(state[name], value) or name.endswith(scaled), name
 
 
 def test_without_the_depth_scaled_initialization_the_residual_projections_are_like_the_others() -> None:
-    for model in (model_of("none", layer_norm_scaling=True), model_of("none", depth_scaled_init=False)):
+    unscaled = {"layer_norm_scaling": True}, {"depth_scaled_init": False}, {"depth_rule": "completep"}
+    for model in (model_of("none", **values) for values in unscaled):
         table = ParameterTable(model)
         for name in ("blocks.0.attention.o.weight", "blocks.1.mlp.fc_out.weight"):
             assert initial_std(model, table[name]) == model.base_std
@@ -344,6 +349,22 @@ def test_without_the_depth_scaled_initialization_the_residual_projections_are_li
     table = ParameterTable(factorised)
     stds = [initial_std(factorised, table[f"blocks.0.attention.o.{part}.weight"]) for part in ("up", "down")]
     assert stds[0] == stds[1]
+
+
+def test_completep_scales_whole_branches_and_nothing_at_its_base_depth() -> None:
+    """Twice the base depth is half of each branch, bias included; at the base depth it is the model without a rule."""
+    tokens, _ = tokens_of()
+    plain = model_of("none", depth_scaled_init=False)
+    weights = canonical_weights(plain)
+    expected = logits_of(built(plain, weights), tokens)
+    assert torch.equal(logits_of(built(model_of("completep", base_depth=3), weights), tokens), expected)
+    deeper = logits_of(built(model_of("completep", num_layers=3, base_depth=1), weights), tokens)
+    ends = ("attention.o.weight", "attention.o.bias", "fc_out.weight", "fc_out.bias")
+    folded = {name: weight.double() / 3 if name.endswith(ends) else weight for name, weight in weights.items()}
+    torch.testing.assert_close(logits_of(built(plain, folded), tokens), deeper, rtol=1e-12, atol=1e-12)
+    for forgotten in ends:
+        some = folded | {name: weights[name] for name in weights if name.endswith(forgotten)}
+        assert (logits_of(built(plain, some), tokens) - deeper).abs().max() > 1e-3, forgotten
 
 
 def numbers_kept(gpt: GPT, length: int) -> int:
@@ -371,9 +392,9 @@ def test_what_options_keep_for_the_backward_pass() -> None:
         model = model_of(option)
         gpt = built(model, canonical_weights(model))
         per_token[option] = (numbers_kept(gpt, 16) - numbers_kept(gpt, 8)) / (3 * 8)
-    for option in ("sigma-reparam", "layer-norm-scaling", "embedding-scale"):
+    for option in ("sigma-reparam", "layer-norm-scaling", "embedding-scale", "completep"):
         assert per_token[option] == per_token["none"], option
     width, heads, layers = 32, 4, 3
     statistics = 4 * heads  # mean and deviation of each query and key
-    for option in ("qk-norm", "all"):
+    for option in ("qk-norm", "completep-all", "all"):
         assert per_token[option] - per_token["none"] == layers * (2 * width + statistics), option

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from mlra_scale.config import Config, ConfigError, load_config, load_named_config, validate, zero_stage
+from mlra_scale.config import Config, ConfigError, load_config, load_named_config, zero_stage
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.choice import (
     FIELDS,
     LARGEST_LOSS,

@@ -6,7 +6,7 @@ import pytest
 from mlra_scale.config import batch_plan, load_config
 from mlra_scale.planning.layout import Stage, num_held, weights_of_stage
 from mlra_scale.planning.memory import RankMemory, phases_of_a_step, rank_memory
-from mlra_scale.planning.memory_activations import block_bytes_per_token, logit_bytes
+from mlra_scale.planning.memory_activations import backward_bytes, block_bytes_per_token, logit_bytes
 from mlra_scale.planning.memory_state import (
     gradient_bytes,
     master_bytes,
@@ -23,6 +23,10 @@ def stage(world_size: int, *overrides: str, index: int = 0, zero: int = 0, **set
     if zero:
         config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": zero, **settings}}})
     return Stage(config, batch_plan(config, world_size), index)
+
+
+SQUARE = ('optim.rules=[{kind: matrix, optimizer: adamw}, {names: "blocks.*.o.weight", optimizer: muon}]',)
+"""With optim.name=muon: o and the factors."""
 
 
 def memory(of: Stage) -> RankMemory:
@@ -58,6 +62,41 @@ def test_training_state_per_weight(precision: str, zero: int, expected: tuple[fl
     one = stage(4, f"train.precision={precision}", zero=zero)
     one.num_weights = 1
     assert tuple(part(one) for part in (weight_bytes, gradient_bytes, master_bytes, moment_bytes)) == expected
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_muon_and_spectron_have_one_moment_and_a_round_of_matrices(zero: int) -> None:
+    """The debug preset: 4 blocks of 6 factors of 64 x 32, o of 64 x 64, and two matrices of 64 x 256; fp32."""
+    shards = 4 if zero else 1
+    in_matrices = 4 * (6 * 64 * 32 + 64 * 64 + 2 * 64 * 256)
+    for name in ("muon", "spectron"):
+        adamw, of = stage(4, zero=zero), stage(4, f"optim.name={name}", zero=zero)
+        assert of.num_in_matrices == in_matrices and adamw.num_in_matrices == 0
+        assert moment_bytes(adamw) - moment_bytes(of) == 4 * in_matrices / shards
+        # On the host: what a checkpoint's copy does without.
+        cpu = ("train.device=cpu", f"optim.name={name}")
+        owned = 12 * held(of) - 4 * in_matrices
+        assert memory(stage(4, *cpu, zero=zero)).snapshot == owned / shards
+        phases = phases_of_a_step(of)
+        assert phases.keys() - phases_of_a_step(adamw).keys() == {"orthogonalisation"}
+        # Without ZeRO directions of four matrices of 64 x 256, and what is sent of them; with it the iteration of one.
+        expected = 2 * (64 * 256 + 64 * 64) if zero else 2 * 4 * 64 * 256
+        assert phases["orthogonalisation"].temporary == 4 * expected
+    # Two states of the matrix and two products.
+    alone, square = stage(1, "optim.name=muon"), stage(4, "optim.name=muon", "model.num_layers=1", *SQUARE, zero=3)
+    assert phases_of_a_step(alone)["orthogonalisation"].temporary == 4 * 2 * (64 * 256 + 64 * 64)
+    assert phases_of_a_step(square)["orthogonalisation"].temporary == 4 * (2 + 2) * 64 * 64
+
+
+def test_a_rule_takes_matrices_from_their_optimizer() -> None:
+    rule = 'optim.rules=[{names: "blocks.*.mlp.*.weight", optimizer: adamw}]'
+    assert stage(1, "optim.name=muon", rule).num_in_matrices == 4 * (6 * 64 * 32 + 64 * 64)
+    rule = "optim.rules=[{kind: matrix, optimizer: muon}]"
+    stages = [stage(2, rule, "parallel.pipeline=2", index=index) for index in range(2)]
+    assert [of.num_in_matrices for of in stages] == [2 * (64 * 64 + 2 * 64 * 256)] * 2
+    split = stage(2, "optim.name=muon", "parallel.tensor=2")
+    # Down factors of q, k, v are whole on every tensor rank.
+    assert split.num_in_matrices == 4 * (3 * 64 * 32 + 3 * 64 * 32 / 2 + 64 * 64 / 2 + 64 * 256)
 
 
 def test_state_of_a_rank_counts_its_own_weights() -> None:
@@ -96,6 +135,14 @@ def test_qk_norm_keeps_queries_and_keys_twice() -> None:
     plain = stage(2, "parallel.tensor=2")
     normed = stage(2, "parallel.tensor=2", "model.qk_norm=true", "model.sigma_reparam=true")
     assert block_bytes_per_token(normed) - block_bytes_per_token(plain) == 4 * 2 * plain.model.hidden_size / 2
+
+
+@pytest.mark.parametrize("options", [(), ("parallel.tensor=2", "parallel.sequence_parallel=true")])
+def test_a_branch_with_a_factor_has_a_gradient_of_its_own(options: tuple[str, ...]) -> None:
+    plain, scaled = (stage(2, *options, "model.depth_rule=completep", f"model.base_depth={depth}") for depth in (4, 8))
+    added = [backward_bytes(each) for each in (plain, scaled)]
+    assert added[1] - added[0] == 4 * plain.tokens * plain.model.hidden_size / plain.split
+    assert added[0] == backward_bytes(stage(2, *options))
 
 
 def test_sequence_parallelism_divides_what_tensor_ranks_repeat() -> None:

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
-from mlra_scale.config import Config, Named, load_named_config, validate
+from mlra_scale.config import Config, Named, load_named_config
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.cluster import Cluster, named_cluster
 from mlra_scale.planning.search import MEMORY, EngineSettings, SearchResult, search
 

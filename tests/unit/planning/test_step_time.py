@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_scale.config import BatchPlan, Config, batch_plan, load_config
+from mlra_scale.model.matrix_rounds import rounds_of
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.communication import (
     all_reduce,
     data_traffic_per_micro_batch,
     data_traffic_per_step,
     groups_of,
+    matrix_traffic,
     pipeline_traffic,
     scatter_or_gather,
     tensor_traffic,
@@ -21,7 +23,15 @@ from mlra_scale.planning.communication import (
     tied_traffic,
 )
 from mlra_scale.planning.layout import Stage, num_held, num_weights_of_stage, weights_of_stage
-from mlra_scale.planning.step_time import block_flops, computed_flops, sent_per_step, stage_time, step_time
+from mlra_scale.planning.step_time import (
+    block_flops,
+    computed_flops,
+    matrix_time,
+    sent_per_step,
+    stage_time,
+    step_time,
+    update_seconds,
+)
 
 # The debug preset: 4 layers, D 64, F 256, R 32, 4 heads, V 512, micro-batches of 2 x 64 tokens, batch 8, fp32.
 T, D, F, R, V, S = 128, 64, 256, 32, 512, 64
@@ -206,6 +216,91 @@ def test_a_device_that_runs_ahead_hides_overhead_and_reductions() -> None:
     overlapping = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}})
     hidden = step_time(overlapping, plan, replace(slow, runs_ahead=True))
     assert hidden.stages[0].data < ahead.stages[0].data == plain.stages[0].data
+
+
+def numbers_moved(of: Stage) -> int:
+    """Numbers that go to the owners of matrices and back; of ranks that hold the same one sends it."""
+    tensor, data, groups = of.plan.tensor, of.plan.data, {matrix.group for matrix in of.matrices}
+    whole = {group: sum(each.num_held(tensor) for each in of.matrices if each.group == group) for group in groups}
+    starts, held = dict.fromkeys(whole, 0), []
+    for matrix in of.matrices:
+        size, start = matrix.num_held(tensor), starts[matrix.group]
+        starts[matrix.group] += size
+        elements = [list(range(size)) for _ in range(data)]
+        if of.zero == 1:  # a number of the group is the data rank's in whose piece it is
+            piece = whole[matrix.group] // data
+            elements = [[each for each in range(size) if (start + each) // piece == rank] for rank in range(data)]
+        held.append([len(each) // (data if of.zero == 3 else 1) for each in elements])
+    moved = 0
+    for indices in rounds_of([matrix[:2] for matrix in of.matrices], tensor * data):
+        for owner, index in enumerate(indices):
+            for rank in {*range(tensor * data)} - {owner}:
+                (data_rank, tensor_rank), (of_data, of_tensor) = divmod(rank, tensor), divmod(owner, tensor)
+                is_alone = of.matrices[index].shard_dim is not None or tensor_rank == of_tensor
+                sends = is_alone and (of.zero > 0 or data_rank == of_data)
+                moved += held[index][data_rank] * (1 + sends)
+    return moved
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_matrices_go_to_their_owners_and_back(stage: int, tensor: int) -> None:
+    for precision, element in (("fp32", 4), ("bf16", 2)):
+        overrides = (f"parallel.tensor={tensor}", f"train.precision={precision}")
+        config, plan = case(4, *overrides, "optim.name=muon", stage=stage)
+        of = Stage(config, plan, 0)
+        traffic = matrix_traffic(of)
+        assert traffic.sent == pytest.approx(element * numbers_moved(of) / 4)
+        assert (traffic.messages, traffic.rings) == (0, 2 * math.ceil(36 / 4))
+        of = Stage(*case(4, *overrides, "optim.name=spectron", stage=stage), 0)
+        sums = matrix_traffic(of)
+        # Two sums over four ranks, of a number per row and per column of 24 factors.
+        of_sums = 2 * 3 / 4 * 4 * 24 * (D + R)
+        assert sums.sent == pytest.approx(element * numbers_moved(of) / 4 + of_sums)
+        assert (sums.messages, sums.rings) == (2, traffic.rings)
+    assert matrix_traffic(Stage(*case(4), 0)).sent == 0.0
+    assert matrix_traffic(Stage(*case(1, "optim.name=spectron"), 0)).sent == 0.0
+
+
+def test_ranks_orthogonalise_matrices_of_equal_work_at_the_same_time() -> None:
+    """36 matrices on 8 ranks: fc_in and fc_out; o and 4 factors; 20 factors in three rounds."""
+    plain = replace(IDLE, latency_intra=0.0, link_intra=1e30, update_bandwidth=1e30)
+    products = {name: 2 * m * m * n + m**3 for name, (m, n) in {"mlp": (D, F), "o": (D, D), "factor": (R, D)}.items()}
+    on_eight = products["mlp"] + products["o"] + 3 * products["factor"]
+    on_one = 8 * products["mlp"] + 4 * products["o"] + 24 * products["factor"]
+    for ranks, number in ((8, on_eight), (1, on_one)):
+        for steps in (5, 7):
+            names = ("optim.name=muon", f"optim.newton_schulz_steps={steps}", "train.global_batch_size=16")
+            time = matrix_time(Stage(*case(ranks, *names), 0), plain)
+            assert time is not None and time.seconds == pytest.approx(time.orthogonalisation)
+            assert time.orthogonalisation == pytest.approx(2 * steps * number / plain.flops)
+
+
+def test_the_update_includes_matrices() -> None:
+    adamw, muon = case(2, stage=1), case(2, "optim.name=muon", stage=1)
+    before, after = (step_time(*each, IDLE) for each in (adamw, muon))
+    assert before.matrices is None and after.matrices is not None
+    of = Stage(*muon, 0)
+    rest = (of.num_weights - of.num_in_matrices) / of.num_weights * before.update
+    assert after.update == pytest.approx(rest + after.matrices.seconds)
+    assert after.seconds - before.seconds == pytest.approx(after.update - before.update)
+    assert after.sent == {**before.sent, "optimizer": after.matrices.sent}
+    slow = replace(IDLE, launch=1e-3)
+    assert update_seconds(of, slow) > update_seconds(of, IDLE) + 36 / 2 * 1e-3, "operations have to be started"
+    # A device that runs ahead starts operations while it computes.
+    ahead = matrix_time(of, replace(slow, runs_ahead=True, latency_intra=0.0, link_intra=1e30))
+    busy = matrix_time(of, replace(IDLE, latency_intra=0.0, link_intra=1e30))
+    both = matrix_time(of, replace(slow, latency_intra=0.0, link_intra=1e30))
+    assert ahead is not None and busy is not None and both is not None
+    assert ahead.seconds == pytest.approx(both.seconds - busy.seconds)
+
+
+def test_stages_with_other_matrices_take_other_times() -> None:
+    """Stages that are alike are estimated once: a rule may make them differ."""
+    config, plan = case(4, "parallel.pipeline=4", 'optim.rules=[{names: "blocks.2.mlp.*.weight", optimizer: muon}]')
+    times = [matrix_time(Stage(config, plan, index), IDLE) for index in range(4)]
+    assert [time is not None for time in times] == [False, False, True, False]
+    assert step_time(config, plan, IDLE).matrices == times[2]
 
 
 def test_groups_follow_the_mesh() -> None:

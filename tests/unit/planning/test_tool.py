@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlra_scale.config import load_config, load_named_config, validate
+from mlra_scale.config import load_config, load_named_config
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.choice import choose
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.train import build_parser
@@ -114,6 +115,7 @@ def test_where_nothing_fits_the_smallest_and_a_remedy_are_printed() -> None:
         (["--preset", "debug", "--cluster", "h10"], "--cluster = 'h10'"),
         (["--preset", "debug", "--devices-per-node", "3", "parallel.tensor=3"], "parallel.tensor = 3"),
         (["--preset", "debug", "optim.warmup_steps=99"], "optim.warmup_steps = 99"),
+        (["--preset", "debug", "optim.rules=[{names: nothing.*, lr_factor: 2}]"], "matches no parameter; of the first"),
         (["--preset", "debug", "--nodes", "0"], "'0' is not a whole number from 1 on"),
         (["--preset", "debug", "--utilization", "1.5"], "'1.5' is more than the peak"),
         (["--preset", "debug", "--memory-gib", "-1"], "'-1' is not a positive number"),
@@ -122,5 +124,5 @@ def test_where_nothing_fits_the_smallest_and_a_remedy_are_printed() -> None:
 )
 def test_bad_input_is_reported_in_one_error(arguments: list[str], reported: str) -> None:
     ran = run_tool("plan", *arguments)
-    assert ran.code == 2
+    assert ran.code == 2 and ("mlra_scale.train" in ran.stdout) == ("--json" in arguments)
     assert reported in ran.stderr

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.model.update_rules import UpdateRule
+from mlra_scale.parallel.fragments import Fragment
 from mlra_scale.stability import gradients as module
 from mlra_scale.stability.gradients import AdamWUpdate, GradientStatistics, Groups, kind_of, noise_scale
 from mlra_scale.stability.watcher import Step
@@ -33,6 +36,10 @@ def config(**gradients: int) -> Config:
 
 CONFIG = config(every=10)
 TABLE = ParameterTable(CONFIG.model)
+
+
+def rule_of(name: str, optimizer: Any = "adamw", lr_factor: float = 1.0, eps: float = CONFIG.optim.eps) -> UpdateRule:
+    return UpdateRule(optimizer, lr_factor, 0.0 if TABLE[name].kind in ("bias", "norm") else DECAY, eps)
 
 
 class FakeEngine:
@@ -57,6 +64,8 @@ class FakeEngine:
             name: sorted({0, info.numel(), *generator.integers(0, info.numel(), num_cuts).tolist()})
             for name, info in TABLE.items()
         }
+        self.rules = {name: rule_of(name) for name in TABLE}
+        self.adam_begun_at: dict[str, int] = {}
         self.extra_passes: list[Any] = []
         self.small_norm = 2.0
 
@@ -65,8 +74,7 @@ class FakeEngine:
         for name, cuts in self.cuts.items():
             for start, stop in itertools.pairwise(cuts):
                 pieces = (self.tensors[part][name].reshape(-1)[start:stop] for part in parts)
-                names = ("values", "exp_avg", "exp_avg_sq")
-                found.append(SimpleNamespace(name=name, start=start, **dict(zip(names, pieces, strict=False))))
+                found.append(Fragment(name, start, *pieces))
         return found
 
     def owned_gradients(self) -> list[Any]:
@@ -75,11 +83,8 @@ class FakeEngine:
     def owned_fragments(self, with_moments: bool = False) -> list[Any]:
         return self.fragments("values", "exp_avg", "exp_avg_sq") if with_moments else self.fragments("values")
 
-    def weight_decay(self, name: str) -> float:
-        return 0.0 if TABLE[name].kind in ("bias", "norm") else DECAY
-
     def training_state(self) -> dict[str, Any]:
-        return {"optimizer_step": self.num_updates}
+        return {"optimizer_step": self.num_updates, "adam_begun_at": self.adam_begun_at}
 
     def gradient_norm(self, batches: list[Any], between: Any = None) -> float:
         self.extra_passes.append(batches)
@@ -123,10 +128,15 @@ def measure(engine: Any, configuration: Config = CONFIG, step: int = 10, **optio
 def check(found: dict[str, Any], names: list[str], engine: FakeEngine) -> None:
     gradient, weight = engine.real("gradient", names), engine.real("values", names)
     mean, square = (engine.real(part, names) for part in ("exp_avg", "exp_avg_sq"))
-    decay = np.concatenate([np.full(len(engine.real("values", [name])), engine.weight_decay(name)) for name in names])
+    each = {name: len(engine.real("values", [name])) for name in names}
+    rates, decay, eps = (
+        np.concatenate([np.full(size, value(engine.rules[name])) for name, size in each.items()])
+        for value in (lambda of: LEARNING_RATE * of.lr_factor, lambda of: of.weight_decay, lambda of: of.eps)
+    )
     beta1, beta2 = CONFIG.optim.betas
-    step = mean / (1 - beta1**3) / (np.sqrt(square / (1 - beta2**3)) + CONFIG.optim.eps)
-    before = (weight + LEARNING_RATE * step) / (1 - LEARNING_RATE * decay)
+    count = np.concatenate([np.full(size, 3 - engine.adam_begun_at.get(name, 0)) for name, size in each.items()])
+    step = mean / (1 - beta1**count) / (np.sqrt(square / (1 - beta2**count)) + eps)
+    before = (weight + rates * step) / (1 - rates * decay)
     expected = {
         "gradient_norm": np.linalg.norm(gradient),
         "gradient_variance": gradient.var(),
@@ -158,6 +168,51 @@ def test_statistics_equal_numpys_however_tensors_are_cut(seed: int, num_cuts: in
     assert set(report["layers"]) == set(BLOCK_NAMES)
     for block in range(2):
         check({name: report["layers"][name][block] for name in BLOCK_NAMES}, of_block(block), engine)
+
+
+def test_updates_follow_the_rule_of_each_parameter() -> None:
+    engine = FakeEngine(num_cuts=2)
+    for name, info in TABLE.items():
+        engine.rules[name] = rule_of(
+            name, lr_factor=3.0 if info.kind == "factor" else 1.0, eps=1e-3 if name.startswith("blocks.1.") else 1e-8
+        )
+        if info.kind == "matrix":
+            engine.adam_begun_at[name] = 2
+    report = measure(engine)["gradients"]
+    check(report["kinds"]["all"], members("all"), engine)
+    for block in range(2):
+        check({name: report["layers"][name][block] for name in BLOCK_NAMES}, of_block(block), engine)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_orthogonalised_updates_are_differences_of_the_weights(applied: bool) -> None:
+    """There is no second moment, and the first does not tell an element's update."""
+    engine = FakeEngine(num_cuts=3)
+    theirs = [name for name, info in TABLE.items() if info.kind in ("factor", "matrix")]
+    engine.rules |= {name: rule_of(name, "muon") for name in theirs}
+    both = engine.fragments
+
+    def without_second(*parts: str) -> list[Any]:
+        return [replace(f, exp_avg_sq=None) if f.name in theirs else f for f in both(*parts)]
+
+    engine.fragments = without_second  # type: ignore[method-assign]
+    before = {name: tensor.double() for name, tensor in engine.tensors["values"].items()}
+    statistics, now = GradientStatistics(engine, CONFIG), step_of(10)  # type: ignore[arg-type]
+    statistics.before_step(now)
+    statistics.before_update(proposal())
+    generator = torch.Generator().manual_seed(3)
+    for name in theirs:
+        engine.tensors["values"][name] += 0.01 * torch.randn(TABLE[name].shape, generator=generator)
+    found = dict(statistics.after_step(now, result(applied=applied)))["gradients"]["kinds"]
+    matrices = [name for name in members("mlp") if name in theirs]
+    square = sum(float((engine.tensors["values"][n].double() - before[n]).square().sum()) for n in matrices)
+    biases = [name for name in members("mlp") if name not in theirs]
+    old = np.concatenate([before[name].numpy().reshape(-1) for name in members("mlp")])
+    beta1, beta2 = CONFIG.optim.betas
+    mean, second = (engine.real(part, biases) for part in ("exp_avg", "exp_avg_sq"))
+    steps = mean / (1 - beta1**3) / (np.sqrt(second / (1 - beta2**3)) + CONFIG.optim.eps)
+    expected = math.sqrt(square + np.square(LEARNING_RATE * steps).sum()) / np.linalg.norm(old)
+    np.testing.assert_allclose(found["mlp"]["update_ratio"], expected if applied else 0.0, rtol=1e-6)
 
 
 def test_no_digits_are_lost_to_a_large_mean() -> None:

@@ -9,7 +9,9 @@ import pytest
 pytest.importorskip("pandas", reason="needs pandas (the extra report)")
 
 from mlra_scale.cluster.runs import read_run
+from mlra_scale.config import load_config
 from mlra_scale.study.report.records import RunRecord, open_run, series
+from mlra_scale.study.report.run_report import _optimizer
 from mlra_scale.study.report.sweep_record import is_sweep, open_sweep, setting_text, value_text
 from mlra_scale.training.run_reader import is_number, last_values, read_lines
 from tests.support.study_folders import cell_of, write_lines, write_run, write_sweep
@@ -59,6 +61,19 @@ def test_a_stored_configuration_is_read_in_the_form_of_its_version(tmp_path: Pat
     assert note.startswith("config.yaml cannot be read (version = 9: the file was written by a newer program")
     row = read_run(tmp_path, 0.0)
     assert row.steps is None and row.unreadable == [note]
+
+
+def test_the_optimizer_is_named_with_its_rules_where_the_configuration_can_be_read() -> None:
+    rules = ["optim.name=spectron", "optim.rules=[{kind: embedding, weight_decay: 0}]"]
+    config = load_config("debug", overrides=rules).to_dict()
+    text = _optimizer(RunRecord(Path("x"), config=config))
+    assert text is not None and text.startswith(
+        "spectron for 24 factors, muon for 12 matrices, AdamW (betas 0.9, 0.95; "
+    )
+    assert text.endswith("; rules: kind embedding: weight decay 0")
+    plain = _optimizer(RunRecord(Path("x"), config=load_config("debug").to_dict()))
+    assert plain == "AdamW (betas 0.9, 0.95; epsilon 1e-08)"
+    assert _optimizer(RunRecord(Path("x"), config={"optim": 3})) is None
 
 
 def test_values_are_read_by_their_path() -> None:

@@ -83,6 +83,11 @@ def test_a_cell_is_what_its_command_line_says(tmp_path: Path) -> None:
         (SMALL.replace("train.steps: 9", "optim.lr: 9"), ["base: optim.lr = 9: is set by axes as well"]),
         (SMALL.replace("train.steps: 9", "data.path: y"), ["base: data.path = 'y': is set by data as well"]),
         (SMALL.replace("dense}", "dense, optim.lr: 1}"), ["variants.dense: optim.lr = 1: is set by axes as well"]),
+        (
+            SMALL.replace("train.steps: 9", "optim.rules: [{kind: factor, lr_factor: 2}, {names: no.*, lr_factor: 2}]"),
+            [f"optim.rules.{index} = " for index in (0, 1)]
+            + [f"(in cell {variant}-L2-lr0.001-seed1 and 7 more)" for variant in ("dense", "mlra")],
+        ),
         (SMALL + "ranks: 3\n", ["train.global_batch_size = 8", "(in every cell)"]),
     ],
 )

@@ -53,7 +53,9 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
     )
     for step in range(1, 41):
         # Started again after step 20.
-        line = {"step": step, "seconds": 0.5 * step if step <= 20 else 0.25 * step, "loss": loss[step]}
+        line: dict[str, Any] = {"step": step, "seconds": 0.5 * step if step <= 20 else 0.25 * step, "loss": loss[step]}
+        if step == 10:  # the largest of the whole run count
+            line |= {"activations": {"max_logit": 20.0}, "gradients": {"layers": {"qk_spectral_norm": [7.0, None]}}}
         if step == 40:
             line |= {"validation_loss": 3.5, "tev_mean": 0.25, "tev_std": 0.05}
         write_lines(files.run.metrics, line)
@@ -65,9 +67,9 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
             "spike_scores": {"loss_olmo_core": 3 / 40},
             "gradients": {
                 "kinds": {"embedding": {"gradient_variance": 1e-9}},
-                "layers": {"gradient_variance": [1e-9, 3e-9, *[1.0] * 6]},
+                "layers": {"gradient_variance": [1e-9, 3e-9, *[1.0] * 6], "qk_spectral_norm": [2.0, 3.0]},
             },
-            "activations": {"residual_variance": [1.0, 2.0, 4.5]},
+            "activations": {"residual_variance": [1.0, 2.0, 4.5], "max_logit": 8.0},
         },
     )
     for commit in ("first", "second", "first"):
@@ -89,6 +91,8 @@ def test_a_result_is_read_from_the_record(files: CellFiles) -> None:
         "gradient_variance_embedding": 1e-9,
         "gradient_variance_shallow": pytest.approx(2e-9),
         "residual_variance": 4.5,
+        "largest_logit": 20.0,
+        "largest_qk_singular_value": 7.0,
         "spikes": 3,
         "diverged_at": None,
         "seconds": 10.0 + 10.5,

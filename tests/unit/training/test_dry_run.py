@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from mlra_scale.config import ConfigError, batch_plan, load_config, load_named_config
+from mlra_scale.model.validation import validate
 from mlra_scale.planning.cluster import named_cluster
 from mlra_scale.planning.cluster_file import write_cluster_file
 from mlra_scale.training.start.device import Devices
@@ -29,6 +30,78 @@ def test_one_rank_holds_everything_and_long_groups_are_shortened() -> None:
     assert "whole" in text and "236,928" in text
     text = report_of("gpt2-mlra-72l", 512, "train.micro_batch_size=1")
     assert "[0 1 .. 511]" in text and "(512 groups)" in text
+
+
+def section_of(text: str, title: str) -> list[str]:
+    """The lines of a section of the report."""
+    (section,) = [part for part in text.split("\n\n") if part.startswith(title)]
+    return [line.strip() for line in section.splitlines()[1:]]
+
+
+def test_the_optimizer_and_what_each_rule_matches_are_shown() -> None:
+    assert section_of(report_of("debug", 1), "Optimizer") == [
+        "AdamW (betas 0.9, 0.95; epsilon 1e-08)",
+        "weight decay 0.1, none on biases and norms",
+    ]
+    rules = "[{kind: factor, optimizer: spectron}, {names: 'blocks.1.mlp.*', lr_factor: 0.5, weight_decay: 0},"
+    rules += "{kind: embedding, weight_decay: 0}, {kind: norm, lr_factor: 2}]"
+    deep = ("model.depth_rule=completep", "optim.name=muon", f"optim.rules={rules}")
+    lines = section_of(report_of("debug", 1, *deep), "Optimizer")
+    assert max(map(len, lines)) <= 112
+    assert " ".join(lines) == (
+        "spectron for 24 factors, muon for 12 matrices, AdamW (betas 0.9, 0.95; epsilon 1e-08, in blocks times 48/4) "
+        "for all else; spectron and muon: Nesterov momentum 0.95, 5 Newton-Schulz steps, updates times 0.2 "
+        "sqrt(max(m, n)) "
+        "weight decay 0.1, none on biases and norms but by rules "
+        "optim.rules.0: kind factor: optimizer spectron (24 parameters, 49,152 weights: "
+        "blocks.*.attention.q.down.weight, blocks.*.attention.q.up.weight, blocks.*.attention.k.down.weight, "
+        "blocks.*.attention.k.up.weight, blocks.*.attention.v.down.weight, blocks.*.attention.v.up.weight) "
+        "optim.rules.1: blocks.1.mlp.*: learning rate times 0.5, weight decay 0 (4 parameters, 33,088 weights: "
+        "blocks.1.mlp.fc_in.weight, blocks.1.mlp.fc_in.bias, blocks.1.mlp.fc_out.weight, blocks.1.mlp.fc_out.bias) "
+        "optim.rules.2: kind embedding: weight decay 0 (1 parameter, 32,768 weights: embedding.weight) "
+        "optim.rules.3: kind norm: learning rate times 2 (18 parameters, 1,152 weights: "
+        "blocks.*.attention_norm.weight, blocks.*.attention_norm.bias, blocks.*.mlp_norm.weight, "
+        "blocks.*.mlp_norm.bias, final_norm.weight, final_norm.bias)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("optim.name=spectron", "model.attention=dense"), "muon for 24 matrices, AdamW"),
+        (("optim.rules=[{kind: factor, optimizer: muon}, {names: '*', optimizer: adamw}]",), "AdamW"),
+        (("optim.name=muon", "optim.rules=[{kind: matrix, optimizer: adamw}]"), "muon for 24 factors, AdamW"),
+        (("optim.rules=[{names: blocks.0.mlp.fc_in.weight, optimizer: muon}]",), "muon for 1 matrix, AdamW"),
+        (("optim.name=muon", "optim.matrix_scale=none", "optim.nesterov=false"), "muon for 24 factors and 12 matrices"),
+    ],
+)
+def test_only_optimizers_that_update_something_are_named(overrides: tuple[str, ...], said: str) -> None:
+    text = report_of("debug", 1, *overrides)
+    line = " ".join(section_of(text, "Optimizer"))
+    has_muon = "muon" in said
+    assert line.startswith(said) and "spectron" not in text
+    assert ("muon: " in line) == ("Newton-Schulz" in line) == ("muon: matrices take" in text) == has_muon
+    unscaled = "muon: momentum 0.95, 5 Newton-Schulz steps, updates times 1 weight decay"
+    assert (unscaled in line) == ("optim.matrix_scale=none" in overrides)
+
+
+def test_the_factor_of_the_branches_is_shown() -> None:
+    """A base depth above the model's multiplies them, which a look must show."""
+    assert "branches" not in report_of("debug", 1)
+    lines = section_of(report_of("debug", 1, "model.depth_rule=completep"), "Model")
+    assert lines[-1] == "depth rule completep: branches times 48/4 = 12 (model.base_depth / model.num_layers)"
+
+
+def test_all_fields_and_the_rules_are_checked_together() -> None:
+    overrides = ["model.num_heads=5", "optim.rules=[{names: blocks.7.*, lr_factor: 2}]"]
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config("debug", overrides=overrides), 1)
+    assert [problem.field for problem in caught.value.problems] == ["model.num_heads", "optim.rules.0"]
+    validate(load_config("debug"), 1)
+    config, named = load_named_config("debug", overrides=[*overrides, "parallel.layout=auto"])
+    with pytest.raises(ConfigError) as caught:
+        resolve_layout(config, named, Devices(1, 1, "cuda"))
+    assert [problem.field for problem in caught.value.problems] == ["model.num_heads", "optim.rules.0"]
 
 
 def test_the_short_report_names_model_batch_and_layout() -> None:

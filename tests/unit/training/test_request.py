@@ -3,16 +3,19 @@
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlra_scale.config import Config, Named
+from mlra_scale.checkpoint import Store
+from mlra_scale.config import Config, ConfigError, Named, load_named_config
 from mlra_scale.data import folder, identify_data, open_datasets
 from mlra_scale.data.indexed import IndexedFiles
 from mlra_scale.planning.choice import FIELDS
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.agreement import _with_present_layout
-from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, resolve_run
+from mlra_scale.training.start.request import LaunchRequest, ResolvedRun, _is_good_step_lost, resolve_run
+from tests.unit.checkpoint.builders import flip_a_byte, write_checkpoint
 
 WRITTEN = Path(__file__).resolve().parents[2] / "fixtures" / "written_by_3a017c2"
 
@@ -43,12 +46,41 @@ def test_every_index_is_read_once_from_the_check_to_the_streams(
     assert opened.identity == identify_data(run.config)
 
 
+def test_a_rule_that_matches_nothing_ends_a_start_with_all_else_that_is_wrong(tmp_path: Path) -> None:
+    overrides = ["optim.rules=[{names: blocks.9.*, lr_factor: 2}]", "optim.warmup_steps=21", "data.path=/nowhere"]
+    config, named = load_named_config("debug", overrides=overrides)
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(LaunchRequest(config, named, RunDirectory(tmp_path / "new"), "none", 1), is_here=False)
+    assert [each.field for each in caught.value.problems] == ["optim.warmup_steps", "optim.rules.0", "data.path"]
+    assert "blocks.9.*" in str(caught.value.problems[1])
+
+
 def test_other_processes_find_the_data_for_themselves(tmp_path: Path) -> None:
     """The index files are mapped into memory: pickled they would be sent as a whole."""
     run = resolved(Path(shutil.copytree(WRITTEN, tmp_path / "written")), "none")
     sent = pickle.dumps(run)
     received = pickle.loads(sent)
     assert run.found_data is not None and received.found_data is None and received == run and len(sent) < 100_000
+
+
+def test_a_start_with_another_optimizer_says_what_is_carried_over(tmp_path: Path) -> None:
+    """From the AdamW of the fixture to muon; what muon leaves to AdamW is in tests/unit/checkpoint."""
+    place = Path(shutil.copytree(WRITTEN, tmp_path / "written"))
+    run = RunDirectory(place / "zero3")
+    values = Config.from_yaml(run.config.read_text()).to_dict()
+    data = values | {"data": {"path": str(place / "data")}}
+    start = resolved_with(run, data | {"optim": values["optim"] | {"name": "muon"}}, "optim.name")
+    format_notice, carried = start.resume.notices
+    assert "version 1 of the format" in format_notice
+    assert "AdamW's first moment becomes the momentum" in carried and "of 18 parameters (blocks.0." in carried
+    assert start.resume.adam_begun_at == {} and start.config.optim.name == "muon"
+    assert len(resolved_with(run, data).resume.notices) == 1
+
+
+def resolved_with(run: RunDirectory, values: dict[str, Any], *named: str) -> ResolvedRun:
+    """The continuation of a run with a configuration of which these fields are named."""
+    names = Named(frozenset({"data.path", *named}))
+    return resolve_run(LaunchRequest(Config.model_validate(values), names, run, "auto", 2), is_here=False)
 
 
 def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_path: Path) -> None:
@@ -77,3 +109,13 @@ def test_a_resumed_start_chooses_its_layout_again_and_reports_the_changes(tmp_pa
     again = resolve_run(_with_present_layout(request, start), is_here=False)
     assert again.layout is None and again.plan == start.plan
     assert again.config.parallel == start.config.parallel and again.config.deepspeed == start.config.deepspeed
+
+
+def test_the_checkpoint_of_the_next_rollback_counts_as_lost_where_it_cannot_be_opened(tmp_path: Path) -> None:
+    """Its sizes are right, and a file of it is damaged."""
+    run = RunDirectory(tmp_path)
+    good = write_checkpoint(run.checkpoints, 10)
+    store = Store.open(write_checkpoint(run.checkpoints, 20, state={"windows": {"guard": {"good_step": 10}}}))
+    assert not _is_good_step_lost(run, store)
+    flip_a_byte(good / "state.json")
+    assert _is_good_step_lost(run, store)

@@ -43,7 +43,14 @@ def test_every_field_is_in_one_class_at_most() -> None:
     for name in ("model.num_layers", "model.init_std", "train.seed", "data.seed", "train.sequence_length"):
         assert name in never
     assert "data.document_attention" in never and "model.layer_norm_eps" in never
-    for option in ("qk_norm", "sigma_reparam", "layer_norm_scaling", "embedding_scale", "depth_scaled_init"):
+    for option in (
+        "qk_norm",
+        "sigma_reparam",
+        "layer_norm_scaling",
+        "embedding_scale",
+        "depth_scaled_init",
+        "depth_rule",
+    ):
         assert f"model.{option}" in never
 
 
@@ -63,12 +70,13 @@ def test_free_fields_change_without_being_named() -> None:
 
 
 def test_named_fields_are_taken_from_the_command_line() -> None:
-    now = ["train.steps=40", "optim.lr=1e-4", "optim.decay_factors=false", "train.precision=bf16", "tev.every=1"]
+    rules = "optim.rules=[{kind: factor, weight_decay: 0.0}]"
+    now = ["train.steps=40", "optim.lr=1e-4", rules, "train.precision=bf16", "tev.every=1"]
     now += ["train.global_batch_size=16", "checkpoint.keep_last=5", "model.residual_dropout=0.1", "model.z_loss=1e-4"]
     result = compared([], now)
     assert result.problems == [] and len(result.changes) == len(now)
     assert changes(result)["train.steps"] == (20, 40) and str(result.changes[0]) == "model.residual_dropout: 0.0 -> 0.1"
-    assert (result.config.train.steps, result.config.optim.decay_factors) == (40, False)
+    assert (result.config.train.steps, result.config.optim.rules[0].kind) == (40, "factor")
     assert str(Change("data.path", "\x1b[2J", "b")) == r"data.path: \x1b[2J -> b", "nothing that a terminal obeys"
 
 
@@ -89,6 +97,19 @@ def test_a_file_cannot_change_the_run_by_itself() -> None:
     assert "has 0.003" in refused["optim.lr"] and "on the command line: optim.lr=0.0001" in refused["optim.lr"]
     assert changes(result) == {"tev.every": (5, 1)}
     assert compared(["optim.lr=1e-4", "train.steps=40"], ["optim.lr=1e-4", "train.steps=40"], file).problems == []
+
+
+def test_another_optimizer_has_to_be_named_on_the_command_line() -> None:
+    rules = "optim.rules=[{kind: factor, optimizer: spectron}]"
+    result = compared(["optim.name=muon"], ["optim.name=adamw", rules])
+    assert result.problems == [] and result.config.optim.name == "adamw" and len(result.config.optim.rules) == 1
+    assert changes(result)["optim.name"] == ("muon", "adamw")
+    (problem,) = compared(["optim.name=muon"], [rules], frozenset({"optim.rules"})).problems
+    assert problem.field == "optim.rules" and "on the command line: optim.rules=[" in problem.remedy
+    (problem,) = compared(["optim.name=muon"], ["optim.name=spectron"], frozenset({"optim.name"})).problems
+    assert "has muon; if the change is meant, name it on the command line: optim.name=spectron" in problem.remedy
+    kept = compared(["optim.name=muon", rules], [])
+    assert kept.changes == [] and kept.config.optim.name == "muon" and len(kept.config.optim.rules) == 1
 
 
 def test_what_the_run_is_never_changes() -> None:
@@ -140,6 +161,13 @@ def test_weights_to_begin_with_need_the_same_architecture_only() -> None:
     same = load_config("debug", overrides=["model.attention=dense", "model.attention_rank=3"]).model
     assert compare_model(dense, same) == []
     assert "model.attention" in [problem.field for problem in compare_model(dense, stored)]
+    # The base depth matters only where it is used.
+    assert compare_model(load_config("debug", overrides=["model.base_depth=3"]), load_config("debug").model) == []
+    deep = load_config("debug", overrides=["model.depth_rule=completep"])
+    assert [each.field for each in compare_model(deep, load_config("debug").model)] == [
+        "model.depth_rule",
+        "model.base_depth",
+    ]
 
 
 def test_which_changes_reset_the_statistics_of_the_guard() -> None:

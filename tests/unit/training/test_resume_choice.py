@@ -12,7 +12,7 @@ from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import ConfigError, Problem
 from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.resume_choice import ResumePoint, choose_checkpoint
-from tests.unit.checkpoint.builders import config_of, write_checkpoint
+from tests.unit.checkpoint.builders import config_of, parts_with, vectors_with, write_checkpoint
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -130,6 +130,9 @@ def test_a_bad_checkpoint_gives_way_to_the_one_before(run: RunDirectory, damage:
         ("progress", [], "no object"),
         ("engine", {}, "'optimizer_step' is missing"),
         ("engine", {"optimizer_step": True, "num_skipped": 0}, "engine has optimizer_step True"),
+        ("engine", {"optimizer_step": 4, "num_skipped": 0, "adam_begun_at": []}, "engine has adam_begun_at"),
+        ("engine", {"optimizer_step": 4, "num_skipped": 0, "adam_begun_at": {"head": 1}}, "adam_begun_at 'head' 1"),
+        ("engine", {"optimizer_step": 4, "num_skipped": 0, "adam_begun_at": {"final_norm.bias": 5}}, "bias' 5"),
         ("windows", None, "windows is None"),
         ("data", {"mixes": []}, "not a history of data"),
         ("data", {"mixes": [], "validation": None, "tokenizer": None}, "not a history of data"),
@@ -149,6 +152,19 @@ def test_a_state_that_is_not_sound_is_passed_over(
     assert choice.checkpoint == at(run, 30)
     (rejected,) = choice.rejected
     assert rejected.path == at(run, 40) and reason in rejected.reason and "state.json" in rejected.reason
+
+
+def test_a_checkpoint_with_some_of_the_vectors_of_its_power_iterations_is_passed_over(run: RunDirectory) -> None:
+    """It would begin them anew, and not continue as if it had not been stopped."""
+    spectron: dict[str, Any] = {"name": "spectron"}
+    some = dict(list(vectors_with(**spectron).items())[1:])
+    options: dict[str, Any] = {"optim": spectron, "buffers": some, "state": state_at(40)}
+    write_checkpoint(run.checkpoints, 40, values=parts_with(**spectron), **options)
+    choice = choose_checkpoint(run, "auto")
+    assert choice.checkpoint == at(run, 30) and "lacks optimizer_vector/blocks.0" in choice.rejected[0].reason
+    for buffers in (vectors_with(**spectron), {}):
+        write_checkpoint(run.checkpoints, 40, values=parts_with(**spectron), **options | {"buffers": buffers})
+        assert choose_checkpoint(run, "auto").checkpoint == at(run, 40)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a\x00b", b"x" * 100_000])

@@ -18,8 +18,8 @@ from mlra_scale.training.run_directory import RunDirectory, run_lock
         (b"[" * 5000, "nested too deeply"),
         (b"\xff", "is not UTF-8 text (byte 0)"),
         (b"a: &x [1]\nb: [*x, *x]", "aliases"),
-        (b"version: 4\n", "version = 4: the file was written by a newer program"),
-        (b"version: x\n", "version = 'x': must be a whole number from 1 to 3"),
+        (b"version: 5\n", "version = 5: the file was written by a newer program"),
+        (b"version: x\n", "version = 'x': must be a whole number from 1 to 4"),
         (b'"\\x1b[2J": 1\n', r"\x1b[2J = 1: unknown key"),
         (b"a: \x1b\n", "special characters are not allowed"),
         (b"- " * 400, "model = None: is required|nested|must be a mapping"),
@@ -45,7 +45,7 @@ def test_the_stored_configuration_loads_back_equal_and_so_does_one_of_version_1(
     run = RunDirectory(tmp_path)
     run.create(preset("debug"))
     text = run.config.read_text()
-    assert Config.from_yaml(text) == preset("debug") and run.holds_a_run() and text.startswith("version: 3\n")
+    assert Config.from_yaml(text) == preset("debug") and run.holds_a_run() and text.startswith("version: 4\n")
     run.config.write_text(text.partition("\n")[2])
     assert read_stored(run.config) == preset("debug") == load_config(config_file=run.config)
 

@@ -16,6 +16,7 @@ from tests.support.gpt2_folders import tokenizer
 from tests.support.layouts import canonical_weights
 from tests.support.oracle import initial_vectors
 
+_COMPLETEP = {"depth_rule": "completep", "base_depth": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlra": {},
     "dense": {"attention": "dense"},
@@ -25,10 +26,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layer-norm-scaling": {"layer_norm_scaling": True, "attention": "dense"},
     "embedding-scale": {"embedding_scale": "sqrt_width"},
     "folding": {"sigma_reparam": True, "layer_norm_scaling": True, "embedding_scale": "sqrt_width"},
+    "completep": {**_COMPLETEP, "factorised_projections": ("q", "o")},
+    "completep-dense": {**_COMPLETEP, "attention": "dense"},
+    "completep-folding": {**_COMPLETEP, "sigma_reparam": True, "embedding_scale": "sqrt_width"},
+    "completep-o-sigma": {**_COMPLETEP, "sigma_reparam": True, "factorised_projections": ("k", "o")},
+    "completep-qk-norm": {**_COMPLETEP, "qk_norm": True, "sigma_reparam": True},
     "qk-norm": {"qk_norm": True},
     "all": {"qk_norm": True, "sigma_reparam": True, "layer_norm_scaling": True, "embedding_scale": "sqrt_width"},
 }
-ONLY_MLRA = ("qk-norm", "all")
+ONLY_MLRA = ("qk-norm", "completep-qk-norm", "all")
 """Those that stock GPT-2 cannot express."""
 
 

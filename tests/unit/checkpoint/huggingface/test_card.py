@@ -8,6 +8,7 @@ import pytest
 from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.card import model_card
 from mlra_scale.checkpoint.reader import Store
+from mlra_scale.config import ParameterRule
 
 WRITTEN = Path(__file__).resolve().parents[3] / "fixtures" / "written_by_3a017c2"
 
@@ -39,7 +40,7 @@ def test_every_change_is_told_with_its_step(store: Store) -> None:
         (2, "data.blend", {"/home/me/web": 1.0}, {"/home/me/web": 0.5, "/home/me/books": 0.5}),
         (2, "parallel.pipeline", 2, 1),
         (2, "number of ranks", 4, 2),
-        (2, "optim.weight_decay", 0.1, 0.0),
+        (2, "optim.rules", [], [{"kind": "factor", "weight_decay": 0.0}]),
         (2, "model.residual_dropout", 0.0, 0.1),
         (2, "train.steps", 6, 3),
     )
@@ -54,9 +55,33 @@ def test_every_change_is_told_with_its_step(store: Store) -> None:
     ):
         assert line in card, line
     rows = {line.split(" | ")[0].strip("| "): line for line in card.splitlines() if line.startswith("| ")}
-    for name in ("batch", "precision", "learning rate", "Adam", "dropout", "layout", "data"):
+    for name in ("batch", "precision", "learning rate", "optimizer", "dropout", "layout", "data"):
         assert "last of several: see the changes below" in rows[name], name
     assert "/home/me" not in card, "where things lay is nobody's business"
+
+
+@pytest.mark.parametrize("name", ["name", "betas", "matrix_scale", "newton_schulz_steps", "decay_embedding"])
+def test_the_row_of_the_optimizer_tells_of_a_change_to_any_of_its_fields(store: Store, name: str) -> None:
+    (row,) = [line for line in card_of(store, (1, f"optim.{name}", 1, 2)).splitlines() if "| optimizer |" in line]
+    assert "last of several" in row
+    (row,) = [line for line in card_of(store, (1, "optim.decay_steps", 1, 2)).splitlines() if "| optimizer |" in line]
+    assert "last of several" not in row
+
+
+def test_the_card_has_the_optimizer_and_its_rules(store: Store) -> None:
+    adamw = "AdamW (betas 0.9, 0.95; epsilon 1e-08)"
+    card = card_of(store)
+    assert f"| optimizer | {adamw}; weight decay 0.1, none on biases and norms |" in card
+    assert "parameter rules" not in card
+    assert store.config is not None
+    rules = ParameterRule(kind="embedding", weight_decay=0.0), ParameterRule(names="blocks.0.*", lr_factor=0.5)
+    optim = store.config.optim.model_copy(update={"name": "muon", "rules": rules})
+    store.config = store.config.model_copy(update={"optim": optim})
+    card = card_of(store)
+    settings = "Nesterov momentum 0.95, 5 Newton-Schulz steps, updates times 0.2 sqrt(max(m, n))"
+    muon = f"muon for 12 factors and 6 matrices, {adamw} for all else; muon: {settings}"
+    assert f"| optimizer | {muon}; weight decay 0.1, none on biases and norms |" in card
+    assert "| parameter rules | kind embedding: weight decay 0; blocks.0.*: learning rate times 0.5 |" in card
 
 
 def test_what_does_not_change_the_model_is_not_told(store: Store) -> None:
@@ -78,7 +103,7 @@ def test_what_is_not_recorded_is_not_claimed(store: Store) -> None:
     assert "before step 3 is not recorded" in later and "| 3 | optim.lr | 0.001 | 0.0003 |" in later
 
 
-def test_the_weights_that_a_run_began_with_are_told(store: Store) -> None:
+def test_the_card_has_the_weights_that_a_run_began_with(store: Store) -> None:
     begun_from = {"checkpoint": "abc", "format": "gpt2", "folder": "/home/me/gpt2", "attention_rank": 384}
     card = card_of(store, begun_from=begun_from)
     assert "| began with weights: format | gpt2 |" in card and "| began with weights: folder | gpt2 |" in card

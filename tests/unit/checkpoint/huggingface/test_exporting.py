@@ -16,6 +16,7 @@ from mlra_scale.checkpoint.files import CheckpointError, entry_of
 from mlra_scale.checkpoint.huggingface import exporting
 from mlra_scale.checkpoint.huggingface.configuration import model_from_store
 from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, VerificationText, export_checkpoint
+from mlra_scale.checkpoint.huggingface.importing import import_gpt2
 from mlra_scale.checkpoint.huggingface.modeling_mlra import MlraForCausalLM
 from mlra_scale.checkpoint.huggingface.tensors import FORMATS, ExportTensor, Format
 from mlra_scale.checkpoint.huggingface.verification import LogitComparison, Verification, VerificationError
@@ -112,7 +113,7 @@ def test_a_parameter_that_an_export_does_not_know_is_never_left_out(
         model_from_store(source)
 
 
-@pytest.mark.parametrize("variant", ["all", "folding"])
+@pytest.mark.parametrize("variant", ["all", "folding", "completep-folding", "completep-qk-norm"])
 def test_evaluation_sees_the_model_that_an_export_is(tmp_path: Path, variant: str) -> None:
     source = checkpoint(tmp_path / "checkpoint", variant)
     tokens = random_text().tokens_NS[:, :-1]
@@ -137,6 +138,52 @@ def test_options_that_fold_leave_plain_weights(tmp_path: Path) -> None:
     largest, gain = torch.linalg.matrix_norm(matrix, 2), ours["blocks.1.mlp.fc_in.gain"]
     assert 0.999 * gain < largest < 2 * gain
     assert torch.equal(state["model.blocks.1.attention.q.down.weight"], ours["blocks.1.attention.q.down.weight"])
+
+
+@pytest.mark.parametrize("variant", ["completep", "completep-dense", "completep-o-sigma"])
+def test_completep_folds_into_what_ends_a_branch(tmp_path: Path, variant: str) -> None:
+    """In float64, then rounded once: three layers, and a base depth of two."""
+    export_checkpoint(checkpoint(tmp_path / "checkpoint", variant), tmp_path / "out", ExportOptions("mlra"), None)
+    state, ours = load(tmp_path / "out", "mlra").state_dict(), weights(variant)
+    is_factorised, has_gain = variant != "completep-dense", variant == "completep-o-sigma"
+    ends = {"attention.o.up" if is_factorised else "attention.o", "mlp.fc_out"}
+    for name in state.keys() - {"lm_head.weight", "model.embedding.weight"}:
+        ours_name = name.removeprefix("model.")
+        owner, _, leaf = ours_name.partition(".")[2].partition(".")[2].rpartition(".")
+        is_normalised = (
+            has_gain and leaf == "weight" and owner.startswith(("attention.", "mlp.")) and "down" not in owner
+        )
+        if not is_normalised:
+            expected = (ours[ours_name].double() * 2 / 3).float() if owner in ends else ours[ours_name]
+            assert torch.equal(state[name], expected), name
+        elif owner in ends:
+            # The map's largest singular value is its gain, about (one power iteration), times two thirds.
+            matrix, gain = state[name].double(), ours[f"{ours_name.removesuffix('.weight')}.gain"].double()
+            if is_factorised and owner == "attention.o.up":
+                matrix = matrix @ ours[ours_name.replace(".up.", ".down.")].double()
+            assert 0.999 * gain < 1.5 * torch.linalg.matrix_norm(matrix, 2) < 2 * gain, name
+
+
+def test_an_exported_completep_model_comes_back_as_one_without_a_depth_rule(tmp_path: Path) -> None:
+    """Its branches are scaled by weights then: scaled once more it would be another model."""
+    source = checkpoint(tmp_path / "checkpoint", "completep-dense")
+    export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
+    made = import_gpt2(tmp_path / "out", tmp_path / "made")
+    assert source.model.depth_rule == "completep" and made.model.depth_rule == "none"
+    tokens = random_text().tokens_NS[:, :-1]
+    with torch.no_grad():
+        logits = model_from_store(Store.open(tmp_path / "made"))(tokens).logits
+        torch.testing.assert_close(logits.double(), oracle("completep-dense")(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"])
+def test_a_branch_that_is_not_scaled_as_a_whole_fails(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint(tmp_path / "checkpoint", "completep", has_tokenizer=False)
+    spoil(monkeypatch, changed(f"h.1.{fault}", lambda tensor: tensor * 1.5))
+    with pytest.raises(VerificationError, match="its logits"):
+        export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
 
 
 def test_a_scaled_embedding_and_its_head_are_two_matrices_in_gpt2(tmp_path: Path) -> None:
@@ -173,10 +220,11 @@ def test_an_embedding_that_is_scaled_in_the_wrong_place_fails(
         export_checkpoint(source, tmp_path / "out", ExportOptions("gpt2"), random_text())
 
 
-def test_a_checkpoint_without_its_vectors_is_not_exported(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_vectors_is_not_opened(tmp_path: Path) -> None:
     values = model_config("sigma-reparam").model_dump(mode="json")
     folder = write_weights(tmp_path / "checkpoint", values, weights("sigma-reparam").items(), None, {})
-    assert "lacks the power-iteration vector of blocks.0.attention.q" in refusal(tmp_path, Store.open(folder))
+    with pytest.raises(CheckpointError, match=r"lacks power_iteration/blocks\.0\.attention\.q, a vector of 16"):
+        Store.open(folder)
 
 
 def test_the_card_names_the_options(tmp_path: Path) -> None:
@@ -185,6 +233,10 @@ def test_the_card_names_the_options(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     for option in ("QK-norm", "sigmaReparam", "LayerNorm Scaling", "token embeddings times 5.65685 on entry"):
         assert option in card, option
+    deep = checkpoint(tmp_path / "deep", "completep")
+    export_checkpoint(deep, tmp_path / "third", ExportOptions("mlra"), None)
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert "CompleteP (arXiv 2505.01618), branches times 2/3, folded into o and fc_out" in card
     plain = checkpoint(tmp_path / "plain")
     export_checkpoint(plain, tmp_path / "other", ExportOptions("mlra"), None)
     assert "options" not in (tmp_path / "other" / "README.md").read_text()

@@ -56,6 +56,7 @@ def test_dense_is_exact(tmp_path: Path) -> None:
     assert_same_weights(store, model)
     assert (store.model.attention, store.model.ffn_size, store.model.layer_norm_eps) == ("dense", 48, 1e-6)
     assert (store.model.attention_dropout, store.model.residual_dropout) == (0.0, 0.25)
+    assert store.model.depth_rule == "none" and store.model.branch_factor == 1.0
     assert store.state["origin"]["format"] == "gpt2"
     assert made.model == store.model and made.kept == [] and "dropout" in made.notes[0]
     assert torch.allclose(logits_of(model_from_store(store)), logits_of(model), atol=1e-5)

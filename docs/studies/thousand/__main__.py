@@ -1,0 +1,157 @@
+"""Reads the sweep of docs/studies/thousand.yaml: are all steps finite, and what do time and memory do over depth?
+
+    python -m docs.studies.thousand runs/thousand [--output DIR]
+
+Run in the root folder of the project; README.md says which options are in it. Writes thousand.json,
+thousand.md and gradient-norms.png.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlra_scale.console import run_tool
+from mlra_scale.files import write_atomically
+from mlra_scale.study.report import style
+from mlra_scale.study.report.records import read_steps
+from mlra_scale.study.report.sweep_record import DEPTH, open_sweep
+from mlra_scale.training.run_directory import RunDirectory
+from mlra_scale.training.run_reader import is_number, value_at
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the analysis; returns the exit code: 0, 1 if a run is not finite or not finished, 2 without any run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.studies.thousand", description="Finite steps, time, memory and gradients of deep models."
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of tools/sweep.py")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: FOLDER)")
+    options = parser.parse_args(arguments)
+    output, sweep = options.output or options.folder, open_sweep(options.folder)
+    if sweep.cells.empty:
+        print(f"thousand: error: {options.folder} holds no results of a sweep", file=sys.stderr)
+        return 2
+    cells = [
+        {
+            "variant": cell["variant"],
+            "depth": cell["axis_values"][DEPTH],
+            "state": cell["state"],
+            **measured(cell["run"]),
+        }
+        for cell in sweep.cells.to_dict("records")
+    ]
+    missing = max(0, (sweep.num_planned or 0) - len(cells))
+    result = {"study": sweep.study, "cells": cells, "missing": missing, "growth": growth(cells)}
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "thousand.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomically(output / "thousand.md", as_markdown(result))
+    if png := figure(cells):
+        (output / "gradient-norms.png").write_bytes(png)
+    print((output / "thousand.md").read_text(encoding="utf-8"), end="")
+    return int(missing > 0 or not all(cell["state"] == "done" and cell["is_finite"] for cell in cells))
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """Returns what the run of a cell recorded: finite or not, seconds per step, memory, gradient norms of blocks."""
+    records = [record for record in read_steps(RunDirectory(path).metrics, [], is_optional=True) if record["step"] > 0]
+    losses = [record.get("loss") for record in records if "loss" in record]
+    norms = [record.get("gradient_norm") for record in records if "loss" in record]
+    # Steps that measured take longer; tokens_per_second is the mean since the line before.
+    rates = [
+        (line.get("consumed_tokens"), line.get("tokens_per_second")) for line in records if "gradients" not in line
+    ]
+    tokens = next((found["consumed_tokens"] / found["step"] for found in records if found.get("consumed_tokens")), 0.0)
+    seconds = [tokens / rate for consumed, rate in rates if consumed and rate]
+    layers = [found for record in records if (found := value_at(record, "gradients.layers.gradient_norm"))]
+    return {
+        "steps": len(losses),
+        "is_finite": bool(losses) and all(map(is_number, [*losses, *norms])),
+        "last_loss": losses[-1] if losses and is_number(losses[-1]) else None,
+        "seconds_per_step": statistics.median(seconds[1:] or seconds) if seconds else None,
+        "memory_gib": max(
+            (record["memory_gib"] for record in records if is_number(record.get("memory_gib"))), default=None
+        ),
+        "gradient_norms": layers[-1] if layers else None,
+    }
+
+
+def growth(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns the largest relative distance of time and memory from a straight line over depth, by variant."""
+    found: dict[str, dict[str, float]] = {}
+    for variant in dict.fromkeys(cell["variant"] for cell in cells):
+        own = [cell for cell in cells if cell["variant"] == variant and cell["state"] == "done"]
+        for quantity in ("seconds_per_step", "memory_gib"):
+            points = [(cell["depth"], cell[quantity]) for cell in own if cell[quantity] is not None]
+            if len(points) >= 3:
+                depths, values = np.array(points, np.float64).T
+                line = np.polyval(np.polyfit(depths, values, 1), depths)
+                found.setdefault(variant, {})[quantity] = float(np.abs(values / line - 1.0).max())
+    return found
+
+
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """Returns a table of all cells."""
+    lines = ["| option | blocks | steps | finite | last loss | s per step | GiB, rank 0 | gradient norm of blocks |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for cell in result["cells"]:
+        norms = [norm for norm in cell["gradient_norms"] or [] if norm is not None]
+        spread = f"{min(norms):.2g} to {max(norms):.2g}" if norms else "-"
+        numbers = [_number(cell[name], form) for name, form in _COLUMNS.items()]
+        finite = "yes" if cell["is_finite"] else "**no**"
+        row = [cell["variant"], f"{cell['depth']:,}", str(cell["steps"]), finite, *numbers, spread]
+        lines.append("| " + " | ".join(row) + " |")
+    if result["missing"]:
+        lines += ["", f"**{result['missing']} cells of the study have no result.**"]
+    lines += [
+        "",
+        "Largest distance from a straight line over depth:",
+        "",
+        "| option | time | memory |",
+        "|---|---|---|",
+    ]
+    for variant, found in result["growth"].items():
+        shares = [f"{100 * found.get(name, math.nan):.1f} %" for name in ("seconds_per_step", "memory_gib")]
+        lines.append(f"| {variant} | {' | '.join(shares)} |")
+    return "\n".join([*lines, ""])
+
+
+_CURVES = 7
+"""Of a plot: looks repeat after eight."""
+_COLUMNS = {"last_loss": ".3f", "seconds_per_step": ".3f", "memory_gib": ".3f"}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+@style.drawing()
+def figure(cells: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Draws the gradient norm of every block of the deepest models at their last measurement."""
+    deepest = max(cell["depth"] for cell in cells)
+    chosen = [cell for cell in cells if cell["depth"] == deepest and cell["gradient_norms"]]
+    if not chosen:
+        return None
+    plots = [chosen[first : first + _CURVES] for first in range(0, len(chosen), _CURVES)]
+    image = style.new_figure(0.6 + 3.6 * len(plots))
+    for axes, plotted in zip(
+        image.subplots(len(plots), sharex=True, sharey=True, squeeze=False)[:, 0], plots, strict=True
+    ):
+        for index, cell in enumerate(plotted):
+            values = np.array([math.nan if value is None else value for value in cell["gradient_norms"]])
+            style.curve(axes, np.arange(values.size), values, style.look(index), cell["variant"])
+        axes.set_yscale("log")
+        axes.set_ylabel("gradient norm of the block\n(log scale)")
+        style.legend_beside(axes)
+    axes.set_xlabel("block")
+    return style.as_png(image)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main, has_side_effects=False))

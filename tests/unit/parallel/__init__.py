@@ -1,0 +1,1 @@
+"""Optimizers: the iterations of Newton-Schulz."""
