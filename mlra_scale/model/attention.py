@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
     def read_parameters(self) -> list[nn.Parameter]:
         """Parameters that `forward` reads without calling the modules that own them."""
         if self.context.model.sigma_reparam:
-            return list(self.parameters())  # where the up factor of a map is used, sigma is found of both factors
+            return list(self.parameters())  # sigma of a map is that of both factors, where the up factor is used
         if self.context.tensor_parallel == 1:
             return []
         return [parameter for projection in (self.q, self.k, self.v) for parameter in projection.parameters()]

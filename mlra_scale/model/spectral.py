@@ -14,6 +14,8 @@ dense map A = W or W^T alone, as if B were the identity. One iteration, |a| = |b
 With these vectors held fixed sigma = b^T B A^T a has the gradients a q^T in A and b p^T in B. They belong to a step,
 not to a pass through the model: every micro-batch, recomputation and rank computes with the same ones. A validation
 between two steps computes with those that the next step will find.
+
+Shape suffixes: O outputs, I inputs of a map, R entries of the vector, N the other dimension of a side.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Iteration(NamedTuple):
 
     sigma: torch.Tensor  # the estimate of the largest singular value, one number
     next_vector: torch.Tensor  # the unit vector with which the next iteration begins
-    gradients: list[tuple[torch.Tensor, torch.Tensor]]  # of sigma, by side: vectors whose outer product it is
+    gradients: list[tuple[torch.Tensor, torch.Tensor]]  # of sigma in each weight: its outer product of two vectors
 
 
 @torch.no_grad()
@@ -54,18 +56,15 @@ def iterate(entry: LinearMap, vector_R: torch.Tensor, weights: Sequence[torch.Te
     `weights`: the matrix, or down and up factor, whole or this rank's parts of them; `group`: the ranks with the parts.
     """
     groups = [None if info.shard_dim is None else group for info in entry.weights]
-    first_NR, *second_NR = _sides(entry, weights)
-    _, left_N, through_R = _there_and_back(first_NR, vector_R, groups[0])
-    if not second_NR:
-        sigma = through_R.norm()
-        return Iteration(sigma, through_R / sigma, [(left_N, through_R / sigma)])
-    sigma, right_N, back_R = _there_and_back(second_NR[0], through_R, groups[1])
-    return Iteration(sigma, back_R / back_R.norm(), [(left_N, back_R), (right_N, through_R)])
-
-
-def _sides(entry: LinearMap, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    first, *second = weights
-    return [first if entry.weights[0].shard_dim == 0 else first.T, *second]
+    is_transposed = entry.weights[0].shard_dim != 0  # a dense map with its vector at the output, or a down factor
+    first_NR = weights[0].T if is_transposed else weights[0]
+    _, a_N, p_R = _there_and_back(first_NR, vector_R, groups[0])
+    if len(weights) == 1:
+        sigma = p_R.norm()
+        q_R = p_R / sigma
+        return Iteration(sigma, q_R, [(q_R, a_N) if is_transposed else (a_N, q_R)])
+    sigma, b_O, q_R = _there_and_back(weights[1], p_R, groups[1])
+    return Iteration(sigma, q_R / q_R.norm(), [(q_R, a_N), (b_O, p_R)])
 
 
 def _there_and_back(
@@ -104,7 +103,7 @@ class SpectralNorm:
     entry: LinearMap
     gain: nn.Parameter
     weights: tuple[nn.Parameter, ...]  # as in the entry
-    found: Iteration | None = None  # the iteration of this step; None before its first pass, or if weights changed
+    found: Iteration | None = None  # the iteration of this step; None until its first pass with these weights
 
     @classmethod
     def of(cls, context: ModelContext, name: str, module: nn.Module, *weights: nn.Parameter) -> SpectralNorm | None:
@@ -138,9 +137,8 @@ class SpectralNorm:
             self.found = iterate(self.entry, self.vector.to(matrices[0]), matrices, group)
         # The value of sigma is known, the same in all passes of a step: only its gradient is taken from here.
         sigma = self.found.sigma
-        for side, pair in zip(_sides(self.entry, self.weights), self.found.gradients, strict=True):
-            left, right = (vector.to(weight.dtype) for vector in pair)
-            first_order = left @ (side @ right)
+        for each, (left_O, right_I) in zip(self.weights, self.found.gradients, strict=True):
+            first_order = left_O.to(each.dtype) @ (each @ right_I.to(each.dtype))
             sigma = sigma + (first_order - first_order.detach())
         scale = self.gain.to(sigma.dtype) / sigma
         # A rank multiplies its part of the matrix or of the sequence only: it sees a part of this number's gradient.

@@ -273,7 +273,7 @@ class Engine(ABC):
             scale_rows(fragment, math.prod(info.shape[1:]), mine)
         self._view.copy_masters_to_model()
         for norm in self._spectral_norms:
-            norm.found = None
+            norm.found = None  # the weights have changed
 
     # What a checkpoint holds.
 
@@ -349,7 +349,7 @@ class Engine(ABC):
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
         self._view.copy_masters_to_model()
         for norm in self._spectral_norms:
-            norm.found = None
+            norm.found = None  # the weights have changed
 
     def has_counts_for(self, adam_begun_at: Mapping[str, int]) -> bool:
         """Returns whether parameters whose updates this engine counts together began together, too."""

@@ -12,6 +12,7 @@ import torch
 
 from mlra_scale.config import Config
 from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.parallel.fragments import Fragment
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
 from tests.distributed.oracle_runs import (
     Options,
@@ -226,6 +227,30 @@ def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.nda
         for name, vector in engine.buffers().items():
             assert np.array_equal(before[name], vector.numpy()), "a validation moves nothing"
     return seen
+
+
+def losses_of_larger_weights(rank: int, world_size: int, config: Config) -> list[float]:
+    """Of a validation before and after a map's weights are doubled, in the two ways in which an engine changes them."""
+    engine = start(config, world_size, canonical_weights(config.model))
+    batches, name = micro_batches(engine, 0), "blocks.0.mlp.fc_in.weight"
+
+    def double(fragment: Fragment) -> None:
+        if fragment.name == name:
+            fragment.values.mul_(2)
+
+    losses = [engine.eval_batch(batches)]
+    engine.scale_rows({name: torch.full((config.model.ffn_size,), 2.0)})
+    losses.append(engine.eval_batch(batches))
+    engine.restore(double, None, with_moments=False)
+    return [*losses, engine.eval_batch(batches)]
+
+
+@pytest.mark.slow_except("tp2pp1dp1 zero0")
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2), Layout(data=2, stage=3)], ids=str)
+def test_singular_values_follow_weights_that_are_changed(worker_pool: Pools, layout: Layout) -> None:
+    config = in_layout(layout, **model_options("sigma", "mlra"))
+    for losses in worker_pool(2).run(losses_of_larger_weights, config):
+        np.testing.assert_allclose(losses, losses[:1] * 3, rtol=1e-6)
 
 
 @pytest.mark.slow
