@@ -25,6 +25,10 @@ RELEASING = {
     "stage3_max_live_parameters": 0,
     "stage3_prefetch_bucket_size": 0,
 }
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero-3": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
 
 
 @dataclass(frozen=True)
