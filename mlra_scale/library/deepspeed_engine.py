@@ -22,10 +22,11 @@ class AttachedTev:
     def __init__(self, engine: Any, every: int, embedding: str | None, num_tokens: int | None) -> None:
         self.history: list[tuple[int, TevStatistics]] = []
         self._engine, self._every, self._embedding, self._num_tokens = engine, every, embedding, num_tokens
-        # A pipeline engine updates in train_batch and refuses step.
-        self._method = "train_batch" if isinstance(engine, PipelineEngine) else "step"
         self._has_embedding = _has_embedding(engine, embedding)
-        setattr(engine, self._method, self._watched(getattr(engine, self._method)))
+        self._is_attached = True
+        # A pipeline engine updates in train_batch and refuses step.
+        method = "train_batch" if isinstance(engine, PipelineEngine) else "step"
+        setattr(engine, method, self._watched(getattr(engine, method)))
 
     def measure(self) -> None:
         """Measures now, adds to the history and writes to the monitors of DeepSpeed's configuration; collective."""
@@ -39,8 +40,8 @@ class AttachedTev:
             engine.monitor.write_events([(f"Train/TEV/{name}", value, engine.global_samples) for name, value in values])
 
     def detach(self) -> None:
-        """Ends the measurements."""
-        delattr(self._engine, self._method)
+        """Ends the measurements after steps."""
+        self._is_attached = False
 
     def _watched(self, update: Callable[..., Any]) -> Callable[..., Any]:
         def update_then_measure(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ class AttachedTev:
             result = update(*args, **kwargs)
             step = self._engine.global_steps
             # With gradient accumulation most calls of engine.step update nothing.
-            if step != before and is_due(step, self._every, last=-1):
+            if self._is_attached and step != before and is_due(step, self._every, last=-1):
                 self.measure()
             return result
 

@@ -38,8 +38,8 @@ def tev(
         model_or_matrix: A model, wrapped or not, or the embedding itself: [rows, D].
         embedding: Name of the embedding in the model, as `named_parameters` has it or its end. None: what
             `get_input_embeddings` returns, else the parameter with one of the usual names, else the only nn.Embedding.
-        num_tokens: Number of real tokens; the rows after them are padding. None: `config.vocab_size` of a model of
-            transformers if that is smaller than the number of rows, else all rows.
+        num_tokens: Number of real tokens; the rows after them are padding. None: all rows, or where no embedding is
+            named `config.vocab_size` of a model of transformers, if that is smaller than the number of rows.
         quantiles: Probabilities in [0, 1].
         extremes: How many of the highest and of the lowest tokens to list.
 
@@ -56,7 +56,7 @@ def tev(
     else:
         weight = embedding_of(model_or_matrix, embedding)
     held = _held_of(weight)
-    if num_tokens is None and isinstance(model_or_matrix, nn.Module):
+    if num_tokens is None and embedding is None and isinstance(model_or_matrix, nn.Module):
         num_tokens = _configured_tokens(model_or_matrix, held.shape[0])
     request = checked_request(held.shape, num_tokens, quantiles, extremes)
     return measure(request, held.parts, held.device, held.groups)
@@ -192,6 +192,8 @@ def _held_in_mesh(weight: Any, shape: tuple[int, ...]) -> _Held:
     from torch.distributed.tensor import Replicate, Shard
 
     weight, mesh = weight.detach(), weight.device_mesh
+    if any(placement.is_partial() for placement in weight.placements):
+        raise ValueError(f"the embedding is a sum that is still to be formed: its placements are {weight.placements}")
     cut_dims = [getattr(placement, "dim", None) for placement in weight.placements]
     if any(dim not in (None, 0) for dim in cut_dims):
         weight = weight.redistribute(placements=[Replicate() if dim is None else Shard(0) for dim in cut_dims])

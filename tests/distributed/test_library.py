@@ -211,12 +211,14 @@ def measure_on_a_mesh(rank: int, world_size: int, kind: str) -> Any:
     """The same matrix, cut in one of several ways."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     matrix = torch.from_numpy(random_matrix(ROWS, WIDTH, mean=0.3))
     if kind == "columns":
         mesh = init_device_mesh("cpu", (world_size,))
+        with pytest.raises(ValueError, match="a sum that is still to be formed"):
+            mlra_scale.tev(DTensor.from_local(matrix, mesh, [Partial()]))
         return mlra_scale.tev(distribute_tensor(matrix, mesh, [Shard(1)]), extremes=2)
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("data", "tensor"))
     if kind == "rows-and-columns":

@@ -78,13 +78,9 @@ class Net(nn.Module):
         return self.head(self.words(tokens))
 
 
-@pytest.mark.parametrize(
-    ("every", "max_steps", "expected"), [(2, 5, [0, 2, 4, 5]), (2, -1, [0, 2, 4, 6]), (0, 3, [0, 3])]
-)
-def test_the_trainer_of_lightning(tmp_path: Path, every: int, max_steps: int, expected: list[int]) -> None:
-    pytest.importorskip("lightning", reason="needs lightning")
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.loggers import CSVLogger
+def lightning_module() -> Any:
+    """Such a model as Lightning trains it, on `samples`."""
+    from lightning.pytorch import LightningModule
 
     class Module(LightningModule):
         def __init__(self) -> None:
@@ -98,13 +94,24 @@ def test_the_trainer_of_lightning(tmp_path: Path, every: int, max_steps: int, ex
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=0.01)
 
+    return Module()
+
+
+@pytest.mark.parametrize(
+    ("every", "max_steps", "expected"), [(2, 5, [0, 2, 4, 5]), (2, -1, [0, 2, 4, 6]), (0, 3, [0, 3])]
+)
+def test_the_trainer_of_lightning(tmp_path: Path, every: int, max_steps: int, expected: list[int]) -> None:
+    pytest.importorskip("lightning", reason="needs lightning")
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
     matrices: dict[int, np.ndarray] = {}
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             matrices[trainer.global_step] = pl_module.net.words.weight.detach().double().numpy().copy()
 
-    module = Module()
+    module = lightning_module()
     matrices[0] = module.net.words.weight.detach().double().numpy().copy()
     callback = mlra_scale.LightningTevCallback(every=every)
     logger = CSVLogger(str(tmp_path), name="logs", version="0")

@@ -52,6 +52,9 @@ def test_padded_rows_of_a_model_of_transformers_are_left_out() -> None:
     model.config.vocab_size = real
     check(mlra_scale.tev(model), numpy_of(model.transformer.wte.weight)[:real])
     check(mlra_scale.tev(model, num_tokens=rows), numpy_of(model.transformer.wte.weight))
+    # The size of the vocabulary says nothing of another matrix that is named.
+    model.config.vocab_size = 5
+    check(mlra_scale.tev(model, embedding="wpe"), numpy_of(model.transformer.wpe.weight))
 
 
 def test_any_model_by_the_usual_names() -> None:
