@@ -53,7 +53,16 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library == __name__:
+        library = _missing_library(error)
+        if library in ("", __name__):
             raise
-        raise ImportError(f"{__name__}.{name} needs {library}: pip install {library}", name=error.name) from error
+        raise ImportError(f"{__name__}.{name} needs {library}: pip install {library}", name=library) from error
+
+
+def _missing_library(error: BaseException | None) -> str:
+    """Returns the library that is missing: transformers wraps the error that names it in others that name nothing."""
+    while isinstance(error, ModuleNotFoundError):
+        if error.name:
+            return error.name.partition(".")[0]
+        error = error.__cause__
+    return ""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from mlra_scale.library.tev import log_values, tev
 from mlra_scale.stability.tev import TevStatistics
 from mlra_scale.stability.watcher import is_due
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
 class TevCallback(TrainerCallback):

@@ -98,7 +98,7 @@ def train_with_deepspeed(rank: int, world_size: int, config: dict[str, Any]) -> 
     return attached.history, now, matrices
 
 
-@pytest.mark.slow_except("zero-0", "zero-2-bf16", "zero-3")
+@pytest.mark.slow_except("zero-2-bf16", "zero-3")
 @pytest.mark.parametrize("name", ZERO)
 def test_a_deepspeed_engine_of_any_stage(worker_pool: Pools, name: str) -> None:
     results = worker_pool(2).run(train_with_deepspeed, ZERO[name])
@@ -131,6 +131,7 @@ def train_with_monitor(rank: int, world_size: int, folder: str) -> list[tuple[in
     return attached.history
 
 
+@pytest.mark.slow
 def test_deepspeeds_monitors_get_the_values(worker_pool: Pools, tmp_path: Path) -> None:
     history, *_ = worker_pool(2).run(train_with_monitor, str(tmp_path))
     lines = (tmp_path / "run" / "Train_TEV_tev_mean.csv").read_text().splitlines()
@@ -164,6 +165,7 @@ def train_with_pipeline(rank: int, world_size: int) -> Any:
     return attached.history, weight
 
 
+@pytest.mark.slow
 def test_the_first_stage_of_a_pipeline_measures(worker_pool: Pools) -> None:
     (history, matrix), (other, _) = worker_pool(2).run(train_with_pipeline)
     assert other == []
@@ -192,7 +194,7 @@ def train_with_fsdp(rank: int, world_size: int, mesh_shape: tuple[int, ...], row
     return before, found, weight.full_tensor().detach().double().numpy()
 
 
-@pytest.mark.slow_except("2-rows37", "2x2-rows37")
+@pytest.mark.slow_except("2-rows37")
 @pytest.mark.parametrize("rows", [ROWS, 3], ids="rows{}".format)
 @pytest.mark.parametrize("mesh", [(2,), (4,), (2, 2)], ids=lambda shape: "x".join(map(str, shape)))
 def test_fsdp2(worker_pool: Pools, mesh: tuple[int, ...], rows: int) -> None:
@@ -231,7 +233,7 @@ def measure_on_a_mesh(rank: int, world_size: int, kind: str) -> Any:
     return mlra_scale.tev(model, extremes=2)
 
 
-@pytest.mark.slow_except("columns-2", "fsdp2-and-tensor-parallel-4")
+@pytest.mark.slow_except("columns-2")
 @pytest.mark.parametrize(
     ("kind", "world_size"),
     [("columns", 2), ("columns", 4), ("rows-and-columns", 4), ("replicated", 4), ("fsdp2-and-tensor-parallel", 4)],
@@ -249,6 +251,7 @@ def measure_in_ddp(rank: int, world_size: int) -> Any:
     return mlra_scale.tev(model)
 
 
+@pytest.mark.slow
 def test_ddp(worker_pool: Pools) -> None:
     for statistics in worker_pool(2).run(measure_in_ddp):
         check(statistics, random_matrix(ROWS, WIDTH, mean=0.3))

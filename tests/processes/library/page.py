@@ -40,7 +40,7 @@ def losses_of(model: nn.Module, steps: int = 4) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     return losses
 

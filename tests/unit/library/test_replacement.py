@@ -45,7 +45,7 @@ def test_it_trains_and_merges_into_a_plain_gpt2(tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     factors = [name for name, _ in model.named_parameters() if ".down." in name or ".up." in name]
     assert len(factors) == 2 * 4 * 3
