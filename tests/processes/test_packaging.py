@@ -1,0 +1,133 @@
+"""The sdist and the wheel: what is in them, and the command line from a wheel outside of any checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mlra_scale import __version__
+from tests.support.training_runs import ROOT, environment
+
+NOT_COPIED = shutil.ignore_patterns(
+    *(".git", ".venv", "build", "data", "dist", "runs", "wandb", "*.egg-info"),
+    *("__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"),
+)
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+NAME = f"mlra_scale-{__version__}"
+
+
+def build(hook: str, project: Path, output: Path) -> Path:
+    """Builds as pip does, by the hooks of pyproject.toml's backend, but with the setuptools of this environment."""
+    output.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", BUILD, hook, str(output)], cwd=project, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    return output / result.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's sdist, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    # The build writes beside its sources.
+    shutil.copytree(ROOT, folder / "copy", ignore=NOT_COPIED)
+    with tarfile.open(build("build_sdist", folder / "copy", folder / "built")) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / NAME
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """A wheel that is built from the sdist."""
+    return build("build_wheel", sdist, sdist.parent / "wheel")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the wheel is installed, and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", str(folder), str(wheel)], check=True, timeout=200)
+    return folder
+
+
+def run(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a folder where no checkout is; Python finds the installed package before any other."""
+    path = os.pathsep.join([str(installed / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = {**environment(PATH=path), "PYTHONPATH": str(installed)}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=200)
+
+
+def tracked(*folders: str) -> set[str]:
+    """The project's files in folders, without what Python writes there."""
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    return {path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and "__pycache__" not in path.parts}
+
+
+def test_the_sdist_is_the_project(sdist: Path) -> None:
+    files = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    folders = ("benchmarks", "docs", "ds_configs", "slurm", "tests", "tools", ".ci")
+    wanted = tracked("mlra_scale", *folders)
+    wanted |= {path.name for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".txt", ".yml", ".cff")}
+    assert wanted | {"LICENSE", "Makefile", "setup.py"} <= files, wanted - files
+
+
+def test_the_wheel_has_the_package_and_the_two_folders_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.startswith(f"{NAME}.dist-info/")}
+    bundled = {f"mlra_scale/{name}" for name in tracked("slurm", "ds_configs")} - {"mlra_scale/slurm/check.sh"}
+    assert names == tracked("mlra_scale") | bundled
+
+
+def test_the_command_is_that_of_the_wheel(installed: Path, tmp_path: Path) -> None:
+    where = run(installed, tmp_path, sys.executable, "-c", "import mlra_scale; print(mlra_scale.__file__)")
+    assert Path(where.stdout.strip()).parent == installed / "mlra_scale"
+    assert run(installed, tmp_path, "mlra-scale", "--version").stdout == f"mlra-scale {__version__}\n"
+
+
+def test_without_any_dependency_the_package_and_its_files_are_there(installed: Path, tmp_path: Path) -> None:
+    """As after `pip install --no-deps`, in a Python that sees no other package."""
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from mlra_scale.cli.main import main; sys.exit(main())"
+    result = run(installed, tmp_path, sys.executable, "-I", "-S", "-c", code, str(installed), "slurm-files", "here")
+    assert result.returncode == 0 and (tmp_path / "here" / "slurm" / "launch.sh").is_file(), result.stderr
+
+
+def test_slurm_files_are_written_and_make_their_plan(installed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    result = run(installed, tmp_path, "mlra-scale", "slurm-files", str(folder))
+    assert result.returncode == 0, result.stderr
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert written == tracked("slurm", "ds_configs") - {"slurm/check.sh"}
+    assert {str(folder / name) for name in written} == set(result.stdout.splitlines())
+    for name in written:
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    plan = run(installed, folder, "bash", "slurm/pretrain_zero3.sh", "--dry-run", "--preset", "gpt2-xl")
+    assert plan.returncode == 0 and "Memory per rank" in plan.stdout, plan.stderr
+
+
+def test_deepspeed_files_are_found_by_name_outside_of_a_checkout(installed: Path, tmp_path: Path) -> None:
+    start = ["mlra-scale", "train", "--preset", "laptop", "--dry-run", "parallel.world_size=4"]
+    plan = run(installed, tmp_path, *start, "--ds-config", "ds_configs/zero3.json")
+    assert plan.returncode == 0 and "ZeRO 3" in plan.stdout, plan.stdout + plan.stderr
+    for name in ("ds_configs/zero9.json", "elsewhere/zero3.json", str(tmp_path / "ds_configs" / "zero3.json")):
+        refused = run(installed, tmp_path, *start, "--ds-config", name)
+        assert refused.returncode == 2 and "cannot be read" in refused.stderr, name
+    chosen = run(installed, tmp_path, "mlra-scale", "plan", "--preset", "gpt2-mlra-72l", "--cluster", "h100")
+    assert chosen.returncode == 0 and "--ds-config ds_configs/" in chosen.stdout, chosen.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_prepares_trains_and_exports(installed: Path, tmp_path: Path) -> None:
+    prepare = ["prepare", "--source", "python-docs", "--train-bpe", "512", "--output", "text", "--max-bytes", "200e3"]
+    tiny = ["model.num_layers=2", "model.hidden_size=32", "train.steps=2", "evaluation.batches=1"]
+    train = ["train", "--nproc", "2", "--preset", "debug", "--run-dir", "run", "data.path=text", *tiny]
+    for command in (prepare, [*train, "--ds-config", "ds_configs/zero1.json"], ["export", "run", "exported"]):
+        result = run(installed, tmp_path, "mlra-scale", *command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
