@@ -17,6 +17,7 @@ from mlra_scale.cli import (
     plan,
     prepare,
     report,
+    slurm_files,
     sweep,
     tev,
     train,
@@ -25,7 +26,10 @@ from mlra_scale.cli.command import Command
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (prepare, plan, train, jobs, report, checkpoints, evaluate, generate, export, import_, tev, sweep)
+    for module in (
+        *(prepare, plan, train, jobs, report, checkpoints, evaluate, generate, export, import_, tev, sweep),
+        slurm_files,
+    )
 }
 
 

@@ -64,7 +64,10 @@ class CheckResult(BaseModel):
 def with_absolute_paths(arguments: Sequence[str]) -> list[str]:
     """Returns the training's arguments with absolute paths at their end: a container may start elsewhere."""
     parsed = build_parser().parse_intermixed_args(arguments)
-    paths = (("--run-dir", parsed.run_dir), ("--config", parsed.config), ("--ds-config", parsed.ds_config))
+    paths = [("--run-dir", parsed.run_dir), ("--config", parsed.config)]
+    if parsed.ds_config and Path(parsed.ds_config).exists():
+        # One that is not there may be the package's own, which a container has elsewhere.
+        paths.append(("--ds-config", parsed.ds_config))
     words = [word for flag, path in paths if path for word in (flag, str(Path(path).absolute()))]
     files = [value for name, _, value in (each.partition("=") for each in parsed.overrides) if name == "cluster.file"]
     is_path = bool(files) and files[-1] not in ("", "null", "~")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mlra_scale import bundled
 from mlra_scale.config import stored_yaml, yaml_text
 from mlra_scale.config.deepspeed_json import check_deepspeed_keys
 from mlra_scale.config.json_text import parse_json
@@ -56,6 +57,7 @@ def load_named_config(
         preset: Name of a preset, or None. A config file may name one instead.
         config_file: YAML file with some or all fields; the `config.yaml` of a run directory is one.
         ds_config_file: JSON file with DeepSpeed's own knobs; replaces the `deepspeed` section as a whole.
+            `ds_configs/NAME.json` that is not there is the package's own file of that name.
         overrides: "section.field=value" each, the value read as YAML. "section.field?=value" is a default: it holds
             where neither the file nor an override has the field, and does not count as named.
         run_config: The `config.yaml` of the run that is to be continued, where neither preset nor config file is given.
@@ -83,7 +85,7 @@ def load_named_config(
             problems.append(Problem("--preset", None, remedy + "with the --run-dir that holds it"))
     on_command_line: set[str] = set()
     if ds_config_file is not None:
-        given["deepspeed"] = _read_mapping(Path(ds_config_file), "--ds-config", problems, _json_object)
+        given["deepspeed"] = _read_mapping(bundled.ds_config(ds_config_file), "--ds-config", problems, _json_object)
         on_command_line.add("deepspeed")
     for text in (text for text in overrides if not _is_default(text)):
         on_command_line |= _apply_override(given, text, problems)

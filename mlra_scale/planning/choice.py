@@ -16,10 +16,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from textwrap import wrap
 from typing import Any, get_args
 
+from mlra_scale import bundled
 from mlra_scale.config import Config, ConfigError, Named, Problem, zero_stage
 from mlra_scale.config.json_text import read_json_object
 from mlra_scale.config.schema import LayoutField
@@ -50,7 +50,6 @@ _CONSTANTS: dict[str, tuple[str, ...]] = {
 }
 """Fields of a cluster that are changed together; those that are no rates are times."""
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _ENGINE_FILES = {"zero1": False, "zero1_pipeline": True, "zero2": False, "zero3": False}
 """Files of ds_configs/ that are tried, and whether they are meant for pipelines. Offloading is never chosen."""
 
@@ -104,7 +103,7 @@ def engines() -> tuple[EngineSettings, ...]:
     found = [EngineSettings(None, {})]
     for name, is_for_pipelines in _ENGINE_FILES.items():
         try:
-            settings = read_json_object(DS_CONFIGS / f"{name}.json")
+            settings = read_json_object(bundled.folder("ds_configs") / f"{name}.json")
         except ValueError as error:
             remedy = f"{error}; it is one of the settings to choose from: put the file back"
             raise ConfigError([Problem("parallel.layout", "auto", remedy)]) from None

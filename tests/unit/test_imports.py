@@ -18,9 +18,10 @@ PACKAGE = "mlra_scale"
 SCRIPT_FOLDERS = ("tools", "benchmarks")
 
 # Rooms of one file that every room may import; they import none of ours.
-LEAVES = {"console", "files", "process_tree"}
+LEAVES = {"bundled", "console", "files", "process_tree"}
 # room -> further rooms of ours that it may import. A room that is not there yet has its line already.
 ROOMS: dict[str, set[str]] = {
+    "bundled": set(),
     "config": set(),
     "console": set(),
     "files": set(),
@@ -74,7 +75,7 @@ PARTS: dict[tuple[str, str], set[str]] = {
 }
 # Libraries that only these rooms may import.
 LIBRARIES: dict[str, set[str]] = {
-    "torch": set(ROOMS) - {"config", "console", "files", "planning", "study"},
+    "torch": set(ROOMS) - {"bundled", "config", "console", "files", "planning", "study"},
     "rich": {"console"},
     "deepspeed": {"library", "parallel", "training"},
     "lightning": {"library"},

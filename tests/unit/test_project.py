@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mlra_scale import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -69,6 +71,12 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
         requirement = Requirement(line)
         pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{line} does not allow the tested {pin}"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert citation == headings[:1] == [__version__]
 
 
 def test_a_second_installation_does_nothing(installer: Any, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines += ["", f"Seeds {', '.join(map(str, result['seeds']))}; of the screening 1.", "", "## Hypotheses", ""]
     header = ["", "first - second", "expected", "difference", "95 % interval", "n", "Holm's p", "verdict"]
     lines += table(header, [_hypothesis(item) for item in result["hypotheses"]])
-    lines += ["", "## Loss over rate of the arms of H7 and H8", "", _CAUTION, "", f"![]({OPTIMIZERS_FIGURE})", ""]
+    figure = f"![{_FIGURE_TEXT}]({OPTIMIZERS_FIGURE})"
+    lines += ["", "## Loss over rate of the arms of H7 and H8", "", _CAUTION, "", figure, ""]
     lines += _by_rate({arm: result["arms"][arm] for arm in OPTIMIZER_ARMS}, with_best=False)
     lines += ["", "## All rates, validation loss", "", *_by_rate(result["arms"], with_best=False)]
     lines += ["", "## Values, mean over seeds and 95 % interval", "", *_values(result["arms"])]
@@ -29,6 +30,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+_FIGURE_TEXT = "Validation loss over the learning rate, a line for each arm of H7 and H8"
 _CAUTION = """A learning rate does not mean the same for different optimizers, so that a difference of sensitivities
 may be one of where the best rate lies between the ends of the sweep. H7 and H8 alone support no claim about
 stability."""
