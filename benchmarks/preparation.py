@@ -4,8 +4,9 @@
 
 The text is source code: .py files below a folder (default: the installed packages), a document each, as a JSONL file.
 Both use the same BPE. `tokenizers` has the texts in memory, encodes a thousand at once with so many threads, and throws
-the tokens away; only that is timed. The preparation does all of its work in that time: it starts its interpreter and
-its processes, reads and parses, splits, appends the ends of documents, writes, forms checksums and waits for the disk.
+the tokens away; only that is timed. The preparation does all of its work in that time: it imports its libraries, starts
+its processes, reads and parses, splits, appends the ends of documents, writes, forms checksums and waits for the disk. It
+makes its tokenizer remember more words than the library does by itself.
 The last table is CPU time: how many workers the main process could feed if it did nothing but that.
 """
 
@@ -46,7 +47,8 @@ began = time.perf_counter()
 import json, resource, sys
 from pathlib import Path
 from mlra_scale.data.mixture import Component
-from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.options import PrepareOptions
+from mlra_scale.data.prepare import prepare
 from mlra_scale.data.sources import SourceName
 (manifest,) = prepare(PrepareOptions(
     Path(sys.argv[3]), [Component("", [SourceName(sys.argv[1])])], [sys.argv[2]], validation_fraction=0.01,

@@ -199,7 +199,8 @@ def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))
     from mlra_scale.data.manifest import summary
     from mlra_scale.data.mixture import MIXTURE_NAME
-    from mlra_scale.data.prepare import PrepareOptions, note_of_kept, prepare
+    from mlra_scale.data.options import PrepareOptions
+    from mlra_scale.data.prepare import note_of_kept, prepare
 
     started = time.monotonic()
     options.components = _components(options)

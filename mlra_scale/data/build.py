@@ -8,7 +8,6 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from mlra_scale.data.manifest import (
     content_fingerprint,
     manifest_text,
 )
+from mlra_scale.data.options import PrepareOptions
 from mlra_scale.data.tally import Place
 from mlra_scale.data.tokenizer import LoadedTokenizer, save_tokenizer, tokenizer_sha256
 from mlra_scale.data.unfinished import Progress, read_progress
@@ -46,31 +46,17 @@ SECONDS_BETWEEN_COMMITS = 60.0
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """What the documents of a data set are made by, beside the corpus.
-
-    Attributes:
-        tokenizer: Makes the tokens.
-        identity: Of the preparation (`identity_of`).
-        seed: Of the split.
-        validation_fraction: Expected share of documents in the validation split.
-        max_bytes: Cap of the corpus, for the manifest.
-        workers: Tokenizing processes.
-        is_kept: Whether the finished data set is kept although the preparation of others is interrupted.
-    """
-
-    tokenizer: LoadedTokenizer
-    identity: str
-    seed: int
-    validation_fraction: float
-    max_bytes: int | None
-    workers: int
-    is_kept: bool
-
-
-def build_data_set(folder: Path, corpus: Corpus, settings: BuildSettings) -> None:
+def build_data_set(
+    folder: Path, corpus: Corpus, tokenizer: LoadedTokenizer, options: PrepareOptions, identity: str
+) -> None:
     """Makes the data set in a folder, or what an interrupted preparation left to do there.
+
+    Args:
+        folder: Where.
+        corpus: The documents.
+        tokenizer: Makes the tokens.
+        options: Of the preparation.
+        identity: Of the preparation (`identity_of`).
 
     Raises:
         DataError: A source or the tokenizer cannot be used.
@@ -79,13 +65,13 @@ def build_data_set(folder: Path, corpus: Corpus, settings: BuildSettings) -> Non
     if progress is not None and (folder / MANIFEST_NAME).is_file():
         return
     folder.mkdir(exist_ok=True)
-    checksum = tokenizer_sha256(settings.tokenizer.tokenizer)
+    checksum = tokenizer_sha256(tokenizer.tokenizer)
     if progress is None or not _is_saved(folder / TOKENIZER_FOLDER, checksum):
         shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-        save_tokenizer(settings.tokenizer, folder / TOKENIZER_FOLDER)
+        save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
     if not _is_saved(folder / TOKENIZER_FOLDER, checksum):
         raise DataError("this tokenizer does not survive being saved as tokenizer.json; convert it first")
-    content = _Building(folder, corpus, settings, checksum, progress).run()
+    content = _Building(folder, corpus, tokenizer, options, identity, checksum, progress).run()
     content["sources"] = corpus.entries()
     content["files"] |= {name: FileSum.of(folder / name).model_dump() for name in tokenizer_names(folder)}
     write_atomically(folder / MANIFEST_NAME, manifest_text(content))
@@ -95,10 +81,18 @@ class _Building:
     """One data set while it is made."""
 
     def __init__(
-        self, folder: Path, corpus: Corpus, settings: BuildSettings, checksum: str, progress: Progress | None
+        self,
+        folder: Path,
+        corpus: Corpus,
+        tokenizer: LoadedTokenizer,
+        options: PrepareOptions,
+        identity: str,
+        checksum: str,
+        progress: Progress | None,
     ) -> None:
-        self._folder, self._corpus, self._settings, self._checksum = folder, corpus, settings, checksum
-        self._dtype = token_dtype(settings.tokenizer.vocabulary_size)
+        self._folder, self._corpus, self._tokenizer, self._options = folder, corpus, tokenizer, options
+        self._identity, self._checksum = identity, checksum
+        self._dtype = token_dtype(tokenizer.vocabulary_size)
         try:
             self._writers = self._open_writers(progress)
         except ValueError as error:
@@ -123,7 +117,7 @@ class _Building:
 
     def run(self) -> dict[str, Any]:
         """Tokenizes what is left of the corpus; returns the manifest's content without the sources."""
-        loaded, corpus = self._settings.tokenizer, self._corpus
+        loaded, corpus = self._tokenizer, self._corpus
         end = loaded.end_of_document_token
         try:
             portions = corpus.portions(self._position)
@@ -133,7 +127,7 @@ class _Building:
             everything, json = chain(ahead, portions), loaded.tokenizer.to_str()
             with corpus.progress_bar("tokenizing", self._position) as bar:
                 committed, num_tokens = time.monotonic(), 0
-                for chunk in encode_in_order(everything, json, end, self._dtype.name, self._settings.workers):
+                for chunk in encode_in_order(everything, json, end, self._dtype.name, self._options.workers):
                     self._add(chunk)
                     num_tokens += len(chunk.tokens)
                     rate = num_tokens / max(1e-9, bar.format_dict["elapsed"])
@@ -143,7 +137,7 @@ class _Building:
                         self._commit()
                         committed = time.monotonic()
             self._check_splits()
-            if self._settings.is_kept:
+            if self._options.is_mixture:  # kept, should the preparation of another data set be interrupted
                 self._commit()
             sums = {name: entry for writer in self._writers.values() for name, entry in writer.finish().items()}
         finally:
@@ -174,7 +168,7 @@ class _Building:
         if not self._has_committed:
             sync_tree(self._folder / TOKENIZER_FOLDER)
         Progress(
-            identity=self._settings.identity,
+            identity=self._identity,
             tokenizer=self._checksum,
             position=self._position,
             without_tokens=self._without_tokens,
@@ -185,19 +179,18 @@ class _Building:
         self._has_committed = True
 
     def _check_splits(self) -> None:
-        settings = self._settings
         if not self._documents:
             raise self._corpus.without_documents()
         for split, writer in self._writers.items():
             if not writer.documents:
                 raise DataError(
                     f"none of the {self._documents} documents falls into the {split} split "
-                    f"(--validation-fraction {settings.validation_fraction}, --seed {settings.seed}); "
+                    f"(--validation-fraction {self._options.validation_fraction}, --seed {self._options.seed}); "
                     "change one of the two, or give more documents (a .txt file is one document)"
                 )
 
     def _content(self, sums: dict[str, FileSum], end: int) -> dict[str, Any]:
-        loaded, settings = self._settings.tokenizer, self._settings
+        loaded, options = self._tokenizer, self._options
         assert self._position is not None
         return {
             "format": FORMAT,
@@ -222,10 +215,10 @@ class _Building:
             "splits": {name: {"documents": w.documents, "tokens": w.tokens} for name, w in self._writers.items()},
             "split_rule": {
                 "rule": "validation if blake2b('SEED INDEX', 8 bytes) < validation_fraction * 2^64",
-                "seed": settings.seed,
-                "validation_fraction": settings.validation_fraction,
+                "seed": options.seed,
+                "validation_fraction": options.validation_fraction,
             },
-            "max_bytes": settings.max_bytes,
+            "max_bytes": options.max_bytes,
             "files": {name: entry.model_dump() for name, entry in sums.items()},
             "made_with": versions(),
         }

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mlra_scale.config.json_text import printable
 from mlra_scale.data import DataError
 from mlra_scale.data.encode import Count, Placed, bytes_of, is_empty
+from mlra_scale.data.options import PrepareOptions
 from mlra_scale.data.readers import Texts
 from mlra_scale.data.sources import Source
 from mlra_scale.data.tally import Place, Tally
@@ -33,31 +34,20 @@ class Corpus:
 
     Args:
         sources: In their order.
-        seed: Of the split.
-        validation_fraction: Expected share of documents in the validation split.
-        max_bytes: The corpus ends with the document with which this many bytes of text are reached; None: read all.
-        has_progress: Whether passes draw progress bars.
+        options: Of the preparation: seed and fraction of the split, the cap, and whether passes draw progress bars.
 
     Attributes:
         tallies: What was read of each source; `count` adds to them.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        seed: int,
-        validation_fraction: float,
-        max_bytes: int | None = None,
-        has_progress: bool = False,
-    ) -> None:
-        self._sources, self._seed, self._fraction = sources, seed, validation_fraction
-        self._max_bytes, self._has_progress = max_bytes, has_progress
+    def __init__(self, sources: Sequence[Source], options: PrepareOptions) -> None:
+        self._sources, self._options, self._max_bytes = sources, options, options.max_bytes
         self.tallies = [Tally() for _ in sources]
 
     def is_validation(self, index: int) -> bool:
         """Returns whether a document is in the validation split: a hash of (seed, index) against the fraction."""
-        digest = hashlib.blake2b(f"{self._seed} {index}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self._fraction * 2.0**64
+        digest = hashlib.blake2b(f"{self._options.seed} {index}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self._options.validation_fraction * 2.0**64
 
     def portions(self, after: Position | None = None) -> Iterator[Placed]:
         """Yields the portions of all sources from the beginning, or after a position, the same every time."""
@@ -133,7 +123,7 @@ class Corpus:
         if total is None and None not in totals:
             total = sum(filter(None, totals))
         # In a log file a line every 15 seconds is enough.
-        interval, is_off = 0.2 if sys.stderr.isatty() else 15.0, not self._has_progress
+        interval, is_off = 0.2 if sys.stderr.isatty() else 15.0, not self._options.progress
         return tqdm(
             total=total,
             initial=0 if after is None else self._moves(after.text_bytes, after.consumed),

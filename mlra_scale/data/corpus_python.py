@@ -56,16 +56,15 @@ class PythonCorpus:
         self.state = sha256_of_lines([*self._names, *(f"{name} {size}" for name, size in sizes.items())])
 
     def portions(self, after: Place | None = None) -> Iterator[tuple[Place, Texts]]:
-        """Yields the documents in their fixed order; those up to `after` are made all the same."""
-        first = 0 if after is None else after.unit + 1
-        for unit, name in enumerate(self._names):
+        """Yields the documents in their fixed order."""
+        for unit in range(0 if after is None else after.unit + 1, len(self._names)):
+            name = self._names[unit]
             text = self._text(name)
             kind, item = name.split(" ", 1)
             size = len(text)
             if kind == "source":
                 size = self.modules[item].stat().st_size - len(self._texts[f"docstrings {item}"])
-            if unit >= first:
-                yield Place(unit, 0), Texts([text], size) if text.strip() else Texts((), 0)
+            yield Place(unit, 0), Texts([text], size) if text.strip() else Texts((), 0)
 
     def _text(self, name: str) -> str:
         item = name.split(" ", 1)[1]
@@ -81,6 +80,8 @@ class PythonCorpus:
     def files(self, tally: Tally) -> dict[str, Any]:
         """Returns what became of the modules in a pass."""
         visited = {name.split(" ", 1)[1] for name in self._names[: tally.units] if not name.startswith("topic ")}
+        for name in self._names[: tally.units]:  # an earlier process may have read the first ones
+            self._text(name)
         beyond = [NotRead(name, BEYOND) for name in self.modules if name not in visited]
         broken = [NotRead(name, "not Python source of this version") for name in sorted(self._broken & visited)]
         return file_counts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])

@@ -228,7 +228,7 @@ class _Worker:
     def _death(self) -> DataError:
         self._process.join(timeout=5)
         how = f"exit code {self._process.exitcode}"
-        return DataError(f"a worker process died ({how}; out of memory? try fewer --workers); nothing was written")
+        return DataError(f"a worker process died ({how}; out of memory? try fewer --workers)")
 
 
 def _work(connection: Connection, make_encoder: Callable[[], Encoder]) -> None:

@@ -10,56 +10,23 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from mlra_scale.data import DataError
-from mlra_scale.data.build import BuildSettings, build_data_set, versions
+from mlra_scale.data.build import build_data_set, versions
 from mlra_scale.data.corpus import Corpus
 from mlra_scale.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, VERSION, Manifest, read_manifest
-from mlra_scale.data.mixture import MIXTURE_NAME, Component, mixture_text
+from mlra_scale.data.mixture import MIXTURE_NAME, mixture_text
+from mlra_scale.data.options import PrepareOptions
 from mlra_scale.data.sources import Source, open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_sha256, train_bpe, trained_bpe
 from mlra_scale.data.unfinished import identity_of, read_progress, remove_progress
 from mlra_scale.files import empty, new_folder, partial_of, sync_tree
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What to prepare; `tools/prepare_data.py --help` describes the fields that are its flags.
-
-    Attributes:
-        output: Folder to make.
-        components: The data sets: one without a name, or those of a mixture.
-        tokenizer: See load_tokenizer; empty: train a BPE of `train_bpe` tokens.
-        train_bpe_bytes: The BPE is trained on this many bytes of training text, of each data set its weight's share
-            from the beginning of its corpus.
-        max_bytes: Of each data set: stop after the document with which this many bytes of text are reached; None: read
-            all.
-        validation_fraction: Expected share of documents in the validation split.
-    """
-
-    output: Path
-    components: Sequence[Component]
-    tokenizer: Sequence[str] = ()
-    train_bpe: int | None = None
-    train_bpe_bytes: int = 100_000_000
-    end_of_document: str | None = None
-    max_bytes: int | None = None
-    validation_fraction: float = 0.01
-    seed: int = 0
-    workers: int = 1
-    overwrite: bool = False
-    progress: bool = True
-
-    @property
-    def is_mixture(self) -> bool:
-        """Whether the output is a folder of data sets."""
-        return bool(self.components[0].name)
 
 
 def prepare(options: PrepareOptions) -> list[Manifest]:
@@ -108,16 +75,7 @@ def note_of_kept(output: Path) -> str:
 def _corpora(options: PrepareOptions, sources: Sequence[Source]) -> list[Corpus]:
     """Returns the corpus of every component; `sources` are theirs, in order."""
     left = iter(sources)
-    return [
-        Corpus(
-            list(islice(left, len(component.sources))),
-            options.seed,
-            options.validation_fraction,
-            options.max_bytes,
-            options.progress,
-        )
-        for component in options.components
-    ]
+    return [Corpus(list(islice(left, len(component.sources))), options) for component in options.components]
 
 
 def _build(folder: Path, corpora: Sequence[Corpus], options: PrepareOptions, identity: str) -> None:
@@ -127,17 +85,8 @@ def _build(folder: Path, corpora: Sequence[Corpus], options: PrepareOptions, ide
     if any(progress.tokenizer != checksum for progress in map(read_progress, folders) if progress is not None):
         _logger.warning("the tokenizer is another one than that of the interrupted preparation; starting over")
         empty(folder)
-    settings = BuildSettings(
-        tokenizer,
-        identity,
-        options.seed,
-        options.validation_fraction,
-        options.max_bytes,
-        options.workers,
-        options.is_mixture,
-    )
     for each, corpus in zip(folders, corpora, strict=True):
-        build_data_set(each, corpus, settings)
+        build_data_set(each, corpus, tokenizer, options, identity)
     if options.is_mixture:
         text = mixture_text(options.output, options.components, tokenizer.vocabulary_size)
         (folder / MIXTURE_NAME).write_text(text, encoding="utf-8")

@@ -25,8 +25,6 @@ _PORTION_BYTES = 1 << 18
 _ROWS = 256
 """Rows of a parquet file that are read together."""
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
-_CUT_CHARACTERS = 8
-"""How far before the end of a text the error of a JSON value that is only cut off there may lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +119,14 @@ def texts_of_file(path: Path, field: str) -> Iterator[str]:
 
 def characters(path: Path, stretch_bytes: int = 1 << 18) -> Iterator[str]:
     """Yields the text of a file in stretches of about `stretch_bytes` bytes, without a byte order mark."""
-    return (text for text, _ in _stretches(path, stretch_bytes))
-
-
-def _stretches(path: Path, stretch_bytes: int) -> Iterator[tuple[str, int]]:
-    """Yields stretches of a file's text, each with the position in the file up to which it was read."""
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
-        with _opened(path) as (raw, stream):
-            while content := stream.read(stretch_bytes):
-                text = decoder.decode(content)
+        with _opened(path) as (_, stream):
+            while raw := stream.read(stretch_bytes):
+                text = decoder.decode(raw)
                 line += text.count("\n")
-                yield text, raw.tell()
-            yield decoder.decode(b"", final=True), raw.tell()
+                yield text
+            yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         line += error.object[: error.start].count(b"\n")
         raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
@@ -183,100 +176,62 @@ def _has_objects_in_lines(path: Path) -> bool:
 
 
 def _json_portions(path: Path, field: str) -> Iterator[Texts]:
-    """Yields the documents of one JSON array of objects, or of objects one behind the other, each over any lines."""
+    """Yields the documents of one JSON array of objects, or of objects one behind the other, each over any lines.
+
+    The text of the file is held in memory, as that of a .txt file is.
+    """
+    whole, file_bytes = "".join(characters(path)), path.stat().st_size
     texts: list[str] = []
-    size = before = 0
-    for line, text, record, position in _json_values(path):
-        texts.append(_text_of(record, text, field, f"{path}, line {line}"))
+    line, seen, size, before = 1, 0, 0, 0
+    for start, end, record in _json_values(whole, path):
+        line += whole.count("\n", seen, start)
+        seen = start
+        texts.append(_text_of(record, whole[start:end], field, f"{path}, line {line}"))
         size += len(texts[-1])
         if size >= _PORTION_BYTES:
+            position = file_bytes * end // len(whole)
             yield Texts(texts, position - before)
             texts, size, before = [], 0, position
-    yield Texts(texts, path.stat().st_size - before)
+    yield Texts(texts, file_bytes - before)
 
 
-def _json_values(path: Path) -> Iterator[tuple[int, str, Any, int]]:
-    """Yields line, text and value of each element of an array, or of each value, and how far the file was read."""
-    text, is_first = _JsonText(path), True
-    if is_array := text.next_character() == "[":
-        text.skip()
-    while (character := text.next_character()) and not (is_array and character == "]"):
-        if is_array and not is_first:
-            if character != ",":
-                raise text.error("',' or ']' is missing between elements of an array")
-            text.skip()
-        yield text.value()
-        is_first = False
+def _json_values(text: str, path: Path) -> Iterator[tuple[int, int, Any]]:
+    """Yields begin, end and value of each element of an array, or of each value of a text that is no array.
+
+    Raises:
+        DataError: It is no JSON; the message names the line in the file at `path`.
+    """
+    decoder = json.JSONDecoder()
+
+    def behind_space(at: int) -> int:
+        match = _JSON_SPACE.match(text, at)
+        assert match is not None
+        return match.end()
+
+    def error(reason: str, at: int) -> DataError:
+        return DataError(f"{path}, line {1 + text.count(chr(10), 0, at)}: not JSON ({reason})")
+
+    at = behind_space(0)
+    is_array = text.startswith("[", at)
     if is_array:
-        if not character:
-            raise text.error("the array has no end")
-        text.skip()
-        if text.next_character():
-            raise text.error("there is more behind the end of the array")
-
-
-class _JsonText:
-    """The text of a JSON file, of which no more is held in memory than a stretch and one value."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._stretches, self._decoder = path, _stretches(path, _PORTION_BYTES), json.JSONDecoder()
-        self._text, self._at, self._line, self._position, self._is_whole = "", 0, 1, 0, False
-
-    def next_character(self) -> str:
-        """Moves to the next character that is no white space, and returns it; empty at the end."""
-        while True:
-            match = _JSON_SPACE.match(self._text, self._at)
-            assert match is not None
-            self._move(match.end())
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._read(1):
-                return ""
-
-    def skip(self) -> None:
-        """Moves behind one character."""
-        self._move(self._at + 1)
-
-    def value(self) -> tuple[int, str, Any, int]:
-        """Moves behind the next value; returns its line, text, value, and how far the file was read.
-
-        Raises:
-            DataError: It is no JSON.
-        """
-        self.next_character()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                is_cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _CUT_CHARACTERS
-                # Twice as much each time, so that a long value is not parsed again too often.
-                if is_cut and self._read(len(self._text) - self._at):
-                    continue
-                self._move(min(error.pos, len(self._text)))
-                raise self.error(error.msg) from error
-            except (ValueError, RecursionError) as error:
-                raise self.error(str(error)) from error
-            line, text = self._line, self._text[self._at : end]
-            self._move(end)
-            return line, text, value, self._position
-
-    def error(self, reason: str) -> DataError:
-        """Returns an error at this place."""
-        return DataError(f"{self._path}, line {self._line}: not JSON ({reason})")
-
-    def _move(self, to: int) -> None:
-        self._line += self._text.count("\n", self._at, to)
-        self._at = to
-
-    def _read(self, characters: int) -> bool:
-        """Reads so many characters or more; returns whether there were any."""
-        parts, length = [self._text[self._at :]], 0
-        while length < characters and (stretch := next(self._stretches, None)) is not None:
-            text, self._position = stretch
-            parts.append(text)
-            length += len(text)
-        self._text, self._at = "".join(parts), 0
-        return length > 0
+        at = behind_space(at + 1)
+    while text[at : at + 1] != ("]" if is_array else ""):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as wrong:
+            raise error(wrong.msg, wrong.pos) from wrong
+        except (ValueError, RecursionError) as wrong:
+            raise error(str(wrong), at) from wrong
+        yield at, end, value
+        at = behind_space(end)
+        if is_array and not text.startswith("]", at):
+            if not text.startswith(",", at):
+                raise error("',' or ']' is missing", at)
+            at = behind_space(at + 1)
+            if text.startswith("]", at):
+                raise error("there is nothing behind ','", at)
+    if is_array and (at := behind_space(at + 1)) < len(text):
+        raise error("there is more behind the end of the array", at)
 
 
 def _text_of(record: Any, text: str, field: str, where: str) -> str:

@@ -6,6 +6,7 @@ silently.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,6 @@ class HuggingFace:
         self.total_bytes: int | None = None
         files = _visible_files(self.folder)
         self.state = sha256_of_lines([self.name, *(_line_of(path, path.stat()) for path in files)])
-        self._files: dict[str, Any] | None = None
 
     def portions(self, after: Place | None = None) -> Iterator[tuple[Place, Portion]]:
         """Yields the portions in the order of the data set."""
@@ -171,22 +171,30 @@ class HuggingFace:
                 "and name its folder or files as the source"
             )
         path = self.spec.removeprefix(HUGGING_FACE)
-        # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
-        # this data set cannot be read. Errors of our consumer do not pass through here.
-        try:
-            if self.folder.is_dir():
-                builder = datasets.load_dataset_builder(path, self._config)
-                self._files = _files_of_split(self.folder, (builder.config.data_files or {}).get(self._split))
+        with self._errors():
             stream = iter(datasets.load_dataset(path, self._config, split=self._split, streaming=True))
             while (example := next(stream, None)) is not None:
                 yield example
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
+        # this data set cannot be read. Errors of whoever reads the examples do not pass through here.
+        try:
+            yield
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"Hugging Face data set {self.name} cannot be read: {reason}") from error
 
     def files(self, tally: Tally) -> dict[str, Any] | None:
         """Returns what became of a local folder's files (with --max-bytes some may be unread); None for the hub."""
-        return self._files
+        if not self.folder.is_dir():
+            return None
+        import datasets
+
+        with self._errors():
+            builder = datasets.load_dataset_builder(str(self.folder), self._config)
+        return _files_of_split(self.folder, (builder.config.data_files or {}).get(self._split))
 
 
 def _line_of(path: Path, status: os.stat_result) -> str:

@@ -16,7 +16,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from mlra_scale.config import Config, load_config
 from mlra_scale.data.indexed import SequenceRange, open_indexed
 from mlra_scale.data.mixture import Component
-from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.options import PrepareOptions
+from mlra_scale.data.prepare import prepare
 from mlra_scale.data.sources import SourceName
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]

@@ -12,7 +12,8 @@ from mlra_scale.data import DataError
 from mlra_scale.data.files import NotRead, file_counts
 from mlra_scale.data.manifest import FileSum, Manifest, content_fingerprint, manifest_text, read_manifest, summary
 from mlra_scale.data.mixture import Component
-from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.options import PrepareOptions
+from mlra_scale.data.prepare import prepare
 from mlra_scale.data.sources import SourceName
 
 SUM = "0123456789abcdef" * 4

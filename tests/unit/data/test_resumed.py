@@ -13,7 +13,8 @@ import pytest
 
 from mlra_scale.data import DataError, build, encode, readers
 from mlra_scale.data.mixture import Component
-from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.options import PrepareOptions
+from mlra_scale.data.prepare import prepare
 from mlra_scale.data.sources import SourceName
 from tests.unit.data.builders import WORDS, write_jsonl
 
@@ -38,12 +39,16 @@ def source(tmp_path: Path) -> Path:
     write_jsonl(folder / "b.jsonl.gz", texts[100:200])
     write_jsonl(folder / "c.jsonl", [])
     write_jsonl(folder / "d.jsonl", texts[200:])
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", texts[:40])
+    write_jsonl(tmp_path / "hub" / "test.jsonl", texts[:1])
     return folder
 
 
 def options_of(source: Path, output: Path, **changes: Any) -> PrepareOptions:
     values: dict[str, Any] = {"train_bpe": 280, "train_bpe_bytes": 3000, "validation_fraction": 0.2}
-    values |= {"components": [Component("", [SourceName(str(source)), SourceName("python-docs")])]}
+    names = (f"hf:{source.parent / 'hub'}", str(source), "python-docs")
+    values |= {"components": [Component("", list(map(SourceName, names)))]}
     return PrepareOptions(output, progress=False, **(values | {"max_bytes": 150_000} | changes))
 
 
@@ -103,7 +108,7 @@ def test_an_interrupted_preparation_continues(
     found = digests(out)
     assert (found.pop("mixture.yaml", None) is None) == (make is options_of)
     assert found == whole and not list(out.rglob("progress.json"))
-    assert sorted(os.listdir(tmp_path)) == ["in", "set", "whole"]
+    assert sorted(os.listdir(tmp_path)) == ["hub", "in", "set", "whole"]
 
 
 def test_without_a_commit_nothing_is_left(
@@ -113,7 +118,7 @@ def test_without_a_commit_nothing_is_left(
     stop(5)
     with pytest.raises(KeyboardInterrupt):
         prepare(options_of(source, tmp_path / "set"))
-    assert os.listdir(tmp_path) == ["in"]
+    assert sorted(os.listdir(tmp_path)) == ["hub", "in"]
 
 
 def test_an_error_says_what_is_kept(tmp_path: Path, source: Path, stop: Any) -> None:

@@ -221,10 +221,12 @@ ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("ending", ["json", "json.gz", "JSON.ZST"])
-@pytest.mark.parametrize("layout", ARRAYS)
+@pytest.mark.parametrize(
+    ("layout", "ending"),
+    [*((layout, "json") for layout in ARRAYS), ("one line", "json.gz"), ("many lines", "JSON.ZST")],
+)
 def test_json_that_is_not_in_lines(tmp_path: Path, layout: str, ending: str) -> None:
-    # Longer than several stretches, and one document longer than a stretch alone.
+    # Several portions, one of a single document.
     rows = [{"id": i, "body": text} for i, text in enumerate([*TEXTS, "\u00e4 \\" * 300_000, *TEXTS * 300])]
     path = tmp_path / f"a.{ending}"
     path.write_bytes(packed(path.name, ARRAYS[layout](rows).encode()))
@@ -242,11 +244,12 @@ def test_json_without_any_document(tmp_path: Path, content: str) -> None:
 
 BAD_JSON = {
     '[{"text": "a"},\n{"text": "b"} {"text": "c"}]': "line 2: not JSON \\(',' or '\\]' is missing",
-    '[{"text": "a"},\n\n]': "line 3: not JSON \\(Expecting value",
+    '[{"text": "a"},\n\n]': "line 3: not JSON \\(there is nothing behind ','",
     '[{"text": "a"},\n"b"]': "line 2: a JSON object is wanted, this is str",
     '[{"text": "a"},\n{"body": "b"}]': r"line 2: there is no field 'text' \(fields: body\)",
     '[{"text": "a"},\n{"text": "b", "text": "c"}]': "line 2: there are several fields 'text'",
-    '[{"text": "a"}\n': "line 2: not JSON \\(the array has no end",
+    '[{"text": "a"}\n': "line 2: not JSON \\(',' or '\\]' is missing",
+    '[{"text": "a"},\n': "line 2: not JSON \\(Expecting value",
     '[{"text": "a"}]\n[]': "line 2: not JSON \\(there is more behind the end of the array",
     '[{"text": "a"},\n{"text": "cut': "line 2: not JSON \\(Unterminated string",
     '{"text":\n"a\nb"}': "line 2: not JSON \\(Invalid control character",
