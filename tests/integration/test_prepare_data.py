@@ -334,6 +334,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, n
     assert read_manifest(out).documents == 100
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
     source, out = write_jsonl(tmp_path / "a.jsonl", [text * 20 for text in texts(3000)]), tmp_path / "set"
     # Each chunk is committed, not only those that a minute takes.

@@ -28,6 +28,9 @@ def test_it_is_megabytes_of_text_in_a_fixed_order(corpus: PythonCorpus) -> None:
     assert 0.9 < sum(portion.consumed for _, portion in corpus.portions()) / corpus.total_bytes < 1.01
     for text, other in zip(documents[:50], texts_of(PythonCorpus()), strict=False):
         assert text == other
+    places, portions = zip(*corpus.portions(), strict=True)
+    for index in (0, len(places) // 2, len(places) - 1):
+        assert [portion for _, portion in corpus.portions(places[index])] == [*portions[index + 1 :]]
     # A prefix is a fair sample: the first tenth has all three kinds.
     head = "\n".join(documents[: len(documents) // 10])
     assert "def " in head and "import " in head

@@ -70,7 +70,7 @@ def test_a_mixture_is_prepared_and_trains_as_written(tmp_path: Path, capsys: pyt
     )
     out = tmp_path / "mix"
     command = ["--output", str(out), "--mixture", str(tmp_path / "m.yaml"), "--train-bpe", "300", "--quiet"]
-    assert COMMAND.main([*command, "--validation-fraction", "0.1"]) == 0
+    assert COMMAND.main([*command, "--validation-fraction", "0.1", "--workers", "1"]) == 0
     assert f"--config {out / 'mixture.yaml'}" in capsys.readouterr().out
     web, code = (read_manifest(out / name) for name in ("web", "code"))
     assert (web.documents, code.documents) == (200, 100) and web.tokenizer.sha256 == code.tokenizer.sha256
