@@ -24,8 +24,8 @@ Encode = Callable[..., Iterator[encode.EncodedChunk]]
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many portions and chunks, each committed."""
-    monkeypatch.setattr(readers, "_PORTION_BYTES", 2000)
-    monkeypatch.setattr(encode, "_CHUNK_BYTES", 3000)
+    monkeypatch.setattr(readers, "_PORTION_BYTES", 1000)
+    monkeypatch.setattr(encode, "_CHUNK_BYTES", 1500)
     monkeypatch.setattr(build, "SECONDS_BETWEEN_COMMITS", 0.0)
     monkeypatch.setattr(logging.getLogger("mlra_scale"), "propagate", True)  # another test may have set it
 
