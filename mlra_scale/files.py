@@ -136,17 +136,18 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, busy: Exception) -> Iterator[Path]:
-    """Yields an empty hidden sibling, .NAME.partial, which becomes `target` at the end of the block.
+def new_folder(target: Path, busy: Exception, is_kept: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
+    """Yields a hidden sibling, .NAME.partial, which becomes `target` at the end of the block.
 
-    The sibling is locked while its builder lives: another process that builds the same folder gets the error `busy`. An
-    error in the block removes the sibling, with the parents that were made for it. A folder at `target` is replaced;
-    where an earlier builder was killed while it replaced one (.NAME.old), the old one is first put back.
+    The sibling is locked while its builder lives: another process that builds the same folder gets the error `busy`. It
+    is empty, but for what a killed builder left there of which `is_kept` says so. An error in the block removes the
+    sibling, with the parents that were made for it, unless `is_kept`. A folder at `target` is replaced; where an
+    earlier builder was killed while it replaced one (.NAME.old), the old one is first put back.
     """
     target = target.absolute()
     made_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    partial, old = partial_of(target), target.with_name(f".{target.name}.old")
     try:
         descriptor = _make_and_lock(partial)
     except BlockingIOError:
@@ -156,13 +157,15 @@ def new_folder(target: Path, busy: Exception) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         elif old.exists():
             os.rename(old, target)
-        for entry in partial.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if not is_kept(partial):
+            empty(partial)
         try:
             yield partial
             sync_tree(partial)
             put_in_place(partial, target, old)
         except BaseException:
+            if is_kept(partial):
+                raise
             shutil.rmtree(partial, ignore_errors=True)
             for parent in made_parents:
                 with contextlib.suppress(OSError):
@@ -171,6 +174,17 @@ def new_folder(target: Path, busy: Exception) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(descriptor)
+
+
+def partial_of(target: Path) -> Path:
+    """Returns the folder in which `new_folder` builds another one."""
+    return target.absolute().with_name(f".{target.name}.partial")
+
+
+def empty(folder: Path) -> None:
+    """Removes all that is in a folder."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _make_and_lock(folder: Path) -> int:

@@ -25,7 +25,6 @@ def _without_compiler() -> Iterator[None]:
 with _without_compiler():
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.datasets.helpers import build_sample_idx
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -35,8 +34,6 @@ with _without_compiler():
 
 __all__ = [
     "ColumnParallelLinear",
-    "DType",
-    "IndexedDatasetBuilder",
     "ModelParallelConfig",
     "RowParallelLinear",
     "VocabParallelEmbedding",

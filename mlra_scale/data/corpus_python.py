@@ -25,7 +25,9 @@ from typing import Any
 
 from mlra_scale.data import DataError
 from mlra_scale.data.files import BEYOND, NotRead, file_counts
-from mlra_scale.data.readers import Document
+from mlra_scale.data.manifest import sha256_of_lines
+from mlra_scale.data.readers import Texts
+from mlra_scale.data.tally import Place, Tally
 
 PYTHON_DOCS = "python-docs"
 """The name of this source."""
@@ -35,7 +37,10 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonCorpus:
-    """The embedded corpus, a Source. Documents are made when first read, and kept (10 MB) for the next pass."""
+    """The embedded corpus, a Source. A unit is a document: it is made when first read, and kept for the next pass.
+
+    All of it takes 10 MB of memory.
+    """
 
     name = PYTHON_DOCS
     kind = "embedded"
@@ -43,37 +48,42 @@ class PythonCorpus:
     def __init__(self) -> None:
         self.modules = _modules()
         self._texts = {f"topic {name}": text for name, text in _topics().items()}
-        num_bytes = sum(path.stat().st_size for path in self.modules.values()) + sum(map(len, self._texts.values()))
-        self.total_bytes: int | None = num_bytes
-        self._visited, self._broken = set[str](), list[str]()
+        sizes = {name: path.stat().st_size for name, path in self.modules.items()}
+        self.total_bytes: int | None = sum(sizes.values()) + sum(map(len, self._texts.values()))
+        self._broken = set[str]()
         names = [*self._texts, *(f"{kind} {name}" for name in self.modules for kind in ("docstrings", "source"))]
         self._names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+        self.state = sha256_of_lines([*self._names, *(f"{name} {size}" for name, size in sizes.items())])
 
-    def documents(self) -> Iterator[Document]:
+    def portions(self, after: Place | None = None) -> Iterator[tuple[Place, Texts]]:
         """Yields the documents in their fixed order."""
-        self._visited = set()
-        for name in self._names:
+        for unit in range(0 if after is None else after.unit + 1, len(self._names)):
+            name = self._names[unit]
+            text = self._text(name)
             kind, item = name.split(" ", 1)
-            if kind != "topic":
-                self._visited.add(item)
-            if name not in self._texts:
-                # Both at once: parsing is what costs.
-                parsed = module_texts(item, self.modules[item])
-                if parsed is None:
-                    self._broken.append(item)
-                english, code = parsed or ("", "")
-                self._texts |= {f"docstrings {item}": english, f"source {item}": code}
-            text = self._texts[name]
             size = len(text)
             if kind == "source":
                 size = self.modules[item].stat().st_size - len(self._texts[f"docstrings {item}"])
-            if text.strip():
-                yield Document(text, size)
+            yield Place(unit, 0), Texts([text], size) if text.strip() else Texts((), 0)
 
-    def files(self) -> dict[str, Any]:
-        """Returns what became of the modules in the last pass."""
-        beyond = [NotRead(name, BEYOND) for name in self.modules if name not in self._visited]
-        broken = [NotRead(name, "not Python source of this version") for name in self._broken]
+    def _text(self, name: str) -> str:
+        item = name.split(" ", 1)[1]
+        if name not in self._texts:
+            # Both at once: parsing is what costs.
+            parsed = module_texts(item, self.modules[item])
+            if parsed is None:
+                self._broken.add(item)
+            english, code = parsed or ("", "")
+            self._texts |= {f"docstrings {item}": english, f"source {item}": code}
+        return self._texts[name]
+
+    def files(self, tally: Tally) -> dict[str, Any]:
+        """Returns what became of the modules in a pass."""
+        visited = {name.split(" ", 1)[1] for name in self._names[: tally.units] if not name.startswith("topic ")}
+        for name in self._names[: tally.units]:  # an earlier process may have read the first ones
+            self._text(name)
+        beyond = [NotRead(name, BEYOND) for name in self.modules if name not in visited]
+        broken = [NotRead(name, "not Python source of this version") for name in sorted(self._broken & visited)]
         return file_counts(len(self.modules) - len(beyond) - len(broken), (), [*broken, *beyond])
 
 

@@ -24,7 +24,7 @@ from mlra_scale.data.blocks import CheckedFile, sha256_of_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _OLD_MAGIC = b"TNTIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
+INDEX_HEADER = struct.Struct("<9sQBQQ")
 WHOLE_BYTES = 64_000_000
 """A .bin file up to this size is checked as a whole at every start; of a larger one each block when it is read."""
 _AT_ONCE = 1 << 20
@@ -122,6 +122,12 @@ class SequenceRange:
         return max(0, self.num_tokens - 1) // sequence_length
 
 
+def index_header(dtype: np.dtype, num_documents: int) -> bytes:
+    """Returns the beginning of the .idx file of a data set with one sequence per document."""
+    code = next(code for code, kind in _DTYPES.items() if kind == dtype)
+    return INDEX_HEADER.pack(_MAGIC, 1, code, num_documents, num_documents + 1)
+
+
 def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
     """Opens PREFIX.bin and PREFIX.idx and checks that they are whole and belong together.
 
@@ -135,7 +141,7 @@ def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
     try:
         size, bin_bytes = os.path.getsize(index_path), os.path.getsize(prefix + ".bin")
         with open(index_path, "rb") as stream:
-            head = stream.read(_HEADER.size)
+            head = stream.read(INDEX_HEADER.size)
         buffer = np.memmap(index_path, mode="r") if size else np.empty(0, dtype=np.uint8)
     except OSError as error:
         raise DataError(f"{index_path} cannot be read: {error.strerror}") from error
@@ -143,19 +149,19 @@ def open_indexed(prefix: str, table: Path | None = None) -> IndexedFiles:
         raise DataError(f"{index_path} is of Megatron's old 'lazy' or 'cached' kind; write it again with the mmap kind")
     if not head.startswith(_MAGIC):
         raise DataError(f"{index_path} is not a Megatron index (it does not start with MMIDIDX)")
-    if len(head) < _HEADER.size:
+    if len(head) < INDEX_HEADER.size:
         raise DataError(f"{index_path} is truncated: {size} bytes are less than its header")
-    _, version, code, num_sequences, num_borders = _HEADER.unpack(head)
+    _, version, code, num_sequences, num_borders = INDEX_HEADER.unpack(head)
     if version != 1:
         raise DataError(f"{index_path} has version {version} of Megatron's index; only version 1 is known")
     if code not in _DTYPES:
         raise DataError(f"{index_path} has token type code {code}; integer tokens have {sorted(_DTYPES)}")
     dtype = np.dtype(_DTYPES[code])
-    if size < _HEADER.size + 12 * num_sequences + 8 * num_borders:
+    if size < INDEX_HEADER.size + 12 * num_sequences + 8 * num_borders:
         raise DataError(f"{index_path} is truncated: it announces {num_sequences} sequences but has only {size} bytes")
-    lengths_end = _HEADER.size + 4 * num_sequences
+    lengths_end = INDEX_HEADER.size + 4 * num_sequences
     pointers_end = lengths_end + 8 * num_sequences
-    lengths = buffer[_HEADER.size : lengths_end].view(np.int32)
+    lengths = buffer[INDEX_HEADER.size : lengths_end].view(np.int32)
     pointers = buffer[lengths_end:pointers_end].view(np.int64)
     borders = buffer[pointers_end : pointers_end + 8 * num_borders].view(np.int64)
     _check_borders(index_path, borders, num_sequences)

@@ -1,199 +1,133 @@
 """Text to a prepared data set: a folder with Megatron indexed data sets, the tokenizer and a manifest.
 
 The folder's bytes are a function of the documents, the tokenizer and the options alone: not of the number of workers,
-of time or of the path.
+of time, of the path, or of interruptions. A mixture is a folder of such folders with one tokenizer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import platform
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
-from mlra_scale import __version__
-from mlra_scale.config.json_text import printable
 from mlra_scale.data import DataError
-from mlra_scale.data.encode import EncodedChunk, encode_in_order
-from mlra_scale.data.folder import tokenizer_names
-from mlra_scale.data.manifest import (
-    FORMAT,
-    MANIFEST_NAME,
-    SPLITS,
-    TOKENIZER_FOLDER,
-    VERSION,
-    FileSum,
-    Manifest,
-    content_fingerprint,
-    manifest_text,
-    read_manifest,
-)
-from mlra_scale.data.readers import Document
+from mlra_scale.data.build import build_data_set, versions
+from mlra_scale.data.corpus import Corpus
+from mlra_scale.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, VERSION, Manifest, read_manifest
+from mlra_scale.data.mixture import MIXTURE_NAME, mixture_text
+from mlra_scale.data.options import PrepareOptions
 from mlra_scale.data.sources import Source, open_sources
-from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, tokenizer_sha256, train_bpe
-from mlra_scale.files import new_folder
+from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_sha256, train_bpe, trained_bpe
+from mlra_scale.data.unfinished import identity_of, read_progress, remove_progress
+from mlra_scale.files import empty, new_folder, partial_of, sync_tree
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from mlra_scale.data.writer import SplitWriter
-
-_ROUND_TRIP_DOCUMENTS = 64
-_ROUND_TRIP_CHARACTERS = 10_000
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What to prepare; `tools/prepare_data.py --help` describes the fields that are its flags.
-
-    Attributes:
-        output: Folder to make.
-        tokenizer: See load_tokenizer; empty: train a BPE of `train_bpe` tokens.
-        train_bpe_bytes: The BPE is trained on this many bytes of training text from the beginning of the corpus.
-        max_bytes: Stop after the document with which this many bytes of text are reached; None: read all.
-        validation_fraction: Expected share of documents in the validation split.
-    """
-
-    output: Path
-    sources: Sequence[str]
-    tokenizer: Sequence[str] = ()
-    train_bpe: int | None = None
-    train_bpe_bytes: int = 100_000_000
-    end_of_document: str | None = None
-    field: str = "text"
-    hf_split: str = "train"
-    hf_config: str | None = None
-    max_bytes: int | None = None
-    validation_fraction: float = 0.01
-    seed: int = 0
-    workers: int = 1
-    overwrite: bool = False
-    progress: bool = True
-
-
-class Corpus:
-    """The non-empty documents of all sources, with the split of each."""
-
-    def __init__(self, sources: Sequence[Source], options: PrepareOptions) -> None:
-        self._sources = sources
-        self._options = options
-        self.num_documents = [0] * len(sources)
-        self.num_empty = [0] * len(sources)
-
-    def is_validation(self, index: int) -> bool:
-        """Returns whether a document is in the validation split: a hash of (seed, index) against the fraction."""
-        digest = hashlib.blake2b(f"{self._options.seed} {index}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self._options.validation_fraction * 2.0**64
-
-    def documents(self) -> Iterator[Document]:
-        """Yields the documents; the position in this sequence is the document's index. Counts anew every time.
-
-        Raises:
-            DataError: There is none.
-        """
-        self.num_documents = [0] * len(self._sources)
-        self.num_empty = [0] * len(self._sources)
-        num_bytes = 0
-        for number, source in enumerate(self._sources):
-            for document in source.documents():
-                if not document.text.strip():
-                    self.num_empty[number] += 1
-                    continue
-                yield document
-                self.num_documents[number] += 1
-                num_bytes += document.num_bytes
-                if self._options.max_bytes is not None and num_bytes >= self._options.max_bytes:
-                    return
-        if not num_bytes:
-            names = ", ".join(self._options.sources)
-            raise DataError(f"the corpus is empty: no document with any text in {names}")
-
-    def training_texts(self, max_bytes: int) -> Iterator[Document]:
-        """Yields documents of the training split until they have `max_bytes` characters, to train a tokenizer on."""
-        size = 0
-        for index, document in enumerate(self.documents()):
-            if self.is_validation(index):
-                continue
-            yield document
-            size += len(document.text)
-            if size >= max_bytes:
-                return
-
-    def entries(self) -> list[dict[str, Any]]:
-        """Returns the manifest's entries of the sources after a pass."""
-        entries = []
-        for source, documents, empty in zip(self._sources, self.num_documents, self.num_empty, strict=True):
-            entry: dict[str, Any] = {"name": printable(source.name), "kind": source.kind}
-            entry |= {"documents": documents, "empty_documents": empty}
-            files = source.files()
-            entries.append(entry if files is None else entry | {"files": files})
-        return entries
-
-    def progress_bar(self, title: str) -> tqdm:
-        """Returns a progress bar over bytes of text up to the cap, else over the bytes of the sources' files."""
-        total, totals = self._options.max_bytes, [source.total_bytes for source in self._sources]
-        if total is None and None not in totals:
-            total = sum(filter(None, totals))
-        # In a log file a line every 15 seconds is enough.
-        interval, is_off = 0.2 if sys.stderr.isatty() else 15.0, not self._options.progress
-        return tqdm(
-            total=total, desc=title, unit="B", unit_scale=True, disable=is_off, mininterval=interval, dynamic_ncols=True
-        )
-
-    def progress_of(self, text_bytes: int, consumed: int) -> int:
-        """Returns how far a text, or the bytes of files that it stands for, moves the progress bar on."""
-        return consumed if self._options.max_bytes is None else text_bytes
-
-
-def prepare(options: PrepareOptions) -> Manifest:
-    """Makes the data set.
+def prepare(options: PrepareOptions) -> list[Manifest]:
+    """Makes the data sets, or what an interrupted preparation with the same options left to do.
 
     Returns:
-        The manifest of the finished folder.
+        The manifests of the finished folders, in the order of the components.
 
     Raises:
-        DataError: A source, the tokenizer or the output cannot be used; nothing is left behind.
+        DataError: A source, the tokenizer or the output cannot be used. Nothing is left behind, or what is done so far
+            if that is much; the message says so.
     """
     if not 0.0 < options.validation_fraction < 1.0:
         raise DataError(f"--validation-fraction {options.validation_fraction} is not between 0 and 1")
     check_free(options.output, options.overwrite)
-    sources = open_sources(options.sources, options.field, options.hf_split, options.hf_config)
-    corpus = Corpus(sources, options)
+    named = [source for component in options.components for source in component.sources]
+    sources = open_sources(named)
+    identity = _identity(options, sources)
+    is_kept = partial(_is_kept, options, identity)
     try:
-        with output_folder(options.output, options.overwrite) as folder:
-            tokenizer = _tokenizer(corpus, options)
-            save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
-            checksum = tokenizer_sha256(tokenizer.tokenizer)
-            _check_saved(folder / TOKENIZER_FOLDER, checksum)
-            content = _write_splits(folder, corpus, tokenizer, checksum, options)
-            content["sources"] = corpus.entries()
-            content["files"] |= {name: FileSum.of(folder / name).model_dump() for name in tokenizer_names(folder)}
-            (folder / MANIFEST_NAME).write_text(manifest_text(content), encoding="utf-8")
+        with output_folder(options.output, options.overwrite, is_kept) as folder:
+            try:
+                _build(folder, _corpora(options, sources), options, identity)
+            except (DataError, OSError) as error:
+                if is_kept(folder):
+                    reason = _cannot_be_written(error, options.output) if isinstance(error, OSError) else error
+                    raise DataError(f"{reason}; {note_of_kept(options.output)}") from error
+                raise
     except OSError as error:
-        raise DataError(f"{error.filename or options.output} cannot be written: {error.strerror}") from error
-    return read_manifest(options.output)
+        raise _cannot_be_written(error, options.output) from error
+    return [read_manifest(options.output / component.name) for component in options.components]
+
+
+def _cannot_be_written(error: OSError, output: Path) -> DataError:
+    return DataError(f"{error.filename or output} cannot be written: {error.strerror}")
+
+
+def note_of_kept(output: Path) -> str:
+    """Returns what is to be said after an interruption of what is left behind."""
+    kept = partial_of(output)
+    if not kept.is_dir():
+        return "nothing was left behind"
+    return f"what is done so far is kept in {kept}: the same command continues there"
+
+
+def _corpora(options: PrepareOptions, sources: Sequence[Source]) -> list[Corpus]:
+    """Returns the corpus of every component; `sources` are theirs, in order."""
+    left = iter(sources)
+    return [Corpus(list(islice(left, len(component.sources))), options) for component in options.components]
+
+
+def _build(folder: Path, corpora: Sequence[Corpus], options: PrepareOptions, identity: str) -> None:
+    folders = [folder / component.name for component in options.components]
+    tokenizer = _tokenizer(corpora, options, folders[0])
+    checksum = tokenizer_sha256(tokenizer.tokenizer)
+    if any(progress.tokenizer != checksum for progress in map(read_progress, folders) if progress is not None):
+        _logger.warning("the tokenizer is another one than that of the interrupted preparation; starting over")
+        empty(folder)
+    for each, corpus in zip(folders, corpora, strict=True):
+        build_data_set(each, corpus, tokenizer, options, identity)
+    if options.is_mixture:
+        text = mixture_text(options.output, options.components, tokenizer.vocabulary_size)
+        (folder / MIXTURE_NAME).write_text(text, encoding="utf-8")
+    sync_tree(folder)  # it takes long for much data, and a kill meanwhile shall lose none of them
+    for each in folders:
+        remove_progress(each)
+
+
+def _identity(options: PrepareOptions, sources: Sequence[Source]) -> str:
+    """Returns a hash of all that decides the bytes of the data, but for the content of the files that are named."""
+    settings = asdict(options)
+    for name in ("output", "workers", "overwrite", "progress"):
+        del settings[name]
+    return identity_of([VERSION, versions(), settings, [source.state for source in sources]])
+
+
+def _is_kept(options: PrepareOptions, identity: str, folder: Path) -> bool:
+    """Returns whether an unfinished folder is continued."""
+    found = [read_progress(folder / component.name) for component in options.components]
+    begun = [progress.identity for progress in found if progress is not None]
+    if set(begun) - {identity}:
+        _logger.warning(
+            "%s was begun with other options, inputs or versions of libraries; starting over", options.output
+        )
+        return False
+    return bool(begun)
 
 
 @contextlib.contextmanager
-def output_folder(final: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields an empty temporary folder, which becomes `final` at the end and is removed after an error.
+def output_folder(
+    final: Path, overwrite: bool, is_kept: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `final` at the end; see `new_folder`.
 
     Raises:
         DataError: `final` exists and may not be replaced, or another run is building it.
     """
     final = final.absolute()
     check_free(final, overwrite)
-    with new_folder(final, busy=DataError(f"another run is building {final.name} right now")) as partial:
+    busy = DataError(f"another run is building {final.name} right now")
+    with new_folder(final, busy, is_kept) as partial:
         check_free(final, overwrite)  # another run may have made it meanwhile
         yield partial
 
@@ -204,126 +138,27 @@ def check_free(final: Path, overwrite: bool) -> None:
         return
     if not final.is_dir():
         raise DataError(f"{final} exists and is not a folder; choose another --output")
-    if (final / MANIFEST_NAME).is_file():
+    if (final / MANIFEST_NAME).is_file() or (final / MIXTURE_NAME).is_file():
         if not overwrite:
             raise DataError(f"{final} holds a finished data set; give --overwrite to replace it")
     elif any(final.iterdir()):
         raise DataError(f"{final} exists and was not made by this tool (no {MANIFEST_NAME}); choose another --output")
 
 
-def _tokenizer(corpus: Corpus, options: PrepareOptions) -> LoadedTokenizer:
+def _tokenizer(corpora: Sequence[Corpus], options: PrepareOptions, folder: Path) -> LoadedTokenizer:
+    """Loads or trains the tokenizer; `folder` is that of the first data set, which may have it from before."""
     if options.train_bpe is None:
         return load_tokenizer(options.tokenizer, options.end_of_document)
+    if read_progress(folder) is not None:
+        return trained_bpe(folder / TOKENIZER_FOLDER, options.train_bpe)
+    whole = sum(component.weight for component in options.components)
 
     def texts() -> Iterator[str]:
-        for document in corpus.training_texts(options.train_bpe_bytes):
-            bar.update(corpus.progress_of(len(document.text), document.consumed))
-            yield document.text
+        for component, corpus in zip(options.components, corpora, strict=True):
+            share = math.ceil(options.train_bpe_bytes * component.weight / whole)
+            with corpus.progress_bar("reading for the BPE") as bar:
+                for text, moves in corpus.training_texts(share):
+                    bar.update(moves)
+                    yield text
 
-    with corpus.progress_bar("reading for the BPE") as bar:
-        return train_bpe(texts(), options.train_bpe)
-
-
-def _check_saved(folder: Path, checksum: str) -> None:
-    """Raises DataError unless the tokenizer beside the data is the one that makes the tokens."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file() or tokenizer_sha256(Tokenizer.from_file(str(path))) != checksum:
-        raise DataError("this tokenizer does not survive being saved as tokenizer.json; convert it first")
-
-
-def _write_splits(
-    folder: Path, corpus: Corpus, tokenizer: LoadedTokenizer, checksum: str, options: PrepareOptions
-) -> dict[str, Any]:
-    """Tokenizes the corpus into the folder and returns the manifest's content (without the sources)."""
-    with warnings.catch_warnings():  # Megatron's import warns of what matters for training only
-        warnings.simplefilter("ignore")
-        from mlra_scale.data.writer import SplitWriter, token_dtype
-
-    end, dtype = tokenizer.end_of_document_token, token_dtype(tokenizer.vocabulary_size)
-    writers: dict[str, SplitWriter] = {split: SplitWriter(folder / split, dtype) for split in SPLITS}
-    documents = corpus.documents()
-    first_documents = list(islice(documents, _ROUND_TRIP_DOCUMENTS))
-    is_exact = all(_survives_round_trip(tokenizer.tokenizer, document.text) for document in first_documents)
-    text_bytes, without_tokens, num_tokens = 0, 0, 0
-    try:
-        with corpus.progress_bar("tokenizing") as bar:
-            everything = chain(first_documents, documents)
-            for chunk in encode_in_order(everything, tokenizer.tokenizer.to_str(), end, dtype.name, options.workers):
-                text_bytes += chunk.text_bytes
-                without_tokens += int(np.count_nonzero(chunk.lengths == 1))
-                num_tokens += len(chunk.tokens)
-                _write_chunk(chunk, corpus, writers)
-                rate = num_tokens / max(1e-9, bar.format_dict["elapsed"])
-                bar.set_postfix_str(f"{num_tokens / 1e6:.1f} M tokens, {rate / 1e3:.0f} k tokens/s", refresh=False)
-                bar.update(corpus.progress_of(chunk.text_bytes, chunk.consumed))
-        _check_splits(writers, options)
-        sums = {name: entry for writer in writers.values() for name, entry in writer.finish().items()}
-    finally:
-        for writer in writers.values():
-            writer.close()
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": content_fingerprint(sums, checksum, end),
-        "documents": sum(writer.documents for writer in writers.values()),
-        "tokens": sum(writer.tokens for writer in writers.values()),
-        "text_bytes": text_bytes,
-        "empty_documents_left_out": sum(corpus.num_empty),
-        "documents_without_tokens": without_tokens,
-        "dtype": dtype.name,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "name": tokenizer.name,
-            "folder": TOKENIZER_FOLDER,
-            "sha256": checksum,
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "end_of_document_token": end,
-            "end_of_document_text": tokenizer.end_of_document,
-            "round_trip_is_exact": is_exact,
-        },
-        "splits": {name: {"documents": w.documents, "tokens": w.tokens} for name, w in writers.items()},
-        "split_rule": {
-            "rule": "validation if blake2b('SEED INDEX', 8 bytes) < validation_fraction * 2^64",
-            "seed": options.seed,
-            "validation_fraction": options.validation_fraction,
-        },
-        "max_bytes": options.max_bytes,
-        "files": {name: entry.model_dump() for name, entry in sums.items()},
-        "made_with": _versions(),
-    }
-
-
-def _survives_round_trip(tokenizer: Tokenizer, text: str) -> bool:
-    """Returns whether decoding the tokens of a text, or of its beginning, gives back the text."""
-    text = text[:_ROUND_TRIP_CHARACTERS]
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        return bool(tokenizer.decode(ids, skip_special_tokens=False) == text)
-    except Exception:  # the Rust library raises plain Exception; the encoder refuses such a text
-        return False
-
-
-def _write_chunk(chunk: EncodedChunk, corpus: Corpus, writers: dict[str, SplitWriter]) -> None:
-    train, validation = (writers[split] for split in SPLITS)
-    first = train.documents + validation.documents
-    for offset, document in enumerate(np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1])):
-        (validation if corpus.is_validation(first + offset) else train).add(document)
-
-
-def _check_splits(writers: dict[str, SplitWriter], options: PrepareOptions) -> None:
-    for split, writer in writers.items():
-        if not writer.documents:
-            num_documents = sum(writer.documents for writer in writers.values())
-            raise DataError(
-                f"none of the {num_documents} documents falls into the {split} split "
-                f"(--validation-fraction {options.validation_fraction}, --seed {options.seed}); "
-                "change one of the two, or give more documents (a .txt file is one document)"
-            )
-
-
-def _versions() -> dict[str, str]:
-    names = ("tokenizers", "transformers", "datasets", "pyarrow", "megatron-core", "numpy")
-    versions = {"mlra-scale": __version__, "python": platform.python_version()}
-    return versions | {name: importlib.metadata.version(name) for name in names}
+    return train_bpe(texts(), options.train_bpe)

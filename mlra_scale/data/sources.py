@@ -6,55 +6,84 @@ silently.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlra_scale.config.json_text import printable
 from mlra_scale.data import DataError
 from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
 from mlra_scale.data.files import BEYOND, NotRead, file_counts, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
-from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
+from mlra_scale.data.manifest import sha256_of_lines
+from mlra_scale.data.readers import Portion, Texts, checked_text, missing_field, portions_of_file
+from mlra_scale.data.tally import Place, Tally
 
 HUGGING_FACE = "hf:"
+_ROWS = 256
+"""Rows of a Hugging Face data set in a portion."""
+
+
+@dataclass(frozen=True)
+class SourceName:
+    """A source as the user names it.
+
+    Attributes:
+        name: "python-docs", "hf:NAME", or a file, folder or glob.
+        field: Field or column that holds the text (JSON, .parquet, Hugging Face).
+        split: Split of a Hugging Face data set, such as "train" or "train[:10%]".
+        config: Configuration of a Hugging Face data set.
+    """
+
+    name: str
+    field: str = "text"
+    split: str = "train"
+    config: str | None = None
 
 
 class Source(Protocol):
-    """A stream of documents; `total_bytes` is the sum of their `consumed`, None if it is not known before."""
+    """A stream of documents in portions; `total_bytes` is the sum of their `consumed`, None if it is not known before.
+
+    `state` is a hash that tells whether the source is what it was, as far as that can be seen without reading it.
+    """
 
     name: str
     kind: str
     total_bytes: int | None
+    state: str
 
-    def documents(self) -> Iterator[Document]:
-        """Yields the documents from the beginning, in the same order every time."""
+    def portions(self, after: Place | None = None) -> Iterator[tuple[Place, Portion]]:
+        """Yields the portions from the beginning, or after a place, the same every time; at least one of each unit."""
 
-    def files(self) -> dict[str, Any] | None:
-        """Returns the `file_counts` of the last pass; None if the source does not know its files."""
+    def files(self, tally: Tally) -> dict[str, Any] | None:
+        """Returns the `file_counts` of a pass; None if the source does not know its files."""
 
 
-def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str | None) -> list[Source]:
+def open_sources(names: Sequence[SourceName]) -> list[Source]:
     """Finds out what the named sources are.
-
-    Args:
-        names: "python-docs", "hf:NAME", or files, folders and globs.
-        field: Field or column that holds the text (JSON lines, .parquet, Hugging Face).
-        hf_split: Split of Hugging Face data sets, such as "train" or "train[:10%]".
-        hf_config: Configuration of Hugging Face data sets.
 
     Raises:
         DataError: A name stands for nothing, or one file is named twice.
     """
-    if len({name.rstrip("/") for name in names}) < len(names):
+    # Several configurations and splits of one data set of the hub are different sources.
+    keys = [
+        (named.name.rstrip("/"), *((named.split, named.config) if named.name.startswith(HUGGING_FACE) else ()))
+        for named in names
+    ]
+    if len(set(keys)) < len(names):
         raise DataError("a source is named twice")
     sources: list[Source] = []
-    for name in names:
-        if name == PYTHON_DOCS:
+    for named in names:
+        if named.name == PYTHON_DOCS:
             sources.append(PythonCorpus())
-        elif name.startswith(HUGGING_FACE):
-            sources.append(HuggingFace(name, field, hf_split, hf_config))
+        elif named.name.startswith(HUGGING_FACE):
+            sources.append(HuggingFace(named))
         else:
-            sources.append(LocalFiles(name, field))
+            sources.append(LocalFiles(named))
     folders = {source: source.folder.resolve() for source in sources if isinstance(source, HuggingFace)}
     owner: dict[tuple[int, int], str] = {}
     for local in (source for source in sources if isinstance(source, LocalFiles)):
@@ -66,56 +95,72 @@ def open_sources(names: Sequence[str], field: str, hf_split: str, hf_config: str
     return sources
 
 
+def texts_of(source: Source) -> Iterator[str]:
+    """Yields the texts of all documents of a source."""
+    for _, portion in source.portions():
+        yield from portion.texts()
+
+
 class LocalFiles:
-    """Documents of local files of mixed kinds: what a path, folder or glob matches."""
+    """Documents of local files of mixed kinds: what a path, folder or glob matches. A unit is a file."""
 
     kind = "files"
 
-    def __init__(self, name: str, field: str) -> None:
-        self.name, self._field = name, field
-        self.paths, self.not_read = find_files(name)
-        self._num_read, self._without_documents = 0, list[str]()
+    def __init__(self, named: SourceName) -> None:
+        self.name, self._field = named.name, named.field
+        self.paths, self.not_read = find_files(named.name)
         try:
-            self.total_bytes: int | None = sum(file.stat().st_size for file in self.paths)
+            stats = [path.stat() for path in self.paths]
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        self.total_bytes: int | None = sum(stat.st_size for stat in stats)
+        self.state = sha256_of_lines(map(_line_of, self.paths, stats))
 
-    def documents(self) -> Iterator[Document]:
-        """Yields the documents file by file."""
-        self._num_read, self._without_documents = 0, []
-        for path in self.paths:
-            self._num_read += 1
-            document = None
-            for document in documents_of_file(path, self._field):
-                yield document
-            if document is None:
-                self._without_documents.append(str(path))
+    def portions(self, after: Place | None = None) -> Iterator[tuple[Place, Portion]]:
+        """Yields the portions file by file; files before `after` are not opened."""
+        first = Place(0, 0) if after is None else Place(after.unit, after.portion + 1)
+        for unit in range(first.unit, len(self.paths)):
+            number = -1
+            for number, portion in enumerate(portions_of_file(self.paths[unit], self._field)):
+                if unit > first.unit or number >= first.portion:
+                    yield Place(unit, number), portion
+            if number < 0:  # an empty file
+                yield Place(unit, 0), Texts((), 0)
 
-    def files(self) -> dict[str, Any]:
-        """Returns what became of the files in the last pass."""
-        beyond = (NotRead(str(path), BEYOND) for path in self.paths[self._num_read :])
-        return file_counts(self._num_read, self._without_documents, [*self.not_read, *beyond])
+    def files(self, tally: Tally) -> dict[str, Any]:
+        """Returns what became of the files in a pass."""
+        beyond = (NotRead(str(path), BEYOND) for path in self.paths[tally.units :])
+        without = [str(self.paths[unit]) for unit in tally.without_documents]
+        return file_counts(tally.units, without, [*self.not_read, *beyond])
 
 
 class HuggingFace:
-    """A data set of the Hugging Face hub (or a local folder in its format, "hf:FOLDER"), streamed."""
+    """A data set of the Hugging Face hub (or a local folder in its format, "hf:FOLDER"), streamed. It is one unit."""
 
     kind = "hugging-face"
 
-    def __init__(self, spec: str, field: str, split: str, config: str | None) -> None:
-        self.spec, self.folder = spec, Path(spec.removeprefix(HUGGING_FACE))
-        self.name = f"{spec} (config {config}, split {split})" if config else f"{spec} (split {split})"
+    def __init__(self, named: SourceName) -> None:
+        self.spec, self.folder = named.name, Path(named.name.removeprefix(HUGGING_FACE))
+        self._field, self._split, self._config = named.field, named.split, named.config
+        config = f"config {named.config}, " if named.config else ""
+        self.name = f"{self.spec} ({config}split {named.split})"
         self.total_bytes: int | None = None
-        self._field, self._split, self._config = field, split, config
-        self._files: dict[str, Any] | None = None
+        files = _visible_files(self.folder)
+        self.state = sha256_of_lines([self.name, *(_line_of(path, path.stat()) for path in files)])
 
-    def documents(self) -> Iterator[Document]:
-        """Yields the documents in the order of the data set."""
-        for row, example in enumerate(self._examples(), 1):
-            if self._field not in example:
-                raise DataError(missing_field(f"{self.name}, row {row}", self._field, example))
-            text = checked_text(example[self._field], f"{self.name}, row {row}", self._field)
-            yield Document(text, len(text))
+    def portions(self, after: Place | None = None) -> Iterator[tuple[Place, Portion]]:
+        """Yields the portions in the order of the data set."""
+        first = 0 if after is None else after.portion + 1
+        examples = islice(enumerate(self._examples(), 1), first * _ROWS, None)
+        while texts := [self._text_of(row, example) for row, example in islice(examples, _ROWS)]:
+            yield Place(0, first), Texts(texts, sum(map(len, texts)))
+            first += 1
+
+    def _text_of(self, row: int, example: dict[str, Any]) -> str:
+        where = f"{self.name}, row {row}"
+        if self._field not in example:
+            raise DataError(missing_field(where, self._field, example))
+        return checked_text(example[self._field], where, self._field)
 
     def _examples(self) -> Iterator[dict[str, Any]]:
         import datasets
@@ -126,22 +171,44 @@ class HuggingFace:
                 "and name its folder or files as the source"
             )
         path = self.spec.removeprefix(HUGGING_FACE)
-        # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
-        # this data set cannot be read. Errors of our consumer do not pass through here.
-        try:
-            if self.folder.is_dir():
-                builder = datasets.load_dataset_builder(path, self._config)
-                self._files = _files_of_split(self.folder, (builder.config.data_files or {}).get(self._split))
+        with self._errors():
             stream = iter(datasets.load_dataset(path, self._config, split=self._split, streaming=True))
             while (example := next(stream, None)) is not None:
                 yield example
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
+        # this data set cannot be read. Errors of whoever reads the examples do not pass through here.
+        try:
+            yield
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"Hugging Face data set {self.name} cannot be read: {reason}") from error
 
-    def files(self) -> dict[str, Any] | None:
+    def files(self, tally: Tally) -> dict[str, Any] | None:
         """Returns what became of a local folder's files (with --max-bytes some may be unread); None for the hub."""
-        return self._files
+        if not self.folder.is_dir():
+            return None
+        import datasets
+
+        with self._errors():
+            builder = datasets.load_dataset_builder(str(self.folder), self._config)
+        return _files_of_split(self.folder, (builder.config.data_files or {}).get(self._split))
+
+
+def _line_of(path: Path, status: os.stat_result) -> str:
+    """Returns what changes when a file is written: its name, size and time."""
+    return f"{printable(str(path))} {status.st_size} {status.st_mtime_ns}"
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Returns the files below a folder but for hidden ones, in order; none for what is no folder."""
+    return [
+        path
+        for path in sorted(folder.rglob("*") if folder.is_dir() else ())
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def _files_of_split(folder: Path, split: Sequence[str] | None) -> dict[str, Any] | None:
@@ -150,11 +217,7 @@ def _files_of_split(folder: Path, split: Sequence[str] | None) -> dict[str, Any]
         return None
     # A file in an archive is written file://INSIDE::ARCHIVE.
     taken = {Path(str(name).split("::")[-1]).resolve() for name in split}
-    present = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    present = _visible_files(folder)
     reason = "not in this split as the datasets library sees the folder"
     not_read = [NotRead(str(path), reason) for path in present if path.resolve() not in taken]
     return file_counts(len(present) - len(not_read), (), not_read)

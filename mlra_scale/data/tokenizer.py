@@ -140,6 +140,19 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int) -> LoadedTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _trained(tokenizer, vocabulary_size)
+
+
+def trained_bpe(folder: Path, vocabulary_size: int) -> LoadedTokenizer:
+    """Reads back what `train_bpe` made and `save_tokenizer` saved.
+
+    Raises:
+        DataError: It is not there.
+    """
+    return _trained(_from_json(folder / "tokenizer.json"), vocabulary_size)
+
+
+def _trained(tokenizer: Tokenizer, vocabulary_size: int) -> LoadedTokenizer:
     tokenizer.encode_special_tokens = True
     return LoadedTokenizer(tokenizer, "trained-bpe", f"byte-level BPE, {vocabulary_size}", END_OF_TEXT)
 

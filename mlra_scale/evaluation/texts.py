@@ -19,8 +19,8 @@ from mlra_scale.data.files import describe, kind_of
 from mlra_scale.data.folder import check_contents, notices_of, open_prepared
 from mlra_scale.data.indexed import IndexedFiles
 from mlra_scale.data.manifest import SPLITS
-from mlra_scale.data.readers import characters, documents_of_file
-from mlra_scale.data.sources import LocalFiles, open_sources
+from mlra_scale.data.readers import characters, texts_of_file
+from mlra_scale.data.sources import LocalFiles, SourceName, open_sources, texts_of
 from mlra_scale.data.tokenizer import LoadedTokenizer, tokenizer_sha256
 from mlra_scale.evaluation.perplexity import Document, Piece
 
@@ -96,15 +96,15 @@ def documents_of_sources(
     Raises:
         DataError: A source cannot be read.
     """
-    for source in open_sources(names, field, split, config_name):
+    for source in open_sources([SourceName(name, field, split, config_name) for name in names]):
         if not isinstance(source, LocalFiles):
-            yield from _whole((document.text for document in source.documents()), encoder)
+            yield from _whole(texts_of(source), encoder)
             continue
         if source.not_read:
             note(f"{source.name}: {describe(source.not_read)}")
         for file in source.paths:
             if kind_of(file) != ".txt":
-                yield from _whole((row.text for row in documents_of_file(file, field)), encoder)
+                yield from _whole(texts_of_file(file, field), encoder)
             elif not encoder.is_full:
                 yield _pieces(characters(file, _PIECE_BYTES), encoder)
 

@@ -180,7 +180,7 @@ TOOLS = (
         prepared,
         Trigger("open w *train.bin"),
         Trigger("call mlra_scale/data/encode.py *", 20),
-        Trigger("open w *validation.idx"),
+        Trigger("open w *validation.blocks"),
         Trigger("open w *manifest.json*"),
         Trigger("call mlra_scale/files.py sync", 4),
         Trigger("rename *.partial *"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkpoint, optimizers, render, scaling, step_time
+from benchmarks import checkpoint, optimizers, preparation, render, scaling, step_time
 from benchmarks.contenders import PlainGPT2, Shape, Step, TransformersGPT2, config_of, step_of_module
 from benchmarks.harness import Report, Table, ratios, rotated, text_of
 from benchmarks.tensor_memory import start
@@ -41,7 +41,9 @@ def spreads_of(report: dict[str, Any]) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("benchmark", [checkpoint, optimizers, scaling, step_time], ids=lambda it: it.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [checkpoint, optimizers, preparation, scaling, step_time], ids=lambda it: it.__name__
+)
 def test_benchmarks_refuse_at_once(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [(["--rounds", "1"], "--rounds 1: a spread needs at least 2")]
     if benchmark is step_time:
@@ -195,6 +197,15 @@ def test_checkpoint_runs_and_leaves_nothing(tmp_path: Path) -> None:
     text, report = run_quick("checkpoint", tmp_path / "report.json", "--device", "cpu", "--folder", str(disk))
     assert report["numbers"]["bytes"] > 0 and len(spreads_of(report)) == 4 and report["environment"]["disk"] in text
     assert list(disk.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_preparation_gives_the_tokens_of_the_bare_tokenizer(tmp_path: Path) -> None:
+    _, report = run_quick("preparation", tmp_path / "report.json")
+    assert [len(table["rows"]) for table in report["tables"]] == [4, 4, 1]
+    assert len(spreads_of(report)) == 5 and all(ratio["min"] > 0.0 for ratio in spreads_of(report))
+    tokens = {each["tokens"] for results in report["numbers"].values() for each in results}
+    assert len(tokens) == 1 and tokens.pop() > 100_000
 
 
 @pytest.mark.slow

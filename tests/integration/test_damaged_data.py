@@ -23,7 +23,7 @@ def large(training_data: Path, tmp_path: Path) -> Path:
     document = np.array(files.tokens())
     writer = SplitWriter(folder / "train", files.dtype)
     for _ in range(WHOLE_BYTES // document.nbytes + 1):
-        writer.add(document)
+        writer.add(document, np.array([len(document)], np.int32))
     manifest = read_manifest(training_data)
     sums, content, tokenizer = manifest.files | writer.finish(), manifest.content, manifest.tokenizer
     content["files"] = {name: entry.model_dump() for name, entry in sums.items()}

@@ -128,7 +128,7 @@ def test_data_of_a_megatron_pair_that_hold_the_added_token(run: Path, data: Path
     assert ids[0][0] == 0
     writer = SplitWriter(tmp_path / "pair", np.dtype(np.uint16))
     for document in ids:
-        writer.add(np.array([*document, 1], np.uint16))
+        writer.add(np.array([*document, 1], np.uint16), np.array([len(document) + 1], np.int32))
     writer.finish()
     config = Config.from_yaml((run / "config.yaml").read_text())
     pair = config.model_copy(

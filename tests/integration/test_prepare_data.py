@@ -332,3 +332,32 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path: Path, n
     assert run("--output", out, "--source", source, "--validation-fraction", "0.1", *TRAIN_BPE) == 0
     assert sorted(os.listdir(folder)) == ["a.jsonl", "set", "tokenizer"]
     assert read_manifest(out).documents == 100
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
+    source, out = write_jsonl(tmp_path / "a.jsonl", [text * 20 for text in texts(3000)]), tmp_path / "set"
+    # Each chunk is committed, not only those that a minute takes.
+    code = (
+        "import sys; from mlra_scale.data import build; build.SECONDS_BETWEEN_COMMITS = 0.0; "
+        "from mlra_scale.cli.prepare import COMMAND; sys.exit(COMMAND.start(sys.argv[1:], 'prepare_data.py'))"
+    )
+    choice = ["--source", str(source), *TRAIN_BPE, "--train-bpe-bytes", "1e5", "--workers", "2", "--quiet"]
+    progress = tmp_path / ".set.partial" / "progress.json"
+    found: set[str] = set()
+
+    def has_progressed() -> bool:
+        return progress.is_file() and progress.read_text() not in found
+
+    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM)):
+        program = Program([sys.executable, "-c", code, "--output", str(out), *choice], tmp_path / f"log-{number}")
+        program.wait_until(has_progressed)
+        program.signal(end)
+        program.wait(60, end=False)
+        program.assert_nothing_is_left(60)
+        found.add(progress.read_text())
+    kept = f"interrupted; what is done so far is kept in {tmp_path / '.set.partial'}: the same command continues there"
+    assert kept in program.output() and "continuing after" in program.output()
+    assert run("--output", out, *choice) == 0 and run("--output", tmp_path / "whole", *choice) == 0
+    assert digests(out) == digests(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "log-0", "log-1", "set", "whole"]

@@ -20,6 +20,7 @@ LIBRARIES = {"torch", "deepspeed", "megatron", "transformers", "numpy"}
         ("stability.tev_folder", LIBRARIES - {"torch", "numpy"}),
         ("checkpoint.huggingface.tensors", LIBRARIES - {"torch", "numpy"}),
         ("evaluation.models", {"deepspeed", "megatron"}),
+        ("data.prepare", LIBRARIES - {"numpy"}),
     ],
 )
 def test_what_reads_configurations_and_weights_loads_no_heavy_library(module: str, heavy: set[str]) -> None:

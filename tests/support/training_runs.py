@@ -16,12 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def make_data(folder: Path, num_bytes: int = 200_000) -> Path:
     """Prepares a small part of the embedded corpus with a BPE of 512 tokens, the vocabulary of the debug preset."""
-    from mlra_scale.data.prepare import PrepareOptions, prepare
+    from mlra_scale.data.mixture import Component
+    from mlra_scale.data.options import PrepareOptions
+    from mlra_scale.data.prepare import prepare
+    from mlra_scale.data.sources import SourceName
 
     prepare(
         PrepareOptions(
             output=folder,
-            sources=["python-docs"],
+            components=[Component("", [SourceName("python-docs")])],
             train_bpe=512,
             max_bytes=num_bytes,
             validation_fraction=0.1,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlra_scale import files
-from mlra_scale.files import lock, new_folder, put_in_place, write_atomically
+from mlra_scale.files import lock, new_folder, partial_of, put_in_place, write_atomically
 
 BUSY = RuntimeError("another process is at work")
 
@@ -136,6 +136,26 @@ def test_remainders_of_killed_builders_are_cleared_away(tmp_path: Path) -> None:
     build(old, "older")  # killed after them
     build(target, "new")
     assert (target / "sub" / "file").read_text() == "new" and names(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_an_earlier_builder_left_is_kept_where_its_successor_says_so(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "a" / "set"
+
+    def is_kept(folder: Path) -> bool:
+        return (folder / "progress").exists()
+
+    for step in ("progress", "more"):  # the first builder begins, the second one adds, the third one finishes
+        with pytest.raises(error), new_folder(target, BUSY, is_kept) as folder:
+            (folder / step).touch()
+            raise error
+    with new_folder(target, BUSY, is_kept) as folder:
+        assert folder == partial_of(target) and names(folder) == ["more", "progress"]
+    assert names(target.parent) == ["set"]
+    with new_folder(target, BUSY, is_kept) as folder:
+        assert names(folder) == []
 
 
 def test_two_builders_do_not_meet(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from mlra_scale.config import Config, load_config
 from mlra_scale.data.indexed import SequenceRange, open_indexed
-from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.mixture import Component
+from mlra_scale.data.options import PrepareOptions
+from mlra_scale.data.prepare import prepare
+from mlra_scale.data.sources import SourceName
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not"]
 
@@ -67,7 +70,8 @@ def prepare_texts(output: Path, texts: Sequence[str], **options: Any) -> Path:
     """Prepares a data set of texts, a document each, with their JSON lines beside it; returns its folder."""
     source = output.with_suffix(".jsonl")
     write_jsonl(source, texts)
-    return prepare(PrepareOptions(output, [str(source)], progress=False, **options)).folder
+    components = [Component("", [SourceName(str(source))])]
+    return prepare(PrepareOptions(output, components, progress=False, **options))[0].folder
 
 
 def packed(name: str, content: bytes) -> bytes:

@@ -10,6 +10,8 @@ import pytest
 
 from mlra_scale.data.corpus_python import PythonCorpus, module_texts
 from mlra_scale.data.files import NotRead, file_counts
+from mlra_scale.data.sources import texts_of
+from mlra_scale.data.tally import Tally
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +20,17 @@ def corpus() -> PythonCorpus:
 
 
 def test_it_is_megabytes_of_text_in_a_fixed_order(corpus: PythonCorpus) -> None:
-    documents = [document.text for document in corpus.documents()]
+    documents = list(texts_of(corpus))
     size = sum(map(len, documents))
     assert 5e6 < size < 40e6 and len(documents) > 500
     assert all(text.strip() for text in documents)
     assert corpus.total_bytes is not None
-    assert 0.9 < sum(document.consumed for document in corpus.documents()) / corpus.total_bytes < 1.01
-    for text, other in zip(documents[:50], PythonCorpus().documents(), strict=False):
-        assert text == other.text
+    assert 0.9 < sum(portion.consumed for _, portion in corpus.portions()) / corpus.total_bytes < 1.01
+    for text, other in zip(documents[:50], texts_of(PythonCorpus()), strict=False):
+        assert text == other
+    places, portions = zip(*corpus.portions(), strict=True)
+    for index in (0, len(places) // 2, len(places) - 1):
+        assert [portion for _, portion in corpus.portions(places[index])] == [*portions[index + 1 :]]
     # A prefix is a fair sample: the first tenth has all three kinds.
     head = "\n".join(documents[: len(documents) // 10])
     assert "def " in head and "import " in head
@@ -81,8 +86,10 @@ def test_a_module_that_does_not_parse_is_left_out_and_counted(tmp_path: Path) ->
     source._names = [f"{kind} {name}" for name in modules for kind in ("docstrings", "source")]
     modules["argparse"] = path
     path.write_text("def (:\n")
-    assert len(list(source.documents())) == 1
-    assert source.files() == file_counts(1, (), [NotRead("argparse", "not Python source of this version")])
+    assert len(list(texts_of(source))) == 1
+    assert source.files(Tally(units=len(source._names))) == file_counts(
+        1, (), [NotRead("argparse", "not Python source of this version")]
+    )
     path.write_bytes(b'# coding: ascii\n"""caf\xe9"""\n')
     assert module_texts("bad", path) is None
     assert gc.isenabled()

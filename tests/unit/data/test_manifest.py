@@ -11,7 +11,10 @@ import pytest
 from mlra_scale.data import DataError
 from mlra_scale.data.files import NotRead, file_counts
 from mlra_scale.data.manifest import FileSum, Manifest, content_fingerprint, manifest_text, read_manifest, summary
-from mlra_scale.data.prepare import PrepareOptions, prepare
+from mlra_scale.data.mixture import Component
+from mlra_scale.data.options import PrepareOptions
+from mlra_scale.data.prepare import prepare
+from mlra_scale.data.sources import SourceName
 
 SUM = "0123456789abcdef" * 4
 NOT_READ = [NotRead(f"in/{i}.md", "of no known kind") for i in range(12)] + [NotRead("in/.git", "hidden")]
@@ -78,9 +81,10 @@ def test_names_that_are_no_text_are_recorded_so_that_they_can_be_printed(tmp_pat
     source.mkdir()
     (source / "a.jsonl").write_text('{"text": "one text and another"}\n' * 40)
     (source / os.fsdecode(b"\xe9.md")).touch()
-    options = PrepareOptions(tmp_path / "set", [str(source)], train_bpe=280, validation_fraction=0.2, progress=False)
+    components = [Component("", [SourceName(str(source))])]
+    options = PrepareOptions(tmp_path / "set", components, train_bpe=280, validation_fraction=0.2, progress=False)
     printed = f"{tmp_path}/caf\\udce9 \\x1b[31m \u00e4"
-    assert summary(prepare(options))[4:6] == [
+    assert summary(prepare(options)[0])[4:6] == [
         f"  files       1 of 2 read of {printed}",
         f"  not read    1 of no known kind: {printed}/\\udce9.md",
     ]

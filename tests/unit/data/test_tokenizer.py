@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from mlra_scale.data import DataError
-from mlra_scale.data.encode import Encoder
-from mlra_scale.data.readers import Document
+from mlra_scale.data.encode import Encoder, Placed
+from mlra_scale.data.readers import Texts
+from mlra_scale.data.tally import Place
 from mlra_scale.data.tokenizer import (
     LoadedTokenizer,
     load_tokenizer,
@@ -123,7 +124,7 @@ def ends_of(path: Path, end: str | None = None) -> int:
     loaded = load_tokenizer([str(path)], end)
     encoder = Encoder(loaded.tokenizer.to_str(), loaded.end_of_document_token, "int32")
     spelled = f"{loaded.end_of_document} {loaded.end_of_document.upper()}"
-    chunk = encoder([Document(f"document {i} {spelled} ", 1) for i in range(40)])
+    chunk = encoder([Placed(0, Place(0, 0), Texts([f"document {i} {spelled} " for i in range(40)], 1))])
     assert tokenizer_sha256(loaded.tokenizer) == tokenizer_sha256(Tokenizer.from_file(str(path)))
     return int((chunk.tokens == loaded.end_of_document_token).sum())
 
