@@ -98,7 +98,7 @@ class LocalFiles:
 
 
 class HuggingFace:
-    """A data set of the Hugging Face hub (or a local folder in its format, "hf:FOLDER"), streamed."""
+    """A data set of the hub, "hf:NAME" or "hf:NAME@REVISION" (or a local folder, "hf:FOLDER"), streamed."""
 
     kind = "hugging-face"
 
@@ -125,14 +125,17 @@ class HuggingFace:
                 f"Hugging Face data set {self.name} cannot be read: {silent} does not answer; download it elsewhere "
                 "and name its folder or files as the source"
             )
-        path = self.spec.removeprefix(HUGGING_FACE)
+        path, _, revision = self.spec.removeprefix(HUGGING_FACE).partition("@")
+        if self.folder.exists():
+            path, revision = str(self.folder), ""
         # The library raises errors of many kinds, of its own and of its network stack; to the user each means that
         # this data set cannot be read. Errors of our consumer do not pass through here.
         try:
             if self.folder.is_dir():
                 builder = datasets.load_dataset_builder(path, self._config)
                 self._files = _files_of_split(self.folder, (builder.config.data_files or {}).get(self._split))
-            stream = iter(datasets.load_dataset(path, self._config, split=self._split, streaming=True))
+            options = {"split": self._split, "revision": revision or None, "streaming": True}
+            stream = iter(datasets.load_dataset(path, self._config, **options))
             while (example := next(stream, None)) is not None:
                 yield example
         except Exception as error:

@@ -16,6 +16,9 @@ from torch.nn import functional
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.head_chunks import chunks, num_chunks
 
+NO_TARGET = -1
+"""Target of a position that does not count; only in a pass without gradients."""
+
 
 def head_loss(
     context: ModelContext,
@@ -35,7 +38,8 @@ def head_loss(
         hidden_BSD: What enters the head; its gradient is this rank's share, to be summed over the ranks.
         weight_VD: This rank's rows of the embedding.
         bias_V: Added to the logits, -inf for padded columns; has no gradient.
-        targets_BS: Global token ids.
+        targets_BS: Global token ids. Without gradients it may be NO_TARGET: the loss is 0 there, and the mean still one
+            over all positions.
         is_training: Whether to add the z-loss.
 
     Returns:
@@ -153,7 +157,8 @@ class _HeadLoss(torch.autograd.Function):
         weight_gradient_VD = None
         for chunk in chunks(num_tokens, count):
             if hidden_gradient_TD is None:
-                total += head.losses(hidden_TD[chunk], targets_T[chunk])[0].sum()
+                losses_C = head.losses(hidden_TD[chunk], targets_T[chunk])[0]
+                total += losses_C.masked_fill_(targets_T[chunk] == NO_TARGET, 0.0).sum()
                 continue
             # Tensors as large as a chunk's logits are local to this call, so that they are freed before the next chunk.
             loss, weight_gradient_VD = head.add_gradients(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import mlra_scale
 from mlra_scale.checkpoint.files import CheckpointError
@@ -15,6 +17,7 @@ from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.checkpoint.state_contents import STATE
 from mlra_scale.config import Config, ModelConfig, OptimConfig
+from mlra_scale.config.text_tasks import NAMED_TEXTS, TextTask, text_task
 from mlra_scale.model.optim_text import optimizer_text, rule_text
 
 if TYPE_CHECKING:
@@ -55,16 +58,55 @@ _CHANGES_NOT_SHOWN = (
     "activations.",
     "evaluation.",
     "checkpoint.",
+    "export.",
 )
 """Changes that do not change the model: of paths, of records, and of what is measured and when."""
 
 
+_FIGURES = {"perplexity": "token_perplexity", "word_perplexity": "word_perplexity", "bits_per_byte": "bits_per_byte"}
+"""By the hub's name of a metric: the figure of a text."""
+_FIGURES_OF_A_TEXT = ("tokens_scored", *_FIGURES.values())
+_LARGEST_LOSS = 700.0
+"""In nats; the perplexity of a larger one is beyond a float."""
+
+
+@dataclass(frozen=True)
+class CardDetails:
+    """What a card says that no checkpoint records.
+
+    Attributes:
+        repository: What its example loads the model by; None: the folder itself.
+        license: As the hub names it.
+        languages: Codes of the languages of the training text.
+        datasets: Data sets of the hub that the training used.
+    """
+
+    repository: str | None = None
+    license: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+
+
 def model_card(
-    store: Store, export_format: Format, dtype: str, verification: Verification | None, text: str | None
+    store: Store,
+    export_format: Format,
+    dtype: str,
+    verification: Verification | None,
+    text: str | None,
+    details: CardDetails | None = None,
 ) -> str:
     """Returns the content of README.md; `text` is the source of the text of the verification, if there was one."""
+    details, tasks = details or CardDetails(), _tasks(store)
+    results = _results(store, details, tasks)
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["mlra-scale", export_format]
+        language=list(details.languages) or None,
+        license=details.license,
+        datasets=list(details.datasets) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mlra-scale", export_format],
+        model_name=_name(store.model, details) if results else None,
+        eval_results=results or None,
     )
     model, config, history = store.model, store.config, _history(store)
     changes = [] if config is None else history.get("changes") or []
@@ -95,10 +137,56 @@ def model_card(
             if any(str(each["field"]).startswith(fields) for each in changes)
         ],
         known_from=known_from if config is not None and type(known_from) is int else 0,
+        repository=details.repository,
+        tasks=tasks,
+        stride=None if config is None else config.evaluation.task_stride or max(1, config.train.sequence_length // 2),
         verification=None if verification is None else verification.lines(),
         text=text,
     )
     return str(card)
+
+
+def _name(model: ModelConfig, details: CardDetails) -> str:
+    if details.repository is not None:
+        return details.repository.rpartition("/")[2]
+    return f"gpt2-{model.attention}-{model.num_layers}l"
+
+
+def _tasks(store: Store) -> dict[TextTask, dict[str, Any]]:
+    """The figures of texts that were measured at the checkpoint, by their tasks."""
+    if store.config is None:
+        return {}
+    known = NAMED_TEXTS | {task.name: task for task in map(text_task, store.config.evaluation.tasks)}
+    found = store.state.get("tasks") or {}
+    for figures in found.values():
+        values = [figures.get(name) for name in _FIGURES_OF_A_TEXT] if isinstance(figures, dict) else [None]
+        if not all(type(value) in (int, float) for value in values):
+            raise CheckpointError(f"{store.folder / STATE} has figures of texts that are not sound; use another one")
+    return {known.get(name) or TextTask(name, name): figures for name, figures in found.items()}
+
+
+def _results(store: Store, details: CardDetails, tasks: Mapping[TextTask, Mapping[str, Any]]) -> list[EvalResult]:
+    """Returns validation and texts as the hub's model-index has them; values that are not finite are left out."""
+    found: list[tuple[dict[str, Any], dict[str, float]]] = []
+    loss, data = store.state.get("validation_loss"), _data_names(store.config)
+    if loss is not None:
+        perplexity = math.exp(loss) if loss < _LARGEST_LOSS else math.inf
+        named: dict[str, Any] = {"type": (*details.datasets, data)[0], "name": data, "split": "validation"}
+        found.append((named, {"perplexity": perplexity}))
+    for task, figures in tasks.items():
+        named = {"type": task.data_set, "name": task.name, "split": task.split, "config": task.config_name}
+        found.append((named, {metric: figures[figure] for metric, figure in _FIGURES.items()}))
+    return [
+        EvalResult(
+            "text-generation",
+            **{f"dataset_{key}": value for key, value in named.items()},
+            metric_type=metric,
+            metric_value=value,
+        )
+        for named, metrics in found
+        for metric, value in metrics.items()
+        if math.isfinite(value)
+    ]
 
 
 def _options(model: ModelConfig) -> list[str]:

@@ -94,6 +94,12 @@ def read_steps(path: Path, notes: list[str], is_optional: bool = False) -> list[
     return sorted((line for line in lines if is_number(line.get("step"))), key=lambda line: line["step"])
 
 
+def text_names(run: RunRecord) -> list[str]:
+    """Returns the names of the texts (evaluation.tasks) that a run has measured, in their order."""
+    found = [record["tasks"] for record in run.metrics if isinstance(record.get("tasks"), dict)]
+    return list(dict.fromkeys(str(name) for tasks in found for name in tasks))
+
+
 def number_or_nan(value: Any) -> float:
     """Returns a finite number as a float, and nan for anything else."""
     return float(value) if is_number(value) else math.nan

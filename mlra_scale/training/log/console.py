@@ -49,6 +49,15 @@ def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     return f"{_step(record['step'], total_steps)} | validation loss {loss:.4f} | perplexity {perplexity:,.1f}"
 
 
+def task_line(record: Mapping[str, Any], total_steps: int) -> str:
+    """Returns the console line of the texts of one evaluation, with their perplexity per token and per word."""
+    texts = [
+        f"{name} {figures['token_perplexity']:,.1f} per token, {figures['word_perplexity']:,.1f} per word"
+        for name, figures in record["tasks"].items()
+    ]
+    return " | ".join([_step(record["step"], total_steps), "perplexity", *texts])
+
+
 def duration(seconds: float) -> str:
     """Returns a time as 0:07, 12:30 or 3:04:05."""
     minutes, rest = divmod(round(seconds), 60)

@@ -34,13 +34,15 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     from mlra_scale.stability.qk_clip import QkClip
     from mlra_scale.stability.watcher import Step
     from mlra_scale.training.watch.passes import DataPasses
+    from mlra_scale.training.watch.text_tasks import TextTasks
 
     statistics = tev.TevStatistics(1.0, 1.0, {}, 1.0, 1.0, 1, [], [])
     tev.combine = lambda *_: statistics
     engine, plan, config = rank.engine, rank.plan, rank.config
     validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])
     gradients = GradientStatistics(engine, config)
-    passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None)
+    no_texts = TextTasks(engine, plan, [], lambda: None, lambda: None)  # their passes are those of the validation
+    passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None, no_texts)
     batches, phase = rank.batches(), rank.trace.phase
     step = Step(1, True, 0, batches, 1e-4)
 

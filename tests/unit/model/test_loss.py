@@ -84,6 +84,18 @@ def test_a_validation_loss_has_no_z_loss_and_forms_no_gradients(chunks: int, mon
     assert_near(found, wanted, 1e-6)
 
 
+def test_positions_without_a_target_have_no_loss_and_count_in_the_mean(chunks: int) -> None:
+    hidden, weight, bias, targets = inputs(torch.float32)
+    scored = torch.arange(targets.numel()).view_as(targets) % 3 == 0
+    with torch.no_grad():
+        logits = torch.nn.functional.linear(hidden, weight, bias).double()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+        wanted = losses[scored.flatten()].sum() / targets.numel()
+        targets = targets.where(scored, torch.tensor(loss.NO_TARGET))
+        found = head_loss(context_of(0.0), hidden, weight, bias, targets, is_training=False)
+    assert_near(found, wanted, 1e-6)
+
+
 def test_small_probabilities_do_not_vanish_in_fp16() -> None:
     # Of 4,096 tokens' mean, a probability of 1e-5 has a gradient of 2e-9, which is zero in fp16; times the loss scale
     # it is not.

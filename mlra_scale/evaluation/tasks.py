@@ -1,0 +1,126 @@
+"""The texts of `evaluation.tasks`, read and cut into windows for a model that trains."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlra_scale.config import Config, Problem
+from mlra_scale.config.text_tasks import TextTask, text_task
+from mlra_scale.data import DataError
+from mlra_scale.data.manifest import MANIFEST_NAME
+from mlra_scale.data.sources import open_sources
+from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer
+from mlra_scale.evaluation import EvaluationError
+from mlra_scale.evaluation.perplexity import Document, Window, check_counts, check_tokens, counted_windows
+from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, pieces
+
+
+@dataclass(frozen=True)
+class TaskText:
+    """A text of a run, in the windows in which it is scored.
+
+    Attributes:
+        name: Of the task.
+        windows: Of `train.sequence_length` tokens at most.
+        counts: What they hold, see perplexity.counted_windows.
+    """
+
+    name: str
+    windows: list[Window]
+    counts: Counter[str]
+
+
+def task_problems(config: Config, has_tokenizer: bool) -> list[Problem]:
+    """Finds tasks that cannot be read, without reading them; the hub is not asked.
+
+    Args:
+        config: The configuration.
+        has_tokenizer: Whether the data, or `data.tokenizer`, name a tokenizer.
+    """
+    tasks, problems = config.evaluation.tasks, list[Problem]()
+    if tasks and not has_tokenizer:
+        remedy = "need the tokenizer that the data were made with; name it in data.tokenizer"
+        problems.append(Problem("evaluation.tasks", list(tasks), remedy))
+    for given in tasks:
+        if not _is_prepared(task := text_task(given)):
+            try:
+                open_sources([task.source], task.field, task.split, task.config_name)
+            except DataError as error:
+                problems.append(Problem("evaluation.tasks", given, str(error)))
+    return problems
+
+
+def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None]) -> list[TaskText]:
+    """Reads and tokenizes the texts of a run; `note` is called with lines about what is not read.
+
+    Raises:
+        DataError: A text or the tokenizer (a folder or name) cannot be read.
+        EvaluationError: A text has nothing to score, or a token that the model does not know.
+    """
+    if not config.evaluation.tasks:
+        return []
+    loaded = load_tokenizer([tokenizer])
+    return [_read(text_task(given), loaded, config, note) for given in config.evaluation.tasks]
+
+
+def _read(task: TextTask, loaded: LoadedTokenizer, config: Config, note: Callable[[str], None]) -> TaskText:
+    window, vocab_size = config.train.sequence_length, config.model.vocab_size
+    stride = config.evaluation.task_stride or max(1, window // 2)
+    encoder, counts = PieceEncoder(loaded, config.evaluation.task_tokens), Counter[str]()
+    try:
+        if task.is_last_word:
+            found = _last_words(_texts(task), encoder, counts, vocab_size, window)
+        else:
+            documents = _documents(task, encoder, loaded, note)
+            found = counted_windows(documents, counts, vocab_size, window, stride)
+        windows = list(found)
+        check_counts(counts)
+    except EvaluationError as error:
+        raise EvaluationError(f"evaluation.tasks: {task.name}: {error}") from error
+    return TaskText(task.name, windows, counts)
+
+
+def _is_prepared(task: TextTask) -> bool:
+    return (Path(task.source) / MANIFEST_NAME).is_file()
+
+
+def _documents(
+    task: TextTask, encoder: PieceEncoder, loaded: LoadedTokenizer, note: Callable[[str], None]
+) -> Iterable[Document]:
+    if _is_prepared(task):
+        return documents_of_data(Path(task.source), "validation", encoder, loaded, note)
+    if task.separator is None:
+        return documents_of_sources([task.source], encoder, task.field, task.split, task.config_name, note)
+    # The separator before each text but the first.
+    parts = itertools.chain.from_iterable((task.separator, text) for text in _texts(task))
+    return [pieces(itertools.islice(parts, 1, None), encoder)]
+
+
+def _texts(task: TextTask) -> Iterator[str]:
+    for source in open_sources([task.source], task.field, task.split, task.config_name):
+        yield from (document.text for document in source.documents())
+
+
+def _last_words(
+    texts: Iterable[str], encoder: PieceEncoder, counts: Counter[str], vocab_size: int, size: int
+) -> Iterator[Window]:
+    """Yields a window per text, which ends with its last word, the only one that is scored; counts as counted_windows.
+
+    A text of one word is left out, and so is what the encoder's limit cuts.
+    """
+    for text in texts:
+        context, space, word = text.rstrip().rpartition(" ")
+        before, last = encoder.piece(context), encoder.piece(space + word)
+        if encoder.is_full:
+            return
+        if not before.tokens or not last.tokens:
+            continue
+        tokens = [*before.tokens, *last.tokens][-size:]
+        check_tokens(tokens, vocab_size)
+        num_new = min(len(last.tokens), len(tokens) - 1)
+        counts.update(documents=1, tokens=len(tokens), words=1, bytes=last.num_bytes, scored=num_new)
+        yield Window(tokens, num_new)
