@@ -150,6 +150,13 @@ def perplexity(
     window, stride = checked_window(model, window, stride)
     counts: Counter[str] = Counter()
     found = counted_windows(documents, counts, model.vocab_size, window, stride, start_token)
+    return perplexity_of_windows(model, found, counts, batch_size)
+
+
+def perplexity_of_windows(
+    model: LanguageModel, found: Iterator[Window], counts: Counter[str], batch_size: int
+) -> Perplexity:
+    """Scores windows, which are counted in `counts` as they are taken; raises EvaluationError as `perplexity` does."""
     total = 0.0
     while batch := list(itertools.islice(found, batch_size)):
         total += negative_log_likelihood(model, batch)

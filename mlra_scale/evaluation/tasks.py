@@ -70,18 +70,45 @@ def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None]) -> l
 def _read(task: TextTask, loaded: LoadedTokenizer, config: Config, note: Callable[[str], None]) -> TaskText:
     window, vocab_size = config.train.sequence_length, config.model.vocab_size
     stride = config.evaluation.task_stride or max(1, window // 2)
-    encoder, counts = PieceEncoder(loaded, config.evaluation.task_tokens), Counter[str]()
+    counts, limit = Counter[str](), config.evaluation.task_tokens
     try:
-        if task.is_last_word:
-            found = _last_words(_texts(task), encoder, counts, vocab_size, window)
-        else:
-            documents = _documents(task, encoder, loaded, note)
-            found = counted_windows(documents, counts, vocab_size, window, stride)
-        windows = list(found)
+        windows = list(task_windows(task, loaded, counts, vocab_size, window, stride, limit, note))
         check_counts(counts)
     except EvaluationError as error:
         raise EvaluationError(f"evaluation.tasks: {task.name}: {error}") from error
     return TaskText(task.name, windows, counts)
+
+
+def task_windows(
+    task: TextTask,
+    loaded: LoadedTokenizer,
+    counts: Counter[str],
+    vocab_size: int,
+    window: int,
+    stride: int,
+    max_tokens: int | None,
+    note: Callable[[str], None],
+) -> Iterator[Window]:
+    """Reads a text and yields its windows, which it counts as perplexity.counted_windows does.
+
+    Args:
+        task: The text.
+        loaded: The model's tokenizer.
+        counts: What the windows hold is added to it.
+        vocab_size: Number of tokens that the model knows.
+        window: Tokens of a window.
+        stride: Distance of the windows of a document.
+        max_tokens: Stop after so many tokens; None: read all.
+        note: Called with lines about what is not read.
+
+    Raises:
+        DataError: The text cannot be read.
+        EvaluationError: It has a token that the model does not know.
+    """
+    encoder = PieceEncoder(loaded, max_tokens)
+    if task.is_last_word:
+        return _last_words(_texts(task), encoder, counts, vocab_size, window)
+    return counted_windows(_documents(task, encoder, loaded, note), counts, vocab_size, window, stride)
 
 
 def _is_prepared(task: TextTask) -> bool:
