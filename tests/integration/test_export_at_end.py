@@ -63,6 +63,7 @@ def main_with_hub(rank: int, world_size: int, arguments: tuple[str, ...], url: s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", url)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setenv("HF_TOKEN", token)
         return main_on_rank(rank, world_size, arguments)
 
