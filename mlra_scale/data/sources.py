@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlra_scale.config.text_tasks import HUGGING_FACE
 from mlra_scale.data import DataError
 from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
 from mlra_scale.data.files import BEYOND, NotRead, file_counts, find_files, identity
 from mlra_scale.data.hub import unreachable_hub
 from mlra_scale.data.readers import Document, checked_text, documents_of_file, missing_field
-
-HUGGING_FACE = "hf:"
 
 
 class Source(Protocol):

@@ -24,8 +24,7 @@ from mlra_scale.training.run_directory import RunDirectory
 from mlra_scale.training.start.request import ResolvedRun
 
 _AT_WORK = -1
-_SECONDS_BETWEEN_SIGNS = 20.0
-"""Less than a collective may wait, and than a watchdog of ranks does."""
+_MOST_SECONDS_BETWEEN_SIGNS = 20.0
 
 
 def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interruption, watchdog: Watchdog) -> ExitCode:
@@ -47,8 +46,10 @@ def export_at_end(run: ResolvedRun, topology: Topology, interruption: Interrupti
             dist.broadcast(packed, src=0, group=topology.control_group)
         return int(packed)
 
+    # A quarter of what a collective may wait, and half of what a watchdog does.
+    seconds = min(_MOST_SECONDS_BETWEEN_SIGNS, 60.0 * run.config.parallel.timeout_minutes / 4)
     if topology.rank == 0:
-        with _repeated(lambda: exchange(_AT_WORK)):
+        with _repeated(lambda: exchange(_AT_WORK), seconds):
             state = int(_export(run.config.export, run.directory))
         exchange(state)
     else:
@@ -85,13 +86,13 @@ def _export_and_push(wanted: ExportConfig, run: Path, target: Path) -> str | Non
 
 
 @contextmanager
-def _repeated(sign: Callable[[], int]) -> Iterator[None]:
-    """Gives a sign from a thread at once and every few seconds: an export may take minutes."""
+def _repeated(sign: Callable[[], int], seconds: float) -> Iterator[None]:
+    """Gives a sign from a thread, at once and every so many seconds: an export may take minutes."""
     is_over = threading.Event()
 
     def run() -> None:
         sign()
-        while not is_over.wait(_SECONDS_BETWEEN_SIGNS):
+        while not is_over.wait(seconds):
             sign()
 
     thread = threading.Thread(target=run, name="export", daemon=True)

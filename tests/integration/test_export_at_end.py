@@ -47,13 +47,37 @@ def test_a_run_ends_with_an_export(tmp_path: Path, start: Start, number: int, ov
     assert "optimizer steps | 3 of 3" in (run / "exported" / "README.md").read_text()
 
 
-def test_an_export_that_fails_leaves_a_complete_run(tmp_path: Path, start: Start) -> None:
+def main_whose_export_differs(rank: int, world_size: int, arguments: tuple[str, ...]) -> Finished:
+    """Runs the command line on a rank where no export passes its verification."""
+    from mlra_scale.checkpoint.huggingface.verification import VerificationError
+    from mlra_scale.publishing import exporting
+
+    def fail(*_: Any) -> None:
+        raise VerificationError("its logits are not the trained model's")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "export_checkpoint", fail)
+        return main_on_rank(rank, world_size, arguments)
+
+
+def test_an_export_that_fails_leaves_a_complete_run(
+    tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool]
+) -> None:
+    run = tmp_path / "run"
+    command = tuple(base_command(run, training_data, *SHORT, "parallel.timeout_minutes=1"))
+    ranks = worker_pool(2).run(main_whose_export_differs, command)
+    assert [finished.code for finished in ranks] == [ExitCode.EXPORT_FAILED] * 2, "on all ranks alike"
+    assert "export failed: its logits are not the trained model's\n  the run is complete" in ranks[0].stdout
+    assert [event["event"] for event in events(run)][-2:] == ["finished", "export_failed"]
+    assert checkpoint_at(run).name == "step-00000002" and not (run / "exported").exists()
+
+
+def test_what_is_no_export_is_not_replaced_and_found_before_the_first_step(tmp_path: Path, start: Start) -> None:
     (tmp_path / "run" / "exported").mkdir(parents=True)
     (tmp_path / "run" / "exported" / "mine.txt").write_text("not an export")
-    finished = start("run", *SHORT, num_processes=2, code=ExitCode.EXPORT_FAILED)
-    assert "export failed" in finished.stdout and "holds something that is not an export" in finished.stdout
-    assert [event["event"] for event in events(tmp_path / "run")][-2:] == ["finished", "export_failed"]
-    assert checkpoint_at(tmp_path / "run").name == "step-00000002"
+    finished = start("run", *SHORT, code=ExitCode.BAD_INPUT)
+    assert "export.format" in finished.stderr and "holds something that is not an export" in finished.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def main_with_hub(rank: int, world_size: int, arguments: tuple[str, ...], url: str, token: str) -> Finished:

@@ -49,13 +49,13 @@ def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     return f"{_step(record['step'], total_steps)} | validation loss {loss:.4f} | perplexity {perplexity:,.1f}"
 
 
-def task_line(record: Mapping[str, Any], total_steps: int) -> str:
-    """Returns the console line of the texts of one evaluation, with their perplexity per token and per word."""
-    texts = [
-        f"{name} {figures['token_perplexity']:,.1f} per token, {figures['word_perplexity']:,.1f} per word"
+def task_lines(record: Mapping[str, Any], total_steps: int) -> list[str]:
+    """Returns a console line for each text of one evaluation."""
+    return [
+        f"{_step(record['step'], total_steps)} | perplexity of {name} {figures['token_perplexity']:,.1f} per token, "
+        f"{figures['word_perplexity']:,.1f} per word"
         for name, figures in record["tasks"].items()
     ]
-    return " | ".join([_step(record["step"], total_steps), "perplexity", *texts])
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.log.console import (
     summary_lines,
     summary_of,
-    task_line,
+    task_lines,
     tev_line,
     train_line,
     validation_line,
@@ -227,7 +227,7 @@ class Report:
         if "validation_loss" in values:
             self.say(validation_line(record, total))
         if "tasks" in values:
-            self.say(task_line(record, total))
+            self.say("\n".join(task_lines(record, total)))
 
     def on_saved(self, save: FinishedSave) -> None:
         """Records a checkpoint that is complete."""

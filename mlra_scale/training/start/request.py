@@ -140,7 +140,7 @@ def resolve_run(
     problems += data_problems
     if not is_here or Launcher.of(os.environ).rank == 0:  # other nodes need neither the texts nor a network
         problems += task_problems(config, bool(found.manifests) or config.data.tokenizer is not None)
-        problems += _repository_problems(config) if is_here else []
+        problems += _export_problems(config, request.run) if is_here else []
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)
@@ -160,15 +160,22 @@ def resolve_run(
     return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, found)
 
 
-def _repository_problems(config: Config) -> list[Problem]:
-    """Asks the hub now for what the run needs at its end."""
-    if config.export.repository is None:
-        return []
-    try:
-        check_access(config.export.repository)
-    except HubError as error:
-        return [Problem("export.repository", config.export.repository, str(error))]
-    return []
+def _export_problems(config: Config, run: RunDirectory | None) -> list[Problem]:
+    """Finds now what would end in no export after the last step."""
+    wanted, problems = config.export, list[Problem]()
+    if wanted.format is not None and run is not None:
+        from mlra_scale.checkpoint.huggingface.exporting import check_target  # imports transformers
+
+        try:
+            check_target(run.exported, is_replacing=True)
+        except CheckpointError as error:
+            problems.append(Problem("export.format", wanted.format, str(error)))
+    if wanted.repository is not None:
+        try:
+            check_access(wanted.repository)
+        except HubError as error:
+            problems.append(Problem("export.repository", wanted.repository, str(error)))
+    return problems
 
 
 def _continued(
