@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             if (found := re.fullmatch(pattern, path)) is not None:
                 return method(body, **{key: value or "main" for key, value in found.groupdict().items()})
-        return self._answer({"error": f"the stand-in has no {path}"}, 404)
+        return self._answer({"error": f"the stand-in has no {path}"}, 404, X_Error_Code="EntryNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
