@@ -140,12 +140,13 @@ class EvaluationConfig(Section):
     batches: int = Field(8, ge=1)
     """Global batches per evaluation."""
     tasks: tuple[Text, ...] = Field((), strict=False)
-    """Texts whose perplexity is measured at every checkpoint (docs/evaluation.md): files, folders, globs, folders made
-    by tools/prepare_data.py, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub."""
+    """What is measured at every checkpoint (docs/evaluation.md): the perplexity of texts (files, folders, globs,
+    folders made by tools/prepare_data.py, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub),
+    and tasks of lm-evaluation-harness (harness:NAME, or harness:FILE.yaml)."""
     task_stride: int | None = Field(None, ge=1)
-    """Distance of the windows of train.sequence_length tokens in which tasks are scored; null: half a window."""
+    """Distance of the windows of train.sequence_length tokens in which texts are scored; null: half a window."""
     task_tokens: int | None = Field(None, ge=1)
-    """Tokens of each task that are read; null: all."""
+    """Tokens of each text that are read; null: all."""
 
 
 class CheckpointConfig(Section):

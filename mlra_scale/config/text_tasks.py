@@ -1,11 +1,11 @@
-"""The texts of `evaluation.tasks`: where each is read from, and what of it is scored."""
+"""The entries of `evaluation.tasks`: where each text is read from, and what of it is scored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-HUGGING_FACE = "hf:"
+HUGGING_FACE, HARNESS = "hf:", "harness:"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,17 @@ def text_task(given: str) -> TextTask:
     return TextTask(last.split(".")[0] or given, given)
 
 
+def text_tasks(given: Sequence[str]) -> list[TextTask]:
+    """Returns the entries of `evaluation.tasks` that are texts."""
+    return [text_task(each) for each in given if not each.startswith(HARNESS)]
+
+
+def harness_tasks(given: Sequence[str]) -> list[str]:
+    """Returns the entries of `evaluation.tasks` that lm-evaluation-harness runs: names, or YAML files."""
+    return [each.removeprefix(HARNESS) for each in given if each.startswith(HARNESS)]
+
+
 def equal_names(given: Sequence[str]) -> list[str]:
-    """Returns the names that two entries of `evaluation.tasks` share."""
-    names = [text_task(each).name for each in given]
+    """Returns the names that two texts of `evaluation.tasks` share."""
+    names = [task.name for task in text_tasks(given)]
     return sorted({name for name in names if names.count(name) > 1})

@@ -1,20 +1,21 @@
-"""The texts of `evaluation.tasks`, read and cut into windows for a model that trains."""
+"""What `evaluation.tasks` names, read for a model that trains: texts in windows, and tasks of the harness."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlra_scale.config import Config, Problem
-from mlra_scale.config.text_tasks import TextTask, text_task
+from mlra_scale.config.text_tasks import HARNESS, TextTask, harness_tasks, text_tasks
 from mlra_scale.data import DataError
 from mlra_scale.data.manifest import MANIFEST_NAME
 from mlra_scale.data.sources import open_sources
 from mlra_scale.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mlra_scale.evaluation import EvaluationError
+from mlra_scale.evaluation.harness import Harness, harness_problem
 from mlra_scale.evaluation.perplexity import Document, Window, check_counts, check_tokens, counted_windows
 from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, pieces
 
@@ -45,26 +46,43 @@ def task_problems(config: Config, has_tokenizer: bool) -> list[Problem]:
     if tasks and not has_tokenizer:
         remedy = "need the tokenizer that the data were made with; name it in data.tokenizer"
         problems.append(Problem("evaluation.tasks", list(tasks), remedy))
-    for given in tasks:
-        if not _is_prepared(task := text_task(given)):
+    for task in text_tasks(tasks):
+        if not _is_prepared(task):
             try:
                 open_sources([task.source], task.field, task.split, task.config_name)
             except DataError as error:
-                problems.append(Problem("evaluation.tasks", given, str(error)))
+                problems.append(Problem("evaluation.tasks", task.source, str(error)))
+    for name in harness_tasks(tasks):
+        if (fault := harness_problem(name)) is not None:
+            problems.append(Problem("evaluation.tasks", HARNESS + name, fault))
     return problems
 
 
-def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None]) -> list[TaskText]:
-    """Reads and tokenizes the texts of a run; `note` is called with lines about what is not read.
+@dataclass(frozen=True)
+class Tasks:
+    """What `evaluation.tasks` names: texts, and tasks of lm-evaluation-harness; None: there are none."""
+
+    texts: list[TaskText] = field(default_factory=list)
+    harness: Harness | None = None
+
+
+def read_tasks(config: Config, tokenizer: str, note: Callable[[str], None]) -> Tasks:
+    """Reads and tokenizes the texts of a run, and loads the tasks of the harness.
+
+    Args:
+        config: The configuration.
+        tokenizer: Folder or name of the tokenizer of the data.
+        note: Called with lines about what is not read.
 
     Raises:
-        DataError: A text or the tokenizer (a folder or name) cannot be read.
-        EvaluationError: A text has nothing to score, or a token that the model does not know.
+        DataError: A text or the tokenizer cannot be read.
+        EvaluationError: A text has nothing to score, or a token that the model does not know; or a task of the harness
+            cannot be loaded.
     """
-    if not config.evaluation.tasks:
-        return []
-    loaded = load_tokenizer([tokenizer])
-    return [_read(text_task(given), loaded, config, note) for given in config.evaluation.tasks]
+    given, loaded = config.evaluation.tasks, load_tokenizer([tokenizer])
+    texts = [_read(task, loaded, config, note) for task in text_tasks(given)]
+    names = harness_tasks(given)
+    return Tasks(texts, Harness(names, loaded, config.train.sequence_length) if names else None)
 
 
 def _read(task: TextTask, loaded: LoadedTokenizer, config: Config, note: Callable[[str], None]) -> TaskText:

@@ -1,4 +1,4 @@
-"""evaluation.tasks in real runs: the figures are those of tools/evaluate.py on the checkpoint, in every layout."""
+"""evaluation.tasks in real runs: the figures are those of other programs on the checkpoint, in every layout."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 from mlra_scale.checkpoint.retention import checkpoint_at
 from tests.support.gpt2_folders import TEXT
+from tests.support.harness_tasks import harness_files
 from tests.support.tools import run_tool
 from tests.support.training_runs import Start, curve, metrics
 
@@ -59,6 +60,47 @@ def test_the_figures_are_those_of_the_checkpoint(
     assert state["tasks"] == found[4]
     costs = [record["measuring_seconds"]["tasks"] for record in metrics(tmp_path / "run") if "tasks" in record]
     assert len(costs) == 2 and min(costs) > 0.0
+
+
+def by_the_harness(folder: Path, files: list[str]) -> dict[str, dict[str, float]]:
+    """What lm-evaluation-harness finds by itself on an exported folder."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+    results = simple_evaluate(model=model, tasks=files, bootstrap_iters=0, log_samples=False)
+    assert results is not None
+    return {
+        name: {key.removesuffix(",none"): value for key, value in values.items() if key.endswith(",none")}
+        for name, values in results["results"].items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tensor-2", "pipeline-2-data-2", "zero-3"])
+def test_the_harness_finds_the_same_on_the_export(
+    tmp_path: Path, start: Start, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra harness)")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    number, overrides = LAYOUTS[layout]
+    overrides = tuple(each for each in overrides if not each.startswith("data."))  # an export attends to all
+    files = [str(file) for file in harness_files(tmp_path).values()]
+    tasks = ",".join(f"harness:{file}" for file in files)
+    finished = start(
+        "run", *SHORT, f"evaluation.tasks=[{tasks}]", "export.format=gpt2", *overrides, num_processes=number
+    )
+    found = curve(tmp_path / "run", "harness")
+    assert list(found) == [2, 4]
+    expected = by_the_harness(tmp_path / "run" / "exported", files)
+    assert found[4].keys() == expected.keys() == {"choose", "last_word", "whole"}  # type: ignore[attr-defined]
+    for name, metrics_of in found[4].items():  # type: ignore[attr-defined]
+        assert {key: value for key, value in expected[name].items() if "stderr" not in key} == (
+            pytest.approx(metrics_of, rel=1e-5)
+        )
+    assert f"choose acc {found[4]['choose']['acc']:.4g}, acc_norm" in finished.stdout  # type: ignore[index]
+    card = (tmp_path / "run" / "exported" / "README.md").read_text()
+    assert f"| choose | acc | {found[4]['choose']['acc']:.4g} |" in card  # type: ignore[index]
 
 
 def test_they_change_nothing_in_the_training(tmp_path: Path, texts: dict[str, Path], start: Start) -> None:

@@ -94,6 +94,7 @@ def test_the_report_of_a_run(run_folder: Path) -> None:
     assert row(page, "perplexity of held-out, per token") == (
         "perplexity of held-out, per token | 200 | 125 | 125 | 200 | | 7"
     )
+    assert row(page, "choose: acc") == "choose: acc | 0.25 | 0.55 | 0.25 | 0.55 | | 7"
     assert "25 recorded step(s) were undone in 1 rollback(s)" in text
     assert "guard_skip: 1, guard_lower_rate: 1, guard_rollback: 1, finished: 1" in text
     assert "to_step 150" in row(page, "2025-01-01 00:00:00", "guard_rollback", "200")
@@ -191,7 +192,7 @@ def odd_records() -> list[Record]:
     records[3]["gradients"] = {"kinds": {"all": None}, "layers": {"gradient_variance": [None, "x", float("inf")]}}
     records[4]["activations"]["attention_entropy"] = []
     for record, tasks in zip(records, (3, {"odd": None}, {"odd": {"token_perplexity": "high"}}, {}), strict=False):
-        record["tasks"] = tasks
+        record["tasks"] = record["harness"] = tasks
     return [*records, {"step": "seven"}, {"step": None, "loss": 1.0}, {"no": "step"}]
 
 

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
         *("config", "model", "parallel", "data", "stability", "checkpoint", "planning", "evaluation", "publishing"),
     },
     "study": {"config", "model", "training"},
-    "train": {"config", "model", "data", "training"},
+    "train": {"config", "model", "data", "evaluation", "training"},
     "cluster": {"config", "model", "training", "train"},
     "cli": {
         "config",
@@ -76,6 +76,7 @@ LIBRARIES: dict[str, set[str]] = {
     "deepspeed": {"parallel", "training"},
     "megatron": {"megatron"},
     "datasets": {"data"},
+    "lm_eval": {"evaluation"},
     "matplotlib": {"study"},
     "PIL": {"study"},
     "pandas": {"study"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.checkpoint.state_contents import STATE
-from mlra_scale.config import Config, ModelConfig, OptimConfig
-from mlra_scale.config.text_tasks import NAMED_TEXTS, TextTask, text_task
+from mlra_scale.config import Config, ExportConfig, ModelConfig, OptimConfig
+from mlra_scale.config.text_tasks import NAMED_TEXTS, TextTask, text_tasks
 from mlra_scale.model.optim_text import optimizer_text, rule_text
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ _LARGEST_LOSS = 700.0
 
 @dataclass(frozen=True)
 class CardDetails:
-    """What a card says that no checkpoint records.
+    """What a card says beside what was measured; what is left open is as the run's configuration has it (`export.*`).
 
     Attributes:
         repository: What its example loads the model by; None: the folder itself.
@@ -86,6 +86,12 @@ class CardDetails:
     languages: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
 
+    def completed(self, run: ExportConfig) -> CardDetails:
+        """Returns these with the license, languages and data sets of the run where there are none."""
+        return CardDetails(
+            self.repository, self.license or run.license, self.languages or run.languages, self.datasets or run.datasets
+        )
+
 
 def model_card(
     store: Store,
@@ -96,8 +102,9 @@ def model_card(
     details: CardDetails | None = None,
 ) -> str:
     """Returns the content of README.md; `text` is the source of the text of the verification, if there was one."""
-    details, tasks = details or CardDetails(), _tasks(store)
-    results = _results(store, details, tasks)
+    details = (details or CardDetails()).completed(ExportConfig() if store.config is None else store.config.export)
+    tasks, harness = _tasks(store), _figures(store, "harness")
+    results = _results(store, details, tasks, harness)
     data = ModelCardData(
         language=list(details.languages) or None,
         license=details.license,
@@ -139,6 +146,7 @@ def model_card(
         known_from=known_from if config is not None and type(known_from) is int else 0,
         repository=details.repository,
         tasks=tasks,
+        harness=harness,
         stride=None if config is None else config.evaluation.task_stride or max(1, config.train.sequence_length // 2),
         verification=None if verification is None else verification.lines(),
         text=text,
@@ -156,17 +164,28 @@ def _tasks(store: Store) -> dict[TextTask, dict[str, Any]]:
     """The figures of texts that were measured at the checkpoint, by their tasks."""
     if store.config is None:
         return {}
-    known = NAMED_TEXTS | {task.name: task for task in map(text_task, store.config.evaluation.tasks)}
-    found = store.state.get("tasks") or {}
-    for figures in found.values():
-        values = [figures.get(name) for name in _FIGURES_OF_A_TEXT] if isinstance(figures, dict) else [None]
-        if not all(type(value) in (int, float) for value in values):
-            raise CheckpointError(f"{store.folder / STATE} has figures of texts that are not sound; use another one")
+    known = NAMED_TEXTS | {task.name: task for task in text_tasks(store.config.evaluation.tasks)}
+    found = _figures(store, "tasks", _FIGURES_OF_A_TEXT)
     return {known.get(name) or TextTask(name, name): figures for name, figures in found.items()}
 
 
-def _results(store: Store, details: CardDetails, tasks: Mapping[TextTask, Mapping[str, Any]]) -> list[EvalResult]:
-    """Returns validation and texts as the hub's model-index has them; values that are not finite are left out."""
+def _figures(store: Store, section: str, needed: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Returns a section of the state that has figures by the names of what was measured, checked."""
+    found = store.state.get(section) or {}
+    for figures in found.values():
+        values = [figures.get(name) for name in (*needed, *figures)] if isinstance(figures, dict) else [None]
+        if not all(type(value) in (int, float) for value in values):
+            raise CheckpointError(f"{store.folder / STATE} has {section} that are not sound; use another one")
+    return found
+
+
+def _results(
+    store: Store,
+    details: CardDetails,
+    tasks: Mapping[TextTask, Mapping[str, Any]],
+    harness: Mapping[str, Mapping[str, Any]],
+) -> list[EvalResult]:
+    """Returns all figures as the hub's model-index has them; values that are not finite are left out."""
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
     loss, data = store.state.get("validation_loss"), _data_names(store.config)
     if loss is not None:
@@ -176,6 +195,7 @@ def _results(store: Store, details: CardDetails, tasks: Mapping[TextTask, Mappin
     for task, figures in tasks.items():
         named = {"type": task.data_set, "name": task.name, "split": task.split, "config": task.config_name}
         found.append((named, {metric: figures[figure] for metric, figure in _FIGURES.items()}))
+    found += [({"type": name, "name": name}, dict(metrics)) for name, metrics in harness.items()]
     return [
         EvalResult(
             "text-generation",

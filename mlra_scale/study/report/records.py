@@ -94,10 +94,20 @@ def read_steps(path: Path, notes: list[str], is_optional: bool = False) -> list[
     return sorted((line for line in lines if is_number(line.get("step"))), key=lambda line: line["step"])
 
 
-def text_names(run: RunRecord) -> list[str]:
-    """Returns the names of the texts (evaluation.tasks) that a run has measured, in their order."""
-    found = [record["tasks"] for record in run.metrics if isinstance(record.get("tasks"), dict)]
-    return list(dict.fromkeys(str(name) for tasks in found for name in tasks))
+def task_figures(run: RunRecord, section: str) -> list[tuple[str, str]]:
+    """Returns what evaluation.tasks has measured: names and their figures, in the order of the record.
+
+    `section` is `tasks`, which has texts, or `harness`.
+    """
+    found = [record[section] for record in run.metrics if isinstance(record.get(section), dict)]
+    pairs = (
+        (str(name), str(figure))
+        for values in found
+        for name, figures in values.items()
+        if isinstance(figures, dict)
+        for figure in figures
+    )
+    return list(dict.fromkeys(pairs))
 
 
 def number_or_nan(value: Any) -> float:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mlra_scale.study.report import style
-from mlra_scale.study.report.records import Array, Keys, RunRecord, block_values, series, text_names
+from mlra_scale.study.report.records import Array, Keys, RunRecord, block_values, series, task_figures
 from mlra_scale.training.run_reader import Record, is_number
 
 Kind = Literal["free", "linear", "share"]
@@ -22,10 +22,11 @@ TEV_MEAN, TEV_SPREAD, EVENTS = "TEV: mean and spread over tokens", "TEV: its dis
 _NORMS, _VARIANCES = "Gradient norm, before clipping", "Gradient variance over elements"
 _STREAM, _LOGITS = "Activations: variance of the residual stream", "Activations: attention logits"
 _ENTROPY, _SATURATION = "Activations: attention entropy", "Activations: saturated attention rows"
-TEXTS = "Perplexity of texts"
+TEXTS, ACCURACY = "Perplexity of texts", "Accuracy, of lm-evaluation-harness"
 PANELS: dict[str, tuple[str, str, Kind]] = {
     "Loss": ("loss\n(nats per token)", f"{_LOGGED} (train.log_every)", "free"),
     TEXTS: ("perplexity\n(per token)", "evaluation.tasks", "free"),
+    ACCURACY: ("share (%)", "evaluation.tasks with harness:NAME", "share"),
     TEV_MEAN: (_TEV_UNIT, "tev.every", "linear"),
     TEV_SPREAD: (_TEV_UNIT, "tev.every and tev.quantiles", "linear"),
     "Learning rate": ("learning rate", _LOGGED, "free"),
@@ -100,8 +101,14 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
 
 
 def curves_of(run: RunRecord) -> list[tuple[str, str, Keys]]:
-    """Returns CURVES, with one for each text that the run has measured."""
-    return [*CURVES, *((TEXTS, name, ("tasks", name, "token_perplexity")) for name in text_names(run))]
+    """Returns CURVES, with one for each text and each accuracy that the run has measured."""
+    texts = [(name, figure) for name, figure in task_figures(run, "tasks") if figure == "token_perplexity"]
+    accuracies = [(name, figure) for name, figure in task_figures(run, "harness") if figure.startswith("acc")]
+    return [
+        *CURVES,
+        *((TEXTS, name, ("tasks", name, figure)) for name, figure in texts),
+        *((ACCURACY, f"{name}: {figure}", ("harness", name, figure)) for name, figure in accuracies),
+    ]
 
 
 def _read(records: list[Record], keys: Keys) -> pd.Series:

@@ -50,12 +50,14 @@ def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
 
 
 def task_lines(record: Mapping[str, Any], total_steps: int) -> list[str]:
-    """Returns a console line for each text of one evaluation."""
-    return [
-        f"{_step(record['step'], total_steps)} | perplexity of {name} {figures['token_perplexity']:,.1f} per token, "
-        f"{figures['word_perplexity']:,.1f} per word"
-        for name, figures in record["tasks"].items()
+    """Returns a console line for each text, and each task of the harness, of one evaluation."""
+    lines = [
+        f"perplexity of {name} {figures['token_perplexity']:,.1f} per token, {figures['word_perplexity']:,.1f} per word"
+        for name, figures in record.get("tasks", {}).items()
     ]
+    for name, figures in record.get("harness", {}).items():
+        lines.append(f"{name} " + ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items()))
+    return [f"{_step(record['step'], total_steps)} | {line}" for line in lines]
 
 
 def duration(seconds: float) -> str:

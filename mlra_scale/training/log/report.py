@@ -226,7 +226,7 @@ class Report:
             self.say(tev_line(record, total))
         if "validation_loss" in values:
             self.say(validation_line(record, total))
-        if "tasks" in values:
+        if "tasks" in values or "harness" in values:
             self.say("\n".join(task_lines(record, total)))
 
     def on_saved(self, save: FinishedSave) -> None:

@@ -134,7 +134,7 @@ class Checkpoints:
         Args:
             progress: The counters.
             learning_rate: Of the last step.
-            measured: After that step, of which the model card of an export has validation loss and texts.
+            measured: After that step, of which the model card of an export has validation loss, texts and tasks.
             is_last: Whether the run ends here.
             pinned: Step of an earlier checkpoint that must be kept.
             left_out: Measurements that a stop request has left out after that step.
@@ -149,8 +149,7 @@ class Checkpoints:
             "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
             "history": self._history.to_dict(),
         }
-        if "tasks" in measured:
-            state["tasks"] = measured["tasks"]
+        state |= {name: measured[name] for name in ("tasks", "harness") if name in measured}
         if left_out:
             state["left_out"] = list(left_out)
         with self._failures_stop(progress.step):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mlra_scale.checkpoint.retention import checkpoint_name, remove_after
 from mlra_scale.data import Batch, OpenData
-from mlra_scale.evaluation.tasks import TaskText, read_tasks
+from mlra_scale.evaluation.tasks import Tasks, TaskText, read_tasks
 from mlra_scale.parallel import Topology
 from mlra_scale.stability.guard import Action, Guard
 from mlra_scale.stability.tev import TevWatcher
@@ -128,14 +128,23 @@ class Session:
         self.note_evaluation()
         return self.read(read)
 
-    def read_tasks(self) -> list[TaskText]:
-        """Reads the texts of `evaluation.tasks` on rank 0, which alone needs the files or the hub, for all ranks."""
-        config = self.run.config
+    def read_tasks(self) -> Tasks:
+        """Reads what `evaluation.tasks` names on rank 0, which alone needs the files or the hub.
+
+        All ranks get the texts; the harness runs on rank 0.
+        """
+        config, read = self.run.config, Tasks()
+
+        def work() -> list[TaskText]:
+            nonlocal read
+            read = read_tasks(config, tokenizer, self.report.say)
+            return read.texts
+
         if not config.evaluation.tasks:
-            return []
+            return read
         tokenizer = str(tokenizer_folder(config, self.datasets) or config.data.tokenizer)
-        work = partial(read_tasks, config, tokenizer, self.report.say)
-        return on_rank_0(work, self.topology, self.progress.step)
+        texts = on_rank_0(work, self.topology, self.progress.step)
+        return Tasks(texts, read.harness)
 
     def note_evaluation(self) -> None:
         """Reports that an evaluation makes progress."""

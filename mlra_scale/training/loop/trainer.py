@@ -71,8 +71,8 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
         garbage,
     ):
         session = Session(run, topology, datasets, guard, report, checkpoints, interruption, watchdog)
-        texts = TextTasks(engine, plan, session.read_tasks(), session.note_evaluation, hear_stop)
-        passes = DataPasses(engine, config, plan, datasets.validation, session.read_for_validation, hear_stop, texts)
+        tasks = TextTasks(engine, plan, session.read_tasks(), session.note_evaluation, hear_stop, report.say)
+        passes = DataPasses(engine, config, plan, datasets.validation, session.read_for_validation, hear_stop, tasks)
         session.begin(tev, passes)
         while session.progress.step < config.train.steps:
             try:

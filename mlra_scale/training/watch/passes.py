@@ -1,4 +1,4 @@
-"""Passes over data after a step: validation, the activation probe, and the texts of `evaluation.tasks`.
+"""Passes over data after a step: validation, the activation probe, and `evaluation.tasks`.
 
 A stop request ends them on all ranks alike.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan, Config
+from mlra_scale.config.text_tasks import harness_tasks
 from mlra_scale.data import Batch, SampleStream
 from mlra_scale.stability.activations import ActivationProbe
 from mlra_scale.stability.watcher import is_due
@@ -60,7 +61,7 @@ class PassResult:
 
 
 class DataPasses:
-    """Measures validation loss, activations and texts; every method is collective.
+    """Measures validation loss, activations and tasks; every method is collective.
 
     Args:
         engine: The model.
@@ -69,7 +70,7 @@ class DataPasses:
         validation: Validation samples; the first of them are the probe batch.
         read: Reads batches on all ranks (Session.read).
         hear_stop: See raise_if_stopped.
-        tasks: The texts, which are scored where a checkpoint follows.
+        tasks: Of `evaluation.tasks`; measured where a checkpoint follows.
     """
 
     def __init__(
@@ -95,14 +96,14 @@ class DataPasses:
             names.append("validation")
         if activations.every > 0 and is_due(step, activations.every, last):
             names.append("activations")
-        if self._tasks.texts and step > 0 and is_due(step, self._config.checkpoint.every, last):
+        if self._config.evaluation.tasks and step > 0 and is_due(step, self._config.checkpoint.every, last):
             names.append("tasks")
         return tuple(names)
 
     def run(self, names: Sequence[str], measuring_seconds: dict[str, float], is_stop: bool = False) -> PassResult:
         """Makes passes until a stop is requested (`is_stop`: it was already) or the data are bad.
 
-        `measuring_seconds` receives the time of the activation probe and of the texts.
+        `measuring_seconds` receives the time of the activation probe and of the tasks.
         """
         values: dict[str, Any] = {}
         if is_stop:
@@ -143,6 +144,6 @@ class DataPasses:
 
     def _measure_tasks(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
         began = time.perf_counter()
-        figures = self._tasks.measure()
+        values = self._tasks.measure(bool(harness_tasks(self._config.evaluation.tasks)))
         measuring_seconds["tasks"] = time.perf_counter() - began
-        return {"tasks": figures}
+        return values

@@ -27,7 +27,8 @@ def read(tmp_path: Path) -> Callable[..., TaskText]:
     save_tokenizer(tokenizer(), tmp_path / "tokenizer")
 
     def one(task: str, *overrides: str) -> TaskText:
-        (found,) = read_tasks(config_of(task, *overrides), str(tmp_path / "tokenizer"), lambda line: None)
+        read = read_tasks(config_of(task, *overrides), str(tmp_path / "tokenizer"), lambda line: None)
+        (found,) = read.texts
         return found
 
     return one
@@ -137,3 +138,8 @@ def test_problems_are_found_before_anything_is_read(tmp_path: Path, monkeypatch:
     first, second = task_problems(config_of(tasks), has_tokenizer=False)
     assert "name it in data.tokenizer" in first.remedy and second == problem
     assert task_problems(load_config("debug"), has_tokenizer=False) == []
+    (problem,) = task_problems(config_of("harness:arc_easy,harness:none.yaml"), has_tokenizer=True)
+    assert problem.value == "harness:none.yaml" and "does not exist" in problem.remedy
+    monkeypatch.setattr("mlra_scale.evaluation.harness.find_spec", lambda name: None)
+    (problem,) = task_problems(config_of("harness:arc_easy"), has_tokenizer=True)
+    assert "pip install 'mlra-scale[harness]'" in problem.remedy

@@ -84,16 +84,19 @@ def test_a_validation_loss_has_no_z_loss_and_forms_no_gradients(chunks: int, mon
     assert_near(found, wanted, 1e-6)
 
 
-def test_positions_without_a_target_have_no_loss_and_count_in_the_mean(chunks: int) -> None:
+def test_scores_of_single_targets(chunks: int) -> None:
     hidden, weight, bias, targets = inputs(torch.float32)
-    scored = torch.arange(targets.numel()).view_as(targets) % 3 == 0
     with torch.no_grad():
         logits = torch.nn.functional.linear(hidden, weight, bias).double()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-        wanted = losses[scored.flatten()].sum() / targets.numel()
-        targets = targets.where(scored, torch.tensor(loss.NO_TARGET))
-        found = head_loss(context_of(0.0), hidden, weight, bias, targets, is_training=False)
-    assert_near(found, wanted, 1e-6)
+    is_likely, is_scored = torch.arange(TOKENS) % 2 == 0, torch.arange(TOKENS) % 3 > 0
+    targets = torch.where(is_likely, logits.argmax(dim=-1), targets)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    is_first = logits.argmax(dim=-1) == targets
+    assert is_first.any() and not is_first.all()
+    given = targets.where(is_scored, torch.tensor(loss.NO_TARGET))
+    found, found_first = loss.head_scores(context_of(0.5), hidden, weight, bias, given)
+    assert_near(found, wanted.where(is_scored, torch.tensor(0.0)).view_as(found), 1e-6)
+    assert torch.equal(found_first, is_first | ~is_scored) and found.dtype == torch.float32
 
 
 def test_small_probabilities_do_not_vanish_in_fp16() -> None:
