@@ -92,6 +92,7 @@ def main_with_hub(rank: int, world_size: int, arguments: tuple[str, ...], url: s
         return main_on_rank(rank, world_size, arguments)
 
 
+@pytest.mark.slow
 def test_it_is_pushed_where_a_repository_is_named(
     tmp_path: Path, training_data: Path, worker_pool: Callable[[int], WorkerPool]
 ) -> None:

@@ -57,7 +57,7 @@ def pushed(stored: Path, output: Path, *arguments: str, code: int = 0) -> Ran:
     return result
 
 
-@pytest.mark.parametrize("export_format", ["gpt2", "mlra"])
+@pytest.mark.parametrize("export_format", [pytest.param("gpt2", marks=pytest.mark.slow), "mlra"])
 def test_what_is_pushed_is_loaded_by_its_name(stored: Path, tmp_path: Path, server: Hub, export_format: str) -> None:
     output = tmp_path / "out"
     more = ["--license", "apache-2.0", "--language", "en", "de", "--dataset", "me/corpus"]

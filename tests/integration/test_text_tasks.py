@@ -39,7 +39,7 @@ def evaluated(run: Path, text: Path) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow_except("data-2", "pipeline-2")
+@pytest.mark.slow_except("pipeline-2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_figures_are_those_of_the_checkpoint(
     tmp_path: Path, texts: dict[str, Path], start: Start, layout: str
@@ -103,6 +103,7 @@ def test_the_harness_finds_the_same_on_the_export(
     assert f"| choose | acc | {found[4]['choose']['acc']:.4g} |" in card  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_they_change_nothing_in_the_training(tmp_path: Path, texts: dict[str, Path], start: Start) -> None:
     dropout = "model.residual_dropout=0.1"
     start("without", *SHORT, dropout)
