@@ -124,7 +124,7 @@ def test_wrong_input_is_one_message(place: Path, tmp_path: Path, monkeypatch: py
     for arguments, message in (
         ((tmp_path / "nothing", *text), "does not exist"),
         ((tmp_path, *text), "holds no complete checkpoint"),
-        ((place / "run",), "one of the arguments --text --data is required"),
+        ((place / "run",), "one of the arguments --text --data --task is required"),
         ((place / "run", "--text", tmp_path / "no.txt"), "does not exist"),
         ((place / "run", "--text", tmp_path / "empty.txt"), "there is nothing to score"),
         ((place / "run", "--data", tmp_path), "has no manifest.json"),

@@ -92,9 +92,9 @@ def test_the_report_of_a_run(run_folder: Path) -> None:
     assert row(page, "training loss").startswith(f"training loss | {first} | {last} | ")
     assert row(page, "validation loss").endswith("| nats per token | 7")
     assert row(page, "perplexity of held-out, per token") == (
-        "perplexity of held-out, per token | 200 | 125 | 125 | 200 | | 7"
+        "perplexity of held-out, per token | 200.0 | 125.0 | 125.0 | 200.0 |  | 7"
     )
-    assert row(page, "choose: acc") == "choose: acc | 0.25 | 0.55 | 0.25 | 0.55 | | 7"
+    assert row(page, "choose: acc") == "choose: acc | 0.2500 | 0.5500 | 0.2500 | 0.5500 |  | 7"
     assert "25 recorded step(s) were undone in 1 rollback(s)" in text
     assert "guard_skip: 1, guard_lower_rate: 1, guard_rollback: 1, finished: 1" in text
     assert "to_step 150" in row(page, "2025-01-01 00:00:00", "guard_rollback", "200")
