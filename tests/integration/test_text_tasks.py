@@ -42,11 +42,11 @@ def evaluated(run: Path, text: Path) -> dict[str, Any]:
 @pytest.mark.slow_except("pipeline-2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_figures_are_those_of_the_checkpoint(
-    tmp_path: Path, texts: dict[str, Path], start: Start, layout: str
+    tmp_path: Path, texts: dict[str, Path], start: Start, training_data: Path, layout: str
 ) -> None:
     number, overrides = LAYOUTS[layout]
-    tasks = ",".join(map(str, texts.values()))
-    finished = start("run", *SHORT, f"evaluation.tasks=[{tasks}]", *overrides, num_processes=number)
+    options = [f"evaluation.tasks=[{','.join(map(str, texts.values()))}]", f"data.path={training_data}", *overrides]
+    finished = start("run", *SHORT, *options, num_processes=number)
     found = curve(tmp_path / "run", "tasks")
     assert list(found) == [2, 4], "at every checkpoint"
     for name, text in texts.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"question": "A window slides over the", "choices": ["text", "moon, and every one", "rest"], "answer": 0},
     {"question": "every token in it is", "choices": ["seen", "lost"], "answer": 1},
     {"question": "Nothing " * 30 + "is", "choices": ["new", "old and long since gone"], "answer": 0},
