@@ -31,11 +31,14 @@ class TextTask:
     is_last_word: bool = False
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether it is a data set of the Hugging Face hub, which has splits."""
+        return self.source.startswith(HUGGING_FACE)
+
+    @property
     def data_set(self) -> str:
         """The data set on the hub, without revision; of local text the name of the task: folders are private."""
-        if not self.source.startswith(HUGGING_FACE):
-            return self.name
-        return self.source.removeprefix(HUGGING_FACE).partition("@")[0]
+        return self.source.removeprefix(HUGGING_FACE).partition("@")[0] if self.is_on_hub else self.name
 
 
 _WIKITEXT = "hf:EleutherAI/wikitext_document_level"

@@ -193,7 +193,8 @@ def _results(
         named: dict[str, Any] = {"type": (*details.datasets, data)[0], "name": data, "split": "validation"}
         found.append((named, {"perplexity": perplexity}))
     for task, figures in tasks.items():
-        named = {"type": task.data_set, "name": task.name, "split": task.split, "config": task.config_name}
+        split = task.split if task.is_on_hub else None
+        named = {"type": task.data_set, "name": task.name, "split": split, "config": task.config_name}
         found.append((named, {metric: figures[figure] for metric, figure in _FIGURES.items()}))
     found += [({"type": name, "name": name}, dict(metrics)) for name, metrics in harness.items()]
     return [

@@ -160,7 +160,7 @@ def test_the_card_has_figures_of_texts_and_the_hubs_index_of_results(store: Stor
     assert found == {
         ("me/corpus", trained, "validation"): {"perplexity": math.exp(2.0)},
         ("EleutherAI/lambada_openai", "lambada", "test"): measures,
-        ("held", "held", "test"): {"perplexity": 21.5, "bits_per_byte": 1.25},
+        ("held", "held", None): {"perplexity": 21.5, "bits_per_byte": 1.25},
         ("choose", "choose", None): {"acc": 0.25, "acc_norm": 0.5},
     }, "a perplexity that is not finite is no result"
 
