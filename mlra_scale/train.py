@@ -162,7 +162,7 @@ def _train(request: LaunchRequest, rank: int, watchdog: Watchdog, interruption: 
         if rank == 0 and choose_checkpoint(directory, request.resume).checkpoint != run.resume.checkpoint:
             # Changed between the check and the lock.
             raise ConfigError([Problem("--run-dir", str(directory.path), "another run has just used it; look again")])
-        if run.is_done:
+        if run.is_done and not run.is_export_due:
             if rank == 0:
                 report_nothing_to_do(run)
             return ExitCode.DONE
@@ -184,8 +184,14 @@ def _dry_run(config: Config, named: Named, rank: int, devices: Devices) -> int:
         problems += error.problems
     if config.data.path is not None or config.data.blend is not None:
         from mlra_scale.data import check_data
+        from mlra_scale.data.data_sets import find_data
 
-        problems += check_data(config)
+        found = find_data(config)
+        problems += check_data(config, found=found)
+        if config.evaluation.tasks:
+            from mlra_scale.evaluation.tasks import task_problems  # imports torch
+
+            problems += task_problems(config, bool(found.manifests) or config.data.tokenizer is not None)
     if problems:
         raise ConfigError(problems)
     if rank == 0:

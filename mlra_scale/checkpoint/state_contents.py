@@ -22,7 +22,9 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 # data.tokenizer may name the folder of a whole model, whose weights no checkpoint should carry along.
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".bpe", ".model", ".tiktoken", ".jinja"}
-_STATE_SECTIONS = ("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history")
+_STATE_SECTIONS = (
+    *("progress", "engine", "windows", "data", "data_fingerprints", "origin", "history", "tasks", "harness"),
+)
 
 
 def write_small_files(

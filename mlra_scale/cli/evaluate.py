@@ -6,21 +6,26 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count, json_output, text_fields, trained_model
+from mlra_scale.config.text_tasks import NAMED_TEXTS
+from mlra_scale.console import InputError
 
 if TYPE_CHECKING:
     from mlra_scale.data.tokenizer import LoadedTokenizer
-    from mlra_scale.evaluation.perplexity import Document
+    from mlra_scale.evaluation.models import OpenedModel
+    from mlra_scale.evaluation.perplexity import Document, Perplexity
 
 EXAMPLES = """examples:
   PROG runs/first --data data/python-docs
   PROG exported/first --text book.txt --stride 256
   PROG gpt2 --text 'test/*.jsonl' --field text --dtype bfloat16 --batch-size 8 --json
+  PROG exported/first --task lambada
 
 Each document is scored by itself: no context crosses from one to the next. A .txt file is one document, so is each
 line of a .jsonl file and each document of prepared data. docs/evaluation.md has the formulas.
@@ -33,6 +38,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", nargs="+", metavar="SOURCE", help="files, folders, globs, as prepare_data.py has them"
     )
     source.add_argument("--data", type=Path, metavar="FOLDER", help="a folder made by prepare_data.py")
+    source.add_argument("--task", choices=NAMED_TEXTS, help="a text of the Hugging Face hub (docs/evaluation.md)")
     add = parser.add_argument
     add("--split", help="of --data: train or validation (default); of Hugging Face data sets: default test")
     add("--window", type=count, metavar="N", help="tokens of a window (default: the model's positions)")
@@ -54,27 +60,18 @@ def _run(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     """Opens model and text and scores it; returns the figures."""
     from mlra_scale.evaluation.models import open_model
-    from mlra_scale.evaluation.perplexity import checked_window, perplexity
+    from mlra_scale.evaluation.perplexity import checked_window
 
     opened = open_model(options.model, options.dtype, options.device, options.trust_remote_code)
     loaded = opened.tokenizer(options.tokenizer)
     window, stride = checked_window(opened, options.window, options.stride)
-    start = loaded.end_of_document_token if options.start_token else None
     began = time.monotonic()
-    found = perplexity(opened, _documents(options, loaded), window, stride, options.batch_size, start)
+    found = _score(options, opened, loaded, window, stride)
     seconds = time.monotonic() - began
     return {
         "model": str(opened.path),
-        "text": [str(options.data)] if options.data else options.text,
-        "documents": found.num_documents,
-        "tokens_scored": found.num_tokens,
-        "words": found.num_words,
-        "bytes": found.num_bytes,
-        "negative_log_likelihood": found.negative_log_likelihood,
-        "loss": found.loss,
-        "token_perplexity": found.token_perplexity,
-        "word_perplexity": found.word_perplexity,
-        "bits_per_byte": found.bits_per_byte,
+        "text": options.text or [str(options.data or options.task)],
+        **found.figures(),
         "window": window,
         "stride": stride,
         "start_token": options.start_token,
@@ -85,18 +82,35 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _score(
+    options: argparse.Namespace, opened: OpenedModel, loaded: LoadedTokenizer, window: int, stride: int
+) -> Perplexity:
+    from mlra_scale.evaluation.perplexity import perplexity, perplexity_of_windows
+    from mlra_scale.evaluation.tasks import task_windows
+
+    if options.task is None:
+        start = loaded.end_of_document_token if options.start_token else None
+        return perplexity(opened, _documents(options, loaded), window, stride, options.batch_size, start)
+    if options.start_token or options.join or options.split:
+        raise InputError("--start-token, --join and --split are for --text and --data; a task says how it is read")
+    counts, task = Counter[str](), NAMED_TEXTS[options.task]
+    found = task_windows(task, loaded, counts, opened.vocab_size, window, stride, options.max_tokens, _note)
+    return perplexity_of_windows(opened, found, counts, options.batch_size)
+
+
+def _note(line: str) -> None:
+    print(f"evaluate: {line}", file=sys.stderr)
+
+
 def _documents(options: argparse.Namespace, loaded: LoadedTokenizer) -> Iterable[Document]:
     from mlra_scale.evaluation.texts import PieceEncoder, documents_of_data, documents_of_sources, joined
 
-    def note(line: str) -> None:
-        print(f"evaluate: {line}", file=sys.stderr)
-
     encoder = PieceEncoder(loaded, options.max_tokens)
     if options.data:
-        documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, note)
+        documents = documents_of_data(options.data, options.split or "validation", encoder, loaded, _note)
     else:
         documents = documents_of_sources(
-            options.text, encoder, options.field, options.split or "test", options.hf_config, note
+            options.text, encoder, options.field, options.split or "test", options.hf_config, _note
         )
     return [joined(documents, encoder.end_of_document)] if options.join else documents
 

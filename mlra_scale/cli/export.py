@@ -6,28 +6,21 @@ import argparse
 import math
 import re
 import sys
-import tempfile
-import warnings
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlra_scale.cli.command import Command
 from mlra_scale.cli.options import count
 from mlra_scale.console import InputError
 
-if TYPE_CHECKING:
-    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
-    from mlra_scale.checkpoint.reader import Store
-    from mlra_scale.data.tokenizer import LoadedTokenizer
-
 EXAMPLES = """examples:
   PROG runs/first exported/first
   PROG runs/first/checkpoints/step-00000200 exported/first-bf16 --dtype bfloat16
   PROG runs/first exported/first-mlra --format mlra --text book.txt
+  PROG runs/first exported/first --license apache-2.0 --language en --push-to-hub me/first
 
-exit code: 0 exported (and verified, unless --no-verify), 1 the verification failed, 2 wrong input or a damaged
-checkpoint. With 1 and 2 there is no output folder.
+exit code: 0 exported (verified, unless --no-verify; and pushed, with --push-to-hub), 1 the verification failed, 2 wrong
+input, a damaged checkpoint, or no access to the hub, 3 exported and not pushed. With 1 and 2 there is no output folder.
 """
 
 
@@ -44,6 +37,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-checksums", action="store_true", help="do not compare the checkpoint's files with their checksums first")
     add("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest file, as in 500MB (5GB)")
     add("--force", action="store_true", help="replace the export at OUTPUT, once the new one is verified")
+    add("--license", metavar="NAME", help="license in the model card, as the hub names it (apache-2.0, ...)")
+    add("--language", metavar="CODE", nargs="+", default=[], help="languages in the model card (en ...)")
+    add("--dataset", metavar="NAME", nargs="+", default=[], help="the hub's data sets of the training, in the card")
+    add("--repo-name", metavar="NAME", help="what the card loads the model by (default: that of --push-to-hub)")
+    add("--push-to-hub", metavar="OWNER/NAME", help="push the verified export to this repository, made if need be")
+    add("--private", action="store_true", help="make the repository private, where it does not exist yet")
 
 
 def _size(text: str) -> int:
@@ -55,91 +54,48 @@ def _size(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Megatron's import warns about libraries that nothing here would use.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mlra_scale.checkpoint.huggingface.configuration import DTYPES
-    from mlra_scale.checkpoint.huggingface.exporting import ExportOptions, check_target, export_checkpoint
+    from mlra_scale.checkpoint.huggingface.card import CardDetails
     from mlra_scale.checkpoint.huggingface.verification import VerificationError
-    from mlra_scale.checkpoint.reader import Store
-    from mlra_scale.checkpoint.retention import checkpoint_at
+    from mlra_scale.publishing import hub
+    from mlra_scale.publishing.exporting import ExportRequest, export
 
-    check_target(options.output, options.force)
-    store = Store.open(checkpoint_at(options.checkpoint))
-    print(f"checkpoint {store.folder}: {store.manifest.total_bytes / 1e9:.3g} GB in {len(store.manifest.files)} files")
-    if not options.no_checksums and (faults := store.verify()):
-        raise InputError(f"{'; '.join(faults)}; use another checkpoint")
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _exported_tokenizer(options.tokenizer, store, Path(folder, "tokenizer"))
-        trained_with = _training_tokenizer(tokenizer, store)
-        text = None if options.no_verify else _text(options, store, trained_with)
-        if trained_with is None:
-            print("the checkpoint has no copy of a tokenizer: none is exported; name one with --tokenizer")
-        dtype, size = DTYPES[options.dtype], options.max_shard_size
-        try:
-            chosen = ExportOptions(options.format, dtype, size, tokenizer, options.force)
-            export_checkpoint(store, options.output, chosen, text, print)
-        except VerificationError as error:
-            print(f"{options.program}: the export failed its verification and was removed: {error}", file=sys.stderr)
-            return 1
-    print(f"exported to {options.output}" + ("" if text else ", not verified"))
-    return 0
-
-
-def _exported_tokenizer(name: str | None, store: Store, folder: Path) -> Path | None:
-    """Converts the tokenizer, named or imported, to a Hugging Face folder; None: the checkpoint's copy will do."""
-    from mlra_scale.data.tokenizer import load_tokenizer, names_its_end, save_tokenizer
-    from mlra_scale.evaluation.models import check_same_tokens
-
-    own = store.tokenizer_folder
-    # An imported one may be vocab.json and merges.txt alone, or leave its eos token to GPT-2's class.
-    if name is None and (own is None or names_its_end(own)):
-        return None
-    loaded = load_tokenizer([name or str(own)])
-    if name is not None and own is not None:
-        check_same_tokens(loaded, own)
-    save_tokenizer(loaded, folder)
-    return folder
-
-
-def _training_tokenizer(named: Path | None, store: Store) -> LoadedTokenizer | None:
-    """Loads the tokenizer of the training: the checkpoint's own copy, or the named one where there is none."""
-    from mlra_scale.checkpoint.huggingface.exporting import recorded_tokenizer
-    from mlra_scale.data.tokenizer import load_tokenizer
-    from mlra_scale.evaluation.verification_text import check_checksum
-
-    folder = store.tokenizer_folder or named
-    if folder is None:
-        return None
-    loaded = load_tokenizer([str(folder)])
-    check_checksum(loaded, recorded_tokenizer(store))
-    return loaded
-
-
-def _text(options: argparse.Namespace, store: Store, trained_with: LoadedTokenizer | None) -> VerificationText:
-    from mlra_scale.checkpoint.huggingface.exporting import VerificationText
-    from mlra_scale.evaluation.verification_text import (
-        documents_of_sequences,
-        text_tokens,
-        validation_documents,
-        validation_tokens,
+    repository = options.push_to_hub
+    if options.private and repository is None:
+        raise InputError("--private is for a repository that is pushed to; name it with --push-to-hub")
+    if repository is not None:
+        hub.check_access(repository)
+    card = CardDetails(
+        repository=options.repo_name or repository,
+        license=options.license,
+        languages=tuple(options.language),
+        datasets=tuple(options.dataset),
     )
-
-    if options.text is None:
-        if store.config is None:
-            raise InputError(
-                f"{store.folder} was not trained by this project, so it names no validation data; name a text to "
-                "verify on with --text, or leave the verification out with --no-verify"
-            )
-        tokens_NS = validation_tokens(store.config, options.tokens)
-        documents = [] if trained_with is None else validation_documents(store.config, trained_with, options.tokens)
-        return VerificationText(tokens_NS, "the run's validation data", tuple(documents))
-    if trained_with is None:
-        raise InputError("--text needs a tokenizer, and the checkpoint has no copy of one; name it (--tokenizer)")
-    length = store.model.max_positions if store.config is None else store.config.train.sequence_length
-    tokens_NS = text_tokens([options.text], trained_with, length, options.tokens)
-    # Of an imported model it is not known how its text was encoded.
-    documents = [] if store.config is None else documents_of_sequences(trained_with, tokens_NS)
-    return VerificationText(tokens_NS, Path(options.text).name, tuple(documents))
+    request = ExportRequest(
+        options.checkpoint,
+        options.output,
+        options.format,
+        options.dtype,
+        options.max_shard_size,
+        options.tokenizer,
+        options.text,
+        options.tokens,
+        is_verified=not options.no_verify,
+        has_checksums=not options.no_checksums,
+        is_replacing=options.force,
+        card=card,
+    )
+    try:
+        export(request, print)
+    except VerificationError as error:
+        print(f"{options.program}: the export failed its verification and was removed: {error}", file=sys.stderr)
+        return 1
+    if repository is not None:
+        try:
+            hub.push(options.output, repository, options.private, print)
+        except hub.HubError as error:
+            print(f"{options.program}: {error}", file=sys.stderr)
+            return 3
+    return 0
 
 
 COMMAND = Command(

@@ -56,7 +56,8 @@ class Heartbeat(_Message):
     """A sign of life of a rank, by its global number.
 
     `phase` is one of `starting`, `connecting`, `checking`, `preparing`, `training`, `evaluating`, `saving`, `rolling
-    back`, `ending`, and began `seconds` ago; a step of training begins it anew. `location` is where the main thread is.
+    back`, `exporting`, `ending`, and began `seconds` ago; a step of training begins it anew. `location` is where the
+    main thread is.
     """
 
     rank: _Count

@@ -7,6 +7,6 @@ from mlra_scale.config.model_config import ModelConfig
 from mlra_scale.config.optim_config import OptimConfig, OptimizerName, ParameterRule
 from mlra_scale.config.presets import preset, preset_names
 from mlra_scale.config.problems import ConfigError, Problem
-from mlra_scale.config.schema import ClusterConfig, Config, DataConfig, ProfileConfig, TrainConfig
+from mlra_scale.config.schema import ClusterConfig, Config, DataConfig, ExportConfig, ProfileConfig, TrainConfig
 from mlra_scale.config.section import ActivationsConfig, GradientsConfig, GuardConfig, QkClipConfig, TevConfig
 from mlra_scale.config.validation import config_problems, engine_kind

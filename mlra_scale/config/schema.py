@@ -139,6 +139,14 @@ class EvaluationConfig(Section):
     """Steps between evaluations; 0: only at the end."""
     batches: int = Field(8, ge=1)
     """Global batches per evaluation."""
+    tasks: tuple[Text, ...] = Field((), strict=False)
+    """What is measured at every checkpoint (docs/evaluation.md): the perplexity of texts (files, folders, globs,
+    folders made by tools/prepare_data.py, hf:NAME, or lambada, ptb, wikitext-2, wikitext-103 of the Hugging Face hub),
+    and tasks of lm-evaluation-harness (harness:NAME, or harness:FILE.yaml)."""
+    task_stride: int | None = Field(None, ge=1)
+    """Distance of the windows of train.sequence_length tokens in which texts are scored; null: half a window."""
+    task_tokens: int | None = Field(None, ge=1)
+    """Tokens of each text that are read; null: all."""
 
 
 class CheckpointConfig(Section):
@@ -156,6 +164,25 @@ class CheckpointConfig(Section):
     differing_copies: Literal["refuse", "report"] = "refuse"
     """If copies of a weight that several ranks hold are not equal bit by bit. refuse: the save fails and the run stops;
     report: the owner's copy is saved, and an event names the weight and the ranks."""
+
+
+class ExportConfig(Section):
+    """The export to Hugging Face's format at the end of a run, into the folder `exported` of the run directory."""
+
+    format: Literal["gpt2", "mlra"] | None = None
+    """gpt2: for stock GPT-2; mlra: the factors are kept, and code is shipped; null: nothing is exported."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the written weights."""
+    repository: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository of the Hugging Face hub, OWNER/NAME, that the verified export is pushed to; null: none."""
+    private: bool = False
+    """Make the repository private, where it does not exist yet."""
+    license: Text | None = None
+    """License in the model card, as the hub names it (apache-2.0, cc-by-4.0, ...); null: the card names none."""
+    languages: tuple[Text, ...] = Field((), strict=False)
+    """Languages in the model card, by their codes (en)."""
+    datasets: tuple[Text, ...] = Field((), strict=False)
+    """Data sets of the hub in the model card that the model was trained on."""
 
 
 class WandbConfig(Section):
@@ -247,6 +274,8 @@ class Config(Section):
     """Validation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    """Export to Hugging Face."""
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     """Weights & Biases."""
     profile: ProfileConfig = Field(default_factory=ProfileConfig)

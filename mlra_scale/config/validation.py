@@ -19,6 +19,7 @@ from mlra_scale.config.deepspeed_json import (
 )
 from mlra_scale.config.problems import Problem
 from mlra_scale.config.schema import Config
+from mlra_scale.config.text_tasks import equal_names
 
 Failures = Iterator[tuple[str, str]]
 """The dotted field and the remedy of every rule that fails."""
@@ -50,6 +51,7 @@ def config_problems(config: Config, world_size: int, device: str | None = None) 
         _schedule(config),
         _data(config),
         _stability(config, world_size),
+        _evaluation(config),
         _cluster(config),
     )
     problems = [Problem(field, _value_at(config, field), remedy) for field, remedy in failures]
@@ -335,6 +337,21 @@ def _stability(config: Config, world_size: int) -> Failures:
             "measures weights as they are stored, and model.sigma_reparam computes with others; set it to 0 (the gain "
             "of a map is its largest singular value)",
         )
+
+
+def _evaluation(config: Config) -> Failures:
+    evaluation, export = config.evaluation, config.export
+    if equal := equal_names(evaluation.tasks):
+        yield "evaluation.tasks", f"has two texts of the name {equal[0]}, which the record cannot tell apart"
+    if evaluation.task_stride is not None and evaluation.task_stride >= config.train.sequence_length:
+        yield (
+            "evaluation.task_stride",
+            f"must be less than a window, which is train.sequence_length {config.train.sequence_length}",
+        )
+    if export.format == "gpt2" and config.model.qk_norm:
+        yield "export.format", "gpt2 has no QK-norm (model.qk_norm); use mlra"
+    if export.format is None and export.repository is not None:
+        yield "export.repository", "is where an export goes, and export.format is null; choose gpt2 or mlra"
 
 
 def _cluster(config: Config) -> Failures:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlra_scale.config.json_text import printable
+from mlra_scale.config.text_tasks import HUGGING_FACE
 from mlra_scale.data import DataError
 from mlra_scale.data.corpus_python import PYTHON_DOCS, PythonCorpus
 from mlra_scale.data.files import BEYOND, NotRead, file_counts, find_files, identity
@@ -23,7 +24,6 @@ from mlra_scale.data.manifest import sha256_of_lines
 from mlra_scale.data.readers import Portion, Texts, checked_text, missing_field, portions_of_file
 from mlra_scale.data.tally import Place, Tally
 
-HUGGING_FACE = "hf:"
 _ROWS = 256
 """Rows of a Hugging Face data set in a portion."""
 
@@ -135,7 +135,7 @@ class LocalFiles:
 
 
 class HuggingFace:
-    """A data set of the Hugging Face hub (or a local folder in its format, "hf:FOLDER"), streamed. It is one unit."""
+    """A data set of the hub, "hf:NAME" or "hf:NAME@REVISION", or a local folder, "hf:FOLDER"; streamed, one unit."""
 
     kind = "hugging-face"
 
@@ -170,9 +170,12 @@ class HuggingFace:
                 f"Hugging Face data set {self.name} cannot be read: {silent} does not answer; download it elsewhere "
                 "and name its folder or files as the source"
             )
-        path = self.spec.removeprefix(HUGGING_FACE)
+        path, _, revision = self.spec.removeprefix(HUGGING_FACE).partition("@")
+        if self.folder.exists():
+            path, revision = str(self.folder), ""
+        options = {"split": self._split, "revision": revision or None, "streaming": True}
         with self._errors():
-            stream = iter(datasets.load_dataset(path, self._config, split=self._split, streaming=True))
+            stream = iter(datasets.load_dataset(path, self._config, **options))
             while (example := next(stream, None)) is not None:
                 yield example
 

@@ -89,6 +89,20 @@ class Perplexity:
     def bits_per_byte(self) -> float:
         return self.negative_log_likelihood / math.log(2.0) / self.num_bytes if self.num_bytes else math.nan
 
+    def figures(self) -> dict[str, float]:
+        """Returns the sums and the measures under the names of `tools/evaluate.py --json` and of the record."""
+        return {
+            "documents": self.num_documents,
+            "tokens_scored": self.num_tokens,
+            "words": self.num_words,
+            "bytes": self.num_bytes,
+            "negative_log_likelihood": self.negative_log_likelihood,
+            "loss": self.loss,
+            "token_perplexity": self.token_perplexity,
+            "word_perplexity": self.word_perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
 
 def windows(pieces: Iterable[Sequence[int]], size: int, stride: int) -> Iterator[Window]:
     """Cuts a stream of tokens into overlapping windows; at most one window and one piece are in memory.
@@ -135,20 +149,59 @@ def perplexity(
     """
     window, stride = checked_window(model, window, stride)
     counts: Counter[str] = Counter()
-    streams = (_counted(document, counts, model.vocab_size, start_token) for document in documents)
-    found = itertools.chain.from_iterable(windows(tokens, window, stride) for tokens in streams)
-    total, num_tokens = 0.0, 0
+    found = counted_windows(documents, counts, model.vocab_size, window, stride, start_token)
+    return perplexity_of_windows(model, found, counts, batch_size)
+
+
+def perplexity_of_windows(
+    model: LanguageModel, found: Iterator[Window], counts: Counter[str], batch_size: int
+) -> Perplexity:
+    """Scores windows, which are counted in `counts` as they are taken; raises EvaluationError as `perplexity` does."""
+    total = 0.0
     while batch := list(itertools.islice(found, batch_size)):
         total += negative_log_likelihood(model, batch)
-        num_tokens += sum(item.num_new for item in batch)
-    if not num_tokens:
+    check_counts(counts)
+    if not math.isfinite(total):
+        raise EvaluationError("the model gives logits that are not finite")
+    return perplexity_of(counts, total)
+
+
+def counted_windows(
+    documents: Iterable[Document],
+    counts: Counter[str],
+    vocab_size: int,
+    window: int,
+    stride: int,
+    start_token: int | None = None,
+) -> Iterator[Window]:
+    """Yields the windows of documents, and counts what they hold: documents, tokens, words, bytes, scored."""
+    for document in documents:
+        for found in windows(_counted(document, counts, vocab_size, start_token), window, stride):
+            counts["scored"] += found.num_new
+            yield found
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises EvaluationError if a text has a token that the model does not know."""
+    if max(tokens) >= vocab_size:
+        raise EvaluationError(
+            f"the text has the token {max(tokens)}, but the model knows {vocab_size} tokens: text and model belong to "
+            "different tokenizers"
+        )
+
+
+def check_counts(counts: Counter[str]) -> None:
+    """Raises EvaluationError if a text has no token that can be scored; `counts` are of counted_windows."""
+    if not counts["scored"]:
         raise EvaluationError(
             f"there is nothing to score: {counts['documents']} documents with {counts['tokens']} tokens in all, and "
             "the first token of a document has no context; give more text, or a start token"
         )
-    if not math.isfinite(total):
-        raise EvaluationError("the model gives logits that are not finite")
-    return Perplexity(counts["documents"], num_tokens, counts["words"], counts["bytes"], total)
+
+
+def perplexity_of(counts: Counter[str], negative_log_likelihood: float) -> Perplexity:
+    """Returns the measures of a text; `counts` are of counted_windows."""
+    return Perplexity(counts["documents"], counts["scored"], counts["words"], counts["bytes"], negative_log_likelihood)
 
 
 def checked_window(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -204,11 +257,7 @@ def _counted(
             is_empty = False
             if start_token is not None:
                 yield [start_token]
-        if max(piece.tokens) >= vocab_size:
-            raise EvaluationError(
-                f"the text has the token {max(piece.tokens)}, but the model knows {vocab_size} tokens: text and model "
-                "belong to different tokenizers"
-            )
+        check_tokens(piece.tokens, vocab_size)
         counts.update(tokens=len(piece.tokens), words=piece.num_words, bytes=piece.num_bytes)
         yield piece.tokens
 

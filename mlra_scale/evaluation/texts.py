@@ -106,7 +106,7 @@ def documents_of_sources(
             if kind_of(file) != ".txt":
                 yield from _whole(texts_of_file(file, field), encoder)
             elif not encoder.is_full:
-                yield _pieces(characters(file, _PIECE_BYTES), encoder)
+                yield pieces(characters(file, _PIECE_BYTES), encoder)
 
 
 def documents_of_data(
@@ -167,10 +167,10 @@ def _whole(texts: Iterable[str], encoder: PieceEncoder) -> Iterator[Document]:
     for text in texts:
         if encoder.is_full:
             return
-        yield _pieces([text], encoder)
+        yield pieces([text], encoder)
 
 
-def _pieces(texts: Iterable[str], encoder: PieceEncoder) -> Iterator[Piece]:
+def pieces(texts: Iterable[str], encoder: PieceEncoder) -> Iterator[Piece]:
     """Encodes a document that arrives in parts cut anywhere."""
     held = ""
     for text in texts:

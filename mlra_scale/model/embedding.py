@@ -3,15 +3,20 @@
 Shape suffixes: B batch, S sequence, D hidden, V vocabulary on this rank.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mlra_scale.megatron import VocabParallelEmbedding
 from mlra_scale.model.context import ModelContext, Stream
-from mlra_scale.model.loss import head_loss
+from mlra_scale.model.loss import head_loss, head_scores
 from mlra_scale.model.randomness import dropout_hidden, key_of
 from mlra_scale.model.tensor_parallel import enter_tensor_parallel, leave_tensor_parallel, on_slice, own_positions
+
+ScoreRecorder = Callable[[torch.Tensor, torch.Tensor], None]
+"""Receives what `head_scores` returns."""
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -30,6 +35,7 @@ class TokenEmbedding(VocabParallelEmbedding):
             tp_group=context.tensor_group,
         )
         self.context = context
+        self.recorder: ScoreRecorder | None = None  # of the probe path
         num_rows_local = model.padded_vocab_size // context.tensor_parallel
         rows_V = torch.arange(num_rows_local) + num_rows_local * context.tensor_rank
         # A bias of -inf removes padded columns from the softmax at no cost (the matrix product adds it anyway).
@@ -62,6 +68,10 @@ class TokenEmbedding(VocabParallelEmbedding):
     ) -> torch.Tensor:
         """Mean loss of a micro-batch by the output head (see `head_loss`); `weight_VD`: the weight, or a view of it."""
         (entered_BSD,) = enter_tensor_parallel(self.context, hidden_BSD)
+        if self.recorder is not None:
+            losses_BS, is_first_BS = head_scores(self.context, entered_BSD, weight_VD, self._bias(), targets_BS)
+            self.recorder(losses_BS, is_first_BS)
+            return losses_BS.mean()
         return head_loss(self.context, entered_BSD, weight_VD, self._bias(), targets_BS, is_training)
 
     def _bias(self) -> torch.Tensor | None:

@@ -16,6 +16,9 @@ from torch.nn import functional
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.head_chunks import chunks, num_chunks
 
+NO_TARGET = -1
+"""Target of a position that is not scored, in `head_scores`."""
+
 
 def head_loss(
     context: ModelContext,
@@ -47,6 +50,40 @@ def head_loss(
         hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten(), head, torch.is_grad_enabled()
     )
     return loss
+
+
+@torch.no_grad()
+def head_scores(
+    context: ModelContext,
+    hidden_BSD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_BS: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores every target by itself; the arguments are those of `head_loss`, and targets may be NO_TARGET.
+
+    Returns:
+        The cross-entropy of each target in nats, fp32 [B, S], and whether it is the most likely token, bool [B, S]; 0
+        and True without a target. Both are equal on all tensor-parallel ranks.
+    """
+    head = _Head(weight_VD, bias_V, context.tensor_group, 0.0)
+    hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+    losses_T = torch.empty(targets_T.shape, dtype=torch.float32, device=targets_T.device)
+    is_first_T = torch.empty_like(targets_T, dtype=torch.bool)
+    count = num_chunks(len(targets_T), weight_VD.size(0), weight_VD.device.type, weight_VD.dtype == torch.float16)
+    for chunk in chunks(len(targets_T), count):
+        losses_C, exponentials_CV, _, _, columns_C, is_here_C = head.losses(hidden_TD[chunk], targets_T[chunk])
+        # The exponential of the largest logit, less itself, is 1.
+        is_first_C = (exponentials_CV.gather(-1, columns_C.unsqueeze(-1)).squeeze(-1) == 1.0) & is_here_C
+        losses_T[chunk], is_first_T[chunk] = losses_C, is_first_C
+        del exponentials_CV
+    if head.group.size() > 1:
+        found_T = is_first_T.float()
+        dist.all_reduce(found_T, op=dist.ReduceOp.MAX, group=head.group)
+        is_first_T = found_T > 0
+    is_left_out_T = targets_T == NO_TARGET
+    losses_T.masked_fill_(is_left_out_T, 0.0)
+    return losses_T.view_as(targets_BS), (is_first_T | is_left_out_T).view_as(targets_BS)
 
 
 class _Head:

@@ -1,4 +1,4 @@
-"""The probe path: queries, keys and hidden states of the blocks, shown to observers outside the hot path.
+"""The probe path: what passes through blocks and head, shown to observers outside the hot path.
 
 Nothing of a pass is kept unless the observer keeps it: at 72 layers the attention logits of one sample alone are
 several GiB, so they are computed piece by piece, on demand.
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mlra_scale.model.block import Block
 from mlra_scale.model.context import Stream
+from mlra_scale.model.embedding import ScoreRecorder, TokenEmbedding
 from mlra_scale.model.tensor_parallel import whole_hidden
 
 LOGITS_AT_ONCE = 2**25
@@ -96,6 +97,24 @@ def observe(module: nn.Module, see_heads: SeeHeads, see_hidden: SeeHidden | None
             block.attention.recorder = None
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def observe_scores(module: nn.Module, see_scores: ScoreRecorder) -> Iterator[None]:
+    """While open, passes without gradients score each target by itself; targets may be loss.NO_TARGET.
+
+    Args:
+        module: The engine's module.
+        see_scores: Called with what loss.head_scores returns, for every micro-batch in turn, where the head is.
+    """
+    embeddings = [child for child in module.modules() if isinstance(child, TokenEmbedding)]
+    try:
+        for embedding in embeddings:
+            embedding.recorder = see_scores
+        yield
+    finally:
+        for embedding in embeddings:
+            embedding.recorder = None
 
 
 def _show_heads(block: Block, see_heads: SeeHeads) -> None:

@@ -30,6 +30,9 @@ class ExitCode(IntEnum):
     """The checks before the first step found a node that cannot be used; nothing was trained."""
     UNSTABLE = 7
     """The run stayed unstable after the largest allowed number of rollbacks."""
+    EXPORT_FAILED = 8
+    """All steps are done and saved, and the export that the configuration wants (`export.format`) could not be made or
+    pushed; the message says why."""
     INTERRUPTED = 130
     """A second Ctrl-C, as shells report it (128 + SIGINT): nothing was saved."""
 

@@ -58,6 +58,7 @@ NAMED = (
     "guard.",
     "evaluation.",
     "checkpoint.",
+    "export.",
 )
 """Fields, and with a dot at the end whole sections."""
 

@@ -13,6 +13,7 @@ logs/            of a cluster job: console.log, and per attempt a log and stacks
 wandb/           wandb's files and the run's stable id
 profile/         traces of torch.profiler
 report/          what tools/report.py writes
+exported/        the last checkpoint in Hugging Face's format (export.format)
 checkpoints/     step-00000100/ ..., and `latest`, which names the newest complete one
 """
 
@@ -60,6 +61,7 @@ class RunDirectory:
         self.wandb = self.path / "wandb"
         self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
+        self.exported = self.path / "exported"
 
     def holds_a_run(self) -> bool:
         """Returns whether a run was started here; an empty checkpoints folder, or a link to one, is no run."""

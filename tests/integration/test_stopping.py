@@ -1,5 +1,6 @@
 """A signal to one rank stops all of them at the same micro-batch, wherever they are, and nothing is lost."""
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from tests.support.pool import WorkerPool
 from tests.support.training_runs import Finished, Start, base_command, curve, events, main_on_rank, metrics
 
 MEASURING = ["train.steps=6", "evaluation.every=2", "evaluation.batches=2", "activations.every=3", "checkpoint.every=0"]
+LAST = "checkpoints/step-00000004"
 LAYOUTS = {
     "zero1": ["parallel.tensor=2"],
     "pipeline2": ["parallel.pipeline=2"],
@@ -116,3 +118,21 @@ def test_a_stop_before_the_first_step_says_that_there_is_no_checkpoint(
     assert not (tmp_path / "run" / "checkpoints").exists()
     start("run", *MEASURING, "--resume", "auto", num_processes=2)
     assert list(curve(tmp_path / "run", "validation_loss")) == [0, 2, 4, 6]
+
+
+@pytest.mark.slow
+def test_a_stop_while_texts_are_scored_is_made_up_for(
+    tmp_path: Path, start: Start, interrupted: Callable[..., Finished]
+) -> None:
+    (tmp_path / "text.txt").write_text("A text of one window, which is one micro-batch.")
+    arguments = ["train.steps=4", "checkpoint.every=2", f"evaluation.tasks=[{tmp_path}/text.txt]"]
+    start("whole", *arguments, num_processes=2)
+    # The second start first scores the text for step 2.
+    for nth, step in ((1, 2), (2, 4)):
+        interrupted("parts", "_measure_tasks", nth, *arguments, "--resume", "auto")
+        event = events(tmp_path / "parts")[-1]
+        assert (event["event"], event["step"]) == ("preempted", step)
+    start("parts", *arguments, "--resume", "auto", num_processes=2)
+    assert shown(tmp_path / "parts") == shown(tmp_path / "whole")
+    states = [json.loads((tmp_path / run / LAST / "state.json").read_text()) for run in ("parts", "whole")]
+    assert states[0]["tasks"] == states[1]["tasks"], "a model card has them too"

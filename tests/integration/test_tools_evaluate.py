@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mlra_scale.checkpoint.huggingface.importing import import_gpt2
+from mlra_scale.config.text_tasks import NAMED_TEXTS, TextTask
 from mlra_scale.data.tokenizer import save_tokenizer, train_bpe
 from tests.support.gpt2_folders import TEXT, gpt2_folder, random_gpt2, tokenizer
 from tests.support.tools import run_tool
@@ -123,7 +124,7 @@ def test_wrong_input_is_one_message(place: Path, tmp_path: Path, monkeypatch: py
     for arguments, message in (
         ((tmp_path / "nothing", *text), "does not exist"),
         ((tmp_path, *text), "holds no complete checkpoint"),
-        ((place / "run",), "one of the arguments --text --data is required"),
+        ((place / "run",), "one of the arguments --text --data --task is required"),
         ((place / "run", "--text", tmp_path / "no.txt"), "does not exist"),
         ((place / "run", "--text", tmp_path / "empty.txt"), "there is nothing to score"),
         ((place / "run", "--data", tmp_path), "has no manifest.json"),
@@ -137,3 +138,22 @@ def test_wrong_input_is_one_message(place: Path, tmp_path: Path, monkeypatch: py
         result = run_tool("evaluate", *arguments)
         assert result.code == 2 and message in result.stderr, (message, result)
         assert result.stdout == ""
+
+
+def test_a_named_text_says_what_is_scored(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = ["a window slides over", "nothing is between them"]
+    (place / "passages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
+    local = TextTask("lambada", str(place / "passages.jsonl"), is_last_word=True)
+    monkeypatch.setitem(NAMED_TEXTS, "lambada", local)
+    found = measured(place / "gpt2", "--task", "lambada", "--batch-size", 2)
+    expected, scored = 0.0, 0
+    for passage in passages:
+        context, _, word = passage.rpartition(" ")
+        before, last = (tokenizer().tokenizer.encode(text).ids for text in (context, f" {word}"))
+        expected += nats(before + last) - (nats(before) if len(before) > 1 else 0.0)
+        scored += len(last)
+    assert found["negative_log_likelihood"] == pytest.approx(expected, rel=1e-6)
+    assert found["tokens_scored"] == scored and found["words"] == 2 and found["text"] == ["lambada"]
+    assert found["word_perplexity"] == pytest.approx(math.exp(expected / 2))
+    refused = run_tool("evaluate", place / "gpt2", "--task", "lambada", "--join")
+    assert refused.code == 2 and "a task says how it is read" in refused.stderr

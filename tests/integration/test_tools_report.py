@@ -91,6 +91,10 @@ def test_the_report_of_a_run(run_folder: Path) -> None:
     first, last = f"{records[0]['loss']:.2f}", f"{records[-1]['loss']:.3f}"
     assert row(page, "training loss").startswith(f"training loss | {first} | {last} | ")
     assert row(page, "validation loss").endswith("| nats per token | 7")
+    assert row(page, "perplexity of held-out, per token") == (
+        "perplexity of held-out, per token | 200.0 | 125.0 | 125.0 | 200.0 |  | 7"
+    )
+    assert row(page, "choose: acc") == "choose: acc | 0.2500 | 0.5500 | 0.2500 | 0.5500 |  | 7"
     assert "25 recorded step(s) were undone in 1 rollback(s)" in text
     assert "guard_skip: 1, guard_lower_rate: 1, guard_rollback: 1, finished: 1" in text
     assert "to_step 150" in row(page, "2025-01-01 00:00:00", "guard_rollback", "200")
@@ -187,6 +191,8 @@ def odd_records() -> list[Record]:
     records[2] |= {"loss": "high", "tev_quantiles": {"0.05": None, "odd": 1, "0.3": 0.1}, "spike_scores": []}
     records[3]["gradients"] = {"kinds": {"all": None}, "layers": {"gradient_variance": [None, "x", float("inf")]}}
     records[4]["activations"]["attention_entropy"] = []
+    for record, tasks in zip(records, (3, {"odd": None}, {"odd": {"token_perplexity": "high"}}, {}), strict=False):
+        record["tasks"] = record["harness"] = tasks
     return [*records, {"step": "seven"}, {"step": None, "loss": 1.0}, {"no": "step"}]
 
 

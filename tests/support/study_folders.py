@@ -83,6 +83,8 @@ def write_run(folder: Path, steps: int = 300, every: int = 2) -> Path:
     for record in kept:
         if record["step"] % 50 == 0:
             record["validation_loss"] = record["loss"] + 0.1
+            record["harness"] = {"choose": {"acc": 0.25 + record["step"] / 1000, "acc_norm": 0.3}}
+            record["tasks"] = {"held-out": {"token_perplexity": 200.0 - record["step"] / 4, "word_perplexity": 900.0}}
     write_lines(folder / "metrics.jsonl", kept)
     lost = [step_record(step, draw, 0.04 * (step - back)) for step in range(back + every, undone + 1, every)]
     write_lines(folder / "rolled_back.jsonl", [{**record, "rollback": 1} for record in lost])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import mlra_scale
 from mlra_scale.checkpoint.files import CheckpointError
 from mlra_scale.checkpoint.huggingface.tensors import Format
 from mlra_scale.checkpoint.huggingface.verification import Verification
 from mlra_scale.checkpoint.state_contents import STATE
-from mlra_scale.config import Config, ModelConfig, OptimConfig
+from mlra_scale.config import Config, ExportConfig, ModelConfig, OptimConfig
+from mlra_scale.config.text_tasks import NAMED_TEXTS, TextTask, text_tasks
 from mlra_scale.model.optim_text import optimizer_text, rule_text
 
 if TYPE_CHECKING:
@@ -55,16 +58,62 @@ _CHANGES_NOT_SHOWN = (
     "activations.",
     "evaluation.",
     "checkpoint.",
+    "export.",
 )
 """Changes that do not change the model: of paths, of records, and of what is measured and when."""
 
 
+_FIGURES = {"perplexity": "token_perplexity", "word_perplexity": "word_perplexity", "bits_per_byte": "bits_per_byte"}
+"""By the hub's name of a metric: the figure of a text."""
+_FIGURES_OF_A_TEXT = ("tokens_scored", *_FIGURES.values())
+_LARGEST_LOSS = 700.0
+"""In nats; the perplexity of a larger one is beyond a float."""
+
+
+@dataclass(frozen=True)
+class CardDetails:
+    """What a card says beside what was measured; what is left open is as the run's configuration has it (`export.*`).
+
+    Attributes:
+        repository: What its example loads the model by; None: the folder itself.
+        license: As the hub names it.
+        languages: Codes of the languages of the training text.
+        datasets: Data sets of the hub that the training used.
+    """
+
+    repository: str | None = None
+    license: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+
+    def completed(self, run: ExportConfig) -> CardDetails:
+        """Returns these with the license, languages and data sets of the run where there are none."""
+        return CardDetails(
+            self.repository, self.license or run.license, self.languages or run.languages, self.datasets or run.datasets
+        )
+
+
 def model_card(
-    store: Store, export_format: Format, dtype: str, verification: Verification | None, text: str | None
+    store: Store,
+    export_format: Format,
+    dtype: str,
+    verification: Verification | None,
+    text: str | None,
+    details: CardDetails | None = None,
 ) -> str:
     """Returns the content of README.md; `text` is the source of the text of the verification, if there was one."""
+    details = (details or CardDetails()).completed(ExportConfig() if store.config is None else store.config.export)
+    tasks, harness = _tasks(store), _figures(store, "harness")
+    results = _results(store, details, tasks, harness)
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["mlra-scale", export_format]
+        language=list(details.languages) or None,
+        license=details.license,
+        datasets=list(details.datasets) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mlra-scale", export_format],
+        model_name=_name(store.model, details) if results else None,
+        eval_results=results or None,
     )
     model, config, history = store.model, store.config, _history(store)
     changes = [] if config is None else history.get("changes") or []
@@ -95,10 +144,70 @@ def model_card(
             if any(str(each["field"]).startswith(fields) for each in changes)
         ],
         known_from=known_from if config is not None and type(known_from) is int else 0,
+        repository=details.repository,
+        tasks=tasks,
+        harness=harness,
+        stride=None if config is None else config.evaluation.task_stride or max(1, config.train.sequence_length // 2),
         verification=None if verification is None else verification.lines(),
         text=text,
     )
     return str(card)
+
+
+def _name(model: ModelConfig, details: CardDetails) -> str:
+    if details.repository is not None:
+        return details.repository.rpartition("/")[2]
+    return f"gpt2-{model.attention}-{model.num_layers}l"
+
+
+def _tasks(store: Store) -> dict[TextTask, dict[str, Any]]:
+    """The figures of texts that were measured at the checkpoint, by their tasks."""
+    if store.config is None:
+        return {}
+    known = NAMED_TEXTS | {task.name: task for task in text_tasks(store.config.evaluation.tasks)}
+    found = _figures(store, "tasks", _FIGURES_OF_A_TEXT)
+    return {known.get(name) or TextTask(name, name): figures for name, figures in found.items()}
+
+
+def _figures(store: Store, section: str, needed: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Returns a section of the state that has figures by the names of what was measured, checked."""
+    found = store.state.get(section) or {}
+    for figures in found.values():
+        values = [figures.get(name) for name in (*needed, *figures)] if isinstance(figures, dict) else [None]
+        if not all(type(value) in (int, float) for value in values):
+            raise CheckpointError(f"{store.folder / STATE} has {section} that are not sound; use another one")
+    return found
+
+
+def _results(
+    store: Store,
+    details: CardDetails,
+    tasks: Mapping[TextTask, Mapping[str, Any]],
+    harness: Mapping[str, Mapping[str, Any]],
+) -> list[EvalResult]:
+    """Returns all figures as the hub's model-index has them; values that are not finite are left out."""
+    found: list[tuple[dict[str, Any], dict[str, float]]] = []
+    loss, data = store.state.get("validation_loss"), _data_names(store.config)
+    if loss is not None:
+        perplexity = math.exp(loss) if loss < _LARGEST_LOSS else math.inf
+        named: dict[str, Any] = {"type": (*details.datasets, data)[0], "name": data, "split": "validation"}
+        found.append((named, {"perplexity": perplexity}))
+    for task, figures in tasks.items():
+        split = task.split if task.is_on_hub else None
+        named = {"type": task.data_set, "name": task.name, "split": split, "config": task.config_name}
+        found.append((named, {metric: figures[figure] for metric, figure in _FIGURES.items()}))
+    found += [({"type": name, "name": name}, dict(metrics)) for name, metrics in harness.items()]
+    return [
+        EvalResult(
+            "text-generation",
+            **{f"dataset_{key}": value for key, value in named.items()},
+            metric_type=metric,
+            metric_value=value,
+        )
+        for named, metrics in found
+        for metric, value in metrics.items()
+        if math.isfinite(value)
+    ]
 
 
 def _options(model: ModelConfig) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from mlra_scale.checkpoint.files import CheckpointError, system_errors
-from mlra_scale.checkpoint.huggingface.card import CARD_MARK, model_card
+from mlra_scale.checkpoint.huggingface.card import CARD_MARK, CardDetails, model_card
 from mlra_scale.checkpoint.huggingface.configuration import SpecialTokens, write_configuration
 from mlra_scale.checkpoint.huggingface.tensors import Format, check_expressible, export_tensors, write_shards
 from mlra_scale.checkpoint.huggingface.tokenizer import EncodedText, check_tokenizer, write_tokenizer
@@ -46,6 +46,7 @@ class ExportOptions:
     Attributes:
         tokenizer: Folder of a tokenizer to write instead of the checkpoint's own.
         is_replacing: Whether an export at the target is replaced.
+        card: What the model card says beside what the checkpoint records.
     """
 
     export_format: Format = "gpt2"
@@ -53,6 +54,7 @@ class ExportOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     tokenizer: Path | None = None
     is_replacing: bool = False
+    card: CardDetails = field(default_factory=CardDetails)
 
 
 def export_checkpoint(
@@ -114,7 +116,9 @@ def export_checkpoint(
                 raise VerificationError(f"its logits are not the trained model's: {verification.lines()[0][1]}")
             say(f"verified on {text.description} in {time.monotonic() - began:.1f} s")
         description = None if text is None else text.description
-        card = model_card(store, options.export_format, dtype_name(options.dtype), verification, description)
+        card = model_card(
+            store, options.export_format, dtype_name(options.dtype), verification, description, options.card
+        )
         (folder / _CARD).write_text(card, encoding="utf-8")
     return verification
 

@@ -29,6 +29,7 @@ _FINAL: dict[ExitCode, EndKind] = {
     ExitCode.BAD_INPUT: "bad_input",
     ExitCode.NON_FINITE: "non_finite",
     ExitCode.UNSTABLE: "unstable",
+    ExitCode.EXPORT_FAILED: "export_failed",
 }
 """Exit codes of ranks after which another attempt would end alike."""
 _WORKING = ("training", "evaluating", "saving", "rolling back")
@@ -242,7 +243,8 @@ class AttemptRunner:
         for failure in failures:
             is_ordered = self._killed_at is not None and failure.code == -signal.SIGKILL
             self._failures.append(failure.model_copy(update={"node": name, "is_ordered": is_ordered}))
-        on_all = (ExitCode.PREEMPTED, ExitCode.NON_FINITE, ExitCode.UNSTABLE)  # ranks end like this together
+        # Ranks end like this together.
+        on_all = (ExitCode.PREEMPTED, ExitCode.NON_FINITE, ExitCode.UNSTABLE, ExitCode.EXPORT_FAILED)
         is_agreed = all(failure.code in on_all for failure in failures)
         if not is_agreed and self._verdict is None and self._stopping_since is None:
             self._say(f"{self._failures[-len(failures)]}; the attempt ends")

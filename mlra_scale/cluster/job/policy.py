@@ -88,6 +88,7 @@ EndKind = Literal[
     "bad_input",  # the message says what to change
     "non_finite",  # running again gives the same end
     "unstable",  # the guard has given up
+    "export_failed",  # all steps are done and saved
     "preempted",  # a signal asked for it; a checkpoint was saved if `reason` does not deny it
     "bad_node",  # the checks before the first step named a node
     "lost_node",  # the job no longer hears a node
@@ -172,7 +173,7 @@ def decide(
     """
     if end.kind == "done":
         return Decision("finish", end.reason)
-    if end.kind in ("bad_input", "non_finite", "unstable"):
+    if end.kind in ("bad_input", "non_finite", "unstable", "export_failed"):
         return Decision("fail", end.reason)
     for what, kinds, limit in (
         ("failures", RETRIED, cluster.max_failures),

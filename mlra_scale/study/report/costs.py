@@ -16,6 +16,7 @@ _NAMES = {
     "gradients": "gradient statistics",
     "noise": "noise scale, with gradient statistics",
     "activations": "activation probe",
+    "tasks": "perplexity of texts",
     "qk_clip": "QK-clip",
 }
 _WITHIN_A_STEP = ["tev", "gradients", "noise", "qk_clip"]

@@ -94,6 +94,22 @@ def read_steps(path: Path, notes: list[str], is_optional: bool = False) -> list[
     return sorted((line for line in lines if is_number(line.get("step"))), key=lambda line: line["step"])
 
 
+def task_figures(run: RunRecord, section: str) -> list[tuple[str, str]]:
+    """Returns what evaluation.tasks has measured: names and their figures, in the order of the record.
+
+    `section` is `tasks`, which has texts, or `harness`.
+    """
+    found = [record[section] for record in run.metrics if isinstance(record.get(section), dict)]
+    pairs = (
+        (str(name), str(figure))
+        for values in found
+        for name, figures in values.items()
+        if isinstance(figures, dict)
+        for figure in figures
+    )
+    return list(dict.fromkeys(pairs))
+
+
 def number_or_nan(value: Any) -> float:
     """Returns a finite number as a float, and nan for anything else."""
     return float(value) if is_number(value) else math.nan

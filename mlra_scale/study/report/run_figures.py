@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mlra_scale.study.report import style
-from mlra_scale.study.report.records import Array, Keys, RunRecord, block_values, series
+from mlra_scale.study.report.records import Array, Keys, RunRecord, block_values, series, task_figures
 from mlra_scale.training.run_reader import Record, is_number
 
 Kind = Literal["free", "linear", "share"]
@@ -22,8 +22,11 @@ TEV_MEAN, TEV_SPREAD, EVENTS = "TEV: mean and spread over tokens", "TEV: its dis
 _NORMS, _VARIANCES = "Gradient norm, before clipping", "Gradient variance over elements"
 _STREAM, _LOGITS = "Activations: variance of the residual stream", "Activations: attention logits"
 _ENTROPY, _SATURATION = "Activations: attention entropy", "Activations: saturated attention rows"
+TEXTS, ACCURACY = "Perplexity of texts", "Accuracy, of lm-evaluation-harness"
 PANELS: dict[str, tuple[str, str, Kind]] = {
     "Loss": ("loss\n(nats per token)", f"{_LOGGED} (train.log_every)", "free"),
+    TEXTS: ("perplexity\n(per token)", "evaluation.tasks", "free"),
+    ACCURACY: ("share (%)", "evaluation.tasks with harness:NAME", "share"),
     TEV_MEAN: (_TEV_UNIT, "tev.every", "linear"),
     TEV_SPREAD: (_TEV_UNIT, "tev.every and tev.quantiles", "linear"),
     "Learning rate": ("learning rate", _LOGGED, "free"),
@@ -40,7 +43,7 @@ PANELS: dict[str, tuple[str, str, Kind]] = {
 _BLOCK_NORMS, _BLOCK_VARIANCES = "gradients.layers.gradient_norm", "gradients.layers.gradient_variance"
 _OVER_SHALLOW: dict[Keys, Callable[[Array], Any]] = {_BLOCK_NORMS: np.linalg.norm, _BLOCK_VARIANCES: np.mean}
 """What reduces a list over blocks to one number for the shallow blocks."""
-CURVES = (
+CURVES: tuple[tuple[str, str, Keys], ...] = (
     ("Loss", "training", "loss"),
     ("Loss", "validation", "validation_loss"),
     (TEV_MEAN, "mean over tokens", "tev_mean"),
@@ -72,7 +75,7 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
         The figure as PNG (None: there is nothing to draw), and a sentence for each panel that is missing.
     """
     levels, rows = _quantile_levels(run), event_rows(run)
-    measured = {panel for panel, _, keys in CURVES if _is_there(run.metrics, keys)}
+    measured = {panel for panel, _, keys in curves_of(run) if _is_there(run.metrics, keys)}
     measured |= {TEV_SPREAD} if levels else set()
     missing = [f"{title}: not measured (needs {PANELS[title][1]})." for title in PANELS if title not in measured]
     if not rows:
@@ -95,6 +98,17 @@ def time_figure(run: RunRecord) -> tuple[bytes | None, list[str]]:
         style.legend_beside(axes)
     _finish_step_axis(list(grid), run)
     return style.as_png(figure), missing
+
+
+def curves_of(run: RunRecord) -> list[tuple[str, str, Keys]]:
+    """Returns CURVES, with one for each text and each accuracy that the run has measured."""
+    texts = [(name, figure) for name, figure in task_figures(run, "tasks") if figure == "token_perplexity"]
+    accuracies = [(name, figure) for name, figure in task_figures(run, "harness") if figure.startswith("acc")]
+    return [
+        *CURVES,
+        *((TEXTS, name, ("tasks", name, figure)) for name, figure in texts),
+        *((ACCURACY, f"{name}: {figure}", ("harness", name, figure)) for name, figure in accuracies),
+    ]
 
 
 def _read(records: list[Record], keys: Keys) -> pd.Series:
@@ -124,7 +138,7 @@ def _draw_panel(axes: Axes, run: RunRecord, title: str) -> None:
     drawn, has_undone = [], False
     if title == TEV_MEAN:
         drawn += _draw_band(axes, run)
-    curves = [(name, keys) for panel, name, keys in CURVES if panel == title]
+    curves = [(name, keys) for panel, name, keys in curves_of(run) if panel == title]
     for index, (name, keys) in enumerate(curves):
         how = style.look(index)
         for records in rollbacks.values():

@@ -13,13 +13,14 @@ from mlra_scale.model.optim_text import optimizer_text, rule_text
 from mlra_scale.study.report import run_figures
 from mlra_scale.study.report.costs import costs_of, costs_table
 from mlra_scale.study.report.page import write_report
-from mlra_scale.study.report.records import RunRecord, number_or_nan, open_run, time_text
+from mlra_scale.study.report.records import Keys, RunRecord, number_or_nan, open_run, task_figures, time_text
 from mlra_scale.study.report.sweep_record import STUDY
 from mlra_scale.study.report.wording import number
 from mlra_scale.training.run_reader import is_number, parse_any_json, read_mapping
 
 _MAX_EVENTS = 200
-_MEASURES = {
+_PERPLEXITIES = {"token_perplexity": "token", "word_perplexity": "word"}
+_MEASURES: dict[str, tuple[Keys, str]] = {
     "training loss": ("loss", "nats per token"),
     "validation loss": ("validation_loss", "nats per token"),
     "TEV mean": ("tev_mean", "unit of the weights"),
@@ -148,7 +149,13 @@ def _commit(run: RunRecord) -> str | None:
 
 def _measures(run: RunRecord) -> tuple[list[tuple[str, pd.Series, str]], list[str], list[str]]:
     """Returns the rows of the table, what was not measured, and remarks."""
-    found = {name: (run.series(key), unit) for name, (key, unit) in _MEASURES.items()}
+    tasks: dict[str, tuple[Keys, str]] = {
+        f"perplexity of {name}, per {_PERPLEXITIES[figure]}": (("tasks", name, figure), "")
+        for name, figure in task_figures(run, "tasks")
+        if figure in _PERPLEXITIES
+    }
+    tasks |= {f"{name}: {figure}": (("harness", name, figure), "") for name, figure in task_figures(run, "harness")}
+    found = {name: (run.series(key), unit) for name, (key, unit) in (_MEASURES | tasks).items()}
     rows = [(name, values.dropna(), unit) for name, (values, unit) in found.items() if values.notna().any()]
     missing = [name for name, (values, _) in found.items() if not values.notna().any()]
     remarks = [

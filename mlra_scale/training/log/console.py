@@ -49,6 +49,17 @@ def validation_line(record: Mapping[str, Any], total_steps: int) -> str:
     return f"{_step(record['step'], total_steps)} | validation loss {loss:.4f} | perplexity {perplexity:,.1f}"
 
 
+def task_lines(record: Mapping[str, Any], total_steps: int) -> list[str]:
+    """Returns a console line for each text, and each task of the harness, of one evaluation."""
+    lines = [
+        f"perplexity of {name} {figures['token_perplexity']:,.1f} per token, {figures['word_perplexity']:,.1f} per word"
+        for name, figures in record.get("tasks", {}).items()
+    ]
+    for name, figures in record.get("harness", {}).items():
+        lines.append(f"{name} " + ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items()))
+    return [f"{_step(record['step'], total_steps)} | {line}" for line in lines]
+
+
 def duration(seconds: float) -> str:
     """Returns a time as 0:07, 12:30 or 3:04:05."""
     minutes, rest = divmod(round(seconds), 60)

@@ -15,7 +15,14 @@ from mlra_scale.checkpoint.saver import FinishedSave
 from mlra_scale.planning.choice import choice_lines
 from mlra_scale.stability.guard import Action
 from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
-from mlra_scale.training.log.console import summary_lines, summary_of, tev_line, train_line, validation_line
+from mlra_scale.training.log.console import (
+    summary_lines,
+    summary_of,
+    task_lines,
+    tev_line,
+    train_line,
+    validation_line,
+)
 from mlra_scale.training.log.wandb_log import WandbLog, open_wandb
 from mlra_scale.training.record import (
     EventLog,
@@ -219,6 +226,8 @@ class Report:
             self.say(tev_line(record, total))
         if "validation_loss" in values:
             self.say(validation_line(record, total))
+        if "tasks" in values or "harness" in values:
+            self.say("\n".join(task_lines(record, total)))
 
     def on_saved(self, save: FinishedSave) -> None:
         """Records a checkpoint that is complete."""

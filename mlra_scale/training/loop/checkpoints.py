@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from mlra_scale.checkpoint import CheckpointError, Store
 from mlra_scale.checkpoint.loading import adam_begun_for, load_checkpoint, open_on_all_ranks
 from mlra_scale.checkpoint.other_optimizer import notice_of_change
 from mlra_scale.checkpoint.retention import checkpoint_name, set_latest
 from mlra_scale.checkpoint.saver import FinishedSave, Saver
-from mlra_scale.config import Problem
+from mlra_scale.config import Config, Problem
 from mlra_scale.data import OpenData
 from mlra_scale.parallel import Engine
 from mlra_scale.stability.watcher import Watchers
@@ -123,7 +124,7 @@ class Checkpoints:
         self,
         progress: Progress,
         learning_rate: float,
-        validation_loss: float | None,
+        measured: Mapping[str, Any],
         is_last: bool = False,
         pinned: int | None = None,
         left_out: Sequence[str] = (),
@@ -133,7 +134,7 @@ class Checkpoints:
         Args:
             progress: The counters.
             learning_rate: Of the last step.
-            validation_loss: After that step, if it was measured; for the model card of an export.
+            measured: After that step, of which the model card of an export has validation loss, texts and tasks.
             is_last: Whether the run ends here.
             pinned: Step of an earlier checkpoint that must be kept.
             left_out: Measurements that a stop request has left out after that step.
@@ -141,13 +142,14 @@ class Checkpoints:
         state = {
             "progress": asdict(progress),
             "learning_rate": learning_rate,
-            "validation_loss": validation_loss,
+            "validation_loss": measured.get("validation_loss"),
             "engine": self._engine.training_state(),
             "windows": self._watchers.state(),
             "data_fingerprints": self._datasets.identity.fingerprints,
             "data": DataHistory.of(self._datasets.identity, self._datasets.mixes).to_dict(),
             "history": self._history.to_dict(),
         }
+        state |= {name: measured[name] for name in ("tasks", "harness") if name in measured}
         if left_out:
             state["left_out"] = list(left_out)
         with self._failures_stop(progress.step):
@@ -159,7 +161,7 @@ class Checkpoints:
                 state,
                 self._engine.buffers(),
                 self._config.to_yaml(),
-                self._tokenizer(),
+                tokenizer_folder(self._config, self._datasets),
                 synchronous=is_last,
                 pinned=pinned,
             )
@@ -191,12 +193,6 @@ class Checkpoints:
             )
             raise TrainingStopped(message, {"step": step}, ExitCode.CHECKPOINT_FAILED) from error
 
-    def _tokenizer(self) -> Path | None:
-        """Returns the folder of the data's tokenizer, which an export needs when the data are out of reach."""
-        folders = [manifest.tokenizer_folder for manifest in self._datasets.manifests[:1]]
-        folders += [] if self._config.data.tokenizer is None else [Path(self._config.data.tokenizer)]
-        return next((folder for folder in folders if folder.is_dir()), None)
-
     def __enter__(self) -> Checkpoints:
         return self
 
@@ -217,3 +213,10 @@ class Checkpoints:
         except CheckpointError as fault:
             assert error is not None
             error.add_note(f"a save in progress failed as well: {fault}")
+
+
+def tokenizer_folder(config: Config, datasets: OpenData) -> Path | None:
+    """Returns the folder of the data's tokenizer, which an export needs when the data are out of reach."""
+    folders = [manifest.tokenizer_folder for manifest in datasets.manifests[:1]]
+    folders += [] if config.data.tokenizer is None else [Path(config.data.tokenizer)]
+    return next((folder for folder in folders if folder.is_dir()), None)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from mlra_scale.checkpoint.retention import checkpoint_name, remove_after
 from mlra_scale.data import Batch, OpenData
+from mlra_scale.evaluation.tasks import Tasks, TaskText, read_tasks
 from mlra_scale.parallel import Topology
 from mlra_scale.stability.guard import Action, Guard
 from mlra_scale.stability.tev import TevWatcher
@@ -21,7 +22,7 @@ from mlra_scale.training.exit_codes import ExitCode, TrainingStopped
 from mlra_scale.training.interruption import EXPENDABLE_SECONDS, Interruption, Watchdog
 from mlra_scale.training.log.report import Report
 from mlra_scale.training.loop.batches import BadData, Read, read_collectively
-from mlra_scale.training.loop.checkpoints import Checkpoints
+from mlra_scale.training.loop.checkpoints import Checkpoints, tokenizer_folder
 from mlra_scale.training.schedule import Progress, learning_rate
 from mlra_scale.training.start.agreement import on_rank_0
 from mlra_scale.training.start.request import ResolvedRun
@@ -75,7 +76,7 @@ class Session:
         if measured.left_out:
             raise measured.bad_data or self._stopped_by_signal()
         if begins_here and not resume.is_in_place:
-            self.save(None, is_last=False)
+            self.save({}, is_last=False)
         self.interruption.limit(None)  # from here on there is something to save
 
     def _open_record(self) -> None:
@@ -115,8 +116,7 @@ class Session:
             amend = partial(self.report.amend, self.progress, measured.values)
             on_rank_0(amend, self.topology, step, ExitCode.CHECKPOINT_FAILED)
             if step >= self.run.config.train.steps:
-                loss = measured.values.get("validation_loss")
-                self.checkpoints.save(self.progress, self.learning_rate, loss, is_last=True)
+                self.checkpoints.save(self.progress, self.learning_rate, measured.values, is_last=True)
         return measured
 
     def read(self, read: Read) -> list[Batch]:
@@ -125,8 +125,30 @@ class Session:
 
     def read_for_validation(self, read: Read) -> list[Batch]:
         """Reads batches on all ranks; a batch of the validation is progress too."""
-        self.watchdog.heartbeat("evaluating", self.progress.step)
+        self.note_evaluation()
         return self.read(read)
+
+    def read_tasks(self) -> Tasks:
+        """Reads what `evaluation.tasks` names on rank 0, which alone needs the files or the hub.
+
+        All ranks get the texts; the harness runs on rank 0.
+        """
+        config, read = self.run.config, Tasks()
+
+        def work() -> list[TaskText]:
+            nonlocal read
+            read = read_tasks(config, tokenizer, self.report.say)
+            return read.texts
+
+        if not config.evaluation.tasks:
+            return read
+        tokenizer = str(tokenizer_folder(config, self.datasets) or config.data.tokenizer)
+        texts = on_rank_0(work, self.topology, self.progress.step)
+        return Tasks(texts, read.harness)
+
+    def note_evaluation(self) -> None:
+        """Reports that an evaluation makes progress."""
+        self.watchdog.heartbeat("evaluating", self.progress.step)
 
     def next_step(self, next_batches: Callable[[int], list[Batch]]) -> Step:
         """Reads the data of the next step by `next_batches`, which takes its first sample."""
@@ -150,16 +172,14 @@ class Session:
         self.progress = self.progress.after(self.run.plan, step.first_sample)
         self.learning_rate = step.learning_rate
 
-    def save(self, validation_loss: float | None, is_last: bool, left_out: Sequence[str] = ()) -> None:
-        """Saves a checkpoint, after the record of its steps is on disk."""
+    def save(self, measured: Mapping[str, Any], is_last: bool, left_out: Sequence[str] = ()) -> None:
+        """Saves a checkpoint, with what was measured after its step, when the record of its steps is on disk."""
         step = self.progress.step
         self.watchdog.heartbeat("saving", step)
         lost = on_rank_0(self.report.sync, self.topology, step, ExitCode.CHECKPOINT_FAILED)
         self.guard.note_checkpoint(step)
         is_last = is_last or lost is not None
-        self.checkpoints.save(
-            self.progress, self.learning_rate, validation_loss, is_last, self.guard.good_step, left_out
-        )
+        self.checkpoints.save(self.progress, self.learning_rate, measured, is_last, self.guard.good_step, left_out)
         if lost is not None:
             message = (
                 f"step {step}: {lost}. The run stops, since nobody would find what it records next; the checkpoint "
@@ -168,15 +188,17 @@ class Session:
             values: dict[str, int | str | None] = {"step": step, "checkpoint": str(self.checkpoints.newest)}
             raise TrainingStopped(message, values, ExitCode.CHECKPOINT_FAILED)
 
-    def stop(
-        self, bad_data: BadData | None = None, validation_loss: float | None = None, left_out: Sequence[str] = ()
-    ) -> NoReturn:
-        """Ends the run because of bad data or, without them, a signal; steps since the last checkpoint are saved."""
+    def stop(self, bad_data: BadData | None = None, measured: PassResult | None = None) -> NoReturn:
+        """Ends the run because of bad data or, without them, a signal; steps since the last checkpoint are saved.
+
+        `measured` is what was measured after the last step, and what was left out.
+        """
+        measured = measured or PassResult()
         self.checkpoints.finish(self.progress.step)
         newest, step = self.checkpoints.newest, self.progress.step
         is_saved = newest is not None and newest.name == checkpoint_name(step)
         if self.progress != self.run.resume.progress and not is_saved:
-            self.save(validation_loss, is_last=True, left_out=left_out)
+            self.save(measured.values, is_last=True, left_out=measured.left_out)
         code = ExitCode.PREEMPTED if bad_data is None else bad_data.exit_code
         self.interruption.limit(EXPENDABLE_SECONDS, code=code)
         raise bad_data or self._stopped_by_signal()
@@ -195,16 +217,16 @@ class Session:
 
     def after_step(self, step: Step, measured: PassResult, is_stop: bool) -> None:
         """Does what follows a step: a rollback, a stop (`is_stop`: some rank was asked to) or a checkpoint."""
-        last, loss = self.run.config.train.steps, measured.values.get("validation_loss")
+        last = self.run.config.train.steps
         is_stop = is_stop or bool(measured.left_out)
         self.checkpoints.poll(step.number)
         if self._carry_out_guard_actions():
             if is_stop:
                 self.stop(measured.bad_data)
         elif is_stop and (step.number < last or measured.left_out):
-            self.stop(measured.bad_data, loss, measured.left_out)
+            self.stop(measured.bad_data, measured)
         elif is_due(step.number, self.run.config.checkpoint.every, last):
-            self.save(loss, is_last=step.number == last)
+            self.save(measured.values, is_last=step.number == last)
 
     def _carry_out_guard_actions(self) -> bool:
         """Carries out what the guard has decided; returns whether the run was rolled back."""

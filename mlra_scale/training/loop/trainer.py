@@ -31,6 +31,7 @@ from mlra_scale.training.start.device import resolve_device
 from mlra_scale.training.start.request import LaunchRequest, ResolvedRun
 from mlra_scale.training.watch.passes import DataPasses, StopRequested, raise_if_stopped
 from mlra_scale.training.watch.step_watchers import FiniteCheck, GarbageCollection, StepMetrics, StepProfiler
+from mlra_scale.training.watch.text_tasks import TextTasks
 
 
 def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchdog: Watchdog) -> Progress:
@@ -70,7 +71,8 @@ def fit(run: ResolvedRun, topology: Topology, interruption: Interruption, watchd
         garbage,
     ):
         session = Session(run, topology, datasets, guard, report, checkpoints, interruption, watchdog)
-        passes = DataPasses(engine, config, plan, datasets.validation, session.read_for_validation, hear_stop)
+        tasks = TextTasks(engine, plan, session.read_tasks(), session.note_evaluation, hear_stop, report.say)
+        passes = DataPasses(engine, config, plan, datasets.validation, session.read_for_validation, hear_stop, tasks)
         session.begin(tev, passes)
         while session.progress.step < config.train.steps:
             try:
@@ -120,6 +122,10 @@ def launch(request: LaunchRequest, run: ResolvedRun, watchdog: Watchdog, interru
             fit(run, topology, interruption, watchdog)
         elif topology.rank == 0:
             report_nothing_to_do(run)
+        if run.is_export_due:
+            from mlra_scale.training.export_at_end import export_at_end  # imports transformers
+
+            code = export_at_end(run, topology, interruption, watchdog)
     except StartRefused as error:
         code, refused = ExitCode.BAD_INPUT, error
     except TrainingStopped as stop:  # printed by rank 0's report

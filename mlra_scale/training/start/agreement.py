@@ -39,7 +39,7 @@ def agree_on_checkpoint(request: LaunchRequest, run: ResolvedRun, topology: Topo
     excluded: dict[Path, str] = {}
     found_data = run.found_data
     while True:
-        run = replace(_of_rank_0(run, topology), found_data=found_data)
+        run = replace(value_of_rank_0(run, topology), found_data=found_data)
         checkpoint = run.resume.checkpoint
         faults = [] if checkpoint is None else checkpoint_faults(checkpoint, topology)
         if checkpoint is None or not faults:
@@ -51,7 +51,7 @@ def agree_on_checkpoint(request: LaunchRequest, run: ResolvedRun, topology: Topo
                 run = resolve_run(_with_present_layout(request, run), excluded)
             except ConfigError as error:
                 problems = error.problems
-        problems = _of_rank_0(problems, topology)
+        problems = value_of_rank_0(problems, topology)
         if problems:
             raise StartRefused(problems)
 
@@ -94,13 +94,14 @@ def on_rank_0(work: Callable[[], T], topology: Topology, step: int, exit_code: E
             done = (f"{error}; mend that and start again", None)
         except RecordLost as error:
             done = (f"step {step}: {error}. The run stops: what it would write next could not be found", None)
-    fault, result = _of_rank_0(done, topology)
+    fault, result = value_of_rank_0(done, topology)
     if fault is not None:
         raise TrainingStopped(fault, {"step": step}, exit_code)
     return result
 
 
-def _of_rank_0(value: Any, topology: Topology) -> Any:
+def value_of_rank_0(value: Any, topology: Topology) -> Any:
+    """Returns rank 0's value on every rank; collective."""
     packed = [value]
     dist.broadcast_object_list(packed, src=0, group=topology.control_group)
     return packed[0]

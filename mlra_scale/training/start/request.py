@@ -16,9 +16,11 @@ from mlra_scale.checkpoint.retention import checkpoint_name
 from mlra_scale.config import BatchPlan, Config, ConfigError, Named, Problem, batch_plan
 from mlra_scale.data import check_data, identify_data
 from mlra_scale.data.data_sets import FoundData, find_data
+from mlra_scale.evaluation.tasks import task_problems
 from mlra_scale.model.update_rules import update_rules
 from mlra_scale.model.validation import validate
 from mlra_scale.planning.choice import FIELDS, LayoutChoice
+from mlra_scale.publishing.hub import HubError, check_access
 from mlra_scale.training.record import read_record
 from mlra_scale.training.resume import (
     Change,
@@ -98,6 +100,11 @@ class ResolvedRun:
         """Whether the run has done all its steps before this start."""
         return self.resume.progress.step >= self.config.train.steps and not self.resume.left_out
 
+    @property
+    def is_export_due(self) -> bool:
+        """Whether this start ends with an export; one that finds all steps done makes it where it is missing."""
+        return self.config.export.format is not None and not (self.is_done and self.directory.exported.exists())
+
 
 def resolve_run(
     request: LaunchRequest, excluded: Mapping[Path, str] | None = None, is_here: bool = True
@@ -131,6 +138,9 @@ def resolve_run(
     is_continued = store is not None and store.kind == "training"
     data_problems = check_data(config, is_continued, found)
     problems += data_problems
+    if not is_here or Launcher.of(os.environ).rank == 0:  # other nodes need neither the texts nor a network
+        problems += task_problems(config, bool(found.manifests) or config.data.tokenizer is not None)
+        problems += _export_problems(config, request.run) if is_here else []
     if store is not None and not is_continued:
         origin = {"checkpoint": store.manifest.save_id, **(store.state.get("origin") or {})}
         changes, history = _changes(compared, config, store), History(begun_from=origin)
@@ -148,6 +158,24 @@ def resolve_run(
         resume = replace(resume, notices=notices, adam_begun_at=adam_begun_at(store, rules))
     assert request.run is not None
     return ResolvedRun(config, batch_plan(config, request.world_size), request.run, resume, layout, found)
+
+
+def _export_problems(config: Config, run: RunDirectory | None) -> list[Problem]:
+    """Finds now what would end in no export after the last step."""
+    wanted, problems = config.export, list[Problem]()
+    if wanted.format is not None and run is not None:
+        from mlra_scale.checkpoint.huggingface.exporting import check_target  # imports transformers
+
+        try:
+            check_target(run.exported, is_replacing=True)
+        except CheckpointError as error:
+            problems.append(Problem("export.format", wanted.format, str(error)))
+    if wanted.repository is not None:
+        try:
+            check_access(wanted.repository)
+        except HubError as error:
+            problems.append(Problem("export.repository", wanted.repository, str(error)))
+    return problems
 
 
 def _continued(

@@ -1,4 +1,7 @@
-"""Passes over data after a step: validation and the activation probe. A stop request ends them on all ranks alike."""
+"""Passes over data after a step: validation, the activation probe, and `evaluation.tasks`.
+
+A stop request ends them on all ranks alike.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from mlra_scale.config import BatchPlan, Config
+from mlra_scale.config.text_tasks import harness_tasks
 from mlra_scale.data import Batch, SampleStream
 from mlra_scale.stability.activations import ActivationProbe
 from mlra_scale.stability.watcher import is_due
 from mlra_scale.training.interruption import Interruption
 from mlra_scale.training.loop.batches import BadData, Read, read_batches
+from mlra_scale.training.watch.text_tasks import TextTasks
 
 if TYPE_CHECKING:
     from mlra_scale.parallel import Engine, Topology
@@ -56,7 +61,7 @@ class PassResult:
 
 
 class DataPasses:
-    """Measures validation loss and activations; every method is collective.
+    """Measures validation loss, activations and tasks; every method is collective.
 
     Args:
         engine: The model.
@@ -65,6 +70,7 @@ class DataPasses:
         validation: Validation samples; the first of them are the probe batch.
         read: Reads batches on all ranks (Session.read).
         hear_stop: See raise_if_stopped.
+        tasks: Of `evaluation.tasks`; measured where a checkpoint follows.
     """
 
     def __init__(
@@ -75,9 +81,10 @@ class DataPasses:
         validation: SampleStream,
         read: Callable[[Read], list[Batch]],
         hear_stop: Callable[[], None],
+        tasks: TextTasks,
     ) -> None:
         self._engine, self._config, self._plan, self._validation = engine, config, plan, validation
-        self._read, self._hear_stop = read, hear_stop
+        self._read, self._hear_stop, self._tasks = read, hear_stop, tasks
         self._probe = ActivationProbe(engine, config.model, config.activations, plan)
         self._probe_batches: list[Batch] | None = None
 
@@ -89,17 +96,23 @@ class DataPasses:
             names.append("validation")
         if activations.every > 0 and is_due(step, activations.every, last):
             names.append("activations")
+        if self._config.evaluation.tasks and step > 0 and is_due(step, self._config.checkpoint.every, last):
+            names.append("tasks")
         return tuple(names)
 
     def run(self, names: Sequence[str], measuring_seconds: dict[str, float], is_stop: bool = False) -> PassResult:
         """Makes passes until a stop is requested (`is_stop`: it was already) or the data are bad.
 
-        `measuring_seconds` receives the time of the activation probe.
+        `measuring_seconds` receives the time of the activation probe and of the tasks.
         """
         values: dict[str, Any] = {}
         if is_stop:
             return PassResult(values, tuple(names))
-        passes = {"validation": self._measure_validation, "activations": self._measure_activations}
+        passes = {
+            "validation": self._measure_validation,
+            "activations": self._measure_activations,
+            "tasks": self._measure_tasks,
+        }
         for number, name in enumerate(names):
             try:
                 values |= passes[name](measuring_seconds)
@@ -128,3 +141,9 @@ class DataPasses:
         activations = self._probe.measure(self._probe_batches, self._hear_stop)
         measuring_seconds["activations"] = time.perf_counter() - began
         return {"activations": activations}
+
+    def _measure_tasks(self, measuring_seconds: dict[str, float]) -> dict[str, Any]:
+        began = time.perf_counter()
+        values = self._tasks.measure(bool(harness_tasks(self._config.evaluation.tasks)))
+        measuring_seconds["tasks"] = time.perf_counter() - began
+        return values

@@ -411,7 +411,13 @@ def test_a_node_that_its_ranks_find_to_be_bad(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "name"), [(2, "bad_input", "BAD_INPUT"), (3, "non_finite", "NON_FINITE"), (4, "failed", "")]
+    ("code", "kind", "name"),
+    [
+        (2, "bad_input", "BAD_INPUT"),
+        (3, "non_finite", "NON_FINITE"),
+        (4, "failed", ""),
+        (8, "export_failed", "EXPORT_FAILED"),
+    ],
 )
 def test_an_exit_code_decides_the_kind_of_the_end(stage: Stage, code: int, kind: str, name: str) -> None:
     """Running again after bad input or numbers that are none gives the same; a signal does not change that."""

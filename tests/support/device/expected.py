@@ -216,6 +216,10 @@ MEASURED_WAITS: dict[str, tuple[Wait, ...]] = {
         Wait("copy cuda to cpu", "mlra_scale/stability/activations.py:Tally.values", 1, "all results, packed"),
     ),
     "evaluation": _EVALUATIONS,
+    "texts": (
+        *_EVALUATIONS,
+        Wait("tolist", "mlra_scale/training/watch/text_tasks.py:TextTasks.score", 1, "the scores of all windows"),
+    ),
     "agreement of a save": (_STEP,),
     "snapshot": (
         Wait(

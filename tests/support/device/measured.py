@@ -27,6 +27,8 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     Returns:
         planned_snapshot: Bytes of host memory that the planner counts for a checkpoint's copy.
     """
+    from mlra_scale.evaluation.perplexity import Window
+    from mlra_scale.evaluation.tasks import Tasks
     from mlra_scale.parallel import StepResult
     from mlra_scale.planning.memory import rank_memory
     from mlra_scale.stability import tev
@@ -34,13 +36,15 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
     from mlra_scale.stability.qk_clip import QkClip
     from mlra_scale.stability.watcher import Step
     from mlra_scale.training.watch.passes import DataPasses
+    from mlra_scale.training.watch.text_tasks import TextTasks
 
     statistics = tev.TevStatistics(1.0, 1.0, {}, 1.0, 1.0, 1, [], [])
     tev.combine = lambda *_: statistics
     engine, plan, config = rank.engine, rank.plan, rank.config
     validation: Any = SimpleNamespace(batch=lambda first, size: rank.batches()[0])
     gradients = GradientStatistics(engine, config)
-    passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None)
+    texts = TextTasks(engine, plan, Tasks(), lambda: None, lambda: None, print)
+    passes = DataPasses(engine, config, plan, validation, lambda read: read(), lambda: None, texts)
     batches, phase = rank.batches(), rank.trace.phase
     step = Step(1, True, 0, batches, 1e-4)
 
@@ -63,6 +67,8 @@ def trace_measurements(rank: TracedRank) -> dict[str, Any]:
         passes.run(["activations"], {})
     with phase("evaluation"):
         engine.eval_batch(batches)
+    with phase("texts"):
+        texts.score([Window([1, 2, 3], 2)])
     _snapshot(rank)
     _generate(rank)
     return {"planned_snapshot": rank_memory(config, plan, rank.topology.pipeline_rank).snapshot}

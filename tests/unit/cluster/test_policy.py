@@ -43,6 +43,7 @@ FAILURE = ("failed", False)
         ({"kind": "bad_input"}, "fail", ()),
         ({"kind": "bad_input", "is_stopping": True}, "fail", ()),
         ({"kind": "non_finite", "has_progressed": True}, "fail", ()),
+        ({"kind": "export_failed", "has_progressed": True}, "fail", ()),
         ({"kind": "preempted", "earlier": [FAILURE] * 3}, "requeue", ()),  # no end of a row of failures
         ({"kind": "preempted", "earlier": [("preempted", False)] * 9}, "fail", ()),
         ({"kind": "preempted", "earlier": [("preempted", True)] * 20}, "requeue", ()),

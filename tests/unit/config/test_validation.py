@@ -118,6 +118,14 @@ parallel.sequence_parallel=true parallel.tensor=4 train.sequence_length=63 @4
     parallel.sequence_parallel: 63 is not divisible by parallel.tensor 4; set it to false, or the length to 60
 parallel.sequence_parallel=true parallel.tensor=2 parallel.pipeline=2 deepspeed.pipeline.pipe_partitioned=true deepspeed.pipeline.grad_partitioned=false @4
     deepspeed.pipeline.pipe_partitioned: parallel.sequence_parallel splits them; leave it out
+evaluation.tasks=["texts/a.txt","more/a.jsonl"]
+    evaluation.tasks: has two texts of the name a, which the record cannot tell apart
+evaluation.task_stride=64
+    evaluation.task_stride: must be less than a window, which is train.sequence_length 64
+export.format=gpt2 model.qk_norm=true
+    export.format: gpt2 has no QK-norm (model.qk_norm); use mlra
+export.repository=me/model
+    export.repository: is where an export goes, and export.format is null; choose gpt2 or mlra
 cluster.hang_minutes=5.0 parallel.timeout_minutes=5.0
     cluster.hang_minutes: must be less than parallel.timeout_minutes 5.0, after which stuck ranks end by themselves
 """  # noqa: E501
@@ -138,6 +146,8 @@ data.reset_positions=true data.document_attention=masked
 train.precision=fp16 zero.stage=1
 zero.stage=3 zero.offload_optimizer.device=cpu
 zero.stage=0 zero.offload_optimizer.device=none
+evaluation.tasks=["lambada","ptb","texts/a.txt"] evaluation.task_stride=63
+export.format=mlra model.qk_norm=true export.repository=me/model
 cluster.hang_minutes=4.9 parallel.timeout_minutes=5.0
 model.qk_norm=true model.sigma_reparam=true model.layer_norm_scaling=true model.depth_scaled_init=true
 optim.newton_schulz_coefficients=[2.0,-1.5,0.5] optim.newton_schulz_steps=100

@@ -41,7 +41,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(text: str, stretches: int)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "_PIECE_BYTES", 8)
         cut = [text[place : place + stretches] for place in range(0, len(text), stretches)]
-        assert gathered([texts._pieces(cut, PieceEncoder(tokenizer()))]) == [expected(text)]
+        assert gathered([texts.pieces(cut, PieceEncoder(tokenizer()))]) == [expected(text)]
 
 
 def test_files_lines_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_tokenizers_that_see_beyond_white_space_are_given_whole_texts(
     encoder = PieceEncoder(LoadedTokenizer(own, "test", "test", "<|endoftext|>"))
     assert not encoder.can_cut and PieceEncoder(tokenizer()).can_cut
     cut = [TEXT[first : first + 7].replace(" in", "\nin") for first in range(0, len(TEXT), 7)]
-    (piece,) = texts._pieces(cut, encoder)
+    (piece,) = texts.pieces(cut, encoder)
     assert piece.tokens == own.encode("".join(cut)).ids
 
 

@@ -84,6 +84,21 @@ def test_a_validation_loss_has_no_z_loss_and_forms_no_gradients(chunks: int, mon
     assert_near(found, wanted, 1e-6)
 
 
+def test_scores_of_single_targets(chunks: int) -> None:
+    hidden, weight, bias, targets = inputs(torch.float32)
+    with torch.no_grad():
+        logits = torch.nn.functional.linear(hidden, weight, bias).double()
+    is_likely, is_scored = torch.arange(TOKENS) % 2 == 0, torch.arange(TOKENS) % 3 > 0
+    targets = torch.where(is_likely, logits.argmax(dim=-1), targets)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    is_first = logits.argmax(dim=-1) == targets
+    assert is_first.any() and not is_first.all()
+    given = targets.where(is_scored, torch.tensor(loss.NO_TARGET))
+    found, found_first = loss.head_scores(context_of(0.5), hidden, weight, bias, given)
+    assert_near(found, wanted.where(is_scored, torch.tensor(0.0)).view_as(found), 1e-6)
+    assert torch.equal(found_first, is_first | ~is_scored) and found.dtype == torch.float32
+
+
 def test_small_probabilities_do_not_vanish_in_fp16() -> None:
     # Of 4,096 tokens' mean, a probability of 1e-5 has a gradient of 2e-9, which is zero in fp16; times the loss scale
     # it is not.

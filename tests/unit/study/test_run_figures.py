@@ -7,7 +7,23 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs matplotlib (the extra report)")
 
 from mlra_scale.study.report.records import RunRecord
-from mlra_scale.study.report.run_figures import event_rows, time_figure
+from mlra_scale.study.report.run_figures import ACCURACY, TEXTS, curves_of, event_rows, time_figure
+
+
+def test_every_text_and_accuracy_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    texts = {"a": {"token_perplexity": 30.0}, "b.c": {"token_perplexity": 50.0}}
+    harness = {"choose": {"acc": 0.5, "perplexity": 12.0}}
+    steps = [{"step": step, "loss": 5.0} for step in range(1, 4)]
+    run = RunRecord(tmp_path, metrics=[*steps, {"step": 4, "tasks": texts, "harness": harness}])
+    assert [keys for title, _, keys in curves_of(run) if title == TEXTS] == [
+        ("tasks", "a", "token_perplexity"),
+        ("tasks", "b.c", "token_perplexity"),
+    ]
+    assert curves_of(run)[-1] == (ACCURACY, "choose: acc", ("harness", "choose", "acc")), "a perplexity is no share"
+    with_texts, missing = time_figure(run)
+    without, said = time_figure(RunRecord(tmp_path, metrics=[*steps, {"step": 4}]))
+    assert with_texts != without and f"{TEXTS}: not measured (needs evaluation.tasks)." in said
+    assert not [sentence for sentence in missing if sentence.startswith(TEXTS)]
 
 
 def run_with(tmp_path: Path, **of_return: object) -> RunRecord:

@@ -55,7 +55,7 @@ def test_a_complete_save_is_reported_even_if_the_next_one_fails(
             run, engine, datasets, Watchers(FiniteCheck(config.train)), lambda save: saves.append(save.step)
         ) as saving,
     ):
-        saving.save(Progress(2, 16, 1024), 1e-3, None, is_last=False)
+        saving.save(Progress(2, 16, 1024), 1e-3, {}, is_last=False)
     assert stopped.value.exit_code == ExitCode.CHECKPOINT_FAILED and saves == [1]
 
 

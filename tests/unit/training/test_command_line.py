@@ -18,7 +18,7 @@ def test_these_flags_and_no_more() -> None:
 def test_exit_codes_are_what_launchers_know() -> None:
     assert {code.name: code.value for code in ExitCode} == {
         "DONE": 0, "FAILED": 1, "BAD_INPUT": 2, "NON_FINITE": 3, "CHECKPOINT_FAILED": 4, "PREEMPTED": 5, "BAD_NODE": 6,
-        "UNSTABLE": 7, "INTERRUPTED": 130,
+        "UNSTABLE": 7, "EXPORT_FAILED": 8, "INTERRUPTED": 130,
     }  # fmt: skip
 
 

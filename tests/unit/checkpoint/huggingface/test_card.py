@@ -1,14 +1,16 @@
 """The model card of a run that was resumed with other settings tells all of them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from mlra_scale.checkpoint.files import CheckpointError
-from mlra_scale.checkpoint.huggingface.card import model_card
+from mlra_scale.checkpoint.huggingface.card import CardDetails, model_card
 from mlra_scale.checkpoint.reader import Store
-from mlra_scale.config import ParameterRule
+from mlra_scale.config import ExportConfig, ParameterRule
 
 WRITTEN = Path(__file__).resolve().parents[3] / "fixtures" / "written_by_3a017c2"
 
@@ -114,3 +116,72 @@ def test_a_history_that_is_not_sound_is_one_error(store: Store, history: dict[st
     store.state["history"] = history
     with pytest.raises(CheckpointError, match=r"state\.json has a history that is not sound"):
         model_card(store, "gpt2", "float32", None, None)
+
+
+FIGURES = {
+    "tokens_scored": 5000,
+    "token_perplexity": 21.5,
+    "word_perplexity": 60.25,
+    "bits_per_byte": 1.25,
+    "loss": math.log(21.5),
+}
+
+
+def with_tasks(store: Store, **tasks: Any) -> Store:
+    assert store.config is not None
+    evaluation = store.config.evaluation.model_copy(update={"tasks": ("lambada", "/home/me/private/held.txt")})
+    store.config = store.config.model_copy(update={"evaluation": evaluation})
+    store.state["tasks"] = tasks
+    return store
+
+
+def test_the_card_has_figures_of_texts_and_the_hubs_index_of_results(store: Store) -> None:
+    store.state["validation_loss"] = 2.0
+    tasks = {"lambada": FIGURES, "held": {**FIGURES, "word_perplexity": math.inf}}
+    store.state["harness"] = {"choose": {"acc": 0.25, "acc_norm": 0.5}}
+    details = CardDetails("me/small", "mit", ("en",), ("me/corpus", "me/more"))
+    card = ModelCard(model_card(with_tasks(store, **tasks), "gpt2", "float32", None, None, details))
+    assert "| lambada * | 21.5 | 60.25 | 1.25 | 5,000 |" in card.text and "| held | 21.5 | inf | 1.25" in card.text
+    assert "| choose | acc | 0.25 |\n| choose | acc_norm | 0.5 |\n" in card.text
+    assert "/home/me" not in card.content and 'name = "me/small"\n' in card.text
+    data = card.data.to_dict()
+    assert (data["license"], data["language"], data["datasets"]) == ("mit", ["en"], ["me/corpus", "me/more"])
+    (model,) = data["model-index"]
+    assert model["name"] == "small"
+    found = {
+        (result["dataset"]["type"], result["dataset"]["name"], result["dataset"].get("split")): {
+            metric["type"]: metric["value"] for metric in result["metrics"]
+        }
+        for result in model["results"]
+    }
+    assert store.config is not None
+    trained = Path(store.config.data.path or "").name
+    measures = {"perplexity": 21.5, "word_perplexity": 60.25, "bits_per_byte": 1.25}
+    assert found == {
+        ("me/corpus", trained, "validation"): {"perplexity": math.exp(2.0)},
+        ("EleutherAI/lambada_openai", "lambada", "test"): measures,
+        ("held", "held", None): {"perplexity": 21.5, "bits_per_byte": 1.25},
+        ("choose", "choose", None): {"acc": 0.25, "acc_norm": 0.5},
+    }, "a perplexity that is not finite is no result"
+
+
+def test_without_results_and_details_the_card_claims_none(store: Store) -> None:
+    store.state["validation_loss"] = None
+    card = ModelCard(model_card(store, "gpt2", "float32", None, None))
+    assert not {"model-index", "license", "language", "datasets"} & card.data.to_dict().keys()
+    assert "## Evaluation" not in card.text and 'name = "."  # this folder' in card.text
+
+
+def test_details_that_are_left_open_are_those_of_the_run(store: Store) -> None:
+    assert store.config is not None
+    run = ExportConfig(license="mit", languages=("en",), datasets=("me/corpus",))
+    store.config = store.config.model_copy(update={"export": run})
+    card = ModelCard(model_card(store, "gpt2", "float32", None, None, CardDetails(license="apache-2.0")))
+    data = card.data.to_dict()
+    assert (data["license"], data["language"], data["datasets"]) == ("apache-2.0", ["en"], ["me/corpus"])
+
+
+@pytest.mark.parametrize("tasks", [{"a": 1}, {"a": {}}, {"a": {**FIGURES, "bits_per_byte": "x"}}])
+def test_figures_that_are_not_sound_are_one_error(store: Store, tasks: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"state\.json has tasks that are not sound"):
+        model_card(with_tasks(store, **tasks), "gpt2", "float32", None, None)
