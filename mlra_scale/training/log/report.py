@@ -224,8 +224,8 @@ class Report:
             self.say(validation_line(record, total))
 
     def _send(self, step: int, values: Mapping[str, Any]) -> None:
-        for log in (self._wandb, self._tensorboard):
-            log.log(step, values)
+        self._wandb.log(step, values)
+        self._tensorboard.log(step, values)
 
     def on_saved(self, save: FinishedSave) -> None:
         """Records a checkpoint that is complete."""
