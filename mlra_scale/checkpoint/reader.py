@@ -32,7 +32,7 @@ from mlra_scale.checkpoint.fragments import (
 from mlra_scale.checkpoint.manifest import Manifest, read_complete_manifest
 from mlra_scale.checkpoint.state_contents import BUFFERS, CONFIG, STATE, TOKENIZER, parse_model, parse_state
 from mlra_scale.config import Config, ConfigError, ModelConfig, stored_yaml
-from mlra_scale.model.parameters import ParameterInfo, ParameterTable, linear_maps, vector_name
+from mlra_scale.model.parameters import ParameterInfo, ParameterTable
 from mlra_scale.model.update_rules import update_rules, vector_lengths
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ class Store:
 
         A run that has made no update with spectron yet has none, and may have moments of another optimizer.
         """
-        needed = {vector_name(each.name): each.size for each in linear_maps(self.model).values()}
+        needed = {each.vector: each.vector_size for each in self.table.normalised.values()}
         of_spectron: dict[str, int] = {}
         if self.config is not None and self.manifest.has_moments:
             try:

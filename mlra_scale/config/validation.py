@@ -199,9 +199,8 @@ def _compile(config: Config) -> Failures:
             "train.compile",
             "is not for ZeRO stage 3, whose layers fetch their weights between the operations; use stage 2 or lower",
         )
-    untested = ["sigma_reparam"] if config.model.sigma_reparam else []
-    dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")
-    untested += [name for name in dropouts if getattr(config.model, name) > 0]
+    options = ("sigma_reparam", "embedding_dropout", "attention_dropout", "residual_dropout")
+    untested = [name for name in options if getattr(config.model, name)]
     if untested:
         yield (
             "train.compile",

@@ -90,7 +90,9 @@ class SelfAttention(nn.Module):
         return self.o(heads_BNSH.transpose(1, 2).flatten(2))
 
     def read_parameters(self) -> list[nn.Parameter]:
-        """Parameters of q, k and v that `forward` reads without calling the modules that own them."""
+        """Parameters that `forward` reads without calling the modules that own them."""
+        if self.context.model.sigma_reparam:
+            return list(self.parameters())  # sigma of a map is that of both factors, where the up factor is used
         if self.context.tensor_parallel == 1:
             return []
         return [parameter for projection in (self.q, self.k, self.v) for parameter in projection.parameters()]

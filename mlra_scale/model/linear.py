@@ -7,9 +7,6 @@ Under tensor parallelism the factor on the side of the heads is sharded and the 
 factor sees its whole gradient only if its latent's gradient, or its own, is summed over the ranks (tensor_parallel.py).
 Without that sum the model trains for a while and then diverges.
 
-With `model.sigma_reparam` a map has a gain and a SpectralNorm, and its matrix (of a factorised map the up factor) is
-multiplied by one number: see spectral.py.
-
 Shape suffixes: B batch, S sequence, D hidden, R rank.
 """
 
@@ -22,7 +19,7 @@ from torch.nn import functional
 
 from mlra_scale.megatron import ColumnParallelLinear, RowParallelLinear
 from mlra_scale.model.context import ModelContext
-from mlra_scale.model.spectral import SpectralNorm, scaled_linear
+from mlra_scale.model.spectral import SpectralNorm
 from mlra_scale.model.tensor_parallel import (
     enter_linear,
     enter_tensor_parallel,
@@ -34,39 +31,29 @@ from mlra_scale.model.tensor_parallel import (
 )
 
 
-def _gain(context: ModelContext, name: str) -> nn.Parameter | None:
-    """The gain that the map's matrix, or its up factor, has with sigmaReparam."""
-    return nn.Parameter(torch.ones(1)) if f"{name}.gain" in context.table else None
-
-
 class ReplicatedLinear(nn.Module):
     """y = x W^T (+ b), held whole by every tensor-parallel rank, of the whole stream or this rank's positions.
 
     weight: [out, in], replicated over TP
     bias: [out], replicated over TP; not of a down factor
-    gain: [1], replicated over TP; of an up factor with sigmaReparam
+    gain: [1], replicated over TP; of an up factor with sigmaReparam, see spectral.py
     """
 
-    def __init__(self, context: ModelContext, name: str, spectral_norm: SpectralNorm | None) -> None:
+    def __init__(self, context: ModelContext, name: str, *factors: nn.Parameter) -> None:
         super().__init__()
         self.context = context
         info = context.table[f"{name}.weight"]
         self.weight = nn.Parameter(torch.empty(info.shape))
         context.initialize(info.name)(self.weight)
         self.bias = nn.Parameter(torch.zeros(info.shape[0])) if f"{name}.bias" in context.table else None
-        self.spectral_norm = spectral_norm
-        self.gain = _gain(context, name)
+        self.spectral_norm = SpectralNorm.of(context, name, self, *factors, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.spectral_norm is not None and self.gain is not None:
-            assert self.bias is not None
-            scale = self.spectral_norm.scale(self.gain, self.weight)
-            weight, bias = on_slice(self.context, self.weight, self.bias)
-            return scaled_linear(x, weight, scale) + bias
-        y = slice_linear(self.context, x, self.weight, self.bias)
-        if self.spectral_norm is not None:
-            self.spectral_norm.take_down_factor(self.weight)
-        return y
+        if self.spectral_norm is None:
+            return slice_linear(self.context, x, self.weight, self.bias)
+        assert self.bias is not None
+        weight, bias = on_slice(self.context, self.weight, self.bias)
+        return self.spectral_norm.linear(x, weight) + bias
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -77,12 +64,10 @@ class ColumnLinear(ColumnParallelLinear):
 
     weight: [out, in], sharded over TP: dim 0
     bias: [out], sharded over TP: dim 0
-    gain: [1], replicated over TP; with sigmaReparam
+    gain: [1], replicated over TP; with sigmaReparam, see spectral.py
     """
 
-    def __init__(
-        self, context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None, enters_alone: bool = False
-    ) -> None:
+    def __init__(self, context: ModelContext, name: str, *factors: nn.Parameter, enters_alone: bool = False) -> None:
         out_features, in_features = context.table[f"{name}.weight"].shape
         super().__init__(
             in_features,
@@ -93,15 +78,13 @@ class ColumnLinear(ColumnParallelLinear):
         )
         self.context = context
         self.enters_alone = enters_alone
-        self.spectral_norm = spectral_norm or SpectralNorm.of(context, name)
-        self.gain = _gain(context, name)
+        self.spectral_norm = SpectralNorm.of(context, name, self, *factors, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.spectral_norm is not None and self.gain is not None:
+        if self.spectral_norm is not None:
             if self.enters_alone:
                 (x,) = enter_tensor_parallel(self.context, x)
-            scale = self.spectral_norm.scale(self.gain, self.weight)
-            return scaled_linear(x, self.weight, scale) + self.bias
+            return self.spectral_norm.linear(x, self.weight) + self.bias
         if self.enters_alone:
             return enter_linear(self.context, x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
@@ -112,10 +95,10 @@ class RowLinear(RowParallelLinear):
 
     weight: [out, in], sharded over TP: dim 1
     bias: [out], replicated over TP; not of a down factor
-    gain: [1], replicated over TP; of a dense map with sigmaReparam
+    gain: [1], replicated over TP; of a dense map with sigmaReparam, see spectral.py
     """
 
-    def __init__(self, context: ModelContext, name: str, spectral_norm: SpectralNorm | None = None) -> None:
+    def __init__(self, context: ModelContext, name: str) -> None:
         out_features, in_features = context.table[f"{name}.weight"].shape
         super().__init__(
             in_features,
@@ -128,17 +111,12 @@ class RowLinear(RowParallelLinear):
             tp_group=context.tensor_group,
         )
         self.context = context
-        self.spectral_norm = spectral_norm or SpectralNorm.of(context, name)
-        self.gain = _gain(context, name)
+        self.spectral_norm = SpectralNorm.of(context, name, self, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.spectral_norm is not None and self.gain is not None:
-            scale = self.spectral_norm.scale(self.gain, self.weight)
-            return leave_tensor_parallel(self.context, scaled_linear(x, self.weight, scale), self.bias)
-        y = leave_linear(self.context, x, self.weight, self.bias)
-        if self.spectral_norm is not None:
-            self.spectral_norm.take_down_factor(self.weight)
-        return y
+        if self.spectral_norm is None:
+            return leave_linear(self.context, x, self.weight, self.bias)
+        return leave_tensor_parallel(self.context, self.spectral_norm.linear(x, self.weight), self.bias)
 
 
 class LowRankInputProjection(nn.Module):
@@ -151,9 +129,8 @@ class LowRankInputProjection(nn.Module):
 
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
-        spectral_norm = SpectralNorm.of(context, name)
-        self.down = ReplicatedLinear(context, f"{name}.down", spectral_norm)
-        self.up = ColumnLinear(context, f"{name}.up", spectral_norm)
+        self.down = ReplicatedLinear(context, f"{name}.down")
+        self.up = ColumnLinear(context, f"{name}.up", self.down.weight)
 
 
 class LowRankOutputProjection(nn.Module):
@@ -168,9 +145,9 @@ class LowRankOutputProjection(nn.Module):
 
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
-        spectral_norm = SpectralNorm.of(context, name)
-        self.up = ReplicatedLinear(context, f"{name}.up", spectral_norm)
-        self.down = RowLinear(context, f"{name}.down", spectral_norm)
+        down = RowLinear(context, f"{name}.down")
+        self.up = ReplicatedLinear(context, f"{name}.up", down.weight)
+        self.down = down
 
     def forward(self, heads_BSD: torch.Tensor) -> torch.Tensor:
         """Maps this rank's heads [B, S, D / TP] to the hidden state [B, S, D]."""
@@ -204,8 +181,7 @@ def down_project(
     context: ModelContext, hidden_BSD: torch.Tensor, projections: Sequence[LowRankInputProjection]
 ) -> list[torch.Tensor]:
     """Returns the latents [B, S, R] of one hidden state, of this rank's positions with sequence parallelism."""
-    has_own_sums = context.has_sequence_parallel or context.model.sigma_reparam
-    if context.tensor_parallel == 1 or has_own_sums or not projections:
+    if context.tensor_parallel == 1 or context.has_sequence_parallel or not projections:
         return [projection.down(hidden_BSD) for projection in projections]
     return list(_Latents.apply(hidden_BSD, *[projection.down.weight for projection in projections]))
 

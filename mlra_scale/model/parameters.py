@@ -34,6 +34,17 @@ class ParameterInfo:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class LinearMap:
+    """A map that sigmaReparam normalises; power iterations on it begin with a vector that carries over."""
+
+    name: str  # canonical prefix, such as "blocks.3.attention.q"
+    gain: str  # canonical name
+    weights: tuple[ParameterInfo, ...]  # the dense matrix, or down and up factor
+    vector: str  # name under which a checkpoint keeps the vector
+    vector_size: int  # the rank, or of a dense matrix the dimension that tensor parallelism does not split
+
+
 class ParameterTable(dict[str, ParameterInfo]):
     """Every parameter of a model in order, by canonical name.
 
@@ -44,6 +55,7 @@ class ParameterTable(dict[str, ParameterInfo]):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__((info.name, info) for info in _entries(model))
         self.vocab_size = model.vocab_size
+        self.normalised = {entry.weights[-1].name: entry for entry in _normalised(self)}
 
 
 def _entries(model: ModelConfig) -> Iterator[ParameterInfo]:
@@ -94,35 +106,9 @@ def _linear(
         yield ParameterInfo(f"{prefix}.gain", (1,), None, "norm")
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """One map W = up down that sigmaReparam normalises; of a dense one, one of the two is the identity."""
-
-    name: str  # canonical prefix of the map; the others are canonical names
-    up: str | None  # the factor at the output, or the dense matrix of q, k, v, fc_in
-    down: str | None  # the factor at the input, or the dense matrix of o, fc_out
-    gain: str
-    size: int  # length of the vector between the two, which tensor parallelism never splits
-
-
-def linear_maps(model: ModelConfig) -> dict[str, LinearMap]:
-    """Returns the normalised maps of a model by name; there are none without `model.sigma_reparam`."""
-    if not model.sigma_reparam:
-        return {}
-    parts = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.fc_in", "mlp.fc_out")
-    names = [f"blocks.{block}.{part}" for block in range(model.num_layers) for part in parts]
-    return {name: linear_map(model, name) for name in names}
-
-
-def linear_map(model: ModelConfig, name: str) -> LinearMap:
-    """Returns the map with a canonical prefix, such as "blocks.3.attention.q"."""
-    _, _, room, part = name.split(".")
-    if room == "attention" and model.is_factorised(part):
-        return LinearMap(name, f"{name}.up.weight", f"{name}.down.weight", f"{name}.up.gain", model.rank)
-    up, down = (None, f"{name}.weight") if part in ("o", "fc_out") else (f"{name}.weight", None)
-    return LinearMap(name, up, down, f"{name}.gain", model.hidden_size)
-
-
-def vector_name(map_name: str) -> str:
-    """Returns the name under which a checkpoint keeps the vector of a map's power iteration."""
-    return f"power_iteration/{map_name}"
+def _normalised(table: ParameterTable) -> Iterator[LinearMap]:
+    for gain in (name for name in table if name.endswith(".gain")):
+        owner = gain.removesuffix(".gain")
+        name, last = owner.removesuffix(".up"), table[f"{owner}.weight"]
+        weights = (last,) if name == owner else (table[f"{name}.down.weight"], last)
+        yield LinearMap(name, gain, weights, f"power_iteration/{name}", last.shape[0 if last.shard_dim == 1 else 1])

@@ -15,7 +15,7 @@ from torch import nn
 
 from mlra_scale.config import BatchPlan, Config, deepspeed_config, zero_stage
 from mlra_scale.model.parameters import ParameterTable
-from mlra_scale.model.spectral import SpectralNorm, load_vectors, spectral_norms, stored_vectors
+from mlra_scale.model.spectral import load_vectors, spectral_norms, stored_vectors
 from mlra_scale.model.update_rules import update_rules
 from mlra_scale.parallel.factor_norms import FactorNorms
 from mlra_scale.parallel.fragments import Fragment, scale_rows
@@ -82,7 +82,7 @@ class Engine(ABC):
             deepspeed_engine.enable_backward_allreduce = False
             deepspeed_engine.pipeline_enable_backward_allreduce = False
         self._tied_copies = tied_copies
-        self._spectral_norms: list[SpectralNorm] = spectral_norms(self.module)
+        self._spectral_norms = spectral_norms(self.module)
         self._matrix_optimizer = self._build_matrix_optimizer(named)
         self._initial_loss_scaler = self._loss_scaler_state()
         deepspeed_engine.optimizer.step = self._gated_update
@@ -151,7 +151,6 @@ class Engine(ABC):
 
     def _pass(self, batches: Sequence[MicroBatch], between: Between | None) -> UpdateProposal:
         assert len(batches) == self.plan.accumulation_steps, (len(batches), self.plan.accumulation_steps)
-        self._forget_spectra()
         self._run(batches, between)
         assert self._proposal is not None
         return self._proposal
@@ -273,7 +272,8 @@ class Engine(ABC):
             mine = factors[fragment.name].chunk(self.topology.tensor)[self.topology.tensor_rank]
             scale_rows(fragment, math.prod(info.shape[1:]), mine)
         self._view.copy_masters_to_model()
-        self._forget_spectra()
+        for norm in self._spectral_norms:
+            norm.found = None  # the weights have changed
 
     # What a checkpoint holds.
 
@@ -348,7 +348,8 @@ class Engine(ABC):
             stored = state["loss_scaler"] if state is not None else None
             vars(self.deepspeed_engine.optimizer.loss_scaler).update(stored or self._initial_loss_scaler)
         self._view.copy_masters_to_model()
-        self._forget_spectra()
+        for norm in self._spectral_norms:
+            norm.found = None  # the weights have changed
 
     def has_counts_for(self, adam_begun_at: Mapping[str, int]) -> bool:
         """Returns whether parameters whose updates this engine counts together began together, too."""
@@ -359,11 +360,6 @@ class Engine(ABC):
         """For AdamW's parameters: when they began in the state that the engine was built for, and in another one."""
         names = [name for name, rule in self.rules.items() if rule.is_adamw]
         return {(self._built_for.get(name, 0), adam_begun_at.get(name, 0)) for name in names}
-
-    def _forget_spectra(self) -> None:
-        """Weights may have changed: the next pass through the model finds their largest singular values anew."""
-        for norm in self._spectral_norms:
-            norm.forget()
 
     def _loss_scaler_state(self) -> dict[str, Any] | None:
         if self.config.train.precision != "fp16":

@@ -197,7 +197,6 @@ class PipelineEngine(Engine):
 
     def eval_batch(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
         """See Engine."""
-        self._forget_spectra()
         with self._called_between_steps(between):
             loss = self.deepspeed_engine.eval_batch(self._feed(batches), num_micro_batches=len(batches))
         outputs = self.deepspeed_engine.pipe_buffers["outputs"]

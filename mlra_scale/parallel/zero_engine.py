@@ -76,7 +76,6 @@ class ZeroEngine(Engine):
     def eval_batch(self, batches: Sequence[MicroBatch], between: Between | None = None) -> float:
         """See Engine."""
         self.deepspeed_engine.eval()
-        self._forget_spectra()
         total = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for batch in batches:
             if between is not None:

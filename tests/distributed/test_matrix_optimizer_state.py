@@ -18,6 +18,7 @@ from tests.distributed.steps import allow_fp16_on_cpu
 from tests.distributed.test_restore import assert_same, capture, filler
 from tests.support.layouts import (
     DROPOUT,
+    OFFLOADED,
     Layout,
     canonical_weights,
     layout_config,
@@ -209,12 +210,6 @@ def test_five_and_five_steps_are_ten(worker_pool: Pools, layout: Layout, precisi
     worker_pool(layout.world_size).run(interrupt, config)
 
 
-OFFLOADED: dict[str, dict[str, Any]] = {
-    "zero-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "zero-3": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", OFFLOADED)
@@ -225,19 +220,19 @@ def test_offloaded_optimizers_continue_bitwise(worker_pool: Pools, name: str, op
     worker_pool(2).run(interrupt, config, timeout=420.0)
 
 
-def scaled(rank: int, world_size: int, config: Config) -> list[tuple[float, list[np.ndarray]]]:
-    """Two updates of fp16, before which the loss scale is 2^8 and 2^12; the scale of each, and the momenta after it."""
-    allow_fp16_on_cpu()
+def momenta(rank: int, world_size: int, config: Config) -> list[list[np.ndarray]]:
+    """After each of two updates, before which the loss scale is 2^8 and 2^12 in fp16."""
+    if is_scaled := config.train.precision == "fp16":
+        allow_fp16_on_cpu()
     engine = start(config, world_size)
     found = []
     for step, scale in enumerate((256.0, 4096.0)):
-        engine.deepspeed_engine.optimizer.loss_scaler.cur_scale = scale
+        if is_scaled:
+            engine.deepspeed_engine.optimizer.loss_scaler.cur_scale = scale
         result = engine.train_batch(micro_batches(engine, step), RATE)
-        assert result.applied and result.loss_scale == scale
+        assert result.applied and result.loss_scale == (scale if is_scaled else None)
         held = engine.held_fragments(with_moments=True)
-        found.append(
-            (scale, [f.exp_avg.numpy().copy() for f in held if f.exp_avg is not None and f.exp_avg_sq is None])
-        )
+        found.append([f.exp_avg.numpy().copy() for f in held if f.exp_avg is not None and f.exp_avg_sq is None])
     return found
 
 
@@ -248,21 +243,10 @@ def test_the_loss_scale_is_in_no_momentum(worker_pool: Pools, stage: int, optimi
     """An orthogonalised update does not show the scale of its gradient; a momentum over two scales would be wrong."""
     options = {**OPTIMIZERS[optimizer], "train__precision": "fp16", "optim__grad_clip": 0.0}
     plain = layout_config(Layout(data=2, stage=stage), **{**options, "train__precision": "fp32"})
-    found = worker_pool(2).run(scaled, layout_config(Layout(data=2, stage=stage), **options))
-    expected = worker_pool(2).run(unscaled, plain)
+    found = worker_pool(2).run(momenta, layout_config(Layout(data=2, stage=stage), **options))
+    expected = worker_pool(2).run(momenta, plain)
     for of_rank, expected_of_rank in zip(found, expected, strict=True):
-        for (scale, momenta), whole in zip(of_rank, expected_of_rank, strict=True):
-            assert len(momenta) == len(whole) > 0, scale
-            difference = np.linalg.norm(np.concatenate(momenta) - np.concatenate(whole))
-            assert difference < 0.02 * np.linalg.norm(np.concatenate(whole)), scale
-
-
-def unscaled(rank: int, world_size: int, config: Config) -> list[list[np.ndarray]]:
-    """Momenta after the same two updates in fp32."""
-    engine = start(config, world_size)
-    found = []
-    for step in range(2):
-        engine.train_batch(micro_batches(engine, step), RATE)
-        held = engine.held_fragments(with_moments=True)
-        found.append([f.exp_avg.numpy().copy() for f in held if f.exp_avg is not None and f.exp_avg_sq is None])
-    return found
+        for step, (scaled, whole) in enumerate(zip(of_rank, expected_of_rank, strict=True)):
+            assert len(scaled) == len(whole) > 0, step
+            difference = np.linalg.norm(np.concatenate(scaled) - np.concatenate(whole))
+            assert difference < 0.02 * np.linalg.norm(np.concatenate(whole)), step

@@ -31,7 +31,7 @@ from tests.distributed.oracle_runs import (
 )
 from tests.distributed.steps import Record, train
 from tests.distributed.test_layouts import LAYOUTS
-from tests.support.layouts import ODD, Layout, assemble
+from tests.support.layouts import ODD, OFFLOADED, Layout, assemble
 from tests.support.optimizers import treatments
 from tests.support.oracle import VECTOR, ReferenceRun, assert_gradients_close
 
@@ -241,12 +241,6 @@ def test_each_matrix_is_orthogonalised_once_and_whole(worker_pool: Pools, layout
     assert sorted(shape for shapes in ranks for shape in shapes) == sorted(expected)
     counts = [len(shapes) for shapes in ranks]
     assert max(counts) - min(counts) <= 1, counts
-
-
-OFFLOADED: dict[str, dict[str, Any]] = {
-    "zero-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "zero-3": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
-}
 
 
 @pytest.mark.slow

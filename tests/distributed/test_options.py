@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mlra_scale.config import Config
-from mlra_scale.model.parameters import linear_maps, vector_name
+from mlra_scale.model.parameters import ParameterTable
+from mlra_scale.parallel.fragments import Fragment
 from tests.distributed.layout_matrix import Run, assert_same_run, assert_same_tensors, largest_difference, load, save
 from tests.distributed.oracle_runs import (
     Options,
@@ -22,7 +23,7 @@ from tests.distributed.oracle_runs import (
     in_layout,
     trained,
 )
-from tests.support.layouts import Layout, canonical_weights, layout_config, micro_batches, start
+from tests.support.layouts import RELEASING, Layout, canonical_weights, layout_config, micro_batches, start
 from tests.support.oracle import build_reference, reference_loss
 
 QK_NORM: Options = {"model__qk_norm": True}
@@ -134,6 +135,17 @@ def test_vectors_belong_to_a_step_however_it_is_cut(
     np.testing.assert_allclose(records[0].validation, [expected.validation], rtol=1e-6)
 
 
+@pytest.mark.slow_except("o-factorised-selective")
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_zero_3_that_keeps_nothing_gathered(worker_pool: Pools, attention: str, checkpointing: str) -> None:
+    """sigma of a product needs both factors at once; in the cases above weights are too small to be released."""
+    more = {"parallel__activation_checkpointing": checkpointing}
+    config = in_layout(Layout(data=2, stage=3), **model_options("all", attention), **more)
+    config = config.model_validate(config.model_dump() | {"deepspeed": {"zero_optimization": RELEASING}})
+    assert_equals_oracle(config, *trained(worker_pool, config, STEPS), norms=2e-6, weights=4e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["all", "completep-all"])
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ def test_a_checkpoint_has_the_vectors_of_all_stages_and_continues_in_other_layou
     before = options_run(worker_pool, tmp_path, Layout(tensor=2, pipeline=2), "mlra", is_saving=True)
     store = Store.open(tmp_path / checkpoint_name(5))
     vectors = store.buffers()
-    assert set(vectors) == {vector_name(name) for name in linear_maps(before.config.model)}
+    assert set(vectors) == {entry.vector for entry in ParameterTable(before.config.model).normalised.values()}
     for vector in vectors.values():
         assert vector.dtype == torch.float32 and abs(float(vector.norm()) - 1) < 1e-6
     assert store.verify() == []
@@ -215,6 +227,30 @@ def spectra(rank: int, world_size: int, config: Config) -> dict[str, list[np.nda
         for name, vector in engine.buffers().items():
             assert np.array_equal(before[name], vector.numpy()), "a validation moves nothing"
     return seen
+
+
+def losses_of_larger_weights(rank: int, world_size: int, config: Config) -> list[float]:
+    """Of a validation before and after a map's weights are doubled, in the two ways in which an engine changes them."""
+    engine = start(config, world_size, canonical_weights(config.model))
+    batches, name = micro_batches(engine, 0), "blocks.0.mlp.fc_in.weight"
+
+    def double(fragment: Fragment) -> None:
+        if fragment.name == name:
+            fragment.values.mul_(2)
+
+    losses = [engine.eval_batch(batches)]
+    engine.scale_rows({name: torch.full((config.model.ffn_size,), 2.0)})
+    losses.append(engine.eval_batch(batches))
+    engine.restore(double, None, with_moments=False)
+    return [*losses, engine.eval_batch(batches)]
+
+
+@pytest.mark.slow_except("tp2pp1dp1 zero0")
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(pipeline=2), Layout(data=2, stage=3)], ids=str)
+def test_singular_values_follow_weights_that_are_changed(worker_pool: Pools, layout: Layout) -> None:
+    config = in_layout(layout, **model_options("sigma", "mlra"))
+    for losses in worker_pool(2).run(losses_of_larger_weights, config):
+        np.testing.assert_allclose(losses, losses[:1] * 3, rtol=1e-6)
 
 
 @pytest.mark.slow

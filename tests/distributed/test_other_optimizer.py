@@ -8,8 +8,8 @@ import torch
 
 from mlra_scale.config import Config
 from mlra_scale.parallel import Engine, build_engine
-from tests.distributed.test_restore import OFFLOADED, assert_same, capture, filler
-from tests.support.layouts import DROPOUT, Layout, canonical_weights, layout_config, micro_batches, start
+from tests.distributed.test_restore import assert_same, capture, filler
+from tests.support.layouts import DROPOUT, OFFLOADED, Layout, canonical_weights, layout_config, micro_batches, start
 from tests.support.pool import Pools
 
 BEGUN, STEPS = 3, 3

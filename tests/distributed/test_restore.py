@@ -13,7 +13,16 @@ import torch
 from mlra_scale.config import Config
 from mlra_scale.parallel import Engine, Fragment, StepResult, build_engine
 from tests.distributed.steps import allow_fp16_on_cpu
-from tests.support.layouts import DROPOUT, Layout, canonical_weights, layout_config, micro_batches, overwrite, start
+from tests.support.layouts import (
+    DROPOUT,
+    OFFLOADED,
+    Layout,
+    canonical_weights,
+    layout_config,
+    micro_batches,
+    overwrite,
+    start,
+)
 from tests.support.pool import Pools
 
 Captured = dict[tuple[str, int], list[torch.Tensor]]
@@ -143,12 +152,6 @@ def test_zero_3_continues_bitwise_where_nothing_is_kept_whole(worker_pool: Pools
     config = layout_config(Layout(data=2, stage=3), train__precision=precision, model__num_layers=2, **DROPOUT)
     config = config.model_copy(update={"deepspeed": {"zero_optimization": zero}})
     worker_pool(2).run(interrupt, config)
-
-
-OFFLOADED: dict[str, dict[str, Any]] = {
-    "zero-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-    "zero-3": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
-}
 
 
 @pytest.mark.slow

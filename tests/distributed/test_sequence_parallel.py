@@ -27,7 +27,7 @@ from tests.distributed.oracle_runs import (
     identify,
     trained,
 )
-from tests.support.layouts import DROPOUT, MASKED, OPTIONS_OF_THE_MODEL, Layout, layout_config, start
+from tests.support.layouts import DROPOUT, MASKED, OPTIONS_OF_THE_MODEL, RELEASING, Layout, layout_config, start
 
 STEPS = 3
 OPTIONS: dict[str, Options] = {
@@ -95,15 +95,6 @@ def test_fp32_equals_the_oracle(worker_pool: Pools, layout: Layout, model: str, 
     assert_equals_oracle(config, *trained(worker_pool, config, STEPS), weights=4e-6)
 
 
-RELEASING = {
-    "stage": 3,
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
-
-
 WHOLE: Options = {"parallel__sequence_parallel": False}
 SELECTIVE: Options = {"parallel__activation_checkpointing": "selective"}
 
@@ -116,6 +107,9 @@ SELECTIVE: Options = {"parallel__activation_checkpointing": "selective"}
         ("v-dense", MERGED),
         ("dense", {}),
         ("mlra", SELECTIVE),
+        ("options", {}),
+        ("options", WHOLE),
+        ("options", CHECKPOINTING),
         ("mlra", WHOLE | MERGED | {"parallel__activation_checkpointing": "block"}),
         ("mlra", WHOLE | MERGED | SELECTIVE),
     ],

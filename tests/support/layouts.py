@@ -17,6 +17,18 @@ MASKED = {"data__document_attention": "masked", "data__reset_positions": True}
 ODD = {"model__hidden_size": 36, "model__attention_rank": 11, "model__ffn_hidden_size": 50}
 NORMS = {"model__qk_norm": True, "model__sigma_reparam": True, "model__layer_norm_scaling": True}
 OPTIONS_OF_THE_MODEL = {**NORMS, "model__embedding_scale": "sqrt_width"}
+# ZeRO 3 that gathers every weight for its module alone, and gives it back at once.
+RELEASING = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero-3": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
 
 
 @dataclass(frozen=True)

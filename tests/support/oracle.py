@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from mlra_scale.config import Config, ModelConfig
-from mlra_scale.model.parameters import ParameterTable, linear_maps
-from mlra_scale.model.power_iteration import initial_vector
+from mlra_scale.model.parameters import ParameterTable
 from mlra_scale.model.randomness import keyed_generator
+from mlra_scale.model.spectral import initial_vector
 from tests.support.layouts import Batch, global_batch
 from tests.support.optimizers import ReferenceOptimizer, treatments
 from tests.support.reference import ReferenceGPT, unit
@@ -67,8 +67,7 @@ def build_reference(
 
 def initial_vectors(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     """Where the power iterations of a run begin, by name of the map."""
-    table = ParameterTable(model)
-    return {name: initial_vector(model, seed, table, entry) for name, entry in linear_maps(model).items()}
+    return {entry.name: initial_vector(model, seed, entry) for entry in ParameterTable(model).normalised.values()}
 
 
 def optimizer_vectors(config: Config) -> dict[str, torch.Tensor]:

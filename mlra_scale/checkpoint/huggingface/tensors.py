@@ -30,8 +30,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from mlra_scale.checkpoint.files import CheckpointError, FileEntry, some_of, write_file
 from mlra_scale.checkpoint.huggingface.gpt2_weights import Gpt2Tensor, gpt2_tensors
 from mlra_scale.checkpoint.safetensors_file import write_safetensors
-from mlra_scale.model.parameters import LinearMap, linear_maps, vector_name
-from mlra_scale.model.power_iteration import iterated
+from mlra_scale.model.spectral import iterate
 
 if TYPE_CHECKING:
     from mlra_scale.checkpoint.reader import Store
@@ -52,15 +51,15 @@ class PlainWeights:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._vectors = store.buffers()
-        maps = linear_maps(store.model).values()
-        self._normalised = {entry.up or entry.down: entry for entry in maps}
-        gains = {entry.gain for entry in maps}
-        self.names = [name for name in store.table if name not in gains]
+        self.names = [name for name in store.table if not name.endswith(".gain")]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor, factor = self._store.tensor(name), self._factor(name)
-        if name in self._normalised:
-            tensor = tensor.double() * self._scale(self._normalised[name])
+        if entry := self._store.table.normalised.get(name):
+            weights = [self._store.tensor(info.name).double() for info in entry.weights]
+            # That of the run's next step or validation.
+            sigma = iterate(entry, self._vectors[entry.vector].double(), weights).sigma
+            tensor = weights[-1] * (self._store.tensor(entry.gain).double() / sigma)
         return tensor if factor == 1.0 else tensor.double() * factor
 
     def _factor(self, name: str) -> float:
@@ -85,12 +84,6 @@ class PlainWeights:
             return [name]
         prefix, _, kind = name.rpartition(".")
         return [f"{prefix}.up.bias"] if kind == "bias" else [f"{prefix}.up.weight", f"{prefix}.down.weight"]
-
-    def _scale(self, entry: LinearMap) -> torch.Tensor:
-        """gamma / sigma, with the sigma of the run's next step or validation."""
-        up, down = (None if part is None else self._store.tensor(part).double() for part in (entry.up, entry.down))
-        sigma = iterated(self._vectors[vector_name(entry.name)].double(), up, down).sigma
-        return self._store.tensor(entry.gain).double() / sigma
 
 
 @dataclass(frozen=True)

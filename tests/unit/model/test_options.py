@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from mlra_scale.checkpoint.huggingface.training_side import distributed_of_one
 from mlra_scale.config import ModelConfig
+from mlra_scale.config.model_config import PROJECTIONS
 from mlra_scale.model.context import ModelContext
 from mlra_scale.model.gpt import GPT
 from mlra_scale.model.initialization import initial_std
-from mlra_scale.model.parameters import ParameterTable, linear_maps
-from mlra_scale.model.power_iteration import iterated
+from mlra_scale.model.parameters import LinearMap, ParameterTable
 from mlra_scale.model.probe import Heads, observe
-from mlra_scale.model.spectral import load_vectors, scaled_linear, spectral_norms, stored_vectors
+from mlra_scale.model.spectral import ScaledLinear, iterate, load_vectors, spectral_norms, stored_vectors
 from tests.support.layouts import canonical_weights, initial_state
 from tests.support.oracle import build_reference, initial_vectors
 from tests.support.reference import ReferenceGPT
@@ -123,40 +123,51 @@ def test_recomputation_gives_the_same_gradients(attention: str, option: str) -> 
             assert torch.equal(one, other)
 
 
-def whole_map(weights: dict[str, torch.Tensor], up: str | None, down: str | None) -> torch.Tensor:
+def parts_of(weights: dict[str, torch.Tensor], entry: LinearMap) -> list[torch.Tensor]:
+    """The matrix of a map, or its factors, in float64."""
+    return [weights[info.name].double() for info in entry.weights]
+
+
+def whole_map(weights: dict[str, torch.Tensor], entry: LinearMap) -> torch.Tensor:
     """The matrix of a map, whatever it consists of, in float64."""
-    factors = [weights[name].double() for name in (up, down) if name is not None]
-    return factors[0] @ factors[1] if len(factors) == 2 else factors[0]
+    first, *second = parts_of(weights, entry)
+    return second[0] @ first if second else first
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_six_maps_of_each_block_are_normalised(attention: str) -> None:
     model = model_of("sigma-reparam", attention)
-    maps, table = linear_maps(model), ParameterTable(model)
+    table = ParameterTable(model)
+    maps = list(table.normalised.values())
     parts = ["attention.q", "attention.k", "attention.v", "attention.o", "mlp.fc_in", "mlp.fc_out"]
-    assert list(maps) == [f"blocks.{block}.{part}" for block in range(3) for part in parts]
-    named = [name for entry in maps.values() for name in (entry.up, entry.down, entry.gain) if name is not None]
+    assert [entry.name for entry in maps] == [f"blocks.{block}.{part}" for block in range(3) for part in parts]
+    named = [name for entry in maps for name in (*[info.name for info in entry.weights], entry.gain)]
     matrices = [name for name, info in table.items() if info.kind in ("matrix", "factor")]
     assert sorted(named) == sorted(matrices + [name for name in table if name.endswith(".gain")])
-    for entry in maps.values():
-        up, down = (None if name is None else table[name].shape for name in (entry.up, entry.down))
-        assert entry.size == (up[1] if up is not None else down[0] if down is not None else None)
+    for entry in maps:
+        part = entry.name.split(".")[-1]
+        is_factorised = part in PROJECTIONS and model.is_factorised(part)
+        assert [info.name.split(".")[-2] for info in entry.weights] == (["down", "up"] if is_factorised else [part])
+        assert entry.vector == f"power_iteration/{entry.name}"
+        assert entry.vector_size == (model.rank if is_factorised else model.hidden_size)
         # What lies between the factors is split by no tensor parallelism.
-        assert up is None or table[str(entry.up)].shard_dim != 1
-        assert down is None or table[str(entry.down)].shard_dim != 0
-    assert linear_maps(model_of("none", attention)) == {}
+        first, *second = entry.weights
+        is_at_output = is_factorised or part in ("o", "fc_out")
+        assert first.shape[0 if is_at_output else 1] == entry.vector_size
+        assert first.shard_dim != (0 if is_at_output else 1)
+        assert all(info.shape[1] == entry.vector_size and info.shard_dim != 1 for info in second)
+    assert ParameterTable(model_of("none", attention)).normalised == {}
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_power_iteration_finds_the_largest_singular_value(attention: str) -> None:
     model = model_of("sigma-reparam", attention)
     weights, vectors = canonical_weights(model), initial_vectors(model, SEED)
-    for name, entry in linear_maps(model).items():
-        up, down = (None if part is None else weights[part].double() for part in (entry.up, entry.down))
-        expected = torch.linalg.matrix_norm(whole_map(weights, entry.up, entry.down), 2)
-        vector, estimates = vectors[name].double(), []
+    for entry in ParameterTable(model).normalised.values():
+        expected = torch.linalg.matrix_norm(whole_map(weights, entry), 2)
+        vector, estimates = vectors[entry.name].double(), []
         for _ in range(400):
-            iteration = iterated(vector, up, down)
+            iteration = iterate(entry, vector, parts_of(weights, entry))
             vector = iteration.next_vector
             estimates.append(iteration.sigma)
         assert estimates[0] < 0.999 * expected, "one step is not enough: what carries over matters"
@@ -167,19 +178,18 @@ def test_power_iteration_finds_the_largest_singular_value(attention: str) -> Non
 def test_a_new_model_begins_near_the_largest_singular_value_of_its_weights() -> None:
     model = model_of("sigma-reparam", hidden_size=256, attention_rank=96, num_layers=1)
     weights, vectors = initial_state(model, SEED), initial_vectors(model, SEED)
-    for name, entry in linear_maps(model).items():
-        up, down = (None if part is None else weights[part] for part in (entry.up, entry.down))
-        exact = float(torch.linalg.matrix_norm(whole_map(weights, entry.up, entry.down), 2))
-        assert 0.9 * exact < float(iterated(vectors[name], up, down).sigma) < 1.0001 * exact, name
+    for entry in ParameterTable(model).normalised.values():
+        exact = float(torch.linalg.matrix_norm(whole_map(weights, entry), 2))
+        found = iterate(entry, vectors[entry.name].double(), parts_of(weights, entry))
+        assert 0.9 * exact < float(found.sigma) < 1.0001 * exact, entry.name
 
 
 def converged(reference: ReferenceGPT, model: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Vectors after so many iterations that they are singular vectors."""
     vectors = {name: vector.double() for name, vector in initial_vectors(model, SEED).items()}
-    for name, entry in linear_maps(model).items():
-        up, down = (None if part is None else weights[part].double() for part in (entry.up, entry.down))
+    for entry in ParameterTable(model).normalised.values():
         for _ in range(4000):
-            vectors[name] = iterated(vectors[name], up, down).next_vector
+            vectors[entry.name] = iterate(entry, vectors[entry.name], parts_of(weights, entry)).next_vector
     reference.set_vectors(vectors)
     return vectors
 
@@ -196,9 +206,9 @@ def test_the_oracles_gradients_are_those_through_the_singular_value_itself(atten
     plain = oracle(model_of("none", attention, num_layers=1), {n: w for n, w in weights.items() if "gain" not in n})
     leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
     folded = {name: leaf for name, leaf in leaves.items() if "gain" not in name}
-    for entry in linear_maps(model).values():
-        sigma = torch.linalg.svdvals(whole_map(leaves, entry.up, entry.down))[0]
-        scaled = str(entry.up or entry.down)
+    for entry in ParameterTable(model).normalised.values():
+        sigma = torch.linalg.svdvals(whole_map(leaves, entry))[0]
+        scaled = entry.weights[-1].name
         folded[scaled] = leaves[scaled] * (leaves[entry.gain] / sigma)
     plain.loss(torch.func.functional_call(plain, folded, (tokens,)), targets).backward()
     for name, parameter in reference.named_parameters():
@@ -214,11 +224,11 @@ def test_vectors_belong_to_a_step_and_carry_over(attention: str) -> None:
     weights = canonical_weights(model)
     gpt, reference = built(model, weights), oracle(model, weights)
     norms = spectral_norms(gpt)
-    assert [norm.name for norm in norms] == list(linear_maps(model))
+    assert [norm.entry for norm in norms] == list(ParameterTable(model).normalised.values())
     for step in range(3):
         tokens, targets = tokens_of(step)
         for norm in norms:
-            norm.forget()
+            norm.found = None
         for part in (slice(0, 1), slice(1, 3)):
             loss = reference.loss(logits_of(gpt, tokens[part]), targets[part])
             (loss * len(targets[part]) / 3).backward()
@@ -235,7 +245,7 @@ def test_vectors_belong_to_a_step_and_carry_over(attention: str) -> None:
             torch.testing.assert_close(logits_of(gpt, tokens), reference(tokens), rtol=1e-9, atol=1e-9)
     found = stored_vectors(norms)
     maps = dict(reference.named_modules())
-    for name in linear_maps(model):
+    for name in initial_vectors(model, SEED):
         torch.testing.assert_close(
             found[f"power_iteration/{name}"].double(),
             maps[name].vector,
@@ -265,8 +275,8 @@ def test_the_scaled_map_has_the_gradients_of_its_formula() -> None:
     x, weight = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((2, 3, 4), (5, 4)))
     scale = torch.tensor([0.7], dtype=torch.float64)
     inputs = tuple(tensor.requires_grad_() for tensor in (x, weight, scale))
-    torch.testing.assert_close(scaled_linear(*inputs), x @ (scale * weight).T)
-    assert torch.autograd.gradcheck(scaled_linear, inputs)
+    torch.testing.assert_close(ScaledLinear.apply(*inputs), x @ (scale * weight).T)
+    assert torch.autograd.gradcheck(ScaledLinear.apply, inputs)
 
 
 def test_in_bfloat16_the_scale_is_computed_in_float32() -> None:
@@ -278,9 +288,9 @@ def test_in_bfloat16_the_scale_is_computed_in_float32() -> None:
     error = (logits_of(gpt, tokens).double() - expected).norm() / expected.norm()
     assert error < 3 * 2**-8
     for norm, other in zip(spectral_norms(gpt), spectral_norms(exact), strict=True):
-        assert norm._iteration is not None and other._iteration is not None
-        assert norm._iteration.sigma.dtype == torch.float32
-        torch.testing.assert_close(norm._iteration.sigma.double(), other._iteration.sigma, rtol=1e-5, atol=0)
+        assert norm.found is not None and other.found is not None
+        assert norm.found.sigma.dtype == torch.float32
+        torch.testing.assert_close(norm.found.sigma.double(), other.found.sigma, rtol=1e-5, atol=0)
 
 
 def test_queries_and_keys_have_no_scale_with_qk_norm() -> None:

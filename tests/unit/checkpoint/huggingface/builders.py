@@ -11,7 +11,6 @@ from mlra_scale.checkpoint.reader import Store
 from mlra_scale.checkpoint.weights import write_weights
 from mlra_scale.config import ModelConfig
 from mlra_scale.data.tokenizer import save_tokenizer
-from mlra_scale.model.parameters import vector_name
 from tests.support.gpt2_folders import tokenizer
 from tests.support.layouts import canonical_weights
 from tests.support.oracle import initial_vectors
@@ -62,7 +61,7 @@ def checkpoint(folder: Path, variant: str = "mlra", has_tokenizer: bool = True) 
         source = folder.parent / f"{folder.name}-tokenizer"
         save_tokenizer(tokenizer(), source)
     values = model_config(variant).model_dump(mode="json")
-    buffers = {vector_name(name): vector for name, vector in vectors(variant).items()}
+    buffers = {f"power_iteration/{name}": vector for name, vector in vectors(variant).items()}
     return Store.open(write_weights(folder, values, weights(variant).items(), source, {"source": "a test"}, buffers))
 
 
